@@ -1,0 +1,201 @@
+"""The contract between the rooms: what a bundle holds, and what every graph takes and gives.
+
+Export writes it, engines check tensors against it, the runtime reads it. It imports neither torch nor ONNX.
+
+A bundle is a folder: `manifest.json`, one ONNX graph per stage, `tokenizer.json`. The manifest names every file with
+its SHA-256, so that a flipped byte is found before anything runs.
+
+Axes: B rows of a batch, S steps of a schedule, K history tensors of a step graph, P hand parameters, D text width,
+L tokens of the context, W width of the context, T width of a time row, V mesh vertices, h w latent size,
+H W image size. A branch axis of 2 is always (unconditional, conditional); a hand axis of 2 is always (left, right).
+
+| graph             | in                                                              | out                        |
+|-------------------|-----------------------------------------------------------------|----------------------------|
+| text_encoder      | input_ids[B,77]                                                 | text[B,D]                  |
+| hand_prior        | x[B,P] history[B,K,P] noise[B,P] text[B,2,D] row[B,R]           | x, history                 |
+| hand_features     | x[B,P]                                                          | joints[B,2,21,2] rotations[B,2,16,6] bps[B,2,N] visibility[B,2] vertices[B,V,3] joints_3d[B,62,3] camera[B,3] |
+| text_hand_encoder | input_ids[B,2,77] joints rotations bps visibility               | context[B,2,L,W]           |
+| unet_context      | context[B,2,L,W]                                                | key_00 value_00 key_01 ... |
+| unet_time         | timesteps[S]                                                    | time[S,T]                  |
+| unet              | latents[B,4,h,w] history[B,K,4,h,w] noise time[B,T] row[B,R] key_00 value_00 ... | latents, history |
+| image_decoder     | latents[B,4,h,w]                                                | image[B,H,W,3] uint8       |
+
+`joints` are image coordinates in [0, 1] of width and height, y down. `x` is normalised with the manifest's mean and
+standard deviation. A graph names only the inputs that it uses: a configuration without a hand cue lacks that input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError
+
+BUNDLE_FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+
+GRAPHS = (
+    "text_encoder",
+    "hand_prior",
+    "hand_features",
+    "text_hand_encoder",
+    "unet_context",
+    "unet_time",
+    "unet",
+    "image_decoder",
+)
+
+# Columns of a schedule row (float32): one row is one step of one request.
+#   u, c = network(scale * x, timestep);  m = u + guidance * (c - u)
+#   x'   = a x + b m + h1 + d noise
+#   h_k' = p_k x + q_k m + h_(k+1),  k = 1 ... K  (h_(K+1) = 0)
+ROW_HEAD = ("timestep", "scale", "guidance", "a", "b", "d")
+
+
+def row_columns(num_history: int) -> tuple[str, ...]:
+    """Names of a row's columns for a step graph with `num_history` history tensors: 6 + 2 K of them."""
+    return ROW_HEAD + tuple(f"{name}{k}" for k in range(1, num_history + 1) for name in ("p", "q"))
+
+
+# The hand parameters, P = 330: rot6d of 52 joints, 10 betas, and per hand where it is in the image:
+# presence (about 0 or 1), centre x and y in [-1, 1] of the image (y up), log of the size. Centre and size are the
+# mean and the root mean square radius of the hand's 21 joints, in units of half the image's height.
+NUM_JOINTS = 52
+ROTATIONS = slice(0, 6 * NUM_JOINTS)
+BETAS = slice(312, 322)
+PLACEMENT = slice(322, 330)  # (presence, x, y, log size) of the left hand, then of the right
+NUM_PARAMS = 330
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of one input or output. A string in the shape is a free dimension ("B", "S")."""
+
+    name: str
+    dtype: str  # numpy's name: "float32", "float16", "int64", "uint8"
+    shape: tuple[int | str, ...]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TensorSpec:
+        return cls(value["name"], value["dtype"], tuple(value["shape"]))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass
+class GraphSpec:
+    """One ONNX graph of a bundle: its file, its tensors, and how far it is from PyTorch."""
+
+    file: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    parity: dict[str, Any] = field(default_factory=dict)  # error relative to the largest value, tolerance
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> GraphSpec:
+        return cls(
+            value["file"],
+            [TensorSpec.from_json(spec) for spec in value["inputs"]],
+            [TensorSpec.from_json(spec) for spec in value["outputs"]],
+            value.get("parity", {}),
+        )
+
+
+@dataclass
+class Manifest:
+    """What `manifest.json` says. `load` checks the format and every file's hash."""
+
+    graphs: dict[str, GraphSpec]
+    files: dict[str, str]  # file name -> SHA-256, everything in the bundle but the manifest
+    precision: str  # of the networks: "fp32" or "fp16"; state and kinematics are float32 always
+    image_size: tuple[int, int]  # H, W in pixels
+    latent_size: tuple[int, int, int]  # channels, h, w
+    num_history: dict[str, int]  # K of "hand_prior" and "unet"
+    # Noise schedules of "hand_prior" and "unet", in diffusers' words: beta_start, beta_end, beta_schedule,
+    # num_train_timesteps, prediction_type, rescale_betas_zero_snr, timestep_spacing, steps_offset.
+    schedules: dict[str, dict[str, Any]]
+    # What a request takes unless it says otherwise: steps, solver, guidance, hand_steps, hand_solver, hand_guidance.
+    defaults: dict[str, Any]
+    tokenizer: dict[str, int]  # bos, eos, pad (token ids), length (77)
+    params_mean: list[float]  # [P]
+    params_std: list[float]  # [P]
+    made_by: dict[str, Any] = field(default_factory=dict)  # versions, opset, name of the checkpoint, body's origin
+    format: int = BUNDLE_FORMAT
+
+    def save(self, folder: Path) -> None:
+        """Writes `manifest.json` last and atomically: a bundle without it is not a bundle."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        temporary = folder / (MANIFEST + ".tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(folder / MANIFEST)
+
+    @classmethod
+    def load(cls, folder: str | Path, verify: bool = True) -> Manifest:
+        """Reads a bundle's manifest and, with `verify`, hashes every file (about 1 s a GB).
+
+        Raises BundleError when the folder is no bundle, is of a newer format, lacks a file or holds a changed one.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            hint = "is a checkpoint: make a bundle of it first with `hd-export CHECKPOINT OUT`" if (
+                folder / "model_index.json"
+            ).exists() else "is no bundle: it has no manifest.json. `hd-export CHECKPOINT OUT` makes one"
+            if not folder.exists():
+                hint = "does not exist. `hd-export CHECKPOINT OUT` makes a bundle; the word `demo` names the shipped one"
+            raise BundleError(f"{folder} {hint}.") from None
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read ({error}). Export the bundle again with hd-export.") from error
+        if not isinstance(value, dict) or not isinstance(value.get("format"), int):
+            raise BundleError(f"{path} is not a bundle's manifest. Export the bundle again with hd-export.")
+        if value["format"] > BUNDLE_FORMAT:
+            raise BundleError(
+                f"{folder} is a bundle of format {value['format']}; this version reads up to {BUNDLE_FORMAT}. "
+                "Update handiffuser, or export the checkpoint again with this version."
+            )
+        try:
+            value["graphs"] = {name: GraphSpec.from_json(graph) for name, graph in value["graphs"].items()}
+            manifest = cls(**value)
+            manifest.image_size = tuple(manifest.image_size)  # type: ignore[assignment]
+            manifest.latent_size = tuple(manifest.latent_size)  # type: ignore[assignment]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(
+                f"{path} lacks or misnames an entry ({error}). Export the bundle again with hd-export."
+            ) from error
+        missing = [name for name in GRAPHS if name not in manifest.graphs]
+        if missing:
+            raise BundleError(f"{folder} lacks the graphs {', '.join(missing)}. Export the bundle again.")
+        unhashed = [graph.file for graph in manifest.graphs.values() if graph.file not in manifest.files]
+        if unhashed:
+            raise BundleError(f"{path} gives no hash for {', '.join(unhashed)}. Export the bundle again.")
+        if verify:
+            for problem in manifest.problems(folder):
+                raise BundleError(f"{problem} Export the bundle again with hd-export, or copy it again.")
+        return manifest
+
+    def problems(self, folder: Path) -> Iterator[str]:
+        """Yields a sentence for each file that is missing or differs from its hash."""
+        for name, digest in self.files.items():
+            if Path(name).name != name:
+                yield f"The manifest names {name!r}, which is not a plain file name."
+            elif not (folder / name).is_file():
+                yield f"{folder / name} is missing."
+            elif file_digest(folder / name) != digest:
+                yield f"{folder / name} is damaged: its SHA-256 differs from the manifest's."
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The trained stages as PyTorch modules, and how a checkpoint folder is loaded and saved."""
