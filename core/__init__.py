@@ -1,1 +1,58 @@
-"""HanDiffuser's deployment toolkit: prompt -> SMPL-H hands -> picture, without PyTorch at run time."""
+"""HanDiffuser's deployment toolkit: prompt -> SMPL-H hands -> picture, without PyTorch at run time.
+
+from handiffuser import HanDiffuser
+
+pictures = HanDiffuser.load("demo").generate(["a right hand making a fist, blue background"], seed=7)
+pictures[0].image  # uint8 [H, W, 3]
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    BundleError,
+    CheckpointError,
+    EngineError,
+    ExportError,
+    HanDiffuserError,
+    RequestError,
+)
+
+if TYPE_CHECKING:
+    from .runtime.pipeline import Failure, HanDiffuser, Picture
+    from .runtime.requests import Request
+
+    __version__: str
+
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "EngineError",
+    "ExportError",
+    "Failure",
+    "HanDiffuser",
+    "HanDiffuserError",
+    "Picture",
+    "Request",
+    "RequestError",
+    "__version__",
+]
+
+_LAZY = {"HanDiffuser": "pipeline", "Picture": "pipeline", "Failure": "pipeline", "Request": "requests"}
+
+
+def __getattr__(name: str) -> Any:
+    # The contract and the errors must stay cheap to import: what needs numpy and an engine comes when it is asked for.
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f".runtime.{_LAZY[name]}", __name__), name)
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("handiffuser")
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            return "0+unknown"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -124,6 +124,36 @@ class SMPLH(nn.Module):
             )
         return cls(arrays, num_betas)
 
+    def kinematics(self, rotations: Tensor, betas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Turns and places the 52 joints.
+
+        rotations: [B, 52, 3, 3], each relative to its parent; betas: [B, num_betas].
+        Returns the joints' orientations in the world [B, 52, 3, 3], their places [B, 52, 3] in metres, and their
+        places at rest [B, 52, 3].
+        """
+        rest = self.j_template + (betas @ self.j_shape_dirs).reshape(-1, NUM_JOINTS, 3)
+        turns, places = [rotations[:, 0]], [rest[:, 0]]
+        for joint in range(1, NUM_JOINTS):
+            parent = PARENTS[joint]
+            offset = (rest[:, joint] - rest[:, parent])[..., None]
+            turns.append(turns[parent] @ rotations[:, joint])
+            places.append((turns[parent] @ offset)[..., 0] + places[parent])
+        return torch.stack(turns, 1), torch.stack(places, 1), rest
+
+    def skin(
+        self, rotations: Tensor, betas: Tensor, turns: Tensor, places: Tensor, rest: Tensor
+    ) -> Tensor:
+        """Moves the vertices with the joints that `kinematics` placed: [B, V, 3] in metres."""
+        batch = rotations.shape[0]
+        shaped = self.v_template + (betas @ self.shape_dirs).reshape(batch, -1, 3)
+        if self.pose_dirs is not None:
+            away = rotations[:, 1:] - torch.eye(3, dtype=rotations.dtype, device=rotations.device)
+            shaped = shaped + (away.reshape(batch, -1) @ self.pose_dirs).reshape(batch, -1, 3)
+        # A vertex moves by the weighted mean of the joints' rigid motions.
+        shifts = places - (turns @ rest[..., None])[..., 0]
+        blended = (self.weights @ turns.reshape(batch, NUM_JOINTS, 9)).reshape(batch, -1, 3, 3)
+        return (blended @ shaped[..., None])[..., 0] + self.weights @ shifts
+
     def forward(self, rotations: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
         """Poses the body.
 
@@ -131,27 +161,9 @@ class SMPLH(nn.Module):
         Returns vertices [B, V, 3] and joints [B, 62, 3] (52 joints, then the 10 finger tips), both in metres,
         x to the body's left, y up, z forward.
         """
-        batch = rotations.shape[0]
-        shaped = self.v_template + (betas @ self.shape_dirs).reshape(batch, -1, 3)
-        rest = self.j_template + (betas @ self.j_shape_dirs).reshape(batch, NUM_JOINTS, 3)
-        if self.pose_dirs is not None:
-            away = rotations[:, 1:] - torch.eye(3, dtype=rotations.dtype, device=rotations.device)
-            shaped = shaped + (away.reshape(batch, -1) @ self.pose_dirs).reshape(batch, -1, 3)
-
-        world, place = [rotations[:, 0]], [rest[:, 0]]
-        for joint in range(1, NUM_JOINTS):
-            parent = PARENTS[joint]
-            offset = (rest[:, joint] - rest[:, parent])[..., None]
-            world.append(world[parent] @ rotations[:, joint])
-            place.append((world[parent] @ offset)[..., 0] + place[parent])
-        turns = torch.stack(world, 1)  # [B, 52, 3, 3]
-        joints = torch.stack(place, 1)  # [B, 52, 3]
-
-        # A vertex moves by the weighted mean of the joints' rigid motions.
-        shifts = joints - (turns @ rest[..., None])[..., 0]
-        blend_turns = (self.weights @ turns.reshape(batch, NUM_JOINTS, 9)).reshape(batch, -1, 3, 3)
-        vertices = (blend_turns @ shaped[..., None])[..., 0] + self.weights @ shifts
-        return vertices, torch.cat([joints, vertices[:, list(TIP_VERTICES)]], 1)
+        turns, places, rest = self.kinematics(rotations, betas)
+        vertices = self.skin(rotations, betas, turns, places, rest)
+        return vertices, torch.cat([places, vertices[:, list(TIP_VERTICES)]], 1)
 
 
 def rotation_6d_to_matrix(x: Tensor) -> Tensor:

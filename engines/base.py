@@ -1,0 +1,83 @@
+"""What an engine is, and the check of its inputs.
+
+A backend's own complaint about a wrong tensor is a riddle ("Got invalid dimensions for input"), or there is none and
+the picture is black. So every backend calls `check_feeds` first: it names the graph, the tensor, what came, what is
+allowed and what to do. It costs about a microsecond a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..contract import GraphSpec
+from ..errors import EngineError
+
+
+class Engine(Protocol):
+    """One graph, ready to run. `spec` says which tensors it takes and gives."""
+
+    spec: GraphSpec
+
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Runs the graph on arrays of the dtypes and shapes in `spec.inputs`; returns its outputs by name.
+
+        Raises EngineError when a tensor is unknown, missing, of another dtype or of another shape.
+        """
+        ...
+
+
+def check_feeds(spec: GraphSpec, feeds: Mapping[str, Any]) -> None:
+    """Raises EngineError unless `feeds` holds exactly the tensors that `spec.inputs` asks for.
+
+    A free dimension ("B") may have any size from 1 on, but the same one in every tensor of the call. Values need a
+    `dtype` and a `shape`: numpy arrays, or device tensors that mimic them.
+    """
+    sizes: dict[str, tuple[int, str]] = {}  # free dimension -> its size, and the tensor that fixed it
+    for want in spec.inputs:
+        value = feeds.get(want.name)
+        if value is None:
+            raise _refusal(spec, f"lacks its input {want.name}", f"Pass {want}.")
+        dtype = getattr(value, "dtype", None)
+        if dtype != want.dtype:
+            came = type(value).__name__ if dtype is None else dtype
+            raise _refusal(spec, f"got {want.name} as {came}", f"It takes {want}: convert with astype first.")
+        shape = value.shape
+        if len(shape) != len(want.shape):
+            raise _refusal(spec, f"got {want.name} of shape {_text(shape)}", f"It takes {want}.")
+        for axis, (size, allowed) in enumerate(zip(shape, want.shape, strict=True)):
+            if size == allowed:
+                continue
+            if isinstance(allowed, int):
+                raise _refusal(
+                    spec,
+                    f"got {want.name} of shape {_text(shape)}",
+                    f"It takes {want}: axis {axis} must be {allowed}. Other sizes need another export.",
+                )
+            if size == 0:
+                raise _refusal(spec, f"got {want.name} with nothing in it ({_text(shape)})", f"It takes {want}.")
+            fixed, by = sizes.setdefault(allowed, (size, want.name))
+            if fixed != size:
+                raise _refusal(
+                    spec,
+                    f"got {want.name} of shape {_text(shape)} beside {by}, where {allowed} is {fixed}",
+                    f"{allowed} must be the same in both.",
+                )
+    if len(feeds) > len(spec.inputs):
+        unknown = sorted(set(feeds) - {want.name for want in spec.inputs})
+        raise _refusal(
+            spec,
+            f"got {', '.join(unknown)}, which it does not know",
+            f"It takes {', '.join(want.name for want in spec.inputs)}.",
+        )
+
+
+def _refusal(spec: GraphSpec, what: str, remedy: str) -> EngineError:
+    return EngineError(f"The graph {Path(spec.file).stem} {what}. {remedy}")
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

@@ -1,0 +1,277 @@
+"""ONNX Runtime: the backend that runs everywhere. CPU by default, CUDA with I/O binding where it is installed.
+
+engine = OnnxRuntimeEngine("bundle/unet.onnx", manifest.graphs["unet"], device="cpu", threads=4)
+outputs = engine(feeds)                 # numpy in, numpy out
+outputs = engine.on_device(feeds)       # CUDA: outputs stay on the GPU and may be fed again
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..contract import GraphSpec, Manifest
+from ..errors import BundleError, EngineError
+from .base import Engine, check_feeds
+
+DEVICES = ("auto", "cpu", "cuda")
+
+# ONNX Runtime's type names <-> numpy's.
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+def load_engines(
+    folder: str | Path,
+    device: str = "auto",
+    threads: int | None = None,
+    verify: bool = True,
+) -> tuple[Manifest, dict[str, Engine]]:
+    """Loads a bundle: its manifest, and one engine for each of its graphs.
+
+    device: "cpu", "cuda" (an error where there is none) or "auto" (CUDA where it works, else the CPU).
+    threads: CPU threads of one graph; by default as many as there are usable cores.
+    verify: check every file against the manifest's SHA-256 first (about 1 s a GB).
+
+    Raises BundleError for a bundle that is missing, damaged or not what its manifest says, EngineError when ONNX
+    Runtime is not installed or the device is not there. Warns when both of ONNX Runtime's packages are installed.
+    """
+    if device not in DEVICES:
+        raise EngineError(f"There is no device {device!r}. Choose one of {', '.join(DEVICES)}.")
+    if threads is not None and threads < 1:
+        raise EngineError(f"{threads} threads cannot run anything. Give 1 or more, or leave it out.")
+    folder = Path(folder)
+    manifest = Manifest.load(folder, verify)
+    _import_onnxruntime()
+    if problem := both_installed():
+        warnings.warn(problem, RuntimeWarning, stacklevel=2)
+    # ONNX Runtime optimises a graph while it loads and lets go of the GIL meanwhile: two at a time on two cores.
+    # The biggest go first, so that none of them is left alone at the end.
+    names = sorted(manifest.graphs, key=lambda name: -_size(folder / manifest.graphs[name].file))
+    with ThreadPoolExecutor(min(4, usable_cores())) as pool:
+        loaded = pool.map(
+            lambda name: OnnxRuntimeEngine(folder / manifest.graphs[name].file, manifest.graphs[name], device, threads),
+            names,
+        )
+        engines: dict[str, Engine] = dict(zip(names, loaded, strict=True))
+    return manifest, engines
+
+
+class OnnxRuntimeEngine:
+    """One graph in ONNX Runtime. See `Engine` for calling it; `device` says where it really runs."""
+
+    def __init__(self, path: str | Path, spec: GraphSpec, device: str = "auto", threads: int | None = None) -> None:
+        """Loads the graph and compares its tensors with `spec`.
+
+        Raises BundleError when the file is broken or its tensors differ from `spec`, EngineError when `device` is
+        "cuda" and there is none.
+        """
+        ort = _import_onnxruntime()
+        self.spec = spec
+        cuda = device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers()
+        if device == "cuda" and not cuda:
+            raise EngineError(
+                "This onnxruntime has no CUDA provider. Install the one that has "
+                '(`pip uninstall onnxruntime`, then `pip install "handiffuser[cuda]"`), or take --device cpu.'
+            )
+        # Batch sizes change as requests come and go: look the convolution up, do not benchmark it for every size.
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if cuda:
+            if hasattr(ort, "preload_dlls"):  # finds CUDA and cuDNN in NVIDIA's pip packages
+                ort.preload_dlls()
+            providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
+        try:
+            self.session = ort.InferenceSession(str(path), session_options(threads), providers=providers)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class below Exception
+            if _is_memory(error):
+                raise EngineError(f"There is not enough memory to load {path}.") from error
+            raise BundleError(
+                f"ONNX Runtime cannot load {path}: {_sentence(error)} "
+                "Export the bundle again with hd-export, or update onnxruntime."
+            ) from error
+        self.device = "cuda" if self.session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        if device == "cuda" and self.device != "cuda":
+            raise EngineError(
+                "ONNX Runtime found no usable GPU: check that `nvidia-smi` lists one and that CUDA and cuDNN are "
+                "of the versions your onnxruntime-gpu asks for, or take --device cpu."
+            )
+        _check_contract(path, spec, self.session.get_inputs(), self.session.get_outputs())
+        self._names = [tensor.name for tensor in spec.outputs]
+        self._file_names = [tensor.name for tensor in self.session.get_outputs()]
+
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        if self.device == "cuda":
+            return {name: value.numpy() for name, value in self.on_device(feeds).items()}
+        check_feeds(self.spec, feeds)
+        try:
+            values = self.session.run(self._file_names, feeds)
+        except Exception as error:
+            raise self._failure(error) from error
+        return dict(zip(self._names, values, strict=True))
+
+    def on_device(self, feeds: Mapping[str, Any]) -> dict[str, DeviceTensor]:
+        """Like a call, but outputs stay where they were computed. Feeds may be arrays or earlier outputs."""
+        ort = _import_onnxruntime()
+        check_feeds(self.spec, feeds)
+        binding = self.session.io_binding()
+        try:
+            for name, value in feeds.items():
+                if not isinstance(value, DeviceTensor):
+                    value = DeviceTensor(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self.device, 0))
+                binding.bind_ortvalue_input(name, value.value)
+            for name in self._file_names:
+                binding.bind_output(name, self.device, 0)
+            self.session.run_with_iobinding(binding)
+        except Exception as error:
+            raise self._failure(error) from error
+        return {name: DeviceTensor(value) for name, value in zip(self._names, binding.get_outputs(), strict=True)}
+
+    def _failure(self, error: Exception) -> EngineError:
+        name = Path(self.spec.file).stem
+        if _is_memory(error):
+            return EngineError(f"There is not enough memory to run {name}. Take a smaller --batch-size.")
+        return EngineError(f"ONNX Runtime failed in {name}: {_sentence(error)}")
+
+
+class DeviceTensor:
+    """An OrtValue with numpy's `dtype` and `shape`, so that it can be checked like an array."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.dtype = np.dtype(_DTYPES[value.data_type()])
+        self.shape = tuple(value.shape())
+
+    def numpy(self) -> np.ndarray:
+        """Copies it to the host."""
+        return self.value.numpy()
+
+
+def session_options(threads: int | None = None) -> Any:
+    """Options for low latency: one graph at a time, its operators spread over `threads` cores."""
+    ort = _import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only; they reach the user as exceptions
+    # Waiting threads spin inside a call, which saves wake-ups between small operators, and stop when it returns:
+    # eight sessions that kept spinning would take the cores from each other and from everything else.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def usable_cores() -> int:
+    """Physical cores this process may use: its CPU affinity, without hyperthreads, within its cgroup's quota."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in cpus:
+        siblings = _read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings or str(cpu))
+    count = len(cores)
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdigit() and period.isdigit():
+        count = min(count, -(-int(quota) // int(period)))
+    return max(1, count)
+
+
+def both_installed() -> str | None:
+    """A sentence when onnxruntime and onnxruntime-gpu are both installed, else None.
+
+    They write the same files: whichever came last wins, most often the one without CUDA.
+    """
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+    return (
+        "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. Mend it with "
+        "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install onnxruntime-gpu` where there is an "
+        "NVIDIA GPU or `pip install onnxruntime` where there is none."
+    )
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            f'ONNX Runtime cannot be imported ({error}). Install it with `pip install "handiffuser[cpu]"`, or '
+            '`pip install "handiffuser[cuda]"` for an NVIDIA GPU.'
+        ) from error
+    return onnxruntime
+
+
+def _check_contract(path: str | Path, spec: GraphSpec, inputs: list[Any], outputs: list[Any]) -> None:
+    """Raises BundleError unless a session takes and gives what the manifest says."""
+    # ONNX gives a name to one value only. So where an output bears the name of an input (x, latents, history of a
+    # step graph), the file calls it otherwise, and outputs are known by their order.
+    taken = {tensor.name for tensor in spec.inputs}
+    by_name = {tensor.name: tensor for tensor in inputs}
+    found_outputs = [tensor.name for tensor in outputs]
+    same_outputs = len(found_outputs) == len(spec.outputs) and all(
+        want.name in taken or want.name == name for want, name in zip(spec.outputs, found_outputs, strict=True)
+    )
+    if taken != set(by_name) or not same_outputs:
+        raise BundleError(
+            f"{path} takes {', '.join(by_name)} and gives {', '.join(found_outputs)}; the manifest says "
+            f"{', '.join(taken)} and {', '.join(want.name for want in spec.outputs)}. "
+            "Export the bundle again with hd-export."
+        )
+    pairs = [(want, by_name[want.name]) for want in spec.inputs]
+    pairs += zip(spec.outputs, outputs, strict=True)
+    for want, tensor in pairs:
+        dtype, shape = _DTYPES.get(tensor.type, tensor.type), tensor.shape
+        # ONNX Runtime may know less of a size than the manifest does, but must not know it otherwise.
+        same = len(shape) == len(want.shape) and all(
+            size == allowed or not isinstance(size, int) for size, allowed in zip(shape, want.shape, strict=True)
+        )
+        if dtype != want.dtype or not same:
+            raise BundleError(
+                f"{path} has {want.name} as {dtype}{shape}; the manifest says {want}. "
+                "Export the bundle again with hd-export."
+            )
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of ONNX Runtime's message, without its error code, ended like a sentence."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = line.split(" : ", 3)[-1] if line.startswith("[ONNXRuntimeError]") else line
+    return line[:300].rstrip(" .") + "."
+
+
+def _is_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        sign in text for sign in ("bad_alloc", "bad allocation", "failed to allocate", "out of memory")
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

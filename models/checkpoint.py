@@ -1,0 +1,362 @@
+"""A checkpoint folder in Hugging Face layout: loaded, saved, or made at random.
+
+    model_index.json  tokenizer/  text_encoder/  hand_prior/  text_hand_encoder/  unet/  position_kernel/  vae/
+    scheduler/  hand_scheduler/  [body/smplh.npz: the demo's own, licence-free body]
+
+Each part is what its library's `from_pretrained` reads; `position_kernel/` is missing where the UNet's cross-attention
+is plain. Weights are safetensors only. Nothing is ever fetched.
+
+    checkpoint = Checkpoint.load("checkpoint")
+    random_checkpoint(CONFIGS["tiny"]).save("checkpoint")
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers.utils import logging as transformers_logging
+
+from ..errors import CheckpointError
+from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config
+from .hand_prior import HandPrior
+from .position_kernel import PositionKernel, attach
+from .text_hand_encoder import TextHandEncoder
+
+# Our own commands show progress; the libraries' bars and remarks would only break it up.
+diffusers_logging.set_verbosity_error()
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+MODEL_INDEX = "model_index.json"
+BODY = Path("body/smplh.npz")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+# Part -> (library, class), as diffusers writes them into model_index.json.
+PARTS = {
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "hand_prior": ("handiffuser", "HandPrior"),
+    "text_hand_encoder": ("handiffuser", "TextHandEncoder"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "position_kernel": ("handiffuser", "PositionKernel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+
+
+@dataclass
+class Checkpoint:
+    """The trained stages and what belongs to them. All modules are float32 and in evaluation mode."""
+
+    tokenizer: Tokenizer
+    special_tokens: dict[str, int]  # bos, eos, pad (ids), length
+    text_encoder: CLIPTextModel
+    hand_prior: HandPrior
+    text_hand_encoder: TextHandEncoder
+    unet: UNet2DConditionModel
+    position_kernel: PositionKernel | None
+    vae: AutoencoderKL
+    scheduler: dict[str, Any]  # noise schedule of the UNet, in diffusers' words
+    hand_scheduler: dict[str, Any]
+    defaults: dict[str, Any]  # steps, solver, guidance, hand_steps, hand_solver, hand_guidance
+    image_size: tuple[int, int]  # H, W
+    body: Path | None = None  # the body that came with the checkpoint
+    name: str = "checkpoint"
+    notes: dict[str, Any] = field(default_factory=dict)  # how it was trained and what it scored
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """The trained parts by name; without the kernel where there is none."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        return {name: module for name, module in parts.items() if module is not None}
+
+    def attach_kernel(self) -> None:
+        """Lets the UNet's cross-attention use the positional kernel, or none, at the checkpoint's image size."""
+        attach(self.unet, self.position_kernel, self.latent_size)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.image_size[0] // factor, self.image_size[1] // factor
+
+    def save(self, folder: str | Path, half: bool = False) -> None:
+        """Writes the folder; `half` stores the weights in float16 (the demo's way to stay small)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        index: dict[str, Any] = {"_class_name": "HanDiffuserPipeline", "_image_size": list(self.image_size)}
+        for name, module in self.modules().items():
+            index[name] = list(PARTS[name])
+            stored = copy.deepcopy(module).half() if half else module
+            stored.save_pretrained(folder / name, safe_serialization=True)  # type: ignore[operator]
+        for name in ("scheduler", "hand_scheduler"):
+            index[name] = ["diffusers", "DDIMScheduler"]
+            DDIMScheduler.from_config(getattr(self, name)).save_pretrained(folder / name)
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        self.tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+        names = {name: self.tokenizer.id_to_token(self.special_tokens[name]) for name in ("bos", "eos", "pad")}
+        tokenizer_config = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": self.special_tokens["length"],
+            **{f"{name}_token": token for name, token in names.items()},
+            "unk_token": names["eos"],
+        }
+        (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1) + "\n")
+        index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+        index["_defaults"], index["_notes"] = self.defaults, self.notes
+        if self.body is not None and self.body.resolve() != (folder / BODY).resolve():
+            (folder / BODY).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.body, folder / BODY)
+        temporary = folder / (MODEL_INDEX + ".tmp")
+        temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(folder / MODEL_INDEX)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Checkpoint:
+        """Reads a checkpoint folder; weights become float32.
+
+        Raises CheckpointError for a missing part, a pickle, or parts that do not fit together.
+        """
+        folder = Path(folder)
+        try:
+            index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            what = "has no model_index.json" if folder.exists() else "does not exist"
+            raise CheckpointError(f"{folder} is not a checkpoint: it {what}.") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / MODEL_INDEX} cannot be read: {error}.") from error
+        needed = [name for name in PARTS if name != "position_kernel"] + ["scheduler", "hand_scheduler", "tokenizer"]
+        missing = [name for name in needed if not (folder / name).is_dir()]
+        if missing:
+            raise CheckpointError(f"{folder} is incomplete: it lacks {', '.join(missing)}.")
+        refuse_pickles(folder)
+
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a typo in a path must not become a download
+        try:
+            parts: dict[str, Any] = {
+                "text_encoder": CLIPTextModel.from_pretrained(
+                    folder / "text_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
+                )
+            }
+            classes = {
+                "hand_prior": HandPrior,
+                "text_hand_encoder": TextHandEncoder,
+                "unet": UNet2DConditionModel,
+                "vae": AutoencoderKL,
+            }
+            if (folder / "position_kernel").is_dir():
+                classes["position_kernel"] = PositionKernel
+            for name, kind in classes.items():
+                parts[name] = kind.from_pretrained(
+                    folder / name, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+                )
+            schedules = {
+                name: json.loads((folder / name / "scheduler_config.json").read_text(encoding="utf-8"))
+                for name in ("scheduler", "hand_scheduler")
+            }
+            tokenizer, special_tokens = load_tokenizer(folder / "tokenizer")
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+        unet, vae = parts["unet"], parts["vae"]
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        sample = unet.config.sample_size
+        sample = tuple(sample) if isinstance(sample, (list, tuple)) else (sample, sample)
+        size = tuple(index.get("_image_size") or (sample[0] * factor, sample[1] * factor))
+        checkpoint = cls(
+            tokenizer=tokenizer,
+            special_tokens=special_tokens,
+            position_kernel=parts.pop("position_kernel", None),
+            **parts,
+            **schedules,
+            defaults={**default_settings(Config()), **index.get("_defaults", {})},
+            image_size=size,
+            body=folder / BODY if (folder / BODY).exists() else None,
+            name=folder.resolve().name,
+            notes=index.get("_notes", {}),
+        )
+        checkpoint.check()
+        for module in checkpoint.modules().values():
+            module.eval().requires_grad_(False)
+        checkpoint.attach_kernel()
+        return checkpoint
+
+    def check(self) -> None:
+        """Raises CheckpointError when parts do not fit together, naming both."""
+        encoder, unet, prior = self.text_hand_encoder, self.unet, self.hand_prior
+        pairs = [
+            ("text_hand_encoder's width", encoder.config.hidden_size, "unet's cross_attention_dim",
+             unet.config.cross_attention_dim),
+            ("text_encoder's width", self.text_encoder.config.hidden_size, "hand_prior's text_width",
+             prior.config.text_width),
+            ("vae's latent channels", self.vae.config.latent_channels, "unet's in_channels", unet.config.in_channels),
+            ("text_encoder's vocabulary", self.text_encoder.config.vocab_size, "text_hand_encoder's",
+             encoder.config.vocab_size),
+        ]  # fmt: skip
+        kernel = list(self.position_kernel.config.frequencies) if self.position_kernel is not None else []
+        pairs.append(
+            ("text_hand_encoder's frequencies", list(encoder.config.frequencies), "position_kernel's", kernel)
+        )
+        for name, value, other, wanted in pairs:
+            if value != wanted:
+                raise CheckpointError(f"The parts do not fit together: {name} is {value}, {other} is {wanted}.")
+        if self.tokenizer.get_vocab_size() > encoder.config.vocab_size:
+            raise CheckpointError(
+                f"The tokenizer has {self.tokenizer.get_vocab_size()} tokens, "
+                f"the text models only {encoder.config.vocab_size}."
+            )
+        multiple = 2 ** (len(self.vae.config.block_out_channels) + len(unet.config.block_out_channels) - 2)
+        if any(side % multiple for side in self.image_size):
+            raise CheckpointError(
+                f"Pictures of {self.image_size[0]}x{self.image_size[1]} do not fit: "
+                f"both sides must be multiples of {multiple} for this VAE and UNet."
+            )
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises CheckpointError where a part's weights come as a pickle only."""
+    for part in PARTS:
+        files = [path for path in (folder / part).glob("*") if path.is_file()]
+        pickles = [path.name for path in files if path.suffix in PICKLES]
+        if pickles and not any(path.suffix == ".safetensors" for path in files):
+            raise CheckpointError(
+                f"{folder / part} holds its weights as a pickle ({pickles[0]}), which can run code when opened. "
+                "Convert it where you trust its origin: "
+                "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')."
+            )
+
+
+def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
+    """Reads tokenizer.json, or the vocab.json and merges.txt of older checkpoints; with its special tokens' ids."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    ids = {}
+    for name, usual in (("bos", BOS), ("eos", EOS), ("pad", EOS)):
+        token = config.get(f"{name}_token", usual)
+        token = token["content"] if isinstance(token, dict) else token
+        number = tokenizer.token_to_id(token)
+        if number is None:
+            raise CheckpointError(f"The tokenizer has no {name} token {token!r}.")
+        ids[name] = number
+    length = config.get("model_max_length", 77)
+    return tokenizer, {**ids, "length": int(length) if length < 10_000 else 77}
+
+
+def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE like CLIP's, trained on `texts`. Bytes are in its alphabet, so that any script is readable."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    pattern = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2 - len(alphabet),
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # Training adds only those bytes to the end of a word that it has seen there: add the rest.
+    state = json.loads(tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    for symbol in alphabet:
+        vocabulary.setdefault(symbol + "</w>", len(vocabulary))
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.add_special_tokens([BOS, EOS])
+    return tokenizer
+
+
+def default_settings(config: Config) -> dict[str, Any]:
+    names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance")
+    return {name: getattr(config, name) for name in names}
+
+
+def random_checkpoint(config: Config, seed: int = 0, texts: Iterable[str] = (), body: Path | None = None) -> Checkpoint:
+    """An untrained checkpoint of any size, for training to start from, for tests and for benchmarks.
+
+    texts: what the tokenizer is trained on. The amplitudes of the positional kernel start at zero, as they must.
+    """
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(list(texts) or ["a left hand, a right hand, two open hands"], config.vocab_size)
+    special = {
+        "bos": tokenizer.token_to_id(BOS),
+        "eos": tokenizer.token_to_id(EOS),
+        "pad": tokenizer.token_to_id(EOS),
+        "length": config.text_length,
+    }
+    clip = CLIPTextConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.text_width,
+        intermediate_size=4 * config.text_width,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.text_heads,
+        max_position_embeddings=config.text_length,
+        bos_token_id=special["bos"],
+        eos_token_id=special["eos"],
+        pad_token_id=special["pad"],
+    )
+    attention = config.unet_attention
+    unet = UNet2DConditionModel(
+        sample_size=config.latent_size,
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        block_out_channels=config.unet_channels,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        layers_per_block=config.unet_layers,
+        cross_attention_dim=config.text_width,
+        attention_head_dim=config.unet_heads,
+        norm_num_groups=config.unet_groups,
+    )
+    levels = len(config.vae_channels)
+    vae = AutoencoderKL(
+        sample_size=config.image_size[0],
+        latent_channels=config.latent_channels,
+        block_out_channels=config.vae_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=config.vae_layers,
+        norm_num_groups=config.vae_groups,
+    )
+    checkpoint = Checkpoint(
+        tokenizer=tokenizer,
+        special_tokens=special,
+        text_encoder=CLIPTextModel(clip),
+        hand_prior=HandPrior(config.prior_width, config.prior_layers, config.prior_heads, config.text_width),
+        text_hand_encoder=TextHandEncoder.from_clip(
+            CLIPTextModel(clip), cues=list(config.cues), frequencies=list(config.frequencies)
+        ),
+        unet=unet,
+        position_kernel=PositionKernel.for_unet(unet, config.frequencies) if config.frequencies else None,
+        vae=vae,
+        scheduler=dict(SD_SCHEDULE if config.schedule == "sd" else DEMO_SCHEDULE),
+        hand_scheduler=dict(HAND_SCHEDULE),
+        defaults=default_settings(config),
+        image_size=config.image_size,
+        body=body,
+        name="random",
+    )
+    checkpoint.check()
+    for module in checkpoint.modules().values():
+        module.eval()
+    checkpoint.attach_kernel()
+    return checkpoint

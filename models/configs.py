@@ -1,0 +1,130 @@
+"""Sizes of the whole system. One description serves the tests, the demo and the paper's scale.
+
+    checkpoint = random_checkpoint(CONFIGS["tiny"])        # see models/checkpoint.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .text_hand_encoder import CUES
+
+# Noise schedules in diffusers' words. Stage 1 predicts x0; stage 2 of the demo predicts v with zero terminal SNR
+# (Lin et al. 2024), so that the last step of training is pure noise, as the first step of sampling is.
+HAND_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "sample",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+DEMO_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+SD_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers that fix every stage's shape. Names follow diffusers and transformers."""
+
+    image_size: tuple[int, int] = (128, 128)  # H, W in pixels
+    # Text: both the stage-1 sentence encoder and the Text+Hand encoder
+    vocab_size: int = 1024
+    text_width: int = 128
+    text_layers: int = 4
+    text_heads: int = 4
+    text_length: int = 77
+    # Text+Hand encoder and positional kernel
+    cues: tuple[str, ...] = CUES
+    frequencies: tuple[float, ...] = (1, 2, 4, 8)
+    # Hand prior
+    prior_width: int = 128
+    prior_layers: int = 4
+    prior_heads: int = 4
+    # UNet; a level has cross-attention or not
+    unet_channels: tuple[int, ...] = (32, 96, 128)
+    unet_attention: tuple[bool, ...] = (False, True, True)
+    unet_layers: int = 1
+    unet_heads: int | tuple[int, ...] = 4  # diffusers calls the number of heads `attention_head_dim` here
+    unet_groups: int = 16
+    # VAE: each level but the last halves the image
+    latent_channels: int = 4
+    vae_channels: tuple[int, ...] = (32, 64, 96)
+    vae_layers: int = 1
+    vae_groups: int = 16
+    schedule: str = "demo"  # "demo" or "sd"
+    # What a request takes unless it says otherwise
+    steps: int = 12
+    solver: str = "ddim"
+    guidance: float = 2.0
+    hand_steps: int = 10
+    hand_solver: str = "ddim"
+    hand_guidance: float = 1.0
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        factor = 2 ** (len(self.vae_channels) - 1)
+        return self.image_size[0] // factor, self.image_size[1] // factor
+
+
+CONFIGS = {
+    # For tests: seconds to make, export and run. Not square, unlike any other in widths, heads and layers.
+    "tiny": Config(
+        image_size=(32, 48),
+        vocab_size=600,
+        text_width=32,
+        text_layers=2,
+        text_heads=2,
+        prior_width=32,
+        prior_layers=2,
+        prior_heads=2,
+        unet_channels=(16, 32),
+        unet_attention=(False, True),
+        unet_heads=2,
+        unet_groups=8,
+        vae_channels=(8, 16),
+        vae_groups=4,
+        steps=4,
+        hand_steps=3,
+    ),
+    "demo": Config(),
+    # The paper's scale: Stable Diffusion 1.5's UNet and VAE, CLIP ViT-L/14's text model, a prior of 512 x 8.
+    "sd15": Config(
+        image_size=(512, 512),
+        vocab_size=49408,
+        text_width=768,
+        text_layers=12,
+        text_heads=12,
+        prior_width=512,
+        prior_layers=8,
+        prior_heads=8,
+        unet_channels=(320, 640, 1280, 1280),
+        unet_attention=(True, True, True, False),
+        unet_layers=2,
+        unet_heads=8,
+        unet_groups=32,
+        vae_channels=(128, 256, 512, 512),
+        vae_layers=2,
+        vae_groups=32,
+        schedule="sd",
+        steps=20,
+        solver="dpm++2m",
+        guidance=7.5,
+    ),
+}

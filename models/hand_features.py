@@ -1,0 +1,143 @@
+"""From sampled hand parameters to what the Text+Hand encoder is told: forward kinematics, camera, hand cues.
+
+The parameters say where each hand is in the image and how large (see `PLACEMENT` in the contract); the camera is
+derived from that. A camera that is predicted raw, beside the pose, puts hands off the frame.
+
+    features = HandFeatures(body, mean, std, basis)(x)
+    features["joints"]  # [B, 2, 21, 2], in [0, 1] of the image's width and height
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import BETAS, NUM_PARAMS, PLACEMENT, ROTATIONS
+from .smplh import (
+    HAND_JOINTS,
+    LEFT_WRIST,
+    NUM_JOINTS,
+    RIGHT_WRIST,
+    SMPLH,
+    TIP_VERTICES,
+    matrix_to_rotation_6d,
+    rotation_6d_to_matrix,
+)
+
+# Each hand's rotations as MANO orders them: the wrist (in the camera's frame), then index, middle, little, ring
+# finger and thumb, three joints each, relative to their parents.
+HAND_ROTATIONS = ((LEFT_WRIST, *range(22, 37)), (RIGHT_WRIST, *range(37, 52)))
+# Where the basis points lie: a ball around the hand, in the wrist's frame of the left hand (the right is mirrored).
+BASIS_CENTRE, BASIS_RADIUS = (0.09, 0.0, 0.0), 0.15  # metres
+MIN_IN_FRAME = 0.5  # a hand counts as visible when at least this share of its joints is inside the image
+
+
+def make_basis(num_points: int = 512, seed: int = 0) -> Tensor:
+    """Basis points for both hands, [2, num_points, 3] metres in the wrists' frames, uniform in a ball."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(num_points, 3, generator=generator)
+    direction = direction / direction.norm(dim=-1, keepdim=True)
+    radius = BASIS_RADIUS * torch.rand(num_points, 1, generator=generator) ** (1 / 3)
+    left = direction * radius + torch.tensor(BASIS_CENTRE)
+    return torch.stack([left, left * torch.tensor([-1.0, 1.0, 1.0])])
+
+
+def pack(rotations: Tensor, betas: Tensor, placement: Tensor) -> Tensor:
+    """Matrices [B, 52, 3, 3], betas [B, 10] and placement [B, 2, 4] -> parameters [B, P] (not normalised)."""
+    return torch.cat([matrix_to_rotation_6d(rotations).flatten(1), betas, placement.flatten(1)], 1)
+
+
+def placement_of(joints: Tensor, camera: Tensor, present: Tensor) -> Tensor:
+    """Where a camera puts the hands: the inverse of the derived camera, for making training data.
+
+    joints: [B, 62, 3]; camera: [B, 3] (s, tx, ty); present: [B, 2] in {0, 1}.
+    Returns [B, 2, 4]: presence, centre x, y, log size. Absent hands get the neutral (0, 0, 0, log 0.5).
+    """
+    hands = joints[:, HAND_JOINTS, :2]  # [B, 2, 21, 2]
+    view = camera[:, None, None, :1] * (hands + camera[:, None, None, 1:])
+    centre = view.mean(2)
+    size = (view - centre[:, :, None]).square().sum(-1).mean(-1).sqrt().log()
+    shown = present[..., None].to(joints.dtype)
+    neutral = torch.tensor([0.0, 0.0, -0.6931], dtype=joints.dtype, device=joints.device)
+    return torch.cat([shown, torch.where(shown > 0, torch.cat([centre, size[..., None]], -1), neutral)], -1)
+
+
+class HandFeatures(nn.Module):
+    """Forward kinematics and the three hand cues; float32 always.
+
+    mean, std: [P], the normalisation of the hand prior's parameters; basis: [2, N, 3] from `make_basis`;
+    aspect: width / height of the image.
+    """
+
+    mean: Tensor
+    std: Tensor
+    basis: Tensor
+
+    def __init__(self, body: SMPLH, mean: Tensor, std: Tensor, basis: Tensor, aspect: float = 1.0) -> None:
+        super().__init__()
+        assert mean.shape == std.shape == (NUM_PARAMS,), mean.shape
+        self.body = body
+        self.aspect = aspect
+        self.register_buffer("mean", mean.detach().float().clone())
+        self.register_buffer("std", std.detach().float().clone())
+        self.register_buffer("basis", basis.detach().float().clone())
+        # A hand's vertices: those that follow a wrist or finger joint of that hand most.
+        strongest = body.weights.argmax(1)
+        self.hand_vertices = [
+            torch.isin(strongest, torch.tensor(joints)).nonzero()[:, 0].tolist() for joints in HAND_ROTATIONS
+        ]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """x: [B, P] normalised parameters. Returns the outputs of the graph `hand_features` (see the contract)."""
+        params = x * self.std + self.mean
+        batch = params.shape[0]
+        rotations = rotation_6d_to_matrix(params[:, ROTATIONS].reshape(batch, NUM_JOINTS, 6))
+        betas = params[:, BETAS]
+        placement = params[:, PLACEMENT].reshape(batch, 2, 4)
+        turns, places, rest = self.body.kinematics(rotations, betas)
+        vertices = self.body.skin(rotations, betas, turns, places, rest)
+        joints = torch.cat([places, vertices[:, list(TIP_VERTICES)]], 1)  # [B, 62, 3]
+
+        present = (placement[..., 0] > 0.5).to(x.dtype)  # [B, 2]
+        hands = joints[:, HAND_JOINTS]  # [B, 2, 21, 3]
+        camera = self.camera(hands[..., :2], placement, present)
+        view = camera[:, None, None, :1] * (hands[..., :2] + camera[:, None, None, 1:])  # y up, +-1 over the height
+        image = torch.stack([0.5 + 0.5 * view[..., 0] / self.aspect, 0.5 - 0.5 * view[..., 1]], -1)
+        inside = ((image >= 0) & (image <= 1)).all(-1).to(x.dtype).mean(-1)  # [B, 2]
+
+        wrists = turns[:, (LEFT_WRIST, RIGHT_WRIST)]  # [B, 2, 3, 3]
+        fingers = torch.stack([rotations[:, list(joints_of[1:])] for joints_of in HAND_ROTATIONS], 1)
+        return {
+            "joints": image,
+            "rotations": matrix_to_rotation_6d(torch.cat([wrists[:, :, None], fingers], 2)),
+            "bps": torch.stack([self.distances(vertices, places, turns, hand) for hand in range(2)], 1),
+            "visibility": present * (inside >= MIN_IN_FRAME).to(x.dtype),
+            "vertices": vertices,
+            "joints_3d": joints,
+            "camera": camera,
+        }
+
+    @staticmethod
+    def camera(hands: Tensor, placement: Tensor, present: Tensor) -> Tensor:
+        """The weak-perspective camera (s, tx, ty) [B, 3] that puts the hands where `placement` wants them.
+
+        image = s * (metres + t), y up. One hand decides it exactly; two hands share it in the least-squares sense.
+        hands: [B, 2, 21, 2] metres; placement: [B, 2, 4]; present: [B, 2].
+        """
+        share = present + 1e-4  # no hand at all: both count alike, and the hands are reported as not visible
+        share = share / share.sum(1, keepdim=True)
+        centre = hands.mean(2)  # [B, 2, 2]
+        radius = (hands - centre[:, :, None]).square().sum(-1).mean(-1).clamp_min(1e-8).sqrt()
+        scale = (share * (placement[..., 3].clamp(-6.0, 3.0) - radius.log())).sum(1, keepdim=True).exp()  # [B, 1]
+        shift = (share[..., None] * (placement[..., 1:3] / scale[..., None] - centre)).sum(1)
+        return torch.cat([scale, shift], 1)
+
+    def distances(self, vertices: Tensor, places: Tensor, turns: Tensor, hand: int) -> Tensor:
+        """Distances [B, N] in metres from each basis point to the nearest vertex of the hand, in the wrist's frame."""
+        wrist = (LEFT_WRIST, RIGHT_WRIST)[hand]
+        cloud = vertices[:, self.hand_vertices[hand]] - places[:, wrist, None]
+        cloud = cloud @ turns[:, wrist]  # rows times R = R^T times columns: into the wrist's frame
+        basis = self.basis[hand]
+        # |p - v|^2 by its expansion: one matrix product instead of a [B, N, V, 3] difference.
+        squared = basis.square().sum(-1)[:, None] + cloud.square().sum(-1)[:, None] - 2 * basis @ cloud.mT
+        return squared.amin(-1).clamp_min(0.0).sqrt()

@@ -1,0 +1,97 @@
+"""The hand prior (Text-to-Hand-Params): a transformer that denoises SMPL-H parameters for a sentence vector.
+
+It predicts the clean parameters x0 (as MDM does, Tevet et al. 2022). The parameters are cut into 17 tokens along the
+body: a token a finger, an arm, the trunk, the legs, the shape, and each hand's place in the image.
+
+    x0 = prior(x, timestep, text)        # x [B, 330] normalised, timestep [B] in [0, 999], text [B, D]
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import Tensor, nn
+
+from ..contract import BETAS, NUM_PARAMS, PLACEMENT
+
+# Joints of each token: trunk and head, legs, left arm, right arm, then the ten fingers.
+JOINT_GROUPS = (
+    (0, 3, 6, 9, 12, 15),
+    (1, 2, 4, 5, 7, 8, 10, 11),
+    (13, 16, 18, 20),
+    (14, 17, 19, 21),
+    *((first, first + 1, first + 2) for first in range(22, 52, 3)),
+)
+# The same as ranges of parameters, with the shape and the two hands' placement.
+TOKENS: tuple[tuple[int, ...], ...] = (
+    *(tuple(6 * joint + k for joint in group for k in range(6)) for group in JOINT_GROUPS),
+    tuple(range(BETAS.start, BETAS.stop)),
+    tuple(range(PLACEMENT.start, PLACEMENT.start + 4)),
+    tuple(range(PLACEMENT.start + 4, PLACEMENT.stop)),
+)
+# Tokens hold the parameters in another order; this undoes it.
+_ORDER = [index for token in TOKENS for index in token]
+RESTORE = sorted(range(NUM_PARAMS), key=_ORDER.__getitem__)
+
+
+def timestep_features(timestep: Tensor, width: int) -> Tensor:
+    """Sinusoidal features [B, width] of timesteps [B] (Vaswani et al. 2017); fractions are allowed."""
+    half = width // 2
+    rates = torch.exp(torch.arange(half, device=timestep.device) * (-math.log(10000.0) / half))
+    angle = timestep.float()[:, None] * rates
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, width] -> the same."""
+        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        mixed = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class HandPrior(ModelMixin, ConfigMixin):
+    """A transformer diffusion model over SMPL-H parameters. The paper's size is width 512, 8 layers."""
+
+    mean: Tensor
+    std: Tensor
+
+    @register_to_config
+    def __init__(self, width: int = 512, num_layers: int = 8, num_heads: int = 8, text_width: int = 768) -> None:
+        super().__init__()
+        # Normalisation of the parameters, saved with the weights: x = (params - mean) / std.
+        self.register_buffer("mean", torch.zeros(NUM_PARAMS))
+        self.register_buffer("std", torch.ones(NUM_PARAMS))
+        self.encode = nn.ModuleList(nn.Linear(len(token), width) for token in TOKENS)
+        self.decode = nn.ModuleList(nn.Linear(width, len(token)) for token in TOKENS)
+        self.place = nn.Parameter(torch.randn(2 + len(TOKENS), width) * 0.02)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.text = nn.Linear(text_width, width)
+        self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """x: [B, P] noisy normalised parameters; timestep: [B]; text: [B, D]. Returns x0 [B, P]."""
+        time = self.time(timestep_features(timestep, self.config.width).to(x.dtype))
+        tokens = [layer(x[:, list(token)]) for layer, token in zip(self.encode, TOKENS, strict=True)]
+        sequence = torch.stack([time, self.text(text), *tokens], 1) + self.place
+        sequence = torch.cat([sequence[:, :2], sequence[:, 2:] + sequence[:, :1] + sequence[:, 1:2]], 1)
+        for block in self.blocks:
+            sequence = block(sequence)
+        sequence = self.norm(sequence)
+        out = [layer(sequence[:, 2 + index]) for index, layer in enumerate(self.decode)]
+        return torch.cat(out, 1)[:, RESTORE]

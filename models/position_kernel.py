@@ -1,0 +1,134 @@
+"""The positional kernel in cross-attention: pixels look at the joints that lie near them.
+
+Every cross-attention logit between a latent pixel at p and a token at position q gets
+
+    sum_f a_f (cos w_f (p_x - q_x) + cos w_f (p_y - q_y)),    w_f = pi/2 * frequency
+
+with one learned amplitude a_f per head and layer. Because cos(p - q) = cos p cos q + sin p sin q, this equals
+concatenating `a * code(p)` to the queries and `code(q)` to the keys: it stays plain dot-product attention. With a = 0
+nothing changes, so that a pretrained UNet starts as it was. It is ours, not the paper's; without it the small models
+never learned to put a finger where the joints are. A UNet without it (`position_kernel` missing in the checkpoint) is
+the paper's plain mechanism.
+
+    kernel = PositionKernel.for_unet(unet, frequencies=(1, 2, 4, 8))
+    attach(unet, kernel, latent_size=(64, 64))
+    unet(latents, timestep, context)     # context[..., W:] are the tokens' position codes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+# After the code of its position, a token says of what kind it is; tokens without a position get a learned constant.
+TOKEN_KINDS = ("text", "vertices")
+
+
+def code_width(frequencies: Sequence[float]) -> int:
+    """Channels of a position code: 4 per frequency and one per token kind, filled up to a multiple of 8."""
+    if not frequencies:
+        return 0
+    return -(-(4 * len(frequencies) + len(TOKEN_KINDS)) // 8) * 8
+
+
+def position_code(position: Tensor, frequencies: Tensor) -> Tensor:
+    """[..., 2] positions in [0, 1] -> [..., 4 F]: cos and sin for x, then for y."""
+    angle = (2 * position - 1)[..., None] * (frequencies * (math.pi / 2))  # [..., 2, F]
+    return torch.cat([angle.cos(), angle.sin()], -1).flatten(-2)
+
+
+class PositionKernel(ModelMixin, ConfigMixin):
+    """The amplitudes of all cross-attention layers; saved as a folder of its own beside the UNet."""
+
+    @register_to_config
+    def __init__(self, heads: Sequence[int] = (8,), frequencies: Sequence[float] = (1, 2, 4, 8)) -> None:
+        super().__init__()
+        self.amplitudes = nn.ParameterList(nn.Parameter(torch.zeros(h, len(frequencies))) for h in heads)
+        self.constants = nn.ParameterList(nn.Parameter(torch.zeros(h, len(TOKEN_KINDS))) for h in heads)
+
+    @classmethod
+    def for_unet(cls, unet: UNet2DConditionModel, frequencies: Sequence[float] = (1, 2, 4, 8)) -> PositionKernel:
+        return cls(heads=[layer.heads for layer in cross_attentions(unet)], frequencies=list(frequencies))
+
+    def query_code(self, layer: int, height: int, width: int) -> Tensor:
+        """What is concatenated to the queries of a layer over a height x width grid: [heads, height * width, C]."""
+        amplitude, constant = self.amplitudes[layer], self.constants[layer]
+        frequencies = torch.tensor(self.config.frequencies, dtype=torch.float32, device=amplitude.device)
+        y = (torch.arange(height, device=amplitude.device) + 0.5) / height
+        x = (torch.arange(width, device=amplitude.device) + 0.5) / width
+        grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1)
+        code = position_code(grid, frequencies)  # [N, 4 F]
+        scaled = code * amplitude.float().repeat(1, 4)[:, None]
+        filled = torch.cat([scaled, constant.float()[:, None].expand(-1, len(grid), -1)], -1)
+        return F.pad(filled, (0, code_width(self.config.frequencies) - filled.shape[-1]))
+
+
+def cross_attentions(unet: UNet2DConditionModel) -> list[Attention]:
+    """The cross-attention layers of a UNet, in the order of `named_modules`."""
+    return [
+        module
+        for name, module in unet.named_modules()
+        if name.endswith("attn2") and isinstance(module, Attention)
+    ]
+
+
+class CrossAttention:
+    """Attention processor for one cross-attention layer, with or without the kernel.
+
+    `encoder_hidden_states` is the context [N, L, W + code], or the list of all layers' (key, value) pairs as
+    `keys_values` made them, for a loop in which the context does not change.
+    """
+
+    def __init__(self, layer: int, kernel: PositionKernel | None, latent_size: tuple[int, int]) -> None:
+        self.layer, self.kernel, self.latent_size = layer, kernel, latent_size
+
+    def keys_values(self, attn: Attention, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, L, W + code] -> key [N, heads, L, d + code], value [N, heads, L, d]."""
+        width = attn.to_k.in_features
+        text, code = context[..., :width], context[..., width:]
+        key = attn.to_k(text).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        value = attn.to_v(text).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        if self.kernel is not None:
+            key = torch.cat([key, code[:, None].expand(-1, attn.heads, -1, -1).to(key.dtype)], -1)
+        return key, value
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | list[tuple[Tensor, Tensor]],
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) * attn.scale
+        if isinstance(encoder_hidden_states, list):
+            key, value = encoder_hidden_states[self.layer]
+        else:
+            key, value = self.keys_values(attn, encoder_hidden_states)
+        if self.kernel is not None:
+            # The grid of this level: the latent grid divided by a power of two.
+            height, width = self.latent_size
+            factor = round(math.sqrt(height * width / query.shape[2]))
+            code = self.kernel.query_code(self.layer, -(-height // factor), -(-width // factor))
+            query = torch.cat([query, code.to(query.dtype).expand(query.shape[0], -1, -1, -1)], -1)
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+def attach(unet: UNet2DConditionModel, kernel: PositionKernel | None, latent_size: tuple[int, int]) -> None:
+    """Makes every cross-attention layer of `unet` use the kernel (None: plain attention) on a latent grid (h, w)."""
+    layers = cross_attentions(unet)
+    if kernel is not None and [layer.heads for layer in layers] != list(kernel.config.heads):
+        raise ValueError(
+            f"The kernel was made for cross-attention layers of {list(kernel.config.heads)} heads; "
+            f"this UNet has {[layer.heads for layer in layers]}."
+        )
+    for index, layer in enumerate(layers):
+        layer.set_processor(CrossAttention(index, kernel, latent_size))

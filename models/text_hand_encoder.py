@@ -1,0 +1,235 @@
+"""The Text+Hand encoder: a CLIP text transformer over the prompt's tokens and the hands' tokens together.
+
+Sequence: 77 text tokens exactly as Stable Diffusion has them, then for each hand 21 joint tokens (the sum of the
+joint's place in the image and its rotation) and one vertex token (the basis point set). Text looks back only, as in
+CLIP, so its 77 outputs are plain CLIP's whatever the hands do; hand tokens look at all text and all hand tokens. A
+hand that is absent or off the frame is replaced by a learned null token. The paper does not publish its layout; this
+one is ours.
+
+    encoder = TextHandEncoder.from_clip(CLIPTextModel.from_pretrained(...))
+    context = encoder(input_ids, joints=joints, rotations=rotations, bps=bps, visibility=visibility)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from .hand_features import make_basis
+from .position_kernel import TOKEN_KINDS, code_width, position_code
+
+CUES = ("joints", "rotations", "vertices")
+NUM_HAND_JOINTS, NUM_HAND_ROTATIONS = 21, 16
+# Which of MANO's 16 rotations belongs to each of the 21 joints; the five tips have none.
+ROTATED_JOINTS = (0, 1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19)
+ROTATION_OF_JOINT = (0, 13, 14, 15, 1, 2, 3, 4, 5, 6, 10, 11, 12, 7, 8, 9)
+PARENT_OF_JOINT = (0, 0, 1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 0, 13, 14, 15, 0, 17, 18, 19)
+BPS_SCALE = 10.0  # distances are centimetres to decimetres: bring them to the order of one
+LOCATION_OCTAVES = 6  # Fourier features of a joint's place, down to 1/32 of the image
+
+# What a CLIP text model is made from; the names are transformers'.
+CLIP_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def pooled(hidden: Tensor, input_ids: Tensor, eos_token_id: int) -> Tensor:
+    """The sentence vector [B, W]: the output at the first end-of-text token (padding is the same token)."""
+    at = (input_ids == eos_token_id).to(torch.int32).argmax(-1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), at]
+
+
+def causal_mask(length: int, free_from: int, device: torch.device) -> Tensor:
+    """[1, 1, L, L] booleans, True where a token may look: back only, but freely among tokens >= free_from."""
+    place = torch.arange(length, device=device)
+    return ((place[None] <= place[:, None]) | (place[:, None] >= free_from))[None, None]
+
+
+class TextHandEncoder(ModelMixin, ConfigMixin):
+    """CLIP's text transformer over text and hand tokens.
+
+    cues: which hand cues are used, any subset of ("joints", "rotations", "vertices"); without any, the hands are cut
+    off and this is CLIP. frequencies: of the position codes that are appended to the context for the UNet's
+    positional kernel; empty for the paper's plain cross-attention.
+    """
+
+    basis: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 49408,
+        hidden_size: int = 768,
+        intermediate_size: int = 3072,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        max_position_embeddings: int = 77,
+        hidden_act: str = "quick_gelu",
+        bos_token_id: int = 49406,
+        eos_token_id: int = 49407,
+        pad_token_id: int = 49407,
+        cues: Sequence[str] = CUES,
+        frequencies: Sequence[float] = (1, 2, 4, 8),
+        num_basis: int = 512,
+    ) -> None:
+        super().__init__()
+        unknown = set(cues) - set(CUES)
+        if unknown:
+            raise ValueError(f"Unknown hand cues {sorted(unknown)}; there are {', '.join(CUES)}.")
+        text = CLIPTextModel(CLIPTextConfig(**{key: getattr(self.config, key) for key in CLIP_KEYS}))
+        # transformers 5 dropped the inner `text_model`; either way these are the trained parts.
+        inner = getattr(text, "text_model", text)
+        self.embeddings, self.layers, self.final_layer_norm = (
+            inner.embeddings,
+            inner.encoder.layers,
+            inner.final_layer_norm,
+        )
+        width = hidden_size
+        if "joints" in cues:
+            self.location = nn.Sequential(
+                nn.Linear(4 + 4 * LOCATION_OCTAVES, width), nn.GELU(), nn.Linear(width, width)
+            )
+        if "rotations" in cues:
+            self.rotation = nn.Linear(6, width)
+        if "vertices" in cues:
+            self.vertices = nn.Sequential(nn.Linear(num_basis, width), nn.GELU(), nn.Linear(width, width))
+        self.register_buffer("basis", make_basis(num_basis))  # [2, N, 3], saved with the weights
+        if self.tokens_per_hand:
+            # New rows start with the spread of CLIP's own embeddings, so that its first layers see nothing strange.
+            spread = self.embeddings.token_embedding.weight.detach().std()
+            self.place = nn.Parameter(torch.randn(self.tokens_per_hand, width) * spread)
+            self.side = nn.Parameter(torch.randn(2, width) * spread)
+            self.null = nn.Parameter(torch.randn(width) * spread)
+
+    @property
+    def joint_tokens(self) -> int:
+        return NUM_HAND_JOINTS if {"joints", "rotations"} & set(self.config.cues) else 0
+
+    @property
+    def tokens_per_hand(self) -> int:
+        return self.joint_tokens + ("vertices" in self.config.cues)
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the length of the context."""
+        return self.config.max_position_embeddings + 2 * self.tokens_per_hand
+
+    @property
+    def context_width(self) -> int:
+        """W, the width of the context: CLIP's width and the position code's."""
+        return self.config.hidden_size + code_width(self.config.frequencies)
+
+    @classmethod
+    def from_clip(cls, clip: CLIPTextModel, **config: Any) -> TextHandEncoder:
+        """Starts from a CLIP text model (that of Stable Diffusion, for example); config: cues, frequencies."""
+        encoder = cls(**{key: getattr(clip.config, key) for key in CLIP_KEYS}, **config)
+        inner = getattr(clip, "text_model", clip)
+        encoder.embeddings.load_state_dict(inner.embeddings.state_dict())
+        encoder.layers.load_state_dict(inner.encoder.layers.state_dict())
+        encoder.final_layer_norm.load_state_dict(inner.final_layer_norm.state_dict())
+        return encoder
+
+    def hand_tokens(
+        self, joints: Tensor | None, rotations: Tensor | None, bps: Tensor | None, visibility: Tensor
+    ) -> Tensor:
+        """The hands' embedded tokens [N, 2 * tokens_per_hand, W]."""
+        batch, width = len(visibility), self.config.hidden_size
+        tokens = visibility.new_zeros(batch, 2, self.joint_tokens, width)
+        if "joints" in self.config.cues:
+            assert joints is not None
+            scaled = (2 * joints - 1).clamp(-3.0, 3.0)  # [N, 2, 21, 2]
+            octaves = 2.0 ** torch.arange(LOCATION_OCTAVES, device=scaled.device) * (math.pi / 2)
+            angle = (scaled[..., None] * octaves).flatten(-2)
+            bone = scaled - scaled[:, :, list(PARENT_OF_JOINT)]
+            features = torch.cat([scaled, bone * 4, angle.sin(), angle.cos()], -1)
+            tokens = tokens + self.location(features)
+        if "rotations" in self.config.cues:
+            assert rotations is not None
+            turned = self.rotation(rotations[:, :, list(ROTATION_OF_JOINT)])  # [N, 2, 16, W], in the joints' order
+            # The five tips have no rotation of their own: a zero row stands in for them.
+            padded = torch.cat([turned, torch.zeros_like(turned[:, :, :1])], 2)
+            row = [ROTATED_JOINTS.index(j) if j in ROTATED_JOINTS else 16 for j in range(NUM_HAND_JOINTS)]
+            tokens = tokens + padded[:, :, row]
+        if "vertices" in self.config.cues:
+            assert bps is not None
+            tokens = torch.cat([tokens, self.vertices(bps * BPS_SCALE)[:, :, None]], 2)
+        seen = visibility[:, :, None, None] > 0.5
+        tokens = torch.where(seen, tokens, self.null.to(tokens.dtype))
+        tokens = tokens + self.place + self.side[:, None]
+        return tokens.flatten(1, 2)
+
+    def position_codes(self, joints: Tensor | None, visibility: Tensor) -> Tensor:
+        """[N, L, C]: of each token its position's code and its kind; zero for hidden hands, so the kernel is off."""
+        batch, text = len(visibility), self.config.max_position_embeddings
+        channels, located = code_width(self.config.frequencies), 4 * len(self.config.frequencies)
+        seen = visibility[:, :, None, None].to(torch.float32)
+
+        def kind(name: str, *shape: int) -> Tensor:
+            one = F.one_hot(torch.tensor(located + TOKEN_KINDS.index(name)), channels).to(torch.float32)
+            return one.to(visibility.device).expand(*shape, channels)
+
+        parts = []
+        if self.joint_tokens:
+            if "joints" in self.config.cues:
+                assert joints is not None
+                frequencies = torch.tensor(
+                    self.config.frequencies, dtype=torch.float32, device=visibility.device
+                )
+                code = F.pad(position_code(joints.float(), frequencies), (0, channels - located))
+            else:
+                code = visibility.new_zeros(batch, 2, self.joint_tokens, channels)
+            parts.append(code * seen)
+        if "vertices" in self.config.cues:
+            parts.append(kind("vertices", batch, 2, 1) * seen)
+        codes = kind("text", batch, text)
+        return torch.cat([codes, torch.cat(parts, 2).flatten(1, 2)], 1) if parts else codes
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        joints: Tensor | None = None,
+        rotations: Tensor | None = None,
+        bps: Tensor | None = None,
+        visibility: Tensor | None = None,
+    ) -> Tensor:
+        """Encodes prompts and hands.
+
+        input_ids: [N, 77]; joints: [N, 2, 21, 2] in [0, 1]; rotations: [N, 2, 16, 6]; bps: [N, 2, 512] metres;
+        visibility: [N, 2], 1 for a hand that is to be seen (None: no hands, the unconditional case).
+        Returns the context [N, L, W + code].
+        """
+        batch = len(input_ids)
+        if visibility is None:
+            dtype, device = self.final_layer_norm.weight.dtype, input_ids.device
+            visibility = torch.zeros(batch, 2, dtype=dtype, device=device)
+            joints = torch.zeros(batch, 2, NUM_HAND_JOINTS, 2, dtype=dtype, device=device)
+            rotations = torch.zeros(batch, 2, NUM_HAND_ROTATIONS, 6, dtype=dtype, device=device)
+            bps = torch.zeros(batch, 2, self.config.num_basis, dtype=dtype, device=device)
+        hidden = self.embeddings(input_ids=input_ids)
+        if self.tokens_per_hand:
+            hands = self.hand_tokens(joints, rotations, bps, visibility)
+            hidden = torch.cat([hidden, hands.to(hidden.dtype)], 1)
+        mask = causal_mask(hidden.shape[1], self.config.max_position_embeddings, hidden.device)
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=mask)
+        hidden = self.final_layer_norm(hidden)
+        if not self.config.frequencies:
+            return hidden
+        return torch.cat([hidden, self.position_codes(joints, visibility).to(hidden.dtype)], -1)

@@ -1,0 +1,263 @@
+"""`hd-run ENGINES PROMPT...`: prompts in, a folder of pictures out.
+
+hd-run demo "a right hand making a fist, blue background" "two open hands" --seed 7 --output out
+hd-run engines/ --prompts prompts.jsonl --batch-size 8
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .. import demo
+from ..contract import Manifest
+from ..engines.onnxruntime import DEVICES
+from ..errors import HanDiffuserError, RequestError
+from .outputs import OutputError, OutputFolder
+from .pipeline import Failure, HanDiffuser
+from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, read_requests
+from .schedules import SOLVERS
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+_STEPS = click.IntRange(1, MAX_STEPS)
+_GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("engines", metavar="ENGINES")
+@click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
+@click.option("--prompts", "prompts_file", metavar="FILE", help="A .txt (a prompt a line) or .jsonl file of prompts.")
+@click.option("--output", "-o", default="out", show_default=True, metavar="FOLDER", help="Where pictures go.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, MAX_SEED),
+    default=0,
+    show_default=True,
+    help="Seed of every picture; a repeated prompt takes the next one each time.",
+)
+@click.option(
+    "--images-per-prompt",
+    type=click.IntRange(1, 10000),
+    default=1,
+    show_default=True,
+    help="With the seeds SEED, SEED + 1, ...",
+)
+@click.option("--steps", type=_STEPS, help="Steps of the picture.  [default: the bundle's]")
+@click.option("--solver", type=click.Choice(list(SOLVERS)), help="Solver of the picture.  [default: the bundle's]")
+@click.option("--guidance", type=_GUIDANCE, help="How strictly the picture follows; 1 is off.  [default: the bundle's]")
+@click.option("--negative-prompt", help="What the picture shall not show.")
+@click.option("--hand-steps", type=_STEPS, help="Steps of the hands.  [default: the bundle's]")
+@click.option("--hand-guidance", type=_GUIDANCE, help="Guidance of the hands.  [default: the bundle's]")
+@click.option("--hand-params", metavar="FILE", help="A .hands.npz, edited or not: skips making hands.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
+@click.option("--quiet", "-q", is_flag=True, help="Only warnings and errors.")
+@click.version_option(package_name="handiffuser", prog_name="hd-run")
+def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output: str, **options: Any) -> int:
+    """Makes a picture of every PROMPT, with the hands it speaks of.
+
+    ENGINES is a bundle folder that hd-export made, or the word `demo` for the one that ships with this package.
+
+    For each picture the output folder gets ID.png, ID.hands.npz (SMPL-H arrays), ID.hands.png (the skeleton drawn
+    over it) and ID.json, and for all of them index.html. Run the same command again to go on after an interruption:
+    pictures that are there are skipped. The exit code is 0 when any picture is there, 1 when none could be made or
+    the run had to stop, 130 after Ctrl-C.
+    """
+    say = Reporter(options["quiet"])
+    settings = {
+        "steps": options["steps"],
+        "solver": options["solver"],
+        "guidance": options["guidance"],
+        "negative_prompt": options["negative_prompt"] or "",
+        "hand_steps": options["hand_steps"],
+        "hand_guidance": options["hand_guidance"],
+        "hands": options["hand_params"],
+    }
+    requests, places, refused = gather(prompts, prompts_file, settings)
+    if not requests and not refused:
+        raise RequestError('There is nothing to do: give a prompt, such as hd-run demo "a fist", or --prompts FILE.')
+    for sentence in refused:
+        say.problem(sentence)
+    if not requests:
+        return 1
+
+    # What can go wrong cheaply goes wrong first: the bundle's manifest, the folder, and only then the loading.
+    Manifest.load(demo.resolve(engines, "bundle"), verify=False)
+    with OutputFolder(output) as folder:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
+            pipeline = HanDiffuser.load(
+                engines, options["device"], options["threads"], batch_size=options["batch_size"]
+            )
+        resolved, unfit = pipeline.prepare(requests, options["seed"], options["images_per_prompt"])
+        refusals = [*refused, *(f"{places[problem.line - 1]}: {problem.sentence}" for problem in unfit)]
+        todo, skipped = [], 0
+        for request in resolved:
+            try:
+                if folder.done(request, pipeline.digest):
+                    skipped += 1
+                else:
+                    todo.append(request)
+            except RequestError as error:
+                refusals.append(f"{request.id}: {error}")
+        for sentence in refusals[len(refused) :]:
+            say.problem(sentence)
+
+        failed, stopped, code = 0, "", 0
+        started = time.perf_counter()
+        try:
+            with say.progress(todo) as progress:
+                for result in pipeline.run(todo, progress.event):
+                    if isinstance(result, Failure):
+                        failed += 1
+                        say.problem(f"{result.id}: {result.sentence}")
+                        continue
+                    for warning in result.warnings:
+                        say.warning(f"{result.id}: {warning}")
+                    folder.save(result)
+                    progress.picture()
+                folder.flush()
+        except KeyboardInterrupt:
+            stopped, code = "Interrupted. Run the same command again to go on.", INTERRUPTED
+        except HanDiffuserError as error:
+            stopped, code = str(error), 1
+        seconds = time.perf_counter() - started
+        folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk
+        index = ""
+        try:
+            index = str(folder.write_index())
+        except OutputError as error:
+            stopped, code = stopped or str(error), code or 1
+        if stopped:
+            say.problem(stopped)
+        say.summary(folder, index, seconds, skipped, len(refusals), failed)
+        return code if code or folder.saved or skipped else 1
+
+
+def gather(
+    prompts: tuple[str, ...], path: str | None, settings: dict[str, Any]
+) -> tuple[list[Request], list[str], list[str]]:
+    """Requests from the command line and the file, where each came from, and sentences about those refused."""
+    requests, places, refused = [], [], []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            requests.append(Request(prompt, **settings))
+            places.append(f"prompt {number}")
+        except RequestError as error:
+            refused.append(f"prompt {number}: {error}")
+    if path is not None:
+        lines, bad_lines = read_requests(path, **settings)
+        requests += lines.values()
+        places += [f"{path}, line {number}" for number in lines]
+        refused += [f"{path}, line {number}: {sentence}" for number, sentence in bad_lines]
+    return requests, places, refused
+
+
+class Reporter:
+    """What the user sees, all on stderr: a live bar on a terminal, plain lines in a log, nothing with --quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.quiet = quiet
+
+    def problem(self, sentence: str) -> None:
+        self.console.print(f"[red]hd-run:[/red] {escape(sentence)}")
+
+    def warning(self, sentence: str) -> None:
+        self.console.print(f"[yellow]hd-run: warning:[/yellow] {escape(sentence)}")
+
+    def progress(self, requests: list[Request]) -> ProgressReport:
+        return ProgressReport(self.console, requests, self.quiet)
+
+    def summary(
+        self, folder: OutputFolder, index: str, seconds: float, skipped: int, refused: int, failed: int
+    ) -> None:
+        if self.quiet:
+            return
+        done = len(folder.saved)
+        counts = [f"{done} picture{'s' * (done != 1)} in {seconds:.1f} s"]
+        for count, what in ((skipped, "skipped (done before)"), (refused, "refused"), (failed, "failed")):
+            if count:
+                counts.append(f"{count} {what}")
+        self.console.print(f"{', '.join(counts)}. They are in {escape(str(folder.path))}")
+        if index:
+            self.console.print(f"See them all: {escape(index)}")
+
+
+class ProgressReport:
+    """Pictures done and steps a second."""
+
+    def __init__(self, console: Console, requests: list[Request], quiet: bool) -> None:
+        self.console = console
+        self.live = console.is_terminal and not quiet
+        self.quiet = quiet
+        self.total, self.pictures, self.steps = len(requests), 0, 0
+        self.all_steps = sum(request.steps or 0 for request in requests)
+        self.started = self.printed = time.perf_counter()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not self.live,
+        )
+
+    def __enter__(self) -> ProgressReport:
+        self.bar.start()
+        self.task = self.bar.add_task("making hands", total=self.all_steps, rate="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def event(self, kind: str, count: int) -> None:
+        """See `pipeline.OnEvent`."""
+        if kind == "steps":
+            self.steps += count
+            rate = self.steps / max(time.perf_counter() - self.started, 1e-9)
+            self.bar.update(
+                self.task,
+                completed=self.steps,
+                description=f"{self.pictures} of {self.total} pictures",
+                rate=f"{rate:.1f} it/s",
+            )
+
+    def picture(self) -> None:
+        self.pictures += 1
+        now = time.perf_counter()
+        if not self.live and not self.quiet and (now - self.printed > 5 or self.pictures == self.total):
+            self.printed = now
+            rate = self.steps / max(now - self.started, 1e-9)
+            self.console.print(f"{self.pictures} of {self.total} pictures, {rate:.1f} it/s")
+
+
+def main() -> None:
+    """Entry point: one sentence and an exit code instead of a traceback."""
+    try:
+        code = run.main(standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):  # while it was still loading
+        click.echo("hd-run: Interrupted.", err=True)
+        code = INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (HanDiffuserError, OSError) as error:
+        click.echo(f"hd-run: {error}", err=True)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Hands on disk and on the picture: parameters <-> standard SMPL-H arrays, `.hands.npz`, and the skeleton overlay.
+
+    save_hands("fist.hands.npz", hands, prompt="a fist")
+    params = load_hands("fist.hands.npz")     # after editing body_pose, right_hand_pose, ... with any tool
+
+The arrays are smplx's: axis-angle in radians with `flat_hand_mean=True`, so
+`smplx.create(..., model_type="smplh", use_pca=False, flat_hand_mean=True, num_betas=10)` poses them as they are.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..contract import BETAS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
+from ..errors import RequestError
+
+# Array -> which of the 52 joints it poses.
+POSES = {
+    "global_orient": slice(0, 1),
+    "body_pose": slice(1, 22),
+    "left_hand_pose": slice(22, 37),
+    "right_hand_pose": slice(37, 52),
+}
+# What `load_hands` reads back: array -> shape, largest magnitude that makes sense.
+SHAPES: dict[str, tuple[tuple[int, ...], float]] = {
+    "global_orient": ((3,), 4 * np.pi),
+    "body_pose": ((63,), 4 * np.pi),
+    "left_hand_pose": ((45,), 4 * np.pi),
+    "right_hand_pose": ((45,), 4 * np.pi),
+    "betas": ((10,), 20.0),
+    "placement": ((2, 4), 10.0),
+}
+
+# Thumb, index, middle, ring, little finger, in OpenPose's order of hues.
+FINGER_COLOURS = ((230, 60, 60), (220, 190, 30), (60, 190, 70), (40, 150, 230), (190, 80, 220))
+MIN_SKELETON = 256  # pixels: smaller pictures are enlarged, or their bones would be a blot
+
+
+def hand_arrays(params: np.ndarray) -> dict[str, np.ndarray]:
+    """params [330] (not normalised) -> the arrays of SHAPES, float32."""
+    vectors = matrix_to_axis_angle(rotation_6d_to_matrix(params[ROTATIONS].reshape(NUM_JOINTS, 6)))
+    arrays: dict[str, np.ndarray] = {name: vectors[joints].reshape(-1) for name, joints in POSES.items()}
+    arrays["betas"] = params[BETAS]
+    arrays["placement"] = params[PLACEMENT].reshape(2, 4)
+    return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}
+
+
+def hand_params(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The arrays of SHAPES -> params float32 [330], not normalised."""
+    params = np.empty(NUM_PARAMS, np.float32)
+    vectors = np.concatenate([np.reshape(arrays[name], (-1, 3)) for name in POSES])
+    matrices = axis_angle_to_matrix(vectors.astype(np.float64))
+    params[ROTATIONS] = np.concatenate([matrices[..., 0], matrices[..., 1]], -1).reshape(-1)
+    params[BETAS] = arrays["betas"]
+    params[PLACEMENT] = np.reshape(arrays["placement"], -1)
+    return params
+
+
+def rotation_6d_to_matrix(x: np.ndarray) -> np.ndarray:
+    """[..., 6] -> [..., 3, 3] float64: the first two columns, orthonormalised (Zhou et al. 2019, eq. 15)."""
+    a, b = x[..., :3].astype(np.float64), x[..., 3:].astype(np.float64)
+    a = a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-8)
+    b = b - (a * b).sum(-1, keepdims=True) * a
+    b = b / np.maximum(np.linalg.norm(b, axis=-1, keepdims=True), 1e-8)
+    return np.stack([a, b, np.cross(a, b)], -1)
+
+
+def matrix_to_axis_angle(matrix: np.ndarray) -> np.ndarray:
+    """[N, 3, 3] rotations -> [N, 3]: the axis times the angle, in radians from 0 to pi."""
+    # By way of the quaternion, through whichever component is largest: stable up to and at half turns.
+    m = matrix.astype(np.float64)
+    trace = np.trace(m, axis1=-2, axis2=-1)
+    diagonal = np.diagonal(m, axis1=-2, axis2=-1)
+    squares = np.concatenate([trace[:, None], 2 * diagonal - trace[:, None]], -1) + 1  # 4 (w², x², y², z²)
+    wx, wy, wz = m[:, 2, 1] - m[:, 1, 2], m[:, 0, 2] - m[:, 2, 0], m[:, 1, 0] - m[:, 0, 1]
+    xy, xz, yz = m[:, 1, 0] + m[:, 0, 1], m[:, 0, 2] + m[:, 2, 0], m[:, 2, 1] + m[:, 1, 2]
+    products = np.array(  # 4 q qᵀ; its rows are all the same quaternion, up to scale
+        [
+            [squares[:, 0], wx, wy, wz],
+            [wx, squares[:, 1], xy, xz],
+            [wy, xy, squares[:, 2], yz],
+            [wz, xz, yz, squares[:, 3]],
+        ]
+    )
+    q = products[squares.argmax(-1), :, np.arange(len(m))]  # [N, 4]
+    q = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    q = np.where(q[:, :1] < 0, -q, q)
+    sine = np.linalg.norm(q[:, 1:], axis=-1, keepdims=True)
+    angle = 2 * np.arctan2(sine, q[:, :1])
+    return q[:, 1:] * np.where(sine > 1e-12, angle / np.maximum(sine, 1e-12), 2.0)
+
+
+def axis_angle_to_matrix(vector: np.ndarray) -> np.ndarray:
+    """[N, 3] axis times angle (radians) -> [N, 3, 3] (Rodrigues' formula)."""
+    angle = np.linalg.norm(vector, axis=-1)[:, None, None]
+    x, y, z = (vector / np.maximum(angle[:, 0], 1e-12)).T
+    zero = np.zeros_like(x)
+    k = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(-1, 3, 3)
+    return np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * (k @ k)
+
+
+def hands_file(hands: dict[str, np.ndarray], prompt: str) -> bytes:
+    """The content of a `.hands.npz`: SMPL-H arrays and whatever else `hands` holds, but not `params`.
+
+    What a Picture has: joints [62, 3] and vertices [V, 3] in metres, joints_2d [2, 21, 2] in [0, 1] of the image,
+    visibility [2], camera [3]. They are for looking at; only the arrays of SHAPES are read back.
+    """
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {name: value for name, value in hands.items() if name != "params"}
+    np.savez_compressed(buffer, **arrays, prompt=np.array(prompt))
+    return buffer.getvalue()
+
+
+def save_hands(path: str | Path, hands: dict[str, np.ndarray], prompt: str = "") -> None:
+    """Writes a `.hands.npz`. See `hands_file`."""
+    Path(path).write_bytes(hands_file(hands, prompt))
+
+
+def load_hands(path: str | Path) -> np.ndarray:
+    """Reads the SMPL-H arrays of a `.hands.npz`: params float32 [330], not normalised.
+
+    Raises RequestError when the file is missing, is no `.npz` of plain numbers, lacks an array, or holds one of
+    another shape, with NaN or infinity, or with values no body has.
+    """
+    path = Path(path)
+    wanted = ", ".join(f"{name}{list(shape)}" for name, (shape, _) in SHAPES.items())
+    advice = f"Wanted: an .npz as hd-run writes it, with {wanted}."
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with archive:
+            missing = [name for name in SHAPES if name not in archive]
+            if missing:
+                raise RequestError(f"The hands file {path} lacks {', '.join(missing)}. {advice}")
+            arrays = {name: archive[name] for name in SHAPES}
+    except FileNotFoundError:
+        raise RequestError(f"There is no hands file {path}.") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, MemoryError) as error:
+        # numpy names pickles where it finds no array; whatever it is, it is not opened.
+        raise RequestError(f"The hands file {path} cannot be read as plain arrays. {advice}") from error
+    for name, (shape, limit) in SHAPES.items():
+        value = arrays[name]
+        if value.shape != shape:
+            raise RequestError(f"The hands file {path} has {name} of shape {list(value.shape)}. {advice}")
+        if value.dtype.kind not in "fiu":
+            raise RequestError(f"The hands file {path} has {name} as {value.dtype}, not as numbers. {advice}")
+        if not np.isfinite(value).all():
+            raise RequestError(f"The hands file {path} has NaN or infinity in {name}. Mend or remove it.")
+        if np.abs(value).max() > limit:
+            most = float(np.abs(value).max())
+            raise RequestError(
+                f"The hands file {path} has {most:g} in {name}, and more than {limit:.4g} makes no "
+                "sense there. Angles are in radians, places in [-1, 1] of the image."
+            )
+    return hand_params(arrays)
+
+
+def draw_skeleton(image: np.ndarray, joints_2d: np.ndarray, visibility: np.ndarray) -> np.ndarray:
+    """Draws both hands' bones over a picture, a colour a finger, with L and R at the wrists.
+
+    image: uint8 [H, W, 3]. joints_2d: [2, 21, 2], in [0, 1] of width and height, wrist then thumb to little finger.
+    visibility: [2]; a hand below 0.5 is not drawn. Returns uint8, enlarged to at least 256 pixels a side.
+    """
+    height, width = image.shape[:2]
+    factor = max(1.0, MIN_SKELETON / min(height, width))
+    size = round(width * factor), round(height * factor)
+    picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC).convert("RGBA")
+    fine = 3  # drawn larger and shrunk again: Pillow's lines have stairs
+    layer = Image.new("RGBA", (size[0] * fine, size[1] * fine))
+    draw = ImageDraw.Draw(layer)
+    bone = max(2, round(min(size) / 110)) * fine
+    font = ImageFont.load_default(size=min(size) // 18 * fine)
+    for side, name in enumerate("LR"):
+        points = joints_2d[side] * (size[0] * fine, size[1] * fine)
+        if visibility[side] < 0.5 or not np.isfinite(points).all() or np.abs(points).max() > 1e6:
+            continue
+        for finger, colour in enumerate(FINGER_COLOURS):
+            chain = [tuple(point) for point in points[[0, *range(1 + 4 * finger, 5 + 4 * finger)]].tolist()]
+            draw.line(chain, fill=(0, 0, 0, 150), width=bone + 2 * fine, joint="curve")
+            draw.line(chain, fill=(*colour, 255), width=bone, joint="curve")
+            for x, y in chain[1:]:
+                draw.circle((x, y), bone * 0.85, fill=(*colour, 255), outline=(0, 0, 0, 150), width=fine // 2)
+        x, y = points[0].tolist()
+        draw.circle((x, y), bone * 1.1, fill=(255, 255, 255, 255), outline=(0, 0, 0, 200), width=fine)
+        # Beside the wrist on the side away from the fingers, inside the picture.
+        away = points[0] - points[1:].mean(0)
+        x, y = points[0] + away / max(float(np.linalg.norm(away)), 1e-6) * bone * 4
+        x, y = (float(np.clip(v, bone * 4, s * fine - bone * 4)) for v, s in zip((x, y), size, strict=True))
+        draw.text((x, y), name, fill="white", font=font, anchor="mm", stroke_width=fine, stroke_fill=(0, 0, 0, 220))
+    picture.alpha_composite(layer.resize(size, Image.Resampling.BOX))
+    return np.asarray(picture.convert("RGB"))

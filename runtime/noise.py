@@ -1,0 +1,64 @@
+"""Noise that belongs to a request: a seed gives the same numbers alone, in any batch, in any slot or order.
+
+There is no generator whose state moves along. Philox (Salmon et al., "Parallel random numbers: as easy as 1,
+2, 3", SC 2011) turns a key and a counter into random bits: the key is (seed, stream), the counter starts at
+the step, and Box-Muller turns the bits into normal numbers. Nothing else has a say: not the batch, not the
+machine, and not numpy's version, which promises to keep Philox's bits but not its own normal numbers.
+
+Streams in use are HANDS and LATENTS. Of each, step 0 is the initial noise and step 1 + i is what step i adds.
+
+Try it:
+
+    from handiffuser.runtime.noise import LATENTS, normal
+    first = normal(7, LATENTS, 0, (4, 64, 64))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+from handiffuser.errors import RequestError
+
+HANDS = "hands"
+LATENTS = "latents"
+MAX_SEED = 2**63 - 1
+
+
+def normal(seed: int, stream: str | int, step: int, shape: Sequence[int]) -> np.ndarray:
+    """Unit normal noise, float32 of the given shape.
+
+    seed: 0 ... 2^63 - 1. stream: any name or number; streams of a seed are independent. step: 0 and up.
+    Raises RequestError for another seed.
+    """
+    seed = check_seed(seed)
+    key = np.array([seed, _stream_key(stream)], dtype=np.uint64)
+    # The low word counts blocks of one step, so that steps are 2^64 blocks apart and never meet.
+    counter = np.array([0, step, 0, 0], dtype=np.uint64)
+    count = math.prod(shape)
+    bits = np.random.Philox(key=key, counter=counter).random_raw(count + count % 2) >> np.uint64(11)
+    # Box and Muller 1958: two uniform numbers make two normal ones. The first is never 0: its log is finite.
+    radius = np.sqrt(-2 * np.log((bits[0::2] + np.uint64(1)) * 2.0**-53))
+    angle = bits[1::2] * (2 * math.pi * 2.0**-53)
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+    return pairs.reshape(-1)[:count].reshape(shape).astype(np.float32)
+
+
+def check_seed(seed: int) -> int:
+    """The seed as a Python int; raises RequestError unless it is a whole number in 0 ... 2^63 - 1."""
+    try:
+        value = operator.index(seed)
+    except TypeError:
+        value = -1
+    if not 0 <= value <= MAX_SEED:
+        raise RequestError(
+            f"The seed is {seed!r}; it must be a whole number from 0 to {MAX_SEED} (2^63 - 1)."
+        )
+    return value
+
+
+def _stream_key(stream: str | int) -> int:
+    return int.from_bytes(hashlib.sha256(str(stream).encode()).digest()[:8], "little")

@@ -1,0 +1,290 @@
+"""The output folder: a ledger of pictures that survives interruptions, and the contact sheet that shows them.
+
+    with OutputFolder("out") as folder:
+        todo = [request for request in requests if not folder.done(request, bundle)]
+        for picture in pipeline.run(todo):
+            folder.save(picture)
+    # out/<id>.png, <id>.hands.npz, <id>.hands.png, <id>.json and out/index.html
+
+A picture counts as done when its `<id>.json` is there: it is written last, and every file is written under a temporary
+name and renamed. Whatever stops a run, what was finished stays, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import html
+import io
+import json
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ..errors import HanDiffuserError, RequestError
+from .hands import draw_skeleton, hands_file
+from .requests import Request, picture_key
+
+if TYPE_CHECKING:
+    from .pipeline import Picture
+
+INDEX = "index.html"
+_LOCK = ".hd-run.lock"
+_TEMPORARY = ".hd-run.tmp."  # prefix of files in the making
+_SUFFIXES = (".png", ".hands.npz", ".hands.png")
+_MAX_PENDING = 64  # pictures that wait for the disk; beyond that the sampler waits too
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+class OutputError(HanDiffuserError):
+    """The output folder cannot be written: it is no folder, is read-only, full, or in use by another run."""
+
+
+class OutputFolder:
+    """A folder of pictures, locked while it is open. Pictures are encoded and written on threads of their own."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.saved: list[str] = []  # ids of the pictures written so far; two threads append to it
+        self._pending: deque[Future[None]] = deque()
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> OutputFolder:
+        """Makes and locks the folder, and removes what an interrupted run left half written.
+
+        Raises OutputError when that cannot be done, or when another run has the folder.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path / _LOCK)
+            for leftover in self.path.glob(_TEMPORARY + "*"):
+                leftover.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._refusal(error) from error
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="hd-save")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drain()
+        if self._lock is not None:
+            self._lock.close()  # and thereby unlocked
+
+    def done(self, request: Request, bundle: str = "") -> bool:
+        """Whether this very picture is here, complete.
+
+        Raises RequestError when another picture has its id, which is not overwritten, or when its hands file cannot
+        be read.
+        """
+        record = _read_record(self.path / f"{request.id}.json")
+        if record is None:
+            return False
+        if record["key"] != picture_key(request, bundle):
+            raise RequestError(
+                f"{self.path} holds another picture with the id {request.id}: its prompt, settings or bundle differ. "
+                f"Give another id or another --output, or delete {request.id}.json to make it again."
+            )
+        return True
+
+    def save(self, picture: Picture) -> None:
+        """Writes a picture's files in the background. Raises OutputError when an earlier one could not be."""
+        self._pending.append(self._pool.submit(self._save, picture))
+        while self._pending and (self._pending[0].done() or len(self._pending) > _MAX_PENDING):
+            self._pending.popleft().result()
+
+    def flush(self) -> None:
+        """Waits until everything is written. Raises OutputError when something could not be."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def drain(self) -> None:
+        """Waits for what is still being written, after Ctrl-C or an error, and takes nothing more."""
+        self._pool.shutdown(wait=True)
+
+    def _save(self, picture: Picture) -> None:
+        record = json.dumps(_record(picture), indent=1, ensure_ascii=False) + "\n"
+        hands = picture.hands
+        skeleton = draw_skeleton(picture.image, hands["joints_2d"], hands["visibility"])
+        contents = {
+            ".png": _png(picture.image, picture),
+            ".hands.npz": hands_file(hands, picture.request.prompt),
+            ".hands.png": _png(skeleton, picture),
+            ".json": record.encode(),
+        }
+        self._write({picture.id + suffix: content for suffix, content in contents.items()})
+        self.saved.append(picture.id)
+
+    def _write(self, files: dict[str, bytes]) -> None:
+        """Writes all files under temporary names, then renames them in order. Leaves nothing behind on failure."""
+        temporaries = [self.path / (_TEMPORARY + name) for name in files]
+        try:
+            for temporary, content in zip(temporaries, files.values(), strict=True):
+                temporary.write_bytes(content)
+            for temporary, name in zip(temporaries, files, strict=True):
+                temporary.replace(self.path / name)
+        except OSError as error:
+            for temporary in temporaries:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+            raise self._refusal(error) from error
+
+    def write_index(self) -> Path:
+        """Rebuilds `index.html` from every picture in the folder, and returns its path."""
+        records = []
+        for path in sorted(self.path.glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+            record = _read_record(path)
+            if record is not None:
+                records.append({**record, "id": path.stem})
+        self._write({INDEX: contact_sheet(records).encode()})
+        return self.path / INDEX
+
+    def _refusal(self, error: OSError) -> OutputError:
+        if error.errno in _FULL:
+            return OutputError(
+                f"The disk of {self.path} is full. The pictures finished so far are kept: free some space and run "
+                "the same command again, it goes on from there."
+            )
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            return OutputError(f"{self.path} is not a folder. Name another one with --output.")
+        if isinstance(error, BlockingIOError):
+            return OutputError(
+                f"Another hd-run is writing into {self.path} ({error}). Wait for it, or name another folder with "
+                "--output."
+            )
+        return OutputError(
+            f"{self.path} cannot be written: {error.strerror or error}. Name another folder with --output."
+        )
+
+
+def contact_sheet(records: list[dict[str, Any]]) -> str:
+    """HTML of one page that shows every picture beside its skeleton. It needs nothing but the folder it lies in."""
+    figures = "\n".join(_figure(record) for record in records)
+    count = f"{len(records)} picture{'s' * (len(records) != 1)}"
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>HanDiffuser: {count}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 14px/1.45 system-ui, sans-serif; margin: 2rem; }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(532px, 100%), 1fr)); gap: 2rem; }}
+figure {{ margin: 0; }}
+.pair {{ display: flex; gap: 4px; }}
+.pair a {{ flex: 1; min-width: 0; max-width: 512px; }}
+img {{ width: 100%; display: block; border-radius: 4px; background: #8883; }}
+.small {{ image-rendering: pixelated; }}
+figcaption {{ overflow-wrap: anywhere; margin-top: .4rem; }}
+.settings {{ opacity: .7; font-size: 12px; }}
+</style>
+<h1>{count}</h1>
+<main>
+{figures}
+</main>
+</html>
+"""
+
+
+def _figure(record: dict[str, Any]) -> str:
+    def text(name: str) -> str:
+        return html.escape(str(record.get(name, "")))
+
+    name = quote(record["id"])
+    width = record.get("width")
+    small = ' class="small"' if isinstance(width, int) and width < 256 else ""
+    settings = [
+        f"seed {text('seed')}",
+        f"{text('steps')} steps of {text('solver')}",
+        f"guidance {text('guidance')}",
+    ]
+    if record.get("negative_prompt"):
+        settings.append(f"not: {text('negative_prompt')}")
+    if record.get("hands"):
+        settings.append(f"hands from {text('hands')}")
+    settings.append(f'<a href="{name}.hands.npz">hands</a>')
+    warnings = record.get("warnings")
+    for warning in warnings if isinstance(warnings, list) else []:
+        settings.append(html.escape(str(warning)))
+    return f"""<figure>
+<div class="pair"><a href="{name}.png"><img src="{name}.png"{small} loading="lazy" alt="{text("prompt")}"></a>
+<a href="{name}.hands.png"><img src="{name}.hands.png" loading="lazy" alt="skeleton of the hands"></a></div>
+<figcaption>{text("prompt")}<div class="settings">{" · ".join(settings)}</div></figcaption>
+</figure>"""
+
+
+def _record(picture: Picture) -> dict[str, Any]:
+    """What `<id>.json` says of a picture."""
+    height, width = picture.image.shape[:2]
+    bundle = picture.made_by.get("bundle", "")
+    return {
+        **asdict(picture.request),
+        "id": picture.id,
+        "key": picture_key(picture.request, bundle),
+        "width": width,
+        "height": height,
+        "seconds": round(picture.seconds, 4),
+        "warnings": picture.warnings,
+        "made_by": picture.made_by,
+        "files": [picture.id + suffix for suffix in _SUFFIXES],
+    }
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """The record of a complete picture, or None for anything else."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("key"), str):
+        return None
+    complete = all((path.parent / (path.stem + suffix)).is_file() for suffix in _SUFFIXES)
+    return record if complete else None
+
+
+def _png(image: np.ndarray, picture: Picture) -> bytes:
+    """PNG with the settings as text, so that a picture alone still says how it was made."""
+    info = PngInfo()
+    settings = {**asdict(picture.request), **picture.made_by}
+    for name, value in settings.items():
+        if value is not None:
+            info.add_itxt(name, str(value).replace("\0", " "))
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _lock(path: Path) -> IO[str]:
+    """Takes the folder's lock, which the system releases when the process ends, however it ends.
+
+    Raises BlockingIOError when another process has it. The file stays: removing it would let two runs lock two files.
+    """
+    file = open(path, "a+", encoding="ascii")  # noqa: SIM115 (open as long as the lock is held)
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError as error:
+        file.seek(0)
+        owner = file.read(20).strip()
+        file.close()
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise BlockingIOError(errno.EAGAIN, f"process {owner}" if owner else "its lock is held") from None
+        raise
+    file.seek(0)
+    file.truncate()
+    file.write(str(os.getpid()))
+    file.flush()
+    return file

@@ -1,0 +1,303 @@
+"""In-flight batching over one step graph: one engine call advances requests at different steps and solvers.
+
+A job takes a free slot at any step boundary and leaves when its rows are done. The active jobs always lie at
+the front of preallocated buffers, so that the engine is given views of them and nothing is gathered but this
+step's rows.
+
+Try it:
+
+    sampler = StepSampler(engine, state_name="latents", num_history=1, slots=8)
+    sampler.submit(Job(key="a", state=noise * table.init_sigma, rows=table.rows, constants={"text": text}))
+    while sampler.active:
+        for result in sampler.step():
+            print(result.key, result.state.shape)
+
+or, to keep the slots full from any iterable of jobs, `for result in sampler.run(jobs): ...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from handiffuser.contract import row_columns
+from handiffuser.errors import EngineError, RequestError
+
+Array = np.ndarray
+Engine = Callable[[dict[str, Array]], Mapping[str, Array]]
+
+
+@dataclass
+class Job:
+    """One request's way through a step graph. N is its number of steps, R = 6 + 2 K.
+
+    key: any name of it, unique among the active jobs.
+    state: float32 [...], the initial noise, already scaled by the table's init_sigma.
+    rows: float32 [N, R], see `handiffuser.runtime.schedules.rows`.
+    steps: inputs that change with the step, name -> [N, ...], such as "time".
+    constants: inputs that do not, name -> array without a batch axis, such as "text" or "key_00".
+    noise: step -> the noise it adds, of the state's shape, or None for zeros; None if no step adds any.
+    """
+
+    key: Hashable
+    state: Array
+    rows: Array
+    steps: Mapping[str, Array] = field(default_factory=dict)
+    constants: Mapping[str, Array] = field(default_factory=dict)
+    noise: Callable[[int], Array | None] | None = None
+
+
+class Result(NamedTuple):
+    """How a job ended: with its final state [...], or at the step after which its state was not finite."""
+
+    key: Hashable
+    state: Array | None
+    failed_step: int | None = None
+
+
+class StepSampler:
+    """`slots` jobs in flight over one engine.
+
+    engine: takes name -> array with a leading batch axis B, returns name -> array. It is given the state and
+        "noise" [B, ...], "history" [B, K, ...] unless K is 0, "row" [B, R], and the jobs' own inputs; it
+        returns the state and "history". Inputs are views that are overwritten after the call: keep no content
+        of them. A constant is the same array object, with the same content, until the set of active jobs
+        changes: an engine on a device may skip the upload of an array that `is` the one it was given last.
+    state_name: "x" or "latents". num_history: K.
+    buckets: batch sizes that the engine accepts, for engines of static shape. The batch is filled up to the
+        next one with copies of its first row, whose results are thrown away.
+
+    The shapes and dtypes of the first job are those of all. Rows of a batch never mix here: with an engine
+    that treats rows independently, a job's result does not depend on its company. Not for use from several
+    threads at once.
+
+    Raises EngineError if slots or buckets make no sense.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        state_name: str,
+        num_history: int,
+        slots: int,
+        buckets: Sequence[int] | None = None,
+    ) -> None:
+        if slots < 1:
+            raise EngineError(f"A sampler needs at least one slot and was given {slots}.")
+        if buckets is not None and (not buckets or min(buckets) < 1 or max(buckets) < slots):
+            raise EngineError(
+                f"The batch sizes {list(buckets)} do not hold {slots} slots. "
+                f"Use fewer slots, or build an engine for batch size {slots}."
+            )
+        self.slots = slots
+        self._engine = engine
+        self._state_name = state_name
+        self._num_history = num_history
+        self._buckets = sorted(buckets) if buckets is not None else None
+        self._capacity = self._buckets[-1] if self._buckets else slots  # rows of every buffer
+        # One entry an active job; entry i is row i of every buffer.
+        self._jobs: list[Job] = []
+        self._position = np.zeros(slots, dtype=np.int64)  # each job's current step
+        self._length = np.zeros(slots, dtype=np.int64)
+        # Buffers by input name, made when the first job shows the shapes.
+        self._moving: dict[str, Array] = {}  # state, history and noise [capacity, ...]
+        self._constants: dict[str, Array] = {}  # [capacity, ...]
+        self._tables: dict[str, Array] = {}  # "row" and the other step inputs [slots, longest schedule, ...]
+        self._constant_views: dict[str, Array] | None = None  # None: the set of jobs has changed
+
+    @property
+    def active(self) -> int:
+        """Jobs in flight."""
+        return len(self._jobs)
+
+    @property
+    def free(self) -> int:
+        """Jobs that can be submitted now."""
+        return self.slots - len(self._jobs)
+
+    @property
+    def keys(self) -> list[Hashable]:
+        """The keys of the jobs in flight, in no particular order."""
+        return [job.key for job in self._jobs]
+
+    def submit(self, job: Job) -> None:
+        """Takes a job in; it runs from the next `step` on. The job's arrays are copied.
+
+        Raises RequestError if no slot is free, the key is in flight, or an array is not finite or of another
+        shape or dtype than the first job's; the jobs in flight are not affected.
+        """
+        if not self.free:
+            raise RequestError(f"All {self.slots} slots are busy. Call step() until `free` is above 0.")
+        if job.key in self.keys:
+            raise RequestError(
+                f"A job with the key {job.key!r} is in flight already. Give each job its own key."
+            )
+        state = np.asarray(job.state, dtype=np.float32)
+        constants = {name: np.asarray(value) for name, value in job.constants.items()}
+        tables = {"row": np.asarray(job.rows, dtype=np.float32)}
+        tables.update((name, np.asarray(value)) for name, value in job.steps.items())
+        self._check_new(job, state, tables)
+        if not self._moving:
+            self._allocate(state, constants, tables)
+        _check_like("constant input", constants, self._constants, skip=1)
+        _check_like("step input", tables, self._tables, skip=2, own_skip=1)
+        _check_like(
+            "input", {self._state_name: state}, {self._state_name: self._moving[self._state_name]}, skip=1
+        )
+
+        i, N = len(self._jobs), len(tables["row"])
+        for buffer in self._moving.values():
+            buffer[i] = 0
+        self._moving[self._state_name][i] = state
+        for name, value in constants.items():
+            self._constants[name][i] = value
+        for name, value in tables.items():
+            if self._tables[name].shape[1] < N:
+                padding = [(0, 0)] * self._tables[name].ndim
+                padding[1] = (0, N - self._tables[name].shape[1])
+                self._tables[name] = np.pad(self._tables[name], padding)
+            self._tables[name][i, :N] = value
+        self._position[i], self._length[i] = 0, N
+        self._jobs.append(job)
+        self._constant_views = None
+
+    def step(self) -> list[Result]:
+        """Advances every job by one step with one engine call; returns those that are done or have failed.
+
+        If the engine raises, nothing has moved and the step may be tried again.
+        """
+        n = len(self._jobs)
+        if not n:
+            return []
+        batch = next(size for size in self._buckets if size >= n) if self._buckets else n
+        position = self._position[:n]
+        noise = self._moving["noise"]
+        for i, job in enumerate(self._jobs):
+            if job.noise is not None:
+                drawn = job.noise(int(position[i]))
+                noise[i] = 0 if drawn is None else drawn
+        # Rows n ... batch are copies of row 0: something finite that a static engine can chew on.
+        rows = np.arange(batch)
+        rows[n:] = 0
+        for buffer in self._moving.values():
+            buffer[n:batch] = buffer[0]
+        if self._constant_views is None:
+            for buffer in self._constants.values():
+                buffer[n:batch] = buffer[0]
+            self._constant_views = {name: buffer[:batch] for name, buffer in self._constants.items()}
+        inputs = {name: buffer[:batch] for name, buffer in self._moving.items()}
+        inputs.update((name, table[rows, position[rows]]) for name, table in self._tables.items())
+        inputs.update(self._constant_views)
+
+        outputs = self._engine(inputs)
+
+        states = [name for name in self._moving if name != "noise"]
+        for name in states:
+            expected, got = inputs[name].shape, np.shape(outputs[name]) if name in outputs else None
+            if got != expected:
+                raise EngineError(
+                    f"The step engine must return {name} of shape {list(expected)}; it returned "
+                    f"{'none' if got is None else list(got)}. Export the bundle and build the engine again."
+                )
+        for name in states:
+            self._moving[name][:n] = outputs[name][:n]
+        state = self._moving[self._state_name]
+        finite = np.isfinite(state[:n]).reshape(n, -1).all(axis=1)
+        position += 1
+        results = []
+        # From the last down, because a leaving job's place is taken by the last one.
+        for i in np.flatnonzero((position == self._length[:n]) | ~finite)[::-1]:
+            key = self._jobs[i].key
+            failed_step = None if finite[i] else int(position[i]) - 1
+            results.append(Result(key, state[i].copy() if finite[i] else None, failed_step))
+            self._remove(int(i))
+        return results
+
+    def drop(self, key: Hashable) -> bool:
+        """Cancels a job between two steps; True if it was in flight. Others are not affected."""
+        for i, job in enumerate(self._jobs):
+            if job.key == key:
+                self._remove(i)
+                return True
+        return False
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
+        """Runs jobs as slots come free, and yields each one's result when it is done: out of order.
+
+        Jobs are taken from the iterable only when there is room, so it may be lazy or endless. A job that
+        `submit` refuses raises here; the jobs in flight stay, and `run` may be called again for the rest.
+        """
+        waiting = iter(jobs)
+        more = True
+        while more or self.active:
+            while more and self.free:
+                job = next(waiting, None)
+                if job is None:
+                    more = False
+                else:
+                    self.submit(job)
+            yield from self.step()
+
+    def _remove(self, i: int) -> None:
+        """Closes row i's gap with the last row."""
+        last = len(self._jobs) - 1
+        if i != last:
+            for buffers in (self._moving, self._constants, self._tables):
+                for buffer in buffers.values():
+                    buffer[i] = buffer[last]
+            self._position[i], self._length[i] = self._position[last], self._length[last]
+            self._jobs[i] = self._jobs[last]
+        self._jobs.pop()
+        self._constant_views = None
+
+    def _allocate(self, state: Array, constants: dict[str, Array], tables: dict[str, Array]) -> None:
+        shapes = {self._state_name: state.shape, "noise": state.shape}
+        if self._num_history:
+            shapes["history"] = (self._num_history, *state.shape)
+        self._moving = {
+            name: np.zeros((self._capacity, *shape), np.float32) for name, shape in shapes.items()
+        }
+        self._constants = {
+            name: np.zeros((self._capacity, *c.shape), c.dtype) for name, c in constants.items()
+        }
+        self._tables = {name: np.zeros((self.slots, *t.shape), t.dtype) for name, t in tables.items()}
+
+    def _check_new(self, job: Job, state: Array, tables: dict[str, Array]) -> None:
+        """What every job must satisfy, also the first."""
+        width = len(row_columns(self._num_history))
+        rows = tables["row"]
+        if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != width:
+            raise RequestError(
+                f"The rows of {job.key!r} have shape {list(rows.shape)}; with {self._num_history} history "
+                f"tensors they must be [steps, {width}]. Make them with "
+                f"schedules.rows(..., num_history={self._num_history})."
+            )
+        for name, table in tables.items():
+            if table.ndim < 1 or len(table) != len(rows):
+                raise RequestError(
+                    f"The step input {name} of {job.key!r} has shape {list(table.shape)}; "
+                    f"its first axis must be the {len(rows)} steps."
+                )
+        if not (np.isfinite(state).all() and np.isfinite(rows).all()):
+            raise RequestError(f"The initial state or the rows of {job.key!r} hold NaN or infinity.")
+
+
+def _check_like(
+    what: str, given: dict[str, Array], buffers: dict[str, Array], skip: int, own_skip: int = 0
+) -> None:
+    """Whether names, dtypes and trailing shapes of a job's arrays are those of the buffers."""
+    if given.keys() != buffers.keys():
+        raise RequestError(
+            f"A job must give the {what}s {', '.join(buffers) or '(none)'}, as the first one did; "
+            f"this one gives {', '.join(given) or '(none)'}."
+        )
+    for name, value in given.items():
+        expected = buffers[name]
+        if value.shape[own_skip:] != expected.shape[skip:] or value.dtype != expected.dtype:
+            raise RequestError(
+                f"The {what} {name} is {value.dtype}{list(value.shape[own_skip:])}; "
+                f"the first job's was {expected.dtype}{list(expected.shape[skip:])}, "
+                "and one sampler runs one shape."
+            )

@@ -1,0 +1,459 @@
+"""The sampling loop as numbers: a noise schedule and a solver become one row of coefficients a step.
+
+A step graph (see `handiffuser.contract`) knows no solver. Each step it is given a row, and it computes
+
+    m    = u + guidance (c - u)                    the guided network output, network(scale x, timestep)
+    x'   = a x + b m + h_1 + d noise
+    h_k' = p_k x + q_k m + h_(k+1)                 what this step adds to the state k steps later
+
+Every solver below is linear in x and m once its schedule is fixed, so it is a small pure function that
+returns those coefficients in float64: which paper, which equation, no hidden state. The conventions, also at
+the ends of a schedule, are those of diffusers' schedulers: the tests run both loops side by side.
+
+Try it:
+
+    from handiffuser.runtime.schedules import NoiseSchedule, rows
+    schedule = NoiseSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    table = rows(schedule, "dpm++2m", steps=20, guidance=7.5, num_history=1)
+    table.timesteps, table.rows, table.init_sigma
+
+Symbols: ᾱ is the product of (1 - β) up to a timestep ("alphas_cumprod"), α = √ᾱ and σ = √(1 - ᾱ) scale signal
+and noise in x = α x0 + σ ε. "Sigma space" divides by α: the noise level there is s = σ / α.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from handiffuser.contract import ROW_HEAD
+from handiffuser.errors import BundleError, RequestError
+
+Array = np.ndarray
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+
+# Settings of diffusers' schedulers that change what a network was trained for or cannot be a linear row, with
+# the only values supported. Which solver to run is the request's choice, so settings that merely choose one
+# are ignored.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "trained_betas": (None,),
+    "clip_sample": (False, None),  # clipping and thresholding are not linear
+    "thresholding": (False, None),
+    "variance_type": ("fixed_small", "fixed_small_log", None),
+    "final_sigmas_type": ("zero",),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "use_flow_sigmas": (False, None),
+}
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How noise was added in training and which timesteps sampling visits, in diffusers' words.
+
+    num_train_timesteps: T; timesteps are 0 ... T - 1, T - 1 the noisiest.
+    beta_start, beta_end: in (0, 1); unused by "squaredcos_cap_v2".
+    beta_schedule: "linear", "scaled_linear" (linear in √β) or "squaredcos_cap_v2" (arXiv 2102.09672, eq. 17).
+    prediction_type: what the network predicts: "epsilon" the noise ε, "v_prediction" v = α ε - σ x0
+        (arXiv 2202.00512, appendix D), "sample" the clean x0.
+    rescale_betas_zero_snr: rescale so that timestep T - 1 is pure noise (arXiv 2305.08891, algorithm 1).
+    timestep_spacing: "leading", "trailing" or "linspace" (arXiv 2305.08891, table 2).
+    steps_offset: added to the timesteps of "leading".
+    set_alpha_to_one: DDIM and PLMS end at ᾱ = 1 rather than at timestep 0's.
+
+    The defaults are those of DDIMScheduler. Raises BundleError for a value that is not supported, because a
+    schedule comes with the network that was trained for it.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+    rescale_betas_zero_snr: bool = False
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("beta_schedule", BETA_SCHEDULES),
+            ("prediction_type", PREDICTION_TYPES),
+            ("timestep_spacing", TIMESTEP_SPACINGS),
+            ("rescale_betas_zero_snr", (False, True)),
+            ("set_alpha_to_one", (False, True)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise BundleError(
+                    f"The noise schedule's {name} is {getattr(self, name)!r}; "
+                    f"supported: {', '.join(map(repr, allowed))}."
+                )
+        for name, least in (("num_train_timesteps", 2), ("steps_offset", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise BundleError(
+                    f"The noise schedule's {name} is {value!r}; it must be an integer from {least} up."
+                )
+        betas = (self.beta_start, self.beta_end)
+        if not (all(isinstance(beta, (int, float)) for beta in betas) and 0 < betas[0] <= betas[1] < 1):
+            raise BundleError(
+                f"The noise schedule's beta_start and beta_end are {betas[0]!r} and {betas[1]!r}; "
+                "they must be 0 < beta_start <= beta_end < 1."
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Reads a scheduler's configuration as diffusers saves it, or a manifest's entry of `schedules`.
+
+        Unknown keys and those that choose a solver are ignored; absent ones take DDIMScheduler's defaults.
+        Raises BundleError for a setting that would change the results and is not supported.
+        """
+        for name, allowed in _ONLY.items():
+            if name in config and config[name] not in allowed:
+                raise BundleError(
+                    f"The scheduler's {name} is {config[name]!r}, and only {allowed[0]!r} can be run. If the "
+                    f"network allows it, save the checkpoint's scheduler with {name}={allowed[0]!r} "
+                    "and export again."
+                )
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+    def alphas_cumprod(self) -> Array:
+        """ᾱ of timesteps 0 ... T - 1, float64 [T], decreasing. The last is 0 with zero terminal SNR."""
+        T = self.num_train_timesteps
+        if self.beta_schedule == "linear":
+            betas = np.linspace(self.beta_start, self.beta_end, T)
+        elif self.beta_schedule == "scaled_linear":
+            betas = np.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), T) ** 2
+        else:
+            f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+        abar = np.cumprod(1 - betas)
+        if self.rescale_betas_zero_snr:
+            alpha = np.sqrt(abar)
+            abar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+        return abar
+
+    def sigmas(self) -> Array:
+        """Noise levels s = √((1 - ᾱ) / ᾱ) of sigma space, float64 [T], increasing.
+
+        With zero terminal SNR the last would be infinite; ᾱ = 2^-24 stands in for 0, as in diffusers (s is
+        about 4096).
+        """
+        abar = self.alphas_cumprod()
+        if self.rescale_betas_zero_snr:
+            abar[-1] = 2.0**-24
+        return np.sqrt((1 - abar) / abar)
+
+
+class Table(NamedTuple):
+    """A schedule ready to run: N steps, which is `steps`, or one more for PLMS."""
+
+    timesteps: Array  # float64 [N]: what the network is told, and what `unet_time` is run on
+    rows: Array  # float32 [N, 6 + 2 K], columns as `handiffuser.contract.row_columns(K)`
+    init_sigma: float  # the first state is this times unit normal noise
+    stochastic: bool  # whether any step adds noise
+
+
+class Recurrence(NamedTuple):
+    """A solver on a fixed schedule, in float64.
+
+        x_(i+1) = Σ_k (A[k, i-k] x_(i-k) + B[k, i-k] m_(i-k)) + d_i noise
+
+    A[k, j] is how much of step j's state goes into the state k steps after its own result; B likewise for the
+    network's outputs. Their rows 0 are the columns a and b of a table, the rows k above are p_k and q_k.
+    """
+
+    timesteps: Array  # [N]
+    A: Array  # [K + 1, N]
+    B: Array  # [K + 1, N]
+    d: Array  # [N]
+    scale: Array  # [N]
+    init_sigma: float
+
+
+# Solvers. Each takes the schedule and the number of steps.
+
+
+def ddim(schedule: NoiseSchedule, steps: int) -> Recurrence:
+    """DDIM with η = 0. Song et al., arXiv 2010.02502, equation 12: x' = α' x0 + σ' ε."""
+    t = _spaced(schedule, steps)
+    abar = _abar(schedule, t)
+    # One stride back, which is not always the next timestep ("linspace", uneven "trailing"): as in diffusers.
+    abar_prev = _abar(schedule, t - schedule.num_train_timesteps // steps)
+    alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+    x0, eps = _x0(schedule, alpha, sigma), _epsilon(schedule, alpha, sigma)
+    A, B = np.sqrt(abar_prev) * x0 + np.sqrt(1 - abar_prev) * eps
+    return Recurrence(t, A[None], B[None], np.zeros(len(t)), np.ones(len(t)), 1.0)
+
+
+def ddpm(schedule: NoiseSchedule, steps: int) -> Recurrence:
+    """Ancestral sampling with the small variance. Ho et al., arXiv 2006.11239, equations 6 and 7."""
+    t = _spaced(schedule, steps)
+    abar = _abar(schedule, t)
+    abar_prev = np.append(abar[1:], 1.0)
+    beta = 1 - abar / abar_prev
+    x0 = _x0(schedule, np.sqrt(abar), np.sqrt(1 - abar))
+    A, B = np.sqrt(abar_prev) * beta / (1 - abar) * x0
+    A = A + np.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar)
+    d = np.sqrt((1 - abar_prev) / (1 - abar) * beta)
+    return Recurrence(t, A[None], B[None], d, np.ones(len(t)), 1.0)
+
+
+def euler(schedule: NoiseSchedule, steps: int) -> Recurrence:
+    """Euler's method in sigma space. Karras et al., arXiv 2206.00364, algorithm 1 with S_churn = 0:
+    x' = x + (s' - s) (x - x0) / s. The state is x0 + s ε, and the network is shown x / √(s² + 1)."""
+    t = _spaced(schedule, steps, whole=False)
+    s = np.interp(t, np.arange(schedule.num_train_timesteps), schedule.sigmas())
+    ratio = np.append(s[1:], 0.0) / s
+    alpha = 1 / np.sqrt(s**2 + 1)
+    x0 = _x0(schedule, alpha, s * alpha)
+    A, B = (1 - ratio) * x0 * [alpha, np.ones(len(s))]  # _x0 expects α x, the state is x
+    A = A + ratio
+    init = s[0] if schedule.timestep_spacing != "leading" else math.hypot(s[0], 1.0)
+    return Recurrence(t, A[None], B[None], np.zeros(len(t)), alpha, float(init))
+
+
+def dpmpp_2m(schedule: NoiseSchedule, steps: int, karras: bool = False) -> Recurrence:
+    """DPM-Solver++(2M), midpoint. Lu et al., arXiv 2211.01095, algorithm 2:
+
+        D  = (1 + 1/2r) x0_i - 1/2r x0_(i-1)
+        x' = (σ'/σ) x - α' (e^-h - 1) D
+
+    with h the step in log(α/σ) and r the ratio of the last h to this one. First and last step have D = x0_i.
+    """
+    t, s = _karras(schedule, steps) if karras else _spaced_for_dpm(schedule, steps)
+    s_next = np.append(s[1:], 0.0)
+    alpha, alpha_next = 1 / np.sqrt(s**2 + 1), 1 / np.sqrt(s_next**2 + 1)
+    half_r = np.zeros(len(s))  # 1 / 2r
+    h = np.log(s[:-1] / s[1:])
+    half_r[1:-1] = h[1:] / h[:-1] / 2
+    x0 = _x0(schedule, alpha, s * alpha)
+    gain = alpha_next * (1 - s_next / s)  # -α' (e^-h - 1)
+    now = gain * (1 + half_r) * x0
+    later = np.append(-(gain * half_r)[1:], 0.0) * x0  # what this step's x0 is to the next one
+    A, B = np.stack([now, later], axis=1)
+    A[0] += s_next * alpha_next / (s * alpha)
+    return Recurrence(t, A, B, np.zeros(len(t)), np.ones(len(t)), 1.0)
+
+
+def plms(schedule: NoiseSchedule, steps: int) -> Recurrence:
+    """Pseudo linear multistep. Liu et al., arXiv 2202.09778, equations 9 and 12, started as Stable Diffusion
+    does: the second timestep is visited twice, the first time to average two outputs over the first stride.
+
+    As in diffusers, outputs are combined as the network gives them: v-predictions before they become noise.
+    """
+    if schedule.prediction_type == "sample":
+        raise RequestError(
+            "The solver plms cannot run a network that predicts the sample. Choose ddim or dpm++2m."
+        )
+    if schedule.rescale_betas_zero_snr:
+        raise RequestError(
+            "The solver plms cannot run a schedule with zero terminal SNR. Choose ddim or dpm++2m."
+        )
+    stride = schedule.num_train_timesteps // steps
+    t = _spaced(schedule, steps)
+    t = np.concatenate([t[:2], t[1:2], t[2:]])
+    start, end = t.copy(), t - stride
+    if len(t) > 1:
+        start[1], end[1] = t[1] + stride, t[1]
+    abar, abar_prev = _abar(schedule, start), _abar(schedule, end)
+    # Equation 9: x' = gain x - drift ε
+    gain = np.sqrt(abar_prev / abar)
+    drift = (abar_prev - abar) / (abar * np.sqrt(1 - abar_prev) + np.sqrt(abar * (1 - abar) * abar_prev))
+    eps_x, eps_m = _epsilon(schedule, np.sqrt(abar), np.sqrt(1 - abar))
+
+    A, B = np.zeros((5, len(t))), np.zeros((5, len(t)))
+    weights = ([1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24])
+    outputs: list[int] = []  # steps whose output is kept, newest first
+    for i in range(len(t)):
+        base = 0 if i == 1 else i  # the second step starts over from the first one's state
+        if i == 1:
+            used = [(1, 1 / 2), (0, 1 / 2)]
+        else:
+            outputs = [i, *outputs[:3]]
+            used = list(zip(outputs, weights[len(outputs) - 1], strict=True))
+        A[i - base, base] = gain[i] - drift[i] * eps_x[i]
+        for j, weight in used:
+            B[i - j, j] = -drift[i] * eps_m[i] * weight
+    return Recurrence(t, A, B, np.zeros(len(t)), np.ones(len(t)), 1.0)
+
+
+def dpmpp_2m_karras(schedule: NoiseSchedule, steps: int) -> Recurrence:
+    """DPM-Solver++(2M) at the noise levels of Karras et al., arXiv 2206.00364, equation 5 with ρ = 7."""
+    return dpmpp_2m(schedule, steps, karras=True)
+
+
+# Name of a solver -> its function and the history tensors it needs.
+SOLVERS: dict[str, tuple[Callable[[NoiseSchedule, int], Recurrence], int]] = {
+    "ddim": (ddim, 0),
+    "ddpm": (ddpm, 0),
+    "euler": (euler, 0),
+    "dpm++2m": (dpmpp_2m, 1),
+    "dpm++2m-karras": (dpmpp_2m_karras, 1),
+    "plms": (plms, 4),
+}
+
+
+def rows(schedule: NoiseSchedule, solver: str, steps: int, guidance: float, num_history: int) -> Table:
+    """The table of a request, for a step graph with `num_history` history tensors.
+
+    solver: a key of SOLVERS. steps: 1 ... num_train_timesteps. guidance: finite; 1 is the conditional output
+    alone. plms does not run "sample" prediction or zero terminal SNR; ddim and ddpm do not run "epsilon"
+    prediction from a timestep without signal, where x0 cannot be told from it. All else runs with all else.
+
+    Raises RequestError, with what is allowed.
+    """
+    recurrence = solve(schedule, solver, steps)
+    needed = SOLVERS[solver][1]
+    if num_history < needed:
+        runs = [name for name, (_, history) in SOLVERS.items() if history <= num_history]
+        raise RequestError(
+            f"The solver {solver} needs {needed} history tensors and the step graph has {num_history}. "
+            f"Choose {', '.join(runs)}, or export again with more history tensors."
+        )
+    try:
+        guidance = float(guidance)
+    except (TypeError, ValueError):
+        guidance = math.nan
+    if not math.isfinite(guidance):
+        raise RequestError("The guidance must be a finite number; usual are 1 (off) to 10.")
+    N = len(recurrence.timesteps)
+    table = np.zeros((N, len(ROW_HEAD) + 2 * num_history))
+    table[:, 0] = recurrence.timesteps
+    table[:, 1] = recurrence.scale
+    table[:, 2] = guidance
+    table[:, 3], table[:, 4] = recurrence.A[0], recurrence.B[0]
+    table[:, 5] = recurrence.d
+    for k in range(1, needed + 1):
+        table[:, 4 + 2 * k], table[:, 5 + 2 * k] = recurrence.A[k], recurrence.B[k]
+    stochastic = bool(np.any(recurrence.d))
+    return Table(recurrence.timesteps, table.astype(np.float32), recurrence.init_sigma, stochastic)
+
+
+def solve(schedule: NoiseSchedule, solver: str, steps: int) -> Recurrence:
+    """The float64 recurrence behind `rows`; raises RequestError for a solver or steps that cannot run."""
+    if solver not in SOLVERS:
+        raise RequestError(f"There is no solver {solver!r}. Choose one of {', '.join(SOLVERS)}.")
+    try:
+        steps = operator.index(steps)
+    except TypeError:
+        raise RequestError(f"The number of steps is {steps!r}; it must be an integer.") from None
+    if not 1 <= steps <= schedule.num_train_timesteps:
+        raise RequestError(
+            f"The number of steps is {steps}; it must be from 1 to {schedule.num_train_timesteps}, "
+            "the timesteps that the network was trained with."
+        )
+    recurrence = SOLVERS[solver][0](schedule, steps)
+    return recurrence._replace(timesteps=recurrence.timesteps.astype(np.float64))
+
+
+def reference_step(
+    row: Array, x: Array, history: Array, m: Array, noise: Array | None = None
+) -> tuple[Array, Array]:
+    """What a step graph does after the network, in numpy: the form of a row, and the oracle for graphs.
+
+    row [B, 6 + 2 K], x [B, ...], history [B, K, ...], m [B, ...] guided, noise [B, ...] or None for zeros.
+    Returns the next x and history, of the same shapes.
+    """
+    row = np.asarray(row)
+    K = history.shape[1]
+    column = row.reshape(*row.shape, *[1] * (x.ndim - 1))  # [B, R, 1 ...]
+    a, b, d = column[:, 3], column[:, 4], column[:, 5]
+    shifted = np.concatenate([history, np.zeros_like(x)[:, None]], axis=1)  # h_1 ... h_K, 0
+    x_next = a * x + b * m + shifted[:, 0]
+    if noise is not None:
+        x_next = x_next + d * noise
+    later = [column[:, 4 + 2 * k] * x + column[:, 5 + 2 * k] * m + shifted[:, k] for k in range(1, K + 1)]
+    return x_next, np.stack(later, axis=1) if K else history
+
+
+# What the solvers share.
+
+
+def _x0(schedule: NoiseSchedule, alpha: Array, sigma: Array) -> Array:
+    """The clean sample as x0 = row 0 times x plus row 1 times m, for x = α x0 + σ ε. Returns [2, N]."""
+    if schedule.prediction_type == "sample":
+        return np.stack([np.zeros_like(alpha), np.ones_like(alpha)])
+    if schedule.prediction_type == "v_prediction":
+        return np.stack([alpha, -sigma])
+    if np.any(alpha == 0):
+        raise RequestError(
+            "This network predicts noise, and with zero terminal SNR the first timestep holds nothing else: "
+            "no sample can be told from it. Choose euler or dpm++2m, which start just below it."
+        )
+    return np.stack([1 / alpha, -sigma / alpha])
+
+
+def _epsilon(schedule: NoiseSchedule, alpha: Array, sigma: Array) -> Array:
+    """The noise as ε = row 0 times x plus row 1 times m, for x = α x0 + σ ε. Returns [2, N]."""
+    if schedule.prediction_type == "sample":
+        return np.stack([1 / sigma, -alpha / sigma])
+    if schedule.prediction_type == "v_prediction":
+        return np.stack([sigma, alpha])
+    return np.stack([np.zeros_like(alpha), np.ones_like(alpha)])
+
+
+def _abar(schedule: NoiseSchedule, t: Array) -> Array:
+    """ᾱ at integer timesteps; before timestep 0 it is 1, or timestep 0's without `set_alpha_to_one`."""
+    abar = schedule.alphas_cumprod()
+    return np.where(t >= 0, abar[np.maximum(t, 0)], 1.0 if schedule.set_alpha_to_one else abar[0])
+
+
+def _spaced(schedule: NoiseSchedule, steps: int, whole: bool = True) -> Array:
+    """Timesteps from noisy to clean [steps], integers unless `whole` is False and the spacing is "linspace".
+
+    arXiv 2305.08891, table 2.
+    """
+    T = schedule.num_train_timesteps
+    if schedule.timestep_spacing == "linspace":
+        t = np.linspace(0, T - 1, steps)[::-1]
+        return t.round().astype(np.int64) if whole else t
+    if schedule.timestep_spacing == "leading":
+        return _within(schedule, np.arange(steps)[::-1] * (T // steps) + schedule.steps_offset)
+    # arange may give one timestep too many (-1) where T / steps is not exact: cut it.
+    return np.arange(T, 0, -T / steps)[:steps].round().astype(np.int64) - 1
+
+
+def _spaced_for_dpm(schedule: NoiseSchedule, steps: int) -> tuple[Array, Array]:
+    """Timesteps and noise levels [steps] for DPM-Solver++: all but the cleanest of steps + 1 timesteps."""
+    T = schedule.num_train_timesteps
+    if schedule.timestep_spacing == "linspace":
+        t = np.linspace(0, T - 1, steps + 1)[:0:-1].round().astype(np.int64)
+    elif schedule.timestep_spacing == "leading":
+        t = _within(schedule, np.arange(1, steps + 1)[::-1] * (T // (steps + 1)) + schedule.steps_offset)
+    else:
+        t = _spaced(schedule, steps)
+    if np.any(np.diff(t) == 0):
+        raise RequestError(
+            f"{steps} steps of dpm++2m would visit a timestep twice. Choose {T // 2} steps or fewer."
+        )
+    return t, schedule.sigmas()[t]
+
+
+def _karras(schedule: NoiseSchedule, steps: int) -> tuple[Array, Array]:
+    """Timesteps and noise levels [steps]: levels even in s^(1/7), timesteps by interpolation in log s.
+
+    Timesteps are rounded as in diffusers, but not for the cosine schedule, where many levels lie between the
+    last few timesteps. diffusers does not round there either, but then casts to integers.
+    """
+    levels = schedule.sigmas()
+    rho = 7.0
+    s = np.linspace(levels[-1] ** (1 / rho), levels[0] ** (1 / rho), steps) ** rho
+    t = np.interp(np.log(s), np.log(levels), np.arange(len(levels)))
+    return t if schedule.beta_schedule == "squaredcos_cap_v2" else t.round(), s
+
+
+def _within(schedule: NoiseSchedule, t: Array) -> Array:
+    if t[0] >= schedule.num_train_timesteps:
+        raise RequestError(
+            f"{len(t)} steps with steps_offset={schedule.steps_offset} would start at timestep {t[0]}; "
+            f"the last one trained is {schedule.num_train_timesteps - 1}. Choose fewer steps."
+        )
+    return t

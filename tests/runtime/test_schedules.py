@@ -1,0 +1,295 @@
+"""Every solver against diffusers' own scheduler, driving the same fake network from the same noise.
+
+The exact comparison runs diffusers in float64, by letting torch.float32 mean float64 while it works.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from handiffuser.contract import row_columns
+from handiffuser.errors import BundleError, RequestError
+from handiffuser.runtime import schedules
+from handiffuser.runtime.schedules import NoiseSchedule, reference_step, rows, solve
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+SIZE = 6
+STEPS = (1, 2, 5, 7, 20)
+SPACINGS = ("leading", "trailing", "linspace")
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+PEERS = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+}
+HISTORY = {name: history for name, (_, history) in schedules.SOLVERS.items()}
+A = np.random.default_rng(3).normal(size=(SIZE, SIZE)) / math.sqrt(SIZE)
+
+
+def network(x, t):
+    """Bounded, nonlinear, and different at every timestep. x [SIZE], float64."""
+    return np.tanh(A @ x + np.sin(np.arange(SIZE) + float(t) / 100))
+
+
+def unit_noise(steps):
+    return np.random.default_rng(4).normal(size=(steps + 2, SIZE))
+
+
+@contextmanager
+def float64_diffusers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(np, "float32", np.float64)
+        yield
+
+
+def diffusers_loop(config, solver, steps, timesteps=None):
+    """Final sample and timesteps of diffusers' own loop. `timesteps` replaces those that the network sees."""
+    name, extra = PEERS[solver]
+    config = {**config, **extra}
+    peer = getattr(diffusers, name)
+    accepted = peer.__init__.__wrapped__.__code__.co_varnames
+    scheduler = peer(**{key: value for key, value in config.items() if key in accepted})
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else timesteps that occur twice start it one step late
+    noise = iter(unit_noise(steps))
+    x = torch.from_numpy(next(noise))[None] * scheduler.init_noise_sigma
+    module = __import__(peer.__module__, fromlist=["randn_tensor"])
+    with pytest.MonkeyPatch.context() as patch:
+        if solver == "ddpm":
+            patch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.from_numpy(next(noise))[None])
+        for i, t in enumerate(scheduler.timesteps):
+            shown = t if timesteps is None else timesteps[i]
+            m = torch.from_numpy(network(scheduler.scale_model_input(x, t)[0].numpy(), shown))[None]
+            x = scheduler.step(m, t, x).prev_sample
+    return x[0].numpy(), scheduler.timesteps.numpy()
+
+
+def our_loop(recurrence, table_rows, K, steps):
+    """Runs rows [N, 6 + 2 K] of any precision through reference_step."""
+    noise = unit_noise(steps)
+    x, history = noise[None, 0] * recurrence.init_sigma, np.zeros((1, K, SIZE))
+    for i, (t, row) in enumerate(zip(recurrence.timesteps, table_rows, strict=True)):
+        m = network(row[1] * x[0], t)[None]
+        x, history = reference_step(row[None], x, history, m, noise[None, i + 1])
+    return x[0]
+
+
+def exact_rows(recurrence, K):
+    """What `rows` computes, before it is rounded to float32."""
+    table = np.zeros((len(recurrence.timesteps), 6 + 2 * K))
+    table[:, 0], table[:, 1], table[:, 5] = recurrence.timesteps, recurrence.scale, recurrence.d
+    table[:, 3], table[:, 4] = recurrence.A[0], recurrence.B[0]
+    table[:, 6::2], table[:, 7::2] = recurrence.A[1:].T, recurrence.B[1:].T
+    return table
+
+
+def runs(solver, prediction, zero_snr, first_is_noisy=True):
+    if solver == "plms":
+        return prediction != "sample" and not zero_snr
+    return not (solver in ("ddim", "ddpm") and prediction == "epsilon" and zero_snr and first_is_noisy)
+
+
+@pytest.mark.parametrize("betas", [STABLE_DIFFUSION, COSINE], ids=["stable-diffusion", "cosine"])
+@pytest.mark.parametrize("zero_snr", [False, True], ids=["", "zero-snr"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", schedules.PREDICTION_TYPES)
+@pytest.mark.parametrize("solver", PEERS)
+def test_equals_diffusers(solver, prediction, spacing, zero_snr, betas):
+    config = {
+        **betas,
+        "prediction_type": prediction,
+        "timestep_spacing": spacing,
+        "rescale_betas_zero_snr": zero_snr,
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+    }
+    schedule = NoiseSchedule.from_config(config)
+    K = HISTORY[solver]
+    for steps in STEPS:
+        first_is_noisy = spacing == "trailing" or (spacing == "linspace" and steps > 1)
+        if not runs(solver, prediction, zero_snr, first_is_noisy):
+            with pytest.raises(RequestError, match=r"Choose (ddim|euler)"):
+                rows(schedule, solver, steps, 1.0, K)
+            continue
+        recurrence = solve(schedule, solver, steps)
+        # diffusers cuts the fractions off these timesteps; its solver itself does not look at them.
+        fractional = solver == "dpm++2m-karras" and betas is COSINE
+        with float64_diffusers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected, timesteps = diffusers_loop(
+                config, solver, steps, recurrence.timesteps if fractional else None
+            )
+        np.testing.assert_allclose(recurrence.timesteps, timesteps, atol=1 if fractional else 1e-9, rtol=0)
+        scale = np.abs(expected).max()
+        exact = our_loop(recurrence, exact_rows(recurrence, K), K, steps)
+        np.testing.assert_allclose(exact, expected, atol=1e-8 * scale, rtol=0, err_msg=f"{steps} steps")
+        table = rows(schedule, solver, steps, 1.0, K)
+        assert table.rows.dtype == np.float32
+        rounded = our_loop(recurrence, table.rows.astype(np.float64), K, steps)
+        np.testing.assert_allclose(
+            rounded, expected, atol=2e-6 * scale, rtol=0, err_msg=f"{steps} steps, float32"
+        )
+
+
+@pytest.mark.parametrize("betas", [STABLE_DIFFUSION, COSINE], ids=["stable-diffusion", "cosine"])
+@pytest.mark.parametrize("prediction", schedules.PREDICTION_TYPES)
+@pytest.mark.parametrize("solver", PEERS)
+def test_close_to_diffusers_as_it_is(solver, prediction, betas):
+    """diffusers keeps its own tables in float32, which is what it loses against the exact ones."""
+    if not runs(solver, prediction, zero_snr=False):
+        return
+    config = {
+        **betas,
+        "prediction_type": prediction,
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+    }
+    recurrence = solve(NoiseSchedule.from_config(config), solver, 20)
+    shown = recurrence.timesteps if solver == "dpm++2m-karras" else None
+    expected, _ = diffusers_loop(config, solver, 20, shown)
+    ours = our_loop(recurrence, exact_rows(recurrence, HISTORY[solver]), HISTORY[solver], 20)
+    np.testing.assert_allclose(ours, expected, atol=2e-4 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize(
+    "betas", [STABLE_DIFFUSION, COSINE, {}], ids=["stable-diffusion", "cosine", "linear"]
+)
+def test_alphas_cumprod(betas, zero_snr):
+    with float64_diffusers():
+        expected = diffusers.DDIMScheduler(**betas, rescale_betas_zero_snr=zero_snr).alphas_cumprod.numpy()
+    ours = NoiseSchedule(**betas, rescale_betas_zero_snr=zero_snr).alphas_cumprod()
+    np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-16)
+    assert (ours[-1] == 0) == zero_snr
+
+
+@pytest.mark.parametrize("solver", PEERS)
+def test_clean_prediction_ends_clean(solver):
+    """A network that knows the answer is believed: the loop ends at x0 itself, in x0's scale."""
+    schedule = NoiseSchedule(**STABLE_DIFFUSION, prediction_type="v_prediction", timestep_spacing="trailing")
+    abar = schedule.alphas_cumprod()
+    x0, noise = np.random.default_rng(0).normal(size=(2, 1, SIZE))
+    recurrence = solve(schedule, solver, 10)
+    K = HISTORY[solver]
+    table = exact_rows(recurrence, K)
+    x, history = noise * recurrence.init_sigma, np.zeros((1, K, SIZE))
+    for row in table:
+        alpha = math.sqrt(abar[round(row[0])])
+        sigma = math.sqrt(1 - alpha**2)
+        epsilon = (row[1] * x - alpha * x0) / sigma
+        x, history = reference_step(row[None], x, history, alpha * epsilon - sigma * x0)
+    # PLMS mixes velocities of different timesteps, as diffusers does, so it is only near.
+    np.testing.assert_allclose(x, x0, atol=0.2 if solver == "plms" else 1e-9)
+
+
+def test_table():
+    table = rows(NoiseSchedule(), "plms", 10, 7.5, num_history=6)
+    assert table.rows.shape == (11, len(row_columns(6))) and table.timesteps.shape == (11,)
+    assert table.timesteps[1] == table.timesteps[2]
+    assert not table.rows[:, 14:].any()  # the history that PLMS does not use
+    assert table.rows[:, 12:14].any() and set(table.rows[:, 2]) == {7.5}
+    assert not table.stochastic and rows(NoiseSchedule(), "ddpm", 10, 1, 0).stochastic
+    np.testing.assert_array_equal(
+        rows(NoiseSchedule(), "ddim", 10, 2.0, 0).rows, rows(NoiseSchedule(), "ddim", 10, 2.0, 4).rows[:, :6]
+    )
+    assert rows(NoiseSchedule(), "ddpm", 10, 1, 0).rows[-1, 5] == 0  # no noise on the result
+
+
+def test_trailing_never_visits_a_timestep_before_0():
+    """For 62 of 1000 step counts, 61 the first, diffusers' "trailing" appends a timestep of -1."""
+    for steps in range(1, 1001):
+        timesteps = solve(NoiseSchedule(timestep_spacing="trailing"), "ddim", steps).timesteps
+        assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
+
+
+@pytest.mark.parametrize("solver", PEERS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_all_step_counts_are_finite_or_refused(solver, spacing):
+    schedule = NoiseSchedule(num_train_timesteps=50, timestep_spacing=spacing, steps_offset=1)
+    for steps in range(1, 51):
+        try:
+            table = rows(schedule, solver, steps, 1.0, 4)
+        except RequestError:
+            assert steps > 24
+        else:
+            assert np.isfinite(table.rows).all() and math.isfinite(table.init_sigma)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 0}, "from 1 to 1000"),
+        ({"steps": 1001}, "from 1 to 1000"),
+        ({"steps": 2.5}, "integer"),
+        ({"solver": "heun"}, "ddim, ddpm, euler"),
+        ({"guidance": math.nan}, "finite"),
+        ({"guidance": math.inf}, "finite"),
+        ({"guidance": "strong"}, "finite"),
+        ({"solver": "plms"}, "needs 4 history tensors .* has 1.*Choose ddim, ddpm, euler, dpm"),
+        ({"solver": "dpm++2m", "num_history": 0}, "Choose ddim, ddpm, euler,"),
+        ({"solver": "dpm++2m", "steps": 1000}, "twice"),
+    ],
+)
+def test_refusals_say_what_is_allowed(change, words):
+    request = {"solver": "ddim", "steps": 10, "guidance": 1.0, "num_history": 1, **change}
+    with pytest.raises(RequestError, match=words):
+        rows(NoiseSchedule(), **request)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"beta_schedule": "sigmoid"}, "beta_schedule.*scaled_linear"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type"),
+        ({"timestep_spacing": "random"}, "timestep_spacing"),
+        ({"clip_sample": True}, "clip_sample=False"),
+        ({"thresholding": True}, "thresholding"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"variance_type": "learned_range"}, "fixed_small"),
+        ({"final_sigmas_type": "sigma_min"}, "zero"),
+        ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start <= beta_end"),
+        ({"beta_end": math.nan}, "beta_start <= beta_end"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps"),
+        ({"steps_offset": -1}, "steps_offset"),
+        ({"steps_offset": None}, "steps_offset"),
+    ],
+)
+def test_unsupported_configurations_are_refused(config, words):
+    with pytest.raises(BundleError, match=words):
+        NoiseSchedule.from_config(config)
+
+
+def test_reads_what_diffusers_saves():
+    for name, extra in PEERS.values():
+        scheduler = getattr(diffusers, name)(**STABLE_DIFFUSION, **extra)
+        schedule = NoiseSchedule.from_config({**scheduler.config, "an_option_of_tomorrow": 1})
+        assert schedule.beta_end == 0.012 and schedule.timestep_spacing == scheduler.config.timestep_spacing
+
+
+def test_offset_beyond_training_is_refused():
+    with pytest.raises(RequestError, match="fewer steps"):
+        rows(NoiseSchedule(steps_offset=1), "ddim", 1000, 1.0, 0)
+
+
+def test_reference_step_is_per_row():
+    generator = np.random.default_rng(1)
+    row, history = generator.normal(size=(3, 10)), generator.normal(size=(3, 2, 4, 5))
+    x, m, noise = generator.normal(size=(3, 3, 4, 5))
+    together = reference_step(row, x, history, m, noise)
+    for i in range(3):
+        part = slice(i, i + 1)
+        alone = reference_step(row[part], x[part], history[part], m[part], noise[part])
+        np.testing.assert_array_equal(alone[0], together[0][part])
+        np.testing.assert_array_equal(alone[1], together[1][part])

@@ -1,0 +1,161 @@
+"""What the demo world can be asked for, in many wordings.
+
+A `Spec` says which hand, gesture, view, skin and background; `write_prompt` puts it into one of many English
+forms.
+
+    write_prompt(Spec("left", "victory", "palm", "dark", "blue"), np.random.default_rng(0))
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from .gestures import GESTURES, NAMES
+
+SIDES = ("left", "right", "both")
+VIEWS = {
+    "palm": ("palm to the viewer", "seen from the palm side", "palm facing the camera", "palm view", "showing the palm"),
+    "back": ("back of the hand to the viewer", "seen from the back", "seen from behind", "back view",
+             "showing the back of the hand"),
+    "side": ("seen from the side", "from the side", "side view", "in profile"),
+}  # fmt: skip
+SKINS = {  # the back of the hand, 0..1 sRGB, and what people call it
+    "pale": ((0.93, 0.76, 0.67), ("pale", "fair", "very light")),
+    "light": ((0.86, 0.65, 0.53), ("light", "light-toned", "white")),
+    "tan": ((0.75, 0.54, 0.40), ("tan", "tanned", "olive")),
+    "brown": ((0.58, 0.39, 0.27), ("brown", "medium brown", "light brown")),
+    "dark": ((0.42, 0.27, 0.19), ("dark", "dark brown", "dark-toned")),
+    "deep": ((0.29, 0.18, 0.135), ("deep", "very dark", "black")),
+}
+BACKGROUNDS = {
+    "white": (0.95, 0.95, 0.94),
+    "grey": (0.55, 0.56, 0.58),
+    "black": (0.09, 0.09, 0.10),
+    "red": (0.76, 0.14, 0.15),
+    "orange": (0.96, 0.52, 0.08),
+    "yellow": (0.96, 0.84, 0.22),
+    "green": (0.20, 0.58, 0.30),
+    "blue": (0.18, 0.38, 0.78),
+    "purple": (0.46, 0.24, 0.62),
+    "pink": (0.95, 0.50, 0.70),
+}
+
+# Gestures that also have a name as an adjective, or as a noun of its own.
+ADJECTIVES = {"open_hand": ("open", "hand"), "fist": ("clenched", "fist"), "cupped_hand": ("cupped", "hand")}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a picture shows: side in SIDES, gesture in gestures.NAMES, view in VIEWS, skin in SKINS,
+    background in BACKGROUNDS."""
+
+    side: str
+    gesture: str
+    view: str
+    skin: str
+    background: str
+
+
+def allowed_views(gesture: str, side: str) -> tuple[str, ...]:
+    """Views from which a gesture can be told. Two hands with the thumbs up or down, or pointing at each
+    other, can only be held so that the forearms come from outside."""
+    views = GESTURES[gesture].views
+    if side == "both":
+        spin = GESTURES[gesture].spin
+        views = tuple(v for v in views if v != "side")
+        if abs(spin) > 60:
+            views = ("back",) if spin > 0 else ("palm",)
+    return views
+
+
+def sample_spec(rng: np.random.Generator, both: float = 0.15) -> Spec:
+    """A random Spec; `both` is the share of two-hand pictures."""
+    side = "both" if rng.random() < both else SIDES[rng.integers(2)]
+    gesture = NAMES[rng.integers(len(NAMES))]
+    views = allowed_views(gesture, side)
+    # Side views are a quarter where they exist.
+    view = (
+        "side"
+        if "side" in views and rng.random() < 0.25
+        else views[rng.integers(len(views) - ("side" in views))]
+    )
+    skin, background = (list(names)[rng.integers(len(names))] for names in (SKINS, BACKGROUNDS))
+    return Spec(side, gesture, view, skin, background)
+
+
+def _pick(rng: np.random.Generator, options):
+    return options[rng.integers(len(options))]
+
+
+def _a(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _subject(spec: Spec, tone: str, rng: np.random.Generator) -> str:
+    """The hand and what it does: "a tan left hand making a fist", "a peace sign with both hands"."""
+    phrase = _pick(rng, GESTURES[spec.gesture].phrases)
+    noun, adjective = "hand", ""
+    if spec.gesture in ADJECTIVES and rng.random() < 0.35:
+        adjective, noun, phrase = *ADJECTIVES[spec.gesture], ""
+
+    def hand(*words: str) -> str:
+        return " ".join(w for w in words if w)
+
+    if spec.side == "both":
+        count = _pick(rng, ("two", "both", "two", "a pair of"))
+        who = hand(count, tone, adjective, noun + "s")
+    else:
+        order = [tone, spec.side, adjective] if rng.random() < 0.75 else [spec.side, tone, adjective]
+        who = hand(*order, noun)
+        who = _pick(rng, (_a(who), _a(who), _a(who), f"the {who}", who))
+    verb, _, rest = phrase.partition(" ")
+    if (
+        verb in ("making", "giving", "showing")
+        and rest.startswith(("a ", "an ", "the "))
+        and rng.random() < 0.2
+    ):
+        return f"{rest} with {who}"
+    return hand(who, phrase)
+
+
+def write_prompt(spec: Spec, rng: np.random.Generator, leave_out: float = 0.35) -> str:
+    """One wording of `spec`. View, skin and background are each left out with probability `leave_out`; side
+    and gesture are always said."""
+    view, skin, background = (rng.random(3) >= leave_out).tolist()
+    tone = _pick(rng, SKINS[spec.skin][1]) if skin else ""
+    extras = []
+    if skin and rng.random() < 0.4:
+        extras.append(_pick(rng, (f"{tone} skin", f"with {tone} skin")))
+        tone = ""
+    if view:
+        words = _pick(rng, VIEWS[spec.view])
+        extras.append(words.replace("of the hand", "of the hands") if spec.side == "both" else words)
+    if background:
+        colour = _pick(rng, ("grey", "gray")) if spec.background == "grey" else spec.background
+        extras.append(_pick(rng, (f"{colour} background", f"on {_a(colour)} background", f"against {colour}",
+                                  f"in front of {_a(colour)} wall", f"{colour} backdrop")))  # fmt: skip
+    subject = _subject(spec, tone, rng)
+    prefix = _pick(
+        rng, ("",) * 6 + ("a photo of ", "a picture of ", "photo of ", "an image of ", "close-up of ")
+    )
+    extras = [extras[i] for i in rng.permutation(len(extras))]
+    if extras and rng.random() < 0.12:  # "blue background, a left hand making a fist"
+        parts = [*extras, subject]
+    else:
+        parts = [prefix + subject, *extras]
+    text, commas = parts[0], rng.random() < 0.7
+    for part in parts[1:]:
+        clause = part.split()[0] in ("with", "on", "in", "against", "seen", "from", "showing")
+        text += (" " if clause and not commas else ", ") + part
+    if rng.random() < 0.25:
+        text = text[0].upper() + text[1:] + ("." if rng.random() < 0.5 else "")
+    return text
+
+
+def is_held_out(prompt: str) -> bool:
+    """About one prompt in ten, by a stable hash of its text (case and full stop aside): never trained on."""
+    key = prompt.strip().rstrip(".").lower().encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") % 10 == 0

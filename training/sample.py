@@ -1,0 +1,87 @@
+"""Sampling with PyTorch and diffusers' own scheduler, for training's sample grids and its report.
+
+The product's sampler is in runtime/ and knows no PyTorch; this is the plain loop that it must agree with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ..models.checkpoint import Checkpoint
+from ..models.text_hand_encoder import pooled
+
+CUES = ("joints", "rotations", "bps", "visibility")
+Network = Callable[[Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def ddim(network: Network, x: Tensor, schedule: dict[str, Any], steps: int) -> Tensor:
+    """Deterministic DDIM from noise x; network(x, timestep [B]) gives the (guided) output."""
+    scheduler = DDIMScheduler.from_config(schedule)
+    scheduler.set_timesteps(steps)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(network(x, timestep.expand(len(x))), timestep, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+def sample_hands(checkpoint: Checkpoint, ids: Tensor, seed: int = 0, steps: int | None = None) -> Tensor:
+    """Stage 1: token ids [N, 77] -> normalised parameters [N, P]."""
+    hidden = checkpoint.text_encoder(ids).last_hidden_state
+    text = pooled(hidden, ids, checkpoint.special_tokens["eos"])
+    noise = torch.randn(len(ids), len(checkpoint.hand_prior.mean), generator=torch.Generator().manual_seed(seed))
+    steps = steps or checkpoint.defaults["hand_steps"]
+    return ddim(lambda x, t: checkpoint.hand_prior(x, t, text), noise, checkpoint.hand_scheduler, steps)
+
+
+@torch.no_grad()
+def sample_pictures(
+    checkpoint: Checkpoint,
+    ids: Tensor,
+    empty: Tensor,
+    hands: dict[str, Tensor],
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> Tensor:
+    """Stage 2: token ids and hand features -> uint8 pictures [N, H, W, 3]. empty: ids of "" [77]."""
+    steps = steps or checkpoint.defaults["steps"]
+    guidance = checkpoint.defaults["guidance"] if guidance is None else guidance
+    cues = {name: hands[name].float() for name in CUES}
+    blank = {**cues, "visibility": torch.zeros_like(cues["visibility"])}
+    context = torch.cat(
+        [
+            checkpoint.text_hand_encoder(empty.expand(len(ids), -1), **blank),
+            checkpoint.text_hand_encoder(ids, **cues),
+        ]
+    )
+
+    def network(x: Tensor, timestep: Tensor) -> Tensor:
+        both = checkpoint.unet(torch.cat([x, x]), torch.cat([timestep, timestep]), context).sample
+        without, given = both.chunk(2)
+        return without + guidance * (given - without)
+
+    shape = (len(ids), checkpoint.unet.config.in_channels, *checkpoint.latent_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return decode(checkpoint, ddim(network, noise, checkpoint.scheduler, steps))
+
+
+@torch.no_grad()
+def decode(checkpoint: Checkpoint, latents: Tensor) -> Tensor:
+    """Latents -> uint8 pictures [N, H, W, 3]."""
+    config = checkpoint.vae.config
+    image = checkpoint.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def encode(checkpoint: Checkpoint, images: Tensor) -> Tensor:
+    """Pictures in [-1, 1] [N, 3, H, W] -> scaled latents."""
+    config = checkpoint.vae.config
+    mean = checkpoint.vae.encode(images).latent_dist.mean
+    return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
