@@ -53,13 +53,23 @@ CLIP_KEYS = (
 def pooled(hidden: Tensor, input_ids: Tensor, eos_token_id: int) -> Tensor:
     """The sentence vector [B, W]: the output at the first end-of-text token (padding is the same token)."""
     at = (input_ids == eos_token_id).to(torch.int32).argmax(-1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), at]
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
 
 
 def causal_mask(length: int, free_from: int, device: torch.device) -> Tensor:
     """[1, 1, L, L] booleans, True where a token may look: back only, but freely among tokens >= free_from."""
     place = torch.arange(length, device=device)
     return ((place[None] <= place[:, None]) | (place[:, None] >= free_from))[None, None]
+
+
+def encode_text(clip: CLIPTextModel, input_ids: Tensor) -> Tensor:
+    """CLIP's hidden states [B, 77, W], from its own layers with a mask that exports."""
+    inner = getattr(clip, "text_model", clip)  # transformers 5 dropped the inner `text_model`
+    hidden = inner.embeddings(input_ids=input_ids)
+    mask = causal_mask(hidden.shape[1], hidden.shape[1], hidden.device)
+    for layer in inner.encoder.layers:
+        hidden = layer(hidden, attention_mask=mask)
+    return inner.final_layer_norm(hidden)
 
 
 class TextHandEncoder(ModelMixin, ConfigMixin):
@@ -94,7 +104,6 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         if unknown:
             raise ValueError(f"Unknown hand cues {sorted(unknown)}; there are {', '.join(CUES)}.")
         text = CLIPTextModel(CLIPTextConfig(**{key: getattr(self.config, key) for key in CLIP_KEYS}))
-        # transformers 5 dropped the inner `text_model`; either way these are the trained parts.
         inner = getattr(text, "text_model", text)
         self.embeddings, self.layers, self.final_layer_norm = (
             inner.embeddings,
@@ -150,7 +159,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         self, joints: Tensor | None, rotations: Tensor | None, bps: Tensor | None, visibility: Tensor
     ) -> Tensor:
         """The hands' embedded tokens [N, 2 * tokens_per_hand, W]."""
-        batch, width = len(visibility), self.config.hidden_size
+        batch, width = visibility.shape[0], self.config.hidden_size
         tokens = visibility.new_zeros(batch, 2, self.joint_tokens, width)
         if "joints" in self.config.cues:
             assert joints is not None
@@ -177,7 +186,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
 
     def position_codes(self, joints: Tensor | None, visibility: Tensor) -> Tensor:
         """[N, L, C]: of each token its position's code and its kind; zero for hidden hands, so the kernel is off."""
-        batch, text = len(visibility), self.config.max_position_embeddings
+        batch, text = visibility.shape[0], self.config.max_position_embeddings
         channels, located = code_width(self.config.frequencies), 4 * len(self.config.frequencies)
         seen = visibility[:, :, None, None].to(torch.float32)
 
@@ -215,7 +224,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         visibility: [N, 2], 1 for a hand that is to be seen (None: no hands, the unconditional case).
         Returns the context [N, L, W + code].
         """
-        batch = len(input_ids)
+        batch = input_ids.shape[0]
         if visibility is None:
             dtype, device = self.final_layer_norm.weight.dtype, input_ids.device
             visibility = torch.zeros(batch, 2, dtype=dtype, device=device)

@@ -10,7 +10,6 @@ The arrays are smplx's: axis-angle in radians with `flat_hand_mean=True`, so
 from __future__ import annotations
 
 import io
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +141,9 @@ def load_hands(path: str | Path) -> np.ndarray:
             arrays = {name: archive[name] for name in SHAPES}
     except FileNotFoundError:
         raise RequestError(f"There is no hands file {path}.") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, MemoryError) as error:
-        # numpy names pickles where it finds no array; whatever it is, it is not opened.
+    except RequestError:
+        raise
+    except Exception as error:  # a bad file fails numpy, zipfile and zlib in many ways; pickles are not opened
         raise RequestError(f"The hands file {path} cannot be read as plain arrays. {advice}") from error
     for name, (shape, limit) in SHAPES.items():
         value = arrays[name]

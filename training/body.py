@@ -26,10 +26,10 @@ SHAPES = ("hand size", "finger length", "finger thickness", "palm width", "forea
           "hand thickness", "finger taper", "pinky length", "stature")  # fmt: skip
 
 # Body joints of the middle and the left side; the right side is mirrored. Metres.
-JOINTS = {0: (0, -0.22, 0.02), 1: (0.06, -0.32, 0.01), 3: (0, -0.11, 0), 4: (0.10, -0.70, 0), 6: (0, 0.03, 0.01),
-          7: (0.09, -1.10, -0.03), 9: (0, 0.08, 0.02), 10: (0.11, -1.16, 0.09), 12: (0, 0.30, -0.02),
-          13: (0.08, 0.19, -0.01), 15: (0, 0.38, 0.02), 16: (0.18, 0.22, -0.03), 18: (0.44, 0.22, -0.03),
-          20: (0.69, 0.22, -0.03)}  # fmt: skip
+JOINTS = {0: (0, -0.22, 0.02), 1: (0.06, -0.32, 0.01), 3: (0, -0.11, 0), 4: (0.10, -0.70, 0),
+          6: (0, 0.03, 0.01), 7: (0.09, -1.10, -0.03), 9: (0, 0.08, 0.02), 10: (0.11, -1.16, 0.09),
+          12: (0, 0.30, -0.02), 13: (0.08, 0.19, -0.01), 15: (0, 0.38, 0.02), 16: (0.18, 0.22, -0.03),
+          18: (0.44, 0.22, -0.03), 20: (0.69, 0.22, -0.03)}  # fmt: skip
 WRIST = np.array(JOINTS[20])
 
 # The left hand in its own frame, millimetres: (along the fingers, up out of the back, towards the thumb),
@@ -37,9 +37,7 @@ WRIST = np.array(JOINTS[20])
 KNUCKLES = np.array([(90, 3.5, 26), (92, 5.5, 4.5), (86, 4, -16.5), (78, 0.5, -35.5)], float)
 PHALANGES = np.array([(43, 26, 22), (47, 30, 23), (44, 28, 23), (35, 21, 20)], float)
 SPLAY = np.array([5.0, 0.5, -4.0, -9.5])
-FINGER_RADII = np.array(
-    [(11.0, 9.2, 8.0, 6.6), (11.3, 9.5, 8.2, 6.8), (10.7, 8.9, 7.7, 6.4), (9.7, 7.9, 6.9, 5.7)]
-)
+FINGER_RADII = np.array([(11.0, 9.2, 8.0, 6.6), (11.3, 9.5, 8.2, 6.8), (10.7, 8.9, 7.7, 6.4), (9.7, 7.9, 6.9, 5.7)])
 THUMB = np.array([(20, -9, 20), (53, -18, 46), (82, -23.5, 64), (107, -27, 76)], float)  # CMC, MCP, IP, end
 THUMB_RADII = np.array([15.0, 11.8, 10.2, 7.8])
 THUMB_BACK = np.array([-0.30, 0.80, 0.52])  # the nail's normal, before it is made square to the bone
@@ -130,12 +128,8 @@ def _palm(p: ndarray) -> ndarray:
         a, b = (KNUCKLES[i] + KNUCKLES[i + 1]) / 2, np.array([WEB - 7.0, -3.0, 0.0])
         d = _blend(d, _cone(flat, a - (0, 3, 0), a + b, 9.0, 6.5), 5)
     d = _blend(d, _cone(p, np.array([18.0, -9, 17]), np.array([52.0, -15, 38]), 15.5, 12.0), 9)  # thenar
-    d = _blend(
-        d, _cone(p, np.array([16.0, -6, -17]), np.array([58.0, -6.5, -31]), 15.0, 11.0), 9
-    )  # hypothenar
-    d = _blend(
-        d, _cone(p, np.array([74.0, -7, 20]), np.array([72.0, -7, -26]), 9.0, 8.5), 8
-    )  # pads under the fingers
+    d = _blend(d, _cone(p, np.array([16.0, -6, -17]), np.array([58.0, -6.5, -31]), 15.0, 11.0), 9)  # hypothenar
+    d = _blend(d, _cone(p, np.array([74.0, -7, 20]), np.array([72.0, -7, -26]), 9.0, 8.5), 8)  # pads under the fingers
     return _blend(d, _forearm(p), 14)
 
 
@@ -151,7 +145,11 @@ def _stubs(p: ndarray) -> ndarray:
 def _forearm(p: ndarray) -> ndarray:
     d = np.full(len(p), 1e3)
     for side in (1, -1):  # radius and ulna: together an ellipse, narrowest just above the wrist
-        at = np.array([(8, 0, 10), (-25, 0, 9), (-120, -2, 9), (-205, -2, 7), (-240, 0, 7)]) * (1.0, 1.0, side)
+        at = np.array([(8, 0, 10), (-25, 0, 9), (-120, -2, 9), (-205, -2, 7), (-240, 0, 7)]) * (
+            1.0,
+            1.0,
+            side,
+        )
         radii = (17.5, 18.0, 27.0, 34.0, 33.0)
         for k in range(4):
             d = _blend(d, _cone(p, at[k], at[k + 1], radii[k], radii[k + 1]), 8)
@@ -162,9 +160,7 @@ def _surface(finger: int | None):
     """The implicit surface that a vertex lies on: a finger blended into the palm, or the palm with the
     thumb's root. Two fingers are never blended with each other: they would grow together."""
     if finger is None:
-        return lambda p: _blend(
-            _blend(_palm(p), _stubs(p), 5), _cone(p, THUMB[0], THUMB[1], *THUMB_RADII[:2]), 14
-        )
+        return lambda p: _blend(_blend(_palm(p), _stubs(p), 5), _cone(p, THUMB[0], THUMB[1], *THUMB_RADII[:2]), 14)
     return lambda p: _blend(_palm(p), _finger(p, finger), 14.0 if finger == 0 else 7.0)
 
 
@@ -220,9 +216,7 @@ def _hand_mesh() -> dict[str, ndarray]:
     column = np.concatenate([np.arange(13), [12], np.arange(12, -1, -1), [0]]).astype(float)
     bottom = np.concatenate([np.zeros(13), [0.5], np.ones(13), [0.5]])
     off = column - np.clip(column, 1.5, 10.5)
-    angle = np.radians(
-        np.where(bottom == 0.5, 90 * np.sign(off), np.where(bottom == 1, 180 - 36 * off, 36 * off))
-    )
+    angle = np.radians(np.where(bottom == 0.5, 90 * np.sign(off), np.where(bottom == 1, 180 - 36 * off, 36 * off)))
     direction = np.stack([np.zeros(28), np.cos(angle), -np.sin(angle)], 1)
     ends, along = _lines(column)
     stations = [-246, -215, -175, -135, -95, -60, -32, -13]
@@ -250,88 +244,84 @@ def _hand_mesh() -> dict[str, ndarray]:
         web.append(add(middle[None] + (1.0, 0, 0), -1)[0])
     last = palm[-1]
     mids = [last[27], *web, last[13]]
-    around = np.radians(-54.0 + 36.0 * np.arange(RING))
-    tips = []
+    tips: list[int] = []
     for finger in (1, 2, 3, 4, 0):
-        chain, frame = CHAINS[finger], FRAMES[finger]
-        lengths = np.linalg.norm(np.diff(chain, axis=0), axis=1)
-        radius = THUMB_RADII[3] if finger == 0 else FINGER_RADII[finger - 1, 3]
-        centre = 1 - radius / lengths[2]
-        r1, r2 = 5.2 / lengths[0], 5.2 / lengths[1]
-        q1, q2 = 4.4 / lengths[1], 4.4 / lengths[2]
-        places = [
-            (0, 1 - r1, 0),
-            (1, 0, 0),
-            (1, r2, 0),
-        ]  # (bone, part of it, degrees the ring leans to the tip)
+        rings_out = _finger_rings(finger)
         if finger == 0:
-            places = [(0, 0.62, 0), *places]
-        else:
-            places = [(0, (WEB + 0.42 * (lengths[0] - 5.2 - WEB)) / lengths[0], 0), *places]
-        places += [
-            (1, 0.5, 0),
-            (1, 1 - q1, 0),
-            (2, q2, 0),
-            (2, max(centre - 0.1, q2 + 0.1), 0),
-            (2, centre, 34),
-        ]
-        if finger:
-            places += [(2, centre, 64)]
-        if finger == 0:
-            loop = [palm[first][i] for i in (26, 27, 0)] + [palm[r][0] for r in (first + 1, first + 2)]
-            loop += [palm[first + 3][i] for i in (0, 27, 26)] + [palm[r][26] for r in (first + 2, first + 1)]
-            loop = np.array(loop)
+            rows = (first + 1, first + 2)
+            loop = np.array(
+                [palm[first][i] for i in side] + [palm[r][0] for r in rows]
+                + [palm[first + 3][i] for i in side[::-1]] + [palm[r][26] for r in rows[::-1]]
+            )  # fmt: skip
         else:
             i = finger - 1
-            loop = np.concatenate(
-                [last[3 * i : 3 * i + 4], [mids[i + 1]], last[23 - 3 * i : 27 - 3 * i], [mids[i]]]
-            )
-        for k, (bone, t, lean) in enumerate(places):
-            axis = _unit(chain[bone + 1] - chain[bone])
-            back = _unit(frame[1] - axis * (axis @ frame[1]))
-            sideways = -np.cross(axis, back)  # away from the thumb's side, as the columns run
-            spokes = np.cos(around)[:, None] * back + np.sin(around)[:, None] * sideways
-            spokes = np.cos(np.radians(lean)) * spokes + np.sin(np.radians(lean)) * axis
-            origin = np.broadcast_to(chain[bone] + t * (chain[bone + 1] - chain[bone]), (RING, 3))
-            on_nail = (
-                (bone == 2)
-                * np.clip((np.cos(around) - 0.45) / 0.4, 0, 1)
-                * (k >= len(places) - (3 if finger else 2))
-            )
-            if finger and k == len(places) - 1:
-                on_nail = on_nail * 0.6
+            loop = np.concatenate([last[3 * i : 3 * i + 4], [mids[i + 1]], last[23 - 3 * i : 27 - 3 * i], [mids[i]]])
+        for k, (origin, spokes, on_nail) in enumerate(rings_out):
             ring = add(_shoot(_surface(finger), origin, spokes, 21.0), finger, on_nail)
-            if (
-                finger == 0 and k == 0
-            ):  # turn or flip the loop so that it meets the first ring without a twist
-                at = np.concatenate(points)
-                loops = [np.roll(o, r) for o in (loop, loop[::-1]) for r in range(RING)]
-                loop = min(loops, key=lambda o: np.linalg.norm(at[o] - at[ring], axis=1).sum())
+            if finger == 0 and k == 0:  # turn or flip the loop so that it meets the first ring without a twist
+                loop = _untwist(loop, ring, np.concatenate(points))
             skin(loop, ring)
             loop = ring
-        tip = add(chain[3][None], finger)
+        tip = add(CHAINS[finger][3][None], finger)
         tips.append(int(tip[0]))
         triangles.extend((int(loop[i]), int(loop[(i + 1) % RING]), int(tip[0])) for i in range(RING))
     tips = [tips[4], *tips[:4]]
 
-    p, kind = np.concatenate(points), np.array(part)
-    faces = [t for a, b, c, d in quads for t in ((a, b, c), (a, c, d))] + triangles
-    faces = np.array(faces, int)
+    p = np.concatenate(points)
+    faces = np.array([t for a, b, c, d in quads for t in ((a, c, b), (a, d, c))] + [t[::-1] for t in triangles])
     used = np.zeros(len(p), bool)
     used[faces] = True
     number = np.cumsum(used) - 1
-    p, kind, nails, faces, tips = (
-        p[used],
-        kind[used],
-        np.array(nail)[used],
-        number[faces][:, ::-1],
-        number[tips],
-    )
-    p = _relax(p, faces, kind, tips)
-    return {"points": p, "faces": faces, "part": kind, "nail": nails, "tips": tips}
+    p, kind, faces = p[used], np.array(part)[used], number[faces]
+    return {
+        "points": _relax(p, faces, kind),
+        "faces": faces,
+        "part": kind,
+        "nail": np.array(nail)[used],
+        "tips": number[tips],
+    }
 
 
-def _relax(p: ndarray, faces: ndarray, kind: ndarray, tips: ndarray) -> ndarray:
+def _finger_rings(finger: int) -> list[tuple[ndarray, ndarray, ndarray]]:
+    """Where a finger's rings are shot from: origins [10,3], directions [10,3] and how much each is nail [10].
+
+    Rings stand closest at the joints, where the skin must bend; the last ones lean towards the tip."""
+    chain, frame = CHAINS[finger], FRAMES[finger]
+    lengths = np.linalg.norm(np.diff(chain, axis=0), axis=1)
+    radius = THUMB_RADII[3] if finger == 0 else FINGER_RADII[finger - 1, 3]
+    centre = 1 - radius / lengths[2]  # of the tip's sphere
+    near_1, near_2 = 5.2 / lengths[:2], 4.4 / lengths[1:]
+    begin = 0.62 if finger == 0 else (WEB + 0.42 * (lengths[0] - 5.2 - WEB)) / lengths[0]
+    places = [(0, begin, 0), (0, 1 - near_1[0], 0), (1, 0, 0), (1, near_1[1], 0), (1, 0.5, 0)]
+    places += [
+        (1, 1 - near_2[0], 0),
+        (2, near_2[1], 0),
+        (2, max(centre - 0.1, near_2[1] + 0.1), 0),
+        (2, centre, 34),
+    ]
+    if finger:
+        places += [(2, centre, 64)]
+    around = np.radians(-54.0 + 36.0 * np.arange(RING))
+    out = []
+    for k, (bone, t, lean) in enumerate(places):  # (bone, part of it, degrees the ring leans)
+        axis = _unit(chain[bone + 1] - chain[bone])
+        back = _unit(frame[1] - axis * (axis @ frame[1]))
+        sideways = -np.cross(axis, back)  # away from the thumb's side, as the columns run
+        spokes = np.cos(around)[:, None] * back + np.sin(around)[:, None] * sideways
+        spokes = np.cos(np.radians(lean)) * spokes + np.sin(np.radians(lean)) * axis
+        origin = np.broadcast_to(chain[bone] + t * (chain[bone + 1] - chain[bone]), (RING, 3))
+        nail = np.clip((np.cos(around) - 0.45) / 0.4, 0, 1) * (k >= 7) * (0.6 if k == 9 else 1.0)
+        out.append((origin, spokes, nail))
+    return out
+
+
+def _untwist(loop: ndarray, ring: ndarray, points: ndarray) -> ndarray:
+    """The loop of vertices turned, or turned round, so that it lies closest to the ring."""
+    loops = [np.roll(o, r) for o in (loop, loop[::-1]) for r in range(RING)]
+    return min(loops, key=lambda o: np.linalg.norm(points[o] - points[ring], axis=1).sum())
+
+
+def _relax(p: ndarray, faces: ndarray, kind: ndarray) -> ndarray:
     """Even out the palm and the roots of the fingers along the surface; rings further out stay where they
     were shot."""
     near = (kind == -1) | (kind == 0)
@@ -340,7 +330,7 @@ def _relax(p: ndarray, faces: ndarray, kind: ndarray, tips: ndarray) -> ndarray:
         near |= (kind == finger) & (s < 0.75 * PHALANGES[finger - 1, 0])
     s = (p - THUMB[0]) @ _unit(THUMB[1] - THUMB[0])
     near &= ~((kind == 0) & (s > 38)) & (p[:, 0] > -20)
-    neighbours = [set() for _ in p]
+    neighbours: list[set[int]] = [set() for _ in p]
     for a, b, c in faces:
         neighbours[a] |= {b, c}
         neighbours[b] |= {a, c}
@@ -348,19 +338,14 @@ def _relax(p: ndarray, faces: ndarray, kind: ndarray, tips: ndarray) -> ndarray:
     edges = np.array([(i, j) for i in np.flatnonzero(near) for j in sorted(neighbours[i])])
     count = np.bincount(edges[:, 0], minlength=len(p)).clip(1)
     for _ in range(8):
-        mean = (
-            np.stack([np.bincount(edges[:, 0], p[edges[:, 1], k], len(p)) for k in range(3)], 1)
-            / count[:, None]
-        )
+        mean = np.stack([np.bincount(edges[:, 0], p[edges[:, 1], k], len(p)) for k in range(3)], 1) / count[:, None]
         p = np.where(near[:, None], 0.6 * p + 0.4 * mean, p)
         for which in (-1, 0, 1, 2, 3, 4):
             at = np.flatnonzero(near & (kind == which))
             distance = _surface(None if which < 0 else which)
             for _ in range(2):
                 g = _gradient(distance, p[at])
-                p[at] -= (
-                    np.clip(distance(p[at]), -2, 2)[:, None] * g / (g * g).sum(1, keepdims=True).clip(0.3)
-                )
+                p[at] -= np.clip(distance(p[at]), -2, 2)[:, None] * g / (g * g).sum(1, keepdims=True).clip(0.3)
     return p
 
 
@@ -437,22 +422,20 @@ def _normals(p: ndarray, faces: ndarray) -> ndarray:
 # --- the whole body ---
 
 
-def _tube(
-    a: ndarray, b: ndarray, ra: float, rb: float, joints: tuple[int, int], rings: int = 12, sides: int = 18
-):
+def _tube(a: ndarray, b: ndarray, ra: float, rb: float, joints: tuple[int, int], rings: int = 12, sides: int = 18):
     """A capsule-like limb: points, faces, and weights that go from the first joint to the second along it."""
     axis = _unit(b - a)
     u = _unit(np.cross(axis, (0.0, 0.0, 1.0) if abs(axis[2]) < 0.9 else (1.0, 0.0, 0.0)))
     v = np.cross(axis, u)
     turn = 2 * np.pi * np.arange(sides) / sides
-    points, t_all = [a - axis * ra * 0.5], [0.0]
+    points, along = [a - axis * ra * 0.5], [0.0]
     for k in range(rings):
         t = k / (rings - 1)
         r = (ra + (rb - ra) * t) * min(1.0, 0.55 + 3.0 * min(t, 1 - t))
         points += list(a + t * (b - a) + r * (np.cos(turn)[:, None] * u + np.sin(turn)[:, None] * v))
-        t_all += [t] * sides
+        along += [t] * sides
     points.append(b + axis * rb * 0.5)
-    t_all.append(1.0)
+    along.append(1.0)
     faces = []
     for k in range(rings - 1):
         for i in range(sides):
@@ -463,9 +446,9 @@ def _tube(
         j = (i + 1) % sides
         faces += [(0, 1 + j, 1 + i), (end, end - sides + i, end - sides + j)]
     w = np.zeros((len(points), 52))
-    t_all = np.array(t_all)
-    w[:, joints[0]] = 1 - _smoothstep(0.7, 1.0, t_all)
-    w[:, joints[1]] += _smoothstep(0.7, 1.0, t_all)
+    second = _smoothstep(0.7, 1.0, np.array(along))
+    w[:, joints[0]] = 1 - second
+    w[:, joints[1]] += second
     return np.array(points), np.array(faces), w
 
 
@@ -549,14 +532,16 @@ def build_body() -> dict[str, ndarray]:
     at = joints
     limbs = [_tube(at[0] - (0, 0.06, 0), at[12] - (0, 0.05, 0), 0.15, 0.15, (3, 9), 24, 30),
              _tube(at[12] - (0, 0.04, 0), at[15], 0.055, 0.055, (12, 15), 8),
-             _tube(at[15] + (0, 0.02, 0.01), at[15] + (0, 0.17, 0.01), 0.085, 0.085, (15, 15), 16, 24)]  # fmt: skip
-    for a, b, ra, rb in ((1, 4, 0.085, 0.055), (4, 7, 0.055, 0.036), (7, 10, 0.036, 0.03), (13, 16, 0.05, 0.055),
-                         (16, 18, 0.052, 0.04)):  # fmt: skip
+             _tube(at[15] + (0, 0.02, 0.01), at[15] + (0, 0.17, 0.01), 0.085, 0.085, (15, 15), 16, 24),
+             ]  # fmt: skip
+    legs_and_arms = ((1, 4, 0.085, 0.055), (4, 7, 0.055, 0.036), (7, 10, 0.036, 0.03),
+                     (13, 16, 0.05, 0.055), (16, 18, 0.052, 0.04))  # fmt: skip
+    for a, b, ra, rb in legs_and_arms:
         p, f, w = _tube(at[a], at[b], ra, rb, (a, b if a != 16 else 16), 14, 18)
         limbs += [(p, f, w), (_mirror(p), f[:, ::-1], w[:, OTHER])]
-    empty = dict.fromkeys(paint)
-    meshes = [(p, f, w, np.zeros((len(p), 3, 10)), empty) for p, f, w in limbs]
-    meshes = [left, right, *meshes]
+    meshes = [left, right]
+    for p, f, w in limbs:
+        meshes.append((p, f, w, np.zeros((len(p), 3, 10)), {name: np.zeros(len(p)) for name in paint}))
 
     # Finger tips go to their known ids; everything else fills the free ids in order.
     total = sum(len(m[0]) for m in meshes)
@@ -578,8 +563,7 @@ def build_body() -> dict[str, ndarray]:
         v[ids], w[ids], shapedirs[ids] = points, mesh_weights, mesh_shapes
         f.append(ids[mesh_faces])
         for name, values in mesh_paint.items():
-            if values is not None:
-                painted[name][ids] = values
+            painted[name][ids] = values
         start += len(points)
     shapedirs[:, 1, 9] = 0.03 * v[:, 1]
     arms = w[:, [18, 19, 20, 21, *range(22, 52)]].sum(1) > 0.5
@@ -628,10 +612,8 @@ def _regressor(v: ndarray, w: ndarray, joints: ndarray, used: ndarray) -> ndarra
 
 def make_body(path: str | Path) -> Path:
     """Write the body as a compressed SMPL-H .npz (about 0.3 MB). Returns the path."""
-    body = build_body()
-    np.savez_compressed(
-        path, **{k: a for k, a in body.items() if k not in ("palm", "nail", "crease", "blush")}
-    )
+    arrays: dict = {k: a for k, a in build_body().items() if k not in ("palm", "nail", "crease", "blush")}
+    np.savez_compressed(path, **arrays)
     return Path(path)
 
 

@@ -9,6 +9,7 @@ towards the thumb). Poses are written for the left hand and mirrored for the rig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +20,14 @@ from .body import CHAINS, FRAMES
 Finger = tuple[float, float, float, float]
 Bones = tuple[tuple[float, float, float], ...]
 
-DOWN = [(82, -3, 100, 55), (84, 0, 100, 55), (84, 3, 98, 55), (82, 8, 95, 55)]  # a fist's four fingers
-TOGETHER = [(3, -6, 3, 2), (3, 0, 3, 2), (3, 5, 3, 2), (4, 11, 4, 3)]
-SPREAD = [(-3, 9, 3, 2), (-4, 2, 3, 2), (-3, -6, 3, 2), (-3, -13, 4, 3)]
+DOWN: list[Finger] = [
+    (82, -3, 100, 55),
+    (84, 0, 100, 55),
+    (84, 3, 98, 55),
+    (82, 8, 95, 55),
+]  # a fist's four fingers
+TOGETHER: list[Finger] = [(3, -6, 3, 2), (3, 0, 3, 2), (3, 5, 3, 2), (4, 11, 4, 3)]
+SPREAD: list[Finger] = [(-3, 9, 3, 2), (-4, 2, 3, 2), (-3, -6, 3, 2), (-3, -13, 4, 3)]
 
 # The thumb's bones: beside the palm, far out, straight up from a fist, across the palm, at the index finger's
 # tip (solved so that the pads touch), over folded fingers.
@@ -52,7 +58,7 @@ class Gesture:
     views: tuple[str, ...] = ("palm", "back")
 
 
-def _g(name: str, phrases: str, fingers: list[Finger], thumb: Bones, **more) -> Gesture:
+def _g(name: str, phrases: str, fingers: Sequence[Finger], thumb: Bones, **more) -> Gesture:
     return Gesture(name, tuple(p.strip() for p in phrases.split("|")), tuple(fingers), thumb, **more)
 
 
@@ -71,12 +77,12 @@ GESTURES: dict[str, Gesture] = {
         _g("victory", "making a peace sign | showing a victory sign | making a V sign",
            [(0, 10, 3, 2), (0, -8, 3, 2), *DOWN[2:]], ACROSS, roll=30),
         _g("three_fingers",
-           "showing three fingers | with index, middle and ring finger raised | holding up three "
-           "fingers",
+           "showing three fingers | with index, middle and ring finger raised | "
+           "holding up three fingers",
            [(0, 8, 3, 2), (0, 0, 3, 2), (0, -8, 3, 2), DOWN[3]], ACROSS, roll=30),
         _g("four_fingers",
-           "showing four fingers | holding up four fingers | with four spread fingers and the thumb "
-           "tucked in",
+           "showing four fingers | holding up four fingers | "
+           "with four spread fingers and the thumb tucked in",
            SPREAD, ACROSS, roll=30),
         _g("thumbs_up", "giving a thumbs up | with the thumb up | making a thumbs up sign",
            DOWN, UP, spin=80),
@@ -113,18 +119,19 @@ GESTURES: dict[str, Gesture] = {
            [(42, -5, 42, 24), (42, 0, 42, 24), (42, 4, 42, 24), (42, 10, 42, 24)],
            ((0.52, -0.78, 0.35), (0.55, -0.83, -0.05), (0.75, -0.65, -0.1)), turn=55, views=ALL),
         _g("three_with_thumb",
-           "showing thumb, index and middle finger | counting three with the thumb | with thumb, index "
-           "and middle finger out",
+           "showing thumb, index and middle finger | counting three with the thumb | "
+           "with thumb, index and middle finger out",
            [(0, 8, 3, 2), (0, -6, 3, 2), *DOWN[2:]], OUT),
         _g("tucked_thumb",
-           "with the fingers together and the thumb tucked | signing the letter B | held flat with the "
-           "thumb folded in",
+           "with the fingers together and the thumb tucked | signing the letter B | "
+           "held flat with the thumb folded in",
            TOGETHER, ACROSS, roll=30),
         _g("pinched_fingers",
-           "with pinched fingers | bunching the fingertips | making the Italian pinched fingers "
-           "gesture",
+           "with pinched fingers | bunching the fingertips | "
+           "making the Italian pinched fingers gesture",
            [(57, -6, 36, 18), (61, 1, 34, 16), (60, 10, 34, 16), (56, 24, 32, 14)],
-           ((0.72, -0.69, 0.12), (0.85, -0.52, -0.08), (0.95, -0.28, -0.12)), loose=0.4, views=ALL, turn=35, tip=-15),
+           ((0.72, -0.69, 0.12), (0.85, -0.52, -0.08), (0.95, -0.28, -0.12)),
+           loose=0.4, views=ALL, turn=35, tip=-15),
     )
 }  # fmt: skip
 NAMES = tuple(GESTURES)

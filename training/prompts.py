@@ -17,7 +17,8 @@ from .gestures import GESTURES, NAMES
 
 SIDES = ("left", "right", "both")
 VIEWS = {
-    "palm": ("palm to the viewer", "seen from the palm side", "palm facing the camera", "palm view", "showing the palm"),
+    "palm": ("palm to the viewer", "seen from the palm side", "palm facing the camera", "palm view",
+             "showing the palm"),
     "back": ("back of the hand to the viewer", "seen from the back", "seen from behind", "back view",
              "showing the back of the hand"),
     "side": ("seen from the side", "from the side", "side view", "in profile"),
@@ -77,11 +78,7 @@ def sample_spec(rng: np.random.Generator, both: float = 0.15) -> Spec:
     gesture = NAMES[rng.integers(len(NAMES))]
     views = allowed_views(gesture, side)
     # Side views are a quarter where they exist.
-    view = (
-        "side"
-        if "side" in views and rng.random() < 0.25
-        else views[rng.integers(len(views) - ("side" in views))]
-    )
+    view = "side" if "side" in views and rng.random() < 0.25 else views[rng.integers(len(views) - ("side" in views))]
     skin, background = (list(names)[rng.integers(len(names))] for names in (SKINS, BACKGROUNDS))
     return Spec(side, gesture, view, skin, background)
 
@@ -112,11 +109,7 @@ def _subject(spec: Spec, tone: str, rng: np.random.Generator) -> str:
         who = hand(*order, noun)
         who = _pick(rng, (_a(who), _a(who), _a(who), f"the {who}", who))
     verb, _, rest = phrase.partition(" ")
-    if (
-        verb in ("making", "giving", "showing")
-        and rest.startswith(("a ", "an ", "the "))
-        and rng.random() < 0.2
-    ):
+    if verb in ("making", "giving", "showing") and rest.startswith(("a ", "an ", "the ")) and rng.random() < 0.2:
         return f"{rest} with {who}"
     return hand(who, phrase)
 
@@ -138,9 +131,7 @@ def write_prompt(spec: Spec, rng: np.random.Generator, leave_out: float = 0.35) 
         extras.append(_pick(rng, (f"{colour} background", f"on {_a(colour)} background", f"against {colour}",
                                   f"in front of {_a(colour)} wall", f"{colour} backdrop")))  # fmt: skip
     subject = _subject(spec, tone, rng)
-    prefix = _pick(
-        rng, ("",) * 6 + ("a photo of ", "a picture of ", "photo of ", "an image of ", "close-up of ")
-    )
+    prefix = _pick(rng, ("",) * 6 + ("a photo of ", "a picture of ", "photo of ", "an image of ", "close-up of "))
     extras = [extras[i] for i in rng.permutation(len(extras))]
     if extras and rng.random() < 0.12:  # "blue background, a left hand making a fist"
         parts = [*extras, subject]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,9 @@ FACE_BITS = 13  # of the 31 bits of a z-buffer key; the rest is depth
 def demo_body() -> SMPLH:
     """The licence-free body, made in memory."""
     return SMPLH(build_body())
+
+
+_demo_body = lru_cache(maxsize=1)(demo_body)
 
 
 def hand_faces(body: SMPLH) -> tuple[Tensor, Tensor]:
@@ -63,18 +67,17 @@ def _rasterise(xy: Tensor, z: Tensor, faces: Tensor, visible: Tensor, side: int)
     [B,side,side] (-1 where there is none) and the faces' planes [B,F,3,3]: rows turn (x, y, 1) into
     barycentric weights."""
     batch, count = len(xy), len(faces)
+    if count > 2**FACE_BITS:
+        raise ValueError(f"{count} faces; at most {2**FACE_BITS} can be drawn")
     p = xy[:, faces]  # [B,F,3,2]
     a, b, c = p.unbind(2)
-    area = (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (
-        c[..., 0] - a[..., 0]
-    )
-    planes = []
+    area = (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (c[..., 0] - a[..., 0])
+    rows = []
     for u, v in ((b, c), (c, a), (a, b)):
         x, y = u[..., 1] - v[..., 1], v[..., 0] - u[..., 0]
-        planes.append(torch.stack([x, y, -(x * u[..., 0] + y * u[..., 1])], -1))
-    planes = (
-        torch.stack(planes, 2) / torch.where(area.abs() < 1e-9, torch.ones_like(area), area)[..., None, None]
-    )
+        rows.append(torch.stack([x, y, -(x * u[..., 0] + y * u[..., 1])], -1))
+    safe = torch.where(area.abs() < 1e-9, torch.ones_like(area), area)
+    planes = torch.stack(rows, 2) / safe[..., None, None]
 
     near, far = z.amax(1, keepdim=True), z.amin(1, keepdim=True)
     behind = (near - z) / (near - far).clamp_min(1e-6) * (2 ** (30 - FACE_BITS) - 1)  # 0 is nearest
@@ -96,12 +99,10 @@ def _rasterise(xy: Tensor, z: Tensor, faces: Tensor, visible: Tensor, side: int)
         start = low[image, face]
         x, y = start[:, 0, None] + step, start[:, 1, None] + step  # [N,size]
         plane, level = planes[image, face], depth[image, face]
-        inside = None
+        inside = (x[:, None, :] < side) & (y[:, :, None] < side)
         for i in range(3):
             row = (plane[:, i, 1, None] * y + plane[:, i, 2, None])[:, :, None]
-            covered = row >= -plane[:, i, 0, None, None] * x[:, None, :]
-            inside = covered if inside is None else inside & covered
-        inside &= (x[:, None, :] < side) & (y[:, :, None] < side)
+            inside &= row >= -plane[:, i, 0, None, None] * x[:, None, :]
         which, dy, dx = inside.nonzero(as_tuple=True)
         px, py = start[which, 0] + dx, start[which, 1] + dy
         level = level[which]
@@ -111,8 +112,6 @@ def _rasterise(xy: Tensor, z: Tensor, faces: Tensor, visible: Tensor, side: int)
         buffer.scatter_reduce_(0, at, key, "amin")
     hit = buffer != 2**31 - 1
     face = torch.where(hit, buffer % 2**FACE_BITS, -1)
-    if count > 2**FACE_BITS:
-        raise ValueError(f"{count} faces; at most {2**FACE_BITS} can be drawn")
     return face.view(batch, side, side).long(), planes
 
 
@@ -190,9 +189,7 @@ def render(
     image, row, column = (face >= 0).nonzero(as_tuple=True)
     hit = face[image, row, column]
     lit = _light(_normals(vertices, faces), colours, light)
-    table = (
-        torch.cat([lit, vertices[..., 2:]], -1).flatten(0, 1).T.contiguous()
-    )  # [4, B V]: red, green, blue, depth
+    table = torch.cat([lit, vertices[..., 2:]], -1).flatten(0, 1).T.contiguous()  # [4, B V]: red, green, blue, depth
     planes = planes.flatten(0, 1).flatten(1).T.contiguous()  # [9, B F]
     slot, shift = image * len(faces) + hit, image * vertices.shape[1]
     pixel = torch.zeros(4, len(hit))
@@ -214,12 +211,10 @@ def render(
     return (picture * 255 + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
 
-def render_scenes(
-    scenes: Sequence[Scene], body: SMPLH | None = None, size: int = 128, batch: int = 32
-) -> Tensor:
+def render_scenes(scenes: Sequence[Scene], body: SMPLH | None = None, size: int = 128, batch: int = 32) -> Tensor:
     """Poses and draws scenes -> uint8 [N,size,size,3]. `body`: the demo's own by default (its skin is
     painted)."""
-    body = body or _default_body()
+    body = body or _demo_body()
     faces, side = hand_faces(body)
     used, faces = faces.unique(return_inverse=True)
     out = []
@@ -249,15 +244,6 @@ def render_scenes(
     return torch.cat(out)
 
 
-_BODY: list[SMPLH] = []
-
-
-def _default_body() -> SMPLH:
-    if not _BODY:
-        _BODY.append(demo_body())
-    return _BODY[0]
-
-
 def contact_sheet(path: str, size: int = 128, seed: int = 0) -> None:
     """Writes a picture of every gesture (rows) in every view and side (columns), with labels."""
     from PIL import Image, ImageDraw
@@ -277,9 +263,7 @@ def contact_sheet(path: str, size: int = 128, seed: int = 0) -> None:
             views = [v for v in allowed_views(gesture, side) if v == view or not view]
             if views:
                 view = views[column % len(views)]
-                spec = Spec(
-                    side, gesture, view, list(SKINS)[rng.integers(6)], list(BACKGROUNDS)[rng.integers(10)]
-                )
+                spec = Spec(side, gesture, view, list(SKINS)[rng.integers(6)], list(BACKGROUNDS)[rng.integers(10)])
                 scenes.append(sample_scene(rng, spec))
                 cells.append((row, column))
     pictures = render_scenes(scenes, size=size).numpy()

@@ -88,9 +88,7 @@ def _stand(spec: Spec, side: int, rng: np.random.Generator) -> tuple[ndarray, nd
     turn = gesture.turn if spec.view != "side" else 0.0
     spin = gesture.spin if spec.view != "side" else 0.0
     if spec.side == "both":
-        outside = (
-            spin < 0 if spec.view == "palm" else spin > 0
-        )  # forearms must not come from between the hands
+        outside = spin < 0 if spec.view == "palm" else spin > 0  # forearms must not come from between the hands
         spin = np.clip(spin, -60, 60) if outside else 0.0
     hand = rotation(Y, -turn) @ hand
     hand = rotation(X, gesture.tip if spec.view == "palm" else -0.5 * gesture.tip) @ hand
@@ -98,9 +96,7 @@ def _stand(spec: Spec, side: int, rng: np.random.Generator) -> tuple[ndarray, nd
     yaw, pitch = rng.uniform(-15, 15), rng.uniform(-12, 12)
     tilt = np.clip(rng.normal(0, 11), -22, 22) if spec.side != "both" else rng.uniform(-4, 14)
     hand = rotation(Z, tilt) @ rotation(X, pitch) @ rotation(Y, yaw) @ hand
-    bend = rotation(Z, rng.uniform(-14, 10)) @ rotation(
-        Y, rng.uniform(-8, 8)
-    )  # flexion, then towards the thumb
+    bend = rotation(Z, rng.uniform(-14, 10)) @ rotation(Y, rng.uniform(-8, 8))  # flexion, then towards the thumb
     forearm = hand @ bend.T
     return (hand * MIRROR, forearm * MIRROR) if side else (hand, forearm)
 
@@ -187,9 +183,7 @@ def _side_by_side(rotations: ndarray, joints: ndarray, solved: list, rng: np.ran
         _raise_arm(rotations, side, hand, forearm, upper)
 
 
-def _frame(
-    points: list[ndarray], elbows: list[ndarray], rng: np.random.Generator, close_up: bool
-) -> ndarray | None:
+def _frame(points: list[ndarray], elbows: list[ndarray], rng: np.random.Generator, close_up: bool) -> ndarray | None:
     """A camera (s, tx, ty) with all hand joints inside the frame, or None if these hands cannot be framed."""
     everything = np.concatenate(points)
     low, high = everything.min(0), everything.max(0)

@@ -87,10 +87,8 @@ def test_written_body_agrees_with_smplx(tmp_path):
     smplx = pytest.importorskip("smplx")
     path = make_body(tmp_path / "smplh_demo.npz")
     assert path.stat().st_size < 1_000_000
-    kwargs = dict(
-        model_type="smplh", ext="npz", use_pca=False, flat_hand_mean=True, num_betas=10, batch_size=3
-    )
-    theirs = smplx.create(str(path), **kwargs)
+    flat = {"use_pca": False, "flat_hand_mean": True}
+    theirs = smplx.create(str(path), model_type="smplh", ext="npz", num_betas=10, batch_size=3, **flat)
     generator = torch.Generator().manual_seed(0)
     angles = 0.5 * torch.randn(3, 52, 3, generator=generator)
     betas = torch.randn(3, 10, generator=generator)
@@ -123,7 +121,9 @@ def test_palms_and_nails_are_painted():
     assert colours.shape == (2, 6890, 3) and colours.min() >= 0 and colours.max() <= 1
     hand = np.isin(body["weights"].argmax(1), range(20, 52))
     palm, back = hand & (body["palm"] > 0.9), hand & (body["palm"] < 0.1) & (body["nail"] == 0)
-    assert (colours[:, palm].mean((1, 2)) > colours[:, back].mean((1, 2)) + 0.01).all()
+    dark, pale = colours[:, palm].mean(1) - colours[:, back].mean(1)
+    assert dark.min() > 0.1  # a dark hand's palm is lighter
+    assert pale[0] > pale[1:].max() + 0.01  # a pale hand's palm is pinker
     assert (body["nail"] > 0.5).sum() >= 2 * 5 * 2
     assert body["palm"][body["nail"] > 0.5].max() < 0.6
 
@@ -179,9 +179,12 @@ def test_prompts_say_side_and_gesture():
         else:
             other = {"left": "right", "right": "left"}[spec.side]
             assert f"{spec.side} " in text and other not in text
-        ends = [p if " with" not in text else p.split(" ", 1)[1] for p in GESTURES[spec.gesture].phrases]
-        said = [*GESTURES[spec.gesture].phrases, *ends, adjectives.get(spec.gesture, "\0")]
-        said += [p.split(" ", 1)[1] for p in GESTURES[spec.gesture].phrases if " " in p]
+        phrases = GESTURES[spec.gesture].phrases
+        said = [
+            *phrases,
+            *(p.split(" ", 1)[1] for p in phrases if " " in p),
+            adjectives.get(spec.gesture, "?"),
+        ]
         assert any(p.lower() in text for p in said), (spec, text)
         assert "  " not in text and " ," not in text
     assert len(seen) > 1900
@@ -226,7 +229,7 @@ def test_hands_are_in_the_frame_and_large_enough(scenes):
 
 def test_scenes_are_repeatable_and_well_formed(scenes):
     again = sample_scenes(10, seed=3, both=0.3)
-    for a, b in zip(scenes, again):
+    for a, b in zip(scenes[:10], again, strict=True):
         assert a.prompt == b.prompt and (a.rotations == b.rotations).all() and (a.camera == b.camera).all()
     for s in scenes:
         assert s.rotations.shape == (52, 3, 3) and s.rotations.dtype == np.float32
@@ -240,9 +243,7 @@ def test_scenes_are_repeatable_and_well_formed(scenes):
 def test_thumb_is_on_the_right_side(view):
     for side, sign in (("left", -1), ("right", 1)):
         for seed in range(5):
-            scene = sample_scene(
-                np.random.default_rng(seed), Spec(side, "spread_fingers", view, "tan", "blue")
-            )
+            scene = sample_scene(np.random.default_rng(seed), Spec(side, "spread_fingers", view, "tan", "blue"))
             joints = forward_joints(scene.rotations, scene.betas)
             hand = joints[list(HAND_JOINTS[side == "right"])]
             thumb_minus_pinky = hand[4, 0] - hand[20, 0]
@@ -325,7 +326,7 @@ def test_hands_are_drawn_where_their_joints_are(body, scenes):
     faces, side = hand_faces(body)
     assert faces.shape[1] == 3 and set(side.tolist()) == {0, 1}
     hits = []
-    for scene, picture in zip(scenes[:24], render_scenes(scenes[:24], body, size=64)):
+    for scene, picture in zip(scenes[:24], render_scenes(scenes[:24], body, size=64), strict=True):
         colour = picture.float() / 255
         joints = forward_joints(scene.rotations, scene.betas)
         bare = np.abs(colour.numpy() - scene.background).max(-1)

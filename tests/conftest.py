@@ -258,5 +258,11 @@ def toy_copy(toy_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy_bundle, tmp_path / "bundle"))
 
 
+@pytest.fixture
+def wide_bundle(tmp_path: Path) -> Path:
+    """A toy bundle whose pictures are not square: 16 x 48."""
+    return write_bundle(tmp_path / "wide", (4, 12))
+
+
 if __name__ == "__main__":
     write_bundle(Path(sys.argv[1]))

@@ -1,0 +1,266 @@
+"""Writes a bundle: exports every graph, runs it in ONNX Runtime right away, and keeps how far it is from PyTorch.
+
+    export_bundle(Checkpoint.load("checkpoint"), Path("bundle"))
+
+A graph over its tolerance is not written, and then neither is the bundle: everything goes into a folder beside the
+target and is moved when it is complete, so that a failed export leaves an older bundle as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from ..contract import MANIFEST, TOKENIZER, GraphSpec, Manifest, TensorSpec, file_digest
+from ..errors import CheckpointError, ExportError
+from ..models.checkpoint import BODY, Checkpoint
+from ..models.smplh import SMPLH
+from .graphs import NUM_HISTORY, Graph, graphs
+
+PRECISIONS = ("fp32", "fp16")
+# Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output.
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3}
+OPSET = 23  # keeps GroupNormalization and Attention whole; ONNX Runtime >= 1.23 runs it
+EXTERNAL = 1 << 30  # bytes of weights above which they go into a file beside the graph (protobuf ends at 2 GB)
+COMPACT = 1024  # elements from which a tensor is worth storing in half
+
+
+@dataclass
+class Exported:
+    """What one graph's export came to."""
+
+    name: str
+    error: float  # largest difference to PyTorch relative to the largest value, over all outputs
+    tolerance: float
+    megabytes: float
+    seconds: float
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    out: Path,
+    precision: str = "fp32",
+    body: Path | None = None,
+    opset: int = OPSET,
+    on_graph: Callable[[Exported], Any] = lambda _: None,
+) -> list[Exported]:
+    """Exports a checkpoint into the folder `out`.
+
+    precision: of the networks; hand features and all state stay float32. body: an SMPL-H `.npz`; without it the
+    checkpoint's own is used. on_graph: called after each graph.
+    Raises CheckpointError without a body, ExportError for a graph over its tolerance or a folder that is no bundle.
+    """
+    if precision not in PRECISIONS:
+        raise ExportError(f"Precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}.")
+    path = body or checkpoint.body
+    if path is None:
+        raise CheckpointError(
+            "This checkpoint has no body model of its own. Give the SMPL-H .npz that it was trained with: --body FILE."
+        )
+    smplh = SMPLH.load(path)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())):
+        raise ExportError(f"{out} exists and is no bundle. Choose another folder, or empty that one.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(out.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        half = precision == "fp16"
+        results: list[Exported] = []
+        specs: dict[str, GraphSpec] = {}
+        pairs = zip(graphs(checkpoint, smplh, half), graphs(checkpoint, smplh), strict=True)
+        for graph, reference in pairs:
+            began = time.monotonic()
+            spec = export_graph(graph, work, opset)
+            tolerance = TOLERANCE["fp32" if graph.name == "hand_features" else precision]
+            error, worst = parity(graph, reference.module, work / spec.file)
+            spec.parity = {"error": float(f"{error:.3g}"), "tolerance": tolerance, "tensor": worst}
+            if not error <= tolerance:
+                raise ExportError(
+                    f"{graph.name} is {error:.2g} from PyTorch in {worst!r} (tolerance {tolerance:g}), so nothing was "
+                    + (
+                        "written. Export with --precision fp32."
+                        if half
+                        else "written. Please report this with your versions of torch, onnx and onnxruntime."
+                    )
+                )
+            size = sum(file.stat().st_size for file in work.glob(f"{graph.name}.onnx*"))
+            results.append(Exported(graph.name, error, tolerance, size / 1e6, time.monotonic() - began))
+            specs[graph.name] = spec
+            on_graph(results[-1])
+        checkpoint.tokenizer.no_truncation()
+        checkpoint.tokenizer.no_padding()
+        checkpoint.tokenizer.save(str(work / TOKENIZER))
+        manifest = Manifest(
+            graphs=specs,
+            files={file.name: file_digest(file) for file in sorted(work.iterdir())},
+            precision=precision,
+            image_size=checkpoint.image_size,
+            latent_size=(checkpoint.unet.config.in_channels, *checkpoint.latent_size),
+            num_history=dict(NUM_HISTORY),
+            schedules={
+                "hand_prior": plain(checkpoint.hand_scheduler),
+                "unet": plain(checkpoint.scheduler),
+            },
+            defaults=dict(checkpoint.defaults),
+            tokenizer=dict(checkpoint.special_tokens),
+            params_mean=checkpoint.hand_prior.mean.tolist(),
+            params_std=checkpoint.hand_prior.std.tolist(),
+            made_by={
+                "checkpoint": checkpoint.name,
+                "body": "the demo's own, licence-free" if body is None else "the user's: not for redistribution",
+                "opset": opset,
+                **{name: version(name) for name in ("handiffuser", "torch", "diffusers", "onnxruntime")},
+            },
+        )
+        manifest.save(work)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if out.exists():
+        shutil.rmtree(out)
+    work.replace(out)
+    return results
+
+
+def plain(schedule: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration without diffusers' private entries."""
+    return {key: value for key, value in schedule.items() if not key.startswith("_")}
+
+
+def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
+    """Exports one module with a free first axis into `<name>.onnx` and returns its contract."""
+    free = torch.export.Dim(graph.free, min=1, max=4096)
+    names = list(graph.inputs)
+    # A module that takes *args wants its free axes in the same nesting.
+    fixed, packed = names, []
+    if graph.name in ("unet", "text_hand_encoder"):
+        cut = {"unet": 5, "text_hand_encoder": 1}[graph.name]
+        fixed, packed = names[:cut], names[cut:]
+    axes: tuple[Any, ...] = tuple({0: free} for _ in fixed)
+    if graph.name in ("unet", "text_hand_encoder"):
+        axes += (tuple({0: free} for _ in packed),)
+    # The graph's own outputs may not bear an input's name; the contract's order is what counts.
+    outputs = [f"next_{name}" if name in names else name for name in graph.outputs]
+    program = torch.onnx.export(
+        graph.module,
+        tuple(graph.inputs.values()),
+        input_names=names,
+        output_names=outputs,
+        dynamic_shapes=axes,
+        opset_version=opset,
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    compact(program.model)
+    save_model(program.model, folder / f"{graph.name}.onnx")
+    with torch.no_grad():
+        values = run_module(graph.module, list(graph.inputs.values()))
+    return GraphSpec(
+        f"{graph.name}.onnx",
+        [tensor_spec(name, value, graph.free) for name, value in graph.inputs.items()],
+        [tensor_spec(name, value, graph.free) for name, value in zip(graph.outputs, values, strict=True)],
+    )
+
+
+def run_module(module: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    result = module(*inputs)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def tensor_spec(name: str, value: Tensor, free: str) -> TensorSpec:
+    dtype = str(value.dtype).removeprefix("torch.")
+    return TensorSpec(name, dtype, (free, *value.shape[1:]))
+
+
+def compact(model: ir.Model) -> None:
+    """Stores float32 weights that are exactly representable in half precision as such, behind a Cast.
+
+    A checkpoint that ships in half precision so gives a float32 bundle of half the size, bit for bit the same; ONNX
+    Runtime and TensorRT fold the casts when they load the graph.
+    """
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < COMPACT:
+            continue
+        array = tensor.numpy()
+        with np.errstate(over="ignore"):
+            small = array.astype(np.float16)
+        if not np.array_equal(small.astype(np.float32), array):
+            continue
+        stored = ir.Value(
+            name=f"{name}_half",
+            shape=value.shape,
+            type=ir.TensorType(ir.DataType.FLOAT16),
+            const_value=ir.tensor(small, name=f"{name}_half"),
+        )
+        cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT})
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
+        value.replace_all_uses_with(cast.outputs[0])
+        del graph.initializers[name]
+        cast.outputs[0].name = name
+        graph.initializers[stored.name] = stored
+        graph.insert_before(graph[0], cast)
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Writes the graph; its weights go into `<name>.onnx.data` where protobuf could not hold them."""
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    for node in model.graph:  # traces of our source files would only name folders of the machine that exported
+        node.metadata_props.clear()
+        node.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    ir.save(model, path, external_data=path.name + ".data" if weights > EXTERNAL else None)
+
+
+def parity(graph: Graph, reference: nn.Module, path: Path) -> tuple[float, str]:
+    """Largest difference between the file in ONNX Runtime and float32 PyTorch, relative to each output's largest value.
+
+    Two batch sizes are tried, so that a batch that was baked in is found. Returns the error and the worst tensor.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    worst, where = 0.0, graph.outputs[0]
+    wanted = [info.name for info in session.get_inputs()]
+    for batch in (None, 1):
+        inputs = {name: value[:batch] for name, value in graph.inputs.items()}
+        with torch.no_grad():
+            exact = run_module(reference, [v.float() if v.is_floating_point() else v for v in inputs.values()])
+        got = session.run(None, {name: inputs[name].numpy() for name in wanted})
+        for name, ours, theirs in zip(graph.outputs, got, exact, strict=True):
+            difference = np.abs(ours.astype(np.float64) - theirs.double().numpy())
+            if ours.dtype == np.uint8:
+                # Rounding to 8 bits may fall to either side: one level is no error, what counts is the mean.
+                error = float(difference.mean() / 255) if difference.max() <= 1 else float(difference.max() / 255)
+            else:
+                error = float(difference.max() / max(theirs.abs().max().item(), 1e-12))
+            if not error <= worst:
+                worst, where = error, name
+    return worst, where
+
+
+def at_image_size(checkpoint: Checkpoint, height: int, width: int) -> Checkpoint:
+    """The same checkpoint for pictures of another size (raises CheckpointError where it does not fit)."""
+    changed = copy.copy(checkpoint)
+    changed.image_size = (height, width)
+    changed.check()
+    return changed
+
+
+__all__ = ["BODY", "Exported", "at_image_size", "export_bundle"]

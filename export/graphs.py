@@ -1,0 +1,284 @@
+"""The exported form of every stage: thin wrappers around the models, one per graph of the contract.
+
+A step graph does the whole step: input scaling, both guidance branches in one batch, the network, the guidance
+combine and the solver update with the row's numbers. Latents, history and rows are float32; only the network's input
+is cast to the network's precision. What depends on the timestep alone (`unet_time`) or on the prompt alone
+(`unet_context`) has left the loop.
+
+    for graph in graphs(checkpoint, body, half=False): ...
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from ..contract import NUM_PARAMS, ROW_HEAD
+from ..models.checkpoint import Checkpoint
+from ..models.hand_features import HandFeatures
+from ..models.hand_prior import HandPrior
+from ..models.position_kernel import CrossAttention, attach, cross_attentions
+from ..models.smplh import SMPLH
+from ..models.text_hand_encoder import CUES, TextHandEncoder, encode_text, pooled
+
+# History tensors of the step graphs: 4 lets the UNet run every solver (PLMS needs them), 1 the hand prior all others.
+NUM_HISTORY = {"hand_prior": 1, "unet": 4}
+
+
+def update(row: Tensor, x: Tensor, m: Tensor, history: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The solver update as a transposed shift register (see `ROW_HEAD` in the contract), float32.
+
+    row: [B, 6 + 2 K]; x, m, noise: [B, ...]; history: [B, K, ...]. Returns x' and history'.
+    """
+    columns = row[(...,) + (None,) * (x.dim() - 1)].unbind(1)  # 6 + 2 K tensors [B, 1, ...]
+    a, b, d = columns[3:6]
+    p, q = columns[len(ROW_HEAD) :: 2], columns[len(ROW_HEAD) + 1 :: 2]
+    states = (*history.unbind(1), torch.zeros_like(x))
+    new_x = a * x + b * m + states[0] + d * noise
+    shifted = [p[k] * x + q[k] * m + states[k + 1] for k in range(len(p))]
+    return new_x, torch.stack(shifted, 1)
+
+
+def both_branches(x: Tensor) -> Tensor:
+    """[B, ...] -> [2 B, ...]: each row twice, for the unconditional and the conditional branch."""
+    return x[:, None].expand(-1, 2, *x.shape[1:]).flatten(0, 1)
+
+
+def guided(output: Tensor, row: Tensor) -> Tensor:
+    """Network output [2 B, ...] -> u + guidance * (c - u) [B, ...], float32."""
+    u, c = output.float().unflatten(0, (-1, 2)).unbind(1)
+    guidance = row[:, 2][(...,) + (None,) * (u.dim() - 1)]
+    return u + guidance * (c - u)
+
+
+def scaled(x: Tensor, row: Tensor) -> Tensor:
+    return x * row[:, 1][(...,) + (None,) * (x.dim() - 1)]
+
+
+class TextEncoderGraph(nn.Module):
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.text_encoder, self.eos = checkpoint.text_encoder, checkpoint.special_tokens["eos"]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return pooled(encode_text(self.text_encoder, input_ids), input_ids, self.eos).float()
+
+
+class HandPriorStep(nn.Module):
+    def __init__(self, prior: HandPrior) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, x: Tensor, history: Tensor, noise: Tensor, text: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = self.prior.text.weight.dtype
+        sample, timestep = both_branches(scaled(x, row)), both_branches(row[:, 0])
+        output = self.prior(sample.to(dtype), timestep, text.flatten(0, 1).to(dtype))
+        return update(row, x, guided(output, row), history, noise)
+
+
+class HandFeaturesGraph(nn.Module):
+    """float32 always: kinematics in half precision move finger tips by millimetres."""
+
+    outputs = ("joints", "rotations", "bps", "visibility", "vertices", "joints_3d", "camera")
+
+    def __init__(self, features: HandFeatures) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        features = self.features(x)
+        return tuple(features[name] for name in self.outputs)
+
+
+class TextHandEncoderGraph(nn.Module):
+    """Both branches in one call: the negative (or empty) prompt without hands, and the prompt with its hands."""
+
+    def __init__(self, encoder: TextHandEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        names = {"joints": "joints", "rotations": "rotations", "vertices": "bps"}
+        self.cues = [names[cue] for cue in CUES if cue in encoder.config.cues]
+
+    def forward(self, input_ids: Tensor, *hands: Tensor) -> Tensor:
+        dtype = self.encoder.final_layer_norm.weight.dtype
+        if not hands:
+            return self.encoder(input_ids.flatten(0, 1)).unflatten(0, (-1, 2))
+        named = {name: both_branches(value) for name, value in zip((*self.cues, "visibility"), hands, strict=True)}
+        # Of each pair of rows the first is the unconditional one: no hands there.
+        shown = torch.tensor([0.0, 1.0], device=input_ids.device)
+        visibility = (hands[-1][:, None] * shown[:, None]).flatten(0, 1)
+        cues = {name: named[name].to(dtype) for name in self.cues if name != "joints"}
+        if "joints" in self.cues:
+            cues["joints"] = named["joints"]  # float32: half of a pixel matters to the position codes
+        return self.encoder(input_ids.flatten(0, 1), **cues, visibility=visibility).unflatten(0, (-1, 2))
+
+
+class UNetContext(nn.Module):
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, context: Tensor) -> tuple[Tensor, ...]:
+        flat, out = context.flatten(0, 1), []
+        for layer in cross_attentions(self.unet):
+            processor = layer.processor
+            assert isinstance(processor, CrossAttention)
+            out += [tensor.unflatten(0, (-1, 2)) for tensor in processor.keys_values(layer, flat)]
+        return tuple(out)
+
+
+def timed_blocks(unet: UNet2DConditionModel) -> list[ResnetBlock2D]:
+    """The blocks that add a projection of the time embedding, in the order of `modules`."""
+    return [m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
+
+
+class UNetTime(nn.Module):
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        unet = self.unet
+        embedded = unet.time_embedding(unet.time_proj(timesteps).to(unet.conv_in.weight.dtype))
+        embedded = nn.functional.silu(embedded)
+        return torch.cat([block.time_emb_proj(embedded) for block in timed_blocks(unet)], -1)
+
+
+class TimeRow:
+    """Holds the time row of the step that is being traced."""
+
+    value: Tensor
+
+
+class TimeSlice(nn.Module):
+    """Stands in for a block's `time_emb_proj`: reads its part of the precomputed row."""
+
+    def __init__(self, row: TimeRow, start: int, stop: int) -> None:
+        super().__init__()
+        self.row, self.start, self.stop = row, start, stop
+
+    def forward(self, temb: Tensor) -> Tensor:
+        return self.row.value[:, self.start : self.stop]
+
+
+class UNetStep(nn.Module):
+    """One sampling step over latents. Takes the UNet over: its time projections are replaced by slices."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet, self.row, start = unet, TimeRow(), 0
+        for block in timed_blocks(unet):
+            width = block.time_emb_proj.out_features
+            block.time_emb_proj = TimeSlice(self.row, start, start + width)
+            start += width
+
+    def forward(
+        self, latents: Tensor, history: Tensor, noise: Tensor, time: Tensor, row: Tensor, *keys_values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        sample = both_branches(scaled(latents, row)).to(self.unet.conv_in.weight.dtype)
+        self.row.value = both_branches(time)
+        flat = [tensor.flatten(0, 1) for tensor in keys_values]
+        context = list(zip(flat[::2], flat[1::2], strict=True))
+        # The timestep feeds only the projections that were replaced; it falls out of the graph.
+        output = self.unet(sample, torch.zeros(1, device=sample.device), context).sample
+        return update(row, latents, guided(output, row), history, noise)
+
+
+class ImageDecoder(nn.Module):
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        image = self.vae.decode(latents.to(self.vae.decoder.conv_in.weight.dtype)).sample.float()
+        image = ((image.clamp(-1, 1) + 1) * 127.5).round()
+        return image.to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@dataclass
+class Graph:
+    """One graph to be exported."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]  # example inputs, in order; the first axis is free
+    outputs: tuple[str, ...]
+    free: str = "B"
+
+
+@torch.no_grad()
+def graphs(checkpoint: Checkpoint, body: SMPLH, half: bool = False, batch: int = 3, seed: int = 0) -> Iterator[Graph]:
+    """Every graph of the contract with example inputs, in the order in which data flows.
+
+    half: networks in float16. The examples are what the float32 stages before them really give, so that the check
+    against PyTorch sees values of the right size. Each module is a copy and may be dropped after use.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def stage(module: nn.Module) -> nn.Module:
+        module = copy.deepcopy(module).eval().requires_grad_(False)
+        return module.half() if half else module
+
+    dtype = torch.float16 if half else torch.float32
+    special, length = checkpoint.special_tokens, checkpoint.special_tokens["length"]
+    ids = torch.randint(0, min(special["bos"], special["eos"]), (batch, 2, length), generator=generator)
+    ids[:, :, 0], ids[:, :, length // 2 :] = special["bos"], special["eos"]
+
+    def row(steps_of: str) -> Tensor:
+        numbers = 0.5 * normal(batch, len(ROW_HEAD) + 2 * NUM_HISTORY[steps_of])
+        head = torch.tensor([[400.0, 1.0, 2.0, 0.9, -0.4, 0.1]]) * (1 + 0.1 * torch.arange(batch)[:, None])
+        return torch.cat([head, numbers[:, len(ROW_HEAD) :]], 1)
+
+    text_graph = TextEncoderGraph(checkpoint)
+    yield Graph("text_encoder", stage(text_graph), {"input_ids": ids[:, 1]}, ("text",))
+
+    text = text_graph(ids.flatten(0, 1)).unflatten(0, (-1, 2))
+    x = normal(batch, NUM_PARAMS)
+    history = 0.1 * normal(batch, NUM_HISTORY["hand_prior"], NUM_PARAMS)
+    inputs = {"x": x, "history": history, "noise": normal(batch, NUM_PARAMS), "text": text, "row": row("hand_prior")}
+    yield Graph("hand_prior", stage(HandPriorStep(checkpoint.hand_prior)), inputs, ("x", "history"))
+
+    height, width = checkpoint.image_size
+    prior, encoder = checkpoint.hand_prior, checkpoint.text_hand_encoder
+    features = HandFeaturesGraph(HandFeatures(body, prior.mean, prior.std, encoder.basis, width / height)).eval()
+    yield Graph("hand_features", features, {"x": 0.5 * x}, features.outputs)
+
+    values = dict(zip(features.outputs, features(0.5 * x), strict=True))
+    values["visibility"] = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]).repeat(batch, 1)[:batch]
+    both = TextHandEncoderGraph(encoder)
+    hands = {name: values[name] for name in (*both.cues, "visibility")} if both.cues else {}
+    yield Graph("text_hand_encoder", stage(both), {"input_ids": ids, **hands}, ("context",))
+
+    context = both(ids, *hands.values()).to(dtype)
+    unet = copy.deepcopy(checkpoint.unet).eval().requires_grad_(False)
+    kernel = copy.deepcopy(checkpoint.position_kernel)
+    if half:
+        unet.half()
+    attach(unet, kernel, checkpoint.latent_size)
+    names = tuple(f"{kind}_{i:02}" for i in range(len(cross_attentions(unet))) for kind in ("key", "value"))
+    yield Graph("unet_context", UNetContext(unet), {"context": context}, names)
+
+    timesteps = torch.tensor([999.0, 500.5, 1.0])
+    yield Graph("unet_time", UNetTime(unet), {"timesteps": timesteps}, ("time",), free="S")
+
+    keys_values = dict(zip(names, UNetContext(unet)(context), strict=True))
+    time = UNetTime(unet)(torch.linspace(999, 1, batch))
+    shape = (batch, checkpoint.unet.config.in_channels, *checkpoint.latent_size)
+    latents, noise = normal(*shape), normal(*shape)
+    history = 0.1 * normal(batch, NUM_HISTORY["unet"], *shape[1:])
+    inputs = {"latents": latents, "history": history, "noise": noise, "time": time, "row": row("unet"), **keys_values}
+    yield Graph("unet", UNetStep(unet), inputs, ("latents", "history"))
+    del unet
+
+    yield Graph("image_decoder", stage(ImageDecoder(checkpoint.vae)), {"latents": latents}, ("image",))

@@ -1,0 +1,200 @@
+"""Engines: what they refuse and how they say it, and ONNX Runtime behind them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from handiffuser import BundleError, EngineError
+from handiffuser.contract import GraphSpec, TensorSpec
+from handiffuser.engines import OnnxRuntimeEngine, check_feeds
+from handiffuser.engines import onnxruntime as backend
+from onnx import parser
+
+SPEC = GraphSpec(
+    "toy.onnx",
+    [TensorSpec("x", "float32", ("B", 3)), TensorSpec("row", "float32", ("B", 2))],
+    [TensorSpec("x", "float32", ("B", 3))],
+)
+MODEL = """<ir_version: 10, opset_import: ["" : 18]>
+toy (float[B,3] x, float[B,2] row) => (float[B,3] next_x) <int64[1] one = {1}>
+{ s = ReduceSum (row, one)
+  next_x = Add (x, s) }"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.onnx"
+    onnx.save(parser.parse_model(MODEL), str(path))
+    return path
+
+
+def feeds(batch: int = 2) -> dict[str, np.ndarray]:
+    return {"x": np.ones((batch, 3), np.float32), "row": np.ones((batch, 2), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": None}, ["toy", "lacks its input x", "float32[B, 3]"]),
+        ({"y": np.ones(1)}, ["y, which it does not know", "x, row"]),
+        ({"x": np.ones((2, 3))}, ["x as float64", "float32[B, 3]", "astype"]),
+        ({"x": [[1.0, 2.0, 3.0]]}, ["x as list"]),
+        ({"x": np.ones((2, 4), np.float32)}, ["[2, 4]", "axis 1 must be 3"]),
+        ({"x": np.ones(3, np.float32)}, ["[3]", "float32[B, 3]"]),
+        ({"row": np.ones((3, 2), np.float32)}, ["row of shape [3, 2]", "beside x, where B is 2"]),
+        ({"x": np.ones((0, 3), np.float32), "row": np.ones((0, 2), np.float32)}, ["nothing in it"]),
+    ],
+)
+def test_wrong_feeds_are_named(change, words):
+    wrong = {name: value for name, value in {**feeds(), **change}.items() if value is not None}
+    with pytest.raises(EngineError) as caught:
+        check_feeds(SPEC, wrong)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_check_is_cheap_enough_for_every_step():
+    names = [f"key_{n:02}" for n in range(28)]
+    spec = GraphSpec("unet.onnx", [TensorSpec(name, "float32", ("B", 2, 195, 64)) for name in names], [])
+    values = {name: np.zeros((8, 2, 195, 64), np.float32) for name in names}
+    best = min(_seconds(lambda: check_feeds(spec, values)) for _ in range(50))
+    assert best < 50e-6 * 2  # twice the aim: the machine may be busy
+
+
+def _seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def test_runs_any_batch_and_maps_state_outputs(toy):
+    engine = OnnxRuntimeEngine(toy, SPEC, device="cpu")
+    for batch in (1, 5):
+        (name, value), *rest = engine(feeds(batch)).items()
+        assert name == "x" and not rest
+        np.testing.assert_array_equal(value, np.full((batch, 3), 3, np.float32))
+
+
+def test_outputs_can_be_fed_again_without_leaving_the_device(toy):
+    engine = OnnxRuntimeEngine(toy, SPEC, device="cpu")
+    first = engine.on_device(feeds())
+    second = engine.on_device({**feeds(), "x": first["x"]})
+    np.testing.assert_array_equal(second["x"].numpy(), np.full((2, 3), 5, np.float32))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GraphSpec("toy.onnx", SPEC.inputs[:1], SPEC.outputs),
+        GraphSpec("toy.onnx", SPEC.inputs, [TensorSpec("image", "float32", ("B", 3))]),
+        GraphSpec("toy.onnx", [TensorSpec("x", "float16", ("B", 3)), SPEC.inputs[1]], SPEC.outputs),
+        GraphSpec("toy.onnx", [TensorSpec("x", "float32", ("B", 4)), SPEC.inputs[1]], SPEC.outputs),
+    ],
+)
+def test_a_file_that_differs_from_the_manifest_is_refused(toy, spec):
+    with pytest.raises(BundleError, match=r"manifest says .* Export the bundle again"):
+        OnnxRuntimeEngine(toy, spec, device="cpu")
+
+
+@pytest.mark.parametrize("content", [b"", b"not an onnx file", b"\x08\x0a\x12\x07"])
+def test_a_broken_file_is_one_sentence(tmp_path, content):
+    path = tmp_path / "toy.onnx"
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="cannot load") as caught:
+        OnnxRuntimeEngine(path, SPEC, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_loads_a_bundle(toy_bundle):
+    manifest, engines = backend.load_engines(toy_bundle, "cpu", threads=1)
+    assert set(engines) == set(manifest.graphs)
+    text = engines["text_encoder"]({"input_ids": np.zeros((3, 77), np.int64)})["text"]
+    assert text.shape == (3, 4)
+
+
+def test_a_flipped_byte_and_a_missing_file_are_found(toy_copy):
+    path = toy_copy / "unet.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"unet\.onnx is damaged"):
+        backend.load_engines(toy_copy)
+    path.unlink()
+    with pytest.raises(BundleError, match=r"unet\.onnx is missing"):
+        backend.load_engines(toy_copy)
+
+
+@pytest.mark.parametrize(("device", "threads", "words"), [("tpu", None, "tpu"), ("cpu", 0, "0 threads")])
+def test_impossible_settings(toy_bundle, device, threads, words):
+    with pytest.raises(EngineError, match=words):
+        backend.load_engines(toy_bundle, device, threads)
+
+
+def test_cuda_without_a_provider_says_how_to_get_one(toy):
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    with pytest.raises(EngineError, match=r"handiffuser\[cuda\]"):
+        OnnxRuntimeEngine(toy, SPEC, device="cuda")
+
+
+def test_both_packages_installed_is_a_warning(toy_bundle, tmp_path, monkeypatch):
+    assert backend.both_installed() is None
+    for name in ("onnxruntime", "onnxruntime_gpu"):
+        (tmp_path / f"{name}-1.0.dist-info").mkdir()
+        (tmp_path / f"{name}-1.0.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
+        backend.load_engines(toy_bundle, "cpu")
+
+
+def test_without_onnxruntime_the_message_says_what_to_install(toy_bundle):
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from handiffuser import EngineError\n"
+        "from handiffuser.engines import load_engines\n"
+        f"try: load_engines({str(toy_bundle)!r})\n"
+        "except EngineError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 'pip install "handiffuser[cpu]"' in result.stdout
+
+
+def test_memory_and_other_failures_while_running(toy):
+    engine = OnnxRuntimeEngine(toy, SPEC, device="cpu")
+
+    class Broken:
+        def run(self, *_):
+            raise self.error
+
+    broken = Broken()
+    engine.session = broken
+    broken.error = RuntimeError("std::bad_alloc")
+    with pytest.raises(EngineError, match=r"not enough memory to run toy.*batch-size"):
+        engine(feeds())
+    broken.error = RuntimeError("[ONNXRuntimeError] : 1 : FAIL : Non-zero status code.\nmore")
+    with pytest.raises(EngineError, match=r"failed in toy: Non-zero status code\.$"):
+        engine(feeds())
+
+
+def test_usable_cores_is_sane():
+    assert 1 <= backend.usable_cores() <= 4096
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu(toy):
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
+    engine = OnnxRuntimeEngine(toy, SPEC, device="cuda")
+    first = engine.on_device(feeds())
+    second = engine({**feeds(), "x": first["x"]})
+    np.testing.assert_array_equal(second["x"], np.full((2, 3), 5, np.float32))

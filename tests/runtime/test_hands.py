@@ -1,0 +1,151 @@
+"""Hands: parameters and SMPL-H arrays there and back, files that are refused, and the skeleton."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from handiffuser import RequestError
+from handiffuser.contract import NUM_PARAMS
+from handiffuser.runtime import hands as H
+
+
+def some_params(seed: int = 0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    params = generator.normal(size=NUM_PARAMS).astype(np.float32)
+    return params
+
+
+def rotations(params: np.ndarray) -> np.ndarray:
+    return H.rotation_6d_to_matrix(params[:312].reshape(52, 6))
+
+
+def test_there_and_back():
+    params = some_params()
+    again = H.hand_params(H.hand_arrays(params))
+    np.testing.assert_allclose(rotations(again), rotations(params), atol=1e-6)
+    np.testing.assert_array_equal(again[312:], params[312:])
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-9, 1e-5, 0.1, 1.0, 3.0, np.pi - 1e-7, np.pi])
+def test_axis_angle_at_every_angle(angle):
+    axes = np.random.default_rng(1).normal(size=(100, 3))
+    axes = np.concatenate([axes, np.eye(3), -np.eye(3)])
+    vectors = axes / np.linalg.norm(axes, axis=-1, keepdims=True) * angle
+    matrices = H.axis_angle_to_matrix(vectors)
+    back = H.matrix_to_axis_angle(matrices)
+    np.testing.assert_allclose(H.axis_angle_to_matrix(back), matrices, atol=1e-12)
+    if angle < 3:
+        np.testing.assert_allclose(back, vectors, atol=1e-9)
+
+
+def test_agrees_with_the_models_rotations():
+    torch = pytest.importorskip("torch")
+    from handiffuser.models.smplh import rotation_6d_to_matrix
+
+    x = np.random.default_rng(2).normal(size=(50, 6))
+    np.testing.assert_allclose(H.rotation_6d_to_matrix(x), rotation_6d_to_matrix(torch.tensor(x)).numpy(), atol=1e-12)
+
+
+def full_hands(params: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "params": params,
+        **H.hand_arrays(params),
+        "joints": np.zeros((62, 3), np.float32),
+        "joints_2d": np.full((2, 21, 2), 0.5, np.float32),
+        "vertices": np.zeros((9, 3), np.float32),
+        "visibility": np.ones(2, np.float32),
+        "camera": np.zeros(3, np.float32),
+    }
+
+
+def test_file_there_and_back(tmp_path):
+    params = some_params(3)
+    path = tmp_path / "a.hands.npz"
+    H.save_hands(path, full_hands(params), "a fist ✊")
+    np.testing.assert_allclose(rotations(H.load_hands(path)), rotations(params), atol=1e-5)
+    with np.load(path) as archive:
+        assert str(archive["prompt"]) == "a fist ✊" and "params" not in archive
+        assert archive["left_hand_pose"].shape == (45,) and archive["vertices"].shape == (9, 3)
+
+
+def test_edits_count(tmp_path):
+    arrays = H.hand_arrays(some_params(4))
+    arrays["right_hand_pose"] = np.zeros(45)
+    np.savez(tmp_path / "a.npz", **arrays)
+    params = H.load_hands(tmp_path / "a.npz")
+    np.testing.assert_allclose(rotations(params)[37:], np.broadcast_to(np.eye(3), (15, 3, 3)), atol=1e-7)
+
+
+def write(path, **changes):
+    arrays = {**H.hand_arrays(some_params()), **changes}
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"betas": None}, "lacks betas"),
+        ({"body_pose": np.zeros(69)}, r"body_pose of shape \[69\]"),
+        ({"left_hand_pose": np.zeros((15, 3))}, r"left_hand_pose of shape \[15, 3\]"),
+        ({"betas": np.full(10, np.nan)}, "NaN"),
+        ({"placement": np.full((2, 4), np.inf)}, "infinity"),
+        ({"global_orient": np.full(3, 90.0)}, "radians"),
+        ({"betas": np.full(10, "x")}, "not as numbers"),
+        ({"betas": np.array([None] * 10)}, "plain arrays"),  # object array: would have to be unpickled
+    ],
+)
+def test_wrong_arrays_are_named(tmp_path, changes, words):
+    path = tmp_path / "a.npz"
+    write(path, **changes)
+    with pytest.raises(RequestError, match=words):
+        H.load_hands(path)
+
+
+def test_files_that_are_no_hands(tmp_path):
+    path = tmp_path / "a.npz"
+    with pytest.raises(RequestError, match="no hands file"):
+        H.load_hands(path)
+    single = io.BytesIO()
+    np.save(single, np.zeros(330))
+    truncated = io.BytesIO()
+    write(truncated)
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for name in H.SHAPES:
+            archive.writestr(f"{name}.npy", b"garbage")
+    for content in (
+        b"",
+        b"hello",
+        pickle.dumps({"betas": 1}),
+        single.getvalue(),
+        truncated.getvalue()[:500],
+        zipped.getvalue(),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(RequestError, match=r"plain arrays.*global_orient\[3\]"):
+            H.load_hands(path)
+    with pytest.raises(RequestError, match="plain arrays"):
+        H.load_hands(tmp_path)
+
+
+def test_skeleton():
+    image = np.full((64, 96, 3), 90, np.uint8)
+    joints = np.random.default_rng(0).uniform(0.2, 0.8, (2, 21, 2)).astype(np.float32)
+    both = H.draw_skeleton(image, joints, np.ones(2))
+    assert both.dtype == np.uint8 and both.shape == (256, 384, 3)
+    none = H.draw_skeleton(image, joints, np.zeros(2))
+    assert (none == 90).all()
+    assert (both != 90).any()
+    left = H.draw_skeleton(image, joints, np.array([1.0, 0.0]))
+    assert (left != both).any() and (left != 90).any()
+    assert H.draw_skeleton(np.zeros((512, 512, 3), np.uint8), joints, np.ones(2)).shape == (512, 512, 3)
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e30, -5.0])
+def test_skeleton_of_joints_far_outside(value):
+    image = np.zeros((32, 32, 3), np.uint8)
+    H.draw_skeleton(image, np.full((2, 21, 2), value, np.float32), np.ones(2))

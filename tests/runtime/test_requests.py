@@ -1,0 +1,167 @@
+"""Requests: what is refused and why, files of prompts, seeds and ids."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from handiffuser import Request, RequestError
+from handiffuser.runtime.requests import default_id, picture_key, read_requests, resolve
+
+DEFAULTS = {
+    "steps": 12,
+    "solver": "ddim",
+    "guidance": 2.0,
+    "hand_steps": 10,
+    "hand_solver": "ddim",
+    "hand_guidance": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"prompt": ""}, "empty"),
+        ({"prompt": " \t\u2003"}, "empty"),
+        ({"prompt": 5}, "a number"),
+        ({"prompt": "\ud83d"}, "Unicode"),
+        ({"prompt": "a", "negative_prompt": []}, "negative_prompt is a list"),
+        ({"prompt": "a", "steps": 0}, "1 to 1000"),
+        ({"prompt": "a", "steps": 10_000}, "1 to 1000"),
+        ({"prompt": "a", "steps": 5.5}, "whole number"),
+        ({"prompt": "a", "steps": True}, "whole number"),
+        ({"prompt": "a", "steps": "12"}, "'12'"),
+        ({"prompt": "a", "hand_steps": -1}, "hand_steps"),
+        ({"prompt": "a", "seed": -1}, "seed"),
+        ({"prompt": "a", "seed": 2**63}, "seed"),
+        ({"prompt": "a", "guidance": float("nan")}, "0 to 100"),
+        ({"prompt": "a", "guidance": float("inf")}, "0 to 100"),
+        ({"prompt": "a", "guidance": -1}, "0 to 100"),
+        ({"prompt": "a", "solver": "magic"}, "ddim"),
+        ({"prompt": "a", "hand_solver": 3}, "ddim"),
+        ({"prompt": "a", "hands": {}}, "hands.npz"),
+        ({"prompt": "a", "hands": ""}, "hands.npz"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(values, words):
+    with pytest.raises(RequestError, match=words):
+        Request(**values)
+
+
+NO_IDS = ["a/b", "../a", "/etc/passwd", "a\\b", ".hidden", "..", "C:x", "con", "NUL.txt", "com1", "é", "fist.hands", "fist.HANDS"]
+
+
+@pytest.mark.parametrize("name", [*NO_IDS, "", "a b", "a\n", "x" * 101, 7, ["a"]])
+def test_ids_that_are_no_plain_names(name):
+    with pytest.raises(RequestError, match="id"):
+        Request("a fist", id=name)
+
+
+@pytest.mark.parametrize("name", ["a", "fist-01", "A.b_c", "x" * 100, "conference", "hands"])
+def test_ids_that_are(name):
+    assert Request("a fist", id=name).id == name
+
+
+def test_text_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa fist\r\n\r\n  two hands  \n✌️\n".encode() + b"\xff\xfe\n# no comment\n")
+    requests, refused = read_requests(path, steps=3)
+    assert {line: r.prompt for line, r in requests.items()} == {1: "a fist", 3: "two hands", 4: "✌️", 6: "# no comment"}
+    assert all(request.steps == 3 for request in requests.values())
+    assert [line for line, _ in refused] == [5] and "UTF-8" in refused[0].sentence
+
+
+def test_jsonl_file(tmp_path):
+    path = tmp_path / "prompts.JSONL"
+    path.write_text(
+        "\n".join(
+            [
+                '{"prompt": "a fist", "seed": 3, "steps": 4, "solver": "euler", "guidance": 1, "id": "one"}',
+                '{"prompt": "a fist", "negative_prompt": "blur", "hands": "sub/x.hands.npz", "steps": null}',
+                '{"prompt": "a fist"',
+                '["a fist"]',
+                '{"seed": 3}',
+                '{"prompt": "a fist", "step": 3}',
+                '{"prompt": "a fist", "steps": 0}',
+                '{"prompt": "a fist", "id": "../../x"}',
+                '{"prompt": ""}',
+                '{"prompt": "\\ud83d"}',
+                "[" * 100_000,
+                "",
+                '{"prompt": "last"}',
+            ]
+        )
+    )
+    requests, refused = read_requests(path, steps=9)
+    assert requests[1] == Request("a fist", "one", 3, 4, "euler", 1.0)
+    assert requests[2].hands == str(tmp_path / "sub/x.hands.npz") and requests[2].steps == 9
+    assert list(requests) == [1, 2, 13]
+    assert [line for line, _ in refused] == list(range(3, 12))
+    sentences = dict(refused)
+    for line, words in {3: "not JSON", 4: "a list", 5: 'no "prompt"', 6: "'step' is unknown", 8: "path"}.items():
+        assert words in sentences[line]
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "."])
+def test_a_file_that_cannot_be_read(tmp_path, name):
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_requests(tmp_path / name)
+
+
+def test_resolve_fills_in_defaults_and_seeds():
+    (one,), refused = resolve([Request("a fist", steps=3)], DEFAULTS)
+    assert (one.steps, one.solver, one.seed, one.guidance) == (3, "ddim", 0, 2.0) and not refused
+    assert one.id is not None and one.id.startswith("a-fist-0-")
+
+
+def test_a_repeated_prompt_takes_the_next_seed():
+    resolved, refused = resolve([Request("a"), Request("b"), Request("a"), Request("a", steps=3)], DEFAULTS, seed=7)
+    assert [(r.prompt, r.seed) for r in resolved] == [("a", 7), ("b", 7), ("a", 8), ("a", 7)] and not refused
+    assert len({r.id for r in resolved}) == 4
+
+
+def test_images_per_prompt():
+    resolved, refused = resolve([Request("a"), Request("a"), Request("b", id="x", seed=5)], DEFAULTS, images=2)
+    assert [r.seed for r in resolved] == [0, 1, 2, 3, 5, 6] and not refused
+    assert [r.id for r in resolved[4:]] == ["x-5", "x-6"]
+
+
+def test_the_second_of_two_ids_is_refused():
+    resolved, refused = resolve([Request("a", id="Fist"), Request("b"), Request("c", id="fist")], DEFAULTS)
+    assert [r.prompt for r in resolved] == ["a", "b"]
+    assert [line for line, _ in refused] == [3] and "taken" in refused[0].sentence
+
+
+def test_the_very_same_request_is_refused():
+    resolved, refused = resolve([Request("a", seed=1), Request("a", seed=1)], DEFAULTS)
+    assert len(resolved) == 1 and "another seed" in refused[0].sentence
+
+
+def test_the_id_tells_every_other_picture_apart(tmp_path):
+    (one,), _ = resolve([Request("a fist")], DEFAULTS, bundle="x")
+    same, _ = resolve([Request("a fist", steps=12, guidance=2)], DEFAULTS, bundle="x")
+    assert same[0].id == one.id
+    hands = tmp_path / "a.npz"
+    hands.write_bytes(b"1")
+    changes = [{"steps": 3}, {"seed": 1}, {"guidance": 3.0}, {"negative_prompt": "b"}, {"prompt": "A fist"}]
+    changes += [{"hand_steps": 1}, {"hand_guidance": 0.0}, {"solver": "euler"}, {"hands": str(hands)}]
+    ids = {default_id(replace(one, **change), "x") for change in changes} | {default_id(one, "y")}
+    assert len(ids) == len(changes) + 1 and one.id not in ids
+    before = picture_key(replace(one, hands=str(hands)))
+    hands.write_bytes(b"2")
+    assert picture_key(replace(one, hands=str(hands))) != before
+
+
+def test_slugs():
+    for prompt, start in {"✌️": "picture-0-", "A Fist, blue!": "a-fist-blue-0-", "x" * 500: "x" * 40 + "-0-"}.items():
+        (one,), _ = resolve([Request(prompt)], DEFAULTS)
+        assert one.id is not None and one.id.startswith(start)
+
+
+def test_check_refuses_one_and_lets_the_rest_go_on():
+    def check(request: Request) -> None:
+        if request.solver == "plms":
+            raise RequestError("No plms here.")
+
+    resolved, refused = resolve([Request("a", solver="plms"), Request("b")], DEFAULTS, check=check)
+    assert [r.prompt for r in resolved] == ["b"] and refused == [(1, "No plms here.")]
