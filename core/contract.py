@@ -146,11 +146,15 @@ class Manifest:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            hint = "is a checkpoint: make a bundle of it first with `hd-export CHECKPOINT OUT`" if (
-                folder / "model_index.json"
-            ).exists() else "is no bundle: it has no manifest.json. `hd-export CHECKPOINT OUT` makes one"
+            hint = (
+                "is a checkpoint: make a bundle of it first with `hd-export CHECKPOINT OUT`"
+                if (folder / "model_index.json").exists()
+                else "is no bundle: it has no manifest.json. `hd-export CHECKPOINT OUT` makes one"
+            )
             if not folder.exists():
-                hint = "does not exist. `hd-export CHECKPOINT OUT` makes a bundle; the word `demo` names the shipped one"
+                hint = (
+                    "does not exist. `hd-export CHECKPOINT OUT` makes a bundle; the word `demo` names the shipped one"
+                )
             raise BundleError(f"{folder} {hint}.") from None
         except (OSError, ValueError) as error:
             raise BundleError(f"{path} cannot be read ({error}). Export the bundle again with hd-export.") from error

@@ -157,7 +157,11 @@ class Checkpoint:
                 classes["position_kernel"] = PositionKernel
             for name, kind in classes.items():
                 parts[name] = kind.from_pretrained(
-                    folder / name, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+                    folder / name,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    low_cpu_mem_usage=False,
+                    torch_dtype=torch.float32,
                 )
             schedules = {
                 name: json.loads((folder / name / "scheduler_config.json").read_text(encoding="utf-8"))
@@ -202,9 +206,7 @@ class Checkpoint:
              encoder.config.vocab_size),
         ]  # fmt: skip
         kernel = list(self.position_kernel.config.frequencies) if self.position_kernel is not None else []
-        pairs.append(
-            ("text_hand_encoder's frequencies", list(encoder.config.frequencies), "position_kernel's", kernel)
-        )
+        pairs.append(("text_hand_encoder's frequencies", list(encoder.config.frequencies), "position_kernel's", kernel))
         for name, value, other, wanted in pairs:
             if value != wanted:
                 raise CheckpointError(f"The parts do not fit together: {name} is {value}, {other} is {wanted}.")

@@ -1,6 +1,6 @@
 """Sizes of the whole system. One description serves the tests, the demo and the paper's scale.
 
-    checkpoint = random_checkpoint(CONFIGS["tiny"])        # see models/checkpoint.py
+checkpoint = random_checkpoint(CONFIGS["tiny"])        # see models/checkpoint.py
 """
 
 from __future__ import annotations

@@ -119,9 +119,7 @@ class SMPLH(nn.Module):
         # The root's parent is stored as 2**32 - 1 (an unsigned -1).
         parents = arrays["kintree_table"][0].astype(np.int64)[1:]
         if vertices <= max(TIP_VERTICES) or tuple(parents) != PARENTS[1:]:
-            raise CheckpointError(
-                f"{path} is no SMPL-H body: its kinematic tree or vertex count ({vertices}) differs."
-            )
+            raise CheckpointError(f"{path} is no SMPL-H body: its kinematic tree or vertex count ({vertices}) differs.")
         return cls(arrays, num_betas)
 
     def kinematics(self, rotations: Tensor, betas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,9 +138,7 @@ class SMPLH(nn.Module):
             places.append((turns[parent] @ offset)[..., 0] + places[parent])
         return torch.stack(turns, 1), torch.stack(places, 1), rest
 
-    def skin(
-        self, rotations: Tensor, betas: Tensor, turns: Tensor, places: Tensor, rest: Tensor
-    ) -> Tensor:
+    def skin(self, rotations: Tensor, betas: Tensor, turns: Tensor, places: Tensor, rest: Tensor) -> Tensor:
         """Moves the vertices with the joints that `kinematics` placed: [B, V, 3] in metres."""
         batch = rotations.shape[0]
         shaped = self.v_template + (betas @ self.shape_dirs).reshape(batch, -1, 3)

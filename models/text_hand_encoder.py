@@ -168,7 +168,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
             angle = (scaled[..., None] * octaves).flatten(-2)
             bone = scaled - scaled[:, :, list(PARENT_OF_JOINT)]
             features = torch.cat([scaled, bone * 4, angle.sin(), angle.cos()], -1)
-            tokens = tokens + self.location(features)
+            tokens = tokens + self.location(features.to(self.location[0].weight.dtype))
         if "rotations" in self.config.cues:
             assert rotations is not None
             turned = self.rotation(rotations[:, :, list(ROTATION_OF_JOINT)])  # [N, 2, 16, W], in the joints' order
@@ -198,9 +198,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         if self.joint_tokens:
             if "joints" in self.config.cues:
                 assert joints is not None
-                frequencies = torch.tensor(
-                    self.config.frequencies, dtype=torch.float32, device=visibility.device
-                )
+                frequencies = torch.tensor(self.config.frequencies, dtype=torch.float32, device=visibility.device)
                 code = F.pad(position_code(joints.float(), frequencies), (0, channels - located))
             else:
                 code = visibility.new_zeros(batch, 2, self.joint_tokens, channels)

@@ -6,6 +6,7 @@ hd-run engines/ --prompts prompts.jsonl --batch-size 8
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 import warnings
@@ -20,6 +21,7 @@ from .. import demo
 from ..contract import Manifest
 from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError, RequestError
+from .hands import load_hands
 from .outputs import OutputError, OutputFolder
 from .pipeline import Failure, HanDiffuser
 from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, read_requests
@@ -82,6 +84,8 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         "hand_guidance": options["hand_guidance"],
         "hands": options["hand_params"],
     }
+    if options["hand_params"] is not None:
+        load_hands(options["hand_params"])  # one sentence about it, not one for every prompt
     requests, places, refused = gather(prompts, prompts_file, settings)
     if not requests and not refused:
         raise RequestError('There is nothing to do: give a prompt, such as hd-run demo "a fist", or --prompts FILE.')
@@ -245,6 +249,7 @@ class ProgressReport:
 
 def main() -> None:
     """Entry point: one sentence and an exit code instead of a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and `docker stop` end a run as Ctrl-C does
     try:
         code = run.main(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):  # while it was still loading

@@ -139,6 +139,8 @@ def load_hands(path: str | Path) -> np.ndarray:
             if missing:
                 raise RequestError(f"The hands file {path} lacks {', '.join(missing)}. {advice}")
             arrays = {name: archive[name] for name in SHAPES}
+            if not all(isinstance(value, np.ndarray) for value in arrays.values()):
+                raise ValueError("it holds files that are no arrays")
     except FileNotFoundError:
         raise RequestError(f"There is no hands file {path}.") from None
     except RequestError:

@@ -16,7 +16,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class HanDiffuser:
         self.batch_size = batch_size
         self.timings: dict[str, float] = dict.fromkeys([*engines, "total"], 0.0)
         self.engines = {name: _Timed(name, engine, self.timings) for name, engine in engines.items()}
-        self.digest = hashlib.sha256(json.dumps(asdict(manifest), sort_keys=True).encode()).hexdigest()[:16]
+        self.digest = _digest(manifest)
         self.made_by = _made_by(self.digest, engines)
         self._schedules = {name: NoiseSchedule.from_config(config) for name, config in manifest.schedules.items()}
         self._mean = np.array(manifest.params_mean, np.float32)
@@ -197,7 +197,7 @@ class HanDiffuser:
         clock = time.perf_counter()
         while waiting or ready or running:
             results: list[Picture | Failure] = []
-            if waiting and not ready and sampler.free:
+            while waiting and len(ready) < sampler.free:
                 batch = [waiting.popleft() for _ in range(min(slots, len(waiting)))]
                 works, failures = self._stage_1(batch, hand_sampler)
                 ready.extend(works)
@@ -376,6 +376,16 @@ def _job(
     state = normal(seed, stream, 0, shape) * np.float32(table.init_sigma)
     noise = (lambda step: normal(seed, stream, 1 + step, shape)) if table.stochastic else None
     return Job(request.id, state, table.rows, steps or {}, constants, noise)
+
+
+def _digest(manifest: Manifest) -> str:
+    """16 hexadecimal digits that stand for the bundle in ids and metadata: all that has a say in a picture.
+
+    Not when and by what it was exported, and not its defaults: a request carries their values itself.
+    """
+    names = ("files", "schedules", "num_history", "latent_size", "tokenizer", "params_mean", "params_std")
+    values = {name: getattr(manifest, name) for name in names}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _not_finite(request: Request, where: str) -> Failure:

@@ -131,9 +131,7 @@ class StepSampler:
         if not self.free:
             raise RequestError(f"All {self.slots} slots are busy. Call step() until `free` is above 0.")
         if job.key in self.keys:
-            raise RequestError(
-                f"A job with the key {job.key!r} is in flight already. Give each job its own key."
-            )
+            raise RequestError(f"A job with the key {job.key!r} is in flight already. Give each job its own key.")
         state = np.asarray(job.state, dtype=np.float32)
         constants = {name: np.asarray(value) for name, value in job.constants.items()}
         tables = {"row": np.asarray(job.rows, dtype=np.float32)}
@@ -143,9 +141,7 @@ class StepSampler:
             self._allocate(state, constants, tables)
         _check_like("constant input", constants, self._constants, skip=1)
         _check_like("step input", tables, self._tables, skip=2, own_skip=1)
-        _check_like(
-            "input", {self._state_name: state}, {self._state_name: self._moving[self._state_name]}, skip=1
-        )
+        _check_like("input", {self._state_name: state}, {self._state_name: self._moving[self._state_name]}, skip=1)
 
         i, N = len(self._jobs), len(tables["row"])
         for buffer in self._moving.values():
@@ -256,12 +252,8 @@ class StepSampler:
         shapes = {self._state_name: state.shape, "noise": state.shape}
         if self._num_history:
             shapes["history"] = (self._num_history, *state.shape)
-        self._moving = {
-            name: np.zeros((self._capacity, *shape), np.float32) for name, shape in shapes.items()
-        }
-        self._constants = {
-            name: np.zeros((self._capacity, *c.shape), c.dtype) for name, c in constants.items()
-        }
+        self._moving = {name: np.zeros((self._capacity, *shape), np.float32) for name, shape in shapes.items()}
+        self._constants = {name: np.zeros((self._capacity, *c.shape), c.dtype) for name, c in constants.items()}
         self._tables = {name: np.zeros((self.slots, *t.shape), t.dtype) for name, t in tables.items()}
 
     def _check_new(self, job: Job, state: Array, tables: dict[str, Array]) -> None:
@@ -284,9 +276,7 @@ class StepSampler:
             raise RequestError(f"The initial state or the rows of {job.key!r} hold NaN or infinity.")
 
 
-def _check_like(
-    what: str, given: dict[str, Array], buffers: dict[str, Array], skip: int, own_skip: int = 0
-) -> None:
+def _check_like(what: str, given: dict[str, Array], buffers: dict[str, Array], skip: int, own_skip: int = 0) -> None:
     """Whether names, dtypes and trailing shapes of a job's arrays are those of the buffers."""
     if given.keys() != buffers.keys():
         raise RequestError(

@@ -98,9 +98,7 @@ class NoiseSchedule:
         for name, least in (("num_train_timesteps", 2), ("steps_offset", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
-                raise BundleError(
-                    f"The noise schedule's {name} is {value!r}; it must be an integer from {least} up."
-                )
+                raise BundleError(f"The noise schedule's {name} is {value!r}; it must be an integer from {least} up.")
         betas = (self.beta_start, self.beta_end)
         if not (all(isinstance(beta, (int, float)) for beta in betas) and 0 < betas[0] <= betas[1] < 1):
             raise BundleError(
@@ -250,13 +248,9 @@ def plms(schedule: NoiseSchedule, steps: int) -> Recurrence:
     As in diffusers, outputs are combined as the network gives them: v-predictions before they become noise.
     """
     if schedule.prediction_type == "sample":
-        raise RequestError(
-            "The solver plms cannot run a network that predicts the sample. Choose ddim or dpm++2m."
-        )
+        raise RequestError("The solver plms cannot run a network that predicts the sample. Choose ddim or dpm++2m.")
     if schedule.rescale_betas_zero_snr:
-        raise RequestError(
-            "The solver plms cannot run a schedule with zero terminal SNR. Choose ddim or dpm++2m."
-        )
+        raise RequestError("The solver plms cannot run a schedule with zero terminal SNR. Choose ddim or dpm++2m.")
     stride = schedule.num_train_timesteps // steps
     t = _spaced(schedule, steps)
     t = np.concatenate([t[:2], t[1:2], t[2:]])
@@ -354,9 +348,7 @@ def solve(schedule: NoiseSchedule, solver: str, steps: int) -> Recurrence:
     return recurrence._replace(timesteps=recurrence.timesteps.astype(np.float64))
 
 
-def reference_step(
-    row: Array, x: Array, history: Array, m: Array, noise: Array | None = None
-) -> tuple[Array, Array]:
+def reference_step(row: Array, x: Array, history: Array, m: Array, noise: Array | None = None) -> tuple[Array, Array]:
     """What a step graph does after the network, in numpy: the form of a row, and the oracle for graphs.
 
     row [B, 6 + 2 K], x [B, ...], history [B, K, ...], m [B, ...] guided, noise [B, ...] or None for zeros.
@@ -431,9 +423,7 @@ def _spaced_for_dpm(schedule: NoiseSchedule, steps: int) -> tuple[Array, Array]:
     else:
         t = _spaced(schedule, steps)
     if np.any(np.diff(t) == 0):
-        raise RequestError(
-            f"{steps} steps of dpm++2m would visit a timestep twice. Choose {T // 2} steps or fewer."
-        )
+        raise RequestError(f"{steps} steps of dpm++2m would visit a timestep twice. Choose {T // 2} steps or fewer.")
     return t, schedule.sigmas()[t]
 
 

@@ -1,4 +1,4 @@
-"""Trains the whole demo: tokenizer, data, judge, VAE, hand prior, Text+Hand encoder with UNet. Each part can be resumed.
+"""Trains the whole demo: tokenizer, data, judge, VAE, hand prior, Text+Hand encoder with UNet. All resumable.
 
     hd-train --run runs/demo --output checkpoint            # everything, about two hours on two cores
     hd-train --run runs/demo --only pictures --steps 6000   # one stage, longer
@@ -37,9 +37,9 @@ SCENES = 24_000
 BATCH = {"judge": 64, "vae": 16, "prior": 128, "pictures": 32}
 PLANS = {
     "judge": Plan(steps=2500, learning_rate=2e-3, bf16=True),
-    "vae": Plan(steps=2000, learning_rate=1.5e-3, bf16=True, save_every=250),
-    "prior": Plan(steps=12_000, learning_rate=1e-3, ema=0.998, save_every=1000),
-    "pictures": Plan(steps=2000, learning_rate=1.2e-3, bf16=True, save_every=200, log_every=20),
+    "vae": Plan(steps=1400, learning_rate=1.5e-3, bf16=True, save_every=250),
+    "prior": Plan(steps=5000, learning_rate=1e-3, ema=0.998, bf16=True),
+    "pictures": Plan(steps=1800, learning_rate=1.2e-3, bf16=True, save_every=200, log_every=20),
 }
 STAGES = tuple(PLANS)
 SEED = 1
@@ -197,9 +197,7 @@ def picture_data(run: Run, checkpoint: Checkpoint) -> Dataset:
     # The network sees latents of mean 0 and spread 1.
     shift, spread = out["latents"].float().mean(), out["latents"].float().std()
     out["latents"] = ((out["latents"].float() - shift) / spread).half().contiguous()
-    save_file(
-        {"scaling_factor": 1 / spread, "shift_factor": shift}, run.folder / "normalisation.safetensors"
-    )
+    save_file({"scaling_factor": 1 / spread, "shift_factor": shift}, run.folder / "normalisation.safetensors")
     out["ids"] = data["ids"]
     save_file(out, cache.with_suffix(".tmp"))
     cache.with_suffix(".tmp").replace(cache)

@@ -55,9 +55,7 @@ def held_out_scenes(count: int, seed: int = SEED) -> list[Scene]:
 
 def agreement(seen: Tensor, wanted: Tensor) -> dict[str, float]:
     """Share of pictures in which each label is read as wanted."""
-    return {
-        label: round(float((seen[:, i] == wanted[:, i]).float().mean()), 4) for i, label in enumerate(LABELS)
-    }
+    return {label: round(float((seen[:, i] == wanted[:, i]).float().mean()), 4) for i, label in enumerate(LABELS)}
 
 
 @torch.no_grad()

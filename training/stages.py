@@ -79,6 +79,8 @@ class PriorLoss(nn.Module):
         self.register_buffer("weight", weight / weight.mean(), persistent=False)
 
     def forward(self, ids: Tensor, noisy: Tensor, timestep: Tensor, clean: Tensor) -> Tensor:
+        # The encoder looks back only, so what follows the last end-of-text token costs time and changes nothing.
+        ids = ids[:, : int((ids == self.eos).int().argmax(1).max()) + 1]
         hidden = self.text_encoder(ids).last_hidden_state
         predicted = self.hand_prior(noisy, timestep, pooled(hidden, ids, self.eos))
         return (self.weight * (predicted.float() - clean).square()).mean()

@@ -54,7 +54,8 @@ def test_first_command(toy_bundle, tmp_path):
 
 
 def test_settings_reach_the_picture(toy_bundle, tmp_path):
-    options = ["--steps", "3", "--solver", "euler", "--guidance", "1.5", "--negative-prompt", "blur", "--hand-steps", "2", "--hand-guidance", "2"]
+    options = ["--steps", "3", "--solver", "euler", "--guidance", "1.5", "--negative-prompt", "blur"]
+    options += ["--hand-steps", "2", "--hand-guidance", "2"]
     hd_run(toy_bundle, "a fist", *options, "--images-per-prompt", 2, "-o", tmp_path, "--quiet", "--threads", 1)
     records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in pictures(tmp_path)]
     assert [r["seed"] for r in records] == [0, 1]
@@ -254,10 +255,11 @@ def start_slow(bundle: Path, out: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_ctrl_c_keeps_what_was_finished(toy_bundle, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_was_finished(toy_bundle, tmp_path, number):
     out = tmp_path / "out"
     process = start_slow(toy_bundle, out)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in stderr and "Interrupted" in stderr
     done = pictures(out)

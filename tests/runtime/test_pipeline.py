@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from handiffuser import EngineError, Failure, HanDiffuser, Picture, Request, RequestError
+from handiffuser import (
+    BundleError,
+    CheckpointError,
+    EngineError,
+    Failure,
+    HanDiffuser,
+    Picture,
+    Request,
+    RequestError,
+    demo,
+)
 from handiffuser.runtime.hands import save_hands
 
 
@@ -149,7 +161,7 @@ def spoil(pipeline: HanDiffuser, graph: str, output: str, when) -> None:
     ],
 )
 def test_nan_fails_one_and_the_rest_goes_on(pipeline, graph, output, words):
-    spoilt = pipeline.prepare([Request(f"p{n}") for n in range(6)])[0]
+    spoilt = pipeline.prepare([Request(f"p{n}", seed=n) for n in range(6)])[0]
     state = {"unet": "latents", "hand_prior": "x", "hand_features": "x"}[graph]
     marks: list[float] = []
 
@@ -202,6 +214,43 @@ def test_nothing_to_do(pipeline):
 def test_non_square_pictures(wide_bundle):
     pipeline = HanDiffuser.load(wide_bundle, device="cpu", threads=1)
     assert pipeline.generate("a fist")[0].image.shape == (16, 48, 3)
+
+
+def test_little_time_is_spent_outside_the_engines(toy_bundle):
+    pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
+    inner = pipeline.engines["unet"].engine
+
+    def at_demo_size(feeds):
+        time.sleep(0.03)  # what a step of the demo's UNet takes at the very least
+        return inner(feeds)
+
+    pipeline.engines["unet"].engine = at_demo_size
+    shares = []
+    for seed in range(4):  # the machine may be busy: the best of a few counts
+        for name in pipeline.timings:
+            pipeline.timings[name] = 0.0
+        pipeline.generate(["a fist", "two hands"], steps=12, seed=seed)
+        total = pipeline.timings["total"]
+        shares.append(1 - sum(seconds for name, seconds in pipeline.timings.items() if name != "total") / total)
+    assert min(shares) < 0.05
+
+
+def test_the_word_demo(toy_bundle, tmp_path, monkeypatch):
+    assert demo.resolve("./demo", "bundle") == Path("demo") and demo.resolve(Path("demo"), "bundle") == Path("demo")
+    monkeypatch.setattr(demo, "_folder", lambda name: toy_bundle.parent / name)
+    assert demo.resolve("demo", "bundle") == toy_bundle
+    assert HanDiffuser.load("demo", device="cpu").digest
+    with pytest.raises(CheckpointError, match="no demo checkpoint"):
+        demo.resolve("demo", "checkpoint")
+    monkeypatch.setattr(demo, "_folder", lambda name: tmp_path / name)
+    with pytest.raises(BundleError, match="no demo bundle"):
+        HanDiffuser.load("demo")
+
+
+def test_the_package_itself_is_light():
+    code = "import sys, handiffuser\nprint(handiffuser.__version__, 'numpy' in sys.modules, 'click' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[1:] == ["False", "False"]
 
 
 def test_no_framework_is_imported(toy_bundle):

@@ -44,9 +44,7 @@ def make_job(key, solver="ddim", steps=4, seed=None):
         key=key,
         state=normal(seed, "latents", 0, SHAPE) * table.init_sigma,
         rows=table.rows,
-        steps={
-            "time": np.stack([np.cos(table.timesteps / 100), table.timesteps / 1000], 1).astype(np.float32)
-        },
+        steps={"time": np.stack([np.cos(table.timesteps / 100), table.timesteps / 1000], 1).astype(np.float32)},
         constants={"text": normal(seed, "text", 0, SHAPE)},
         noise=(lambda step: normal(seed, "latents", 1 + step, SHAPE)) if table.stochastic else None,
     )

@@ -128,9 +128,7 @@ def test_equals_diffusers(solver, prediction, spacing, zero_snr, betas):
         fractional = solver == "dpm++2m-karras" and betas is COSINE
         with float64_diffusers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            expected, timesteps = diffusers_loop(
-                config, solver, steps, recurrence.timesteps if fractional else None
-            )
+            expected, timesteps = diffusers_loop(config, solver, steps, recurrence.timesteps if fractional else None)
         np.testing.assert_allclose(recurrence.timesteps, timesteps, atol=1 if fractional else 1e-9, rtol=0)
         scale = np.abs(expected).max()
         exact = our_loop(recurrence, exact_rows(recurrence, K), K, steps)
@@ -138,9 +136,7 @@ def test_equals_diffusers(solver, prediction, spacing, zero_snr, betas):
         table = rows(schedule, solver, steps, 1.0, K)
         assert table.rows.dtype == np.float32
         rounded = our_loop(recurrence, table.rows.astype(np.float64), K, steps)
-        np.testing.assert_allclose(
-            rounded, expected, atol=2e-6 * scale, rtol=0, err_msg=f"{steps} steps, float32"
-        )
+        np.testing.assert_allclose(rounded, expected, atol=2e-6 * scale, rtol=0, err_msg=f"{steps} steps, float32")
 
 
 @pytest.mark.parametrize("betas", [STABLE_DIFFUSION, COSINE], ids=["stable-diffusion", "cosine"])
@@ -164,9 +160,7 @@ def test_close_to_diffusers_as_it_is(solver, prediction, betas):
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
-@pytest.mark.parametrize(
-    "betas", [STABLE_DIFFUSION, COSINE, {}], ids=["stable-diffusion", "cosine", "linear"]
-)
+@pytest.mark.parametrize("betas", [STABLE_DIFFUSION, COSINE, {}], ids=["stable-diffusion", "cosine", "linear"])
 def test_alphas_cumprod(betas, zero_snr):
     with float64_diffusers():
         expected = diffusers.DDIMScheduler(**betas, rescale_betas_zero_snr=zero_snr).alphas_cumprod.numpy()

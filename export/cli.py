@@ -1,0 +1,100 @@
+"""`hd-export`: a trained checkpoint -> a bundle of ONNX graphs that `hd-run` runs without PyTorch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+# PyTorch's threads spin beside ONNX Runtime's; and the exporter's remarks are no news to a user.
+os.environ.setdefault("TORCH_LOGS", "-all")
+warnings.filterwarnings("ignore")
+
+import click  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
+
+from ..contract import GRAPHS  # noqa: E402
+from ..demo import resolve  # noqa: E402
+from ..errors import HanDiffuserError  # noqa: E402
+
+console = Console(stderr=True, highlight=False)
+
+
+def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """ "512" -> (512, 512); "512x768" -> (512, 768), height first."""
+    if value is None:
+        return None
+    try:
+        sides = [int(side) for side in value.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < 8:
+        raise click.BadParameter(f"{value!r} is no size; write 512, or 512x768 for height x width.")
+    return sides[0], sides[-1]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
+              help="Of the networks; hand features, latents and solver state stay float32.")  # fmt: skip
+@click.option("--body", type=click.Path(path_type=Path), help="SMPL-H body (.npz); default: the checkpoint's own.")
+@click.option("--image-size", callback=parse_size, metavar="H[xW]", help="Pixels; default: as trained.")
+@click.option("--opset", type=click.IntRange(18, 24), default=23, show_default=True, help="ONNX opset.")
+def main(
+    checkpoint: str, out: Path, precision: str, body: Path | None, image_size: tuple[int, int] | None, opset: int
+) -> None:
+    """Exports CHECKPOINT (a folder in Hugging Face layout, or the word demo) into the bundle OUT.
+
+    Each graph is run in ONNX Runtime right away and compared with PyTorch; one over its tolerance is not written.
+    """
+    try:
+        folder = resolve(checkpoint, "checkpoint")
+        try:
+            from ..models.checkpoint import Checkpoint
+            from .bundle import at_image_size, export_bundle
+        except ImportError as error:
+            raise HanDiffuserError(
+                f'Exporting needs PyTorch, which running does not ({error}). Install it: pip install "handiffuser[export]".'
+            ) from None
+        with console.status("reading the checkpoint"):
+            loaded = Checkpoint.load(folder)
+        if image_size is not None:
+            loaded = at_image_size(loaded, *image_size)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(f"exporting {GRAPHS[0]}", total=len(GRAPHS))
+
+            def on_graph(result) -> None:  # type: ignore[no-untyped-def]
+                progress.advance(task)
+                done = int(progress.tasks[0].completed)
+                progress.update(task, description=f"exporting {GRAPHS[done]}" if done < len(GRAPHS) else "exported")
+                progress.console.print(
+                    f"{result.name:18} {result.megabytes:8.1f} MB   {result.error:.1e} from PyTorch "
+                    f"(tolerance {result.tolerance:g})   {result.seconds:.0f} s"
+                )
+
+            export_bundle(loaded, out, precision, body, opset, on_graph)
+    except HanDiffuserError as error:
+        console.print(f"hd-export: {error}", style="red", soft_wrap=True)
+        sys.exit(1)
+    except OSError as error:
+        console.print(f"hd-export: {error.strerror or error} ({error.filename or out}).", style="red", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("Stopped; nothing was written.")
+        sys.exit(130)
+    if body is not None:
+        console.print(
+            f"{out} now contains arrays of your SMPL-H body. Its licence forbids passing them on: keep this bundle, "
+            "and every engine built from it, on your own machines.",
+            style="yellow",
+            soft_wrap=True,
+        )
+    console.print(f'The bundle is in {out}. Try it: hd-run {out} "a right hand making a fist"', soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

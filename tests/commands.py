@@ -1,0 +1,15 @@
+"""Runs the commands as a user would, in a process of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_command(
+    module: str, *arguments: object, cwd: Path | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """run_command("runtime.cli", "demo", "a hand") is `hd-run demo "a hand"`."""
+    command = [sys.executable, "-m", f"handiffuser.{module}", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)

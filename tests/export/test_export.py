@@ -1,0 +1,189 @@
+"""Exported bundles: every graph near PyTorch, any layout without a change in code, and refusals that help."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from commands import run_command
+from handiffuser.contract import GRAPHS, Manifest
+from handiffuser.errors import CheckpointError, ExportError
+from handiffuser.export import bundle
+from handiffuser.export.bundle import at_image_size, export_bundle
+from handiffuser.models.checkpoint import random_checkpoint
+from handiffuser.models.configs import CONFIGS
+from handiffuser.models.text_hand_encoder import CUES
+from handiffuser.runtime.pipeline import HanDiffuser
+
+
+def test_every_graph_is_within_1e_4_of_pytorch(tiny_bundle):
+    manifest = Manifest.load(tiny_bundle)
+    assert set(manifest.graphs) == set(GRAPHS)
+    for name, graph in manifest.graphs.items():
+        assert graph.parity["error"] <= 1e-4 == graph.parity["tolerance"], name
+    assert manifest.precision == "fp32" and manifest.image_size == (32, 48) and manifest.latent_size == (4, 16, 24)
+
+
+def test_the_step_graph_holds_no_time_embedding_and_no_context_projection(tiny_bundle, tiny_checkpoint):
+    """Hoisting is real: the loop's graph has neither the time MLP's weights nor those of the keys and values."""
+    graph = onnx.load(tiny_bundle / "unet.onnx").graph
+    sizes = {tuple(t.dims) for t in graph.initializer}
+    width = tiny_checkpoint.unet.config.cross_attention_dim
+    assert not any("time_emb" in t.name or "attn2.to_k" in t.name or "attn2.to_v" in t.name for t in graph.initializer)
+    assert (width, 32) not in sizes or "attn2.to_k" not in str(graph.initializer)
+
+
+def test_fp16(tiny_checkpoint, tmp_path):
+    results = export_bundle(tiny_checkpoint, tmp_path / "half", "fp16")
+    assert all(r.error <= 5e-3 for r in results)
+    manifest = Manifest.load(tmp_path / "half")
+    dtypes = {
+        f"{name}.{spec.name}": spec.dtype
+        for name, graph in manifest.graphs.items()
+        for spec in (*graph.inputs, *graph.outputs)
+    }
+    assert dtypes["text_hand_encoder.context"] == dtypes["unet.key_00"] == dtypes["unet.time"] == "float16"
+    for name in ("unet.latents", "unet.history", "unet.row", "hand_prior.x", "hand_features.joints"):
+        assert dtypes[name] == "float32", f"{name}: state and kinematics stay float32"
+    weights = onnx.load(tmp_path / "half/unet.onnx").graph.initializer
+    large = [w for w in weights if np.prod(w.dims) > 500]
+    assert large and all(w.data_type == onnx.TensorProto.FLOAT16 for w in large), "half was asked for, half it is"
+    picture = HanDiffuser.load(tmp_path / "half").generate("a left hand")[0]
+    assert picture.image.shape == (32, 48, 3)
+
+
+LAYOUTS = {
+    "other sizes": replace(
+        CONFIGS["tiny"],
+        image_size=(64, 32),
+        text_width=48,
+        text_layers=1,
+        text_heads=4,
+        prior_width=64,
+        prior_layers=1,
+        unet_channels=(8, 16, 24),
+        unet_attention=(True, False, True),
+        unet_heads=(2, 2, 3),
+        unet_layers=2,
+        vae_channels=(8, 16, 16),
+        frequencies=(1, 3),
+        schedule="sd",
+        solver="plms",
+    ),
+    "the paper's plain cross-attention": replace(CONFIGS["tiny"], frequencies=()),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_other_layouts_export_and_run(name, body_path, tmp_path):
+    config = LAYOUTS[name]
+    export_bundle(random_checkpoint(config, body=body_path), tmp_path / "b")
+    picture = HanDiffuser.load(tmp_path / "b").generate("two open hands", steps=3)[0]
+    assert picture.image.shape == (*config.image_size, 3) and picture.image.std() > 0
+
+
+@pytest.mark.parametrize("cues", [c for n in range(3) for c in combinations(CUES, n)], ids="+".join)
+def test_every_set_of_cues_runs(cues, body_path, tiny_bundle, tmp_path, monkeypatch):
+    """All eight sets (the eighth, all three, is the tiny bundle): only what the cues touch is exported again."""
+    checkpoint = random_checkpoint(replace(CONFIGS["tiny"], cues=cues), seed=3, body=body_path)
+    touched = ("text_hand_encoder", "unet_context", "unet")
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    manifest = Manifest.load(folder)
+    from handiffuser.contract import file_digest
+    from handiffuser.export.graphs import graphs
+    from handiffuser.models.smplh import SMPLH
+
+    for graph in graphs(checkpoint, SMPLH.load(body_path)):
+        if graph.name in touched:
+            manifest.graphs[graph.name] = spec = bundle.export_graph(graph, folder, 23)
+            error, _ = bundle.parity(graph, graph.module, folder / spec.file)
+            assert error <= 1e-4
+            manifest.files[spec.file] = file_digest(folder / spec.file)
+    manifest.save(folder)
+    inputs = {spec.name for spec in manifest.graphs["text_hand_encoder"].inputs}
+    assert ("bps" in inputs) == ("vertices" in cues) and ("joints" in inputs) == ("joints" in cues)
+    picture = HanDiffuser.load(folder).generate("a left hand", steps=2)[0]
+    assert picture.image.shape == (32, 48, 3)
+
+
+def test_another_image_size(tiny_checkpoint_folder, tmp_path):
+    result = run_command("export.cli", tiny_checkpoint_folder, tmp_path / "b", "--image-size", "48x32")
+    assert result.returncode == 0, result.stderr
+    picture = HanDiffuser.load(tmp_path / "b").generate("a left hand", steps=2)[0]
+    assert picture.image.shape == (48, 32, 3)
+
+
+def test_an_image_size_that_does_not_fit(tiny_checkpoint):
+    with pytest.raises(CheckpointError, match="multiples of 4"):
+        at_image_size(tiny_checkpoint, 30, 48)
+
+
+def test_half_exact_weights_are_stored_in_half(tiny_checkpoint, tmp_path):
+    """A checkpoint that went through float16 gives a float32 bundle of about half the size, and the same values."""
+    tiny_checkpoint.save(tmp_path / "half", half=True)
+    for name, source in (("full", tiny_checkpoint), ("small", bundle.Checkpoint.load(tmp_path / "half"))):
+        wanted = next(g for g in bundle.graphs(source, bundle.SMPLH.load(source.body)) if g.name == "hand_prior")
+        spec = bundle.export_graph(wanted, tmp_path, 23)
+        error, _ = bundle.parity(wanted, wanted.module, tmp_path / spec.file)
+        assert error <= 1e-5
+        (tmp_path / spec.file).rename(tmp_path / f"{name}.onnx")
+    assert (tmp_path / "small.onnx").stat().st_size < 0.75 * (tmp_path / "full.onnx").stat().st_size
+
+
+def test_a_graph_over_its_tolerance_is_not_written(tiny_checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "b"
+    out.mkdir()
+    (out / "manifest.json").write_text(json.dumps({"format": 1}))
+    monkeypatch.setattr(bundle, "parity", lambda *_: (float("nan"), "text"))
+    with pytest.raises(ExportError, match="nothing was written"):
+        export_bundle(tiny_checkpoint, out)
+    assert [p.name for p in out.iterdir()] == ["manifest.json"] and not (tmp_path / "b.partial").exists()
+
+
+def test_parity_sees_a_wrong_graph(tiny_checkpoint, tmp_path):
+    """The check is no formality: a graph with other weights is found out."""
+    wanted = next(iter(bundle.graphs(tiny_checkpoint, bundle.SMPLH.load(tiny_checkpoint.body))))
+    spec = bundle.export_graph(wanted, tmp_path, 23)
+    torch.nn.init.normal_(wanted.module.text_encoder.get_input_embeddings().weight)
+    assert bundle.parity(wanted, wanted.module, tmp_path / spec.file)[0] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("nowhere", "out"), "does not exist"),
+        (("CHECKPOINT", "full"), "is no bundle"),
+        (("CHECKPOINT", "out", "--body", "none.npz"), "no body model"),
+        (("CHECKPOINT", "out", "--image-size", "30"), "multiples of"),
+        (("CHECKPOINT", "out", "--image-size", "big"), "is no size"),
+        (("CHECKPOINT", "file/out"), "file"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(arguments, says, tiny_checkpoint_folder, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("do not lose this")
+    (tmp_path / "file").write_text("")
+    arguments = [str(tiny_checkpoint_folder) if a == "CHECKPOINT" else a for a in arguments]
+    result = run_command("export.cli", *arguments, cwd=tmp_path)
+    assert result.returncode != 0 and says in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "full/thesis.txt").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_a_body_asks_for_one(tiny_checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="--body"):
+        export_bundle(replace(tiny_checkpoint, body=None), tmp_path / "b")
+
+
+def test_a_licensed_body_is_marked(tiny_checkpoint_folder, body_path, tmp_path):
+    result = run_command("export.cli", tiny_checkpoint_folder, tmp_path / "b", "--body", body_path)
+    assert result.returncode == 0, result.stderr
+    assert "licence" in result.stderr
+    assert "not for redistribution" in Manifest.load(tmp_path / "b").made_by["body"]

@@ -1,0 +1,126 @@
+"""Kinematics, the derived camera and the hand cues."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from handiffuser.contract import NUM_PARAMS, PLACEMENT
+from handiffuser.errors import CheckpointError
+from handiffuser.models.hand_features import HandFeatures, make_basis, pack, placement_of
+from handiffuser.models.smplh import SMPLH, matrix_to_rotation_6d, rotation_6d_to_matrix
+
+
+@pytest.fixture(scope="module")
+def body(body_path: Path) -> SMPLH:
+    return SMPLH.load(body_path)
+
+
+@pytest.fixture(scope="module")
+def features(body: SMPLH) -> HandFeatures:
+    return HandFeatures(body, torch.zeros(NUM_PARAMS), torch.ones(NUM_PARAMS), make_basis(64))
+
+
+def random_rotations(batch: int, amount: float = 0.4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.matrix_exp(
+        torch.stack([skew(v) for v in amount * torch.randn(batch * 52, 3, generator=generator)])
+    ).view(batch, 52, 3, 3)
+
+
+def skew(v: torch.Tensor) -> torch.Tensor:
+    x, y, z = v.tolist()
+    return torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0.0]])
+
+
+def test_rotation_6d_round_trip():
+    matrices = random_rotations(3, 1.5)
+    torch.testing.assert_close(rotation_6d_to_matrix(matrix_to_rotation_6d(matrices)), matrices, atol=1e-5, rtol=0)
+    skewed = rotation_6d_to_matrix(torch.randn(50, 6))
+    torch.testing.assert_close(skewed @ skewed.mT, torch.eye(3).expand(50, 3, 3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("present", [(1, 0), (0, 1), (1, 1)])
+def test_camera_comes_back_from_placement(body, features, present):
+    rotations, betas = random_rotations(4), 0.5 * torch.randn(4, 10)
+    _, joints = body(rotations, betas)
+    camera = torch.tensor([[4.0, -0.5, -0.2]]).repeat(4, 1) * torch.linspace(0.8, 1.2, 4)[:, None]
+    shown = torch.tensor(present).float().expand(4, 2)
+    out = features(pack(rotations, betas, placement_of(joints, camera, shown)))
+    torch.testing.assert_close(out["camera"], camera, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(out["joints_3d"], joints, atol=1e-5, rtol=1e-4)
+
+
+def test_joints_are_image_coordinates(body, features):
+    """A hand placed in the right half and above the middle is there, at the size that was asked for."""
+    rotations = random_rotations(1)
+    placement = torch.tensor([[[1.0, 0.4, 0.3, np.log(0.25)], [0, 0, 0, np.log(0.5)]]], dtype=torch.float32)
+    out = features(pack(rotations, torch.zeros(1, 10), placement))
+    left = out["joints"][0, 0]
+    centre = left.mean(0)
+    torch.testing.assert_close(centre, torch.tensor([0.5 + 0.2, 0.5 - 0.15]), atol=1e-3, rtol=0)
+    size = (2 * (left - centre)).square().sum(-1).mean().sqrt()
+    assert abs(size.item() - 0.25) < 1e-3
+    assert out["visibility"][0].tolist() == [1.0, 0.0]
+
+
+def test_a_wide_image_keeps_proportions(body):
+    wide = HandFeatures(body, torch.zeros(NUM_PARAMS), torch.ones(NUM_PARAMS), make_basis(8), aspect=2.0)
+    square = HandFeatures(body, torch.zeros(NUM_PARAMS), torch.ones(NUM_PARAMS), make_basis(8))
+    placement = torch.tensor([[[1.0, 0.0, 0.0, -1.0], [0, 0, 0, 0]]])
+    x = pack(random_rotations(1), torch.zeros(1, 10), placement)
+    one, other = square(x)["joints"][0, 0] - 0.5, wide(x)["joints"][0, 0] - 0.5
+    torch.testing.assert_close(other * torch.tensor([2.0, 1.0]), one, atol=1e-5, rtol=0)
+
+
+def test_a_hand_off_the_frame_is_not_visible(features):
+    placement = torch.tensor([[[1.0, 3.0, 0.0, -1.0], [0, 0, 0, 0]]])
+    out = features(pack(random_rotations(1), torch.zeros(1, 10), placement))
+    assert out["visibility"][0].tolist() == [0.0, 0.0]
+    assert all(torch.isfinite(value).all() for value in out.values())
+
+
+def test_no_hand_at_all_stays_finite(features):
+    out = features(torch.zeros(2, NUM_PARAMS))
+    assert out["visibility"].abs().max() == 0
+    assert all(torch.isfinite(value).all() for value in out.values())
+
+
+def test_bps_sees_the_hand_not_its_place(body, features):
+    """Turning the whole body and moving the camera changes neither hand's distances; bending a finger does."""
+    rotations = random_rotations(1)
+    x = pack(rotations, torch.zeros(1, 10), torch.zeros(1, 2, 4))
+    turned = rotations.clone()
+    turned[:, 0] = random_rotations(1, 2.0)[:, 5] @ turned[:, 0]
+    moved = pack(turned, torch.zeros(1, 10), torch.rand(1, 2, 4))
+    torch.testing.assert_close(features(x)["bps"], features(moved)["bps"], atol=1e-4, rtol=0)
+    bent = rotations.clone()
+    bent[:, 22] = bent[:, 22] @ torch.linalg.matrix_exp(skew(torch.tensor([0.0, 0.0, 1.2])))
+    changed = features(pack(bent, torch.zeros(1, 10), torch.zeros(1, 2, 4)))["bps"] - features(x)["bps"]
+    assert changed[0, 0].abs().max() > 0.005 and changed[0, 1].abs().max() < 1e-5
+
+
+def test_presence_is_what_placement_says():
+    x = torch.zeros(1, NUM_PARAMS)
+    assert PLACEMENT.stop == NUM_PARAMS == x.shape[1]
+
+
+def test_bad_bodies_are_refused(tmp_path, body_path):
+    with pytest.raises(CheckpointError, match="no body model"):
+        SMPLH.load(tmp_path / "none.npz")
+    (tmp_path / "body.pkl").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="Pickled"):
+        SMPLH.load(tmp_path / "body.pkl")
+    (tmp_path / "junk.npz").write_bytes(b"not a zip")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        SMPLH.load(tmp_path / "junk.npz")
+    arrays = dict(np.load(body_path))
+    np.savez(tmp_path / "short.npz", **{k: v for k, v in arrays.items() if k != "weights"})
+    with pytest.raises(CheckpointError, match="lacks weights"):
+        SMPLH.load(tmp_path / "short.npz")
+    arrays["posedirs"] = arrays["posedirs"][:, :, :207]
+    np.savez(tmp_path / "smpl.npz", **arrays)
+    with pytest.raises(CheckpointError, match="posedirs has shape"):
+        SMPLH.load(tmp_path / "smpl.npz")

@@ -1,0 +1,105 @@
+"""The Text+Hand encoder: CLIP where it must be CLIP, hands where there are hands."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from handiffuser.models.text_hand_encoder import CUES, TextHandEncoder, encode_text, pooled
+from transformers import CLIPTextConfig, CLIPTextModel
+
+EOS = 99
+
+
+@pytest.fixture(scope="module")
+def clip() -> CLIPTextModel:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=100,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=98,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    return CLIPTextModel(config).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    ids = torch.randint(0, 98, (3, 77), generator=torch.Generator().manual_seed(1))
+    ids[:, 20:] = EOS
+    return ids
+
+
+def hands(batch: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "joints": torch.rand(batch, 2, 21, 2, generator=generator),
+        "rotations": torch.randn(batch, 2, 16, 6, generator=generator),
+        "bps": 0.1 * torch.rand(batch, 2, 512, generator=generator),
+        "visibility": torch.ones(batch, 2),
+    }
+
+
+def test_text_outputs_are_clips_whatever_the_hands(clip, ids):
+    encoder = TextHandEncoder.from_clip(clip).eval()
+    wanted = clip(ids).last_hidden_state
+    for seed in range(2):
+        context = encoder(ids, **hands(seed=seed))
+        assert context.shape == (3, 77 + 2 * 22, 48 + 24)
+        torch.testing.assert_close(context[:, :77, :48], wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_without_hand_cues_it_is_clip(clip, ids):
+    encoder = TextHandEncoder.from_clip(clip, cues=[], frequencies=[]).eval()
+    torch.testing.assert_close(encoder(ids), clip(ids).last_hidden_state, atol=2e-6, rtol=1e-5)
+
+
+def test_pooled_is_clips_pooler(clip, ids):
+    out = clip(ids)
+    torch.testing.assert_close(encode_text(clip, ids), out.last_hidden_state, atol=2e-6, rtol=1e-5)
+    assert torch.equal(pooled(out.last_hidden_state, ids, EOS), out.pooler_output)
+
+
+@pytest.mark.parametrize("cues", [c for n in range(4) for c in combinations(CUES, n)], ids="+".join)
+def test_all_combinations_of_cues(clip, ids, cues):
+    encoder = TextHandEncoder.from_clip(clip, cues=list(cues)).eval()
+    context = encoder(ids, **hands())
+    per_hand = 21 * bool({"joints", "rotations"} & set(cues)) + ("vertices" in cues)
+    assert encoder.num_tokens == 77 + 2 * per_hand
+    assert context.shape == (3, encoder.num_tokens, encoder.context_width)
+    for cue, name in zip(CUES, ("joints", "rotations", "bps"), strict=True):
+        changed = hands()
+        changed[name] = changed[name] + 0.1
+        differs = not torch.equal(encoder(ids, **changed), context)
+        assert differs == (cue in cues), f"{name} must matter exactly when its cue is used"
+
+
+def test_hidden_hand_says_nothing(clip, ids):
+    encoder = TextHandEncoder.from_clip(clip).eval()
+    one, other = hands(seed=1), hands(seed=2)
+    for name in ("joints", "rotations", "bps"):
+        other[name][:, 0] = one[name][:, 0]
+    one["visibility"] = other["visibility"] = torch.tensor([1.0, 0.0]).expand(3, 2)
+    assert torch.equal(encoder(ids, **one), encoder(ids, **other))
+    codes = encoder(ids, **one)[..., 48:]
+    assert codes[:, 77 + 22 :].abs().max() == 0, "the kernel is off for a hidden hand"
+    assert codes[:, 77 : 77 + 21].abs().max() > 0
+
+
+def test_left_and_right_are_told_apart(clip, ids):
+    encoder = TextHandEncoder.from_clip(clip).eval()
+    same = hands()
+    for name in ("joints", "rotations", "bps"):
+        same[name][:, 1] = same[name][:, 0]
+    context = encoder(ids, **same)
+    assert not torch.allclose(context[:, 77:99, :48], context[:, 99:, :48], atol=1e-3)
+
+
+def test_unknown_cue():
+    with pytest.raises(ValueError, match="fingers"):
+        TextHandEncoder(vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, cues=["fingers"])

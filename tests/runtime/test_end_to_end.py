@@ -1,0 +1,53 @@
+"""Real exported graphs (tiny, untrained) through the runtime and the command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from handiffuser import HanDiffuser, Request
+from handiffuser.runtime.hands import save_hands
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle) -> HanDiffuser:
+    return HanDiffuser.load(tiny_bundle, device="cpu", threads=1)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def test_alone_first_and_last_in_a_batch(pipeline):
+    ours = Request("a right hand making a fist", seed=7, solver="ddpm", steps=5)
+    others = [Request(f"hand {n}", seed=n, steps=3 + n, guidance=float(n)) for n in range(7)]
+    alone = pipeline.generate(ours)[0]
+    first = pipeline.generate([ours, *others])[0]
+    last = pipeline.generate([*others, ours])[-1]
+    assert alone.id == first.id == last.id
+    for one in (first, last):
+        np.testing.assert_allclose(one.hands["params"], alone.hands["params"], atol=1e-4)
+        assert difference(one.image, alone.image) <= 1
+
+
+def test_saved_hands_make_the_same_picture(pipeline, tmp_path):
+    (first,) = pipeline.generate("two open hands", seed=3)
+    path = tmp_path / "a.hands.npz"
+    save_hands(path, first.hands)
+    (again,) = pipeline.generate("two open hands", seed=3, hands=str(path))
+    np.testing.assert_allclose(again.hands["vertices"], first.hands["vertices"], atol=1e-4)
+    np.testing.assert_allclose(again.hands["joints_2d"], first.hands["joints_2d"], atol=1e-4)
+    assert difference(again.image, first.image) <= 1
+
+
+def test_the_command_without_a_framework(tiny_bundle, tmp_path):
+    code = (
+        "import sys\nfrom handiffuser.runtime.cli import main\ntry: main()\n"
+        "finally: print([n for n in ('torch', 'diffusers', 'transformers') if n in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(tiny_bundle), "a fist", "two hands ✌️", "-o", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]" and len(list((tmp_path / "out").glob("*.json"))) == 2

@@ -1,0 +1,129 @@
+"""The shipped demo, as a newcomer meets it: real pictures that follow the prompt, without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import run_command
+from handiffuser import HanDiffuser, demo
+from handiffuser.contract import Manifest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> HanDiffuser:
+    return HanDiffuser.load("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def first_command(tmp_path_factory) -> Path:
+    """What the README's first command runs, from an empty folder."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    result = run_command(
+        "runtime.cli", "demo", "a right hand making a fist, blue background", "two open hands",
+        "--seed", 7, "--output", "out", cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "out" in result.stderr + result.stdout
+    return folder / "out"
+
+
+def test_the_first_command_writes_everything(first_command):
+    names = sorted(path.name for path in first_command.iterdir() if not path.name.startswith("."))
+    assert sum(name.endswith(".json") for name in names) == 2
+    for record in first_command.glob("*.json"):
+        stem = record.name.removesuffix(".json")
+        assert {f"{stem}.png", f"{stem}.hands.npz", f"{stem}.hands.png"} <= set(names)
+        assert json.loads(record.read_text())["seed"] == 7
+    assert "index.html" in names
+
+
+def test_the_background_is_blue_and_the_fist_is_the_right_one(first_command):
+    path = next(first_command.glob("a-right-hand*.json"))
+    stem = str(path).removesuffix(".json")
+    picture = np.asarray(Image.open(stem + ".png"), float)
+    edge = np.concatenate(
+        [picture[:4].reshape(-1, 3), picture[:30, :4].reshape(-1, 3), picture[:30, -4:].reshape(-1, 3)]
+    )
+    red, green, blue = np.median(edge, 0)
+    assert blue > 1.5 * red and blue > 1.2 * green, (red, green, blue)
+    hands = np.load(stem + ".hands.npz")
+    assert hands["visibility"].tolist() == [0.0, 1.0], "only the right hand is in the picture"
+    bent = np.linalg.norm(hands["right_hand_pose"].reshape(15, 3), axis=1)
+    assert bent[:12].mean() > 0.7, "the four fingers of a fist are bent, radians"
+
+
+def test_stage_1_gives_the_gesture_that_was_asked_for(pipeline):
+    """Straight and bent fingers by name; the prompt alone decides."""
+    pictures = pipeline.generate(
+        ["a left hand making a fist", "an open left hand", "a left hand pointing"], seed=1, steps=1
+    )
+    fist, flat, pointing = (
+        np.linalg.norm(p.hands["left_hand_pose"].reshape(5, 3, 3), axis=-1).sum(1) for p in pictures
+    )  # radians a finger: index, middle, little, ring, thumb
+    assert (fist[:4] > 2.0).all() and (flat[:4] < 1.0).all(), (fist, flat)
+    assert pointing[0] < 1.0 and (pointing[1:4] > 2.0).all(), pointing
+
+
+@pytest.mark.parametrize("position", [0, 7])
+def test_a_picture_does_not_depend_on_its_company(pipeline, position):
+    """Alone, first or last of eight: the same noise, and pixels within one level."""
+    prompt = "a right hand giving a peace sign, green background"
+    alone = pipeline.generate(prompt, seed=42)[0]
+    company = [f"a left hand making a fist, {colour} background" for colour in
+               ("red", "blue", "white", "black", "pink", "grey", "yellow")]  # fmt: skip
+    from handiffuser import Request
+
+    requests = [Request(text, seed=i) for i, text in enumerate(company)]
+    requests.insert(position, Request(prompt, seed=42))
+    together = pipeline.generate(requests)[position]
+    assert np.abs(alone.image.astype(int) - together.image).max() <= 1
+    np.testing.assert_allclose(alone.hands["params"], together.hands["params"], atol=1e-4)
+
+
+def test_prompts_from_outside_the_grammar_run(pipeline):
+    prompts = ["an astronaut plays chess on the moon", "手を振る人 👋🏽", "x", "left " * 400]
+    for picture in pipeline.generate(prompts, steps=2):
+        assert picture.image.shape == (128, 128, 3)
+
+
+def test_running_needs_no_torch(tmp_path):
+    """`hd-run` in a process that cannot import PyTorch, diffusers or transformers at all."""
+    code = (
+        "import sys\n"
+        "heavy = ('torch', 'diffusers', 'transformers', 'onnx')\n"
+        "for name in heavy: sys.modules[name] = None\n"
+        "from handiffuser.runtime.cli import main\n"
+        "try: main(['demo', 'a left hand', '--steps', '1', '--output', 'out'])\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "loaded = {n.split('.')[0] for n, m in sys.modules.items() if m is not None}\n"
+        "assert not loaded & set(heavy), loaded & set(heavy)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "out").glob("*.png"))
+
+
+def test_what_ships_is_small_and_free(pipeline):
+    shipped = [path for path in (ROOT / "demo").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert sum(path.stat().st_size for path in shipped) <= 40e6
+    assert not [path for path in shipped if path.suffix in (".bin", ".pt", ".pkl", ".ckpt", ".pth")]
+    assert "licence-free" in Manifest.load(demo.bundle_path()).made_by["body"]
+
+
+def test_the_report_is_in_the_checkpoint():
+    """The figures that the README shows are those that training measured on this checkpoint."""
+    notes = json.loads((demo.checkpoint_path() / "model_index.json").read_text())["_notes"]
+    readme = (ROOT / "README.md").read_text()
+    assert notes["prompts"] == 480
+    for row, values in notes["accuracy"].items():
+        line = next(line for line in readme.splitlines() if line.startswith(f"| {row} |"))
+        for value in values.values():
+            assert f"{100 * value:.1f}" in line, (row, value)

@@ -1,0 +1,60 @@
+"""The wheel and the sdist are complete: installed alone into an empty place, the commands work from an empty folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """sdist, and the wheel built from that sdist."""
+    source = tmp_path_factory.mktemp("source")
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    for name in files:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    out = tmp_path_factory.mktemp("dist")
+    result = subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", out, source], capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out
+
+
+def test_the_sdist_holds_the_sources(built):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    for wanted in ("README.md", "LICENSE", "pyproject.toml", "core/contract.py", "demo/bundle/manifest.json"):
+        assert wanted in names
+
+
+def test_the_wheel_runs_from_an_empty_folder(built, tmp_path):
+    site, work = tmp_path / "site", tmp_path / "empty"
+    work.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site]
+    subprocess.run([*install, next(built.glob("*.whl"))], check=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    code = (
+        "import handiffuser, sys; assert handiffuser.__file__.startswith(sys.argv[1]), handiffuser.__file__\n"
+        "from handiffuser.runtime.cli import main; main(['demo', 'a left hand', '--steps', '2'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, site], cwd=work, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert list((work / "out").glob("*.png"))
+    for name in ("models", "training", "export", "engines", "runtime"):
+        assert (site / "handiffuser" / name / "__init__.py").exists()
+    assert {"hd-run", "hd-export", "hd-train"} <= {path.name for path in (site / "bin").iterdir()}
