@@ -57,7 +57,8 @@ def main(
             from .bundle import at_image_size, export_bundle
         except ImportError as error:
             raise HanDiffuserError(
-                f'Exporting needs PyTorch, which running does not ({error}). Install it: pip install "handiffuser[export]".'
+                f"Exporting needs PyTorch, which running does not ({error}). "
+                'Install it: pip install "handiffuser[export]".'
             ) from None
         with console.status("reading the checkpoint"):
             loaded = Checkpoint.load(folder)
