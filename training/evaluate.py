@@ -28,7 +28,7 @@ from .demo import Run, empty_ids
 from .gestures import NAMES
 from .judge import read
 from .loop import console
-from .prompts import is_held_out, sample_spec, write_prompt
+from .prompts import allowed_views, is_held_out, sample_spec, write_prompt
 from .render import render_scenes
 from .sample import decode, encode, sample_hands, sample_pictures
 from .scenes import Scene, sample_scene
@@ -44,12 +44,8 @@ def held_out_scenes(count: int, seed: int = SEED) -> list[Scene]:
     while len(scenes) < count:
         spec = replace(sample_spec(rng, both=0.0), gesture=NAMES[len(scenes) % len(NAMES)])
         prompt = write_prompt(spec, rng, leave_out=0.0)
-        try:
-            scene = sample_scene(rng, spec)
-        except (RuntimeError, KeyError):
-            continue  # this gesture cannot be seen so
-        if is_held_out(prompt):
-            scenes.append(replace(scene, prompt=prompt))
+        if is_held_out(prompt) and spec.view in allowed_views(spec.gesture, spec.side):
+            scenes.append(replace(sample_scene(rng, spec), prompt=prompt))
     return scenes
 
 
