@@ -104,3 +104,14 @@ def test_the_tokenizer_reads_any_script(text):
     letters = {c for c in text if not c.isspace()}
     covered = {c for start, end in encoded.offsets for c in text[start:end]}
     assert letters <= covered, "no character is dropped"
+
+
+def test_the_papers_size_is_a_configuration():
+    """Parameter counts of Stable Diffusion 1.5's parts, without allocating them."""
+    with torch.device("meta"):
+        checkpoint = random_checkpoint(CONFIGS["sd15"])
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in checkpoint.modules().items()}
+    assert counts["unet"] == 859_520_964
+    assert counts["text_encoder"] == 123_060_480
+    assert counts["vae"] == 83_653_863
+    assert checkpoint.latent_size == (64, 64)
