@@ -150,7 +150,7 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
         cut = {"unet": 5, "text_hand_encoder": 1}[graph.name]
         fixed, packed = names[:cut], names[cut:]
     axes: tuple[Any, ...] = tuple({0: free} for _ in fixed)
-    if graph.name in ("unet", "text_hand_encoder"):
+    if packed:
         axes += (tuple({0: free} for _ in packed),)
     # The graph's own outputs may not bear an input's name; the contract's order is what counts.
     outputs = [f"next_{name}" if name in names else name for name in graph.outputs]

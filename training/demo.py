@@ -38,8 +38,8 @@ BATCH = {"judge": 64, "vae": 16, "prior": 128, "pictures": 32}
 PLANS = {
     "judge": Plan(steps=1500, learning_rate=2e-3, bf16=True),
     "vae": Plan(steps=1400, learning_rate=1.5e-3, bf16=True, save_every=250),
-    "prior": Plan(steps=5000, learning_rate=1e-3, ema=0.998, bf16=True),
-    "pictures": Plan(steps=1800, learning_rate=1.2e-3, bf16=True, save_every=200, log_every=20),
+    "prior": Plan(steps=2500, learning_rate=1e-3, ema=0.998, bf16=True),
+    "pictures": Plan(steps=1500, learning_rate=1.2e-3, bf16=True, save_every=200, log_every=20),
 }
 STAGES = tuple(PLANS)
 SEED = 1

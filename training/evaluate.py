@@ -34,6 +34,7 @@ from .sample import decode, encode, sample_hands, sample_pictures
 from .scenes import Scene, sample_scene
 
 COUNT = 480
+JUDGE_MUST = 0.9  # gestures that the judge must read rightly on held-out renders before its verdict counts
 SEED = 20_260_000
 
 
@@ -114,6 +115,7 @@ def report(run: Run, count: int = COUNT, batch: int = 48) -> dict[str, Any]:
             for i, gesture in enumerate(NAMES)
         },
     }
+    result["judge_counts"] = result["accuracy"]["renders"]["gesture"] >= JUDGE_MUST
     show(result)
     (run.folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     sheet = torch.stack([value[:24] for value in images.values()], 1).flatten(0, 1)
@@ -129,6 +131,12 @@ def show(result: dict[str, Any]) -> None:
     for name, values in result["accuracy"].items():
         table.add_row(name, *(f"{100 * values[label]:.1f} %" for label in LABELS))
     console.print(table)
+    if not result["judge_counts"]:
+        console.print(
+            f"The judge reads fewer than {100 * JUDGE_MUST:.0f} % of renders rightly: its verdict does not count. "
+            "Train it longer: hd-train --only judge --steps N.",
+            style="red",
+        )
     console.print(
         f"VAE {result['vae_psnr_db']} dB, right hands present {100 * result['hands_where_asked']:.1f} %, "
         f"joints in frame {100 * result['joints_in_frame']:.1f} %"
