@@ -127,10 +127,13 @@ class Manifest:
     params_std: list[float]  # [P]
     made_by: dict[str, Any] = field(default_factory=dict)  # versions, opset, name of the checkpoint, body's origin
     format: int = BUNDLE_FORMAT
+    sha256: str = ""  # of the manifest itself, all other entries; written by `save`
 
     def save(self, folder: Path) -> None:
         """Writes `manifest.json` last and atomically: a bundle without it is not a bundle."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        value = json.loads(json.dumps(asdict(self)))
+        self.sha256 = value["sha256"] = _own_digest(value)
+        text = json.dumps(value, indent=1, ensure_ascii=False)
         temporary = folder / (MANIFEST + ".tmp")
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(folder / MANIFEST)
@@ -165,6 +168,7 @@ class Manifest:
                 f"{folder} is a bundle of format {value['format']}; this version reads up to {BUNDLE_FORMAT}. "
                 "Update handiffuser, or export the checkpoint again with this version."
             )
+        digest = _own_digest(value)
         try:
             value["graphs"] = {name: GraphSpec.from_json(graph) for name, graph in value["graphs"].items()}
             manifest = cls(**value)
@@ -181,6 +185,11 @@ class Manifest:
         if unhashed:
             raise BundleError(f"{path} gives no hash for {', '.join(unhashed)}. Export the bundle again.")
         if verify:
+            if manifest.sha256 != digest:
+                raise BundleError(
+                    f"{path} was changed or damaged: its own SHA-256 differs. "
+                    "Export the bundle again with hd-export, or copy it again."
+                )
             for problem in manifest.problems(folder):
                 raise BundleError(f"{problem} Export the bundle again with hd-export, or copy it again.")
         return manifest
@@ -194,6 +203,12 @@ class Manifest:
                 yield f"{folder / name} is missing."
             elif file_digest(folder / name) != digest:
                 yield f"{folder / name} is damaged: its SHA-256 differs from the manifest's."
+
+
+def _own_digest(value: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's JSON value without its own digest, whatever its layout on disk."""
+    rest = {key: entry for key, entry in value.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
