@@ -213,7 +213,7 @@ def compact(model: ir.Model) -> None:
         value.replace_all_uses_with(cast.outputs[0])
         del graph.initializers[name]
         cast.outputs[0].name = name
-        graph.initializers[stored.name] = stored
+        graph.initializers[f"{name}_half"] = stored
         graph.insert_before(graph[0], cast)
 
 

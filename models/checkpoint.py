@@ -299,12 +299,8 @@ def random_checkpoint(config: Config, seed: int = 0, texts: Iterable[str] = (), 
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(list(texts) or ["a left hand, a right hand, two open hands"], config.vocab_size)
-    special = {
-        "bos": tokenizer.token_to_id(BOS),
-        "eos": tokenizer.token_to_id(EOS),
-        "pad": tokenizer.token_to_id(EOS),
-        "length": config.text_length,
-    }
+    vocabulary = tokenizer.get_vocab()
+    special = {"bos": vocabulary[BOS], "eos": vocabulary[EOS], "pad": vocabulary[EOS], "length": config.text_length}
     clip = CLIPTextConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.text_width,

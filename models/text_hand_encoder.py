@@ -168,7 +168,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
             angle = (scaled[..., None] * octaves).flatten(-2)
             bone = scaled - scaled[:, :, list(PARENT_OF_JOINT)]
             features = torch.cat([scaled, bone * 4, angle.sin(), angle.cos()], -1)
-            tokens = tokens + self.location(features.to(self.location[0].weight.dtype))
+            tokens = tokens + self.location(features.to(self.place.dtype))
         if "rotations" in self.config.cues:
             assert rotations is not None
             turned = self.rotation(rotations[:, :, list(ROTATION_OF_JOINT)])  # [N, 2, 16, W], in the joints' order

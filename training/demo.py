@@ -148,7 +148,7 @@ def train(folder: Path, stage: str, changes: dict[str, Any], scenes: int, config
             pair = torch.cat([data["images"][:8], decode(checkpoint, encode(checkpoint, probe))])
             write("vae", step, pair)
 
-        loss = vae_loss(data, batch, run.config.latent_channels)
+        loss = vae_loss(data, batch, checkpoint.vae)
         fit(stage, VAELoss(checkpoint.vae), loss, plan, folder / stage, reconstruct)
     elif stage == "prior":
         set_normalisation(checkpoint, data["params"])

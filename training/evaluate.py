@@ -94,8 +94,8 @@ def report(run: Run, count: int = COUNT, batch: int = 48) -> dict[str, Any]:
             "generated hands, rendered": rendered_hands(scenes[part], x * prior.std + prior.mean, hands["camera"]),
             "full pipeline": sample_pictures(checkpoint, ids[part], empty, hands, seed=start),
         }
-        for name, images in rows.items():
-            pictures.setdefault(name, []).append(images)
+        for name, some in rows.items():
+            pictures.setdefault(name, []).append(some)
     images = {name: torch.cat(parts) for name, parts in pictures.items()}
     seen = {name: read(judge, value) for name, value in images.items()}
     through = images["renders, through the VAE"].float() - images["renders"].float()

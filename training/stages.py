@@ -48,8 +48,9 @@ class VAELoss(nn.Module):
         return error + edges + KL_WEIGHT * posterior.kl().mean() / noise[0].numel()
 
 
-def vae_loss(data: Dataset, batch: int, latent_channels: int) -> Loss:
+def vae_loss(data: Dataset, batch: int, vae: AutoencoderKL) -> Loss:
     """Random crops of random pictures."""
+    channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
 
     def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
         size = data["images"].shape[1]
@@ -57,8 +58,7 @@ def vae_loss(data: Dataset, batch: int, latent_channels: int) -> Loss:
         (images,) = pick(data, generator, batch, "images")
         y, x = (int(torch.randint(size - crop + 1, (1,), generator=generator)) for _ in range(2))
         images = images_to_float(images[:, y : y + crop, x : x + crop])
-        factor = 2 ** (len(unwrap(module).vae.config.block_out_channels) - 1)
-        noise = torch.randn(batch, latent_channels, crop // factor, crop // factor, generator=generator)
+        noise = torch.randn(batch, channels, crop // factor, crop // factor, generator=generator)
         return module(images, noise)
 
     return loss
@@ -148,8 +148,3 @@ def picture_loss(data: Dataset, batch: int, checkpoint: Checkpoint, empty: Tenso
         return module(ids, hands, signal * clean + sigma * noise, timestep, target)
 
     return loss
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside a data-parallel wrapper."""
-    return getattr(module, "module", module)
