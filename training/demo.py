@@ -39,7 +39,7 @@ PLANS = {
     "judge": Plan(steps=1500, learning_rate=2e-3, bf16=True),
     "vae": Plan(steps=1400, learning_rate=1.5e-3, bf16=True, save_every=250),
     "prior": Plan(steps=2500, learning_rate=1e-3, ema=0.998, bf16=True),
-    "pictures": Plan(steps=1400, learning_rate=1.2e-3, bf16=True, save_every=200, log_every=20),
+    "pictures": Plan(steps=1200, learning_rate=1.2e-3, bf16=True, save_every=200, log_every=20),
 }
 STAGES = tuple(PLANS)
 SEED = 1
