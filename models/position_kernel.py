@@ -29,6 +29,9 @@ from torch import Tensor, nn
 
 # After the code of its position, a token says of what kind it is; tokens without a position get a learned constant.
 TOKEN_KINDS = ("text", "vertices")
+# Stored amplitudes are a tenth of the effective ones. Adam moves a weight by about its learning rate a step, and these
+# must reach the order of one in a few hundred steps, or the kernel stays too flat to be of use.
+SCALE = 10.0
 
 
 def code_width(frequencies: Sequence[float]) -> int:
@@ -45,7 +48,10 @@ def position_code(position: Tensor, frequencies: Tensor) -> Tensor:
 
 
 class PositionKernel(ModelMixin, ConfigMixin):
-    """The amplitudes of all cross-attention layers; saved as a folder of its own beside the UNet."""
+    """The amplitudes of all cross-attention layers; saved as a folder of its own beside the UNet.
+
+    They start at zero, so that a pretrained UNet starts unchanged.
+    """
 
     @register_to_config
     def __init__(self, heads: Sequence[int] = (8,), frequencies: Sequence[float] = (1, 2, 4, 8)) -> None:
@@ -53,13 +59,20 @@ class PositionKernel(ModelMixin, ConfigMixin):
         self.amplitudes = nn.ParameterList(nn.Parameter(torch.zeros(h, len(frequencies))) for h in heads)
         self.constants = nn.ParameterList(nn.Parameter(torch.zeros(h, len(TOKEN_KINDS))) for h in heads)
 
+    @torch.no_grad()
+    def focus(self) -> None:
+        """For a UNet that is trained from scratch: heads from blind (0) to sharp (1.5), instead of all blind."""
+        for amplitude in self.amplitudes:
+            sharpness = torch.linspace(0, 1.5, len(amplitude), device=amplitude.device)
+            amplitude.copy_((sharpness / SCALE)[:, None].expand_as(amplitude))
+
     @classmethod
     def for_unet(cls, unet: UNet2DConditionModel, frequencies: Sequence[float] = (1, 2, 4, 8)) -> PositionKernel:
         return cls(heads=[layer.heads for layer in cross_attentions(unet)], frequencies=list(frequencies))
 
     def query_code(self, layer: int, height: int, width: int) -> Tensor:
         """What is concatenated to the queries of a layer over a height x width grid: [heads, height * width, C]."""
-        amplitude, constant = self.amplitudes[layer], self.constants[layer]
+        amplitude, constant = SCALE * self.amplitudes[layer], SCALE * self.constants[layer]
         frequencies = torch.tensor(self.config.frequencies, dtype=torch.float32, device=amplitude.device)
         y = (torch.arange(height, device=amplitude.device) + 0.5) / height
         x = (torch.arange(width, device=amplitude.device) + 0.5) / width

@@ -38,7 +38,7 @@ def tiny_checkpoint(body_path: Path):
     checkpoint = random_checkpoint(CONFIGS["tiny"], seed=3, body=body_path)
     generator = torch.Generator().manual_seed(0)
     for parameter in checkpoint.position_kernel.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     for module in checkpoint.modules().values():
         module.requires_grad_(False)
     return checkpoint

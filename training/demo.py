@@ -34,12 +34,12 @@ from .stages import PictureLoss, PriorLoss, VAELoss, picture_loss, prior_loss, s
 
 SCENES = 24_000
 # Per process and step: pictures or parameter vectors. Plans are for two processes on a CPU.
-BATCH = {"judge": 64, "vae": 16, "prior": 128, "pictures": 32}
+BATCH = {"judge": 64, "vae": 16, "prior": 128, "pictures": 24}
 PLANS = {
     "judge": Plan(steps=1500, learning_rate=2e-3, bf16=True),
     "vae": Plan(steps=1400, learning_rate=1.5e-3, bf16=True, save_every=250),
     "prior": Plan(steps=2500, learning_rate=1e-3, ema=0.998, bf16=True),
-    "pictures": Plan(steps=1200, learning_rate=1.2e-3, bf16=True, save_every=200, log_every=20),
+    "pictures": Plan(steps=1000, learning_rate=1.2e-3, bf16=True, save_every=200, log_every=20),
 }
 STAGES = tuple(PLANS)
 SEED = 1
@@ -59,7 +59,10 @@ class Run:
         """The untrained checkpoint; its tokenizer is trained on prompts of the grammar."""
         rng = np.random.default_rng(SEED)
         prompts = [write_prompt(sample_spec(rng), rng) for _ in range(4000)]
-        return random_checkpoint(self.config, SEED, texts=prompts, body=self.body)
+        checkpoint = random_checkpoint(self.config, SEED, texts=prompts, body=self.body)
+        if checkpoint.position_kernel is not None:
+            checkpoint.position_kernel.focus()
+        return checkpoint
 
     def data(self, checkpoint: Checkpoint) -> Dataset:
         cache = self.folder / "data.safetensors"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from handiffuser.models.position_kernel import (
+    SCALE,
     PositionKernel,
     attach,
     code_width,
@@ -61,7 +62,7 @@ def test_it_is_the_bias_of_the_formula(unet):
     """One layer against attention with an explicit bias, on a grid that is not square."""
     _, text, codes, positions = inputs()
     kernel = PositionKernel.for_unet(unet, FREQUENCIES)
-    torch.nn.init.normal_(kernel.amplitudes[0])
+    torch.nn.init.normal_(kernel.amplitudes[0], std=1 / SCALE)
     attach(unet, kernel, (8, 16))
     layer = cross_attentions(unet)[0]
     hidden = torch.randn(2, 8 * 16, layer.to_q.in_features)
@@ -72,7 +73,7 @@ def test_it_is_the_bias_of_the_formula(unet):
     delta = 2 * (pixels[None, :, None] - positions[:, None])  # [2, N, 5, 2] in units of half an image
     rates = torch.tensor(FREQUENCIES) * math.pi / 2
     waves = torch.cos(delta[..., None] * rates).sum(-2)  # [2, N, 5, F]
-    bias = torch.einsum("hf,bnlf->bhnl", kernel.amplitudes[0], waves)
+    bias = torch.einsum("hf,bnlf->bhnl", SCALE * kernel.amplitudes[0], waves)
     heads = layer.heads
 
     def split(t: torch.Tensor) -> torch.Tensor:
