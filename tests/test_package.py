@@ -48,7 +48,9 @@ def test_the_wheel_runs_from_an_empty_folder(built, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(site)}
     code = (
         "import handiffuser, sys; assert handiffuser.__file__.startswith(sys.argv[1]), handiffuser.__file__\n"
-        "from handiffuser.runtime.cli import main; main(['demo', 'a left hand', '--steps', '2'])"
+        "from handiffuser.runtime.cli import main\n"
+        "sys.argv = ['hd-run', 'demo', 'a left hand', '--steps', '2']\n"
+        "main()"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, site], cwd=work, env=environment, capture_output=True, text=True, timeout=120

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ..demo import resolve
 from ..errors import HanDiffuserError
 from .demo import PLANS, SCENES, STAGES, Run, assemble, picture_data, train
 from .loop import console, finished, run_processes
@@ -21,6 +22,7 @@ from .loop import console, finished, run_processes
 @click.option("--steps", type=click.IntRange(1), help="Train the chosen stages for this many steps instead.")
 @click.option("--scenes", type=click.IntRange(1), default=SCENES, show_default=True, help="Size of the data.")
 @click.option("--config", type=click.Choice(["demo", "tiny"]), default="demo", show_default=True)
+@click.option("--start", help="Train on from this checkpoint (or the word demo) instead of from nothing.")
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="One thread each.")
 def main(
     folder: Path,
@@ -29,11 +31,13 @@ def main(
     steps: int | None,
     scenes: int,
     config: str,
+    start: str | None,
     processes: int,
 ) -> None:
     """Trains the demo: judge, vae, prior, pictures; then reports on 480 held-out prompts."""
     try:
-        run = Run(folder, scenes, config)
+        begin = resolve(start, "checkpoint") if start is not None else None
+        run = Run(folder, scenes, config, begin)
         run.data(run.start())
         changes: dict[str, Any] = {} if steps is None else {"steps": steps}
         for stage in only or (*STAGES, "report"):
@@ -47,7 +51,7 @@ def main(
                 continue
             if stage == "pictures":
                 picture_data(run, run.trained())  # once, before the processes part
-            run_processes(train, processes, folder, stage, changes, scenes, config)
+            run_processes(train, processes, folder, stage, changes, scenes, config, begin)
         if output is not None:
             assemble(run, output)
     except (HanDiffuserError, OSError) as error:

@@ -2,6 +2,7 @@
 
     hd-train --run runs/demo --output checkpoint            # everything, about two hours on two cores
     hd-train --run runs/demo --only pictures --steps 6000   # one stage, longer
+    hd-train --run runs/more --start demo --only judge --only pictures --only report --output checkpoint
 
 A stage reads what the others left in the run folder, never their memory, so that stages can be trained apart.
 """
@@ -48,15 +49,18 @@ SEED = 1
 class Run:
     """A run folder: `body.npz`, data, one folder a stage, sample grids."""
 
-    def __init__(self, folder: Path, scenes: int = SCENES, config: str = "demo") -> None:
-        self.folder, self.scenes, self.config = folder, scenes, CONFIGS[config]
+    def __init__(self, folder: Path, scenes: int = SCENES, config: str = "demo", begin: Path | None = None) -> None:
+        """begin: a checkpoint folder to train on from, instead of an untrained one."""
+        self.folder, self.scenes, self.config, self.begin = folder, scenes, CONFIGS[config], begin
         folder.mkdir(parents=True, exist_ok=True)
         self.body = folder / "body.npz"
         if not self.body.exists():
             make_body(self.body)
 
     def start(self) -> Checkpoint:
-        """The untrained checkpoint; its tokenizer is trained on prompts of the grammar."""
+        """What training begins with: a given checkpoint, or an untrained one that knows the grammar's words."""
+        if self.begin is not None:
+            return Checkpoint.load(self.begin)
         rng = np.random.default_rng(SEED)
         prompts = [write_prompt(sample_spec(rng), rng) for _ in range(4000)]
         checkpoint = random_checkpoint(self.config, SEED, texts=prompts, body=self.body)
@@ -124,9 +128,9 @@ def empty_ids(checkpoint: Checkpoint) -> torch.Tensor:
     return encode_prompts([""], checkpoint.tokenizer, checkpoint.special_tokens)[0]
 
 
-def train(folder: Path, stage: str, changes: dict[str, Any], scenes: int, config: str) -> None:
+def train(folder: Path, stage: str, changes: dict[str, Any], scenes: int, config: str, begin: Path | None) -> None:
     """Trains one stage in this process (one of several, perhaps)."""
-    run = Run(folder, scenes, config)
+    run = Run(folder, scenes, config, begin)
     checkpoint = run.trained()
     plan = replace(PLANS[stage], **changes)
     batch = BATCH[stage]
@@ -184,12 +188,14 @@ def picture_data(run: Run, checkpoint: Checkpoint) -> Dataset:
     cache = run.folder / "latents.safetensors"
     if cache.exists():
         return load_file(cache)
-    if not (run.folder / "vae" / "state.safetensors").exists():
+    if run.begin is None and not (run.folder / "vae" / "state.safetensors").exists():
         raise FileNotFoundError("Train the VAE first: hd-train --only vae.")
     data = run.data(checkpoint)
     features = run.features(checkpoint, normalised=False)
     kept: dict[str, list[torch.Tensor]] = {n: [] for n in ("latents", "joints", "rotations", "bps", "visibility")}
-    checkpoint.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    fresh = run.begin is None  # a given checkpoint's networks know its own normalisation
+    if fresh:
+        checkpoint.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     for images, params in zip(data["images"].split(64), data["params"].split(64), strict=True):
         with torch.autocast("cpu", torch.bfloat16):
             kept["latents"].append(encode(checkpoint, images_to_float(images)).half())
@@ -197,10 +203,12 @@ def picture_data(run: Run, checkpoint: Checkpoint) -> Dataset:
         for name in ("joints", "rotations", "bps", "visibility"):
             kept[name].append(hands[name].half())
     out = {name: torch.cat(parts) for name, parts in kept.items()}
-    # The network sees latents of mean 0 and spread 1.
-    shift, spread = out["latents"].float().mean(), out["latents"].float().std()
-    out["latents"] = ((out["latents"].float() - shift) / spread).half().contiguous()
-    save_file({"scaling_factor": 1 / spread, "shift_factor": shift}, run.folder / "normalisation.safetensors")
+    if fresh:  # the network sees latents of mean 0 and spread 1
+        shift, spread = out["latents"].float().mean(), out["latents"].float().std()
+        out["latents"] = ((out["latents"].float() - shift) / spread).half().contiguous()
+        save_file({"scaling_factor": 1 / spread, "shift_factor": shift}, run.folder / "normalisation.safetensors")
+    else:
+        out["latents"] = out["latents"].contiguous()
     out["ids"] = data["ids"]
     save_file(out, cache.with_suffix(".tmp"))
     cache.with_suffix(".tmp").replace(cache)
@@ -210,7 +218,7 @@ def picture_data(run: Run, checkpoint: Checkpoint) -> Dataset:
 def assemble(run: Run, output: Path) -> Checkpoint:
     """Writes the checkpoint folder of a run; weights in half precision, as it ships."""
     missing = [s for s in ("vae", "prior", "pictures") if not finished(run.folder / s, 1)]
-    if missing:
+    if missing and run.begin is None:
         raise FileNotFoundError(f"Nothing trained yet for {', '.join(missing)}.")
     checkpoint = run.trained()
     report = run.folder / "report.json"

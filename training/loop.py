@@ -14,6 +14,7 @@ import math
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,4 +196,5 @@ def _process(rank: int, processes: int, port: int, function: Callable[..., None]
         "OMP_NUM_THREADS": "1",
     }
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # costs nothing at these sizes
     function(*args)
