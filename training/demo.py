@@ -1,6 +1,6 @@
 """Trains the whole demo: tokenizer, data, judge, VAE, hand prior, Text+Hand encoder with UNet. All resumable.
 
-    hd-train --run runs/demo --output checkpoint            # everything, about two hours on two cores
+    hd-train --run runs/demo --output checkpoint            # everything, some three hours on two cores
     hd-train --run runs/demo --only pictures --steps 6000   # one stage, longer
     hd-train --run runs/more --start demo --only judge --only pictures --only report --output checkpoint
 
@@ -37,10 +37,10 @@ SCENES = 24_000
 # Per process and step: pictures or parameter vectors. Plans are for two processes on a CPU.
 BATCH = {"judge": 64, "vae": 16, "prior": 128, "pictures": 24}
 PLANS = {
-    "judge": Plan(steps=1500, learning_rate=2e-3, bf16=True),
+    "judge": Plan(steps=4000, learning_rate=2e-3, bf16=True),
     "vae": Plan(steps=1400, learning_rate=1.5e-3, bf16=True, save_every=250),
     "prior": Plan(steps=2500, learning_rate=1e-3, ema=0.998, bf16=True),
-    "pictures": Plan(steps=1000, learning_rate=1.2e-3, bf16=True, save_every=200, log_every=20),
+    "pictures": Plan(steps=4000, learning_rate=1.2e-3, bf16=True, save_every=200, log_every=20),
 }
 STAGES = tuple(PLANS)
 SEED = 1
