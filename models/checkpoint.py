@@ -287,6 +287,12 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def special_tokens(tokenizer: Tokenizer, length: int) -> dict[str, int]:
+    """Ids of a tokenizer from `make_tokenizer`; padding is the end-of-text token, as in CLIP."""
+    vocabulary = tokenizer.get_vocab()
+    return {"bos": vocabulary[BOS], "eos": vocabulary[EOS], "pad": vocabulary[EOS], "length": length}
+
+
 def default_settings(config: Config) -> dict[str, Any]:
     names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance")
     return {name: getattr(config, name) for name in names}
@@ -299,8 +305,7 @@ def random_checkpoint(config: Config, seed: int = 0, texts: Iterable[str] = (), 
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(list(texts) or ["a left hand, a right hand, two open hands"], config.vocab_size)
-    vocabulary = tokenizer.get_vocab()
-    special = {"bos": vocabulary[BOS], "eos": vocabulary[EOS], "pad": vocabulary[EOS], "length": config.text_length}
+    special = special_tokens(tokenizer, config.text_length)
     clip = CLIPTextConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.text_width,

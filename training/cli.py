@@ -44,7 +44,7 @@ def main(
             if stage == "report":
                 from .evaluate import report
 
-                report(run)
+                report(run, processes=processes)
                 continue
             if finished(folder / stage, changes.get("steps", PLANS[stage].steps)):
                 console.print(f"{stage}: done already")

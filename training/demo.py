@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import nn
 
-from ..models.checkpoint import Checkpoint, random_checkpoint
+from ..models.checkpoint import Checkpoint, random_checkpoint, special_tokens
 from ..models.configs import CONFIGS
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
@@ -64,6 +65,12 @@ class Run:
         rng = np.random.default_rng(SEED)
         prompts = [write_prompt(sample_spec(rng), rng) for _ in range(4000)]
         checkpoint = random_checkpoint(self.config, SEED, texts=prompts, body=self.body)
+        # BPE training breaks ties at random: each run keeps the one tokenizer that its data was encoded with.
+        path = self.folder / "tokenizer.json"
+        if not path.exists():
+            checkpoint.tokenizer.save(str(path))
+        checkpoint.tokenizer = Tokenizer.from_file(str(path))
+        checkpoint.special_tokens = special_tokens(checkpoint.tokenizer, self.config.text_length)
         if checkpoint.position_kernel is not None:
             checkpoint.position_kernel.focus()
         return checkpoint

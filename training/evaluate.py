@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -67,50 +69,59 @@ def rendered_hands(scenes: list[Scene], params: Tensor, cameras: Tensor) -> Tens
     return render_scenes(changed)
 
 
-@torch.no_grad()
-def report(run: Run, count: int = COUNT, batch: int = 48) -> dict[str, Any]:
-    """Measures every row, prints the table, writes `report.json` and a sheet of pictures into the run's folder."""
+def _measure(arguments: tuple[Run, int, int]) -> dict[str, Any]:
+    """One batch of prompts: what the judge reads in every row of the report, and the pictures themselves."""
+    torch.set_num_threads(1)
+    run, start, stop = arguments
     checkpoint, judge = run.trained(), run.judge()
     features, prior = run.features(checkpoint), checkpoint.hand_prior
     empty = empty_ids(checkpoint)
-    scenes = held_out_scenes(count)
-    truth = scene_tensors(scenes, run.config.image_size[0])
-    ids = encode_prompts([scene.prompt for scene in scenes], checkpoint.tokenizer, checkpoint.special_tokens)
-    pictures: dict[str, list[Tensor]] = {}
-    visible, inside = [], []
-    for start in range(0, count, batch):
-        part = slice(start, start + batch)
-        true_hands = features((truth["params"][part] - prior.mean) / prior.std)
-        x = sample_hands(checkpoint, ids[part], seed=start)
+    scenes = held_out_scenes(stop)[start:]
+    with torch.no_grad():
+        truth = scene_tensors(scenes, run.config.image_size[0])
+        ids = encode_prompts([scene.prompt for scene in scenes], checkpoint.tokenizer, checkpoint.special_tokens)
+        true_hands = features((truth["params"] - prior.mean) / prior.std)
+        x = sample_hands(checkpoint, ids, seed=start)
         hands = features(x)
-        present = torch.from_numpy(np.stack([scene.present for scene in scenes[part]]))
-        visible.append((hands["visibility"] > 0.5) == present)
-        frame = (hands["joints"] >= 0) & (hands["joints"] <= 1)
-        inside.append(frame.all(-1).float().mean(-1)[present])
-        rows = {
-            "renders": truth["images"][part],
-            "renders, through the VAE": decode(checkpoint, encode(checkpoint, images_to_float(truth["images"][part]))),
-            "true hands": sample_pictures(checkpoint, ids[part], empty, true_hands, seed=start),
-            "generated hands, rendered": rendered_hands(scenes[part], x * prior.std + prior.mean, hands["camera"]),
-            "full pipeline": sample_pictures(checkpoint, ids[part], empty, hands, seed=start),
-        }
-        for name, some in rows.items():
-            pictures.setdefault(name, []).append(some)
-    images = {name: torch.cat(parts) for name, parts in pictures.items()}
-    seen = {name: read(judge, value) for name, value in images.items()}
+    images = {
+        "renders": truth["images"],
+        "renders, through the VAE": decode(checkpoint, encode(checkpoint, images_to_float(truth["images"]))),
+        "true hands": sample_pictures(checkpoint, ids, empty, true_hands, seed=start),
+        "generated hands, rendered": rendered_hands(scenes, x * prior.std + prior.mean, hands["camera"]),
+        "full pipeline": sample_pictures(checkpoint, ids, empty, hands, seed=start),
+    }
+    present = torch.from_numpy(np.stack([scene.present for scene in scenes]))
+    frame = ((hands["joints"] >= 0) & (hands["joints"] <= 1)).all(-1).float().mean(-1)
     through = images["renders, through the VAE"].float() - images["renders"].float()
+    return {
+        "labels": truth["labels"],
+        "seen": {name: read(judge, value) for name, value in images.items()},
+        "visible": ((hands["visibility"] > 0.5) == present).all(1),
+        "inside": frame[present],
+        "squared": through.square().mean(),
+        "images": images,
+        "settings": {name: checkpoint.defaults[name] for name in ("steps", "guidance")},
+    }
+
+
+def report(run: Run, count: int = COUNT, batch: int = 48, processes: int = 2) -> dict[str, Any]:
+    """Measures every row, prints the table, writes `report.json` and a sheet of pictures into the run's folder."""
+    parts = [(run, start, min(start + batch, count)) for start in range(0, count, batch)]
+    with get_context("spawn").Pool(processes) as pool:
+        done = list(track(pool.imap(_measure, parts), "report", total=len(parts)))
+    labels = torch.cat([part["labels"] for part in done])
+    names = list(done[0]["seen"])
+    seen = {name: torch.cat([part["seen"][name] for part in done]) for name in names}
     result: dict[str, Any] = {
         "prompts": count,
-        "steps": checkpoint.defaults["steps"],
-        "guidance": checkpoint.defaults["guidance"],
-        "accuracy": {name: agreement(value, truth["labels"]) for name, value in seen.items()},
-        "vae_psnr_db": round(float(10 * torch.log10(255**2 / through.square().mean())), 2),
-        "hands_where_asked": round(float(torch.cat(visible).all(1).float().mean()), 4),
-        "joints_in_frame": round(float(torch.cat(inside).mean()), 4),
+        **done[0]["settings"],
+        "accuracy": {name: agreement(value, labels) for name, value in seen.items()},
+        "vae_psnr_db": round(float(10 * torch.log10(255**2 / torch.stack([p["squared"] for p in done]).mean())), 2),
+        "hands_where_asked": round(float(torch.cat([part["visible"] for part in done]).float().mean()), 4),
+        "joints_in_frame": round(float(torch.cat([part["inside"] for part in done]).mean()), 4),
         "gesture_by_name": {
             gesture: {
-                name: round(float((value[truth["labels"][:, 0] == i, 0] == i).float().mean()), 3)
-                for name, value in seen.items()
+                name: round(float((value[labels[:, 0] == i, 0] == i).float().mean()), 3) for name, value in seen.items()
             }
             for i, gesture in enumerate(NAMES)
         },
@@ -118,8 +129,8 @@ def report(run: Run, count: int = COUNT, batch: int = 48) -> dict[str, Any]:
     result["judge_counts"] = result["accuracy"]["renders"]["gesture"] >= JUDGE_MUST
     show(result)
     (run.folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-    sheet = torch.stack([value[:24] for value in images.values()], 1).flatten(0, 1)
-    Image.fromarray(image_grid(sheet, len(images)).numpy()).save(run.folder / "report.png")
+    sheet = torch.stack([done[0]["images"][name][:24] for name in names], 1).flatten(0, 1)
+    Image.fromarray(image_grid(sheet, len(names)).numpy()).save(run.folder / "report.png")
     return result
 
 

@@ -247,7 +247,12 @@ def start_slow(bundle: Path, out: Path) -> subprocess.Popen[str]:
     prompts = out.parent / "many.txt"
     prompts.write_text("\n".join(f"prompt {n}" for n in range(5000)))
     command = [*RUN, str(bundle), "--prompts", str(prompts), "-o", str(out), "--steps", "50"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def listen() -> None:
+        # A shell starts background jobs deaf to SIGINT, and the tests may run in one; a user's terminal does not.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(list(out.glob("*.json"))) < 3 and process.poll() is None:
         time.sleep(0.05)
