@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..contract import MANIFEST, TOKENIZER, GraphSpec, Manifest, TensorSpec, file_digest
 from ..errors import CheckpointError, ExportError
-from ..models.checkpoint import BODY, Checkpoint
+from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
 from .graphs import NUM_HISTORY, Graph, graphs
 
@@ -261,6 +261,3 @@ def at_image_size(checkpoint: Checkpoint, height: int, width: int) -> Checkpoint
     changed.image_size = (height, width)
     changed.check()
     return changed
-
-
-__all__ = ["BODY", "Exported", "at_image_size", "export_bundle"]
