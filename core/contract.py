@@ -10,18 +10,19 @@ L tokens of the context, W width of the context, T width of a time row, V mesh v
 H W image size. A branch axis of 2 is always (unconditional, conditional); a hand axis of 2 is always (left, right).
 
 text_encoder       input_ids[B,77]                                          -> text[B,D]
-hand_prior         x[B,P] history[B,K,P] noise[B,P] text[B,2,D] row[B,R]    -> x, history
+hand_prior         x[B,P] history[B,K,P] noise[B,P] text[B,2,D] row[B,R]    -> x, history, finite[B]
 hand_features      x[B,P]  -> joints[B,2,21,2] rotations[B,2,16,6] bps[B,2,N] visibility[B,2]
                               vertices[B,V,3] joints_3d[B,62,3] camera[B,3]
 text_hand_encoder  input_ids[B,2,77] joints rotations bps visibility        -> context[B,2,L,W]
 unet_context       context[B,2,L,W]                                         -> key_00 value_00 key_01 ...
 unet_time          timesteps[S]                                             -> time[S,T]
 unet               latents[B,4,h,w] history[B,K,4,h,w] noise time[B,T] row[B,R] key_00 value_00 ...
-                                                                            -> latents, history
-image_decoder      latents[B,4,h,w]                                         -> image[B,H,W,3] uint8
+                                                                            -> latents, history, finite[B]
+image_decoder      latents[B,4,h,w]                                         -> image[B,H,W,3] uint8, finite[B]
 
 `joints` are image coordinates in [0, 1] of width and height, y down. `x` is normalised with the manifest's mean and
-standard deviation. A graph names only the inputs that it uses: a configuration without a hand cue lacks that input.
+standard deviation. `finite` is 1 for rows without NaN or infinity, else 0, so that what runs on a device is checked there. A
+graph names only the inputs that it uses: a configuration without a hand cue lacks that input.
 """
 
 from __future__ import annotations

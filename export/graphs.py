@@ -61,6 +61,15 @@ def scaled(x: Tensor, row: Tensor) -> Tensor:
     return x * row[:, 1][(...,) + (None,) * (x.dim() - 1)]
 
 
+def finite(x: Tensor) -> Tensor:
+    """[B, ...] -> [B] float32: 1 for rows that are finite throughout, 0 for others.
+
+    By comparison, because a maximum or a difference may lose a NaN in an optimised kernel; both NaN and infinity
+    compare false.
+    """
+    return (x.abs() <= torch.finfo(torch.float32).max).flatten(1).float().amin(1)
+
+
 class TextEncoderGraph(nn.Module):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
@@ -75,11 +84,12 @@ class HandPriorStep(nn.Module):
         super().__init__()
         self.prior = prior
 
-    def forward(self, x: Tensor, history: Tensor, noise: Tensor, text: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, history: Tensor, noise: Tensor, text: Tensor, row: Tensor) -> tuple[Tensor, ...]:
         dtype = self.prior.text.weight.dtype
         sample, timestep = both_branches(scaled(x, row)), both_branches(row[:, 0])
         output = self.prior(sample.to(dtype), timestep, text.flatten(0, 1).to(dtype))
-        return update(row, x, guided(output, row), history, noise)
+        x, history = update(row, x, guided(output, row), history, noise)
+        return x, history, finite(x)
 
 
 class HandFeaturesGraph(nn.Module):
@@ -129,7 +139,10 @@ class UNetContext(nn.Module):
         for layer in cross_attentions(self.unet):
             processor = layer.processor
             assert isinstance(processor, CrossAttention)
-            out += [tensor.unflatten(0, (-1, 2)) for tensor in processor.keys_values(layer, flat)]
+            key, value = processor.keys_values(layer, flat)
+            # TensorRT's fused attention wants keys and values of one width: the position code's channels are filled up.
+            value = nn.functional.pad(value, (0, key.shape[-1] - value.shape[-1]))
+            out += [tensor.unflatten(0, (-1, 2)) for tensor in (key, value)]
         return tuple(out)
 
 
@@ -180,14 +193,15 @@ class UNetStep(nn.Module):
 
     def forward(
         self, latents: Tensor, history: Tensor, noise: Tensor, time: Tensor, row: Tensor, *keys_values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         sample = both_branches(scaled(latents, row)).to(self.unet.conv_in.weight.dtype)
         self.row.value = both_branches(time)
         flat = [tensor.flatten(0, 1) for tensor in keys_values]
         context = list(zip(flat[::2], flat[1::2], strict=True))
         # The timestep feeds only the projections that were replaced; it falls out of the graph.
         output = self.unet(sample, torch.zeros(1, device=sample.device), context).sample
-        return update(row, latents, guided(output, row), history, noise)
+        latents, history = update(row, latents, guided(output, row), history, noise)
+        return latents, history, finite(latents)
 
 
 class ImageDecoder(nn.Module):
@@ -195,12 +209,12 @@ class ImageDecoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae.config
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         image = self.vae.decode(latents.to(self.vae.decoder.conv_in.weight.dtype)).sample.float()
-        image = ((image.clamp(-1, 1) + 1) * 127.5).round()
-        return image.to(torch.uint8).permute(0, 2, 3, 1)
+        pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1)
+        return pixels.to(torch.uint8), finite(image)  # uint8 last: TensorRT knows it as an output only
 
 
 @dataclass
@@ -247,7 +261,7 @@ def graphs(checkpoint: Checkpoint, body: SMPLH, half: bool = False, batch: int =
     x = normal(batch, NUM_PARAMS)
     history = 0.1 * normal(batch, NUM_HISTORY["hand_prior"], NUM_PARAMS)
     inputs = {"x": x, "history": history, "noise": normal(batch, NUM_PARAMS), "text": text, "row": row("hand_prior")}
-    yield Graph("hand_prior", stage(HandPriorStep(checkpoint.hand_prior)), inputs, ("x", "history"))
+    yield Graph("hand_prior", stage(HandPriorStep(checkpoint.hand_prior)), inputs, ("x", "history", "finite"))
 
     height, width = checkpoint.image_size
     prior, encoder = checkpoint.hand_prior, checkpoint.text_hand_encoder
@@ -278,7 +292,7 @@ def graphs(checkpoint: Checkpoint, body: SMPLH, half: bool = False, batch: int =
     latents, noise = normal(*shape), normal(*shape)
     history = 0.1 * normal(batch, NUM_HISTORY["unet"], *shape[1:])
     inputs = {"latents": latents, "history": history, "noise": noise, "time": time, "row": row("unet"), **keys_values}
-    yield Graph("unet", UNetStep(unet), inputs, ("latents", "history"))
+    yield Graph("unet", UNetStep(unet), inputs, ("latents", "history", "finite"))
     del unet
 
-    yield Graph("image_decoder", stage(ImageDecoder(checkpoint.vae)), {"latents": latents}, ("image",))
+    yield Graph("image_decoder", stage(ImageDecoder(checkpoint.vae)), {"latents": latents}, ("image", "finite"))

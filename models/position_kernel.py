@@ -128,6 +128,7 @@ class CrossAttention:
             code = self.kernel.query_code(self.layer, -(-height // factor), -(-width // factor))
             query = torch.cat([query, code.to(query.dtype).expand(query.shape[0], -1, -1, -1)], -1)
         mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        mixed = mixed[..., : attn.inner_dim // attn.heads]  # exported values are padded to the keys' width
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 

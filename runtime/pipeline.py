@@ -297,9 +297,12 @@ class HanDiffuser:
         if not good:
             return finished
         latents = np.stack([result.state for result in results if result.state is not None])
-        images = self.engines["image_decoder"]({"latents": latents})["image"]
+        decoded = self.engines["image_decoder"]({"latents": latents})
         now = time.perf_counter()
-        for work, image in zip(good, images, strict=True):
+        for work, image, fine in zip(good, decoded["image"], decoded["finite"] > 0, strict=True):
+            if not fine:  # uint8 would hide it
+                finished.append(_not_finite(work.request, "image_decoder"))
+                continue
             hands = {"params": work.params, **hand_arrays(work.params)}
             hands.update((ours, work.features[name]) for name, ours in _FEATURE_NAMES.items() if name in work.features)
             request, seconds = work.request, now - work.started

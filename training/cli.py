@@ -34,7 +34,7 @@ def main(
     start: str | None,
     processes: int,
 ) -> None:
-    """Trains the demo: judge, vae, prior, pictures; then reports on 480 held-out prompts."""
+    """Trains the demo: judge, vae, prior, encoder, pictures; then reports on 480 held-out prompts."""
     try:
         begin = resolve(start, "checkpoint") if start is not None else None
         run = Run(folder, scenes, config, begin)
@@ -49,7 +49,7 @@ def main(
             if finished(folder / stage, changes.get("steps", PLANS[stage].steps)):
                 console.print(f"{stage}: done already")
                 continue
-            if stage == "pictures":
+            if stage in ("encoder", "pictures"):
                 picture_data(run, run.trained())  # once, before the processes part
             run_processes(train, processes, folder, stage, changes, scenes, config, begin)
         if output is not None:

@@ -1,4 +1,4 @@
-"""Trains the whole demo: tokenizer, data, judge, VAE, hand prior, Text+Hand encoder with UNet. All resumable.
+"""Trains the whole demo: tokenizer, data, judge, VAE, hand prior, Text+Hand encoder, UNet. All resumable.
 
     hd-train --run runs/demo --output checkpoint            # everything, some three hours on two cores
     hd-train --run runs/demo --only pictures --steps 6000   # one stage, longer
@@ -26,21 +26,32 @@ from ..models.configs import CONFIGS
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
 from .body import make_body
-from .data import Dataset, encode_prompts, image_grid, images_to_float, make_dataset, scene_tensors
+from .data import LABELS, Dataset, encode_prompts, image_grid, images_to_float, make_dataset, scene_tensors
 from .judge import Judge, JudgeLoss, judge_loss
 from .loop import Plan, console, finished, fit
 from .prompts import is_held_out, sample_spec, write_prompt
 from .sample import decode, encode, sample_pictures
 from .scenes import sample_scenes
-from .stages import PictureLoss, PriorLoss, VAELoss, picture_loss, prior_loss, set_normalisation, vae_loss
+from .stages import (
+    EncoderLoss,
+    PictureLoss,
+    PriorLoss,
+    VAELoss,
+    encoder_loss,
+    picture_loss,
+    prior_loss,
+    set_normalisation,
+    vae_loss,
+)
 
 SCENES = 24_000
 # Per process and step: pictures or parameter vectors. Plans are for two processes on a CPU.
-BATCH = {"judge": 64, "vae": 16, "prior": 128, "pictures": 24}
+BATCH = {"judge": 64, "vae": 16, "prior": 128, "encoder": 32, "pictures": 24}
 PLANS = {
     "judge": Plan(steps=4000, learning_rate=2e-3, bf16=True),
     "vae": Plan(steps=1400, learning_rate=1.5e-3, bf16=True, save_every=250),
     "prior": Plan(steps=2500, learning_rate=1e-3, ema=0.998, bf16=True),
+    "encoder": Plan(steps=1500, learning_rate=1e-3, bf16=True),
     "pictures": Plan(steps=4000, learning_rate=1.2e-3, bf16=True, save_every=200, log_every=20),
 }
 STAGES = tuple(PLANS)
@@ -102,6 +113,7 @@ class Run:
         return {
             "vae": VAELoss(checkpoint.vae),
             "prior": PriorLoss(checkpoint),
+            "encoder": EncoderLoss(checkpoint.text_hand_encoder, [len(names) for names in LABELS.values()]),
             "pictures": PictureLoss(checkpoint),
         }
 
@@ -141,7 +153,7 @@ def train(folder: Path, stage: str, changes: dict[str, Any], scenes: int, config
     checkpoint = run.trained()
     plan = replace(PLANS[stage], **changes)
     batch = BATCH[stage]
-    if stage == "pictures":
+    if stage in ("encoder", "pictures"):
         data = picture_data(run, checkpoint)
     else:
         data = run.data(checkpoint)
@@ -168,6 +180,9 @@ def train(folder: Path, stage: str, changes: dict[str, Any], scenes: int, config
         set_normalisation(checkpoint, data["params"])
         loss = prior_loss(data, batch, checkpoint, empty)
         fit(stage, PriorLoss(checkpoint), loss, plan, folder / stage)
+    elif stage == "encoder":
+        data["labels"] = run.data(checkpoint)["labels"]
+        fit(stage, run.modules(checkpoint)[stage], encoder_loss(data, batch, empty), plan, folder / stage)
     else:
         ids, hands = probe_hands(run, checkpoint)
 
@@ -224,7 +239,7 @@ def picture_data(run: Run, checkpoint: Checkpoint) -> Dataset:
 
 def assemble(run: Run, output: Path) -> Checkpoint:
     """Writes the checkpoint folder of a run; weights in half precision, as it ships."""
-    missing = [s for s in ("vae", "prior", "pictures") if not finished(run.folder / s, 1)]
+    missing = [s for s in ("vae", "prior", "encoder", "pictures") if not finished(run.folder / s, 1)]
     if missing and run.begin is None:
         raise FileNotFoundError(f"Nothing trained yet for {', '.join(missing)}.")
     checkpoint = run.trained()

@@ -1,10 +1,14 @@
 """What each stage learns from: the module that is trained, its loss, its plan. One function a stage.
 
 The stages are trained independently of each other, as in the paper: the VAE on pictures, the hand prior with its
-sentence encoder on (prompt, SMPL-H parameters), the Text+Hand encoder with the UNet on (prompt, true hands, picture).
+sentence encoder on (prompt, SMPL-H parameters), the Text+Hand encoder with the UNet on (prompt, true hands, picture),
+after a pre-training of the encoder alone that stands in for CLIP's.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +17,7 @@ from torch import Tensor, nn
 
 from ..contract import BETAS, PLACEMENT, ROTATIONS
 from ..models.checkpoint import Checkpoint
-from ..models.text_hand_encoder import pooled
+from ..models.text_hand_encoder import TextHandEncoder, pooled
 from .data import Dataset, images_to_float
 from .loop import Loss
 
@@ -110,6 +114,64 @@ def prior_loss(data: Dataset, batch: int, checkpoint: Checkpoint, empty: Tensor)
     return loss
 
 
+def conditions(
+    data: Dataset, rows: Tensor, generator: torch.Generator, empty: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Prompts [N, 77] and hands of some rows; of a tenth each, text, hands or both are dropped."""
+    hands = {name: data[name][rows].float() for name in ("joints", "rotations", "bps", "visibility")}
+    fate = torch.rand(len(rows), generator=generator)
+    no_text = (fate < DROP) | ((fate >= 2 * DROP) & (fate < 3 * DROP))
+    no_hands = (fate >= DROP) & (fate < 3 * DROP)
+    hands["visibility"] = torch.where(no_hands[:, None], 0.0, hands["visibility"])
+    return torch.where(no_text[:, None], empty, data["ids"][rows]), hands
+
+
+class EncoderLoss(nn.Module):
+    """The Text+Hand encoder with linear heads that read off its tokens what the picture shows.
+
+    It stands in for CLIP's pre-training. From an untrained text transformer the UNet would have to learn what words
+    mean through 77 tokens of which one says "dark" and sixty are padding; that took longer than all the drawing. After
+    this, every token that follows the end of the text, and every token of a visible hand, tells gesture, side, skin
+    and background; hand tokens also tell how their hand is turned and where they are.
+    """
+
+    def __init__(self, encoder: TextHandEncoder, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder, self.classes = encoder, list(classes)
+        self.labels = nn.Linear(encoder.config.hidden_size, sum(classes))
+        self.wrist = nn.Linear(encoder.config.hidden_size, 6)
+        self.place = nn.Linear(encoder.config.hidden_size, 2)
+
+    def forward(self, ids: Tensor, hands: dict[str, Tensor], labels: Tensor) -> Tensor:
+        config, length = self.encoder.config, ids.shape[1]
+        tokens = self.encoder(ids, **hands)[..., : config.hidden_size]
+        after = (ids == config.eos_token_id).int().cummax(1).values  # from the end of the text on
+        seen = (hands["visibility"] > 0.5).float().repeat_interleave(self.encoder.tokens_per_hand, 1)
+        share = torch.cat([after / after.sum(), seen / seen.sum().clamp_min(1)], 1)  # text and hands count alike
+        total = torch.zeros(())
+        read = self.labels(tokens).float().split(self.classes, -1)
+        for logits, label in zip(read, labels.T, strict=True):
+            error = F.cross_entropy(logits.flatten(0, 1), label.repeat_interleave(tokens.shape[1]), reduction="none")
+            total = total + (error.view_as(share) * share).sum() / math.log(logits.shape[-1])
+        turn = hands["rotations"][:, :, :1].expand(-1, -1, self.encoder.tokens_per_hand, -1).flatten(1, 2)
+        of_hand = tokens[:, length:]
+        error = (self.wrist(of_hand).float() - turn).square().mean(-1)
+        joints = hands["joints"].new_zeros(*seen.shape, 2).unflatten(1, (2, -1))
+        joints[:, :, : hands["joints"].shape[2]] = hands["joints"]  # the vertex token has no place of its own
+        error = error + 4 * (self.place(of_hand).float() - joints.flatten(1, 2)).square().mean(-1)
+        return total + (error * share[:, length:]).sum()
+
+
+def encoder_loss(data: Dataset, batch: int, empty: Tensor) -> Loss:
+    """data: ids, labels, joints, rotations, bps, visibility."""
+
+    def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(data["ids"]), (batch,), generator=generator)
+        return module(*conditions(data, rows, generator, empty), data["labels"][rows])
+
+    return loss
+
+
 class PictureLoss(nn.Module):
     """The Text+Hand encoder, the UNet and the positional kernel."""
 
@@ -130,17 +192,11 @@ def picture_loss(data: Dataset, batch: int, checkpoint: Checkpoint, empty: Tenso
     """
     alphas = alphas_cumprod(checkpoint.scheduler)
     velocity = checkpoint.scheduler["prediction_type"] == "v_prediction"
-    cues = ("joints", "rotations", "bps")
 
     def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        ids, latents, visibility, *features = pick(data, generator, batch, "ids", "latents", "visibility", *cues)
-        hands = {name: value.float() for name, value in zip(cues, features, strict=True)}
-        fate = torch.rand(batch, generator=generator)
-        no_text = (fate < DROP) | ((fate >= 2 * DROP) & (fate < 3 * DROP))
-        no_hands = (fate >= DROP) & (fate < 3 * DROP)
-        ids = torch.where(no_text[:, None], empty, ids)
-        hands["visibility"] = torch.where(no_hands[:, None], 0.0, visibility.float())
-        clean = latents.float()
+        rows = torch.randint(len(data["ids"]), (batch,), generator=generator)
+        ids, hands = conditions(data, rows, generator, empty)
+        clean = data["latents"][rows].float()
         timestep = torch.randint(len(alphas), (batch,), generator=generator)
         signal, sigma = (a[:, None, None, None] for a in (alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()))
         noise = torch.randn(clean.shape, generator=generator)

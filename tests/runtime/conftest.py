@@ -31,6 +31,7 @@ def step_graph(name: str, state: str, shape: str, K: int, extra: str, constants:
     columns = ["timestep", "scale", "g", "a", "b", "d"] + [f"{c}{k}" for k in range(1, K + 1) for c in "pq"]
     R = len(columns)
     ones = ", ".join(["-1"] + ["1"] * shape.count(","))
+    rest = ", ".join(str(axis) for axis in range(1, shape.count(",") + 1))
     past = shape.replace("B,", f"B,{K},", 1)
     body = [f"{', '.join('r_' + c for c in columns)} = Split <axis = 1, num_outputs = {R}> (row)"]
     body += [f"{c} = Reshape (r_{c}, column)" for c in columns]
@@ -49,10 +50,13 @@ def step_graph(name: str, state: str, shape: str, K: int, extra: str, constants:
         body.append(f"n{k}_ = Sum (px{k}, qm{k}{f', h{k + 1}' if k < K else ''})")
         body.append(f"n{k} = Unsqueeze (n{k}_, one)")
     body.append(f"next_history = Concat <axis = 1> ({', '.join(f'n{k}' for k in range(1, K + 1))})")
+    body += [f"size = Abs (next_{state})", "small_ = LessOrEqual (size, largest)", "small_f = Cast <to = 1> (small_)"]
+    body.append("finite = ReduceMin <keepdims = 0> (small_f, rest)")
     return f"""{HEADER}
         {name} (float[{shape}] {state}, float[{past}] history, float[{shape}] noise, {extra}, float[B,{R}] row)
-            => (float[{shape}] next_{state}, float[{past}] next_history)
-        <int64[{shape.count(",") + 1}] column = {{{ones}}}, int64[1] one = {{1}}, {constants}>
+            => (float[{shape}] next_{state}, float[{past}] next_history, float[B] finite)
+        <int64[{shape.count(",") + 1}] column = {{{ones}}}, int64[1] one = {{1}}, float largest = {{3.4e38}},
+         int64[{shape.count(",")}] rest = {{{rest}}}, {constants}>
         {{ {" ".join(body)} }}"""
 
 
@@ -164,9 +168,9 @@ def graphs(h: int, w: int) -> dict[str, str]:
             unet,
         ),
         "image_decoder": HEADER
-        + f"""image_decoder (float[B,4,{h},{w}] latents) => (uint8[B,{4 * h},{4 * w},3] image)
+        + f"""image_decoder (float[B,4,{h},{w}] latents) => (uint8[B,{4 * h},{4 * w},3] image, float[B] finite)
         <int64[1] one = {{1}}, int64[1] zero = {{0}}, int64[1] n3 = {{3}}, float[4] grow = {{1, 1, 4, 4}},
-         float full = {{255}}>
+         float full = {{255}}, float largest = {{3.4e38}}, int64[3] rest = {{1, 2, 3}}>
         {{
             rgb = Slice (latents, zero, n3, one)
             big = Resize <mode = "nearest"> (rgb, , grow)
@@ -175,6 +179,10 @@ def graphs(h: int, w: int) -> dict[str, str]:
             r = Round (f)
             moved = Transpose <perm = [0, 2, 3, 1]> (r)
             image = Cast <to = 2> (moved)
+            size = Abs (latents)
+            small_ = LessOrEqual (size, largest)
+            small_f = Cast <to = 1> (small_)
+            finite = ReduceMin <keepdims = 0> (small_f, rest)
         }}""",
     }
 
