@@ -21,7 +21,7 @@ unet               latents[B,4,h,w] history[B,K,4,h,w] noise time[B,T] row[B,R] 
 image_decoder      latents[B,4,h,w]                                         -> image[B,H,W,3] uint8, finite[B]
 
 `joints` are image coordinates in [0, 1] of width and height, y down. `x` is normalised with the manifest's mean and
-standard deviation. `finite` is 1 for rows without NaN or infinity, else 0, so that what runs on a device is checked there. A
+standard deviation. `finite` is 1 for rows without NaN or infinity, else 0: the check of what runs on a device. A
 graph names only the inputs that it uses: a configuration without a hand cue lacks that input.
 """
 

@@ -1,0 +1,126 @@
+"""Builds the plans of an engines folder, those that are not there yet. Needs no torch: a bundle is enough.
+
+    for built in build_plans("engines/", "tensorrt-rtx", batch_sizes=[1, 4]):
+        print(built.plan.graph, built.why or "cached")
+
+By default each batch size gets a static plan of its own, because static engines are faster; `dynamic` makes one plan
+for all sizes up to the largest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..contract import GRAPHS, Manifest
+from ..errors import EngineError
+from .cuda import Cuda
+from .plans import Plan, PlanStore, Sizes, parts
+from .tensorrt import FREE_MAX, MODULES, Backend, OnProgress, Options
+
+# Steps of a schedule that unet_time takes at once: cheap, so one dynamic plan does for all.
+STEPS = (1, 20, 1000)
+
+
+@dataclass
+class Built:
+    """One plan of the list: `why` says why it was built, and is empty when it was there."""
+
+    plan: Plan
+    why: str
+
+
+# Called before and while a plan is built: (number of the plan, of so many, graph, sizes, why, done 0..1) -> go on?
+OnBuild = Callable[[int, int, str, Sizes, str, float], bool]
+
+
+def wanted_plans(manifest: Manifest, batch_sizes: Sequence[int], dynamic: bool = False) -> list[tuple[str, Sizes]]:
+    """Graphs and sizes to build for. Raises EngineError for sizes that make no sense."""
+    sizes = sorted(set(batch_sizes))
+    if not sizes or sizes[0] < 1 or sizes[-1] > FREE_MAX["B"]:
+        raise EngineError(
+            f"Batch sizes must be 1 to {FREE_MAX['B']}; got {', '.join(map(str, batch_sizes)) or 'none'}."
+        )
+    batches: list[Sizes] = [{"B": (1, sizes[-1], sizes[-1])}] if dynamic else [{"B": size} for size in sizes]
+    out: list[tuple[str, Sizes]] = []
+    for name in GRAPHS:
+        free = {size for tensor in manifest.graphs[name].inputs for size in tensor.shape if isinstance(size, str)}
+        out += [(name, {"S": STEPS})] if free == {"S"} else [(name, batch) for batch in batches]
+    return out
+
+
+def current_parts(
+    manifest: Manifest,
+    backend: Backend,
+    cuda: Cuda | None,
+    batch_sizes: Sequence[int],
+    dynamic: bool = False,
+    options: Options | None = None,
+) -> list[tuple[str, Sizes, dict[str, str]]]:
+    """Graph, sizes and parts of every plan that a folder should hold for this machine."""
+    options = options or Options()
+    target = backend.target(options, cuda)
+    return [
+        (name, sizes, parts(manifest, name, sizes, backend.name, backend.version, target, options))
+        for name, sizes in wanted_plans(manifest, batch_sizes, dynamic)
+    ]
+
+
+def build_plans(
+    folder: str | Path,
+    backend_name: str,
+    batch_sizes: Sequence[int] = (1, 2, 4, 8),
+    dynamic: bool = False,
+    options: Options | None = None,
+    on_build: OnBuild | None = None,
+    verify: bool = False,
+) -> Iterator[Built]:
+    """Yields every plan the folder should hold, building those that are missing, damaged or stale.
+
+    verify: hash the plans that are there, too. What is built stays when a later one fails or is interrupted.
+    Raises BundleError for a folder that is no bundle or damaged, EngineError when the backend is missing or refuses.
+    """
+    if backend_name not in MODULES:
+        raise EngineError(f"There is no backend {backend_name!r} that builds plans; there are {', '.join(MODULES)}.")
+    folder = Path(folder)
+    manifest = Manifest.load(folder, verify=False)
+    backend = Backend(backend_name)
+    cuda = gpu()
+    store, options = PlanStore(folder), options or Options()
+    jobs = current_parts(manifest, backend, cuda, batch_sizes, dynamic, options)
+    verified = False
+    for number, (name, sizes, wanted) in enumerate(jobs):
+        plan, why = store.find(wanted, verify), ""
+        if plan is None:
+            if not verified:  # what is built from must be what the manifest says; hits need no look at it
+                for problem in manifest.problems(folder):
+                    raise EngineError(f"{problem} Export the bundle again with hd-export.")
+                verified = True
+            why = store.why(wanted)
+            tell = _reporter(on_build, number, len(jobs), name, sizes, why)
+            started = time.monotonic()
+            file = folder / manifest.graphs[name].file
+            content, proof = backend.build(
+                file, sizes, manifest.precision, options, tell, store.folder.parent / "timings.cache"
+            )
+            plan = store.add(wanted, content, proof, time.monotonic() - started)
+        yield Built(plan, why)
+
+
+def _reporter(
+    on_build: OnBuild | None, number: int, total: int, name: str, sizes: Sizes, why: str
+) -> OnProgress | None:
+    if on_build is None:
+        return None
+    on_build(number, total, name, sizes, why, 0.0)
+    return lambda _, done: on_build(number, total, name, sizes, why, done)
+
+
+def gpu() -> Cuda | None:
+    """The GPU of this machine, or None."""
+    try:
+        return Cuda()
+    except EngineError:
+        return None

@@ -1,0 +1,226 @@
+"""`hd-engines`: what is in an engines folder, whether it is sound, and building or removing plans. Needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from .. import demo
+from ..contract import Manifest
+from ..errors import EngineError, HanDiffuserError
+from .build import Built, build_plans, gpu
+from .plans import Plan, PlanStore, Sizes, size_text
+from .tensorrt import MODULES, TILING, Backend, Options
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def parse_batch_sizes(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
+    """ "1,2,4" -> (1, 2, 4)."""
+    try:
+        sizes = tuple(int(size) for size in value.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise click.BadParameter(f"{value!r} is no list of batch sizes; write 1,2,4,8.")
+    return sizes
+
+
+def build_options(command):  # type: ignore[no-untyped-def]
+    """The options of a build, for `hd-engines build` and `hd-export` alike."""
+    for option in reversed(
+        [
+            click.option("--batch-sizes", callback=parse_batch_sizes, default="1,2,4,8", show_default=True,
+                         help="A static plan is built for each."),
+            click.option("--dynamic", is_flag=True, help="One plan for all sizes up to the largest; slower to run."),
+            click.option("--build-level", type=click.IntRange(0, 5), help="How hard TensorRT searches, 0 to 5."),
+            click.option("--tiling", type=click.Choice(TILING), help="How hard it searches for cache-friendly tiling."),
+            click.option("--aux-streams", type=click.IntRange(0, 8), help="Additional streams inside a graph."),
+            click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Scratch memory of one kernel."),
+            click.option("--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",
+                         help="TensorRT-RTX: only for these GPUs, such as 8.9. [default: all it supports]"),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def options_of(values: dict) -> Options:
+    return Options(
+        values["build_level"],
+        values["tiling"],
+        values["aux_streams"],
+        values["workspace"],
+        tuple(values["compute_capabilities"]),
+    )
+
+
+def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]:
+    """Builds what is missing, with a line and a true bar for each plan."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    done: list[Built] = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=1.0, visible=False)
+
+        def on_build(number: int, total: int, graph: str, sizes: Sizes, why: str, fraction: float) -> bool:
+            text = f"{number + 1}/{total} {graph} {size_text(sizes)} ({why})"
+            progress.update(task, description=text, completed=fraction, visible=True)
+            return True
+
+        plans = build_plans(
+            folder, backend, values["batch_sizes"], values["dynamic"], options_of(values), on_build=on_build
+        )
+        for built in plans:
+            done.append(built)
+            if built.why:
+                types = ", ".join(f"{n} {kind.lower()}" for kind, n in built.plan.proof.get("types", {}).items())
+                console.print(
+                    f"{built.plan.graph:18} {built.plan.parts['sizes']:10} {built.plan.seconds:6.1f} s "
+                    f"{built.plan.size / 1e6:8.1f} MB   computes in: {types}   ({built.why})"
+                )
+    new = sum(bool(built.why) for built in done)
+    if new:
+        seconds = sum(built.plan.seconds for built in done if built.why)
+        console.print(f"Built {new} of {len(done)} plans in {seconds:.0f} s; the others were there.")
+    else:
+        console.print(f"All {len(done)} plans are there and current: nothing was built.")
+    return done
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="handiffuser", prog_name="hd-engines")
+def commands() -> None:
+    """Builds, lists, verifies and removes the compiled plans of an engines folder."""
+
+
+@commands.command()
+@click.argument("folder")
+@click.option("--backend", type=click.Choice(list(MODULES)), default="tensorrt-rtx", show_default=True)
+@build_options
+def build(folder: str, backend: str, **values) -> int:  # type: ignore[no-untyped-def]
+    """Builds the plans of the bundle FOLDER that are missing or stale."""
+    build_with_progress(demo.resolve(folder, "bundle"), backend, values)
+    return 0
+
+
+@commands.command("list")
+@click.argument("folder")
+def list_plans(folder: str) -> int:
+    """Lists the plans of FOLDER, and whether they belong to its bundle as it is now."""
+    path = demo.resolve(folder, "bundle")
+    manifest, store = Manifest.load(path, verify=False), PlanStore(path)
+    versions = installed_versions()
+    heading = ""
+    for plan in sorted(store, key=lambda plan: (plan.parts["backend"], plan.parts["version"], plan.parts["target"])):
+        made_for = f"{plan.parts['backend']} {plan.parts['version']}, {plan.parts['target']}"
+        if made_for != heading:
+            heading = made_for
+            click.echo(f"{heading}, {plan.parts['precision']}")
+        state = stale(plan, manifest, versions) or store.problem(plan, verify=False) or "current"
+        click.echo(
+            f"  {plan.graph:18} {plan.parts['sizes']:12} {plan.size / 1e6:8.1f} MB   built in {plan.seconds:6.1f} s   {state}"
+        )
+    if not heading:
+        click.echo(f"{path} has no plans. Build some: hd-engines build {folder}")
+    return 0
+
+
+@commands.command()
+@click.argument("folder")
+def verify(folder: str) -> int:
+    """Hashes the bundle and every plan of FOLDER. The exit code is 1 when something is damaged."""
+    path = demo.resolve(folder, "bundle")
+    manifest, store = Manifest.load(path, verify=False), PlanStore(path)
+    problems = list(manifest.problems(path))
+    count = 0
+    for plan in store:
+        count += 1
+        if problem := store.problem(plan, verify=True):
+            problems.append(f"{plan.graph} {plan.parts['sizes']}: {problem}. Build it again: hd-engines build {folder}")
+    for stray in store.strays():
+        console.print(f"{stray} belongs to no finished plan; `hd-engines prune {folder}` removes it.", style="yellow")
+    for problem in problems:
+        console.print(problem, style="red")
+    if not problems:
+        console.print(f"{len(manifest.files)} files of the bundle and {count} plans are sound.")
+    return 1 if problems else 0
+
+
+@commands.command()
+@click.argument("folder")
+@click.option("--all", "everything", is_flag=True, help="Current plans, too.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def prune(folder: str, everything: bool, dry_run: bool) -> int:
+    """Removes plans of FOLDER that are stale or damaged, and leftovers of interrupted builds."""
+    path = demo.resolve(folder, "bundle")
+    manifest, store = Manifest.load(path, verify=False), PlanStore(path)
+    versions, freed = installed_versions(), 0
+    verb = "would remove" if dry_run else "removed"
+    for plan in list(store):
+        why = "asked for" if everything else stale(plan, manifest, versions) or store.problem(plan, verify=True)
+        if why:
+            freed += plan.size
+            console.print(f"{verb} {plan.path.name} ({why})")
+            if not dry_run:
+                store.remove(plan)
+    for stray in store.strays():
+        freed += stray.stat().st_size
+        console.print(f"{verb} {stray.name} (unfinished)")
+        if not dry_run:
+            stray.unlink()
+    console.print(f"{freed / 1e6:.1f} MB {'would be ' if dry_run else ''}freed.")
+    return 0
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the backends that are installed here."""
+    found = {}
+    for name in MODULES:
+        try:
+            found[name] = Backend(name).version
+        except EngineError:
+            continue
+    return found
+
+
+def stale(plan: Plan, manifest: Manifest, versions: dict[str, str]) -> str:
+    """Why a plan is of no use any more; "" while it is. Plans of a backend that is not installed here are kept."""
+    from .plans import parts as parts_of
+
+    backend, version = plan.parts["backend"], plan.parts["version"]
+    now = (
+        parts_of(manifest, plan.graph, {"B": 1}, backend, version, "", Options())
+        if plan.graph in manifest.graphs
+        else {}
+    )
+    if now.get("graph") != plan.parts["graph"] or now.get("precision") != plan.parts["precision"]:
+        return "stale: the bundle changed"
+    if versions.get(backend, version) != version:
+        return f"stale: {backend} is {versions[backend]} now"
+    if backend == "tensorrt" and (here := gpu()) is not None and here.name not in plan.parts["target"]:
+        return "for another GPU"
+    return ""
+
+
+def main() -> None:
+    """Entry point: one sentence and an exit code instead of a traceback."""
+    try:
+        code = commands.main(standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("hd-engines: Stopped. What is built stays; the same command goes on.", err=True)
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (HanDiffuserError, OSError) as error:
+        click.echo(f"hd-engines: {error}", err=True)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

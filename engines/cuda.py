@@ -1,0 +1,205 @@
+"""The few CUDA calls that running engines takes, without torch: arrays, streams, events, copies, captured graphs.
+
+    cuda = Cuda()
+    stream = cuda.stream()
+    on_device, pinned = cuda.empty((8, 4, 64, 64), "float32"), cuda.pinned((8, 4, 64, 64), "float32")
+    stream.copy(on_device, pinned)              # returns at once
+    graph = stream.capture(lambda: stream.copy(on_device, other))
+    graph.launch(stream)
+    stream.record().synchronize()
+
+Everything is asynchronous but `synchronize`. Streams do not wait for the default stream, so only the order within a
+stream and `Stream.wait` say what comes first. The calls are the CUDA runtime's through `cuda-bindings`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..errors import EngineError
+
+
+class Cuda:
+    """One GPU. Raises EngineError where there is none, or no package to reach it."""
+
+    def __init__(self, device: int = 0) -> None:
+        self.api = _bindings()
+        error, count = self.api.cudaGetDeviceCount()
+        if error != self.api.cudaError_t.cudaSuccess or not count:
+            raise EngineError(
+                "No NVIDIA GPU can be used here: check that `nvidia-smi` lists one and that its driver is new enough "
+                "for the CUDA of cuda-bindings. `--backend onnxruntime --device cpu` runs without one."
+            )
+        self.call("cudaSetDevice", device)
+        self.device = device
+        properties = self.call("cudaGetDeviceProperties", device)
+        self.name = bytes(properties.name).split(b"\0")[0].decode()
+        self.compute_capability = f"{properties.major}.{properties.minor}"
+        self.total_memory = int(properties.totalGlobalMem)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Calls the CUDA runtime; returns its value, if any. Raises EngineError when it fails."""
+        error, *values = getattr(self.api, name)(*arguments)
+        if error != self.api.cudaError_t.cudaSuccess:
+            if error == self.api.cudaError_t.cudaErrorMemoryAllocation:
+                raise EngineError(
+                    "The GPU has not enough free memory. Take a smaller --batch-size, or end what else is on it."
+                )
+            text = self.api.cudaGetErrorString(error)[1]
+            text = text.decode() if isinstance(text, bytes) else text
+            raise EngineError(f"CUDA failed in {name}: {text}.")
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
+        """An uninitialised array on the device."""
+        array = DeviceArray(0, shape, dtype)
+        pointer = self.call("cudaMalloc", max(array.nbytes, 1))
+        array.pointer = int(pointer)
+        weakref.finalize(array, self.api.cudaFree, pointer)
+        return array
+
+    def pinned(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """An array in page-locked host memory: only from such can copies be asynchronous."""
+        count = math.prod(shape)
+        size = max(count * np.dtype(dtype).itemsize, 1)
+        pointer = self.call("cudaMallocHost", size)
+        memory = (ctypes.c_uint8 * size).from_address(int(pointer))
+        weakref.finalize(memory, self.api.cudaFreeHost, pointer)  # arrays keep `memory` alive as their base
+        return np.frombuffer(memory, dtype, count).reshape(shape)
+
+    def stream(self) -> Stream:
+        return Stream(self)
+
+    def free_memory(self) -> int:
+        """Bytes."""
+        return int(self.call("cudaMemGetInfo")[0])
+
+
+class DeviceArray:
+    """Memory on the device with numpy's `shape` and `dtype`. Indexing with an int or a slice gives a view of rows."""
+
+    def __init__(self, pointer: int, shape: tuple[int, ...], dtype: Any, owner: DeviceArray | None = None) -> None:
+        self.pointer, self.shape, self.dtype = pointer, tuple(shape), np.dtype(dtype)
+        self.owner = owner  # keeps the memory alive
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice) -> DeviceArray:
+        start, stop, step = (rows, rows + 1, 1) if isinstance(rows, int) else rows.indices(len(self))
+        if step != 1 or not 0 <= start <= stop <= len(self):
+            raise IndexError(f"rows {rows} of {len(self)}")
+        shape = self.shape[1:] if isinstance(rows, int) else (stop - start, *self.shape[1:])
+        offset = start * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return DeviceArray(self.pointer + offset, shape, self.dtype, self.owner or self)
+
+
+class Stream:
+    """A queue of work on the device."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+        self.handle = cuda.call("cudaStreamCreateWithFlags", cuda.api.cudaStreamNonBlocking)
+        weakref.finalize(self, cuda.api.cudaStreamDestroy, self.handle)
+
+    def copy(self, target: DeviceArray | np.ndarray, source: DeviceArray | np.ndarray) -> None:
+        """Copies between device arrays and pinned arrays of equal size. Host arrays must live until it is done."""
+        if target.nbytes != source.nbytes or target.dtype != source.dtype:
+            raise EngineError(
+                f"A copy from {source.dtype}{list(source.shape)} to {target.dtype}{list(target.shape)} would not fit."
+            )
+        kind = self.cuda.api.cudaMemcpyKind.cudaMemcpyDefault
+        self.cuda.call("cudaMemcpyAsync", _address(target), _address(source), source.nbytes, kind, self.handle)
+
+    def zero(self, target: DeviceArray) -> None:
+        self.cuda.call("cudaMemsetAsync", target.pointer, 0, target.nbytes, self.handle)
+
+    def record(self) -> Event:
+        """An event that comes to pass when all work so far is done."""
+        return Event(self)
+
+    def wait(self, event: Event) -> None:
+        """Work from here on starts after the event; the host does not wait."""
+        self.cuda.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
+
+    def synchronize(self) -> None:
+        self.cuda.call("cudaStreamSynchronize", self.handle)
+
+    def capture(self, function: Callable[[], None]) -> Graph | None:
+        """Records what `function` enqueues on this stream, without running it. None when something in it cannot be."""
+        mode = self.cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.cuda.call("cudaStreamBeginCapture", self.handle, mode)
+        failed = False
+        try:
+            function()
+        except EngineError:
+            failed = True
+        error, graph = self.cuda.api.cudaStreamEndCapture(self.handle)  # must follow, whatever happened
+        if failed or error != self.cuda.api.cudaError_t.cudaSuccess:
+            self.cuda.api.cudaGetLastError()  # a refused capture leaves an error behind that is not the next call's
+            return None
+        return Graph(self.cuda, graph)
+
+
+class Event:
+    """A point in a stream's work."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.cuda = stream.cuda
+        self.handle = self.cuda.call("cudaEventCreateWithFlags", self.cuda.api.cudaEventDisableTiming)
+        weakref.finalize(self, self.cuda.api.cudaEventDestroy, self.handle)
+        self.cuda.call("cudaEventRecord", self.handle, stream.handle)
+
+    def done(self) -> bool:
+        """Whether it has come to pass, without waiting."""
+        (error,) = self.cuda.api.cudaEventQuery(self.handle)
+        if error == self.cuda.api.cudaError_t.cudaErrorNotReady:
+            return False
+        if error != self.cuda.api.cudaError_t.cudaSuccess:
+            raise EngineError(f"CUDA failed while it ran: {self.cuda.api.cudaGetErrorString(error)[1]!r}.")
+        return True
+
+    def synchronize(self) -> None:
+        self.cuda.call("cudaEventSynchronize", self.handle)
+
+
+class Graph:
+    """Captured work: one call launches it all."""
+
+    def __init__(self, cuda: Cuda, graph: Any) -> None:
+        self.cuda = cuda
+        self.handle = cuda.call("cudaGraphInstantiate", graph, 0)
+        cuda.call("cudaGraphDestroy", graph)
+        weakref.finalize(self, cuda.api.cudaGraphExecDestroy, self.handle)
+
+    def launch(self, stream: Stream) -> None:
+        self.cuda.call("cudaGraphLaunch", self.handle, stream.handle)
+
+
+def _address(array: DeviceArray | np.ndarray) -> int:
+    if isinstance(array, DeviceArray):
+        return array.pointer
+    if not array.flags.c_contiguous:
+        raise EngineError("Only contiguous host arrays can be copied to or from the device.")
+    return array.ctypes.data
+
+
+def _bindings() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise EngineError(
+            f"The CUDA bindings cannot be imported ({error}). Install them with "
+            '`pip install "handiffuser[tensorrt-rtx]"` (or [tensorrt], [cuda]).'
+        ) from error
+    return runtime

@@ -1,0 +1,207 @@
+"""The engine cache: compiled plans beside a bundle, each named by a hash of everything that could make it stale.
+
+    store = PlanStore(folder)
+    wanted = parts(manifest, "unet", {"B": 4}, backend="tensorrt-rtx", version="1.7.1", target="...", options=Options())
+    if store.find(wanted) is None:
+        print(store.why(wanted))                    # "the bundle's graph or its weights changed"
+        store.add(wanted, plan, {"types": ...}, seconds=26.0)
+
+`plans/` holds `<graph>.<sizes>.<key>.plan` and a `.json` of the same name, which is written last: a plan without it
+was never finished. Nothing is ever changed in place, so that two builds and a running server do not disturb each
+other.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..contract import Manifest, file_digest
+from ..errors import EngineError
+
+FOLDER = "plans"
+# What a plan depends on, and how a miss is put into words.
+WORDS = {
+    "graph": "the bundle's graph or its weights changed",
+    "sizes": "the sizes changed",
+    "precision": "the precision changed",
+    "backend": "the backend changed",
+    "version": "the backend's version changed",
+    "target": "the GPU changed",
+    "options": "the build options changed",
+}
+
+Sizes = Mapping[str, "int | tuple[int, int, int]"]
+
+
+@dataclass
+class Plan:
+    """What is known of one compiled plan."""
+
+    graph: str
+    key: str
+    parts: dict[str, str]
+    sha256: str
+    size: int  # bytes
+    seconds: float  # that building took
+    proof: dict[str, Any] = field(default_factory=dict)
+    path: Path = Path()  # of the plan; not stored
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """The least and the largest size of its free axis."""
+        numbers = [int(n) for n in self.parts["sizes"].split("=")[1].split("-")]
+        return numbers[0], numbers[-1]
+
+
+def parts(
+    manifest: Manifest, graph: str, sizes: Sizes, backend: str, version: str, target: str, options: Any
+) -> dict[str, str]:
+    """Everything that could make a plan of `graph` stale. options: a dataclass of build options."""
+    file = manifest.graphs[graph].file
+    digests = [manifest.files[file], manifest.files.get(file + ".data", "")]
+    return {
+        "name": graph,
+        "graph": hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
+        "sizes": size_text(sizes),
+        "precision": manifest.precision,
+        "backend": backend,
+        "version": version,
+        "target": target,
+        "options": json.dumps({k: v for k, v in asdict(options).items() if v not in (None, (), [])}, sort_keys=True),
+    }
+
+
+def size_text(sizes: Sizes) -> str:
+    """{"B": 4} -> "B=4"; {"B": (1, 4, 8)} -> "B=1-4-8"."""
+    return ",".join(
+        f"{axis}={size if isinstance(size, int) else '-'.join(map(str, size))}" for axis, size in sizes.items()
+    )
+
+
+def key_of(wanted: Mapping[str, str]) -> str:
+    """16 hexadecimal digits that stand for all parts."""
+    return hashlib.sha256(json.dumps(dict(wanted), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class PlanStore:
+    """The plans of one engines folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder) / FOLDER
+
+    def __iter__(self) -> Iterator[Plan]:
+        """Every finished plan. Records that cannot be read are passed over: `problems` names them."""
+        for record in sorted(self.folder.glob("*.json")):
+            try:
+                yield self._read(record)
+            except (OSError, ValueError, TypeError):
+                continue
+
+    def find(self, wanted: Mapping[str, str], verify: bool = False) -> Plan | None:
+        """The plan for exactly these parts, or None. verify: also hash it (about 1 s a GB)."""
+        key = key_of(wanted)
+        for plan in self:
+            if plan.key == key and plan.parts == dict(wanted) and not self.problem(plan, verify):
+                return plan
+        return None
+
+    def why(self, wanted: Mapping[str, str]) -> str:
+        """Why there is no plan for these parts: what differs from the nearest that there is."""
+        key = key_of(wanted)
+        near = [plan for plan in self if plan.graph == wanted["name"]]
+        for plan in near:
+            if plan.key == key:
+                return self.problem(plan, verify=True) or "it is there"
+        if not near:
+            return "never built"
+        near = [plan for plan in near if plan.parts.get("sizes") == wanted["sizes"]]
+        if not near:
+            return f"never built for {wanted['sizes']}"
+        differing = [[name for name in WORDS if plan.parts.get(name) != wanted[name]] for plan in near]
+        best, nearest = min(zip(differing, near, strict=True), key=lambda pair: len(pair[0]))
+        changes = []
+        for name in best:
+            old, new = nearest.parts.get(name, ""), wanted[name]
+            changes.append(WORDS[name] + ("" if name in ("graph", "options") else f" from {old} to {new}"))
+        return ", ".join(changes)
+
+    def add(self, wanted: Mapping[str, str], plan: bytes, proof: dict[str, Any], seconds: float) -> Plan:
+        """Writes a plan. Raises EngineError when the disk is full; nothing half-written stays."""
+        graph, key = wanted["name"], key_of(wanted)
+        path = self.folder / f"{graph}.{wanted['sizes'].replace('=', '').replace(',', '.')}.{key}.plan"
+        digest = hashlib.sha256(plan).hexdigest()
+        entry = Plan(graph, key, dict(wanted), digest, len(plan), round(seconds, 2), proof, path)
+        record = {name: value for name, value in asdict(entry).items() if name != "path"}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(path, plan)
+            _write(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
+        except OSError as error:
+            why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+            raise EngineError(
+                f"The plan of {graph} ({len(plan) / 1e6:.0f} MB) cannot be written to {self.folder}: {why}. Make room "
+                "(`hd-engines prune FOLDER` removes stale plans) and run the same command again; what is built stays."
+            ) from error
+        return entry
+
+    def problem(self, plan: Plan, verify: bool) -> str:
+        """What is wrong with a plan's file, in words; "" if nothing."""
+        try:
+            size = plan.path.stat().st_size
+        except OSError:
+            return "its plan is missing"
+        if size != plan.size:
+            return f"its plan is damaged ({size} bytes instead of {plan.size})"
+        if verify and file_digest(plan.path) != plan.sha256:
+            return "its plan is damaged (its SHA-256 differs)"
+        return ""
+
+    def read(self, plan: Plan) -> bytes:
+        """A plan's content, verified. Raises EngineError for a damaged one: a plan is code, and is never run so."""
+        try:
+            content = plan.path.read_bytes()
+        except OSError as error:
+            raise EngineError(
+                f"The plan {plan.path} cannot be read ({error.strerror}). Build it again: hd-engines build FOLDER."
+            ) from error
+        if hashlib.sha256(content).hexdigest() != plan.sha256:
+            raise EngineError(
+                f"The plan {plan.path} is damaged: its SHA-256 differs. Build it again: hd-engines build FOLDER."
+            )
+        return content
+
+    def strays(self) -> list[Path]:
+        """Files in the folder that belong to no finished plan: leftovers of interrupted builds, broken records."""
+        known = {path for plan in self for path in (plan.path, plan.path.with_suffix(".json"))}
+        return [
+            path
+            for path in sorted(self.folder.glob("*"))
+            if path not in known and path.suffix in (".plan", ".json", ".tmp")
+        ]
+
+    def remove(self, plan: Plan) -> None:
+        """Deletes a plan, its record first, so that an interruption leaves a stray and no lie."""
+        plan.path.with_suffix(".json").unlink(missing_ok=True)
+        plan.path.unlink(missing_ok=True)
+
+    def _read(self, record: Path) -> Plan:
+        value = json.loads(record.read_text(encoding="utf-8"))
+        return Plan(**value, path=record.with_suffix(".plan"))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes beside and renames, so that a name only ever belongs to a whole file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
