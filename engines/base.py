@@ -30,6 +30,24 @@ class Engine(Protocol):
         ...
 
 
+class DeviceEngine(Protocol):
+    """One graph on a GPU, for one bucket: told once where its tensors are, then enqueued again and again."""
+
+    spec: GraphSpec
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Says where tensors lie; arrays have `dtype`, `shape` and `pointer`. Raises EngineError for wrong ones."""
+        ...
+
+    def enqueue(self, stream: Any) -> None:
+        """Puts one run on the stream and returns at once."""
+        ...
+
+    def capturable(self, stream: Any) -> bool:
+        """Whether a run may be captured into a CUDA graph."""
+        ...
+
+
 def check_feeds(spec: GraphSpec, feeds: Mapping[str, Any]) -> None:
     """Raises EngineError unless `feeds` holds exactly the tensors that `spec.inputs` asks for.
 

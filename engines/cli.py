@@ -121,9 +121,8 @@ def list_plans(folder: str) -> int:
             heading = made_for
             click.echo(f"{heading}, {plan.parts['precision']}")
         state = stale(plan, manifest, versions) or store.problem(plan, verify=False) or "current"
-        click.echo(
-            f"  {plan.graph:18} {plan.parts['sizes']:12} {plan.size / 1e6:8.1f} MB   built in {plan.seconds:6.1f} s   {state}"
-        )
+        size = f"{plan.size / 1e6:8.1f} MB   built in {plan.seconds:6.1f} s"
+        click.echo(f"  {plan.graph:18} {plan.parts['sizes']:12} {size}   {state}")
     if not heading:
         click.echo(f"{path} has no plans. Build some: hd-engines build {folder}")
     return 0

@@ -2,7 +2,7 @@
 
     cuda = Cuda()
     stream = cuda.stream()
-    on_device, pinned = cuda.empty((8, 4, 64, 64), "float32"), cuda.pinned((8, 4, 64, 64), "float32")
+    on_device, pinned = cuda.zeros((8, 4, 64, 64), "float32"), cuda.pinned((8, 4, 64, 64), "float32")
     stream.copy(on_device, pinned)              # returns at once
     graph = stream.capture(lambda: stream.copy(on_device, other))
     graph.launch(stream)
@@ -56,15 +56,17 @@ class Cuda:
             raise EngineError(f"CUDA failed in {name}: {text}.")
         return values[0] if len(values) == 1 else tuple(values)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
-        """An uninitialised array on the device."""
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        """A new array on the device. Zeros, because rows that no request uses must hold something harmless."""
         array = DeviceArray(0, shape, dtype)
         pointer = self.call("cudaMalloc", max(array.nbytes, 1))
         array.pointer = int(pointer)
         weakref.finalize(array, self.api.cudaFree, pointer)
+        self.call("cudaMemset", pointer, 0, array.nbytes)
+        self.call("cudaStreamSynchronize", 0)  # our streams do not wait for the default stream, which did that
         return array
 
-    def pinned(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """An array in page-locked host memory: only from such can copies be asynchronous."""
         count = math.prod(shape)
         size = max(count * np.dtype(dtype).itemsize, 1)

@@ -224,7 +224,7 @@ class Scratch:
 
     def reserve(self, size: int) -> DeviceArray:
         if self.array is None or self.array.nbytes < size:
-            self.array = self.cuda.empty((max(size, 1),), "uint8")
+            self.array = self.cuda.zeros((max(size, 1),), "uint8")
         return self.array
 
 

@@ -77,7 +77,7 @@ class Failure:
 
 
 @dataclass
-class _Work:
+class Work:
     """A request on its way through the stages."""
 
     request: Request
@@ -192,8 +192,8 @@ class HanDiffuser:
         history = self.manifest.num_history
         hand_sampler = StepSampler(self.engines["hand_prior"], "x", history["hand_prior"], slots)
         sampler = StepSampler(self.engines["unet"], "latents", history["unet"], slots)
-        ready: deque[_Work] = deque()  # has its context, waits for a slot
-        running: dict[Hashable, _Work] = {}
+        ready: deque[Work] = deque()  # has its context, waits for a slot
+        running: dict[Hashable, Work] = {}
         clock = time.perf_counter()
         while waiting or ready or running:
             results: list[Picture | Failure] = []
@@ -216,13 +216,13 @@ class HanDiffuser:
                 clock = time.perf_counter()  # what the caller does with a picture is not ours to count
         self.timings["total"] += time.perf_counter() - clock
 
-    def _stage_1(self, requests: list[Request], sampler: StepSampler) -> tuple[list[_Work], list[Picture | Failure]]:
+    def _stage_1(self, requests: list[Request], sampler: StepSampler) -> tuple[list[Work], list[Picture | Failure]]:
         """Text -> hands -> features -> context -> keys and values, for a batch of B requests."""
         started = time.perf_counter()
-        works = [_Work(request, started, *self._tokens(request)) for request in requests]
+        works = [Work(request, started, *self.tokens(request)) for request in requests]
         failures: list[Picture | Failure] = []
 
-        by_id: dict[Hashable, _Work] = {work.request.id: work for work in works}
+        by_id: dict[Hashable, Work] = {work.request.id: work for work in works}
         textual = [work for work in works if work.request.hands is None]
         if textual:
             ids = np.stack([work.ids[1] for work in textual])  # [B, length]
@@ -231,12 +231,12 @@ class HanDiffuser:
         while sampler.active:
             for key, state, failed_step in sampler.step():
                 if state is None:
-                    failures.append(_not_finite(by_id[key].request, f"hand_prior, step {failed_step}"))
+                    failures.append(not_finite(by_id[key].request, f"hand_prior, step {failed_step}"))
                 by_id[key].x = state
         for work in works:
             if work.request.hands is not None:
                 try:
-                    work.x = (load_hands(work.request.hands) - self._mean) / self._std
+                    work.x = self.normalised(load_hands(work.request.hands))
                 except RequestError as error:  # it was good when the run began
                     failures.append(Failure(str(work.request.id), work.request, str(error)))
 
@@ -249,7 +249,7 @@ class HanDiffuser:
         fine = np.ones(len(works), bool)
         for value in features.values():
             fine &= np.isfinite(value).reshape(len(works), -1).all(1)
-        failures += [_not_finite(work.request, "hand_features") for work, ok in zip(works, fine, strict=True) if not ok]
+        failures += [not_finite(work.request, "hand_features") for work, ok in zip(works, fine, strict=True) if not ok]
         works = [work for work, ok in zip(works, fine, strict=True) if ok]
         if not works:
             return [], failures
@@ -258,7 +258,7 @@ class HanDiffuser:
         context = self.engines["text_hand_encoder"]({"input_ids": ids, **features})["context"]
         keys = self.engines["unet_context"]({"context": context})
         for row, work in enumerate(works):
-            work.params = work.x * self._std + self._mean  # type: ignore[operator]
+            work.params = self.params(work.x)  # type: ignore[arg-type]
             work.features = {name: value[row] for name, value in features.items()}
             work.inputs = {name: value[row] for name, value in keys.items()}
         return works, failures
@@ -269,12 +269,12 @@ class HanDiffuser:
             ids = self.tokenizer.encode("")[0]
             self._no_text = self.engines["text_encoder"]({"input_ids": ids[None]})["text"][0]
         both = np.stack([self._no_text, text])  # [2, D]
-        return _job(request, HANDS, self._table(HANDS, request), self._mean.shape, {"text": both})
+        return _job(request, HANDS, self.table(HANDS, request), self._mean.shape, {"text": both})
 
-    def _job(self, work: _Work) -> Job:
+    def _job(self, work: Work) -> Job:
         """Stage 2's job."""
         request = work.request
-        table = self._table(LATENTS, request)
+        table = self.table(LATENTS, request)
         steps = {}
         if "time" in self.engines["unet"].names:
             timesteps = table.timesteps.astype(np.float32)
@@ -285,11 +285,11 @@ class HanDiffuser:
         shape = self.manifest.latent_size
         return _job(request, LATENTS, table, shape, work.inputs, steps)
 
-    def _finish(self, results: list[Result], running: dict[Hashable, _Work]) -> list[Picture | Failure]:
+    def _finish(self, results: list[Result], running: dict[Hashable, Work]) -> list[Picture | Failure]:
         """Decodes the requests that have left their slots, all at once."""
         works = [running.pop(result.key) for result in results]
         finished: list[Picture | Failure] = [
-            _not_finite(work.request, f"unet, step {result.failed_step}")
+            not_finite(work.request, f"unet, step {result.failed_step}")
             for work, result in zip(works, results, strict=True)
             if result.state is None
         ]
@@ -298,20 +298,27 @@ class HanDiffuser:
             return finished
         latents = np.stack([result.state for result in results if result.state is not None])
         decoded = self.engines["image_decoder"]({"latents": latents})
-        now = time.perf_counter()
         for work, image, fine in zip(good, decoded["image"], decoded["finite"] > 0, strict=True):
-            if not fine:  # uint8 would hide it
-                finished.append(_not_finite(work.request, "image_decoder"))
-                continue
-            hands = {"params": work.params, **hand_arrays(work.params)}
-            hands.update((ours, work.features[name]) for name, ours in _FEATURE_NAMES.items() if name in work.features)
-            request, seconds = work.request, now - work.started
-            finished.append(
-                Picture(str(request.id), request, image.copy(), hands, seconds, work.warnings, self.made_by)
-            )
+            # uint8 would hide what is not finite.
+            finished.append(self.picture(work, image) if fine else not_finite(work.request, "image_decoder"))
         return finished
 
-    def _tokens(self, request: Request) -> tuple[np.ndarray, list[str]]:
+    def picture(self, work: Work, image: np.ndarray) -> Picture:
+        """What the user gets of finished work: its image [H, W, 3] (copied) and its hands."""
+        hands = {"params": work.params, **hand_arrays(work.params)}
+        hands.update((ours, work.features[name]) for name, ours in _FEATURE_NAMES.items() if name in work.features)
+        seconds = time.perf_counter() - work.started
+        return Picture(str(work.request.id), work.request, image.copy(), hands, seconds, work.warnings, self.made_by)
+
+    def normalised(self, params: np.ndarray) -> np.ndarray:
+        """Hand parameters [P] as the hand prior knows them: mean 0, spread 1."""
+        return (params - self._mean) / self._std
+
+    def params(self, x: np.ndarray) -> np.ndarray:
+        """The opposite of `normalised`."""
+        return x * self._std + self._mean
+
+    def tokens(self, request: Request) -> tuple[np.ndarray, list[str]]:
         """int64 [2, length]: the negative prompt, then the prompt. And what was cut off, as diffusers says it."""
         rows, warnings = [], []
         for name in ("negative_prompt", "prompt"):
@@ -324,7 +331,7 @@ class HanDiffuser:
                 warnings.append(f"The {what} is longer than {room} tokens. This part was cut: {shown!r}")
         return np.stack(rows), warnings
 
-    def _table(self, stream: str, request: Request) -> Table:
+    def table(self, stream: str, request: Request) -> Table:
         """The schedule of one stage of a request; raises RequestError for a solver or steps it cannot do."""
         if stream == HANDS:
             graph, chosen = "hand_prior", (request.hand_solver, request.hand_steps, request.hand_guidance)
@@ -340,9 +347,9 @@ class HanDiffuser:
 
     def _check(self, request: Request) -> None:
         """Raises RequestError when this bundle cannot run the request."""
-        self._table(LATENTS, request)
+        self.table(LATENTS, request)
         if request.hands is None:
-            self._table(HANDS, request)
+            self.table(HANDS, request)
         else:
             load_hands(request.hands)
 
@@ -391,7 +398,7 @@ def _digest(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _not_finite(request: Request, where: str) -> Failure:
+def not_finite(request: Request, where: str) -> Failure:
     return Failure(
         str(request.id),
         request,

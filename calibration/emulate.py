@@ -1,0 +1,68 @@
+"""Half precision as a GPU stores it, on any device.
+
+ONNX Runtime's CPU has half-precision kernels for a few operators only. The others it runs in float32, and between them
+it leaves the rounding out: a graph that overflows on a GPU looks perfect there. bfloat16 it does not run at all. An
+emulated graph is float32 throughout, and every tensor that was half is rounded to it where its node stores it. Products
+are summed in float32 meanwhile, as tensor cores do. What happens within a fused kernel (the scores of attention) is
+not rounded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onnx import ModelProto, NodeProto, TensorProto
+
+from ..contract import Manifest
+from .graphs import HALF, cast, element_types, rewrite_bundle, widen
+
+# Operators that only move numbers: what they give is rounded already.
+MOVES = frozenset(
+    "Concat Expand Flatten Gather GatherElements GatherND Identity Pad Reshape Slice Split Squeeze Tile Transpose "
+    "Unsqueeze Where".split()
+)
+
+
+def emulate(model: ModelProto) -> ModelProto:
+    """A float32 graph that rounds where `model` stores half precision. Its inputs and outputs are float32 instead."""
+    half = {name: kind for name, kind in element_types(model).items() if kind in HALF}
+    nodes: list[NodeProto] = []
+
+    def store(computed: str, name: str) -> None:
+        nodes.extend([cast(computed, f"{name}/half", half[name]), cast(f"{name}/half", name, TensorProto.FLOAT)])
+
+    out = ModelProto()
+    out.CopyFrom(model)
+    graph = out.graph
+    del graph.node[:], graph.value_info[:]
+    for tensor in graph.initializer:
+        if tensor.name in half:  # stays as small as it is; the cast is folded when the graph is loaded
+            nodes.append(cast(f"{tensor.name}/half", tensor.name, TensorProto.FLOAT))
+            tensor.name += "/half"
+    rounded = {}
+    for value in graph.input:
+        if value.name in half:
+            rounded[value.name] = f"{value.name}/rounded"
+            half[rounded[value.name]] = half[value.name]
+            store(value.name, rounded[value.name])
+    for value in (*graph.input, *graph.output):
+        if value.name in half:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in model.graph.node:
+        node_ = NodeProto()
+        node_.CopyFrom(node)
+        node_.input[:] = [rounded.get(name, name) for name in node.input]
+        widen(node_)
+        nodes.append(node_)
+        if node.op_type not in MOVES:
+            node_.output[:] = [f"{name}/computed" if name in half else name for name in node.output]
+            for name in node.output:
+                if name in half:
+                    store(f"{name}/computed", name)
+    graph.node.extend(nodes)
+    return out
+
+
+def emulate_bundle(folder: Path, out: Path) -> Manifest:
+    """Writes a bundle's emulation into the folder `out`: it runs wherever a float32 bundle does."""
+    return rewrite_bundle(folder, out, lambda _, model: emulate(model))

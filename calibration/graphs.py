@@ -1,0 +1,107 @@
+"""ONNX graphs and bundles of them, read and rewritten: what the rest of the room shares.
+
+Graphs here have no subgraphs and no functions; ours never do.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, TensorShapeProto, ValueInfoProto, helper, numpy_helper, shape_inference
+
+from ..contract import Manifest, TensorSpec, file_digest
+from ..errors import BundleError
+
+# Element types that are half as wide as float32 -> the largest number they hold.
+HALF = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895e38}
+EXTERNAL = 1 << 30  # bytes from which weights go into a file beside the graph: protobuf ends at 2 GB
+
+
+def label(node: NodeProto) -> str:
+    """What a node is called: its name, or its first output's where it has none."""
+    return node.name or node.output[0]
+
+
+def element_types(model: ModelProto) -> dict[str, int]:
+    """Tensor -> ONNX element type, for every tensor of the graph. Raises BundleError where one cannot be told."""
+    types = _known_types(model)
+    outputs = [name for node in model.graph.node for name in node.output if name]
+    if not all(map(types.get, outputs)):
+        types = _known_types(shape_inference.infer_shapes(model))
+    for name in outputs:
+        if not types.get(name):
+            raise BundleError(f"The graph {model.graph.name} does not say of what type {name} is. Export it again.")
+    return types
+
+
+def _known_types(model: ModelProto) -> dict[str, int]:
+    graph = model.graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+def numpy_name(element_type: int) -> str:
+    """An ONNX element type as the contract names it: "float32", "bfloat16"."""
+    return helper.tensor_dtype_to_np_dtype(element_type).name
+
+
+def value_info(name: str, element_type: int, shape: TensorShapeProto | None = None) -> ValueInfoProto:
+    """A tensor's declaration; without a shape, of unknown rank."""
+    value = helper.make_tensor_value_info(name, element_type, None)
+    if shape is not None:
+        value.type.tensor_type.shape.CopyFrom(shape)
+    return value
+
+
+def cast(source: str, target: str, element_type: int) -> NodeProto:
+    return helper.make_node("Cast", [source], [target], name=f"{target}/cast", to=element_type)
+
+
+def widen(node: NodeProto) -> None:
+    """Where a node says itself that it gives half precision (Cast, Constant), has it say float32 instead."""
+    for attribute in node.attribute:
+        if node.op_type == "Cast" and attribute.name == "to" and attribute.i in HALF:
+            attribute.i = TensorProto.FLOAT
+        elif attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type in HALF:
+            attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype("float32")))
+
+
+def save_model(model: ModelProto, path: Path) -> None:
+    """Writes a graph; its weights go into `<name>.onnx.data` where protobuf could not hold them."""
+    large = model.ByteSize() > EXTERNAL
+    onnx.save(model, path, save_as_external_data=large, location=path.name + ".data")
+
+
+def rewrite_bundle(folder: Path, out: Path, change: Callable[[str, ModelProto], ModelProto]) -> Manifest:
+    """Writes a bundle's copy into the folder `out`, every graph changed by `change(name, model)`.
+
+    Inputs and outputs keep their names; their types are taken from the changed graph. The manifest comes last.
+    """
+    manifest = Manifest.load(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    for graph in manifest.graphs.values():  # nothing of an older bundle may stay that the manifest does not name
+        (out / f"{graph.file}.data").unlink(missing_ok=True)
+    weights = {f"{graph.file}.data" for graph in manifest.graphs.values()}
+    graph_files = {graph.file for graph in manifest.graphs.values()}
+    names = [name for name in manifest.files if name not in weights | graph_files]
+    for name in names:
+        shutil.copyfile(folder / name, out / name)
+    for name, spec in manifest.graphs.items():
+        model = change(name, onnx.load(folder / spec.file))
+        save_model(model, out / spec.file)
+        names += [spec.file, *(weights & {path.name for path in out.glob(f"{spec.file}.data")})]
+        given = {value.name: value for value in model.graph.input}
+        spec.inputs = [_retyped(tensor, given[tensor.name]) for tensor in spec.inputs]
+        # By order: an output may not bear an input's name in the file, but does in the contract.
+        spec.outputs = [_retyped(*pair) for pair in zip(spec.outputs, model.graph.output, strict=True)]
+    manifest.files = {name: file_digest(out / name) for name in sorted(names)}
+    manifest.save(out)
+    return manifest
+
+
+def _retyped(spec: TensorSpec, value: ValueInfoProto) -> TensorSpec:
+    return replace(spec, dtype=numpy_name(value.type.tensor_type.elem_type))

@@ -1,0 +1,216 @@
+"""The loop on a device gives what the loop on the host gives, in whatever order the device runs what it may run."""
+
+from __future__ import annotations
+
+import fake_cuda
+import numpy as np
+import pytest
+from handiffuser import HanDiffuser, Request
+from handiffuser.contract import Manifest
+from handiffuser.engines import load_engines
+from handiffuser.errors import EngineError
+from handiffuser.runtime.device import DeviceLoop, Staging, connect
+from handiffuser.runtime.pipeline import Failure
+
+BUCKETS = (1, 2, 4)
+
+
+def device_loop(folder, seed=0, slots=4, overlap=True, refuse_capture=False, spoil=None, capture=True):
+    """A loop on a fake GPU over the bundle's graphs in ONNX Runtime; spoil: graph -> function(inputs, results)."""
+    pipeline = HanDiffuser.load(folder, device="cpu")
+    cuda = fake_cuda.FakeCuda(seed, refuse_capture)
+    _, engines = load_engines(folder, "cpu", 1, verify=False)
+    made = {}
+
+    def load(name, bucket):
+        made[name, bucket] = fake_cuda.FakeDeviceEngine(
+            engines[name], None if name == "unet_time" else bucket, (spoil or {}).get(name)
+        )
+        return made[name, bucket]
+
+    graphs = connect(cuda, Manifest.load(folder), BUCKETS, load, capture)
+    loop = DeviceLoop(pipeline, cuda, graphs, slots, overlap)
+    loop.made = made
+    return loop
+
+
+def prepared(loop, requests, seed=0):
+    resolved, refused = loop.pipeline.prepare(requests, seed)
+    assert not refused
+    return resolved
+
+
+def run(loop, requests):
+    events = []
+    results = {r.id: r for r in loop.run(requests, lambda kind, count: events.append((kind, count)))}
+    return results, events
+
+
+def mixed(count, seed=0):
+    random = np.random.default_rng(seed)
+    solvers = ("ddim", "ddpm", "euler", "dpm++2m", "plms")
+    return [
+        Request(
+            f"prompt {i}",
+            seed=i,
+            steps=int(random.integers(4, 9)),
+            solver=solvers[random.integers(5)],
+            guidance=float(random.integers(1, 4)),
+            hand_steps=int(random.integers(2, 6)),
+        )
+        for i in range(count)
+    ]
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, picture in theirs.items():
+        np.testing.assert_array_equal(ours[key].image, picture.image)
+        assert ours[key].hands.keys() == picture.hands.keys()
+        for name, value in picture.hands.items():
+            np.testing.assert_allclose(ours[key].hands[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_the_host_in_any_order(toy_bundle, seed, overlap):
+    loop = device_loop(toy_bundle, seed, overlap=overlap)
+    requests = prepared(loop, mixed(11, seed))
+    on_host = {picture.id: picture for picture in loop.pipeline.run(requests)}
+    on_device, events = run(loop, requests)
+    same(on_device, on_host)
+    assert sum(count for kind, count in events if kind == "steps") == sum(
+        len(loop.pipeline.table("latents", request).rows)
+        for request in requests  # PLMS takes one more than asked
+    )
+    assert sum(count for kind, count in events if kind == "hands") == 11
+
+
+def test_given_hands(toy_bundle, tmp_path):
+    loop = device_loop(toy_bundle, 3)
+    first = prepared(loop, mixed(3))
+    pictures, _ = run(loop, first)
+    path = tmp_path / "a.hands.npz"
+    np.savez(path, **pictures[first[0].id].hands)
+    requests = prepared(loop, [Request("other", hands=str(path)), *mixed(2, 5), Request("third", hands=str(path))])
+    on_host = {picture.id: picture for picture in loop.pipeline.run(requests)}
+    same(run(loop, requests)[0], on_host)
+
+
+def test_a_step_is_launched_from_its_capture(toy_bundle):
+    loop = device_loop(toy_bundle)
+    run(loop, prepared(loop, mixed(9)))
+    for (name, bucket), engine in loop.made.items():
+        if name != "unet_time":
+            assert engine.enqueued == 2, (name, bucket)  # once as it is, once for the capture
+    assert not loop.warnings()
+
+
+def test_refused_capture_runs_all_the_same_and_says_so(toy_bundle):
+    loop = device_loop(toy_bundle, refuse_capture=True)
+    requests = prepared(loop, mixed(5))
+    same(run(loop, requests)[0], {picture.id: picture for picture in loop.pipeline.run(requests)})
+    assert "kernel by kernel" in loop.warnings()[0] and "unet" in loop.warnings()[0]
+
+
+def test_nothing_is_allocated_in_a_second_run(toy_bundle):
+    loop = device_loop(toy_bundle)
+    requests = prepared(loop, mixed(8))
+    run(loop, requests)
+    run(loop, requests)
+    before = loop.cuda.allocated
+    for _ in range(3):
+        run(loop, requests)
+    # Pinned buffers depend on how far the host ran ahead, but their number has an end.
+    assert loop.cuda.allocated - before < 20
+    before = loop.cuda.allocated
+    for _ in range(10):
+        run(loop, requests)
+    assert loop.cuda.allocated - before < 20
+
+
+def test_smallest_bucket_that_holds_them(toy_bundle):
+    loop = device_loop(toy_bundle)
+    run(loop, prepared(loop, [Request("one")]))
+    assert {bucket for name, bucket in loop.made if name == "unet"} == {1}
+    run(loop, prepared(loop, [Request("a"), Request("b"), Request("c")]))
+    assert {bucket for name, bucket in loop.made if name == "unet"} == {1, 4}
+
+
+@pytest.mark.parametrize(
+    ("graph", "words"),
+    [
+        ("hand_prior", "hand_prior, step 1"),
+        ("hand_features", "hand_features"),
+        ("unet", "unet, step 2"),
+        ("image_decoder", "image_decoder"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_nan_fails_one_and_the_rest_goes_on(toy_bundle, graph, words, seed):
+    calls = {"count": 0}
+
+    def step_spoiler(state, at):
+        def spoil(inputs, results):
+            # The first request's row: it is alone in the first batch's row 0 until it leaves.
+            calls["count"] += 1
+            if calls["count"] == at:
+                results[state][0], results["finite"][0] = np.nan, 0
+            bad = ~np.isfinite(results[state]).reshape(len(results[state]), -1).all(1)
+            results["finite"][bad] = 0
+
+        return spoil
+
+    def once(output):
+        def spoil(inputs, results):
+            calls["count"] += 1
+            if calls["count"] == 1:
+                if "finite" in results:
+                    results["finite"][0] = 0
+                else:
+                    results[output][0] = np.nan
+
+        return spoil
+
+    spoilers = {
+        "hand_prior": step_spoiler("x", 2),
+        "hand_features": once("vertices"),
+        "unet": step_spoiler("latents", 3),
+        "image_decoder": once("image"),
+    }
+    loop = device_loop(toy_bundle, seed, spoil={graph: spoilers[graph]})
+    requests = prepared(loop, [Request(f"p{i}", seed=i, steps=6, hand_steps=4) for i in range(7)])
+    results, _ = run(loop, requests)
+    failures = [result for result in results.values() if isinstance(result, Failure)]
+    assert len(results) == 7 and len(failures) == 1
+    assert failures[0].sentence.startswith(f"{words} gave NaN")
+    fine = device_loop(toy_bundle)
+    same(
+        {key: value for key, value in results.items() if not isinstance(value, Failure)},
+        {p.id: p for p in fine.pipeline.run(requests) if p.id != failures[0].id},
+    )
+
+
+def test_stopped_early_leaves_nothing_behind(toy_bundle):
+    loop = device_loop(toy_bundle, 1)
+    requests = prepared(loop, mixed(10))
+    pictures = loop.run(requests, lambda *_: None)
+    next(pictures)
+    pictures.close()
+    same(run(loop, requests)[0], {picture.id: picture for picture in loop.pipeline.run(requests)})
+
+
+def test_more_rows_than_the_largest_engine(toy_bundle):
+    loop = device_loop(toy_bundle)
+    with pytest.raises(EngineError, match="--batch-sizes 5"):
+        loop.graphs["unet"].bucket(5)
+
+
+def test_staging_keeps_a_buffer_until_its_copy_is_done():
+    cuda = fake_cuda.FakeCuda()
+    stream, staging = cuda.stream(), Staging(cuda)
+    target = cuda.zeros((10, 4), "float32")
+    for i in range(10):
+        staging.upload(stream, target[i], np.full(4, i, np.float32))
+    stream.synchronize()
+    np.testing.assert_array_equal(target.value, np.arange(10)[:, None].repeat(4, 1))
