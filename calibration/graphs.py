@@ -11,7 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, TensorShapeProto, ValueInfoProto, helper, numpy_helper, shape_inference
+from onnx import (
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    TensorShapeProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+    shape_inference,
+)
 
 from ..contract import Manifest, TensorSpec, file_digest
 from ..errors import BundleError

@@ -94,9 +94,7 @@ def record(
     return {name: recorder.inputs() for name, recorder in recorders.items()}, results
 
 
-def requests_for(
-    pipeline: HanDiffuser, prompts: Iterable[str], seeds: Iterable[int], **settings: Any
-) -> list[Request]:
+def requests_for(pipeline: HanDiffuser, prompts: Iterable[str], seeds: Iterable[int], **settings: Any) -> list[Request]:
     """Every prompt with every seed, filled in from the bundle's defaults. Raises RequestError for what cannot run."""
     try:
         asked = [Request(prompt, seed=seed, **settings) for prompt, seed in itertools.product(prompts, seeds)]

@@ -1,0 +1,243 @@
+"""How far a bundle of lower precision is from the float32 bundle of the same checkpoint.
+
+    report = fidelity("bundle", "bundle_fp16")
+    if not report.passes:
+        print(*report.sentences(), sep="\\n")
+
+Every graph alone, on what it sees in a real run of the reference; and the whole of both stages with the same seeds,
+which shows what the errors of all graphs and steps come to in the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from ..contract import TOKENIZER, Manifest
+from ..engines import Engine, OnnxRuntimeEngine, load_engines
+from ..errors import BundleError, EngineError
+from ..runtime.pipeline import Failure, HanDiffuser, Picture
+from ..runtime.tokens import PromptTokenizer
+from .emulate import emulate_bundle
+from .record import PROMPTS, Feeds, record, run_all
+
+PSNR_MUST = 35.0  # dB, mean over pictures: above it, two pictures side by side look the same
+RMS_MAY = {"fp16": 1e-2, "bf16": 5e-2}  # of each graph's outputs, relative; bfloat16 has 3 bits less
+# What both bundles must agree on to be of one checkpoint.
+SHARED = ("image_size", "latent_size", "num_history", "schedules", "tokenizer", "params_mean", "params_std")
+
+Judge = Callable[[np.ndarray], Any]  # uint8 pictures [N, H, W, 3] -> labels [N] or [N, L]
+
+
+@dataclass
+class GraphError:
+    """A graph's error on the recorded inputs. The worst of its outputs counts; `tensor` is its name."""
+
+    rms: float  # root mean square of the differences, relative to that of the values
+    max: float  # largest difference, relative to the largest value
+    tensor: str
+    not_finite: int = 0  # NaN and infinite numbers where the reference is finite, over all outputs
+
+
+@dataclass
+class PictureError:
+    """One request, run by both bundles."""
+
+    prompt: str
+    seed: int
+    psnr: float  # dB; infinite for equal pictures, 0 where the candidate made none
+    joints: float  # pixels: the farthest that a finger joint of a hand in the picture has moved
+    failure: str = ""  # what the candidate said instead of making a picture
+
+
+@dataclass
+class Report:
+    """The comparison, and whether the candidate is good enough."""
+
+    precision: str  # of the candidate
+    device: str
+    emulated: bool  # half precision was rounded as a GPU does it, see `emulate`
+    rms_may: float  # the bar for every graph's `rms`
+    graphs: dict[str, GraphError]
+    pictures: list[PictureError]
+    agreement: list[float] = field(default_factory=list)  # by label: share of pictures that the judge reads alike
+    psnr_must: float = PSNR_MUST
+
+    @property
+    def psnr_mean(self) -> float:
+        """dB over the pictures that differ, lest an equal one makes up for any other; infinite if none does."""
+        values = [picture.psnr for picture in self.pictures if picture.psnr < math.inf]
+        return sum(values) / len(values) if values else math.inf
+
+    @property
+    def psnr_min(self) -> float:
+        return min(picture.psnr for picture in self.pictures)
+
+    @property
+    def joints_max(self) -> float:
+        """Pixels."""
+        return max(picture.joints for picture in self.pictures)
+
+    @property
+    def passes(self) -> bool:
+        return not self.sentences()
+
+    def sentences(self) -> list[str]:
+        """A sentence for each bar that the candidate fails."""
+        found = []
+        for name, graph in self.graphs.items():
+            if graph.not_finite:
+                found.append(
+                    f"{name} gives NaN or infinity in {graph.not_finite} numbers where the reference is finite: "
+                    f"{self.precision} overflows there. Keep the nodes that overflow in float32 (keep_sensitive)."
+                )
+            elif not graph.rms <= self.rms_may:
+                found.append(
+                    f"{name} is {graph.rms:.2g} from the reference in {graph.tensor} (root mean square, relative); "
+                    f"{self.precision} may be {self.rms_may:g}. Keep its sensitive nodes in float32 (keep_sensitive)."
+                )
+        for picture in self.pictures:
+            if picture.failure:
+                found.append(f"{picture.prompt!r} with seed {picture.seed} came to no picture: {picture.failure}")
+        if not self.psnr_mean >= self.psnr_must:
+            found.append(
+                f"The pictures are {self.psnr_mean:.1f} dB from the reference's on average "
+                f"({self.psnr_min:.1f} dB at worst); they must be {self.psnr_must:g} dB."
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`. Infinity, which JSON lacks, becomes the text "inf"."""
+        summary = {name: getattr(self, name) for name in ("passes", "psnr_mean", "psnr_min", "joints_max")}
+        return _plain({**summary, "sentences": self.sentences(), **asdict(self)})
+
+
+def fidelity(
+    reference: str | Path,
+    candidate: str | Path,
+    prompts: Sequence[str] = PROMPTS,
+    seeds: Sequence[int] = (0,),
+    device: str = "cpu",
+    judge: Judge | None = None,
+    *,
+    emulated: bool | None = None,
+    threads: int | None = None,
+    **settings: Any,
+) -> Report:
+    """Compares a bundle with the float32 bundle of the same checkpoint, on every prompt with every seed.
+
+    judge: reads labels from pictures; the report says how often it reads both bundles' alike.
+    emulated: round half precision as a GPU stores it, see `emulate`; by default on the CPU, which would not.
+    settings: steps, solver, guidance, ... as in `Request`.
+    Raises BundleError when the bundles are not of one checkpoint, EngineError when the reference itself fails.
+    """
+    reference, candidate = Path(reference), Path(candidate)
+    ours, theirs = Manifest.load(reference), Manifest.load(candidate)
+    _check_same(ours, theirs)
+    emulated = device == "cpu" if emulated is None else emulated
+    inputs, expected = record(reference, prompts, seeds, device, threads=threads, **settings)
+    for result in expected:
+        if isinstance(result, Failure):
+            raise EngineError(f"The reference {reference} itself fails at {result.request.prompt!r}: {result.sentence}")
+    with TemporaryDirectory() as folder:
+        if emulated:
+            candidate, theirs = Path(folder), emulate_bundle(candidate, Path(folder))
+        manifest, engines = load_engines(candidate, device, threads, verify=False)
+        pipeline = HanDiffuser(manifest, engines, PromptTokenizer(candidate / TOKENIZER, manifest.tokenizer))
+        results = run_all(pipeline, [result.request for result in expected])
+        graphs = {}
+        for name, spec in ours.graphs.items():
+            exact = OnnxRuntimeEngine(reference / spec.file, spec, device, threads)
+            graphs[name] = compare(exact, engines[name], inputs[name])
+    pairs = [(a, b) for a, b in zip(expected, results, strict=True) if isinstance(a, Picture)]
+    agreement = []
+    made = [(a.image, b.image) for a, b in pairs if isinstance(b, Picture)]
+    if judge is not None and made:
+        read = [np.asarray(judge(np.stack(images))) for images in zip(*made, strict=True)]
+        agreement = np.atleast_1d((read[0] == read[1]).mean(0)).tolist()
+    return Report(
+        precision=theirs.precision,
+        device=next(iter(engines.values())).device,  # type: ignore[attr-defined]
+        emulated=emulated,
+        rms_may=RMS_MAY.get(theirs.precision, RMS_MAY["fp16"]),
+        graphs=graphs,
+        pictures=[_compare_pictures(*pair) for pair in pairs],
+        agreement=agreement,
+    )
+
+
+def compare(reference: Engine, candidate: Engine, calls: Iterable[Feeds]) -> GraphError:
+    """Both engines of one graph on the same inputs, which are cast to what the candidate takes."""
+    sums = {tensor.name: np.zeros(4) for tensor in reference.spec.outputs}
+    not_finite = 0
+    for feeds in calls:
+        exact = reference(feeds)
+        got = candidate({spec.name: feeds[spec.name].astype(spec.dtype, copy=False) for spec in candidate.spec.inputs})
+        for name, total in sums.items():
+            value, other = exact[name].astype(np.float64), got[name].astype(np.float64)
+            good = np.isfinite(other) | ~np.isfinite(value)
+            not_finite += int((~good).sum())
+            with np.errstate(invalid="ignore"):
+                difference = np.where(good, np.where(value == other, 0, np.abs(value - other)), np.inf)
+            total[:2] = np.maximum(total[:2], [difference.max(), np.abs(value).max()])
+            total[2:] += np.square(difference).sum(), np.square(value).sum()
+    errors = {
+        name: (math.sqrt(relative(total[2], total[3])), relative(total[0], total[1])) for name, total in sums.items()
+    }
+    tensor = max(errors, key=lambda name: errors[name])
+    return GraphError(*errors[tensor], tensor, not_finite)
+
+
+def relative(difference: float, value: float) -> float:
+    """difference / value; 0 where nothing differs, infinite where something differs from nothing."""
+    if difference == 0:
+        return 0.0
+    return float(difference / value) if value else math.inf
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures, dB; infinite where they are equal."""
+    error = np.square(a.astype(np.float64) - b).mean()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def _compare_pictures(expected: Picture, result: Picture | Failure) -> PictureError:
+    request = expected.request
+    if isinstance(result, Failure):
+        return PictureError(request.prompt, request.seed or 0, 0.0, 0.0, result.sentence)
+    height, width = expected.image.shape[:2]
+    ours, theirs = expected.hands, result.hands
+    # Only hands that either of the two shows: the joints of one that is nowhere are anywhere.
+    shown = np.maximum(ours["visibility"], theirs["visibility"]) > 0.5
+    moved = np.linalg.norm((theirs["joints_2d"] - ours["joints_2d"])[shown] * (width, height), axis=-1)
+    return PictureError(
+        request.prompt, request.seed or 0, psnr(expected.image, result.image), float(moved.max(initial=0.0))
+    )
+
+
+def _check_same(ours: Manifest, theirs: Manifest) -> None:
+    """Raises BundleError unless two manifests may be of one checkpoint."""
+    for name in SHARED:
+        if getattr(ours, name) != getattr(theirs, name):
+            raise BundleError(
+                f"The bundles are not of one checkpoint: they differ in {name}. Export both from the same one."
+            )
+    for name, spec in ours.graphs.items():
+        for kind in ("inputs", "outputs"):
+            sides = [{(tensor.name, tensor.shape) for tensor in getattr(m.graphs[name], kind)} for m in (ours, theirs)]
+            if sides[0] != sides[1]:
+                raise BundleError(f"The bundles are not of one checkpoint: {name} has other {kind}. Export both again.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
