@@ -17,15 +17,17 @@ from ..contract import Manifest
 from .graphs import HALF, cast, element_types, rewrite_bundle, widen
 
 # Operators that only move numbers: what they give is rounded already.
-MOVES = frozenset(
-    "Concat Expand Flatten Gather GatherElements GatherND Identity Pad Reshape Slice Split Squeeze Tile Transpose "
-    "Unsqueeze Where".split()
-)
+MOVES = {
+    "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice",
+    "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
+}  # fmt: skip
 
 
 def emulate(model: ModelProto) -> ModelProto:
     """A float32 graph that rounds where `model` stores half precision. Its inputs and outputs are float32 instead."""
     half = {name: kind for name, kind in element_types(model).items() if kind in HALF}
+    if half.keys() <= {tensor.name for tensor in model.graph.initializer}:
+        return model  # weights may be stored in half, but nothing is computed in it
     nodes: list[NodeProto] = []
 
     def store(computed: str, name: str) -> None:
@@ -49,13 +51,13 @@ def emulate(model: ModelProto) -> ModelProto:
         if value.name in half:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     for node in model.graph.node:
-        node_ = NodeProto()
-        node_.CopyFrom(node)
-        node_.input[:] = [rounded.get(name, name) for name in node.input]
-        widen(node_)
-        nodes.append(node_)
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = [rounded.get(name, name) for name in node.input]
+        widen(copy)
+        nodes.append(copy)
         if node.op_type not in MOVES:
-            node_.output[:] = [f"{name}/computed" if name in half else name for name in node.output]
+            copy.output[:] = [f"{name}/computed" if name in half else name for name in node.output]
             for name in node.output:
                 if name in half:
                     store(f"{name}/computed", name)

@@ -26,7 +26,7 @@ from ..contract import Manifest, TensorSpec, file_digest
 from ..errors import BundleError
 
 # Element types that are half as wide as float32 -> the largest number they hold.
-HALF = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895e38}
+HALF: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895e38}
 EXTERNAL = 1 << 30  # bytes from which weights go into a file beside the graph: protobuf ends at 2 GB
 
 
@@ -67,7 +67,8 @@ def value_info(name: str, element_type: int, shape: TensorShapeProto | None = No
 
 
 def cast(source: str, target: str, element_type: int) -> NodeProto:
-    return helper.make_node("Cast", [source], [target], name=f"{target}/cast", to=element_type)
+    """Unnamed, because names must differ; it can be told by its output."""
+    return helper.make_node("Cast", [source], [target], to=element_type)
 
 
 def widen(node: NodeProto) -> None:
@@ -86,29 +87,36 @@ def save_model(model: ModelProto, path: Path) -> None:
 
 
 def rewrite_bundle(folder: Path, out: Path, change: Callable[[str, ModelProto], ModelProto]) -> Manifest:
-    """Writes a bundle's copy into the folder `out`, every graph changed by `change(name, model)`.
+    """Writes a bundle's copy as the new folder `out`, every graph changed by `change(name, model)`.
 
-    Inputs and outputs keep their names; their types are taken from the changed graph. The manifest comes last.
+    Inputs and outputs keep their names; their types are taken from the changed graph. It is written beside `out` and
+    moved when it is complete. Raises BundleError when `out` is there already.
     """
     manifest = Manifest.load(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    for graph in manifest.graphs.values():  # nothing of an older bundle may stay that the manifest does not name
-        (out / f"{graph.file}.data").unlink(missing_ok=True)
-    weights = {f"{graph.file}.data" for graph in manifest.graphs.values()}
-    graph_files = {graph.file for graph in manifest.graphs.values()}
-    names = [name for name in manifest.files if name not in weights | graph_files]
-    for name in names:
-        shutil.copyfile(folder / name, out / name)
-    for name, spec in manifest.graphs.items():
-        model = change(name, onnx.load(folder / spec.file))
-        save_model(model, out / spec.file)
-        names += [spec.file, *(weights & {path.name for path in out.glob(f"{spec.file}.data")})]
-        given = {value.name: value for value in model.graph.input}
-        spec.inputs = [_retyped(tensor, given[tensor.name]) for tensor in spec.inputs]
-        # By order: an output may not bear an input's name in the file, but does in the contract.
-        spec.outputs = [_retyped(*pair) for pair in zip(spec.outputs, model.graph.output, strict=True)]
-    manifest.files = {name: file_digest(out / name) for name in sorted(names)}
-    manifest.save(out)
+    if out.exists():
+        raise BundleError(f"{out} exists. Choose another folder, or remove that one.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(out.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        graph_files = tuple(spec.file for spec in manifest.graphs.values())
+        for name in manifest.files:
+            if not name.startswith(graph_files):  # neither a graph nor its weights
+                shutil.copyfile(folder / name, work / name)
+        for name, spec in manifest.graphs.items():
+            model = change(name, onnx.load(folder / spec.file))
+            save_model(model, work / spec.file)
+            given = {value.name: value for value in model.graph.input}
+            spec.inputs = [_retyped(tensor, given[tensor.name]) for tensor in spec.inputs]
+            # By order: an output may not bear an input's name in the file, but does in the contract.
+            spec.outputs = [_retyped(*pair) for pair in zip(spec.outputs, model.graph.output, strict=True)]
+        manifest.files = {file.name: file_digest(file) for file in sorted(work.iterdir())}
+        manifest.save(work)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    work.replace(out)
     return manifest
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..contract import Manifest
 from ..engines.onnxruntime import session_options
@@ -26,7 +26,7 @@ from .graphs import HALF, cast, element_types, label, rewrite_bundle, save_model
 from .record import Inputs
 
 HEADROOM = 0.5  # of the largest number: other prompts may give larger values than those recorded
-LIMIT = 2e-2  # own error, root mean square relative to the values. Rounding alone costs 3e-4 in float16
+LIMIT = 1e-2  # own error, root mean square relative to the values. Rounding alone costs 3e-4 in float16
 
 
 @dataclass
@@ -88,99 +88,89 @@ def find_sensitive(
     exact, halves = _Pieces(reference), _Pieces(half)
     pairs = _pair(exact, halves)
     counterpart = {theirs: ours for a, b in pairs for theirs, ours in zip(b.output, a.output, strict=True)}
-    halved = [(a, b) for a, b in pairs if halves.half_tensors(b)]
-    if not halved or not inputs:
+    tried = [(a, b) for a, b in pairs if halves.half_tensors(b)]
+    if not tried or not inputs:
         return []
+    found = {label(b): Sensitive(label(b), b.op_type, "", 0.0, 0.0) for _, b in tried}
+    # Of each node that is tried: its inputs, and what they are called in the float32 graph.
+    sources = {label(b): {name: halves.source(name) for name in halves.dynamic(b)} for _, b in tried}
+    sources = {node: {name: counterpart.get(s, s) for name, s in names.items()} for node, names in sources.items()}
 
-    # The float32 graph runs once, a few nodes at a time. What later pieces need stays in `live`, call by call.
-    places = {label(node): i // chunk for i, node in enumerate(exact.nodes)}
+    # The float32 graph runs once, a piece at a time. What later pieces need stays in `live`, a dictionary a call.
     needed_until: dict[str, int] = {}
-    for node in exact.nodes:
-        for name in node.input:
-            needed_until[name] = max(needed_until.get(name, 0), places[label(node)])
-    for a, b in halved:
-        for name in halves.dynamic(b):
-            source = halves.source(name)
-            source = counterpart.get(source, source)
-            needed_until[source] = max(needed_until.get(source, 0), places[label(a)])
+    piece_of = {label(node): i // chunk for i, node in enumerate(exact.nodes)}
+    users = [(label(node), node.input) for node in exact.nodes]
+    users += [(label(a), sources[label(b)].values()) for a, b in tried]
+    for user, names in users:
+        needed_until.update({name: max(needed_until.get(name, 0), piece_of[user]) for name in names})
     live: list[dict[str, np.ndarray]] = [dict(feeds) for feeds in inputs]
-    tally = {label(b): [0.0, 0.0, False] for _, b in halved}  # largest, error, not finite
-    for start in range(0, len(exact.nodes), chunk):
-        nodes = exact.nodes[start : start + chunk]
-        here = {label(node) for node in nodes}
-        run = _runner(exact.cut(nodes, apart=False), threads)
-        mine = [(a, b) for a, b in halved if label(a) in here]
-        try_out = _runner(emulate(halves.cut([b for _, b in mine], apart=True)), threads) if mine else None
+    for piece in range(-(-len(exact.nodes) // chunk)):
+        run = _runner(exact.cut(exact.nodes[piece * chunk : (piece + 1) * chunk], apart=False), threads)
+        here = [(a, b) for a, b in tried if piece_of[label(a)] == piece]
+        try_out = _runner(emulate(halves.cut([b for _, b in here], apart=True)), threads) if here else None
         for values in live:
             values.update(run(values))
-            if try_out is None:
-                continue
-            feeds = {}
-            for _, b in mine:
-                for name in halves.dynamic(b):
-                    source = halves.source(name)
-                    value = values[counterpart.get(source, source)]
-                    feeds[f"{name}/in"] = value.astype(halves.numpy_type(name), copy=False)
-            got = try_out(feeds)
-            for a, b in mine:
-                largest = [_largest(feeds[f"{name}/in"]) for name in halves.dynamic(b) if halves.types[name] in HALF]
-                entry = tally[label(b)]
-                for ours, theirs in zip(a.output, b.output, strict=True):
-                    if halves.types.get(theirs) in HALF:
-                        largest.append(_largest(values[ours]))
-                    if theirs:
-                        _compare(values[ours], got[theirs], entry)
-                entry[0] = max(entry[0], *largest, 0.0)
-        stop = start // chunk
-        for values in live:
-            for name in [name for name in values if needed_until.get(name, -1) <= stop]:
+            if try_out is not None:
+                feeds = {
+                    f"{name}/in": values[source].astype(halves.numpy_type(name), copy=False)
+                    for _, b in here
+                    for name, source in sources[label(b)].items()
+                }
+                got = try_out(feeds)
+                for a, b in here:
+                    _measure(found[label(b)], halves, (a, b), values, feeds, got)
+            for name in [name for name in values if needed_until.get(name, -1) <= piece]:
                 del values[name]
-    return _verdict(halves, [b for _, b in halved], tally, limit)
+
+    for _, b in tried:
+        node = found[label(b)]
+        if node.largest > HEADROOM * min(HALF[kind] for kind in halves.half_tensors(b)):
+            node.reason = "overflow"
+        if not node.reason and node.error > limit:
+            node.reason = "error"
+            _keep_feeders(found, halves, b, f"feeds {node.name}")
+    return [node for node in found.values() if node.reason]
 
 
-def _verdict(halves: _Pieces, nodes: list[NodeProto], tally: dict[str, list[Any]], limit: float) -> list[Sensitive]:
-    reasons: dict[str, str] = {}
-    for node in nodes:
-        name = label(node)
-        largest, error, not_finite = tally[name]
-        kinds = halves.half_tensors(node)
-        if not_finite or largest > HEADROOM * min(HALF[kind] for kind in kinds):
-            reasons[name] = "overflow"
-        elif not error <= limit:
-            reasons.setdefault(name, "error")
-            _feeders(halves, node, f"feeds {name}", reasons)
-    known = {label(node): node for node in halves.nodes}
-    return [
-        Sensitive(name, known[name].op_type, reasons[name], *tally.get(name, [0.0, 0.0])[:2])
-        for name in known
-        if name in reasons
-    ]
+def _measure(
+    node: Sensitive,
+    halves: _Pieces,
+    pair: tuple[NodeProto, NodeProto],
+    values: dict[str, np.ndarray],
+    feeds: dict[str, np.ndarray],
+    got: dict[str, np.ndarray],
+) -> None:
+    """Notes how a node did in one call: what it was fed and gave in half, and `values` of the float32 graph."""
+    a, b = pair
+    for name in halves.dynamic(b):
+        if halves.types[name] in HALF:
+            node.largest = max(node.largest, _largest(feeds[f"{name}/in"]))
+    for ours, theirs in zip(a.output, b.output, strict=True):
+        if halves.types.get(theirs) not in HALF:
+            continue
+        exact, half = values[ours], got[theirs]
+        if exact.shape != half.shape:
+            raise BundleError(
+                f"The graphs are not two precisions of one: {node.name} gives {list(half.shape)} in one and "
+                f"{list(exact.shape)} in the other. Export both from one checkpoint."
+            )
+        node.largest = max(node.largest, _largest(exact))
+        fine = np.isfinite(exact)
+        exact, half = exact[fine].astype(np.float64), half[fine].astype(np.float64)
+        if not np.isfinite(half).all():
+            node.reason = "overflow"
+        elif exact.any():
+            node.error = max(node.error, float(np.sqrt(np.square(half - exact).sum() / np.square(exact).sum())))
 
 
-def _feeders(halves: _Pieces, node: NodeProto, reason: str, reasons: dict[str, str]) -> None:
-    """Notes the nodes that compute the half inputs of `node`, and those that only move them on their way."""
+def _keep_feeders(found: dict[str, Sensitive], halves: _Pieces, node: NodeProto, reason: str) -> None:
+    """Finds the nodes that compute the half inputs of `node`, and those that only move them on their way."""
     for name in halves.dynamic(node):
         maker = halves.makers.get(halves.source(name))
-        if halves.types[name] in HALF and maker is not None and halves.half_tensors(maker):
-            reasons.setdefault(label(maker), reason)
+        if halves.types[name] in HALF and maker is not None and label(maker) in found:
+            found[label(maker)].reason = found[label(maker)].reason or reason
             if maker.op_type in MOVES:
-                _feeders(halves, maker, reason, reasons)
-
-
-def _compare(exact: np.ndarray, got: np.ndarray, entry: list[Any]) -> None:
-    """Notes in entry[1:] the larger error, and whether `got` is not finite where `exact` is."""
-    if exact.shape != got.shape:
-        raise BundleError(
-            "The graphs are not two precisions of one: their tensors differ in shape. Export both from one checkpoint."
-        )
-    if exact.dtype.kind != "f":
-        return
-    fine = np.isfinite(exact)
-    exact, got = exact[fine].astype(np.float64), got[fine].astype(np.float64)
-    if not np.isfinite(got).all():
-        entry[2] = True
-    elif exact.any():
-        entry[1] = max(entry[1], float(np.sqrt(np.square(got - exact).sum() / np.square(exact).sum())))
+                _keep_feeders(found, halves, maker, reason)
 
 
 def _largest(value: np.ndarray) -> float:
@@ -196,7 +186,10 @@ class _Pieces:
         self.model, self.types = model, element_types(model)
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
         # Weights may be stored in half behind a Cast: such a Cast belongs to the weight.
-        self.casts = {n.output[0]: n for n in model.graph.node if n.op_type == "Cast" and n.input[0] in self.weights}
+        self.casts: dict[str, NodeProto] = {}
+        for node in model.graph.node:
+            if node.op_type == "Cast" and (node.input[0] in self.weights or node.input[0] in self.casts):
+                self.casts[node.output[0]] = node
         self.nodes = [node for node in model.graph.node if node.output[0] not in self.casts]
         self.makers = {name: node for node in self.nodes for name in node.output if name}
 
@@ -235,8 +228,10 @@ class _Pieces:
             inputs.update({new: self.types[name] for name, new in fed.items()})
             copies.append(copy)
         used = {name for node in nodes for name in node.input}
+        for name, node in reversed(self.casts.items()):
+            if name in used:
+                used.add(node.input[0])
         casts = [node for name, node in self.casts.items() if name in used]
-        used |= {node.input[0] for node in casts}
         graph = helper.make_graph(
             [*casts, *copies],
             self.model.graph.name,
@@ -292,9 +287,12 @@ def _keep(model: ModelProto, names: set[str]) -> ModelProto:
     wanted.update(name for node in graph.node if label(node) not in names for name in node.input)
     nodes: list[NodeProto] = []
     wide: dict[str, str] = {}  # half tensor -> its float32 twin
+    suffix = "/float32"
+    while any(name.endswith(suffix) for name in types):  # the graph is mixed already
+        suffix += "+"
 
     def declare(name: str) -> str:
-        wide[name] = f"{name}/float32"
+        wide[name] = name + suffix
         graph.value_info.append(value_info(wide[name], TensorProto.FLOAT, shapes.get(name)))
         return wide[name]
 

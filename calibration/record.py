@@ -39,7 +39,7 @@ Inputs = dict[str, list[Feeds]]  # graph -> the calls that were kept, in the ord
 class Recorder:
     """An engine that keeps some of what it is given: at most `calls` calls, and `rows` rows of each."""
 
-    def __init__(self, engine: Engine, calls: int = 8, rows: int = 2) -> None:
+    def __init__(self, engine: Engine, calls: int = 8, rows: int = 4) -> None:
         self.engine, self.spec = engine, engine.spec
         self.device = getattr(engine, "device", "unknown")
         self._calls, self._rows = calls, rows
@@ -77,7 +77,7 @@ def record(
     device: str = "cpu",
     *,
     calls: int = 8,
-    rows: int = 2,
+    rows: int = 4,
     threads: int | None = None,
     **settings: Any,
 ) -> tuple[Inputs, list[Picture | Failure]]:

@@ -1,8 +1,8 @@
 """ONNX Runtime: the backend that runs everywhere. CPU by default, CUDA with I/O binding where it is installed.
 
 engine = OnnxRuntimeEngine("bundle/unet.onnx", manifest.graphs["unet"], device="cpu", threads=4)
-outputs = engine(feeds)                 # numpy in, numpy out
-outputs = engine.on_device(feeds)       # CUDA: outputs stay on the GPU and may be fed again
+outputs = engine(feeds)                         # numpy in, numpy out
+on_gpu = OnnxRuntimeDeviceEngine(engine)        # CUDA: bound to device arrays, enqueued on a stream
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ def load_engines(
 class OnnxRuntimeEngine:
     """One graph in ONNX Runtime. See `Engine` for calling it; `device` says where it really runs."""
 
-    def __init__(self, path: str | Path, spec: GraphSpec, device: str = "auto", threads: int | None = None) -> None:
-        """Loads the graph and compares its tensors with `spec`.
+    def __init__(
+        self, path: str | Path, spec: GraphSpec, device: str = "auto", threads: int | None = None, stream: int = 0
+    ) -> None:
+        """Loads the graph and compares its tensors with `spec`. stream: the CUDA stream it runs on, if not its own.
 
         Raises BundleError when the file is broken or its tensors differ from `spec`, EngineError when `device` is
         "cuda" and there is none.
@@ -93,7 +95,10 @@ class OnnxRuntimeEngine:
         if cuda:
             if hasattr(ort, "preload_dlls"):  # finds CUDA and cuDNN in NVIDIA's pip packages
                 ort.preload_dlls()
-            providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
+            choices = {"cudnn_conv_algo_search": "HEURISTIC"}
+            if stream:
+                choices["user_compute_stream"] = str(stream)
+            providers.insert(0, ("CUDAExecutionProvider", choices))
         try:
             self.session = ort.InferenceSession(str(path), session_options(threads), providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class below Exception
@@ -110,54 +115,52 @@ class OnnxRuntimeEngine:
                 "of the versions your onnxruntime-gpu asks for, or take --device cpu."
             )
         _check_contract(path, spec, self.session.get_inputs(), self.session.get_outputs())
-        self._names = [tensor.name for tensor in spec.outputs]
-        self._file_names = [tensor.name for tensor in self.session.get_outputs()]
+        self.names = [tensor.name for tensor in spec.outputs]
+        self.file_names = [tensor.name for tensor in self.session.get_outputs()]
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        if self.device == "cuda":
-            return {name: value.numpy() for name, value in self.on_device(feeds).items()}
         check_feeds(self.spec, feeds)
         try:
-            values = self.session.run(self._file_names, feeds)
+            values = self.session.run(self.file_names, feeds)
         except Exception as error:
-            raise self._failure(error) from error
-        return dict(zip(self._names, values, strict=True))
+            raise self.failure(error) from error
+        return dict(zip(self.names, values, strict=True))
 
-    def on_device(self, feeds: Mapping[str, Any]) -> dict[str, DeviceTensor]:
-        """Like a call, but outputs stay where they were computed. Feeds may be arrays or earlier outputs."""
-        ort = _import_onnxruntime()
-        check_feeds(self.spec, feeds)
-        binding = self.session.io_binding()
-        try:
-            for name, value in feeds.items():
-                if not isinstance(value, DeviceTensor):
-                    value = DeviceTensor(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self.device, 0))
-                binding.bind_ortvalue_input(name, value.value)
-            for name in self._file_names:
-                binding.bind_output(name, self.device, 0)
-            self.session.run_with_iobinding(binding)
-        except Exception as error:
-            raise self._failure(error) from error
-        return {name: DeviceTensor(value) for name, value in zip(self._names, binding.get_outputs(), strict=True)}
-
-    def _failure(self, error: Exception) -> EngineError:
+    def failure(self, error: Exception) -> EngineError:
+        """What ONNX Runtime's exception means for the user."""
         name = Path(self.spec.file).stem
         if _is_memory(error):
             return EngineError(f"There is not enough memory to run {name}. Take a smaller --batch-size.")
         return EngineError(f"ONNX Runtime failed in {name}: {_sentence(error)}")
 
 
-class DeviceTensor:
-    """An OrtValue with numpy's `dtype` and `shape`, so that it can be checked like an array."""
+class OnnxRuntimeDeviceEngine:
+    """A CUDA session bound to given device arrays: see `DeviceEngine`. Its session's stream is the one it runs on."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        self.dtype = np.dtype(_DTYPES[value.data_type()])
-        self.shape = tuple(value.shape())
+    def __init__(self, engine: OnnxRuntimeEngine) -> None:
+        self.engine, self.spec = engine, engine.spec
+        self.options = _import_onnxruntime().RunOptions()
+        # The caller orders work by streams and events; without this every run would wait for the device.
+        self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def numpy(self) -> np.ndarray:
-        """Copies it to the host."""
-        return self.value.numpy()
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        check_feeds(self.spec, inputs)
+        self.binding = self.engine.session.io_binding()
+        for name, array in inputs.items():
+            self.binding.bind_input(name, "cuda", 0, array.dtype.type, list(array.shape), array.pointer)
+        for name, file_name in zip(self.engine.names, self.engine.file_names, strict=True):
+            array = outputs[name]
+            self.binding.bind_output(file_name, "cuda", 0, array.dtype.type, list(array.shape), array.pointer)
+        self.bound = (dict(inputs), dict(outputs))  # keeps them alive
+
+    def enqueue(self, stream: Any) -> None:
+        try:
+            self.engine.session.run_with_iobinding(self.binding, self.options)
+        except Exception as error:
+            raise self.engine.failure(error) from error
+
+    def capturable(self, stream: Any) -> bool:
+        return False  # it allocates while it runs, which a capture does not allow
 
 
 def session_options(threads: int | None = None) -> Any:
@@ -187,6 +190,11 @@ def usable_cores() -> int:
     if quota.isdigit() and period.isdigit():
         count = min(count, -(-int(quota) // int(period)))
     return max(1, count)
+
+
+def has_cuda_provider() -> bool:
+    """Whether the installed ONNX Runtime could run on an NVIDIA GPU."""
+    return "CUDAExecutionProvider" in _import_onnxruntime().get_available_providers()
 
 
 def both_installed() -> str | None:

@@ -2,7 +2,7 @@
 
     backend = Backend("tensorrt-rtx")
     plan, proof = backend.build("bundle/unet.onnx", {"B": 4}, "fp16", Options())       # needs no GPU with TensorRT-RTX
-    engine = TensorRTEngine(backend, plan, spec, cuda, scratch)
+    engine = TensorRTEngine(backend, backend.load(plan, "unet", cuda), spec, Scratch(cuda))
     engine.bind({"latents": array, ...}); engine.enqueue(stream)
 
 Networks are strongly typed: a tensor has the type that the ONNX graph gives it, and nothing is lowered or raised
@@ -33,6 +33,9 @@ FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever was asked
 # Of the layers that compute, at least so many must have the precision that was asked for. Not all: the solver's tail,
 # the embedding of timesteps and layers that calibration keeps in float32 are not.
 SHARE = 0.8
+EVERYWHERE = (
+    "7.5, 8.x or 12.x"  # where TensorRT-RTX runs unless a plan names GPUs; not on 9.0 and 10.0, Hopper and B200
+)
 FREE_MAX = {"B": 4096, "S": 1000}  # the largest sizes of free axes that any plan allows
 
 OnProgress = Callable[[str, float], bool]  # (phase, done 0..1) -> whether to go on
@@ -69,19 +72,29 @@ class Backend:
                 + (" --extra-index-url https://pypi.nvidia.com." if name == "tensorrt" else ".")
             ) from error
         self.messages: list[str] = []
+        self.runtimes: list[Any] = []
         self.logger = _logger(self.module, self.messages)
         self.rtx = name == "tensorrt-rtx"
 
     def target(self, options: Options, cuda: Cuda | None) -> str:
         """What a plan is for: compute capabilities, or one GPU. Part of its key."""
         if self.rtx:
-            return "compute capability " + (", ".join(options.compute_capabilities) or "7.5 to 12.x")
+            return "compute capability " + (", ".join(options.compute_capabilities) or EVERYWHERE)
         if cuda is None:
             raise EngineError(
                 "TensorRT builds on the GPU that will run the engine, and there is none here. Build there: copy the "
                 "bundle and run `hd-engines build`; or take --backend tensorrt-rtx, which builds anywhere."
             )
         return f"{cuda.name}, compute capability {cuda.compute_capability}"
+
+    def runs_on(self, target: str, cuda: Cuda) -> bool:
+        """Whether a plan for `target` is for this GPU."""
+        if not self.rtx:
+            return target == self.target(Options(), cuda)
+        named = target.removeprefix("compute capability ")
+        if named == EVERYWHERE:
+            return cuda.compute_capability in ("7.5", "8.0", "8.6", "8.9") or cuda.compute_capability.startswith("12.")
+        return cuda.compute_capability in named.split(", ")
 
     def build(
         self,
@@ -107,7 +120,7 @@ class Backend:
         network = builder.create_network(0 if flag is None else 1 << int(flag))
         parser = trt.OnnxParser(network, self.logger)
         if not parser.parse_from_file(str(onnx)) or not network.num_outputs:
-            raise self._failure(f"cannot read {Path(onnx).name}")
+            raise self.failure(f"cannot read {Path(onnx).name}")
         config = builder.create_builder_config()
         self._configure(config, options)
         profile = builder.create_optimization_profile()
@@ -125,10 +138,26 @@ class Backend:
         if monitor is not None and monitor.stopped:
             raise KeyboardInterrupt
         if plan is None:
-            raise self._failure(f"cannot build {Path(onnx).name}")
+            raise self.failure(f"cannot build {Path(onnx).name}")
         if cache is not None and timing_cache is not None:
             _write(timing_cache, memoryview(cache.serialize()))
         return bytes(plan), proof
+
+    def load(self, plan: bytes, graph: str, cuda: Cuda) -> Any:
+        """Loads a verified plan onto the GPU. Raises EngineError, in one sentence, where it does not run."""
+        self.messages.clear()
+        runtime = self.module.Runtime(self.logger)
+        ask = getattr(runtime, "get_engine_validity", None)
+        invalid = ask is not None and ask(plan)[0] == self.module.EngineValidity.INVALID
+        engine = None if invalid else runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise EngineError(
+                f"The plan of {graph} does not run here ({cuda.name}, compute capability {cuda.compute_capability}, "
+                f"{self.name} {self.version}): it was built by another version or for other GPUs. Build it again: "
+                "hd-engines build FOLDER."
+            )
+        self.runtimes.append(runtime)  # must outlive its engines
+        return engine
 
     def _configure(self, config: Any, options: Options) -> None:
         trt = self.module
@@ -208,7 +237,7 @@ class Backend:
         config.set_timing_cache(cache, ignore_mismatch=False)
         return cache
 
-    def _failure(self, what: str) -> EngineError:
+    def failure(self, what: str) -> EngineError:
         details = next((message for message in self.messages if "rror" in message), "no reason was given")
         memory = any("out of memory" in message.lower() for message in self.messages)
         remedy = "Free some memory, or take a smaller --batch-sizes." if memory else "Please report this."
@@ -229,35 +258,25 @@ class Scratch:
 
 
 class TensorRTEngine:
-    """A plan that is ready to run on device arrays. All engines that share `scratch` must be on one stream."""
+    """A loaded plan with a context of its own. All engines that share `scratch` must be on one stream."""
 
-    def __init__(self, backend: Backend, plan: bytes, spec: GraphSpec, cuda: Cuda, scratch: Scratch) -> None:
-        """Raises EngineError, in one sentence, for a plan that is broken or not for this GPU or version."""
-        trt = backend.module
-        self.backend, self.spec, self.cuda = backend, spec, cuda
-        backend.messages.clear()
-        self.runtime = trt.Runtime(backend.logger)
-        self._check_validity(plan)
-        self.engine = self.runtime.deserialize_cuda_engine(plan)
-        if self.engine is None:
-            raise backend._failure(f"cannot load the plan of {Path(spec.file).stem} on this {cuda.name}")
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self.context = self.engine.create_execution_context(strategy)
-        if self.context is None:
-            raise backend._failure(f"cannot make a context for {Path(spec.file).stem}")
-        size = int(self.engine.device_memory_size_v2)
-        self.scratch = scratch.reserve(size)
-        self.context.set_device_memory(self.scratch.pointer, self.scratch.nbytes)
+    def __init__(self, backend: Backend, engine: Any, spec: GraphSpec, scratch: Scratch) -> None:
+        """engine: what `Backend.load` gave. Raises EngineError when its tensors are not those of `spec`."""
+        self.backend, self.engine, self.spec = backend, engine, spec
         # ONNX gives a name to one value only: a state that comes in and goes out is next_... on its way out.
-        self.names = {t.name: t.name for t in spec.inputs}
-        taken = set(self.names)
-        self.outputs = {t.name: f"next_{t.name}" if t.name in taken else t.name for t in spec.outputs}
-        found = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
-        if found != {*self.names, *self.outputs.values()}:
+        self.inputs = {tensor.name for tensor in spec.inputs}
+        self.outputs = {t.name: f"next_{t.name}" if t.name in self.inputs else t.name for t in spec.outputs}
+        found = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        if found != {*self.inputs, *self.outputs.values()}:
             raise EngineError(
                 f"The plan of {Path(spec.file).stem} has the tensors {', '.join(sorted(found))}, which is not what the "
                 "manifest says. Build it again: hd-engines build FOLDER."
             )
+        self.context = engine.create_execution_context(backend.module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self.context is None:
+            raise backend.failure(f"cannot make a context for {Path(spec.file).stem}")
+        self.scratch = scratch.reserve(int(engine.device_memory_size_v2))
+        self.context.set_device_memory(self.scratch.pointer, self.scratch.nbytes)
 
     def bind(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
         """Says where tensors are. Shapes are checked against the contract, and against the plan's profile."""
@@ -265,7 +284,7 @@ class TensorRTEngine:
         for name, array in inputs.items():
             self._check_profile(name, array)
             if not self.context.set_input_shape(name, array.shape):
-                raise self.backend._failure(f"refuses {name} of shape {list(array.shape)}")
+                raise self.backend.failure(f"refuses {name} of shape {list(array.shape)}")
             self.context.set_tensor_address(name, array.pointer)
         for name, array in outputs.items():
             self.context.set_tensor_address(self.outputs[name], array.pointer)
@@ -274,7 +293,7 @@ class TensorRTEngine:
     def enqueue(self, stream: Stream) -> None:
         """Puts one run on the stream."""
         if not self.context.execute_async_v3(int(stream.handle)):
-            raise self.backend._failure(f"failed in {Path(self.spec.file).stem}")
+            raise self.backend.failure(f"failed in {Path(self.spec.file).stem}")
 
     def capturable(self, stream: Stream) -> bool:
         """Whether a run can be captured into a CUDA graph; what TensorRT does not know to ask is tried."""
@@ -292,18 +311,6 @@ class TensorRTEngine:
             f"The engine of {graph} got {name} of shape {list(shape)}; its profile allows {allowed}. Build one for it: "
             f"hd-engines build FOLDER --batch-sizes {shape[0]}."
         )
-
-    def _check_validity(self, plan: bytes) -> None:
-        ask = getattr(self.runtime, "get_engine_validity", None)
-        if ask is None:
-            return
-        validity, _ = ask(plan)
-        if validity == self.backend.module.EngineValidity.INVALID:
-            raise EngineError(
-                f"The plan of {Path(self.spec.file).stem} does not run here ({self.cuda.name}, compute capability "
-                f"{self.cuda.compute_capability}, {self.backend.name} {self.backend.version}): it is damaged, or was "
-                "built by another version or for other GPUs. Build it again: hd-engines build FOLDER."
-            )
 
 
 def _logger(trt: Any, messages: list[str]) -> Any:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import MANIFEST, TOKENIZER, GraphSpec, Manifest, TensorSpec, file_digest
+from ..engines.plans import FOLDER as PLANS
 from ..errors import CheckpointError, ExportError
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
@@ -54,12 +55,14 @@ def export_bundle(
     precision: str = "fp32",
     body: Path | None = None,
     opset: int = OPSET,
+    source: dict[str, str] | None = None,
     on_graph: Callable[[Exported], Any] = lambda _: None,
 ) -> list[Exported]:
     """Exports a checkpoint into the folder `out`.
 
     precision: of the networks; hand features and all state stay float32. body: an SMPL-H `.npz`; without it the
-    checkpoint's own is used. on_graph: called after each graph.
+    checkpoint's own is used. source: what it is made from (see `source.py`), kept in the manifest. on_graph: called
+    after each graph. Plans that were built from an older bundle in `out` stay: those that still fit are used again.
     Raises CheckpointError without a body, ExportError for a graph over its tolerance or a folder that is no bundle.
     """
     if precision not in PRECISIONS:
@@ -122,6 +125,7 @@ def export_bundle(
                 "checkpoint": checkpoint.name,
                 "body": "the demo's own, licence-free" if body is None else "the user's: not for redistribution",
                 "opset": opset,
+                **({} if source is None else {"source": source}),
                 **{name: version(name) for name in ("handiffuser", "torch", "diffusers", "onnxruntime")},
             },
         )
@@ -129,6 +133,8 @@ def export_bundle(
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    if (out / PLANS).exists():
+        (out / PLANS).replace(work / PLANS)
     if out.exists():
         shutil.rmtree(out)
     work.replace(out)

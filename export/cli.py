@@ -1,4 +1,4 @@
-"""`hd-export`: a trained checkpoint -> a bundle of ONNX graphs that `hd-run` runs without PyTorch."""
+"""`hd-export`: a trained checkpoint -> a bundle of ONNX graphs, and engines of it, for `hd-run` without PyTorch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 # PyTorch's threads spin beside ONNX Runtime's; and the exporter's remarks are no news to a user.
 os.environ.setdefault("TORCH_LOGS", "-all")
@@ -15,10 +16,14 @@ import click  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
 
-from ..contract import GRAPHS  # noqa: E402
+from ..contract import GRAPHS, MANIFEST  # noqa: E402
 from ..demo import resolve  # noqa: E402
+from ..engines.cli import build_options, build_with_progress  # noqa: E402
+from ..engines.tensorrt import MODULES, Backend  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
+from .source import changed, fingerprint  # noqa: E402
 
+BACKENDS = ("onnxruntime", *MODULES)
 console = Console(stderr=True, highlight=False)
 
 
@@ -38,46 +43,54 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
-              help="Of the networks; hand features, latents and solver state stay float32.")  # fmt: skip
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="onnxruntime",
+    show_default=True,
+    help="What the pictures will be made with. TensorRT gets plans built for it.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    help="Of the networks; hand features, latents and solver state stay float32. "
+    "[default: fp16 for TensorRT, else fp32]",
+)
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H body (.npz); default: the checkpoint's own.")
 @click.option("--image-size", callback=parse_size, metavar="H[xW]", help="Pixels; default: as trained.")
 @click.option("--opset", type=click.IntRange(18, 24), default=23, show_default=True, help="ONNX opset.")
+@build_options
 def main(
-    checkpoint: str, out: Path, precision: str, body: Path | None, image_size: tuple[int, int] | None, opset: int
+    checkpoint: str,
+    out: Path,
+    backend: str,
+    precision: str | None,
+    body: Path | None,
+    image_size: tuple[int, int] | None,
+    opset: int,
+    **values: Any,
 ) -> None:
     """Exports CHECKPOINT (a folder in Hugging Face layout, or the word demo) into the bundle OUT.
 
     Each graph is run in ONNX Runtime right away and compared with PyTorch; one over its tolerance is not written.
+    With a TensorRT backend, plans are then built for each batch size. The same command again does only what is not
+    done yet. On another machine, `hd-engines build OUT` builds plans from the bundle, without PyTorch.
     """
+    precision = precision or ("fp32" if backend == "onnxruntime" else "fp16")
     try:
         folder = resolve(checkpoint, "checkpoint")
-        try:
-            from ..models.checkpoint import Checkpoint
-            from .bundle import at_image_size, export_bundle
-        except ImportError as error:
-            raise HanDiffuserError(
-                f"Exporting needs PyTorch, which running does not ({error}). "
-                'Install it: pip install "handiffuser[export]".'
-            ) from None
-        with console.status("reading the checkpoint"):
-            loaded = Checkpoint.load(folder)
-        if image_size is not None:
-            loaded = at_image_size(loaded, *image_size)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(f"exporting {GRAPHS[0]}", total=len(GRAPHS))
-
-            def on_graph(result) -> None:  # type: ignore[no-untyped-def]
-                progress.advance(task)
-                done = int(progress.tasks[0].completed)
-                progress.update(task, description=f"exporting {GRAPHS[done]}" if done < len(GRAPHS) else "exported")
-                progress.console.print(
-                    f"{result.name:18} {result.megabytes:8.1f} MB   {result.error:.1e} from PyTorch "
-                    f"(tolerance {result.tolerance:g})   {result.seconds:.0f} s"
-                )
-
-            export_bundle(loaded, out, precision, body, opset, on_graph)
+        if backend in MODULES:
+            Backend(backend)  # what is not installed is said before minutes of exporting
+        source = fingerprint(folder, body, precision=precision, image_size=image_size, opset=opset)
+        why = changed(out, source)
+        if why:
+            if (out / MANIFEST).exists():
+                console.print(f"Exporting again: {', '.join(why)}.")
+            export(folder, out, precision, body, image_size, opset, source)
+        else:
+            console.print(f"The bundle in {out} is current: nothing was exported.")
+        if backend in MODULES:
+            build_with_progress(out, backend, values)
     except HanDiffuserError as error:
         console.print(f"hd-export: {error}", style="red", soft_wrap=True)
         sys.exit(1)
@@ -85,7 +98,7 @@ def main(
         console.print(f"hd-export: {error.strerror or error} ({error.filename or out}).", style="red", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("Stopped; nothing was written.")
+        console.print("Stopped. What is finished stays; the same command goes on.")
         sys.exit(130)
     if body is not None:
         console.print(
@@ -95,6 +108,43 @@ def main(
             soft_wrap=True,
         )
     console.print(f'The bundle is in {out}. Try it: hd-run {out} "a right hand making a fist"', soft_wrap=True)
+
+
+def export(
+    folder: Path,
+    out: Path,
+    precision: str,
+    body: Path | None,
+    image_size: tuple[int, int] | None,
+    opset: int,
+    source: dict[str, str],
+) -> None:
+    """The part that needs PyTorch."""
+    try:
+        from ..models.checkpoint import Checkpoint
+        from .bundle import at_image_size, export_bundle
+    except ImportError as error:
+        raise HanDiffuserError(
+            f'Exporting needs PyTorch, which running does not ({error}). Install it: pip install "handiffuser[export]".'
+        ) from None
+    with console.status("reading the checkpoint"):
+        loaded = Checkpoint.load(folder)
+    if image_size is not None:
+        loaded = at_image_size(loaded, *image_size)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"exporting {GRAPHS[0]}", total=len(GRAPHS))
+
+        def on_graph(result: Any) -> None:
+            progress.advance(task)
+            done = int(progress.tasks[0].completed)
+            progress.update(task, description=f"exporting {GRAPHS[done]}" if done < len(GRAPHS) else "exported")
+            progress.console.print(
+                f"{result.name:18} {result.megabytes:8.1f} MB   {result.error:.1e} from PyTorch "
+                f"(tolerance {result.tolerance:g})   {result.seconds:.0f} s"
+            )
+
+        export_bundle(loaded, out, precision, body, opset, source, on_graph)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError, RequestError
 from .hands import load_hands
 from .outputs import OutputError, OutputFolder
-from .pipeline import Failure, HanDiffuser
+from .pipeline import BACKENDS, Failure, HanDiffuser
 from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, read_requests
 from .schedules import SOLVERS
 
@@ -60,8 +60,12 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 @click.option("--hand-guidance", type=_GUIDANCE, help="Guidance of the hands.  [default: the bundle's]")
 @click.option("--hand-params", metavar="FILE", help="A .hands.npz, edited or not: skips making hands.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the engines."
+)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
+@click.option("--no-overlap", is_flag=True, help="On a GPU: one thing after the other, on one stream.")
 @click.option("--quiet", "-q", is_flag=True, help="Only warnings and errors.")
 @click.version_option(package_name="handiffuser", prog_name="hd-run")
 def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output: str, **options: Any) -> int:
@@ -100,7 +104,12 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
             pipeline = HanDiffuser.load(
-                engines, options["device"], options["threads"], batch_size=options["batch_size"]
+                engines,
+                options["device"],
+                options["threads"],
+                options["batch_size"],
+                options["backend"],
+                overlap=not options["no_overlap"],
             )
         resolved, unfit = pipeline.prepare(requests, options["seed"], options["images_per_prompt"])
         refusals = [*refused, *(f"{places[problem.line - 1]}: {problem.sentence}" for problem in unfit)]

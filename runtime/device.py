@@ -23,12 +23,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..contract import GRAPHS, GraphSpec, Manifest, TensorSpec
 from ..engines.base import DeviceEngine
+from ..engines.cuda import Cuda
+from ..engines.onnxruntime import OnnxRuntimeDeviceEngine, OnnxRuntimeEngine
+from ..engines.plans import Plan, PlanStore, parts
+from ..engines.tensorrt import Backend, Options, Scratch, TensorRTEngine
 from ..errors import EngineError, RequestError
 from .hands import load_hands
 from .noise import HANDS, LATENTS, normal
@@ -142,6 +147,24 @@ class Staging:
                 self.give(array)
             else:
                 self.busy.append((event, array))
+
+
+class Streams(NamedTuple):
+    """Where work goes: the steps of stage 2, what makes their inputs, what makes pictures of their results."""
+
+    main: Any
+    side: Any
+    out: Any
+
+    @classmethod
+    def make(cls, cuda: Any, overlap: bool) -> Streams:
+        """Three streams, or one that bears all three names."""
+        main = cuda.stream()
+        return cls(main, cuda.stream(), cuda.stream()) if overlap else cls(main, main, main)
+
+
+# The stream of each graph's engines; those of one stream never run at once, and share their scratch memory.
+STREAM = dict.fromkeys(GRAPHS, "side") | {"unet": "main", "unet_time": "main", "image_decoder": "out"}
 
 
 @dataclass
@@ -269,12 +292,11 @@ class DeviceLoop:
     """Runs prepared requests on the GPU. `graphs` are the bundle's eight, as `DeviceGraph`."""
 
     def __init__(
-        self, pipeline: HanDiffuser, cuda: Any, graphs: dict[str, DeviceGraph], slots: int, overlap: bool = True
+        self, pipeline: HanDiffuser, cuda: Any, graphs: dict[str, DeviceGraph], streams: Streams, slots: int
     ) -> None:
-        self.pipeline, self.cuda, self.graphs, self.slots, self.overlap = pipeline, cuda, graphs, slots, overlap
-        self.main = cuda.stream()
-        self.side = cuda.stream() if overlap else self.main
-        self.out = cuda.stream() if overlap else self.main
+        self.pipeline, self.cuda, self.graphs, self.slots = pipeline, cuda, graphs, slots
+        self.main, self.side, self.out = streams
+        self.overlap = self.side is not self.main
         self.staging = Staging(cuda)
         self.hands = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.staging)
         self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.staging)
@@ -536,3 +558,95 @@ def connect(
             capture and not one_axis,
         )
     return graphs
+
+
+def load_loop(
+    pipeline: HanDiffuser, folder: Path, backend: str, slots: int, overlap: bool = True
+) -> tuple[DeviceLoop, list[str]]:
+    """The loop of a bundle on this machine's GPU, and what the user should know about it.
+
+    backend: "tensorrt" or "tensorrt-rtx" (with plans in `folder`), or "onnxruntime" (its CUDA provider).
+    Raises EngineError without a GPU, without the backend, or without plans for them.
+    """
+    cuda, manifest, warnings = Cuda(), pipeline.manifest, []
+    streams = Streams.make(cuda, overlap)
+    if backend == "onnxruntime":
+        buckets = powers_of_two(slots)
+        load = onnxruntime_loader(manifest, folder, streams)
+    else:
+        module = Backend(backend)
+        store = PlanStore(folder)
+        plans = usable_plans(store, manifest, module, cuda)
+        buckets = sorted(set.intersection(*(set(sizes) for name, sizes in plans.items() if name != "unet_time")))
+        if not buckets:
+            raise EngineError(f"{folder} has no batch size that all graphs have plans for: hd-engines build {folder}.")
+        if slots > buckets[-1]:
+            warnings.append(
+                f"The engines take up to {buckets[-1]} pictures at once, so the batch size {slots} became that. For "
+                f"more: hd-engines build {folder} --batch-sizes {','.join(map(str, (*buckets, slots)))}."
+            )
+            slots = buckets[-1]
+        buckets = [bucket for bucket in buckets if bucket <= powers_of_two(slots)[-1]] or buckets[:1]
+        load = tensorrt_loader(manifest, store, plans, module, cuda)
+    graphs = connect(cuda, manifest, buckets, load)
+    return DeviceLoop(pipeline, cuda, graphs, streams, slots), warnings
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4 ... up to the first that holds `most`."""
+    out = [1]
+    while out[-1] < most:
+        out.append(2 * out[-1])
+    return out
+
+
+def usable_plans(store: PlanStore, manifest: Manifest, backend: Backend, cuda: Any) -> dict[str, dict[int, Plan]]:
+    """Graph -> batch size -> plan, of the plans that belong to this bundle, backend and GPU; the newest of equals."""
+    found: dict[str, dict[int, Plan]] = {name: {} for name in GRAPHS}
+    for plan in sorted(store, key=lambda plan: plan.path.stat().st_mtime if plan.path.exists() else 0):
+        if plan.graph not in found or store.problem(plan, verify=False):
+            continue
+        now = parts(manifest, plan.graph, {"B": 1}, backend.name, backend.version, "", Options())
+        same = all(plan.parts[part] == now[part] for part in ("graph", "precision", "backend", "version"))
+        if not same or not backend.runs_on(plan.parts["target"], cuda):
+            continue
+        least, most = plan.batch
+        sizes = [n for n in powers_of_two(most) if least <= n <= most] if least != most else [most]
+        found[plan.graph].update(dict.fromkeys({*sizes, most}, plan))
+    missing = [name for name, sizes in found.items() if not sizes]
+    if missing:
+        raise EngineError(
+            f"{store.folder.parent} has no {backend.name} {backend.version} plans of {', '.join(missing)} for this GPU "
+            f"({cuda.name}, compute capability {cuda.compute_capability}). Build them: hd-engines build "
+            f"{store.folder.parent} --backend {backend.name}."
+        )
+    return found
+
+
+def tensorrt_loader(
+    manifest: Manifest, store: PlanStore, plans: dict[str, dict[int, Plan]], backend: Backend, cuda: Any
+) -> Callable[[str, int], DeviceEngine]:
+    """(graph, bucket) -> engine. A plan is read, verified and put on the GPU when its first bucket is used."""
+    scratch = {stream: Scratch(cuda) for stream in Streams._fields}
+    loaded: dict[str, Any] = {}
+
+    def load(name: str, bucket: int) -> DeviceEngine:
+        plan = next(iter(plans[name].values())) if name == "unet_time" else plans[name][bucket]
+        if plan.key not in loaded:
+            loaded[plan.key] = backend.load(store.read(plan), name, cuda)
+        return TensorRTEngine(backend, loaded[plan.key], manifest.graphs[name], scratch[STREAM[name]])
+
+    return load
+
+
+def onnxruntime_loader(manifest: Manifest, folder: Path, streams: Streams) -> Callable[[str, int], DeviceEngine]:
+    """(graph, bucket) -> engine: one session a graph on its stream, one binding a bucket."""
+    sessions: dict[str, OnnxRuntimeEngine] = {}
+
+    def load(name: str, bucket: int) -> DeviceEngine:
+        if name not in sessions:
+            spec, stream = manifest.graphs[name], getattr(streams, STREAM[name])
+            sessions[name] = OnnxRuntimeEngine(folder / spec.file, spec, "cuda", stream=int(stream.handle))
+        return OnnxRuntimeDeviceEngine(sessions[name])
+
+    return load

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,13 +28,20 @@ import numpy.random
 from .. import demo
 from ..contract import TOKENIZER, Manifest
 from ..engines import Engine, load_engines
+from ..engines.cuda import Cuda
+from ..engines.onnxruntime import DEVICES, has_cuda_provider
+from ..engines.plans import PlanStore
+from ..engines.tensorrt import MODULES, Backend
 from ..errors import EngineError, RequestError
+from .device import DeviceLoop, load_loop, usable_plans
 from .hands import hand_arrays, load_hands
 from .noise import HANDS, LATENTS, normal
 from .requests import Refused, Request, resolve
 from .sampler import Job, Result, StepSampler
 from .schedules import NoiseSchedule, Table, rows
 from .tokens import PromptTokenizer
+
+BACKENDS = ("auto", "onnxruntime", *MODULES)
 
 # Called as the loop goes on: "hands" with the number of requests whose hands are ready, "steps" with the number of
 # requests that made one step of stage 2.
@@ -116,6 +124,7 @@ class HanDiffuser:
         self._tables: dict[tuple[Any, ...], Table] = {}
         self._times: dict[bytes, np.ndarray] = {}  # timesteps -> rows of unet_time
         self._no_text: np.ndarray | None = None  # text_encoder of "", [D]
+        self.loop: DeviceLoop | None = None  # what runs instead of `engines` on a GPU
 
     @classmethod
     def load(
@@ -124,16 +133,31 @@ class HanDiffuser:
         device: str = "auto",
         threads: int | None = None,
         batch_size: int = 8,
+        backend: str = "auto",
+        overlap: bool = True,
     ) -> HanDiffuser:
-        """Loads a bundle: a folder, or the word "demo" for the shipped one.
+        """Loads a bundle or an engines folder, or the word "demo" for the shipped one.
 
-        device: "auto", "cpu" or "cuda". threads: CPU threads; by default all cores.
-        Raises BundleError for a missing or damaged bundle, EngineError when it cannot run here.
+        device: "auto", "cpu" or "cuda". threads: CPU threads; by default all cores. backend: one of BACKENDS; "auto"
+        takes TensorRT plans where the folder has some for this GPU, else ONNX Runtime. overlap: on a GPU, run the
+        hands of the next requests and the decoder of the last ones beside the steps of the current ones.
+        Raises BundleError for a missing or damaged bundle, EngineError when it cannot run here. Warns where something
+        else is used than the folder was made for.
         """
+        if backend not in BACKENDS:
+            raise EngineError(f"There is no backend {backend!r}. Choose one of {', '.join(BACKENDS)}.")
         folder = demo.resolve(path, "bundle")
-        manifest, engines = load_engines(folder, device, threads)
-        tokenizer = PromptTokenizer(folder / TOKENIZER, manifest.tokenizer)
-        return cls(manifest, engines, tokenizer, batch_size)
+        chosen = choose_backend(folder, backend, device)
+        if chosen == "onnxruntime" and not on_gpu(device):
+            manifest, engines = load_engines(folder, "cpu", threads)
+            return cls(manifest, engines, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer), batch_size)
+        manifest = Manifest.load(folder)
+        pipeline = cls(manifest, {}, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer), batch_size)
+        pipeline.loop, sentences = load_loop(pipeline, folder, chosen, batch_size, overlap)
+        pipeline.made_by |= {"device": pipeline.loop.cuda.name, "backend": chosen}
+        for sentence in sentences:
+            warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+        return pipeline
 
     def generate(
         self,
@@ -185,6 +209,9 @@ class HanDiffuser:
         Raises EngineError when a graph cannot be run at all (out of memory); what was yielded before stays good.
         """
         tell = on_event or (lambda kind, count: None)
+        if self.loop is not None:
+            yield from self.loop.run(requests, tell)
+            return
         waiting = deque(requests)
         if not waiting:
             return
@@ -373,6 +400,44 @@ class _Timed:
             self.timings[self.name] += time.perf_counter() - started
 
 
+def choose_backend(folder: Path, backend: str, device: str) -> str:
+    """The backend that "auto" means: that of the folder's plans where there is a GPU, else ONNX Runtime."""
+    if backend != "auto" and not (backend != "onnxruntime" and device == "cpu"):
+        return backend
+    made_for = sorted({plan.parts["backend"] for plan in PlanStore(folder)})
+    if backend != "auto":
+        raise EngineError(f"{backend} runs on NVIDIA GPUs only. Leave out --device cpu, or take --backend onnxruntime.")
+    if not made_for or device == "cpu":
+        return "onnxruntime"
+    try:
+        cuda, manifest, store = Cuda(), Manifest.load(folder, verify=False), PlanStore(folder)
+    except EngineError as error:
+        warnings.warn(f"The plans in {folder} are not used. {error}", RuntimeWarning, stacklevel=3)
+        return "onnxruntime"
+    for name in made_for:
+        try:
+            usable_plans(store, manifest, Backend(name), cuda)
+            return name
+        except EngineError as error:
+            warnings.warn(f"ONNX Runtime is used instead of {name}. {error}", RuntimeWarning, stacklevel=3)
+    return "onnxruntime"
+
+
+def on_gpu(device: str) -> bool:
+    """Whether ONNX Runtime is to run on a GPU. Raises EngineError when it must and cannot."""
+    if device not in DEVICES:
+        raise EngineError(f"There is no device {device!r}. Choose one of {', '.join(DEVICES)}.")
+    if device == "cpu" or (device == "auto" and not has_cuda_provider()):
+        return False
+    try:
+        Cuda()
+    except EngineError:
+        if device == "cuda":
+            raise
+        return False
+    return True
+
+
 def _job(
     request: Request,
     stream: str,
@@ -409,8 +474,8 @@ def not_finite(request: Request, where: str) -> Failure:
 
 def _made_by(bundle: str, engines: Mapping[str, Engine]) -> dict[str, str]:
     """What a picture's metadata says of its origin."""
-    made_by = {"bundle": bundle, "device": getattr(engines["unet"], "device", "unknown")}
-    for package in ("handiffuser", "onnxruntime", "onnxruntime-gpu"):
+    made_by = {"bundle": bundle, "device": getattr(engines.get("unet"), "device", "unknown")}
+    for package in ("handiffuser", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"):
         try:
             made_by[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

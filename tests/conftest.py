@@ -9,12 +9,12 @@ from commands import run_command
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where ONNX Runtime sees no CUDA device."""
+    """Tests marked `gpu` are skipped where there is none."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
-        import onnxruntime
+        from handiffuser.engines.build import gpu
 
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        if gpu() is None:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 

@@ -9,7 +9,7 @@ from handiffuser import HanDiffuser, Request
 from handiffuser.contract import Manifest
 from handiffuser.engines import load_engines
 from handiffuser.errors import EngineError
-from handiffuser.runtime.device import DeviceLoop, Staging, connect
+from handiffuser.runtime.device import DeviceLoop, Staging, Streams, connect
 from handiffuser.runtime.pipeline import Failure
 
 BUCKETS = (1, 2, 4)
@@ -29,7 +29,7 @@ def device_loop(folder, seed=0, slots=4, overlap=True, refuse_capture=False, spo
         return made[name, bucket]
 
     graphs = connect(cuda, Manifest.load(folder), BUCKETS, load, capture)
-    loop = DeviceLoop(pipeline, cuda, graphs, slots, overlap)
+    loop = DeviceLoop(pipeline, cuda, graphs, Streams.make(cuda, overlap), slots)
     loop.made = made
     return loop
 

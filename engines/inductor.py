@@ -1,0 +1,168 @@
+"""AOTInductor: a graph that PyTorch itself compiled, for GPUs without TensorRT. It alone needs PyTorch when it runs.
+
+engine = InductorEngine("engines/unet.pt2", manifest.graphs["unet"], device="cuda")
+outputs = engine(feeds)                 # numpy in, numpy out
+outputs = engine.on_device(feeds)       # outputs stay where they were computed and may be fed again
+
+A `.pt2` file holds native code, and loading it runs that code: it is as trusted as a program. Load only what you
+compiled yourself, and only after the file's SHA-256 was found to be the one that was noted when it was written; this
+module does not check it. Such a file is bound to the kind of processor and to the PyTorch that compiled it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..contract import GraphSpec, TensorSpec
+from ..errors import EngineError
+from .base import check_feeds
+from .onnxruntime import usable_cores
+
+LARGEST = 4096  # rows of a free axis; the compiler counts on it
+REMEDY = "Compile it again on this machine: hd-export CHECKPOINT OUT --backend inductor."
+
+
+class InductorEngine:
+    """One compiled graph. See `Engine` for calling it.
+
+    device: "cpu" or "cuda", which the file was compiled for. batch: the only batch size that it takes, or None.
+    """
+
+    def __init__(self, path: str | Path, spec: GraphSpec, device: str = "auto", threads: int | None = None) -> None:
+        """Loads `path`, whose SHA-256 the caller has verified: this runs code from it.
+
+        device: "cpu", "cuda", or "auto" for the one that the file was compiled for. threads: of the CPU; by default
+        as many as there are usable cores.
+
+        Raises EngineError when PyTorch is missing, when the file is damaged or none of ours, when it was compiled
+        for another device, processor or PyTorch, or when its tensors differ from `spec`.
+        """
+        torch = _import_torch()
+        self.spec = spec
+        self.threads = threads or usable_cores()
+        # What `torch._inductor.aoti_load_package` ends in. By itself it loads in milliseconds; that function first
+        # imports the whole compiler (3 s), and calls every damaged file an outdated one.
+        loader = torch._C._aoti.AOTIModelPackageLoader
+        try:
+            noted = loader.load_metadata_from_package(str(path), "model")  # reads, runs nothing
+        except Exception as error:
+            raise EngineError(f"{path} is damaged or no compiled graph ({_sentence(error)}). {REMEDY}") from error
+        self._check_origin(path, noted, device)
+        self.device: str = noted["device"]
+        self.batch = int(noted["batch"]) if noted["batch"] else None
+        try:
+            self._model = loader(str(path), "model", False, 1, -1)  # synchronised, one runner, the current GPU
+        except Exception as error:
+            raise EngineError(f"PyTorch cannot load {path} ({_sentence(error)}). {REMEDY}") from error
+
+    def _check_origin(self, path: str | Path, noted: Mapping[str, str], device: str) -> None:
+        """Raises EngineError unless the file was made for `spec`, for `device` and for this machine."""
+        made_for = noted.get("device")
+        if made_for not in ("cpu", "cuda"):
+            raise EngineError(f"{path} was not compiled by hd-export. {REMEDY}")
+        if made_for == "cuda" and not _import_torch().cuda.is_available():
+            raise EngineError(f"{path} was compiled for an NVIDIA GPU, and PyTorch finds none here. {REMEDY}")
+        if device not in ("auto", made_for):
+            raise EngineError(f"{path} was compiled for {made_for}, not for {device}. {REMEDY}")
+        for what, here in origin(made_for).items():
+            if noted.get(what) != here:
+                raise EngineError(f"{path} was compiled for {noted.get(what)}, and here is {here}. {REMEDY}")
+        # Tensors go in by their order and nothing below looks at their shapes: another graph's file would read
+        # memory that is not its own.
+        for what, here in contract(self.spec.inputs, [tensor.name for tensor in self.spec.outputs]).items():
+            if noted.get(what) != here:
+                raise EngineError(
+                    f"{path} has other {what} than the bundle's {self.spec.file}: {noted.get(what)} instead of {here}. "
+                    f"{REMEDY}"
+                )
+
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {name: value.numpy() for name, value in self.on_device(feeds).items()}
+
+    def on_device(self, feeds: Mapping[str, Any]) -> dict[str, DeviceTensor]:
+        """Like a call, but outputs stay where they were computed. Feeds may be arrays or earlier outputs.
+
+        Raises EngineError for wrong feeds (see `check_feeds`), for a batch that was not compiled, and when there is
+        not enough memory.
+        """
+        torch = _import_torch()
+        check_feeds(self.spec, feeds)
+        self._check_batch(feeds)
+        # PyTorch has one number of threads for all graphs, and each thread that calls must take it over.
+        if self.device == "cpu" and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        try:
+            values = self._model.boxed_run([self._tensor(feeds[want.name]) for want in self.spec.inputs])
+        except Exception as error:
+            name, text = Path(self.spec.file).stem, str(error).lower()
+            if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+                raise EngineError(f"There is not enough memory to run {name}. Take a smaller --batch-size.") from error
+            raise EngineError(f"The compiled graph {name} failed: {_sentence(error)}.") from error
+        names = [tensor.name for tensor in self.spec.outputs]
+        return {name: DeviceTensor(value) for name, value in zip(names, values, strict=True)}
+
+    def _check_batch(self, feeds: Mapping[str, Any]) -> None:
+        want = self.spec.inputs[0]
+        size = feeds[want.name].shape[0]
+        if self.batch in (None, size) and size <= LARGEST:
+            return
+        allowed = f"exactly {self.batch}" if self.batch else f"at most {LARGEST}"
+        raise EngineError(
+            f"The graph {Path(self.spec.file).stem} got {want.name} of shape {list(feeds[want.name].shape)}; it was "
+            f"compiled for {want}, where {want.shape[0]} is {allowed}. Send batches of that size, or compile others: "
+            f"hd-export CHECKPOINT OUT --backend inductor --batch-sizes {size}."
+        )
+
+    def _tensor(self, value: Any) -> Any:
+        if isinstance(value, DeviceTensor):
+            return value.value
+        # Compiled code takes every tensor for contiguous; PyTorch warns of arrays that are not writable.
+        return _import_torch().from_numpy(np.require(value, requirements=("C", "W"))).to(self.device)
+
+
+class DeviceTensor:
+    """A PyTorch tensor with numpy's `dtype` and `shape`, so that it can be checked like an array."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.dtype = np.dtype(str(value.dtype).removeprefix("torch."))
+        self.shape = tuple(value.shape)
+
+    def numpy(self) -> np.ndarray:
+        """Copies it to the host, if it is not there."""
+        return self.value.cpu().numpy()
+
+
+def origin(device: str) -> dict[str, str]:
+    """What native code for `device` ("cpu", "cuda") depends on here. Written into every compiled file."""
+    torch = _import_torch()
+    if device == "cuda":
+        processor = "a GPU of compute capability {}.{}".format(*torch.cuda.get_device_capability())
+    else:
+        processor = f"a CPU with {torch.backends.cpu.get_cpu_capability()}"
+    return {"processor": processor, "torch": "PyTorch " + ".".join(torch.__version__.split(".")[:2])}
+
+
+def contract(inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> dict[str, str]:
+    """What a graph takes and gives, as it is written into its compiled file."""
+    return {"inputs": ", ".join(map(str, inputs)), "outputs": ", ".join(outputs)}
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise EngineError(
+            f"The inductor backend needs PyTorch, which no other backend does, and it cannot be imported ({error}). "
+            'Install it with `pip install "handiffuser[export]"`, or take another backend.'
+        ) from error
+    return torch
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of PyTorch's message, without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(" .")

@@ -1,0 +1,125 @@
+"""Graphs compiled ahead of time by PyTorch itself: torch.export, then AOTInductor, into one `.pt2` file a graph.
+
+    for graph in graphs(checkpoint, body):
+        compile_graph(graph, Path("engines") / f"{graph.name}.pt2", device="cuda")
+
+The file holds native code for the processor it was compiled on; `engines/inductor.py` runs it. It needs a C++
+compiler, and on a GPU Triton, which comes with PyTorch for CUDA.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor
+from torch._inductor import aoti_compile_and_package
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.utils import fresh_cache
+from torch.export.passes import move_to_device_pass
+
+from ..contract import TensorSpec
+from ..engines.inductor import LARGEST, contract, origin
+from ..errors import ExportError
+from .graphs import Graph
+
+
+def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | None = None) -> None:
+    """Compiles one graph into `path`, a `.pt2` file; an older file stays until the new one is complete.
+
+    device: "cpu" or "cuda". batch: compile for this size of the first axis alone, which is faster; None: for any
+    from 1 to 4096. A graph whose free axis is no batch (unet_time: S) takes any size in both cases. The module is left
+    where it is.
+
+    Raises ExportError when there is no C++ compiler or no such GPU, or when the graph cannot be compiled.
+    """
+    check_tools(device)
+    free = batch is None or graph.free != "B"
+    # 0 and 1 are special to the exporter: from an example of one row it would conclude that rows are broadcast.
+    rows = max(2, len(next(iter(graph.inputs.values())))) if free else batch
+    inputs = {name: value[torch.arange(rows) % len(value)] for name, value in graph.inputs.items()}
+    specs = [
+        TensorSpec(name, str(value.dtype).removeprefix("torch."), (graph.free, *value.shape[1:]))
+        for name, value in inputs.items()
+    ]
+    options = {
+        "compile_threads": 1,  # with more it forks a pool of workers, which hangs where threads are running already
+        "cpp.dynamic_threads": True,  # else the threads of this process are baked in
+        "aot_inductor.precompile_headers": False,  # saves 3 s a graph, leaves 0.4 GB in /tmp
+        "max_autotune": device == "cuda",
+        "aot_inductor.metadata": {
+            "device": device,
+            "batch": "" if free else str(batch),
+            **origin(device),
+            **contract(specs, graph.outputs),
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The compiler's own files are several times the weights: beside the target there is room for them, in /tmp often
+    # not, and there it would leave them.
+    with TemporaryDirectory(prefix=f".{graph.name}-", dir=path.parent) as work:
+        written = Path(work) / f"{graph.name}.pt2"
+        try:
+            with torch.no_grad(), patch.object(Upsample2D, "forward", upsample):
+                program = torch.export.export(
+                    graph.module, tuple(inputs.values()), dynamic_shapes=axes(graph) if free else None
+                )
+            # Moving the program leaves the module alone (three graphs share the UNet) and takes along what is no
+            # part of the module: the kernels of the attention processors.
+            program = move_to_device_pass(program, device)
+            with torch.no_grad(), fresh_cache(dir=work):
+                aoti_compile_and_package(program, package_path=str(written), inductor_configs=options)
+        except Exception as error:  # of the exporter, the compiler or the C++ compiler: no common base class
+            raise ExportError(
+                f"{graph.name} could not be compiled for {device}: {sentence(error)} Please report this with your "
+                "version of torch; the bundle's ONNX graphs are not concerned."
+            ) from error
+        written.replace(path)
+
+
+def check_tools(device: str) -> None:
+    """Raises ExportError when something that compiling for `device` needs is not there."""
+    if device not in ("cpu", "cuda"):
+        raise ExportError(f"There is no device {device!r}. Choose cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ExportError("PyTorch finds no usable GPU to compile for. Check `nvidia-smi`, or take --device cpu.")
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise ExportError(
+            "Compiling needs a C++ compiler, and there is none. Install one (`apt install g++` on Debian and Ubuntu, "
+            "`xcode-select --install` on a Mac), or name yours in the variable CXX."
+        ) from error
+
+
+def axes(graph: Graph) -> tuple[Any, ...]:
+    """The free first axis of every input, nested like the arguments of `forward`: what goes into *args in a tuple."""
+    free = {0: torch.export.Dim(graph.free, min=1, max=LARGEST)}
+    parameters = inspect.signature(graph.module.forward).parameters.values()
+    named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+    packed = len(graph.inputs) - len(named)
+    return (free,) * len(named) + (((free,) * packed,) if packed else ())
+
+
+def upsample(self: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
+    """`Upsample2D.forward` for any batch: [N, C, h, w] -> [N, C', 2 h, 2 w], or of `output_size`.
+
+    diffusers copies big batches first, for the sake of old versions of PyTorch. Its question whether a batch is big
+    would bind the free axis to the example's answer (the UNet: at most 31).
+    """
+    assert self.interpolate and self.norm is None and self.name == "conv"
+    size = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
+    return self.conv(F.interpolate(hidden_states, mode="nearest", **size))
+
+
+def sentence(error: Exception) -> str:
+    """The line of an error's text that says what is wrong: the C++ compiler's own, else the first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = next((line for line in lines if " error: " in line), lines[0])
+    return line[:300].rstrip(" .:") + "."

@@ -1,0 +1,71 @@
+"""What an export was made from, so that the same command again exports nothing. Imports neither torch nor ONNX.
+
+    source = fingerprint(Path("checkpoint"), body=None, precision="fp16", image_size=None, opset=23)
+    changed(Path("bundle"), source)          # [] when the bundle is current, else what changed, in words
+
+Files are known by name, size and time of their last change, as git and make know them: hashing a Stable Diffusion
+checkpoint takes longer than anyone waits for "nothing to do". What is exported again without need gives the same
+graphs, byte for byte, and so the same engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..contract import MANIFEST, Manifest
+from ..errors import BundleError
+
+WORDS = {
+    "checkpoint": "the checkpoint changed",
+    "body": "the body changed",
+    "settings": "the settings changed",
+    "code": "this package or one that exports changed",
+}
+PACKAGES = ("handiffuser", "torch", "diffusers", "transformers", "onnx", "onnxscript")
+
+
+def fingerprint(checkpoint: Path, body: Path | None, **settings: Any) -> dict[str, str]:
+    """Sixteen digits for each thing an export depends on; settings: precision, image_size, opset."""
+    rooms = Path(__file__).resolve().parent.parent
+    code = [*sorted((rooms / "models").glob("*.py")), *(rooms / "export" / name for name in ("graphs.py", "bundle.py"))]
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = ""
+    return {
+        "checkpoint": _digest([_stat(checkpoint, file) for file in sorted(checkpoint.rglob("*")) if file.is_file()]),
+        "body": _digest([] if body is None or not body.exists() else _stat(body.parent, body)),
+        "settings": json.dumps(settings, sort_keys=True),
+        "code": _digest([versions, [hashlib.sha256(file.read_bytes()).hexdigest() for file in code]]),
+    }
+
+
+def changed(bundle: Path, source: dict[str, str]) -> list[str]:
+    """Why `bundle` must be made (again), in words; empty when it is there, whole, and made from `source`."""
+    if not (bundle / MANIFEST).exists():
+        return ["there is none yet"]
+    try:
+        manifest = Manifest.load(bundle, verify=False)
+    except BundleError as error:
+        return [str(error)]
+    if any(not (bundle / name).is_file() for name in manifest.files):
+        return ["a file is missing"]
+    before = manifest.made_by.get("source")
+    if not isinstance(before, dict):
+        return ["it does not say what it was made from"]
+    return [words for name, words in WORDS.items() if before.get(name) != source[name]]
+
+
+def _stat(root: Path, file: Path) -> list[Any]:
+    stat = file.stat()
+    return [str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,247 @@
+"""The inductor backend: compiled graphs agree with PyTorch, and a file or feed that does not fit is one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from handiffuser import EngineError, ExportError
+from handiffuser.contract import GraphSpec
+from handiffuser.engines import inductor as engines
+from handiffuser.engines.inductor import InductorEngine
+from handiffuser.export import inductor as export
+from handiffuser.export.bundle import run_module, tensor_spec
+from handiffuser.export.graphs import Graph, graphs
+from handiffuser.export.inductor import compile_graph
+from handiffuser.models.smplh import SMPLH
+from torch import Tensor, nn
+
+COMPILED = {"hand_prior": None, "unet": None, "unet_context": 2}  # graph -> its only batch size
+COMMAND = "hd-export CHECKPOINT OUT --backend inductor"
+
+
+@dataclasses.dataclass
+class Case:
+    graph: Graph
+    spec: GraphSpec
+    path: Path
+
+    def feeds(self, batch: int) -> dict[str, np.ndarray]:
+        rows = np.arange(batch)
+        return {name: value.numpy()[rows % len(value)] for name, value in self.graph.inputs.items()}
+
+    def exact(self, batch: int) -> dict[str, Tensor]:
+        with torch.no_grad():
+            values = run_module(self.graph.module, [torch.from_numpy(value) for value in self.feeds(batch).values()])
+        return dict(zip(self.graph.outputs, values, strict=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """An engine sets PyTorch's threads for the whole process; the tests after these keep their own."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def cases(tiny_checkpoint, body_path, tmp_path_factory) -> dict[str, Case]:
+    folder, made = tmp_path_factory.mktemp("inductor"), {}
+    for graph in graphs(tiny_checkpoint, SMPLH.load(body_path)):
+        if graph.name in COMPILED:
+            case = Case(graph, GraphSpec(f"{graph.name}.onnx", [], []), folder / f"{graph.name}.pt2")
+            case.spec.inputs = [tensor_spec(name, value, graph.free) for name, value in graph.inputs.items()]
+            case.spec.outputs = [tensor_spec(name, value, graph.free) for name, value in case.exact(2).items()]
+            compile_graph(graph, case.path, batch=COMPILED[graph.name])
+            made[graph.name] = case
+    assert sorted(file.stem for file in folder.iterdir()) == sorted(COMPILED), "the compiler left something behind"
+    return made
+
+
+@pytest.fixture(scope="module")
+def prior(cases) -> InductorEngine:
+    return InductorEngine(cases["hand_prior"].path, cases["hand_prior"].spec, threads=1)
+
+
+# 40: diffusers treats batches from 32 on otherwise, which must not be baked in.
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [("hand_prior", 1), ("hand_prior", 3), ("unet", 1), ("unet", 3), ("unet", 40), ("unet_context", 2)],
+)
+def test_agrees_with_pytorch(cases, name, batch):
+    case = cases[name]
+    engine = InductorEngine(case.path, case.spec, device="cpu", threads=1)
+    assert engine.device == "cpu" and engine.batch == COMPILED[name]
+    feeds = case.feeds(batch)
+    outputs = engine(feeds)
+    assert list(outputs) == [tensor.name for tensor in case.spec.outputs]
+    for name, exact in case.exact(batch).items():
+        assert outputs[name].dtype == exact.numpy().dtype
+        np.testing.assert_allclose(outputs[name], exact, rtol=0, atol=1e-4 * exact.abs().max().item())
+    for name, value in case.feeds(batch).items():
+        np.testing.assert_array_equal(feeds[name], value)  # no input was used as working memory
+
+
+def test_takes_arrays_as_they_come(prior, cases):
+    """Transposed, read-only and earlier outputs."""
+    plain = cases["hand_prior"].feeds(3)
+    want = prior(plain)
+    twisted = {name: np.asfortranarray(value) for name, value in plain.items()}
+    twisted["row"].flags.writeable = False
+    np.testing.assert_array_equal(prior(twisted)["x"], want["x"])
+    first = prior.on_device(plain)
+    second = prior({**plain, "x": first["x"], "history": first["history"]})
+    np.testing.assert_array_equal(second["x"], prior({**plain, "x": want["x"], "history": want["history"]})["x"])
+
+
+def test_a_nan_is_seen_in_its_own_row(prior, cases):
+    feeds = cases["hand_prior"].feeds(3)
+    feeds["x"][1, 7] = np.nan
+    np.testing.assert_array_equal(prior(feeds)["finite"], [1, 0, 1])
+
+
+def test_wrong_feeds_are_named_before_anything_runs(prior, cases):
+    feeds = cases["hand_prior"].feeds(2)
+    with pytest.raises(EngineError, match=r"hand_prior got x of shape \[2, 7\].*axis 1 must be 330"):
+        prior({**feeds, "x": feeds["x"][:, :7]})
+    with pytest.raises(EngineError, match=r"x of shape \[4097, 330\].*B is at most 4096"):
+        prior(cases["hand_prior"].feeds(4097))
+
+
+def test_another_batch_than_the_compiled_one(cases):
+    case = cases["unet_context"]
+    engine = InductorEngine(case.path, case.spec, threads=1)
+    with pytest.raises(EngineError, match=r"context of shape \[3, 2, .*B is exactly 2.*--batch-sizes 3"):
+        engine(case.feeds(3))
+
+
+def refusal(case: Case, path: Path | None = None, **settings) -> str:
+    """The message with which a file is refused: one line, with the command that mends it."""
+    with pytest.raises(EngineError) as caught:
+        InductorEngine(path or case.path, settings.pop("spec", case.spec), **settings)
+    message = str(caught.value)
+    assert COMMAND in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("content", ["missing", "empty", "truncated", "foreign", "archive"])
+def test_a_file_that_is_no_compiled_graph(cases, tmp_path, content):
+    case, path = cases["hand_prior"], tmp_path / "hand_prior.pt2"
+    if content == "archive":
+        torch.save({"weight": torch.zeros(3)}, path)
+    elif content != "missing":
+        whole = case.path.read_bytes()
+        path.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "foreign": b"text" * 999}[content])
+    assert "damaged or no compiled graph" in refusal(case, path)
+
+
+def test_a_file_of_another_graph(cases):
+    assert "has other inputs than the bundle's unet.onnx" in refusal(cases["hand_prior"], spec=cases["unet"].spec)
+
+
+def test_a_file_of_another_export(cases):
+    """Nothing in the compiled code looks at shapes: such a call would read past the arrays."""
+    case = cases["hand_prior"]
+    text = next(tensor for tensor in case.spec.inputs if tensor.name == "text")
+    wider = [dataclasses.replace(t, shape=("B", 2, 99)) if t is text else t for t in case.spec.inputs]
+    assert "text: float32[B, 2, 99]" in refusal(case, spec=dataclasses.replace(case.spec, inputs=wider))
+
+
+@pytest.mark.parametrize(
+    ("note", "words"),
+    [
+        ({"device": None}, "was not compiled by hd-export"),
+        ({"processor": "a CPU with SSE"}, "compiled for a CPU with SSE, and here is a CPU with"),
+        ({"torch": "PyTorch 1.0"}, "compiled for PyTorch 1.0, and here is PyTorch"),
+    ],
+)
+def test_a_file_of_another_machine(cases, tmp_path, note, words):
+    assert words in refusal(cases["hand_prior"], rewritten(cases["hand_prior"].path, tmp_path, note))
+
+
+def test_a_file_for_a_gpu_where_there_is_none(cases, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    case = cases["hand_prior"]
+    assert "an NVIDIA GPU, and PyTorch finds none" in refusal(case, rewritten(case.path, tmp_path, {"device": "cuda"}))
+    assert "compiled for cpu, not for cuda" in refusal(case, device="cuda")
+
+
+def rewritten(path: Path, folder: Path, note: dict[str, str | None]) -> Path:
+    """A copy of a compiled file with other notes about where it was compiled."""
+    copy = folder / path.name
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
+        for entry in old.namelist():
+            content = old.read(entry)
+            if entry.endswith("_metadata.json"):
+                merged = {**json.loads(content), **note}
+                content = json.dumps({key: value for key, value in merged.items() if value is not None}).encode()
+            new.writestr(entry, content)
+    return copy
+
+
+def test_without_pytorch_the_message_says_what_to_install(cases, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(EngineError, match=r'no other backend does.*pip install "handiffuser\[export\]"'):
+        InductorEngine(cases["unet"].path, cases["unet"].spec)
+
+
+def test_failures_while_running(cases, monkeypatch):
+    engine = InductorEngine(cases["hand_prior"].path, cases["hand_prior"].spec, threads=1)
+
+    class Broken:
+        def boxed_run(self, _):
+            raise self.error
+
+    engine._model = Broken()
+    Broken.error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+    with pytest.raises(EngineError, match=r"not enough memory to run hand_prior.*--batch-size"):
+        engine(cases["hand_prior"].feeds(1))
+    Broken.error = RuntimeError("No such kernel.\nframe #0")
+    with pytest.raises(EngineError, match=r"graph hand_prior failed: No such kernel\.$"):
+        engine(cases["hand_prior"].feeds(1))
+
+
+class Undecided(nn.Module):
+    """Nothing that can be exported: its way depends on its values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 0 else x
+
+
+def test_a_graph_that_cannot_be_compiled_leaves_the_older_file(tmp_path):
+    path = tmp_path / "toy.pt2"
+    path.write_text("older")
+    with pytest.raises(ExportError, match="toy could not be compiled for cpu") as caught:
+        compile_graph(Graph("toy", Undecided(), {"x": torch.zeros(2, 3)}, ("x",)), path)
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == "older" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_compiling_needs_is_asked_for_first(tmp_path, monkeypatch):
+    graph = Graph("toy", nn.Identity(), {"x": torch.zeros(2, 3)}, ("x",))
+    with pytest.raises(ExportError, match="no device 'tpu'"):
+        compile_graph(graph, tmp_path / "toy.pt2", device="tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ExportError, match=r"no usable GPU.*nvidia-smi"):
+        compile_graph(graph, tmp_path / "toy.pt2", device="cuda")
+
+    def missing():
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(export, "get_cpp_compiler", missing)
+    with pytest.raises(ExportError, match=r"C\+\+ compiler.*apt install"):
+        compile_graph(graph, tmp_path / "toy.pt2")
+
+
+def test_a_message_of_the_cpp_compiler_comes_through():
+    error = RuntimeError(
+        "C++ compile error\n\nCommand:\ng++ -O3\n\nOutput:\nx.cpp:1:9: fatal error: omp.h: No such file"
+    )
+    assert export.sentence(error) == "x.cpp:1:9: fatal error: omp.h: No such file."
+    assert engines.LARGEST == 4096

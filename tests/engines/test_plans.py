@@ -1,0 +1,143 @@
+"""The engine cache: what hits, what is built again and why, and what happens to plans that are no good."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+
+import pytest
+from handiffuser.contract import Manifest
+from handiffuser.engines.build import wanted_plans
+from handiffuser.engines.plans import PlanStore, parts
+from handiffuser.engines.tensorrt import Options
+from handiffuser.errors import EngineError
+
+BASE = {"backend": "tensorrt", "version": "11.0", "target": "GPU A", "options": Options()}
+
+
+@pytest.fixture
+def manifest(toy_bundle):
+    return Manifest.load(toy_bundle)
+
+
+def all_parts(manifest, sizes=(1, 4), dynamic=False, **changes):
+    return [
+        parts(manifest, name, batch, **{**BASE, **changes}) for name, batch in wanted_plans(manifest, sizes, dynamic)
+    ]
+
+
+def build(store, wanted):
+    """What build_plans does, without a backend: returns {(graph, sizes): why} of what had to be built."""
+    built = {}
+    for one in wanted:
+        if store.find(one) is None:
+            built[one["name"], one["sizes"]] = store.why(one)
+            store.add(one, b"plan of " + repr(sorted(one.items())).encode(), {"types": {}}, 1.0)
+    return built
+
+
+def other_weights(manifest, graph):
+    files = dict(manifest.files)
+    files[manifest.graphs[graph].file] = "0" * 64
+    return replace(manifest, files=files)
+
+
+CHANGES = {
+    "weights of the unet": (lambda m: all_parts(other_weights(m, "unet")), "graph or its weights", {"unet"}),
+    "weights of the decoder": (
+        lambda m: all_parts(other_weights(m, "image_decoder")),
+        "graph or its weights",
+        {"image_decoder"},
+    ),
+    "version": (lambda m: all_parts(m, version="11.1"), "version changed from 11.0 to 11.1", "all"),
+    "gpu": (lambda m: all_parts(m, target="GPU B"), "GPU changed from GPU A to GPU B", "all"),
+    "options": (lambda m: all_parts(m, options=Options(level=5)), "build options changed", "all"),
+    "backend": (lambda m: all_parts(m, backend="tensorrt-rtx"), "backend changed", "all"),
+    "precision": (lambda m: all_parts(replace(m, precision="fp16")), "precision changed from fp32 to fp16", "all"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_builds_what_it_touches_and_says_why(manifest, tmp_path, change):
+    store = PlanStore(tmp_path)
+    first = build(store, all_parts(manifest))
+    assert set(first.values()) == {"never built", "never built for B=4"} and len(first) == 15
+    assert build(store, all_parts(manifest)) == {}
+    make, words, touched = CHANGES[change]
+    again = build(store, make(manifest))
+    graphs = set(manifest.graphs) if touched == "all" else touched
+    assert {graph for graph, _ in again} == graphs
+    assert all(words in why for why in again.values()), again
+    # What was there before is there still: going back builds nothing.
+    assert build(store, all_parts(manifest)) == {}
+
+
+def test_another_batch_size_builds_only_that(manifest, tmp_path):
+    store = PlanStore(tmp_path)
+    build(store, all_parts(manifest))
+    again = build(store, all_parts(manifest, (1, 2, 4)))
+    assert {sizes for _, sizes in again} == {"B=2"} and len(again) == 7
+    assert set(again.values()) == {"never built for B=2"}
+    dynamic = build(store, all_parts(manifest, (1, 8), dynamic=True))
+    assert {sizes for _, sizes in dynamic} == {"B=1-8-8"}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no record", "bad record", "foreign record"])
+def test_damaged_plans_are_found_built_again_and_never_read(manifest, tmp_path, damage):
+    store = PlanStore(tmp_path)
+    wanted = all_parts(manifest)
+    build(store, wanted)
+    plan = next(plan for plan in store if plan.graph == "unet")
+    record = plan.path.with_suffix(".json")
+    if damage == "truncated":
+        plan.path.write_bytes(plan.path.read_bytes()[:-5])
+    elif damage == "flipped":
+        content = bytearray(plan.path.read_bytes())
+        content[3] ^= 1
+        plan.path.write_bytes(content)
+    elif damage == "missing":
+        plan.path.unlink()
+    elif damage == "no record":
+        record.unlink()
+    elif damage == "bad record":
+        record.write_text('{"graph": ')
+    else:
+        record.write_text(json.dumps({"something": "else"}))
+    if damage in ("truncated", "flipped", "missing"):
+        with pytest.raises(EngineError, match="hd-engines build"):
+            store.read(plan)
+        assert store.problem(plan, verify=True)
+    else:
+        assert store.strays()
+    # A changed byte costs a hash to find, so only `verify` looks; all else is found without.
+    if damage == "flipped":
+        assert store.find(plan.parts) and not store.find(plan.parts, verify=True)
+        plan.path.unlink()
+    again = build(store, wanted)
+    assert list(again) == [("unet", plan.parts["sizes"])]
+    assert not store.strays()
+
+
+def test_full_disk_leaves_nothing_half_written(manifest, tmp_path, monkeypatch):
+    store = PlanStore(tmp_path)
+    wanted = all_parts(manifest)
+    build(store, wanted[:3])
+
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", full)
+        with pytest.raises(EngineError, match=r"disk is full.*same command again"):
+            build(store, wanted)
+    assert len(list(store)) == 3 and not store.strays()
+    assert len(build(store, wanted)) == 12
+
+
+def test_sizes_that_make_no_sense(manifest):
+    for sizes in ((), (0,), (5000,)):
+        with pytest.raises(EngineError, match="Batch sizes must be"):
+            wanted_plans(manifest, sizes)

@@ -1,0 +1,139 @@
+"""TensorRT-RTX builds engines where there is no GPU: every graph, its precision proven, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from commands import run_command
+from handiffuser.contract import GRAPHS, Manifest
+from handiffuser.engines.build import gpu
+from handiffuser.engines.plans import PlanStore
+from handiffuser.engines.tensorrt import Backend, Options
+from handiffuser.errors import EngineError
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return Backend("tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def built(tiny_checkpoint_folder, tmp_path_factory):
+    """The tiny checkpoint in fp16 with plans for batches of 1 and 2, by the command as a user types it."""
+    folder = tmp_path_factory.mktemp("engines") / "tiny"
+    result = run_command(
+        "export.cli", tiny_checkpoint_folder, folder, "--backend", "tensorrt-rtx", "--batch-sizes", "1,2"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Built 15 of 15 plans" in result.stderr
+    return folder
+
+
+def test_every_graph_is_built_in_the_precision_asked_for(built):
+    plans = list(PlanStore(built))
+    assert {plan.graph for plan in plans} == set(GRAPHS)
+    for plan in plans:
+        kind = "FLOAT" if plan.graph == "hand_features" else "HALF"
+        assert plan.proof["types"].get(kind, 0) > 0 and sum(plan.proof["types"].values()) == plan.proof["types"][kind]
+        if plan.graph in ("hand_prior", "unet"):  # the solver's state is float32 whatever the network is
+            assert plan.proof["outputs"]["finite"] == plan.proof["outputs"]["next_history"] == "FLOAT"
+    decoder = next(plan for plan in plans if plan.graph == "image_decoder")
+    assert decoder.proof["outputs"] == {"image": "UINT8", "finite": "FLOAT"}
+
+
+def test_float32_and_dynamic_plans_build_too(backend, tiny_bundle):
+    manifest = Manifest.load(tiny_bundle)
+    for name in GRAPHS:
+        sizes = {"S": (1, 20, 1000)} if name == "unet_time" else {"B": (1, 2, 4)}
+        plan, proof = backend.build(tiny_bundle / manifest.graphs[name].file, sizes, "fp32", Options(level=0))
+        assert plan and set(proof["types"]) <= {"FLOAT"}
+
+
+def test_another_precision_than_asked_is_an_error(backend, built):
+    with pytest.raises(EngineError, match=r"unet was to be fp32.*in HALF.*--precision fp32"):
+        backend.build(built / "unet.onnx", {"B": 1}, "fp32", Options())
+
+
+def test_progress_is_true_and_can_stop(backend, built):
+    seen = []
+    backend.build(built / "image_decoder.onnx", {"B": 1}, "fp16", Options(), lambda _, done: seen.append(done) or True)
+    assert len(seen) > 10 and seen == sorted(seen) and 0 <= seen[0] < 0.5 < seen[-1] <= 1
+    with pytest.raises(KeyboardInterrupt):
+        backend.build(built / "image_decoder.onnx", {"B": 1}, "fp16", Options(), lambda *_: False)
+
+
+def test_chosen_gpus(backend, built):
+    graph = built / "unet_context.onnx"
+    everywhere, _ = backend.build(graph, {"B": 1}, "fp16", Options())
+    one, _ = backend.build(graph, {"B": 1}, "fp16", Options(compute_capabilities=("8.9",)))
+    assert one and everywhere
+    with pytest.raises(EngineError, match=r"compute capability 9\.0.*7\.5, 8\.0"):
+        backend.build(graph, {"B": 1}, "fp16", Options(compute_capabilities=("9.0",)))
+
+
+def test_what_is_no_graph(backend, tmp_path):
+    (tmp_path / "junk.onnx").write_bytes(b"hello")
+    with pytest.raises(EngineError, match=r"cannot read junk\.onnx"):
+        backend.build(tmp_path / "junk.onnx", {"B": 1}, "fp16", Options())
+
+
+def test_the_same_command_again_does_nothing(built, tiny_checkpoint_folder):
+    command = ("export.cli", tiny_checkpoint_folder, built, "--backend", "tensorrt-rtx", "--batch-sizes", "1,2")
+    before = {path.name: path.stat().st_mtime_ns for path in (built / "plans").iterdir()}
+    result = run_command(*command)
+    assert result.returncode == 0
+    assert "nothing was exported" in result.stderr and "nothing was built" in result.stderr
+    assert before == {path.name: path.stat().st_mtime_ns for path in (built / "plans").iterdir()}
+
+
+def test_engines_command(built):
+    listed = run_command("engines.cli", "list", built)
+    assert listed.returncode == 0 and listed.stdout.count("current") == 15 and "fp16" in listed.stdout
+    sound = run_command("engines.cli", "verify", built)
+    assert sound.returncode == 0 and "15 plans are sound" in sound.stderr
+    more = run_command("engines.cli", "build", built, "--batch-sizes", "1,2,3")
+    assert more.returncode == 0 and "Built 7 of 22 plans" in more.stderr and "never built for B=3" in more.stderr
+
+    plan = next(plan for plan in PlanStore(built) if plan.graph == "unet" and plan.batch == (3, 3))
+    content = plan.path.read_bytes()
+    plan.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    damaged = run_command("engines.cli", "verify", built)
+    assert damaged.returncode == 1 and "unet B=3: its plan is damaged" in damaged.stderr
+    (built / "plans" / "unet.B9.0123.plan.77.tmp").write_bytes(b"left over")
+    dry = run_command("engines.cli", "prune", built, "--dry-run")
+    assert dry.returncode == 0 and plan.path.exists() and "would remove" in dry.stderr
+    pruned = run_command("engines.cli", "prune", built)
+    assert pruned.returncode == 0 and not plan.path.exists() and len(list(PlanStore(built))) == 21
+    assert not PlanStore(built).strays()
+    rebuilt = run_command("engines.cli", "build", built, "--batch-sizes", "1,2,3")
+    assert "Built 1 of 22 plans" in rebuilt.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("build", "nowhere"), 1, "does not exist"),
+        (("list", "nowhere"), 1, "does not exist"),
+        (("build", "{}", "--backend", "tensorrt"), 1, "cannot be imported"),
+        (("build", "{}", "--batch-sizes", "1,x"), 2, "no list of batch sizes"),
+        (("build", "{}", "--batch-sizes", "0"), 2, "no list of batch sizes"),
+        (("build", "{}", "--build-level", "9"), 2, "0<=x<=5"),
+        (("build", "{}", "--compute-capability", "9.0"), 1, "9.0"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(built, arguments, code, words):
+    result = run_command("engines.cli", *(built if argument == "{}" else argument for argument in arguments))
+    assert result.returncode == code and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_without_a_gpu_plans_are_passed_over_with_a_word(built, tmp_path):
+    if gpu() is not None:
+        pytest.skip("there is a GPU")
+    result = run_command("runtime.cli", built, "a fist", "--steps", "2", "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "are not used" in result.stderr and "nvidia-smi" in result.stderr
+    assert len(list((tmp_path / "out").glob("*.hands.npz"))) == 1
+    for backend in ("tensorrt-rtx", "tensorrt"):
+        forced = run_command("runtime.cli", built, "a fist", "--backend", backend, "--output", tmp_path / "other")
+        assert forced.returncode == 1 and "nvidia-smi" in forced.stderr and "Traceback" not in forced.stderr
