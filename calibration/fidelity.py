@@ -114,6 +114,15 @@ class Report:
             )
         return found
 
+    def summary(self) -> str:
+        """The figures in one line."""
+        worst = max(self.graphs, key=lambda name: self.graphs[name].rms)
+        return (
+            f"{self.precision} beside float32, {len(self.pictures)} pictures: {self.psnr_mean:.1f} dB on average, "
+            f"{self.psnr_min:.1f} dB at worst; graphs within {self.graphs[worst].rms:.1e} ({worst}); "
+            f"finger joints within {self.joints_max:.2f} pixels"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`. Infinity, which JSON lacks, becomes the text "inf"."""
         summary = {name: getattr(self, name) for name in ("passes", "psnr_mean", "psnr_min", "joints_max")}

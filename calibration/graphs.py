@@ -55,7 +55,9 @@ def _known_types(model: ModelProto) -> dict[str, int]:
 
 def numpy_name(element_type: int) -> str:
     """An ONNX element type as the contract names it: "float32", "bfloat16"."""
-    return helper.tensor_dtype_to_np_dtype(element_type).name
+    # Before onnx 1.19, onnx says float32 for it.
+    bfloat16 = element_type == TensorProto.BFLOAT16
+    return "bfloat16" if bfloat16 else helper.tensor_dtype_to_np_dtype(element_type).name
 
 
 def value_info(name: str, element_type: int, shape: TensorShapeProto | None = None) -> ValueInfoProto:

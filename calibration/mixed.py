@@ -281,12 +281,13 @@ def _keep(model: ModelProto, names: set[str]) -> ModelProto:
     if missing := names - {label(node) for node in graph.node}:
         raise BundleError(f"The graph {graph.name} has no node {', '.join(sorted(missing))}. Look for them again.")
     shapes = {value.name: value.type.tensor_type.shape for value in (*graph.value_info, *graph.input, *graph.output)}
-    makers = {name: node for node in graph.node for name in node.output}
     # Tensors that some other node, or the caller, takes in half.
     wanted = {value.name for value in graph.output}
     wanted.update(name for node in graph.node if label(node) not in names for name in node.input)
     nodes: list[NodeProto] = []
-    wide: dict[str, str] = {}  # half tensor -> its float32 twin
+    # Half tensor -> its float32 twin. What was in float32 just before is taken from there.
+    casts = [node for node in graph.node if node.op_type == "Cast"]
+    wide = {node.output[0]: node.input[0] for node in casts if types[node.input[0]] == TensorProto.FLOAT}
     suffix = "/float32"
     while any(name.endswith(suffix) for name in types):  # the graph is mixed already
         suffix += "+"
@@ -299,14 +300,6 @@ def _keep(model: ModelProto, names: set[str]) -> ModelProto:
     def widened(name: str) -> str:
         if types.get(name) not in HALF:
             return name
-        maker = makers.get(name)
-        if (
-            name not in wide
-            and maker is not None
-            and maker.op_type == "Cast"
-            and types[maker.input[0]] == TensorProto.FLOAT
-        ):
-            wide[name] = maker.input[0]  # what was in float32 just before is taken from there
         if name not in wide:
             nodes.append(cast(name, declare(name), TensorProto.FLOAT))
         return wide[name]
@@ -324,8 +317,8 @@ def _keep(model: ModelProto, names: set[str]) -> ModelProto:
         nodes += [cast(wide[n], n, types[n]) for n in node.output if types.get(n) in HALF and n in wanted]
     del graph.node[:]
     graph.node.extend(nodes)
-    made = {name for node in nodes for name in node.output} | set(types) - set(makers)
-    declared = [value for value in graph.value_info if value.name in made]
+    made = {name for node in nodes for name in node.output}
+    declared = [value for value in graph.value_info if value.name in made]  # not what is there in float32 only
     del graph.value_info[:]
     graph.value_info.extend(declared)
     return model

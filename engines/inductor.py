@@ -2,7 +2,6 @@
 
 engine = InductorEngine("engines/unet.pt2", manifest.graphs["unet"], device="cuda")
 outputs = engine(feeds)                 # numpy in, numpy out
-outputs = engine.on_device(feeds)       # outputs stay where they were computed and may be fed again
 
 A `.pt2` file holds native code, and loading it runs that code: it is as trusted as a program. Load only what you
 compiled yourself, and only after the file's SHA-256 was found to be the one that was noted when it was written; this
@@ -44,8 +43,8 @@ class InductorEngine:
         torch = _import_torch()
         self.spec = spec
         self.threads = threads or usable_cores()
-        # What `torch._inductor.aoti_load_package` ends in. By itself it loads in milliseconds; that function first
-        # imports the whole compiler (3 s), and calls every damaged file an outdated one.
+        # What `torch._inductor.aoti_load_package` ends in. By itself it takes milliseconds; that function imports the
+        # whole compiler (3 s), runs the C++ compiler to tell the processor, and calls a damaged file an outdated one.
         loader = torch._C._aoti.AOTIModelPackageLoader
         try:
             noted = loader.load_metadata_from_package(str(path), "model")  # reads, runs nothing
@@ -81,10 +80,7 @@ class InductorEngine:
                 )
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return {name: value.numpy() for name, value in self.on_device(feeds).items()}
-
-    def on_device(self, feeds: Mapping[str, Any]) -> dict[str, DeviceTensor]:
-        """Like a call, but outputs stay where they were computed. Feeds may be arrays or earlier outputs.
+        """Arrays in, arrays out, whatever the device.
 
         Raises EngineError for wrong feeds (see `check_feeds`), for a batch that was not compiled, and when there is
         not enough memory.
@@ -96,14 +92,16 @@ class InductorEngine:
         if self.device == "cpu" and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         try:
-            values = self._model.boxed_run([self._tensor(feeds[want.name]) for want in self.spec.inputs])
+            # Compiled code takes every tensor for contiguous; PyTorch warns of arrays that are not writable.
+            arrays = [np.require(feeds[want.name], requirements=("C", "W")) for want in self.spec.inputs]
+            values = self._model.run([torch.from_numpy(array).to(self.device) for array in arrays])
         except Exception as error:
             name, text = Path(self.spec.file).stem, str(error).lower()
             if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
                 raise EngineError(f"There is not enough memory to run {name}. Take a smaller --batch-size.") from error
             raise EngineError(f"The compiled graph {name} failed: {_sentence(error)}.") from error
         names = [tensor.name for tensor in self.spec.outputs]
-        return {name: DeviceTensor(value) for name, value in zip(names, values, strict=True)}
+        return {name: value.cpu().numpy() for name, value in zip(names, values, strict=True)}
 
     def _check_batch(self, feeds: Mapping[str, Any]) -> None:
         want = self.spec.inputs[0]
@@ -116,25 +114,6 @@ class InductorEngine:
             f"compiled for {want}, where {want.shape[0]} is {allowed}. Send batches of that size, or compile others: "
             f"hd-export CHECKPOINT OUT --backend inductor --batch-sizes {size}."
         )
-
-    def _tensor(self, value: Any) -> Any:
-        if isinstance(value, DeviceTensor):
-            return value.value
-        # Compiled code takes every tensor for contiguous; PyTorch warns of arrays that are not writable.
-        return _import_torch().from_numpy(np.require(value, requirements=("C", "W"))).to(self.device)
-
-
-class DeviceTensor:
-    """A PyTorch tensor with numpy's `dtype` and `shape`, so that it can be checked like an array."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        self.dtype = np.dtype(str(value.dtype).removeprefix("torch."))
-        self.shape = tuple(value.shape)
-
-    def numpy(self) -> np.ndarray:
-        """Copies it to the host, if it is not there."""
-        return self.value.cpu().numpy()
 
 
 def origin(device: str) -> dict[str, str]:

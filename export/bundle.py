@@ -73,8 +73,7 @@ def export_bundle(
             "This checkpoint has no body model of its own. Give the SMPL-H .npz that it was trained with: --body FILE."
         )
     smplh = SMPLH.load(path)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())):
-        raise ExportError(f"{out} exists and is no bundle. Choose another folder, or empty that one.")
+    check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(out.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
@@ -133,12 +132,23 @@ def export_bundle(
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    install(work, out)
+    return results
+
+
+def check_target(out: Path) -> None:
+    """Raises ExportError for a folder that holds something else than a bundle."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())):
+        raise ExportError(f"{out} exists and is no bundle. Choose another folder, or empty that one.")
+
+
+def install(work: Path, out: Path) -> None:
+    """Puts a finished bundle into the place of an older one, whose plans it takes over."""
     if (out / PLANS).exists():
         (out / PLANS).replace(work / PLANS)
     if out.exists():
         shutil.rmtree(out)
     work.replace(out)
-    return results
 
 
 def plain(schedule: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # PyTorch's threads spin beside ONNX Runtime's; and the exporter's remarks are no news to a user.
@@ -59,6 +60,14 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H body (.npz); default: the checkpoint's own.")
 @click.option("--image-size", callback=parse_size, metavar="H[xW]", help="Pixels; default: as trained.")
 @click.option("--opset", type=click.IntRange(18, 24), default=23, show_default=True, help="ONNX opset.")
+@click.option(
+    "--fidelity",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Compare half precision with float32 in whole runs; auto: for models small enough for a CPU.",
+)
+@click.option("--accept-low-fidelity", is_flag=True, help="Write the bundle even if it fails that comparison.")
 @build_options
 def main(
     checkpoint: str,
@@ -68,6 +77,8 @@ def main(
     body: Path | None,
     image_size: tuple[int, int] | None,
     opset: int,
+    fidelity: str,
+    accept_low_fidelity: bool,
     **values: Any,
 ) -> None:
     """Exports CHECKPOINT (a folder in Hugging Face layout, or the word demo) into the bundle OUT.
@@ -86,7 +97,7 @@ def main(
         if why:
             if (out / MANIFEST).exists():
                 console.print(f"Exporting again: {', '.join(why)}.")
-            export(folder, out, precision, body, image_size, opset, source)
+            export(folder, out, precision, body, image_size, opset, source, fidelity, accept_low_fidelity)
         else:
             console.print(f"The bundle in {out} is current: nothing was exported.")
         if backend in MODULES:
@@ -118,11 +129,14 @@ def export(
     image_size: tuple[int, int] | None,
     opset: int,
     source: dict[str, str],
+    fidelity: str,
+    accept_low_fidelity: bool,
 ) -> None:
     """The part that needs PyTorch."""
     try:
         from ..models.checkpoint import Checkpoint
-        from .bundle import at_image_size, export_bundle
+        from .admit import admit, is_small
+        from .bundle import at_image_size, check_target, export_bundle, install
     except ImportError as error:
         raise HanDiffuserError(
             f'Exporting needs PyTorch, which running does not ({error}). Install it: pip install "handiffuser[export]".'
@@ -144,7 +158,25 @@ def export(
                 f"(tolerance {result.tolerance:g})   {result.seconds:.0f} s"
             )
 
-        export_bundle(loaded, out, precision, body, opset, source, on_graph)
+        check_target(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
+            made = Path(work) / "bundle"
+            export_bundle(loaded, made, precision, body, opset, source, on_graph)
+            if precision != "fp32" and (fidelity == "always" or (fidelity == "auto" and is_small(loaded))):
+                progress.update(task, description=f"comparing {precision} with float32", total=None)
+                report, kept = admit(loaded, made, body, opset)
+                progress.console.print(report.summary())
+                for graph, nodes in kept.items():
+                    progress.console.print(f"{graph}: kept in float32 for that: {', '.join(nodes)}")
+                if not report.passes and not accept_low_fidelity:
+                    raise HanDiffuserError(
+                        f"{' '.join(report.sentences())} Nothing was written. Export with --precision fp32, or with "
+                        "--accept-low-fidelity if this is good enough for you."
+                    )
+            elif precision != "fp32":
+                progress.console.print(f"{precision} was not compared with float32 in whole runs (--fidelity always).")
+            install(made, out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from handiffuser.export.graphs import Graph, graphs
 from handiffuser.export.inductor import compile_graph
 from handiffuser.models.smplh import SMPLH
 from torch import Tensor, nn
+from torch._inductor import config
 
 COMPILED = {"hand_prior": None, "unet": None, "unet_context": 2}  # graph -> its only batch size
 COMMAND = "hd-export CHECKPOINT OUT --backend inductor"
@@ -58,7 +59,8 @@ def cases(tiny_checkpoint, body_path, tmp_path_factory) -> dict[str, Case]:
             case = Case(graph, GraphSpec(f"{graph.name}.onnx", [], []), folder / f"{graph.name}.pt2")
             case.spec.inputs = [tensor_spec(name, value, graph.free) for name, value in graph.inputs.items()]
             case.spec.outputs = [tensor_spec(name, value, graph.free) for name, value in case.exact(2).items()]
-            compile_graph(graph, case.path, batch=COMPILED[graph.name])
+            with config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # a third of the time
+                compile_graph(graph, case.path, batch=COMPILED[graph.name])
             made[graph.name] = case
     assert sorted(file.stem for file in folder.iterdir()) == sorted(COMPILED), "the compiler left something behind"
     return made
@@ -89,15 +91,12 @@ def test_agrees_with_pytorch(cases, name, batch):
 
 
 def test_takes_arrays_as_they_come(prior, cases):
-    """Transposed, read-only and earlier outputs."""
+    """Columns first, and read-only."""
     plain = cases["hand_prior"].feeds(3)
     want = prior(plain)
     twisted = {name: np.asfortranarray(value) for name, value in plain.items()}
     twisted["row"].flags.writeable = False
     np.testing.assert_array_equal(prior(twisted)["x"], want["x"])
-    first = prior.on_device(plain)
-    second = prior({**plain, "x": first["x"], "history": first["history"]})
-    np.testing.assert_array_equal(second["x"], prior({**plain, "x": want["x"], "history": want["history"]})["x"])
 
 
 def test_a_nan_is_seen_in_its_own_row(prior, cases):
@@ -195,7 +194,7 @@ def test_failures_while_running(cases, monkeypatch):
     engine = InductorEngine(cases["hand_prior"].path, cases["hand_prior"].spec, threads=1)
 
     class Broken:
-        def boxed_run(self, _):
+        def run(self, _):
             raise self.error
 
     engine._model = Broken()
