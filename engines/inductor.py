@@ -10,7 +10,9 @@ module does not check it. Such a file is bound to the kind of processor and to t
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +62,28 @@ class InductorEngine:
 
     def _check_origin(self, path: str | Path, noted: Mapping[str, str], device: str) -> None:
         """Raises EngineError unless the file was made for `spec`, for `device` and for this machine."""
-        made_for = noted.get("device")
-        if made_for not in ("cpu", "cuda"):
+        if not noted.keys() >= {"device", "batch", "processor", "torch", "tensors"}:
             raise EngineError(f"{path} was not compiled by hd-export. {REMEDY}")
+        made_for = noted["device"]
         if made_for == "cuda" and not _import_torch().cuda.is_available():
             raise EngineError(f"{path} was compiled for an NVIDIA GPU, and PyTorch finds none here. {REMEDY}")
         if device not in ("auto", made_for):
             raise EngineError(f"{path} was compiled for {made_for}, not for {device}. {REMEDY}")
-        for what, here in origin(made_for).items():
-            if noted.get(what) != here:
-                raise EngineError(f"{path} was compiled for {noted.get(what)}, and here is {here}. {REMEDY}")
+        here = origin(made_for)
+        if lacking := set(noted["processor"].split()) - set(here["processor"].split()):
+            raise EngineError(
+                f"{path} needs a processor with {', '.join(sorted(lacking))}; this one has none. {REMEDY}"
+            )
+        if noted["torch"] != here["torch"]:
+            raise EngineError(f"{path} was compiled by PyTorch {noted['torch']}; this is {here['torch']}. {REMEDY}")
         # Tensors go in by their order and nothing below looks at their shapes: another graph's file would read
         # memory that is not its own.
-        for what, here in contract(self.spec.inputs, [tensor.name for tensor in self.spec.outputs]).items():
-            if noted.get(what) != here:
+        pairs = zip_longest(noted["tensors"].split("; "), tensors(self.spec.inputs, names(self.spec)).split("; "))
+        for theirs, ours in pairs:
+            if theirs != ours:
                 raise EngineError(
-                    f"{path} has other {what} than the bundle's {self.spec.file}: {noted.get(what)} instead of {here}. "
-                    f"{REMEDY}"
+                    f"{path} was compiled from another graph than {self.spec.file}: it has {theirs or 'nothing'} where "
+                    f"the bundle has {ours or 'nothing'}. {REMEDY}"
                 )
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -95,13 +102,12 @@ class InductorEngine:
             # Compiled code takes every tensor for contiguous; PyTorch warns of arrays that are not writable.
             arrays = [np.require(feeds[want.name], requirements=("C", "W")) for want in self.spec.inputs]
             values = self._model.run([torch.from_numpy(array).to(self.device) for array in arrays])
+            return {name: value.cpu().numpy() for name, value in zip(names(self.spec), values, strict=True)}
         except Exception as error:
             name, text = Path(self.spec.file).stem, str(error).lower()
             if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
                 raise EngineError(f"There is not enough memory to run {name}. Take a smaller --batch-size.") from error
             raise EngineError(f"The compiled graph {name} failed: {_sentence(error)}.") from error
-        names = [tensor.name for tensor in self.spec.outputs]
-        return {name: value.cpu().numpy() for name, value in zip(names, values, strict=True)}
 
     def _check_batch(self, feeds: Mapping[str, Any]) -> None:
         want = self.spec.inputs[0]
@@ -117,18 +123,23 @@ class InductorEngine:
 
 
 def origin(device: str) -> dict[str, str]:
-    """What native code for `device` ("cpu", "cuda") depends on here. Written into every compiled file."""
+    """What native code made here for `device` ("cpu", "cuda") depends on: features of the processor, and PyTorch."""
     torch = _import_torch()
     if device == "cuda":
-        processor = "a GPU of compute capability {}.{}".format(*torch.cuda.get_device_capability())
+        features = ["sm_{}{}".format(*torch.cuda.get_device_capability())]
     else:
-        processor = f"a CPU with {torch.backends.cpu.get_cpu_capability()}"
-    return {"processor": processor, "torch": "PyTorch " + ".".join(torch.__version__.split(".")[:2])}
+        known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older ones do not tell
+        features = [platform.machine(), *sorted(name for name, there in known.items() if there is True)]
+    return {"processor": " ".join(features), "torch": ".".join(torch.__version__.split(".")[:2])}
 
 
-def contract(inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> dict[str, str]:
-    """What a graph takes and gives, as it is written into its compiled file."""
-    return {"inputs": ", ".join(map(str, inputs)), "outputs": ", ".join(outputs)}
+def tensors(inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> str:
+    """What a graph takes and gives, as it is noted in its compiled file."""
+    return "; ".join([*map(str, inputs), *(f"the output {name}" for name in outputs)])
+
+
+def names(spec: GraphSpec) -> list[str]:
+    return [tensor.name for tensor in spec.outputs]
 
 
 def _import_torch() -> Any:

@@ -25,7 +25,7 @@ from torch._inductor.utils import fresh_cache
 from torch.export.passes import move_to_device_pass
 
 from ..contract import TensorSpec
-from ..engines.inductor import LARGEST, contract, origin
+from ..engines.inductor import LARGEST, origin, tensors
 from ..engines.onnxruntime import usable_cores
 from ..errors import ExportError
 from .graphs import Graph
@@ -61,7 +61,7 @@ def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | No
             "device": device,
             "batch": "" if batch is None else str(batch),
             **origin(device),
-            **contract(specs, graph.outputs),
+            "tensors": tensors(specs, graph.outputs),
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -414,7 +414,7 @@ class DeviceLoop:
             works.append(Work(request, started, *pipeline.tokens(request)))
         for event in self.consumed:
             side.wait(event)
-        rows = {work.request.id: row for row, work in enumerate(works)}
+        rows: dict[Hashable, int] = {work.request.id: row for row, work in enumerate(works)}
         x = graphs["hand_features"].inputs["x"]
         jobs: dict[Hashable, DeviceJob] = {}
         textual = [work for work in works if work.request.id not in given]

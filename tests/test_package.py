@@ -57,6 +57,6 @@ def test_the_wheel_runs_from_an_empty_folder(built, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert list((work / "out").glob("*.png"))
-    for name in ("models", "training", "export", "engines", "runtime"):
+    for name in ("models", "training", "export", "calibration", "engines", "runtime"):
         assert (site / "handiffuser" / name / "__init__.py").exists()
     assert {"hd-run", "hd-export", "hd-train"} <= {path.name for path in (site / "bin").iterdir()}

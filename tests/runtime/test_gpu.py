@@ -1,0 +1,142 @@
+"""On a real GPU: the device loop over each backend that is installed gives the pictures that the CPU gives."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from handiffuser import HanDiffuser, Request
+from handiffuser.engines.build import build_plans
+from handiffuser.engines.cuda import Cuda
+from handiffuser.engines.plans import PlanStore
+from handiffuser.errors import EngineError, HanDiffuserError
+from handiffuser.runtime.pipeline import Failure
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx", "onnxruntime"])
+def on_gpu(request, tiny_bundle, tmp_path_factory):
+    """A function that loads the tiny bundle for one backend, or a skip where the backend does not run here."""
+    import shutil
+
+    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp(request.param) / "engines")
+    if request.param != "onnxruntime":
+        try:
+            list(build_plans(folder, request.param, [1, 2, 4]))
+        except EngineError as error:
+            pytest.skip(str(error))
+
+    def load(**options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return HanDiffuser.load(folder, backend=request.param, device="cuda", batch_size=4, **options)
+
+    try:
+        load()
+    except HanDiffuserError as error:
+        pytest.skip(str(error))
+    load.folder, load.backend = folder, request.param
+    return load
+
+
+def requests(pipeline, count=7, **settings):
+    wanted = [Request(f"prompt {i}", seed=i, steps=4 + i % 3, **settings) for i in range(count)]
+    return pipeline.prepare(wanted)[0]
+
+
+def close(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, picture in theirs.items():
+        difference = np.abs(ours[key].image.astype(int) - picture.image.astype(int))
+        assert difference.mean() < 1 and difference.max() <= 8  # TF32 and other orders of summation
+        np.testing.assert_allclose(ours[key].hands["joints_2d"], picture.hands["joints_2d"], atol=2e-3)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_equals_the_cpu(on_gpu, tiny_bundle, overlap):
+    gpu, cpu = on_gpu(overlap=overlap), HanDiffuser.load(tiny_bundle, device="cpu")
+    wanted = requests(gpu)
+    close({p.id: p for p in gpu.run(wanted)}, {p.id: p for p in cpu.run(requests(cpu))})
+    # A second run replays what the first captured; a single request switches to another bucket.
+    again = {p.id: p for p in gpu.run(wanted)}
+    close(again, {p.id: p for p in cpu.run(requests(cpu))})
+    close({p.id: p for p in gpu.run(wanted[:1])}, {p.id: p for p in cpu.run(requests(cpu)[:1])})
+
+
+def test_steps_are_captured(on_gpu):
+    gpu = on_gpu()
+    list(gpu.run(requests(gpu)))
+    if on_gpu.backend == "onnxruntime":
+        assert gpu.loop.warnings()
+    else:
+        assert not gpu.loop.warnings()
+
+
+def test_engines_of_a_stream_share_scratch(on_gpu):
+    if on_gpu.backend == "onnxruntime":
+        pytest.skip("ONNX Runtime keeps its own")
+    gpu = on_gpu()
+    list(gpu.run(requests(gpu)))
+    before = gpu.loop.cuda.free_memory()
+    for _ in range(3):
+        list(gpu.run(requests(gpu)))
+    assert abs(before - gpu.loop.cuda.free_memory()) < 64 << 20
+
+
+def test_nan_is_reported_not_saved(on_gpu):
+    gpu = on_gpu()
+    wanted = requests(gpu)
+    spoilt = wanted[2].id
+    make = gpu.loop._job
+
+    def job(request, *arguments):
+        made = make(request, *arguments)
+        if request.id == spoilt:
+            made.state = made.state * np.float32(np.nan)
+        return made
+
+    gpu.loop._job = job
+    results = {r.id: r for r in gpu.run(wanted)}
+    assert isinstance(results[spoilt], Failure) and "step 0 gave NaN" in results[spoilt].sentence
+    assert sum(isinstance(r, Failure) for r in results.values()) == 1
+
+
+def test_plans_that_are_damaged_or_foreign(on_gpu):
+    if on_gpu.backend == "onnxruntime":
+        pytest.skip("it has no plans")
+    store = PlanStore(on_gpu.folder)
+    plan = next(p for p in store if p.graph == "unet" and p.batch == (4, 4))
+    content = plan.path.read_bytes()
+    plan.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        gpu = on_gpu()
+        with pytest.raises(EngineError, match="SHA-256 differs"):
+            list(gpu.run(requests(gpu)))
+    finally:
+        plan.path.write_bytes(content)
+
+
+def test_cuda_layer():
+    cuda = Cuda()
+    stream = cuda.stream()
+    a, b = cuda.zeros((4, 3), "float32"), cuda.zeros((4, 3), "float32")
+    host, back = cuda.pinned((4, 3), "float32"), cuda.pinned((4, 3), "float32")
+    host[...] = np.arange(12).reshape(4, 3)
+    stream.copy(a, host)
+    graph = stream.capture(lambda: stream.copy(b, a))
+    stream.copy(back, b)
+    stream.synchronize()
+    assert not back.any()  # a capture runs nothing
+    graph.launch(stream)
+    stream.copy(back, b)
+    stream.record().synchronize()
+    np.testing.assert_array_equal(back, host)
+    stream.copy(b[1], a[3])
+    stream.zero(b[0])
+    stream.copy(back, b)
+    stream.synchronize()
+    np.testing.assert_array_equal(back[:2], [[0, 0, 0], [9, 10, 11]])
+    with pytest.raises(EngineError, match="would not fit"):
+        stream.copy(a, b[1:])
