@@ -4,8 +4,8 @@ engine = InductorEngine("engines/unet.pt2", manifest.graphs["unet"], device="cud
 outputs = engine(feeds)                 # numpy in, numpy out
 
 A `.pt2` file holds native code, and loading it runs that code: it is as trusted as a program. Load only what you
-compiled yourself, and only after the file's SHA-256 was found to be the one that was noted when it was written; this
-module does not check it. Such a file is bound to the kind of processor and to the PyTorch that compiled it.
+compiled yourself, and only after the file's SHA-256 was found to be the one that was noted when it was written, as
+`load_inductor` does. Such a file is bound to the kind of processor and to the PyTorch that compiled it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import GraphSpec, TensorSpec
+from ..contract import GraphSpec, Manifest, TensorSpec
 from ..errors import EngineError
-from .base import check_feeds
+from .base import Engine, check_feeds
 from .onnxruntime import usable_cores
+from .plans import PlanStore, parts
+from .tensorrt import Options
 
 LARGEST = 4096  # rows of a free axis; the compiler counts on it
 REMEDY = "Compile it again on this machine: hd-export CHECKPOINT OUT --backend inductor."
@@ -120,6 +122,29 @@ class InductorEngine:
             f"compiled for {want}, where {want.shape[0]} is {allowed}. Send batches of that size, or compile others: "
             f"hd-export CHECKPOINT OUT --backend inductor --batch-sizes {size}."
         )
+
+
+def load_inductor(
+    folder: Path, manifest: Manifest, device: str = "auto", threads: int | None = None
+) -> dict[str, Engine]:
+    """The compiled graphs of a folder, verified. Raises EngineError when one is missing or does not run here."""
+    version = _import_torch().__version__
+    store, engines = PlanStore(folder), {}
+    for name, spec in manifest.graphs.items():
+        now = parts(manifest, name, {"B": 1}, "inductor", version.partition("+")[0], "", Options())
+        fitting = [
+            plan
+            for plan in store
+            if plan.graph == name
+            and plan.parts["version"].partition("+")[0] == now["version"]
+            and all(plan.parts[part] == now[part] for part in ("graph", "precision", "backend"))
+            and plan.parts["target"].partition(" ")[0] in (device, "cpu" if device == "auto" else device, "cuda")
+        ]
+        if not fitting:
+            raise EngineError(f"{folder} has no compiled {name} for PyTorch {version}. {REMEDY}")
+        store.read(fitting[-1])
+        engines[name] = InductorEngine(fitting[-1].path, spec, device, threads)
+    return engines
 
 
 def origin(device: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from ..engines.tensorrt import MODULES, Backend  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
 from .source import changed, fingerprint  # noqa: E402
 
-BACKENDS = ("onnxruntime", *MODULES)
+BACKENDS = ("onnxruntime", *MODULES, "inductor")
 console = Console(stderr=True, highlight=False)
 
 
@@ -87,7 +87,7 @@ def main(
     With a TensorRT backend, plans are then built for each batch size. The same command again does only what is not
     done yet. On another machine, `hd-engines build OUT` builds plans from the bundle, without PyTorch.
     """
-    precision = precision or ("fp32" if backend == "onnxruntime" else "fp16")
+    precision = precision or ("fp16" if backend in MODULES else "fp32")
     try:
         folder = resolve(checkpoint, "checkpoint")
         if backend in MODULES:
@@ -102,6 +102,8 @@ def main(
             console.print(f"The bundle in {out} is current: nothing was exported.")
         if backend in MODULES:
             build_with_progress(out, backend, values)
+        if backend == "inductor":
+            compile_with_inductor(folder, out, body, image_size)
     except HanDiffuserError as error:
         console.print(f"hd-export: {error}", style="red", soft_wrap=True)
         sys.exit(1)
@@ -119,6 +121,37 @@ def main(
             soft_wrap=True,
         )
     console.print(f'The bundle is in {out}. Try it: hd-run {out} "a right hand making a fist"', soft_wrap=True)
+
+
+def compile_with_inductor(folder: Path, out: Path, body: Path | None, image_size: tuple[int, int] | None) -> None:
+    """Compiles what has no current plan, for the GPU if PyTorch finds one."""
+    try:
+        import torch
+
+        from ..models.checkpoint import Checkpoint
+        from .bundle import at_image_size
+        from .inductor import compile_bundle
+    except ImportError as error:
+        raise HanDiffuserError(
+            f'Compiling needs PyTorch ({error}). Install it: pip install "handiffuser[export]".'
+        ) from None
+
+    def load() -> Checkpoint:
+        loaded = Checkpoint.load(folder)
+        return loaded if image_size is None else at_image_size(loaded, *image_size)
+
+    with console.status("compiling; a minute or two a graph"):
+        count = compile_bundle(
+            load,
+            out,
+            body,
+            "cuda" if torch.cuda.is_available() else "cpu",
+            lambda plan, why: console.print(
+                f"{plan.graph:18} {plan.size / 1e6:8.1f} MB   compiled in {plan.seconds:.0f} s   ({why})"
+            ),
+        )
+    if not count:
+        console.print("All graphs are compiled and current: nothing was compiled.")
 
 
 def export(

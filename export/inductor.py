@@ -9,7 +9,10 @@ compiler, and on a GPU Triton, which comes with PyTorch for CUDA.
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
+import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,19 +27,22 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.utils import fresh_cache
 from torch.export.passes import move_to_device_pass
 
-from ..contract import TensorSpec
+from ..contract import GRAPHS, Manifest, TensorSpec
 from ..engines.inductor import LARGEST, origin, tensors
 from ..engines.onnxruntime import usable_cores
+from ..engines.plans import Plan, PlanStore, parts
+from ..engines.tensorrt import Options
 from ..errors import ExportError
-from .graphs import Graph
+from ..models.checkpoint import Checkpoint
+from ..models.smplh import SMPLH
+from .graphs import Graph, graphs
 
 
 def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | None = None) -> None:
     """Compiles one graph into `path`, a `.pt2` file; an older file stays until the new one is complete.
 
-    device: "cpu" or "cuda". batch: compile for this size of the first axis alone, which is faster; None: for any
-    from 1 to 4096. A graph whose free axis is no batch (unet_time: S) takes any size in both cases. The module is left
-    where it is.
+    device: "cpu" or "cuda". batch: compile for this size of the first axis alone; None: for any from 1 to 4096.
+    A graph whose free axis is no batch (unet_time: S) takes any size in both cases. The module is left where it is.
 
     Raises ExportError when there is no C++ compiler or no such GPU, or when the graph cannot be compiled.
     """
@@ -85,6 +91,39 @@ def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | No
                 "version of torch; the bundle's ONNX graphs are not concerned."
             ) from error
         written.replace(path)
+
+
+def compile_bundle(
+    load: Callable[[], Checkpoint],
+    bundle: Path,
+    body: Path | None,
+    device: str,
+    on_graph: Callable[[Plan, str], Any] = lambda *_: None,
+) -> int:
+    """Compiles the graphs of a bundle that have no current plan; returns how many that were.
+
+    load: gives the checkpoint that the bundle was exported from; called only if something is to be compiled.
+    on_graph: called with each plan and why it was compiled.
+    """
+    manifest, store = Manifest.load(bundle, verify=False), PlanStore(bundle)
+    version, target = importlib.metadata.version("torch"), f"{device} {origin(device)['processor']}"
+    wanted = {
+        name: parts(manifest, name, {"B": (1, 2, LARGEST)}, "inductor", version, target, Options()) for name in GRAPHS
+    }
+    missing = {name: store.why(one) for name, one in wanted.items() if store.find(one) is None}
+    if not missing:
+        return 0
+    check_tools(device)
+    checkpoint = load()
+    smplh = SMPLH.load(body or checkpoint.body)
+    with TemporaryDirectory(dir=bundle) as folder:
+        for graph in graphs(checkpoint, smplh, half=manifest.precision == "fp16"):
+            if graph.name in missing:
+                path, started = Path(folder) / f"{graph.name}.pt2", time.monotonic()
+                compile_graph(graph, path, device)
+                plan = store.add(wanted[graph.name], path.read_bytes(), {}, time.monotonic() - started)
+                on_graph(plan, missing[graph.name])
+    return len(missing)
 
 
 def check_tools(device: str) -> None:

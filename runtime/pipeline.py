@@ -29,6 +29,7 @@ from .. import demo
 from ..contract import TOKENIZER, Manifest
 from ..engines import Engine, load_engines
 from ..engines.cuda import Cuda
+from ..engines.inductor import load_inductor
 from ..engines.onnxruntime import DEVICES, has_cuda_provider
 from ..engines.plans import PlanStore
 from ..engines.tensorrt import MODULES, Backend
@@ -41,7 +42,7 @@ from .sampler import Job, Result, StepSampler
 from .schedules import NoiseSchedule, Table, rows
 from .tokens import PromptTokenizer
 
-BACKENDS = ("auto", "onnxruntime", *MODULES)
+BACKENDS = ("auto", "onnxruntime", *MODULES, "inductor")
 
 # Called as the loop goes on: "hands" with the number of requests whose hands are ready, "steps" with the number of
 # requests that made one step of stage 2.
@@ -148,6 +149,10 @@ class HanDiffuser:
             raise EngineError(f"There is no backend {backend!r}. Choose one of {', '.join(BACKENDS)}.")
         folder = demo.resolve(path, "bundle")
         chosen = choose_backend(folder, backend, device)
+        if chosen == "inductor":
+            manifest = Manifest.load(folder)
+            engines = load_inductor(folder, manifest, device, threads)
+            return cls(manifest, engines, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer), batch_size)
         if chosen == "onnxruntime" and not on_gpu(device):
             manifest, engines = load_engines(folder, "cpu", threads)
             return cls(manifest, engines, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer), batch_size)
@@ -402,9 +407,10 @@ class _Timed:
 
 def choose_backend(folder: Path, backend: str, device: str) -> str:
     """The backend that "auto" means: that of the folder's plans where there is a GPU, else ONNX Runtime."""
-    if backend != "auto" and not (backend != "onnxruntime" and device == "cpu"):
+    if backend != "auto" and not (backend in MODULES and device == "cpu"):
         return backend
-    made_for = sorted({plan.parts["backend"] for plan in PlanStore(folder)})
+    # Not "inductor": it needs PyTorch, which nothing is to import unasked.
+    made_for = sorted({plan.parts["backend"] for plan in PlanStore(folder)} & set(MODULES))
     if backend != "auto":
         raise EngineError(f"{backend} runs on NVIDIA GPUs only. Leave out --device cpu, or take --backend onnxruntime.")
     if not made_for or device == "cpu":
