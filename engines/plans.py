@@ -26,6 +26,7 @@ from ..contract import Manifest, file_digest
 from ..errors import EngineError
 
 FOLDER = "plans"
+KERNELS = ".kernels"  # beside a plan: what TensorRT-RTX compiled of it for this machine's GPU
 # What a plan depends on, and how a miss is put into words.
 WORDS = {
     "graph": "the bundle's graph or its weights changed",
@@ -190,6 +191,7 @@ class PlanStore:
         """Deletes a plan, its record first, so that an interruption leaves a stray and no lie."""
         plan.path.with_suffix(".json").unlink(missing_ok=True)
         plan.path.unlink(missing_ok=True)
+        plan.path.with_suffix(KERNELS).unlink(missing_ok=True)
 
     def _read(self, record: Path) -> Plan:
         value = json.loads(record.read_text(encoding="utf-8"))

@@ -260,8 +260,13 @@ class Scratch:
 class TensorRTEngine:
     """A loaded plan with a context of its own. All engines that share `scratch` must be on one stream."""
 
-    def __init__(self, backend: Backend, engine: Any, spec: GraphSpec, scratch: Scratch) -> None:
-        """engine: what `Backend.load` gave. Raises EngineError when its tensors are not those of `spec`."""
+    def __init__(
+        self, backend: Backend, engine: Any, spec: GraphSpec, scratch: Scratch, kernels: Path | None = None
+    ) -> None:
+        """engine: what `Backend.load` gave. kernels: a file in which TensorRT-RTX keeps the kernels that it compiles
+        for this GPU when the engine first runs; without it every process compiles them again.
+        Raises EngineError when the plan's tensors are not those of `spec`.
+        """
         self.backend, self.engine, self.spec = backend, engine, spec
         # ONNX gives a name to one value only: a state that comes in and goes out is next_... on its way out.
         self.inputs = {tensor.name for tensor in spec.inputs}
@@ -272,7 +277,18 @@ class TensorRTEngine:
                 f"The plan of {Path(spec.file).stem} has the tensors {', '.join(sorted(found))}, which is not what the "
                 "manifest says. Build it again: hd-engines build FOLDER."
             )
-        self.context = engine.create_execution_context(backend.module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        strategy = backend.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.kernels, self.compiled = kernels, None
+        if backend.rtx:
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            self.compiled = config.create_runtime_cache()
+            if kernels is not None and kernels.exists():
+                self.compiled.deserialize(kernels.read_bytes())  # refuses, and stays empty, for another GPU or version
+            config.set_runtime_cache(self.compiled)
+            self.context = engine.create_execution_context(config)
+        else:
+            self.context = engine.create_execution_context(strategy)
         if self.context is None:
             raise backend.failure(f"cannot make a context for {Path(spec.file).stem}")
         self.scratch = scratch.reserve(int(engine.device_memory_size_v2))
@@ -294,6 +310,18 @@ class TensorRTEngine:
         """Puts one run on the stream."""
         if not self.context.execute_async_v3(int(stream.handle)):
             raise self.backend.failure(f"failed in {Path(self.spec.file).stem}")
+
+    def keep_kernels(self) -> None:
+        """Writes the kernels that were compiled so far, once; to be called after a run."""
+        if self.compiled is None or self.kernels is None:
+            return
+        path, self.kernels = self.kernels, None
+        content = bytes(self.compiled.serialize())
+        try:
+            if not path.exists() or path.read_bytes() != content:
+                _write(path, memoryview(content))
+        except OSError:
+            pass  # a folder that cannot be written to costs the next process its compilation, no more
 
     def capturable(self, stream: Stream) -> bool:
         """Whether a run can be captured into a CUDA graph; what TensorRT does not know to ask is tried."""

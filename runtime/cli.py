@@ -143,6 +143,8 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
             stopped, code = "Interrupted. Run the same command again to go on.", INTERRUPTED
         except HanDiffuserError as error:
             stopped, code = str(error), 1
+        for sentence in pipeline.loop.warnings() if pipeline.loop is not None else ():
+            say.warning(sentence)
         seconds = time.perf_counter() - started
         folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk
         index = ""

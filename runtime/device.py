@@ -32,7 +32,7 @@ from ..contract import GRAPHS, GraphSpec, Manifest, TensorSpec
 from ..engines.base import DeviceEngine
 from ..engines.cuda import Cuda
 from ..engines.onnxruntime import OnnxRuntimeDeviceEngine, OnnxRuntimeEngine
-from ..engines.plans import Plan, PlanStore, parts
+from ..engines.plans import KERNELS, Plan, PlanStore, parts
 from ..engines.tensorrt import Backend, Options, Scratch, TensorRTEngine
 from ..errors import EngineError, RequestError
 from .hands import load_hands
@@ -307,6 +307,7 @@ class DeviceLoop:
         text = graphs["text_encoder"].outputs["text"]
         self.both = cuda.zeros((slots, 2, *text.shape[1:]), text.dtype)  # of each prompt: without text, with it
         self.no_text: Any = None  # the empty prompt's sentence vector [D], on the device
+        self.after_run: Callable[[], None] = lambda: None
         self.consumed: list[Any] = []  # events: stage 1's outputs have been read, and may be overwritten
 
     def warnings(self) -> list[str]:
@@ -325,6 +326,7 @@ class DeviceLoop:
                 stream.synchronize()
             self.sampler.jobs.clear()
             self.hands.jobs.clear()
+            self.after_run()
 
     def _run(self, requests: Iterable[Request], tell: OnEvent) -> Iterator[Picture | Failure]:
         waiting = deque(requests)
@@ -587,9 +589,17 @@ def load_loop(
             )
             slots = buckets[-1]
         buckets = [bucket for bucket in buckets if bucket <= powers_of_two(slots)[-1]] or buckets[:1]
-        load = tensorrt_loader(manifest, store, plans, module, cuda)
-    graphs = connect(cuda, manifest, buckets, load)
-    return DeviceLoop(pipeline, cuda, graphs, streams, slots), warnings
+        engines: list[TensorRTEngine] = []
+        load = tensorrt_loader(manifest, store, plans, module, cuda, engines)
+    loop = DeviceLoop(pipeline, cuda, connect(cuda, manifest, buckets, load), streams, slots)
+    if backend != "onnxruntime":
+
+        def keep_kernels() -> None:
+            for engine in engines:
+                engine.keep_kernels()
+
+        loop.after_run = keep_kernels
+    return loop, warnings
 
 
 def powers_of_two(most: int) -> list[int]:
@@ -624,9 +634,17 @@ def usable_plans(store: PlanStore, manifest: Manifest, backend: Backend, cuda: A
 
 
 def tensorrt_loader(
-    manifest: Manifest, store: PlanStore, plans: dict[str, dict[int, Plan]], backend: Backend, cuda: Any
+    manifest: Manifest,
+    store: PlanStore,
+    plans: dict[str, dict[int, Plan]],
+    backend: Backend,
+    cuda: Any,
+    engines: list[TensorRTEngine],
 ) -> Callable[[str, int], DeviceEngine]:
-    """(graph, bucket) -> engine. A plan is read, verified and put on the GPU when its first bucket is used."""
+    """(graph, bucket) -> engine. A plan is read, verified and put on the GPU when its first bucket is used.
+
+    engines: gets every engine that is made.
+    """
     scratch = {stream: Scratch(cuda) for stream in Streams._fields}
     loaded: dict[str, Any] = {}
 
@@ -634,7 +652,9 @@ def tensorrt_loader(
         plan = next(iter(plans[name].values())) if name == "unet_time" else plans[name][bucket]
         if plan.key not in loaded:
             loaded[plan.key] = backend.load(store.read(plan), name, cuda)
-        return TensorRTEngine(backend, loaded[plan.key], manifest.graphs[name], scratch[STREAM[name]])
+        kernels = plan.path.with_suffix(KERNELS)
+        engines.append(TensorRTEngine(backend, loaded[plan.key], manifest.graphs[name], scratch[STREAM[name]], kernels))
+        return engines[-1]
 
     return load
 
