@@ -58,3 +58,13 @@ def tiny_bundle(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathF
     result = run_command("export.cli", tiny_checkpoint_folder, folder)
     assert result.returncode == 0, result.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_half(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint in half, exported and compared with float32 by the command. Not to be written into."""
+    folder = tmp_path_factory.mktemp("half") / "tiny"
+    result = run_command("export.cli", tiny_checkpoint_folder, folder, "--precision", "fp16")
+    assert result.returncode == 0, result.stderr
+    assert "fp16 beside float32, 6 pictures" in result.stderr
+    return folder

@@ -1,8 +1,7 @@
-"""The tiny checkpoint's bundle in half precision, and both bundles spoilt so that the decoder overflows float16."""
+"""Both bundles of the tiny checkpoint spoilt so that the decoder overflows float16."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from handiffuser.calibration.graphs import rewrite_bundle
 from handiffuser.calibration.record import Inputs, record
-from handiffuser.contract import Manifest, file_digest
 from onnx import ModelProto, numpy_helper
 
 OVERFLOWING = "vae.decoder.up_blocks.0.resnets.0.conv1.weight"
@@ -34,21 +32,6 @@ def change_weights() -> Change:
         return rewrite
 
     return change_weights
-
-
-@pytest.fixture(scope="session")
-def tiny_half(tiny_checkpoint, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from handiffuser.export import bundle
-
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("half") / "tiny"))
-    manifest = Manifest.load(folder)
-    manifest.precision = "fp16"
-    for graph in bundle.graphs(tiny_checkpoint, bundle.SMPLH.load(tiny_checkpoint.body), half=True):
-        if graph.name != "hand_features":  # float32 in every bundle, and the slowest to export
-            manifest.graphs[graph.name] = bundle.export_graph(graph, folder, bundle.OPSET)
-    manifest.files = {name: file_digest(folder / name) for name in manifest.files}
-    manifest.save(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from commands import run_command
+from handiffuser.calibration.fidelity import GraphError, PictureError, Report
 from handiffuser.contract import GRAPHS, Manifest, file_digest
 from handiffuser.errors import CheckpointError, ExportError
 from handiffuser.export import bundle
 from handiffuser.export.bundle import at_image_size, export_bundle
+from handiffuser.export.cli import main as export_command
 from handiffuser.models.checkpoint import random_checkpoint
 from handiffuser.models.configs import CONFIGS
 from handiffuser.runtime.pipeline import HanDiffuser
@@ -45,10 +48,10 @@ def test_the_step_graph_holds_no_time_embedding_and_no_context_projection(tiny_b
     assert weights("unet.onnx") == kept
 
 
-def test_fp16(tiny_checkpoint, tmp_path):
-    results = export_bundle(tiny_checkpoint, tmp_path / "half", "fp16")
-    assert all(r.error <= 5e-3 for r in results)
-    manifest = Manifest.load(tmp_path / "half")
+def test_fp16(tiny_half):
+    manifest = Manifest.load(tiny_half)
+    assert all(graph.parity["error"] <= 5e-3 for graph in manifest.graphs.values())
+    assert manifest.made_by["fidelity"]["passes"] and manifest.made_by["fidelity"]["psnr_mean"] >= 35
     dtypes = {
         f"{name}.{spec.name}": spec.dtype
         for name, graph in manifest.graphs.items()
@@ -57,11 +60,28 @@ def test_fp16(tiny_checkpoint, tmp_path):
     assert dtypes["text_hand_encoder.context"] == dtypes["unet.key_00"] == dtypes["unet.time"] == "float16"
     for name in ("unet.latents", "unet.history", "unet.row", "hand_prior.x", "hand_features.joints"):
         assert dtypes[name] == "float32", f"{name}: state and kinematics stay float32"
-    weights = onnx.load(tmp_path / "half/unet.onnx").graph.initializer
+    weights = onnx.load(tiny_half / "unet.onnx").graph.initializer
     large = [w for w in weights if np.prod(w.dims) > 500]
     assert large and all(w.data_type == onnx.TensorProto.FLOAT16 for w in large), "half was asked for, half it is"
-    picture = HanDiffuser.load(tmp_path / "half").generate("a left hand")[0]
+    picture = HanDiffuser.load(tiny_half).generate("a left hand")[0]
     assert picture.image.shape == (32, 48, 3)
+
+
+def test_half_precision_that_fails_its_bar_is_refused(tiny_checkpoint_folder, tmp_path, monkeypatch):
+    """Unless told otherwise; and an older bundle stays."""
+    report = Report("fp16", "cpu", True, 1e-2, {}, [PictureError("a fist", 0, 20.0, 0.0)])
+    report.graphs["unet"] = GraphError(0.5, 0.5, "latents")
+    assert not report.passes
+    monkeypatch.setattr("handiffuser.export.admit.admit", lambda *_: (report, {"unet": ["node_conv2d"]}))
+    monkeypatch.setattr("handiffuser.export.bundle.parity", lambda *_: (0.0, "text"))
+    command = [str(tiny_checkpoint_folder), str(tmp_path / "out"), "--precision", "fp16"]
+    refused = CliRunner().invoke(export_command, command)
+    said = " ".join(refused.output.split())
+    assert refused.exit_code == 1 and "must be 35 dB" in said and "--accept-low-fidelity" in said
+    assert "kept in float32 for that: node_conv2d" in said
+    assert not list(tmp_path.iterdir())
+    accepted = CliRunner().invoke(export_command, [*command, "--accept-low-fidelity"])
+    assert accepted.exit_code == 0 and Manifest.load(tmp_path / "out").precision == "fp16"
 
 
 LAYOUTS = {
