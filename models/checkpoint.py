@@ -98,6 +98,7 @@ class Checkpoint:
             index[name] = list(PARTS[name])
             stored = copy.deepcopy(module).half() if half else module
             stored.save_pretrained(folder / name, safe_serialization=True)  # type: ignore[operator]
+            _forget_origin(folder / name / "config.json")
         for name in ("scheduler", "hand_scheduler"):
             index[name] = ["diffusers", "DDIMScheduler"]
             DDIMScheduler.from_config(getattr(self, name)).save_pretrained(folder / name)
@@ -363,3 +364,10 @@ def random_checkpoint(config: Config, seed: int = 0, texts: Iterable[str] = (), 
         module.eval()
     checkpoint.attach_kernel()
     return checkpoint
+
+
+def _forget_origin(path: Path) -> None:
+    """Takes out where a part was loaded from: it names folders of the machine that saved it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -128,3 +128,11 @@ def test_the_report_is_in_the_checkpoint():
         line = next(line for line in readme.splitlines() if line.startswith(f"| {row} |"))
         for value in values.values():
             assert f"{100 * value:.1f}" in line, (row, value)
+
+
+def test_no_file_names_the_machine_it_was_made_on():
+    for path in [*demo.checkpoint_path().rglob("*.json"), *demo.bundle_path().rglob("*.json")]:
+        text = path.read_text(encoding="utf-8")
+        assert "_name_or_path" not in text and str(Path.home()) not in text, path
+    for path in demo.bundle_path().glob("*.onnx"):
+        assert str(Path(__file__).parents[1]).encode() not in path.read_bytes(), path
