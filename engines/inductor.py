@@ -129,7 +129,8 @@ def load_inductor(
 ) -> dict[str, Engine]:
     """The compiled graphs of a folder, verified. Raises EngineError when one is missing or does not run here."""
     version = _import_torch().__version__
-    store, engines = PlanStore(folder), {}
+    store = PlanStore(folder)
+    engines: dict[str, Engine] = {}
     for name, spec in manifest.graphs.items():
         now = parts(manifest, name, {"B": 1}, "inductor", version.partition("+")[0], "", Options())
         fitting = [

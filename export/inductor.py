@@ -115,7 +115,10 @@ def compile_bundle(
         return 0
     check_tools(device)
     checkpoint = load()
-    smplh = SMPLH.load(body or checkpoint.body)
+    path = body or checkpoint.body
+    if path is None:
+        raise ExportError("This checkpoint has no body model of its own. Give the SMPL-H .npz again: --body FILE.")
+    smplh = SMPLH.load(path)
     with TemporaryDirectory(dir=bundle) as folder:
         for graph in graphs(checkpoint, smplh, half=manifest.precision == "fp16"):
             if graph.name in missing:
