@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..models.hand_features import pack, placement_of
 from .gestures import NAMES
-from .prompts import BACKGROUNDS, SIDES, SKINS, is_held_out
+from .prompts import BACKGROUNDS, SIDES, SKINS, is_held_out, write_prompt
 from .render import demo_body, render_scenes
 from .scenes import Scene, sample_scenes
 
@@ -29,6 +29,7 @@ Dataset = dict[str, Tensor]
 # What a picture can be judged by, and the classes of each.
 LABELS = {"gesture": NAMES, "side": SIDES, "skin": tuple(SKINS), "background": tuple(BACKGROUNDS)}
 SHARD = 500
+WORDINGS = 4  # prompts for each picture: words are learned from what changes while the picture stays
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, special: dict[str, int]) -> Tensor:
@@ -66,18 +67,36 @@ def scene_tensors(scenes: Sequence[Scene], size: int) -> Dataset:
     }
 
 
+def wordings(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """WORDINGS prompts for a scene, its own first, none of them held out. The others say more of skin and background:
+    what a prompt leaves out teaches nothing about words."""
+    prompts = [scene.prompt]
+    while len(prompts) < WORDINGS:
+        prompt = write_prompt(scene.spec, rng, leave_out=0.15)
+        if not is_held_out(prompt):
+            prompts.append(prompt)
+    return prompts
+
+
+def shard_scenes(seed: int, index: int) -> tuple[list[Scene], list[str]]:
+    """One shard: scenes whose prompts are not held out, and WORDINGS prompts for each, one scene after the other."""
+    scenes = [scene for scene in sample_scenes(SHARD, seed=seed * 100_003 + index) if not is_held_out(scene.prompt)]
+    rng = np.random.default_rng((seed, index))
+    return scenes, [prompt for scene in scenes for prompt in wordings(scene, rng)]
+
+
 def _shard(arguments: tuple[int, int, int]) -> tuple[list[str], Dataset]:
-    """One shard of scenes with prompts that are not held out."""
+    """A shard's prompts and tensors."""
     seed, index, size = arguments
     torch.set_num_threads(1)
-    scenes = [scene for scene in sample_scenes(SHARD, seed=seed * 100_003 + index) if not is_held_out(scene.prompt)]
-    return [scene.prompt for scene in scenes], scene_tensors(scenes, size)
+    scenes, prompts = shard_scenes(seed, index)
+    return prompts, scene_tensors(scenes, size)
 
 
 def make_dataset(
     count: int, tokenizer: Tokenizer, special: dict[str, int], *, size: int, seed: int, cache: Path, processes: int = 2
 ) -> Dataset:
-    """About `count` scenes (a tenth of the prompts is held out and dropped): images, params, labels, ids [N, 77].
+    """About `count` scenes (a tenth of the prompts is held out and dropped): images, params, labels, ids [N, W, 77].
 
     Made by one-thread processes and cached; a second call reads the cache.
     """
@@ -91,7 +110,7 @@ def make_dataset(
             prompts += some
             parts.append(tensors)
     data = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    data["ids"] = encode_prompts(prompts, tokenizer, special)
+    data["ids"] = encode_prompts(prompts, tokenizer, special).unflatten(0, (-1, WORDINGS))
     cache.parent.mkdir(parents=True, exist_ok=True)
     temporary = cache.with_suffix(".tmp")
     save_file(data, temporary)

@@ -37,6 +37,12 @@ def pick(data: Dataset, generator: torch.Generator, batch: int, *names: str) -> 
     return [data[name][rows] for name in names]
 
 
+def wording(data: Dataset, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """One of each picture's prompts [N, 77]."""
+    ids = data["ids"][rows]
+    return ids[torch.arange(len(rows)), torch.randint(ids.shape[1], (len(rows),), generator=generator)]
+
+
 class VAELoss(nn.Module):
     """The autoencoder with its loss as `forward`, so that data-parallel wrappers see one module."""
 
@@ -103,8 +109,9 @@ def prior_loss(data: Dataset, batch: int, checkpoint: Checkpoint, empty: Tensor)
     mean, std = checkpoint.hand_prior.mean, checkpoint.hand_prior.std
 
     def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        ids, params = pick(data, generator, batch, "ids", "params")
-        clean = (params - mean) / std
+        rows = torch.randint(len(data["ids"]), (batch,), generator=generator)
+        ids = wording(data, rows, generator)
+        clean = (data["params"][rows] - mean) / std
         dropped = torch.rand(batch, generator=generator) < DROP
         ids = torch.where(dropped[:, None], empty, ids)
         timestep = torch.randint(len(alphas), (batch,), generator=generator)
@@ -124,7 +131,7 @@ def conditions(
     no_text = (fate < DROP) | ((fate >= 2 * DROP) & (fate < 3 * DROP))
     no_hands = (fate >= DROP) & (fate < 3 * DROP)
     hands["visibility"] = torch.where(no_hands[:, None], 0.0, hands["visibility"])
-    return torch.where(no_text[:, None], empty, data["ids"][rows]), hands
+    return torch.where(no_text[:, None], empty, wording(data, rows, generator)), hands
 
 
 class EncoderLoss(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from commands import run_command
 from handiffuser.models.checkpoint import Checkpoint
-from handiffuser.training.data import LABELS, SHARD, encode_prompts
+from handiffuser.training.data import LABELS, SHARD, WORDINGS, encode_prompts, shard_scenes
 from handiffuser.training.demo import SEED, Run
 from handiffuser.training.judge import Judge
 from handiffuser.training.prompts import is_held_out
@@ -49,14 +49,19 @@ def test_a_stage_that_needs_another_says_which(tmp_path, trained):
 
 
 def test_held_out_prompts_are_not_in_the_data(trained):
-    """A shard drops the scenes whose prompts are held out, and only those."""
+    """A shard drops the scenes whose prompts are held out, and only those; other wordings are not held out either."""
     scenes = sample_scenes(SHARD, seed=SEED * 100_003)
     kept = [scene.prompt for scene in scenes if not is_held_out(scene.prompt)]
     run = Run(trained / "run", 100)
     checkpoint = run.start()
     data = run.data(checkpoint)
     assert 0.85 * SHARD < len(kept) < 0.95 * SHARD
-    assert torch.equal(data["ids"], encode_prompts(kept, checkpoint.tokenizer, checkpoint.special_tokens))
+    assert torch.equal(data["ids"][:, 0], encode_prompts(kept, checkpoint.tokenizer, checkpoint.special_tokens))
+    _, prompts = shard_scenes(SEED, 0)
+    assert prompts[::WORDINGS] == kept and not any(map(is_held_out, prompts))
+    assert torch.equal(
+        data["ids"][0, 1:], encode_prompts(prompts[1:4], checkpoint.tokenizer, checkpoint.special_tokens)
+    )
     assert len(data["images"]) == len(data["labels"]) == len(data["params"]) == len(kept)
 
 
