@@ -25,7 +25,7 @@ from ..errors import HanDiffuserError  # noqa: E402
 from .source import changed, fingerprint  # noqa: E402
 
 BACKENDS = ("onnxruntime", *MODULES, "inductor")
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -105,10 +105,10 @@ def main(
         if backend == "inductor":
             compile_with_inductor(folder, out, body, image_size)
     except HanDiffuserError as error:
-        console.print(f"hd-export: {error}", style="red", soft_wrap=True)
+        console.print(f"hd-export: {error}", style="red")
         sys.exit(1)
     except OSError as error:
-        console.print(f"hd-export: {error.strerror or error} ({error.filename or out}).", style="red", soft_wrap=True)
+        console.print(f"hd-export: {error.strerror or error} ({error.filename or out}).", style="red")
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("Stopped. What is finished stays; the same command goes on.")
@@ -118,9 +118,8 @@ def main(
             f"{out} now contains arrays of your SMPL-H body. Its licence forbids passing them on: keep this bundle, "
             "and every engine built from it, on your own machines.",
             style="yellow",
-            soft_wrap=True,
         )
-    console.print(f'The bundle is in {out}. Try it: hd-run {out} "a right hand making a fist"', soft_wrap=True)
+    console.print(f'The bundle is in {out}. Try it: hd-run {out} "a right hand making a fist"')
 
 
 def compile_with_inductor(folder: Path, out: Path, body: Path | None, image_size: tuple[int, int] | None) -> None:
