@@ -18,7 +18,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     result = run_command(
         "training.cli", "--run", folder / "run", "--output", folder / "checkpoint", "--scenes", 100,
-        "--steps", 2, "--only", "vae", "--only", "prior", "--only", "pictures", timeout=600,
+        "--steps", 2, *(word for s in ("vae", "prior", "encoder", "pictures") for word in ("--only", s)), timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return folder
