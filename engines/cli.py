@@ -13,7 +13,7 @@ from .. import demo
 from ..contract import Manifest
 from ..errors import EngineError, HanDiffuserError
 from .build import Built, build_plans, gpu
-from .plans import Plan, PlanStore, Sizes, size_text
+from .plans import Plan, PlanStore, Sizes, belongs, size_text
 from .tensorrt import MODULES, TILING, Backend, Options
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -188,15 +188,8 @@ def installed_versions() -> dict[str, str]:
 
 def stale(plan: Plan, manifest: Manifest, versions: dict[str, str]) -> str:
     """Why a plan is of no use any more; "" while it is. Plans of a backend that is not installed here are kept."""
-    from .plans import parts as parts_of
-
     backend, version = plan.parts["backend"], plan.parts["version"]
-    now = (
-        parts_of(manifest, plan.graph, {"B": 1}, backend, version, "", Options())
-        if plan.graph in manifest.graphs
-        else {}
-    )
-    if now.get("graph") != plan.parts["graph"] or now.get("precision") != plan.parts["precision"]:
+    if not belongs(plan, manifest):
         return "stale: the bundle changed"
     if versions.get(backend, version) != version:
         return f"stale: {backend} is {versions[backend]} now"

@@ -41,7 +41,6 @@ class Cuda:
         properties = self.call("cudaGetDeviceProperties", device)
         self.name = bytes(properties.name).split(b"\0")[0].decode()
         self.compute_capability = f"{properties.major}.{properties.minor}"
-        self.total_memory = int(properties.totalGlobalMem)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Calls the CUDA runtime; returns its value, if any. Raises EngineError when it fails."""

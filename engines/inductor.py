@@ -22,8 +22,7 @@ from ..contract import GraphSpec, Manifest, TensorSpec
 from ..errors import EngineError
 from .base import Engine, check_feeds
 from .onnxruntime import usable_cores
-from .plans import PlanStore, parts
-from .tensorrt import Options
+from .plans import PlanStore, belongs
 
 LARGEST = 4096  # rows of a free axis; the compiler counts on it
 REMEDY = "Compile it again on this machine: hd-export CHECKPOINT OUT --backend inductor."
@@ -132,13 +131,13 @@ def load_inductor(
     store = PlanStore(folder)
     engines: dict[str, Engine] = {}
     for name, spec in manifest.graphs.items():
-        now = parts(manifest, name, {"B": 1}, "inductor", version.partition("+")[0], "", Options())
         fitting = [
             plan
             for plan in store
             if plan.graph == name
-            and plan.parts["version"].partition("+")[0] == now["version"]
-            and all(plan.parts[part] == now[part] for part in ("graph", "precision", "backend"))
+            and belongs(plan, manifest)
+            and plan.parts["backend"] == "inductor"
+            and plan.parts["version"].partition("+")[0] == version.partition("+")[0]
             and plan.parts["target"].partition(" ")[0] in (device, "cpu" if device == "auto" else device, "cuda")
         ]
         if not fitting:

@@ -65,11 +65,9 @@ def parts(
     manifest: Manifest, graph: str, sizes: Sizes, backend: str, version: str, target: str, options: Any
 ) -> dict[str, str]:
     """Everything that could make a plan of `graph` stale. options: a dataclass of build options."""
-    file = manifest.graphs[graph].file
-    digests = [manifest.files[file], manifest.files.get(file + ".data", "")]
     return {
         "name": graph,
-        "graph": hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
+        "graph": graph_digest(manifest, graph),
         "sizes": size_text(sizes),
         "precision": manifest.precision,
         "backend": backend,
@@ -77,6 +75,22 @@ def parts(
         "target": target,
         "options": json.dumps({k: v for k, v in asdict(options).items() if v not in (None, (), [])}, sort_keys=True),
     }
+
+
+def graph_digest(manifest: Manifest, graph: str) -> str:
+    """16 hexadecimal digits that stand for a graph with its weights."""
+    file = manifest.graphs[graph].file
+    digests = [manifest.files[file], manifest.files.get(file + ".data", "")]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def belongs(plan: Plan, manifest: Manifest) -> bool:
+    """Whether a plan was built from the bundle as it is now."""
+    return (
+        plan.graph in manifest.graphs
+        and plan.parts["graph"] == graph_digest(manifest, plan.graph)
+        and plan.parts["precision"] == manifest.precision
+    )
 
 
 def size_text(sizes: Sizes) -> str:

@@ -32,8 +32,8 @@ from ..contract import GRAPHS, GraphSpec, Manifest, TensorSpec
 from ..engines.base import DeviceEngine
 from ..engines.cuda import Cuda
 from ..engines.onnxruntime import OnnxRuntimeDeviceEngine, OnnxRuntimeEngine
-from ..engines.plans import KERNELS, Plan, PlanStore, parts
-from ..engines.tensorrt import Backend, Options, Scratch, TensorRTEngine
+from ..engines.plans import KERNELS, Plan, PlanStore, belongs
+from ..engines.tensorrt import Backend, Scratch, TensorRTEngine
 from ..errors import EngineError, RequestError
 from .hands import load_hands
 from .noise import HANDS, LATENTS, normal
@@ -616,9 +616,12 @@ def usable_plans(store: PlanStore, manifest: Manifest, backend: Backend, cuda: A
     for plan in sorted(store, key=lambda plan: plan.path.stat().st_mtime if plan.path.exists() else 0):
         if plan.graph not in found or store.problem(plan, verify=False):
             continue
-        now = parts(manifest, plan.graph, {"B": 1}, backend.name, backend.version, "", Options())
-        same = all(plan.parts[part] == now[part] for part in ("graph", "precision", "backend", "version"))
-        if not same or not backend.runs_on(plan.parts["target"], cuda):
+        made_by = (plan.parts["backend"], plan.parts["version"])
+        if (
+            not belongs(plan, manifest)
+            or made_by != (backend.name, backend.version)
+            or not backend.runs_on(plan.parts["target"], cuda)
+        ):
             continue
         least, most = plan.batch
         sizes = [n for n in powers_of_two(most) if least <= n <= most] if least != most else [most]
