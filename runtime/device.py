@@ -36,7 +36,7 @@ from ..engines.plans import KERNELS, Plan, PlanStore, belongs
 from ..engines.tensorrt import Backend, Scratch, TensorRTEngine
 from ..errors import EngineError, RequestError
 from .hands import load_hands
-from .noise import HANDS, LATENTS, normal
+from .noise import HANDS, LATENTS, of_request
 from .requests import MAX_STEPS, Request
 from .schedules import Table
 
@@ -459,13 +459,11 @@ class DeviceLoop:
         return encoder.outputs["text"][: len(ids)]
 
     def _job(self, request: Request, stream: str, constants: Mapping[str, Any]) -> DeviceJob:
-        """A job whose noise is the request's own, as on the host: step 0 starts it, step 1 + i is what step i adds."""
+        """A job whose noise is the request's own, as on the host."""
         device_table = self._table(stream, request)
-        table, seed = device_table.table, request.seed or 0
-        sampler = self.hands if stream == HANDS else self.sampler
-        shape = sampler.state.shape[1:]
-        state = normal(seed, stream, 0, shape) * np.float32(table.init_sigma)
-        noise = (lambda step: normal(seed, stream, 1 + step, shape)) if table.stochastic else None
+        table = device_table.table
+        shape = (self.hands if stream == HANDS else self.sampler).state.shape[1:]
+        state, noise = of_request(request.seed, stream, shape, table.init_sigma, table.stochastic)
         return DeviceJob(request.id, state, device_table, constants, noise)
 
     def _table(self, stream: str, request: Request) -> DeviceTable:

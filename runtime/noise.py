@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from handiffuser.errors import RequestError
@@ -60,3 +60,15 @@ def check_seed(seed: int) -> int:
 
 def _stream_key(stream: str | int) -> int:
     return int.from_bytes(hashlib.sha256(str(stream).encode()).digest()[:8], "little")
+
+
+def of_request(
+    seed: int | None, stream: str, shape: tuple[int, ...], init_sigma: float, stochastic: bool
+) -> tuple[np.ndarray, Callable[[int], np.ndarray] | None]:
+    """What a request starts from, and what its steps add (None: nothing), whichever loop runs it.
+
+    Step 0 of its stream starts it, scaled by the schedule's init_sigma; step 1 + i is what step i adds.
+    """
+    seed = seed or 0
+    start = normal(seed, stream, 0, shape) * np.float32(init_sigma)
+    return start, (lambda step: normal(seed, stream, 1 + step, shape)) if stochastic else None

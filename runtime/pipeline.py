@@ -36,7 +36,7 @@ from ..engines.tensorrt import MODULES, Backend
 from ..errors import EngineError, RequestError
 from .device import DeviceLoop, load_loop, usable_plans
 from .hands import hand_arrays, load_hands
-from .noise import HANDS, LATENTS, normal
+from .noise import HANDS, LATENTS, of_request
 from .requests import Refused, Request, resolve
 from .sampler import Job, Result, StepSampler
 from .schedules import NoiseSchedule, Table, rows
@@ -452,10 +452,8 @@ def _job(
     constants: Mapping[str, np.ndarray],
     steps: Mapping[str, np.ndarray] | None = None,
 ) -> Job:
-    """A job whose noise is the request's own: step 0 starts it, step 1 + i is what step i adds."""
-    seed = request.seed or 0
-    state = normal(seed, stream, 0, shape) * np.float32(table.init_sigma)
-    noise = (lambda step: normal(seed, stream, 1 + step, shape)) if table.stochastic else None
+    """A job whose noise is the request's own."""
+    state, noise = of_request(request.seed, stream, shape, table.init_sigma, table.stochastic)
     return Job(request.id, state, table.rows, steps or {}, constants, noise)
 
 
