@@ -16,7 +16,7 @@ from .build import Built, build_plans, gpu
 from .plans import Plan, PlanStore, Sizes, belongs, size_text
 from .tensorrt import MODULES, TILING, Backend, Options
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def parse_batch_sizes(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:

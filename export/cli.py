@@ -25,7 +25,7 @@ from ..errors import HanDiffuserError  # noqa: E402
 from .source import changed, fingerprint  # noqa: E402
 
 BACKENDS = ("onnxruntime", *MODULES, "inductor")
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:

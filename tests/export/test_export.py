@@ -84,6 +84,17 @@ def test_half_precision_that_fails_its_bar_is_refused(tiny_checkpoint_folder, tm
     assert accepted.exit_code == 0 and Manifest.load(tmp_path / "out").precision == "fp16"
 
 
+def test_brackets_of_a_message_are_no_markup(monkeypatch):
+    """pip install "handiffuser[export]" must reach the user whole."""
+
+    def fail(*_, **__):
+        raise ExportError('Install it: pip install "handiffuser[export]".')
+
+    monkeypatch.setattr("handiffuser.export.cli.fingerprint", fail)
+    result = CliRunner().invoke(export_command, ["demo", "out"])
+    assert result.exit_code == 1 and "handiffuser[export]" in result.output
+
+
 LAYOUTS = {
     "other sizes": replace(
         CONFIGS["tiny"],
