@@ -60,3 +60,21 @@ def test_the_wheel_runs_from_an_empty_folder(built, tmp_path):
     for name in ("models", "training", "export", "calibration", "engines", "runtime"):
         assert (site / "handiffuser" / name / "__init__.py").exists()
     assert {"hd-run", "hd-export", "hd-train"} <= {path.name for path in (site / "bin").iterdir()}
+
+
+@pytest.mark.parametrize("command", ["hd_run", "hd_export", "hd_engines", "hd_train"])
+def test_ctrl_c_while_the_libraries_load_is_a_sentence(command):
+    script = (
+        "import os, signal, sys, threading\n"
+        "from handiffuser import commands\n"
+        "sys.argv = ['hd', '--help']\n"
+        "class Slow:\n"  # a library that never finishes loading
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'click':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        f"commands.{command}()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 130, result.stderr
+    assert result.stderr == f"{command.replace('_', '-')}: Interrupted.\n"

@@ -20,6 +20,8 @@ from .loop import console, finished, run_processes
 @click.option("--output", type=click.Path(path_type=Path), help="Write the checkpoint folder here at the end.")
 @click.option("--only", type=click.Choice([*STAGES, "report"]), multiple=True, help="These stages alone.")
 @click.option("--steps", type=click.IntRange(1), help="Train the chosen stages for this many steps instead.")
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True),
+              help="Highest rate of the chosen stages instead; a third of the usual to go on from a good checkpoint.")  # fmt: skip
 @click.option("--scenes", type=click.IntRange(1), default=SCENES, show_default=True, help="Size of the data.")
 @click.option("--config", type=click.Choice(["demo", "tiny"]), default="demo", show_default=True)
 @click.option("--start", help="Train on from this checkpoint (or the word demo) instead of from nothing.")
@@ -29,6 +31,7 @@ def main(
     output: Path | None,
     only: tuple[str, ...],
     steps: int | None,
+    learning_rate: float | None,
     scenes: int,
     config: str,
     start: str | None,
@@ -39,7 +42,8 @@ def main(
         begin = resolve(start, "checkpoint") if start is not None else None
         run = Run(folder, scenes, config, begin)
         run.data(run.start())
-        changes: dict[str, Any] = {} if steps is None else {"steps": steps}
+        given = {"steps": steps, "learning_rate": learning_rate}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         for stage in only or (*STAGES, "report"):
             if stage == "report":
                 from .evaluate import report

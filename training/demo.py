@@ -175,7 +175,7 @@ def train(folder: Path, stage: str, changes: dict[str, Any], scenes: int, config
             write("vae", step, pair)
 
         loss = vae_loss(data, batch, checkpoint.vae)
-        fit(stage, VAELoss(checkpoint.vae), loss, plan, folder / stage, reconstruct)
+        fit(stage, VAELoss(checkpoint.vae, decoder_only=begin is not None), loss, plan, folder / stage, reconstruct)
     elif stage == "prior":
         set_normalisation(checkpoint, data["params"])
         loss = prior_loss(data, batch, checkpoint, empty)

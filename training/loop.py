@@ -77,8 +77,10 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if plan.bf16 else "no")
     module.train().requires_grad_(True)
+    for part in getattr(module, "fixed", ()):
+        part.eval().requires_grad_(False)
     average = copy.deepcopy(module).eval().requires_grad_(False).to(accelerator.device)
-    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=plan.weight_decay, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], weight_decay=plan.weight_decay, betas=(0.9, 0.99))
     model, optimizer = accelerator.prepare(module, optimizer)
     plain = accelerator.unwrap_model(model)
     start = load_state(folder, plain, average, optimizer)
