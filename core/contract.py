@@ -78,7 +78,9 @@ class TensorSpec:
     """Name, dtype and shape of one input or output. A string in the shape is a free dimension ("B", "S")."""
 
     name: str
-    dtype: str  # numpy's name: "float32", "float16", "int64", "uint8"
+    # numpy's name: "float32", "float16", "int64", "uint8"; or "bfloat16", which numpy lacks: such a tensor passes from
+    # graph to graph on a GPU and is never seen by the host.
+    dtype: str
     shape: tuple[int | str, ...]
 
     @classmethod
@@ -114,7 +116,7 @@ class Manifest:
 
     graphs: dict[str, GraphSpec]
     files: dict[str, str]  # file name -> SHA-256, everything in the bundle but the manifest
-    precision: str  # of the networks: "fp32" or "fp16"; state and kinematics are float32 always
+    precision: str  # of the networks: "fp32", "fp16" or "bf16"; state and kinematics are float32 always
     image_size: tuple[int, int]  # H, W in pixels
     latent_size: tuple[int, int, int]  # channels, h, w
     num_history: dict[str, int]  # K of "hand_prior" and "unet"

@@ -15,24 +15,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from ..calibration.emulate import emulate
+from ..calibration.graphs import save_model as save_emulation
 from ..contract import MANIFEST, TOKENIZER, GraphSpec, Manifest, TensorSpec, file_digest
 from ..engines.plans import FOLDER as PLANS
 from ..errors import CheckpointError, ExportError
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
-from .graphs import NUM_HISTORY, Graph, graphs
+from .graphs import NUM_HISTORY, PRECISIONS, Graph, graphs
 
-PRECISIONS = ("fp32", "fp16")
-# Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output.
-TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3}
+# Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output. bfloat16 has
+# 8 bits where float16 has 11: each rounding may be 8 times as large (2^-9 instead of 2^-12), and so may their sum.
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
 OPSET = 23  # keeps GroupNormalization and Attention whole; ONNX Runtime >= 1.23 runs it
 EXTERNAL = 1 << 30  # bytes of weights above which they go into a file beside the graph (protobuf ends at 2 GB)
 COMPACT = 1024  # elements from which a tensor is worth storing in half
@@ -60,7 +64,7 @@ def export_bundle(
 ) -> list[Exported]:
     """Exports a checkpoint into the folder `out`.
 
-    precision: of the networks; hand features and all state stay float32. body: an SMPL-H `.npz`; without it the
+    precision: of the networks, one of PRECISIONS; hand features and all state stay float32. body: an SMPL-H `.npz`; without it the
     checkpoint's own is used. source: what it is made from (see `source.py`), kept in the manifest. on_graph: called
     after each graph. Plans that were built from an older bundle in `out` stay: those that still fit are used again.
     Raises CheckpointError without a body, ExportError for a graph over its tolerance or a folder that is no bundle.
@@ -79,22 +83,23 @@ def export_bundle(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        half = precision == "fp16"
         results: list[Exported] = []
         specs: dict[str, GraphSpec] = {}
-        pairs = zip(graphs(checkpoint, smplh, half), graphs(checkpoint, smplh), strict=True)
+        pairs = zip(graphs(checkpoint, smplh, PRECISIONS[precision]), graphs(checkpoint, smplh), strict=True)
         for graph, reference in pairs:
             began = time.monotonic()
             spec = export_graph(graph, work, opset)
             tolerance = TOLERANCE["fp32" if graph.name == "hand_features" else precision]
             error, worst = parity(graph, reference.module, work / spec.file)
             spec.parity = {"error": float(f"{error:.3g}"), "tolerance": tolerance, "tensor": worst}
+            if precision == "bf16":
+                spec.parity["emulated"] = True
             if not error <= tolerance:
                 raise ExportError(
                     f"{graph.name} is {error:.2g} from PyTorch in {worst!r} (tolerance {tolerance:g}), so nothing was "
                     + (
                         "written. Export with --precision fp32."
-                        if half
+                        if precision != "fp32"
                         else "written. Please report this with your versions of torch, onnx and onnxruntime."
                     )
                 )
@@ -248,17 +253,18 @@ def parity(graph: Graph, reference: nn.Module, path: Path) -> tuple[float, str]:
     """Largest difference between the file in ONNX Runtime and float32 PyTorch, relative to each output's largest value.
 
     Two batch sizes are tried, so that a batch that was baked in is found. Returns the error and the worst tensor.
+    ONNX Runtime's CPU cannot run bfloat16: such a graph's emulation is run, see `emulate`.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     worst, where = 0.0, graph.outputs[0]
     wanted = [info.name for info in session.get_inputs()]
     for batch in (None, 1):
         inputs = {name: value[:batch] for name, value in graph.inputs.items()}
         with torch.no_grad():
             exact = run_module(reference, [v.float() if v.is_floating_point() else v for v in inputs.values()])
-        got = session.run(None, {name: inputs[name].numpy() for name in wanted})
+        # numpy has no bfloat16, and an emulation takes float32.
+        given = {n: v.float() if v.dtype == torch.bfloat16 else v for n, v in inputs.items()}
+        got = session.run(None, {name: given[name].numpy() for name in wanted})
         for name, ours, theirs in zip(graph.outputs, got, exact, strict=True):
             difference = np.abs(ours.astype(np.float64) - theirs.double().numpy())
             if ours.dtype == np.uint8:
@@ -269,6 +275,19 @@ def parity(graph: Graph, reference: nn.Module, path: Path) -> tuple[float, str]:
             if not error <= worst:
                 worst, where = error, name
     return worst, where
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """The graph on the CPU; the emulation of one that computes in bfloat16."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    model = onnx.load(path, load_external_data=False)
+    with TemporaryDirectory(dir=path.parent) as folder:
+        if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):
+            emulation = Path(folder) / path.name
+            save_emulation(emulate(onnx.load(path)), emulation)
+            path = emulation
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def at_image_size(checkpoint: Checkpoint, height: int, width: int) -> Checkpoint:

@@ -53,7 +53,7 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16"]),
+    type=click.Choice(["fp32", "fp16", "bf16"]),
     help="Of the networks; hand features, latents and solver state stay float32. "
     "[default: fp16 for TensorRT, else fp32]",
 )

@@ -5,7 +5,7 @@ combine and the solver update with the row's numbers. Latents, history and rows 
 is cast to the network's precision. What depends on the timestep alone (`unet_time`) or on the prompt alone
 (`unet_context`) has left the loop.
 
-    for graph in graphs(checkpoint, body, half=False): ...
+    for graph in graphs(checkpoint, body, PRECISIONS["fp16"]): ...
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from ..models.position_kernel import CrossAttention, attach, cross_attentions
 from ..models.smplh import SMPLH
 from ..models.text_hand_encoder import CUES, TextHandEncoder, encode_text, pooled
 
+# What `hd-export --precision` takes -> the type that the networks compute in.
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # History tensors of the step graphs: 4 lets the UNet run every solver (PLMS needs them), 1 the hand prior all others.
 NUM_HISTORY = {"hand_prior": 1, "unet": 4}
 
@@ -229,10 +231,12 @@ class Graph:
 
 
 @torch.no_grad()
-def graphs(checkpoint: Checkpoint, body: SMPLH, half: bool = False, batch: int = 3, seed: int = 0) -> Iterator[Graph]:
+def graphs(
+    checkpoint: Checkpoint, body: SMPLH, dtype: torch.dtype = torch.float32, batch: int = 3, seed: int = 0
+) -> Iterator[Graph]:
     """Every graph of the contract with example inputs, in the order in which data flows.
 
-    half: networks in float16. The examples are what the float32 stages before them really give, so that the check
+    dtype: of the networks, see PRECISIONS. The examples are what the float32 stages before them really give, so that the check
     against PyTorch sees values of the right size. Each module is a copy and may be dropped after use.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -241,10 +245,8 @@ def graphs(checkpoint: Checkpoint, body: SMPLH, half: bool = False, batch: int =
         return torch.randn(shape, generator=generator)
 
     def stage(module: nn.Module) -> nn.Module:
-        module = copy.deepcopy(module).eval().requires_grad_(False)
-        return module.half() if half else module
+        return copy.deepcopy(module).eval().requires_grad_(False).to(dtype)
 
-    dtype = torch.float16 if half else torch.float32
     special, length = checkpoint.special_tokens, checkpoint.special_tokens["length"]
     ids = torch.randint(0, min(special["bos"], special["eos"]), (batch, 2, length), generator=generator)
     ids[:, :, 0], ids[:, :, length // 2 :] = special["bos"], special["eos"]
@@ -275,11 +277,8 @@ def graphs(checkpoint: Checkpoint, body: SMPLH, half: bool = False, batch: int =
     yield Graph("text_hand_encoder", stage(both), {"input_ids": ids, **hands}, ("context",))
 
     context = both(ids, *hands.values()).to(dtype)
-    unet = copy.deepcopy(checkpoint.unet).eval().requires_grad_(False)
-    kernel = copy.deepcopy(checkpoint.position_kernel)
-    if half:
-        unet.half()
-    attach(unet, kernel, checkpoint.latent_size)
+    unet = stage(checkpoint.unet)
+    attach(unet, copy.deepcopy(checkpoint.position_kernel), checkpoint.latent_size)
     names = tuple(f"{kind}_{i:02}" for i in range(len(cross_attentions(unet))) for kind in ("key", "value"))
     yield Graph("unet_context", UNetContext(unet), {"context": context}, names)
 

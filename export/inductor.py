@@ -35,7 +35,7 @@ from ..engines.tensorrt import Options
 from ..errors import ExportError
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
-from .graphs import Graph, graphs
+from .graphs import PRECISIONS, Graph, graphs
 
 
 def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | None = None) -> None:
@@ -120,7 +120,7 @@ def compile_bundle(
         raise ExportError("This checkpoint has no body model of its own. Give the SMPL-H .npz again: --body FILE.")
     smplh = SMPLH.load(path)
     with TemporaryDirectory(dir=bundle) as folder:
-        for graph in graphs(checkpoint, smplh, half=manifest.precision == "fp16"):
+        for graph in graphs(checkpoint, smplh, PRECISIONS[manifest.precision]):
             if graph.name in missing:
                 path, started = Path(folder) / f"{graph.name}.pt2", time.monotonic()
                 compile_graph(graph, path, device)

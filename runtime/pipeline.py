@@ -19,8 +19,9 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from operator import length_hint
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.random
@@ -208,29 +209,34 @@ class HanDiffuser:
             check=self._check,
         )
 
-    def run(self, requests: Iterable[Request], on_event: OnEvent | None = None) -> Iterator[Picture | Failure]:
+    def run(self, requests: Iterable[Request | None], on_event: OnEvent | None = None) -> Iterator[Picture | Failure]:
         """Runs prepared requests and yields each as soon as it is done, in the order in which they finish.
 
+        requests: an iterator is asked for more at a step, when there is room. It may be lazy or endless: None says
+        that nothing has come in yet, and it is asked again after the next step. With nothing in flight it is asked
+        at once, so that it should wait then. The loop on a GPU takes no None yet, and all requests at once.
         Raises EngineError when a graph cannot be run at all (out of memory); what was yielded before stays good.
         """
         tell = on_event or (lambda kind, count: None)
         if self.loop is not None:
-            yield from self.loop.run(requests, tell)
+            yield from self.loop.run(cast(Iterable[Request], requests), tell)
             return
-        waiting = deque(requests)
-        if not waiting:
+        slots = min(self.batch_size, length_hint(requests, self.batch_size))
+        if not slots:
             return
-        slots = min(self.batch_size, len(waiting))
+        source, more = iter(requests), True
         history = self.manifest.num_history
         hand_sampler = StepSampler(self.engines["hand_prior"], "x", history["hand_prior"], slots)
         sampler = StepSampler(self.engines["unet"], "latents", history["unet"], slots)
         ready: deque[Work] = deque()  # has its context, waits for a slot
         running: dict[Hashable, Work] = {}
         clock = time.perf_counter()
-        while waiting or ready or running:
+        while more or ready or running:
             results: list[Picture | Failure] = []
-            while waiting and len(ready) < sampler.free:
-                batch = [waiting.popleft() for _ in range(min(slots, len(waiting)))]
+            while more and len(ready) < sampler.free:
+                batch, more = _take(source, slots)
+                if not batch:
+                    break
                 works, failures = self._stage_1(batch, hand_sampler)
                 ready.extend(works)
                 results += failures
@@ -442,6 +448,20 @@ def on_gpu(device: str) -> bool:
             raise
         return False
     return True
+
+
+def _take(source: Iterator[Request | None], most: int) -> tuple[list[Request], bool]:
+    """Up to `most` of the requests that are there now, and whether more may come."""
+    batch: list[Request] = []
+    while len(batch) < most:
+        try:
+            request = next(source)
+        except StopIteration:
+            return batch, False
+        if request is None:
+            break
+        batch.append(request)
+    return batch, True
 
 
 def _job(

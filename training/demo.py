@@ -177,7 +177,8 @@ def train(folder: Path, stage: str, changes: dict[str, Any], scenes: int, config
         loss = vae_loss(data, batch, checkpoint.vae)
         fit(stage, VAELoss(checkpoint.vae, decoder_only=begin is not None), loss, plan, folder / stage, reconstruct)
     elif stage == "prior":
-        set_normalisation(checkpoint, data["params"])
+        if begin is None:  # a given checkpoint's network knows its own
+            set_normalisation(checkpoint, data["params"])
         loss = prior_loss(data, batch, checkpoint, empty)
         fit(stage, PriorLoss(checkpoint), loss, plan, folder / stage)
     elif stage == "encoder":

@@ -22,7 +22,7 @@ from .data import Dataset, images_to_float
 from .loop import Loss
 
 VAE_CROP = 64  # pixels; the VAE is nearly local, and a crop costs a quarter of the picture
-TWO_HANDS = 0.3  # of the pictures in a batch: fifteen in a hundred scenes show two, and two are harder to draw
+TWO_HANDS = 0.3  # of a batch: fifteen in a hundred scenes show two hands, and two are harder to pose and to draw
 NOISY = 4.0  # how far timesteps lean towards noise, where colours are decided
 KL_WEIGHT = 1e-3  # per latent value, against L1 per pixel value: latents near unit noise, pictures still sharp
 COLOUR = 8.0  # weight of the mean error over blocks of 8 x 8 latent pixels
@@ -37,6 +37,12 @@ def alphas_cumprod(schedule: dict[str, object]) -> Tensor:
 def pick(data: Dataset, generator: torch.Generator, batch: int, *names: str) -> list[Tensor]:
     rows = torch.randint(len(data["ids"]), (batch,), generator=generator)
     return [data[name][rows] for name in names]
+
+
+def draw(two: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Random rows [batch]; two: bool [N], which of them show two hands."""
+    share = torch.where(two, TWO_HANDS / two.sum().clamp_min(1), (1 - TWO_HANDS) / (~two).sum().clamp_min(1))
+    return torch.multinomial(share, batch, replacement=True, generator=generator)
 
 
 def wording(data: Dataset, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -124,9 +130,10 @@ def prior_loss(data: Dataset, batch: int, checkpoint: Checkpoint, empty: Tensor)
     """Denoising to x0 at uniform timesteps; a tenth of the prompts is dropped. empty: ids of "" [77]."""
     alphas = alphas_cumprod(checkpoint.hand_scheduler)
     mean, std = checkpoint.hand_prior.mean, checkpoint.hand_prior.std
+    two = (data["params"][:, PLACEMENT].unflatten(1, (2, -1))[:, :, 0] > 0.5).all(1)
 
     def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(data["ids"]), (batch,), generator=generator)
+        rows = draw(two, batch, generator)
         ids = wording(data, rows, generator)
         clean = (data["params"][rows] - mean) / std
         dropped = torch.rand(batch, generator=generator) < DROP
@@ -205,12 +212,17 @@ class PictureLoss(nn.Module):
         self.text_hand_encoder, self.unet = checkpoint.text_hand_encoder, checkpoint.unet
         self.position_kernel = checkpoint.position_kernel
 
-    def forward(self, ids: Tensor, hands: dict[str, Tensor], noisy: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, ids: Tensor, hands: dict[str, Tensor], noisy: Tensor, timestep: Tensor, target: Tensor, told: Tensor
+    ) -> Tensor:
+        """told: [N], 1 where there is a prompt."""
         context = self.text_hand_encoder(ids, **hands)
         error = self.unet(noisy, timestep, context).sample.float() - target
         # A wrong colour is a small error everywhere, which plain mean squares leave for last: count block means, too
-        # (as the multiscale loss of Hoogeboom et al. 2023, simple diffusion). The optimum stays the same.
-        return error.square().mean() + COLOUR * F.avg_pool2d(error, 8).square().mean()
+        # (as the multiscale loss of Hoogeboom et al. 2023, simple diffusion). The optimum stays the same. Not without
+        # a prompt, where colours are anyone's guess.
+        colours = F.avg_pool2d(error, 8).square().mean((1, 2, 3))
+        return error.square().mean() + COLOUR * (told * colours).mean()
 
 
 def picture_loss(data: Dataset, batch: int, checkpoint: Checkpoint, empty: Tensor) -> Loss:
@@ -221,16 +233,16 @@ def picture_loss(data: Dataset, batch: int, checkpoint: Checkpoint, empty: Tenso
     alphas = alphas_cumprod(checkpoint.scheduler)
     velocity = checkpoint.scheduler["prediction_type"] == "v_prediction"
     two = (data["visibility"] > 0.5).all(1)
-    share = torch.where(two, TWO_HANDS / two.sum().clamp_min(1), (1 - TWO_HANDS) / (~two).sum().clamp_min(1))
 
     def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        rows = torch.multinomial(share, batch, generator=generator)
+        rows = draw(two, batch, generator)
         ids, hands = conditions(data, rows, generator, empty)
         clean = data["latents"][rows].float()
         timestep = timesteps(batch, len(alphas), generator, NOISY)
         signal, sigma = (a[:, None, None, None] for a in (alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()))
         noise = torch.randn(clean.shape, generator=generator)
         target = signal * noise - sigma * clean if velocity else noise
-        return module(ids, hands, signal * clean + sigma * noise, timestep, target)
+        told = (ids != empty).any(1).float()
+        return module(ids, hands, signal * clean + sigma * noise, timestep, target, told)
 
     return loss
