@@ -117,8 +117,9 @@ class Report:
     def summary(self) -> str:
         """The figures in one line."""
         worst = max(self.graphs, key=lambda name: self.graphs[name].rms)
+        how = "emulated " if self.emulated else ""
         return (
-            f"{self.precision} beside float32, {len(self.pictures)} pictures: {self.psnr_mean:.1f} dB on average, "
+            f"{how}{self.precision} beside float32, {len(self.pictures)} pictures: {self.psnr_mean:.1f} dB on average, "
             f"{self.psnr_min:.1f} dB at worst; graphs within {self.graphs[worst].rms:.1e} ({worst}); "
             f"finger joints within {self.joints_max:.2f} pixels"
         )
@@ -144,14 +145,15 @@ def fidelity(
     """Compares a bundle with the float32 bundle of the same checkpoint, on every prompt with every seed.
 
     judge: reads labels from pictures; the report says how often it reads both bundles' alike.
-    emulated: round half precision as a GPU stores it, see `emulate`; by default on the CPU, which would not.
+    emulated: round half precision as a GPU stores it, see `emulate`; by default on the CPU, which would not, and in
+    bfloat16, which numpy cannot feed to a graph.
     settings: steps, solver, guidance, ... as in `Request`.
     Raises BundleError when the bundles are not of one checkpoint, EngineError when the reference itself fails.
     """
     reference, candidate = Path(reference), Path(candidate)
     ours, theirs = Manifest.load(reference), Manifest.load(candidate)
     _check_same(ours, theirs)
-    emulated = device == "cpu" if emulated is None else emulated
+    emulated = device == "cpu" or theirs.precision == "bf16" if emulated is None else emulated
     inputs, expected = record(reference, prompts, seeds, device, threads=threads, **settings)
     for result in expected:
         if isinstance(result, Failure):

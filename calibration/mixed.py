@@ -26,7 +26,8 @@ from .graphs import HALF, cast, element_types, label, rewrite_bundle, save_model
 from .record import Inputs
 
 HEADROOM = 0.5  # of the largest number: other prompts may give larger values than those recorded
-LIMIT = 1e-2  # own error, root mean square relative to the values. Rounding alone costs 3e-4 in float16
+# Own error, root mean square relative to the values. Rounding alone costs 3e-4 and 2.4e-3.
+LIMIT: dict[int, float] = {TensorProto.FLOAT16: 1e-2, TensorProto.BFLOAT16: 8e-2}
 
 
 @dataclass
@@ -51,7 +52,7 @@ def keep_float32(model_path: str | Path, out_path: str | Path, names: Iterable[s
 
 
 def keep_sensitive(
-    reference: str | Path, half: str | Path, out: str | Path, inputs: Inputs, limit: float = LIMIT
+    reference: str | Path, half: str | Path, out: str | Path, inputs: Inputs, limit: float | None = None
 ) -> dict[str, list[Sensitive]]:
     """Writes the bundle `half` into the folder `out`, its sensitive nodes in float32; returns them by graph.
 
@@ -72,14 +73,14 @@ def find_sensitive(
     reference: str | Path | ModelProto,
     half: str | Path | ModelProto,
     inputs: Sequence[Mapping[str, np.ndarray]],
-    limit: float = LIMIT,
+    limit: float | None = None,
     chunk: int = 32,
     threads: int | None = None,
 ) -> list[Sensitive]:
     """The nodes of the graph `half` that overflow or lose too much, in the order in which they run.
 
     reference: the float32 graph of the same export. inputs: calls to it, as `record` keeps them.
-    limit: largest error that a node may add of its own, root mean square relative to its values.
+    limit: largest error that a node may add of its own, root mean square relative to its values; default: LIMIT.
     chunk: nodes whose values are in memory at a time, beside those that later nodes need.
     An overflow is NaN or infinity where float32 has none, or a value above half of the largest number. What makes the
     input of a node that loses too much is kept with it, because the loss is in the rounding between the two.
@@ -124,9 +125,11 @@ def find_sensitive(
 
     for _, b in tried:
         node = found[label(b)]
-        if node.largest > HEADROOM * min(HALF[kind] for kind in halves.half_tensors(b)):
+        kinds = halves.half_tensors(b)
+        if node.largest > HEADROOM * min(HALF[kind] for kind in kinds):
             node.reason = "overflow"
-        if not node.reason and node.error > limit:
+        most = max(LIMIT[kind] for kind in kinds) if limit is None else limit
+        if not node.reason and node.error > most:
             node.reason = "error"
             _keep_feeders(found, halves, b, f"feeds {node.name}")
     return [node for node in found.values() if node.reason]

@@ -63,6 +63,11 @@ def row_columns(num_history: int) -> tuple[str, ...]:
     return ROW_HEAD + tuple(f"{name}{k}" for k in range(1, num_history + 1) for name in ("p", "q"))
 
 
+# The free axis of what a step graph takes once per guidance branch: 2 (unconditional, conditional), or 1, the
+# conditional branch alone, which is half the work and all that rows of guidance 1 need.
+BRANCHES = "G"
+LARGEST = 4096  # rows of a batch that any compiled graph allows
+
 # The hand parameters, P = 330: rot6d of 52 joints, 10 betas, and per hand where it is in the image:
 # presence (about 0 or 1), centre x and y in [-1, 1] of the image (y up), log of the size. Centre and size are the
 # mean and the root mean square radius of the hand's 21 joints, in units of half the image's height.
@@ -75,7 +80,7 @@ NUM_PARAMS = 330
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype and shape of one input or output. A string in the shape is a free dimension ("B", "S")."""
+    """Name, dtype and shape of one input or output. A string in the shape is a free dimension ("B", "G", "S")."""
 
     name: str
     # numpy's name: "float32", "float16", "int64", "uint8"; or "bfloat16", which numpy lacks: such a tensor passes from
@@ -108,6 +113,11 @@ class GraphSpec:
             [TensorSpec.from_json(spec) for spec in value["outputs"]],
             value.get("parity", {}),
         )
+
+    @property
+    def branched(self) -> frozenset[str]:
+        """Inputs that hold one entry per guidance branch and may hold the conditional one alone (see BRANCHES)."""
+        return frozenset(tensor.name for tensor in self.inputs if BRANCHES in tensor.shape)
 
 
 @dataclass

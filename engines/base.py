@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..contract import GraphSpec
+from ..contract import GraphSpec, Manifest
 from ..errors import EngineError
 
 
@@ -34,6 +34,7 @@ class DeviceEngine(Protocol):
     """One graph on a GPU, for one bucket: told once where its tensors are, then enqueued again and again."""
 
     spec: GraphSpec
+    own_graph: bool  # whether what it enqueues is a CUDA graph of its own making already
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Says where tensors lie; arrays have `dtype`, `shape` and `pointer`. Raises EngineError for wrong ones."""
@@ -46,6 +47,19 @@ class DeviceEngine(Protocol):
     def capturable(self, stream: Any) -> bool:
         """Whether a run may be captured into a CUDA graph."""
         ...
+
+
+def check_host(manifest: Manifest, folder: str | Path) -> None:
+    """Raises EngineError for a bundle that only a GPU runs: one in bfloat16, of which numpy knows nothing.
+
+    ONNX Runtime's CPU provider has no kernels for it either: it would complain of the first operator.
+    """
+    specs = manifest.graphs.values()
+    if any(tensor.dtype == "bfloat16" for spec in specs for tensor in (*spec.inputs, *spec.outputs)):
+        raise EngineError(
+            f"{folder} computes in bfloat16, which runs on NVIDIA GPUs only, best with TensorRT. To run here, export "
+            "it in another precision: hd-export CHECKPOINT OUT --precision fp32."
+        )
 
 
 def check_feeds(spec: GraphSpec, feeds: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..contract import GRAPHS, Manifest
+from ..contract import BRANCHES, GRAPHS, Manifest
 from ..errors import EngineError
 from .cuda import Cuda
 from .plans import Plan, PlanStore, Sizes, parts
@@ -36,8 +36,14 @@ class Built:
 OnBuild = Callable[[int, int, str, Sizes, str, float], bool]
 
 
-def wanted_plans(manifest: Manifest, batch_sizes: Sequence[int], dynamic: bool = False) -> list[tuple[str, Sizes]]:
-    """Graphs and sizes to build for. Raises EngineError for sizes that make no sense."""
+def wanted_plans(
+    manifest: Manifest, batch_sizes: Sequence[int], dynamic: bool = False, guidance_free: bool = False
+) -> list[tuple[str, Sizes]]:
+    """Graphs and sizes to build for. Raises EngineError for sizes that make no sense.
+
+    guidance_free: also UNets that run the conditional branch alone. The hand prior, which is small and by default not
+    guided, has both always.
+    """
     sizes = sorted(set(batch_sizes))
     if not sizes or sizes[0] < 1 or sizes[-1] > FREE_MAX["B"]:
         raise EngineError(
@@ -47,7 +53,13 @@ def wanted_plans(manifest: Manifest, batch_sizes: Sequence[int], dynamic: bool =
     out: list[tuple[str, Sizes]] = []
     for name in GRAPHS:
         free = {size for tensor in manifest.graphs[name].inputs for size in tensor.shape if isinstance(size, str)}
-        out += [(name, {"S": STEPS})] if free == {"S"} else [(name, batch) for batch in batches]
+        if free == {"S"}:
+            out.append((name, {"S": STEPS}))
+        elif BRANCHES in free:
+            branches = (2, 1) if guidance_free or name == "hand_prior" else (2,)
+            out += [(name, {**batch, BRANCHES: count}) for count in branches for batch in batches]
+        else:
+            out += [(name, batch) for batch in batches]
     return out
 
 
@@ -58,13 +70,14 @@ def current_parts(
     batch_sizes: Sequence[int],
     dynamic: bool = False,
     options: Options | None = None,
+    guidance_free: bool = False,
 ) -> list[tuple[str, Sizes, dict[str, str]]]:
     """Graph, sizes and parts of every plan that a folder should hold for this machine."""
     options = options or Options()
     target = backend.target(options, cuda)
     return [
         (name, sizes, parts(manifest, name, sizes, backend.name, backend.version, target, options))
-        for name, sizes in wanted_plans(manifest, batch_sizes, dynamic)
+        for name, sizes in wanted_plans(manifest, batch_sizes, dynamic, guidance_free)
     ]
 
 
@@ -76,6 +89,7 @@ def build_plans(
     options: Options | None = None,
     on_build: OnBuild | None = None,
     verify: bool = False,
+    guidance_free: bool = False,
 ) -> Iterator[Built]:
     """Yields every plan the folder should hold, building those that are missing, damaged or stale.
 
@@ -89,7 +103,7 @@ def build_plans(
     backend = Backend(backend_name)
     cuda = gpu()
     store, options = PlanStore(folder), options or Options()
-    jobs = current_parts(manifest, backend, cuda, batch_sizes, dynamic, options)
+    jobs = current_parts(manifest, backend, cuda, batch_sizes, dynamic, options, guidance_free)
     verified = False
     for number, (name, sizes, wanted) in enumerate(jobs):
         plan, why = store.find(wanted, verify), ""

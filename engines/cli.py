@@ -37,6 +37,8 @@ def build_options(command):  # type: ignore[no-untyped-def]
             click.option("--batch-sizes", callback=parse_batch_sizes, default="1,2,4,8", show_default=True,
                          help="A static plan is built for each."),
             click.option("--dynamic", is_flag=True, help="One plan for all sizes up to the largest; slower to run."),
+            click.option("--guidance-free", is_flag=True,
+                         help="Also UNets without the unconditional branch: half the work where guidance is 1."),
             click.option("--build-level", type=click.IntRange(0, 5), help="How hard TensorRT searches, 0 to 5."),
             click.option("--tiling", type=click.Choice(TILING), help="How hard it searches for cache-friendly tiling."),
             click.option("--aux-streams", type=click.IntRange(0, 8), help="Additional streams inside a graph."),
@@ -72,7 +74,13 @@ def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]
             return True
 
         plans = build_plans(
-            folder, backend, values["batch_sizes"], values["dynamic"], options_of(values), on_build=on_build
+            folder,
+            backend,
+            values["batch_sizes"],
+            values["dynamic"],
+            options_of(values),
+            on_build=on_build,
+            guidance_free=values["guidance_free"],
         )
         for built in plans:
             done.append(built)

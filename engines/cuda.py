@@ -68,9 +68,9 @@ class Cuda:
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """An array in page-locked host memory: only from such can copies be asynchronous."""
         count = math.prod(shape)
-        size = max(count * np.dtype(dtype).itemsize, 1)
+        size = max(count * itemsize(dtype), 1)
         pointer = self.call("cudaMallocHost", size)
-        memory = (ctypes.c_uint8 * size).from_address(int(pointer))
+        memory: Any = (ctypes.c_uint8 * size).from_address(int(pointer))
         weakref.finalize(memory, self.api.cudaFreeHost, pointer)  # arrays keep `memory` alive as their base
         return np.frombuffer(memory, dtype, count).reshape(shape)
 
@@ -83,15 +83,24 @@ class Cuda:
 
 
 class DeviceArray:
-    """Memory on the device with numpy's `shape` and `dtype`. Indexing with an int or a slice gives a view of rows."""
+    """Memory on the device with a `shape` and a `dtype`. Indexing with an int or a slice gives a view of rows.
+
+    dtype: a name as in the contract, because numpy has no bfloat16.
+    """
 
     def __init__(self, pointer: int, shape: tuple[int, ...], dtype: Any, owner: DeviceArray | None = None) -> None:
-        self.pointer, self.shape, self.dtype = pointer, tuple(shape), np.dtype(dtype)
+        self.pointer, self.shape, self.dtype = pointer, tuple(shape), dtype_name(dtype)
         self.owner = owner  # keeps the memory alive
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """How PyTorch, CuPy and Numba see the same memory; bfloat16, which it has no word for, as int16."""
+        typestr = "<i2" if self.dtype == "bfloat16" else np.dtype(self.dtype).str
+        return {"shape": self.shape, "typestr": typestr, "data": (self.pointer, False), "version": 3}
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -101,7 +110,7 @@ class DeviceArray:
         if step != 1 or not 0 <= start <= stop <= len(self):
             raise IndexError(f"rows {rows} of {len(self)}")
         shape = self.shape[1:] if isinstance(rows, int) else (stop - start, *self.shape[1:])
-        offset = start * math.prod(self.shape[1:]) * self.dtype.itemsize
+        offset = start * math.prod(self.shape[1:]) * itemsize(self.dtype)
         return DeviceArray(self.pointer + offset, shape, self.dtype, self.owner or self)
 
 
@@ -115,7 +124,7 @@ class Stream:
 
     def copy(self, target: DeviceArray | np.ndarray, source: DeviceArray | np.ndarray) -> None:
         """Copies between device arrays and pinned arrays of equal size. Host arrays must live until it is done."""
-        if target.nbytes != source.nbytes or target.dtype != source.dtype:
+        if target.nbytes != source.nbytes or dtype_name(target.dtype) != dtype_name(source.dtype):
             raise EngineError(
                 f"A copy from {source.dtype}{list(source.shape)} to {target.dtype}{list(target.shape)} would not fit."
             )
@@ -185,6 +194,16 @@ class Graph:
 
     def launch(self, stream: Stream) -> None:
         self.cuda.call("cudaGraphLaunch", self.handle, stream.handle)
+
+
+def dtype_name(dtype: Any) -> str:
+    """What the contract calls a dtype: numpy's own name, or "bfloat16"."""
+    return "bfloat16" if str(dtype) == "bfloat16" else np.dtype(dtype).name
+
+
+def itemsize(dtype: Any) -> int:
+    """Bytes of one element."""
+    return 2 if dtype_name(dtype) == "bfloat16" else np.dtype(dtype).itemsize
 
 
 def _address(array: DeviceArray | np.ndarray) -> int:

@@ -2,6 +2,7 @@
 
 engine = InductorEngine("engines/unet.pt2", manifest.graphs["unet"], device="cuda")
 outputs = engine(feeds)                 # numpy in, numpy out
+on_gpu = InductorDeviceEngine(engine)   # bound to device arrays, enqueued on a stream
 
 A `.pt2` file holds native code, and loading it runs that code: it is as trusted as a program. Load only what you
 compiled yourself, and only after the file's SHA-256 was found to be the one that was noted when it was written, as
@@ -12,19 +13,19 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..contract import GraphSpec, Manifest, TensorSpec
+from ..contract import LARGEST, GraphSpec, Manifest, TensorSpec
 from ..errors import EngineError
-from .base import Engine, check_feeds
+from .base import Engine, check_feeds, check_host
 from .onnxruntime import usable_cores
-from .plans import PlanStore, belongs
+from .plans import Plan, PlanStore, belongs
 
-LARGEST = 4096  # rows of a free axis; the compiler counts on it
 REMEDY = "Compile it again on this machine: hd-export CHECKPOINT OUT --backend inductor."
 
 
@@ -34,11 +35,19 @@ class InductorEngine:
     device: "cpu" or "cuda", which the file was compiled for. batch: the only batch size that it takes, or None.
     """
 
-    def __init__(self, path: str | Path, spec: GraphSpec, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        spec: GraphSpec,
+        device: str = "auto",
+        threads: int | None = None,
+        asynchronous: bool = False,
+    ) -> None:
         """Loads `path`, whose SHA-256 the caller has verified: this runs code from it.
 
         device: "cpu", "cuda", or "auto" for the one that the file was compiled for. threads: of the CPU; by default
-        as many as there are usable cores.
+        as many as there are usable cores. asynchronous: all runs come from one thread on one stream, which is order
+        enough; otherwise a run waits for the end of the one before it.
 
         Raises EngineError when PyTorch is missing, when the file is damaged or none of ours, when it was compiled
         for another device, processor or PyTorch, or when its tensors differ from `spec`.
@@ -57,7 +66,7 @@ class InductorEngine:
         self.device: str = noted["device"]
         self.batch = int(noted["batch"]) if noted["batch"] else None
         try:
-            self._model = loader(str(path), "model", False, 1, -1)  # synchronised, one runner, the current GPU
+            self._model = loader(str(path), "model", asynchronous, 1, -1)  # one runner, the current GPU
         except Exception as error:
             raise EngineError(f"PyTorch cannot load {path} ({_sentence(error)}). {REMEDY}") from error
 
@@ -95,7 +104,7 @@ class InductorEngine:
         """
         torch = _import_torch()
         check_feeds(self.spec, feeds)
-        self._check_batch(feeds)
+        self.check_batch(feeds)
         # PyTorch has one number of threads for all graphs, and each thread that calls must take it over.
         if self.device == "cpu" and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
@@ -105,12 +114,16 @@ class InductorEngine:
             values = self._model.run([torch.from_numpy(array).to(self.device) for array in arrays])
             return {name: value.cpu().numpy() for name, value in zip(names(self.spec), values, strict=True)}
         except Exception as error:
-            name, text = Path(self.spec.file).stem, str(error).lower()
-            if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-                raise EngineError(f"There is not enough memory to run {name}. Take a smaller --batch-size.") from error
-            raise EngineError(f"The compiled graph {name} failed: {_sentence(error)}.") from error
+            raise self.failure(error) from error
 
-    def _check_batch(self, feeds: Mapping[str, Any]) -> None:
+    def failure(self, error: Exception) -> EngineError:
+        """What PyTorch's exception means for the user."""
+        name, text = Path(self.spec.file).stem, str(error).lower()
+        if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+            return EngineError(f"There is not enough memory to run {name}. Take a smaller --batch-size.")
+        return EngineError(f"The compiled graph {name} failed: {_sentence(error)}.")
+
+    def check_batch(self, feeds: Mapping[str, Any]) -> None:
         want = self.spec.inputs[0]
         size = feeds[want.name].shape[0]
         if self.batch in (None, size) and size <= LARGEST:
@@ -123,27 +136,93 @@ class InductorEngine:
         )
 
 
+class InductorDeviceEngine:
+    """A graph compiled for the GPU, on given device arrays: see `DeviceEngine`. Load it with `asynchronous`.
+
+    PyTorch reads the inputs where they are. Its outputs are in memory of its own, and copied from there into the bound
+    arrays: two copies of the state a step, which is little beside the step.
+    """
+
+    own_graph = False
+
+    def __init__(self, engine: InductorEngine) -> None:
+        self.engine, self.spec = engine, engine.spec
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        check_feeds(self.spec, inputs)
+        self.engine.check_batch(inputs)
+        self.inputs = [self._tensor(inputs[tensor.name]) for tensor in self.spec.inputs]
+        self.outputs = [self._tensor(outputs[name]) for name in names(self.spec)]
+        self.bound = (dict(inputs), dict(outputs))  # keeps them alive
+
+    def enqueue(self, stream: Any) -> None:
+        with self._on(stream):
+            self.run()
+
+    def run(self) -> None:
+        """One run on PyTorch's current stream."""
+        try:
+            values = self.engine._model.run(self.inputs)
+            for target, value in zip(self.outputs, values, strict=True):
+                target.copy_(value, non_blocking=True)
+        except Exception as error:
+            raise self.engine.failure(error) from error
+
+    def capturable(self, stream: Any) -> bool:
+        # PyTorch's allocator must know of a capture: what it hands out meanwhile would be used for other things while
+        # the captured graph still writes there. It knows of captures by torch.cuda.graph only, and not of ours.
+        return False
+
+    def _tensor(self, array: Any) -> Any:
+        """A tensor over the memory of a device array."""
+        torch = _import_torch()
+        tensor = torch.as_tensor(array, device="cuda")
+        if tensor.data_ptr() != array.pointer:  # a copy would be computed on in silence
+            raise EngineError("PyTorch uses another GPU than the one that holds the arrays. Leave it one to see.")
+        return tensor.view(torch.bfloat16) if str(array.dtype) == "bfloat16" else tensor
+
+    def _on(self, stream: Any) -> AbstractContextManager[Any]:
+        """Makes a stream PyTorch's current one."""
+        torch = _import_torch()
+        return torch.cuda.stream(torch.cuda.ExternalStream(int(stream.handle)))
+
+
+def find_compiled(folder: Path, manifest: Manifest, device: str = "auto") -> tuple[str, dict[str, Plan]]:
+    """The compiled graphs of a folder for this PyTorch, and the device they are for.
+
+    device: "cpu", "cuda", or "auto" for the GPU where there is one and all is compiled for it, else the CPU.
+    Raises EngineError when a graph is missing.
+    """
+    torch = _import_torch()
+    version, gpu = torch.__version__.partition("+")[0], torch.cuda.is_available()
+    tried = (device,) if device != "auto" else ("cuda", "cpu") if gpu else ("cpu", "cuda")
+    missing = []
+    for target in tried:
+        plans = {
+            plan.graph: plan
+            for plan in PlanStore(folder)
+            if belongs(plan, manifest)
+            and plan.parts["backend"] == "inductor"
+            and plan.parts["version"].partition("+")[0] == version
+            and plan.parts["target"].partition(" ")[0] == target
+        }
+        if plans.keys() >= manifest.graphs.keys():
+            return target, plans
+        missing.append(next(name for name in manifest.graphs if name not in plans))
+    raise EngineError(f"{folder} has no compiled {missing[0]} for PyTorch {version} on {tried[0]}. {REMEDY}")
+
+
 def load_inductor(
     folder: Path, manifest: Manifest, device: str = "auto", threads: int | None = None
 ) -> dict[str, Engine]:
     """The compiled graphs of a folder, verified. Raises EngineError when one is missing or does not run here."""
-    version = _import_torch().__version__
+    check_host(manifest, folder)
+    device, plans = find_compiled(folder, manifest, device)
     store = PlanStore(folder)
     engines: dict[str, Engine] = {}
     for name, spec in manifest.graphs.items():
-        fitting = [
-            plan
-            for plan in store
-            if plan.graph == name
-            and belongs(plan, manifest)
-            and plan.parts["backend"] == "inductor"
-            and plan.parts["version"].partition("+")[0] == version.partition("+")[0]
-            and plan.parts["target"].partition(" ")[0] in (device, "cpu" if device == "auto" else device, "cuda")
-        ]
-        if not fitting:
-            raise EngineError(f"{folder} has no compiled {name} for PyTorch {version}. {REMEDY}")
-        store.read(fitting[-1])
-        engines[name] = InductorEngine(fitting[-1].path, spec, device, threads)
+        store.read(plans[name])
+        engines[name] = InductorEngine(plans[name].path, spec, device, threads)
     return engines
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..contract import GraphSpec, Manifest
 from ..errors import BundleError, EngineError
-from .base import Engine, check_feeds
+from .base import Engine, check_feeds, check_host
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -27,12 +27,14 @@ DEVICES = ("auto", "cpu", "cuda")
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
     "tensor(double)": "float64",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
 def load_engines(
@@ -47,8 +49,9 @@ def load_engines(
     threads: CPU threads of one graph; by default as many as there are usable cores.
     verify: check every file against the manifest's SHA-256 first (about 1 s a GB).
 
-    Raises BundleError for a bundle that is missing, damaged or not what its manifest says, EngineError when ONNX
-    Runtime is not installed or the device is not there. Warns when both of ONNX Runtime's packages are installed.
+    Raises BundleError for a bundle that is missing, damaged or not what its manifest says, EngineError for one in
+    bfloat16, and when ONNX Runtime is not installed or the device is not there. Warns when both of ONNX Runtime's
+    packages are installed.
     """
     if device not in DEVICES:
         raise EngineError(f"There is no device {device!r}. Choose one of {', '.join(DEVICES)}.")
@@ -56,6 +59,7 @@ def load_engines(
         raise EngineError(f"{threads} threads cannot run anything. Give 1 or more, or leave it out.")
     folder = Path(folder)
     manifest = Manifest.load(folder, verify)
+    check_host(manifest, folder)
     _import_onnxruntime()
     if problem := both_installed():
         warnings.warn(problem, RuntimeWarning, stacklevel=2)
@@ -75,12 +79,20 @@ class OnnxRuntimeEngine:
     """One graph in ONNX Runtime. See `Engine` for calling it; `device` says where it really runs."""
 
     def __init__(
-        self, path: str | Path, spec: GraphSpec, device: str = "auto", threads: int | None = None, stream: int = 0
+        self,
+        path: str | Path,
+        spec: GraphSpec,
+        device: str = "auto",
+        threads: int | None = None,
+        stream: int = 0,
+        capture: Mapping[str, int] | None = None,
     ) -> None:
         """Loads the graph and compares its tensors with `spec`. stream: the CUDA stream it runs on, if not its own.
+        capture: sizes of the free axes, such as {"B": 4}; the session is then for these alone, and ONNX Runtime replays
+        it as a CUDA graph, see `OnnxRuntimeDeviceEngine`.
 
-        Raises BundleError when the file is broken or its tensors differ from `spec`, EngineError when `device` is
-        "cuda" and there is none.
+        Raises BundleError when the file is broken, when its tensors differ from `spec`, or when some node of what is to
+        be captured does not run on the GPU; EngineError when `device` is "cuda" and there is none.
         """
         ort = _import_onnxruntime()
         self.spec = spec
@@ -98,12 +110,22 @@ class OnnxRuntimeEngine:
             choices = {"cudnn_conv_algo_search": "HEURISTIC"}
             if stream:
                 choices["user_compute_stream"] = str(stream)
+            if capture:
+                choices["enable_cuda_graph"] = "1"
             providers.insert(0, ("CUDAExecutionProvider", choices))
+        options = session_options(threads)
+        for axis, size in (capture or {}).items():  # a captured graph is for one shape; let the session know it
+            options.add_free_dimension_override_by_name(axis, size)
         try:
-            self.session = ort.InferenceSession(str(path), session_options(threads), providers=providers)
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class below Exception
             if _is_memory(error):
                 raise EngineError(f"There is not enough memory to load {path}.") from error
+            if "NOT_IMPLEMENTED" in str(error) and any(tensor.dtype == "bfloat16" for tensor in spec.inputs):
+                raise EngineError(
+                    f"ONNX Runtime lacks a kernel that {path} needs in bfloat16: {_sentence(error)} Take TensorRT "
+                    "(--backend tensorrt), or export it again with --precision fp16."
+                ) from error
             raise BundleError(
                 f"ONNX Runtime cannot load {path}: {_sentence(error)} "
                 "Export the bundle again with hd-export, or update onnxruntime."
@@ -114,7 +136,8 @@ class OnnxRuntimeEngine:
                 "ONNX Runtime found no usable GPU: check that `nvidia-smi` lists one and that CUDA and cuDNN are "
                 "of the versions your onnxruntime-gpu asks for, or take --device cpu."
             )
-        _check_contract(path, spec, self.session.get_inputs(), self.session.get_outputs())
+        self.captures = bool(capture) and self.device == "cuda"
+        _check_contract(path, spec, self.session.get_inputs(), self.session.get_outputs(), capture or {})
         self.names = [tensor.name for tensor in spec.outputs]
         self.file_names = [tensor.name for tensor in self.session.get_outputs()]
 
@@ -135,10 +158,15 @@ class OnnxRuntimeEngine:
 
 
 class OnnxRuntimeDeviceEngine:
-    """A CUDA session bound to given device arrays: see `DeviceEngine`. Its session's stream is the one it runs on."""
+    """A CUDA session bound to given device arrays: see `DeviceEngine`. Its session's stream is the one it runs on.
+
+    Of a session that captures, the first run is three in one (two to settle memory, one to capture), and the later
+    ones replay it: the arrays must stay where they are, as ours do, all runs come from one thread, and one session is
+    for one set of arrays. It costs that the host waits for the end of each run, as ONNX Runtime always does then.
+    """
 
     def __init__(self, engine: OnnxRuntimeEngine) -> None:
-        self.engine, self.spec = engine, engine.spec
+        self.engine, self.spec, self.own_graph = engine, engine.spec, engine.captures
         self.options = _import_onnxruntime().RunOptions()
         # The caller orders work by streams and events; without this every run would wait for the device.
         self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -147,10 +175,10 @@ class OnnxRuntimeDeviceEngine:
         check_feeds(self.spec, inputs)
         self.binding = self.engine.session.io_binding()
         for name, array in inputs.items():
-            self.binding.bind_input(name, "cuda", 0, array.dtype.type, list(array.shape), array.pointer)
+            self.binding.bind_input(name, "cuda", 0, _element_type(array), list(array.shape), array.pointer)
         for name, file_name in zip(self.engine.names, self.engine.file_names, strict=True):
             array = outputs[name]
-            self.binding.bind_output(file_name, "cuda", 0, array.dtype.type, list(array.shape), array.pointer)
+            self.binding.bind_output(file_name, "cuda", 0, _element_type(array), list(array.shape), array.pointer)
         self.bound = (dict(inputs), dict(outputs))  # keeps them alive
 
     def enqueue(self, stream: Any) -> None:
@@ -160,7 +188,9 @@ class OnnxRuntimeDeviceEngine:
             raise self.engine.failure(error) from error
 
     def capturable(self, stream: Any) -> bool:
-        return False  # it allocates while it runs, which a capture does not allow
+        # Not by us: it allocates while it runs, and frees host memory that its copies come from when a run is over. A
+        # replay would read what is no longer there.
+        return False
 
 
 def session_options(threads: int | None = None) -> Any:
@@ -225,8 +255,10 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _check_contract(path: str | Path, spec: GraphSpec, inputs: list[Any], outputs: list[Any]) -> None:
-    """Raises BundleError unless a session takes and gives what the manifest says."""
+def _check_contract(
+    path: str | Path, spec: GraphSpec, inputs: list[Any], outputs: list[Any], sizes: Mapping[str, int]
+) -> None:
+    """Raises BundleError unless a session takes and gives what the manifest says. sizes: of fixed axes."""
     # ONNX gives a name to one value only. So where an output bears the name of an input (x, latents, history of a
     # step graph), the file calls it otherwise, and outputs are known by their order.
     taken = {tensor.name for tensor in spec.inputs}
@@ -247,13 +279,19 @@ def _check_contract(path: str | Path, spec: GraphSpec, inputs: list[Any], output
         dtype, shape = _DTYPES.get(tensor.type, tensor.type), tensor.shape
         # ONNX Runtime may know less of a size than the manifest does, but must not know it otherwise.
         same = len(shape) == len(want.shape) and all(
-            size == allowed or not isinstance(size, int) for size, allowed in zip(shape, want.shape, strict=True)
+            not isinstance(size, int) or size == (sizes.get(allowed) if isinstance(allowed, str) else allowed)
+            for size, allowed in zip(shape, want.shape, strict=True)
         )
         if dtype != want.dtype or not same:
             raise BundleError(
                 f"{path} has {want.name} as {dtype}{shape}; the manifest says {want}. "
                 "Export the bundle again with hd-export."
             )
+
+
+def _element_type(array: Any) -> Any:
+    """How a binding wants to be told the dtype of a device array: as numpy's type, or by its number in ONNX."""
+    return _BFLOAT16 if str(array.dtype) == "bfloat16" else np.dtype(array.dtype).type
 
 
 def _sentence(error: Exception) -> str:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..contract import Manifest, file_digest
+from ..contract import BRANCHES, Manifest, file_digest
 from ..errors import EngineError
 
 FOLDER = "plans"
@@ -56,9 +56,14 @@ class Plan:
 
     @property
     def batch(self) -> tuple[int, int]:
-        """The least and the largest size of its free axis."""
-        numbers = [int(n) for n in self.parts["sizes"].split("=")[1].split("-")]
+        """The least and the largest size of its free first axis."""
+        numbers = [int(n) for n in self.parts["sizes"].split(",")[0].split("=")[1].split("-")]
         return numbers[0], numbers[-1]
+
+    @property
+    def branches(self) -> int:
+        """Guidance branches that a step graph's plan runs: 2, or 1 for the conditional one alone."""
+        return 1 if f"{BRANCHES}=1" in self.parts["sizes"].split(",") else 2
 
 
 def parts(

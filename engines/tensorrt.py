@@ -36,6 +36,7 @@ SHARE = 0.8
 EVERYWHERE = (
     "7.5, 8.x or 12.x"  # where TensorRT-RTX runs unless a plan names GPUs; not on 9.0 and 10.0, Hopper and B200
 )
+NO_BFLOAT16 = "7.5"  # the one that TensorRT-RTX supports and that has none: bf16 plans for all leave it out
 FREE_MAX = {"B": 4096, "S": 1000}  # the largest sizes of free axes that any plan allows
 
 OnProgress = Callable[[str, float], bool]  # (phase, done 0..1) -> whether to go on
@@ -114,6 +115,11 @@ class Backend:
         """
         trt = self.module
         self.messages.clear()
+        if precision == "bf16" and NO_BFLOAT16 in options.compute_capabilities:
+            raise EngineError(
+                f"GPUs of compute capability {NO_BFLOAT16} do not compute in bfloat16. Leave it out, or export again "
+                "with --precision fp16."
+            )
         builder = trt.Builder(self.logger)
         # TensorRT 10 wants to be told; from 11 on, and in TensorRT-RTX, every network is strongly typed.
         flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -259,6 +265,8 @@ class Scratch:
 
 class TensorRTEngine:
     """A loaded plan with a context of its own. All engines that share `scratch` must be on one stream."""
+
+    own_graph = False
 
     def __init__(
         self, backend: Backend, engine: Any, spec: GraphSpec, scratch: Scratch, kernels: Path | None = None

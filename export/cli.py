@@ -119,6 +119,8 @@ def main(
             "and every engine built from it, on your own machines.",
             style="yellow",
         )
+    if precision == "bf16":
+        console.print("It computes in bfloat16, which runs on NVIDIA GPUs only, best with TensorRT.")
     console.print(f'The bundle is in {out}. Try it: hd-run {out} "a right hand making a fist"')
 
 
@@ -187,7 +189,7 @@ def export(
             progress.update(task, description=f"exporting {GRAPHS[done]}" if done < len(GRAPHS) else "exported")
             progress.console.print(
                 f"{result.name:18} {result.megabytes:8.1f} MB   {result.error:.1e} from PyTorch "
-                f"(tolerance {result.tolerance:g})   {result.seconds:.0f} s"
+                f"(tolerance {result.tolerance:g}{', emulated' if result.emulated else ''})   {result.seconds:.0f} s"
             )
 
         check_target(out)

@@ -11,15 +11,18 @@ is cast to the network's precision. What depends on the timestep alone (`unet_ti
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.export import Dim
 
-from ..contract import NUM_PARAMS, ROW_HEAD
+from ..contract import BRANCHES, LARGEST, NUM_PARAMS, ROW_HEAD, TensorSpec
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.hand_prior import HandPrior
@@ -47,14 +50,15 @@ def update(row: Tensor, x: Tensor, m: Tensor, history: Tensor, noise: Tensor) ->
     return new_x, torch.stack(shifted, 1)
 
 
-def both_branches(x: Tensor) -> Tensor:
-    """[B, ...] -> [2 B, ...]: each row twice, for the unconditional and the conditional branch."""
-    return x[:, None].expand(-1, 2, *x.shape[1:]).flatten(0, 1)
+def branched(x: Tensor, branches: int = 2) -> Tensor:
+    """[B, ...] -> [G B, ...]: each row once per guidance branch, the unconditional and the conditional one."""
+    return x[:, None].expand(-1, branches, *x.shape[1:]).flatten(0, 1)
 
 
 def guided(output: Tensor, row: Tensor) -> Tensor:
-    """Network output [2 B, ...] -> u + guidance * (c - u) [B, ...], float32."""
-    u, c = output.float().unflatten(0, (-1, 2)).unbind(1)
+    """Network output [G B, ...] -> u + guidance * (c - u) [B, ...], float32. With one branch u is c."""
+    output = output.float().reshape(row.shape[0], -1, *output.shape[1:])
+    u, c = output[:, 0], output[:, -1]
     guidance = row[:, 2][(...,) + (None,) * (u.dim() - 1)]
     return u + guidance * (c - u)
 
@@ -88,7 +92,8 @@ class HandPriorStep(nn.Module):
 
     def forward(self, x: Tensor, history: Tensor, noise: Tensor, text: Tensor, row: Tensor) -> tuple[Tensor, ...]:
         dtype = self.prior.text.weight.dtype
-        sample, timestep = both_branches(scaled(x, row)), both_branches(row[:, 0])
+        branches = text.shape[1]
+        sample, timestep = branched(scaled(x, row), branches), branched(row[:, 0], branches)
         output = self.prior(sample.to(dtype), timestep, text.flatten(0, 1).to(dtype))
         x, history = update(row, x, guided(output, row), history, noise)
         return x, history, finite(x)
@@ -121,7 +126,7 @@ class TextHandEncoderGraph(nn.Module):
         dtype = self.encoder.final_layer_norm.weight.dtype
         if not hands:
             return self.encoder(input_ids.flatten(0, 1)).unflatten(0, (-1, 2))
-        named = {name: both_branches(value) for name, value in zip((*self.cues, "visibility"), hands, strict=True)}
+        named = {name: branched(value) for name, value in zip((*self.cues, "visibility"), hands, strict=True)}
         # Of each pair of rows the first is the unconditional one: no hands there.
         shown = torch.tensor([0.0, 1.0], device=input_ids.device)
         visibility = (hands[-1][:, None] * shown[:, None]).flatten(0, 1)
@@ -196,8 +201,9 @@ class UNetStep(nn.Module):
     def forward(
         self, latents: Tensor, history: Tensor, noise: Tensor, time: Tensor, row: Tensor, *keys_values: Tensor
     ) -> tuple[Tensor, ...]:
-        sample = both_branches(scaled(latents, row)).to(self.unet.conv_in.weight.dtype)
-        self.row.value = both_branches(time)
+        branches = keys_values[0].shape[1]
+        sample = branched(scaled(latents, row), branches).to(self.unet.conv_in.weight.dtype)
+        self.row.value = branched(time, branches)
         flat = [tensor.flatten(0, 1) for tensor in keys_values]
         context = list(zip(flat[::2], flat[1::2], strict=True))
         # The timestep feeds only the projections that were replaced; it falls out of the graph.
@@ -225,9 +231,28 @@ class Graph:
 
     name: str
     module: nn.Module
-    inputs: dict[str, Tensor]  # example inputs, in order; the first axis is free
+    inputs: dict[str, Tensor]  # example inputs, in order
     outputs: tuple[str, ...]
-    free: str = "B"
+    free: str = "B"  # the first axis of every input and output
+    branched: tuple[str, ...] = ()  # inputs whose second axis is free, too: the branches of guidance
+
+    def spec(self, name: str, value: Tensor) -> TensorSpec:
+        """The contract of an input or output with this value."""
+        shape: list[int | str] = [self.free, *value.shape[1:]]
+        if name in self.branched:
+            shape[1] = BRANCHES
+        return TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(shape))
+
+    def dynamic_shapes(self, rows: int | None = None) -> tuple[Any, ...]:
+        """The free axes of every input as `torch.export` wants them: nested like the arguments of `forward`, so what
+        goes into *args in a tuple. rows: fixes the first axis."""
+        first = {} if rows is not None else {0: Dim(self.free, min=1, max=LARGEST)}
+        second = {1: Dim(BRANCHES, min=1, max=2)}
+        axes = [first | second if name in self.branched else first for name in self.inputs]
+        parameters = inspect.signature(self.module.forward).parameters.values()
+        named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
+        packed = tuple(axes[named:])
+        return (*axes[:named], *((packed,) if packed else ()))
 
 
 @torch.no_grad()
@@ -236,8 +261,8 @@ def graphs(
 ) -> Iterator[Graph]:
     """Every graph of the contract with example inputs, in the order in which data flows.
 
-    dtype: of the networks, see PRECISIONS. The examples are what the float32 stages before them really give, so that the check
-    against PyTorch sees values of the right size. Each module is a copy and may be dropped after use.
+    dtype: of the networks, see PRECISIONS. The examples are what the float32 stages before them really give, so that
+    the check against PyTorch sees values of the right size. Each module is a copy and may be dropped after use.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -263,7 +288,8 @@ def graphs(
     x = normal(batch, NUM_PARAMS)
     history = 0.1 * normal(batch, NUM_HISTORY["hand_prior"], NUM_PARAMS)
     inputs = {"x": x, "history": history, "noise": normal(batch, NUM_PARAMS), "text": text, "row": row("hand_prior")}
-    yield Graph("hand_prior", stage(HandPriorStep(checkpoint.hand_prior)), inputs, ("x", "history", "finite"))
+    step = stage(HandPriorStep(checkpoint.hand_prior))
+    yield Graph("hand_prior", step, inputs, ("x", "history", "finite"), branched=("text",))
 
     height, width = checkpoint.image_size
     prior, encoder = checkpoint.hand_prior, checkpoint.text_hand_encoder
@@ -291,7 +317,7 @@ def graphs(
     latents, noise = normal(*shape), normal(*shape)
     history = 0.1 * normal(batch, NUM_HISTORY["unet"], *shape[1:])
     inputs = {"latents": latents, "history": history, "noise": noise, "time": time, "row": row("unet"), **keys_values}
-    yield Graph("unet", UNetStep(unet), inputs, ("latents", "history", "finite"))
+    yield Graph("unet", UNetStep(unet), inputs, ("latents", "history", "finite"), branched=names)
     del unet
 
     yield Graph("image_decoder", stage(ImageDecoder(checkpoint.vae)), {"latents": latents}, ("image", "finite"))

@@ -10,7 +10,6 @@ compiler, and on a GPU Triton, which comes with PyTorch for CUDA.
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +26,8 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.utils import fresh_cache
 from torch.export.passes import move_to_device_pass
 
-from ..contract import GRAPHS, Manifest, TensorSpec
-from ..engines.inductor import LARGEST, origin, tensors
+from ..contract import GRAPHS, LARGEST, Manifest
+from ..engines.inductor import origin, tensors
 from ..engines.onnxruntime import usable_cores
 from ..engines.plans import Plan, PlanStore, parts
 from ..engines.tensorrt import Options
@@ -52,10 +51,7 @@ def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | No
     # 0 and 1 are special to the exporter: from an example of one row it would conclude that rows are broadcast.
     rows = batch or max(2, len(next(iter(graph.inputs.values()))))
     inputs = {name: value[torch.arange(rows) % len(value)] for name, value in graph.inputs.items()}
-    specs = [
-        TensorSpec(name, str(value.dtype).removeprefix("torch."), (graph.free, *value.shape[1:]))
-        for name, value in inputs.items()
-    ]
+    specs = [graph.spec(name, value) for name, value in inputs.items()]
     options = {
         "compile_threads": 1,  # with more it forks a pool of workers, which hangs where threads are running already
         # Else this process's threads are baked in. How finely loops are cut still goes by a number of threads.
@@ -78,7 +74,7 @@ def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | No
         try:
             with torch.no_grad(), patch.object(Upsample2D, "forward", upsample):
                 program = torch.export.export(
-                    graph.module, tuple(inputs.values()), dynamic_shapes=axes(graph) if batch is None else None
+                    graph.module, tuple(inputs.values()), dynamic_shapes=graph.dynamic_shapes(batch)
                 )
             # Moving the program leaves the module alone (three graphs share the UNet) and takes along what is no
             # part of the module: the kernels of the attention processors.
@@ -142,15 +138,6 @@ def check_tools(device: str) -> None:
             "Compiling needs a C++ compiler, and there is none. Install one (`apt install g++` on Debian and Ubuntu, "
             "`xcode-select --install` on a Mac), or name yours in the variable CXX."
         ) from error
-
-
-def axes(graph: Graph) -> tuple[Any, ...]:
-    """The free first axis of every input, nested like the arguments of `forward`: what goes into *args in a tuple."""
-    free = {0: torch.export.Dim(graph.free, min=1, max=LARGEST)}
-    parameters = inspect.signature(graph.module.forward).parameters.values()
-    named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
-    packed = len(graph.inputs) - len(named)
-    return (free,) * len(named) + (((free,) * packed,) if packed else ())
 
 
 def upsample(self: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:

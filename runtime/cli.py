@@ -55,6 +55,12 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 @click.option("--steps", type=_STEPS, help="Steps of the picture.  [default: the bundle's]")
 @click.option("--solver", type=click.Choice(list(SOLVERS)), help="Solver of the picture.  [default: the bundle's]")
 @click.option("--guidance", type=_GUIDANCE, help="How strictly the picture follows; 1 is off.  [default: the bundle's]")
+@click.option(
+    "--guidance-interval",
+    type=(click.FloatRange(0, 1), click.FloatRange(0, 1)),
+    metavar="START STOP",
+    help="Guide this part of the steps only, such as 0 0.5: faster, another picture (README, Speed).  [default: 0 1]",
+)
 @click.option("--negative-prompt", help="What the picture shall not show.")
 @click.option("--hand-steps", type=_STEPS, help="Steps of the hands.  [default: the bundle's]")
 @click.option("--hand-guidance", type=_GUIDANCE, help="Guidance of the hands.  [default: the bundle's]")
@@ -83,6 +89,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         "steps": options["steps"],
         "solver": options["solver"],
         "guidance": options["guidance"],
+        "guidance_interval": options["guidance_interval"] or (0.0, 1.0),
         "negative_prompt": options["negative_prompt"] or "",
         "hand_steps": options["hand_steps"],
         "hand_guidance": options["hand_guidance"],

@@ -21,23 +21,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..contract import GRAPHS, GraphSpec, Manifest, TensorSpec
+from ..contract import BRANCHES, GRAPHS, GraphSpec, Manifest, TensorSpec
 from ..engines.base import DeviceEngine
 from ..engines.cuda import Cuda
+from ..engines.inductor import InductorDeviceEngine, InductorEngine, find_compiled
 from ..engines.onnxruntime import OnnxRuntimeDeviceEngine, OnnxRuntimeEngine
 from ..engines.plans import KERNELS, Plan, PlanStore, belongs
 from ..engines.tensorrt import Backend, Scratch, TensorRTEngine
-from ..errors import EngineError, RequestError
+from ..errors import BundleError, EngineError, RequestError
 from .hands import load_hands
 from .noise import HANDS, LATENTS, of_request
 from .requests import MAX_STEPS, Request
+from .sampler import GUIDANCE
 from .schedules import Table
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class DeviceGraph:
     """A graph of the bundle with its buffers, and one engine and one captured launch per bucket.
 
     buckets: batch sizes there are engines for. load: bucket -> engine, called when a bucket is first used.
-    shared: buffers that are another graph's outputs, by input name.
+    shared: buffers that are another graph's outputs, by input name. single: buckets that also have an engine of the
+    conditional branch alone, whose inputs with one entry per branch lie in `alone`.
     """
 
     def __init__(
@@ -60,19 +63,23 @@ class DeviceGraph:
         cuda: Any,
         spec: GraphSpec,
         buckets: Sequence[int],
-        load: Callable[[int], DeviceEngine],
+        load: Callable[[int, int], DeviceEngine],
         shared: Mapping[str, Any] | None = None,
         capture: bool = True,
+        single: Collection[int] = (),
     ) -> None:
         self.spec, self.buckets, self.load, self.capture = spec, sorted(buckets), load, capture
         shared = shared or {}
 
-        def buffer(tensor: TensorSpec) -> Any:
-            return cuda.zeros((self.buckets[-1], *tensor.shape[1:]), tensor.dtype)
+        def buffer(tensor: TensorSpec, branches: int = 2) -> Any:
+            rest = (branches if size == BRANCHES else size for size in tensor.shape[1:])
+            return cuda.zeros((self.buckets[-1], *rest), tensor.dtype)
 
         self.inputs = {t.name: shared[t.name] if t.name in shared else buffer(t) for t in spec.inputs}
         self.outputs = {t.name: buffer(t) for t in spec.outputs}
-        self._launches: dict[int, Callable[[Any], None]] = {}
+        self.single = frozenset(single) if spec.branched else frozenset()
+        self.alone = {t.name: buffer(t, 1) for t in spec.inputs if self.single and t.name in spec.branched}
+        self._launches: dict[tuple[int, int], Callable[[Any], None]] = {}
         self.refused: list[int] = []  # buckets whose capture was refused
 
     def bucket(self, count: int) -> int:
@@ -85,18 +92,24 @@ class DeviceGraph:
             f"Build one: hd-engines build FOLDER --batch-sizes {count}."
         )
 
-    def launch(self, stream: Any, count: int, after: Callable[[Any, int], None] | None = None) -> None:
+    def launch(
+        self, stream: Any, count: int, after: Callable[[Any, int], None] | None = None, alone: bool = False
+    ) -> None:
         """Enqueues one run over the first `count` rows, and what `after` enqueues for its bucket.
 
-        The first time it runs as it is, so that kernels are loaded; then it is captured, and from then on launched.
+        alone: of the guidance branches run the conditional one only, where there is an engine for that. The first time
+        it runs as it is, so that kernels are loaded; then it is captured, and from then on launched.
         """
         bucket = self.bucket(count)
-        if bucket in self._launches:
-            self._launches[bucket](stream)
+        alone = alone and bucket in self.single
+        key = (bucket, 1 if alone else 2)
+        if key in self._launches:
+            self._launches[key](stream)
             return
-        engine = self.load(bucket)
+        engine = self.load(*key)
+        inputs = {**self.inputs, **self.alone} if alone else self.inputs
         engine.bind(
-            {name: array[:bucket] for name, array in self.inputs.items()},
+            {name: array[:bucket] for name, array in inputs.items()},
             {name: array[:bucket] for name, array in self.outputs.items()},
         )
 
@@ -108,11 +121,11 @@ class DeviceGraph:
         work(stream)
         graph = None
         if self.capture:
-            if engine.capturable(stream):
+            if not engine.own_graph and engine.capturable(stream):
                 graph = stream.capture(lambda: work(stream))
-            if graph is None:
+            if graph is None and not engine.own_graph:
                 self.refused.append(bucket)
-        self._launches[bucket] = work if graph is None else graph.launch
+        self._launches[key] = work if graph is None else graph.launch
 
 
 class Staging:
@@ -165,6 +178,7 @@ class Streams(NamedTuple):
 
 # The stream of each graph's engines; those of one stream never run at once, and share their scratch memory.
 STREAM = dict.fromkeys(GRAPHS, "side") | {"unet": "main", "unet_time": "main", "image_decoder": "out"}
+STEPS = ("hand_prior", "unet")  # the graphs that run again and again
 
 
 @dataclass
@@ -216,6 +230,8 @@ class DeviceSampler:
             stream.zero(self.graph.inputs[name][i])
         for name in self.constants:
             stream.copy(self.graph.inputs[name][i], job.constants[name])
+        for name, array in self.graph.alone.items():
+            stream.copy(array[i], job.constants[name][1:])
         self.jobs.append(job)
 
     def step(self, stream: Any, take: Callable[[DeviceJob, Any], None]) -> int:
@@ -229,7 +245,8 @@ class DeviceSampler:
                 stream.copy(self.graph.inputs[name][i], job.table.steps[name][job.position])
             if job.noise is not None:
                 self.staging.upload(stream, self.graph.inputs["noise"][i], job.noise(job.position))
-        self.graph.launch(stream, count, self._advance)
+        alone = all(job.table.table.rows[job.position, GUIDANCE] == 1 for job in self.jobs)
+        self.graph.launch(stream, count, self._advance, alone)
         line = self.count % LOG
         stream.copy(self.log[line][:count], self.graph.outputs["finite"][:count])
         self.count += 1
@@ -252,6 +269,8 @@ class DeviceSampler:
         if i != last:
             for name in (*self.moving, *self.constants, "noise"):
                 stream.copy(self.graph.inputs[name][i], self.graph.inputs[name][last])
+            for array in self.graph.alone.values():
+                stream.copy(array[i], array[last])
             self.jobs[i] = self.jobs[last]
         self.jobs.pop()
 
@@ -537,10 +556,14 @@ def connect(
     cuda: Any,
     manifest: Manifest,
     buckets: Sequence[int],
-    load: Callable[[str, int], DeviceEngine],
+    load: Callable[[str, int, int], DeviceEngine],
     capture: bool = True,
+    single: Mapping[str, Collection[int]] | None = None,
 ) -> dict[str, DeviceGraph]:
-    """The bundle's graphs with their buffers; what one gives to the next is one buffer, not copied."""
+    """The bundle's graphs with their buffers; what one gives to the next is one buffer, not copied.
+
+    load: (graph, bucket, guidance branches) -> engine. single: graph -> buckets of which there is one for one branch.
+    """
     graphs: dict[str, DeviceGraph] = {}
     feeds = {"text_hand_encoder": "hand_features", "unet_context": "text_hand_encoder"}
     for name in GRAPHS:
@@ -553,30 +576,45 @@ def connect(
             cuda,
             spec,
             range(1, MAX_STEPS + 1) if one_axis else buckets,
-            lambda bucket, name=name: load(name, bucket),  # type: ignore[misc]
+            lambda bucket, branches, name=name: load(name, bucket, branches),  # type: ignore[misc]
             shared,
             capture and not one_axis,
+            (single or {}).get(name, ()),
         )
     return graphs
 
 
 def load_loop(
-    pipeline: HanDiffuser, folder: Path, backend: str, slots: int, overlap: bool = True
+    pipeline: HanDiffuser,
+    folder: Path,
+    backend: str,
+    slots: int,
+    overlap: bool = True,
+    onnxruntime_graphs: bool = False,
 ) -> tuple[DeviceLoop, list[str]]:
     """The loop of a bundle on this machine's GPU, and what the user should know about it.
 
-    backend: "tensorrt" or "tensorrt-rtx" (with plans in `folder`), or "onnxruntime" (its CUDA provider).
+    backend: "tensorrt" or "tensorrt-rtx" (with plans in `folder`), "inductor" (with graphs compiled for the GPU there)
+    or "onnxruntime" (its CUDA provider). onnxruntime_graphs: see `onnxruntime_loader`.
     Raises EngineError without a GPU, without the backend, or without plans for them.
     """
     cuda, manifest, warnings = Cuda(), pipeline.manifest, []
+    check_bfloat16(manifest, cuda)
     streams = Streams.make(cuda, overlap)
-    if backend == "onnxruntime":
+    engines: list[TensorRTEngine] = []
+    if backend in ("onnxruntime", "inductor"):
         buckets = powers_of_two(slots)
-        load = onnxruntime_loader(manifest, folder, streams)
+        if backend == "inductor":
+            load = inductor_loader(manifest, folder)
+        else:
+            load = onnxruntime_loader(manifest, folder, streams, onnxruntime_graphs)
+        single = dict.fromkeys(STEPS, buckets)
     else:
         module = Backend(backend)
         store = PlanStore(folder)
         plans = usable_plans(store, manifest, module, cuda)
+        singles = usable_plans(store, manifest, module, cuda, branches=1)
+        single = {name: list(sizes) for name, sizes in singles.items()}
         buckets = sorted(set.intersection(*(set(sizes) for name, sizes in plans.items() if name != "unet_time")))
         if not buckets:
             raise EngineError(f"{folder} has no batch size that all graphs have plans for: hd-engines build {folder}.")
@@ -587,17 +625,24 @@ def load_loop(
             )
             slots = buckets[-1]
         buckets = [bucket for bucket in buckets if bucket <= powers_of_two(slots)[-1]] or buckets[:1]
-        engines: list[TensorRTEngine] = []
-        load = tensorrt_loader(manifest, store, plans, module, cuda, engines)
-    loop = DeviceLoop(pipeline, cuda, connect(cuda, manifest, buckets, load), streams, slots)
-    if backend != "onnxruntime":
+        load = tensorrt_loader(manifest, store, {2: plans, 1: singles}, module, cuda, engines)
+    loop = DeviceLoop(pipeline, cuda, connect(cuda, manifest, buckets, load, single=single), streams, slots)
 
-        def keep_kernels() -> None:
-            for engine in engines:
-                engine.keep_kernels()
+    def keep_kernels() -> None:
+        for engine in engines:
+            engine.keep_kernels()
 
-        loop.after_run = keep_kernels
+    loop.after_run = keep_kernels
     return loop, warnings
+
+
+def check_bfloat16(manifest: Manifest, cuda: Any) -> None:
+    """Raises EngineError for a bundle in bfloat16 on a GPU that is older than Ampere (compute capability 8.0)."""
+    if manifest.precision == "bf16" and int(cuda.compute_capability.split(".")[0]) < 8:
+        raise EngineError(
+            f"The bundle computes in bfloat16, which this GPU does not ({cuda.name}, compute capability "
+            f"{cuda.compute_capability}). Export it again: hd-export CHECKPOINT OUT --precision fp16."
+        )
 
 
 def powers_of_two(most: int) -> list[int]:
@@ -608,11 +653,17 @@ def powers_of_two(most: int) -> list[int]:
     return out
 
 
-def usable_plans(store: PlanStore, manifest: Manifest, backend: Backend, cuda: Any) -> dict[str, dict[int, Plan]]:
-    """Graph -> batch size -> plan, of the plans that belong to this bundle, backend and GPU; the newest of equals."""
+def usable_plans(
+    store: PlanStore, manifest: Manifest, backend: Backend, cuda: Any, branches: int = 2
+) -> dict[str, dict[int, Plan]]:
+    """Graph -> batch size -> plan, of the plans that belong to this bundle, backend and GPU; the newest of equals.
+
+    branches: those that run this many guidance branches; of one branch alone there may be none.
+    Raises EngineError when a graph has no plan.
+    """
     found: dict[str, dict[int, Plan]] = {name: {} for name in GRAPHS}
     for plan in sorted(store, key=lambda plan: plan.path.stat().st_mtime if plan.path.exists() else 0):
-        if plan.graph not in found or store.problem(plan, verify=False):
+        if plan.graph not in found or plan.branches != branches or store.problem(plan, verify=False):
             continue
         made_by = (plan.parts["backend"], plan.parts["version"])
         if (
@@ -625,7 +676,7 @@ def usable_plans(store: PlanStore, manifest: Manifest, backend: Backend, cuda: A
         sizes = [n for n in powers_of_two(most) if least <= n <= most] if least != most else [most]
         found[plan.graph].update(dict.fromkeys({*sizes, most}, plan))
     missing = [name for name, sizes in found.items() if not sizes]
-    if missing:
+    if missing and branches == 2:
         raise EngineError(
             f"{store.folder.parent} has no {backend.name} {backend.version} plans of {', '.join(missing)} for this GPU "
             f"({cuda.name}, compute capability {cuda.compute_capability}). Build them: hd-engines build "
@@ -637,20 +688,21 @@ def usable_plans(store: PlanStore, manifest: Manifest, backend: Backend, cuda: A
 def tensorrt_loader(
     manifest: Manifest,
     store: PlanStore,
-    plans: dict[str, dict[int, Plan]],
+    plans: dict[int, dict[str, dict[int, Plan]]],
     backend: Backend,
     cuda: Any,
     engines: list[TensorRTEngine],
-) -> Callable[[str, int], DeviceEngine]:
-    """(graph, bucket) -> engine. A plan is read, verified and put on the GPU when its first bucket is used.
+) -> Callable[[str, int, int], DeviceEngine]:
+    """(graph, bucket, guidance branches) -> engine. A plan is read, verified and put on the GPU when it is first used.
 
-    engines: gets every engine that is made.
+    plans: by branches, see `usable_plans`. engines: gets every engine that is made.
     """
     scratch = {stream: Scratch(cuda) for stream in Streams._fields}
     loaded: dict[str, Any] = {}
 
-    def load(name: str, bucket: int) -> DeviceEngine:
-        plan = next(iter(plans[name].values())) if name == "unet_time" else plans[name][bucket]
+    def load(name: str, bucket: int, branches: int) -> DeviceEngine:
+        sizes = plans[branches][name]
+        plan = next(iter(sizes.values())) if name == "unet_time" else sizes[bucket]
         if plan.key not in loaded:
             loaded[plan.key] = backend.load(store.read(plan), name, cuda)
         kernels = plan.path.with_suffix(KERNELS)
@@ -660,14 +712,46 @@ def tensorrt_loader(
     return load
 
 
-def onnxruntime_loader(manifest: Manifest, folder: Path, streams: Streams) -> Callable[[str, int], DeviceEngine]:
-    """(graph, bucket) -> engine: one session a graph on its stream, one binding a bucket."""
+def onnxruntime_loader(
+    manifest: Manifest, folder: Path, streams: Streams, graphs: bool = False
+) -> Callable[[str, int, int], DeviceEngine]:
+    """(graph, bucket, branches) -> engine: one session a graph on its stream, one binding a bucket.
+
+    graphs: have ONNX Runtime replay the sampling steps as CUDA graphs of its own, with a session, and its weights, a
+    bucket. Not unless asked for: it spares the launching of each kernel, but makes the host wait for every step. A
+    session that refuses runs without.
+    """
     sessions: dict[str, OnnxRuntimeEngine] = {}
 
-    def load(name: str, bucket: int) -> DeviceEngine:
+    def session(name: str, capture: dict[str, int] | None = None) -> OnnxRuntimeEngine:
+        spec, stream = manifest.graphs[name], getattr(streams, STREAM[name])
+        return OnnxRuntimeEngine(folder / spec.file, spec, "cuda", stream=int(stream.handle), capture=capture)
+
+    def load(name: str, bucket: int, branches: int) -> DeviceEngine:
+        if graphs and name in STEPS:
+            try:
+                return OnnxRuntimeDeviceEngine(session(name, {"B": bucket, BRANCHES: branches}))
+            except BundleError:
+                pass  # a node that does not run on the GPU; anything else is said again
         if name not in sessions:
-            spec, stream = manifest.graphs[name], getattr(streams, STREAM[name])
-            sessions[name] = OnnxRuntimeEngine(folder / spec.file, spec, "cuda", stream=int(stream.handle))
+            sessions[name] = session(name)
         return OnnxRuntimeDeviceEngine(sessions[name])
+
+    return load
+
+
+def inductor_loader(manifest: Manifest, folder: Path) -> Callable[[str, int, int], DeviceEngine]:
+    """(graph, bucket, branches) -> engine: one compiled file a graph, one binding a bucket.
+
+    A file is verified and loaded when it is first used, on the thread and for the stream that it stays with.
+    """
+    _, plans = find_compiled(folder, manifest, "cuda")
+    store, loaded = PlanStore(folder), {}
+
+    def load(name: str, bucket: int, branches: int) -> DeviceEngine:
+        if name not in loaded:
+            store.read(plans[name])
+            loaded[name] = InductorEngine(plans[name].path, manifest.graphs[name], "cuda", asynchronous=True)
+        return InductorDeviceEngine(loaded[name])
 
     return load

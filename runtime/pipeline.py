@@ -30,7 +30,7 @@ from .. import demo
 from ..contract import TOKENIZER, Manifest
 from ..engines import Engine, load_engines
 from ..engines.cuda import Cuda
-from ..engines.inductor import load_inductor
+from ..engines.inductor import find_compiled, load_inductor
 from ..engines.onnxruntime import DEVICES, has_cuda_provider
 from ..engines.plans import PlanStore
 from ..engines.tensorrt import MODULES, Backend
@@ -137,12 +137,15 @@ class HanDiffuser:
         batch_size: int = 8,
         backend: str = "auto",
         overlap: bool = True,
+        onnxruntime_graphs: bool = False,
     ) -> HanDiffuser:
         """Loads a bundle or an engines folder, or the word "demo" for the shipped one.
 
         device: "auto", "cpu" or "cuda". threads: CPU threads; by default all cores. backend: one of BACKENDS; "auto"
         takes TensorRT plans where the folder has some for this GPU, else ONNX Runtime. overlap: on a GPU, run the
         hands of the next requests and the decoder of the last ones beside the steps of the current ones.
+        onnxruntime_graphs: with ONNX Runtime on a GPU, replay the steps as its own CUDA graphs (the host then waits for
+        each).
         Raises BundleError for a missing or damaged bundle, EngineError when it cannot run here. Warns where something
         else is used than the folder was made for.
         """
@@ -150,7 +153,7 @@ class HanDiffuser:
             raise EngineError(f"There is no backend {backend!r}. Choose one of {', '.join(BACKENDS)}.")
         folder = demo.resolve(path, "bundle")
         chosen = choose_backend(folder, backend, device)
-        if chosen == "inductor":
+        if chosen == "inductor" and find_compiled(folder, Manifest.load(folder, verify=False), device)[0] == "cpu":
             manifest = Manifest.load(folder)
             engines = load_inductor(folder, manifest, device, threads)
             return cls(manifest, engines, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer), batch_size)
@@ -159,7 +162,7 @@ class HanDiffuser:
             return cls(manifest, engines, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer), batch_size)
         manifest = Manifest.load(folder)
         pipeline = cls(manifest, {}, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer), batch_size)
-        pipeline.loop, sentences = load_loop(pipeline, folder, chosen, batch_size, overlap)
+        pipeline.loop, sentences = load_loop(pipeline, folder, chosen, batch_size, overlap, onnxruntime_graphs)
         pipeline.made_by |= {"device": pipeline.loop.cuda.name, "backend": chosen}
         for sentence in sentences:
             warnings.warn(sentence, RuntimeWarning, stacklevel=2)
@@ -226,8 +229,9 @@ class HanDiffuser:
             return
         source, more = iter(requests), True
         history = self.manifest.num_history
-        hand_sampler = StepSampler(self.engines["hand_prior"], "x", history["hand_prior"], slots)
-        sampler = StepSampler(self.engines["unet"], "latents", history["unet"], slots)
+        hand_prior, unet = self.engines["hand_prior"], self.engines["unet"]
+        hand_sampler = StepSampler(hand_prior, "x", history["hand_prior"], slots, branched=hand_prior.branched)
+        sampler = StepSampler(unet, "latents", history["unet"], slots, branched=unet.branched)
         ready: deque[Work] = deque()  # has its context, waits for a slot
         running: dict[Hashable, Work] = {}
         clock = time.perf_counter()
@@ -373,14 +377,17 @@ class HanDiffuser:
         """The schedule of one stage of a request; raises RequestError for a solver or steps it cannot do."""
         if stream == HANDS:
             graph, chosen = "hand_prior", (request.hand_solver, request.hand_steps, request.hand_guidance)
+            interval = (0.0, 1.0)
         else:
             graph, chosen = "unet", (request.solver, request.steps, request.guidance)
-        key = (graph, *chosen)
+            interval = request.guidance_interval
+        key = (graph, *chosen, interval)
         if key not in self._tables:
             solver, steps, guidance = chosen
             if solver is None or steps is None or guidance is None:
                 raise RequestError("The request has gaps. Fill them with HanDiffuser.prepare before it is run.")
-            self._tables[key] = rows(self._schedules[graph], solver, steps, guidance, self.manifest.num_history[graph])
+            history = self.manifest.num_history[graph]
+            self._tables[key] = rows(self._schedules[graph], solver, steps, guidance, history, interval)
         return self._tables[key]
 
     def _check(self, request: Request) -> None:
@@ -401,6 +408,7 @@ class _Timed:
     def __init__(self, name: str, engine: Engine, timings: dict[str, float]) -> None:
         self.engine, self.name, self.timings = engine, name, timings
         self.names = frozenset(spec.name for spec in engine.spec.inputs)
+        self.branched = engine.spec.branched
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         feeds = {name: value for name, value in feeds.items() if name in self.names}

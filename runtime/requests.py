@@ -4,9 +4,9 @@
     requests, more_refused = resolve(lines.values(), manifest.defaults)
 
 A `.txt` file holds a prompt a line. A `.jsonl` file holds an object a line with the key `prompt` and, where a line
-differs from the rest, `seed`, `steps`, `solver`, `guidance`, `negative_prompt`, `hand_steps`, `hand_solver`,
-`hand_guidance`, `id`, `hands` (a `.hands.npz`, relative to the file). A line that cannot be run is refused with a
-sentence, and the rest goes on.
+differs from the rest, `seed`, `steps`, `solver`, `guidance`, `guidance_interval`, `negative_prompt`, `hand_steps`,
+`hand_solver`, `hand_guidance`, `id`, `hands` (a `.hands.npz`, relative to the file). A line that cannot be run is
+refused with a sentence, and the rest goes on.
 
 Seeds: without one a request takes `--seed`, which is 0 unless given, so that the same command makes the same pictures.
 A prompt that is repeated takes the next seed each time: three equal lines are three different pictures.
@@ -39,6 +39,7 @@ class Request:
     """One picture. None means "as the bundle's defaults have it"; `resolve` fills it in.
 
     seed: 0 to 2**63 - 1. steps, hand_steps: 1 to 1000. guidance, hand_guidance: 0 to 100, where 1 is none.
+    guidance_interval: the part of the steps that is guided, 0 <= start < stop <= 1; see `rows`.
     id: letters, digits, dots, dashes and underscores; the files of the picture are named after it.
     hands: a `.hands.npz` whose hands are taken instead of stage 1's.
     """
@@ -54,6 +55,7 @@ class Request:
     hand_solver: str | None = None
     hand_guidance: float | None = None
     hands: str | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         """Raises RequestError for anything that cannot be run."""
@@ -77,6 +79,7 @@ class Request:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_GUIDANCE:
                 raise RequestError(f"The {name} is {_shown(value)}; it must be a number from 0 to {MAX_GUIDANCE:g}.")
             object.__setattr__(self, name, float(value))  # 3 and 3.0 are the same picture
+        object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
         for name in ("solver", "hand_solver"):
             value = getattr(self, name)
             if value is not None and value not in SOLVERS:
@@ -218,6 +221,17 @@ def _check_integer(name: str, value: Any, low: int, high: int) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(f"The {name} is {_shown(value)}; it must be a whole number from {low} to {high}.")
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    """A pair of numbers from 0 to 1; JSON has it as a list."""
+    fine = isinstance(value, (tuple, list)) and len(value) == 2
+    if not fine or not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in value):
+        raise RequestError(f"The guidance_interval is {_shown(value)}; it must be two numbers, such as [0, 0.5].")
+    start, stop = map(float, value)
+    if not 0 <= start < stop <= 1:
+        raise RequestError(f"The guidance_interval is {start:g} to {stop:g}; it must rise, from 0 to 1.")
+    return start, stop
 
 
 def _check_id(value: Any) -> None:

@@ -17,15 +17,16 @@ or, to keep the slots full from any iterable of jobs, `for result in sampler.run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from handiffuser.contract import row_columns
+from handiffuser.contract import ROW_HEAD, row_columns
 from handiffuser.errors import EngineError, RequestError
 
 Array = np.ndarray
+GUIDANCE = ROW_HEAD.index("guidance")
 Engine = Callable[[dict[str, Array]], Mapping[str, Array]]
 
 
@@ -66,6 +67,8 @@ class StepSampler:
         of them. A constant is the same array object, with the same content, until the set of active jobs
         changes: an engine on a device may skip the upload of an array that `is` the one it was given last.
     state_name: "x" or "latents". num_history: K.
+    branched: constants that hold one entry per guidance branch, [2, ...] in a job. While every active row's guidance
+        is 1 the engine is given the second alone, [B, 1, ...], and does half the work.
     buckets: batch sizes that the engine accepts, for engines of static shape. The batch is filled up to the
         next one with copies of its first row, whose results are thrown away.
 
@@ -83,6 +86,7 @@ class StepSampler:
         num_history: int,
         slots: int,
         buckets: Sequence[int] | None = None,
+        branched: Collection[str] = (),
     ) -> None:
         if slots < 1:
             raise EngineError(f"A sampler needs at least one slot and was given {slots}.")
@@ -95,6 +99,7 @@ class StepSampler:
         self._engine = engine
         self._state_name = state_name
         self._num_history = num_history
+        self._branched = frozenset(branched)
         self._buckets = sorted(buckets) if buckets is not None else None
         self._capacity = self._buckets[-1] if self._buckets else slots  # rows of every buffer
         # One entry an active job; entry i is row i of every buffer.
@@ -105,7 +110,8 @@ class StepSampler:
         self._moving: dict[str, Array] = {}  # state, history and noise [capacity, ...]
         self._constants: dict[str, Array] = {}  # [capacity, ...]
         self._tables: dict[str, Array] = {}  # "row" and the other step inputs [slots, longest schedule, ...]
-        self._constant_views: dict[str, Array] | None = None  # None: the set of jobs has changed
+        # Whether the conditional branch is alone -> what the engine is given; empty: the set of jobs has changed.
+        self._constant_views: dict[bool, dict[str, Array]] = {}
 
     @property
     def active(self) -> int:
@@ -157,7 +163,7 @@ class StepSampler:
             self._tables[name][i, :N] = value
         self._position[i], self._length[i] = 0, N
         self._jobs.append(job)
-        self._constant_views = None
+        self._constant_views = {}
 
     def step(self) -> list[Result]:
         """Advances every job by one step with one engine call; returns those that are done or have failed.
@@ -179,13 +185,10 @@ class StepSampler:
         rows[n:] = 0
         for buffer in self._moving.values():
             buffer[n:batch] = buffer[0]
-        if self._constant_views is None:
-            for buffer in self._constants.values():
-                buffer[n:batch] = buffer[0]
-            self._constant_views = {name: buffer[:batch] for name, buffer in self._constants.items()}
         inputs = {name: buffer[:batch] for name, buffer in self._moving.items()}
         inputs.update((name, table[rows, position[rows]]) for name, table in self._tables.items())
-        inputs.update(self._constant_views)
+        alone = bool(self._branched) and bool((inputs["row"][:, GUIDANCE] == 1).all())
+        inputs.update(self._constants_for(batch, alone))
 
         outputs = self._engine(inputs)
 
@@ -210,6 +213,18 @@ class StepSampler:
             results.append(Result(key, state[i].copy() if finite[i] else None, failed_step))
             self._remove(int(i))
         return results
+
+    def _constants_for(self, batch: int, alone: bool) -> dict[str, Array]:
+        """The constants [batch, ...]; alone: of those with branches only the conditional one."""
+        if not self._constant_views:
+            for buffer in self._constants.values():
+                buffer[len(self._jobs) : batch] = buffer[0]
+        if alone not in self._constant_views:
+            views = {name: buffer[:batch] for name, buffer in self._constants.items()}
+            if alone:  # an engine wants its arrays in one piece
+                views |= {name: np.ascontiguousarray(views[name][:, 1:]) for name in self._branched}
+            self._constant_views[alone] = views
+        return self._constant_views[alone]
 
     def drop(self, key: Hashable) -> bool:
         """Cancels a job between two steps; True if it was in flight. Others are not affected."""
@@ -246,7 +261,7 @@ class StepSampler:
             self._position[i], self._length[i] = self._position[last], self._length[last]
             self._jobs[i] = self._jobs[last]
         self._jobs.pop()
-        self._constant_views = None
+        self._constant_views = {}
 
     def _allocate(self, state: Array, constants: dict[str, Array], tables: dict[str, Array]) -> None:
         shapes = {self._state_name: state.shape, "noise": state.shape}

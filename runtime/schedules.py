@@ -295,12 +295,21 @@ SOLVERS: dict[str, tuple[Callable[[NoiseSchedule, int], Recurrence], int]] = {
 }
 
 
-def rows(schedule: NoiseSchedule, solver: str, steps: int, guidance: float, num_history: int) -> Table:
+def rows(
+    schedule: NoiseSchedule,
+    solver: str,
+    steps: int,
+    guidance: float,
+    num_history: int,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+) -> Table:
     """The table of a request, for a step graph with `num_history` history tensors.
 
     solver: a key of SOLVERS. steps: 1 ... num_train_timesteps. guidance: finite; 1 is the conditional output
-    alone. plms does not run "sample" prediction or zero terminal SNR; ddim and ddpm do not run "epsilon"
-    prediction from a timestep without signal, where x0 cannot be told from it. All else runs with all else.
+    alone. guidance_interval: the part of the steps, from 0 to 1, that is guided; outside of it guidance is 1, and the
+    unconditional branch need not run (Kynkäänniemi et al. 2024). plms does not run "sample" prediction or zero terminal
+    SNR; ddim and ddpm do not run "epsilon" prediction from a timestep without signal, where x0 cannot be told from it.
+    All else runs with all else.
 
     Raises RequestError, with what is allowed.
     """
@@ -322,7 +331,8 @@ def rows(schedule: NoiseSchedule, solver: str, steps: int, guidance: float, num_
     table = np.zeros((N, len(ROW_HEAD) + 2 * num_history))
     table[:, 0] = recurrence.timesteps
     table[:, 1] = recurrence.scale
-    table[:, 2] = guidance
+    done = np.arange(N) / N
+    table[:, 2] = np.where((guidance_interval[0] <= done) & (done < guidance_interval[1]), guidance, 1.0)
     table[:, 3], table[:, 4] = recurrence.A[0], recurrence.B[0]
     table[:, 5] = recurrence.d
     for k in range(1, needed + 1):

@@ -68,3 +68,14 @@ def tiny_half(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFac
     assert result.returncode == 0, result.stderr
     assert "fp16 beside float32, 6 pictures" in result.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bf16(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint in bfloat16, exported and compared with float32 by the command. Not to be written into."""
+    folder = tmp_path_factory.mktemp("bf16") / "tiny"
+    result = run_command("export.cli", tiny_checkpoint_folder, folder, "--precision", "bf16")
+    assert result.returncode == 0, result.stderr
+    assert "(tolerance 0.1, emulated)" in result.stderr and "emulated bf16 beside float32, 6 pictures" in result.stderr
+    assert "runs on NVIDIA GPUs only" in result.stderr
+    return folder

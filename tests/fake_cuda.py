@@ -138,6 +138,8 @@ class FakeGraph:
 class FakeDeviceEngine:
     """An engine for a fixed number of rows, computed by ONNX Runtime on the CPU when its turn comes."""
 
+    own_graph = False
+
     def __init__(self, engine, bucket: int | None, spoil=None) -> None:
         self.engine, self.spec, self.bucket, self.spoil = engine, engine.spec, bucket, spoil
         self.enqueued = 0

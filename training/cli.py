@@ -21,7 +21,7 @@ from .loop import console, finished, run_processes
 @click.option("--only", type=click.Choice([*STAGES, "report"]), multiple=True, help="These stages alone.")
 @click.option("--steps", type=click.IntRange(1), help="Train the chosen stages for this many steps instead.")
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True),
-              help="Highest rate of the chosen stages instead; a third of the usual to go on from a good checkpoint.")  # fmt: skip
+              help="Highest rate of the chosen stages; a third of the usual suits --start.")  # fmt: skip
 @click.option("--scenes", type=click.IntRange(1), default=SCENES, show_default=True, help="Size of the data.")
 @click.option("--config", type=click.Choice(["demo", "tiny"]), default="demo", show_default=True)
 @click.option("--start", help="Train on from this checkpoint (or the word demo) instead of from nothing.")

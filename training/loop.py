@@ -80,7 +80,9 @@ def fit(
     for part in getattr(module, "fixed", ()):
         part.eval().requires_grad_(False)
     average = copy.deepcopy(module).eval().requires_grad_(False).to(accelerator.device)
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], weight_decay=plan.weight_decay, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad], weight_decay=plan.weight_decay, betas=(0.9, 0.99)
+    )
     model, optimizer = accelerator.prepare(module, optimizer)
     plain = accelerator.unwrap_model(model)
     start = load_state(folder, plain, average, optimizer)

@@ -105,6 +105,16 @@ def test_a_node_that_loses_too_much_is_kept_with_what_feeds_it(tmp_path):
     assert np.abs(after - expected).max() < 0.02 * np.abs(before - expected).max()
 
 
+def test_bfloat16_is_blamed_for_more_than_its_rounding():
+    """Its roundings are 8 times as large as float16's, and so is what a node may lose."""
+
+    def found(number: float, **limit: float) -> list[str]:
+        steps = (("Add", number), ("Sub", number))
+        return [node.name for node in find_sensitive(chain(FLOAT, *steps), chain(BFLOAT, *steps), [{"x": X}], **limit)]
+
+    assert found(60.0) == [] and found(60.0, limit=1e-2) == found(3000.0) == ["Add0", "Sub1"]
+
+
 def test_what_was_float32_just_before_is_taken_from_there(tmp_path):
     """A graph's own cast to half comes before its first node: too large a number must not pass through it."""
     steps = (("Mul", 1e-4), ("Add", 1.0))

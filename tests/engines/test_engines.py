@@ -6,16 +6,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+from fake_cuda import FakeCuda
 from handiffuser import BundleError, EngineError
-from handiffuser.contract import GraphSpec, TensorSpec
+from handiffuser.contract import GraphSpec, Manifest, TensorSpec
 from handiffuser.engines import OnnxRuntimeEngine, check_feeds
 from handiffuser.engines import onnxruntime as backend
-from handiffuser.engines.cuda import Cuda
+from handiffuser.engines.cuda import Cuda, DeviceArray
 from handiffuser.engines.onnxruntime import OnnxRuntimeDeviceEngine
+from handiffuser.runtime.device import Streams, onnxruntime_loader
 from onnx import parser
 
 SPEC = GraphSpec(
@@ -59,6 +62,26 @@ def test_wrong_feeds_are_named(change, words):
         check_feeds(SPEC, wrong)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_device_arrays_know_bfloat16():
+    array = DeviceArray(1000, (4, 3), "bfloat16")
+    assert array.nbytes == 24 and array[2].pointer == 1012 and array[1:3].nbytes == 12 and array[1].dtype == "bfloat16"
+    spec = GraphSpec("toy.onnx", [TensorSpec("x", "bfloat16", ("B", 3))], [])
+    check_feeds(spec, {"x": array})
+    for other in ("float16", np.float32):
+        with pytest.raises(EngineError, match=r"x as float.*bfloat16\[B, 3\]"):
+            check_feeds(spec, {"x": DeviceArray(1000, (4, 3), other)})
+    assert backend._element_type(array) == onnx.TensorProto.BFLOAT16
+    assert backend._element_type(DeviceArray(0, (1,), "uint8")) is np.uint8
+
+
+def test_bfloat16_without_a_kernel_is_one_sentence(tmp_path):
+    text = '<ir_version: 10, opset_import: ["" : 18]> toy (bfloat16[B,3] x) => (bfloat16[B,3] y) { y = Exp (x) }'
+    onnx.save(parser.parse_model(text), str(tmp_path / "toy.onnx"))
+    tensors = [TensorSpec(name, "bfloat16", ("B", 3)) for name in ("x", "y")]
+    with pytest.raises(EngineError, match=r"lacks a kernel .* in bfloat16: .*Exp.*--precision fp16\.$"):
+        OnnxRuntimeEngine(tmp_path / "toy.onnx", GraphSpec("toy.onnx", tensors[:1], tensors[1:]), device="cpu")
 
 
 def test_check_is_cheap_enough_for_every_step():
@@ -178,6 +201,53 @@ def test_memory_and_other_failures_while_running(toy):
     broken.error = RuntimeError("[ONNXRuntimeError] : 1 : FAIL : Non-zero status code.\nmore")
     with pytest.raises(EngineError, match=r"failed in toy: Non-zero status code\.$"):
         engine(feeds())
+
+
+@pytest.fixture
+def fake_ort(monkeypatch):
+    """ONNX Runtime with a CUDA provider that is not there; `made` are its sessions, `refuse` graphs not to capture."""
+    ort = pytest.importorskip("onnxruntime")
+    fake = SimpleNamespace(RunOptions=ort.RunOptions, SessionOptions=ort.SessionOptions, made=[], refuse=())
+    fake.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    class Session:
+        def __init__(self, path, options, providers):
+            self.choices = providers[0][1]
+            if Path(path).stem in fake.refuse and "enable_cuda_graph" in self.choices:
+                raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+            real = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self.get_inputs, self.get_outputs = real.get_inputs, real.get_outputs
+            fake.made.append(self)
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider"]
+
+    fake.InferenceSession = Session
+    monkeypatch.setattr(backend, "_import_onnxruntime", lambda: fake)
+    return fake
+
+
+def test_a_session_may_capture_a_graph_of_its_own(toy, fake_ort):
+    """For one size, with our own capture keeping out of it."""
+    engine = OnnxRuntimeEngine(toy, SPEC, "cuda", stream=77, capture={"B": 4})
+    (session,) = fake_ort.made
+    assert session.choices["enable_cuda_graph"] == "1" and session.choices["user_compute_stream"] == "77"
+    assert [tensor.shape for tensor in session.get_inputs()] == [[4, 3], [4, 2]]
+    on_device = OnnxRuntimeDeviceEngine(engine)
+    assert on_device.own_graph and not on_device.capturable(None)
+    plain = OnnxRuntimeDeviceEngine(OnnxRuntimeEngine(toy, SPEC, "cuda", stream=77))
+    assert not plain.own_graph and "enable_cuda_graph" not in fake_ort.made[1].choices
+
+
+def test_only_steps_replay_and_a_refusal_runs_without(toy_bundle, fake_ort):
+    manifest, streams = Manifest.load(toy_bundle), Streams.make(FakeCuda(), True)
+    fake_ort.refuse = ("hand_prior",)
+    load = onnxruntime_loader(manifest, toy_bundle, streams, graphs=True)
+    own = {name: load(name, 4, 2).own_graph for name in manifest.graphs}
+    assert own == {name: name == "unet" for name in manifest.graphs}
+    a, b, c = load("unet", 2, 2), load("unet", 4, 2), load("image_decoder", 2, 2)
+    assert a.own_graph and a.engine is not b.engine and c.engine is load("image_decoder", 4, 2).engine
+    assert not onnxruntime_loader(manifest, toy_bundle, streams)("unet", 4, 2).own_graph
 
 
 def test_usable_cores_is_sane():

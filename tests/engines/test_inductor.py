@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from handiffuser import EngineError, ExportError
-from handiffuser.contract import GraphSpec
-from handiffuser.engines import inductor as engines
-from handiffuser.engines.inductor import InductorEngine
+from handiffuser.contract import GRAPHS, GraphSpec, Manifest
+from handiffuser.engines.inductor import InductorDeviceEngine, InductorEngine, find_compiled
+from handiffuser.engines.plans import PlanStore, parts
+from handiffuser.engines.tensorrt import Options
 from handiffuser.export import inductor as export
-from handiffuser.export.bundle import run_module, tensor_spec
+from handiffuser.export.bundle import run_module
 from handiffuser.export.graphs import Graph, graphs
 from handiffuser.export.inductor import compile_graph
 from handiffuser.models.smplh import SMPLH
+from handiffuser.runtime import device
 from torch import Tensor, nn
 from torch._inductor import config
 
@@ -58,8 +61,8 @@ def cases(tiny_checkpoint, body_path, tmp_path_factory) -> dict[str, Case]:
     for graph in graphs(tiny_checkpoint, SMPLH.load(body_path)):
         if graph.name in COMPILED:
             case = Case(graph, GraphSpec(f"{graph.name}.onnx", [], []), folder / f"{graph.name}.pt2")
-            case.spec.inputs = [tensor_spec(name, value, graph.free) for name, value in graph.inputs.items()]
-            case.spec.outputs = [tensor_spec(name, value, graph.free) for name, value in case.exact(2).items()]
+            case.spec.inputs = [graph.spec(name, value) for name, value in graph.inputs.items()]
+            case.spec.outputs = [graph.spec(name, value) for name, value in case.exact(2).items()]
             with config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # a third of the time
                 compile_graph(graph, case.path, batch=COMPILED[graph.name])
             made[graph.name] = case
@@ -210,6 +213,99 @@ def test_failures_while_running(cases, monkeypatch):
         engine(cases["hand_prior"].feeds(1))
 
 
+class OnFakeGpu(InductorDeviceEngine):
+    """Numpy's memory in place of the GPU's, and a fake stream; all else is the engine's own."""
+
+    def _tensor(self, array):
+        return torch.from_numpy(array.value)
+
+    def enqueue(self, stream):
+        stream.call(self.run)
+
+
+@pytest.mark.parametrize("name", ["hand_prior", "unet_context"])
+def test_on_bound_arrays_it_reads_and_writes_in_place(cases, name):
+    case, cuda, rows = cases[name], FakeCuda(), 2
+    stream, feeds = cuda.stream(), case.feeds(3)
+    want = InductorEngine(case.path, case.spec, threads=1)
+    engine = OnFakeGpu(InductorEngine(case.path, case.spec, threads=1, asynchronous=True))
+    inputs = {name: cuda.zeros(value.shape, value.dtype) for name, value in feeds.items()}
+    outputs = {
+        tensor.name: cuda.zeros((3, *value.shape[1:]), tensor.dtype)
+        for tensor, value in zip(case.spec.outputs, case.exact(1).values(), strict=True)
+    }
+    engine.bind({name: a[:rows] for name, a in inputs.items()}, {name: a[:rows] for name, a in outputs.items()})
+    for order in ([0, 1], [2, 0]):  # bound once, run with whatever lies there by then
+        now = {name: value[order] for name, value in feeds.items()}
+        for name, value in now.items():
+            inputs[name].value[:rows] = value
+        engine.enqueue(stream)
+        stream.synchronize()
+        for name, value in want(now).items():
+            np.testing.assert_array_equal(outputs[name].value[:rows], value)
+            assert not outputs[name].value[rows:].any(), "rows of others stay as they are"
+    assert not engine.capturable(stream) and not engine.own_graph
+
+
+def test_arrays_that_do_not_fit_are_refused_when_they_are_bound(cases):
+    case, cuda = cases["unet_context"], FakeCuda()
+    engine = OnFakeGpu(InductorEngine(case.path, case.spec, threads=1, asynchronous=True))
+    inputs = {name: cuda.zeros(value.shape, value.dtype) for name, value in case.feeds(3).items()}
+    with pytest.raises(EngineError, match=r"context of shape \[3, 2, .*B is exactly 2"):
+        engine.bind(inputs, {})
+    with pytest.raises(EngineError, match="lacks its input context"):
+        engine.bind({}, {})
+
+
+def test_what_is_compiled_is_found_by_device_and_version(toy_bundle, tmp_path, monkeypatch):
+    manifest, store = Manifest.load(toy_bundle), PlanStore(tmp_path)
+
+    def add(target, version=torch.__version__, graphs=GRAPHS):
+        for name in graphs:
+            wanted = parts(manifest, name, {"B": (1, 2, 4096)}, "inductor", version, f"{target} features", Options())
+            store.add(wanted, f"{target} {name}".encode(), {}, 1.0)
+
+    def found(device):
+        target, plans = find_compiled(tmp_path, manifest, device)
+        assert set(plans) == set(GRAPHS)
+        assert all(store.read(plan) == f"{target} {name}".encode() for name, plan in plans.items())
+        return target
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    add("cpu", "1.0.0")
+    with pytest.raises(EngineError, match=r"no compiled text_encoder for PyTorch .* on cpu.*" + COMMAND):
+        found("auto")
+    add("cpu")
+    assert found("auto") == found("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    add("cuda", graphs=GRAPHS[:-1])
+    assert found("auto") == "cpu"
+    with pytest.raises(EngineError, match=r"no compiled image_decoder .* on cuda"):
+        found("cuda")
+    add("cuda")
+    assert found("auto") == "cuda" and found("cpu") == "cpu"
+
+    # For the GPU's loop a file is loaded once, and bound for each bucket.
+    made = []
+
+    class Loaded:
+        def __init__(self, path, spec, device, asynchronous):
+            self.path, self.spec = path, spec
+            made.append((spec.file, device, asynchronous))
+
+    monkeypatch.setattr(device, "InductorEngine", Loaded)
+    load = device.inductor_loader(manifest, tmp_path)
+    engines = [load(name, bucket, 2) for name, bucket in (("unet", 1), ("unet", 4), ("hand_prior", 1))]
+    assert len(set(map(id, engines))) == 3 and [engine.spec.file for engine in engines[1:]] == [
+        "unet.onnx",
+        "hand_prior.onnx",
+    ]
+    assert made == [("unet.onnx", "cuda", True), ("hand_prior.onnx", "cuda", True)]
+    find_compiled(tmp_path, manifest, "cuda")[1]["unet_time"].path.write_bytes(b"another program")
+    with pytest.raises(EngineError, match="SHA-256 differs"):
+        load("unet_time", 1, 2)
+
+
 class Undecided(nn.Module):
     """Nothing that can be exported: its way depends on its values."""
 
@@ -247,4 +343,3 @@ def test_a_message_of_the_cpp_compiler_comes_through():
         "C++ compile error\n\nCommand:\ng++ -O3\n\nOutput:\nx.cpp:1:9: fatal error: omp.h: No such file"
     )
     assert export.sentence(error) == "x.cpp:1:9: fatal error: omp.h: No such file."
-    assert engines.LARGEST == 4096

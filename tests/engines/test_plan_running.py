@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from handiffuser.engines.build import wanted_plans
 from handiffuser.engines.plans import PlanStore, parts
 from handiffuser.engines.tensorrt import EVERYWHERE, Backend, Options, Scratch, TensorRTEngine
 from handiffuser.errors import EngineError
-from handiffuser.runtime.device import powers_of_two, usable_plans
+from handiffuser.runtime.device import check_bfloat16, powers_of_two, usable_plans
 
 SPEC = GraphSpec(
     "toy.onnx",
@@ -176,6 +177,20 @@ def test_plans_are_picked_by_bundle_backend_version_and_gpu(toy_bundle, tmp_path
     damaged = found["unet"][6]
     damaged.path.write_bytes(b"pla")
     assert sorted(usable_plans(store, manifest, module, cuda)["unet"]) == [4]
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "runs"),
+    [("bf16", "8.0", True), ("bf16", "12.1", True), ("fp16", "7.5", True), ("bf16", "7.5", False)],
+)
+def test_bfloat16_needs_a_gpu_that_has_it(toy_bundle, precision, capability, runs):
+    manifest, cuda = replace(Manifest.load(toy_bundle), precision=precision), FakeCuda()
+    cuda.compute_capability = capability
+    if runs:
+        check_bfloat16(manifest, cuda)
+    else:
+        with pytest.raises(EngineError, match=r"bfloat16.*Fake GPU, compute capability 7\.5.*--precision fp16"):
+            check_bfloat16(manifest, cuda)
 
 
 def test_powers_of_two():

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from commands import run_command
 from handiffuser.contract import GRAPHS, Manifest
-from handiffuser.engines.build import gpu
+from handiffuser.engines.build import gpu, wanted_plans
 from handiffuser.engines.plans import PlanStore
 from handiffuser.engines.tensorrt import Backend, Options
 from handiffuser.errors import EngineError
@@ -50,6 +50,30 @@ def test_float32_and_dynamic_plans_build_too(backend, tiny_bundle):
         sizes = {"S": (1, 20, 1000)} if name == "unet_time" else {"B": (1, 2, 4)}
         plan, proof = backend.build(tiny_bundle / manifest.graphs[name].file, sizes, "fp32", Options(level=0))
         assert plan and set(proof["types"]) <= {"FLOAT"}
+
+
+def test_bfloat16_is_built_as_bfloat16(backend, tiny_bf16):
+    manifest = Manifest.load(tiny_bf16)
+    for name, sizes in wanted_plans(manifest, [2]):
+        plan, proof = backend.build(tiny_bf16 / manifest.graphs[name].file, sizes, "bf16", Options(level=0))
+        wanted = "FLOAT" if name == "hand_features" else "BF16"
+        assert plan and set(proof["types"]) == {wanted}, name
+        for spec in (*manifest.graphs[name].inputs, *manifest.graphs[name].outputs):
+            if spec.dtype == "bfloat16":
+                assert {**proof["inputs"], **proof["outputs"]}[spec.name] == "BF16", (name, spec.name)
+
+
+def test_bfloat16_for_a_gpu_without_it(backend, tiny_bf16):
+    graph = tiny_bf16 / "unet_context.onnx"
+    with pytest.raises(EngineError, match=r"7\.5 do not compute in bfloat16.*--precision fp16"):
+        backend.build(graph, {"B": 1}, "bf16", Options(compute_capabilities=("7.5", "8.9")))
+    plan, _ = backend.build(graph, {"B": 1}, "bf16", Options(compute_capabilities=("8.0",)))
+    assert plan
+
+
+def test_float32_instead_of_bfloat16_is_an_error(backend, tiny_bundle):
+    with pytest.raises(EngineError, match=r"unet_context was to be bf16.*in FLOAT.*--precision bf16"):
+        backend.build(tiny_bundle / "unet_context.onnx", {"B": 1}, "bf16", Options())
 
 
 def test_another_precision_than_asked_is_an_error(backend, built):

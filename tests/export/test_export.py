@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from commands import run_command
 from handiffuser.calibration.fidelity import GraphError, PictureError, Report
 from handiffuser.contract import GRAPHS, Manifest, file_digest
-from handiffuser.errors import CheckpointError, ExportError
+from handiffuser.errors import CheckpointError, EngineError, ExportError
 from handiffuser.export import bundle
 from handiffuser.export.bundle import at_image_size, export_bundle
 from handiffuser.export.cli import main as export_command
@@ -65,6 +65,41 @@ def test_fp16(tiny_half):
     assert large and all(w.data_type == onnx.TensorProto.FLOAT16 for w in large), "half was asked for, half it is"
     picture = HanDiffuser.load(tiny_half).generate("a left hand")[0]
     assert picture.image.shape == (32, 48, 3)
+
+
+def test_bf16(tiny_bf16):
+    manifest = Manifest.load(tiny_bf16)
+    assert manifest.precision == "bf16"
+    for name, graph in manifest.graphs.items():
+        assert graph.parity["error"] <= graph.parity["tolerance"], name
+        kinematics = name == "hand_features"  # float32 always
+        assert graph.parity["tolerance"] == (1e-4 if kinematics else 0.1) and ("emulated" in graph.parity) != kinematics
+    # A float32 graph is within 1e-4, float16 within 1e-3: these were rounded to 8 bits indeed.
+    assert all(manifest.graphs[name].parity["error"] > 2e-3 for name in ("text_encoder", "unet", "unet_context"))
+    report = manifest.made_by["fidelity"]
+    assert report["passes"] and report["emulated"] and 35 <= report["psnr_mean"] < 70
+    dtypes = {
+        f"{name}.{spec.name}": spec.dtype
+        for name, graph in manifest.graphs.items()
+        for spec in (*graph.inputs, *graph.outputs)
+    }
+    between = ("text_hand_encoder.context", "unet_context.key_00", "unet_time.time", "unet.key_00", "unet.time")
+    assert {name: dtypes[name] for name in between} == dict.fromkeys(between, "bfloat16")
+    # What the host gives or reads: numpy has no bfloat16.
+    for name, dtype in dtypes.items():
+        if name.partition(".")[0] not in ("unet", "unet_context", "unet_time") and name not in between:
+            assert dtype in ("float32", "int64", "uint8"), name
+    assert dtypes["unet.latents"] == dtypes["unet.history"] == dtypes["unet.row"] == "float32"
+    large = [w for w in onnx.load(tiny_bf16 / "unet.onnx").graph.initializer if np.prod(w.dims) > 500]
+    assert large and all(w.data_type == onnx.TensorProto.BFLOAT16 for w in large), "bf16 was asked for, bf16 it is"
+
+
+def test_bf16_is_refused_where_it_cannot_run(tiny_bf16, tmp_path):
+    with pytest.raises(EngineError, match=r"bfloat16.*NVIDIA GPUs only.*hd-export CHECKPOINT OUT --precision fp32"):
+        HanDiffuser.load(tiny_bf16, device="cpu")
+    result = run_command("runtime.cli", tiny_bf16, "a fist", "--device", "cpu", "--output", tmp_path / "out")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and "NVIDIA GPUs only" in result.stderr
 
 
 def test_half_precision_that_fails_its_bar_is_refused(tiny_checkpoint_folder, tmp_path, monkeypatch):

@@ -52,7 +52,9 @@ def step_noise(request: int, step: int) -> np.ndarray:
     return np.random.default_rng([request, step]).standard_normal((4, 16, 24)).astype(np.float32)
 
 
-def by_diffusers(checkpoint, kind, extra, schedule, context, start, request, monkeypatch, steps=STEPS):
+def by_diffusers(
+    checkpoint, kind, extra, schedule, context, start, request, monkeypatch, steps=STEPS, guidance=GUIDANCE
+):
     """One request alone, as a diffusers pipeline would run it. Returns the final latents [4, h, w]."""
     scheduler = kind.from_config({**schedule, **extra})
     scheduler.set_timesteps(steps)
@@ -68,13 +70,13 @@ def by_diffusers(checkpoint, kind, extra, schedule, context, start, request, mon
         with torch.no_grad():
             output = checkpoint.unet(torch.cat([scaled, scaled]), timestep, context).sample
         without, given = output.chunk(2)
-        x = scheduler.step(without + GUIDANCE * (given - without), timestep, x).prev_sample
+        x = scheduler.step(without + guidance * (given - without), timestep, x).prev_sample
     return x[0].numpy()
 
 
-def job(engines, solver, schedule, context, start, request, steps=STEPS):
+def job(engines, solver, schedule, context, start, request, steps=STEPS, guidance=GUIDANCE):
     """The same request as a job of our sampler."""
-    table = rows(NoiseSchedule.from_config(schedule), solver, steps, GUIDANCE, 4)
+    table = rows(NoiseSchedule.from_config(schedule), solver, steps, guidance, 4)
     keys = engines["unet_context"]({"context": context[None].numpy()})
     time = engines["unet_time"]({"timesteps": table.timesteps.astype(np.float32)})["time"]
     return Job(
@@ -122,6 +124,23 @@ def test_mixed_solvers_and_steps_in_one_batch(tiny_checkpoint, engines, contexts
             tiny_checkpoint, kind, extra, SD_SCHEDULE, contexts[i % 3], start[i], i, monkeypatch, steps
         )
         assert relative(got[i], wanted) < TOLERANCE, (solver, steps)
+
+
+def test_without_guidance_the_conditional_branch_runs_alone(tiny_checkpoint, engines, contexts, monkeypatch):
+    tiny_checkpoint.attach_kernel()
+    start, unet = latents(2), engines["unet"]
+    assert unet.spec.branched
+    sampler = StepSampler(unet, "latents", 4, 2, branched=unet.spec.branched)
+    jobs = [job(engines, "ddim", SD_SCHEDULE, contexts[i], start[i], i, 5, guidance=1.0) for i in range(2)]
+    widths = []
+    sampler._engine = lambda feeds: widths.append(feeds["key_00"].shape[1]) or unet(feeds)
+    got = {result.key: result.state for result in sampler.run(jobs)}
+    assert set(widths) == {1}
+    for i in range(2):
+        wanted = by_diffusers(
+            tiny_checkpoint, DDIMScheduler, {}, SD_SCHEDULE, contexts[i], start[i], i, monkeypatch, 5, guidance=1.0
+        )
+        assert relative(got[i], wanted) < TOLERANCE
 
 
 def test_the_hand_prior_equals_diffusers(tiny_checkpoint, engines):

@@ -63,7 +63,8 @@ def step_graph(name: str, state: str, shape: str, K: int, extra: str, constants:
 def graphs(h: int, w: int) -> dict[str, str]:
     """The eight graphs; latents are h x w, pictures 4h x 4w."""
     prior = """
-        first, second = Split <axis = 1, num_outputs = 2> (text)
+        first = Gather <axis = 1> (text, start)
+        second = Gather <axis = 1> (text, end)
         t0 = ReduceMean <keepdims = 0> (first, axes)
         t1 = ReduceMean <keepdims = 0> (second, axes)
         v0 = Reshape (t0, flat)
@@ -75,10 +76,12 @@ def graphs(h: int, w: int) -> dict[str, str]:
         c = Tanh (w1)"""
     unet = """
         level = ReduceMean <keepdims = 0> (key_00, axes)
-        l0_, l1_ = Split <axis = 1, num_outputs = 2> (level)
+        l0_ = Gather <axis = 1> (level, start)
+        l1_ = Gather <axis = 1> (level, end)
         l0 = Reshape (l0_, column)
         l1 = Reshape (l1_, column)
-        values = ReduceMean <keepdims = 0> (value_00, all)
+        given = Gather <axis = 1> (value_00, end)
+        values = ReduceMean <keepdims = 0> (given, all)
         moment = ReduceMean <keepdims = 0> (time, one)
         tv_ = Add (values, moment)
         tv = Reshape (tv_, column)
@@ -101,8 +104,9 @@ def graphs(h: int, w: int) -> dict[str, str]:
             "x",
             f"B,{NUM_PARAMS}",
             HISTORY["hand_prior"],
-            "float[B,2,4] text",
-            "int64[2] axes = {1, 2}, int64[2] flat = {-1, 1}, float small = {0.1}",
+            "float[B,G,4] text",
+            "int64[2] axes = {1, 2}, int64[2] flat = {-1, 1}, float small = {0.1}, "
+            "int64[1] start = {0}, int64[1] end = {-1}",
             prior,
         ),
         "hand_features": HEADER
@@ -163,8 +167,8 @@ def graphs(h: int, w: int) -> dict[str, str]:
             "latents",
             f"B,4,{h},{w}",
             HISTORY["unet"],
-            "float[B,2] time, float[B,2,77,3] key_00, float[B,2,77,3] value_00",
-            "int64[2] axes = {2, 3}, int64[3] all = {1, 2, 3}",
+            "float[B,2] time, float[B,G,77,3] key_00, float[B,G,77,3] value_00",
+            "int64[2] axes = {2, 3}, int64[3] all = {1, 2, 3}, int64[1] start = {0}, int64[1] end = {-1}",
             unet,
         ),
         "image_decoder": HEADER

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import fake_cuda
+import ml_dtypes  # noqa: F401  makes bfloat16 a dtype of numpy's, for the fake GPU alone
 import numpy as np
 import pytest
 from handiffuser import HanDiffuser, Request
-from handiffuser.contract import Manifest
+from handiffuser.calibration.emulate import emulate_bundle
+from handiffuser.contract import TOKENIZER, Manifest
 from handiffuser.engines import load_engines
 from handiffuser.errors import EngineError
 from handiffuser.runtime.device import DeviceLoop, Staging, Streams, connect
 from handiffuser.runtime.pipeline import Failure
+from handiffuser.runtime.tokens import PromptTokenizer
 
 BUCKETS = (1, 2, 4)
 
 
-def device_loop(folder, seed=0, slots=4, overlap=True, refuse_capture=False, spoil=None, capture=True):
+def device_loop(folder, seed=0, slots=4, overlap=True, refuse_capture=False, spoil=None, capture=True, single=None):
     """A loop on a fake GPU over the bundle's graphs in ONNX Runtime; spoil: graph -> function(inputs, results)."""
     pipeline = HanDiffuser.load(folder, device="cpu")
     cuda = fake_cuda.FakeCuda(seed, refuse_capture)
     _, engines = load_engines(folder, "cpu", 1, verify=False)
     made = {}
 
-    def load(name, bucket):
-        made[name, bucket] = fake_cuda.FakeDeviceEngine(
+    def load(name, bucket, branches):
+        made[name, bucket, branches] = fake_cuda.FakeDeviceEngine(
             engines[name], None if name == "unet_time" else bucket, (spoil or {}).get(name)
         )
-        return made[name, bucket]
+        return made[name, bucket, branches]
 
-    graphs = connect(cuda, Manifest.load(folder), BUCKETS, load, capture)
+    graphs = connect(cuda, Manifest.load(folder), BUCKETS, load, capture, single)
     loop = DeviceLoop(pipeline, cuda, graphs, Streams.make(cuda, overlap), slots)
     loop.made = made
     return loop
@@ -86,6 +89,38 @@ def test_equals_the_host_in_any_order(toy_bundle, seed, overlap):
     assert sum(count for kind, count in events if kind == "hands") == 11
 
 
+class InBfloat16:
+    """A bfloat16 graph by way of its emulation, which takes and gives float32."""
+
+    def __init__(self, engine, spec):
+        self.engine, self.spec = engine, spec
+
+    def __call__(self, feeds):
+        given = {tensor.name: feeds[tensor.name].astype(tensor.dtype) for tensor in self.engine.spec.inputs}
+        results = self.engine(given)
+        return {tensor.name: results[tensor.name].astype(tensor.dtype) for tensor in self.spec.outputs}
+
+
+def test_bfloat16_passes_from_graph_to_graph(tiny_bf16, tmp_path):
+    """Nothing of it comes to the host, which could not hold it; and what arrives is what the emulation gives."""
+    manifest = Manifest.load(tiny_bf16)
+    emulate_bundle(tiny_bf16, tmp_path / "emulated")
+    on_host = HanDiffuser.load(tmp_path / "emulated", device="cpu")
+    cuda = fake_cuda.FakeCuda(2)
+    pipeline = HanDiffuser(manifest, {}, PromptTokenizer(tiny_bf16 / TOKENIZER, manifest.tokenizer))
+    engines = load_engines(tmp_path / "emulated", "cpu", 1, verify=False)[1]
+
+    def load(name, *_):
+        return fake_cuda.FakeDeviceEngine(InBfloat16(engines[name], manifest.graphs[name]), None)
+
+    graphs = connect(cuda, manifest, (1, 2), load)
+    assert {graphs["unet"].inputs[name].dtype.name for name in ("time", "key_00", "value_00")} == {"bfloat16"}
+    loop = DeviceLoop(pipeline, cuda, graphs, Streams.make(cuda, True), 2)
+    loop.made = {}
+    requests = prepared(loop, [Request(f"prompt {i}", seed=i, steps=3, hand_steps=2) for i in range(3)])
+    same(run(loop, requests)[0], {picture.id: picture for picture in on_host.run(requests)})
+
+
 def test_given_hands(toy_bundle, tmp_path):
     loop = device_loop(toy_bundle, 3)
     first = prepared(loop, mixed(3))
@@ -100,9 +135,9 @@ def test_given_hands(toy_bundle, tmp_path):
 def test_a_step_is_launched_from_its_capture(toy_bundle):
     loop = device_loop(toy_bundle)
     run(loop, prepared(loop, mixed(9)))
-    for (name, bucket), engine in loop.made.items():
-        if name != "unet_time":
-            assert engine.enqueued == 2, (name, bucket)  # once as it is, once for the capture
+    for key, engine in loop.made.items():
+        if key[0] != "unet_time":
+            assert engine.enqueued == 2, key  # once as it is, once for the capture
     assert not loop.warnings()
 
 
@@ -111,6 +146,15 @@ def test_refused_capture_runs_all_the_same_and_says_so(toy_bundle):
     requests = prepared(loop, mixed(5))
     same(run(loop, requests)[0], {picture.id: picture for picture in loop.pipeline.run(requests)})
     assert "kernel by kernel" in loop.warnings()[0] and "unet" in loop.warnings()[0]
+
+
+def test_an_engine_with_a_graph_of_its_own_is_not_captured(toy_bundle, monkeypatch):
+    monkeypatch.setattr(fake_cuda.FakeDeviceEngine, "own_graph", True)
+    loop = device_loop(toy_bundle)
+    requests = prepared(loop, mixed(5))
+    same(run(loop, requests)[0], {picture.id: picture for picture in loop.pipeline.run(requests)})
+    assert max(engine.enqueued for (name, *_), engine in loop.made.items() if name == "unet") > 2, "each step anew"
+    assert not loop.warnings()
 
 
 def test_nothing_is_allocated_in_a_second_run(toy_bundle):
@@ -132,9 +176,9 @@ def test_nothing_is_allocated_in_a_second_run(toy_bundle):
 def test_smallest_bucket_that_holds_them(toy_bundle):
     loop = device_loop(toy_bundle)
     run(loop, prepared(loop, [Request("one")]))
-    assert {bucket for name, bucket in loop.made if name == "unet"} == {1}
+    assert {bucket for name, bucket, _ in loop.made if name == "unet"} == {1}
     run(loop, prepared(loop, [Request("a"), Request("b"), Request("c")]))
-    assert {bucket for name, bucket in loop.made if name == "unet"} == {1, 4}
+    assert {bucket for name, bucket, _ in loop.made if name == "unet"} == {1, 4}
 
 
 @pytest.mark.parametrize(
@@ -214,3 +258,16 @@ def test_staging_keeps_a_buffer_until_its_copy_is_done():
         staging.upload(stream, target[i], np.full(4, i, np.float32))
     stream.synchronize()
     np.testing.assert_array_equal(target.value, np.arange(10)[:, None].repeat(4, 1))
+
+
+def test_without_guidance_the_conditional_branch_runs_alone(toy_bundle):
+    """Where there is an engine for it: buckets of one and two; mixed company and other buckets take both branches."""
+    loop = device_loop(toy_bundle, 3, single={"unet": (1, 2), "hand_prior": (1, 2, 4)})
+    lone = prepared(loop, [Request("a", seed=1, steps=3, guidance=1.0), Request("b", seed=2, steps=5, guidance=1.0)])
+    on_host = {picture.id: picture for picture in loop.pipeline.run(lone)}
+    same(run(loop, lone)[0], on_host)
+    assert {key for key in loop.made if key[0] == "unet"} == {("unet", 2, 1), ("unet", 1, 1)}
+    company = prepared(loop, [*mixed(6), Request("c", seed=9, guidance=4.0, steps=6, guidance_interval=(0.0, 0.5))])
+    on_host = {picture.id: picture for picture in loop.pipeline.run(company)}
+    same(run(loop, company)[0], on_host)
+    assert ("unet", 4, 2) in loop.made and ("unet", 4, 1) not in loop.made

@@ -10,34 +10,42 @@ from handiffuser import HanDiffuser, Request
 from handiffuser.engines.build import build_plans
 from handiffuser.engines.cuda import Cuda
 from handiffuser.engines.plans import PlanStore
-from handiffuser.errors import EngineError, HanDiffuserError
+from handiffuser.engines.tensorrt import MODULES
+from handiffuser.errors import EngineError, ExportError, HanDiffuserError
 from handiffuser.runtime.pipeline import Failure
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx", "onnxruntime"])
-def on_gpu(request, tiny_bundle, tmp_path_factory):
+@pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime graphs", "inductor"])
+def on_gpu(request, tiny_bundle, tiny_checkpoint, tmp_path_factory):
     """A function that loads the tiny bundle for one backend, or a skip where the backend does not run here."""
     import shutil
 
-    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp(request.param) / "engines")
-    if request.param != "onnxruntime":
-        try:
-            list(build_plans(folder, request.param, [1, 2, 4]))
-        except EngineError as error:
-            pytest.skip(str(error))
+    from handiffuser.export.inductor import compile_bundle
+
+    backend, _, graphs = request.param.partition(" ")
+    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp(backend) / "engines")
+    try:
+        if backend in MODULES:
+            list(build_plans(folder, backend, [1, 2, 4]))
+        elif backend == "inductor":
+            compile_bundle(lambda: tiny_checkpoint, folder, None, "cuda")
+    except (EngineError, ExportError) as error:
+        pytest.skip(str(error))
 
     def load(**options):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return HanDiffuser.load(folder, backend=request.param, device="cuda", batch_size=4, **options)
+            return HanDiffuser.load(
+                folder, backend=backend, device="cuda", batch_size=4, onnxruntime_graphs=bool(graphs), **options
+            )
 
     try:
         load()
     except HanDiffuserError as error:
         pytest.skip(str(error))
-    load.folder, load.backend = folder, request.param
+    load.folder, load.backend, load.graphs = folder, backend, bool(graphs)
     return load
 
 
@@ -68,15 +76,18 @@ def test_equals_the_cpu(on_gpu, tiny_bundle, overlap):
 def test_steps_are_captured(on_gpu):
     gpu = on_gpu()
     list(gpu.run(requests(gpu)))
-    if on_gpu.backend == "onnxruntime":
+    if on_gpu.graphs:  # ONNX Runtime's own, of the steps alone
+        refused = {name for name, graph in gpu.loop.graphs.items() if graph.refused}
+        assert not refused & {"hand_prior", "unet"} and "text_encoder" in refused
+    elif on_gpu.backend not in MODULES:
         assert gpu.loop.warnings()
     else:
         assert not gpu.loop.warnings()
 
 
 def test_engines_of_a_stream_share_scratch(on_gpu):
-    if on_gpu.backend == "onnxruntime":
-        pytest.skip("ONNX Runtime keeps its own")
+    if on_gpu.backend not in MODULES:
+        pytest.skip("ONNX Runtime and PyTorch keep their own")
     gpu = on_gpu()
     list(gpu.run(requests(gpu)))
     before = gpu.loop.cuda.free_memory()
@@ -104,8 +115,8 @@ def test_nan_is_reported_not_saved(on_gpu):
 
 
 def test_plans_that_are_damaged_or_foreign(on_gpu):
-    if on_gpu.backend == "onnxruntime":
-        pytest.skip("it has no plans")
+    if on_gpu.backend not in MODULES:
+        pytest.skip("it has no plans for a batch size")
     store = PlanStore(on_gpu.folder)
     plan = next(p for p in store if p.graph == "unet" and p.batch == (4, 4))
     content = plan.path.read_bytes()

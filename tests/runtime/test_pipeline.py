@@ -262,3 +262,24 @@ def test_no_framework_is_imported(toy_bundle):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_requests_may_come_in_while_others_run(pipeline):
+    """None: nothing has come in yet. Nobody in flight waits for that, and each picture is the one it is alone."""
+    requests, _ = pipeline.prepare([Request(f"hand {i}", seed=i, steps=2 + i) for i in range(5)])
+    done, log = {}, []
+
+    def source():
+        for request in requests:
+            for _ in range(3):  # three steps later
+                log.append(len(done))
+                yield None
+            yield request
+
+    for picture in pipeline.run(source()):
+        done[picture.id] = picture.image
+    assert list(done) == [request.id for request in requests]
+    assert log[-1] >= 2  # the first ones were done before the last one came
+    for request in requests:
+        np.testing.assert_array_equal(done[request.id], next(pipeline.run([request])).image)
+    assert list(pipeline.run([])) == list(pipeline.run(iter([]))) == []

@@ -264,3 +264,46 @@ def test_bad_engines_are_named():
     for slots, buckets in ((0, None), (4, (1, 2)), (1, ()), (1, (0, 2))):
         with pytest.raises(EngineError):
             sampler_of(slots, buckets=buckets)
+
+
+class BranchedEngine(FakeEngine):
+    """m = u + guidance (c - u) with u, c = the first and the last entry of "text" [B, G, ...]."""
+
+    def __call__(self, inputs):
+        text, row = inputs["text"], inputs["row"]
+        self.branches = [*getattr(self, "branches", []), text.shape[1]]
+        assert text.flags.c_contiguous
+        guided = text[:, 0] + row[:, 2, None, None] * (text[:, -1] - text[:, 0])
+        return super().__call__({**inputs, "text": guided.astype(np.float32)})
+
+
+def branched_job(key, guidance, interval=(0.0, 1.0), steps=4):
+    job = make_job(key, steps=steps)
+    job.rows = rows(SCHEDULE, "ddim", steps, guidance, K, interval).rows
+    job.constants = {"text": np.stack([normal(key, "no text", 0, SHAPE), job.constants["text"]])}
+    return job
+
+
+def run_branched(jobs, slots, branched=("text",)):
+    engine = BranchedEngine()
+    sampler = StepSampler(engine, "latents", K, slots, branched=branched)
+    return {result.key: result.state for result in sampler.run(jobs)}, engine.branches
+
+
+def test_without_guidance_one_branch_runs():
+    both, branches = run_branched([branched_job(1, 1.0)], 1, branched=())
+    assert branches == [2] * 4
+    alone, branches = run_branched([branched_job(1, 1.0)], 1)
+    assert branches == [1] * 4
+    np.testing.assert_allclose(alone[1], both[1], rtol=1e-6)
+
+
+def test_the_branch_comes_back_with_guided_company_and_in_the_interval():
+    guided, branches = run_branched([branched_job(1, 3.0, (0.25, 0.75))], 1)
+    assert branches == [1, 2, 2, 1]
+    whole, _ = run_branched([branched_job(1, 3.0)], 1)
+    assert np.abs(guided[1] - whole[1]).max() > 1e-3
+    company = [branched_job(1, 3.0, (0.25, 0.75)), branched_job(2, 1.0), branched_job(3, 2.0, steps=2)]
+    together, branches = run_branched(company, 3)
+    assert branches == [2, 2, 2, 1]
+    np.testing.assert_allclose(together[1], guided[1], rtol=1e-5, atol=1e-6)

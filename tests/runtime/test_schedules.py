@@ -287,3 +287,14 @@ def test_reference_step_is_per_row():
         alone = reference_step(row[part], x[part], history[part], m[part], noise[part])
         np.testing.assert_array_equal(alone[0], together[0][part])
         np.testing.assert_array_equal(alone[1], together[1][part])
+
+
+def test_guidance_in_an_interval_of_the_steps():
+    schedule = NoiseSchedule(timestep_spacing="trailing", prediction_type="v_prediction")
+    guidance = rows(schedule, "ddim", 10, 4.0, 1, (0.2, 0.5)).rows[:, 2]
+    assert guidance.tolist() == [1, 1, 4, 4, 4, 1, 1, 1, 1, 1]
+    everywhere = rows(schedule, "ddim", 10, 4.0, 1)
+    assert set(everywhere.rows[:, 2]) == {4.0}
+    np.testing.assert_array_equal(
+        np.delete(rows(schedule, "ddim", 10, 4.0, 1, (0.2, 0.5)).rows, 2, 1), np.delete(everywhere.rows, 2, 1)
+    )

@@ -1,0 +1,391 @@
+"""`hd-bench ENGINES`: how fast this bundle runs on this machine, and where the time goes.
+
+hd-bench demo --batch-sizes 1,4 --steps 12 --threads 1
+hd-bench demo --batch-sizes 1 --peers --load --report bench.html
+hd-bench --random sd15 --batch-sizes 1 --steps 2 --repeats 2
+
+The last line of stdout is one JSON document with every sample; what stands above it is for reading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from .. import demo
+from ..contract import MANIFEST, Manifest
+from ..engines.cuda import Cuda
+from ..engines.onnxruntime import DEVICES
+from ..errors import EngineError, HanDiffuserError
+from ..runtime.pipeline import BACKENDS, HanDiffuser
+from ..runtime.requests import MAX_GUIDANCE, MAX_STEPS
+from ..runtime.schedules import SOLVERS
+from . import load as load_test
+from . import measure, tables
+from .card import card
+from .flops import count
+from .soak import soak
+
+FORMAT = 1  # of the JSON document
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+RANDOM = ("tiny", "demo", "sd15")
+MOST_BATCH, MOST_REQUESTS, MOST_REPEATS = 1024, 1_000_000, 10_000
+
+notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def numbers(most: int) -> Any:
+    """A click callback: "1,2,4" -> [1, 2, 4], each from 1 to `most`."""
+
+    def parse(_: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+        if value is None:
+            return None
+        try:
+            found = [int(part) for part in value.split(",")]
+        except ValueError:
+            found = [0]
+        if any(not 1 <= number <= most for number in found):
+            raise click.BadParameter(f"{value!r}: write whole numbers from 1 to {most} with commas, such as 1,2,4.")
+        return list(dict.fromkeys(found))
+
+    return parse
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("engines", required=False)
+@click.option(
+    "--random", "size", type=click.Choice(RANDOM), help="Instead of ENGINES: an untrained bundle of this size."
+)
+@click.option("--workdir", type=click.Path(path_type=Path), help="Keeps what --random makes.  [default: temporary]")
+@click.option(
+    "--batch-sizes", callback=numbers(MOST_BATCH), default="1,2,4,8", show_default=True, help="Pictures at once."
+)
+@click.option("--steps", callback=numbers(MAX_STEPS), help="Steps of a picture.  [default: the bundle's]")
+@click.option("--solver", type=click.Choice(list(SOLVERS)), help="[default: the bundle's]")
+@click.option("--guidance", type=click.FloatRange(0, MAX_GUIDANCE), help="[default: the bundle's]")
+@click.option(
+    "--repeats", type=click.IntRange(1, MOST_REPEATS), default=5, show_default=True, help="Samples of each figure."
+)
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option(
+    "--cpu-clock", is_flag=True, help="Times are CPU seconds, of one thread: for machines that others keep busy."
+)
+@click.option("--peers", is_flag=True, help="Beside diffusers, torch.compile and plain ONNX Runtime, in alternation.")
+@click.option("--checkpoint", metavar="FOLDER", help="What ENGINES was exported from, for --peers.")
+@click.option("--body", metavar="FILE", help="The SMPL-H body that ENGINES was exported with, for --peers.")
+@click.option("--compile/--no-compile", default=True, help="Whether torch.compile is among the peers (minutes).")
+@click.option("--load", is_flag=True, help="Requests at random times: in-flight and static batching.")
+@click.option(
+    "--requests", type=click.IntRange(2, MOST_REQUESTS), default=60, show_default=True, help="Of the load test."
+)
+@click.option("--arrival-rate", type=click.FloatRange(0, min_open=True), help="Requests a second of the load test.")
+@click.option(
+    "--utilisation",
+    type=click.FloatRange(0, 2, min_open=True),
+    default=0.7,
+    show_default=True,
+    help="The arrival rate as a share of the capacity, which is measured first.",
+)
+@click.option("--soak", "soaked", type=click.IntRange(1, MOST_REQUESTS), metavar="N", help="N requests in one process.")
+@click.option("--first-picture/--no-first-picture", default=True, help="Fresh hd-run processes.", show_default=True)
+@click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE.json", help="The JSON document, too.")
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="A page with plots.")
+@click.version_option(package_name="handiffuser", prog_name="hd-bench")
+def bench(engines: str | None, size: str | None, **options: Any) -> int:
+    """Measures ENGINES: a bundle folder that hd-export made, or the word `demo`.
+
+    A table of latency, throughput, time per stage and memory for each batch size and number of steps. On request, the
+    same beside other ways to run the same weights (--peers), under load (--load), or for hours (--soak). Ctrl-C ends
+    it with what was measured so far; the exit code is 130 then.
+    """
+    if (engines is None) == (size is None):
+        raise click.UsageError("Name what to measure: a bundle folder, the word demo, or --random with a size.")
+    if options["peers"] and options["checkpoint"] is None and size is None:
+        if engines != "demo":
+            raise click.UsageError("--peers needs the checkpoint that ENGINES was exported from: --checkpoint FOLDER.")
+        options["checkpoint"] = "demo"
+    document: dict[str, Any] = {"hd_bench": FORMAT, "runs": []}
+    pictures: dict[str, Any] = {}
+    code = 0
+    with ExitStack() as stack:
+        check_outputs(options)
+        try:
+            if size is not None:
+                engines = random_bundle(size, options, stack)
+            assert engines is not None
+            document["settings"] = {
+                "engines": engines if size is None else f"random {size}",
+                **{name: value for name, value in options.items() if not isinstance(value, Path)},
+            }
+            work(engines, document, options, pictures)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            document["interrupted"] = True
+            notes.print("hd-bench: Interrupted. This is what was measured so far.")
+        except HanDiffuserError as error:
+            if not document["runs"]:
+                raise
+            code = 1  # what was measured is worth having
+            document["error"] = str(error)
+            notes.print(f"hd-bench: {error}", style="red")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the results
+        close(document, options, pictures)
+    return code
+
+
+def check_outputs(options: dict[str, Any]) -> None:
+    """What can go wrong cheaply goes wrong first: outputs that cannot be written, packages that are missing."""
+    for name in ("output", "report"):
+        path: Path | None = options[name]
+        if path is None:
+            continue
+        there = path.exists()
+        try:
+            with path.open("a"):
+                pass
+        except OSError as error:
+            raise EngineError(
+                f"--{name} {path} cannot be written: {error.strerror}. Name a file in a folder that you may write to."
+            ) from error
+        if not there:
+            path.unlink()
+    if options["cpu_clock"] and (options["threads"] != 1 or options["device"] == "cuda"):
+        raise EngineError("--cpu-clock counts the CPU seconds of one thread. Add --threads 1, and no --device cuda.")
+    if options["report"] is not None:
+        need("matplotlib", "--report", "bench")
+    if options["peers"]:
+        need("torch", "--peers", "export")
+        need("diffusers", "--peers", "export")
+
+
+def need(module: str, option: str, extra: str) -> None:
+    """Raises EngineError when a package is missing, with what to install."""
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise EngineError(f'{option} needs {module}. Install it: pip install "handiffuser[{extra}]".')
+
+
+def random_bundle(size: str, options: dict[str, Any], stack: ExitStack) -> str:
+    """Makes an untrained checkpoint and its bundle, or finds them in the work folder; returns the bundle."""
+    need("torch", "--random", "export")
+    from ..export.bundle import export_bundle
+    from ..models.checkpoint import MODEL_INDEX, Checkpoint, random_checkpoint
+    from ..models.configs import CONFIGS
+
+    folder = options["workdir"] or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hd-bench-")))
+    checkpoint, bundle = folder / f"{size}-checkpoint", folder / f"{size}-bundle"
+    options["checkpoint"] = options["checkpoint"] or str(checkpoint)
+    if (bundle / MANIFEST).exists() and (checkpoint / MODEL_INDEX).exists():
+        notes.print(f"Taking the {size} bundle that is in {folder}.")
+        return str(bundle)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EngineError(f"--workdir {folder} cannot be made: {error.strerror}. Name another folder.") from error
+    with notes.status(f"making a random {size} checkpoint"):
+        body = demo.checkpoint_path() / "body" / "smplh.npz"
+        random_checkpoint(CONFIGS[size], body=body).save(checkpoint)
+        loaded = Checkpoint.load(checkpoint)
+    with notes.status(f"exporting {size}"):
+        export_bundle(loaded, bundle, on_graph=lambda graph: notes.print(f"{graph.name}: {graph.megabytes:.1f} MB"))
+    return str(bundle)
+
+
+def work(engines: str, document: dict[str, Any], options: dict[str, Any], pictures: dict[str, Any]) -> None:
+    """All that was asked for, one after the other; the document grows as it goes, and so do the peers' pictures."""
+    folder = demo.resolve(engines, "bundle")
+    manifest = Manifest.load(folder, verify=False)
+    say = tables.Tables()
+    clock = time.process_time if options["cpu_clock"] else time.perf_counter
+    document["clock"] = "CPU seconds" if options["cpu_clock"] else "wall clock"
+    with notes.status("measuring the ceilings of this machine"):
+        document["card"] = card(options["threads"], options["device"], clock)
+    say.card(document["card"])
+    batches, defaults = options["batch_sizes"], manifest.defaults
+    solver = options["solver"] or defaults["solver"]
+    guidance = defaults["guidance"] if options["guidance"] is None else options["guidance"]
+    pipeline = load_pipeline(engines, max(batches), options, document)
+    operations = operations_of(folder, manifest, 1 if guidance == 1 else 2, document)
+    meter = measure.Meter(pipeline, clock)
+    energy = measure.Energy()
+
+    for steps in options["steps"] or [defaults["steps"]]:
+        for batch in batches:
+            run = measure.new_run(batch, steps, solver, guidance)
+            document["runs"].append(run)
+            with notes.status(f"batch {batch}, {steps} steps"):
+                joules = energy.read()
+                try:
+                    for sample in measure.samples(pipeline, run, options["repeats"], meter):
+                        run["samples"].append(sample)
+                finally:
+                    if not run["samples"]:
+                        document["runs"].remove(run)
+                if joules is not None:
+                    # The warm-up takes energy, too; per picture over all that ran.
+                    made = batch * (options["repeats"] + measure.WARM_UP)
+                    run["joules_per_picture"] = ((energy.read() or joules) - joules) / made
+                if pipeline.loop is not None:
+                    run["device_stages"] = measure.device_stages(pipeline.loop, run)
+                    run["memory"]["device_mb"] = document["device_memory_before_mb"] - _free_mb()
+            run.update(measure.summary(run))
+            if operations:
+                ceiling = document["card"]["ceilings"]["matmul"]["flops"]
+                run["flops"] = measure.utilisation(run, operations, ceiling, defaults["hand_steps"])
+    say.runs(document["runs"], document["clock"])
+    say.stages(document["runs"])
+
+    if options["first_picture"]:
+        with notes.status("first picture: fresh processes"):
+            passed = ["--device", options["device"], "--backend", options["backend"], "--solver", solver]
+            passed += ["--guidance", str(guidance), "--steps", str(document["runs"][0]["steps"])]
+            if options["threads"]:
+                passed += ["--threads", str(options["threads"])]
+            document["first_picture"] = measure.first_picture(engines, passed)
+        say.first_picture(document["first_picture"])
+    if options["peers"]:
+        from .peers import alone, compare
+
+        document["peers"] = []
+        with notes.status("peers") as status:
+            for run in document["runs"]:
+                table: dict[str, Any] = {}
+                document["peers"].append(table)
+                pictures |= compare(pipeline, engines, options["checkpoint"], run, options, table, status.update)
+                say.peers(table)
+            status.update("peers: fresh processes")
+            document["alone"] = alone(engines, options["checkpoint"], document["runs"][0], options)
+        say.alone(document["alone"])
+    if options["load"]:
+        load(pipeline, solver, document, options)
+        say.load(document["load"])
+    if options["soaked"]:
+        document["soak"] = {}
+        with notes.status(f"{options['soaked']} requests") as status:
+            soak(
+                pipeline,
+                options["soaked"],
+                on_picture=lambda number: status.update(f"{number} of {options['soaked']} requests"),
+                result=document["soak"],
+            )
+        say.soak(document["soak"])
+
+
+def load_pipeline(engines: str, batch: int, options: dict[str, Any], document: dict[str, Any]) -> HanDiffuser:
+    """The loaded bundle; how long that took goes into the document."""
+    if document["card"]["gpu"]:
+        document["device_memory_before_mb"] = _free_mb()
+    start = time.perf_counter()
+    with warnings.catch_warnings(), notes.status("loading"):
+        warnings.showwarning = lambda message, *_, **__: notes.print(f"hd-bench: warning: {message}", style="yellow")
+        pipeline = HanDiffuser.load(engines, options["device"], options["threads"], batch, options["backend"])
+    document["load_seconds"] = time.perf_counter() - start
+    document["made_by"] = pipeline.made_by
+    return pipeline
+
+
+def operations_of(
+    folder: Path, manifest: Manifest, branches: int, document: dict[str, Any]
+) -> dict[str, dict[str, int]]:
+    """Graph -> operations of one row by kind of node; empty, with the reason in the document, where not countable."""
+    sizes = {"B": 1, "S": 1, "G": branches}
+    try:
+        found = {name: count(folder / spec.file, sizes) for name, spec in manifest.graphs.items()}
+    except EngineError as error:
+        document["no_flops"] = str(error)
+        notes.print(f"hd-bench: operations are left out. {error}", style="yellow")
+        return {}
+    document["operations"] = found
+    return found
+
+
+def load(pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: dict[str, Any]) -> None:
+    """The load test, into the document as it goes."""
+    if pipeline.loop is not None:
+        raise EngineError(
+            "--load does not run on a GPU yet: its loop takes all requests at once. Measure with --device cpu."
+        )
+    clock: load_test.Clock = load_test.CpuClock() if options["cpu_clock"] else load_test.WallClock()
+    requests = load_test.mixed_requests(pipeline, options["requests"], solver=solver)
+    result: dict[str, Any] = {
+        "requests": len(requests),
+        "steps": list(load_test.STEPS),
+        "guidance": list(load_test.GUIDANCE),
+        "batch": pipeline.batch_size,
+        "clock": document["clock"],
+        "rows": [],
+    }
+    document["load"] = result
+    with notes.status("capacity") as status:
+        result["capacity"] = load_test.capacity(pipeline, requests[: 4 * pipeline.batch_size], clock)
+        rate = options["arrival_rate"] or options["utilisation"] * result["capacity"]
+        result |= {"arrival_rate": rate, "utilisation": rate / result["capacity"]}
+        document["load"] = result
+        arrivals = load_test.arrival_times(len(requests), rate)
+        for row in load_test.compare(pipeline, requests, arrivals, clock, status.update):
+            result["rows"].append(row)
+
+
+def close(document: dict[str, Any], options: dict[str, Any], pictures: dict[str, Any]) -> None:
+    """Sums up what an interruption left open, writes the files, and ends stdout with the document."""
+    for run in document["runs"]:
+        if "latency" not in run:
+            run.update(measure.summary(run))
+    if document.get("interrupted") or "error" in document:
+        say = tables.Tables()
+        say.runs(document["runs"], document.get("clock", ""))
+        for table in document.get("peers", []):
+            say.peers(table)
+        if document.get("load", {}).get("rows"):
+            say.load(document["load"])
+        if document.get("soak"):
+            say.soak(document["soak"])
+    text = json.dumps(document, allow_nan=False)
+    if options["output"] is not None:
+        options["output"].write_text(text + "\n", encoding="utf-8")
+    if options["report"] is not None and document["runs"]:
+        from .report import page
+
+        options["report"].write_text(page(document, pictures), encoding="utf-8")
+        notes.print(f"The report is in {options['report']}.")
+    print(text, flush=True)
+
+
+def _free_mb() -> float:
+    return Cuda().free_memory() / 1e6
+
+
+def main() -> None:
+    """Entry point: one sentence and an exit code instead of a traceback."""
+    os.environ.setdefault("TORCH_LOGS", "-all")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as Ctrl-C does
+    try:
+        code = bench.main(standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("hd-bench: Interrupted.", err=True)
+        code = INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (HanDiffuserError, OSError) as error:
+        click.echo(f"hd-bench: {error}", err=True)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

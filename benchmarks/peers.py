@@ -1,0 +1,413 @@
+"""The same weights run as one would without this toolkit, beside our loop: who is how much faster, and is it the same?
+
+    diffusers eager    the PyTorch modules, diffusers' scheduler in a Python loop: what a diffusers pipeline does
+    torch.compile      the same with a compiled UNet
+    plain ONNX Runtime an export of the bare networks, session calls, diffusers' scheduler: what optimum does
+
+All make the same requests: same noise, steps, solver, guidance; each makes the hands itself from the same prompt. They
+take turns, A B C A B C, so that whatever else the machine does hits all alike, and ratios are taken turn by turn. What
+they paint is compared with our pictures, so that nobody is faster by doing less. Where the guidance is 1, peers leave
+the unconditional half out, as diffusers does.
+
+Alone in this room this file imports PyTorch. As a program it is one of the peers in a process of its own:
+
+    python -m handiffuser.benchmarks.peers CHECKPOINT BUNDLE '{"prompt": "a fist", "steps": 12}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import demo
+from ..contract import TOKENIZER, Manifest
+from ..engines.onnxruntime import OnnxRuntimeEngine, session_options, usable_cores
+from ..errors import CheckpointError, EngineError, RequestError
+from ..models.checkpoint import Checkpoint
+from ..models.hand_features import HandFeatures
+from ..models.smplh import SMPLH
+from ..models.text_hand_encoder import pooled
+from ..runtime.noise import HANDS, LATENTS, of_request
+from ..runtime.pipeline import HanDiffuser
+from ..runtime.requests import Request, resolve
+from ..runtime.tokens import PromptTokenizer
+from ..training.sample import CUES, decode
+from . import measure
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+}
+OPSET = 23  # as the bundle's graphs
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, timestep [N], condition -> output
+Mark = Callable[[], None]  # called before every step of stage 2
+Way = Callable[[Sequence[Request], Mark], np.ndarray]  # -> uint8 [B, H, W, 3] in the order of the requests
+
+
+def scheduler_of(solver: str, config: dict[str, Any], steps: int) -> Any:
+    """diffusers' scheduler for one of our solvers, with its timesteps set.
+
+    Raises RequestError for a solver that adds noise in its steps: diffusers would draw other numbers.
+    """
+    if solver not in SCHEDULERS:
+        raise RequestError(
+            f"--peers compares pictures, and {solver} adds noise that diffusers draws otherwise. "
+            f"Choose --solver {', '.join(SCHEDULERS)}."
+        )
+    name, settings = SCHEDULERS[solver]
+    scheduler = getattr(diffusers, name).from_config({**config, **settings})
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def solve(
+    scheduler: Any, network: Network, noise: Tensor, given: Tensor, without: Tensor, guidance: float, mark: Mark
+) -> Tensor:
+    """A sampling loop as diffusers' pipelines have it, both guidance branches in one batch unless guidance is 1."""
+    both = torch.cat([without, given]) if guidance != 1 else given
+    x = noise * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        mark()
+        shown = scheduler.scale_model_input(torch.cat([x, x]) if guidance != 1 else x, timestep)
+        output = network(shown, timestep.expand(len(shown)), both)
+        if guidance != 1:
+            u, c = output.chunk(2)
+            output = u + guidance * (c - u)
+        x = scheduler.step(output, timestep, x).prev_sample
+    return x
+
+
+class Eager:
+    """PyTorch modules and diffusers' schedulers. The networks can be replaced: compiled, or by an ONNX session."""
+
+    def __init__(self, checkpoint: Checkpoint, body: SMPLH, tokenizer: PromptTokenizer) -> None:
+        self.checkpoint, self.tokenizer = checkpoint, tokenizer
+        height, width = checkpoint.image_size
+        prior, encoder = checkpoint.hand_prior, checkpoint.text_hand_encoder
+        self.features: Callable[[Tensor], dict[str, Tensor]] = HandFeatures(
+            body, prior.mean, prior.std, encoder.basis, width / height
+        ).eval()
+        self.prior: Network = prior
+        self.unet: Network = lambda x, timestep, context: checkpoint.unet(x, timestep, context).sample
+        self.decode: Callable[[Tensor], Tensor] = lambda latents: decode(checkpoint, latents)
+
+    def text(self, ids: Tensor) -> Tensor:
+        hidden = self.checkpoint.text_encoder(ids).last_hidden_state
+        return pooled(hidden, ids, self.checkpoint.special_tokens["eos"])
+
+    def context(self, ids: Tensor, hands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Token ids [B, 2, 77] and hand features -> unconditional and conditional context [B, L, W]."""
+        cues = {name: hands[name] for name in CUES}
+        blank = {**cues, "visibility": torch.zeros_like(cues["visibility"])}
+        encoder = self.checkpoint.text_hand_encoder
+        return encoder(ids[:, 0], **blank), encoder(ids[:, 1], **cues)
+
+    @torch.no_grad()
+    def __call__(self, requests: Sequence[Request], mark: Mark) -> np.ndarray:
+        """Requests with the same settings but for prompt and seed -> their pictures, uint8 [B, H, W, 3]."""
+        first, checkpoint, tokens = requests[0], self.checkpoint, self.tokenizer
+        assert first.steps and first.solver and first.hand_steps and first.hand_solver
+        assert first.guidance is not None and first.hand_guidance is not None
+        pairs = [[tokens.encode(text)[0] for text in (r.negative_prompt, r.prompt)] for r in requests]
+        ids = torch.from_numpy(np.array(pairs))  # [B, 2, 77]
+
+        def noise(stream: str, *shape: int) -> Tensor:
+            return torch.from_numpy(np.stack([of_request(r.seed, stream, shape, 1.0, False)[0] for r in requests]))
+
+        given, empty = self.text(ids[:, 1]), torch.from_numpy(tokens.encode("")[0])[None]
+        without = self.text(empty).expand_as(given) if first.hand_guidance != 1 else given
+        scheduler = scheduler_of(first.hand_solver, checkpoint.hand_scheduler, first.hand_steps)
+        start = noise(HANDS, len(checkpoint.hand_prior.mean))
+        x = solve(scheduler, self.prior, start, given, without, first.hand_guidance, lambda: None)
+        without, given = self.context(ids, self.features(x))
+        scheduler = scheduler_of(first.solver, checkpoint.scheduler, first.steps)
+        start = noise(LATENTS, checkpoint.unet.config.in_channels, *checkpoint.latent_size)
+        return self.decode(solve(scheduler, self.unet, start, given, without, first.guidance, mark)).numpy()
+
+
+class PlainUNet(nn.Module):
+    """What optimum exports: the network as it is, with the context as an input of every step."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return self.unet(x, timestep, context).sample
+
+
+def plain_session(module: nn.Module, example: Sequence[Tensor], file: Path, threads: int) -> Network:
+    """Exports a network (x, timestep, condition) -> output with a free batch axis, and calls it in ONNX Runtime."""
+    import onnxruntime
+
+    axes = tuple({0: torch.export.Dim("N", min=1, max=4096)} for _ in example)
+    names = ["x", "timestep", "condition"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            tuple(example),
+            str(file),
+            input_names=names,
+            dynamic_shapes=axes,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(str(file), session_options(threads), providers=["CPUExecutionProvider"])
+
+    def network(*values: Tensor) -> Tensor:
+        feeds = {name: value.float().contiguous().numpy() for name, value in zip(names, values, strict=True)}
+        return torch.from_numpy(session.run(None, feeds)[0])
+
+    return network
+
+
+class PlainOnnx(Eager):
+    """ONNX Runtime for all networks, called from a Python loop. What a plain export would be alike is the bundle's."""
+
+    def __init__(self, eager: Eager, folder: Path, manifest: Manifest, work: Path, threads: int) -> None:
+        self.checkpoint, self.tokenizer = eager.checkpoint, eager.tokenizer
+        checkpoint, batch = eager.checkpoint, 2
+        graphs = ("text_encoder", "hand_features", "text_hand_encoder", "image_decoder")
+        specs = {name: manifest.graphs[name] for name in graphs}
+        self.engines = {n: OnnxRuntimeEngine(folder / spec.file, spec, "cpu", threads) for n, spec in specs.items()}
+        self.features = lambda x: _tensors(self.engines["hand_features"]({"x": x.numpy()}))
+        self.decode = lambda x: torch.from_numpy(self.engines["image_decoder"]({"latents": x.numpy()})["image"])
+        timestep = torch.full((batch,), 500.0)
+        example = (
+            torch.zeros(batch, len(checkpoint.hand_prior.mean)),
+            timestep,
+            self.text(torch.zeros(batch, 77).long()),
+        )
+        self.prior = plain_session(checkpoint.hand_prior, example, work / "hand_prior.onnx", threads)
+        latents = torch.zeros(batch, checkpoint.unet.config.in_channels, *checkpoint.latent_size)
+        shape = next(spec for spec in manifest.graphs["unet_context"].inputs if spec.name == "context").shape
+        context = torch.zeros(batch, *(int(size) for size in shape[2:]))
+        self.unet = plain_session(PlainUNet(checkpoint.unet), (latents, timestep, context), work / "unet.onnx", threads)
+
+    def text(self, ids: Tensor) -> Tensor:
+        return _tensors(self.engines["text_encoder"]({"input_ids": ids.contiguous().numpy()}))["text"]
+
+    def context(self, ids: Tensor, hands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        engine = self.engines["text_hand_encoder"]
+        names = {spec.name for spec in engine.spec.inputs} - {"input_ids"}
+        feeds = {"input_ids": ids.numpy(), **{name: hands[name].numpy() for name in names}}
+        context = _tensors(engine(feeds))["context"]
+        return context[:, 0], context[:, 1]
+
+
+def _tensors(values: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def load_eager(checkpoint: str, body: str | None, folder: Path, manifest: Manifest) -> Eager:
+    """Raises CheckpointError without a body, or for a checkpoint that is not the bundle's."""
+    loaded = Checkpoint.load(demo.resolve(checkpoint, "checkpoint"))
+    path = body or loaded.body
+    if path is None:
+        raise CheckpointError("This checkpoint has no body of its own. Give the one it was exported with: --body FILE.")
+    if tuple(loaded.image_size) != tuple(manifest.image_size):
+        raise CheckpointError(
+            f"The checkpoint {checkpoint} makes pictures of {loaded.image_size}, the bundle of {manifest.image_size}: "
+            "one was not exported from the other. Name the bundle's own: --checkpoint FOLDER."
+        )
+    return Eager(loaded, SMPLH.load(path), PromptTokenizer(folder / TOKENIZER, manifest.tokenizer))
+
+
+def ours(pipeline: HanDiffuser) -> Way:
+    """Our loop as a way among the others."""
+
+    def way(requests: Sequence[Request], mark: Mark) -> np.ndarray:
+        results = pipeline.run(list(requests), lambda kind, _: mark() if kind == "steps" else None)
+        images = {picture.id: picture.image for picture in measure.finish(list(results))}
+        return np.stack([images[str(request.id)] for request in requests])
+
+    return way
+
+
+def compare(
+    pipeline: HanDiffuser,
+    engines: str,
+    checkpoint: str,
+    run: dict[str, Any],
+    options: dict[str, Any],
+    table: dict[str, Any],
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, np.ndarray]:
+    """Fills `table` for one run (batch, steps, solver, guidance): a row for each peer, the first is ours.
+
+    Returns the first picture of each, uint8 [H, W, 3] by name.
+
+    options: "threads", "repeats", "body" and "compile". Raises RequestError or CheckpointError for what cannot be
+    compared, EngineError on a GPU, whose peers are not written yet.
+    """
+    if pipeline.loop is not None:
+        raise EngineError("--peers does not run on a GPU yet. Measure with --device cpu --backend onnxruntime.")
+    folder, threads = demo.resolve(engines, "bundle"), options["threads"] or usable_cores()
+    scheduler_of(run["solver"], {}, run["steps"])
+    scheduler_of(pipeline.manifest.defaults["hand_solver"], {}, 1)
+    torch.set_num_threads(threads)
+    settings = {name: run[name] for name in ("steps", "solver", "guidance")}
+    requests = measure.make_requests(pipeline, run["batch"], **settings)
+    table.update(
+        run={"batch": run["batch"], **settings}, threads=threads, repeats=options["repeats"], rows=[], prompts=[]
+    )
+    table["prompts"] = [request.prompt for request in requests]
+    with tempfile.TemporaryDirectory(prefix="hd-bench-peers-") as work:
+        ways: dict[str, Way] = {"ours": ours(pipeline)}
+        say("peers: loading the checkpoint")
+        ways["diffusers eager"] = eager = load_eager(checkpoint, options["body"], folder, pipeline.manifest)
+        skipped: dict[str, str] = {}
+        if not options.get("compile", True):
+            skipped["torch.compile"] = "--no-compile."
+        elif not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+            skipped["torch.compile"] = "There is no C++ compiler, which it needs on a CPU: install g++."
+        else:
+            compiled = Eager(eager.checkpoint, _body_of(eager), eager.tokenizer)
+            unet = torch.compile(eager.checkpoint.unet)
+            compiled.unet = lambda x, timestep, context: unet(x, timestep, context).sample
+            ways["torch.compile"] = compiled
+        say("peers: exporting the plain networks")
+        with torch.no_grad():
+            ways["plain ONNX Runtime"] = PlainOnnx(eager, folder, pipeline.manifest, Path(work), threads)
+
+        pictures: dict[str, np.ndarray] = {}
+        for name, way in list(ways.items()):
+            say(f"peers: warming up {name}")
+            try:
+                pictures[name] = way(requests, lambda: None)
+            except Exception as error:
+                if name == "ours":
+                    raise
+                skipped[name] = f"It failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}"
+                del ways[name]
+        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+        try:
+            for number in range(options["repeats"]):
+                for name, way in ways.items():
+                    say(f"peers: turn {number + 1} of {options['repeats']}, {name}")
+                    turns[name].append(timed(way, requests))
+        finally:  # whole rounds only, so that ratios are of neighbours
+            rounds = min(len(samples) for samples in turns.values())
+            if rounds:
+                for name in ways:
+                    fidelity = differences(pictures["ours"], pictures[name])
+                    table["rows"].append(row(name, turns[name][:rounds], turns["ours"][:rounds], fidelity))
+            table["rows"] += [{"name": name, "skipped": reason} for name, reason in skipped.items()]
+            table["repeats"] = rounds
+    return {name: images[0] for name, images in pictures.items()}
+
+
+def _body_of(eager: Eager) -> SMPLH:
+    features = eager.features
+    assert isinstance(features, HandFeatures)
+    return features.body
+
+
+def timed(way: Way, requests: Sequence[Request]) -> dict[str, Any]:
+    """One turn: wall and CPU seconds of the batch, and of a step of stage 2 (None when there is but one)."""
+    marks: list[tuple[float, float]] = []
+
+    def mark() -> None:
+        marks.append((time.perf_counter(), time.process_time()))
+
+    mark()
+    way(requests, mark)
+    mark()
+    start, steps, end = marks[0], marks[1:-1], marks[-1]
+    many = len(steps) - 1
+    return {
+        "wall": end[0] - start[0],
+        "cpu": end[1] - start[1],
+        "step_wall": (steps[-1][0] - steps[0][0]) / many if many > 0 else None,
+        "step_cpu": (steps[-1][1] - steps[0][1]) / many if many > 0 else None,
+    }
+
+
+def row(
+    name: str, turns: list[dict[str, Any]], ours: list[dict[str, Any]], fidelity: dict[str, float | None]
+) -> dict[str, Any]:
+    """Medians of the turns, and ratios to our turn of the same round (above 1: the peer takes longer)."""
+
+    def ratio(key: str) -> dict[str, float] | None:
+        if any(turn[key] is None for turn in (*turns, *ours)):
+            return None
+        ratios = [theirs[key] / our[key] for theirs, our in zip(turns, ours, strict=True)]
+        q1, median, q3 = np.quantile(ratios, (0.25, 0.5, 0.75))
+        return {"q1": float(q1), "median": float(median), "q3": float(q3)}
+
+    out: dict[str, Any] = {"name": name, "samples": turns, "fidelity": fidelity}
+    for key in ("wall", "cpu", "step_wall", "step_cpu"):
+        values = [turn[key] for turn in turns if turn[key] is not None]
+        out[key] = float(np.median(values)) if values else None
+        out[f"ratio_{key}"] = ratio(key)
+    return out
+
+
+def differences(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:
+    """Of two uint8 batches of pictures: {"max_difference": levels, "psnr": dB or None where they are the same}."""
+    difference = ours.astype(np.float64) - theirs
+    error = float(np.mean(difference**2))
+    psnr = 10 * float(np.log10(255**2 / error)) if error else None
+    return {"max_difference": int(np.abs(difference).max()), "psnr": psnr}
+
+
+def alone(engines: str, checkpoint: str, run: dict[str, Any], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """One picture from the start of a process to its end: hd-run, and diffusers eager; in alternation."""
+    settings = {name: run[name] for name in ("steps", "solver", "guidance")}
+    threads = str(options["threads"] or usable_cores())
+    prompt = measure.PROMPTS[0]
+    with tempfile.TemporaryDirectory() as folder:
+        ours = [sys.executable, "-m", "handiffuser.runtime.cli", engines, prompt, "--quiet", "--device", "cpu"]
+        ours += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+        request = json.dumps(settings | {"prompt": prompt, "threads": int(threads), "body": options["body"]})
+        theirs = [sys.executable, "-m", "handiffuser.benchmarks.peers", checkpoint, engines, request]
+        samples: dict[str, list[dict[str, float]]] = {"hd-run": [], "diffusers eager": []}
+        for number in range(min(3, options["repeats"])):
+            out = Path(folder) / str(number)  # a new one each time: hd-run skips what is done
+            samples["hd-run"].append(measure.fresh([*ours, "--threads", threads, "--output", str(out)]))
+            samples["diffusers eager"].append(measure.fresh([*theirs, str(out / "peer.png")]))
+    figures = ("wall", "cpu", "peak_mb")
+    return {
+        name: {"samples": found} | {figure: float(np.median([one[figure] for one in found])) for figure in figures}
+        for name, found in samples.items()
+    }
+
+
+def main() -> None:
+    """A process that is diffusers eager alone: CHECKPOINT BUNDLE REQUEST.json OUT.png."""
+    from PIL import Image
+
+    checkpoint, engines, text, out = sys.argv[1:]
+    values = json.loads(text)
+    torch.set_num_threads(values.pop("threads"))
+    body = values.pop("body")
+    folder = demo.resolve(engines, "bundle")
+    manifest = Manifest.load(folder, verify=False)
+    eager = load_eager(checkpoint, body, folder, manifest)
+    requests, refused = resolve([Request(**{"seed": 0, **values})], manifest.defaults)
+    for problem in refused:
+        raise RequestError(problem.sentence)
+    image = eager(requests, lambda: None)[0]
+    Image.fromarray(image).save(out)
+
+
+if __name__ == "__main__":
+    main()

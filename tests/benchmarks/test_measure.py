@@ -1,0 +1,166 @@
+"""The figures: operations against those counted by hand, stages that add up, percentiles that are samples."""
+
+from __future__ import annotations
+
+import sys
+
+import fake_cuda
+import numpy as np
+import pytest
+from handiffuser import EngineError, HanDiffuser
+from handiffuser.benchmarks import measure, soak
+from handiffuser.benchmarks.card import card
+from handiffuser.benchmarks.flops import count
+from handiffuser.contract import GRAPHS
+from handiffuser.engines import load_engines
+from handiffuser.runtime.device import DeviceLoop, Streams, connect
+from onnx import parser, save
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> HanDiffuser:
+    return HanDiffuser.load("demo", device="cpu", threads=1, batch_size=2)
+
+
+def graph(tmp_path, text: str):
+    file = tmp_path / "graph.onnx"
+    save(parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> {text}'), file)
+    return file
+
+
+def test_operations_are_those_counted_by_hand(tmp_path):
+    file = graph(
+        tmp_path,
+        """g (float[B,8,6,10] x, float[16,4,3,3] w, float[7,5] m, float[9,5] k, float[1,8] scale)
+           => (float[B,16,3,5] conv, float[B,7,9] gemm_)
+        <int64[3] shape = {-1, 6, 5}, int64[2] flat = {-1, 5}>
+        {
+            c = Conv <strides = [2, 2], pads = [1, 1, 1, 1], group = 2> (x, w)
+            conv = GroupNormalization <num_groups = 2> (c, ones, zeros)
+            rows = Reshape (x, flat)
+            gemm_ = Gemm <transB = 1> (rows, k)
+        }""".replace("(c, ones, zeros)", "(c, weight, weight)").replace("float[1,8] scale", "float[16] weight"),
+    )
+    B = 3
+    found = count(file, {"B": B})
+    assert found["Conv"] == 2 * (B * 16 * 3 * 5) * (4 * 3 * 3)  # outputs, times what each is a sum of
+    assert found["Gemm"] == 2 * (B * 8 * 6 * 10 // 5) * 9 * 5
+    assert set(found) == {"Conv", "Gemm"}
+
+
+def test_operations_of_matrix_products_and_attention(tmp_path):
+    file = graph(
+        tmp_path,
+        """g (float[B,2,11,8] q, float[B,2,7,8] k, float[B,2,7,6] v, float[6,5] w) => (float[B,2,11,5] y)
+        { a = Attention (q, k, v)
+          y = MatMul (a, w) }""",
+    )
+    found = count(file, {"B": 4})
+    assert found["Attention"] == 2 * 4 * 2 * 11 * 7 * (8 + 6)
+    assert found["MatMul"] == 2 * (4 * 2 * 11) * 6 * 5
+
+
+def test_operations_grow_with_the_batch(pipeline):
+    from handiffuser.demo import bundle_path
+
+    for name, spec in pipeline.manifest.graphs.items():
+        one, three = (count(bundle_path() / spec.file, {"B": n, "S": n, "G": 2}) for n in (1, 3))
+        assert sum(three.values()) == pytest.approx(3 * sum(one.values()), rel=0.01), name
+        assert sum(one.values()) > 0
+
+
+def test_a_free_dimension_without_a_size_is_an_error(tmp_path):
+    file = graph(tmp_path, "g (float[B,4] x, float[4,2] w) => (float[B,2] y) { y = MatMul (x, w) }")
+    with pytest.raises(EngineError, match="cannot be inferred"):
+        count(file, {})
+
+
+def test_without_onnx_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(EngineError, match=r"handiffuser\[export\]"):
+        count(tmp_path / "graph.onnx", {})
+
+
+def test_stages_and_host_add_up_to_the_total(pipeline):
+    run, meter = measure.new_run(2, 2, "euler", 2.0), measure.Meter(pipeline)
+    run["samples"] = list(measure.samples(pipeline, run, 3, meter))
+    for sample in run["samples"]:
+        assert sum(sample["stages"].values()) + sample["host"] == pytest.approx(sample["total"])
+        assert sample["host"] > 0 and min(sample["stages"].values()) >= 0 and sample["stages"]["unet"] > 0
+        assert sample["total"] == pytest.approx(sample["wall"], rel=0.01)
+    out = measure.summary(run)
+    assert sum(out["stages"].values()) + out["host"] == pytest.approx(out["total"])
+    assert out["unet_step"] == out["stages"]["unet"] / 2
+    assert out["pictures_per_second"] == pytest.approx(2 / out["total"])
+    assert out["guided_steps_per_second"] == pytest.approx(4 / out["total"])
+    assert out["memory"]["peak_mb"] >= out["memory"]["rss_mb"] > 10
+    totals = [sample["total"] for sample in run["samples"]]
+    assert out["latency"] == {"p50": sorted(totals)[1], "p90": max(totals), "p99": max(totals), "max": max(totals)}
+
+    flops = {name: {"MatMul": 100} for name in pipeline.manifest.graphs}
+    used = measure.utilisation(out, flops, 1e6, hand_steps=10)
+    assert used["flops"] == 2 * 100 * (2 + 10 + 5)  # UNet and hand prior by their steps; time rows are kept
+    assert used["of_ceiling"] == pytest.approx(used["flops"] / out["total"] / 1e6)
+
+
+def test_stages_on_a_device_leave_its_loop_as_it_was(tiny_bundle):
+    """On a fake GPU: a time for each graph, and the pictures after it are those of the host."""
+    host = HanDiffuser.load(tiny_bundle, device="cpu", threads=1)
+    cuda, engines = fake_cuda.FakeCuda(1), load_engines(tiny_bundle, "cpu", 1)[1]
+
+    def load(name, bucket, branches):
+        return fake_cuda.FakeDeviceEngine(engines[name], None if name == "unet_time" else bucket, None)
+
+    loop = DeviceLoop(host, cuda, connect(cuda, host.manifest, (1, 2), load), Streams.make(cuda, True), 2)
+    run = measure.new_run(2, 2, "ddim", 3.0)
+    found = measure.device_stages(loop, run, launches=2)
+    assert set(found) == set(GRAPHS) and min(found.values()) > 0
+    requests = measure.make_requests(host, 3, steps=2, guidance=3.0)
+    expected = {picture.id: picture.image for picture in host.run(requests)}
+    for picture in loop.run(requests, lambda *_: None):
+        np.testing.assert_array_equal(picture.image, expected[picture.id])
+
+
+def test_outliers_are_kept():
+    values = [1.0] * 99 + [50.0]
+    assert measure.percentiles(values) == {"p50": 1.0, "p90": 1.0, "p99": 1.0, "max": 50.0}
+
+
+def test_the_card_tells_what_it_measured():
+    found = card(1, "cpu")
+    assert found["cpu"] and found["gpu"] is None and found["packages"]["handiffuser"]
+    assert found["ceilings"]["matmul"]["flops"] > 1e8 and found["ceilings"]["copy"]["bytes"] > 1e7
+
+
+def test_a_fresh_process(tmp_path):
+    here = bytearray(200_000_000)  # this process's memory is not the other's
+    used = measure.fresh([sys.executable, "-c", "x = bytearray(50_000_000); import time; time.sleep(0.2)"])
+    assert used["wall"] > 0.2 and used["cpu"] > 0 and 50 < used["peak_mb"] < 150 and here
+    with pytest.raises(EngineError, match=r"code 3: last words"):
+        measure.fresh([sys.executable, "-c", "import sys; print('last words', file=sys.stderr); sys.exit(3)"])
+
+
+def test_soak_loses_no_id(pipeline):
+    result = soak.soak(pipeline, 7, steps=1)
+    assert (result["pictures"], result["unique"], result["lost"]) == (7, 7, 0)
+    assert [number for number, _ in result["rss_mb"]] == list(range(1, 8))
+    assert result["mb_per_1000"] is None  # seven are too few for a slope
+
+
+def test_soak_finds_a_picture_that_comes_twice(pipeline, monkeypatch):
+    run = pipeline.run
+
+    def stuttering(requests):
+        for picture in run(requests):
+            yield picture
+            yield picture
+
+    monkeypatch.setattr(pipeline, "run", stuttering)
+    with pytest.raises(EngineError, match="came twice"):
+        soak.soak(pipeline, 3, steps=1)
+
+
+def test_the_slope_of_memory():
+    points = [[n, 100 + (50 if n < 3 else 0) + 0.002 * n] for n in range(20)]  # settles first, then grows
+    assert soak.slope(points) == pytest.approx(2.0)
+    assert soak.slope(points[:2]) is None

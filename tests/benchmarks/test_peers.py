@@ -1,0 +1,93 @@
+"""The peers do the same work: their pictures are ours. Ratios and skips are reported as they were measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from handiffuser import CheckpointError, HanDiffuser, RequestError
+from handiffuser.benchmarks import measure, peers
+from handiffuser.contract import Manifest
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle) -> HanDiffuser:
+    return HanDiffuser.load(tiny_bundle, device="cpu", threads=1, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def eager(tiny_checkpoint_folder, tiny_bundle):
+    return peers.load_eager(str(tiny_checkpoint_folder), None, tiny_bundle, Manifest.load(tiny_bundle))
+
+
+@pytest.fixture(scope="module")
+def plain(eager, tiny_bundle, tmp_path_factory):
+    return peers.PlainOnnx(eager, tiny_bundle, Manifest.load(tiny_bundle), tmp_path_factory.mktemp("plain"), 1)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("solver", ["ddim", "dpm++2m"])
+def test_all_paint_the_same(pipeline, eager, plain, solver, guidance):
+    requests = measure.make_requests(pipeline, 2, steps=5, solver=solver, guidance=guidance)
+    marks: list[int] = []
+    expected = peers.ours(pipeline)(requests, lambda: marks.append(0))
+    assert len(marks) == 5 and expected.std() > 1
+    for way in (eager, plain):
+        marks.clear()
+        found = way(requests, lambda: marks.append(0))
+        assert len(marks) == 5
+        assert peers.differences(expected, found)["max_difference"] <= 2
+    assert (expected[0] != expected[1]).any()
+
+
+def test_compare_takes_turns_and_compares(pipeline, plain, tiny_bundle, tiny_checkpoint_folder, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "PlainOnnx", lambda *_: plain)
+    order: list[str] = []
+    timed = peers.timed
+    monkeypatch.setattr(peers, "timed", lambda way, requests: order.append(type(way).__name__) or timed(way, requests))
+    table: dict = {}
+    options = {"threads": 1, "repeats": 2, "body": None, "compile": False}
+    run = measure.new_run(1, 3, "euler", 2.0)
+    pictures = peers.compare(pipeline, str(tiny_bundle), str(tiny_checkpoint_folder), run, options, table)
+    assert order == ["function", "Eager", "PlainOnnx"] * 2
+    rows = {row["name"]: row for row in table["rows"]}
+    assert list(rows) == ["ours", "diffusers eager", "plain ONNX Runtime", "torch.compile"]
+    assert "skipped" in rows.pop("torch.compile")
+    for name, row in rows.items():
+        assert row["fidelity"]["max_difference"] <= 2 and len(row["samples"]) == 2
+        assert row["ratio_cpu"]["q1"] <= row["ratio_cpu"]["median"] <= row["ratio_cpu"]["q3"]
+        assert row["step_cpu"] < row["cpu"] and pictures[name].shape == (32, 48, 3)
+    assert rows["ours"]["ratio_cpu"]["median"] == 1
+
+    from handiffuser.benchmarks.tables import Tables
+
+    Tables().peers(table)
+    assert "plain ONNX Runtime" in capsys.readouterr().out
+
+
+def test_ratios_are_of_the_same_round():
+    turns = [{"wall": 2.0, "cpu": 3.0, "step_wall": None, "step_cpu": None} for _ in range(3)]
+    ours = [{"wall": wall, "cpu": 1.0, "step_wall": None, "step_cpu": None} for wall in (1.0, 2.0, 4.0)]
+    row = peers.row("peer", turns, ours, {"max_difference": 0, "psnr": None})
+    assert row["ratio_wall"] == {"q1": 0.75, "median": 1.0, "q3": 1.5}
+    assert row["ratio_cpu"] == {"q1": 3.0, "median": 3.0, "q3": 3.0}
+    assert row["ratio_step_cpu"] is None and row["step_cpu"] is None
+
+
+def test_differences():
+    black = np.zeros((1, 4, 4, 3), np.uint8)
+    grey = black + np.uint8(51)
+    assert peers.differences(black, black) == {"max_difference": 0, "psnr": None}
+    found = peers.differences(black, grey)
+    assert found["max_difference"] == 51 and found["psnr"] == pytest.approx(20 * np.log10(5))
+
+
+def test_a_solver_that_adds_noise_is_refused():
+    with pytest.raises(RequestError, match="ddpm adds noise"):
+        peers.scheduler_of("ddpm", {}, 4)
+
+
+def test_a_checkpoint_that_is_not_the_bundles(tiny_checkpoint_folder):
+    from handiffuser.demo import bundle_path
+
+    with pytest.raises(CheckpointError, match="one was not exported from the other"):
+        peers.load_eager(str(tiny_checkpoint_folder), None, bundle_path(), Manifest.load(bundle_path()))
