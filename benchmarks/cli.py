@@ -200,7 +200,8 @@ def random_bundle(size: str, options: dict[str, Any], stack: ExitStack) -> str:
         body = demo.checkpoint_path() / "body" / "smplh.npz"
         random_checkpoint(CONFIGS[size], body=body).save(checkpoint)
         loaded = Checkpoint.load(checkpoint)
-    with notes.status(f"exporting {size}"):
+    with notes.status(f"exporting {size}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's remarks are no news to a user
         export_bundle(loaded, bundle, on_graph=lambda graph: notes.print(f"{graph.name}: {graph.megabytes:.1f} MB"))
     return str(bundle)
 

@@ -22,7 +22,9 @@ from .data import Dataset, images_to_float
 from .loop import Loss
 
 VAE_CROP = 64  # pixels; the VAE is nearly local, and a crop costs a quarter of the picture
-TWO_HANDS = 0.3  # of a batch: fifteen in a hundred scenes show two hands, and two are harder to pose and to draw
+# Share of a batch that shows two hands: fifteen in a hundred scenes do, and two are harder to draw, and harder still to
+# pose alike where no word says how.
+TWO_HANDS = {"prior": 0.5, "pictures": 0.3}
 NOISY = 4.0  # how far timesteps lean towards noise, where colours are decided
 KL_WEIGHT = 1e-3  # per latent value, against L1 per pixel value: latents near unit noise, pictures still sharp
 COLOUR = 8.0  # weight of the mean error over blocks of 8 x 8 latent pixels
@@ -39,10 +41,10 @@ def pick(data: Dataset, generator: torch.Generator, batch: int, *names: str) -> 
     return [data[name][rows] for name in names]
 
 
-def draw(two: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """Random rows [batch]; two: bool [N], which of them show two hands."""
-    share = torch.where(two, TWO_HANDS / two.sum().clamp_min(1), (1 - TWO_HANDS) / (~two).sum().clamp_min(1))
-    return torch.multinomial(share, batch, replacement=True, generator=generator)
+def draw(two: Tensor, share: float, batch: int, generator: torch.Generator) -> Tensor:
+    """Random rows [batch], of which `share` show two hands; two: bool [N], which do."""
+    weight = torch.where(two, share / two.sum().clamp_min(1), (1 - share) / (~two).sum().clamp_min(1))
+    return torch.multinomial(weight, batch, replacement=True, generator=generator)
 
 
 def wording(data: Dataset, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -133,8 +135,8 @@ def prior_loss(data: Dataset, batch: int, checkpoint: Checkpoint, empty: Tensor)
     two = (data["params"][:, PLACEMENT].unflatten(1, (2, -1))[:, :, 0] > 0.5).all(1)
 
     def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        rows = draw(two, batch, generator)
-        ids = wording(data, rows, generator)
+        rows = draw(two, TWO_HANDS["prior"], batch, generator)
+        ids = data["ids"][rows, 0]  # the wording that leaves out most: what is not said is this network's to decide
         clean = (data["params"][rows] - mean) / std
         dropped = torch.rand(batch, generator=generator) < DROP
         ids = torch.where(dropped[:, None], empty, ids)
@@ -235,7 +237,7 @@ def picture_loss(data: Dataset, batch: int, checkpoint: Checkpoint, empty: Tenso
     two = (data["visibility"] > 0.5).all(1)
 
     def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        rows = draw(two, batch, generator)
+        rows = draw(two, TWO_HANDS["pictures"], batch, generator)
         ids, hands = conditions(data, rows, generator, empty)
         clean = data["latents"][rows].float()
         timestep = timesteps(batch, len(alphas), generator, NOISY)

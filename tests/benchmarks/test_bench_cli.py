@@ -169,7 +169,7 @@ def wait_for_samples(process: subprocess.Popen[str]) -> None:
 
 def test_a_random_bundle_is_made_and_found_again(tmp_path):
     options = ("--random", "tiny", "--workdir", tmp_path / "work", *QUICK, "--batch-sizes", "1")
-    result = run_command("benchmarks.cli", *options)
+    result = run_command("benchmarks.cli", *options, timeout=900)
     assert result.returncode == 0, result.stderr
     assert document_of(result)["settings"]["engines"] == "random tiny"
     assert (tmp_path / "work" / "tiny-bundle" / "manifest.json").exists()
