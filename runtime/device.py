@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .pipeline import Failure, HanDiffuser, OnEvent, Picture, Work
 
 AHEAD = 3  # steps that the host enqueues beyond the one that runs: the device never waits, new requests hardly do
-TABLES = 64  # schedules that are kept on the device
+TABLES = 64  # schedules that are kept
 LOG = 2 * MAX_STEPS  # steps whose finite flags are kept; more than a request may take
 
 

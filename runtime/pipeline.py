@@ -35,7 +35,7 @@ from ..engines.onnxruntime import DEVICES, has_cuda_provider
 from ..engines.plans import PlanStore
 from ..engines.tensorrt import MODULES, Backend
 from ..errors import EngineError, RequestError
-from .device import DeviceLoop, load_loop, usable_plans
+from .device import TABLES, DeviceLoop, load_loop, usable_plans
 from .hands import hand_arrays, load_hands
 from .noise import HANDS, LATENTS, of_request
 from .requests import Refused, Request, resolve
@@ -322,27 +322,27 @@ class HanDiffuser:
             timesteps = table.timesteps.astype(np.float32)
             key = timesteps.tobytes()
             if key not in self._times:
-                self._times[key] = self.engines["unet_time"]({"timesteps": timesteps})["time"]
+                keep(self._times, key, self.engines["unet_time"]({"timesteps": timesteps})["time"])
             steps["time"] = self._times[key]
         shape = self.manifest.latent_size
         return _job(request, LATENTS, table, shape, work.inputs, steps)
 
     def _finish(self, results: list[Result], running: dict[Hashable, Work]) -> list[Picture | Failure]:
-        """Decodes the requests that have left their slots, all at once."""
+        """Decodes the requests that have left their slots: one by one, because a processor's caches hold no more."""
         works = [running.pop(result.key) for result in results]
         finished: list[Picture | Failure] = [
             not_finite(work.request, f"unet, step {result.failed_step}")
             for work, result in zip(works, results, strict=True)
             if result.state is None
         ]
-        good = [work for work, result in zip(works, results, strict=True) if result.state is not None]
-        if not good:
-            return finished
-        latents = np.stack([result.state for result in results if result.state is not None])
-        decoded = self.engines["image_decoder"]({"latents": latents})
-        for work, image, fine in zip(good, decoded["image"], decoded["finite"] > 0, strict=True):
-            # uint8 would hide what is not finite.
-            finished.append(self.picture(work, image) if fine else not_finite(work.request, "image_decoder"))
+        for work, result in zip(works, results, strict=True):
+            if result.state is None:
+                continue
+            decoded = self.engines["image_decoder"]({"latents": result.state[None]})
+            fine = decoded["finite"][0] > 0.5  # uint8 would hide what is not finite
+            finished.append(
+                self.picture(work, decoded["image"][0]) if fine else not_finite(work.request, "image_decoder")
+            )
         return finished
 
     def picture(self, work: Work, image: np.ndarray) -> Picture:
@@ -387,7 +387,8 @@ class HanDiffuser:
             if solver is None or steps is None or guidance is None:
                 raise RequestError("The request has gaps. Fill them with HanDiffuser.prepare before it is run.")
             history = self.manifest.num_history[graph]
-            self._tables[key] = rows(self._schedules[graph], solver, steps, guidance, history, interval)
+            table = rows(self._schedules[graph], solver, steps, guidance, history, interval)
+            keep(self._tables, key, table)
         return self._tables[key]
 
     def _check(self, request: Request) -> None:
@@ -417,6 +418,13 @@ class _Timed:
             return self.engine(feeds)
         finally:
             self.timings[self.name] += time.perf_counter() - started
+
+
+def keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    """Adds to a cache, and lets its oldest entry go when it is full: a server sees ever new guidances."""
+    if len(cache) >= TABLES:
+        cache.pop(next(iter(cache)))
+    cache[key] = value
 
 
 def choose_backend(folder: Path, backend: str, device: str) -> str:

@@ -283,3 +283,14 @@ def test_requests_may_come_in_while_others_run(pipeline):
     for request in requests:
         np.testing.assert_array_equal(done[request.id], next(pipeline.run([request])).image)
     assert list(pipeline.run([])) == list(pipeline.run(iter([]))) == []
+
+
+def test_what_is_remembered_of_schedules_is_bounded(toy_bundle):
+    from handiffuser.runtime.device import TABLES
+
+    pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
+    for i in range(TABLES + 20):
+        pipeline.table("latents", Request("a", solver="ddim", steps=2, guidance=1.0 + i / 100))
+    assert len(pipeline._tables) == TABLES
+    newest = pipeline.table("latents", Request("a", solver="ddim", steps=2, guidance=1.0 + (TABLES + 19) / 100))
+    assert newest.rows[0, 2] == np.float32(1.0 + (TABLES + 19) / 100)
