@@ -316,10 +316,6 @@ def operations_of(
 
 def load(pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: dict[str, Any]) -> None:
     """The load test, into the document as it goes."""
-    if pipeline.loop is not None:
-        raise EngineError(
-            "--load does not run on a GPU yet: its loop takes all requests at once. Measure with --device cpu."
-        )
     clock: load_test.Clock = load_test.CpuClock() if options["cpu_clock"] else load_test.WallClock()
     requests = load_test.mixed_requests(pipeline, options["requests"], solver=solver)
     result: dict[str, Any] = {

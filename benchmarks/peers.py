@@ -16,6 +16,7 @@ Alone in this room this file imports PyTorch. As a program it is one of the peer
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from .. import demo
 from ..contract import TOKENIZER, Manifest
 from ..engines.onnxruntime import OnnxRuntimeEngine, session_options, usable_cores
 from ..errors import CheckpointError, EngineError, RequestError
+from ..export.graphs import PRECISIONS
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
@@ -85,7 +87,7 @@ def solve(
     for timestep in scheduler.timesteps:
         mark()
         shown = scheduler.scale_model_input(torch.cat([x, x]) if guidance != 1 else x, timestep)
-        output = network(shown, timestep.expand(len(shown)), both)
+        output = network(shown, timestep.expand(len(shown)).to(shown.device), both)
         if guidance != 1:
             u, c = output.chunk(2)
             output = u + guidance * (c - u)
@@ -94,26 +96,46 @@ def solve(
 
 
 class Eager:
-    """PyTorch modules and diffusers' schedulers. The networks can be replaced: compiled, or by an ONNX session."""
+    """PyTorch modules and diffusers' schedulers. The networks can be replaced: compiled, or by an ONNX session.
 
-    def __init__(self, checkpoint: Checkpoint, body: SMPLH, tokenizer: PromptTokenizer) -> None:
-        self.checkpoint, self.tokenizer = checkpoint, tokenizer
+    device, dtype: where the networks run, and what they compute in; kinematics and sampling stay float32. The
+    checkpoint's modules are moved there.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        body: SMPLH,
+        tokenizer: PromptTokenizer,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.checkpoint, self.tokenizer, self.device, self.dtype = checkpoint, tokenizer, device, dtype
         height, width = checkpoint.image_size
         prior, encoder = checkpoint.hand_prior, checkpoint.text_hand_encoder
         self.features: Callable[[Tensor], dict[str, Tensor]] = HandFeatures(
-            body, prior.mean, prior.std, encoder.basis, width / height
+            body, prior.mean.float(), prior.std.float(), encoder.basis.float(), width / height
         ).eval()
-        self.prior: Network = prior
-        self.unet: Network = lambda x, timestep, context: checkpoint.unet(x, timestep, context).sample
-        self.decode: Callable[[Tensor], Tensor] = lambda latents: decode(checkpoint, latents)
+        self.features.to(device)  # type: ignore[attr-defined]
+        for module in checkpoint.modules().values():
+            module.to(device, dtype)
+        self.prior: Network = lambda x, timestep, text: prior(x.to(dtype), timestep, text.to(dtype)).float()
+        self.unet: Network = self.network(checkpoint.unet)
+        self.decode: Callable[[Tensor], Tensor] = lambda latents: decode(checkpoint, latents.to(dtype))
+
+    def network(self, unet: nn.Module) -> Network:
+        """A diffusers UNet, perhaps compiled, as float32 in, float32 out."""
+        dtype = self.dtype
+        return lambda x, timestep, context: unet(x.to(dtype), timestep, context.to(dtype)).sample.float()
 
     def text(self, ids: Tensor) -> Tensor:
         hidden = self.checkpoint.text_encoder(ids).last_hidden_state
-        return pooled(hidden, ids, self.checkpoint.special_tokens["eos"])
+        return pooled(hidden, ids, self.checkpoint.special_tokens["eos"]).float()
 
     def context(self, ids: Tensor, hands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Token ids [B, 2, 77] and hand features -> unconditional and conditional context [B, L, W]."""
-        cues = {name: hands[name] for name in CUES}
+        # Joints stay float32: half of a pixel matters to the position codes.
+        cues = {name: hands[name] if name == "joints" else hands[name].to(self.dtype) for name in CUES}
         blank = {**cues, "visibility": torch.zeros_like(cues["visibility"])}
         encoder = self.checkpoint.text_hand_encoder
         return encoder(ids[:, 0], **blank), encoder(ids[:, 1], **cues)
@@ -125,12 +147,13 @@ class Eager:
         assert first.steps and first.solver and first.hand_steps and first.hand_solver
         assert first.guidance is not None and first.hand_guidance is not None
         pairs = [[tokens.encode(text)[0] for text in (r.negative_prompt, r.prompt)] for r in requests]
-        ids = torch.from_numpy(np.array(pairs))  # [B, 2, 77]
+        ids = torch.from_numpy(np.array(pairs)).to(self.device)  # [B, 2, 77]
 
         def noise(stream: str, *shape: int) -> Tensor:
-            return torch.from_numpy(np.stack([of_request(r.seed, stream, shape, 1.0, False)[0] for r in requests]))
+            drawn = np.stack([of_request(r.seed, stream, shape, 1.0, False)[0] for r in requests])
+            return torch.from_numpy(drawn).to(self.device)
 
-        given, empty = self.text(ids[:, 1]), torch.from_numpy(tokens.encode("")[0])[None]
+        given, empty = self.text(ids[:, 1]), torch.from_numpy(tokens.encode("")[0])[None].to(self.device)
         without = self.text(empty).expand_as(given) if first.hand_guidance != 1 else given
         scheduler = scheduler_of(first.hand_solver, checkpoint.hand_scheduler, first.hand_steps)
         start = noise(HANDS, len(checkpoint.hand_prior.mean))
@@ -138,7 +161,8 @@ class Eager:
         without, given = self.context(ids, self.features(x))
         scheduler = scheduler_of(first.solver, checkpoint.scheduler, first.steps)
         start = noise(LATENTS, checkpoint.unet.config.in_channels, *checkpoint.latent_size)
-        return self.decode(solve(scheduler, self.unet, start, given, without, first.guidance, mark)).numpy()
+        latents = solve(scheduler, self.unet, start, given, without, first.guidance, mark)
+        return self.decode(latents).cpu().numpy()
 
 
 class PlainUNet(nn.Module):
@@ -183,7 +207,7 @@ class PlainOnnx(Eager):
     """ONNX Runtime for all networks, called from a Python loop. What a plain export would be alike is the bundle's."""
 
     def __init__(self, eager: Eager, folder: Path, manifest: Manifest, work: Path, threads: int) -> None:
-        self.checkpoint, self.tokenizer = eager.checkpoint, eager.tokenizer
+        self.checkpoint, self.tokenizer, self.device = eager.checkpoint, eager.tokenizer, "cpu"
         checkpoint, batch = eager.checkpoint, 2
         graphs = ("text_encoder", "hand_features", "text_hand_encoder", "image_decoder")
         specs = {name: manifest.graphs[name] for name in graphs}
@@ -217,8 +241,11 @@ def _tensors(values: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
-def load_eager(checkpoint: str, body: str | None, folder: Path, manifest: Manifest) -> Eager:
-    """Raises CheckpointError without a body, or for a checkpoint that is not the bundle's."""
+def load_eager(checkpoint: str, body: str | None, folder: Path, manifest: Manifest, device: str = "cpu") -> Eager:
+    """The checkpoint on a device; on a GPU in the bundle's precision.
+
+    Raises CheckpointError without a body, or for a checkpoint that is not the bundle's.
+    """
     loaded = Checkpoint.load(demo.resolve(checkpoint, "checkpoint"))
     path = body or loaded.body
     if path is None:
@@ -228,7 +255,8 @@ def load_eager(checkpoint: str, body: str | None, folder: Path, manifest: Manife
             f"The checkpoint {checkpoint} makes pictures of {loaded.image_size}, the bundle of {manifest.image_size}: "
             "one was not exported from the other. Name the bundle's own: --checkpoint FOLDER."
         )
-    return Eager(loaded, SMPLH.load(path), PromptTokenizer(folder / TOKENIZER, manifest.tokenizer))
+    dtype = PRECISIONS[manifest.precision] if device == "cuda" else torch.float32
+    return Eager(loaded, SMPLH.load(path), PromptTokenizer(folder / TOKENIZER, manifest.tokenizer), device, dtype)
 
 
 def ours(pipeline: HanDiffuser) -> Way:
@@ -256,10 +284,14 @@ def compare(
     Returns the first picture of each, uint8 [H, W, 3] by name.
 
     options: "threads", "repeats", "body" and "compile". Raises RequestError or CheckpointError for what cannot be
-    compared, EngineError on a GPU, whose peers are not written yet.
+    compared, EngineError when ours runs on a GPU that PyTorch does not find.
+
+    On a GPU the peers are PyTorch's alone, torch.compile at "max-autotune", and steps are not timed: a step there is
+    over long after the call that starts it.
     """
-    if pipeline.loop is not None:
-        raise EngineError("--peers does not run on a GPU yet. Measure with --device cpu --backend onnxruntime.")
+    device = "cpu" if pipeline.loop is None else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EngineError("PyTorch finds no GPU to run peers on. Install its CUDA wheel, or leave --peers out.")
     folder, threads = demo.resolve(engines, "bundle"), options["threads"] or usable_cores()
     scheduler_of(run["solver"], {}, run["steps"])
     scheduler_of(pipeline.manifest.defaults["hand_solver"], {}, 1)
@@ -273,20 +305,25 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="hd-bench-peers-") as work:
         ways: dict[str, Way] = {"ours": ours(pipeline)}
         say("peers: loading the checkpoint")
-        ways["diffusers eager"] = eager = load_eager(checkpoint, options["body"], folder, pipeline.manifest)
+        ways["diffusers eager"] = eager = load_eager(checkpoint, options["body"], folder, pipeline.manifest, device)
         skipped: dict[str, str] = {}
         if not options.get("compile", True):
             skipped["torch.compile"] = "--no-compile."
-        elif not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        elif device == "cpu" and not any(
+            shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
+        ):
             skipped["torch.compile"] = "There is no C++ compiler, which it needs on a CPU: install g++."
         else:
-            compiled = Eager(eager.checkpoint, _body_of(eager), eager.tokenizer)
-            unet = torch.compile(eager.checkpoint.unet)
-            compiled.unet = lambda x, timestep, context: unet(x, timestep, context).sample
+            compiled = copy.copy(eager)
+            mode = "max-autotune" if device == "cuda" else None
+            compiled.unet = eager.network(torch.compile(eager.checkpoint.unet, mode=mode))
             ways["torch.compile"] = compiled
-        say("peers: exporting the plain networks")
-        with torch.no_grad():
-            ways["plain ONNX Runtime"] = PlainOnnx(eager, folder, pipeline.manifest, Path(work), threads)
+        if device == "cuda":
+            skipped["plain ONNX Runtime"] = "It is measured on CPUs only."
+        else:
+            say("peers: exporting the plain networks")
+            with torch.no_grad():
+                ways["plain ONNX Runtime"] = PlainOnnx(eager, folder, pipeline.manifest, Path(work), threads)
 
         pictures: dict[str, np.ndarray] = {}
         for name, way in list(ways.items()):
@@ -303,7 +340,7 @@ def compare(
             for number in range(options["repeats"]):
                 for name, way in ways.items():
                     say(f"peers: turn {number + 1} of {options['repeats']}, {name}")
-                    turns[name].append(timed(way, requests))
+                    turns[name].append(timed(way, requests, steps=device == "cpu"))
         finally:  # whole rounds only, so that ratios are of neighbours
             rounds = min(len(samples) for samples in turns.values())
             if rounds:
@@ -315,14 +352,8 @@ def compare(
     return {name: images[0] for name, images in pictures.items()}
 
 
-def _body_of(eager: Eager) -> SMPLH:
-    features = eager.features
-    assert isinstance(features, HandFeatures)
-    return features.body
-
-
-def timed(way: Way, requests: Sequence[Request]) -> dict[str, Any]:
-    """One turn: wall and CPU seconds of the batch, and of a step of stage 2 (None when there is but one)."""
+def timed(way: Way, requests: Sequence[Request], steps: bool = True) -> dict[str, Any]:
+    """One turn: wall and CPU seconds of the batch, and of a step of stage 2 (None without `steps`, or of one step)."""
     marks: list[tuple[float, float]] = []
 
     def mark() -> None:
@@ -331,13 +362,13 @@ def timed(way: Way, requests: Sequence[Request]) -> dict[str, Any]:
     mark()
     way(requests, mark)
     mark()
-    start, steps, end = marks[0], marks[1:-1], marks[-1]
-    many = len(steps) - 1
+    start, begun, end = marks[0], marks[1:-1], marks[-1]
+    many = len(begun) - 1 if steps else 0
     return {
         "wall": end[0] - start[0],
         "cpu": end[1] - start[1],
-        "step_wall": (steps[-1][0] - steps[0][0]) / many if many > 0 else None,
-        "step_cpu": (steps[-1][1] - steps[0][1]) / many if many > 0 else None,
+        "step_wall": (begun[-1][0] - begun[0][0]) / many if many > 0 else None,
+        "step_cpu": (begun[-1][1] - begun[0][1]) / many if many > 0 else None,
     }
 
 

@@ -72,7 +72,7 @@ class Config:
     # What a request takes unless it says otherwise
     steps: int = 12
     solver: str = "ddim"
-    guidance: float = 2.0
+    guidance: float = 1.5
     hand_steps: int = 10
     hand_solver: str = "ddim"
     hand_guidance: float = 1.0

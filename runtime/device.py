@@ -38,7 +38,7 @@ from ..engines.tensorrt import Backend, Scratch, TensorRTEngine
 from ..errors import BundleError, EngineError, RequestError
 from .hands import load_hands
 from .noise import HANDS, LATENTS, of_request
-from .requests import MAX_STEPS, Request
+from .requests import MAX_STEPS, Request, take
 from .sampler import GUIDANCE
 from .schedules import Table
 
@@ -336,7 +336,7 @@ class DeviceLoop:
             return []
         return [f"CUDA graphs could not be captured for {', '.join(refused)}; they are launched kernel by kernel."]
 
-    def run(self, requests: Iterable[Request], tell: OnEvent) -> Iterator[Picture | Failure]:
+    def run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         """Yields each picture as soon as it is out."""
         try:
             yield from self._run(requests, tell)
@@ -347,19 +347,20 @@ class DeviceLoop:
             self.hands.jobs.clear()
             self.after_run()
 
-    def _run(self, requests: Iterable[Request], tell: OnEvent) -> Iterator[Picture | Failure]:
-        waiting = deque(requests)
+    def _run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
+        source, more = iter(requests), True
         ready: deque[tuple[_Batch, int]] = deque()
         running: dict[Hashable, tuple[_Batch, int]] = {}
         exits: deque[_Exit] = deque()
         marks: deque[Any] = deque()
-        while waiting or ready or running or exits:
-            if waiting and not ready and (self.overlap or self.sampler.free):
-                some = [waiting.popleft() for _ in range(min(self.slots, len(waiting)))]
-                batch, failures = self._stage_1(some)
-                ready.extend((batch, row) for row in range(len(batch.works)))
-                tell("hands", len(some))
-                yield from failures
+        while more or ready or running or exits:
+            if more and not ready and (self.overlap or self.sampler.free):
+                some, more = take(source, self.slots)
+                if some:
+                    batch, failures = self._stage_1(some)
+                    ready.extend((batch, row) for row in range(len(batch.works)))
+                    tell("hands", len(some))
+                    yield from failures
             self._admit(ready, running)
             if self.sampler.jobs:
                 finished: list[tuple[DeviceJob, Any]] = []

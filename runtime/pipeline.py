@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from operator import length_hint
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.random
@@ -38,7 +38,7 @@ from ..errors import EngineError, RequestError
 from .device import TABLES, DeviceLoop, load_loop, usable_plans
 from .hands import hand_arrays, load_hands
 from .noise import HANDS, LATENTS, of_request
-from .requests import Refused, Request, resolve
+from .requests import Refused, Request, resolve, take
 from .sampler import Job, Result, StepSampler
 from .schedules import NoiseSchedule, Table, rows
 from .tokens import PromptTokenizer
@@ -222,7 +222,7 @@ class HanDiffuser:
         """
         tell = on_event or (lambda kind, count: None)
         if self.loop is not None:
-            yield from self.loop.run(cast(Iterable[Request], requests), tell)
+            yield from self.loop.run(requests, tell)
             return
         slots = min(self.batch_size, length_hint(requests, self.batch_size))
         if not slots:
@@ -238,7 +238,7 @@ class HanDiffuser:
         while more or ready or running:
             results: list[Picture | Failure] = []
             while more and len(ready) < sampler.free:
-                batch, more = _take(source, slots)
+                batch, more = take(source, slots)
                 if not batch:
                     break
                 works, failures = self._stage_1(batch, hand_sampler)
@@ -464,20 +464,6 @@ def on_gpu(device: str) -> bool:
             raise
         return False
     return True
-
-
-def _take(source: Iterator[Request | None], most: int) -> tuple[list[Request], bool]:
-    """Up to `most` of the requests that are there now, and whether more may come."""
-    batch: list[Request] = []
-    while len(batch) < most:
-        try:
-            request = next(source)
-        except StopIteration:
-            return batch, False
-        if request is None:
-            break
-        batch.append(request)
-    return batch, True
 
 
 def _job(

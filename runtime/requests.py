@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,6 +174,20 @@ def resolve(
         except RequestError as error:
             refused.append(Refused(number, str(error)))
     return resolved, refused
+
+
+def take(source: Iterator[Request | None], most: int) -> tuple[list[Request], bool]:
+    """Up to `most` of the requests that are there now, and whether more may come. None: not yet, ask again later."""
+    batch: list[Request] = []
+    while len(batch) < most:
+        try:
+            request = next(source)
+        except StopIteration:
+            return batch, False
+        if request is None:
+            break
+        batch.append(request)
+    return batch, True
 
 
 def picture_key(request: Request, bundle: str = "") -> str:

@@ -271,3 +271,18 @@ def test_without_guidance_the_conditional_branch_runs_alone(toy_bundle):
     on_host = {picture.id: picture for picture in loop.pipeline.run(company)}
     same(run(loop, company)[0], on_host)
     assert ("unet", 4, 2) in loop.made and ("unet", 4, 1) not in loop.made
+
+
+def test_requests_may_come_later(toy_bundle):
+    """An iterator that has nothing yet gives None, and is asked again after the next step."""
+    loop = device_loop(toy_bundle, 5)
+    requests = prepared(loop, mixed(7))
+    on_host = {picture.id: picture for picture in loop.pipeline.run(requests)}
+
+    def source():
+        for i, request in enumerate(requests):
+            yield from [None] * (i % 3)
+            yield request
+        yield None
+
+    same(run(loop, source())[0], on_host)
