@@ -123,7 +123,7 @@ class Eager:
         self.unet: Network = self.network(checkpoint.unet)
         self.decode: Callable[[Tensor], Tensor] = lambda latents: decode(checkpoint, latents.to(dtype))
 
-    def network(self, unet: nn.Module) -> Network:
+    def network(self, unet: Callable[..., Any]) -> Network:
         """A diffusers UNet, perhaps compiled, as float32 in, float32 out."""
         dtype = self.dtype
         return lambda x, timestep, context: unet(x.to(dtype), timestep, context.to(dtype)).sample.float()
