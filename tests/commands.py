@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,3 +14,9 @@ def run_command(
     """run_command("runtime.cli", "demo", "a hand") is `hd-run demo "a hand"`."""
     command = [sys.executable, "-m", f"handiffuser.{module}", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+def listen() -> None:
+    """For `preexec_fn`: lets Ctrl-C through. A shell starts background jobs deaf to it, and the tests may run in one; a
+    user's terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from commands import listen
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,6 +76,8 @@ def test_ctrl_c_while_the_libraries_load_is_a_sentence(command):
         "sys.meta_path.insert(0, Slow())\n"
         f"commands.{command}()\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, preexec_fn=listen
+    )
     assert result.returncode == 130, result.stderr
     assert result.stderr == f"{command.replace('_', '-')}: Interrupted.\n"

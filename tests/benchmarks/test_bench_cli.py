@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import run_command
+from commands import listen, run_command
 
 QUICK = ("--device", "cpu", "--threads", "1", "--steps", "1", "--repeats", "2", "--no-first-picture")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -135,7 +135,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     command = [sys.executable, "-m", "handiffuser.benchmarks.cli", "demo", *QUICK[:-3], "--repeats", "10000"]
     with subprocess.Popen(
         [*command, "--batch-sizes", "1,2", "--output", str(tmp_path / "bench.json"), "--no-first-picture"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen,
     ) as process:  # fmt: skip
         # The card is printed before the first sample; a few samples later it is stopped.
         assert process.stdout is not None
@@ -143,7 +143,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
             assert process.poll() is None
         wait_for_samples(process)
         process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=60)
+        try:
+            out, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()  # leaving this block waits for it
     assert process.returncode == 130, errors
     assert "Interrupted. This is what was measured so far." in errors and "Traceback" not in errors
     document = json.loads(out.splitlines()[-1])

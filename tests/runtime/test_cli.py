@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import listen
 
 RUN = [sys.executable, "-m", "handiffuser.runtime.cli"]
 
@@ -247,10 +248,6 @@ def start_slow(bundle: Path, out: Path) -> subprocess.Popen[str]:
     prompts = out.parent / "many.txt"
     prompts.write_text("\n".join(f"prompt {n}" for n in range(5000)))
     command = [*RUN, str(bundle), "--prompts", str(prompts), "-o", str(out), "--steps", "50"]
-
-    def listen() -> None:
-        # A shell starts background jobs deaf to SIGINT, and the tests may run in one; a user's terminal does not.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 60
