@@ -59,7 +59,7 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
     "--guidance-interval",
     type=(click.FloatRange(0, 1), click.FloatRange(0, 1)),
     metavar="START STOP",
-    help="Guide this part of the steps only, such as 0 0.5: faster, another picture (README, Speed).  [default: 0 1]",
+    help="Guide this part of the steps only, such as 0 0.5: faster, another picture (see the README).  [default: 0 1]",
 )
 @click.option("--negative-prompt", help="What the picture shall not show.")
 @click.option("--hand-steps", type=_STEPS, help="Steps of the hands.  [default: the bundle's]")
