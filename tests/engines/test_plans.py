@@ -62,7 +62,10 @@ CHANGES = {
 def test_a_change_builds_what_it_touches_and_says_why(manifest, tmp_path, change):
     store = PlanStore(tmp_path)
     first = build(store, all_parts(manifest))
-    assert set(first.values()) == {"never built", "never built for B=4"} and len(first) == 15
+    assert {why.removesuffix(",G=2") for why in first.values()} == {
+        "never built", "never built for B=4", "never built for B=1,G=1", "never built for B=4,G=1"
+    }  # fmt: skip
+    assert len(first) == 17  # seven graphs for each size, the hand prior also with one branch, and the time rows
     assert build(store, all_parts(manifest)) == {}
     make, words, touched = CHANGES[change]
     again = build(store, make(manifest))
@@ -77,10 +80,17 @@ def test_another_batch_size_builds_only_that(manifest, tmp_path):
     store = PlanStore(tmp_path)
     build(store, all_parts(manifest))
     again = build(store, all_parts(manifest, (1, 2, 4)))
-    assert {sizes for _, sizes in again} == {"B=2"} and len(again) == 7
-    assert set(again.values()) == {"never built for B=2"}
+    assert {sizes for _, sizes in again} == {"B=2", "B=2,G=2", "B=2,G=1"} and len(again) == 8
+    assert all(why == f"never built for {sizes}" for (_, sizes), why in again.items())
     dynamic = build(store, all_parts(manifest, (1, 8), dynamic=True))
-    assert {sizes for _, sizes in dynamic} == {"B=1-8-8"}
+    assert {sizes for _, sizes in dynamic} == {"B=1-8-8", "B=1-8-8,G=2", "B=1-8-8,G=1"}
+
+
+def test_without_guidance_the_unet_is_built_on_request(manifest):
+    def single(**options):
+        return {name for name, sizes in wanted_plans(manifest, [1, 4], **options) if sizes.get("G") == 1}
+
+    assert single() == {"hand_prior"} and single(guidance_free=True) == {"hand_prior", "unet"}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no record", "bad record", "foreign record"])
@@ -134,7 +144,7 @@ def test_full_disk_leaves_nothing_half_written(manifest, tmp_path, monkeypatch):
         with pytest.raises(EngineError, match=r"disk is full.*same command again"):
             build(store, wanted)
     assert len(list(store)) == 3 and not store.strays()
-    assert len(build(store, wanted)) == 12
+    assert len(build(store, wanted)) == 14
 
 
 def test_sizes_that_make_no_sense(manifest):

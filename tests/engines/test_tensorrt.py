@@ -28,7 +28,7 @@ def built(tiny_checkpoint_folder, tiny_half, tmp_path_factory):
         "export.cli", tiny_checkpoint_folder, folder, "--backend", "tensorrt-rtx", "--batch-sizes", "1,2"
     )
     assert result.returncode == 0, result.stderr
-    assert "nothing was exported" in result.stderr and "Built 15 of 15 plans" in result.stderr
+    assert "nothing was exported" in result.stderr and "Built 17 of 17 plans" in result.stderr
     return folder
 
 
@@ -47,7 +47,7 @@ def test_every_graph_is_built_in_the_precision_asked_for(built):
 def test_float32_and_dynamic_plans_build_too(backend, tiny_bundle):
     manifest = Manifest.load(tiny_bundle)
     for name in GRAPHS:
-        sizes = {"S": (1, 20, 1000)} if name == "unet_time" else {"B": (1, 2, 4)}
+        sizes = {"S": (1, 20, 1000)} if name == "unet_time" else {"B": (1, 2, 4), "G": 2}
         plan, proof = backend.build(tiny_bundle / manifest.graphs[name].file, sizes, "fp32", Options(level=0))
         assert plan and set(proof["types"]) <= {"FLOAT"}
 
@@ -78,7 +78,7 @@ def test_float32_instead_of_bfloat16_is_an_error(backend, tiny_bundle):
 
 def test_another_precision_than_asked_is_an_error(backend, built):
     with pytest.raises(EngineError, match=r"unet was to be fp32.*in HALF.*--precision fp32"):
-        backend.build(built / "unet.onnx", {"B": 1}, "fp32", Options())
+        backend.build(built / "unet.onnx", {"B": 1, "G": 2}, "fp32", Options())
 
 
 def test_progress_is_true_and_can_stop(backend, built):
@@ -115,25 +115,25 @@ def test_the_same_command_again_does_nothing(built, tiny_checkpoint_folder):
 
 def test_engines_command(built):
     listed = run_command("engines.cli", "list", built)
-    assert listed.returncode == 0 and listed.stdout.count("current") == 15 and "fp16" in listed.stdout
+    assert listed.returncode == 0 and listed.stdout.count("current") == 17 and "fp16" in listed.stdout
     sound = run_command("engines.cli", "verify", built)
-    assert sound.returncode == 0 and "15 plans are sound" in sound.stderr
+    assert sound.returncode == 0 and "17 plans are sound" in sound.stderr
     more = run_command("engines.cli", "build", built, "--batch-sizes", "1,2,3")
-    assert more.returncode == 0 and "Built 7 of 22 plans" in more.stderr and "never built for B=3" in more.stderr
+    assert more.returncode == 0 and "Built 8 of 25 plans" in more.stderr and "never built for B=3" in more.stderr
 
     plan = next(plan for plan in PlanStore(built) if plan.graph == "unet" and plan.batch == (3, 3))
     content = plan.path.read_bytes()
     plan.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     damaged = run_command("engines.cli", "verify", built)
-    assert damaged.returncode == 1 and "unet B=3: its plan is damaged" in damaged.stderr
+    assert damaged.returncode == 1 and "unet B=3,G=2: its plan is damaged" in damaged.stderr
     (built / "plans" / "unet.B9.0123.plan.77.tmp").write_bytes(b"left over")
     dry = run_command("engines.cli", "prune", built, "--dry-run")
     assert dry.returncode == 0 and plan.path.exists() and "would remove" in dry.stderr
     pruned = run_command("engines.cli", "prune", built)
-    assert pruned.returncode == 0 and not plan.path.exists() and len(list(PlanStore(built))) == 21
+    assert pruned.returncode == 0 and not plan.path.exists() and len(list(PlanStore(built))) == 24
     assert not PlanStore(built).strays()
     rebuilt = run_command("engines.cli", "build", built, "--batch-sizes", "1,2,3")
-    assert "Built 1 of 22 plans" in rebuilt.stderr
+    assert "Built 1 of 25 plans" in rebuilt.stderr
 
 
 @pytest.mark.parametrize(
