@@ -43,7 +43,8 @@ def test_compare_takes_turns_and_compares(pipeline, plain, tiny_bundle, tiny_che
     monkeypatch.setattr(peers, "PlainOnnx", lambda *_: plain)
     order: list[str] = []
     timed = peers.timed
-    monkeypatch.setattr(peers, "timed", lambda way, requests: order.append(type(way).__name__) or timed(way, requests))
+    note = lambda way, requests, steps: order.append(type(way).__name__) or timed(way, requests, steps)  # noqa: E731
+    monkeypatch.setattr(peers, "timed", note)
     table: dict = {}
     options = {"threads": 1, "repeats": 2, "body": None, "compile": False}
     run = measure.new_run(1, 3, "euler", 2.0)
