@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import tempfile
 import time
 import warnings
@@ -23,7 +22,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from .. import demo
+from .. import commands, demo
+from ..commands import INTERRUPTED
 from ..contract import MANIFEST, Manifest
 from ..engines.cuda import Cuda
 from ..engines.onnxruntime import DEVICES
@@ -38,7 +38,6 @@ from .flops import count
 from .soak import soak
 
 FORMAT = 1  # of the JSON document
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 RANDOM = ("tiny", "demo", "sd15")
 MOST_BATCH, MOST_REQUESTS, MOST_REPEATS = 1024, 1_000_000, 10_000
 
@@ -370,18 +369,7 @@ def main() -> None:
     """Entry point: one sentence and an exit code instead of a traceback."""
     os.environ.setdefault("TORCH_LOGS", "-all")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as Ctrl-C does
-    try:
-        code = bench.main(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("hd-bench: Interrupted.", err=True)
-        code = INTERRUPTED
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (HanDiffuserError, OSError) as error:
-        click.echo(f"hd-bench: {error}", err=True)
-        code = 1
-    sys.exit(code)
+    commands.run("hd-bench", bench)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -10,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from .. import demo
+from ..commands import run
 from ..contract import Manifest
-from ..errors import EngineError, HanDiffuserError
+from ..errors import EngineError
 from .build import Built, build_plans, gpu
 from .plans import Plan, PlanStore, Sizes, belongs, size_text
 from .tensorrt import MODULES, TILING, Backend, Options
@@ -208,18 +208,7 @@ def stale(plan: Plan, manifest: Manifest, versions: dict[str, str]) -> str:
 
 def main() -> None:
     """Entry point: one sentence and an exit code instead of a traceback."""
-    try:
-        code = commands.main(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("hd-engines: Stopped. What is built stays; the same command goes on.", err=True)
-        code = 130
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (HanDiffuserError, OSError) as error:
-        click.echo(f"hd-engines: {error}", err=True)
-        code = 1
-    sys.exit(code)
+    run("hd-engines", commands, "Stopped. What is built stays; the same command goes on.")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ hd-run engines/ --prompts prompts.jsonl --batch-size 8
 from __future__ import annotations
 
 import signal
-import sys
 import time
 import warnings
 from typing import Any
@@ -17,7 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import demo
+from .. import commands, demo
+from ..commands import INTERRUPTED
 from ..contract import Manifest
 from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError, RequestError
@@ -26,8 +26,6 @@ from .outputs import OutputError, OutputFolder
 from .pipeline import BACKENDS, Failure, HanDiffuser
 from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, read_requests
 from .schedules import SOLVERS
-
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 _STEPS = click.IntRange(1, MAX_STEPS)
 _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
@@ -268,18 +266,7 @@ class ProgressReport:
 def main() -> None:
     """Entry point: one sentence and an exit code instead of a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and `docker stop` end a run as Ctrl-C does
-    try:
-        code = run.main(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):  # while it was still loading
-        click.echo("hd-run: Interrupted.", err=True)
-        code = INTERRUPTED
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (HanDiffuserError, OSError) as error:
-        click.echo(f"hd-run: {error}", err=True)
-        code = 1
-    sys.exit(code)
+    commands.run("hd-run", run)
 
 
 if __name__ == "__main__":
