@@ -31,7 +31,7 @@ from ..contract import GRAPHS
 from ..engines.base import Engine
 from ..errors import EngineError
 from ..runtime.device import DeviceLoop
-from ..runtime.outputs import _png
+from ..runtime.outputs import png as encode
 from ..runtime.pipeline import Failure, HanDiffuser, Picture
 from ..runtime.requests import Request
 
@@ -102,7 +102,7 @@ def samples(pipeline: HanDiffuser, run: dict[str, Any], repeats: int, meter: Met
         stages = {name: meter.seconds[name] - before[name] for name in GRAPHS if name in before}
         start = meter.clock()
         for picture in pictures:
-            _png(picture.image, picture)
+            encode(picture.image, picture)
         png = meter.clock() - start
         run["memory"] = memory()
         if number >= 0:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..contract import GraphSpec
+from ..contract import LARGEST, GraphSpec
 from ..errors import EngineError
 from .base import check_feeds
 from .cuda import Cuda, DeviceArray, Stream
@@ -37,7 +37,7 @@ EVERYWHERE = (
     "7.5, 8.x or 12.x"  # where TensorRT-RTX runs unless a plan names GPUs; not on 9.0 and 10.0, Hopper and B200
 )
 NO_BFLOAT16 = "7.5"  # the one that TensorRT-RTX supports and that has none: bf16 plans for all leave it out
-FREE_MAX = {"B": 4096, "S": 1000}  # the largest sizes of free axes that any plan allows
+FREE_MAX = {"B": LARGEST, "S": 1000}  # the largest sizes of free axes that any plan allows
 
 OnProgress = Callable[[str, float], bool]  # (phase, done 0..1) -> whether to go on
 

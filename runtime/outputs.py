@@ -113,9 +113,9 @@ class OutputFolder:
         hands = picture.hands
         skeleton = draw_skeleton(picture.image, hands["joints_2d"], hands["visibility"])
         contents = {
-            ".png": _png(picture.image, picture),
+            ".png": png(picture.image, picture),
             ".hands.npz": hands_file(hands, picture.request.prompt),
-            ".hands.png": _png(skeleton, picture),
+            ".hands.png": png(skeleton, picture),
             ".json": record.encode(),
         }
         self._write({picture.id + suffix: content for suffix, content in contents.items()})
@@ -248,7 +248,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     return record if complete else None
 
 
-def _png(image: np.ndarray, picture: Picture) -> bytes:
+def png(image: np.ndarray, picture: Picture) -> bytes:
     """PNG with the settings as text, so that a picture alone still says how it was made."""
     info = PngInfo()
     settings = {**asdict(picture.request), **picture.made_by}
