@@ -58,7 +58,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OPSET = 23  # as the bundle's graphs
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, timestep [N], condition -> output
-Mark = Callable[[], None]  # called before every step of stage 2
+Mark = Callable[[], None]  # called at every step of stage 2
 Way = Callable[[Sequence[Request], Mark], np.ndarray]  # -> uint8 [B, H, W, 3] in the order of the requests
 
 
@@ -340,7 +340,7 @@ def compare(
             for number in range(options["repeats"]):
                 for name, way in ways.items():
                     say(f"peers: turn {number + 1} of {options['repeats']}, {name}")
-                    turns[name].append(timed(way, requests, steps=device == "cpu"))
+                    turns[name].append(timed(way, requests, steps=device == "cpu" and run["batch"] == 1))
         finally:  # whole rounds only, so that ratios are of neighbours
             rounds = min(len(samples) for samples in turns.values())
             if rounds:
@@ -353,7 +353,10 @@ def compare(
 
 
 def timed(way: Way, requests: Sequence[Request], steps: bool = True) -> dict[str, Any]:
-    """One turn: wall and CPU seconds of the batch, and of a step of stage 2 (None without `steps`, or of one step)."""
+    """One turn: wall and CPU seconds of the batch, and of a step of stage 2 (None without `steps`, or of one step).
+
+    Not of a batch's steps: our loop may take its rows one after the other, with a picture's decoding between them.
+    """
     marks: list[tuple[float, float]] = []
 
     def mark() -> None:

@@ -134,9 +134,9 @@ class Stream:
     def zero(self, target: DeviceArray) -> None:
         self.cuda.call("cudaMemsetAsync", target.pointer, 0, target.nbytes, self.handle)
 
-    def record(self) -> Event:
-        """An event that comes to pass when all work so far is done."""
-        return Event(self)
+    def record(self, timed: bool = False) -> Event:
+        """An event that comes to pass when all work so far is done; timed: and knows when."""
+        return Event(self, timed)
 
     def wait(self, event: Event) -> None:
         """Work from here on starts after the event; the host does not wait."""
@@ -164,9 +164,10 @@ class Stream:
 class Event:
     """A point in a stream's work."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, timed: bool = False) -> None:
         self.cuda = stream.cuda
-        self.handle = self.cuda.call("cudaEventCreateWithFlags", self.cuda.api.cudaEventDisableTiming)
+        flags = self.cuda.api.cudaEventDefault if timed else self.cuda.api.cudaEventDisableTiming
+        self.handle = self.cuda.call("cudaEventCreateWithFlags", flags)
         weakref.finalize(self, self.cuda.api.cudaEventDestroy, self.handle)
         self.cuda.call("cudaEventRecord", self.handle, stream.handle)
 
@@ -181,6 +182,10 @@ class Event:
 
     def synchronize(self) -> None:
         self.cuda.call("cudaEventSynchronize", self.handle)
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Between two timed events that have come to pass."""
+        return float(self.cuda.call("cudaEventElapsedTime", earlier.handle, self.handle)) / 1000
 
 
 class Graph:

@@ -41,6 +41,7 @@ from .noise import HANDS, LATENTS, of_request
 from .requests import MAX_STEPS, Request, take
 from .sampler import GUIDANCE
 from .schedules import Table
+from .steptimes import StepTimes
 
 if TYPE_CHECKING:
     from .pipeline import Failure, HanDiffuser, OnEvent, Picture, Work
@@ -206,9 +207,18 @@ class DeviceSampler:
     """The step sampler's twin: `slots` jobs in flight, compacted to the front of the step graph's buffers.
 
     Not all of it: a job's result is where `take` puts it, and whether it is finite is known when the log has come.
+    times: what steps took, which decides how many jobs the next one advances; without it, all of them.
     """
 
-    def __init__(self, cuda: Any, graph: DeviceGraph, state_name: str, slots: int, staging: Staging) -> None:
+    def __init__(
+        self,
+        cuda: Any,
+        graph: DeviceGraph,
+        state_name: str,
+        slots: int,
+        staging: Staging,
+        times: StepTimes | None = None,
+    ) -> None:
         self.graph, self.state_name, self.slots, self.staging = graph, state_name, slots, staging
         self.jobs: list[DeviceJob] = []
         moving = [name for name in (state_name, "history") if name in graph.inputs]
@@ -217,6 +227,8 @@ class DeviceSampler:
         self.constants = [n for n in graph.inputs if n not in (*moving, *self.tables, "noise")]
         self.log = cuda.zeros((LOG, graph.buckets[-1]), "float32")
         self.count = 0  # steps launched so far
+        self.times = times
+        self.marks: deque[tuple[Any, Any, int, bool]] = deque()  # start, end, rows, alone: of the steps under way
 
     @property
     def free(self) -> int:
@@ -235,21 +247,26 @@ class DeviceSampler:
         self.jobs.append(job)
 
     def step(self, stream: Any, take: Callable[[DeviceJob, Any], None]) -> int:
-        """Enqueues one step of every job; take(job, final state row) for those that this was the last of.
+        """Enqueues one step of the oldest jobs; take(job, final state row) for those that this was the last of.
 
         Returns the number of jobs that made a step.
         """
         count = len(self.jobs)
-        for i, job in enumerate(self.jobs):
+        if self.times is not None:
+            count = self.times.choose(count, self._alone(count))
+        start = stream.record(timed=True) if self.times is not None else None
+        for i, job in enumerate(self.jobs[:count]):
             for name in self.tables:
                 stream.copy(self.graph.inputs[name][i], job.table.steps[name][job.position])
             if job.noise is not None:
                 self.staging.upload(stream, self.graph.inputs["noise"][i], job.noise(job.position))
-        alone = all(job.table.table.rows[job.position, GUIDANCE] == 1 for job in self.jobs)
+        alone = self._alone(count)
         self.graph.launch(stream, count, self._advance, alone)
         line = self.count % LOG
         stream.copy(self.log[line][:count], self.graph.outputs["finite"][:count])
         self.count += 1
+        if start is not None:
+            self.marks.append((start, stream.record(timed=True), count, alone))
         for i in reversed(range(count)):
             job = self.jobs[i]
             job.position += 1
@@ -259,20 +276,35 @@ class DeviceSampler:
                 self._remove(stream, i)
         return count
 
+    def wait(self, ahead: int) -> None:
+        """Until at most `ahead` steps are under way; the times of the others are noted."""
+        while len(self.marks) > ahead:
+            start, end, rows, alone = self.marks.popleft()
+            end.synchronize()
+            if self.times is not None:
+                self.times.add(rows, end.seconds_since(start), alone)
+
+    def clear(self) -> None:
+        """Forgets the jobs, and steps that nobody waited for."""
+        self.jobs.clear()
+        self.marks.clear()
+
+    def _alone(self, count: int) -> bool:
+        """Whether the first jobs take a step without guidance."""
+        return all(job.table.table.rows[job.position, GUIDANCE] == 1 for job in self.jobs[:count])
+
     def _advance(self, stream: Any, bucket: int) -> None:
         """Makes what a step gave what the next one takes; captured with the step."""
         for name in self.moving:
             stream.copy(self.graph.inputs[name][:bucket], self.graph.outputs[name][:bucket])
 
     def _remove(self, stream: Any, i: int) -> None:
-        last = len(self.jobs) - 1
-        if i != last:
-            for name in (*self.moving, *self.constants, "noise"):
-                stream.copy(self.graph.inputs[name][i], self.graph.inputs[name][last])
-            for array in self.graph.alone.values():
-                stream.copy(array[i], array[last])
-            self.jobs[i] = self.jobs[last]
-        self.jobs.pop()
+        """Closes row i's gap: the rows behind it move up, so that they stay in the order of their age."""
+        buffers = [self.graph.inputs[name] for name in (*self.moving, *self.constants, "noise")]
+        for row in range(i, len(self.jobs) - 1):
+            for array in (*buffers, *self.graph.alone.values()):
+                stream.copy(array[row], array[row + 1])
+        self.jobs.pop(i)
 
 
 def first_bad(log: np.ndarray, job: DeviceJob) -> int | None:
@@ -318,7 +350,8 @@ class DeviceLoop:
         self.overlap = self.side is not self.main
         self.staging = Staging(cuda)
         self.hands = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.staging)
-        self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.staging)
+        times = StepTimes(graphs["unet"].buckets)
+        self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.staging, times)
         latents = graphs["unet"].inputs["latents"]
         # Latents that have left their slots and wait for the decoder: three, so that the UNet never waits for it.
         self.exits = [(cuda.zeros((slots, *latents.shape[1:]), "float32"), None) for _ in range(3)]
@@ -343,8 +376,8 @@ class DeviceLoop:
         finally:  # also when the caller stops early: nothing may be left for the next run
             for stream in {self.main, self.side, self.out}:
                 stream.synchronize()
-            self.sampler.jobs.clear()
-            self.hands.jobs.clear()
+            self.sampler.clear()
+            self.hands.clear()
             self.after_run()
 
     def _run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
@@ -352,7 +385,6 @@ class DeviceLoop:
         ready: deque[tuple[_Batch, int]] = deque()
         running: dict[Hashable, tuple[_Batch, int]] = {}
         exits: deque[_Exit] = deque()
-        marks: deque[Any] = deque()
         while more or ready or running or exits:
             if more and not ready and (self.overlap or self.sampler.free):
                 some, more = take(source, self.slots)
@@ -365,9 +397,7 @@ class DeviceLoop:
             if self.sampler.jobs:
                 finished: list[tuple[DeviceJob, Any]] = []
                 tell("steps", self._step(finished, exits))
-                marks.append(self.main.record())
-                if len(marks) > AHEAD:
-                    marks.popleft().synchronize()
+                self.sampler.wait(AHEAD)
             while exits and (exits[0].event.done() or not self.sampler.jobs):
                 exits[0].event.synchronize()
                 yield from self._collect(exits.popleft(), running)

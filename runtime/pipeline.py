@@ -41,6 +41,7 @@ from .noise import HANDS, LATENTS, of_request
 from .requests import Refused, Request, resolve, take
 from .sampler import Job, Result, StepSampler
 from .schedules import NoiseSchedule, Table, rows
+from .steptimes import StepTimes
 from .tokens import PromptTokenizer
 
 BACKENDS = ("auto", "onnxruntime", *MODULES, "inductor")
@@ -125,6 +126,7 @@ class HanDiffuser:
         self._std = np.array(manifest.params_std, np.float32)
         self._tables: dict[tuple[Any, ...], Table] = {}
         self._times: dict[bytes, np.ndarray] = {}  # timesteps -> rows of unet_time
+        self._step_times = {name: StepTimes() for name in ("hand_prior", "unet")}
         self._no_text: np.ndarray | None = None  # text_encoder of "", [D]
         self.loop: DeviceLoop | None = None  # what runs instead of `engines` on a GPU
 
@@ -230,8 +232,11 @@ class HanDiffuser:
         source, more = iter(requests), True
         history = self.manifest.num_history
         hand_prior, unet = self.engines["hand_prior"], self.engines["unet"]
-        hand_sampler = StepSampler(hand_prior, "x", history["hand_prior"], slots, branched=hand_prior.branched)
-        sampler = StepSampler(unet, "latents", history["unet"], slots, branched=unet.branched)
+        times = self._step_times
+        hand_sampler = StepSampler(
+            hand_prior, "x", history["hand_prior"], slots, times["hand_prior"], hand_prior.branched
+        )
+        sampler = StepSampler(unet, "latents", history["unet"], slots, times["unet"], unet.branched)
         ready: deque[Work] = deque()  # has its context, waits for a slot
         running: dict[Hashable, Work] = {}
         clock = time.perf_counter()
@@ -250,8 +255,9 @@ class HanDiffuser:
                 running[work.request.id] = work
                 sampler.submit(self._job(work))
             if sampler.active:
-                tell("steps", sampler.active)
-                results += self._finish(sampler.step(), running)
+                done = sampler.step()
+                tell("steps", sampler.advanced)
+                results += self._finish(done, running)
             for result in results:
                 self.timings["total"] += time.perf_counter() - clock
                 yield result

@@ -1,8 +1,9 @@
 """In-flight batching over one step graph: one engine call advances requests at different steps and solvers.
 
 A job takes a free slot at any step boundary and leaves when its rows are done. The active jobs always lie at
-the front of preallocated buffers, so that the engine is given views of them and nothing is gathered but this
-step's rows.
+the front of preallocated buffers, the oldest first, so that the engine is given views of them and nothing is
+gathered but this step's rows. How many of them a step advances is decided from measured times (`steptimes`); those
+that it does not reach keep their slot and their state.
 
 Try it:
 
@@ -17,13 +18,16 @@ or, to keep the slots full from any iterable of jobs, `for result in sampler.run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from handiffuser.contract import ROW_HEAD, row_columns
 from handiffuser.errors import EngineError, RequestError
+
+from .steptimes import StepTimes
 
 Array = np.ndarray
 GUIDANCE = ROW_HEAD.index("guidance")
@@ -69,8 +73,9 @@ class StepSampler:
     state_name: "x" or "latents". num_history: K.
     branched: constants that hold one entry per guidance branch, [2, ...] in a job. While every active row's guidance
         is 1 the engine is given the second alone, [B, 1, ...], and does half the work.
-    buckets: batch sizes that the engine accepts, for engines of static shape. The batch is filled up to the
-        next one with copies of its first row, whose results are thrown away.
+    times: what the engine's steps have taken so far, kept over samplers; by default nothing is known yet. Where it
+        names `buckets`, the engine's fixed batch sizes, a batch is filled up to the next one with copies of its first
+        row, whose results are thrown away.
 
     The shapes and dtypes of the first job are those of all. Rows of a batch never mix here: with an engine
     that treats rows independently, a job's result does not depend on its company. Not for use from several
@@ -85,23 +90,25 @@ class StepSampler:
         state_name: str,
         num_history: int,
         slots: int,
-        buckets: Sequence[int] | None = None,
+        times: StepTimes | None = None,
         branched: Collection[str] = (),
     ) -> None:
         if slots < 1:
             raise EngineError(f"A sampler needs at least one slot and was given {slots}.")
-        if buckets is not None and (not buckets or min(buckets) < 1 or max(buckets) < slots):
+        self.times = times or StepTimes()
+        buckets = self.times.buckets
+        if buckets is not None and (not buckets or buckets[0] < 1 or buckets[-1] < slots):
             raise EngineError(
-                f"The batch sizes {list(buckets)} do not hold {slots} slots. "
+                f"The batch sizes {buckets} do not hold {slots} slots. "
                 f"Use fewer slots, or build an engine for batch size {slots}."
             )
         self.slots = slots
+        self.advanced = 0  # jobs that the last step advanced
         self._engine = engine
         self._state_name = state_name
         self._num_history = num_history
         self._branched = frozenset(branched)
-        self._buckets = sorted(buckets) if buckets is not None else None
-        self._capacity = self._buckets[-1] if self._buckets else slots  # rows of every buffer
+        self._capacity = buckets[-1] if buckets else slots  # rows of every buffer
         # One entry an active job; entry i is row i of every buffer.
         self._jobs: list[Job] = []
         self._position = np.zeros(slots, dtype=np.int64)  # each job's current step
@@ -110,8 +117,8 @@ class StepSampler:
         self._moving: dict[str, Array] = {}  # state, history and noise [capacity, ...]
         self._constants: dict[str, Array] = {}  # [capacity, ...]
         self._tables: dict[str, Array] = {}  # "row" and the other step inputs [slots, longest schedule, ...]
-        # Whether the conditional branch is alone -> what the engine is given; empty: the set of jobs has changed.
-        self._constant_views: dict[bool, dict[str, Array]] = {}
+        # (batch, whether the conditional branch is alone) -> what the engine is given; empty: the jobs have changed.
+        self._constant_views: dict[tuple[int, bool], dict[str, Array]] = {}
 
     @property
     def active(self) -> int:
@@ -125,7 +132,7 @@ class StepSampler:
 
     @property
     def keys(self) -> list[Hashable]:
-        """The keys of the jobs in flight, in no particular order."""
+        """The keys of the jobs in flight, the oldest first."""
         return [job.key for job in self._jobs]
 
     def submit(self, job: Job) -> None:
@@ -166,31 +173,36 @@ class StepSampler:
         self._constant_views = {}
 
     def step(self) -> list[Result]:
-        """Advances every job by one step with one engine call; returns those that are done or have failed.
+        """Advances the oldest jobs by one step with one engine call; returns those that are done or have failed, the
+        oldest first.
 
-        If the engine raises, nothing has moved and the step may be tried again.
+        How many: all of them, or fewer where measured times say that this gets more done. If the engine raises,
+        nothing has moved and the step may be tried again.
         """
-        n = len(self._jobs)
-        if not n:
+        if not self._jobs:
             return []
-        batch = next(size for size in self._buckets if size >= n) if self._buckets else n
+        n = self.times.choose(len(self._jobs), self._alone(len(self._jobs)))
+        alone = self._alone(n)
+        batch = self.times.batch(n)
         position = self._position[:n]
         noise = self._moving["noise"]
-        for i, job in enumerate(self._jobs):
+        for i, job in enumerate(self._jobs[:n]):
             if job.noise is not None:
                 drawn = job.noise(int(position[i]))
                 noise[i] = 0 if drawn is None else drawn
-        # Rows n ... batch are copies of row 0: something finite that a static engine can chew on.
+        # Rows n ... batch are copies of row 0: something finite that a static engine can chew on. No job is there:
+        # fewer than all are advanced only if they fill their batch.
         rows = np.arange(batch)
         rows[n:] = 0
         for buffer in self._moving.values():
             buffer[n:batch] = buffer[0]
         inputs = {name: buffer[:batch] for name, buffer in self._moving.items()}
         inputs.update((name, table[rows, position[rows]]) for name, table in self._tables.items())
-        alone = bool(self._branched) and bool((inputs["row"][:, GUIDANCE] == 1).all())
         inputs.update(self._constants_for(batch, alone))
 
+        started = time.perf_counter()
         outputs = self._engine(inputs)
+        self.times.add(n, time.perf_counter() - started, alone)
 
         states = [name for name in self._moving if name != "noise"]
         for name in states:
@@ -205,26 +217,34 @@ class StepSampler:
         state = self._moving[self._state_name]
         finite = np.isfinite(state[:n]).reshape(n, -1).all(axis=1)
         position += 1
+        self.advanced = n
         results = []
-        # From the last down, because a leaving job's place is taken by the last one.
+        # From the last down, because the jobs behind a leaving one move up.
         for i in np.flatnonzero((position == self._length[:n]) | ~finite)[::-1]:
             key = self._jobs[i].key
             failed_step = None if finite[i] else int(position[i]) - 1
             results.append(Result(key, state[i].copy() if finite[i] else None, failed_step))
             self._remove(int(i))
-        return results
+        return results[::-1]
+
+    def _alone(self, n: int) -> bool:
+        """Whether the first n jobs take a step without guidance."""
+        if not self._branched:
+            return False
+        guidance = self._tables["row"][np.arange(n), self._position[:n], GUIDANCE]
+        return bool((guidance == 1).all())
 
     def _constants_for(self, batch: int, alone: bool) -> dict[str, Array]:
         """The constants [batch, ...]; alone: of those with branches only the conditional one."""
         if not self._constant_views:
             for buffer in self._constants.values():
                 buffer[len(self._jobs) : batch] = buffer[0]
-        if alone not in self._constant_views:
+        if (batch, alone) not in self._constant_views:
             views = {name: buffer[:batch] for name, buffer in self._constants.items()}
             if alone:  # an engine wants its arrays in one piece
                 views |= {name: np.ascontiguousarray(views[name][:, 1:]) for name in self._branched}
-            self._constant_views[alone] = views
-        return self._constant_views[alone]
+            self._constant_views[batch, alone] = views
+        return self._constant_views[batch, alone]
 
     def drop(self, key: Hashable) -> bool:
         """Cancels a job between two steps; True if it was in flight. Others are not affected."""
@@ -252,15 +272,14 @@ class StepSampler:
             yield from self.step()
 
     def _remove(self, i: int) -> None:
-        """Closes row i's gap with the last row."""
-        last = len(self._jobs) - 1
-        if i != last:
-            for buffers in (self._moving, self._constants, self._tables):
-                for buffer in buffers.values():
-                    buffer[i] = buffer[last]
-            self._position[i], self._length[i] = self._position[last], self._length[last]
-            self._jobs[i] = self._jobs[last]
-        self._jobs.pop()
+        """Closes row i's gap: the rows behind it move up, so that they stay in the order of their age."""
+        n = len(self._jobs)
+        for buffers in (self._moving, self._constants, self._tables):
+            for buffer in buffers.values():
+                buffer[i : n - 1] = buffer[i + 1 : n]
+        for steps in (self._position, self._length):
+            steps[i : n - 1] = steps[i + 1 : n]
+        self._jobs.pop(i)
         self._constant_views = {}
 
     def _allocate(self, state: Array, constants: dict[str, Array], tables: dict[str, Array]) -> None:

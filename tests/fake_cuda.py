@@ -22,6 +22,7 @@ class FakeCuda:
         self.refuse_capture = refuse_capture
         self.streams: list[FakeStream] = []
         self.allocated = self.favourite = 0
+        self.clock = 0.0  # seconds
 
     def zeros(self, shape, dtype):
         self.allocated += 1
@@ -47,9 +48,10 @@ class FakeCuda:
         stream = first if first in able else able[self.random.integers(len(able))]
         kind, what = stream.queue.popleft()
         if kind == "call":
+            self.clock += 1e-6
             what()
         elif kind == "record":
-            what.happened = True
+            what.happened, what.at = True, self.clock
         return True
 
 
@@ -92,7 +94,7 @@ class FakeStream:
     def zero(self, target):
         self.call(lambda: target.value.fill(0))
 
-    def record(self):
+    def record(self, timed=False):
         assert self.captured is None
         event = FakeEvent(self.cuda)
         self.queue.append(("record", event))
@@ -125,6 +127,10 @@ class FakeEvent:
         while not self.happened:
             assert self.cuda.run_one(), "deadlock: the host waits for what nothing will bring about"
 
+    def seconds_since(self, earlier):
+        assert self.happened and earlier.happened
+        return self.at - earlier.at
+
 
 class FakeGraph:
     def __init__(self, work: list) -> None:
@@ -136,13 +142,16 @@ class FakeGraph:
 
 
 class FakeDeviceEngine:
-    """An engine for a fixed number of rows, computed by ONNX Runtime on the CPU when its turn comes."""
+    """An engine for a fixed number of rows, computed by ONNX Runtime on the CPU when its turn comes.
+
+    seconds: what a run takes by the fake GPU's clock.
+    """
 
     own_graph = False
 
-    def __init__(self, engine, bucket: int | None, spoil=None) -> None:
+    def __init__(self, engine, bucket: int | None, spoil=None, seconds: float = 0.0) -> None:
         self.engine, self.spec, self.bucket, self.spoil = engine, engine.spec, bucket, spoil
-        self.enqueued = 0
+        self.enqueued, self.seconds = 0, seconds
 
     def bind(self, inputs, outputs):
         check_feeds(self.spec, inputs)
@@ -151,9 +160,10 @@ class FakeDeviceEngine:
 
     def enqueue(self, stream):
         self.enqueued += 1
-        stream.call(self._run)
+        stream.call(lambda: self._run(stream.cuda))
 
-    def _run(self):
+    def _run(self, cuda):
+        cuda.clock += self.seconds
         results = self.engine({name: array.value.copy() for name, array in self.inputs.items()})
         if self.spoil is not None:
             self.spoil({name: array.value for name, array in self.inputs.items()}, results)

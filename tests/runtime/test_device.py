@@ -18,8 +18,13 @@ from handiffuser.runtime.tokens import PromptTokenizer
 BUCKETS = (1, 2, 4)
 
 
-def device_loop(folder, seed=0, slots=4, overlap=True, refuse_capture=False, spoil=None, capture=True, single=None):
-    """A loop on a fake GPU over the bundle's graphs in ONNX Runtime; spoil: graph -> function(inputs, results)."""
+def device_loop(
+    folder, seed=0, slots=4, overlap=True, refuse_capture=False, spoil=None, capture=True, single=None, unet=None
+):
+    """A loop on a fake GPU over the bundle's graphs in ONNX Runtime; spoil: graph -> function(inputs, results).
+
+    unet: batch size -> seconds that a step of the UNet takes by the fake GPU's clock.
+    """
     pipeline = HanDiffuser.load(folder, device="cpu")
     cuda = fake_cuda.FakeCuda(seed, refuse_capture)
     _, engines = load_engines(folder, "cpu", 1, verify=False)
@@ -27,7 +32,10 @@ def device_loop(folder, seed=0, slots=4, overlap=True, refuse_capture=False, spo
 
     def load(name, bucket, branches):
         made[name, bucket, branches] = fake_cuda.FakeDeviceEngine(
-            engines[name], None if name == "unet_time" else bucket, (spoil or {}).get(name)
+            engines[name],
+            None if name == "unet_time" else bucket,
+            (spoil or {}).get(name),
+            unet[bucket] if unet and name == "unet" else 0.0,
         )
         return made[name, bucket, branches]
 
@@ -121,6 +129,22 @@ def test_bfloat16_passes_from_graph_to_graph(tiny_bf16, tmp_path):
     same(run(loop, requests)[0], {picture.id: picture for picture in on_host.run(requests)})
 
 
+@pytest.mark.parametrize(
+    ("seconds", "most"),
+    [({1: 1.0, 2: 1.5, 4: 3.0}, 2), ({1: 1.0, 2: 1.5, 4: 1.8}, 3)],  # rows a second: 1.33 against 1.00, or 1.67
+)
+def test_padding_up_and_holding_back_are_compared(toy_bundle, seconds, most):
+    """Three requests, and engines for 1, 2 and 4: four rows that stand for three, or two and the third waits."""
+    loop = device_loop(toy_bundle, 1, unet=seconds)
+    requests = prepared(loop, [Request(f"prompt {i}", seed=i, steps=30, hand_steps=2) for i in range(3)])
+    on_device, events = run(loop, requests)
+    same(on_device, {picture.id: picture for picture in loop.pipeline.run(requests)})
+    counts = [count for kind, count in events if kind == "steps"]
+    assert sum(counts) == 90 and set(counts[12:25]) == {most}
+    if most == 2:
+        assert list(on_device)[-1] == requests[-1].id  # the youngest waited
+
+
 def test_given_hands(toy_bundle, tmp_path):
     loop = device_loop(toy_bundle, 3)
     first = prepared(loop, mixed(3))
@@ -173,12 +197,14 @@ def test_nothing_is_allocated_in_a_second_run(toy_bundle):
     assert loop.cuda.allocated - before < 20
 
 
-def test_smallest_bucket_that_holds_them(toy_bundle):
+def test_only_buckets_that_are_used_are_loaded(toy_bundle):
     loop = device_loop(toy_bundle)
+    loaded = lambda graph: {bucket for name, bucket, _ in loop.made if name == graph}  # noqa: E731
     run(loop, prepared(loop, [Request("one")]))
-    assert {bucket for name, bucket, _ in loop.made if name == "unet"} == {1}
+    assert loaded("unet") == loaded("text_hand_encoder") == {1}
     run(loop, prepared(loop, [Request("a"), Request("b"), Request("c")]))
-    assert {bucket for name, bucket, _ in loop.made if name == "unet"} == {1, 4}
+    assert loaded("text_hand_encoder") == {1, 4}  # the smallest that holds them
+    assert loaded("unet") == {1, 2, 4}  # 2 and 4 were compared
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from handiffuser import (
     demo,
 )
 from handiffuser.runtime.hands import save_hands
+from handiffuser.runtime.steptimes import StepTimes
 
 
 @pytest.fixture
@@ -168,26 +169,36 @@ def test_nan_fails_one_and_the_rest_goes_on(pipeline, graph, output, words):
     def when(feeds):
         values = feeds[state].reshape(len(feeds[state]), -1)[:, 0]
         if not marks:
-            marks.append(float(values[1]))
+            marks.append(float(values[0]))
         return values == marks[0]
 
     spoil(pipeline, graph, output, when)
     results = list(pipeline.run(spoilt))
     failures = [r for r in results if isinstance(r, Failure)]
-    assert len(results) == 6 and [r.request.prompt for r in failures] == ["p1"]
-    assert failures[0].sentence.startswith(f"{words} gave NaN") and failures[0].id == spoilt[1].id
+    assert len(results) == 6 and [r.request.prompt for r in failures] == ["p0"]
+    assert failures[0].sentence.startswith(f"{words} gave NaN") and failures[0].id == spoilt[0].id
     with pytest.raises(EngineError, match="NaN"):
         spoil(pipeline, "hand_features", "bps", lambda feeds: slice(None))
         pipeline.generate("all are spoilt")
 
 
-def test_slots_are_refilled_at_once(pipeline):
+def test_slots_are_refilled_at_once(pipeline, monkeypatch):
+    monkeypatch.setattr(StepTimes, "choose", lambda times, active, alone: active)  # as where large batches pay
     requests, _ = pipeline.prepare([Request("long", steps=20), *(Request(f"p{n}", steps=2) for n in range(9))])
     active: list[int] = []
     results = list(pipeline.run(requests, lambda kind, count: active.append(count) if kind == "steps" else None))
     assert all(isinstance(r, Picture) for r in results) and results[-1].request.prompt == "long"
     # Three short requests at a time beside the long one, until there are no more.
     assert active[:6] == [4] * 6 and sum(active) == 20 + 9 * 2
+
+
+def test_first_come_first_served_where_large_batches_do_not_pay(pipeline, monkeypatch):
+    requests, _ = pipeline.prepare([Request("long", steps=20), *(Request(f"p{n}", steps=2) for n in range(5))])
+    monkeypatch.setattr(StepTimes, "choose", lambda times, active, alone: 1)
+    counts: list[int] = []
+    results = list(pipeline.run(requests, lambda kind, count: counts.append(count) if kind == "steps" else None))
+    assert [r.request.prompt for r in results] == ["long", "p0", "p1", "p2", "p3", "p4"]
+    assert counts == [1] * 30
 
 
 def test_unet_time_runs_once_a_schedule(pipeline):

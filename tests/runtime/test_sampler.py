@@ -8,6 +8,7 @@ from handiffuser.errors import EngineError, RequestError
 from handiffuser.runtime.noise import normal
 from handiffuser.runtime.sampler import Job, StepSampler
 from handiffuser.runtime.schedules import NoiseSchedule, reference_step, rows
+from handiffuser.runtime.steptimes import StepTimes
 
 SHAPE = (2, 3)
 K = 4
@@ -37,6 +38,17 @@ class FakeEngine:
         return outputs
 
 
+class Fixed(StepTimes):
+    """Advances `rows` jobs at a step, whatever is measured; by default all of them."""
+
+    def __init__(self, buckets=None, rows=99):
+        super().__init__(buckets)
+        self.rows = rows
+
+    def choose(self, active, alone=False):
+        return min(self.rows, active)
+
+
 def make_job(key, solver="ddim", steps=4, seed=None):
     seed = key if seed is None else seed
     table = rows(SCHEDULE, solver, steps, 2.0, K)
@@ -51,7 +63,7 @@ def make_job(key, solver="ddim", steps=4, seed=None):
 
 
 def sampler_of(slots, **options):
-    return StepSampler(FakeEngine(), "latents", K, slots, **options)
+    return StepSampler(FakeEngine(), "latents", K, slots, Fixed(**options))
 
 
 def alone(*args, **kwargs):
@@ -81,6 +93,44 @@ def test_company_changes_nothing(buckets):
     assert sorted(result.key for result in results) == list(range(20))
     for result in results:
         np.testing.assert_array_equal(result.state, alone(*jobs[result.key]))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_oldest_are_advanced_and_the_others_keep_their_state(rows):
+    jobs = random_jobs(12, seed=2)
+    sampler = sampler_of(5, rows=rows)
+    results = list(sampler.run(make_job(*job) for job in jobs))
+    assert max(sampler._engine.batches) == rows
+    for result in results:
+        np.testing.assert_array_equal(result.state, alone(*jobs[result.key]))
+    order = [result.key for result in results]
+    if rows == 1:
+        assert order == list(range(12))  # first come, first served
+    assert all(abs(at - key) <= 5 for at, key in enumerate(order))
+
+
+def test_the_order_of_age_survives_a_job_that_leaves():
+    sampler = sampler_of(4, rows=2)
+    for key, steps in enumerate((4, 1, 3, 3)):
+        sampler.submit(make_job(key, steps=steps))
+    assert [result.key for result in sampler.step()] == [1] and sampler.advanced == 2
+    assert sampler.keys == [0, 2, 3]
+    sampler.submit(make_job(4, steps=1))
+    assert sampler.drop(0) and sampler.keys == [2, 3, 4]
+    left = []
+    while sampler.active:
+        left += [result.key for result in sampler.step()]
+    assert left == [2, 3, 4]
+
+
+def test_measured_times_choose_how_many():
+    """An engine whose rows cost the same in any batch is soon given one at a time."""
+    sampler = StepSampler(FakeEngine(), "latents", K, 4)
+    sampler.times.add = lambda rows, seconds, alone=False: StepTimes.add(sampler.times, rows, float(rows), alone)
+    jobs = [(key, "ddim", 8) for key in range(6)]
+    for result in sampler.run(make_job(*job) for job in jobs):
+        np.testing.assert_array_equal(result.state, alone(*jobs[result.key]))
+    assert set(sampler._engine.batches[-20:]) == {1}
 
 
 def test_order_changes_nothing():
@@ -286,7 +336,7 @@ def branched_job(key, guidance, interval=(0.0, 1.0), steps=4):
 
 def run_branched(jobs, slots, branched=("text",)):
     engine = BranchedEngine()
-    sampler = StepSampler(engine, "latents", K, slots, branched=branched)
+    sampler = StepSampler(engine, "latents", K, slots, Fixed(), branched)
     return {result.key: result.state for result in sampler.run(jobs)}, engine.branches
 
 

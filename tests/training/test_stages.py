@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL
 from handiffuser.training.loop import Plan, fit
-from handiffuser.training.stages import VAELoss, draw, timesteps
+from handiffuser.training.stages import FINGERS, VAELoss, attention, draw, timesteps
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -29,6 +29,18 @@ def test_two_hands_come_as_often_as_asked():
     assert len(rows.unique()) > 990  # all of them, two hands or one
     none = draw(torch.zeros(5, dtype=torch.bool), 0.3, 100, generator())
     assert set(none.tolist()) == set(range(5))
+
+
+def test_errors_near_joints_of_visible_hands_count_more():
+    joints = torch.rand(3, 2, 21, 2, generator=generator()) * 0.2
+    joints[0, 1] = 0.9  # the lower right corner
+    visibility = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    weight = attention(joints, visibility, 16, 16)
+    assert weight.shape == (3, 16, 16) and abs(weight.mean() - 1) < 1e-5
+    assert weight[0].argmax() == 14 * 16 + 14  # pixel 14 reaches from 0.875 to 0.9375
+    assert weight[0].max() / weight[0].min() > 0.9 * (1 + FINGERS)
+    assert (weight[1] == weight[1, 0, 0]).all()  # nobody to be seen
+    assert weight[2, :5, :5].mean() > 2 * weight[2, 8:, 8:].mean()
 
 
 def test_a_decoder_is_trained_alone(tmp_path):

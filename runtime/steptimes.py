@@ -1,0 +1,70 @@
+"""How many of the jobs in flight a step should advance: what measured step times say.
+
+Advancing all of them is best where a larger batch costs less than its rows would alone, as on a GPU. On a processor a
+row often costs the same in any batch: eight rows at once then make everyone wait for all eight, and finish no sooner
+than one after the other. And an engine of a fixed batch size costs the same for five rows as for its eight: padding
+up competes with running four of them and holding the fifth back.
+
+    times = StepTimes()
+    rows = times.choose(active=5)     # the oldest of the jobs in flight
+    times.add(rows, seconds)          # what a step of that many took
+
+Every step does useful work, so trying a size out costs nothing but a little speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+TRIALS = 3  # steps of a size before it is judged by the shortest: the first pays for memory and kernels
+PAYS = (
+    1.05  # a larger batch must be this much faster per row: a smaller one has its pictures sooner and takes less memory
+)
+
+
+class StepTimes:
+    """Measured seconds of one step graph, by batch size; kept over runs.
+
+    buckets: sizes that engines were built for, or None where any will do.
+    """
+
+    def __init__(self, buckets: Sequence[int] | None = None) -> None:
+        self.buckets = sorted(buckets) if buckets is not None else None
+        self.best: dict[tuple[int, bool], float] = {}
+        self._trials: dict[tuple[int, bool], int] = {}
+
+    def batch(self, rows: int) -> int:
+        """The batch size that is computed for so many rows."""
+        return next(size for size in self.buckets if size >= rows) if self.buckets else rows
+
+    def choose(self, active: int, alone: bool = False) -> int:
+        """Rows to advance, 1 <= rows <= active; alone: their step is without guidance, which takes half the time.
+
+        From small to large as long as that pays. Of engines with fixed sizes only the next smaller and the next larger
+        one are compared: others would be loaded for nothing but the question.
+        """
+        if self.buckets:
+            sizes = [max((size for size in self.buckets if size < active), default=active), active]
+            sizes = sizes[1:] if active in self.buckets else sizes
+        else:
+            sizes = [2**power for power in range(active.bit_length()) if 2**power < active] + [active]
+        chosen = 0
+        for rows in sizes:
+            key = (self.batch(rows), alone)
+            if len(sizes) > 1 and self._trials.get(key, 0) < TRIALS:
+                self._trials[key] = self._trials.get(key, 0) + 1
+                return rows
+            if chosen and not self._pays(chosen, rows, alone):
+                break
+            chosen = rows
+        return chosen
+
+    def add(self, rows: int, seconds: float, alone: bool = False) -> None:
+        """A step of so many rows took so long."""
+        key = (self.batch(rows), alone)
+        self.best[key] = min(seconds, self.best.get(key, seconds))
+
+    def _pays(self, few: int, many: int, alone: bool) -> bool:
+        """Whether the larger size advances more rows a second; yes while one of the two has not been measured."""
+        small, large = (self.best.get((self.batch(rows), alone)) for rows in (few, many))
+        return not small or not large or many / large > PAYS * few / small
