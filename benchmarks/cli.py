@@ -38,6 +38,7 @@ from .flops import count
 from .soak import soak
 
 FORMAT = 1  # of the JSON document
+LEAVABLE = ("torch.compile", "onnxruntime")  # peers; diffusers eager is what the others are made from
 RANDOM = ("tiny", "demo", "sd15")
 MOST_BATCH, MOST_REQUESTS, MOST_REPEATS = 1024, 1_000_000, 10_000
 
@@ -85,7 +86,12 @@ def numbers(most: int) -> Any:
 @click.option("--peers", is_flag=True, help="Beside diffusers, torch.compile and plain ONNX Runtime, in alternation.")
 @click.option("--checkpoint", metavar="FOLDER", help="What ENGINES was exported from, for --peers.")
 @click.option("--body", metavar="FILE", help="The SMPL-H body that ENGINES was exported with, for --peers.")
-@click.option("--compile/--no-compile", default=True, help="Whether torch.compile is among the peers (minutes).")
+@click.option(
+    "--leave-out",
+    type=click.Choice(LEAVABLE),
+    multiple=True,
+    help="A peer to do without: compiling takes minutes, plain ONNX Runtime a second copy of the networks.",
+)
 @click.option("--load", is_flag=True, help="Requests at random times: in-flight and static batching.")
 @click.option(
     "--requests", type=click.IntRange(2, MOST_REQUESTS), default=60, show_default=True, help="Of the load test."

@@ -283,7 +283,7 @@ def compare(
 
     Returns the first picture of each, uint8 [H, W, 3] by name.
 
-    options: "threads", "repeats", "body" and "compile". Raises RequestError or CheckpointError for what cannot be
+    options: "threads", "repeats", "body" and "leave_out". Raises RequestError or CheckpointError for what cannot be
     compared, EngineError when ours runs on a GPU that PyTorch does not find.
 
     On a GPU the peers are PyTorch's alone, torch.compile at "max-autotune", and steps are not timed: a step there is
@@ -307,8 +307,8 @@ def compare(
         say("peers: loading the checkpoint")
         ways["diffusers eager"] = eager = load_eager(checkpoint, options["body"], folder, pipeline.manifest, device)
         skipped: dict[str, str] = {}
-        if not options.get("compile", True):
-            skipped["torch.compile"] = "--no-compile."
+        if "torch.compile" in options["leave_out"]:
+            skipped["torch.compile"] = "--leave-out torch.compile."
         elif device == "cpu" and not any(
             shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
         ):
@@ -320,6 +320,8 @@ def compare(
             ways["torch.compile"] = compiled
         if device == "cuda":
             skipped["plain ONNX Runtime"] = "It is measured on CPUs only."
+        elif "onnxruntime" in options["leave_out"]:
+            skipped["plain ONNX Runtime"] = "--leave-out onnxruntime."
         else:
             say("peers: exporting the plain networks")
             with torch.no_grad():

@@ -7,6 +7,7 @@ on_gpu = OnnxRuntimeDeviceEngine(engine)        # CUDA: bound to device arrays, 
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Mapping
@@ -203,7 +204,23 @@ def session_options(threads: int | None = None) -> Any:
     # No busy waiting. On cores that something else uses too (a second run, a training job, a container's share) idle
     # threads that spin starve the one that works: measured on 2 busy cores, spinning doubles the time of a picture.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # No plan of a whole run's memory: it is made for each batch size anew, and costs 0.9 GB for Stable Diffusion's UNet
+    # beside what the arena holds already, for no gain in speed.
+    options.enable_mem_pattern = False
+    _share_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     return options
+
+
+@functools.cache
+def _share_arena() -> None:
+    """One pool of memory for all sessions of the process: graphs run one after the other, and each pool keeps its peak.
+
+    Eight of the demo's pictures at once take 250 MB instead of 350.
+    """
+    ort = _import_onnxruntime()
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(info, None)
 
 
 def usable_cores() -> int:

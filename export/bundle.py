@@ -32,6 +32,7 @@ from ..engines.plans import FOLDER as PLANS
 from ..errors import CheckpointError, ExportError
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
+from .attention import fuse_attention
 from .graphs import NUM_HISTORY, PRECISIONS, Graph, graphs
 
 # Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output: an error in the
@@ -184,6 +185,7 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     )
     assert program is not None
     compact(program.model)
+    fuse_attention(program.model)
     save_model(program.model, folder / f"{graph.name}.onnx")
     with torch.no_grad():
         values = run_module(graph.module, list(graph.inputs.values()))

@@ -71,8 +71,8 @@ class Picture:
 
     id: str
     request: Request
-    image: np.ndarray  # uint8 [H, W, 3]
-    hands: dict[str, np.ndarray]
+    image: np.ndarray = field(repr=False)  # uint8 [H, W, 3]
+    hands: dict[str, np.ndarray] = field(repr=False)
     seconds: float  # from the start of its stage 1 to its picture, shared with the rest of its batch
     warnings: list[str] = field(default_factory=list)
     made_by: dict[str, str] = field(default_factory=dict)  # versions, device, digest of the bundle

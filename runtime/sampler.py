@@ -181,6 +181,7 @@ class StepSampler:
         """
         if not self._jobs:
             return []
+        started = time.perf_counter()
         n = self.times.choose(len(self._jobs), self._alone(len(self._jobs)))
         alone = self._alone(n)
         batch = self.times.batch(n)
@@ -200,9 +201,7 @@ class StepSampler:
         inputs.update((name, table[rows, position[rows]]) for name, table in self._tables.items())
         inputs.update(self._constants_for(batch, alone))
 
-        started = time.perf_counter()
         outputs = self._engine(inputs)
-        self.times.add(n, time.perf_counter() - started, alone)
 
         states = [name for name in self._moving if name != "noise"]
         for name in states:
@@ -218,6 +217,7 @@ class StepSampler:
         finite = np.isfinite(state[:n]).reshape(n, -1).all(axis=1)
         position += 1
         self.advanced = n
+        self.times.add(n, time.perf_counter() - started, alone)  # with what it costs the host, too
         results = []
         # From the last down, because the jobs behind a leaving one move up.
         for i in np.flatnonzero((position == self._length[:n]) | ~finite)[::-1]:
