@@ -40,7 +40,7 @@ WARM_UP = 1  # runs before the first sample: they load kernels, fill caches and 
 PROMPTS = (
     "a right hand making a fist, blue background",
     "two open hands",
-    "a left hand waving",
+    "a left hand giving a thumbs up",
     "a right hand pointing",
 )
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}

@@ -44,8 +44,8 @@ class StepTimes:
         one are compared: others would be loaded for nothing but the question.
         """
         if self.buckets:
-            sizes = [max((size for size in self.buckets if size < active), default=active), active]
-            sizes = sizes[1:] if active in self.buckets else sizes
+            below = max((size for size in self.buckets if size <= active), default=active)
+            sizes = sorted({below, active})
         else:
             sizes = [2**power for power in range(active.bit_length()) if 2**power < active] + [active]
         chosen = 0
