@@ -79,3 +79,11 @@ def tiny_bf16(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFac
     assert "(tolerance 0.1, emulated)" in result.stderr and "emulated bf16 beside float32, 6 pictures" in result.stderr
     assert "runs on NVIDIA GPUs only" in result.stderr
     return folder
+
+
+@pytest.fixture()
+def all_at_once(monkeypatch):
+    """Every step advances all jobs in flight, whatever was measured: rounding in a batch depends on its size."""
+    from handiffuser.runtime.steptimes import StepTimes
+
+    monkeypatch.setattr(StepTimes, "choose", lambda times, active, alone=False: active)

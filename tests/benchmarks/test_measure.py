@@ -103,7 +103,7 @@ def test_stages_and_host_add_up_to_the_total(pipeline):
     assert used["of_ceiling"] == pytest.approx(used["flops"] / out["total"] / 1e6)
 
 
-def test_stages_on_a_device_leave_its_loop_as_it_was(tiny_bundle):
+def test_stages_on_a_device_leave_its_loop_as_it_was(tiny_bundle, all_at_once):
     """On a fake GPU: a time for each graph, and the pictures after it are those of the host."""
     host = HanDiffuser.load(tiny_bundle, device="cpu", threads=1)
     cuda, engines = fake_cuda.FakeCuda(1), load_engines(tiny_bundle, "cpu", 1)[1]

@@ -292,7 +292,8 @@ def test_requests_may_come_in_while_others_run(pipeline):
     assert list(done) == [request.id for request in requests]
     assert log[-1] >= 2  # the first ones were done before the last one came
     for request in requests:
-        np.testing.assert_array_equal(done[request.id], next(pipeline.run([request])).image)
+        alone = next(pipeline.run([request])).image.astype(int)
+        assert np.abs(done[request.id] - alone).max() <= 1  # rounding in a batch depends on its size
     assert list(pipeline.run([])) == list(pipeline.run(iter([]))) == []
 
 
