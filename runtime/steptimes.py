@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-TRIALS = 3  # steps of a size before it is judged by the shortest: the first pays for memory and kernels
-PAYS = (
-    1.05  # a larger batch must be this much faster per row: a smaller one has its pictures sooner and takes less memory
-)
+# Steps of a size before it is judged by the shortest: the first pays for memory and kernels.
+TRIALS = 3
+# How many times as fast per row a larger batch must be: a smaller one has its pictures sooner and takes less memory.
+PAYS = 1.05
 
 
 class StepTimes:
