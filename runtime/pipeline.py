@@ -219,7 +219,7 @@ class HanDiffuser:
 
         requests: an iterator is asked for more at a step, when there is room. It may be lazy or endless: None says
         that nothing has come in yet, and it is asked again after the next step. With nothing in flight it is asked
-        at once, so that it should wait then. The loop on a GPU takes no None yet, and all requests at once.
+        at once, so that it should wait then.
         Raises EngineError when a graph cannot be run at all (out of memory); what was yielded before stays good.
         """
         tell = on_event or (lambda kind, count: None)

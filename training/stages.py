@@ -207,7 +207,7 @@ def encoder_loss(data: Dataset, batch: int, empty: Tensor) -> Loss:
     return loss
 
 
-def attention(joints: Tensor, visibility: Tensor, height: int, width: int, reach: float = 1.2) -> Tensor:
+def emphasis(joints: Tensor, visibility: Tensor, height: int, width: int, reach: float = 1.2) -> Tensor:
     """How much each latent pixel counts [N, h, w], 1 on average: more around the joints of visible hands.
 
     A finger of a small hand is one or two latent pixels wide, and a plain mean lets the background outvote it.
@@ -238,7 +238,7 @@ class PictureLoss(nn.Module):
         # (as the multiscale loss of Hoogeboom et al. 2023, simple diffusion). The optimum stays the same. Not without
         # a prompt, where colours are anyone's guess.
         colours = F.avg_pool2d(error, 8).square().mean((1, 2, 3))
-        weight = attention(hands["joints"], hands["visibility"], *error.shape[2:])[:, None]
+        weight = emphasis(hands["joints"], hands["visibility"], *error.shape[2:])[:, None]
         return (weight * error.square()).mean() + COLOUR * (told * colours).mean()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL
 from handiffuser.training.loop import Plan, fit
-from handiffuser.training.stages import FINGERS, VAELoss, attention, draw, timesteps
+from handiffuser.training.stages import FINGERS, VAELoss, draw, emphasis, timesteps
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -35,7 +35,7 @@ def test_errors_near_joints_of_visible_hands_count_more():
     joints = torch.rand(3, 2, 21, 2, generator=generator()) * 0.2
     joints[0, 1] = 0.9  # the lower right corner
     visibility = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
-    weight = attention(joints, visibility, 16, 16)
+    weight = emphasis(joints, visibility, 16, 16)
     assert weight.shape == (3, 16, 16) and abs(weight.mean() - 1) < 1e-5
     assert weight[0].argmax() == 14 * 16 + 14  # pixel 14 reaches from 0.875 to 0.9375
     assert weight[0].max() / weight[0].min() > 0.9 * (1 + FINGERS)
