@@ -28,7 +28,9 @@ from ..contract import MANIFEST, Manifest
 from ..engines.cuda import Cuda
 from ..engines.onnxruntime import DEVICES
 from ..errors import EngineError, HanDiffuserError
-from ..runtime.pipeline import BACKENDS, HanDiffuser
+from ..runtime.device import DeviceLoop
+from ..runtime.loading import BACKENDS
+from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import MAX_GUIDANCE, MAX_STEPS
 from ..runtime.schedules import SOLVERS
 from . import load as load_test
@@ -245,7 +247,7 @@ def work(engines: str, document: dict[str, Any], options: dict[str, Any], pictur
                     # The warm-up takes energy, too; per picture over all that ran.
                     made = batch * (options["repeats"] + measure.WARM_UP)
                     run["joules_per_picture"] = ((energy.read() or joules) - joules) / made
-                if pipeline.loop is not None:
+                if isinstance(pipeline.loop, DeviceLoop):
                     run["device_stages"] = measure.device_stages(pipeline.loop, run)
                     run["memory"]["device_mb"] = document["device_memory_before_mb"] - _free_mb()
             run.update(measure.summary(run))

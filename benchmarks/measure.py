@@ -31,9 +31,11 @@ from ..contract import GRAPHS
 from ..engines.base import Engine
 from ..errors import EngineError
 from ..runtime.device import DeviceLoop
+from ..runtime.host import HostLoop
 from ..runtime.outputs import png as encode
-from ..runtime.pipeline import Failure, HanDiffuser, Picture
+from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
+from ..runtime.results import Failure, Picture
 
 POLL = 0.01  # seconds between two looks at a fresh process
 WARM_UP = 1  # runs before the first sample: they load kernels, fill caches and schedules
@@ -73,8 +75,11 @@ class Meter:
     """Seconds in each engine of a pipeline so far, by any clock; nothing on a GPU, where the loop calls no engine."""
 
     def __init__(self, pipeline: HanDiffuser, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock, self.seconds = clock, dict.fromkeys(pipeline.engines, 0.0)
-        for name, timed in pipeline.engines.items():
+        self.clock = clock
+        self.seconds: dict[str, float] = {}
+        loop = pipeline.loop
+        for name, timed in loop.engines.items() if isinstance(loop, HostLoop) else ():
+            self.seconds[name] = 0.0
             timed.engine = self._metered(name, timed.engine)
 
     def _metered(self, name: str, engine: Engine) -> Any:
@@ -145,11 +150,11 @@ def device_stages(loop: DeviceLoop, run: dict[str, Any], launches: int = 10) -> 
     The loop itself never waits for a stage, so there is nothing to read off it; overlapped stages cost less than this.
     """
     out = {}
-    defaults = loop.pipeline.manifest.defaults
+    defaults = loop.bundle.manifest.defaults
     times = {"unet": run["steps"], "hand_prior": defaults["hand_steps"]}
     alone = {"unet": run["guidance"] == 1, "hand_prior": defaults["hand_guidance"] == 1}
     # What is launched for the first time is kept as it is: a step must be kept with what makes it the next one's input.
-    after = {"unet": loop.sampler._advance, "hand_prior": loop.hands._advance}
+    after = {"unet": loop.sampler.advance, "hand_prior": loop.hands.advance}
     for name, graph in loop.graphs.items():
         count = run["steps"] if name == "unet_time" else run["batch"]
         stream = {"unet": loop.main, "unet_time": loop.main, "image_decoder": loop.out}.get(name, loop.side)

@@ -289,7 +289,7 @@ def compare(
     On a GPU the peers are PyTorch's alone, torch.compile at "max-autotune", and steps are not timed: a step there is
     over long after the call that starts it.
     """
-    device = "cpu" if pipeline.loop is None else "cuda"
+    device = "cuda" if pipeline.on_gpu else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise EngineError("PyTorch finds no GPU to run peers on. Install its CUDA wheel, or leave --peers out.")
     folder, threads = demo.resolve(engines, "bundle"), options["threads"] or usable_cores()

@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import TOKENIZER, Manifest
+from ..contract import Manifest
 from ..engines import Engine, OnnxRuntimeEngine, load_engines
 from ..errors import BundleError, EngineError
-from ..runtime.pipeline import Failure, HanDiffuser, Picture
-from ..runtime.tokens import PromptTokenizer
+from ..runtime.bundle import Bundle
+from ..runtime.host import HostLoop
+from ..runtime.pipeline import HanDiffuser
+from ..runtime.results import Failure, Picture
 from .emulate import emulate_bundle
 from .record import PROMPTS, Feeds, record, run_all
 
@@ -163,7 +165,8 @@ def fidelity(
             emulate_bundle(candidate, Path(folder) / "emulated")
             candidate = Path(folder) / "emulated"
         manifest, engines = load_engines(candidate, device, threads, verify=False)
-        pipeline = HanDiffuser(manifest, engines, PromptTokenizer(candidate / TOKENIZER, manifest.tokenizer))
+        bundle = Bundle.load(candidate, manifest)
+        pipeline = HanDiffuser(bundle, HostLoop(bundle, engines))
         results = run_all(pipeline, [result.request for result in expected])
         graphs = {}
         for name, spec in ours.graphs.items():

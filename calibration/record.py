@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import TOKENIZER
 from ..engines import Engine, load_engines
 from ..errors import HanDiffuserError, RequestError
-from ..runtime.pipeline import Failure, HanDiffuser, Picture
+from ..runtime.bundle import Bundle
+from ..runtime.host import HostLoop
+from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
-from ..runtime.tokens import PromptTokenizer
+from ..runtime.results import Failure, Picture
 
 # Both stages are asked for each thing that a model may find hard: each side, both hands, near and spread fingers.
 PROMPTS = (
@@ -89,7 +90,8 @@ def record(
     folder = Path(bundle)
     manifest, engines = load_engines(folder, device, threads)
     recorders = {name: Recorder(engine, calls, rows) for name, engine in engines.items()}
-    pipeline = HanDiffuser(manifest, recorders, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer))
+    known = Bundle.load(folder, manifest)
+    pipeline = HanDiffuser(known, HostLoop(known, recorders))
     results = run_all(pipeline, requests_for(pipeline, prompts, seeds, **settings))
     return {name: recorder.inputs() for name, recorder in recorders.items()}, results
 

@@ -20,8 +20,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .runtime.pipeline import Failure, HanDiffuser, Picture
+    from .runtime.pipeline import HanDiffuser
     from .runtime.requests import Request
+    from .runtime.results import Failure, Picture
 
     __version__: str
 
@@ -39,7 +40,7 @@ __all__ = [
     "__version__",
 ]
 
-_LAZY = {"HanDiffuser": "pipeline", "Picture": "pipeline", "Failure": "pipeline", "Request": "requests"}
+_LAZY = {"HanDiffuser": "pipeline", "Picture": "results", "Failure": "results", "Request": "requests"}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,9 +22,11 @@ from ..contract import Manifest
 from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError, RequestError
 from .hands import load_hands
+from .loading import BACKENDS
 from .outputs import OutputError, OutputFolder
-from .pipeline import BACKENDS, Failure, HanDiffuser
+from .pipeline import HanDiffuser
 from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, read_requests
+from .results import Failure
 from .schedules import SOLVERS
 
 _STEPS = click.IntRange(1, MAX_STEPS)
@@ -148,7 +150,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
             stopped, code = "Interrupted. Run the same command again to go on.", INTERRUPTED
         except HanDiffuserError as error:
             stopped, code = str(error), 1
-        for sentence in pipeline.loop.warnings() if pipeline.loop is not None else ():
+        for sentence in pipeline.loop.warnings():
             say.warning(sentence)
         seconds = time.perf_counter() - started
         folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk

@@ -34,7 +34,7 @@ from .hands import draw_skeleton, hands_file
 from .requests import Request, picture_key
 
 if TYPE_CHECKING:
-    from .pipeline import Picture
+    from .results import Picture
 
 INDEX = "index.html"
 _LOCK = ".hd-run.lock"

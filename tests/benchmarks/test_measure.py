@@ -13,7 +13,8 @@ from handiffuser.benchmarks.card import card
 from handiffuser.benchmarks.flops import count
 from handiffuser.contract import GRAPHS
 from handiffuser.engines import load_engines
-from handiffuser.runtime.device import DeviceLoop, Streams, connect
+from handiffuser.runtime.device import DeviceLoop
+from handiffuser.runtime.device_graphs import Streams, connect
 from onnx import parser, save
 
 
@@ -111,7 +112,7 @@ def test_stages_on_a_device_leave_its_loop_as_it_was(tiny_bundle, all_at_once):
     def load(name, bucket, branches):
         return fake_cuda.FakeDeviceEngine(engines[name], None if name == "unet_time" else bucket, None)
 
-    loop = DeviceLoop(host, cuda, connect(cuda, host.manifest, (1, 2), load), Streams.make(cuda, True), 2)
+    loop = DeviceLoop(host.bundle, cuda, connect(cuda, host.manifest, (1, 2), load), Streams.make(cuda, True), 2)
     run = measure.new_run(2, 2, "ddim", 3.0)
     found = measure.device_stages(loop, run, launches=2)
     assert set(found) == set(GRAPHS) and min(found.values()) > 0

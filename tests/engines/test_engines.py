@@ -18,7 +18,8 @@ from handiffuser.engines import OnnxRuntimeEngine, check_feeds
 from handiffuser.engines import onnxruntime as backend
 from handiffuser.engines.cuda import Cuda, DeviceArray
 from handiffuser.engines.onnxruntime import OnnxRuntimeDeviceEngine
-from handiffuser.runtime.device import Streams, onnxruntime_loader
+from handiffuser.runtime.device_graphs import Streams
+from handiffuser.runtime.loading import onnxruntime_loader
 from onnx import parser
 
 SPEC = GraphSpec(

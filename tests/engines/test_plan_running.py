@@ -12,7 +12,7 @@ from handiffuser.engines.build import wanted_plans
 from handiffuser.engines.plans import PlanStore, parts
 from handiffuser.engines.tensorrt import EVERYWHERE, Backend, Options, Scratch, TensorRTEngine
 from handiffuser.errors import EngineError
-from handiffuser.runtime.device import check_bfloat16, powers_of_two, usable_plans
+from handiffuser.runtime.loading import check_bfloat16, powers_of_two, usable_plans
 
 SPEC = GraphSpec(
     "toy.onnx",

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from handiffuser import HanDiffuser, Request
 from handiffuser.calibration.emulate import emulate_bundle
-from handiffuser.contract import TOKENIZER, Manifest
+from handiffuser.contract import Manifest
 from handiffuser.engines import load_engines
 from handiffuser.errors import EngineError
-from handiffuser.runtime.device import DeviceLoop, Staging, Streams, connect
-from handiffuser.runtime.pipeline import Failure
+from handiffuser.runtime.bundle import Bundle
+from handiffuser.runtime.device import DeviceLoop
+from handiffuser.runtime.device_graphs import Staging, Streams, connect
+from handiffuser.runtime.results import Failure
 from handiffuser.runtime.steptimes import StepTimes
-from handiffuser.runtime.tokens import PromptTokenizer
 
 BUCKETS = (1, 2, 4)
 MEASURED = StepTimes.choose
@@ -43,8 +44,8 @@ def device_loop(
         return made[name, bucket, branches]
 
     graphs = connect(cuda, Manifest.load(folder), BUCKETS, load, capture, single)
-    loop = DeviceLoop(pipeline, cuda, graphs, Streams.make(cuda, overlap), slots)
-    loop.made = made
+    loop = DeviceLoop(pipeline.bundle, cuda, graphs, Streams.make(cuda, overlap), slots)
+    loop.pipeline, loop.made = pipeline, made
     return loop
 
 
@@ -95,7 +96,7 @@ def test_equals_the_host_in_any_order(toy_bundle, seed, overlap):
     on_device, events = run(loop, requests)
     same(on_device, on_host)
     assert sum(count for kind, count in events if kind == "steps") == sum(
-        len(loop.pipeline.table("latents", request).rows)
+        len(loop.bundle.table("latents", request).rows)
         for request in requests  # PLMS takes one more than asked
     )
     assert sum(count for kind, count in events if kind == "hands") == 11
@@ -119,7 +120,6 @@ def test_bfloat16_passes_from_graph_to_graph(tiny_bf16, tmp_path):
     emulate_bundle(tiny_bf16, tmp_path / "emulated")
     on_host = HanDiffuser.load(tmp_path / "emulated", device="cpu")
     cuda = fake_cuda.FakeCuda(2)
-    pipeline = HanDiffuser(manifest, {}, PromptTokenizer(tiny_bf16 / TOKENIZER, manifest.tokenizer))
     engines = load_engines(tmp_path / "emulated", "cpu", 1, verify=False)[1]
 
     def load(name, *_):
@@ -127,8 +127,8 @@ def test_bfloat16_passes_from_graph_to_graph(tiny_bf16, tmp_path):
 
     graphs = connect(cuda, manifest, (1, 2), load)
     assert {graphs["unet"].inputs[name].dtype.name for name in ("time", "key_00", "value_00")} == {"bfloat16"}
-    loop = DeviceLoop(pipeline, cuda, graphs, Streams.make(cuda, True), 2)
-    loop.made = {}
+    loop = DeviceLoop(Bundle.load(tiny_bf16), cuda, graphs, Streams.make(cuda, True), 2)
+    loop.pipeline = HanDiffuser(loop.bundle, loop)
     requests = prepared(loop, [Request(f"prompt {i}", seed=i, steps=3, hand_steps=2) for i in range(3)])
     same(run(loop, requests)[0], {picture.id: picture for picture in on_host.run(requests)})
 

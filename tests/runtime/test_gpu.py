@@ -12,7 +12,7 @@ from handiffuser.engines.cuda import Cuda
 from handiffuser.engines.plans import PlanStore
 from handiffuser.engines.tensorrt import MODULES
 from handiffuser.errors import EngineError, ExportError, HanDiffuserError
-from handiffuser.runtime.pipeline import Failure
+from handiffuser.runtime.results import Failure
 
 pytestmark = pytest.mark.gpu
 

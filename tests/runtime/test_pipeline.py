@@ -140,7 +140,7 @@ def test_what_a_bundle_cannot_run_is_refused_before_anything_runs(pipeline):
 
 def spoil(pipeline: HanDiffuser, graph: str, output: str, when) -> None:
     """Makes a graph return NaN in the rows where when(feeds) is true."""
-    engine = pipeline.engines[graph]
+    engine = pipeline.loop.engines[graph]
     inner = engine.engine
 
     def broken(feeds):
@@ -203,14 +203,14 @@ def test_first_come_first_served_where_large_batches_do_not_pay(pipeline, monkey
 
 def test_unet_time_runs_once_a_schedule(pipeline):
     calls = []
-    inner = pipeline.engines["unet_time"].engine
+    inner = pipeline.loop.engines["unet_time"].engine
 
     def counted(feeds):
         calls.append(feeds)
         return inner(feeds)
 
     counted.spec = inner.spec
-    pipeline.engines["unet_time"].engine = counted
+    pipeline.loop.engines["unet_time"].engine = counted
     pipeline.generate(["a", "b", "c", "d", "e", "f"], steps=4)
     pipeline.generate("g", steps=4, guidance=1.0)
     assert len(calls) == 1
@@ -229,13 +229,13 @@ def test_non_square_pictures(wide_bundle):
 
 def test_little_time_is_spent_outside_the_engines(toy_bundle):
     pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
-    inner = pipeline.engines["unet"].engine
+    inner = pipeline.loop.engines["unet"].engine
 
     def at_demo_size(feeds):
         time.sleep(0.03)  # what a step of the demo's UNet takes at the very least
         return inner(feeds)
 
-    pipeline.engines["unet"].engine = at_demo_size
+    pipeline.loop.engines["unet"].engine = at_demo_size
     shares = []
     for seed in range(4):  # the machine may be busy: the best of a few counts
         for name in pipeline.timings:
@@ -298,11 +298,11 @@ def test_requests_may_come_in_while_others_run(pipeline):
 
 
 def test_what_is_remembered_of_schedules_is_bounded(toy_bundle):
-    from handiffuser.runtime.device import TABLES
+    from handiffuser.runtime.bundle import TABLES
 
     pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
     for i in range(TABLES + 20):
-        pipeline.table("latents", Request("a", solver="ddim", steps=2, guidance=1.0 + i / 100))
-    assert len(pipeline._tables) == TABLES
-    newest = pipeline.table("latents", Request("a", solver="ddim", steps=2, guidance=1.0 + (TABLES + 19) / 100))
+        pipeline.bundle.table("latents", Request("a", solver="ddim", steps=2, guidance=1.0 + i / 100))
+    assert len(pipeline.bundle._tables) == TABLES
+    newest = pipeline.bundle.table("latents", Request("a", solver="ddim", steps=2, guidance=1.0 + (TABLES + 19) / 100))
     assert newest.rows[0, 2] == np.float32(1.0 + (TABLES + 19) / 100)

@@ -1,0 +1,139 @@
+"""What both loops know of a bundle: how a request becomes tokens and schedules, and numbers become a picture.
+
+Nothing in here runs a graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..contract import TOKENIZER, Manifest
+from ..errors import RequestError
+from .hands import hand_arrays, load_hands
+from .noise import HANDS, LATENTS
+from .requests import Request
+from .results import Picture, Work
+from .schedules import NoiseSchedule, Table, rows
+from .tokens import PromptTokenizer
+
+TABLES = 64  # schedules that are kept
+
+# Outputs of hand_features that a picture keeps -> what they are called beside the SMPL-H arrays.
+_FEATURE_NAMES = {
+    "joints_3d": "joints",
+    "joints": "joints_2d",
+    "vertices": "vertices",
+    "visibility": "visibility",
+    "camera": "camera",
+}
+
+
+class Bundle:
+    """A bundle's manifest and tokenizer. `made_by` is what the metadata of its pictures says of their origin."""
+
+    def __init__(self, manifest: Manifest, tokenizer: PromptTokenizer) -> None:
+        self.manifest, self.tokenizer = manifest, tokenizer
+        self.digest = _digest(manifest)
+        self.made_by = _made_by(self.digest)
+        self._schedules = {name: NoiseSchedule.from_config(config) for name, config in manifest.schedules.items()}
+        self._mean = np.array(manifest.params_mean, np.float32)
+        self._std = np.array(manifest.params_std, np.float32)
+        self._tables: dict[tuple[Any, ...], Table] = {}
+
+    @classmethod
+    def load(cls, folder: Path, manifest: Manifest | None = None) -> Bundle:
+        """Reads a bundle; its files are hashed, unless `manifest` comes from where that was done.
+
+        Raises BundleError for a missing or damaged one.
+        """
+        manifest = manifest or Manifest.load(folder)
+        return cls(manifest, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer))
+
+    def picture(self, work: Work, image: np.ndarray) -> Picture:
+        """What the user gets of finished work: its image [H, W, 3] (copied) and its hands."""
+        hands = {"params": work.params, **hand_arrays(work.params)}
+        hands.update((ours, work.features[name]) for name, ours in _FEATURE_NAMES.items() if name in work.features)
+        seconds = time.perf_counter() - work.started
+        return Picture(str(work.request.id), work.request, image.copy(), hands, seconds, work.warnings, self.made_by)
+
+    def normalised(self, params: np.ndarray) -> np.ndarray:
+        """Hand parameters [P] as the hand prior knows them: mean 0, spread 1."""
+        return (params - self._mean) / self._std
+
+    def params(self, x: np.ndarray) -> np.ndarray:
+        """The opposite of `normalised`."""
+        return x * self._std + self._mean
+
+    def tokens(self, request: Request) -> tuple[np.ndarray, list[str]]:
+        """int64 [2, length]: the negative prompt, then the prompt. And what was cut off, as diffusers says it."""
+        rows, warnings = [], []
+        for name in ("negative_prompt", "prompt"):
+            ids, dropped = self.tokenizer.encode(getattr(request, name))
+            rows.append(ids)
+            if dropped:
+                dropped = dropped.strip()
+                shown = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
+                what, room = name.replace("_", " "), self.tokenizer.length - 2
+                warnings.append(f"The {what} is longer than {room} tokens. This part was cut: {shown!r}")
+        return np.stack(rows), warnings
+
+    def table(self, stream: str, request: Request) -> Table:
+        """The schedule of one stage of a request; raises RequestError for a solver or steps it cannot do."""
+        if stream == HANDS:
+            graph, chosen = "hand_prior", (request.hand_solver, request.hand_steps, request.hand_guidance)
+            interval = (0.0, 1.0)
+        else:
+            graph, chosen = "unet", (request.solver, request.steps, request.guidance)
+            interval = request.guidance_interval
+        key = (graph, *chosen, interval)
+        if key not in self._tables:
+            solver, steps, guidance = chosen
+            if solver is None or steps is None or guidance is None:
+                raise RequestError("The request has gaps. Fill them with HanDiffuser.prepare before it is run.")
+            history = self.manifest.num_history[graph]
+            table = rows(self._schedules[graph], solver, steps, guidance, history, interval)
+            keep(self._tables, key, table)
+        return self._tables[key]
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError when this bundle cannot run the request."""
+        self.table(LATENTS, request)
+        if request.hands is None:
+            self.table(HANDS, request)
+        else:
+            load_hands(request.hands)
+
+
+def keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    """Adds to a cache, and lets its oldest entry go when it is full: a server sees ever new guidances."""
+    if len(cache) >= TABLES:
+        cache.pop(next(iter(cache)))
+    cache[key] = value
+
+
+def _digest(manifest: Manifest) -> str:
+    """16 hexadecimal digits that stand for the bundle in ids and metadata: all that has a say in a picture.
+
+    Not when and by what it was exported, and not its defaults: a request carries their values itself.
+    """
+    names = ("files", "schedules", "num_history", "latent_size", "tokenizer", "params_mean", "params_std")
+    values = {name: getattr(manifest, name) for name in names}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _made_by(bundle: str) -> dict[str, str]:
+    """What a picture's metadata says of its origin; the loop adds what it runs on."""
+    made_by = {"bundle": bundle}
+    for package in ("handiffuser", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"):
+        try:
+            made_by[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return made_by

@@ -1,0 +1,224 @@
+"""Graphs of a bundle on a GPU: their buffers, their engines, and the launches that were captured.
+
+    graphs = connect(cuda, manifest, buckets=[1, 4], load=...)
+    graphs["hand_features"].launch(stream, count=3)       # over the first 3 rows, with the engine for 4
+
+A graph's inputs and outputs lie in buffers that are allocated once, for the largest bucket. What one graph gives to the
+next is one buffer, not copied.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..contract import BRANCHES, GRAPHS, GraphSpec, Manifest, TensorSpec
+from ..engines.base import DeviceEngine
+from ..errors import EngineError
+from .requests import MAX_STEPS
+
+Load = Callable[[str, int, int], DeviceEngine]  # (graph, bucket, guidance branches) -> engine
+After = Callable[[Any, int], None]  # enqueues on a stream what follows a run of a bucket
+
+
+class DeviceGraph:
+    """A graph of the bundle with its buffers, and one engine and one captured launch per bucket.
+
+    buckets: batch sizes there are engines for. load: (bucket, guidance branches) -> engine, called when that is first
+    used. shared: buffers that are another graph's outputs, by input name. any_size: one engine takes every size up to
+    the largest bucket; it is told where its tensors end each time, and not captured. single: buckets that also have an
+    engine of the conditional branch alone, whose inputs with one entry per branch lie in `alone`.
+    """
+
+    def __init__(
+        self,
+        cuda: Any,
+        spec: GraphSpec,
+        buckets: Sequence[int],
+        load: Callable[[int, int], DeviceEngine],
+        shared: Mapping[str, Any] | None = None,
+        capture: bool = True,
+        single: Collection[int] = (),
+        any_size: bool = False,
+    ) -> None:
+        self.spec, self.buckets, self.load, self.capture = spec, sorted(buckets), load, capture
+        self.any_size = any_size
+        shared = shared or {}
+
+        def buffer(tensor: TensorSpec, branches: int = 2) -> Any:
+            rest = (branches if size == BRANCHES else size for size in tensor.shape[1:])
+            return cuda.zeros((self.buckets[-1], *rest), tensor.dtype)
+
+        self.inputs = {t.name: shared[t.name] if t.name in shared else buffer(t) for t in spec.inputs}
+        self.outputs = {t.name: buffer(t) for t in spec.outputs}
+        self.single = frozenset(single) if spec.branched else frozenset()
+        self.alone = {t.name: buffer(t, 1) for t in spec.inputs if self.single and t.name in spec.branched}
+        self._launches: dict[tuple[int, int], Callable[[Any], None]] = {}
+        self._engine: DeviceEngine | None = None  # the one for any size
+        self.refused: list[int] = []  # buckets whose capture was refused
+
+    def bucket(self, count: int) -> int:
+        """The smallest bucket that holds `count` rows."""
+        for bucket in self.buckets:
+            if bucket >= count:
+                return bucket
+        raise EngineError(
+            f"{count} rows are more than the largest engine of {self.spec.file} takes ({self.buckets[-1]}). "
+            f"Build one: hd-engines build FOLDER --batch-sizes {count}."
+        )
+
+    def launch(self, stream: Any, count: int, after: After | None = None, alone: bool = False) -> None:
+        """Enqueues one run over the first `count` rows, and what `after` enqueues for its bucket.
+
+        alone: of the guidance branches run the conditional one only, where there is an engine for that. The first time
+        it runs as it is, so that kernels are loaded; then it is captured, and from then on launched.
+        """
+        if self.any_size:
+            if self._engine is None:
+                self._engine = self.load(self.bucket(count), 2)
+            self._bind(self._engine, count)
+            self._engine.enqueue(stream)
+            return
+        bucket = self.bucket(count)
+        key = (bucket, 1 if alone and bucket in self.single else 2)
+        if key in self._launches:
+            self._launches[key](stream)
+            return
+        engine = self.load(*key)
+        self._bind(engine, *key)
+
+        def work(stream: Any) -> None:
+            engine.enqueue(stream)
+            if after is not None:
+                after(stream, bucket)
+
+        work(stream)
+        graph = None
+        if self.capture:
+            if not engine.own_graph and engine.capturable(stream):
+                graph = stream.capture(lambda: work(stream))
+            if graph is None and not engine.own_graph:
+                self.refused.append(bucket)
+        self._launches[key] = work if graph is None else _Captured(graph, engine)
+
+    def warm_up(self, stream: Any, rows: int, after: After | None = None) -> int:
+        """Loads, runs and captures what `rows` rows and fewer will need; returns how many engines that were.
+
+        It computes on what the buffers hold, so that only one who has no work in them may call it.
+        """
+        buckets = [1] if self.any_size else [b for b in self.buckets if b <= self.bucket(rows)]
+        kinds = [(bucket, alone) for bucket in buckets for alone in (False, True) if not alone or bucket in self.single]
+        for bucket, alone in kinds:
+            self.launch(stream, bucket, after, alone)
+        return len(kinds)
+
+    def close(self) -> None:
+        """Lets go of engines, captured launches and buffers; what is under way on a stream must have ended."""
+        self._launches.clear()
+        self._engine = None
+        self.inputs, self.outputs, self.alone = {}, {}, {}
+
+    def _bind(self, engine: DeviceEngine, count: int, branches: int = 2) -> None:
+        inputs = {**self.inputs, **self.alone} if branches == 1 else self.inputs
+        engine.bind(
+            {name: array[:count] for name, array in inputs.items()},
+            {name: array[:count] for name, array in self.outputs.items()},
+        )
+
+
+class _Captured:
+    """A captured launch, with the engine whose memory and kernels it uses."""
+
+    def __init__(self, graph: Any, engine: DeviceEngine) -> None:
+        self.graph, self.engine = graph, engine
+
+    def __call__(self, stream: Any) -> None:
+        self.graph.launch(stream)
+
+
+class Staging:
+    """Pinned host memory for copies that are under way; a buffer is used again when its copy is done."""
+
+    def __init__(self, cuda: Any) -> None:
+        self.cuda = cuda
+        self.free: dict[tuple[Any, ...], list[np.ndarray]] = {}
+        self.busy: deque[tuple[Any, np.ndarray]] = deque()
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """A pinned array of anything; `give` it back."""
+        self.sweep()
+        kept = self.free.get((shape, np.dtype(dtype).str))
+        return kept.pop() if kept else self.cuda.pinned(shape, dtype)
+
+    def give(self, array: np.ndarray) -> None:
+        self.free.setdefault((array.shape, array.dtype.str), []).append(array)
+
+    def upload(self, stream: Any, target: Any, value: np.ndarray) -> None:
+        """Copies a host array into a device array of its size, without waiting."""
+        pinned = self.take(tuple(value.shape), target.dtype)
+        pinned[...] = value
+        stream.copy(target, pinned)
+        self.busy.append((stream.record(), pinned))
+
+    def sweep(self) -> None:
+        """Takes back the buffers whose copies are done."""
+        for _ in range(len(self.busy)):
+            event, array = self.busy.popleft()
+            if event.done():
+                self.give(array)
+            else:
+                self.busy.append((event, array))
+
+
+class Streams(NamedTuple):
+    """Where work goes: the steps of stage 2, what makes their inputs, what makes pictures of their results."""
+
+    main: Any
+    side: Any
+    out: Any
+
+    @classmethod
+    def make(cls, cuda: Any, overlap: bool) -> Streams:
+        """Three streams, or one that bears all three names."""
+        main = cuda.stream()
+        return cls(main, cuda.stream(), cuda.stream()) if overlap else cls(main, main, main)
+
+
+# The stream of each graph's engines; those of one stream never run at once, and share their scratch memory.
+STREAM = dict.fromkeys(GRAPHS, "side") | {"unet": "main", "unet_time": "main", "image_decoder": "out"}
+
+
+def connect(
+    cuda: Any,
+    manifest: Manifest,
+    buckets: Sequence[int],
+    load: Load,
+    capture: bool = True,
+    single: Mapping[str, Collection[int]] | None = None,
+) -> dict[str, DeviceGraph]:
+    """The bundle's graphs with their buffers; what one gives to the next is one buffer, not copied.
+
+    load: (graph, bucket, guidance branches) -> engine. single: graph -> buckets of which there is one for one branch.
+    """
+    graphs: dict[str, DeviceGraph] = {}
+    feeds = {"text_hand_encoder": "hand_features", "unet_context": "text_hand_encoder"}
+    for name in GRAPHS:
+        spec = manifest.graphs[name]
+        shared = graphs[feeds[name]].outputs if name in feeds else {}
+        free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
+        # Schedules are of any length, and each is prepared once.
+        one_axis = free == {"S"}
+        graphs[name] = DeviceGraph(
+            cuda,
+            spec,
+            range(1, MAX_STEPS + 1) if one_axis else buckets,
+            lambda bucket, branches, name=name: load(name, bucket, branches),  # type: ignore[misc]
+            shared,
+            capture,
+            (single or {}).get(name, ()),
+            any_size=one_axis,
+        )
+    return graphs

@@ -1,0 +1,216 @@
+"""The two stages as one loop on the host: numpy arrays in and out of engines, one graph after the other.
+
+Stage 1 makes hands of a batch of prompts and turns them into the context of stage 2; these requests then wait for a
+slot. Stage 2 steps its slots; a request takes a free slot at any step and leaves it when it is done, so requests with
+different numbers of steps, solvers or guidance share every batch. `device.py` is the same loop on a GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from operator import length_hint
+from typing import Any
+
+import numpy as np
+
+from ..contract import NUM_PARAMS
+from ..engines import Engine
+from ..errors import RequestError
+from .bundle import Bundle, keep
+from .hands import load_hands
+from .noise import HANDS, LATENTS, of_request
+from .requests import Request, take
+from .results import Failure, OnEvent, Picture, Work, not_finite
+from .sampler import Job, Result, StepSampler
+from .schedules import Table
+from .steptimes import StepTimes
+
+
+class HostLoop:
+    """Runs prepared requests on engines that take and give numpy arrays.
+
+    slots: the largest number of requests that run at once. `timings` holds the seconds spent in each graph so far, and
+    in `run` altogether ("total").
+    """
+
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], slots: int = 8) -> None:
+        self.bundle, self.slots = bundle, slots
+        self.timings: dict[str, float] = dict.fromkeys([*engines, "total"], 0.0)
+        self.engines = {name: _Timed(name, engine, self.timings) for name, engine in engines.items()}
+        bundle.made_by["device"] = getattr(engines.get("unet"), "device", "unknown")
+        self._times: dict[bytes, np.ndarray] = {}  # timesteps -> rows of unet_time
+        self._step_times = {name: StepTimes() for name in ("hand_prior", "unet")}
+        self._no_text: np.ndarray | None = None  # text_encoder of "", [D]
+
+    def warm_up(self, rows: int, tell: OnEvent) -> None:
+        """Nothing: on a processor the first run of a graph costs no more than the next."""
+
+    def warnings(self) -> list[str]:
+        """What the user should know about how this runs: nothing."""
+        return []
+
+    def close(self) -> None:
+        """Lets go of the engines."""
+        self.engines = {}
+
+    def run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
+        """Yields each picture as soon as it is done."""
+        slots = min(self.slots, length_hint(requests, self.slots))
+        if not slots:
+            return
+        source, more = iter(requests), True
+        history = self.bundle.manifest.num_history
+        hand_prior, unet = self.engines["hand_prior"], self.engines["unet"]
+        times = self._step_times
+        hand_sampler = StepSampler(
+            hand_prior, "x", history["hand_prior"], slots, times["hand_prior"], hand_prior.branched
+        )
+        sampler = StepSampler(unet, "latents", history["unet"], slots, times["unet"], unet.branched)
+        ready: deque[Work] = deque()  # has its context, waits for a slot
+        running: dict[Hashable, Work] = {}
+        clock = time.perf_counter()
+        while more or ready or running:
+            results: list[Picture | Failure] = []
+            while more and len(ready) < sampler.free:
+                batch, more = take(source, slots)
+                if not batch:
+                    break
+                works, failures = self._stage_1(batch, hand_sampler)
+                ready.extend(works)
+                results += failures
+                tell("hands", len(batch))
+            while ready and sampler.free:
+                work = ready.popleft()
+                running[work.request.id] = work
+                sampler.submit(self._job(work))
+            if sampler.active:
+                done = sampler.step()
+                tell("steps", sampler.advanced)
+                results += self._finish(done, running)
+            for result in results:
+                self.timings["total"] += time.perf_counter() - clock
+                yield result
+                clock = time.perf_counter()  # what the caller does with a picture is not ours to count
+        self.timings["total"] += time.perf_counter() - clock
+
+    def _stage_1(self, requests: list[Request], sampler: StepSampler) -> tuple[list[Work], list[Picture | Failure]]:
+        """Text -> hands -> features -> context -> keys and values, for a batch of B requests."""
+        started = time.perf_counter()
+        works = [Work(request, started, *self.bundle.tokens(request)) for request in requests]
+        failures: list[Picture | Failure] = []
+
+        by_id: dict[Hashable, Work] = {work.request.id: work for work in works}
+        textual = [work for work in works if work.request.hands is None]
+        if textual:
+            ids = np.stack([work.ids[1] for work in textual])  # [B, length]
+            for work, text in zip(textual, self.engines["text_encoder"]({"input_ids": ids})["text"], strict=True):
+                sampler.submit(self._hand_job(work.request, text))
+        while sampler.active:
+            for key, state, failed_step in sampler.step():
+                if state is None:
+                    failures.append(not_finite(by_id[key].request, f"hand_prior, step {failed_step}"))
+                by_id[key].x = state
+        for work in works:
+            if work.request.hands is not None:
+                try:
+                    work.x = self.bundle.normalised(load_hands(work.request.hands))
+                except RequestError as error:  # it was good when the run began
+                    failures.append(Failure(str(work.request.id), work.request, str(error)))
+
+        # From here on only those that have hands; then only those whose features are finite.
+        x = [work.x for work in works if work.x is not None]
+        works = [work for work in works if work.x is not None]
+        if not works:
+            return [], failures
+        features = self.engines["hand_features"]({"x": np.stack(x)})
+        fine = np.ones(len(works), bool)
+        for value in features.values():
+            fine &= np.isfinite(value).reshape(len(works), -1).all(1)
+        failures += [not_finite(work.request, "hand_features") for work, ok in zip(works, fine, strict=True) if not ok]
+        works = [work for work, ok in zip(works, fine, strict=True) if ok]
+        if not works:
+            return [], failures
+        features = {name: value[fine] for name, value in features.items()}
+        ids = np.stack([work.ids for work in works])  # [B, 2, length]
+        context = self.engines["text_hand_encoder"]({"input_ids": ids, **features})["context"]
+        keys = self.engines["unet_context"]({"context": context})
+        for row, work in enumerate(works):
+            work.params = self.bundle.params(work.x)  # type: ignore[arg-type]
+            work.features = {name: value[row] for name, value in features.items()}
+            work.inputs = {name: value[row] for name, value in keys.items()}
+        return works, failures
+
+    def _hand_job(self, request: Request, text: np.ndarray) -> Job:
+        """Stage 1's job; text is the prompt's sentence vector [D]."""
+        if self._no_text is None:
+            ids = self.bundle.tokenizer.encode("")[0]
+            self._no_text = self.engines["text_encoder"]({"input_ids": ids[None]})["text"][0]
+        both = np.stack([self._no_text, text])  # [2, D]
+        return _job(request, HANDS, self.bundle.table(HANDS, request), (NUM_PARAMS,), {"text": both})
+
+    def _job(self, work: Work) -> Job:
+        """Stage 2's job."""
+        request = work.request
+        table = self.bundle.table(LATENTS, request)
+        steps = {}
+        if "time" in self.engines["unet"].names:
+            timesteps = table.timesteps.astype(np.float32)
+            key = timesteps.tobytes()
+            if key not in self._times:
+                keep(self._times, key, self.engines["unet_time"]({"timesteps": timesteps})["time"])
+            steps["time"] = self._times[key]
+        shape = self.bundle.manifest.latent_size
+        return _job(request, LATENTS, table, shape, work.inputs, steps)
+
+    def _finish(self, results: list[Result], running: dict[Hashable, Work]) -> list[Picture | Failure]:
+        """Decodes the requests that have left their slots: one by one, because a processor's caches hold no more."""
+        works = [running.pop(result.key) for result in results]
+        finished: list[Picture | Failure] = [
+            not_finite(work.request, f"unet, step {result.failed_step}")
+            for work, result in zip(works, results, strict=True)
+            if result.state is None
+        ]
+        for work, result in zip(works, results, strict=True):
+            if result.state is None:
+                continue
+            decoded = self.engines["image_decoder"]({"latents": result.state[None]})
+            fine = decoded["finite"][0] > 0.5  # uint8 would hide what is not finite
+            finished.append(
+                self.bundle.picture(work, decoded["image"][0]) if fine else not_finite(work.request, "image_decoder")
+            )
+        return finished
+
+
+class _Timed:
+    """An engine that notes the seconds it takes, and is fed only the tensors that its graph has.
+
+    A configuration without some hand cue has a graph without that input.
+    """
+
+    def __init__(self, name: str, engine: Engine, timings: dict[str, float]) -> None:
+        self.engine, self.name, self.timings = engine, name, timings
+        self.names = frozenset(spec.name for spec in engine.spec.inputs)
+        self.branched = engine.spec.branched
+
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        feeds = {name: value for name, value in feeds.items() if name in self.names}
+        started = time.perf_counter()
+        try:
+            return self.engine(feeds)
+        finally:
+            self.timings[self.name] += time.perf_counter() - started
+
+
+def _job(
+    request: Request,
+    stream: str,
+    table: Table,
+    shape: tuple[int, ...],
+    constants: Mapping[str, np.ndarray],
+    steps: Mapping[str, np.ndarray] | None = None,
+) -> Job:
+    """A job whose noise is the request's own."""
+    state, noise = of_request(request.seed, stream, shape, table.init_sigma, table.stochastic)
+    return Job(request.id, state, table.rows, steps or {}, constants, noise)
