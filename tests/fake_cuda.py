@@ -160,15 +160,16 @@ class FakeDeviceEngine:
 
     def enqueue(self, stream):
         self.enqueued += 1
-        stream.call(lambda: self._run(stream.cuda))
+        inputs, outputs = self.inputs, self.outputs  # a later bind is for later runs
+        stream.call(lambda: self._run(stream.cuda, inputs, outputs))
 
-    def _run(self, cuda):
+    def _run(self, cuda, inputs, outputs):
         cuda.clock += self.seconds
-        results = self.engine({name: array.value.copy() for name, array in self.inputs.items()})
+        results = self.engine({name: array.value.copy() for name, array in inputs.items()})
         if self.spoil is not None:
-            self.spoil({name: array.value for name, array in self.inputs.items()}, results)
+            self.spoil({name: array.value for name, array in inputs.items()}, results)
         for name, value in results.items():
-            np.copyto(self.outputs[name].value, value)
+            np.copyto(outputs[name].value, value)
 
     def capturable(self, stream):
         return True
