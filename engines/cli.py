@@ -197,6 +197,8 @@ def installed_versions() -> dict[str, str]:
 def stale(plan: Plan, manifest: Manifest, versions: dict[str, str]) -> str:
     """Why a plan is of no use any more; "" while it is. Plans of a backend that is not installed here are kept."""
     backend, version = plan.parts["backend"], plan.parts["version"]
+    if plan.parts.get("tf32") != "off":
+        return "stale: built when float32 was computed in TF32"
     if not belongs(plan, manifest):
         return "stale: the bundle changed"
     if versions.get(backend, version) != version:

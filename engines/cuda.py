@@ -10,11 +10,14 @@
 
 Everything is asynchronous but `synchronize`. Streams do not wait for the default stream, so only the order within a
 stream and `Stream.wait` say what comes first. The calls are the CUDA runtime's through `cuda-bindings`.
+
+What is made here is freed when it is no longer used, or earlier by its `close`, or all at once by `Cuda.close`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import weakref
 from collections.abc import Callable
@@ -24,17 +27,21 @@ import numpy as np
 
 from ..errors import EngineError
 
+# The oldest Linux drivers for a CUDA version (CUDA release notes, table of minor version compatibility).
+DRIVERS = {12: "driver 525 or newer", 13: "driver 580 or newer"}
+
 
 class Cuda:
     """One GPU. Raises EngineError where there is none, or no package to reach it."""
 
     def __init__(self, device: int = 0) -> None:
         self.api = _bindings()
+        self._made: weakref.WeakSet[Any] = weakref.WeakSet()  # what `close` is to free
         error, count = self.api.cudaGetDeviceCount()
         if error != self.api.cudaError_t.cudaSuccess or not count:
             raise EngineError(
-                "No NVIDIA GPU can be used here: check that `nvidia-smi` lists one and that its driver is new enough "
-                "for the CUDA of cuda-bindings. `--backend onnxruntime --device cpu` runs without one."
+                f"No NVIDIA GPU can be used here: {self._why_none(error)} "
+                "`--backend onnxruntime --device cpu` runs without one."
             )
         self.call("cudaSetDevice", device)
         self.device = device
@@ -50,17 +57,52 @@ class Cuda:
                 raise EngineError(
                     "The GPU has not enough free memory. Take a smaller --batch-size, or end what else is on it."
                 )
-            text = self.api.cudaGetErrorString(error)[1]
-            text = text.decode() if isinstance(text, bytes) else text
-            raise EngineError(f"CUDA failed in {name}: {text}.")
+            raise EngineError(f"CUDA failed in {name}: {self._text(error)}.")
         return values[0] if len(values) == 1 else tuple(values)
+
+    def close(self) -> None:
+        """Waits for the device, then frees all arrays, streams, events and graphs that were made here.
+
+        None of them may be used afterwards. Pinned arrays go with their last view. A second call does nothing.
+        """
+        if not self._made:
+            return
+        self.api.cudaDeviceSynchronize()  # what failed before is no reason to keep memory
+        for one in list(self._made):
+            one.close()
+        self._made.clear()
+
+    def keep(self, one: Any, free: Callable[[Any], Any], handle: Any) -> Callable[[], Any]:
+        """Has `free(handle)` called once: by what is returned, by `close`, or when `one` is no longer used."""
+        self._made.add(one)
+        return weakref.finalize(one, free, handle)
+
+    def _text(self, error: Any) -> str:
+        text = self.api.cudaGetErrorString(error)[1]
+        return text.decode() if isinstance(text, bytes) else str(text)
+
+    def _why_none(self, error: Any) -> str:
+        """Why there is no GPU, in one sentence with its remedy."""
+        codes = self.api.cudaError_t
+        driver, needed = self.api.cudaDriverGetVersion()[1] or 0, self.api.cudaRuntimeGetVersion()[1] or 0
+        if error == codes.cudaErrorInsufficientDriver and not driver:
+            return "there is no NVIDIA driver. Check that `nvidia-smi` lists a GPU."
+        if error == codes.cudaErrorInsufficientDriver:
+            return (
+                f"its driver knows CUDA {_version(driver)}, and cuda-bindings needs {needed // 1000}.0 or newer "
+                f"({DRIVERS.get(needed // 1000, 'a newer driver')}). Update the driver, or "
+                f'`pip install "cuda-bindings<{needed // 1000}"`.'
+            )
+        if error in (codes.cudaSuccess, codes.cudaErrorNoDevice):
+            return "the driver sees none. Check `nvidia-smi`, and that CUDA_VISIBLE_DEVICES does not hide it."
+        return f"{self._text(error)}. Check that `nvidia-smi` lists one."
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         """A new array on the device. Zeros, because rows that no request uses must hold something harmless."""
         array = DeviceArray(0, shape, dtype)
         pointer = self.call("cudaMalloc", max(array.nbytes, 1))
         array.pointer = int(pointer)
-        weakref.finalize(array, self.api.cudaFree, pointer)
+        array.free = self.keep(array, self.api.cudaFree, pointer)
         self.call("cudaMemset", pointer, 0, array.nbytes)
         self.call("cudaStreamSynchronize", 0)  # our streams do not wait for the default stream, which did that
         return array
@@ -91,6 +133,14 @@ class DeviceArray:
     def __init__(self, pointer: int, shape: tuple[int, ...], dtype: Any, owner: DeviceArray | None = None) -> None:
         self.pointer, self.shape, self.dtype = pointer, tuple(shape), dtype_name(dtype)
         self.owner = owner  # keeps the memory alive
+        self.free: Callable[[], Any] | None = None  # of an array that owns its memory
+
+    def close(self) -> None:
+        """Frees the memory, of a view's owner too; it may not be used afterwards. A second call does nothing."""
+        array = self.owner or self
+        if array.free is not None:
+            array.free()
+        self.pointer = array.pointer = 0
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +170,7 @@ class Stream:
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
         self.handle = cuda.call("cudaStreamCreateWithFlags", cuda.api.cudaStreamNonBlocking)
-        weakref.finalize(self, cuda.api.cudaStreamDestroy, self.handle)
+        self.close = cuda.keep(self, cuda.api.cudaStreamDestroy, self.handle)
 
     def copy(self, target: DeviceArray | np.ndarray, source: DeviceArray | np.ndarray) -> None:
         """Copies between device arrays and pinned arrays of equal size. Host arrays must live until it is done."""
@@ -146,19 +196,38 @@ class Stream:
         self.cuda.call("cudaStreamSynchronize", self.handle)
 
     def capture(self, function: Callable[[], None]) -> Graph | None:
-        """Records what `function` enqueues on this stream, without running it. None when something in it cannot be."""
-        mode = self.cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self.cuda.call("cudaStreamBeginCapture", self.handle, mode)
-        failed = False
+        """Records what `function` enqueues on this stream, without running it. None when something in it cannot be.
+
+        Whatever `function` raises, the stream is out of the capture afterwards: EngineError is the refusal, all else
+        (Ctrl-C) is passed on. The graph is on the device when the stream has come to it.
+        """
+        cuda = self.cuda
+        mode = cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        # A collection could free device memory, which nobody may during a capture, and which breaks it.
+        collects, captured = gc.isenabled(), None
+        gc.disable()
         try:
-            function()
+            cuda.call("cudaStreamBeginCapture", self.handle, mode)
+            try:
+                function()
+            finally:
+                error, captured = cuda.api.cudaStreamEndCapture(self.handle)
+                if error != cuda.api.cudaError_t.cudaSuccess:
+                    captured = None
+                    cuda.api.cudaGetLastError()  # what a refusal leaves behind is not the next call's
+            if captured is None:
+                return None
+            graph = Graph(cuda, captured)
+            graph.upload(self)
+            return graph
         except EngineError:
-            failed = True
-        error, graph = self.cuda.api.cudaStreamEndCapture(self.handle)  # must follow, whatever happened
-        if failed or error != self.cuda.api.cudaError_t.cudaSuccess:
-            self.cuda.api.cudaGetLastError()  # a refused capture leaves an error behind that is not the next call's
+            cuda.api.cudaGetLastError()
             return None
-        return Graph(self.cuda, graph)
+        finally:
+            if captured is not None:
+                cuda.api.cudaGraphDestroy(captured)
+            if collects:
+                gc.enable()
 
 
 class Event:
@@ -168,7 +237,7 @@ class Event:
         self.cuda = stream.cuda
         flags = self.cuda.api.cudaEventDefault if timed else self.cuda.api.cudaEventDisableTiming
         self.handle = self.cuda.call("cudaEventCreateWithFlags", flags)
-        weakref.finalize(self, self.cuda.api.cudaEventDestroy, self.handle)
+        self.close = self.cuda.keep(self, self.cuda.api.cudaEventDestroy, self.handle)
         self.cuda.call("cudaEventRecord", self.handle, stream.handle)
 
     def done(self) -> bool:
@@ -177,7 +246,7 @@ class Event:
         if error == self.cuda.api.cudaError_t.cudaErrorNotReady:
             return False
         if error != self.cuda.api.cudaError_t.cudaSuccess:
-            raise EngineError(f"CUDA failed while it ran: {self.cuda.api.cudaGetErrorString(error)[1]!r}.")
+            raise EngineError(f"CUDA failed while it ran: {self.cuda._text(error)}.")
         return True
 
     def synchronize(self) -> None:
@@ -192,10 +261,14 @@ class Graph:
     """Captured work: one call launches it all."""
 
     def __init__(self, cuda: Cuda, graph: Any) -> None:
+        """graph: what a capture gave; the caller destroys it."""
         self.cuda = cuda
         self.handle = cuda.call("cudaGraphInstantiate", graph, 0)
-        cuda.call("cudaGraphDestroy", graph)
-        weakref.finalize(self, cuda.api.cudaGraphExecDestroy, self.handle)
+        self.close = cuda.keep(self, cuda.api.cudaGraphExecDestroy, self.handle)
+
+    def upload(self, stream: Stream) -> None:
+        """Puts the graph on the device, so that its first launch need not."""
+        self.cuda.call("cudaGraphUpload", self.handle, stream.handle)
 
     def launch(self, stream: Stream) -> None:
         self.cuda.call("cudaGraphLaunch", self.handle, stream.handle)
@@ -209,6 +282,11 @@ def dtype_name(dtype: Any) -> str:
 def itemsize(dtype: Any) -> int:
     """Bytes of one element."""
     return 2 if dtype_name(dtype) == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def _version(number: int) -> str:
+    """12040 -> "12.4", as CUDA counts."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _address(array: DeviceArray | np.ndarray) -> int:

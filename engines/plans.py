@@ -36,7 +36,10 @@ WORDS = {
     "version": "the backend's version changed",
     "target": "the GPU changed",
     "options": "the build options changed",
+    "tf32": "TF32 in float32 layers changed",
 }
+# What a part was before it was noted: the default of all backends.
+BEFORE = {"tf32": "on"}
 
 Sizes = Mapping[str, "int | tuple[int, int, int]"]
 
@@ -79,6 +82,7 @@ def parts(
         "version": version,
         "target": target,
         "options": json.dumps({k: v for k, v in asdict(options).items() if v not in (None, (), [])}, sort_keys=True),
+        "tf32": "off",
     }
 
 
@@ -90,11 +94,12 @@ def graph_digest(manifest: Manifest, graph: str) -> str:
 
 
 def belongs(plan: Plan, manifest: Manifest) -> bool:
-    """Whether a plan was built from the bundle as it is now."""
+    """Whether a plan was built from the bundle as it is now, and as plans are built now."""
     return (
         plan.graph in manifest.graphs
         and plan.parts["graph"] == graph_digest(manifest, plan.graph)
         and plan.parts["precision"] == manifest.precision
+        and plan.parts.get("tf32") == "off"
     )
 
 
@@ -144,11 +149,11 @@ class PlanStore:
         near = [plan for plan in near if plan.parts.get("sizes") == wanted["sizes"]]
         if not near:
             return f"never built for {wanted['sizes']}"
-        differing = [[name for name in WORDS if plan.parts.get(name) != wanted[name]] for plan in near]
+        differing = [[name for name in WORDS if _part(plan, name) != wanted[name]] for plan in near]
         best, nearest = min(zip(differing, near, strict=True), key=lambda pair: len(pair[0]))
         changes = []
         for name in best:
-            old, new = nearest.parts.get(name, ""), wanted[name]
+            old, new = _part(nearest, name), wanted[name]
             changes.append(WORDS[name] + ("" if name in ("graph", "options") else f" from {old} to {new}"))
         return ", ".join(changes)
 
@@ -215,6 +220,10 @@ class PlanStore:
     def _read(self, record: Path) -> Plan:
         value = json.loads(record.read_text(encoding="utf-8"))
         return Plan(**value, path=record.with_suffix(".plan"))
+
+
+def _part(plan: Plan, name: str) -> str:
+    return plan.parts.get(name, BEFORE.get(name, ""))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -7,7 +7,9 @@
 
 Networks are strongly typed: a tensor has the type that the ONNX graph gives it, and nothing is lowered or raised
 behind the user's back. So the precision is a property of the exported graph, and `build` proves it from the types of
-the layers that compute.
+the layers that compute. One thing types do not show: TF32, which TensorRT allows unless told otherwise, and in which
+float32 keeps 10 of its 23 bits. It is off always: what is float32 here (kinematics, the solver, what half precision
+could not hold, bundles in fp32) is so because it needs the bits.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ class Backend:
         sizes: of the free axes; one number makes them static, (least, best, most) a profile between them.
         precision: "fp32", "fp16" or "bf16", as the graph was exported; EngineError where it is another.
         timing_cache: a file of kernel timings that is read, and extended (TensorRT only; TensorRT-RTX has none).
-        Returns the plan and {"types": layers that compute by type, "inputs", "outputs"}.
+        Returns the plan and {"types": layers that compute by type, "inputs", "outputs", "tf32": False}.
         """
         trt = self.module
         self.messages.clear()
@@ -135,7 +137,7 @@ class Backend:
             self._shape(tensor, sizes, profile)
         config.add_optimization_profile(profile)
         self._allow_any_attention(network)
-        proof = self._proof(network, precision, Path(onnx).stem)
+        proof = self._proof(network, config, precision, Path(onnx).stem)
         cache = self._read_timings(config, timing_cache)
         monitor = _monitor(trt, on_progress) if on_progress is not None else None
         if monitor is not None:
@@ -167,6 +169,7 @@ class Backend:
 
     def _configure(self, config: Any, options: Options) -> None:
         trt = self.module
+        config.clear_flag(trt.BuilderFlag.TF32)
         if options.level is not None:
             config.builder_optimization_level = options.level
         if options.tiling is not None:
@@ -213,8 +216,12 @@ class Backend:
                 layer.__class__ = output  # the bindings hand out the base class
                 layer.attention.decomposable = True
 
-    def _proof(self, network: Any, precision: str, name: str) -> dict[str, Any]:
+    def _proof(self, network: Any, config: Any, precision: str, name: str) -> dict[str, Any]:
         """Counts the layers that compute by the type they compute in. EngineError for another precision than asked."""
+        if config.get_flag(self.module.BuilderFlag.TF32):
+            raise EngineError(
+                f"{self.name} {self.version} would compute the float32 layers of {name} in TF32. Please report this."
+            )
         types: Counter[str] = Counter()
         for i in range(network.num_layers):
             layer = network.get_layer(i)
@@ -234,7 +241,7 @@ class Backend:
             }
             for kind in ("inputs", "outputs")
         }
-        return {"types": dict(types), **tensors}
+        return {"types": dict(types), **tensors, "tf32": False}
 
     def _read_timings(self, config: Any, path: Path | None) -> Any:
         if path is None or self.rtx:

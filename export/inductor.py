@@ -27,7 +27,7 @@ from torch._inductor.utils import fresh_cache
 from torch.export.passes import move_to_device_pass
 
 from ..contract import GRAPHS, LARGEST, Manifest
-from ..engines.inductor import origin, tensors
+from ..engines.inductor import forbid_tf32, origin, tensors
 from ..engines.onnxruntime import usable_cores
 from ..engines.plans import Plan, PlanStore, parts
 from ..engines.tensorrt import Options
@@ -46,6 +46,7 @@ def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | No
     Raises ExportError when there is no C++ compiler or no such GPU, or when the graph cannot be compiled.
     """
     check_tools(device)
+    forbid_tf32()  # the choice is compiled in
     if graph.free != "B":
         batch = None
     # 0 and 1 are special to the exporter: from an example of one row it would conclude that rows are broadcast.
@@ -120,7 +121,7 @@ def compile_bundle(
             if graph.name in missing:
                 path, started = Path(folder) / f"{graph.name}.pt2", time.monotonic()
                 compile_graph(graph, path, device)
-                plan = store.add(wanted[graph.name], path.read_bytes(), {}, time.monotonic() - started)
+                plan = store.add(wanted[graph.name], path.read_bytes(), {"tf32": False}, time.monotonic() - started)
                 on_graph(plan, missing[graph.name])
     return len(missing)
 

@@ -343,3 +343,44 @@ def test_a_message_of_the_cpp_compiler_comes_through():
         "C++ compile error\n\nCommand:\ng++ -O3\n\nOutput:\nx.cpp:1:9: fatal error: omp.h: No such file"
     )
     assert export.sentence(error) == "x.cpp:1:9: fatal error: omp.h: No such file."
+
+
+@pytest.fixture
+def tf32_on():
+    """PyTorch's flags as a careless script would set them; afterwards as they were."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = True
+    yield lambda: any(backend.allow_tf32 for backend in backends)
+    for backend, value in zip(backends, before, strict=True):
+        backend.allow_tf32 = value
+
+
+def test_float32_is_compiled_without_tf32(tiny_checkpoint, body_path, tmp_path, monkeypatch, tf32_on):
+    seen = []
+
+    def compile_nothing(*_, **__):
+        seen.append(tf32_on())
+        raise RuntimeError("enough seen")
+
+    monkeypatch.setattr(export, "aoti_compile_and_package", compile_nothing)
+    graph = next(g for g in graphs(tiny_checkpoint, SMPLH.load(body_path)) if g.name == "hand_features")
+    with pytest.raises(ExportError, match="enough seen"):
+        compile_graph(graph, tmp_path / "x.pt2")
+    assert seen == [False]
+
+
+def test_float32_runs_without_tf32_on_a_gpu(monkeypatch, tf32_on):
+    class Loader:
+        def __init__(self, *_):
+            pass
+
+        @staticmethod
+        def load_metadata_from_package(path, name):
+            return {"device": "cuda", "batch": ""}
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", Loader)
+    monkeypatch.setattr(InductorEngine, "_check_origin", lambda *_: None)
+    InductorEngine("x.pt2", GraphSpec("x.onnx", [], []), "cuda")
+    assert not tf32_on()

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 from handiffuser.contract import Manifest
 from handiffuser.engines.build import wanted_plans
-from handiffuser.engines.plans import PlanStore, parts
+from handiffuser.engines.cli import stale
+from handiffuser.engines.plans import PlanStore, belongs, parts
 from handiffuser.engines.tensorrt import Options
 from handiffuser.errors import EngineError
 
@@ -91,6 +92,18 @@ def test_without_guidance_the_unet_is_built_on_request(manifest):
         return {name for name, sizes in wanted_plans(manifest, [1, 4], **options) if sizes.get("G") == 1}
 
     assert single() == {"hand_prior"} and single(guidance_free=True) == {"hand_prior", "unet"}
+
+
+def test_plans_from_when_tf32_was_on_are_built_again(manifest, tmp_path):
+    store = PlanStore(tmp_path)
+    wanted = all_parts(manifest, (1,))
+    for one in wanted:
+        store.add({name: value for name, value in one.items() if name != "tf32"}, b"plan", {}, 1.0)
+    assert not any(belongs(plan, manifest) for plan in store)
+    assert {stale(plan, manifest, {}) for plan in store} == {"stale: built when float32 was computed in TF32"}
+    again = build(store, wanted)
+    assert len(again) == len(wanted) and set(again.values()) == {"TF32 in float32 layers changed from on to off"}
+    assert sum(belongs(plan, manifest) for plan in store) == len(wanted)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no record", "bad record", "foreign record"])

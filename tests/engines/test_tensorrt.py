@@ -52,6 +52,16 @@ def test_float32_and_dynamic_plans_build_too(backend, tiny_bundle):
         assert plan and set(proof["types"]) <= {"FLOAT"}
 
 
+def test_float32_is_never_tf32(backend, tiny_bundle, monkeypatch):
+    graph = tiny_bundle / "unet_context.onnx"
+    _, proof = backend.build(graph, {"B": 1}, "fp32", Options(level=0))
+    assert proof["tf32"] is False
+    # What TensorRT does unless told otherwise is found out and refused.
+    monkeypatch.setattr(backend.module.IBuilderConfig, "clear_flag", lambda config, flag: None)
+    with pytest.raises(EngineError, match=r"float32 layers of unet_context in TF32"):
+        backend.build(graph, {"B": 1}, "fp32", Options(level=0))
+
+
 def test_bfloat16_is_built_as_bfloat16(backend, tiny_bf16):
     manifest = Manifest.load(tiny_bf16)
     for name, sizes in wanted_plans(manifest, [2]):
