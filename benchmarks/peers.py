@@ -42,7 +42,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
 from ..models.text_hand_encoder import pooled
-from ..runtime.noise import HANDS, LATENTS, of_request
+from ..runtime.noise import HANDS, LATENTS, normal
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request, resolve
 from ..runtime.tokens import PromptTokenizer
@@ -150,7 +150,7 @@ class Eager:
         ids = torch.from_numpy(np.array(pairs)).to(self.device)  # [B, 2, 77]
 
         def noise(stream: str, *shape: int) -> Tensor:
-            drawn = np.stack([of_request(r.seed, stream, shape, 1.0, False)[0] for r in requests])
+            drawn = np.stack([normal(r.seed or 0, stream, 0, shape) for r in requests])
             return torch.from_numpy(drawn).to(self.device)
 
         given, empty = self.text(ids[:, 1]), torch.from_numpy(tokens.encode("")[0])[None].to(self.device)

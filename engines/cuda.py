@@ -20,7 +20,8 @@ import ctypes
 import gc
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -119,9 +120,32 @@ class Cuda:
     def stream(self) -> Stream:
         return Stream(self)
 
+    def kernel(self, code: bytes, name: str, types: Sequence[Any]) -> Kernel:
+        """A kernel of our own from PTX, which the driver compiles for this GPU. types: of its arguments, in ctypes."""
+        return Kernel(self, code, name, types)
+
     def free_memory(self) -> int:
         """Bytes."""
         return int(self.call("cudaMemGetInfo")[0])
+
+
+class Kernel:
+    """A function on the device: launched on a stream, it returns at once."""
+
+    def __init__(self, cuda: Cuda, code: bytes, name: str, types: Sequence[Any]) -> None:
+        self.cuda, self.types = cuda, tuple(types)
+        self.driver = _driver()
+        library = cuda.call("cudaLibraryLoadData", code + b"\0", [], [], 0, [], [], 0)
+        weakref.finalize(self, cuda.api.cudaLibraryUnload, library)
+        kernel = cuda.call("cudaLibraryGetKernel", library, name.encode())
+        self.handle = self.driver.CUkernel(int(kernel))  # the runtime's and the driver's name for the same thing
+
+    def launch(self, stream: Stream, blocks: int, threads: int, *arguments: Any) -> None:
+        """Runs it in blocks x threads; arguments: numbers, and pointers of device arrays."""
+        grid, queue = (blocks, 1, 1, threads, 1, 1, 0), self.driver.CUstream(int(stream.handle))
+        (error,) = self.driver.cuLaunchKernel(self.handle, *grid, queue, (arguments, self.types), 0)
+        if error != self.driver.CUresult.CUDA_SUCCESS:
+            raise EngineError(f"CUDA failed to launch a kernel: {error.name}.")
 
 
 class DeviceArray:
@@ -298,11 +322,18 @@ def _address(array: DeviceArray | np.ndarray) -> int:
 
 
 def _bindings() -> Any:
+    return _import("runtime")
+
+
+def _driver() -> Any:
+    return _import("driver")
+
+
+def _import(name: str) -> Any:
     try:
-        from cuda.bindings import runtime
+        return import_module(f"cuda.bindings.{name}")
     except ImportError as error:
         raise EngineError(
             f"The CUDA bindings cannot be imported ({error}). Install them with "
             '`pip install "handiffuser[tensorrt-rtx]"` (or [tensorrt], [cuda]).'
         ) from error
-    return runtime

@@ -30,8 +30,9 @@ import numpy as np
 from ..errors import RequestError
 from .bundle import Bundle, keep
 from .device_graphs import After, DeviceGraph, Staging, Streams
+from .device_noise import DeviceNoise
 from .hands import load_hands
-from .noise import HANDS, LATENTS, of_request
+from .noise import HANDS, LATENTS, RequestNoise
 from .requests import MAX_STEPS, Request, take
 from .results import Failure, OnEvent, Picture, Work, not_finite
 from .sampler import GUIDANCE
@@ -55,10 +56,9 @@ class DeviceJob:
     """One request's way through a step graph; constants are device arrays without a batch axis."""
 
     key: Hashable
-    state: np.ndarray
+    noise: RequestNoise
     table: DeviceTable
     constants: Mapping[str, Any]
-    noise: Callable[[int], np.ndarray] | None = None
     position: int = 0
     log: list[tuple[int, int]] = field(default_factory=list)  # (step of the log, row) of each of its steps
 
@@ -76,10 +76,10 @@ class DeviceSampler:
         graph: DeviceGraph,
         state_name: str,
         slots: int,
-        staging: Staging,
+        noise: DeviceNoise,
         times: StepTimes | None = None,
     ) -> None:
-        self.graph, self.state_name, self.slots, self.staging = graph, state_name, slots, staging
+        self.graph, self.state_name, self.slots, self.noise = graph, state_name, slots, noise
         self.jobs: list[DeviceJob] = []
         moving = [name for name in (state_name, "history") if name in graph.inputs]
         self.state, self.moving = graph.inputs[state_name], moving
@@ -98,7 +98,7 @@ class DeviceSampler:
     def submit(self, stream: Any, job: DeviceJob) -> None:
         """Takes a job in; what it reads must be there when `stream` gets to it."""
         i = len(self.jobs)
-        self.staging.upload(stream, self.state[i], job.state)
+        self.noise.start(stream, self.state[i], job.noise)
         for name in (*self.moving[1:], "noise"):
             stream.zero(self.graph.inputs[name][i])
         for name in self.constants:
@@ -119,8 +119,8 @@ class DeviceSampler:
         for i, job in enumerate(self.jobs[:count]):
             for name in self.tables:
                 stream.copy(self.graph.inputs[name][i], job.table.steps[name][job.position])
-            if job.noise is not None:
-                self.staging.upload(stream, self.graph.inputs["noise"][i], job.noise(job.position))
+            if job.noise.stochastic:
+                self.noise.step(stream, self.graph.inputs["noise"][i], job.noise, job.position)
         alone = self._alone(count)
         self.graph.launch(stream, count, self.advance, alone)
         line = self.count % LOG
@@ -217,9 +217,10 @@ class DeviceLoop:
         self.main, self.side, self.out = streams
         self.overlap = self.side is not self.main
         self.staging = Staging(cuda)
-        self.hands = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.staging)
+        self.noise = DeviceNoise(cuda, self.staging)
+        self.hands = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.noise)
         times = StepTimes(graphs["unet"].buckets)
-        self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.staging, times)
+        self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.noise, times)
         latents = graphs["unet"].inputs["latents"]
         # Latents that have left their slots and wait for the decoder: three, so that the UNet never waits for it.
         self.exits = [(cuda.zeros((slots, *latents.shape[1:]), "float32"), None) for _ in range(3)]
@@ -234,9 +235,12 @@ class DeviceLoop:
     def warnings(self) -> list[str]:
         """What the user should know about how this runs."""
         refused = [name for name, graph in self.graphs.items() if graph.refused]
-        if not refused:
-            return []
-        return [f"CUDA graphs could not be captured for {', '.join(refused)}; they are launched kernel by kernel."]
+        sentences = [f"Noise is drawn on the host, which is slower: {self.noise.refused}"] if self.noise.refused else []
+        if refused:
+            sentences.append(
+                f"CUDA graphs could not be captured for {', '.join(refused)}; they are launched kernel by kernel."
+            )
+        return sentences
 
     def warm_up(self, rows: int, tell: OnEvent) -> None:
         """Loads, runs once and captures every engine that up to `rows` requests at once will need.
@@ -260,7 +264,7 @@ class DeviceLoop:
             graph.close()
         self.after_run = lambda: None  # it knows the engines
         self.graphs, self.tables, self.exits, self.consumed = {}, {}, [], []
-        del self.sampler, self.hands, self.staging, self.both, self.no_text
+        del self.sampler, self.hands, self.noise, self.staging, self.both, self.no_text
 
     def run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         """Yields each picture as soon as it is out."""
@@ -408,9 +412,8 @@ class DeviceLoop:
         """A job whose noise is the request's own, as on the host."""
         device_table = self._table(stream, request)
         table = device_table.table
-        shape = (self.hands if stream == HANDS else self.sampler).state.shape[1:]
-        state, noise = of_request(request.seed, stream, shape, table.init_sigma, table.stochastic)
-        return DeviceJob(request.id, state, device_table, constants, noise)
+        noise = RequestNoise(request.seed or 0, stream, table.init_sigma, table.stochastic)
+        return DeviceJob(request.id, noise, device_table, constants)
 
     def _table(self, stream: str, request: Request) -> DeviceTable:
         """A schedule on the device, put there once."""

@@ -20,7 +20,7 @@ from ..engines import Engine
 from ..errors import RequestError
 from .bundle import Bundle, keep
 from .hands import load_hands
-from .noise import HANDS, LATENTS, of_request
+from .noise import HANDS, LATENTS, RequestNoise
 from .requests import Request, take
 from .results import Failure, OnEvent, Picture, Work, not_finite
 from .sampler import Job, Result, StepSampler
@@ -212,5 +212,6 @@ def _job(
     steps: Mapping[str, np.ndarray] | None = None,
 ) -> Job:
     """A job whose noise is the request's own."""
-    state, noise = of_request(request.seed, stream, shape, table.init_sigma, table.stochastic)
-    return Job(request.id, state, table.rows, steps or {}, constants, noise)
+    noise = RequestNoise(request.seed or 0, stream, table.init_sigma, table.stochastic)
+    drawn = (lambda i: noise.step(i, shape)) if noise.stochastic else None
+    return Job(request.id, noise.start(shape), table.rows, steps or {}, constants, drawn)

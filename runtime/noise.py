@@ -18,7 +18,8 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from handiffuser.errors import RequestError
@@ -35,7 +36,7 @@ def normal(seed: int, stream: str | int, step: int, shape: Sequence[int]) -> np.
     Raises RequestError for another seed.
     """
     seed = check_seed(seed)
-    key = np.array([seed, _stream_key(stream)], dtype=np.uint64)
+    key = np.array([seed, stream_key(stream)], dtype=np.uint64)
     # The low word counts blocks of one step, so that steps are 2^64 blocks apart and never meet.
     counter = np.array([0, step, 0, 0], dtype=np.uint64)
     count = math.prod(shape)
@@ -58,17 +59,25 @@ def check_seed(seed: int) -> int:
     return value
 
 
-def _stream_key(stream: str | int) -> int:
+def stream_key(stream: str | int) -> int:
+    """The second half of Philox's key."""
     return int.from_bytes(hashlib.sha256(str(stream).encode()).digest()[:8], "little")
 
 
-def of_request(
-    seed: int | None, stream: str, shape: tuple[int, ...], init_sigma: float, stochastic: bool
-) -> tuple[np.ndarray, Callable[[int], np.ndarray] | None]:
-    """What a request starts from, and what its steps add (None: nothing), whichever loop runs it.
+@dataclass(frozen=True)
+class RequestNoise:
+    """What a request starts from, and what its steps add, whichever loop runs it and whatever draws it.
 
-    Step 0 of its stream starts it, scaled by the schedule's init_sigma; step 1 + i is what step i adds.
+    Draw 0 of its stream starts it, scaled by the schedule's init_sigma; draw 1 + i is what step i adds, if anything.
     """
-    seed = seed or 0
-    start = normal(seed, stream, 0, shape) * np.float32(init_sigma)
-    return start, (lambda step: normal(seed, stream, 1 + step, shape)) if stochastic else None
+
+    seed: int
+    stream: str
+    init_sigma: float
+    stochastic: bool
+
+    def start(self, shape: Sequence[int]) -> np.ndarray:
+        return normal(self.seed, self.stream, 0, shape) * np.float32(self.init_sigma)
+
+    def step(self, i: int, shape: Sequence[int]) -> np.ndarray:
+        return normal(self.seed, self.stream, 1 + i, shape)

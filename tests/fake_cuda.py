@@ -7,11 +7,13 @@ is freed too soon gives a wrong result for some seed.
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Callable
 
 import numpy as np
 from handiffuser.engines.base import check_feeds
+from handiffuser.runtime.noise import HANDS, LATENTS, normal, stream_key
 
 
 class FakeCuda:
@@ -31,6 +33,10 @@ class FakeCuda:
     def pinned(self, shape, dtype):
         self.allocated += 1
         return np.zeros(shape, dtype)
+
+    def kernel(self, code, name, types):
+        assert name == "normal" and b".entry normal(" in code
+        return FakeKernel(self)
 
     def stream(self):
         self.streams.append(FakeStream(self))
@@ -72,6 +78,20 @@ class FakeArray:
         view = self.value[rows : rows + 1].reshape(self.value.shape[1:]) if isinstance(rows, int) else self.value[rows]
         assert view.base is not None or view is self.value
         return FakeArray(view)
+
+
+class FakeKernel:
+    """The noise kernel, by its twin on the host."""
+
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def launch(self, stream, blocks, threads, pointer, seed, key, draw, count, scale):
+        assert blocks * threads * 4 >= count > (blocks - 1) * threads * 4
+        (name,) = [name for name in (HANDS, LATENTS) if stream_key(name) == key]
+        target = np.ctypeslib.as_array((ctypes.c_float * count).from_address(pointer))
+        value = normal(seed, name, draw, (count,)) * np.float32(scale)
+        stream.call(lambda: np.copyto(target, value))
 
 
 class FakeStream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from handiffuser.engines.cuda import Cuda
 from handiffuser.engines.plans import PlanStore
 from handiffuser.engines.tensorrt import MODULES
 from handiffuser.errors import EngineError, ExportError, HanDiffuserError
+from handiffuser.runtime.device_graphs import Staging
+from handiffuser.runtime.device_noise import DeviceNoise
+from handiffuser.runtime.noise import RequestNoise
 from handiffuser.runtime.results import Failure
 
 pytestmark = pytest.mark.gpu
@@ -105,7 +109,7 @@ def test_nan_is_reported_not_saved(on_gpu):
     def job(request, *arguments):
         made = make(request, *arguments)
         if request.id == spoilt:
-            made.state = made.state * np.float32(np.nan)
+            made.noise = replace(made.noise, init_sigma=float("nan"))
         return made
 
     gpu.loop._job = job
@@ -127,6 +131,23 @@ def test_plans_that_are_damaged_or_foreign(on_gpu):
             list(gpu.run(requests(gpu)))
     finally:
         plan.path.write_bytes(content)
+
+
+def test_noise_is_the_hosts():
+    cuda = Cuda()
+    stream, noise = cuda.stream(), RequestNoise(7, "latents", 14.6, True)
+    drawing = DeviceNoise(cuda, Staging(cuda))
+    assert not drawing.refused
+    for i, shape in enumerate([(330,), (4, 64, 64), (3, 5)]):
+        array, back = cuda.zeros(shape, "float32"), cuda.pinned(shape, "float32")
+        drawing.start(stream, array, noise)
+        stream.copy(back, array)
+        stream.synchronize()
+        np.testing.assert_array_max_ulp(back, noise.start(shape), 1)
+        drawing.step(stream, array, noise, i)
+        stream.copy(back, array)
+        stream.synchronize()
+        np.testing.assert_array_max_ulp(back, noise.step(i, shape), 1)
 
 
 def test_cuda_layer():
