@@ -136,7 +136,7 @@ class Kernel:
         self.cuda, self.types = cuda, tuple(types)
         self.driver = _driver()
         library = cuda.call("cudaLibraryLoadData", code + b"\0", [], [], 0, [], [], 0)
-        weakref.finalize(self, cuda.api.cudaLibraryUnload, library)
+        self.close = cuda.keep(self, cuda.api.cudaLibraryUnload, library)
         kernel = cuda.call("cudaLibraryGetKernel", library, name.encode())
         self.handle = self.driver.CUkernel(int(kernel))  # the runtime's and the driver's name for the same thing
 

@@ -72,6 +72,7 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 @click.option("--no-overlap", is_flag=True, help="On a GPU: one thing after the other, on one stream.")
+@click.option("--no-warm-up", is_flag=True, help="On a GPU: make engines ready when they are first used, not before.")
 @click.option("--quiet", "-q", is_flag=True, help="Only warnings and errors.")
 @click.version_option(package_name="handiffuser", prog_name="hd-run")
 def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output: str, **options: Any) -> int:
@@ -136,6 +137,8 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         started = time.perf_counter()
         try:
             with say.progress(todo) as progress:
+                if todo and not options["no_warm_up"]:
+                    pipeline.warm_up(min(len(todo), options["batch_size"]), progress.event)
                 for result in pipeline.run(todo, progress.event):
                     if isinstance(result, Failure):
                         failed += 1
@@ -224,6 +227,7 @@ class ProgressReport:
         self.quiet = quiet
         self.total, self.pictures, self.steps = len(requests), 0, 0
         self.all_steps = sum(request.steps or 0 for request in requests)
+        self.ready = 0  # engines
         self.started = self.printed = time.perf_counter()
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -245,7 +249,10 @@ class ProgressReport:
         self.bar.stop()
 
     def event(self, kind: str, count: int) -> None:
-        """See `pipeline.OnEvent`."""
+        """See `results.OnEvent`."""
+        if kind == "warm-up":
+            self.ready += count
+            self.bar.update(self.task, description=f"engines made ready: {self.ready}")
         if kind == "steps":
             self.steps += count
             rate = self.steps / max(time.perf_counter() - self.started, 1e-9)

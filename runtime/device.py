@@ -22,14 +22,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..errors import RequestError
+from ..errors import EngineError, RequestError
 from .bundle import Bundle, keep
-from .device_graphs import After, DeviceGraph, Staging, Streams
+from .device_graphs import STREAM, After, DeviceGraph, Staging, Streams
 from .device_noise import DeviceNoise
 from .hands import load_hands
 from .noise import HANDS, LATENTS, RequestNoise
@@ -246,25 +247,26 @@ class DeviceLoop:
         """Loads, runs once and captures every engine that up to `rows` requests at once will need.
 
         Without it each is made ready in the middle of the loop when it is first used, and all in flight waits.
-        tell: ("warm-up", engines that became ready).
+        tell: ("warm-up", 1) for every engine.
         """
         rows = min(rows, self.slots)
+        samplers = {"unet": self.sampler, "hand_prior": self.hands}
         for name, graph in self.graphs.items():
-            sampler = {"unet": self.sampler, "hand_prior": self.hands}.get(name)
-            stream = {"unet": self.main, "unet_time": self.main, "image_decoder": self.out}.get(name, self.side)
-            tell("warm-up", graph.warm_up(stream, rows, sampler.advance if sampler is not None else None))
+            stream = getattr(self, STREAM[name])
+            for ready in graph.warm_up(stream, rows, samplers[name].advance if name in samplers else None):
+                tell("warm-up", ready)
             stream.synchronize()  # so that the next graph's engines may use the same scratch memory on another stream
         self.after_run()
 
     def close(self) -> None:
-        """Frees what is on the device. The loop cannot run again."""
-        for stream in {self.main, self.side, self.out}:
-            stream.synchronize()
+        """Frees what is on the device, engines first. The loop cannot run again."""
+        with suppress(EngineError):  # what failed before is no reason to keep memory
+            for stream in {self.main, self.side, self.out}:
+                stream.synchronize()
         for graph in self.graphs.values():
             graph.close()
         self.after_run = lambda: None  # it knows the engines
-        self.graphs, self.tables, self.exits, self.consumed = {}, {}, [], []
-        del self.sampler, self.hands, self.noise, self.staging, self.both, self.no_text
+        self.cuda.close()
 
     def run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         """Yields each picture as soon as it is out."""

@@ -10,7 +10,7 @@ next is one buffer, not copied.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,8 +104,8 @@ class DeviceGraph:
                 self.refused.append(bucket)
         self._launches[key] = work if graph is None else _Captured(graph, engine)
 
-    def warm_up(self, stream: Any, rows: int, after: After | None = None) -> int:
-        """Loads, runs and captures what `rows` rows and fewer will need; returns how many engines that were.
+    def warm_up(self, stream: Any, rows: int, after: After | None = None) -> Iterator[int]:
+        """Loads, runs and captures what `rows` rows and fewer will need; yields 1 for every engine.
 
         It computes on what the buffers hold, so that only one who has no work in them may call it.
         """
@@ -113,12 +113,12 @@ class DeviceGraph:
         kinds = [(bucket, alone) for bucket in buckets for alone in (False, True) if not alone or bucket in self.single]
         for bucket, alone in kinds:
             self.launch(stream, bucket, after, alone)
-        return len(kinds)
+            yield 1
 
     def close(self) -> None:
         """Lets go of engines, captured launches and buffers; what is under way on a stream must have ended."""
         self._launches.clear()
-        self._engine = None
+        self._engine = self.load = None  # type: ignore[assignment]  # `load` knows engines and sessions, too
         self.inputs, self.outputs, self.alone = {}, {}, {}
 
     def _bind(self, engine: DeviceEngine, count: int, branches: int = 2) -> None:

@@ -103,7 +103,7 @@ class HanDiffuser:
         """Makes ready, on a GPU, what batches of up to `rows` requests need: engines loaded, run once and captured.
 
         Optional: without it that happens as engines are first used, and what is in flight waits. Not to be called while
-        `run` runs. on_event: is told ("warm-up", engines that became ready). Raises EngineError as `run` does.
+        `run` runs. on_event: is told ("warm-up", 1) for every engine. Raises EngineError as `run` does.
         """
         self.loop.warm_up(rows or self.batch_size, on_event or (lambda kind, count: None))
 

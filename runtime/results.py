@@ -9,8 +9,8 @@ import numpy as np
 
 from .requests import Request
 
-# Called as a loop goes on: "hands" with the number of requests whose hands are ready, "steps" with the number of
-# requests that made one step of stage 2.
+# Called as a loop goes on: "warm-up" with the number of engines that became ready, "hands" with the number of requests
+# whose hands are, "steps" with the number of requests that made one step of stage 2.
 OnEvent = Callable[[str, int], None]
 
 

@@ -34,6 +34,9 @@ class FakeCuda:
         self.allocated += 1
         return np.zeros(shape, dtype)
 
+    def close(self):
+        """Nothing to free."""
+
     def kernel(self, code, name, types):
         assert name == "normal" and b".entry normal(" in code
         return FakeKernel(self)

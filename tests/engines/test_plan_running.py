@@ -12,7 +12,7 @@ from handiffuser.engines.build import wanted_plans
 from handiffuser.engines.plans import PlanStore, parts
 from handiffuser.engines.tensorrt import EVERYWHERE, Backend, Options, Scratch, TensorRTEngine
 from handiffuser.errors import EngineError
-from handiffuser.runtime.loading import check_bfloat16, powers_of_two, usable_plans
+from handiffuser.runtime.loading import check_bfloat16, enough, powers_of_two, usable_plans
 
 SPEC = GraphSpec(
     "toy.onnx",
@@ -191,6 +191,14 @@ def test_bfloat16_needs_a_gpu_that_has_it(toy_bundle, precision, capability, run
     else:
         with pytest.raises(EngineError, match=r"bfloat16.*Fake GPU, compute capability 7\.5.*--precision fp16"):
             check_bfloat16(manifest, cuda)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "slots", "kept"),
+    [([1, 16], 8, [1, 16]), ([1, 2, 4, 8], 4, [1, 2, 4]), ([1, 2, 4, 8], 3, [1, 2, 4]), ([16], 1, [16])],
+)
+def test_the_buckets_kept_hold_all_slots(buckets, slots, kept):
+    assert enough(buckets, slots) == kept
 
 
 def test_powers_of_two():
