@@ -23,7 +23,8 @@ class DeviceNoise:
     """Draws noise into device arrays. Where the driver refuses the kernel, the host draws and uploads."""
 
     def __init__(self, cuda: Any, staging: Staging) -> None:
-        self.staging, self.kernel, self.refused = staging, None, ""
+        self.staging, self.refused = staging, ""
+        self.kernel: Any = None
         code = resources.files(__package__).joinpath("noise.ptx").read_bytes()
         try:
             self.kernel = cuda.kernel(code, "normal", TYPES)
@@ -48,4 +49,4 @@ class DeviceNoise:
         count = math.prod(target.shape)
         blocks = -(-count // (4 * THREADS))  # each thread makes four numbers
         key = (noise.seed, stream_key(noise.stream))
-        self.kernel.launch(stream, blocks, THREADS, target.pointer, *key, draw, count, scale)  # type: ignore[attr-defined]
+        self.kernel.launch(stream, blocks, THREADS, target.pointer, *key, draw, count, scale)
