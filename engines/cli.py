@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from .. import demo
 from ..commands import run
 from ..contract import Manifest
 from ..errors import EngineError
+from . import inspect
 from .build import Built, build_plans, gpu
 from .plans import Plan, PlanStore, Sizes, belongs, size_text
 from .tensorrt import MODULES, TILING, Backend, Options
@@ -133,6 +135,19 @@ def list_plans(folder: str) -> int:
         click.echo(f"  {plan.graph:18} {plan.parts['sizes']:12} {size}   {state}")
     if not heading:
         click.echo(f"{path} has no plans. Build some: hd-engines build {folder}")
+    return 0
+
+
+@commands.command("inspect")
+@click.argument("path", metavar="PLAN|FOLDER")
+@click.option("--graph", help="Of a folder: only this graph's plans.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON for each plan, with every layer.")
+def inspect_plans(path: str, graph: str | None, as_json: bool) -> int:
+    """Says what a plan was compiled to: layers by kind, type and kernel, and its memory."""
+    where = Path(path) if path.endswith(".plan") else demo.resolve(path, "bundle")
+    for plan in inspect.find_plans(where, graph):
+        counts = inspect.summary(plan)
+        click.echo(json.dumps(counts) if as_json else inspect.text(counts))
     return 0
 
 

@@ -26,6 +26,7 @@ from ..contract import BRANCHES, Manifest, file_digest
 from ..errors import EngineError
 
 FOLDER = "plans"
+LAYERS = ".layers"  # beside a plan: what it consists of, see `inspect.py`
 KERNELS = ".kernels"  # beside a plan: what TensorRT-RTX compiled of it for this machine's GPU
 # What a plan depends on, and how a miss is put into words.
 WORDS = {
@@ -158,7 +159,12 @@ class PlanStore:
         return ", ".join(changes)
 
     def add(self, wanted: Mapping[str, str], plan: bytes, proof: dict[str, Any], seconds: float) -> Plan:
-        """Writes a plan. Raises EngineError when the disk is full; nothing half-written stays."""
+        """Writes a plan. Raises EngineError when the disk is full; nothing half-written stays.
+
+        proof: what `Backend.build` says of it; its layers go into a file of their own.
+        """
+        proof = dict(proof)
+        layers = proof.pop("layers", [])
         graph, key = wanted["name"], key_of(wanted)
         path = self.folder / f"{graph}.{wanted['sizes'].replace('=', '').replace(',', '.')}.{key}.plan"
         digest = hashlib.sha256(plan).hexdigest()
@@ -167,6 +173,7 @@ class PlanStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(path, plan)
+            _write(path.with_suffix(LAYERS), json.dumps(layers, separators=(",", ":")).encode())
             _write(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
         except OSError as error:
             why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
@@ -215,7 +222,8 @@ class PlanStore:
         """Deletes a plan, its record first, so that an interruption leaves a stray and no lie."""
         plan.path.with_suffix(".json").unlink(missing_ok=True)
         plan.path.unlink(missing_ok=True)
-        plan.path.with_suffix(KERNELS).unlink(missing_ok=True)
+        for suffix in (KERNELS, LAYERS):
+            plan.path.with_suffix(suffix).unlink(missing_ok=True)
 
     def _read(self, record: Path) -> Plan:
         value = json.loads(record.read_text(encoding="utf-8"))

@@ -23,6 +23,7 @@ from typing import Any
 
 from ..contract import LARGEST, GraphSpec
 from ..errors import EngineError
+from . import inspect
 from .base import check_feeds
 from .cuda import Cuda, DeviceArray, Stream
 
@@ -75,8 +76,9 @@ class Backend:
                 + (" --extra-index-url https://pypi.nvidia.com." if name == "tensorrt" else ".")
             ) from error
         self.messages: list[str] = []
+        self.report: list[str] = []  # what the builder says of the plan
         self.runtimes: list[Any] = []
-        self.logger = _logger(self.module, self.messages)
+        self.logger = _logger(self.module, self.messages, self.report)
         self.rtx = name == "tensorrt-rtx"
 
     def target(self, options: Options, cuda: Cuda | None) -> str:
@@ -113,10 +115,12 @@ class Backend:
         sizes: of the free axes; one number makes them static, (least, best, most) a profile between them.
         precision: "fp32", "fp16" or "bf16", as the graph was exported; EngineError where it is another.
         timing_cache: a file of kernel timings that is read, and extended (TensorRT only; TensorRT-RTX has none).
-        Returns the plan and {"types": layers that compute by type, "inputs", "outputs", "tf32": False}.
+        Returns the plan and {"types": layers that compute by type, "inputs", "outputs", "tf32": False, "layers": what
+        it was compiled to, "memory": bytes}; see `inspect.py`.
         """
         trt = self.module
         self.messages.clear()
+        self.report.clear()
         if precision == "bf16" and NO_BFLOAT16 in options.compute_capabilities:
             raise EngineError(
                 f"GPUs of compute capability {NO_BFLOAT16} do not compute in bfloat16. Leave it out, or export again "
@@ -149,7 +153,7 @@ class Backend:
             raise self.failure(f"cannot build {Path(onnx).name}")
         if cache is not None and timing_cache is not None:
             _write(timing_cache, memoryview(cache.serialize()))
-        return bytes(plan), proof
+        return bytes(plan), {**proof, **inspect.read_log(self.report)}
 
     def load(self, plan: bytes, graph: str, cuda: Cuda) -> Any:
         """Loads a verified plan onto the GPU. Raises EngineError, in one sentence, where it does not run."""
@@ -169,6 +173,7 @@ class Backend:
 
     def _configure(self, config: Any, options: Options) -> None:
         trt = self.module
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the report; it changes no kernel
         config.clear_flag(trt.BuilderFlag.TF32)
         if options.level is not None:
             config.builder_optimization_level = options.level
@@ -356,9 +361,9 @@ class TensorRTEngine:
         )
 
 
-def _logger(trt: Any, messages: list[str]) -> Any:
+def _logger(trt: Any, messages: list[str], report: list[str]) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps errors for our own message instead of printing them."""
+        """Keeps errors for our own message instead of printing them, and what it says of a plan."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -366,6 +371,8 @@ def _logger(trt: Any, messages: list[str]) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 messages.append(message)
+            elif inspect.wanted(message):
+                report.append(message)
 
     return Logger()
 

@@ -1,0 +1,148 @@
+"""What a compiled plan consists of: its layers by kind and kernel, the types they compute in, and its memory.
+
+TensorRT's own inspector answers only where the plan can be loaded, on a GPU that it is for. But when a plan is built
+with detailed profiling verbosity, the builder writes the same report, line by line, into its verbose log, GPU or not:
+`Backend.build` picks it out, `PlanStore` keeps it beside the plan, and `hd-engines inspect` reads it there. A layer is
+a kernel, so that their number is what a step costs in launches. TensorRT-RTX leaves the choice of some kernels (its
+`__myelin_CASK_STUB`: convolutions and matrix products) to the GPU that runs the plan.
+
+    hd-engines inspect bundle --graph unet
+    hd-engines inspect bundle/plans/unet.B1.G2.<key>.plan --json | jq '.layers[] | select(.kernel == "__myl_Move")'
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..contract import Manifest
+from ..errors import EngineError
+from .plans import LAYERS, Plan, PlanStore, belongs
+
+# Messages of the builder that are worth keeping: its report, and how many bytes the plan will take on the GPU.
+REPORT = "Layers:"
+MEMORY = {"Total Weights Memory: ": "weights", "Total Activation Memory: ": "scratch"}
+
+_LAYER = re.compile(r"Name: (.*?), LayerType: (\w+)(.*)")
+_FIELD = re.compile(r", (Inputs|Constants|Outputs|TacticName|TacticValue|StreamId|Metadata): ")
+# Names may hold any brackets; TensorRT says "Format/Datatype" where TensorRT-RTX says "Datatype".
+_TENSOR = re.compile(r"\{ Name: (.*?), (?:Location: \w+, )?Dimensions: \[([-\d,]*)\].*?Datatype: ([^,}]*?)(?:,| ?\})")
+_HASH = re.compile(r"_0x[0-9a-f]+")
+_NUMBER = re.compile(r"_myl\d+_\d+$")
+_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+
+Layer = dict[str, Any]  # name, kind, kernel, tactic; inputs, weights, outputs; nodes
+
+
+def wanted(message: str) -> bool:
+    """Whether a message of the builder is one that `read_log` reads."""
+    return message.startswith((REPORT, *MEMORY))
+
+
+def read_log(messages: Iterable[str]) -> dict[str, Any]:
+    """The builder's messages -> {"layers": what the plan runs, in order, "memory": bytes of weights and scratch}."""
+    layers: list[Layer] = []
+    memory: dict[str, int] = {}
+    for message in messages:
+        if message.startswith(REPORT):
+            layers = [_layer(*found.groups()) for line in message.splitlines() if (found := _LAYER.match(line))]
+        for start, name in MEMORY.items():
+            if message.startswith(start):
+                memory[name] = int(message.removeprefix(start).split()[0])
+    return {"layers": layers, "memory": memory}
+
+
+def _layer(name: str, kind: str, rest: str) -> Layer:
+    parts = _FIELD.split(rest)
+    fields = dict(zip(parts[1::2], parts[2::2], strict=True))
+
+    def tensors(field: str) -> list[dict[str, Any]]:
+        found = _TENSOR.findall(fields.get(field, ""))
+        return [
+            {"name": tensor, "shape": [int(size) for size in shape.split(",") if size], "type": kind}
+            for tensor, shape, kind in found
+        ]
+
+    tactic = fields.get("TacticName", "").strip()
+    return {
+        "name": name,
+        "kind": kind,
+        "kernel": _HASH.sub("", tactic) or _NUMBER.sub("", name),  # fusions that the GPU compiles have no tactic
+        "tactic": tactic or fields.get("TacticValue", ""),
+        "inputs": tensors("Inputs"),
+        "weights": tensors("Constants"),
+        "outputs": tensors("Outputs"),
+        "nodes": _NODE.findall(fields.get("Metadata", "")),
+    }
+
+
+def find_plans(path: Path, graph: str | None = None) -> list[Plan]:
+    """The plan at a path; those of a folder that were built from it as it is now, of one graph or of all.
+
+    Raises EngineError where there is none.
+    """
+    if path.suffix == ".plan":
+        found = [plan for plan in PlanStore(path.parent.parent) if plan.path.name == path.name]
+        if not found:
+            raise EngineError(f"{path} is no finished plan: it, or the .json of the same name, is missing or damaged.")
+        return found
+    manifest = Manifest.load(path, verify=False)
+    if graph is not None and graph not in manifest.graphs:
+        raise EngineError(f"There is no graph {graph!r}; there are {', '.join(manifest.graphs)}.")
+    found = [plan for plan in PlanStore(path) if belongs(plan, manifest) and graph in (None, plan.graph)]
+    if not found:
+        raise EngineError(f"{path} has no plans{f' of {graph}' if graph else ''}. Build some: hd-engines build {path}.")
+    return found
+
+
+def layers_of(plan: Plan) -> list[Layer]:
+    """The layers of a plan, in the order in which they run. Raises EngineError where they were not kept."""
+    try:
+        return json.loads(plan.path.with_suffix(LAYERS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"The layers of {plan.path} are not beside it ({error}). Build it again: hd-engines prune FOLDER --all, "
+            "then hd-engines build FOLDER."
+        ) from error
+
+
+def types_of(layer: Layer) -> str:
+    """What a layer gives, such as "Half" or "Float, Half"."""
+    return ", ".join(sorted({tensor["type"] for tensor in layer["outputs"]}))
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """Counts of a plan's layers by kind, by type and by kernel, and its memory in bytes; ready for JSON."""
+    layers = layers_of(plan)
+    return {
+        "plan": plan.path.name,
+        "graph": plan.graph,
+        **{name: plan.parts[name] for name in ("sizes", "precision", "backend", "version", "target")},
+        "bytes": {"plan": plan.size, **plan.proof.get("memory", {})},
+        "count": len(layers),
+        "kinds": dict(Counter(layer["kind"] for layer in layers).most_common()),
+        "types": dict(Counter(types_of(layer) for layer in layers).most_common()),
+        "kernels": dict(Counter(layer["kernel"] for layer in layers).most_common()),
+        "layers": layers,
+    }
+
+
+def text(counts: dict[str, Any], most: int = 40) -> str:
+    """A summary for a reader; of its kernels, those that run most often."""
+    memory = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in counts["bytes"].items())
+    lines = [
+        f"{counts['graph']} {counts['sizes']}, {counts['precision']}: {counts['count']} layers; {memory}",
+        f"  {counts['backend']} {counts['version']}, {counts['target']}",
+    ]
+    for title, name in (("by kind", "kinds"), ("by type", "types")):
+        lines.append(f"  {title}: " + ", ".join(f"{count} {what or 'none'}" for what, count in counts[name].items()))
+    lines.append("  by kernel:")
+    kernels = list(counts["kernels"].items())
+    lines += [f"    {count:5} {name}" for name, count in kernels[:most]]
+    if kernels[most:]:
+        lines.append(f"    {sum(count for _, count in kernels[most:]):5} in {len(kernels) - most} more: --json has all")
+    return "\n".join(lines)
