@@ -2,8 +2,9 @@
 
     backend = Backend("tensorrt-rtx")
     plan, proof = backend.build("bundle/unet.onnx", {"B": 4}, "fp16", Options())       # needs no GPU with TensorRT-RTX
-    engine = TensorRTEngine(backend, backend.load(plan, "unet", cuda), spec, Scratch(cuda))
+    engine = TensorRTEngine(backend.load(plan, "unet", cuda), spec, Scratch(cuda))
     engine.bind({"latents": array, ...}); engine.enqueue(stream)
+    backend.close()
 
 Networks are strongly typed: a tensor has the type that the ONNX graph gives it, and nothing is lowered or raised
 behind the user's back. So the precision is a property of the exported graph, and `build` proves it from the types of
@@ -15,9 +16,13 @@ could not hold, bundles in fp32) is so because it needs the bits.
 from __future__ import annotations
 
 import os
+import threading
+import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ from ..contract import LARGEST, GraphSpec
 from ..errors import EngineError
 from . import inspect
 from .base import check_feeds
-from .cuda import Cuda, DeviceArray, Stream
+from .cuda import DRIVERS, Cuda, DeviceArray, Stream
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TILING = ("none", "fast", "moderate", "full")
@@ -41,6 +46,8 @@ EVERYWHERE = (
 )
 NO_BFLOAT16 = "7.5"  # the one that TensorRT-RTX supports and that has none: bf16 plans for all leave it out
 FREE_MAX = {"B": LARGEST, "S": 1000}  # the largest sizes of free axes that any plan allows
+
+PATIENCE = 2.0  # seconds that an interrupted build gets to stop by itself; some of its phases take a minute
 
 OnProgress = Callable[[str, float], bool]  # (phase, done 0..1) -> whether to go on
 
@@ -77,7 +84,7 @@ class Backend:
             ) from error
         self.messages: list[str] = []
         self.report: list[str] = []  # what the builder says of the plan
-        self.runtimes: list[Any] = []
+        self.loaded: weakref.WeakSet[LoadedPlan] = weakref.WeakSet()  # weak: nothing may need a collection to be freed
         self.logger = _logger(self.module, self.messages, self.report)
         self.rtx = name == "tensorrt-rtx"
 
@@ -114,10 +121,44 @@ class Backend:
 
         sizes: of the free axes; one number makes them static, (least, best, most) a profile between them.
         precision: "fp32", "fp16" or "bf16", as the graph was exported; EngineError where it is another.
+        on_progress: called from another thread; False stops the build, as Ctrl-C does, with KeyboardInterrupt.
         timing_cache: a file of kernel timings that is read, and extended (TensorRT only; TensorRT-RTX has none).
         Returns the plan and {"types": layers that compute by type, "inputs", "outputs", "tf32": False, "layers": what
         it was compiled to, "memory": bytes}; see `inspect.py`.
         """
+        # Python hands Ctrl-C to the main thread when that is in Python next. There it must not be in TensorRT's
+        # callbacks, which swallow every exception, nor in a phase that calls none of them: so TensorRT gets a thread.
+        monitor = _monitor(self.module, on_progress)
+        result: list[Any] = []
+
+        def work() -> None:
+            try:
+                result.append(self._build(onnx, sizes, precision, options, monitor, timing_cache))
+            except BaseException as error:
+                result.append(error)
+
+        # A daemon, because nothing stops a phase of TensorRT's that does not ask whether it should go on.
+        thread = threading.Thread(target=work, name="TensorRT", daemon=True)
+        thread.start()
+        try:
+            _wait(thread)
+        except BaseException:
+            monitor.stopped = True
+            _wait(thread, PATIENCE)
+            raise
+        if isinstance(result[0], BaseException):
+            raise result[0]
+        return result[0]
+
+    def _build(
+        self,
+        onnx: str | Path,
+        sizes: Mapping[str, int | tuple[int, int, int]],
+        precision: str,
+        options: Options,
+        monitor: Any,
+        timing_cache: Path | None,
+    ) -> tuple[bytes, dict[str, Any]]:
         trt = self.module
         self.messages.clear()
         self.report.clear()
@@ -126,7 +167,7 @@ class Backend:
                 f"GPUs of compute capability {NO_BFLOAT16} do not compute in bfloat16. Leave it out, or export again "
                 "with --precision fp16."
             )
-        builder = trt.Builder(self.logger)
+        builder = self._made("Builder")
         # TensorRT 10 wants to be told; from 11 on, and in TensorRT-RTX, every network is strongly typed.
         flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         network = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -139,15 +180,16 @@ class Backend:
         for i in range(network.num_inputs):
             tensor = network.get_input(i)
             self._shape(tensor, sizes, profile)
-        config.add_optimization_profile(profile)
+        if config.add_optimization_profile(profile) < 0:
+            raise self.failure(f"refuses the sizes {dict(sizes)} for {Path(onnx).name}")
         self._allow_any_attention(network)
         proof = self._proof(network, config, precision, Path(onnx).stem)
         cache = self._read_timings(config, timing_cache)
-        monitor = _monitor(trt, on_progress) if on_progress is not None else None
-        if monitor is not None:
-            config.progress_monitor = monitor
-        plan = builder.build_serialized_network(network, config)
-        if monitor is not None and monitor.stopped:
+        config.progress_monitor = monitor
+        plan = None if monitor.stopped else builder.build_serialized_network(network, config)
+        if monitor.failure is not None:
+            raise monitor.failure
+        if monitor.stopped:
             raise KeyboardInterrupt
         if plan is None:
             raise self.failure(f"cannot build {Path(onnx).name}")
@@ -155,21 +197,80 @@ class Backend:
             _write(timing_cache, memoryview(cache.serialize()))
         return bytes(plan), {**proof, **inspect.read_log(self.report)}
 
-    def load(self, plan: bytes, graph: str, cuda: Cuda) -> Any:
-        """Loads a verified plan onto the GPU. Raises EngineError, in one sentence, where it does not run."""
+    def load(self, plan: bytes, graph: str, cuda: Cuda, kernels: Path | None = None) -> LoadedPlan:
+        """Loads a verified plan onto the GPU.
+
+        kernels: a file in which TensorRT-RTX keeps the kernels that it compiles for this GPU; see `LoadedPlan`.
+        Raises EngineError, in one sentence, where the plan does not run, and why.
+        """
         self.messages.clear()
-        runtime = self.module.Runtime(self.logger)
+        runtime = self._made("Runtime")
         ask = getattr(runtime, "get_engine_validity", None)
-        invalid = ask is not None and ask(plan)[0] == self.module.EngineValidity.INVALID
+        validity, why = (None, 0) if ask is None else ask(plan)
+        invalid = ask is not None and validity == self.module.EngineValidity.INVALID
         engine = None if invalid else runtime.deserialize_cuda_engine(plan)
         if engine is None:
+            raise self._refusal(graph, cuda, int(why))
+        loaded = LoadedPlan(self, runtime, engine, graph, kernels)
+        self.loaded.add(loaded)
+        return loaded
+
+    def keep_kernels(self) -> None:
+        """Writes what TensorRT-RTX has compiled since; to be called after a run."""
+        for plan in list(self.loaded):
+            plan.keep_kernels()
+
+    def close(self) -> None:
+        """Lets go of all that was loaded, with its engines. A second call does nothing."""
+        for plan in list(self.loaded):
+            plan.close()
+        self.loaded.clear()
+
+    def _made(self, kind: str) -> Any:
+        """The module's "Builder" or "Runtime". EngineError where the driver does not let it be."""
+        try:
+            return getattr(self.module, kind)(self.logger)
+        except TypeError as error:  # "factory function returned nullptr" is all that the bindings say
+            details = next(iter(self.messages), str(error))
             raise EngineError(
-                f"The plan of {graph} does not run here ({cuda.name}, compute capability {cuda.compute_capability}, "
-                f"{self.name} {self.version}): it was built by another version or for other GPUs. Build it again: "
-                "hd-engines build FOLDER."
+                f"{self.name} {self.version} does not start ({details[:300]}). It needs an NVIDIA GPU with "
+                f"{self._driver()}: check `nvidia-smi`."
+            ) from error
+
+    def _driver(self) -> str:
+        """The driver that the installed packages need, in words."""
+        for cuda, words in sorted(DRIVERS.items(), reverse=True):
+            try:
+                metadata.version(f"{MODULES[self.name]}_cu{cuda}")
+                return words
+            except metadata.PackageNotFoundError:
+                continue
+        return "a driver as new as its release notes say"
+
+    def _refusal(self, graph: str, cuda: Cuda, why: int) -> EngineError:
+        """Why a plan was not loaded. why: flags of EngineInvalidityDiagnostics, or 0 where only the log says it."""
+        reasons = getattr(self.module, "EngineInvalidityDiagnostics", None)
+
+        def said(name: str) -> bool:
+            flag = getattr(reasons, name, None)
+            return flag is not None and bool(why & int(flag))
+
+        log = " ".join(self.messages)
+        if said("INSUFFICIENT_GPU_MEMORY") or _out_of_memory(log):
+            return EngineError(
+                f"The plan of {graph} does not fit into the GPU's memory ({cuda.free_memory() / 1e6:.0f} MB are free). "
+                "Take a smaller --batch-size, or end what else is on it."
             )
-        self.runtimes.append(runtime)  # must outlive its engines
-        return engine
+        if said("OLD_CUDA_DRIVER") or said("OLD_CUDA_RUNTIME") or "driver version is insufficient" in log:
+            return EngineError(
+                f"{self.name} {self.version} needs {self._driver()}: update the driver; `nvidia-smi` shows which it is."
+            )
+        details = f" It says: {self.messages[-1][:300]}" if self.messages else ""
+        return EngineError(
+            f"The plan of {graph} does not run here ({cuda.name}, compute capability {cuda.compute_capability}, "
+            f"{self.name} {self.version}): it was built by another version or for other GPUs. Build it again: "
+            f"hd-engines build FOLDER.{details}"
+        )
 
     def _configure(self, config: Any, options: Options) -> None:
         trt = self.module
@@ -183,8 +284,11 @@ class Backend:
             config.max_aux_streams = options.aux_streams
         if options.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
-        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # without it TensorRT-RTX cannot be captured
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        needed = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # without it TensorRT-RTX cannot be captured
+        if needed is not None:
+            config.set_flag(needed)
+            if not config.get_flag(needed):
+                raise self.failure("does not take memory of ours (REQUIRE_USER_ALLOCATION)")
         if self.rtx and options.compute_capabilities:
             config.num_compute_capabilities = len(options.compute_capabilities)
             for i, text in enumerate(options.compute_capabilities):
@@ -252,12 +356,14 @@ class Backend:
         if path is None or self.rtx:
             return None
         cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another GPU or version: begin anew
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
         return cache
 
     def failure(self, what: str) -> EngineError:
         details = next((message for message in self.messages if "rror" in message), "no reason was given")
-        memory = any("out of memory" in message.lower() for message in self.messages)
+        memory = any(map(_out_of_memory, self.messages))
         remedy = "Free some memory, or take a smaller --batch-sizes." if memory else "Please report this."
         return EngineError(f"{self.name} {self.version} {what}: {details[:400]} {remedy}")
 
@@ -275,19 +381,80 @@ class Scratch:
         return self.array
 
 
+class LoadedPlan:
+    """A plan on the GPU, for any number of engines: they share its weights, and the kernels that TensorRT-RTX compiles
+    for this GPU when they first run. Those are kept in a file, or every process would compile them again."""
+
+    def __init__(self, backend: Backend, runtime: Any, engine: Any, graph: str, kernels: Path | None = None) -> None:
+        """runtime: what deserialised `engine`; it must outlive it. kernels: the file."""
+        self.backend, self.runtime, self.engine, self.graph, self.kernels = backend, runtime, engine, graph, kernels
+        self.engines: weakref.WeakSet[TensorRTEngine] = weakref.WeakSet()
+        self.config: Any = None
+        self.compiled: Any = None
+        self.strategy = backend.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.fresh = False  # whether something may have been compiled that is not in the file
+        if backend.rtx:
+            self._configure()
+
+    def _configure(self) -> None:
+        """What TensorRT-RTX wants to know before it makes contexts."""
+        module = self.backend.module
+        self.config = self.engine.create_runtime_config()
+        self.config.set_execution_context_allocation_strategy(self.strategy)
+        # Lazy, a plan for several sizes runs slow kernels until better ones are compiled: a capture would keep those.
+        eager = module.DynamicShapesKernelSpecializationStrategy.EAGER
+        self.config.dynamic_shapes_kernel_specialization_strategy = eager
+        self.compiled = self.config.create_runtime_cache()
+        try:
+            content = self.kernels.read_bytes() if self.kernels is not None else b""
+        except OSError:
+            content = b""
+        if content:
+            self.compiled.deserialize(content)  # refuses, and stays empty, for another GPU or version
+        if not self.config.set_runtime_cache(self.compiled):
+            raise self.backend.failure(f"takes no cache of kernels for {self.graph}")
+
+    def context(self) -> Any:
+        """A context whose scratch memory is the caller's."""
+        context = self.engine.create_execution_context(self.strategy if self.config is None else self.config)
+        if context is None:
+            raise self.backend.failure(f"cannot make a context for {self.graph}")
+        self.fresh = True
+        return context
+
+    def keep_kernels(self) -> None:
+        """Writes the kernels that were compiled so far, if there may be new ones; to be called after a run."""
+        if self.compiled is None or self.kernels is None or not self.fresh:
+            return
+        self.fresh = False
+        content = self.compiled.serialize()
+        if content is None:
+            return
+        try:
+            if not self.kernels.exists() or self.kernels.read_bytes() != bytes(content):
+                _write(self.kernels, memoryview(bytes(content)))
+        except OSError:
+            pass  # a folder that cannot be written to costs the next process its compilation, no more
+
+    def close(self) -> None:
+        """Lets go of the engines, then of the plan. A second call does nothing."""
+        for engine in list(self.engines):
+            engine.close()
+        self.engines.clear()
+        self.config = self.compiled = None
+        self.engine = None
+        self.runtime = None
+
+
 class TensorRTEngine:
     """A loaded plan with a context of its own. All engines that share `scratch` must be on one stream."""
 
     own_graph = False
 
-    def __init__(
-        self, backend: Backend, engine: Any, spec: GraphSpec, scratch: Scratch, kernels: Path | None = None
-    ) -> None:
-        """engine: what `Backend.load` gave. kernels: a file in which TensorRT-RTX keeps the kernels that it compiles
-        for this GPU when the engine first runs; without it every process compiles them again.
-        Raises EngineError when the plan's tensors are not those of `spec`.
-        """
-        self.backend, self.engine, self.spec = backend, engine, spec
+    def __init__(self, plan: LoadedPlan, spec: GraphSpec, scratch: Scratch) -> None:
+        """plan: what `Backend.load` gave. Raises EngineError when its tensors are not those of `spec`."""
+        self.plan, self.backend, self.spec = plan, plan.backend, spec
+        engine = plan.engine
         # ONNX gives a name to one value only: a state that comes in and goes out is next_... on its way out.
         self.inputs = {tensor.name for tensor in spec.inputs}
         self.outputs = {t.name: f"next_{t.name}" if t.name in self.inputs else t.name for t in spec.outputs}
@@ -297,61 +464,54 @@ class TensorRTEngine:
                 f"The plan of {Path(spec.file).stem} has the tensors {', '.join(sorted(found))}, which is not what the "
                 "manifest says. Build it again: hd-engines build FOLDER."
             )
-        strategy = backend.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        self.kernels, self.compiled = kernels, None
-        if backend.rtx:
-            config = engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            self.compiled = config.create_runtime_cache()
-            if kernels is not None and kernels.exists():
-                self.compiled.deserialize(kernels.read_bytes())  # refuses, and stays empty, for another GPU or version
-            config.set_runtime_cache(self.compiled)
-            self.context = engine.create_execution_context(config)
-        else:
-            self.context = engine.create_execution_context(strategy)
-        if self.context is None:
-            raise backend.failure(f"cannot make a context for {Path(spec.file).stem}")
-        self.scratch = scratch.reserve(int(engine.device_memory_size_v2))
+        self.backend.messages.clear()
+        self.context = plan.context()
+        self.scratch: DeviceArray | None = scratch.reserve(int(engine.device_memory_size_v2))
         self.context.set_device_memory(self.scratch.pointer, self.scratch.nbytes)
+        if self.backend.messages:  # it returns nothing
+            raise self.backend.failure(f"refuses scratch memory for {plan.graph}")
+        self.bound: tuple[dict[str, DeviceArray], dict[str, DeviceArray]] = ({}, {})  # keeps them alive
+        plan.engines.add(self)
 
     def bind(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
         """Says where tensors are. Shapes are checked against the contract, and against the plan's profile."""
         check_feeds(self.spec, inputs)
+        self.backend.messages.clear()
         for name, array in inputs.items():
             self._check_profile(name, array)
             if not self.context.set_input_shape(name, array.shape):
                 raise self.backend.failure(f"refuses {name} of shape {list(array.shape)}")
-            self.context.set_tensor_address(name, array.pointer)
+            self._place(name, array)
         for name, array in outputs.items():
-            self.context.set_tensor_address(self.outputs[name], array.pointer)
-        self.bound = (dict(inputs), dict(outputs))  # keeps them alive
+            self._place(self.outputs[name], array)
+        self.bound = (dict(inputs), dict(outputs))
 
     def enqueue(self, stream: Stream) -> None:
         """Puts one run on the stream."""
         if not self.context.execute_async_v3(int(stream.handle)):
             raise self.backend.failure(f"failed in {Path(self.spec.file).stem}")
 
-    def keep_kernels(self) -> None:
-        """Writes the kernels that were compiled so far, once; to be called after a run."""
-        if self.compiled is None or self.kernels is None:
-            return
-        path, self.kernels = self.kernels, None
-        content = bytes(self.compiled.serialize())
-        try:
-            if not path.exists() or path.read_bytes() != content:
-                _write(path, memoryview(content))
-        except OSError:
-            pass  # a folder that cannot be written to costs the next process its compilation, no more
-
     def capturable(self, stream: Stream) -> bool:
         """Whether a run can be captured into a CUDA graph; what TensorRT does not know to ask is tried."""
         ask = getattr(self.context, "is_stream_capturable", None)
         return True if ask is None else bool(ask(int(stream.handle)))
 
+    def close(self) -> None:
+        """Lets go of the context and of the arrays. A second call does nothing."""
+        self.context, self.scratch, self.bound = None, None, ({}, {})
+
+    def _place(self, name: str, array: DeviceArray) -> None:
+        if not self.context.set_tensor_address(name, array.pointer):
+            raise self.backend.failure(f"refuses the memory of {name} ({self.plan.graph})")
+
     def _check_profile(self, name: str, array: DeviceArray) -> None:
-        least, _, most = (tuple(shape) for shape in self.engine.get_tensor_profile_shape(name, 0))
+        least = most = tuple(self.plan.engine.get_tensor_shape(name))
+        if any(size < 0 for size in least):  # the profile of an input without free axes need not say anything
+            least, _, most = (tuple(shape) for shape in self.plan.engine.get_tensor_profile_shape(name, 0))
         shape = array.shape
-        if all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
+        if len(shape) == len(least) and all(
+            low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+        ):
             return
         graph = Path(self.spec.file).stem
         allowed = f"{list(least)}" if least == most else f"{list(least)} to {list(most)}"
@@ -377,14 +537,18 @@ def _logger(trt: Any, messages: list[str], report: list[str]) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any, on_progress: OnProgress) -> Any:
+def _monitor(trt: Any, on_progress: OnProgress | None) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
-        """Turns TensorRT's nested phases into one fraction: each step of a phase shares out what its parent has."""
+        """Turns TensorRT's nested phases into one fraction: each step of a phase shares out what its parent has.
+
+        stopped: set by whoever wants the build to stop. failure: what `on_progress` raised.
+        """
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.phases: dict[str, tuple[str | None, int, int]] = {}  # name -> (parent, steps, done)
             self.stopped, self.furthest = False, 0.0
+            self.failure: BaseException | None = None
 
         def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
             self.phases[name] = (parent, max(num_steps, 1), 0)
@@ -394,9 +558,10 @@ def _monitor(trt: Any, on_progress: OnProgress) -> Any:
                 parent, steps, _ = self.phases[name]
                 self.phases[name] = (parent, steps, min(step + 1, steps))
             try:
-                self.stopped = self.stopped or not on_progress(name, self.fraction())
-            except KeyboardInterrupt:
-                self.stopped = True  # an exception must not cross TensorRT's frames
+                if not self.stopped and on_progress is not None:
+                    self.stopped = not on_progress(name, self.fraction())
+            except BaseException as error:  # an exception must not cross TensorRT's frames
+                self.stopped, self.failure = True, error
             return not self.stopped
 
         def phase_finish(self, name: str) -> None:
@@ -411,6 +576,18 @@ def _monitor(trt: Any, on_progress: OnProgress) -> Any:
             return self.furthest
 
     return Monitor()
+
+
+def _wait(thread: threading.Thread, seconds: float = float("inf")) -> None:
+    """Until a thread has ended, or for so many seconds. Ctrl-C is heard meanwhile."""
+    end = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < end:
+        thread.join(0.1)
+
+
+def _out_of_memory(message: str) -> bool:
+    text = message.lower().replace(" ", "")
+    return any(sign in text for sign in ("outofmemory", "memoryallocation", "insufficientmemory"))
 
 
 def _write(path: Path, content: memoryview) -> None:

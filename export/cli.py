@@ -17,6 +17,7 @@ import click  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
 
+from ..commands import INTERRUPTED, hear_interrupts, leave  # noqa: E402
 from ..contract import GRAPHS, MANIFEST  # noqa: E402
 from ..demo import resolve  # noqa: E402
 from ..engines.cli import build_options, build_with_progress  # noqa: E402
@@ -87,6 +88,8 @@ def main(
     With a TensorRT backend, plans are then built for each batch size. The same command again does only what is not
     done yet. On another machine, `hd-engines build OUT` builds plans from the bundle, without PyTorch.
     """
+    stopped = "Stopped. What is finished stays; the same command goes on."
+    hear_interrupts(stopped)
     precision = precision or ("fp16" if backend in MODULES else "fp32")
     try:
         folder = resolve(checkpoint, "checkpoint")
@@ -111,8 +114,8 @@ def main(
         console.print(f"hd-export: {error.strerror or error} ({error.filename or out}).", style="red")
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("Stopped. What is finished stays; the same command goes on.")
-        sys.exit(130)
+        console.print(stopped)
+        leave(INTERRUPTED)
     if body is not None:
         console.print(
             f"{out} now contains arrays of your SMPL-H body. Its licence forbids passing them on: keep this bundle, "

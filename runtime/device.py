@@ -230,6 +230,7 @@ class DeviceLoop:
         self.both = cuda.zeros((slots, 2, *text.shape[1:]), text.dtype)  # of each prompt: without text, with it
         self.no_text: Any = None  # the empty prompt's sentence vector [D], on the device
         self.after_run: Callable[[], None] = lambda: None
+        self.at_close: Callable[[], None] = lambda: None
         self.timings = {"total": 0.0}  # seconds in `run`; of the graphs only the device knows
         self.consumed: list[Any] = []  # events: stage 1's outputs have been read, and may be overwritten
 
@@ -266,6 +267,7 @@ class DeviceLoop:
         for graph in self.graphs.values():
             graph.close()
         self.after_run = lambda: None  # it knows the engines
+        self.at_close()
         self.cuda.close()
 
     def run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:

@@ -70,7 +70,7 @@ def load_device_loop(
     cuda, manifest, sentences = Cuda(), bundle.manifest, []
     check_bfloat16(manifest, cuda)
     streams = Streams.make(cuda, overlap)
-    engines: list[TensorRTEngine] = []
+    module: Backend | None = None
     if backend in ("onnxruntime", "inductor"):
         buckets = powers_of_two(slots)
         if backend == "inductor":
@@ -94,15 +94,11 @@ def load_device_loop(
             )
             slots = buckets[-1]
         buckets = enough(buckets, slots)
-        load = tensorrt_loader(manifest, store, {2: plans, 1: singles}, module, cuda, engines)
+        load = tensorrt_loader(manifest, store, {2: plans, 1: singles}, module, cuda)
     loop = DeviceLoop(bundle, cuda, connect(cuda, manifest, buckets, load, single=single), streams, slots)
     bundle.made_by |= {"device": cuda.name, "backend": backend}
-
-    def keep_kernels() -> None:
-        for engine in engines:
-            engine.keep_kernels()
-
-    loop.after_run = keep_kernels
+    if module is not None:
+        loop.after_run, loop.at_close = module.keep_kernels, module.close
     return loop, sentences
 
 
@@ -205,11 +201,10 @@ def tensorrt_loader(
     plans: dict[int, dict[str, dict[int, Plan]]],
     backend: Backend,
     cuda: Any,
-    engines: list[TensorRTEngine],
 ) -> Load:
     """(graph, bucket, guidance branches) -> engine. A plan is read, verified and put on the GPU when it is first used.
 
-    plans: by branches, see `usable_plans`. engines: gets every engine that is made.
+    plans: by branches, see `usable_plans`.
     """
     scratch = {stream: Scratch(cuda) for stream in Streams._fields}
     loaded: dict[str, Any] = {}
@@ -218,10 +213,9 @@ def tensorrt_loader(
         sizes = plans[branches][name]
         plan = next(iter(sizes.values())) if name == "unet_time" else sizes[bucket]
         if plan.key not in loaded:
-            loaded[plan.key] = backend.load(store.read(plan), name, cuda)
-        kernels = plan.path.with_suffix(KERNELS)
-        engines.append(TensorRTEngine(backend, loaded[plan.key], manifest.graphs[name], scratch[STREAM[name]], kernels))
-        return engines[-1]
+            kernels = plan.path.with_suffix(KERNELS)
+            loaded[plan.key] = backend.load(store.read(plan), name, cuda, kernels)
+        return TensorRTEngine(loaded[plan.key], manifest.graphs[name], scratch[STREAM[name]])
 
     return load
 

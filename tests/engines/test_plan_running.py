@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from fake_cuda import FakeCuda
 from handiffuser.contract import GRAPHS, GraphSpec, Manifest, TensorSpec
 from handiffuser.engines.build import wanted_plans
 from handiffuser.engines.plans import PlanStore, parts
-from handiffuser.engines.tensorrt import EVERYWHERE, Backend, Options, Scratch, TensorRTEngine
+from handiffuser.engines.tensorrt import EVERYWHERE, Backend, LoadedPlan, Options, Scratch, TensorRTEngine
 from handiffuser.errors import EngineError
 from handiffuser.runtime.loading import check_bfloat16, enough, powers_of_two, usable_plans
 
@@ -34,6 +35,7 @@ class FakeContext:
 
     def set_tensor_address(self, name, pointer):
         self.addresses[name] = pointer
+        return True
 
     def execute_async_v3(self, stream):
         self.runs.append(stream)
@@ -52,9 +54,8 @@ class FakePlan:
     def get_tensor_name(self, i):
         return self.names[i]
 
-    def get_tensor_profile_shape(self, name, profile):
-        shape = (4, {"x": 3, "row": 2}[name])
-        return [shape] * 3
+    def get_tensor_shape(self, name):
+        return (4, {"x": 3, "row": 2}[name])
 
     def create_execution_context(self, strategy):
         assert strategy == "user managed"
@@ -66,7 +67,7 @@ def backend(rtx=False, valid=True, loads=True):
     """A Backend without its module."""
     fake = Backend.__new__(Backend)
     fake.name, fake.version, fake.rtx = ("tensorrt-rtx" if rtx else "tensorrt"), "11.0", rtx
-    fake.messages, fake.runtimes, fake.logger = [], [], None
+    fake.messages, fake.loaded, fake.logger = [], weakref.WeakSet(), None
     runtime = SimpleNamespace(
         get_engine_validity=lambda plan: ("valid" if valid else "invalid", 0),
         deserialize_cuda_engine=lambda plan: FakePlan() if loads else None,
@@ -79,6 +80,10 @@ def backend(rtx=False, valid=True, loads=True):
     return fake
 
 
+def loaded(plan):
+    return LoadedPlan(backend(), None, plan, "toy")
+
+
 def arrays(cuda, rows):
     inputs = {"x": cuda.zeros((rows, 3), "float32"), "row": cuda.zeros((rows, 2), "float32")}
     outputs = {"x": cuda.zeros((rows, 3), "float32"), "finite": cuda.zeros((rows,), "float32")}
@@ -88,7 +93,7 @@ def arrays(cuda, rows):
 def test_tensors_are_bound_by_the_names_in_the_file():
     cuda = FakeCuda()
     plan, scratch = FakePlan(), Scratch(cuda)
-    engine = TensorRTEngine(backend(), plan, SPEC, scratch)
+    engine = TensorRTEngine(loaded(plan), SPEC, scratch)
     inputs, outputs = arrays(cuda, 4)
     engine.bind(inputs, outputs)
     engine.enqueue(SimpleNamespace(handle=77))
@@ -108,21 +113,21 @@ def test_engines_share_scratch_and_a_larger_one_leaves_the_smaller_ones_theirs()
     first, second, large = FakePlan(), FakePlan(), FakePlan()
     large.device_memory_size_v2 = 5000
     for plan in (first, second, large):
-        TensorRTEngine(backend(), plan, SPEC, scratch)
+        TensorRTEngine(loaded(plan), SPEC, scratch)
     assert first.context.memory == second.context.memory
     assert large.context.memory[0] != first.context.memory[0] and large.context.memory[1] == 5000
 
 
 def test_a_shape_outside_the_profile_names_tensor_range_and_remedy():
     cuda = FakeCuda()
-    engine = TensorRTEngine(backend(), FakePlan(), SPEC, Scratch(cuda))
+    engine = TensorRTEngine(loaded(FakePlan()), SPEC, Scratch(cuda))
     with pytest.raises(EngineError, match=r"toy got x of shape \[2, 3\].*allows \[4, 3\].*--batch-sizes 2"):
         engine.bind(*arrays(cuda, 2))
 
 
 def test_a_plan_with_other_tensors_than_the_manifest():
     with pytest.raises(EngineError, match=r"not what the manifest says.*hd-engines build"):
-        TensorRTEngine(backend(), FakePlan(("x", "row", "next_x")), SPEC, Scratch(FakeCuda()))
+        TensorRTEngine(loaded(FakePlan(("x", "row", "next_x"))), SPEC, Scratch(FakeCuda()))
 
 
 @pytest.mark.parametrize("trouble", [{"valid": False}, {"loads": False}])
