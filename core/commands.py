@@ -100,6 +100,10 @@ def hd_engines() -> None:
     start("hd-engines", ".engines.cli")
 
 
+def hd_body() -> None:
+    start("hd-body", ".models.body")
+
+
 def hd_train() -> None:
     start("hd-train", ".training.cli")
 

@@ -86,7 +86,7 @@ class SMPLH(nn.Module):
         if path.suffix != ".npz":
             raise CheckpointError(
                 f"{path} is not an .npz file. Pickled body models can run code when opened and are refused: "
-                "convert the official .pkl to .npz with its arrays (v_template, shapedirs, ...) first."
+                f"convert it safely first, hd-body convert {path.name} {path.stem}.npz."
             )
         try:
             with np.load(path, allow_pickle=False) as archive:
