@@ -50,7 +50,7 @@ def read_pickle(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} is larger than any body model ({path.stat().st_size >> 20} MiB).")
     # New classes for every file: a pickle may write attributes to what it is given.
     names = ("dtype", "array", "scalar", "sparse", "chumpy", "text")
-    kinds = {name: type(name, (_Kept,), {}) for name in names}
+    kinds: dict[str, type[_Kept]] = {name: type(name, (_Kept,), {}) for name in names}
 
     def remade(base: Any, *_: Any) -> Any:  # copy_reg._reconstructor(class, object, None)
         if not isinstance(base, type) or not issubclass(base, _Kept):
@@ -94,7 +94,7 @@ def read_pickle(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _arrays(value: dict[Any, Any], kinds: dict[str, type]) -> dict[str, np.ndarray]:
+def _arrays(value: dict[Any, Any], kinds: dict[str, type[_Kept]]) -> dict[str, np.ndarray]:
     """Plain arrays of a body's entries; what is no number (names, settings) is left out."""
     out: dict[str, np.ndarray] = {}
     for name, entry in value.items():
@@ -104,7 +104,7 @@ def _arrays(value: dict[Any, Any], kinds: dict[str, type]) -> dict[str, np.ndarr
     return out
 
 
-def _array(entry: Any, kinds: dict[str, type], depth: int = 0) -> np.ndarray | None:
+def _array(entry: Any, kinds: dict[str, type[_Kept]], depth: int = 0) -> np.ndarray | None:
     if depth > 8:
         raise ValueError("it is nested too deeply")
     if isinstance(entry, (bool, int, float)):
@@ -134,7 +134,7 @@ def _bytes(data: Any) -> bytes:
     return data if isinstance(data, bytes) else str(data).encode("latin1")
 
 
-def _dtype(kept: Any, kinds: dict[str, type]) -> np.dtype:
+def _dtype(kept: Any, kinds: dict[str, type[_Kept]]) -> np.dtype:
     if not isinstance(kept, kinds["dtype"]):
         raise ValueError("an array has no type")
     name, state = str(kept.arguments[0]), kept.state or (3, "<")
@@ -144,7 +144,7 @@ def _dtype(kept: Any, kinds: dict[str, type]) -> np.dtype:
     return np.dtype(("" if order in "|=" else order) + name)
 
 
-def _plain(state: Any, kinds: dict[str, type]) -> np.ndarray:
+def _plain(state: Any, kinds: dict[str, type[_Kept]]) -> np.ndarray:
     _, shape, kind, fortran, data = state
     dtype, shape = _dtype(kind, kinds), tuple(int(n) for n in shape)
     data = _bytes(data)
@@ -153,17 +153,17 @@ def _plain(state: Any, kinds: dict[str, type]) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
 
 
-def _dense(name: str, state: Any, kinds: dict[str, type]) -> np.ndarray:
+def _dense(name: str, state: Any, kinds: dict[str, type[_Kept]]) -> np.ndarray:
     """scipy's csc_matrix, csr_matrix or coo_matrix in full."""
     parts = {key.lstrip("_"): entry for key, entry in state.items()}
     rows, columns = (int(n) for n in parts["shape"])
     if rows < 0 or columns < 0 or rows * columns > LARGEST // 8:
         raise ValueError(f"a sparse matrix is {rows} x {columns}")
     entries = ("data", "row", "col") if name == "coo_matrix" else ("data", "indices", "indptr")
-    found = [_array(parts[key], kinds) for key in entries]
-    if any(array is None or array.ndim != 1 for array in found):
+    found = [array for key in entries if (array := _array(parts[key], kinds)) is not None and array.ndim == 1]
+    if len(found) < 3:
         raise ValueError("a sparse matrix lacks its entries")
-    data, first, second = found  # type: ignore[misc]
+    data, first, second = found
     out = np.zeros((rows, columns))
     if name == "coo_matrix":
         at: tuple[Any, Any] = (first, second)
