@@ -117,7 +117,7 @@ def _array(entry: Any, kinds: dict[str, type[_Kept]], depth: int = 0) -> np.ndar
     if isinstance(entry, kinds["sparse"]):
         return _dense(type(entry).__name__, entry.state, kinds)
     if isinstance(entry, kinds["chumpy"]):
-        state = entry.state if isinstance(entry.state, dict) else {}
+        state: dict[str, Any] = entry.state if isinstance(entry.state, dict) else {}
         if "x" in state:  # Ch: a leaf with its value
             return _array(state["x"], kinds, depth + 1)
         if {"a", "idxs"} <= state.keys():  # Select: elements of another one
