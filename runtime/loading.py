@@ -24,6 +24,7 @@ from .device_graphs import STREAM, Load, Streams, connect
 from .host import HostLoop
 
 BACKENDS = ("auto", "onnxruntime", *MODULES, "inductor")
+DRIVER = Path("/proc/driver/nvidia/version")  # there where an NVIDIA driver is loaded
 STEPS = ("hand_prior", "unet")  # the graphs that run again and again, with guidance or without
 
 
@@ -49,7 +50,7 @@ def load_loop(
         return HostLoop(bundle, load_inductor(folder, bundle.manifest, device, threads), slots), []
     if chosen == "onnxruntime" and not on_gpu(device):
         manifest, engines = load_engines(folder, "cpu", threads)
-        return HostLoop(Bundle.load(folder, manifest), engines, slots), []
+        return HostLoop(Bundle.load(folder, manifest), engines, slots), idle_gpu() if device == "auto" else []
     return load_device_loop(Bundle.load(folder), folder, chosen, slots, overlap, onnxruntime_graphs)
 
 
@@ -139,6 +140,21 @@ def on_gpu(device: str) -> bool:
             raise
         return False
     return True
+
+
+def idle_gpu() -> list[str]:
+    """A sentence about a GPU of this machine that is left out, if there is one: nobody owns it for that."""
+    if not DRIVER.exists():
+        return []
+    why = 'ONNX Runtime was installed without CUDA: `pip uninstall onnxruntime`, then `pip install "handiffuser[cuda]"`'
+    if has_cuda_provider():
+        try:
+            Cuda()
+        except EngineError as error:
+            why = str(error)
+    return [
+        f"The NVIDIA GPU of this machine is not used, the CPU is. {why.rstrip('.')}. --device cpu says it is meant."
+    ]
 
 
 def check_bfloat16(manifest: Manifest, cuda: Any) -> None:
