@@ -18,7 +18,7 @@ from ..contract import BRANCHES, GRAPHS, Manifest
 from ..errors import EngineError
 from .cuda import Cuda
 from .plans import Plan, PlanStore, Sizes, parts
-from .tensorrt import FREE_MAX, MODULES, Backend, OnProgress, Options
+from .tensorrt import EVERYWHERE, FREE_MAX, MODULES, TURING, Backend, OnProgress, Options
 
 # Steps of a schedule that unet_time takes at once: cheap, so one dynamic plan does for all.
 STEPS = (1, 20, 1000)
@@ -88,12 +88,11 @@ def build_plans(
     dynamic: bool = False,
     options: Options | None = None,
     on_build: OnBuild | None = None,
-    verify: bool = False,
     guidance_free: bool = False,
 ) -> Iterator[Built]:
     """Yields every plan the folder should hold, building those that are missing, damaged or stale.
 
-    verify: hash the plans that are there, too. What is built stays when a later one fails or is interrupted.
+    Plans that are there are hashed (about 1 s a GB). What is built stays when a later one fails or is interrupted.
     Raises BundleError for a folder that is no bundle or damaged, EngineError when the backend is missing or refuses.
     """
     if backend_name not in MODULES:
@@ -102,11 +101,11 @@ def build_plans(
     manifest = Manifest.load(folder, verify=False)
     backend = Backend(backend_name)
     cuda = gpu()
-    store, options = PlanStore(folder), options or Options()
+    store, options = PlanStore(folder), backend.for_gpu(options or Options(), cuda)
     jobs = current_parts(manifest, backend, cuda, batch_sizes, dynamic, options, guidance_free)
     verified = False
     for number, (name, sizes, wanted) in enumerate(jobs):
-        plan, why = store.find(wanted, verify), ""
+        plan, why = store.find(wanted, verify=True), ""
         if plan is None:
             if not verified:  # what is built from must be what the manifest says; hits need no look at it
                 for problem in manifest.problems(folder):
@@ -130,6 +129,40 @@ def _reporter(
         return None
     on_build(number, total, name, sizes, why, 0.0)
     return lambda _, done: on_build(number, total, name, sizes, why, done)
+
+
+def choose_backend(cuda: Cuda | None) -> tuple[str, str]:
+    """The backend to build for on this machine, and a sentence that says for which GPUs that is.
+
+    TensorRT-RTX where it runs on the GPU, else TensorRT; without a GPU only TensorRT-RTX builds.
+    Raises EngineError where the one to take is not installed.
+    """
+    installed = {}
+    for name in MODULES:
+        try:
+            installed[name] = Backend(name)
+        except EngineError as error:
+            problem = str(error)
+    if cuda is None:
+        if "tensorrt-rtx" not in installed:
+            raise EngineError(
+                "There is no GPU here, and TensorRT-RTX, which builds without one, is not installed: pip install "
+                '"handiffuser[tensorrt-rtx]". Or build on the machine that has the GPU.'
+            )
+        return "tensorrt-rtx", (
+            f"No GPU here: TensorRT-RTX builds for all GPUs of compute capability {EVERYWHERE} (--compute-capability "
+            f"names others, such as {TURING}). Plans for Hopper and B200 are built there, by TensorRT."
+        )
+    fitting = [name for name in ("tensorrt-rtx", "tensorrt") if name in installed and not installed[name].refusal(cuda)]
+    if fitting:
+        return fitting[0], f"Building with {fitting[0]} for {cuda.name} (compute capability {cuda.compute_capability})."
+    raise EngineError(installed["tensorrt-rtx"].refusal(cuda) if installed else problem)
+
+
+def check_backend(name: str, options: Options) -> None:
+    """Raises EngineError unless this backend builds plans on this machine, for what `options` ask."""
+    backend, cuda = Backend(name), gpu()
+    backend.target(backend.for_gpu(options, cuda), cuda)
 
 
 def gpu() -> Cuda | None:

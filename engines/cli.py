@@ -14,7 +14,7 @@ from ..commands import run
 from ..contract import Manifest
 from ..errors import EngineError
 from . import inspect
-from .build import Built, build_plans, gpu
+from .build import Built, build_plans, choose_backend, gpu
 from .plans import Plan, PlanStore, Sizes, belongs, size_text
 from .tensorrt import MODULES, TILING, Backend, Options
 
@@ -46,7 +46,8 @@ def build_options(command):  # type: ignore[no-untyped-def]
             click.option("--aux-streams", type=click.IntRange(0, 8), help="Additional streams inside a graph."),
             click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Scratch memory of one kernel."),
             click.option("--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",
-                         help="TensorRT-RTX: only for these GPUs, such as 8.9. [default: all it supports]"),
+                         help="TensorRT-RTX: only for these GPUs, such as 8.9; 7.5 must be named, and alone. "
+                         "[default: all from 8.0 on that it supports]"),
         ]
     ):  # fmt: skip
         command = option(command)
@@ -61,6 +62,15 @@ def options_of(values: dict) -> Options:
         values["workspace"],
         tuple(values["compute_capabilities"]),
     )
+
+
+def resolve_backend(backend: str) -> str:
+    """What "auto" means on this machine; says it."""
+    if backend != "auto":
+        return backend
+    backend, sentence = choose_backend(gpu())
+    console.print(sentence)
+    return backend
 
 
 def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]:
@@ -109,11 +119,13 @@ def commands() -> None:
 
 @commands.command()
 @click.argument("folder")
-@click.option("--backend", type=click.Choice(list(MODULES)), default="tensorrt-rtx", show_default=True)
+@click.option("--backend", type=click.Choice(["auto", *MODULES]), default="auto", show_default=True,
+              help="auto: TensorRT-RTX where it runs on this machine's GPU, else TensorRT.")  # fmt: skip
 @build_options
 def build(folder: str, backend: str, **values) -> int:  # type: ignore[no-untyped-def]
     """Builds the plans of the bundle FOLDER that are missing or stale."""
-    build_with_progress(demo.resolve(folder, "bundle"), backend, values)
+    path = demo.resolve(folder, "bundle")
+    build_with_progress(path, resolve_backend(backend), values)
     return 0
 
 
@@ -163,8 +175,8 @@ def verify(folder: str) -> int:
         count += 1
         if problem := store.problem(plan, verify=True):
             problems.append(f"{plan.graph} {plan.parts['sizes']}: {problem}. Build it again: hd-engines build {folder}")
-    for stray in store.strays():
-        console.print(f"{stray} belongs to no finished plan; `hd-engines prune {folder}` removes it.", style="yellow")
+    for stray, why in store.strays().items():
+        console.print(f"{stray}: {why}; `hd-engines prune {folder}` removes it.", style="yellow")
     for problem in problems:
         console.print(problem, style="red")
     if not problems:
@@ -189,9 +201,9 @@ def prune(folder: str, everything: bool, dry_run: bool) -> int:
             console.print(f"{verb} {plan.path.name} ({why})")
             if not dry_run:
                 store.remove(plan)
-    for stray in store.strays():
+    for stray, why in store.strays().items():
         freed += stray.stat().st_size
-        console.print(f"{verb} {stray.name} (unfinished)")
+        console.print(f"{verb} {stray.name} ({why})")
         if not dry_run:
             stray.unlink()
     console.print(f"{freed / 1e6:.1f} MB {'would be ' if dry_run else ''}freed.")

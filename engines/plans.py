@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +42,8 @@ WORDS = {
 }
 # What a part was before it was noted: the default of all backends.
 BEFORE = {"tf32": "on"}
+RECORD = 16 << 20  # bytes; no record is larger
+SIZES = re.compile(r"[A-Z]=\d{1,5}(-\d{1,5}-\d{1,5})?(,[A-Z]=\d{1,5}(-\d{1,5}-\d{1,5})?)*")
 
 Sizes = Mapping[str, "int | tuple[int, int, int]"]
 
@@ -104,6 +107,41 @@ def belongs(plan: Plan, manifest: Manifest) -> bool:
     )
 
 
+def check_record(value: Any) -> None:
+    """Raises ValueError with a sentence unless `value` is what a plan's record holds: every field is looked at here, so
+    that nothing else need doubt it."""
+
+    def check(good: bool, what: str) -> None:
+        if not good:
+            raise ValueError(what)
+
+    def number(entry: Any, most: float) -> bool:
+        return isinstance(entry, (int, float)) and not isinstance(entry, bool) and 0 <= entry <= most
+
+    check(isinstance(value, dict), "it is no JSON object")
+    fields = {"graph", "key", "parts", "sha256", "size", "seconds", "proof"}
+    check(value.keys() == fields, f"it must have the entries {', '.join(sorted(fields))}")
+    texts = {name: value[name] for name in ("graph", "key", "sha256")}
+    check(isinstance(value["parts"], dict), "parts is no object")
+    needed = {"name", *WORDS} - set(BEFORE)
+    check(needed <= value["parts"].keys() <= {"name", *WORDS}, f"parts must have {', '.join(sorted(needed))}")
+    for name, entry in {**texts, **value["parts"]}.items():
+        check(isinstance(entry, str) and len(entry) <= 10_000, f"{name} is no text")
+    check(value["key"] == key_of(value["parts"]), "its key is not that of its parts")
+    check(value["graph"] == value["parts"]["name"], "it names two graphs")
+    check(SIZES.fullmatch(value["parts"]["sizes"]) is not None, "its sizes are not like B=4 or B=1-4-8")
+    check(re.fullmatch("[0-9a-f]{64}", value["sha256"]) is not None, "sha256 is no SHA-256")
+    check(isinstance(value["size"], int) and number(value["size"], 1 << 50), "size is no number of bytes")
+    check(number(value["seconds"], 1e9), "seconds is no time")
+    check(isinstance(value["proof"], dict), "proof is no object")
+    for name in ("types", "memory"):
+        counts = value["proof"].get(name, {})
+        check(
+            isinstance(counts, dict) and all(isinstance(n, int) and number(n, 1 << 50) for n in counts.values()),
+            f"{name} in proof are no numbers",
+        )
+
+
 def size_text(sizes: Sizes) -> str:
     """{"B": 4} -> "B=4"; {"B": (1, 4, 8)} -> "B=1-4-8"."""
     return ",".join(
@@ -123,11 +161,11 @@ class PlanStore:
         self.folder = Path(folder) / FOLDER
 
     def __iter__(self) -> Iterator[Plan]:
-        """Every finished plan. Records that cannot be read are passed over: `problems` names them."""
+        """Every finished plan. Records that cannot be read are passed over: `strays` says what is wrong with them."""
         for record in sorted(self.folder.glob("*.json")):
             try:
                 yield self._read(record)
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError):
                 continue
 
     def find(self, wanted: Mapping[str, str], verify: bool = False) -> Plan | None:
@@ -209,14 +247,20 @@ class PlanStore:
             )
         return content
 
-    def strays(self) -> list[Path]:
-        """Files in the folder that belong to no finished plan: leftovers of interrupted builds, broken records."""
+    def strays(self) -> dict[Path, str]:
+        """Files in the folder that belong to no finished plan, and why: leftovers of builds, records that are wrong."""
         known = {path for plan in self for path in (plan.path, plan.path.with_suffix(".json"))}
-        return [
-            path
-            for path in sorted(self.folder.glob("*"))
-            if path not in known and path.suffix in (".plan", ".json", ".tmp")
-        ]
+        found = {}
+        for path in sorted(self.folder.glob("*")):
+            if path in known or path.suffix not in (".plan", ".json", ".tmp"):
+                continue
+            found[path] = "it belongs to no finished plan"
+            if path.suffix == ".json":
+                try:
+                    self._read(path)
+                except (OSError, ValueError) as error:
+                    found[path] = f"it is no record of a plan ({error})"
+        return found
 
     def remove(self, plan: Plan) -> None:
         """Deletes a plan, its record first, so that an interruption leaves a stray and no lie."""
@@ -226,7 +270,14 @@ class PlanStore:
             plan.path.with_suffix(suffix).unlink(missing_ok=True)
 
     def _read(self, record: Path) -> Plan:
-        value = json.loads(record.read_text(encoding="utf-8"))
+        """Raises OSError, or ValueError with a sentence for a record that is not as `add` writes them."""
+        if record.stat().st_size > RECORD:
+            raise ValueError(f"it is larger than {RECORD >> 20} MB")
+        try:
+            value = json.loads(record.read_text(encoding="utf-8"))
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        check_record(value)
         return Plan(**value, path=record.with_suffix(".plan"))
 
 

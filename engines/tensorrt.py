@@ -21,7 +21,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,11 @@ FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever was asked
 # Of the layers that compute, at least so many must have the precision that was asked for. Not all: the solver's tail,
 # the embedding of timesteps and layers that calibration keeps in float32 are not.
 SHARE = 0.8
-EVERYWHERE = (
-    "7.5, 8.x or 12.x"  # where TensorRT-RTX runs unless a plan names GPUs; not on 9.0 and 10.0, Hopper and B200
-)
-NO_BFLOAT16 = "7.5"  # the one that TensorRT-RTX supports and that has none: bf16 plans for all leave it out
+# Compute capabilities that TensorRT-RTX runs on: not 9.0 and 10.0, Hopper and B200. A plan that names none is for those
+# from 8.0 on; 7.5 (Turing) must be named, and stands alone. It has no bfloat16.
+TURING = "7.5"
+RTX_GPUS = (TURING, "8.0", "8.6", "8.9", "12.0", "12.1")
+EVERYWHERE = "8.x or 12.x"
 FREE_MAX = {"B": LARGEST, "S": 1000}  # the largest sizes of free axes that any plan allows
 
 PATIENCE = 2.0  # seconds that an interrupted build gets to stop by itself; some of its phases take a minute
@@ -58,7 +59,7 @@ class Options:
 
     level: 0 ... 5, how hard it searches. tiling: one of TILING. aux_streams: additional streams a graph may run on.
     workspace: MiB of scratch that a kernel may want. compute_capabilities: of the GPUs a TensorRT-RTX plan is for,
-    such as ("8.9", "12.0"); empty: every one that it supports.
+    such as ("8.9", "12.0"); empty: every one from 8.0 on that it supports.
     """
 
     level: int | None = None
@@ -105,8 +106,39 @@ class Backend:
             return target == self.target(Options(), cuda)
         named = target.removeprefix("compute capability ")
         if named == EVERYWHERE:
-            return cuda.compute_capability in ("7.5", "8.0", "8.6", "8.9") or cuda.compute_capability.startswith("12.")
+            return self.refusal(cuda) == "" and cuda.compute_capability != TURING
         return cuda.compute_capability in named.split(", ")
+
+    def refusal(self, cuda: Cuda) -> str:
+        """Why this backend runs on no GPU of that kind, and what does; "" where it runs."""
+        capability = cuda.compute_capability
+        if not self.rtx or capability in RTX_GPUS or capability.startswith("12."):
+            return ""
+        return (
+            f"TensorRT-RTX does not run on this GPU ({cuda.name}, compute capability {capability}), only on "
+            f"{', '.join(RTX_GPUS)}. Take --backend tensorrt, which does "
+            '(pip install "handiffuser[tensorrt]" --extra-index-url https://pypi.nvidia.com), or --backend onnxruntime.'
+        )
+
+    def for_gpu(self, options: Options, cuda: Cuda | None) -> Options:
+        """Options with the GPUs that a plan which names none is for. EngineError where it would run on none of them.
+
+        cuda: the GPU that is there; plans for other GPUs can be built beside it by naming them.
+        """
+        if not self.rtx:
+            return options
+        named = options.compute_capabilities
+        if not named and cuda is not None:
+            if refusal := self.refusal(cuda):
+                raise EngineError(f"{refusal} For other machines, name their GPUs: --compute-capability 8.9.")
+            if cuda.compute_capability == TURING:
+                return replace(options, compute_capabilities=(TURING,))
+        if TURING in named and len(named) > 1:
+            raise EngineError(
+                f"A plan for compute capability {TURING} is for no other: build twice, once with --compute-capability "
+                f"{TURING}, once for {', '.join(name for name in named if name != TURING)}."
+            )
+        return options
 
     def build(
         self,
@@ -162,9 +194,9 @@ class Backend:
         trt = self.module
         self.messages.clear()
         self.report.clear()
-        if precision == "bf16" and NO_BFLOAT16 in options.compute_capabilities:
+        if precision == "bf16" and TURING in options.compute_capabilities:
             raise EngineError(
-                f"GPUs of compute capability {NO_BFLOAT16} do not compute in bfloat16. Leave it out, or export again "
+                f"GPUs of compute capability {TURING} do not compute in bfloat16. Leave it out, or export again "
                 "with --precision fp16."
             )
         builder = self._made("Builder")

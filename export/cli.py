@@ -20,12 +20,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from ..commands import INTERRUPTED, hear_interrupts, leave  # noqa: E402
 from ..contract import GRAPHS, MANIFEST  # noqa: E402
 from ..demo import resolve  # noqa: E402
-from ..engines.cli import build_options, build_with_progress  # noqa: E402
-from ..engines.tensorrt import MODULES, Backend  # noqa: E402
+from ..engines.build import check_backend  # noqa: E402
+from ..engines.cli import build_options, build_with_progress, options_of, resolve_backend  # noqa: E402
+from ..engines.tensorrt import MODULES  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
 from .source import changed, fingerprint  # noqa: E402
 
-BACKENDS = ("onnxruntime", *MODULES, "inductor")
+BACKENDS = ("onnxruntime", "auto", *MODULES, "inductor")
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -50,7 +51,7 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
     type=click.Choice(BACKENDS),
     default="onnxruntime",
     show_default=True,
-    help="What the pictures will be made with. TensorRT gets plans built for it.",
+    help="What the pictures will be made with. TensorRT gets plans built for it; auto: the one for this machine's GPU.",
 )
 @click.option(
     "--precision",
@@ -90,11 +91,17 @@ def main(
     """
     stopped = "Stopped. What is finished stays; the same command goes on."
     hear_interrupts(stopped)
+    if backend == "auto":
+        try:
+            backend = resolve_backend(backend)
+        except HanDiffuserError as error:
+            console.print(f"hd-export: {error}", style="red")
+            sys.exit(1)
     precision = precision or ("fp16" if backend in MODULES else "fp32")
     try:
         folder = resolve(checkpoint, "checkpoint")
         if backend in MODULES:
-            Backend(backend)  # what is not installed is said before minutes of exporting
+            check_backend(backend, options_of(values))  # before minutes of exporting
         source = fingerprint(folder, body, precision=precision, image_size=image_size, opset=opset)
         why = changed(out, source)
         if why:

@@ -187,6 +187,8 @@ def usable_plans(
     branches: those that run this many guidance branches; of one branch alone there may be none.
     Raises EngineError when a graph has no plan.
     """
+    if refusal := backend.refusal(cuda):
+        raise EngineError(refusal)
     found: dict[str, dict[int, Plan]] = {name: {} for name in GRAPHS}
     for plan in sorted(store, key=lambda plan: plan.path.stat().st_mtime if plan.path.exists() else 0):
         if plan.graph not in found or plan.branches != branches or store.problem(plan, verify=False):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from fake_cuda import FakeCuda
 from handiffuser.contract import GRAPHS, GraphSpec, Manifest, TensorSpec
+from handiffuser.engines import build
 from handiffuser.engines.build import wanted_plans
 from handiffuser.engines.plans import PlanStore, parts
 from handiffuser.engines.tensorrt import EVERYWHERE, Backend, LoadedPlan, Options, Scratch, TensorRTEngine
@@ -145,6 +146,8 @@ def test_a_foreign_plan_is_one_sentence(trouble):
         (True, f"compute capability {EVERYWHERE}", "12.1", True),
         (True, f"compute capability {EVERYWHERE}", "9.0", False),
         (True, f"compute capability {EVERYWHERE}", "10.0", False),
+        (True, f"compute capability {EVERYWHERE}", "7.5", False),
+        (True, "compute capability 7.5", "7.5", True),
         (True, "compute capability 8.9, 12.0", "8.9", True),
         (True, "compute capability 8.9, 12.0", "8.6", False),
         (False, "Fake GPU, compute capability 8.9", "8.9", True),
@@ -155,6 +158,58 @@ def test_which_gpus_a_plan_is_for(rtx, target, capability, fits):
     cuda = FakeCuda()
     cuda.compute_capability = capability
     assert backend(rtx).runs_on(target, cuda) == fits
+
+
+def on(capability):
+    cuda = FakeCuda()
+    cuda.compute_capability = capability
+    return cuda
+
+
+@pytest.mark.parametrize(
+    ("installed", "cuda", "chosen", "words"),
+    [
+        (("tensorrt-rtx", "tensorrt"), on("8.9"), "tensorrt-rtx", "Fake GPU"),
+        (("tensorrt-rtx", "tensorrt"), on("7.5"), "tensorrt-rtx", "7.5"),
+        (("tensorrt-rtx", "tensorrt"), on("9.0"), "tensorrt", "9.0"),
+        (("tensorrt",), on("12.0"), "tensorrt", "12.0"),
+        (("tensorrt-rtx",), on("10.0"), None, r"does not run on this GPU \(Fake GPU.*10\.0.*--backend tensorrt"),
+        (("tensorrt-rtx", "tensorrt"), None, "tensorrt-rtx", "8.x or 12.x"),
+        (("tensorrt",), None, None, "no GPU here.*handiffuser\\[tensorrt-rtx\\]"),
+        ((), on("8.9"), None, "cannot be imported"),
+    ],
+)
+def test_the_backend_follows_from_the_gpu(monkeypatch, installed, cuda, chosen, words):
+    def stand_in(name):
+        if name not in installed:
+            raise EngineError(f"{name} cannot be imported")
+        return backend(rtx=name == "tensorrt-rtx")
+
+    monkeypatch.setattr(build, "Backend", stand_in)
+    if chosen is None:
+        with pytest.raises(EngineError, match=words):
+            build.choose_backend(cuda)
+    else:
+        name, sentence = build.choose_backend(cuda)
+        assert name == chosen and words in sentence
+
+
+def test_plans_without_named_gpus_are_for_the_gpu_that_is_there():
+    rtx, plain = backend(rtx=True), Options(level=1)
+    assert rtx.for_gpu(plain, None) == rtx.for_gpu(plain, on("8.6")) == plain
+    assert rtx.for_gpu(plain, on("7.5")).compute_capabilities == ("7.5",)
+    for_others = Options(compute_capabilities=("8.9",))
+    assert rtx.for_gpu(for_others, on("7.5")) == rtx.for_gpu(for_others, on("9.0")) == for_others
+    with pytest.raises(EngineError, match=r"does not run on this GPU.*--backend tensorrt.*--compute-capability 8\.9"):
+        rtx.for_gpu(plain, on("9.0"))
+    with pytest.raises(EngineError, match=r"7\.5 is for no other: build twice"):
+        rtx.for_gpu(Options(compute_capabilities=("7.5", "8.9")), None)
+    assert backend().for_gpu(plain, on("9.0")) == plain
+
+
+def test_plans_of_a_backend_that_never_runs_on_the_gpu_are_not_asked_for_again(toy_bundle, tmp_path):
+    with pytest.raises(EngineError, match=r"does not run on this GPU.*--backend tensorrt,"):
+        usable_plans(PlanStore(tmp_path), Manifest.load(toy_bundle), backend(rtx=True), on("9.0"))
 
 
 def test_plans_are_picked_by_bundle_backend_version_and_gpu(toy_bundle, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from handiffuser.contract import Manifest
 from handiffuser.engines.build import wanted_plans
 from handiffuser.engines.cli import stale
-from handiffuser.engines.plans import PlanStore, belongs, parts
+from handiffuser.engines.plans import PlanStore, belongs, key_of, parts
 from handiffuser.engines.tensorrt import Options
 from handiffuser.errors import EngineError
 
@@ -133,7 +133,7 @@ def test_damaged_plans_are_found_built_again_and_never_read(manifest, tmp_path, 
         assert store.problem(plan, verify=True)
     else:
         assert store.strays()
-    # A changed byte costs a hash to find, so only `verify` looks; all else is found without.
+    # A changed byte costs a hash to find, which a build does and the start of a run does when it reads the plan.
     if damage == "flipped":
         assert store.find(plan.parts) and not store.find(plan.parts, verify=True)
         plan.path.unlink()
@@ -158,6 +158,51 @@ def test_full_disk_leaves_nothing_half_written(manifest, tmp_path, monkeypatch):
             build(store, wanted)
     assert len(list(store)) == 3 and not store.strays()
     assert len(build(store, wanted)) == 14
+
+
+WRONG = {
+    "parts is text": lambda r: {**r, "parts": "text"},
+    "parts is nested": lambda r: {**r, "parts": {**r["parts"], "sizes": {"B": 1}}},
+    "parts lacks one": lambda r: {**r, "parts": {k: v for k, v in r["parts"].items() if k != "sizes"}},
+    "parts has another": lambda r: {**r, "parts": {**r["parts"], "colour": "red"}},
+    "sizes are none": lambda r: keyed({**r, "parts": {**r["parts"], "sizes": "B"}}),
+    "sizes are huge": lambda r: keyed({**r, "parts": {**r["parts"], "sizes": "B=1" + "0" * 5000}}),
+    "graph is a list": lambda r: {**r, "graph": ["unet"]},
+    "graph is another": lambda r: {**r, "graph": "unet_time"},
+    "key of other parts": lambda r: {**r, "key": "0" * 16},
+    "sha256 is a number": lambda r: {**r, "sha256": 7},
+    "size is text": lambda r: {**r, "size": "7"},
+    "size is true": lambda r: {**r, "size": True},
+    "size is negative": lambda r: {**r, "size": -1},
+    "seconds is null": lambda r: {**r, "seconds": None},
+    "seconds is not a number": lambda r: {**r, "seconds": float("nan")},
+    "proof is a list": lambda r: {**r, "proof": []},
+    "types in proof are text": lambda r: {**r, "proof": {"types": {"HALF": "many"}}},
+    "a list": lambda r: [r],
+    "null": lambda r: None,
+    "an entry more": lambda r: {**r, "more": 1},
+    "an entry less": lambda r: {k: v for k, v in r.items() if k != "proof"},
+}
+
+
+def keyed(record):
+    return {**record, "key": key_of(record["parts"])}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, "deep", "large", "bytes"])
+def test_a_wrong_record_is_a_stray_with_a_sentence(manifest, tmp_path, wrong):
+    store = PlanStore(tmp_path)
+    wanted = all_parts(manifest, (1,))
+    build(store, wanted)
+    plan = next(plan for plan in store if plan.graph == "image_decoder")
+    record = plan.path.with_suffix(".json")
+    if wrong in WRONG:
+        record.write_text(json.dumps(WRONG[wrong](json.loads(record.read_text()))))
+    else:
+        record.write_bytes({"deep": b"[" * 100_000, "large": b" " * (17 << 20), "bytes": b"\xff\xfe\0"}[wrong])
+    assert plan.graph not in {plan.graph for plan in store}
+    assert "it is no record of a plan" in store.strays()[record] and "\n" not in store.strays()[record]
+    assert list(build(store, wanted)) == [("image_decoder", "B=1")] and not store.strays()
 
 
 def test_sizes_that_make_no_sense(manifest):

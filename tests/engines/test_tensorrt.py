@@ -139,6 +139,10 @@ def test_engines_command(built):
     (built / "plans" / "unet.B9.0123.plan.77.tmp").write_bytes(b"left over")
     dry = run_command("engines.cli", "prune", built, "--dry-run")
     assert dry.returncode == 0 and plan.path.exists() and "would remove" in dry.stderr
+    rebuilt = run_command("engines.cli", "build", built, "--batch-sizes", "1,2,3")  # as `verify` advises
+    assert "Built 1 of 25 plans" in rebuilt.stderr and "SHA-256 differs" in rebuilt.stderr
+    assert run_command("engines.cli", "verify", built).returncode == 0
+    plan.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     pruned = run_command("engines.cli", "prune", built)
     assert pruned.returncode == 0 and not plan.path.exists() and len(list(PlanStore(built))) == 24
     assert not PlanStore(built).strays()
