@@ -44,7 +44,7 @@ from ..models.smplh import SMPLH
 from ..models.text_hand_encoder import pooled
 from ..runtime.noise import HANDS, LATENTS, normal
 from ..runtime.pipeline import HanDiffuser
-from ..runtime.requests import Request, resolve
+from ..runtime.requests import Request, Resolver, resolve
 from ..runtime.tokens import PromptTokenizer
 from ..training.sample import CUES, decode
 from . import measure
@@ -438,7 +438,7 @@ def main() -> None:
     folder = demo.resolve(engines, "bundle")
     manifest = Manifest.load(folder, verify=False)
     eager = load_eager(checkpoint, body, folder, manifest)
-    requests, refused = resolve([Request(**{"seed": 0, **values})], manifest.defaults)
+    requests, refused = resolve([Request(**{"seed": 0, **values})], Resolver(manifest.defaults))
     for problem in refused:
         raise RequestError(problem.sentence)
     image = eager(requests, lambda: None)[0]

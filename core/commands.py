@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from importlib import import_module
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from .errors import HanDiffuserError
@@ -17,10 +19,33 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 PATIENCE = 3.0  # seconds until Ctrl-C ends the process although it is in native code that does not hear it
+ONCE = 3.0  # seconds in which Ctrl-C pressed again is the same Ctrl-C
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # `kill` and `docker stop` end a command as Ctrl-C does
+
+_heard = threading.Event()  # Python got to raise KeyboardInterrupt
+_last = -ONCE
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt, and none while the last one is being cleaned up after."""
+    global _last
+    now = time.monotonic()
+    if now - _last >= ONCE:  # later ones count again: a library may have swallowed the first
+        _last = now
+        _heard.set()
+        raise KeyboardInterrupt
+
+
+def listen() -> None:
+    """From here on SIGNALS raise KeyboardInterrupt, once. A shell's background jobs ignore Ctrl-C, and still do."""
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _interrupt)
 
 
 def start(command: str, module: str) -> None:
     """Runs `main` of a module of this package; exit code INTERRUPTED when Ctrl-C comes first."""
+    listen()
     try:
         import_module(module, "handiffuser").main()
     except KeyboardInterrupt:
@@ -30,9 +55,9 @@ def start(command: str, module: str) -> None:
 
 def run(name: str, command: click.Command, interrupted: str = "Interrupted.") -> None:
     """Runs a click command; one sentence and an exit code instead of a traceback."""
+    hear_interrupts(f"{name}: {interrupted}")
     import click
 
-    hear_interrupts(f"{name}: {interrupted}")
     try:
         code = command.main(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -64,26 +89,20 @@ def hear_interrupts(sentence: str) -> None:
     Python raises KeyboardInterrupt in its main thread when that is in Python next: after a build, a compilation or a
     run of a large graph that may be minutes. So a thread looks on, and does not wait longer than PATIENCE.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a shell's background jobs ignore it
-        return
     if threading.current_thread() is not threading.main_thread():
         return
-    heard = threading.Event()
+    listen()
+    _heard.clear()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
-    def interrupt(*_: object) -> None:
-        heard.set()
-        raise KeyboardInterrupt
-
     def look_on() -> None:
-        while signal.SIGINT not in os.read(reader, 64):
+        while not set(os.read(reader, 64)) & set(SIGNALS):
             pass
-        if not heard.wait(PATIENCE):
+        if not _heard.wait(PATIENCE):
             os.write(2, f"{sentence}\n".encode())
             os._exit(INTERRUPTED)
 
-    signal.signal(signal.SIGINT, interrupt)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, wherever the main thread is
     threading.Thread(target=look_on, name="interrupts", daemon=True).start()
 

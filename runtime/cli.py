@@ -2,13 +2,15 @@
 
 hd-run demo "a right hand making a fist, blue background" "two open hands" --seed 7 --output out
 hd-run engines/ --prompts prompts.jsonl --batch-size 8
+some-program | hd-run demo --prompts -
 """
 
 from __future__ import annotations
 
-import signal
 import time
 import warnings
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 import click
@@ -25,7 +27,7 @@ from .hands import load_hands
 from .loading import BACKENDS
 from .outputs import OutputError, OutputFolder
 from .pipeline import HanDiffuser
-from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, read_requests
+from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, RequestFile, Resolver
 from .results import Failure
 from .schedules import SOLVERS
 
@@ -36,7 +38,12 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("engines", metavar="ENGINES")
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
-@click.option("--prompts", "prompts_file", metavar="FILE", help="A .txt (a prompt a line) or .jsonl file of prompts.")
+@click.option(
+    "--prompts",
+    "prompts_file",
+    metavar="FILE",
+    help="A .txt (a prompt a line) or .jsonl file of prompts; - is standard input, of either kind.",
+)
 @click.option("--output", "-o", default="out", show_default=True, metavar="FOLDER", help="Where pictures go.")
 @click.option(
     "--seed",
@@ -98,13 +105,13 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     }
     if options["hand_params"] is not None:
         load_hands(options["hand_params"])  # one sentence about it, not one for every prompt
-    requests, places, refused = gather(prompts, prompts_file, settings)
-    if not requests and not refused:
+    asked = Asked(prompts, prompts_file, settings, say)
+    lines = iter(asked)
+    first = next(lines, None)
+    if first is None:
+        if asked.refused:
+            return 1
         raise RequestError('There is nothing to do: give a prompt, such as hd-run demo "a fist", or --prompts FILE.')
-    for sentence in refused:
-        say.problem(sentence)
-    if not requests:
-        return 1
 
     # What can go wrong cheaply goes wrong first: the bundle's manifest, the folder, and only then the loading.
     Manifest.load(demo.resolve(engines, "bundle"), verify=False)
@@ -119,26 +126,18 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
                 options["backend"],
                 overlap=not options["no_overlap"],
             )
-        resolved, unfit = pipeline.prepare(requests, options["seed"], options["images_per_prompt"])
-        refusals = [*refused, *(f"{places[problem.line - 1]}: {problem.sentence}" for problem in unfit)]
-        todo, skipped = [], 0
-        for request in resolved:
-            try:
-                if folder.done(request, pipeline.digest):
-                    skipped += 1
-                else:
-                    todo.append(request)
-            except RequestError as error:
-                refusals.append(f"{request.id}: {error}")
-        for sentence in refusals[len(refused) :]:
-            say.problem(sentence)
+        resolver = pipeline.resolver(options["seed"], options["images_per_prompt"])
+        queue = Queue(chain([first], lines), resolver, folder, pipeline.digest, asked)
 
         failed, stopped, code = 0, "", 0
         started = time.perf_counter()
         try:
-            with say.progress(todo) as progress:
-                if todo and not options["no_warm_up"]:
-                    pipeline.warm_up(min(len(todo), options["batch_size"]), progress.event)
+            with say.progress(len(asked) * options["images_per_prompt"]) as progress:
+                # The first pictures start while the rest of a long file waits to be read.
+                head = list(islice(filter(None, queue), options["batch_size"]))
+                if head and not options["no_warm_up"]:
+                    pipeline.warm_up(len(head), progress.event)
+                todo = head if len(head) < options["batch_size"] else chain(head, queue)
                 for result in pipeline.run(todo, progress.event):
                     if isinstance(result, Failure):
                         failed += 1
@@ -147,7 +146,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
                     for warning in result.warnings:
                         say.warning(f"{result.id}: {warning}")
                     folder.save(result)
-                    progress.picture()
+                    progress.picture(queue.skipped + asked.refused)
                 folder.flush()
         except KeyboardInterrupt:
             stopped, code = "Interrupted. Run the same command again to go on.", INTERRUPTED
@@ -164,27 +163,78 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
             stopped, code = stopped or str(error), code or 1
         if stopped:
             say.problem(stopped)
-        say.summary(folder, index, seconds, skipped, len(refusals), failed)
-        return code if code or folder.saved or skipped else 1
+        say.summary(folder, index, seconds, queue.skipped, asked.refused, failed)
+        return code if code or folder.saved or queue.skipped else 1
 
 
-def gather(
-    prompts: tuple[str, ...], path: str | None, settings: dict[str, Any]
-) -> tuple[list[Request], list[str], list[str]]:
-    """Requests from the command line and the file, where each came from, and sentences about those refused."""
-    requests, places, refused = [], [], []
-    for number, prompt in enumerate(prompts, 1):
-        try:
-            requests.append(Request(prompt, **settings))
-            places.append(f"prompt {number}")
-        except RequestError as error:
-            refused.append(f"prompt {number}: {error}")
-    if path is not None:
-        lines, bad_lines = read_requests(path, **settings)
-        requests += lines.values()
-        places += [f"{path}, line {number}" for number in lines]
-        refused += [f"{path}, line {number}: {sentence}" for number, sentence in bad_lines]
-    return requests, places, refused
+class Asked:
+    """What the user asks for: (where it came from, Request) of the command line, then of the file, as they are read.
+
+    Those that cannot be run are reported when their turn comes, and counted. `len` is how many there are, good and bad.
+    """
+
+    def __init__(self, prompts: tuple[str, ...], path: str | None, settings: dict[str, Any], say: Reporter) -> None:
+        self.prompts, self.settings, self.say = prompts, settings, say
+        self.file = RequestFile(path, **settings) if path is not None else None
+        self.refused = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts) + (len(self.file) if self.file is not None else 0)
+
+    def refuse(self, place: str, error: RequestError) -> None:
+        self.refused += 1
+        self.say.problem(f"{place}: {error}")
+
+    def __iter__(self) -> Iterator[tuple[str, Request]]:
+        for number, prompt in enumerate(self.prompts, 1):
+            try:
+                request = Request(prompt, **self.settings)
+            except RequestError as error:
+                self.refuse(f"prompt {number}", error)
+            else:
+                yield f"prompt {number}", request
+        if self.file is not None:
+            for number, line in self.file:
+                place = f"{self.file.name}, line {number}"
+                if isinstance(line, RequestError):
+                    self.refuse(place, line)
+                else:
+                    yield place, line
+
+
+class Queue:
+    """The requests still to do, filled in one by one as the loop has room for them.
+
+    What is in the folder already is skipped and counted; what this bundle cannot run is refused.
+    """
+
+    def __init__(
+        self,
+        asked: Iterator[tuple[str, Request]],
+        resolver: Resolver,
+        folder: OutputFolder,
+        bundle: str,
+        refusals: Asked,
+    ) -> None:
+        self.asked, self.resolver, self.folder, self.bundle, self.refusals = asked, resolver, folder, bundle, refusals
+        self.skipped = 0
+        self._requests = self._each()
+
+    def __iter__(self) -> Iterator[Request | None]:
+        return self._requests
+
+    def _each(self) -> Iterator[Request | None]:
+        for place, request in self.asked:
+            try:
+                for filled in self.resolver.each(request):
+                    if self.folder.done(filled, self.bundle):
+                        self.skipped += 1
+                        if self.skipped % 64 == 0:
+                            yield None  # a folder may hold thousands: what is in flight goes on meanwhile
+                    else:
+                        yield filled
+            except RequestError as error:
+                self.refusals.refuse(place, error)
 
 
 class Reporter:
@@ -200,8 +250,8 @@ class Reporter:
     def warning(self, sentence: str) -> None:
         self.console.print(f"[yellow]hd-run: warning:[/yellow] {escape(sentence)}")
 
-    def progress(self, requests: list[Request]) -> ProgressReport:
-        return ProgressReport(self.console, requests, self.quiet)
+    def progress(self, total: int) -> ProgressReport:
+        return ProgressReport(self.console, total, self.quiet)
 
     def summary(
         self, folder: OutputFolder, index: str, seconds: float, skipped: int, refused: int, failed: int
@@ -219,14 +269,14 @@ class Reporter:
 
 
 class ProgressReport:
-    """Pictures done and steps a second."""
+    """Pictures done, of those asked for, and steps a second."""
 
-    def __init__(self, console: Console, requests: list[Request], quiet: bool) -> None:
+    def __init__(self, console: Console, total: int, quiet: bool) -> None:
+        """total: pictures asked for; what is skipped or refused is taken off as it is met."""
         self.console = console
         self.live = console.is_terminal and not quiet
         self.quiet = quiet
-        self.total, self.pictures, self.steps = len(requests), 0, 0
-        self.all_steps = sum(request.steps or 0 for request in requests)
+        self.total, self.pictures, self.steps = total, 0, 0
         self.ready = 0  # engines
         self.started = self.printed = time.perf_counter()
         self.bar = Progress(
@@ -242,11 +292,15 @@ class ProgressReport:
 
     def __enter__(self) -> ProgressReport:
         self.bar.start()
-        self.task = self.bar.add_task("making hands", total=self.all_steps, rate="")
+        self.task = self.bar.add_task("making hands", total=self.total, rate="")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
+
+    @property
+    def rate(self) -> str:
+        return f"{self.steps / max(time.perf_counter() - self.started, 1e-9):.1f} it/s"
 
     def event(self, kind: str, count: int) -> None:
         """See `results.OnEvent`."""
@@ -255,26 +309,21 @@ class ProgressReport:
             self.bar.update(self.task, description=f"engines made ready: {self.ready}")
         if kind == "steps":
             self.steps += count
-            rate = self.steps / max(time.perf_counter() - self.started, 1e-9)
-            self.bar.update(
-                self.task,
-                completed=self.steps,
-                description=f"{self.pictures} of {self.total} pictures",
-                rate=f"{rate:.1f} it/s",
-            )
+            self.bar.update(self.task, description="pictures", rate=self.rate)
 
-    def picture(self) -> None:
+    def picture(self, left_out: int) -> None:
+        """One more is done; left_out: how many were skipped or refused so far."""
         self.pictures += 1
+        total = max(self.total - left_out, self.pictures)
+        self.bar.update(self.task, completed=self.pictures, total=total)
         now = time.perf_counter()
-        if not self.live and not self.quiet and (now - self.printed > 5 or self.pictures == self.total):
+        if not self.live and not self.quiet and (now - self.printed > 5 or self.pictures == total):
             self.printed = now
-            rate = self.steps / max(now - self.started, 1e-9)
-            self.console.print(f"{self.pictures} of {self.total} pictures, {rate:.1f} it/s")
+            self.console.print(f"{self.pictures} of {total} pictures, {self.rate}")
 
 
 def main() -> None:
     """Entry point: one sentence and an exit code instead of a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and `docker stop` end a run as Ctrl-C does
     commands.run("hd-run", run)
 
 

@@ -21,7 +21,7 @@ from .bundle import Bundle
 from .device import DeviceLoop
 from .host import HostLoop
 from .loading import load_loop
-from .requests import Refused, Request, resolve
+from .requests import Refused, Request, Resolver, resolve
 from .results import Failure, OnEvent, Picture
 
 
@@ -151,11 +151,14 @@ class HanDiffuser:
     def prepare(
         self, requests: Iterable[Request], seed: int = 0, images_per_prompt: int = 1
     ) -> tuple[list[Request], list[Refused]]:
-        """Fills in defaults, seeds and ids, and sorts out what this bundle cannot run. See `requests.resolve`."""
+        """Fills in defaults, seeds and ids, and sorts out what this bundle cannot run."""
+        return resolve(requests, self.resolver(seed, images_per_prompt))
+
+    def resolver(self, seed: int = 0, images_per_prompt: int = 1) -> Resolver:
+        """What fills in requests for this bundle one by one, so that a long list can begin before its end is read."""
         if images_per_prompt < 1:
             raise RequestError(f"{images_per_prompt} images per prompt are none. Ask for 1 or more.")
-        return resolve(
-            requests,
+        return Resolver(
             self.manifest.defaults,
             bundle=self.digest,
             seed=seed,

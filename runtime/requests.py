@@ -1,12 +1,14 @@
 """Requests: what one picture is asked to be, and how lists of them are read and checked.
 
-    lines, refused = read_requests("prompts.jsonl")
-    requests, more_refused = resolve(lines.values(), manifest.defaults)
+    file = RequestFile("prompts.jsonl", steps=8)
+    resolver = Resolver(manifest.defaults)
+    for number, request in file:                # parsed as they are asked for; a RequestError for a bad line
+        filled = list(resolver.each(request))
 
 A `.txt` file holds a prompt a line. A `.jsonl` file holds an object a line with the key `prompt` and, where a line
 differs from the rest, `seed`, `steps`, `solver`, `guidance`, `guidance_interval`, `negative_prompt`, `hand_steps`,
 `hand_solver`, `hand_guidance`, `id`, `hands` (a `.hands.npz`, relative to the file). A line that cannot be run is
-refused with a sentence, and the rest goes on.
+refused with a sentence, and the rest goes on. What a line may say is what the annotations of `Request` say.
 
 Seeds: without one a request takes `--seed`, which is 0 unless given, so that the same command makes the same pictures.
 A prompt that is repeated takes the next seed each time: three equal lines are three different pictures.
@@ -14,24 +16,59 @@ A prompt that is repeated takes the next seed each time: three equal lines are t
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+import msgspec
+import numpy as np
+from msgspec import Meta
 
 from ..errors import RequestError
+from ..schema import MisfitError, fit, parse_json, read_file
 from .schedules import SOLVERS
 
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
-_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
+MAX_FILE, MAX_LINE, MAX_HANDS = 1 << 28, 1 << 20, 1 << 26  # bytes of a prompts file, a line of it, a .hands.npz
+# How a file says that it is not UTF-8 (UTF-32 first: its mark begins as that of UTF-16).
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 # Names that Windows keeps for devices, whatever follows the first dot.
 _DEVICES = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
+
+Text = Annotated[str, Meta(max_length=100_000, description="text of at most 100,000 characters")]
+Steps = Annotated[int, Meta(ge=1, le=MAX_STEPS, description=f"a whole number from 1 to {MAX_STEPS}")]
+Seed = Annotated[int, Meta(ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")]
+Guidance = Annotated[float, Meta(ge=0, le=MAX_GUIDANCE, description=f"a number from 0 to {MAX_GUIDANCE:g}")]
+Solver = Annotated[
+    str, Meta(pattern=f"^({'|'.join(map(re.escape, SOLVERS))})\\Z", description=f"one of {', '.join(SOLVERS)}")
+]
+Id = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?!\.)[A-Za-z0-9._-]{1,100}\Z",
+        description="up to 100 letters, digits, dots, dashes and underscores, no path, no dot at the start: it "
+        "names files",
+    ),
+]
+Hands = Annotated[str, Meta(pattern=r"^[^\0]{1,4096}\Z", description="the name of a .hands.npz file")]
+Interval = Annotated[tuple[float, float], Meta(description="two numbers that rise, from 0 to 1, such as [0, 0.5]")]
 
 
 @dataclass(frozen=True)
@@ -44,50 +81,47 @@ class Request:
     hands: a `.hands.npz` whose hands are taken instead of stage 1's.
     """
 
-    prompt: str
-    id: str | None = None
-    seed: int | None = None
-    steps: int | None = None
-    solver: str | None = None
-    guidance: float | None = None
-    negative_prompt: str = ""
-    hand_steps: int | None = None
-    hand_solver: str | None = None
-    hand_guidance: float | None = None
-    hands: str | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    prompt: Text
+    id: Id | None = None
+    seed: Seed | None = None
+    steps: Steps | None = None
+    solver: Solver | None = None
+    guidance: Guidance | None = None
+    negative_prompt: Text = ""
+    hand_steps: Steps | None = None
+    hand_solver: Solver | None = None
+    hand_guidance: Guidance | None = None
+    hands: Hands | None = None
+    guidance_interval: Interval = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         """Raises RequestError for anything that cannot be run."""
-        for name in ("prompt", "negative_prompt"):
-            text = getattr(self, name)
-            if not isinstance(text, str):
-                raise RequestError(f"The {name} is {_kind(text)}; it must be text.")
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                raise RequestError(f"The {name} holds broken Unicode. Save it as UTF-8.") from None
+        given = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(self).items()}
+        try:
+            checked = fit(given, _fields())
+        except MisfitError as error:
+            raise RequestError(str(error)) from None
+        for name in given:
+            object.__setattr__(self, name, getattr(checked, name))  # 3 and 3.0 are the same picture
         if not self.prompt.strip():
             raise RequestError("The prompt is empty. Say what the picture shows.")
-        _check_integer("seed", self.seed, 0, MAX_SEED)
-        _check_integer("steps", self.steps, 1, MAX_STEPS)
-        _check_integer("hand_steps", self.hand_steps, 1, MAX_STEPS)
-        for name in ("guidance", "hand_guidance"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_GUIDANCE:
-                raise RequestError(f"The {name} is {_shown(value)}; it must be a number from 0 to {MAX_GUIDANCE:g}.")
-            object.__setattr__(self, name, float(value))  # 3 and 3.0 are the same picture
-        object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
-        for name in ("solver", "hand_solver"):
-            value = getattr(self, name)
-            if value is not None and value not in SOLVERS:
-                raise RequestError(f"There is no {name} {_shown(value)}. Choose one of {', '.join(SOLVERS)}.")
-        if self.hands is not None and (not isinstance(self.hands, str) or not self.hands):
-            raise RequestError(f"The entry hands is {_kind(self.hands)}; it must name a .hands.npz file.")
-        if self.id is not None:
-            _check_id(self.id)
+        for name in ("prompt", "negative_prompt", "hands"):
+            try:
+                (getattr(self, name) or "").encode("utf-8")
+            except UnicodeEncodeError:
+                raise RequestError(f"The {name} holds broken Unicode. Save it as UTF-8.") from None
+        start, stop = self.guidance_interval
+        if not 0 <= start < stop <= 1:
+            raise RequestError(f"The guidance_interval is {start:g} to {stop:g}; it must rise, from 0 to 1.")
+        if self.id is not None and (self.id.split(".")[0].lower() in _DEVICES or self.id.lower().endswith(".hands")):
+            raise RequestError(f"The id {self.id!r} is reserved for other files. Choose another one.")
+
+
+@cache
+def _fields() -> type[msgspec.Struct]:
+    """What the fields of a Request may be, for `fit`: the same annotations, without what __post_init__ adds."""
+    hints = get_type_hints(Request, include_extras=True)
+    return msgspec.defstruct("Request", [(field.name, hints[field.name]) for field in fields(Request)])
 
 
 class Refused(NamedTuple):
@@ -97,80 +131,118 @@ class Refused(NamedTuple):
     sentence: str
 
 
-def read_requests(path: str | Path, **shared: Any) -> tuple[dict[int, Request], list[Refused]]:
-    """Reads a `.txt` or `.jsonl` file: the requests by line number, and the lines that cannot be run.
+class RequestFile:
+    """A `.txt` or `.jsonl` file of requests; "-" is standard input, whose lines are JSON when the first is an object.
 
-    shared: settings of Request for the lines that do not give their own.
-    Raises RequestError when the file cannot be read at all.
+    It is read at once and parsed line by line, so that the first picture need not wait for the last line. Iterating
+    yields (number of the line, Request), or a RequestError for a line that cannot be run; `len` is how many there are.
     """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"The prompts file {path} cannot be read: {error.strerror or error}.") from error
-    requests: dict[int, Request] = {}
-    refused: list[Refused] = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
+
+    def __init__(self, path: str | Path, **shared: Any) -> None:
+        """shared: settings of Request for the lines that do not give their own.
+
+        Raises RequestError when the file cannot be read at all.
+        """
+        self.shared, self.name = shared, "standard input" if str(path) == "-" else str(path)
+        self.folder = Path() if str(path) == "-" else Path(path).parent
         try:
-            text = line.decode("utf-8").strip()
-            values = _json_line(text) if path.suffix.lower() == ".jsonl" else {"prompt": text}
+            if str(path) == "-":
+                content = sys.stdin.buffer.read(MAX_FILE + 1)
+            else:
+                with open(path, "rb") as file:
+                    content = file.read(MAX_FILE + 1)
+        except OSError as error:
+            raise RequestError(f"The prompts file {path} cannot be read: {error.strerror or error}.") from error
+        if len(content) > MAX_FILE:
+            raise RequestError(f"{self.name} is larger than {MAX_FILE >> 20} MB. Split it and run the parts in turn.")
+        self.content = _as_utf8(content, self.name)
+        self.jsonl = (
+            self.content.lstrip().startswith(b"{") if str(path) == "-" else Path(path).suffix.lower() == ".jsonl"
+        )
+
+    def __len__(self) -> int:
+        return sum(not line.isspace() for line in io.BytesIO(self.content))
+
+    def __iter__(self) -> Iterator[tuple[int, Request | RequestError]]:
+        for number, line in enumerate(io.BytesIO(self.content), 1):
+            if line.isspace():
+                continue
+            try:
+                yield number, self._request(line)
+            except RequestError as error:
+                yield number, error
+
+    def _request(self, line: bytes) -> Request:
+        if len(line) > MAX_LINE:
+            raise RequestError(f"The line has more than {MAX_LINE >> 20} MB. Shorten it.")
+        if self.jsonl:
+            values = _json_line(line)
             if isinstance(values.get("hands"), str):
-                values["hands"] = str(path.parent / values["hands"])
-            requests[number] = Request(**{**shared, **values})
-        except UnicodeDecodeError:
-            refused.append(Refused(number, "The line is not UTF-8. Save the file as UTF-8."))
-        except RequestError as error:
-            refused.append(Refused(number, str(error)))
-    return requests, refused
+                values["hands"] = str(self.folder / values["hands"])
+        else:
+            try:
+                values = {"prompt": line.decode("utf-8").strip()}
+            except UnicodeDecodeError:
+                raise RequestError("The line is not UTF-8. Save the file as UTF-8.") from None
+        return Request(**{**self.shared, **values})
 
 
-def resolve(
-    requests: Iterable[Request],
-    defaults: Mapping[str, Any],
-    *,
-    bundle: str = "",
-    seed: int = 0,
-    images: int = 1,
-    check: Callable[[Request], None] | None = None,
-) -> tuple[list[Request], list[Refused]]:
-    """Fills in every None and gives every request an id of its own.
+class Resolver:
+    """Fills in every None of requests, one after the other, and gives each an id of its own.
 
     defaults: the manifest's: steps, solver, guidance, hand_steps, hand_solver, hand_guidance.
     bundle: the bundle's digest. It is part of the ids, so that another bundle's pictures do not pass for this one's.
     seed: of requests that name none. One that was there before (same prompt, same settings) takes the next.
     images: pictures of each request, with the seeds seed, seed + 1, ...; a given id becomes `<id>-<seed>` then.
     check: called with each filled request; raises RequestError when it cannot be run.
-    Returns the requests, and a Refused (numbered from 1) for each that cannot be run or whose id is taken.
     """
-    resolved: list[Request] = []
-    refused: list[Refused] = []
-    taken: set[str] = set()  # ids in lower case: many file systems do not tell the cases apart
-    seen: Counter[Request] = Counter()
-    for number, request in enumerate(requests, 1):
+
+    def __init__(
+        self,
+        defaults: Mapping[str, Any],
+        *,
+        bundle: str = "",
+        seed: int = 0,
+        images: int = 1,
+        check: Callable[[Request], None] | None = None,
+    ) -> None:
+        self.defaults, self.bundle, self.seed, self.images, self.check = defaults, bundle, seed, images, check
+        self._taken: set[str] = set()  # ids in lower case: many file systems do not tell the cases apart
+        self._seen: Counter[Request] = Counter()
+
+    def each(self, request: Request) -> Iterator[Request]:
+        """The pictures of a request. Raises RequestError for one that cannot be run, or whose id is taken."""
         first = request.seed
         if first is None:
-            first = seed + images * seen[request]
-            seen[request] += 1
+            first = self.seed + self.images * self._seen[request]
+            self._seen[request] += 1
+        gaps = {name: value for name, value in self.defaults.items() if getattr(request, name) is None}
+        for seed in range(first, first + self.images):
+            filled = replace(request, seed=seed, **gaps)
+            if self.check is not None:
+                self.check(filled)
+            if request.id is None:
+                name = default_id(filled, self.bundle)
+            else:
+                name = f"{request.id}-{seed}" if self.images > 1 else request.id
+            if name.lower() in self._taken:
+                raise RequestError(
+                    f"The id {name} is taken already. Give another one."
+                    if request.id
+                    else f"The same prompt with the same settings and seed {seed} is there already. Give another seed."
+                )
+            filled = replace(filled, id=name)
+            self._taken.add(name.lower())
+            yield filled
+
+
+def resolve(requests: Iterable[Request], resolver: Resolver) -> tuple[list[Request], list[Refused]]:
+    """All requests filled in, and a Refused (numbered from 1) for each that cannot be run."""
+    resolved: list[Request] = []
+    refused: list[Refused] = []
+    for number, request in enumerate(requests, 1):
         try:
-            for each in range(first, first + images):
-                filled = _fill(replace(request, seed=each), defaults)
-                if check is not None:
-                    check(filled)
-                if request.id is None:
-                    filled = replace(filled, id=default_id(filled, bundle))
-                elif images > 1:
-                    filled = replace(filled, id=f"{request.id}-{each}")
-                if str(filled.id).lower() in taken:
-                    raise RequestError(
-                        f"The id {filled.id} is taken already. Give another one."
-                        if request.id
-                        else f"The same prompt with the same settings and seed {each} is there already. "
-                        "Give another seed."
-                    )
-                taken.add(str(filled.id).lower())
-                resolved.append(filled)
+            resolved.extend(resolver.each(request))
         except RequestError as error:
             refused.append(Refused(number, str(error)))
     return resolved, refused
@@ -195,12 +267,13 @@ def picture_key(request: Request, bundle: str = "") -> str:
 
     The content of the hands file counts, not its name. Raises RequestError when that file cannot be read.
     """
-    values: dict[str, Any] = {**asdict(request), "id": None, "bundle": bundle}
+    values: dict[str, Any] = {**vars(request), "id": None, "bundle": bundle}
     if request.hands is not None:
         try:
-            values["hands"] = hashlib.sha256(Path(request.hands).read_bytes()).hexdigest()
-        except OSError as error:
-            raise RequestError(f"The hands file {request.hands} cannot be read: {error.strerror or error}.") from error
+            values["hands"] = hashlib.sha256(read_file(Path(request.hands), MAX_HANDS)).hexdigest()
+        except (OSError, MisfitError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise RequestError(f"The hands file {request.hands} cannot be read: {why}.") from error
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -210,59 +283,34 @@ def default_id(request: Request, bundle: str = "") -> str:
     return f"{words or 'picture'}-{request.seed}-{picture_key(request, bundle)[:8]}"
 
 
-def _fill(request: Request, defaults: Mapping[str, Any]) -> Request:
-    names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance")
-    return replace(request, **{name: defaults[name] for name in names if getattr(request, name) is None})
+def _as_utf8(content: bytes, name: str) -> bytes:
+    """A file's content in UTF-8, by its mark. Raises RequestError when it is not what the mark says, or not text."""
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            if encoding == "utf-8":
+                return content.removeprefix(mark)
+            try:
+                return content.decode(encoding).encode("utf-8")
+            except UnicodeError:
+                raise RequestError(
+                    f"{name} is marked as {encoding.upper()} and is damaged. Save it as UTF-8."
+                ) from None
+    if b"\0" in content[:4096]:
+        raise RequestError(f"{name} is no UTF-8 text: it holds NUL bytes. Save it as UTF-8.")
+    return content
 
 
-def _json_line(text: str) -> dict[str, Any]:
+def _json_line(line: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"The line is not JSON ({error}).") from None
+        values = parse_json(line)
+    except MisfitError as error:
+        raise RequestError(str(error)) from None
     if not isinstance(values, dict):
-        raise RequestError(f'The line is {_kind(values)}, not an object such as {{"prompt": "a fist"}}.')
+        raise RequestError('The line is no object such as {"prompt": "a fist"}.')
     known = [field.name for field in fields(Request)]
     if unknown := [name for name in values if name not in known]:
-        raise RequestError(f"The key {unknown[0]!r} is unknown. The keys are {', '.join(known)}.")
+        raise RequestError(f"The key {unknown[0][:60]!r} is unknown. The keys are {', '.join(known)}.")
+    values = {name: value for name, value in values.items() if value is not None}
     if "prompt" not in values:
         raise RequestError('The line has no "prompt".')
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(f"The {name} is {_shown(value)}; it must be a whole number from {low} to {high}.")
-
-
-def _interval(value: Any) -> tuple[float, float]:
-    """A pair of numbers from 0 to 1; JSON has it as a list."""
-    fine = isinstance(value, (tuple, list)) and len(value) == 2
-    if not fine or not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in value):
-        raise RequestError(f"The guidance_interval is {_shown(value)}; it must be two numbers, such as [0, 0.5].")
-    start, stop = map(float, value)
-    if not 0 <= start < stop <= 1:
-        raise RequestError(f"The guidance_interval is {start:g} to {stop:g}; it must rise, from 0 to 1.")
-    return start, stop
-
-
-def _check_id(value: Any) -> None:
-    if not isinstance(value, str) or not _ID.fullmatch(value) or value.startswith("."):
-        raise RequestError(
-            f"The id {_shown(value)} cannot name a file. Take up to 100 letters, digits, dots, dashes and "
-            "underscores, no path, and no dot at the start."
-        )
-    if value.split(".")[0].lower() in _DEVICES or value.lower().endswith(".hands"):
-        raise RequestError(f"The id {value!r} is reserved for other files. Choose another one.")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "nothing"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+    return values

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from handiffuser import Request, RequestError
-from handiffuser.runtime.requests import default_id, picture_key, read_requests, resolve
+from handiffuser.runtime import requests as R
+from handiffuser.runtime.requests import Refused, RequestFile, Resolver, default_id, picture_key
 
 DEFAULTS = {
     "steps": 12,
@@ -18,14 +20,25 @@ DEFAULTS = {
 }
 
 
+def resolve(requests, defaults, **settings):
+    return R.resolve(requests, Resolver(defaults, **settings))
+
+
+def read_requests(path, **shared) -> tuple[dict[int, Request], list[Refused]]:
+    lines = list(RequestFile(path, **shared))
+    requests = {number: line for number, line in lines if isinstance(line, Request)}
+    return requests, [Refused(number, str(line)) for number, line in lines if isinstance(line, RequestError)]
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
         ({"prompt": ""}, "empty"),
         ({"prompt": " \t\u2003"}, "empty"),
-        ({"prompt": 5}, "a number"),
+        ({"prompt": 5}, "The prompt is 5; it must be text"),
         ({"prompt": "\ud83d"}, "Unicode"),
-        ({"prompt": "a", "negative_prompt": []}, "negative_prompt is a list"),
+        ({"prompt": None}, "The prompt is None; it must be text"),
+        ({"prompt": "a", "negative_prompt": []}, "negative_prompt is .*text"),
         ({"prompt": "a", "steps": 0}, "1 to 1000"),
         ({"prompt": "a", "steps": 10_000}, "1 to 1000"),
         ({"prompt": "a", "steps": 5.5}, "whole number"),
@@ -40,6 +53,14 @@ DEFAULTS = {
         ({"prompt": "a", "guidance_interval": [0.5, 0.5]}, "rise"),
         ({"prompt": "a", "guidance_interval": [0, 2]}, "rise"),
         ({"prompt": "a", "guidance_interval": 0.5}, "two numbers"),
+        ({"prompt": "a", "guidance_interval": [0, 10**400]}, "guidance_interval"),
+        ({"prompt": "a", "guidance": 10**400}, "guidance"),
+        ({"prompt": "a", "seed": 10**5000}, "seed"),
+        ({"prompt": "a", "steps": 10**5000}, "1 to 1000"),
+        ({"prompt": "a", "solver": ["ddim"]}, "ddim"),
+        ({"prompt": "a", "hand_solver": {}}, "ddim"),
+        ({"prompt": "a", "hands": "a\0b"}, "hands.npz"),
+        ({"prompt": "a" * 100_001}, "100,000"),
         ({"prompt": "a", "guidance_interval": ["0", "1"]}, "two numbers"),
         ({"prompt": "a", "solver": "magic"}, "ddim"),
         ({"prompt": "a", "hand_solver": 3}, "ddim"),
@@ -102,14 +123,56 @@ def test_jsonl_file(tmp_path):
     assert list(requests) == [1, 2, 13]
     assert [line for line, _ in refused] == list(range(3, 12))
     sentences = dict(refused)
-    for line, words in {3: "not JSON", 4: "a list", 5: 'no "prompt"', 6: "'step' is unknown", 8: "path"}.items():
+    for line, words in {3: "not JSON", 4: "no object", 5: 'no "prompt"', 6: "'step' is unknown", 8: "path"}.items():
         assert words in sentences[line]
+
+
+def test_one_bad_line_leaves_the_others(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    bad = [
+        '{"prompt": null}',
+        '{"prompt": "a", "solver": ["ddim"]}',
+        '{"prompt": "a", "hand_solver": {}}',
+        '{"prompt": "a", "guidance_interval": [0, %s]}' % ("9" * 400),
+        '{"prompt": "a", "guidance_interval": [0, 1e400]}',
+        '{"prompt": "a", "guidance": NaN}',
+        '{"prompt": "a", "seed": %s}' % ("9" * 5000),
+        '{"prompt": {"a": ' + "[" * 50_000,
+        '{"prompt": "' + "a" * (R.MAX_LINE + 1) + '"}',
+        '{"prompt": "a", "hands": "x\\u0000"}',
+    ]
+    path.write_text("\n".join(['{"prompt": "first"}', *bad, '{"prompt": "last"}']))
+    requests, refused = read_requests(path)
+    assert [request.prompt for request in requests.values()] == ["first", "last"] and len(refused) == len(bad)
+    assert len(RequestFile(path)) == len(bad) + 2
+    assert all(len(sentence) < 300 and sentence.endswith(".") for _, sentence in refused)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_mark_says_how_a_file_is_encoded(tmp_path, encoding):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a fist\nкулак ✊\n", encoding=encoding)
+    requests, refused = read_requests(path)
+    assert [request.prompt for request in requests.values()] == ["a fist", "кулак ✊"] and not refused
+
+
+@pytest.mark.parametrize("content", ["a fist\ntwo hands".encode("utf-16-le"), b"\xff\xfea", b"\xff\xfe\0\xd8a\0"])
+def test_what_is_no_text_is_refused_whole(tmp_path, content):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(RequestError, match="Save it as UTF-8"):
+        RequestFile(path)
+
+
+def test_numbers_from_numpy():
+    request = Request("a", seed=np.int64(3), guidance=np.float32(1.5), steps=np.int32(4))
+    assert request == Request("a", seed=3, guidance=1.5, steps=4) and type(request.seed) is int
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "."])
 def test_a_file_that_cannot_be_read(tmp_path, name):
     with pytest.raises(RequestError, match="cannot be read"):
-        read_requests(tmp_path / name)
+        RequestFile(tmp_path / name)
 
 
 def test_resolve_fills_in_defaults_and_seeds():

@@ -1,0 +1,107 @@
+"""What comes from outside, checked: JSON of bounded size, fitted to one typed description of what it may be.
+
+    value = read_json(Path("manifest.json"), LARGEST_JSON)
+    manifest = fit(value, Manifest)        # MisfitError: "The steps is 0; it must be a whole number from 1 to 1000."
+
+A description is a class with annotated fields: a dataclass, a TypedDict or a msgspec.Struct. Bounds stand in the
+annotation, `Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")]`; where a field has a
+description the sentence says it, else it says what msgspec expected. What msgspec does not know (that two entries fit
+together) is checked by whoever owns the class.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+LARGEST_JSON = 1 << 24  # bytes: no manifest, record or configuration comes near
+T = TypeVar("T")
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Word = Annotated[str, Meta(max_length=200)]
+_AT = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
+
+
+class MisfitError(ValueError):
+    """A value is not what it should be; the message is a sentence about the first thing that is wrong."""
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a plain file of at most `limit` bytes. Raises OSError, or MisfitError when it is no such file."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device never end
+        raise MisfitError("It is no plain file.")
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise MisfitError(f"It is larger than {limit >> 20} MB, which no such file is.")
+    return content
+
+
+def read_json(path: Path, limit: int = LARGEST_JSON) -> Any:
+    """The JSON value of a plain file. Raises OSError, or MisfitError when it is none."""
+    return parse_json(read_file(path, limit))
+
+
+def parse_json(content: bytes) -> Any:
+    """A JSON value; without NaN, infinity and numbers beyond float64. Raises MisfitError."""
+    try:
+        return msgspec.json.decode(content.removeprefix(b"\xef\xbb\xbf"))
+    except UnicodeDecodeError:
+        raise MisfitError("It is not UTF-8.") from None
+    except RecursionError:
+        raise MisfitError("It is nested too deeply.") from None
+    except msgspec.DecodeError as error:  # also a number that float64 cannot hold
+        found = _AT.fullmatch(str(error))
+        raise MisfitError(f"It is not JSON: {_sentence(found[1] if found else str(error))}") from None
+
+
+def fit(value: Any, kind: type[T]) -> T:
+    """`value` (of dicts, lists, numbers, text) as a `kind`. Raises MisfitError with a sentence that names the entry."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise MisfitError(_explain(str(error), value, kind)) from None
+    except RecursionError:
+        raise MisfitError("It is nested too deeply.") from None
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence: short, whatever it is."""
+    if isinstance(value, (dict, list, tuple)) and len(value) > 4:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)} entries"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        return "too large to show"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _explain(message: str, value: Any, kind: type) -> str:
+    """A sentence from msgspec's "Expected `int` <= 1000 - at `$.steps`"."""
+    found = _AT.fullmatch(message)
+    if not found:
+        return _sentence(message)
+    what, path = found.groups()
+    name = re.split(r"[.\[]", path)[0]
+    if name and isinstance(value, dict):
+        described = _description(get_type_hints(kind, include_extras=True).get(name))
+        if described:
+            return f"The {name} is {shown(value.get(name))}; it must be {described}."
+    return f"In {path}: {_sentence(what)}"
+
+
+def _description(hint: Any) -> str | None:
+    """What the description of a field's annotation says, also of one that may be None."""
+    for part in (hint, *get_args(hint)):
+        for meta in getattr(part, "__metadata__", ()):
+            if isinstance(meta, Meta) and meta.description:
+                return meta.description
+    return None
+
+
+def _sentence(text: str) -> str:
+    return text.replace("`", "")[:300].rstrip(".") + "."
