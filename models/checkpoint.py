@@ -208,6 +208,8 @@ class Checkpoint:
         ]  # fmt: skip
         kernel = list(self.position_kernel.config.frequencies) if self.position_kernel is not None else []
         pairs.append(("text_hand_encoder's frequencies", list(encoder.config.frequencies), "position_kernel's", kernel))
+        gated = self.position_kernel is not None and self.position_kernel.config.gated
+        pairs.append(("text_hand_encoder's hide", encoder.config.hide, "position_kernel's gated", gated))
         for name, value, other, wanted in pairs:
             if value != wanted:
                 raise CheckpointError(f"The parts do not fit together: {name} is {value}, {other} is {wanted}.")

@@ -29,16 +29,23 @@ from torch import Tensor, nn
 
 # After the code of its position, a token says of what kind it is; tokens without a position get a learned constant.
 TOKEN_KINDS = ("text", "vertices")
+# Then come two channels that cost nothing, because the width is filled up to a multiple of 8 anyway: whether the token
+# is to be seen by nobody, and whether it passes the hands' gate.
+HIDDEN, GATED = len(TOKEN_KINDS), len(TOKEN_KINDS) + 1
+BLIND = -1e4  # added to the logits of hidden tokens: their weight is 0, in float16 too
+# Where the gate begins: a hand's 44 tokens together weigh 0.2 % of one text token's. So a UNet that knows text alone
+# starts as it was, and learns from there, as ControlNet's zero convolutions have it (Zhang et al. 2023).
+CLOSED = -10.0
 # Stored amplitudes are a tenth of the effective ones. Adam moves a weight by about its learning rate a step, and these
 # must reach the order of one in a few hundred steps, or the kernel stays too flat to be of use.
 SCALE = 10.0
 
 
 def code_width(frequencies: Sequence[float]) -> int:
-    """Channels of a position code: 4 per frequency and one per token kind, filled up to a multiple of 8."""
+    """Channels of a position code: 4 per frequency, one per token kind, and two; filled up to a multiple of 8."""
     if not frequencies:
         return 0
-    return -(-(4 * len(frequencies) + len(TOKEN_KINDS)) // 8) * 8
+    return -(-(4 * len(frequencies) + len(TOKEN_KINDS) + 2) // 8) * 8
 
 
 def position_code(position: Tensor, frequencies: Tensor) -> Tensor:
@@ -50,14 +57,18 @@ def position_code(position: Tensor, frequencies: Tensor) -> Tensor:
 class PositionKernel(ModelMixin, ConfigMixin):
     """The amplitudes of all cross-attention layers; saved as a folder of its own beside the UNet.
 
-    They start at zero, so that a pretrained UNet starts unchanged.
+    They start at zero, so that a pretrained UNet starts unchanged. gated: hand tokens pass a learned gate, one a head,
+    that starts closed, and hidden ones are seen by nobody.
     """
 
     @register_to_config
-    def __init__(self, heads: Sequence[int] = (8,), frequencies: Sequence[float] = (1, 2, 4, 8)) -> None:
+    def __init__(
+        self, heads: Sequence[int] = (8,), frequencies: Sequence[float] = (1, 2, 4, 8), gated: bool = False
+    ) -> None:
         super().__init__()
         self.amplitudes = nn.ParameterList(nn.Parameter(torch.zeros(h, len(frequencies))) for h in heads)
         self.constants = nn.ParameterList(nn.Parameter(torch.zeros(h, len(TOKEN_KINDS))) for h in heads)
+        self.gates = nn.ParameterList(nn.Parameter(torch.full((h,), CLOSED / SCALE)) for h in heads if gated)
 
     @torch.no_grad()
     def focus(self) -> None:
@@ -67,8 +78,11 @@ class PositionKernel(ModelMixin, ConfigMixin):
             amplitude.copy_((sharpness / SCALE)[:, None].expand_as(amplitude))
 
     @classmethod
-    def for_unet(cls, unet: UNet2DConditionModel, frequencies: Sequence[float] = (1, 2, 4, 8)) -> PositionKernel:
-        return cls(heads=[layer.heads for layer in cross_attentions(unet)], frequencies=list(frequencies))
+    def for_unet(
+        cls, unet: UNet2DConditionModel, frequencies: Sequence[float] = (1, 2, 4, 8), gated: bool = False
+    ) -> PositionKernel:
+        heads = [layer.heads for layer in cross_attentions(unet)]
+        return cls(heads=heads, frequencies=list(frequencies), gated=gated)
 
     def query_code(self, layer: int, height: int, width: int) -> Tensor:
         """What is concatenated to the queries of a layer over a height x width grid: [heads, height * width, C]."""
@@ -79,7 +93,11 @@ class PositionKernel(ModelMixin, ConfigMixin):
         grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1)
         code = position_code(grid, frequencies)  # [N, 4 F]
         scaled = code * amplitude.float().repeat(1, 4)[:, None]
-        filled = torch.cat([scaled, constant.float()[:, None].expand(-1, len(grid), -1)], -1)
+        kinds = constant.float()
+        if self.config.gated:
+            gate = SCALE * self.gates[layer].float()[:, None]
+            kinds = torch.cat([kinds, torch.full_like(gate, BLIND), gate], -1)
+        filled = torch.cat([scaled, kinds[:, None].expand(-1, len(grid), -1)], -1)
         return F.pad(filled, (0, code_width(self.config.frequencies) - filled.shape[-1]))
 
 

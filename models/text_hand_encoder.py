@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .hand_features import make_basis
-from .position_kernel import TOKEN_KINDS, code_width, position_code
+from .position_kernel import GATED, HIDDEN, TOKEN_KINDS, code_width, position_code
 
 CUES = ("joints", "rotations", "vertices")
 NUM_HAND_JOINTS, NUM_HAND_ROTATIONS = 21, 16
@@ -77,7 +77,8 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
 
     cues: which hand cues are used, any subset of ("joints", "rotations", "vertices"); without any, the hands are cut
     off and this is CLIP. frequencies: of the position codes that are appended to the context for the UNet's
-    positional kernel; empty for the paper's plain cross-attention.
+    positional kernel; empty for the paper's plain cross-attention. hide: tokens of absent hands are seen by no pixel,
+    and those of present ones pass the kernel's gate; without it absent hands are learned null tokens, which pixels see.
     """
 
     basis: Tensor
@@ -98,11 +99,14 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         cues: Sequence[str] = CUES,
         frequencies: Sequence[float] = (1, 2, 4, 8),
         num_basis: int = 512,
+        hide: bool = False,
     ) -> None:
         super().__init__()
         unknown = set(cues) - set(CUES)
         if unknown:
             raise ValueError(f"Unknown hand cues {sorted(unknown)}; there are {', '.join(CUES)}.")
+        if hide and not frequencies:
+            raise ValueError("Hands can be hidden by the positional kernel only: give it frequencies.")
         text = CLIPTextModel(CLIPTextConfig(**{key: getattr(self.config, key) for key in CLIP_KEYS}))
         inner = getattr(text, "text_model", text)
         self.embeddings, self.layers, self.final_layer_norm = (
@@ -206,7 +210,13 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         if "vertices" in self.config.cues:
             parts.append(kind("vertices", batch, 2, 1) * seen)
         codes = kind("text", batch, text)
-        return torch.cat([codes, torch.cat(parts, 2).flatten(1, 2)], 1) if parts else codes
+        if not parts:
+            return codes
+        hands = torch.cat(parts, 2)
+        if self.config.hide:
+            channels_of = torch.eye(channels, device=visibility.device)
+            hands = hands + seen * channels_of[located + GATED] + (1 - seen) * channels_of[located + HIDDEN]
+        return torch.cat([codes, hands.flatten(1, 2)], 1)
 
     def forward(
         self,

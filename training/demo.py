@@ -1,8 +1,8 @@
 """Trains the whole demo: tokenizer, data, judge, VAE, hand prior, Text+Hand encoder, UNet. All resumable.
 
-    hd-train --run runs/demo --output checkpoint            # everything, some three hours on two cores
-    hd-train --run runs/demo --only pictures --steps 6000   # one stage, longer
-    hd-train --run runs/more --start demo --only judge --only pictures --only report --output checkpoint
+    hd-train demo --run runs/demo --output checkpoint            # everything, some three hours on two cores
+    hd-train demo --run runs/demo --only pictures --steps 6000   # one stage, longer
+    hd-train demo --run runs/more --start demo --only judge --only pictures --only report --output checkpoint
 
 A stage reads what the others left in the run folder, never their memory, so that stages can be trained apart.
 """
@@ -130,7 +130,7 @@ class Run:
         """The trained judge."""
         loss = JudgeLoss(Judge())
         if not self.load("judge", loss):
-            raise FileNotFoundError("The judge has not been trained yet: hd-train --only judge.")
+            raise FileNotFoundError("The judge has not been trained yet: hd-train demo --only judge.")
         return loss.judge.eval().requires_grad_(False)
 
     def features(self, checkpoint: Checkpoint, normalised: bool = True) -> HandFeatures:
@@ -212,7 +212,7 @@ def picture_data(run: Run, checkpoint: Checkpoint) -> Dataset:
     if cache.exists():
         return load_file(cache)
     if run.begin is None and not (run.folder / "vae" / "state.safetensors").exists():
-        raise FileNotFoundError("Train the VAE first: hd-train --only vae.")
+        raise FileNotFoundError("Train the VAE first: hd-train demo --only vae.")
     data = run.data(checkpoint)
     features = run.features(checkpoint, normalised=False)
     kept: dict[str, list[torch.Tensor]] = {n: [] for n in ("latents", "joints", "rotations", "bps", "visibility")}

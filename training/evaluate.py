@@ -145,7 +145,7 @@ def show(result: dict[str, Any]) -> None:
     if not result["judge_counts"]:
         console.print(
             f"The judge reads fewer than {100 * JUDGE_MUST:.0f} % of renders rightly: its verdict does not count. "
-            "Train it longer: hd-train --only judge --steps N.",
+            "Train it longer: hd-train demo --only judge --steps N.",
             style="red",
         )
     console.print(

@@ -17,7 +17,7 @@ from handiffuser.training.scenes import sample_scenes
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     result = run_command(
-        "training.cli", "--run", folder / "run", "--output", folder / "checkpoint", "--scenes", 100,
+        "training.cli", "demo", "--run", folder / "run", "--output", folder / "checkpoint", "--scenes", 100,
         "--steps", 2, *(word for s in ("vae", "prior", "encoder", "pictures") for word in ("--only", s)), timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -37,14 +37,14 @@ def test_every_stage_runs_and_the_checkpoint_loads(trained):
 
 def test_a_second_run_does_nothing_again(trained):
     result = run_command(
-        "training.cli", "--run", trained / "run", "--scenes", 100, "--steps", 2, "--only", "vae", timeout=120
+        "training.cli", "demo", "--run", trained / "run", "--scenes", 100, "--steps", 2, "--only", "vae", timeout=120
     )
     assert result.returncode == 0 and "done already" in result.stderr
 
 
 def test_a_stage_that_needs_another_says_which(tmp_path, trained):
     (tmp_path / "data.safetensors").symlink_to(trained / "run/data.safetensors")
-    result = run_command("training.cli", "--run", tmp_path, "--only", "pictures", "--steps", 1, timeout=120)
+    result = run_command("training.cli", "demo", "--run", tmp_path, "--only", "pictures", "--steps", 1, timeout=120)
     assert result.returncode == 1 and "--only vae" in result.stderr and "Traceback" not in result.stderr
 
 

@@ -1,0 +1,214 @@
+"""From Stable Diffusion: before any training, without hands, our pictures are those of diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from handiffuser import HanDiffuser, Request
+from handiffuser.errors import CheckpointError
+from handiffuser.export.bundle import export_bundle
+from handiffuser.models.checkpoint import BOS, EOS, Checkpoint, make_tokenizer
+from handiffuser.runtime.hands import save_hands
+from handiffuser.runtime.noise import LATENTS, normal
+from handiffuser.training import init
+from handiffuser.training.cli import commands
+from handiffuser.training.init import from_stable_diffusion
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+SIZE = 32
+
+
+def stable_diffusion(folder, prediction="epsilon", linear=False):
+    """A folder as diffusers saves it, a few channels wide; CLIP's and the tokenizer's classes are the real ones."""
+    torch.manual_seed(0)
+    trained = json.loads(make_tokenizer(["a photo of a cat", "two hands on a table"], 600).to_str())
+    (folder / "words").mkdir(parents=True)
+    vocabulary = {**trained["model"]["vocab"]}
+    for token in (BOS, EOS):
+        vocabulary.setdefault(token, len(vocabulary))
+    (folder / "words" / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in trained["model"]["merges"]]
+    (folder / "words" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "words", model_max_length=77)
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            hidden_act="gelu" if linear else "quick_gelu",
+            bos_token_id=vocabulary[BOS],
+            eos_token_id=vocabulary[EOS],
+            pad_token_id=vocabulary[EOS],
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        block_out_channels=(32, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=(2, 2) if linear else 2,
+        norm_num_groups=8,
+        use_linear_projection=linear,
+    )
+    vae = AutoencoderKL(
+        sample_size=SIZE,
+        latent_channels=4,
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    )
+    # Random weights paint grey: louder ones tell pictures apart.
+    with torch.no_grad():
+        for parameter in [*clip.parameters(), *unet.conv_out.parameters(), *vae.decoder.conv_out.parameters()]:
+            parameter.mul_(3)
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
+    pipeline = StableDiffusionPipeline(vae, clip, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+    pipeline.save_pretrained(folder / "sd", safe_serialization=True)
+    return folder / "sd"
+
+
+@pytest.fixture(scope="module", params=["1.x", pytest.param("2.x", marks=pytest.mark.slow)])
+def folders(request, tmp_path_factory):
+    """A Stable Diffusion folder, and the bundle that comes of it."""
+    folder = tmp_path_factory.mktemp("sd")
+    two = request.param == "2.x"
+    source = stable_diffusion(folder, "v_prediction" if two else "epsilon", two)
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:  # the prior's own size would take most of the time
+        patch.setattr(init, "PRIOR", (32, 2, 2))
+        result = CliRunner().invoke(commands, ["init", str(source), str(folder / "start")])
+    assert result.exit_code == 0, result.output
+    export_bundle(Checkpoint.load(folder / "start"), folder / "bundle")
+    return source, folder / "start", folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def no_hands(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hands") / "none.hands.npz"
+    arrays = {name: np.zeros(n, np.float32) for name, n in (("global_orient", 3), ("body_pose", 63), ("betas", 10))}
+    arrays |= {f"{side}_hand_pose": np.zeros(45, np.float32) for side in ("left", "right")}
+    save_hands(path, {**arrays, "placement": np.array([[0, 0, 0, -0.7]] * 2, np.float32)})
+    return str(path)
+
+
+SCHEDULERS = {
+    "plms": lambda c: PNDMScheduler.from_config(c),
+    "ddim": lambda c: DDIMScheduler.from_config(c, clip_sample=False),
+    "ddpm": lambda c: DDPMScheduler.from_config(c, clip_sample=False),
+    "euler": lambda c: EulerDiscreteScheduler.from_config(c),
+    "dpm++2m": lambda c: DPMSolverMultistepScheduler.from_config(c),
+    "dpm++2m-karras": lambda c: DPMSolverMultistepScheduler.from_config(c, use_karras_sigmas=True),
+}
+
+
+@pytest.mark.parametrize("solver", SCHEDULERS)
+def test_without_hands_it_is_stable_diffusion(folders, no_hands, solver, monkeypatch):
+    source, _, bundle = folders
+    ours = HanDiffuser.load(bundle, device="cpu", threads=1)
+    prompts = ["a photo of a cat", "two hands on a table"]
+    asked = [Request(p, solver=solver, steps=6, guidance=5.0, seed=3, hands=no_hands) for p in prompts]
+    pictures = ours.generate(asked)
+
+    theirs = StableDiffusionPipeline.from_pretrained(source, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = SCHEDULERS[solver](theirs.scheduler.config)
+    shape = ours.manifest.latent_size
+    if solver == "ddpm":  # its noise is drawn inside: give it ours
+        from diffusers.schedulers import scheduling_ddpm
+
+        drawn = iter(range(1, 100))
+        monkeypatch.setattr(
+            scheduling_ddpm,
+            "randn_tensor",
+            lambda *_, **__: torch.from_numpy(normal(3, LATENTS, next(drawn), shape))[None],
+        )
+    for prompt, picture in zip(prompts, pictures, strict=True):
+        if solver == "ddpm":
+            drawn = iter(range(1, 100))
+        latents = torch.from_numpy(normal(3, LATENTS, 0, shape))[None]
+        image = theirs(prompt, latents=latents, num_inference_steps=6, guidance_scale=5.0, output_type="np").images[0]
+        expected = (image * 255).round().astype(int)
+        assert np.abs(picture.image.astype(int) - expected).max() <= 1
+        assert expected.std() > 10, "a grey picture would prove nothing"
+    assert np.abs(pictures[0].image.astype(int) - pictures[1].image).max() > 10
+
+
+def test_hands_enter_through_a_gate_that_starts_closed(folders):
+    _, start, _ = folders
+    checkpoint = Checkpoint.load(start)
+    encoder, unet = checkpoint.text_hand_encoder, checkpoint.unet
+    torch.manual_seed(0)
+    ids = torch.full((1, 77), checkpoint.special_tokens["eos"])
+    hands = {
+        "joints": torch.rand(1, 2, 21, 2),
+        "rotations": torch.randn(1, 2, 16, 6),
+        "bps": torch.rand(1, 2, 512) / 10,
+    }
+    latents = torch.randn(1, 4, *checkpoint.latent_size)
+
+    def predicted(visibility):
+        return unet(latents, 500, encoder(ids, **hands, visibility=torch.tensor([visibility]))).sample
+
+    none, some = predicted([0.0, 0.0]), predicted([1.0, 1.0])
+    away = (some - none).norm() / none.norm()
+    assert 0 < away < 0.02
+    with torch.no_grad():
+        for gate in checkpoint.position_kernel.gates:
+            gate.zero_()
+    assert (predicted([1.0, 1.0]) - none).norm() / none.norm() > 3 * away
+    torch.testing.assert_close(predicted([0.0, 0.0]), none)  # absent hands do not come through an open gate
+    # And the gate learns from the first step.
+    for gate in checkpoint.position_kernel.gates:
+        gate.requires_grad_(True)
+    predicted([1.0, 1.0]).square().sum().backward()
+    assert all(gate.grad.abs().sum() > 0 for gate in checkpoint.position_kernel.gates)
+
+
+def test_a_second_init_overwrites_nothing(folders):
+    result = CliRunner().invoke(commands, ["init", str(folders[0]), str(folders[1])])
+    assert result.exit_code == 1 and "is a checkpoint already" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
+        (lambda f: (f / "unet").rename(f / "transformer"), "no unet/"),
+        (lambda f: (f / "text_encoder_2").mkdir(), "SDXL"),
+        (lambda f: next((f / "unet").glob("*.safetensors")).rename(f / "unet" / "weights.bin"), "pickle"),
+    ],
+)
+def test_other_folders_are_refused(folders, tmp_path, change, words):
+    import shutil
+
+    folder = shutil.copytree(folders[0], tmp_path / "sd")
+    change(folder)
+    with pytest.raises(CheckpointError, match=words):
+        from_stable_diffusion(folder)
