@@ -30,14 +30,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from .errors import BundleError
+from .schema import MisfitError, Sha256, Word, fit, read_json
 
 BUNDLE_FORMAT = 1
 MANIFEST = "manifest.json"
+_AGAIN = "Export the bundle again with hd-export, or copy it again."
 TOKENIZER = "tokenizer.json"
 
 GRAPHS = (
@@ -78,19 +82,63 @@ PLACEMENT = slice(322, 330)  # (presence, x, y, log size) of the left hand, then
 NUM_PARAMS = 330
 
 
+_FEW, _MANY, _PARAMS = Meta(max_length=8), Meta(max_length=10_000), Meta(min_length=NUM_PARAMS, max_length=NUM_PARAMS)
+Precision = Annotated[str, Meta(pattern=r"^(fp32|fp16|bf16)\Z", description="fp32, fp16 or bf16")]
+Side = Annotated[int, Meta(ge=1, le=16384)]
+Steps = Annotated[int, Meta(ge=1, le=1000)]
+Guidance = Annotated[float, Meta(ge=0, le=100)]
+Solver = Annotated[str, Meta(max_length=30)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+FileName = Annotated[str, Meta(pattern=r"^(?!\.)[^/\\\0]{1,200}\Z", description="a plain file name")]
+
+
+if TYPE_CHECKING:  # all rooms make and read them as plain dicts
+    Settings = dict[str, Any]
+    SpecialTokens = dict[str, int]
+    Histories = dict[str, int]
+    Schedules = dict[str, dict[str, Any]]
+else:
+
+    class Settings(TypedDict):
+        """What a request takes unless it says otherwise."""
+
+        steps: Steps
+        solver: Solver
+        guidance: Guidance
+        hand_steps: Steps
+        hand_solver: Solver
+        hand_guidance: Guidance
+
+    class SpecialTokens(TypedDict):
+        """Ids of the tokens that begin, end and fill a row of `length` ids (77)."""
+
+        bos: TokenId
+        eos: TokenId
+        pad: TokenId
+        length: Annotated[int, Meta(ge=3, le=4096)]
+
+    class Histories(TypedDict):
+        """K of the step graphs."""
+
+        hand_prior: Annotated[int, Meta(ge=0, le=16)]
+        unet: Annotated[int, Meta(ge=0, le=16)]
+
+    class Schedules(TypedDict):
+        """Noise schedules of the step graphs, in diffusers' words; see `runtime.schedules.NoiseSchedule`."""
+
+        hand_prior: dict[Word, Any]
+        unet: dict[Word, Any]
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, dtype and shape of one input or output. A string in the shape is a free dimension ("B", "G", "S")."""
 
-    name: str
-    # numpy's name: "float32", "float16", "int64", "uint8"; or "bfloat16", which numpy lacks: such a tensor passes from
-    # graph to graph on a GPU and is never seen by the host.
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> TensorSpec:
-        return cls(value["name"], value["dtype"], tuple(value["shape"]))
+    name: Word
+    # numpy's name; or "bfloat16", which numpy lacks: such a tensor passes from graph to graph on a GPU and is never
+    # seen by the host.
+    dtype: Annotated[str, Meta(pattern=r"^(float32|float16|bfloat16|int64|uint8)\Z")]
+    shape: Annotated[tuple[Annotated[int, Meta(ge=0, lt=2**31)] | Annotated[str, Meta(max_length=20)], ...], _FEW]
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -100,19 +148,10 @@ class TensorSpec:
 class GraphSpec:
     """One ONNX graph of a bundle: its file, its tensors, and how far it is from PyTorch."""
 
-    file: str
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
+    file: FileName
+    inputs: Annotated[list[TensorSpec], _MANY]
+    outputs: Annotated[list[TensorSpec], _MANY]
     parity: dict[str, Any] = field(default_factory=dict)  # error relative to the largest value, tolerance
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> GraphSpec:
-        return cls(
-            value["file"],
-            [TensorSpec.from_json(spec) for spec in value["inputs"]],
-            [TensorSpec.from_json(spec) for spec in value["outputs"]],
-            value.get("parity", {}),
-        )
 
     @property
     def branched(self) -> frozenset[str]:
@@ -122,24 +161,23 @@ class GraphSpec:
 
 @dataclass
 class Manifest:
-    """What `manifest.json` says. `load` checks the format and every file's hash."""
+    """What `manifest.json` says: the annotations are what it may say. `load` checks them and every file's hash."""
 
-    graphs: dict[str, GraphSpec]
-    files: dict[str, str]  # file name -> SHA-256, everything in the bundle but the manifest
-    precision: str  # of the networks: "fp32", "fp16" or "bf16"; state and kinematics are float32 always
-    image_size: tuple[int, int]  # H, W in pixels
-    latent_size: tuple[int, int, int]  # channels, h, w
-    num_history: dict[str, int]  # K of "hand_prior" and "unet"
-    # Noise schedules of "hand_prior" and "unet", in diffusers' words: beta_start, beta_end, beta_schedule,
-    # num_train_timesteps, prediction_type, rescale_betas_zero_snr, timestep_spacing, steps_offset.
-    schedules: dict[str, dict[str, Any]]
-    # What a request takes unless it says otherwise: steps, solver, guidance, hand_steps, hand_solver, hand_guidance.
-    defaults: dict[str, Any]
-    tokenizer: dict[str, int]  # bos, eos, pad (token ids), length (77)
-    params_mean: list[float]  # [P]
-    params_std: list[float]  # [P]
+    graphs: Annotated[dict[Word, GraphSpec], _MANY]
+    files: Annotated[dict[FileName, Sha256], _MANY]  # everything in the bundle but the manifest
+    precision: Annotated[
+        str, Meta(pattern=r"^(fp32|fp16|bf16)\Z", description="fp32, fp16 or bf16")
+    ]  # of the networks; state and kinematics are float32 always
+    image_size: tuple[Side, Side]  # H, W in pixels
+    latent_size: tuple[Side, Side, Side]  # channels, h, w
+    num_history: Histories
+    schedules: Schedules
+    defaults: Settings
+    tokenizer: SpecialTokens
+    params_mean: Annotated[list[Annotated[float, Meta(ge=-1e6, le=1e6)]], _PARAMS]  # [P]
+    params_std: Annotated[list[Annotated[float, Meta(gt=0, le=1e6)]], _PARAMS]  # [P]
     made_by: dict[str, Any] = field(default_factory=dict)  # versions, opset, name of the checkpoint, body's origin
-    format: int = BUNDLE_FORMAT
+    format: Annotated[int, Meta(ge=1, le=BUNDLE_FORMAT)] = BUNDLE_FORMAT
     sha256: str = ""  # of the manifest itself, all other entries; written by `save`
 
     def save(self, folder: Path) -> None:
@@ -160,7 +198,7 @@ class Manifest:
         folder = Path(folder)
         path = folder / MANIFEST
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = read_json(path)
         except FileNotFoundError:
             hint = (
                 "is a checkpoint: make a bundle of it first with `hd-export CHECKPOINT OUT`"
@@ -172,47 +210,51 @@ class Manifest:
                     "does not exist. `hd-export CHECKPOINT OUT` makes a bundle; the word `demo` names the shipped one"
                 )
             raise BundleError(f"{folder} {hint}.") from None
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{path} cannot be read ({error}). Export the bundle again with hd-export.") from error
-        if not isinstance(value, dict) or not isinstance(value.get("format"), int):
-            raise BundleError(f"{path} is not a bundle's manifest. Export the bundle again with hd-export.")
-        if value["format"] > BUNDLE_FORMAT:
+        except (OSError, MisfitError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise BundleError(f"{path} cannot be read: {str(why).rstrip('.')}. {_AGAIN}") from error
+        newest = value.get("format") if isinstance(value, dict) else None
+        if isinstance(newest, int) and BUNDLE_FORMAT < newest < 1000:
             raise BundleError(
-                f"{folder} is a bundle of format {value['format']}; this version reads up to {BUNDLE_FORMAT}. "
+                f"{folder} is a bundle of format {newest}; this version reads up to {BUNDLE_FORMAT}. "
                 "Update handiffuser, or export the checkpoint again with this version."
             )
-        digest = _own_digest(value)
         try:
-            value["graphs"] = {name: GraphSpec.from_json(graph) for name, graph in value["graphs"].items()}
-            manifest = cls(**value)
-            manifest.image_size = tuple(manifest.image_size)  # type: ignore[assignment]
-            manifest.latent_size = tuple(manifest.latent_size)  # type: ignore[assignment]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BundleError(
-                f"{path} lacks or misnames an entry ({error}). Export the bundle again with hd-export."
-            ) from error
-        missing = [name for name in GRAPHS if name not in manifest.graphs]
-        if missing:
-            raise BundleError(f"{folder} lacks the graphs {', '.join(missing)}. Export the bundle again.")
-        unhashed = [graph.file for graph in manifest.graphs.values() if graph.file not in manifest.files]
-        if unhashed:
-            raise BundleError(f"{path} gives no hash for {', '.join(unhashed)}. Export the bundle again.")
+            manifest = fit(value, cls)
+            unknown = sorted(set(value) - {field.name for field in fields(cls)})
+            if unknown or "format" not in value:
+                raise MisfitError(f"The entry {unknown[0][:60]!r} is unknown." if unknown else "It has no format.")
+            manifest.check()
+        except MisfitError as error:
+            raise BundleError(f"{path} is not a bundle's manifest: {error} {_AGAIN}") from error
         if verify:
-            if manifest.sha256 != digest:
-                raise BundleError(
-                    f"{path} was changed or damaged: its own SHA-256 differs. "
-                    "Export the bundle again with hd-export, or copy it again."
-                )
+            if manifest.sha256 != _own_digest(value):
+                raise BundleError(f"{path} was changed or damaged: its own SHA-256 differs. {_AGAIN}")
             for problem in manifest.problems(folder):
-                raise BundleError(f"{problem} Export the bundle again with hd-export, or copy it again.")
+                raise BundleError(f"{problem} {_AGAIN}")
         return manifest
+
+    def check(self) -> None:
+        """Raises MisfitError where entries do not fit together."""
+        missing = [name for name in GRAPHS if name not in self.graphs]
+        if missing:
+            raise MisfitError(f"It lacks the graphs {', '.join(missing)}.")
+        unhashed = [graph.file for graph in self.graphs.values() if graph.file not in self.files]
+        if unhashed:
+            raise MisfitError(f"It gives no hash for {', '.join(unhashed)}.")
+        sizes = {"latents": self.latent_size, "image": (*self.image_size, 3)}
+        decoder = self.graphs["image_decoder"]
+        for tensor in (*decoder.inputs, *decoder.outputs):
+            if tensor.name in sizes and tensor.shape[1:] != sizes[tensor.name]:
+                raise MisfitError(
+                    f"Its image_size and latent_size are {self.image_size} and {self.latent_size}, and the decoder has "
+                    f"{tensor}."
+                )
 
     def problems(self, folder: Path) -> Iterator[str]:
         """Yields a sentence for each file that is missing or differs from its hash."""
         for name, digest in self.files.items():
-            if Path(name).name != name:
-                yield f"The manifest names {name!r}, which is not a plain file name."
-            elif not (folder / name).is_file():
+            if not (folder / name).is_file():
                 yield f"{folder / name} is missing."
             elif file_digest(folder / name) != digest:
                 yield f"{folder / name} is damaged: its SHA-256 differs from the manifest's."
