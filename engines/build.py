@@ -4,7 +4,8 @@
         print(built.plan.graph, built.why or "cached")
 
 By default each batch size gets a static plan of its own, because static engines are faster; `dynamic` makes one plan
-for all sizes up to the largest.
+for all sizes up to the largest. `shared` makes one plan that is compiled for each size: the same kernels over one copy
+of the weights, and another size means all anew.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ OnBuild = Callable[[int, int, str, Sizes, str, float], bool]
 
 
 def wanted_plans(
-    manifest: Manifest, batch_sizes: Sequence[int], dynamic: bool = False, guidance_free: bool = False
+    manifest: Manifest,
+    batch_sizes: Sequence[int],
+    dynamic: bool = False,
+    guidance_free: bool = False,
+    shared: bool = False,
 ) -> list[tuple[str, Sizes]]:
     """Graphs and sizes to build for. Raises EngineError for sizes that make no sense.
 
@@ -49,7 +54,13 @@ def wanted_plans(
         raise EngineError(
             f"Batch sizes must be 1 to {FREE_MAX['B']}; got {', '.join(map(str, batch_sizes)) or 'none'}."
         )
-    batches: list[Sizes] = [{"B": (1, sizes[-1], sizes[-1])}] if dynamic else [{"B": size} for size in sizes]
+    if dynamic and shared:
+        raise EngineError("A plan is for a range of sizes or for each: leave out --dynamic or --shared-weights.")
+    batches: list[Sizes] = [{"B": size} for size in sizes]
+    if dynamic:
+        batches = [{"B": (1, sizes[-1], sizes[-1])}]
+    elif shared and len(sizes) > 1:
+        batches = [{"B": sizes}]
     out: list[tuple[str, Sizes]] = []
     for name in GRAPHS:
         free = {size for tensor in manifest.graphs[name].inputs for size in tensor.shape if isinstance(size, str)}
@@ -71,13 +82,14 @@ def current_parts(
     dynamic: bool = False,
     options: Options | None = None,
     guidance_free: bool = False,
+    shared: bool = False,
 ) -> list[tuple[str, Sizes, dict[str, str]]]:
     """Graph, sizes and parts of every plan that a folder should hold for this machine."""
     options = options or Options()
     target = backend.target(options, cuda)
     return [
         (name, sizes, parts(manifest, name, sizes, backend.name, backend.version, target, options))
-        for name, sizes in wanted_plans(manifest, batch_sizes, dynamic, guidance_free)
+        for name, sizes in wanted_plans(manifest, batch_sizes, dynamic, guidance_free, shared)
     ]
 
 
@@ -89,6 +101,7 @@ def build_plans(
     options: Options | None = None,
     on_build: OnBuild | None = None,
     guidance_free: bool = False,
+    shared: bool = False,
 ) -> Iterator[Built]:
     """Yields every plan the folder should hold, building those that are missing, damaged or stale.
 
@@ -102,7 +115,7 @@ def build_plans(
     backend = Backend(backend_name)
     cuda = gpu()
     store, options = PlanStore(folder), backend.for_gpu(options or Options(), cuda)
-    jobs = current_parts(manifest, backend, cuda, batch_sizes, dynamic, options, guidance_free)
+    jobs = current_parts(manifest, backend, cuda, batch_sizes, dynamic, options, guidance_free, shared)
     verified = False
     for number, (name, sizes, wanted) in enumerate(jobs):
         plan, why = store.find(wanted, verify=True), ""

@@ -39,6 +39,8 @@ def build_options(command):  # type: ignore[no-untyped-def]
             click.option("--batch-sizes", callback=parse_batch_sizes, default="1,2,4,8", show_default=True,
                          help="A static plan is built for each."),
             click.option("--dynamic", is_flag=True, help="One plan for all sizes up to the largest; slower to run."),
+            click.option("--shared-weights", is_flag=True,
+                         help="One plan for all batch sizes, compiled for each: their weights are on the GPU once."),
             click.option("--guidance-free", is_flag=True,
                          help="Also UNets without the unconditional branch: half the work where guidance is 1."),
             click.option("--build-level", type=click.IntRange(0, 5), help="How hard TensorRT searches, 0 to 5."),
@@ -93,6 +95,7 @@ def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]
             options_of(values),
             on_build=on_build,
             guidance_free=values["guidance_free"],
+            shared=values["shared_weights"],
         )
         for built in plans:
             done.append(built)

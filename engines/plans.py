@@ -43,9 +43,11 @@ WORDS = {
 # What a part was before it was noted: the default of all backends.
 BEFORE = {"tf32": "on"}
 RECORD = 16 << 20  # bytes; no record is larger
-SIZES = re.compile(r"[A-Z]=\d{1,5}(-\d{1,5}-\d{1,5})?(,[A-Z]=\d{1,5}(-\d{1,5}-\d{1,5})?)*")
+_SIZE = r"[A-Z]=\d{1,5}(-\d{1,5}-\d{1,5}|(\+\d{1,5}){1,99})?"
+SIZES = re.compile(f"{_SIZE}(,{_SIZE}){{0,9}}")
 
-Sizes = Mapping[str, "int | tuple[int, int, int]"]
+# Of free axes: one size, a range (least, best, most), or several sizes. "B=4", "B=1-4-8", "B=1+2+4".
+Sizes = Mapping[str, "int | tuple[int, int, int] | list[int]"]
 
 
 @dataclass
@@ -64,8 +66,17 @@ class Plan:
     @property
     def batch(self) -> tuple[int, int]:
         """The least and the largest size of its free first axis."""
-        numbers = [int(n) for n in self.parts["sizes"].split(",")[0].split("=")[1].split("-")]
+        numbers = [int(n) for n in re.split("[-+]", self._first)]
         return numbers[0], numbers[-1]
+
+    @property
+    def batches(self) -> list[int]:
+        """The sizes of its first axis that it was compiled for one by one; of a range none."""
+        return [] if "-" in self._first else [int(n) for n in self._first.split("+")]
+
+    @property
+    def _first(self) -> str:
+        return self.parts["sizes"].split(",")[0].split("=")[1]
 
     @property
     def branches(self) -> int:
@@ -143,10 +154,12 @@ def check_record(value: Any) -> None:
 
 
 def size_text(sizes: Sizes) -> str:
-    """{"B": 4} -> "B=4"; {"B": (1, 4, 8)} -> "B=1-4-8"."""
-    return ",".join(
-        f"{axis}={size if isinstance(size, int) else '-'.join(map(str, size))}" for axis, size in sizes.items()
-    )
+    """{"B": 4} -> "B=4"; {"B": (1, 4, 8)} -> "B=1-4-8"; {"B": [1, 4]} -> "B=1+4"."""
+
+    def text(size: int | tuple[int, int, int] | list[int]) -> str:
+        return str(size) if isinstance(size, int) else ("+" if isinstance(size, list) else "-").join(map(str, size))
+
+    return ",".join(f"{axis}={text(size)}" for axis, size in sizes.items())
 
 
 def key_of(wanted: Mapping[str, str]) -> str:

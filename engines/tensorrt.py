@@ -50,6 +50,8 @@ FREE_MAX = {"B": LARGEST, "S": 1000}  # the largest sizes of free axes that any 
 
 PATIENCE = 2.0  # seconds that an interrupted build gets to stop by itself; some of its phases take a minute
 
+# Of free axes: one size, a range (least, best, most), or several sizes.
+Sizes = Mapping[str, "int | tuple[int, int, int] | list[int]"]
 OnProgress = Callable[[str, float], bool]  # (phase, done 0..1) -> whether to go on
 
 
@@ -143,7 +145,7 @@ class Backend:
     def build(
         self,
         onnx: str | Path,
-        sizes: Mapping[str, int | tuple[int, int, int]],
+        sizes: Sizes,
         precision: str,
         options: Options,
         on_progress: OnProgress | None = None,
@@ -151,7 +153,8 @@ class Backend:
     ) -> tuple[bytes, dict[str, Any]]:
         """Builds a plan and says what is in it.
 
-        sizes: of the free axes; one number makes them static, (least, best, most) a profile between them.
+        sizes: of the free axes; one number makes them static, (least, best, most) a profile between them, and of a list
+        each size gets a profile of its own: kernels as good as a static plan's, over one copy of the weights.
         precision: "fp32", "fp16" or "bf16", as the graph was exported; EngineError where it is another.
         on_progress: called from another thread; False stops the build, as Ctrl-C does, with KeyboardInterrupt.
         timing_cache: a file of kernel timings that is read, and extended (TensorRT only; TensorRT-RTX has none).
@@ -185,7 +188,7 @@ class Backend:
     def _build(
         self,
         onnx: str | Path,
-        sizes: Mapping[str, int | tuple[int, int, int]],
+        sizes: Sizes,
         precision: str,
         options: Options,
         monitor: Any,
@@ -208,12 +211,13 @@ class Backend:
             raise self.failure(f"cannot read {Path(onnx).name}")
         config = builder.create_builder_config()
         self._configure(config, options)
-        profile = builder.create_optimization_profile()
+        count = max((len(size) for size in sizes.values() if isinstance(size, list)), default=1)
+        profiles = [builder.create_optimization_profile() for _ in range(count)]
         for i in range(network.num_inputs):
-            tensor = network.get_input(i)
-            self._shape(tensor, sizes, profile)
-        if config.add_optimization_profile(profile) < 0:
-            raise self.failure(f"refuses the sizes {dict(sizes)} for {Path(onnx).name}")
+            self._shape(network.get_input(i), sizes, profiles)
+        for profile in profiles:
+            if config.add_optimization_profile(profile) < 0:
+                raise self.failure(f"refuses the sizes {dict(sizes)} for {Path(onnx).name}")
         self._allow_any_attention(network)
         proof = self._proof(network, config, precision, Path(onnx).stem)
         cache = self._read_timings(config, timing_cache)
@@ -243,7 +247,7 @@ class Backend:
         engine = None if invalid else runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise self._refusal(graph, cuda, int(why))
-        loaded = LoadedPlan(self, runtime, engine, graph, kernels)
+        loaded = LoadedPlan(self, runtime, engine, graph, cuda, kernels)
         self.loaded.add(loaded)
         return loaded
 
@@ -333,8 +337,8 @@ class Backend:
                         "inductor or tensorrt."
                     )
 
-    def _shape(self, tensor: Any, sizes: Mapping[str, int | tuple[int, int, int]], profile: Any) -> None:
-        """Makes an input static, or gives its profile."""
+    def _shape(self, tensor: Any, sizes: Sizes, profiles: list[Any]) -> None:
+        """Makes an input static, or gives what each profile says of it."""
         names = [tensor.get_dimension_name(axis) for axis in range(len(tensor.shape))]
         chosen = [
             sizes[name] if size < 0 and name in sizes else size for name, size in zip(names, tensor.shape, strict=True)
@@ -344,8 +348,10 @@ class Backend:
         if all(isinstance(size, int) for size in chosen):
             tensor.shape = tuple(chosen)
             return
-        ranges = [(size,) * 3 if isinstance(size, int) else size for size in chosen]
-        profile.set_shape(tensor.name, *(tuple(r[i] for r in ranges) for i in range(3)))
+        for number, profile in enumerate(profiles):
+            one = [size[number] if isinstance(size, list) else size for size in chosen]
+            ranges = [(size,) * 3 if isinstance(size, int) else size for size in one]
+            profile.set_shape(tensor.name, *(tuple(r[i] for r in ranges) for i in range(3)))
 
     def _allow_any_attention(self, network: Any) -> None:
         """Lets attention without a dedicated kernel (float32, odd head sizes) be computed in parts, not refused."""
@@ -417,9 +423,12 @@ class LoadedPlan:
     """A plan on the GPU, for any number of engines: they share its weights, and the kernels that TensorRT-RTX compiles
     for this GPU when they first run. Those are kept in a file, or every process would compile them again."""
 
-    def __init__(self, backend: Backend, runtime: Any, engine: Any, graph: str, kernels: Path | None = None) -> None:
+    def __init__(
+        self, backend: Backend, runtime: Any, engine: Any, graph: str, cuda: Cuda, kernels: Path | None = None
+    ) -> None:
         """runtime: what deserialised `engine`; it must outlive it. kernels: the file."""
-        self.backend, self.runtime, self.engine, self.graph, self.kernels = backend, runtime, engine, graph, kernels
+        self.backend, self.runtime, self.engine, self.graph = backend, runtime, engine, graph
+        self.cuda, self.kernels = cuda, kernels
         self.engines: weakref.WeakSet[TensorRTEngine] = weakref.WeakSet()
         self.config: Any = None
         self.compiled: Any = None
@@ -509,8 +518,8 @@ class TensorRTEngine:
         """Says where tensors are. Shapes are checked against the contract, and against the plan's profile."""
         check_feeds(self.spec, inputs)
         self.backend.messages.clear()
+        self._choose_profile(inputs)
         for name, array in inputs.items():
-            self._check_profile(name, array)
             if not self.context.set_input_shape(name, array.shape):
                 raise self.backend.failure(f"refuses {name} of shape {list(array.shape)}")
             self._place(name, array)
@@ -536,21 +545,42 @@ class TensorRTEngine:
         if not self.context.set_tensor_address(name, array.pointer):
             raise self.backend.failure(f"refuses the memory of {name} ({self.plan.graph})")
 
-    def _check_profile(self, name: str, array: DeviceArray) -> None:
-        least = most = tuple(self.plan.engine.get_tensor_shape(name))
-        if any(size < 0 for size in least):  # the profile of an input without free axes need not say anything
-            least, _, most = (tuple(shape) for shape in self.plan.engine.get_tensor_profile_shape(name, 0))
-        shape = array.shape
-        if len(shape) == len(least) and all(
-            low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
-        ):
-            return
-        graph = Path(self.spec.file).stem
-        allowed = f"{list(least)}" if least == most else f"{list(least)} to {list(most)}"
+    def _choose_profile(self, inputs: Mapping[str, DeviceArray]) -> None:
+        """Has the context use the plan's profile for these shapes. EngineError when there is none."""
+        count = int(self.plan.engine.num_optimization_profiles)
+        misfit: tuple[str, DeviceArray] | None = None
+        seen: list[str] = []
+        for number in range(count):
+            found = None
+            for name, array in inputs.items():
+                least, most = self._limits(name, number)
+                if not _within(array.shape, least, most):
+                    found = (name, array)
+                    misfit = misfit or found
+                    if misfit[0] == name:
+                        seen.append(f"{list(least)}" if least == most else f"{list(least)} to {list(most)}")
+                    break
+            if found is None:
+                if count > 1:
+                    cuda = self.plan.cuda
+                    if not self.context.set_optimization_profile_async(number, 0):
+                        raise self.backend.failure(f"refuses profile {number} of {self.plan.graph}")
+                    cuda.call("cudaStreamSynchronize", 0)  # our streams do not wait for the default one
+                return
+        assert misfit is not None
+        name, array = misfit
         raise EngineError(
-            f"The engine of {graph} got {name} of shape {list(shape)}; its profile allows {allowed}. Build one for it: "
-            f"hd-engines build FOLDER --batch-sizes {shape[0]}."
+            f"The engine of {Path(self.spec.file).stem} got {name} of shape {list(array.shape)}; its profile allows "
+            f"{' or '.join(seen)}. Build one for it: hd-engines build FOLDER --batch-sizes {array.shape[0]}."
         )
+
+    def _limits(self, name: str, profile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Least and largest shape of an input."""
+        shape = tuple(self.plan.engine.get_tensor_shape(name))
+        if all(size >= 0 for size in shape):  # of an input without free axes the profile need not say anything
+            return shape, shape
+        least, _, most = (tuple(limit) for limit in self.plan.engine.get_tensor_profile_shape(name, profile))
+        return least, most
 
 
 def _logger(trt: Any, messages: list[str], report: list[str]) -> Any:
@@ -608,6 +638,12 @@ def _monitor(trt: Any, on_progress: OnProgress | None) -> Any:
             return self.furthest
 
     return Monitor()
+
+
+def _within(shape: tuple[int, ...], least: tuple[int, ...], most: tuple[int, ...]) -> bool:
+    return len(shape) == len(least) and all(
+        low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+    )
 
 
 def _wait(thread: threading.Thread, seconds: float = float("inf")) -> None:

@@ -201,7 +201,7 @@ def usable_plans(
         ):
             continue
         least, most = plan.batch
-        sizes = [n for n in powers_of_two(most) if least <= n <= most] if least != most else [most]
+        sizes = plan.batches or [n for n in powers_of_two(most) if least <= n <= most]
         found[plan.graph].update(dict.fromkeys({*sizes, most}, plan))
     missing = [name for name, sizes in found.items() if not sizes]
     if missing and branches == 2:

@@ -46,7 +46,7 @@ class FakeContext:
 class FakePlan:
     """A deserialised engine for batches of 4."""
 
-    device_memory_size_v2 = 1000
+    device_memory_size_v2, num_optimization_profiles = 1000, 1
 
     def __init__(self, names=("x", "row", "next_x", "finite")):
         self.names = names
@@ -82,7 +82,7 @@ def backend(rtx=False, valid=True, loads=True):
 
 
 def loaded(plan):
-    return LoadedPlan(backend(), None, plan, "toy")
+    return LoadedPlan(backend(), None, plan, "toy", FakeCuda())
 
 
 def arrays(cuda, rows):
@@ -124,6 +124,151 @@ def test_a_shape_outside_the_profile_names_tensor_range_and_remedy():
     engine = TensorRTEngine(loaded(FakePlan()), SPEC, Scratch(cuda))
     with pytest.raises(EngineError, match=r"toy got x of shape \[2, 3\].*allows \[4, 3\].*--batch-sizes 2"):
         engine.bind(*arrays(cuda, 2))
+
+
+def test_each_batch_size_takes_its_own_profile_of_a_shared_plan():
+    class Shared(FakePlan):
+        num_optimization_profiles = 3
+
+        def get_tensor_shape(self, name):
+            return (-1, {"x": 3, "row": 2}[name])
+
+        def get_tensor_profile_shape(self, name, profile):
+            return [((1, 2, 4)[profile], {"x": 3, "row": 2}[name])] * 3
+
+    class Cuda(FakeCuda):
+        def call(self, name, *arguments):
+            calls.append((name, *arguments))
+
+    calls, cuda, chosen = [], Cuda(), []
+    plan = LoadedPlan(backend(), None, Shared(), "toy", cuda)
+    for rows in (4, 1, 2):
+        engine = TensorRTEngine(plan, SPEC, Scratch(cuda))
+        engine.context.set_optimization_profile_async = lambda profile, stream: chosen.append(profile) is None
+        engine.bind(*arrays(cuda, rows))
+    assert chosen == [2, 0, 1] and calls == [("cudaStreamSynchronize", 0)] * 3
+    with pytest.raises(EngineError, match=r"toy got x of shape \[3, 3\].*allows \[1, 3\] or \[2, 3\] or \[4, 3\]"):
+        engine.bind(*arrays(cuda, 3))
+    engine.context.set_optimization_profile_async = lambda *_: False
+    with pytest.raises(EngineError, match="refuses profile 0 of toy"):
+        engine.bind(*arrays(cuda, 1))
+
+
+@pytest.mark.parametrize("setter", ["set_tensor_address", "set_input_shape", "execute_async_v3"])
+def test_a_setter_that_says_no_is_heard(setter):
+    cuda = FakeCuda()
+    engine = TensorRTEngine(loaded(FakePlan()), SPEC, Scratch(cuda))
+    setattr(engine.context, setter, lambda *_: False)
+    engine.backend.messages.append("Error 7: the reason")
+    with pytest.raises(EngineError, match=r"tensorrt 11\.0 (refuses|failed)"):
+        engine.bind(*arrays(cuda, 4))
+        engine.enqueue(SimpleNamespace(handle=77))
+
+
+def test_scratch_memory_that_is_refused_is_heard():
+    plan, one = FakePlan(), loaded(FakePlan())
+    plan = one.engine
+
+    class Context(FakeContext):
+        def set_device_memory(self, pointer, size):
+            one.backend.messages.append("Error 3: not aligned")
+
+    plan.create_execution_context = lambda strategy: Context()
+    with pytest.raises(EngineError, match=r"refuses scratch memory for toy: Error 3: not aligned"):
+        TensorRTEngine(one, SPEC, Scratch(FakeCuda()))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message", "words"),
+    [
+        (16, "", r"unet does not fit into the GPU's memory \(5 MB are free\).*--batch-size"),
+        (0, "Error Code 2: OutOfMemory (Requested size was 1 bytes.)", "does not fit into the GPU's memory"),
+        (4, "", "update the driver"),
+        (0, "CUDA driver version is insufficient for CUDA runtime version", "update the driver"),
+        (1, "Error: version tag differs", "built by another version or for other GPUs.*It says: Error: version tag"),
+    ],
+)
+def test_a_plan_that_does_not_load_says_why(flag, message, words):
+    diagnostics = SimpleNamespace(INSUFFICIENT_GPU_MEMORY=16, OLD_CUDA_DRIVER=4, VERSION_MISMATCH=1)
+    one, cuda = backend(valid=False), FakeCuda()
+    one.module.EngineInvalidityDiagnostics, cuda.free_memory = diagnostics, lambda: 5_000_000
+    ask = one.module.Runtime(None).get_engine_validity
+
+    def say(plan):
+        one.messages.extend([message] if message else [])
+        return ask(plan)[0], flag
+
+    one.module.Runtime(None).get_engine_validity = say
+    with pytest.raises(EngineError, match=words):
+        one.load(b"plan", "unet", cuda)
+
+
+@pytest.mark.parametrize("kind", ["Builder", "Runtime"])
+def test_a_driver_that_refuses_is_one_sentence(kind):
+    def refuse(logger):
+        one.messages.append("CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    one = backend()
+    setattr(one.module, kind, refuse)
+    with pytest.raises(EngineError, match=r"tensorrt 11\.0 does not start \(CUDA initialization failure.*nvidia-smi"):
+        one._made(kind)
+
+
+def test_contexts_of_a_plan_share_one_cache_of_kernels_that_is_written_once(tmp_path):
+    class Config:
+        def set_execution_context_allocation_strategy(self, strategy):
+            self.strategy = strategy
+
+        def create_runtime_cache(self):
+            caches.append(SimpleNamespace(serialize=lambda: b"kernels", deserialize=read.append))
+            return caches[-1]
+
+        def set_runtime_cache(self, cache):
+            return True
+
+    class Rtx(FakePlan):
+        def create_runtime_config(self):
+            return Config()
+
+        def create_execution_context(self, config):
+            configs.append(config)
+            return FakeContext()
+
+    caches, configs, read, one, kernels = [], [], [], backend(rtx=True), tmp_path / "x.kernels"
+    one.module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+    plan = LoadedPlan(one, None, Rtx(), "toy", FakeCuda(), kernels)
+    for _ in range(3):
+        TensorRTEngine(plan, SPEC, Scratch(FakeCuda()))
+    assert len(caches) == 1 and len(set(map(id, configs))) == 1
+    assert configs[0].dynamic_shapes_kernel_specialization_strategy == "eager"
+    plan.keep_kernels()
+    assert kernels.read_bytes() == b"kernels" and not read
+    kernels.unlink()
+    plan.keep_kernels()  # nothing new
+    assert not kernels.exists()
+    plan.context()
+    plan.keep_kernels()
+    assert kernels.exists()
+    again = LoadedPlan(one, None, Rtx(), "toy", FakeCuda(), kernels)
+    assert read == [b"kernels"]
+    again.close()
+    again.close()
+
+
+def test_closing_lets_go_of_engines_and_plans_without_a_collection():
+    one, plan = backend(), FakePlan()
+    kept = one.load(b"plan", "unet", FakeCuda())
+    engine = TensorRTEngine(kept, SPEC, Scratch(FakeCuda()))
+    engine.bind(*arrays(FakeCuda(), 4))
+    one.close()
+    one.close()
+    assert engine.context is None and engine.bound == ({}, {}) and kept.engine is None
+    kept = one.load(b"plan", "unet", FakeCuda())
+    engine, gone = None, weakref.ref(TensorRTEngine(kept, SPEC, Scratch(FakeCuda())))
+    assert gone() is None
+    kept, plan = None, weakref.ref(kept)
+    assert plan() is None
 
 
 def test_a_plan_with_other_tensors_than_the_manifest():
@@ -231,6 +376,14 @@ def test_plans_are_picked_by_bundle_backend_version_and_gpu(toy_bundle, tmp_path
     add("11.0", everywhere, [4])
     found = usable_plans(store, manifest, module, cuda)
     assert set(found) == set(GRAPHS) and list(found["unet"]) == [4]
+    for name, batch in wanted_plans(manifest, [1, 3], shared=True):
+        store.add(parts(manifest, name, batch, module.name, "11.0", everywhere, Options()), b"plan", {}, 1.0)
+    found = usable_plans(store, manifest, module, cuda)
+    assert sorted(found["unet"]) == [1, 3, 4] and found["unet"][1] is found["unet"][3]
+    for plan in {
+        plan.key: plan for sizes in found.values() for plan in sizes.values() if plan.batches == [1, 3]
+    }.values():
+        store.remove(plan)
     add("11.0", everywhere, [6], dynamic=True)
     found = usable_plans(store, manifest, module, cuda)
     assert sorted(found["unet"]) == [1, 2, 4, 6]

@@ -22,10 +22,9 @@ def manifest(toy_bundle):
     return Manifest.load(toy_bundle)
 
 
-def all_parts(manifest, sizes=(1, 4), dynamic=False, **changes):
-    return [
-        parts(manifest, name, batch, **{**BASE, **changes}) for name, batch in wanted_plans(manifest, sizes, dynamic)
-    ]
+def all_parts(manifest, sizes=(1, 4), dynamic=False, shared=False, **changes):
+    plans = wanted_plans(manifest, sizes, dynamic, shared=shared)
+    return [parts(manifest, name, batch, **{**BASE, **changes}) for name, batch in plans]
 
 
 def build(store, wanted):
@@ -84,6 +83,11 @@ def test_another_batch_size_builds_only_that(manifest, tmp_path):
     assert {sizes for _, sizes in again} == {"B=2", "B=2,G=2", "B=2,G=1"} and len(again) == 8
     assert all(why == f"never built for {sizes}" for (_, sizes), why in again.items())
     dynamic = build(store, all_parts(manifest, (1, 8), dynamic=True))
+    shared = build(store, all_parts(manifest, (1, 8), shared=True))
+    assert {sizes for _, sizes in shared} == {"B=1+8", "B=1+8,G=2", "B=1+8,G=1"}
+    assert {tuple(plan.batches) for plan in store if "+" in plan.parts["sizes"]} == {(1, 8)}
+    with pytest.raises(EngineError, match="leave out --dynamic or --shared-weights"):
+        wanted_plans(manifest, [1, 8], dynamic=True, shared=True)
     assert {sizes for _, sizes in dynamic} == {"B=1-8-8", "B=1-8-8,G=2", "B=1-8-8,G=1"}
 
 
