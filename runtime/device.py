@@ -223,8 +223,12 @@ class DeviceLoop:
         times = StepTimes(graphs["unet"].buckets)
         self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.noise, times)
         latents = graphs["unet"].inputs["latents"]
-        # Latents that have left their slots and wait for the decoder: three, so that the UNet never waits for it.
-        self.exits = [(cuda.zeros((slots, *latents.shape[1:]), "float32"), None) for _ in range(3)]
+        # Latents that have left their slots and wait for the decoder, and the log of their steps, which goes on being
+        # written: three of each, so that the UNet never waits for who reads them.
+        shape, lines = (slots, *latents.shape[1:]), self.sampler.log.shape
+        self.exits: list[tuple[Any, Any, Any]] = [
+            (cuda.zeros(shape, "float32"), cuda.zeros(lines, "float32"), None) for _ in range(3)
+        ]
         self.tables: dict[tuple[Any, ...], DeviceTable] = {}
         text = graphs["text_encoder"].outputs["text"]
         self.both = cuda.zeros((slots, 2, *text.shape[1:]), text.dtype)  # of each prompt: without text, with it
@@ -284,6 +288,7 @@ class DeviceLoop:
             self.hands.clear()
             for stream in {self.main, self.side, self.out}:
                 stream.synchronize()
+            self.staging.reclaim()
             self.after_run()
 
     def _run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
@@ -324,7 +329,7 @@ class DeviceLoop:
 
     def _step(self, finished: list[tuple[DeviceJob, Any]], exits: deque[_Exit]) -> int:
         """One step of stage 2; those that are done go to the decoder."""
-        buffer, busy = self.exits[0]
+        buffer, log, busy = self.exits[0]
         if busy is not None:
             self.main.wait(busy)  # the decoder has read what this buffer held
 
@@ -335,11 +340,12 @@ class DeviceLoop:
         count = self.sampler.step(self.main, take)
         if finished:
             jobs = [job for job, _ in finished]
-            exits.append(self._decode(jobs, buffer))
-            self.exits = [*self.exits[1:], (buffer, exits[-1].event)]
+            self.main.copy(log, self.sampler.log)
+            exits.append(self._decode(jobs, buffer, log))
+            self.exits = [*self.exits[1:], (buffer, log, exits[-1].event)]
         return count
 
-    def _decode(self, jobs: list[DeviceJob], latents: Any) -> _Exit:
+    def _decode(self, jobs: list[DeviceJob], latents: Any, log: Any) -> _Exit:
         count, decoder = len(jobs), self.graphs["image_decoder"]
         self.out.wait(self.main.record())
         self.out.copy(decoder.inputs["latents"][:count], latents[:count])
@@ -348,7 +354,7 @@ class DeviceLoop:
             jobs,
             self._read(self.out, decoder.outputs["image"][:count]),
             self._read(self.out, decoder.outputs["finite"][:count]),
-            self._read(self.out, self.sampler.log),
+            self._read(self.out, log),
         )
         leaving.event = self.out.record()
         return leaving

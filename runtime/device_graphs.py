@@ -146,14 +146,18 @@ class Staging:
         self.cuda = cuda
         self.free: dict[tuple[Any, ...], list[np.ndarray]] = {}
         self.busy: deque[tuple[Any, np.ndarray]] = deque()
+        self.lent: dict[int, np.ndarray] = {}  # by id: who took one may be gone before the copy is done
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """A pinned array of anything; `give` it back."""
         self.sweep()
         kept = self.free.get((shape, np.dtype(dtype).str))
-        return kept.pop() if kept else self.cuda.pinned(shape, dtype)
+        array = kept.pop() if kept else self.cuda.pinned(shape, dtype)
+        self.lent[id(array)] = array
+        return array
 
     def give(self, array: np.ndarray) -> None:
+        self.lent.pop(id(array), None)
         self.free.setdefault((array.shape, array.dtype.str), []).append(array)
 
     def upload(self, stream: Any, target: Any, value: np.ndarray) -> None:
@@ -162,6 +166,12 @@ class Staging:
         pinned[...] = value
         stream.copy(target, pinned)
         self.busy.append((stream.record(), pinned))
+
+    def reclaim(self) -> None:
+        """Takes back all there is. No copy may be under way."""
+        self.busy.clear()
+        for array in list(self.lent.values()):
+            self.give(array)
 
     def sweep(self) -> None:
         """Takes back the buffers whose copies are done."""

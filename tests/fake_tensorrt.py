@@ -1,0 +1,356 @@
+"""TensorRT-RTX without a GPU: the installed module, whose plans are computed by ONNX Runtime on the fake GPU's memory.
+
+    gpu = FakeRuntime().install(monkeypatch)
+    trt = FakeTensorRT(gpu).install(monkeypatch)      # what `hd-engines build` and `hd-run` take for TensorRT-RTX
+
+What builds is the real thing up to the last call: builder, parser, network, configuration and profiles are NVIDIA's,
+and only `build_serialized_network` gives, instead of a plan, a few lines of JSON: the ONNX file, and its shapes.
+What runs plans is made here. Its classes can do nothing that the real ones cannot: each name and each parameter is
+compared with the installed module when a class is made, and what is not here raises.
+
+An engine declares what a real one touches: it reads its inputs, writes its outputs and its scratch memory (which it
+leaves as garbage), all at the addresses that were set when it was enqueued. It wants to run once before it is captured,
+as kernels are loaded then. A captured engine must live as long as the graph.
+
+Faults: `refuse` = n lets the n-th call that can fail do so, as TensorRT does: None or False, and a line in the log.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+import sys
+import weakref
+from types import ModuleType
+
+import numpy as np
+import onnx
+import onnxruntime
+import tensorrt_rtx as real
+from fake_runtime import GARBAGE, OK, CallError, FakeRuntime, Op
+
+SCRATCH = 1024  # bytes of scratch memory for each row
+
+
+def parameters(function) -> list[set[str]]:
+    """The parameter names of each overload of a function of the real module, as its docstring says them."""
+    heads = re.findall(r"^(?:\d+\. )?\w+\((self: .*?)\) -> ", function.__doc__, re.M)
+    return [set(re.findall(r"(\w+): ", re.sub("<[^>]*>", "", head))) - {"self"} for head in heads]
+
+
+class Strict:
+    """Has no public name that `real` lacks, and no other parameters."""
+
+    real: type
+
+    def __init_subclass__(cls) -> None:
+        cls.real = getattr(real, cls.__name__)
+        for name, value in vars(cls).items():
+            if name.startswith("_") or name == "real":
+                continue
+            theirs = inspect.getattr_static(cls.real, name, None)
+            assert theirs is not None, f"{cls.__name__} has no {name}"
+            assert isinstance(value, property) == isinstance(theirs, property), name
+            if callable(value):
+                ours = set(inspect.signature(value).parameters) - {"self"}
+                assert any(ours == names for names in parameters(theirs)), (cls.__name__, name, parameters(theirs))
+
+    def __getattr__(self, name: str):
+        if hasattr(type(self).real, name):
+            raise NotImplementedError(f"The fake {type(self).__name__} has no {name} yet; write it.")
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    def __setattr__(self, name: str, value) -> None:
+        if not name.startswith("_") and not hasattr(type(self).real, name):
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        object.__setattr__(self, name, value)
+
+
+def may_fail(answer):
+    """A call that answers with `answer` when it is told to."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapper(self, *arguments):
+            fake = self._fake
+            fake.number += 1
+            if fake.number == fake.refuse or fake.refuse == function.__name__:
+                self._log(f"Error Code 9: {function.__name__} was told to fail")
+                return answer
+            return function(self, *arguments)
+
+        return wrapper
+
+    return decorate
+
+
+class Runtime(Strict):
+    def __init__(self, fake, logger) -> None:
+        self._fake, self._logger = fake, logger
+
+    def _log(self, message: str) -> None:
+        self._logger.log(real.ILogger.ERROR, message)
+
+    def get_engine_validity(self, buffer):
+        known = bytes(buffer).startswith(b'{"onnx"')
+        diagnostics = real.EngineInvalidityDiagnostics
+        return (real.EngineValidity.VALID, 0) if known else (real.EngineValidity.INVALID, diagnostics.MALFORMED_ENGINE)
+
+    @may_fail(None)
+    def deserialize_cuda_engine(self, serialized_engine):
+        engine = ICudaEngine(self, json.loads(bytes(serialized_engine)))
+        return engine if engine._weights is not None else None
+
+
+class ICudaEngine(Strict):
+    def __init__(self, runtime: Runtime, plan: dict) -> None:
+        self._fake, self._runtime, self._log = runtime._fake, runtime, runtime._log
+        self._plan = plan
+        self._session = runtime._fake.session(plan["onnx"])
+        gpu = self._fake.gpu
+        error, self._weights = gpu.cudaMalloc(4096)
+        if error != OK:
+            self._log(f"Error Code 1: Cuda Runtime (In deserialize: {error.name})")
+            if error == gpu.cudaError_t.cudaErrorMemoryAllocation:
+                self._log("Error Code 2: OutOfMemory (Requested size was 4096 bytes.)")
+        else:
+            weakref.finalize(self, gpu.cudaFree, self._weights)
+
+    @property
+    def num_io_tensors(self):
+        return len(self._plan["inputs"]) + len(self._plan["outputs"])
+
+    @property
+    def device_memory_size_v2(self):
+        return SCRATCH * self._plan["rows"]
+
+    def get_tensor_name(self, index):
+        return [*self._plan["inputs"], *self._plan["outputs"]][index]
+
+    def get_tensor_shape(self, name):
+        if name in self._plan["outputs"]:
+            return tuple(self._plan["outputs"][name])
+        least, _, most = self._plan["inputs"][name]
+        return tuple(low if low == high else -1 for low, high in zip(least, most, strict=True))
+
+    def get_tensor_profile_shape(self, name, profile_index):
+        assert profile_index == 0
+        return [tuple(shape) for shape in self._plan["inputs"][name]]
+
+    def create_runtime_config(self):
+        return IRuntimeConfig(self)
+
+    @may_fail(None)
+    def create_execution_context(self, runtime_config):
+        assert isinstance(runtime_config, IRuntimeConfig)
+        return IExecutionContext(self, runtime_config)
+
+
+class IRuntimeCache(Strict):
+    def __init__(self, config) -> None:
+        self._fake, self._log = config._fake, config._log
+        self._content = b"kernels"
+
+    def serialize(self):
+        return memoryview(self._content)
+
+    def deserialize(self, blob):
+        return bytes(blob) == self._content
+
+
+class IRuntimeConfig(Strict):
+    def __init__(self, engine: ICudaEngine) -> None:
+        self._fake, self._log = engine._fake, engine._log
+        self._strategy = real.ExecutionContextAllocationStrategy.STATIC
+        self.dynamic_shapes_kernel_specialization_strategy = real.DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def create_runtime_cache(self):
+        return IRuntimeCache(self)
+
+    @may_fail(False)
+    def set_runtime_cache(self, cache):
+        return isinstance(cache, IRuntimeCache)
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        assert isinstance(strategy, real.ExecutionContextAllocationStrategy)
+        self._strategy = strategy
+
+
+class IExecutionContext(Strict):
+    def __init__(self, engine: ICudaEngine, config: IRuntimeConfig) -> None:
+        self._fake, self._engine, self._log, self._config = engine._fake, engine, engine._log, config
+        self._memory, self._shapes, self._addresses, self._ran = (0, 0), {}, {}, False
+
+    def set_device_memory(self, memory, size):
+        self._fake.number += 1
+        if self._fake.number == self._fake.refuse or self._fake.refuse == "set_device_memory":
+            return self._log("Error Code 9: set_device_memory was told to fail")
+        if memory % 256 or size < self._engine.device_memory_size_v2:
+            return self._log(f"Error Code 3: device memory of {size} bytes at {memory:#x} is too small or not aligned")
+        self._memory = (memory, size)
+
+    @may_fail(False)
+    def set_input_shape(self, name, shape):
+        if name not in self._engine._plan["inputs"]:
+            self._log(f"Error Code 3: no input {name}")
+            return False
+        least, _, most = self._engine._plan["inputs"][name]
+        fits = len(shape) == len(least) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
+        if fits:
+            self._shapes[name] = tuple(shape)
+        else:
+            self._log(f"Error Code 3: {name} of shape {shape} is outside of the profile")
+        return fits
+
+    @may_fail(False)
+    def set_tensor_address(self, name, memory):
+        plan = self._engine._plan
+        if name not in plan["inputs"] and name not in plan["outputs"]:
+            self._log(f"Error Code 3: no tensor {name}")
+            return False
+        self._addresses[name] = int(memory)
+        return True
+
+    def is_stream_capturable(self, stream):
+        return True
+
+    @may_fail(False)
+    def execute_async_v3(self, stream_handle):
+        gpu, plan, session = self._fake.gpu, self._engine._plan, self._engine._session
+        missing = {*plan["inputs"], *plan["outputs"]} - set(self._addresses)
+        if missing or set(self._shapes) != set(plan["inputs"]) or not self._memory[0]:
+            self._log(f"Error Code 3: not bound: {missing or 'shapes or scratch memory'}")
+            return False
+        if gpu.capturing is not None and not self._ran:
+            self._log("Error Code 1: kernels cannot be loaded during a capture; run once before")
+            return False
+        inputs = {
+            t.name: (self._addresses[t.name], np.dtype(DTYPES[t.type]), self._shapes[t.name])
+            for t in session.get_inputs()
+        }
+        sizes = {}
+        for t in session.get_inputs():
+            sizes |= zip(t.shape, self._shapes[t.name], strict=True)
+        outputs = {
+            t.name: (self._addresses[t.name], np.dtype(DTYPES[t.type]), tuple(sizes.get(s, s) for s in t.shape))
+            for t in session.get_outputs()
+        }
+        ranges = [
+            [(address, int(np.prod(shape)) * dtype.itemsize) for address, dtype, shape in tensors.values()]
+            for tensors in (inputs, outputs)
+        ]
+        scratch, spoil, name = self._memory, self._fake.spoil, self._engine._plan["name"]
+
+        def view(tensor):
+            address, dtype, shape = tensor
+            return gpu.view(address, int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
+
+        def work() -> None:
+            feeds = {key: view(tensor).copy() for key, tensor in inputs.items()}
+            gpu.view(*scratch)[:] = GARBAGE
+            results = dict(zip(outputs, session.run(list(outputs), feeds), strict=True))
+            if name in spoil:
+                spoil[name](feeds, results)
+            for key, value in results.items():
+                view(outputs[key])[...] = value
+
+        seconds = self._fake.seconds(name, next(iter(self._shapes.values()))[0])
+        op = Op(f"the engine of {name}", ranges[0], [*ranges[1], scratch], work, seconds)
+        op.owner = weakref.ref(self)
+        try:
+            gpu.enqueue(stream_handle, op)
+        except CallError as refused:
+            self._log(f"Error Code 1: Cuda Runtime ({refused})")
+            return False
+        if gpu.broken is not None:
+            self._log(f"Error Code 1: Cuda Runtime ({gpu.broken.name})")
+            return False
+        self._ran = True
+        self._fake.runs[name] = self._fake.runs.get(name, 0) + 1
+        return True
+
+
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8",
+    "tensor(float16)": "float16",
+}
+
+
+FILES: dict[int, str] = {}  # id of a network -> what was parsed into it
+
+
+class OnnxParser(real.OnnxParser):
+    """The real one; it remembers which file a network is from."""
+
+    def __init__(self, network, logger) -> None:
+        super().__init__(network, logger)
+        self.network = network
+
+    def parse_from_file(self, model):
+        FILES[id(self.network)] = model
+        return super().parse_from_file(model)
+
+
+class Builder(real.Builder):
+    """The real one, but for its last step."""
+
+    def create_optimization_profile(self):
+        self.profile = super().create_optimization_profile()
+        return self.profile
+
+    def build_serialized_network(self, network, config):
+        assert config.get_flag(real.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        monitor = config.progress_monitor
+        monitor.phase_start("building", None, 1)
+        go_on = monitor.step_complete("building", 0)
+        monitor.phase_finish("building")
+        if not go_on:
+            return None
+        inputs = {}
+        for tensor in map(network.get_input, range(network.num_inputs)):
+            free = -1 in tuple(tensor.shape)
+            shapes = self.profile.get_shape(tensor.name) if free else [tensor.shape] * 3
+            inputs[tensor.name] = [list(shape) for shape in shapes]
+        outputs = {t.name: list(t.shape) for t in map(network.get_output, range(network.num_outputs))}
+        path = FILES[id(network)]
+        rows = max(shapes[2][0] for shapes in inputs.values())
+        name = onnx.load(path, load_external_data=False).graph.name
+        plan = {"onnx": path, "name": name, "rows": rows, "inputs": inputs, "outputs": outputs}
+        return json.dumps(plan).encode()
+
+
+for ours in (OnnxParser, Builder):  # what they replace must be there
+    assert all(hasattr(ours.__base__, name) for name in vars(ours) if name.startswith(("parse_", "build_", "create_")))
+
+
+class FakeTensorRT:
+    """The module. runs: how often each graph was enqueued. spoil: graph -> function(inputs, results).
+
+    seconds: (graph, rows) -> what a run takes by the fake GPU's clock.
+    """
+
+    def __init__(self, gpu: FakeRuntime) -> None:
+        self.gpu, self.number, self.refuse, self.runs, self.spoil = gpu, 0, None, {}, {}
+        self.seconds = lambda name, rows: 1e-6
+        self.sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self.module = ModuleType("tensorrt_rtx")
+        vars(self.module).update({k: v for k, v in vars(real).items() if k not in ("__name__", "__spec__")})
+        self.module.Builder, self.module.OnnxParser = Builder, OnnxParser
+        self.module.Runtime = lambda logger: Runtime(self, logger)
+        for one in (ICudaEngine, IRuntimeCache, IRuntimeConfig, IExecutionContext):
+            setattr(self.module, one.__name__, one)
+
+    def install(self, monkeypatch) -> FakeTensorRT:
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", self.module)
+        return self
+
+    def session(self, path: str) -> onnxruntime.InferenceSession:
+        if path not in self.sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1
+            self.sessions[path] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return self.sessions[path]

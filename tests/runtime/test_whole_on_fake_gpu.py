@@ -1,0 +1,199 @@
+"""Whole commands on a GPU that is not there: `hd-engines build`, then `hd-run --backend tensorrt-rtx`.
+
+All of it is the real code, from the command down to `cuda.bindings` and TensorRT's own builder; see `fake_runtime.py`
+and `fake_tensorrt.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("cuda.bindings.runtime")
+pytest.importorskip("tensorrt_rtx")
+
+from fake_runtime import FakeRuntime
+from fake_tensorrt import FakeTensorRT
+from handiffuser import HanDiffuser, Request
+from handiffuser.engines import cli as engines_cli
+from handiffuser.errors import HanDiffuserError
+from handiffuser.runtime import cli
+
+pytestmark = pytest.mark.usefixtures("all_at_once")
+PROMPTS = ["a fist", "two open hands", "a thumb", "one", "two"]
+
+
+@pytest.fixture(scope="session")
+def toy_engines(toy_bundle, tmp_path_factory):
+    """The toy bundle with plans for 1, 2 and 4 pictures, as `hd-engines build` makes them. Not to be written into."""
+    folder = tmp_path_factory.mktemp("engines") / "toy"
+    shutil.copytree(toy_bundle, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        gpu = FakeRuntime().install(patch)
+        FakeTensorRT(gpu).install(patch)
+        arguments = ["build", str(folder), "--batch-sizes", "1,2,4", "--guidance-free"]
+        assert engines_cli.commands.main(arguments, standalone_mode=False) == 0
+    return folder
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU at which nothing may go wrong."""
+    gpu = FakeRuntime(seed=1).install(monkeypatch)
+    yield gpu
+    gc.collect()
+    assert not gpu.problems
+
+
+@pytest.fixture
+def trt(gpu, monkeypatch):
+    return FakeTensorRT(gpu).install(monkeypatch)
+
+
+def hd_run(folder, out, *arguments, prompts=PROMPTS):
+    """The command's exit code, with its error as `hd-run` would print it."""
+    command = [str(folder), *prompts, "-o", str(out), "--steps", "4", "--hand-steps", "2", "--batch-size", "4"]
+    try:
+        return cli.run.main([*command, *map(str, arguments)], standalone_mode=False), ""
+    except HanDiffuserError as error:
+        return 1, str(error)
+
+
+def pictures(out):
+    """Prompt -> pixels."""
+    found = {}
+    for path in out.glob("*.json"):
+        record = json.loads(path.read_text())
+        found[record["prompt"], record["seed"]] = np.asarray(Image.open(path.with_suffix(".png"))).astype(int)
+    return found
+
+
+def same(ours, theirs, levels=1):
+    assert ours.keys() == theirs.keys() and ours
+    for key, picture in theirs.items():
+        np.testing.assert_allclose(ours[key], picture, rtol=0, atol=levels)
+
+
+@pytest.mark.parametrize("extra", [(), ("--no-overlap", "--no-warm-up"), ("--solver", "ddpm"), ("--guidance", "1")])
+def test_pictures_are_those_of_the_cpu(toy_engines, gpu, trt, tmp_path, extra, capsys):
+    assert hd_run(toy_engines, tmp_path / "gpu", "--backend", "tensorrt-rtx", *extra) == (0, "")
+    assert "warning" not in capsys.readouterr().err
+    assert hd_run(toy_engines, tmp_path / "cpu", "--device", "cpu", *extra) == (0, "")
+    same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+    assert gpu.calls["cudaGraphUpload"] == gpu.calls["cudaGraphInstantiate"] > 10
+    gc.collect()
+    assert not gpu.live(), "everything is freed at the end"
+
+
+def mixed(count, seed=0):
+    random = np.random.default_rng(seed)
+    solvers = ("ddim", "ddpm", "euler", "dpm++2m", "plms")
+    return [
+        Request(
+            f"prompt {i}",
+            seed=i,
+            steps=int(random.integers(4, 9)),
+            solver=solvers[random.integers(5)],
+            guidance=float(random.integers(1, 4)),
+            hand_steps=int(random.integers(2, 6)),
+        )
+        for i in range(count)
+    ]
+
+
+def run(pipeline, requests):
+    resolved, refused = pipeline.prepare(requests, 0)
+    assert not refused
+    results = {result.id: result for result in pipeline.run(resolved)}
+    return {key: result.image.astype(int) for key, result in results.items()}
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_that_streams_allow_gives_the_same(toy_engines, gpu, trt, seed, lazy):
+    gpu.random, gpu.lazy = np.random.default_rng(seed), lazy
+    with HanDiffuser.load(toy_engines, device="cpu") as on_cpu:
+        expected = run(on_cpu, mixed(11, seed))
+    with HanDiffuser.load(toy_engines, backend="tensorrt-rtx", batch_size=4, overlap=seed != 2) as pipeline:
+        same(run(pipeline, mixed(11, seed)), expected)
+        same(run(pipeline, mixed(11, seed)), expected)
+        assert not pipeline.loop.warnings()
+    assert not gpu.live()
+
+
+def test_stopped_early_leaves_nothing_behind(toy_engines, gpu, trt):
+    """Also no pinned memory that a copy still goes to."""
+    gpu.lazy = True
+    with HanDiffuser.load(toy_engines, device="cpu") as on_cpu:
+        expected = run(on_cpu, mixed(10))
+    with HanDiffuser.load(toy_engines, backend="tensorrt-rtx", batch_size=4) as pipeline:
+        pictures = pipeline.run(pipeline.prepare(mixed(10), 0)[0])
+        next(pictures)
+        pictures.close()
+        same(run(pipeline, mixed(10)), expected)
+
+
+# One fault at a time, at many places of a short run of the command. `at` counts from the beginning of the run.
+def fault(kind, gpu, trt, at):
+    if kind == "out of memory":
+        gpu.refuse_allocation = gpu.allocations + at
+    elif kind == "TensorRT refuses":
+        trt.refuse = trt.number + at
+    elif kind == "a call fails":
+        gpu.refuse[gpu.number + at] = gpu.cudaError_t.cudaErrorLaunchFailure
+    elif kind == "the context breaks":
+        gpu.break_at = gpu.operations + at
+
+
+def counted(kind, gpu, trt):
+    return {
+        "out of memory": gpu.allocations,
+        "TensorRT refuses": trt.number,
+        "a call fails": gpu.number,
+        "the context breaks": gpu.operations,
+    }[kind]
+
+
+KINDS = ("out of memory", "TensorRT refuses", "a call fails", "the context breaks")
+
+
+@pytest.mark.parametrize("warm_up", [(), ("--no-warm-up",)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_anywhere_ends_in_one_sentence(toy_engines, monkeypatch, tmp_path, capsys, kind, warm_up, places=12):
+    """Nothing hangs, nothing that is not the right picture is saved, and the next run on a sound GPU makes the rest."""
+
+    def attempt(at, out):
+        gpu = FakeRuntime(seed=at or 0).install(monkeypatch)
+        trt = FakeTensorRT(gpu).install(monkeypatch)
+        if at is not None:
+            fault(kind, gpu, trt, at)
+        code, error = hd_run(toy_engines, out, "--backend", "tensorrt-rtx", *warm_up, "--no-overlap")
+        spoken = capsys.readouterr().err + error
+        gc.collect()
+        assert not gpu.problems, (kind, at)
+        return code, spoken, counted(kind, gpu, trt), gpu
+
+    code, spoken, total, _ = attempt(None, tmp_path / "right")
+    assert code == 0, spoken
+    right = pictures(tmp_path / "right")
+    for at in sorted({*range(1, 4), *np.linspace(4, total, places).astype(int).tolist()}):
+        out = tmp_path / f"{at}"
+        code, spoken, *_, gpu = attempt(at, out)
+        saved = pictures(out)
+        assert saved.keys() <= right.keys()
+        for key, picture in saved.items():
+            np.testing.assert_allclose(picture, right[key], rtol=0, atol=1)
+        assert "Traceback" not in spoken, (at, spoken)
+        if len(saved) < len(right):
+            assert "hd-run" in spoken or spoken, (at, spoken)
+            assert code == 1, (at, spoken)
+        if gpu.broken is None:
+            assert not gpu.live(), (at, "memory is left on the device")
+        code, spoken, *_ = attempt(None, out)
+        assert code == 0, (at, spoken)
+        same(pictures(out), right)
