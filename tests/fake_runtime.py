@@ -40,6 +40,7 @@ import numpy as np
 from cuda.bindings import driver as real_driver
 from cuda.bindings import runtime as real
 from handiffuser.engines import cuda as product
+from handiffuser.engines.base import check_feeds
 from handiffuser.runtime.noise import HANDS, LATENTS, normal, stream_key
 
 CODES = real.cudaError_t
@@ -718,6 +719,49 @@ class FakeDriver:
         except CallError:
             return (self.CUresult.CUDA_ERROR_INVALID_HANDLE,)
         return (self.CUresult.CUDA_SUCCESS,)
+
+
+class FakeDeviceEngine:
+    """An engine without TensorRT for a fixed number of rows, computed by ONNX Runtime on the CPU when its turn comes.
+
+    engine: called with arrays by name. bucket: None for any number of rows. spoil: function(inputs, results).
+    seconds: what a run takes by the fake GPU's clock.
+    """
+
+    own_graph = False
+
+    def __init__(self, gpu: FakeRuntime, engine, bucket: int | None, spoil=None, seconds: float = 1e-6) -> None:
+        self.gpu, self.engine, self.spec, self.bucket = gpu, engine, engine.spec, bucket
+        self.spoil, self.seconds, self.enqueued = spoil, seconds, 0
+
+    def bind(self, inputs, outputs):
+        check_feeds(self.spec, inputs)
+        assert self.bucket is None or all(len(array) == self.bucket for array in (*inputs.values(), *outputs.values()))
+        self.inputs, self.outputs = dict(inputs), dict(outputs)
+
+    def enqueue(self, stream):
+        self.enqueued += 1
+        views = [  # a later bind is for later runs
+            {
+                name: self.gpu.view(array.pointer, array.nbytes).view(array.dtype).reshape(array.shape)
+                for name, array in arrays.items()
+            }
+            for arrays in (self.inputs, self.outputs)
+        ]
+        ranges = [[(a.pointer, a.nbytes) for a in arrays.values()] for arrays in (self.inputs, self.outputs)]
+
+        def work() -> None:
+            feeds = {name: value.copy() for name, value in views[0].items()}
+            results = self.engine(feeds)
+            if self.spoil is not None:
+                self.spoil(feeds, results)
+            for name, value in results.items():
+                views[1][name][...] = value
+
+        self.gpu.enqueue(stream.handle, Op(f"the engine of {self.spec.file}", *ranges, work, self.seconds))
+
+    def capturable(self, stream):
+        return True
 
 
 def join(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:

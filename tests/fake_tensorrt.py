@@ -32,6 +32,7 @@ import tensorrt_rtx as real
 from fake_runtime import GARBAGE, OK, CallError, FakeRuntime, Op
 
 SCRATCH = 1024  # bytes of scratch memory for each row
+WEIGHTS = 4096  # bytes that a plan takes on the device
 
 
 def parameters(function) -> list[set[str]]:
@@ -110,7 +111,7 @@ class ICudaEngine(Strict):
         self._plan = plan
         self._session = runtime._fake.session(plan["onnx"])
         gpu = self._fake.gpu
-        error, self._weights = gpu.cudaMalloc(4096)
+        error, self._weights = gpu.cudaMalloc(WEIGHTS)
         if error != OK:
             self._log(f"Error Code 1: Cuda Runtime (In deserialize: {error.name})")
             if error == gpu.cudaError_t.cudaErrorMemoryAllocation:
@@ -132,12 +133,15 @@ class ICudaEngine(Strict):
     def get_tensor_shape(self, name):
         if name in self._plan["outputs"]:
             return tuple(self._plan["outputs"][name])
-        least, _, most = self._plan["inputs"][name]
-        return tuple(low if low == high else -1 for low, high in zip(least, most, strict=True))
+        shapes = [shape for profile in self._plan["inputs"][name] for shape in profile]
+        return tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
+
+    @property
+    def num_optimization_profiles(self):
+        return len(next(iter(self._plan["inputs"].values())))
 
     def get_tensor_profile_shape(self, name, profile_index):
-        assert profile_index == 0
-        return [tuple(shape) for shape in self._plan["inputs"][name]]
+        return [tuple(shape) for shape in self._plan["inputs"][name][profile_index]]
 
     def create_runtime_config(self):
         return IRuntimeConfig(self)
@@ -181,7 +185,16 @@ class IRuntimeConfig(Strict):
 class IExecutionContext(Strict):
     def __init__(self, engine: ICudaEngine, config: IRuntimeConfig) -> None:
         self._fake, self._engine, self._log, self._config = engine._fake, engine, engine._log, config
-        self._memory, self._shapes, self._addresses, self._ran = (0, 0), {}, {}, False
+        self._memory, self._shapes, self._addresses, self._ran, self._profile = (0, 0), {}, {}, False, 0
+
+    @may_fail(False)
+    def set_optimization_profile_async(self, profile_index, stream_handle):
+        if self._fake.gpu.capturing is not None or not 0 <= profile_index < self._engine.num_optimization_profiles:
+            self._log(f"Error Code 3: profile {profile_index} cannot be chosen")
+            return False
+        self._profile, self._shapes = profile_index, {}
+        self._fake.gpu.enqueue(stream_handle, Op("a change of profile", [], [], lambda: None))
+        return True
 
     def set_device_memory(self, memory, size):
         self._fake.number += 1
@@ -196,7 +209,7 @@ class IExecutionContext(Strict):
         if name not in self._engine._plan["inputs"]:
             self._log(f"Error Code 3: no input {name}")
             return False
-        least, _, most = self._engine._plan["inputs"][name]
+        least, _, most = self._engine._plan["inputs"][name][self._profile]
         fits = len(shape) == len(least) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
         if fits:
             self._shapes[name] = tuple(shape)
@@ -257,7 +270,8 @@ class IExecutionContext(Strict):
                 view(outputs[key])[...] = value
 
         seconds = self._fake.seconds(name, next(iter(self._shapes.values()))[0])
-        op = Op(f"the engine of {name}", ranges[0], [*ranges[1], scratch], work, seconds)
+        weights = (self._engine._weights, WEIGHTS)
+        op = Op(f"the engine of {name}", [*ranges[0], weights], [*ranges[1], scratch], work, seconds)
         op.owner = weakref.ref(self)
         try:
             gpu.enqueue(stream_handle, op)
@@ -299,8 +313,8 @@ class Builder(real.Builder):
     """The real one, but for its last step."""
 
     def create_optimization_profile(self):
-        self.profile = super().create_optimization_profile()
-        return self.profile
+        self.profiles = [*getattr(self, "profiles", []), super().create_optimization_profile()]
+        return self.profiles[-1]
 
     def build_serialized_network(self, network, config):
         assert config.get_flag(real.BuilderFlag.REQUIRE_USER_ALLOCATION)
@@ -313,11 +327,13 @@ class Builder(real.Builder):
         inputs = {}
         for tensor in map(network.get_input, range(network.num_inputs)):
             free = -1 in tuple(tensor.shape)
-            shapes = self.profile.get_shape(tensor.name) if free else [tensor.shape] * 3
-            inputs[tensor.name] = [list(shape) for shape in shapes]
+            inputs[tensor.name] = [
+                [list(shape) for shape in (profile.get_shape(tensor.name) if free else [tensor.shape] * 3)]
+                for profile in self.profiles
+            ]
         outputs = {t.name: list(t.shape) for t in map(network.get_output, range(network.num_outputs))}
         path = FILES[id(network)]
-        rows = max(shapes[2][0] for shapes in inputs.values())
+        rows = max(profile[2][0] for profiles in inputs.values() for profile in profiles)
         name = onnx.load(path, load_external_data=False).graph.name
         plan = {"onnx": path, "name": name, "rows": rows, "inputs": inputs, "outputs": outputs}
         return json.dumps(plan).encode()

@@ -5,18 +5,22 @@ from __future__ import annotations
 import gc
 import weakref
 
-import fake_cuda
 import ml_dtypes  # noqa: F401  makes bfloat16 a dtype of numpy's, for the fake GPU alone
 import numpy as np
 import pytest
+
+pytest.importorskip("cuda.bindings.runtime")
+
+from fake_runtime import FakeDeviceEngine, FakeRuntime
 from handiffuser import HanDiffuser, Request
 from handiffuser.calibration.emulate import emulate_bundle
 from handiffuser.contract import Manifest
 from handiffuser.engines import load_engines
+from handiffuser.engines.cuda import Cuda, Stream
 from handiffuser.errors import EngineError
 from handiffuser.runtime.bundle import Bundle
 from handiffuser.runtime.device import DeviceLoop
-from handiffuser.runtime.device_graphs import Staging, Streams, connect
+from handiffuser.runtime.device_graphs import Streams, connect
 from handiffuser.runtime.results import Failure
 from handiffuser.runtime.steptimes import StepTimes
 
@@ -25,31 +29,53 @@ MEASURED = StepTimes.choose
 pytestmark = pytest.mark.usefixtures("all_at_once")
 
 
-def device_loop(
-    folder, seed=0, slots=4, overlap=True, refuse_capture=False, spoil=None, capture=True, single=None, unet=None
-):
-    """A loop on a fake GPU over the bundle's graphs in ONNX Runtime; spoil: graph -> function(inputs, results).
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(seed) is a fake GPU that `Cuda()` finds from then on, and at which nothing may go wrong."""
+    made = []
+
+    def make(seed=0):
+        made.append(FakeRuntime(seed).install(monkeypatch))
+        return made[-1]
+
+    yield make
+    assert not [problem for gpu in made for problem in gpu.problems]
+
+
+@pytest.fixture
+def device_loop(gpus, monkeypatch):
+    """Makes a loop on a fake GPU over the bundle's graphs in ONNX Runtime; spoil: graph -> function(inputs, results).
 
     unet: batch size -> seconds that a step of the UNet takes by the fake GPU's clock.
     """
-    pipeline = HanDiffuser.load(folder, device="cpu")
-    cuda = fake_cuda.FakeCuda(seed, refuse_capture)
-    _, engines = load_engines(folder, "cpu", 1, verify=False)
-    made = {}
 
-    def load(name, bucket, branches):
-        made[name, bucket, branches] = fake_cuda.FakeDeviceEngine(
-            engines[name],
-            None if name == "unet_time" else bucket,
-            (spoil or {}).get(name),
-            unet[bucket] if unet and name == "unet" else 0.0,
-        )
-        return made[name, bucket, branches]
+    def make(
+        folder, seed=0, slots=4, overlap=True, refuse_capture=False, spoil=None, capture=True, single=None, unet=None
+    ):
+        pipeline = HanDiffuser.load(folder, device="cpu")
+        gpu = gpus(seed)
+        if refuse_capture:
+            monkeypatch.setattr(Stream, "capture", lambda stream, function: None)
+        _, engines = load_engines(folder, "cpu", 1, verify=False)
+        made = {}
 
-    graphs = connect(cuda, Manifest.load(folder), BUCKETS, load, capture, single)
-    loop = DeviceLoop(pipeline.bundle, cuda, graphs, Streams.make(cuda, overlap), slots)
-    loop.pipeline, loop.made = pipeline, made
-    return loop
+        def load(name, bucket, branches):
+            made[name, bucket, branches] = FakeDeviceEngine(
+                gpu,
+                engines[name],
+                None if name == "unet_time" else bucket,
+                (spoil or {}).get(name),
+                unet[bucket] if unet and name == "unet" else 1e-6,
+            )
+            return made[name, bucket, branches]
+
+        cuda = Cuda()
+        graphs = connect(cuda, Manifest.load(folder), BUCKETS, load, capture, single)
+        loop = DeviceLoop(pipeline.bundle, cuda, graphs, Streams.make(cuda, overlap), slots)
+        loop.pipeline, loop.made, loop.gpu = pipeline, made, gpu
+        return loop
+
+    return make
 
 
 def prepared(loop, requests, seed=0):
@@ -94,7 +120,7 @@ def same(ours, theirs, levels=0):
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_equals_the_host_in_any_order(toy_bundle, seed, overlap):
+def test_equals_the_host_in_any_order(device_loop, toy_bundle, seed, overlap):
     loop = device_loop(toy_bundle, seed, overlap=overlap)
     requests = prepared(loop, mixed(11, seed))
     on_host = {picture.id: picture for picture in loop.pipeline.run(requests)}
@@ -119,19 +145,19 @@ class InBfloat16:
         return {tensor.name: results[tensor.name].astype(tensor.dtype) for tensor in self.spec.outputs}
 
 
-def test_bfloat16_passes_from_graph_to_graph(tiny_bf16, tmp_path):
+def test_bfloat16_passes_from_graph_to_graph(gpus, tiny_bf16, tmp_path):
     """Nothing of it comes to the host, which could not hold it; and what arrives is what the emulation gives."""
     manifest = Manifest.load(tiny_bf16)
     emulate_bundle(tiny_bf16, tmp_path / "emulated")
     on_host = HanDiffuser.load(tmp_path / "emulated", device="cpu")
-    cuda = fake_cuda.FakeCuda(2)
+    gpu, cuda = gpus(2), Cuda()
     engines = load_engines(tmp_path / "emulated", "cpu", 1, verify=False)[1]
 
     def load(name, *_):
-        return fake_cuda.FakeDeviceEngine(InBfloat16(engines[name], manifest.graphs[name]), None)
+        return FakeDeviceEngine(gpu, InBfloat16(engines[name], manifest.graphs[name]), None)
 
     graphs = connect(cuda, manifest, (1, 2), load)
-    assert {graphs["unet"].inputs[name].dtype.name for name in ("time", "key_00", "value_00")} == {"bfloat16"}
+    assert {graphs["unet"].inputs[name].dtype for name in ("time", "key_00", "value_00")} == {"bfloat16"}
     loop = DeviceLoop(Bundle.load(tiny_bf16), cuda, graphs, Streams.make(cuda, True), 2)
     loop.pipeline = HanDiffuser(loop.bundle, loop)
     requests = prepared(loop, [Request(f"prompt {i}", seed=i, steps=3, hand_steps=2) for i in range(3)])
@@ -142,7 +168,7 @@ def test_bfloat16_passes_from_graph_to_graph(tiny_bf16, tmp_path):
     ("seconds", "most"),
     [({1: 1.0, 2: 1.5, 4: 3.0}, 2), ({1: 1.0, 2: 1.5, 4: 1.8}, 3)],  # rows a second: 1.33 against 1.00, or 1.67
 )
-def test_padding_up_and_holding_back_are_compared(toy_bundle, monkeypatch, seconds, most):
+def test_padding_up_and_holding_back_are_compared(device_loop, toy_bundle, monkeypatch, seconds, most):
     """Three requests, and engines for 1, 2 and 4: four rows that stand for three, or two and the third waits."""
     monkeypatch.setattr(StepTimes, "choose", MEASURED)
     loop = device_loop(toy_bundle, 1, unet=seconds)
@@ -155,7 +181,7 @@ def test_padding_up_and_holding_back_are_compared(toy_bundle, monkeypatch, secon
         assert list(on_device)[-1] == requests[-1].id  # the youngest waited
 
 
-def test_given_hands(toy_bundle, tmp_path):
+def test_given_hands(device_loop, toy_bundle, tmp_path):
     loop = device_loop(toy_bundle, 3)
     first = prepared(loop, mixed(3))
     pictures, _ = run(loop, first)
@@ -166,7 +192,7 @@ def test_given_hands(toy_bundle, tmp_path):
     same(run(loop, requests)[0], on_host)
 
 
-def test_a_step_is_launched_from_its_capture(toy_bundle):
+def test_a_step_is_launched_from_its_capture(device_loop, toy_bundle):
     loop = device_loop(toy_bundle)
     run(loop, prepared(loop, mixed(9)))
     for key, engine in loop.made.items():
@@ -175,15 +201,15 @@ def test_a_step_is_launched_from_its_capture(toy_bundle):
     assert not loop.warnings()
 
 
-def test_refused_capture_runs_all_the_same_and_says_so(toy_bundle):
+def test_refused_capture_runs_all_the_same_and_says_so(device_loop, toy_bundle):
     loop = device_loop(toy_bundle, refuse_capture=True)
     requests = prepared(loop, mixed(5))
     same(run(loop, requests)[0], {picture.id: picture for picture in loop.pipeline.run(requests)})
     assert "kernel by kernel" in loop.warnings()[0] and "unet" in loop.warnings()[0]
 
 
-def test_an_engine_with_a_graph_of_its_own_is_not_captured(toy_bundle, monkeypatch):
-    monkeypatch.setattr(fake_cuda.FakeDeviceEngine, "own_graph", True)
+def test_an_engine_with_a_graph_of_its_own_is_not_captured(device_loop, toy_bundle, monkeypatch):
+    monkeypatch.setattr(FakeDeviceEngine, "own_graph", True)
     loop = device_loop(toy_bundle)
     requests = prepared(loop, mixed(5))
     same(run(loop, requests)[0], {picture.id: picture for picture in loop.pipeline.run(requests)})
@@ -191,7 +217,7 @@ def test_an_engine_with_a_graph_of_its_own_is_not_captured(toy_bundle, monkeypat
     assert not loop.warnings()
 
 
-def test_warm_up_makes_ready_what_the_run_will_need(toy_bundle, monkeypatch):
+def test_warm_up_makes_ready_what_the_run_will_need(device_loop, toy_bundle, monkeypatch):
     monkeypatch.setattr(StepTimes, "choose", MEASURED)
     loop = device_loop(toy_bundle, slots=3, single={"unet": BUCKETS, "hand_prior": BUCKETS})
     events = []
@@ -205,13 +231,13 @@ def test_warm_up_makes_ready_what_the_run_will_need(toy_bundle, monkeypatch):
     assert max(engine.enqueued for (name, *_), engine in loop.made.items() if name == "unet") == 2, "once run, captured"
 
 
-def test_warm_up_for_few_loads_few(toy_bundle):
+def test_warm_up_for_few_loads_few(device_loop, toy_bundle):
     loop = device_loop(toy_bundle)
     loop.warm_up(2, lambda *_: None)
     assert {bucket for name, bucket, _ in loop.made if name == "unet"} == {1, 2}
 
 
-def test_closed_loops_are_gone_at_once(toy_bundle):
+def test_closed_loops_are_gone_at_once(device_loop, toy_bundle):
     """No reference cycle: memory on the device must not wait for the garbage collector."""
     gc.collect()
     gc.disable()
@@ -231,23 +257,23 @@ def test_closed_loops_are_gone_at_once(toy_bundle):
         gc.enable()
 
 
-def test_nothing_is_allocated_in_a_second_run(toy_bundle):
+def test_nothing_is_allocated_in_a_second_run(device_loop, toy_bundle):
     loop = device_loop(toy_bundle)
     requests = prepared(loop, mixed(8))
     run(loop, requests)
     run(loop, requests)
-    before = loop.cuda.allocated
+    before = loop.gpu.allocations
     for _ in range(3):
         run(loop, requests)
     # Pinned buffers depend on how far the host ran ahead, but their number has an end.
-    assert loop.cuda.allocated - before < 20
-    before = loop.cuda.allocated
+    assert loop.gpu.allocations - before < 20
+    before = loop.gpu.allocations
     for _ in range(10):
         run(loop, requests)
-    assert loop.cuda.allocated - before < 20
+    assert loop.gpu.allocations - before < 20
 
 
-def test_only_buckets_that_are_used_are_loaded(toy_bundle, monkeypatch):
+def test_only_buckets_that_are_used_are_loaded(device_loop, toy_bundle, monkeypatch):
     monkeypatch.setattr(StepTimes, "choose", MEASURED)
     loop = device_loop(toy_bundle)
     loaded = lambda graph: {bucket for name, bucket, _ in loop.made if name == graph}  # noqa: E731
@@ -268,7 +294,7 @@ def test_only_buckets_that_are_used_are_loaded(toy_bundle, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_nan_fails_one_and_the_rest_goes_on(toy_bundle, graph, words, seed):
+def test_nan_fails_one_and_the_rest_goes_on(device_loop, toy_bundle, graph, words, seed):
     calls = {"count": 0}
 
     def step_spoiler(state, at):
@@ -312,7 +338,7 @@ def test_nan_fails_one_and_the_rest_goes_on(toy_bundle, graph, words, seed):
     )
 
 
-def test_stopped_early_leaves_nothing_behind(toy_bundle):
+def test_stopped_early_leaves_nothing_behind(device_loop, toy_bundle):
     loop = device_loop(toy_bundle, 1)
     requests = prepared(loop, mixed(10))
     pictures = loop.run(requests, lambda *_: None)
@@ -321,23 +347,13 @@ def test_stopped_early_leaves_nothing_behind(toy_bundle):
     same(run(loop, requests)[0], {picture.id: picture for picture in loop.pipeline.run(requests)})
 
 
-def test_more_rows_than_the_largest_engine(toy_bundle):
+def test_more_rows_than_the_largest_engine(device_loop, toy_bundle):
     loop = device_loop(toy_bundle)
     with pytest.raises(EngineError, match="--batch-sizes 5"):
         loop.graphs["unet"].bucket(5)
 
 
-def test_staging_keeps_a_buffer_until_its_copy_is_done():
-    cuda = fake_cuda.FakeCuda()
-    stream, staging = cuda.stream(), Staging(cuda)
-    target = cuda.zeros((10, 4), "float32")
-    for i in range(10):
-        staging.upload(stream, target[i], np.full(4, i, np.float32))
-    stream.synchronize()
-    np.testing.assert_array_equal(target.value, np.arange(10)[:, None].repeat(4, 1))
-
-
-def test_without_guidance_the_conditional_branch_runs_alone(toy_bundle):
+def test_without_guidance_the_conditional_branch_runs_alone(device_loop, toy_bundle):
     """Where there is an engine for it: buckets of one and two; mixed company and other buckets take both branches."""
     loop = device_loop(toy_bundle, 3, single={"unet": (1, 2), "hand_prior": (1, 2, 4)})
     lone = prepared(loop, [Request("a", seed=1, steps=3, guidance=1.0), Request("b", seed=2, steps=5, guidance=1.0)])
@@ -350,7 +366,7 @@ def test_without_guidance_the_conditional_branch_runs_alone(toy_bundle):
     assert ("unet", 4, 2) in loop.made and ("unet", 4, 1) not in loop.made
 
 
-def test_requests_may_come_later(toy_bundle):
+def test_requests_may_come_later(device_loop, toy_bundle):
     """An iterator that has nothing yet gives None, and is asked again after the next step."""
     loop = device_loop(toy_bundle, 5)
     requests = prepared(loop, mixed(7))
