@@ -148,7 +148,8 @@ def bench(engines: str | None, size: str | None, **options: Any) -> int:
             code = 1  # what was measured is worth having
             document["error"] = str(error)
             notes.print(f"hd-bench: {error}", style="red")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the results
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second one must not cost the results
         close(document, options, pictures)
     return code
 
@@ -376,7 +377,6 @@ def _free_mb() -> float:
 def main() -> None:
     """Entry point: one sentence and an exit code instead of a traceback."""
     os.environ.setdefault("TORCH_LOGS", "-all")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as Ctrl-C does
     commands.run("hd-bench", bench)
 
 

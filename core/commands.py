@@ -43,6 +43,25 @@ def listen() -> None:
             signal.signal(number, _interrupt)
 
 
+# What a module that is not installed comes with: the name of an extra, or of two to choose from.
+EXTRAS = {
+    **dict.fromkeys(("torch", "diffusers", "transformers", "accelerate", "safetensors"), "[export]"),
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxscript"), "[export]"),
+    "onnxruntime": "[cpu]; [cuda] instead for NVIDIA GPUs",
+    "smplx": "[train]",
+    "matplotlib": "[bench]",
+    "polygraphy": "[debug]",
+}
+
+
+def lacking(error: ImportError) -> str:
+    """A sentence for a module that is not installed. Raises the error again when that is none of EXTRAS."""
+    module = (error.name or "").partition(".")[0]
+    if module not in EXTRAS or not isinstance(error, ModuleNotFoundError):
+        raise error
+    return f"This needs {module}, which is not installed. It comes with handiffuser{EXTRAS[module]}."
+
+
 def start(command: str, module: str) -> None:
     """Runs `main` of a module of this package; exit code INTERRUPTED when Ctrl-C comes first."""
     listen()
@@ -51,6 +70,9 @@ def start(command: str, module: str) -> None:
     except KeyboardInterrupt:
         print(f"{command}: Interrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except ImportError as error:
+        print(f"{command}: {lacking(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def run(name: str, command: click.Command, interrupted: str = "Interrupted.") -> None:
@@ -68,6 +90,9 @@ def run(name: str, command: click.Command, interrupted: str = "Interrupted.") ->
         code = error.exit_code
     except (HanDiffuserError, OSError) as error:
         click.echo(f"{name}: {error}", err=True)
+        code = 1
+    except ImportError as error:
+        click.echo(f"{name}: {lacking(error)}", err=True)
         code = 1
     leave(code)
 

@@ -10,8 +10,10 @@ measured again. The report goes into the candidate's manifest.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from ..calibration.fidelity import Report, fidelity
 from ..calibration.mixed import keep_sensitive
@@ -30,20 +32,30 @@ def is_small(checkpoint: Checkpoint) -> bool:
 
 
 def admit(
-    checkpoint: Checkpoint, candidate: Path, body: Path | None, opset: int
+    checkpoint: Checkpoint,
+    candidate: Path,
+    body: Path | None,
+    opset: int,
+    on_step: Callable[[str], Any] = lambda _: None,
 ) -> tuple[Report, dict[str, list[str]]]:
     """Compares, mends if it must, and notes the outcome in the candidate's manifest.
 
+    on_step: called with what begins, in words.
     Returns the report of what the candidate is now, and the names of the nodes that were put into float32, by graph.
     """
     kept: dict[str, list[str]] = {}
     with TemporaryDirectory(dir=candidate.parent) as folder:
         reference, mended = Path(folder) / "fp32", Path(folder) / "mended"
-        export_bundle(checkpoint, reference, "fp32", body, opset)
+        export_bundle(
+            checkpoint, reference, "fp32", body, opset, on_step=lambda graph, _: on_step(f"{graph} in float32")
+        )
+        on_step("pictures")
         report = fidelity(reference, candidate)
         if not report.passes:
+            on_step("what must stay in float32")
             found = keep_sensitive(reference, candidate, mended, record(reference)[0])
             if found:
+                on_step("pictures again")
                 again = fidelity(reference, mended)
                 if again.passes or len(again.sentences()) < len(report.sentences()):
                     report, kept = again, {graph: [node.name for node in nodes] for graph, nodes in found.items()}

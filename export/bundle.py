@@ -2,38 +2,36 @@
 
     export_bundle(Checkpoint.load("checkpoint"), Path("bundle"))
 
-A graph over its tolerance is not written, and then neither is the bundle: everything goes into a folder beside the
-target and is moved when it is complete, so that a failed export leaves an older bundle as it was.
+A graph over its tolerance is not written, and then neither is the bundle: everything goes into a workspace beside the
+target and is moved when it is complete, so that a failed export leaves an older bundle as it was. ONNX Runtime runs in
+a process of its own: where it crashes, the export says so.
 """
 
 from __future__ import annotations
 
 import copy
-import shutil
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from ..calibration.emulate import emulate
-from ..calibration.graphs import save_model as save_emulation
-from ..contract import MANIFEST, TOKENIZER, GraphSpec, Manifest, file_digest
-from ..engines.plans import FOLDER as PLANS
+from ..contract import MANIFEST, TOKENIZER, GraphSpec, Manifest, TensorSpec, file_digest
 from ..errors import CheckpointError, ExportError
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
 from .attention import fuse_attention
+from .check import run_apart
+from .check import version as onnxruntime_version
 from .graphs import NUM_HISTORY, PRECISIONS, Graph, graphs
+from .workspace import install, workspace
 
 # Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output: an error in the
 # graph is larger, and the fidelity report judges the precision. bfloat16 has 8 bits where float16 has 11, so that every
@@ -66,14 +64,16 @@ def export_bundle(
     opset: int = OPSET,
     source: dict[str, str] | None = None,
     on_graph: Callable[[Exported], Any] = lambda _: None,
+    on_step: Callable[[str, str], Any] = lambda *_: None,
 ) -> list[Exported]:
     """Exports a checkpoint into the folder `out`.
 
     precision: of the networks, one of PRECISIONS; hand features and all state stay float32. body: an SMPL-H `.npz`;
     without it the checkpoint's own is used. source: what it is made from (see `source.py`), kept in the manifest.
-    on_graph: called after each graph. Plans that were built from an older bundle in `out` stay: those that still fit
-    are used again.
-    Raises CheckpointError without a body, ExportError for a graph over its tolerance or a folder that is no bundle.
+    on_graph: called after each graph; on_step: called with a graph's name and what begins, "tracing" or "comparing".
+    Plans that were built from an older bundle in `out` stay: those that still fit are used again.
+    Raises CheckpointError without a body, ExportError for a graph over its tolerance, one that ONNX Runtime does not
+    run, a folder that is no bundle, or one that another process is exporting into.
     """
     if precision not in PRECISIONS:
         raise ExportError(f"Precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}.")
@@ -84,34 +84,36 @@ def export_bundle(
         )
     smplh = SMPLH.load(path)
     check_target(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(out.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    with workspace(out) as folder:
+        work = folder / "bundle"
+        work.mkdir()
         results: list[Exported] = []
         specs: dict[str, GraphSpec] = {}
         pairs = zip(graphs(checkpoint, smplh, PRECISIONS[precision]), graphs(checkpoint, smplh), strict=True)
         for graph, reference in pairs:
             began = time.monotonic()
+            on_step(graph.name, "tracing")
             spec = export_graph(graph, work, opset)
-            tolerance = TOLERANCE["fp32" if graph.name == "hand_features" else precision]
-            error, worst = parity(graph, reference.module, work / spec.file)
-            spec.parity = {"error": float(f"{error:.3g}"), "tolerance": tolerance, "tensor": worst}
-            if precision == "bf16" and graph.name != "hand_features":
+            on_step(graph.name, "comparing")
+            kind = "fp32" if graph.name == "hand_features" else precision
+            graph.module = nn.Identity()  # its weights are half of the memory in half precision
+            error, worst = parity(graph, reference.module, work / spec.file, kind)
+            spec.parity = {"error": float(f"{error:.3g}"), "tolerance": TOLERANCE[kind], "tensor": worst}
+            if kind == "bf16":
                 spec.parity["emulated"] = True
-            if not error <= tolerance:
+            if not error <= TOLERANCE[kind]:
                 raise ExportError(
-                    f"{graph.name} is {error:.2g} from PyTorch in {worst!r} (tolerance {tolerance:g}), so nothing was "
+                    f"{graph.name} is {error:.2g} from PyTorch in {worst!r} (tolerance {TOLERANCE[kind]:g}), so "
+                    "nothing was written. "
                     + (
-                        "written. Export with --precision fp32."
-                        if precision != "fp32"
-                        else "written. Please report this with your versions of torch, onnx and onnxruntime."
+                        "Export with --precision fp32."
+                        if kind != "fp32"
+                        else "Please report this with your versions of torch, onnx and onnxruntime."
                     )
                 )
             size = sum(file.stat().st_size for file in work.glob(f"{graph.name}.onnx*"))
             seconds, emulated = time.monotonic() - began, "emulated" in spec.parity
-            results.append(Exported(graph.name, error, tolerance, size / 1e6, seconds, emulated))
+            results.append(Exported(graph.name, error, TOLERANCE[kind], size / 1e6, seconds, emulated))
             specs[graph.name] = spec
             on_graph(results[-1])
         checkpoint.tokenizer.no_truncation()
@@ -137,14 +139,12 @@ def export_bundle(
                 "body": "the demo's own, licence-free" if body is None else "the user's: not for redistribution",
                 "opset": opset,
                 **({} if source is None else {"source": source}),
-                **{name: version(name) for name in ("handiffuser", "torch", "diffusers", "onnxruntime")},
+                **{name: version(name) for name in ("handiffuser", "torch", "diffusers")},
+                "onnxruntime": onnxruntime_version(),
             },
         )
         manifest.save(work)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    install(work, out)
+        install(work, out)
     return results
 
 
@@ -152,15 +152,6 @@ def check_target(out: Path) -> None:
     """Raises ExportError for a folder that holds something else than a bundle."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())):
         raise ExportError(f"{out} exists and is no bundle. Choose another folder, or empty that one.")
-
-
-def install(work: Path, out: Path) -> None:
-    """Puts a finished bundle into the place of an older one, whose plans it takes over."""
-    if (out / PLANS).exists():
-        (out / PLANS).replace(work / PLANS)
-    if out.exists():
-        shutil.rmtree(out)
-    work.replace(out)
 
 
 def plain(schedule: dict[str, Any]) -> dict[str, Any]:
@@ -187,13 +178,19 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     compact(program.model)
     fuse_attention(program.model)
     save_model(program.model, folder / f"{graph.name}.onnx")
-    with torch.no_grad():
-        values = run_module(graph.module, list(graph.inputs.values()))
+    # What it gives is read off the graph: to run it would take minutes in half, for which PyTorch's CPU is not made.
     return GraphSpec(
         f"{graph.name}.onnx",
         [graph.spec(name, value) for name, value in graph.inputs.items()],
-        [graph.spec(name, value) for name, value in zip(graph.outputs, values, strict=True)],
+        [output_spec(graph, *pair) for pair in zip(graph.outputs, program.model.graph.outputs, strict=True)],
     )
+
+
+def output_spec(graph: Graph, name: str, value: ir.Value) -> TensorSpec:
+    assert value.shape is not None and value.dtype is not None
+    sizes = [size for size in value.shape[1:] if isinstance(size, int)]
+    assert len(sizes) == len(value.shape) - 1, f"{graph.name}: {name} has a free axis besides the first: {value.shape}"
+    return TensorSpec(name, value.dtype.numpy().name, (graph.free, *sizes))
 
 
 def run_module(module: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -243,50 +240,60 @@ def save_model(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=path.name + ".data" if weights > EXTERNAL else None)
 
 
-def parity(graph: Graph, reference: nn.Module, path: Path) -> tuple[float, str]:
+def parity(graph: Graph, reference: nn.Module, path: Path, precision: str = "fp32") -> tuple[float, str]:
     """Largest difference between the file in ONNX Runtime and float32 PyTorch, relative to each output's largest value.
 
     Two sizes of every free axis are tried, so that one that was baked in is found. Returns the error and the worst
-    tensor.
-    ONNX Runtime's CPU cannot run bfloat16: such a graph's emulation is run, see `emulate`.
+    tensor. Raises ExportError where either gives NaN or infinity, or where ONNX Runtime crashes.
     """
-    session = open_session(path)
-    worst, where = 0.0, graph.outputs[0]
-    wanted = [info.name for info in session.get_inputs()]
+    calls, exact = [], []
     for smallest in (False, True):
         inputs = graph.inputs
         if smallest:
             inputs = {n: (v[:, -1:] if n in graph.branched else v)[:1].contiguous() for n, v in inputs.items()}
+        floats = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
         with torch.no_grad():
-            exact = run_module(reference, [v.float() if v.is_floating_point() else v for v in inputs.values()])
-        # numpy has no bfloat16, and an emulation takes float32.
-        given = {n: v.float() if v.dtype == torch.bfloat16 else v for n, v in inputs.items()}
-        got = session.run(None, {name: given[name].numpy() for name in wanted})
-        for name, ours, theirs in zip(graph.outputs, got, exact, strict=True):
-            difference = np.abs(ours.astype(np.float64) - theirs.double().numpy())
-            if ours.dtype == np.uint8:
-                # Rounding to 8 bits may fall to either side: one level is no error, what counts is the mean.
-                error = float(difference.mean() / 255) if difference.max() <= 1 else float(difference.max() / 255)
-            else:
-                error = float(difference.max() / max(theirs.abs().max().item(), 1e-12))
-            if not error <= worst:
+            exact.append([value.numpy() for value in run_module(reference, list(floats.values()))])
+        # numpy has no bfloat16, and its emulation takes float32.
+        given = {n: floats[n] if v.dtype == torch.bfloat16 else v for n, v in inputs.items()}
+        calls.append({name: value.numpy() for name, value in given.items()})
+    # What overflows shows in an image only as this flag: NaN has no place in 8 bits.
+    for name, theirs in zip(graph.outputs * 2, itertools.chain(*exact), strict=True):
+        if not np.isfinite(theirs).all() or (name == "finite" and not theirs.all()):
+            raise ExportError(
+                f"{graph.name} gives NaN or infinity in float32 PyTorch already ({name!r}), so nothing was written. "
+                "The checkpoint's weights are broken: take one from before the training diverged."
+            )
+    worst, where = 0.0, graph.outputs[0]
+    for got, wanted in zip(run_apart(path, calls, precision), exact, strict=True):
+        for name, ours, theirs in zip(graph.outputs, got, wanted, strict=True):
+            if ours.shape != theirs.shape:
+                raise ExportError(
+                    f"{graph.name}'s {name!r} is of shape {list(ours.shape)}, of {list(theirs.shape)} in PyTorch, so "
+                    "nothing was written. Please report this with your versions of torch, onnx and onnxruntime."
+                )
+            if not np.isfinite(ours).all() or (name == "finite" and not ours.all()):
+                raise ExportError(
+                    f"{graph.name} gives NaN or infinity in {name!r} where PyTorch does not, so nothing was written. "
+                    + (
+                        "Its numbers are too large for half precision: export with --precision bf16 or fp32."
+                        if precision == "fp16"
+                        else "Please report this with your versions of torch, onnx and onnxruntime."
+                    )
+                )
+            error = deviation(ours, theirs)
+            if error > worst:
                 worst, where = error, name
     return worst, where
 
 
-def open_session(path: Path) -> onnxruntime.InferenceSession:
-    """The graph on the CPU; the emulation of one that computes in bfloat16."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Packed copies of the weights pay off over many runs; this one runs twice, beside PyTorch's copies.
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    model = onnx.load(path, load_external_data=False)
-    with TemporaryDirectory(dir=path.parent) as folder:
-        if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):
-            emulation = Path(folder) / path.name
-            save_emulation(emulate(onnx.load(path)), emulation)
-            path = emulation
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest difference of two finite arrays, relative to the largest value; of pixels, in parts of their range."""
+    difference = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
+    if ours.dtype == np.uint8:
+        # Rounding to 8 bits may fall to either side: one level is no error, what counts is the mean.
+        return float(difference.mean() if difference.max() <= 1 else difference.max()) / 255
+    return float(difference.max() / max(np.abs(theirs).max(), 1e-12))
 
 
 def at_image_size(checkpoint: Checkpoint, height: int, width: int) -> Checkpoint:

@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 # PyTorch's threads spin beside ONNX Runtime's; and the exporter's remarks are no news to a user.
@@ -17,7 +16,7 @@ import click  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
 
-from ..commands import INTERRUPTED, hear_interrupts, leave  # noqa: E402
+from .. import commands  # noqa: E402
 from ..contract import GRAPHS, MANIFEST  # noqa: E402
 from ..demo import resolve  # noqa: E402
 from ..engines.build import check_backend  # noqa: E402
@@ -26,6 +25,8 @@ from ..engines.tensorrt import MODULES  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
 from .source import changed, fingerprint  # noqa: E402
 
+STOPPED = "Stopped. What is finished stays; the same command goes on."
+STEPS = {"tracing": "tracing and writing", "comparing": "running beside PyTorch"}
 BACKENDS = ("onnxruntime", "auto", *MODULES, "inductor")
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -71,7 +72,7 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
 )
 @click.option("--accept-low-fidelity", is_flag=True, help="Write the bundle even if it fails that comparison.")
 @build_options
-def main(
+def command(
     checkpoint: str,
     out: Path,
     backend: str,
@@ -89,16 +90,10 @@ def main(
     With a TensorRT backend, plans are then built for each batch size. The same command again does only what is not
     done yet. On another machine, `hd-engines build OUT` builds plans from the bundle, without PyTorch.
     """
-    stopped = "Stopped. What is finished stays; the same command goes on."
-    hear_interrupts(stopped)
-    if backend == "auto":
-        try:
-            backend = resolve_backend(backend)
-        except HanDiffuserError as error:
-            console.print(f"hd-export: {error}", style="red")
-            sys.exit(1)
-    precision = precision or ("fp16" if backend in MODULES else "fp32")
     try:
+        if backend == "auto":
+            backend = resolve_backend(backend)
+        precision = precision or ("fp16" if backend in MODULES else "fp32")
         folder = resolve(checkpoint, "checkpoint")
         if backend in MODULES:
             check_backend(backend, options_of(values))  # before minutes of exporting
@@ -120,9 +115,6 @@ def main(
     except OSError as error:
         console.print(f"hd-export: {error.strerror or error} ({error.filename or out}).", style="red")
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.print(stopped)
-        leave(INTERRUPTED)
     if body is not None:
         console.print(
             f"{out} now contains arrays of your SMPL-H body. Its licence forbids passing them on: keep this bundle, "
@@ -136,16 +128,11 @@ def main(
 
 def compile_with_inductor(folder: Path, out: Path, body: Path | None, image_size: tuple[int, int] | None) -> None:
     """Compiles what has no current plan, for the GPU if PyTorch finds one."""
-    try:
-        import torch
+    import torch
 
-        from ..models.checkpoint import Checkpoint
-        from .bundle import at_image_size
-        from .inductor import compile_bundle
-    except ImportError as error:
-        raise HanDiffuserError(
-            f'Compiling needs PyTorch ({error}). Install it: pip install "handiffuser[export]".'
-        ) from None
+    from ..models.checkpoint import Checkpoint
+    from .bundle import at_image_size
+    from .inductor import compile_bundle
 
     def load() -> Checkpoint:
         loaded = Checkpoint.load(folder)
@@ -177,39 +164,40 @@ def export(
     accept_low_fidelity: bool,
 ) -> None:
     """The part that needs PyTorch."""
-    try:
+    with console.status("reading the checkpoint"):
+        import onnxruntime  # noqa: F401  (runs in another process, where it would be missed after minutes)
+
         from ..models.checkpoint import Checkpoint
         from .admit import admit, is_small
-        from .bundle import at_image_size, check_target, export_bundle, install
-    except ImportError as error:
-        raise HanDiffuserError(
-            f'Exporting needs PyTorch, which running does not ({error}). Install it: pip install "handiffuser[export]".'
-        ) from None
-    with console.status("reading the checkpoint"):
+        from .bundle import at_image_size, check_target, export_bundle
+        from .workspace import install, workspace
+
         loaded = Checkpoint.load(folder)
     if image_size is not None:
         loaded = at_image_size(loaded, *image_size)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"exporting {GRAPHS[0]}", total=len(GRAPHS))
+        task = progress.add_task("exporting", total=len(GRAPHS))
+
+        def on_step(graph: str, step: str) -> None:
+            progress.update(task, description=f"{graph}: {STEPS[step]}")
 
         def on_graph(result: Any) -> None:
             progress.advance(task)
-            done = int(progress.tasks[0].completed)
-            progress.update(task, description=f"exporting {GRAPHS[done]}" if done < len(GRAPHS) else "exported")
             progress.console.print(
                 f"{result.name:18} {result.megabytes:8.1f} MB   {result.error:.1e} from PyTorch "
                 f"(tolerance {result.tolerance:g}{', emulated' if result.emulated else ''})   {result.seconds:.0f} s"
             )
 
         check_target(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
-            made = Path(work) / "bundle"
-            export_bundle(loaded, made, precision, body, opset, source, on_graph)
+        with workspace(out) as work:
+            made = work / "bundle"
+            export_bundle(loaded, made, precision, body, opset, source, on_graph, on_step)
             if precision != "fp32" and (fidelity == "always" or (fidelity == "auto" and is_small(loaded))):
                 progress.update(task, description=f"comparing {precision} with float32", total=None)
-                report, kept = admit(loaded, made, body, opset)
+                report, kept = admit(
+                    loaded, made, body, opset, lambda step: progress.update(task, description=f"comparing: {step}")
+                )
                 progress.console.print(report.summary())
                 for graph, nodes in kept.items():
                     progress.console.print(f"{graph}: kept in float32 for that: {', '.join(nodes)}")
@@ -221,6 +209,11 @@ def export(
             elif precision != "fp32":
                 progress.console.print(f"{precision} was not compared with float32 in whole runs (--fidelity always).")
             install(made, out)
+
+
+def main() -> None:
+    """Entry point: one sentence and an exit code instead of a traceback."""
+    commands.run("hd-export", command, STOPPED)
 
 
 if __name__ == "__main__":

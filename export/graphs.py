@@ -255,6 +255,15 @@ class Graph:
         return (*axes[:named], *((packed,) if packed else ()))
 
 
+def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a module for inference whose weights are of `dtype`; those that are so already it shares."""
+    own: dict[int, Any] = {}  # what deepcopy is to take for copied
+    for tensor in (*module.parameters(), *module.buffers()):
+        value = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+        own[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(module, own).eval()
+
+
 @torch.no_grad()
 def graphs(
     checkpoint: Checkpoint, body: SMPLH, dtype: torch.dtype = torch.float32, batch: int = 3, seed: int = 0
@@ -262,7 +271,8 @@ def graphs(
     """Every graph of the contract with example inputs, in the order in which data flows.
 
     dtype: of the networks, see PRECISIONS. The examples are what the float32 stages before them really give, so that
-    the check against PyTorch sees values of the right size. Each module is a copy and may be dropped after use.
+    the check against PyTorch sees values of the right size. Nothing is computed in half: PyTorch's CPU kernels for it
+    are slow. Each module is a copy, which shares the checkpoint's weights where they are of `dtype`; drop it after use.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -270,7 +280,7 @@ def graphs(
         return torch.randn(shape, generator=generator)
 
     def stage(module: nn.Module) -> nn.Module:
-        return copy.deepcopy(module).eval().requires_grad_(False).to(dtype)
+        return in_precision(module, dtype)
 
     special, length = checkpoint.special_tokens, checkpoint.special_tokens["length"]
     ids = torch.randint(0, min(special["bos"], special["eos"]), (batch, 2, length), generator=generator)
@@ -302,17 +312,18 @@ def graphs(
     hands = {name: values[name] for name in (*both.cues, "visibility")} if both.cues else {}
     yield Graph("text_hand_encoder", stage(both), {"input_ids": ids, **hands}, ("context",))
 
-    context = both(ids, *hands.values()).to(dtype)
+    context = both(ids, *hands.values())
     unet = stage(checkpoint.unet)
     attach(unet, copy.deepcopy(checkpoint.position_kernel), checkpoint.latent_size)
     names = tuple(f"{kind}_{i:02}" for i in range(len(cross_attentions(unet))) for kind in ("key", "value"))
-    yield Graph("unet_context", UNetContext(unet), {"context": context}, names)
+    yield Graph("unet_context", UNetContext(unet), {"context": context.to(dtype)}, names)
 
     timesteps = torch.tensor([999.0, 500.5, 1.0])
     yield Graph("unet_time", UNetTime(unet), {"timesteps": timesteps}, ("time",), free="S")
 
-    keys_values = dict(zip(names, UNetContext(unet)(context), strict=True))
-    time = UNetTime(unet)(torch.linspace(999, 1, batch))
+    exact = [tensor.to(dtype) for tensor in UNetContext(checkpoint.unet)(context)]
+    keys_values = dict(zip(names, exact, strict=True))
+    time = UNetTime(checkpoint.unet)(torch.linspace(999, 1, batch)).to(dtype)
     shape = (batch, checkpoint.unet.config.in_channels, *checkpoint.latent_size)
     latents, noise = normal(*shape), normal(*shape)
     history = 0.1 * normal(batch, NUM_HISTORY["unet"], *shape[1:])

@@ -16,15 +16,17 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
@@ -33,6 +35,7 @@ from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config
 from .hand_prior import HandPrior
 from .position_kernel import PositionKernel, attach
 from .text_hand_encoder import TextHandEncoder
+from .weights import load_part
 
 # Our own commands show progress; the libraries' bars and remarks would only break it up.
 diffusers_logging.set_verbosity_error()
@@ -125,7 +128,8 @@ class Checkpoint:
     def load(cls, folder: str | Path) -> Checkpoint:
         """Reads a checkpoint folder; weights become float32.
 
-        Raises CheckpointError for a missing part, a pickle, or parts that do not fit together.
+        Raises CheckpointError for a missing part, a pickle, weights that are damaged, not finite or not what the
+        configuration says, or parts that do not fit together.
         """
         folder = Path(folder)
         try:
@@ -143,12 +147,8 @@ class Checkpoint:
 
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a typo in a path must not become a download
         try:
-            parts: dict[str, Any] = {
-                "text_encoder": CLIPTextModel.from_pretrained(
-                    folder / "text_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
-                )
-            }
             classes = {
+                "text_encoder": CLIPTextModel,
                 "hand_prior": HandPrior,
                 "text_hand_encoder": TextHandEncoder,
                 "unet": UNet2DConditionModel,
@@ -156,14 +156,7 @@ class Checkpoint:
             }
             if (folder / "position_kernel").is_dir():
                 classes["position_kernel"] = PositionKernel
-            for name, kind in classes.items():
-                parts[name] = kind.from_pretrained(
-                    folder / name,
-                    use_safetensors=True,
-                    local_files_only=True,
-                    low_cpu_mem_usage=False,
-                    torch_dtype=torch.float32,
-                )
+            parts = {name: load_part(kind, folder / name) for name, kind in classes.items()}
             schedules = {
                 name: json.loads((folder / name / "scheduler_config.json").read_text(encoding="utf-8"))
                 for name in ("scheduler", "hand_scheduler")
@@ -273,21 +266,51 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2 - len(alphabet),
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    # Training adds only those bytes to the end of a word that it has seen there: add the rest.
-    state = json.loads(tokenizer.to_str())
-    vocabulary = state["model"]["vocab"]
-    for symbol in alphabet:
-        vocabulary.setdefault(symbol + "</w>", len(vocabulary))
-    tokenizer = Tokenizer.from_str(json.dumps(state))
+    words: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
+            words[(*piece[:-1], piece[-1] + "</w>")] += 1
+    symbols = [*alphabet, *(symbol + "</w>" for symbol in alphabet)]
+    merges = learn_merges(words, vocab_size - 2 - len(symbols))
+    symbols += dict.fromkeys(first + second for first, second in merges)
+    vocabulary = {symbol: number for number, symbol in enumerate(dict.fromkeys(symbols))}
+    tokenizer.model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
     tokenizer.add_special_tokens([BOS, EOS])
     return tokenizer
+
+
+def learn_merges(words: Mapping[tuple[str, ...], int], most: int) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al. 2016): at most `most` merges, the commonest pair first; of equals the first
+    in the alphabet, so that it repeats from process to process, which the trainer of `tokenizers` does not.
+
+    words: a word as symbols -> how often it comes.
+    """
+    words = dict(words)
+    merges: list[tuple[str, str]] = []
+    while len(merges) < most:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, count in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        merged: Counter[tuple[str, ...]] = Counter()
+        for word, count in words.items():
+            merged[_merge(word, best)] += count
+        words = merged
+    return merges
+
+
+def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    out: list[str] = []
+    for symbol in word:
+        if out and (out[-1], symbol) == pair:
+            out[-1] += symbol
+        else:
+            out.append(symbol)
+    return tuple(out)
 
 
 def special_tokens(tokenizer: Tokenizer, length: int) -> dict[str, int]:

@@ -62,6 +62,15 @@ def causal_mask(length: int, free_from: int, device: torch.device) -> Tensor:
     return ((place[None] <= place[:, None]) | (place[:, None] >= free_from))[None, None]
 
 
+def take(rows: Tensor, order: Sequence[int]) -> Tensor:
+    """[N, 2, R, ...] -> [N, 2, len(order), ...]: rows of each hand in another order.
+
+    `rows[:, :, order]` would export as GatherND between two Transposes; in half precision, before a matrix product,
+    ONNX Runtime 1.32 dies of that while it loads the graph. This is one Gather.
+    """
+    return rows.index_select(2, torch.tensor(order, device=rows.device))
+
+
 def encode_text(clip: CLIPTextModel, input_ids: Tensor) -> Tensor:
     """CLIP's hidden states [B, 77, W], from its own layers with a mask that exports."""
     inner = getattr(clip, "text_model", clip)  # transformers 5 dropped the inner `text_model`
@@ -170,16 +179,16 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
             scaled = (2 * joints - 1).clamp(-3.0, 3.0)  # [N, 2, 21, 2]
             octaves = 2.0 ** torch.arange(LOCATION_OCTAVES, device=scaled.device) * (math.pi / 2)
             angle = (scaled[..., None] * octaves).flatten(-2)
-            bone = scaled - scaled[:, :, list(PARENT_OF_JOINT)]
+            bone = scaled - take(scaled, PARENT_OF_JOINT)
             features = torch.cat([scaled, bone * 4, angle.sin(), angle.cos()], -1)
             tokens = tokens + self.location(features.to(self.place.dtype))
         if "rotations" in self.config.cues:
             assert rotations is not None
-            turned = self.rotation(rotations[:, :, list(ROTATION_OF_JOINT)])  # [N, 2, 16, W], in the joints' order
+            turned = self.rotation(take(rotations, ROTATION_OF_JOINT))  # [N, 2, 16, W], in the joints' order
             # The five tips have no rotation of their own: a zero row stands in for them.
             padded = torch.cat([turned, torch.zeros_like(turned[:, :, :1])], 2)
             row = [ROTATED_JOINTS.index(j) if j in ROTATED_JOINTS else 16 for j in range(NUM_HAND_JOINTS)]
-            tokens = tokens + padded[:, :, row]
+            tokens = tokens + take(padded, row)
         if "vertices" in self.config.cues:
             assert bps is not None
             tokens = torch.cat([tokens, self.vertices(bps * BPS_SCALE)[:, :, None]], 2)

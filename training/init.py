@@ -26,6 +26,7 @@ from ..models.configs import CONFIGS, HAND_SCHEDULE
 from ..models.hand_prior import HandPrior
 from ..models.position_kernel import PositionKernel
 from ..models.text_hand_encoder import CUES, TextHandEncoder
+from ..models.weights import load_part
 
 FREQUENCIES = (1, 2, 4, 8)
 PRIOR = (512, 8, 8)  # width, layers and heads of the hand prior: the paper's size
@@ -98,21 +99,11 @@ def read_parts(folder: Path) -> dict[str, Any]:
     if (folder / "text_encoder_2").is_dir():
         raise CheckpointError(f"{folder} has two text encoders (SDXL): this takes Stable Diffusion 1.x and 2.x.")
     refuse_pickles(folder)
-    parts = {}
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    for name, kind in kinds.items():
-        files = [path.name for path in (folder / name).glob("*.safetensors")]
-        variant = "fp16" if files and all(".fp16." in file for file in files) else None
-        try:
-            parts[name] = kind.from_pretrained(
-                folder / name,
-                use_safetensors=True,
-                local_files_only=True,
-                torch_dtype=torch.float32,
-                variant=variant,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{folder / name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    try:
+        parts = {name: load_part(kind, folder / name) for name, kind in kinds.items()}
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     config = parts["unet"].config
     if config.addition_embed_type or config.class_embed_type or not isinstance(config.cross_attention_dim, int):
         raise CheckpointError(f"The UNet in {folder} is not Stable Diffusion 1.x's or 2.x's: it wants more than text.")

@@ -18,7 +18,7 @@ from handiffuser.contract import GRAPHS, Manifest, file_digest
 from handiffuser.errors import CheckpointError, EngineError, ExportError
 from handiffuser.export import bundle
 from handiffuser.export.bundle import at_image_size, export_bundle
-from handiffuser.export.cli import main as export_command
+from handiffuser.export.cli import command as export_command
 from handiffuser.models.checkpoint import random_checkpoint
 from handiffuser.models.configs import CONFIGS
 from handiffuser.runtime.pipeline import HanDiffuser

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from handiffuser.errors import CheckpointError
 from handiffuser.models.checkpoint import Checkpoint, make_tokenizer, random_checkpoint
 from handiffuser.models.configs import CONFIGS
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextModel
 
 
@@ -74,13 +78,6 @@ def test_incomplete_and_foreign_folders(copy, tmp_path):
         Checkpoint.load(copy)
 
 
-def test_a_truncated_file(copy):
-    weights = next((copy / "unet").glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
-        Checkpoint.load(copy)
-
-
 def test_parts_that_do_not_fit(copy):
     other = random_checkpoint(replace(CONFIGS["tiny"], text_width=64))
     other.hand_prior.save_pretrained(copy / "hand_prior")
@@ -115,3 +112,131 @@ def test_the_papers_size_is_a_configuration():
     assert counts["text_encoder"] == 123_060_480
     assert counts["vae"] == 83_653_863
     assert checkpoint.latent_size == (64, 64)
+
+
+def rewrite(folder: Path, part: str, change) -> None:
+    """Changes the tensors of a part's file in place."""
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def sentence_of(folder: Path) -> str:
+    """What `load` refuses a folder with: one line, which hints at no model hub."""
+    with pytest.raises(CheckpointError) as refused:
+        Checkpoint.load(folder)
+    said = str(refused.value)
+    assert len(said.splitlines()) == 1 and len(said) < 600, said
+    assert not any(word in said.lower() for word in ("hugging", "hub", "http", "internet", "offline")), said
+    return said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["text_encoder", "hand_prior", "vae"])
+def test_a_weight_that_is_not_finite_is_named(copy, part, value):
+    def spoil(tensors):
+        name = sorted(tensors)[2]
+        tensors[name].view(-1)[-1] = value
+        names.append(name)
+
+    names: list[str] = []
+    rewrite(copy, part, spoil)
+    said = sentence_of(copy)
+    assert "NaN or infinity" in said and part in said and names[0].removeprefix("text_model.") in said
+
+
+def test_large_weights_are_not_broken(copy):
+    """Their sum overflows, they do not."""
+    rewrite(copy, "vae", lambda tensors: next(iter(tensors.values())).fill_(3e38))
+    Checkpoint.load(copy)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: (1 << 40).to_bytes(8, "little") + data[8:],  # a header of a tebibyte
+        lambda data: data[:-5],
+        lambda data: data[:100],
+        lambda data: b"",
+        lambda data: data[:8] + b"[" + data[9:],
+        lambda data: data.replace(b'"F32"', b'"F99"'),
+    ],
+    ids=["header of 2^40", "short by 5 bytes", "100 bytes", "empty", "no JSON", "type F99"],
+)
+def test_damaged_files_are_one_sentence(copy, part, damage):
+    file = next((copy / part).glob("*.safetensors"))
+    file.write_bytes(damage(file.read_bytes()))
+    said = sentence_of(copy)
+    assert "truncated or damaged" in said and file.name in said and part in said
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "hand_prior", "unet"])
+def test_tensors_that_do_not_fit_are_one_sentence(copy, part):
+    def lose(tensors):
+        for name in sorted(tensors)[:5]:
+            del tensors[name]
+
+    def add(tensors):
+        tensors["stranger.weight"] = torch.zeros(3)
+
+    def reshape(tensors):
+        for name in sorted(tensors):
+            tensors[name] = torch.zeros(*tensors[name].shape, 2)
+
+    for change, says in ((lose, "lacks"), (add, "has no place for stranger.weight"), (reshape, "differs in the shape")):
+        folder = Path(shutil.copytree(copy, copy.with_name(change.__name__)))
+        rewrite(folder, part, change)
+        said = sentence_of(folder)
+        assert says in said and part in said
+        if change is not add:
+            assert " more" in said, "the first few names are enough"
+
+
+def test_integers_are_no_weights(copy):
+    rewrite(copy, "unet", lambda tensors: tensors.update({"conv_in.bias": tensors["conv_in.bias"].to(torch.int8)}))
+    assert "conv_in.bias (I8)" in sentence_of(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_floats_are_read(copy, dtype):
+    rewrite(copy, "unet", lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items()}))
+    assert Checkpoint.load(copy).unet.conv_in.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_missing_files_are_one_sentence(copy, part):
+    weights = next((copy / part).glob("*.safetensors"))
+    config = (copy / part / "config.json").rename(copy / "config.json")
+    assert f"{copy / part} has no config.json" in sentence_of(copy)
+    config.rename(copy / part / "config.json")
+    variant = weights.rename(weights.with_suffix(".fp16.safetensors"))
+    assert f"has no {weights.name}" in (said := sentence_of(copy)) and variant.name in said
+    variant.unlink()
+    assert f"has no {weights.name}" in sentence_of(copy)
+    (copy / part / f"{weights.name}.index.json").write_text('{"weight_map": []}')
+    assert "is no index of weights" in sentence_of(copy)
+    (copy / part / f"{weights.name}.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert "has no gone.safetensors" in sentence_of(copy)
+
+
+def test_random_checkpoints_repeat_from_process_to_process():
+    """Also the tokenizer: the trainer of `tokenizers` breaks ties as its hash table falls."""
+    code = (
+        "import hashlib\n"
+        "from handiffuser.models.checkpoint import random_checkpoint\n"
+        "from handiffuser.models.configs import CONFIGS\n"
+        "made = random_checkpoint(CONFIGS['tiny'], seed=4)\n"
+        "digest = hashlib.sha256(made.tokenizer.to_str().encode())\n"
+        "for module in made.modules().values():\n"
+        "    for name, tensor in module.state_dict().items():\n"
+        "        digest.update(name.encode() + tensor.numpy().tobytes())\n"
+        "print(digest.hexdigest())\n"
+    )
+    environments = [{**os.environ, "PYTHONHASHSEED": seed} for seed in ("1", "2")]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        for environment in environments
+    ]
+    assert runs[0].stdout == runs[1].stdout

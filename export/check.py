@@ -1,0 +1,135 @@
+"""Runs a graph in ONNX Runtime in a process of its own, so that a crash in native code ends that process alone.
+
+    values = run_apart(Path("unet.onnx"), [{"latents": ..., ...}], "fp16")    # outputs of each call, by name
+
+The other process is `python -m handiffuser.export.check GRAPH FOLDER`: it reads FOLDER/inputs-0.npz and so on, and
+writes FOLDER/outputs-0.npz. It loads no PyTorch, starts in a fraction of a second, and ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import ExportError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Feeds = dict[str, np.ndarray]
+FAILED = 1  # exit code when ONNX Runtime gave a reason, which is the last line on stderr
+
+
+def run_apart(path: Path, calls: list[Feeds], precision: str = "fp32") -> list[list[np.ndarray]]:
+    """The outputs of each call, in the graph's order. precision: what the graph computes in, for messages.
+
+    Raises ExportError when ONNX Runtime refuses the graph, or crashes over it.
+    """
+    with TemporaryDirectory(dir=path.parent, prefix=".check-") as name:
+        folder = Path(name)
+        for number, feeds in enumerate(calls):
+            np.savez(folder / f"inputs-{number}.npz", **feeds)  # type: ignore[arg-type]
+        command = [sys.executable, "-m", __name__, str(path), str(folder)]
+        with open(folder / "stderr", "w+b") as stderr:
+            # The pipe is never written to: its end tells the child that this process is gone.
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr) as process:
+                try:
+                    code = process.wait()
+                except BaseException:
+                    process.kill()
+                    raise
+            stderr.seek(0)
+            said = stderr.read().decode(errors="replace").strip()
+        if code:
+            raise ExportError(_sentence(path.stem, precision, code, said))
+        results = []
+        for number in range(len(calls)):
+            with np.load(folder / f"outputs-{number}.npz", allow_pickle=False) as arrays:
+                results.append([arrays[key] for key in sorted(arrays.files)])
+        return results
+
+
+def _sentence(graph: str, precision: str, code: int, said: str) -> str:
+    another = f"Export with another --opset{'' if precision == 'fp32' else ', or with --precision fp32'}"
+    if code == FAILED:
+        reason = (said.splitlines() or ["it gave no reason"])[-1].rstrip(".")
+        return f"ONNX Runtime {version()} does not run {graph}, so nothing was written: {reason}. {another}."
+    if code == -9:  # SIGKILL, which Windows has not
+        return f"The check of {graph} was killed, most often because memory ran out; nothing was written."
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code:#x}"
+    return (
+        f"ONNX Runtime {version()} crashed ({how}) over {graph} in {precision}, so nothing was written. {another}, or "
+        "install another version of onnxruntime; and please report this."
+    )
+
+
+def version() -> str:
+    """Of ONNX Runtime, under either name of its package; empty where there is none."""
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """The graph on the CPU; the emulation of one that computes in bfloat16, of which it has no kernels."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Packed copies of the weights pay off over many runs; this one runs twice.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    model = onnx.load(path, load_external_data=False)
+    if not any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    from ..calibration.emulate import emulate
+    from ..calibration.graphs import save_model
+
+    with TemporaryDirectory(dir=path.parent, prefix=".check-") as folder:
+        emulation = Path(folder) / path.name
+        save_model(emulate(onnx.load(path)), emulation)
+        return onnxruntime.InferenceSession(str(emulation), options, providers=["CPUExecutionProvider"])
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(FAILED)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    path, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    try:
+        session = open_session(path)
+        wanted = [value.name for value in session.get_inputs()]
+        number = 0
+        while (inputs := folder / f"inputs-{number}.npz").exists():
+            with np.load(inputs, allow_pickle=False) as arrays:
+                outputs = session.run(None, {name: arrays[name] for name in wanted})
+            named = {f"{index:04}": value for index, value in enumerate(outputs)}
+            np.savez(folder / f"outputs-{number}.npz", **named)  # type: ignore[arg-type]
+            number += 1
+    except Exception as error:  # ONNX Runtime's exceptions share no base class below Exception
+        print(" ".join(str(error).split())[:500], file=sys.stderr)
+        code = FAILED
+    else:
+        code = 0
+    sys.stderr.flush()
+    os._exit(code)  # a thread waits on stdin, which a proper end would wait for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A part of a checkpoint, read from safetensors: what does not fit is one sentence that names the file and the tensors.
+
+    unet = load_part(UNet2DConditionModel, Path("checkpoint/unet"))
+
+The libraries' `from_pretrained` builds the modules; what they would pass over in silence (a missing tensor stays
+random, a number beyond float32 becomes infinity) or answer with pages is looked for here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # in the words of safetensors
+INTEGER = "position_ids"  # a buffer in older CLIP files, which is not read
+SHOWN = 3  # names in a sentence; the others are counted
+
+
+def load_part(kind: Any, folder: Path) -> Any:
+    """A module of the class `kind` in float32, from its folder in Hugging Face layout.
+
+    Raises CheckpointError for files that are missing or damaged, and for tensors that are missing, left over, of
+    another shape or type than the configuration says, or not finite.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json.")
+    types = stored_types(weight_files(kind, folder))
+    other = [f"{name} ({held})" for name, held in types.items() if held not in FLOATS and not name.endswith(INTEGER)]
+    if other:
+        raise CheckpointError(
+            f"The weights in {folder} are of a type that is not read here: {listed(other)}. "
+            "Save them as float32, float16 or bfloat16."
+        )
+    arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    arguments["ignore_mismatched_sizes"] = True  # they are reported then, and refused below
+    if issubclass(kind, PreTrainedModel):
+        arguments["dtype"] = torch.float32
+    else:
+        arguments |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    module, info = kind.from_pretrained(folder, **arguments)
+    wrong = [
+        f"{what} {listed(names)}"
+        for what, names in (
+            ("lacks", info["missing_keys"]),
+            ("has no place for", info["unexpected_keys"]),
+            ("differs in the shape of", [str(key[0]) for key in info["mismatched_keys"]]),
+        )
+        if names
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"The weights in {folder} do not fit its config.json, which {' and '.join(wrong)}. "
+            "Save both again together, with save_pretrained()."
+        )
+    check_finite(module, folder)
+    return module
+
+
+def weight_files(kind: Any, folder: Path) -> list[Path]:
+    """The files that `from_pretrained` will read: one, or the shards that an index names."""
+    stem = "model" if issubclass(kind, PreTrainedModel) else "diffusion_pytorch_model"
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        raise CheckpointError(
+            f"{folder} has no {single.name}."
+            + (f" If its weights are in {others[0]}, give that file this name." if others else "")
+        )
+    try:
+        shards = sorted(
+            {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is no index of weights ({type(error).__name__}: {error}).") from None
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(f"{folder} has no {shard.name}, which {index.name} names.")
+    return shards
+
+
+def stored_types(files: Iterable[Path]) -> dict[str, str]:
+    """Tensor -> type in the file. Only the headers are read; safetensors checks their numbers against the file."""
+    types = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                types.update({name: tensors.get_slice(name).get_dtype() for name in tensors.keys()})  # noqa: SIM118
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is truncated or damaged: {str(error).rstrip('.')}.") from None
+    return types
+
+
+def check_finite(module: nn.Module, folder: Path) -> None:
+    """Raises CheckpointError for NaN or infinity in a weight. One pass at the speed of memory: a sum is finite if all
+    its terms are, unless they are huge, and those are looked at one by one."""
+    broken = [
+        name
+        for name, tensor in module.state_dict().items()
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all()
+    ]
+    if broken:
+        raise CheckpointError(
+            f"The weights in {folder} are broken: NaN or infinity in {listed(broken)}. "
+            "Take a checkpoint from before the training diverged."
+        )
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
