@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import fake_cuda
 import numpy as np
 import pytest
 from handiffuser import EngineError, HanDiffuser
@@ -13,6 +12,7 @@ from handiffuser.benchmarks.card import card
 from handiffuser.benchmarks.flops import count
 from handiffuser.contract import GRAPHS
 from handiffuser.engines import load_engines
+from handiffuser.engines.cuda import Cuda
 from handiffuser.runtime.device import DeviceLoop
 from handiffuser.runtime.device_graphs import Streams, connect
 from onnx import parser, save
@@ -104,13 +104,17 @@ def test_stages_and_host_add_up_to_the_total(pipeline):
     assert used["of_ceiling"] == pytest.approx(used["flops"] / out["total"] / 1e6)
 
 
-def test_stages_on_a_device_leave_its_loop_as_it_was(tiny_bundle, all_at_once):
+def test_stages_on_a_device_leave_its_loop_as_it_was(tiny_bundle, all_at_once, monkeypatch):
     """On a fake GPU: a time for each graph, and the pictures after it are those of the host."""
+    pytest.importorskip("cuda.bindings.runtime")
+    from fake_runtime import FakeDeviceEngine, FakeRuntime
+
     host = HanDiffuser.load(tiny_bundle, device="cpu", threads=1)
-    cuda, engines = fake_cuda.FakeCuda(1), load_engines(tiny_bundle, "cpu", 1)[1]
+    gpu = FakeRuntime(1).install(monkeypatch)
+    cuda, engines = Cuda(), load_engines(tiny_bundle, "cpu", 1)[1]
 
     def load(name, bucket, branches):
-        return fake_cuda.FakeDeviceEngine(engines[name], None if name == "unet_time" else bucket, None)
+        return FakeDeviceEngine(gpu, engines[name], None if name == "unet_time" else bucket)
 
     loop = DeviceLoop(host.bundle, cuda, connect(cuda, host.manifest, (1, 2), load), Streams.make(cuda, True), 2)
     run = measure.new_run(2, 2, "ddim", 3.0)

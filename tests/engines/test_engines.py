@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-from fake_cuda import FakeCuda
 from handiffuser import BundleError, EngineError
 from handiffuser.contract import GraphSpec, Manifest, TensorSpec
 from handiffuser.engines import OnnxRuntimeEngine, check_feeds
@@ -241,7 +240,10 @@ def test_a_session_may_capture_a_graph_of_its_own(toy, fake_ort):
 
 
 def test_only_steps_replay_and_a_refusal_runs_without(toy_bundle, fake_ort):
-    manifest, streams = Manifest.load(toy_bundle), Streams.make(FakeCuda(), True)
+    pytest.importorskip("cuda.bindings.runtime")
+    from fake_runtime import fake_cuda
+
+    manifest, streams = Manifest.load(toy_bundle), Streams.make(fake_cuda(), True)
     fake_ort.refuse = ("hand_prior",)
     load = onnxruntime_loader(manifest, toy_bundle, streams, graphs=True)
     own = {name: load(name, 4, 2).own_graph for name in manifest.graphs}

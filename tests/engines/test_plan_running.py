@@ -7,7 +7,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from fake_cuda import FakeCuda
+
+pytest.importorskip("cuda.bindings.runtime")
+
+from fake_runtime import fake_cuda
 from handiffuser.contract import GRAPHS, GraphSpec, Manifest, TensorSpec
 from handiffuser.engines import build
 from handiffuser.engines.build import wanted_plans
@@ -82,7 +85,7 @@ def backend(rtx=False, valid=True, loads=True):
 
 
 def loaded(plan):
-    return LoadedPlan(backend(), None, plan, "toy", FakeCuda())
+    return LoadedPlan(backend(), None, plan, "toy", fake_cuda())
 
 
 def arrays(cuda, rows):
@@ -92,7 +95,7 @@ def arrays(cuda, rows):
 
 
 def test_tensors_are_bound_by_the_names_in_the_file():
-    cuda = FakeCuda()
+    cuda = fake_cuda()
     plan, scratch = FakePlan(), Scratch(cuda)
     engine = TensorRTEngine(loaded(plan), SPEC, scratch)
     inputs, outputs = arrays(cuda, 4)
@@ -109,7 +112,7 @@ def test_tensors_are_bound_by_the_names_in_the_file():
 
 
 def test_engines_share_scratch_and_a_larger_one_leaves_the_smaller_ones_theirs():
-    cuda = FakeCuda()
+    cuda = fake_cuda()
     scratch = Scratch(cuda)
     first, second, large = FakePlan(), FakePlan(), FakePlan()
     large.device_memory_size_v2 = 5000
@@ -120,7 +123,7 @@ def test_engines_share_scratch_and_a_larger_one_leaves_the_smaller_ones_theirs()
 
 
 def test_a_shape_outside_the_profile_names_tensor_range_and_remedy():
-    cuda = FakeCuda()
+    cuda = fake_cuda()
     engine = TensorRTEngine(loaded(FakePlan()), SPEC, Scratch(cuda))
     with pytest.raises(EngineError, match=r"toy got x of shape \[2, 3\].*allows \[4, 3\].*--batch-sizes 2"):
         engine.bind(*arrays(cuda, 2))
@@ -136,17 +139,16 @@ def test_each_batch_size_takes_its_own_profile_of_a_shared_plan():
         def get_tensor_profile_shape(self, name, profile):
             return [((1, 2, 4)[profile], {"x": 3, "row": 2}[name])] * 3
 
-    class Cuda(FakeCuda):
-        def call(self, name, *arguments):
-            calls.append((name, *arguments))
-
-    calls, cuda, chosen = [], Cuda(), []
+    cuda, calls = fake_cuda(), []
+    call = cuda.call
+    cuda.call = lambda *what: calls.append(what) or call(*what)
     plan = LoadedPlan(backend(), None, Shared(), "toy", cuda)
     for rows in (4, 1, 2):
         engine = TensorRTEngine(plan, SPEC, Scratch(cuda))
-        engine.context.set_optimization_profile_async = lambda profile, stream: chosen.append(profile) is None
+        engine.context.set_optimization_profile_async = lambda profile, stream: calls.append(profile) is None
         engine.bind(*arrays(cuda, rows))
-    assert chosen == [2, 0, 1] and calls == [("cudaStreamSynchronize", 0)] * 3
+    chosen = [(what, calls[i + 1]) for i, what in enumerate(calls) if isinstance(what, int)]
+    assert chosen == [(number, ("cudaStreamSynchronize", 0)) for number in (2, 0, 1)]
     with pytest.raises(EngineError, match=r"toy got x of shape \[3, 3\].*allows \[1, 3\] or \[2, 3\] or \[4, 3\]"):
         engine.bind(*arrays(cuda, 3))
     engine.context.set_optimization_profile_async = lambda *_: False
@@ -156,7 +158,7 @@ def test_each_batch_size_takes_its_own_profile_of_a_shared_plan():
 
 @pytest.mark.parametrize("setter", ["set_tensor_address", "set_input_shape", "execute_async_v3"])
 def test_a_setter_that_says_no_is_heard(setter):
-    cuda = FakeCuda()
+    cuda = fake_cuda()
     engine = TensorRTEngine(loaded(FakePlan()), SPEC, Scratch(cuda))
     setattr(engine.context, setter, lambda *_: False)
     engine.backend.messages.append("Error 7: the reason")
@@ -175,7 +177,7 @@ def test_scratch_memory_that_is_refused_is_heard():
 
     plan.create_execution_context = lambda strategy: Context()
     with pytest.raises(EngineError, match=r"refuses scratch memory for toy: Error 3: not aligned"):
-        TensorRTEngine(one, SPEC, Scratch(FakeCuda()))
+        TensorRTEngine(one, SPEC, Scratch(fake_cuda()))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_scratch_memory_that_is_refused_is_heard():
 )
 def test_a_plan_that_does_not_load_says_why(flag, message, words):
     diagnostics = SimpleNamespace(INSUFFICIENT_GPU_MEMORY=16, OLD_CUDA_DRIVER=4, VERSION_MISMATCH=1)
-    one, cuda = backend(valid=False), FakeCuda()
+    one, cuda = backend(valid=False), fake_cuda()
     one.module.EngineInvalidityDiagnostics, cuda.free_memory = diagnostics, lambda: 5_000_000
     ask = one.module.Runtime(None).get_engine_validity
 
@@ -237,9 +239,9 @@ def test_contexts_of_a_plan_share_one_cache_of_kernels_that_is_written_once(tmp_
 
     caches, configs, read, one, kernels = [], [], [], backend(rtx=True), tmp_path / "x.kernels"
     one.module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
-    plan = LoadedPlan(one, None, Rtx(), "toy", FakeCuda(), kernels)
+    plan = LoadedPlan(one, None, Rtx(), "toy", fake_cuda(), kernels)
     for _ in range(3):
-        TensorRTEngine(plan, SPEC, Scratch(FakeCuda()))
+        TensorRTEngine(plan, SPEC, Scratch(fake_cuda()))
     assert len(caches) == 1 and len(set(map(id, configs))) == 1
     assert configs[0].dynamic_shapes_kernel_specialization_strategy == "eager"
     plan.keep_kernels()
@@ -250,7 +252,7 @@ def test_contexts_of_a_plan_share_one_cache_of_kernels_that_is_written_once(tmp_
     plan.context()
     plan.keep_kernels()
     assert kernels.exists()
-    again = LoadedPlan(one, None, Rtx(), "toy", FakeCuda(), kernels)
+    again = LoadedPlan(one, None, Rtx(), "toy", fake_cuda(), kernels)
     assert read == [b"kernels"]
     again.close()
     again.close()
@@ -258,14 +260,14 @@ def test_contexts_of_a_plan_share_one_cache_of_kernels_that_is_written_once(tmp_
 
 def test_closing_lets_go_of_engines_and_plans_without_a_collection():
     one, plan = backend(), FakePlan()
-    kept = one.load(b"plan", "unet", FakeCuda())
-    engine = TensorRTEngine(kept, SPEC, Scratch(FakeCuda()))
-    engine.bind(*arrays(FakeCuda(), 4))
+    kept = one.load(b"plan", "unet", fake_cuda())
+    engine = TensorRTEngine(kept, SPEC, Scratch(fake_cuda()))
+    engine.bind(*arrays(fake_cuda(), 4))
     one.close()
     one.close()
     assert engine.context is None and engine.bound == ({}, {}) and kept.engine is None
-    kept = one.load(b"plan", "unet", FakeCuda())
-    engine, gone = None, weakref.ref(TensorRTEngine(kept, SPEC, Scratch(FakeCuda())))
+    kept = one.load(b"plan", "unet", fake_cuda())
+    engine, gone = None, weakref.ref(TensorRTEngine(kept, SPEC, Scratch(fake_cuda())))
     assert gone() is None
     kept, plan = None, weakref.ref(kept)
     assert plan() is None
@@ -273,7 +275,7 @@ def test_closing_lets_go_of_engines_and_plans_without_a_collection():
 
 def test_a_plan_with_other_tensors_than_the_manifest():
     with pytest.raises(EngineError, match=r"not what the manifest says.*hd-engines build"):
-        TensorRTEngine(loaded(FakePlan(("x", "row", "next_x"))), SPEC, Scratch(FakeCuda()))
+        TensorRTEngine(loaded(FakePlan(("x", "row", "next_x"))), SPEC, Scratch(fake_cuda()))
 
 
 @pytest.mark.parametrize("trouble", [{"valid": False}, {"loads": False}])
@@ -281,7 +283,7 @@ def test_a_foreign_plan_is_one_sentence(trouble):
     with pytest.raises(
         EngineError, match=r"unet does not run here \(Fake GPU, compute capability 8\.9.*hd-engines build"
     ):
-        backend(**trouble).load(b"plan", "unet", FakeCuda())
+        backend(**trouble).load(b"plan", "unet", fake_cuda())
 
 
 @pytest.mark.parametrize(
@@ -300,15 +302,12 @@ def test_a_foreign_plan_is_one_sentence(trouble):
     ],
 )
 def test_which_gpus_a_plan_is_for(rtx, target, capability, fits):
-    cuda = FakeCuda()
-    cuda.compute_capability = capability
+    cuda = fake_cuda(capability)
     assert backend(rtx).runs_on(target, cuda) == fits
 
 
 def on(capability):
-    cuda = FakeCuda()
-    cuda.compute_capability = capability
-    return cuda
+    return fake_cuda(capability)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +357,7 @@ def test_plans_of_a_backend_that_never_runs_on_the_gpu_are_not_asked_for_again(t
 
 
 def test_plans_are_picked_by_bundle_backend_version_and_gpu(toy_bundle, tmp_path):
-    manifest, store, cuda, module = Manifest.load(toy_bundle), PlanStore(tmp_path), FakeCuda(), backend(rtx=True)
+    manifest, store, cuda, module = Manifest.load(toy_bundle), PlanStore(tmp_path), fake_cuda(), backend(rtx=True)
     everywhere = f"compute capability {EVERYWHERE}"
 
     def add(version, target, sizes, dynamic=False):
@@ -397,8 +396,7 @@ def test_plans_are_picked_by_bundle_backend_version_and_gpu(toy_bundle, tmp_path
     [("bf16", "8.0", True), ("bf16", "12.1", True), ("fp16", "7.5", True), ("bf16", "7.5", False)],
 )
 def test_bfloat16_needs_a_gpu_that_has_it(toy_bundle, precision, capability, runs):
-    manifest, cuda = replace(Manifest.load(toy_bundle), precision=precision), FakeCuda()
-    cuda.compute_capability = capability
+    manifest, cuda = replace(Manifest.load(toy_bundle), precision=precision), fake_cuda(capability)
     if runs:
         check_bfloat16(manifest, cuda)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 
 import numpy as np
@@ -21,8 +22,10 @@ from fake_runtime import FakeRuntime
 from fake_tensorrt import FakeTensorRT
 from handiffuser import HanDiffuser, Request, demo
 from handiffuser.engines import cli as engines_cli
-from handiffuser.errors import HanDiffuserError
-from handiffuser.runtime import cli
+from handiffuser.engines.cuda import Cuda, Event, Stream
+from handiffuser.engines.tensorrt import Scratch, TensorRTEngine
+from handiffuser.errors import EngineError, HanDiffuserError
+from handiffuser.runtime import cli, loading
 
 pytestmark = pytest.mark.usefixtures("all_at_once")
 PROMPTS = ["a fist", "two open hands", "a thumb", "one", "two"]
@@ -218,3 +221,109 @@ def test_a_fault_anywhere_ends_in_one_sentence(toy_engines, monkeypatch, tmp_pat
         code, spoken, *_ = attempt(None, out)
         assert code == 0, (at, spoken)
         same(pictures(out), right)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_fault_the_same_pipeline_runs_again_or_says_why_not(toy_engines, monkeypatch, kind):
+    """Nothing of the run that failed is left in buffers, slots or lent memory."""
+    with HanDiffuser.load(toy_engines, device="cpu") as on_cpu:
+        expected = run(on_cpu, mixed(7))
+    failures = 0
+    for at in (1, 3, 8, 21, 55, 144):
+        gpu = FakeRuntime(seed=at, lazy=at % 2 == 0).install(monkeypatch)
+        trt = FakeTensorRT(gpu).install(monkeypatch)
+        with HanDiffuser.load(toy_engines, backend="tensorrt-rtx", batch_size=4) as pipeline:
+            fault(kind, gpu, trt, at)
+            try:
+                same(run(pipeline, mixed(7)), expected)
+            except EngineError:
+                failures += 1
+            if gpu.broken is None:
+                gpu.refuse.clear()
+                gpu.refuse_allocation = trt.refuse = None
+                same(run(pipeline, mixed(7)), expected)
+            else:
+                with pytest.raises(EngineError, match="IllegalAddress"):
+                    run(pipeline, mixed(7))
+        assert not gpu.problems, at
+        if gpu.broken is None:
+            gc.collect()
+            assert not gpu.live(), at
+    assert failures > 1
+
+
+# Tests of the test: mistakes that the loop could make, and what is said of them.
+def no_wait(patch):
+    patch.setattr(Stream, "wait", lambda stream, event: None)
+
+
+def pageable(patch):
+    patch.setattr(Cuda, "pinned", lambda cuda, shape, dtype: np.zeros(shape, dtype))
+
+
+def staging_that_does_not_wait(patch):
+    patch.setattr(Event, "done", lambda event: True)
+
+
+def freed_scratch(patch):
+    """Scratch memory that grows frees what was captured."""
+
+    def reserve(scratch, size):
+        if scratch.array is None or scratch.array.nbytes < size:
+            if scratch.array is not None:
+                scratch.array.close()
+            scratch.array = scratch.cuda.zeros((size,), "uint8")
+        return scratch.array
+
+    patch.setattr(Scratch, "reserve", reserve)
+
+
+def shared_scratch(patch):
+    """Engines of several streams have one scratch memory."""
+    patch.setattr(loading, "Scratch", lambda cuda: cuda.__dict__.setdefault("one", Scratch(cuda)))
+
+
+def allocating_engine(patch):
+    enqueue = TensorRTEngine.enqueue
+
+    def allocate(engine, stream):
+        engine.mine = engine.plan.cuda.zeros((16,), "uint8")
+        enqueue(engine, stream)
+
+    patch.setattr(TensorRTEngine, "enqueue", allocate)
+
+
+def too_large_copies(patch):
+    copy = Stream.copy
+
+    def copy_more(stream, target, source):
+        if target.nbytes == source.nbytes and not isinstance(target, np.ndarray) and target.owner is None:
+            stream.cuda.call("cudaMemsetAsync", target.pointer, 0, target.nbytes + 4, stream.handle)
+        copy(stream, target, source)
+
+    patch.setattr(Stream, "copy", copy_more)
+
+
+MISTAKES = {
+    no_wait: "race",
+    pageable: "pageable",
+    staging_that_does_not_wait: "host wrote into pinned memory|race",
+    freed_scratch: "was freed",
+    shared_scratch: "race",
+    allocating_engine: "cudaMalloc during a capture",
+    too_large_copies: "behind its allocation|never allocated",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_a_mistake_is_found(toy_engines, monkeypatch, mistake):
+    gpu = FakeRuntime(seed=1, lazy=True).install(monkeypatch)
+    FakeTensorRT(gpu).install(monkeypatch)
+    mistake(monkeypatch)
+    try:
+        with HanDiffuser.load(toy_engines, backend="tensorrt-rtx", batch_size=4) as pipeline:
+            pipeline.warm_up()
+            run(pipeline, mixed(11))
+    except (HanDiffuserError, AttributeError):
+        pass  # that the pictures fail, too, is no matter here
+    assert re.search(MISTAKES[mistake], " ".join(gpu.problems)), gpu.problems
