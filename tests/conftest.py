@@ -1,11 +1,30 @@
-"""What many tests share: the demo's body, a tiny random checkpoint, and the bundle that is exported from it once."""
+"""What many tests share: the demo's body, a tiny random checkpoint, and the bundles that are exported from it once."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from commands import run_command
+# One thread a worker, and a worker a core; the commands that tests start inherit it. Before any library that asks.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+import pytest  # noqa: E402
+from commands import run_command  # noqa: E402
+from filelock import FileLock  # noqa: E402
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills once for all workers of a run. Not to be written into."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / f"shared-{name}", base / f"shared-{name}.done"
+    with FileLock(base / f"shared-{name}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,39 +65,36 @@ def tiny_checkpoint(body_path: Path):
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint_folder(tiny_checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    tiny_checkpoint.save(folder)
-    return folder
+    return once(tmp_path_factory, "checkpoint", tiny_checkpoint.save)
+
+
+def exported(checkpoint: Path, factory: pytest.TempPathFactory, precision: str, *said: str) -> Path:
+    """The tiny checkpoint, exported by the command as a user types it, which says this meanwhile."""
+
+    def make(folder: Path) -> None:
+        result = run_command("export.cli", checkpoint, folder, "--precision", precision)
+        assert result.returncode == 0, result.stderr
+        assert all(words in result.stderr for words in said), result.stderr
+
+    return once(factory, precision, make)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint, exported by the command as a user types it."""
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    result = run_command("export.cli", tiny_checkpoint_folder, folder)
-    assert result.returncode == 0, result.stderr
-    return folder
+    return exported(tiny_checkpoint_folder, tmp_path_factory, "fp32")
 
 
 @pytest.fixture(scope="session")
 def tiny_half(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint in half, exported and compared with float32 by the command. Not to be written into."""
-    folder = tmp_path_factory.mktemp("half") / "tiny"
-    result = run_command("export.cli", tiny_checkpoint_folder, folder, "--precision", "fp16")
-    assert result.returncode == 0, result.stderr
-    assert "fp16 beside float32, 6 pictures" in result.stderr
-    return folder
+    """In half, and compared with float32."""
+    return exported(tiny_checkpoint_folder, tmp_path_factory, "fp16", "fp16 beside float32, 6 pictures")
 
 
 @pytest.fixture(scope="session")
 def tiny_bf16(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint in bfloat16, exported and compared with float32 by the command. Not to be written into."""
-    folder = tmp_path_factory.mktemp("bf16") / "tiny"
-    result = run_command("export.cli", tiny_checkpoint_folder, folder, "--precision", "bf16")
-    assert result.returncode == 0, result.stderr
-    assert "(tolerance 0.1, emulated)" in result.stderr and "emulated bf16 beside float32, 6 pictures" in result.stderr
-    assert "runs on NVIDIA GPUs only" in result.stderr
-    return folder
+    """In bfloat16, and compared with float32."""
+    said = ("(tolerance 0.1, emulated)", "emulated bf16 beside float32, 6 pictures", "runs on NVIDIA GPUs only")
+    return exported(tiny_checkpoint_folder, tmp_path_factory, "bf16", *said)
 
 
 @pytest.fixture()

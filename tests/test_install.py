@@ -1,0 +1,121 @@
+"""Every install line of the documents, in an environment of its own: what pip would install, and a first command."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+EXTRAS = {
+    extras: f"{path.name}: {line.strip()}"
+    for path in PAGES
+    for line in path.read_text(encoding="utf-8").splitlines()
+    for extras in re.findall(r"pip install \"?\.\[([\w,-]+)\]", line)
+}
+BOTH = {"onnxruntime", "onnxruntime-gpu"}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """What git has of the project: building it must leave nothing in the work tree."""
+    out = tmp_path_factory.mktemp("source")
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes((ROOT / name).read_bytes())
+    return out
+
+
+def run(*command, cwd=None, timeout=900):
+    return subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+def test_lines_were_found():
+    assert {"cpu", "cpu,test", "cpu,export", "cpu,export,tensorrt-rtx", "cuda", "cpu,bench,export"} <= EXTRAS.keys()
+
+
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_resolves(source, tmp_path, extras):
+    """pip finds a set of packages, and never both of ONNX Runtime's."""
+    if "tensorrt" in extras.split(","):
+        pytest.skip("full TensorRT's wheels are on NVIDIA's index alone")
+    report = tmp_path / "report.json"
+    result = run(
+        sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet",
+        "--report", report, f"{source}[{extras}]",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    names = {item["metadata"]["name"].lower() for item in json.loads(report.read_text())["install"]}
+    assert "handiffuser" in names and len(names & BOTH) <= 1
+    if {"cpu", "cuda"} & set(extras.split(",")):
+        assert names & BOTH
+    if "cuda" in extras.split(","):  # onnxruntime-gpu alone has none of the libraries that it loads
+        assert any("cudnn" in name for name in names) and any("cuda-runtime" in name for name in names)
+
+
+def test_no_extra_but_cpu_and_cuda_brings_onnx_runtime(source):
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    bring = {name for name, packages in extras.items() if any("onnxruntime" in p for p in packages)}
+    refer = {
+        name for name, packages in extras.items() if any(re.search(r"handiffuser\[.*(cpu|cuda)", p) for p in packages)
+    }
+    assert bring == {"cpu", "cuda"} and not refer
+
+
+def environment(folder: Path) -> Path:
+    venv.create(folder, with_pip=True)
+    return folder / "bin"
+
+
+def test_the_first_command_of_the_readme(source, tmp_path):
+    """As it stands on the page; in a copy of the sources, as after a clone."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if line.startswith("python3 -m venv") and "hd-run" in line)
+    result = run("bash", "-c", line, cwd=source)
+    assert result.returncode == 0, result.stderr
+    assert len(list((source / "out").glob("*.hands.npz"))) == 2 and (source / "out" / "index.html").exists()
+    import shutil
+
+    shutil.rmtree(source / ".venv")
+    shutil.rmtree(source / "out")
+
+
+def test_a_gpu_user_can_export_and_build_without_one(source, tmp_path, tiny_checkpoint_folder):
+    """The README's line for RTX GPUs, in a clean environment: export, plans, and what hd-run says here."""
+    bin = environment(tmp_path / "env")
+    result = run(bin / "pip", "install", "-q", f"{source}[cpu,export,tensorrt-rtx]")
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "engines"
+    result = run(
+        bin / "hd-export", tiny_checkpoint_folder, out, "--backend", "tensorrt-rtx", "--batch-sizes", 1,
+        "--fidelity", "never", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0 and list((out / "plans").glob("unet*.plan")), result.stderr
+    result = run(bin / "hd-run", out, "two open hands", "--steps", 2, cwd=tmp_path)
+    assert "Traceback" not in result.stderr
+
+
+def test_without_onnx_runtime_the_message_names_it(source, tmp_path, tiny_checkpoint_folder):
+    bin = environment(tmp_path / "env")
+    assert run(bin / "pip", "install", "-q", source).returncode == 0
+    result = run(bin / "hd-run", "demo", "a fist", cwd=tmp_path)
+    assert result.returncode == 1 and "[cpu]" in result.stderr and "Traceback" not in result.stderr
+    result = run(bin / "hd-export", tiny_checkpoint_folder, tmp_path / "out", cwd=tmp_path)
+    assert result.returncode == 1 and "[export]" in result.stderr and "Traceback" not in result.stderr
+    result = run(bin / "hd-train", "init", "nowhere", tmp_path / "out", cwd=tmp_path)
+    assert result.returncode == 1 and "[train]" in result.stderr and "Traceback" not in result.stderr
+    result = run(bin / "hd-bench", "demo", cwd=tmp_path)
+    assert result.returncode == 1 and "[cpu]" in result.stderr and "Traceback" not in result.stderr
