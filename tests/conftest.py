@@ -14,6 +14,8 @@ import pytest  # noqa: E402
 from commands import run_command  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
+LONG = {"tiny_bf16", "cases", "trained"}  # an export by emulation, eight graphs compiled, every stage trained
+
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that `make` fills once for all workers of a run. Not to be written into."""
@@ -28,7 +30,10 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
+    """Tests marked `gpu` are skipped where there is none; those that need the longest fixtures count as slow."""
+    for item in items:
+        if LONG & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         from handiffuser.engines.build import gpu

@@ -170,6 +170,7 @@ def wait_for_samples(process: subprocess.Popen[str]) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_random_bundle_is_made_and_found_again(tmp_path):
     options = ("--random", "tiny", "--workdir", tmp_path / "work", *QUICK, "--batch-sizes", "1")
     result = run_command("benchmarks.cli", *options, timeout=900)

@@ -102,6 +102,7 @@ def test_bf16_is_refused_where_it_cannot_run(tiny_bf16, tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1 and "NVIDIA GPUs only" in result.stderr
 
 
+@pytest.mark.slow
 def test_half_precision_that_fails_its_bar_is_refused(tiny_checkpoint_folder, tmp_path, monkeypatch):
     """Unless told otherwise; and an older bundle stays."""
     report = Report("fp16", "cpu", True, 1e-2, {}, [PictureError("a fist", 0, 20.0, 0.0)])
@@ -153,6 +154,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.slow
 def test_other_layouts_export_and_run(name, body_path, tmp_path):
     config = LAYOUTS[name]
     export_bundle(random_checkpoint(config, body=body_path), tmp_path / "b")
@@ -161,6 +163,7 @@ def test_other_layouts_export_and_run(name, body_path, tmp_path):
 
 
 @pytest.mark.parametrize("cues", [(), ("joints",), ("rotations", "vertices")], ids="+".join)
+@pytest.mark.slow
 def test_other_sets_of_cues_export_and_run(cues, body_path, tiny_bundle, tmp_path):
     """What the cues touch is exported again (all eight sets run in PyTorch in the encoder's own tests)."""
     checkpoint = random_checkpoint(replace(CONFIGS["tiny"], cues=cues), seed=3, body=body_path)
@@ -178,6 +181,7 @@ def test_other_sets_of_cues_export_and_run(cues, body_path, tiny_bundle, tmp_pat
     assert picture.image.shape == (32, 48, 3)
 
 
+@pytest.mark.slow
 def test_another_image_size(tiny_checkpoint_folder, tmp_path):
     result = run_command("export.cli", tiny_checkpoint_folder, tmp_path / "b", "--image-size", "48x32")
     assert result.returncode == 0, result.stderr
@@ -247,6 +251,7 @@ def test_a_checkpoint_without_a_body_asks_for_one(tiny_checkpoint, tmp_path):
         export_bundle(replace(tiny_checkpoint, body=None), tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_licensed_body_is_marked(tiny_checkpoint_folder, body_path, tmp_path):
     result = run_command("export.cli", tiny_checkpoint_folder, tmp_path / "b", "--body", body_path)
     assert result.returncode == 0, result.stderr
