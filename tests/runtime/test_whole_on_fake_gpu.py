@@ -185,7 +185,7 @@ def counted(kind, gpu, trt):
 KINDS = ("out of memory", "TensorRT refuses", "a call fails", "the context breaks")
 
 
-@pytest.mark.parametrize("places", [5, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("places", [5, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [(), ("--no-warm-up", "--no-overlap")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_anywhere_ends_in_one_sentence(toy_engines, monkeypatch, tmp_path, capsys, kind, how, places):
