@@ -9,7 +9,7 @@ itself: not for an error that came down to it, and not for the infinity of a nod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def find_sensitive(
     input of a node that loses too much is kept with it, because the loss is in the rounding between the two.
     Raises BundleError when the graphs are not two precisions of one.
     """
-    exact, halves = _Pieces(reference), _Pieces(half)
+    exact, halves = Pieces(reference), Pieces(half)
     pairs = _pair(exact, halves)
     counterpart = {theirs: ours for a, b in pairs for theirs, ours in zip(b.output, a.output, strict=True)}
     tried = [(a, b) for a, b in pairs if halves.half_tensors(b)]
@@ -97,31 +97,22 @@ def find_sensitive(
     sources = {label(b): {name: halves.source(name) for name in halves.dynamic(b)} for _, b in tried}
     sources = {node: {name: counterpart.get(s, s) for name, s in names.items()} for node, names in sources.items()}
 
-    # The float32 graph runs once, a piece at a time. What later pieces need stays in `live`, a dictionary a call.
-    needed_until: dict[str, int] = {}
-    piece_of = {label(node): i // chunk for i, node in enumerate(exact.nodes)}
-    users = [(label(node), node.input) for node in exact.nodes]
-    users += [(label(a), sources[label(b)].values()) for a, b in tried]
-    for user, names in users:
-        needed_until.update({name: max(needed_until.get(name, 0), piece_of[user]) for name in names})
-    live: list[dict[str, np.ndarray]] = [dict(feeds) for feeds in inputs]
-    for piece in range(-(-len(exact.nodes) // chunk)):
-        run = _runner(exact.cut(exact.nodes[piece * chunk : (piece + 1) * chunk], apart=False), threads)
-        here = [(a, b) for a, b in tried if piece_of[label(a)] == piece]
-        try_out = _runner(emulate(halves.cut([b for _, b in here], apart=True)), threads) if here else None
-        for values in live:
-            values.update(run(values))
-            if try_out is not None:
-                feeds = {
-                    f"{name}/in": values[source].astype(halves.numpy_type(name), copy=False)
-                    for _, b in here
-                    for name, source in sources[label(b)].items()
-                }
-                got = try_out(feeds)
-                for a, b in here:
-                    _measure(found[label(b)], halves, (a, b), values, feeds, got)
-            for name in [name for name in values if needed_until.get(name, -1) <= piece]:
-                del values[name]
+    users = [(label(a), sources[label(b)].values()) for a, b in tried]
+    current, try_out = -1, None
+    for piece, values in exact.walk(inputs, users, chunk, threads):
+        if piece != current:
+            here = [(a, b) for a, b in tried if exact.piece_of[label(a)] == piece]
+            try_out = runner(emulate(halves.cut([b for _, b in here], apart=True)), threads) if here else None
+            current = piece
+        if try_out is not None:
+            feeds = {
+                f"{name}/in": values[source].astype(halves.numpy_type(name), copy=False)
+                for _, b in here
+                for name, source in sources[label(b)].items()
+            }
+            got = try_out(feeds)
+            for a, b in here:
+                _measure(found[label(b)], halves, (a, b), values, feeds, got)
 
     for _, b in tried:
         node = found[label(b)]
@@ -137,7 +128,7 @@ def find_sensitive(
 
 def _measure(
     node: Sensitive,
-    halves: _Pieces,
+    halves: Pieces,
     pair: tuple[NodeProto, NodeProto],
     values: dict[str, np.ndarray],
     feeds: dict[str, np.ndarray],
@@ -166,7 +157,7 @@ def _measure(
             node.error = max(node.error, float(np.sqrt(np.square(half - exact).sum() / np.square(exact).sum())))
 
 
-def _keep_feeders(found: dict[str, Sensitive], halves: _Pieces, node: NodeProto, reason: str) -> None:
+def _keep_feeders(found: dict[str, Sensitive], halves: Pieces, node: NodeProto, reason: str) -> None:
     """Finds the nodes that compute the half inputs of `node`, and those that only move them on their way."""
     for name in halves.dynamic(node):
         maker = halves.makers.get(halves.source(name))
@@ -181,7 +172,7 @@ def _largest(value: np.ndarray) -> float:
     return float(np.abs(finite).max(initial=0.0))
 
 
-class _Pieces:
+class Pieces:
     """A graph whose nodes can be run a few at a time, or each alone."""
 
     def __init__(self, model: str | Path | ModelProto) -> None:
@@ -215,6 +206,34 @@ class _Pieces:
         kind = self.types[name]
         return np.float32 if kind in HALF else helper.tensor_dtype_to_np_dtype(kind)
 
+    def walk(
+        self,
+        inputs: Sequence[Mapping[str, np.ndarray]],
+        users: Iterable[tuple[str, Iterable[str]]],
+        chunk: int = 32,
+        threads: int | None = None,
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Runs the graph once, `chunk` nodes at a time; yields (number of the piece, values) for each call in `inputs`.
+
+        Half precision is emulated: such values are float32.
+
+        users: nodes, and the tensors that they, or whoever waits for them, need: `values` has those until the piece of
+        their last user is done, and everything that this piece gave.
+        """
+        self.piece_of = {label(node): i // chunk for i, node in enumerate(self.nodes)}
+        needed_until: dict[str, int] = {}
+        for user, names in (*((label(node), node.input) for node in self.nodes), *users):
+            needed_until.update({name: max(needed_until.get(name, 0), self.piece_of[user]) for name in names})
+        live: list[dict[str, np.ndarray]] = [dict(feeds) for feeds in inputs]
+        for piece in range(-(-len(self.nodes) // chunk)):
+            nodes = self.nodes[piece * chunk : (piece + 1) * chunk]
+            run = runner(emulate(self.cut(nodes, apart=False)), threads)
+            for values in live:
+                values.update(run(values))
+                yield piece, values
+                for name in [name for name in values if needed_until.get(name, -1) <= piece]:
+                    del values[name]
+
     def cut(self, nodes: list[NodeProto], apart: bool) -> ModelProto:
         """A graph of some nodes, every output of theirs an output.
 
@@ -246,7 +265,7 @@ class _Pieces:
         return helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
 
 
-def _pair(exact: _Pieces, halves: _Pieces) -> list[tuple[NodeProto, NodeProto]]:
+def _pair(exact: Pieces, halves: Pieces) -> list[tuple[NodeProto, NodeProto]]:
     """The nodes of two precisions of one graph, side by side, without Casts.
 
     By their order, which the exporter keeps. Their names say nothing: where a precision has a Cast more, the numbers
@@ -262,7 +281,7 @@ def _pair(exact: _Pieces, halves: _Pieces) -> list[tuple[NodeProto, NodeProto]]:
     return list(zip(a, b, strict=True))
 
 
-def _runner(model: ModelProto, threads: int | None) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+def runner(model: ModelProto, threads: int | None) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     """A model as a function; it picks its inputs out of what it is given."""
     import onnxruntime
 

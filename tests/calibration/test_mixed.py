@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 from handiffuser.calibration.emulate import emulate
-from handiffuser.calibration.mixed import _pair, _Pieces, find_sensitive, keep_float32
+from handiffuser.calibration.mixed import _pair, Pieces, find_sensitive, keep_float32
 from handiffuser.contract import GRAPHS
 from handiffuser.errors import BundleError
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -131,7 +131,7 @@ def test_what_was_float32_just_before_is_taken_from_there(tmp_path):
 def test_nodes_are_paired_rightly_and_sound_graphs_have_nothing_to_keep(name, tiny_bundle, tiny_half, inputs):
     """By place, not by name: in another precision the exporter numbers them otherwise."""
     paths = [folder / f"{name}.onnx" for folder in (tiny_bundle, tiny_half)]
-    pieces = [_Pieces(path) for path in paths]
+    pieces = [Pieces(path) for path in paths]
     compared = 0
     for pair in _pair(*pieces):
         weights = [
@@ -168,7 +168,7 @@ def test_inputs_and_outputs_keep_their_types(tiny_half, tmp_path):
     keep_float32(path, tmp_path / "unet.onnx", names)
     after = onnx.load(tmp_path / "unet.onnx")
     assert after.graph.input == before.graph.input and after.graph.output == before.graph.output
-    types = _Pieces(after).types
+    types = Pieces(after).types
     assert all(types[name] != HALF for node in after.graph.node if node.name in names for name in node.output)
 
 

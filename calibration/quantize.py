@@ -1,0 +1,241 @@
+"""Eight bits: fp8 (e4m3) and int8 as explicit QuantizeLinear and DequantizeLinear around what computes.
+
+    groups = calibrate("bundle_fp16/unet.onnx", inputs["unet"], "fp8")        # scales, from recorded inputs
+    save_model(quantize("bundle_fp16/unet.onnx", groups, "fp8"), "unet.onnx")
+
+Only convolutions and products with weights are quantised; what surrounds them stays as it is. Weights are stored in
+eight bits with a scale for each output channel; activations get one scale a tensor. Some channels of the activations
+are far larger than others: a factor for each input channel moves a part of that into the weights, which changes
+nothing in exact arithmetic (SmoothQuant, arXiv 2211.10438, equation 4). How much is moved, and where activations are
+clipped, is chosen for each tensor by what the products of sampled activations lose (as AWQ does, arXiv 2306.00978).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from ..errors import BundleError
+from .graphs import label
+from .mixed import Pieces
+
+KINDS = {"fp8": TensorProto.FLOAT8E4M3FN, "int8": TensorProto.INT8}
+LARGEST = {"fp8": 448.0, "int8": 127.0}
+OPSET = 19  # from which QuantizeLinear knows fp8 and float16
+# Channels in and out must be multiples of this: matrix units take operands of 16 bytes. So the first and the last
+# convolution, which see latents of 4 channels, are never quantised.
+MULTIPLE = 16
+SMOOTH = (0.0, 0.25, 0.5, 0.75)  # how much of the activations' unevenness is moved into the weights, 0 to 1
+CLIP = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # where activations are clipped, in units of the largest
+SMALLEST = 2.0**-20  # the least scale: float16 has 16 steps up to it
+ROWS = 64  # pixels or tokens that are kept of a call
+
+
+@dataclass
+class Group:
+    """Layers that take the same tensor, and so share its scale."""
+
+    tensor: str
+    channels_first: bool  # convolutions have their channels on axis 1, products on the last
+    nodes: list[str]  # labels
+    scale: float = 1.0  # of the activations
+    smooth: np.ndarray | None = None  # float32 [channels] that activations are multiplied by; None: by nothing
+    error: float = 0.0  # of the sampled products, root mean square relative to their values
+
+
+def calibrate(
+    model: str | Path | ModelProto,
+    inputs: Sequence[Mapping[str, np.ndarray]],
+    kind: str,
+    smooth: Sequence[float] = SMOOTH,
+    clip: Sequence[float] = CLIP,
+    threads: int | None = None,
+) -> list[Group]:
+    """The layers of a half-precision graph that can be quantised, with their scales.
+
+    inputs: calls to the graph, as `record` keeps them, of runs that the fidelity report does not repeat.
+    smooth, clip: what is tried for each tensor.
+    """
+    model = model if isinstance(model, ModelProto) else onnx.load(model)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    groups: dict[tuple[str, bool], Group] = {}
+    matrices: dict[str, list[np.ndarray]] = {}  # label of a group's first node -> weights [in, out, taps]
+    for node in model.graph.node:
+        matrix = _matrix(node, weights)
+        if matrix is not None and not any(size % MULTIPLE for size in matrix.shape[:2]):
+            key = (node.input[0], node.op_type == "Conv")
+            group = groups.setdefault(key, Group(*key, []))
+            group.nodes.append(label(node))
+            matrices.setdefault(group.nodes[0], []).append(matrix)
+    largest, samples = _sample(Pieces(model), list(groups.values()), inputs, threads)
+    for group in groups.values():
+        name = group.nodes[0]
+        _choose(group, samples[name], largest[name], matrices[name], kind, smooth, clip)
+    return list(groups.values())
+
+
+def quantize(
+    model: str | Path | ModelProto, groups: Sequence[Group], kind: str, keep: Collection[str] = ()
+) -> ModelProto:
+    """A copy of a half-precision graph with its layers quantised, but for the nodes labelled `keep`."""
+    out = ModelProto()
+    out.CopyFrom(model if isinstance(model, ModelProto) else onnx.load(model))
+    graph, element = out.graph, KINDS[kind]
+    if any(entry.domain == "" and entry.version < OPSET for entry in out.opset_import):
+        raise BundleError(f"ONNX knows {kind} from opset {OPSET} on. Export with --opset {OPSET} or later.")
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    group_of = {name: group for group in groups for name in group.nodes if name not in keep}
+    original = list(graph.node)
+    nodes: list[NodeProto] = []
+    fed: set[str] = set()  # activations that are quantised already
+
+    def add(name: str, value: np.ndarray) -> str:
+        graph.initializer.append(numpy_helper.from_array(value, name))
+        return name
+
+    def op(kind: str, inputs: list[str], output: str, **attributes: int) -> str:
+        nodes.append(helper.make_node(kind, inputs, [output], output, **attributes))
+        return output
+
+    def zero(name: str, shape: Sequence[int]) -> str:
+        content = bytes(int(np.prod(shape)))
+        graph.initializer.append(helper.make_tensor(name, element, shape, content, raw=True))
+        return name
+
+    for node in original:
+        group = group_of.get(label(node))
+        if group is None:
+            nodes.append(node)
+            continue
+        stem = f"{group.tensor}/{kind}" + ("/channels_first" if group.channels_first else "")
+        if stem not in fed:
+            fed.add(stem)
+            value = group.tensor
+            if group.smooth is not None:
+                factor = group.smooth.reshape((-1, 1, 1) if group.channels_first else (-1,))
+                value = op("Mul", [value, add(f"{stem}/smooth", factor.astype(np.float16))], f"{stem}/smoothed")
+            parts = [add(f"{stem}/scale", np.array(group.scale, np.float16)), zero(f"{stem}/zero", ())]
+            op("DequantizeLinear", [op("QuantizeLinear", [value, *parts], f"{stem}/q"), *parts], f"{stem}/dq")
+        weight = numpy_helper.to_array(weights[node.input[1]]).astype(np.float32)
+        into, out_of = _axes(node)
+        if group.smooth is not None:
+            # What the graph divides by is rounded to float16; so is what it is made up for with.
+            rounded = group.smooth.astype(np.float16).astype(np.float32)
+            weight = weight / rounded.reshape([-1 if axis == into else 1 for axis in range(weight.ndim)])
+        others = tuple(axis for axis in range(weight.ndim) if axis != out_of)
+        scale = scale_for(np.abs(weight).max(others), kind)
+        stored = to_eight_bits(weight / np.expand_dims(scale, others), kind)
+        name = f"{label(node)}/{kind}"
+        graph.initializer.append(helper.make_tensor(name, element, stored.shape, stored.tobytes(), raw=True))
+        parts = [name, add(f"{name}/scale", scale.astype(np.float16)), zero(f"{name}/zero", scale.shape)]
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.input[0] = f"{stem}/dq"
+        copy.input[1] = op("DequantizeLinear", parts, f"{name}/dq", axis=out_of)
+        nodes.append(copy)
+    used = {name for node in nodes for name in node.input}
+    del graph.node[:]
+    graph.node.extend(nodes)
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    return out
+
+
+def scale_for(largest: np.ndarray, kind: str) -> np.ndarray:
+    """The scales with which `largest` just fits, as float32 values that float16 holds: rounded up, lest it clips."""
+    exact = np.maximum(np.asarray(largest, np.float32) / LARGEST[kind], SMALLEST)
+    scale = exact.astype(np.float16)
+    scale = np.where(scale.astype(np.float32) < exact, np.nextafter(scale, np.float16(np.inf)), scale)
+    return scale.astype(np.float32)
+
+
+def to_eight_bits(value: np.ndarray, kind: str) -> np.ndarray:
+    """Rounds to the nearest number that eight bits hold, to even between two; what is too large becomes the largest."""
+    clipped = np.clip(value, -LARGEST[kind], LARGEST[kind])
+    return clipped.astype(ml_dtypes.float8_e4m3fn) if kind == "fp8" else np.rint(clipped).astype(np.int8)
+
+
+def _axes(node: NodeProto) -> tuple[int, int]:
+    """The axes of a layer's weight: (channels in, channels out)."""
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return (1, 0) if node.op_type == "Conv" or transposed else (0, 1)
+
+
+def _matrix(node: NodeProto, weights: Mapping[str, TensorProto]) -> np.ndarray | None:
+    """A layer's weight as float32 [channels in, channels out, taps]; None for what is no layer of ours."""
+    if node.op_type not in ("Conv", "MatMul", "Gemm") or node.input[1] not in weights:
+        return None
+    plain = {"transA": 0, "alpha": 1.0, "beta": 1.0, "group": 1}
+    if any(helper.get_attribute_value(a) != plain.get(a.name, helper.get_attribute_value(a)) for a in node.attribute):
+        return None
+    weight = numpy_helper.to_array(weights[node.input[1]])
+    if weight.dtype != np.float16 or weight.ndim < 2 or (node.op_type == "MatMul" and weight.ndim > 2):
+        return None
+    into, out_of = _axes(node)
+    return np.moveaxis(weight, (into, out_of), (0, 1)).reshape(weight.shape[into], weight.shape[out_of], -1)
+
+
+def _sample(
+    pieces: Pieces, groups: Sequence[Group], inputs: Sequence[Mapping[str, np.ndarray]], threads: int | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Of each group, under its first node's label: the channels' largest magnitudes, and some activations [N, C]."""
+    largest: dict[str, np.ndarray] = {}
+    samples: dict[str, list[np.ndarray]] = {}
+    users = [(group.nodes[0], (group.tensor,)) for group in groups]
+    for piece, values in pieces.walk(inputs, users, threads=threads):
+        for group in groups:
+            name = group.nodes[0]
+            if pieces.piece_of[name] == piece:
+                value = values[group.tensor]
+                value = np.moveaxis(value, 1 if group.channels_first else -1, -1)
+                value = value.reshape(-1, value.shape[-1])
+                most = np.abs(value).max(0)
+                largest[name] = np.maximum(largest.get(name, most), most)
+                rows = np.linspace(0, len(value) - 1, min(ROWS, len(value))).astype(int)
+                samples.setdefault(name, []).append(value[rows])
+    return largest, {name: np.concatenate(values) for name, values in samples.items()}
+
+
+def _choose(
+    group: Group,
+    sample: np.ndarray,
+    largest: np.ndarray,
+    matrices: Sequence[np.ndarray],
+    kind: str,
+    smooth: Sequence[float],
+    clip: Sequence[float],
+) -> None:
+    """Sets a group's scale and smoothing to what loses least in its products; the taps of a kernel are apart."""
+    weight = np.concatenate([matrix.astype(np.float32).transpose(0, 2, 1) for matrix in matrices], -1)  # [in, taps, out]
+    exact = sample @ weight.reshape(len(weight), -1)
+    power = float(np.square(exact).sum()) or 1.0
+    heaviest = np.maximum(np.abs(weight).max((1, 2)), 1e-8)
+    group.error = np.inf
+
+    def attempt(factor: np.ndarray, ratio: float) -> None:
+        scale = scale_for(np.max(largest * factor) * ratio, kind)
+        activations = to_eight_bits(sample * factor / scale, kind).astype(np.float32) * scale
+        smoothed = weight / factor[:, None, None]
+        scales = scale_for(np.abs(smoothed).max((0, 1)), kind)
+        rounded = to_eight_bits(smoothed / scales, kind).astype(np.float32) * scales
+        lost = activations @ rounded.reshape(len(weight), -1) - exact
+        error = float(np.sqrt(np.square(lost).sum() / power))
+        if error < group.error:
+            group.error, group.scale = error, float(scale)
+            group.smooth = None if np.all(factor == 1) else factor
+
+    for strength in smooth:
+        # Of any factor common to all channels nothing is left after scaling: the mean is 1, for float16's sake.
+        factor = heaviest ** (1 - strength) / np.maximum(largest, 1e-8) ** strength if strength else largest * 0 + 1
+        factor = np.exp(np.log(factor) - np.log(factor).mean()).clip(2.0**-8, 2.0**8)
+        attempt(factor.astype(np.float16).astype(np.float32), 1.0)
+    best = np.ones_like(largest) if group.smooth is None else group.smooth
+    for ratio in clip:
+        attempt(best, ratio)
