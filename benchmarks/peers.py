@@ -255,7 +255,7 @@ def load_eager(checkpoint: str, body: str | None, folder: Path, manifest: Manife
             f"The checkpoint {checkpoint} makes pictures of {loaded.image_size}, the bundle of {manifest.image_size}: "
             "one was not exported from the other. Name the bundle's own: --checkpoint FOLDER."
         )
-    dtype = PRECISIONS[manifest.precision] if device == "cuda" else torch.float32
+    dtype = PRECISIONS.get(manifest.precision, torch.float16) if device == "cuda" else torch.float32
     return Eager(loaded, SMPLH.load(path), PromptTokenizer(folder / TOKENIZER, manifest.tokenizer), device, dtype)
 
 

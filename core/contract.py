@@ -70,6 +70,7 @@ def row_columns(num_history: int) -> tuple[str, ...]:
 # The free axis of what a step graph takes once per guidance branch: 2 (unconditional, conditional), or 1, the
 # conditional branch alone, which is half the work and all that rows of guidance 1 need.
 BRANCHES = "G"
+EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16
 LARGEST = 4096  # rows of a batch that any compiled graph allows
 
 # The hand parameters, P = 330: rot6d of 52 joints, 10 betas, and per hand where it is in the image:
@@ -83,7 +84,9 @@ NUM_PARAMS = 330
 
 
 _FEW, _MANY, _PARAMS = Meta(max_length=8), Meta(max_length=10_000), Meta(min_length=NUM_PARAMS, max_length=NUM_PARAMS)
-Precision = Annotated[str, Meta(pattern=r"^(fp32|fp16|bf16)\Z", description="fp32, fp16 or bf16")]
+Precision = Annotated[
+    str, Meta(pattern=r"^(fp32|fp16|bf16|fp8|int8)\Z", description="fp32, fp16, bf16, fp8 or int8")
+]
 Side = Annotated[int, Meta(ge=1, le=16384)]
 Steps = Annotated[int, Meta(ge=1, le=1000)]
 Guidance = Annotated[float, Meta(ge=0, le=100)]
@@ -165,9 +168,9 @@ class Manifest:
 
     graphs: Annotated[dict[Word, GraphSpec], _MANY]
     files: Annotated[dict[FileName, Sha256], _MANY]  # everything in the bundle but the manifest
-    precision: Annotated[
-        str, Meta(pattern=r"^(fp32|fp16|bf16)\Z", description="fp32, fp16 or bf16")
-    ]  # of the networks; state and kinematics are float32 always
+    # Of the networks; or one of EIGHT_BITS, for the layers that calibration quantised, and float16 around them. State and
+    # kinematics are float32 always.
+    precision: Precision
     image_size: tuple[Side, Side]  # H, W in pixels
     latent_size: tuple[Side, Side, Side]  # channels, h, w
     num_history: Histories

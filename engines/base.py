@@ -16,6 +16,9 @@ import numpy as np
 from ..contract import GraphSpec, Manifest
 from ..errors import EngineError
 
+# The first compute capability that has a precision, its name in a sentence, and what does instead on older GPUs.
+FIRST_GPU = {"bf16": ("8.0", "bfloat16", "fp16"), "fp8": ("8.9", "fp8", "int8"), "int8": ("7.5", "int8", "fp16")}
+
 
 class Engine(Protocol):
     """One graph, ready to run. `spec` says which tensors it takes and gives."""
@@ -59,6 +62,19 @@ def check_host(manifest: Manifest, folder: str | Path) -> None:
         raise EngineError(
             f"{folder} computes in bfloat16, which runs on NVIDIA GPUs only, best with TensorRT. To run here, export "
             "it in another precision: hd-export CHECKPOINT OUT --precision fp32."
+        )
+
+
+def check_gpu(manifest: Manifest, cuda: Any) -> None:
+    """Raises EngineError for a bundle in a precision that came with a later GPU than this one.
+
+    cuda: whatever has a `name` and a `compute_capability`, such as "8.9".
+    """
+    first, name, instead = FIRST_GPU.get(manifest.precision, ("0.0", "", ""))
+    if tuple(map(int, cuda.compute_capability.split("."))) < tuple(map(int, first.split("."))):
+        raise EngineError(
+            f"The bundle computes in {name}, which this GPU does not ({cuda.name}, compute capability "
+            f"{cuda.compute_capability}). Export it again: hd-export CHECKPOINT OUT --precision {instead}."
         )
 
 

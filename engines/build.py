@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..contract import BRANCHES, GRAPHS, Manifest
 from ..errors import EngineError
+from .base import check_gpu
 from .cuda import Cuda
 from .plans import Plan, PlanStore, Sizes, parts
-from .tensorrt import EVERYWHERE, FREE_MAX, MODULES, TURING, Backend, OnProgress, Options
+from .tensorrt import EVERYWHERE, FP8_TARGETS, FREE_MAX, MODULES, TURING, Backend, OnProgress, Options
 
 # Steps of a schedule that unet_time takes at once: cheap, so one dynamic plan does for all.
 STEPS = (1, 20, 1000)
@@ -85,7 +86,7 @@ def current_parts(
     shared: bool = False,
 ) -> list[tuple[str, Sizes, dict[str, str]]]:
     """Graph, sizes and parts of every plan that a folder should hold for this machine."""
-    options = options or Options()
+    options = options_for(manifest, backend, options)
     target = backend.target(options, cuda)
     return [
         (name, sizes, parts(manifest, name, sizes, backend.name, backend.version, target, options))
@@ -114,7 +115,9 @@ def build_plans(
     manifest = Manifest.load(folder, verify=False)
     backend = Backend(backend_name)
     cuda = gpu()
-    store, options = PlanStore(folder), backend.for_gpu(options or Options(), cuda)
+    if cuda is not None and not (options and options.compute_capabilities):  # it is for this very GPU
+        check_gpu(manifest, cuda)
+    store, options = PlanStore(folder), backend.for_gpu(options_for(manifest, backend, options), cuda)
     jobs = current_parts(manifest, backend, cuda, batch_sizes, dynamic, options, guidance_free, shared)
     verified = False
     for number, (name, sizes, wanted) in enumerate(jobs):
@@ -133,6 +136,14 @@ def build_plans(
             )
             plan = store.add(wanted, content, proof, time.monotonic() - started)
         yield Built(plan, why)
+
+
+def options_for(manifest: Manifest, backend: Backend, options: Options | None) -> Options:
+    """The build options of a bundle: plans in fp8 are for the GPUs that have it, unless others are named."""
+    options = options or Options()
+    if manifest.precision == "fp8" and backend.rtx and not options.compute_capabilities:
+        return replace(options, compute_capabilities=FP8_TARGETS)
+    return options
 
 
 def _reporter(

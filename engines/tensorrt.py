@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..contract import LARGEST, GraphSpec
+from ..contract import EIGHT_BITS, LARGEST, GraphSpec
 from ..errors import EngineError
 from . import inspect
 from .base import check_feeds
@@ -37,6 +37,8 @@ TILING = ("none", "fast", "moderate", "full")
 # The layers that do the arithmetic, and so decide speed and precision.
 COMPUTE = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "ATTENTION_INPUT", "EINSUM")
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+TYPES |= dict.fromkeys(EIGHT_BITS, "HALF")  # what is not quantised
+EIGHT_BIT_TYPES = ("FP8", "INT8")
 FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever was asked for
 # Of the layers that compute, at least so many must have the precision that was asked for. Not all: the solver's tail,
 # the embedding of timesteps and layers that calibration keeps in float32 are not.
@@ -46,6 +48,8 @@ SHARE = 0.8
 TURING = "7.5"
 RTX_GPUS = (TURING, "8.0", "8.6", "8.9", "12.0", "12.1")
 EVERYWHERE = "8.x or 12.x"
+FP8_FROM = (8, 9)  # the first compute capability that computes in fp8
+FP8_TARGETS = ("8.9", "12.0")  # of TensorRT-RTX, unless GPUs are named
 FREE_MAX = {"B": LARGEST, "S": 1000}  # the largest sizes of free axes that any plan allows
 
 PATIENCE = 2.0  # seconds that an interrupted build gets to stop by itself; some of its phases take a minute
@@ -155,7 +159,7 @@ class Backend:
 
         sizes: of the free axes; one number makes them static, (least, best, most) a profile between them, and of a list
         each size gets a profile of its own: kernels as good as a static plan's, over one copy of the weights.
-        precision: "fp32", "fp16" or "bf16", as the graph was exported; EngineError where it is another.
+        precision: "fp32", "fp16", "bf16", "fp8" or "int8", as the graph was exported; EngineError where it is another.
         on_progress: called from another thread; False stops the build, as Ctrl-C does, with KeyboardInterrupt.
         timing_cache: a file of kernel timings that is read, and extended (TensorRT only; TensorRT-RTX has none).
         Returns the plan and {"types": layers that compute by type, "inputs", "outputs", "tf32": False, "layers": what
@@ -202,6 +206,12 @@ class Backend:
                 f"GPUs of compute capability {TURING} do not compute in bfloat16. Leave it out, or export again "
                 "with --precision fp16."
             )
+        old = [text for text in options.compute_capabilities if tuple(map(int, text.split("."))) < FP8_FROM]
+        if precision == "fp8" and old:
+            raise EngineError(
+                f"GPUs of compute capability {', '.join(old)} do not compute in fp8, which came with 8.9. Leave them "
+                "out, or export again with --precision int8 or fp16."
+            )
         builder = self._made("Builder")
         # TensorRT 10 wants to be told; from 11 on, and in TensorRT-RTX, every network is strongly typed.
         flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -220,6 +230,7 @@ class Backend:
                 raise self.failure(f"refuses the sizes {dict(sizes)} for {Path(onnx).name}")
         self._allow_any_attention(network)
         proof = self._proof(network, config, precision, Path(onnx).stem)
+        quantized = proof.pop("quantized")
         cache = self._read_timings(config, timing_cache)
         config.progress_monitor = monitor
         plan = None if monitor.stopped else builder.build_serialized_network(network, config)
@@ -231,7 +242,10 @@ class Backend:
             raise self.failure(f"cannot build {Path(onnx).name}")
         if cache is not None and timing_cache is not None:
             _write(timing_cache, memoryview(cache.serialize()))
-        return bytes(plan), {**proof, **inspect.read_log(self.report)}
+        proof |= inspect.read_log(self.report)
+        if quantized and proof["layers"]:
+            proof["eight_bits"] = prove_kernels(Path(onnx).stem, precision, quantized, proof["layers"])
+        return bytes(plan), proof
 
     def load(self, plan: bytes, graph: str, cuda: Cuda, kernels: Path | None = None) -> LoadedPlan:
         """Loads a verified plan onto the GPU.
@@ -370,12 +384,22 @@ class Backend:
                 f"{self.name} {self.version} would compute the float32 layers of {name} in TF32. Please report this."
             )
         types: Counter[str] = Counter()
+        quantized: list[str] = []
+        stored: dict[str, str] = {}  # what was dequantised -> the type that it was stored in
         for i in range(network.num_layers):
             layer = network.get_layer(i)
-            if str(layer.type).rsplit(".", 1)[-1] in COMPUTE:
-                types[str(layer.get_input(0).dtype).rsplit(".", 1)[-1]] += 1
+            kind = str(layer.type).rsplit(".", 1)[-1]
+            if kind == "DEQUANTIZE":
+                stored[layer.get_output(0).name] = str(layer.get_input(0).dtype).rsplit(".", 1)[-1]
+            if kind in COMPUTE:
+                tensor = layer.get_input(0)
+                found = stored.get(tensor.name, str(tensor.dtype).rsplit(".", 1)[-1])
+                types[found] += 1
+                if found in EIGHT_BIT_TYPES:
+                    quantized.append(layer.name)
         wanted = TYPES["fp32" if name in FLOAT32_GRAPHS else precision]
-        if types and types[wanted] < SHARE * types.total():
+        meant = types[wanted] + (types[precision.upper()] if precision in EIGHT_BITS else 0)
+        if types and meant < SHARE * types.total():
             found = ", ".join(f"{count} in {kind}" for kind, count in types.items())
             raise EngineError(
                 f"{name} was to be {precision}, but of its layers that compute {found}. Export it again with "
@@ -388,7 +412,7 @@ class Backend:
             }
             for kind in ("inputs", "outputs")
         }
-        return {"types": dict(types), **tensors, "tf32": False}
+        return {"types": dict(types), **tensors, "tf32": False, "quantized": quantized}
 
     def _read_timings(self, config: Any, path: Path | None) -> Any:
         if path is None or self.rtx:
@@ -404,6 +428,28 @@ class Backend:
         memory = any(map(_out_of_memory, self.messages))
         remedy = "Free some memory, or take a smaller --batch-sizes." if memory else "Please report this."
         return EngineError(f"{self.name} {self.version} {what}: {details[:400]} {remedy}")
+
+
+def prove_kernels(name: str, precision: str, quantized: list[str], layers: list[inspect.Layer]) -> dict[str, int]:
+    """Counts what was compiled to kernels that multiply eight-bit numbers, of the network's layers named `quantized`.
+
+    A graph only says what may be computed so: where a GPU lacks a kernel, TensorRT dequantises first, without a word
+    (int8 convolutions on Turing). Raises EngineError where that are more than a few.
+    """
+    kind = precision.upper()
+    compiled: set[str] = set()
+    for layer in layers:
+        operands = [tensor["type"].upper() for tensor in (*layer["inputs"][:2], *layer["weights"][:1])]
+        if operands.count(kind) >= 2:
+            compiled.update(layer["nodes"])
+    count = len(compiled.intersection(quantized))
+    if count < SHARE * len(quantized):
+        raise EngineError(
+            f"Of the {len(quantized)} layers of {name} that are quantised to {precision}, only {count} were compiled "
+            "to kernels that compute in it; the others would be dequantised first, and gain nothing. A GPU that this "
+            "is for lacks such kernels: name others (--compute-capability), or export again with --precision fp16."
+        )
+    return {"asked": len(quantized), "compiled": count}
 
 
 class Scratch:

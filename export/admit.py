@@ -1,10 +1,12 @@
-"""Whether a bundle in half precision is true enough to float32; what does not hold is kept in float32.
+"""Whether a bundle of lower precision is true enough to float32; what does not hold is kept in higher precision.
 
     report, kept = admit(checkpoint, Path("work/candidate"), body=None, opset=23)
+    report, kept = quantize(checkpoint, Path("work/candidate"), "int8", body=None, opset=23)
 
 The candidate is run beside a float32 bundle of the same checkpoint: every graph on what it sees in a real run, and the
 pictures of the same seeds. When it fails, the nodes that overflow or lose too much are put into float32, and it is
-measured again. The report goes into the candidate's manifest.
+measured again. Quantised layers that lose most are left in float16 likewise. The report goes into the candidate's
+manifest.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 from ..calibration.fidelity import Report, fidelity
 from ..calibration.mixed import keep_sensitive
+from ..calibration.quantize import Group, calibrate, quantize_bundle
 from ..calibration.record import record
 from ..contract import Manifest
 from ..models.checkpoint import Checkpoint
@@ -24,6 +27,11 @@ from .bundle import export_bundle
 
 # UNet parameters up to which both bundles are run on a CPU without being asked to: minutes, not hours.
 SMALL = 100_000_000
+QUANTIZED = ("unet", "image_decoder")  # what a picture's time goes into
+CALIBRATION_SEEDS = (1,)  # scales come from other runs than the report, whose seed is 0
+# What is tried in turn until a report passes: (how much of the activations' unevenness is moved into the weights, the
+# share of layers that stay in float16). With more of them in float16 there is nothing to gain.
+ATTEMPTS = ((0.0, 0.0), (0.5, 0.0), (0.5, 0.25), (0.5, 0.5))
 
 
 def is_small(checkpoint: Checkpoint) -> bool:
@@ -67,3 +75,48 @@ def admit(
         manifest.made_by["kept_in_float32"] = kept
     manifest.save(candidate)
     return report, kept
+
+
+def quantize(
+    checkpoint: Checkpoint, candidate: Path, kind: str, body: Path | None, opset: int, compare: bool = True
+) -> tuple[Report | None, dict[str, list[str]]]:
+    """Quantises a candidate in float16, compares, and leaves in float16 what must be for the report to pass.
+
+    kind: "fp8" or "int8". compare: else the first attempt is taken as it is, and there is no report.
+    Returns the report of what the candidate is now, and the names of the layers that stay in float16, by graph.
+    """
+    with TemporaryDirectory(dir=candidate.parent) as folder:
+        reference, out = Path(folder) / "fp32", Path(folder) / "quantized"
+        export_bundle(checkpoint, reference, "fp32", body, opset)
+        inputs = record(reference, seeds=CALIBRATION_SEEDS)[0]
+        report, kept = None, {}
+        for smooth, share in ATTEMPTS:
+            groups = {name: calibrate(candidate / f"{name}.onnx", inputs[name], kind, smooth) for name in QUANTIZED}
+            keep = most_lost(groups, share)
+            shutil.rmtree(out, ignore_errors=True)
+            manifest = quantize_bundle(candidate, out, groups, kind, keep)
+            manifest.made_by["smooth"] = smooth
+            kept = {name: sorted(nodes) for name, nodes in keep.items() if nodes}
+            if compare:
+                report = fidelity(reference, out)
+                manifest.made_by["fidelity"] = report.to_json()
+            manifest.save(out)
+            if report is None or report.passes:
+                break
+        shutil.rmtree(candidate)
+        out.replace(candidate)
+    return report, kept
+
+
+def most_lost(groups: dict[str, list[Group]], share: float) -> dict[str, list[str]]:
+    """The layers, by graph, whose products lose most: so large a share of each graph's, and what shares their input."""
+    kept: dict[str, list[str]] = {}
+    for graph, found in groups.items():
+        most = share * sum(len(group.nodes) for group in found)
+        names: list[str] = []
+        for group in sorted(found, key=lambda group: -group.error):
+            if len(names) + len(group.nodes) > most:
+                break
+            names += group.nodes
+        kept[graph] = names
+    return kept

@@ -17,7 +17,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
 
 from .. import commands  # noqa: E402
-from ..contract import GRAPHS, MANIFEST  # noqa: E402
+from ..contract import EIGHT_BITS, GRAPHS, MANIFEST, Manifest  # noqa: E402
 from ..demo import resolve  # noqa: E402
 from ..engines.build import check_backend  # noqa: E402
 from ..engines.cli import build_options, build_with_progress, options_of, resolve_backend  # noqa: E402
@@ -56,8 +56,9 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Of the networks; hand features, latents and solver state stay float32. "
+    type=click.Choice(["fp32", "fp16", "bf16", *EIGHT_BITS]),
+    help="Of the networks; hand features, latents and solver state stay float32. fp8 and int8: convolutions and "
+    "products of UNet and decoder, for TensorRT; the rest is fp16. "
     "[default: fp16 for TensorRT, else fp32]",
 )
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H body (.npz); default: the checkpoint's own.")
@@ -123,6 +124,12 @@ def command(
         )
     if precision == "bf16":
         console.print("It computes in bfloat16, which runs on NVIDIA GPUs only, best with TensorRT.")
+    if precision in EIGHT_BITS:
+        console.print(
+            f"It computes in {precision} with TensorRT, on GPUs of compute capability "
+            f"{'8.9, 9.0, 10.0 and 12.0' if precision == 'fp8' else '8.0 and later'}. Other backends give the same "
+            "pictures and gain nothing."
+        )
     console.print(f'The bundle is in {out}. Try it: hd-run {out} "a right hand making a fist"')
 
 
@@ -168,7 +175,7 @@ def export(
         import onnxruntime  # noqa: F401  (runs in another process, where it would be missed after minutes)
 
         from ..models.checkpoint import Checkpoint
-        from .admit import admit, is_small
+        from .admit import admit, is_small, quantize
         from .bundle import at_image_size, check_target, export_bundle
         from .workspace import install, workspace
 
@@ -192,19 +199,34 @@ def export(
         check_target(out)
         with workspace(out) as work:
             made = work / "bundle"
-            export_bundle(loaded, made, precision, body, opset, source, on_graph, on_step)
-            if precision != "fp32" and (fidelity == "always" or (fidelity == "auto" and is_small(loaded))):
+            half = "fp16" if precision in EIGHT_BITS else precision
+            export_bundle(loaded, made, half, body, opset, source, on_graph, on_step)
+            compare = fidelity == "always" or (fidelity == "auto" and is_small(loaded))
+            report, kept, other = None, {}, "float32"
+
+            def say(step: str) -> None:
+                progress.update(task, description=f"comparing: {step}")
+
+            if precision in EIGHT_BITS:
+                progress.update(task, description=f"quantizing to {precision}", total=None)
+                report, kept, other = *quantize(loaded, made, precision, body, opset, compare), "float16"
+                for graph, noted in Manifest.load(made, verify=False).made_by["quantized"].items():
+                    size = sum(file.stat().st_size for file in made.glob(f"{graph}.onnx*")) / 1e6
+                    progress.console.print(
+                        f"{graph:18} {size:8.1f} MB   {noted['quantized']} of {noted['layers']} layers in {precision}"
+                    )
+            elif precision != "fp32" and compare:
                 progress.update(task, description=f"comparing {precision} with float32", total=None)
-                report, kept = admit(
-                    loaded, made, body, opset, lambda step: progress.update(task, description=f"comparing: {step}")
-                )
+                report, kept = admit(loaded, made, body, opset, say)
+            if report is not None:
                 progress.console.print(report.summary())
                 for graph, nodes in kept.items():
-                    progress.console.print(f"{graph}: kept in float32 for that: {', '.join(nodes)}")
+                    progress.console.print(f"{graph}: kept in {other} for that: {', '.join(nodes)}")
                 if not report.passes and not accept_low_fidelity:
                     raise HanDiffuserError(
-                        f"{' '.join(report.sentences())} Nothing was written. Export with --precision fp32, or with "
-                        "--accept-low-fidelity if this is good enough for you."
+                        f"{' '.join(report.sentences())} Nothing was written. Export with --precision "
+                        f"{'fp16' if precision in EIGHT_BITS else 'fp32'}, or with --accept-low-fidelity if this is "
+                        "good enough for you."
                     )
             elif precision != "fp32":
                 progress.console.print(f"{precision} was not compared with float32 in whole runs (--fidelity always).")

@@ -111,6 +111,8 @@ def compile_bundle(
     if not missing:
         return 0
     check_tools(device)
+    if manifest.precision not in PRECISIONS:
+        raise ExportError(f"Graphs in {manifest.precision} are for TensorRT alone: export with --precision fp16.")
     checkpoint = load()
     path = body or checkpoint.body
     if path is None:

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..contract import MANIFEST, Manifest
+from ..contract import EIGHT_BITS, MANIFEST, Manifest
 from ..errors import BundleError
 
 WORDS = {
@@ -32,6 +32,8 @@ def fingerprint(checkpoint: Path, body: Path | None, **settings: Any) -> dict[st
     """Sixteen digits for each thing an export depends on; settings: precision, image_size, opset."""
     rooms = Path(__file__).resolve().parent.parent
     code = [*sorted((rooms / "models").glob("*.py")), *(rooms / "export" / name for name in ("graphs.py", "bundle.py"))]
+    if settings.get("precision") in EIGHT_BITS:
+        code += [rooms / "export" / "admit.py", rooms / "calibration" / "quantize.py"]
     versions = {}
     for package in PACKAGES:
         try:

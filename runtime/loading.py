@@ -11,7 +11,7 @@ from typing import Any
 
 from ..contract import BRANCHES, GRAPHS, Manifest
 from ..engines import load_engines
-from ..engines.base import DeviceEngine
+from ..engines.base import DeviceEngine, check_gpu
 from ..engines.cuda import Cuda
 from ..engines.inductor import InductorDeviceEngine, InductorEngine, find_compiled, load_inductor
 from ..engines.onnxruntime import DEVICES, OnnxRuntimeDeviceEngine, OnnxRuntimeEngine, has_cuda_provider
@@ -69,7 +69,7 @@ def load_device_loop(
     Raises EngineError without a GPU, without the backend, or without plans for them.
     """
     cuda, manifest, sentences = Cuda(), bundle.manifest, []
-    check_bfloat16(manifest, cuda)
+    check_gpu(manifest, cuda)
     streams = Streams.make(cuda, overlap)
     module: Backend | None = None
     if backend in ("onnxruntime", "inductor"):
@@ -155,15 +155,6 @@ def idle_gpu() -> list[str]:
     return [
         f"The NVIDIA GPU of this machine is not used, the CPU is. {why.rstrip('.')}. --device cpu says it is meant."
     ]
-
-
-def check_bfloat16(manifest: Manifest, cuda: Any) -> None:
-    """Raises EngineError for a bundle in bfloat16 on a GPU that is older than Ampere (compute capability 8.0)."""
-    if manifest.precision == "bf16" and int(cuda.compute_capability.split(".")[0]) < 8:
-        raise EngineError(
-            f"The bundle computes in bfloat16, which this GPU does not ({cuda.name}, compute capability "
-            f"{cuda.compute_capability}). Export it again: hd-export CHECKPOINT OUT --precision fp16."
-        )
 
 
 def powers_of_two(most: int) -> list[int]:

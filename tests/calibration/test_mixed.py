@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 from handiffuser.calibration.emulate import emulate
-from handiffuser.calibration.mixed import _pair, Pieces, find_sensitive, keep_float32
+from handiffuser.calibration.mixed import Pieces, _pair, find_sensitive, keep_float32
 from handiffuser.contract import GRAPHS
 from handiffuser.errors import BundleError
 from onnx import ModelProto, TensorProto, helper, numpy_helper

@@ -13,11 +13,12 @@ pytest.importorskip("cuda.bindings.runtime")
 from fake_runtime import fake_cuda
 from handiffuser.contract import GRAPHS, GraphSpec, Manifest, TensorSpec
 from handiffuser.engines import build
-from handiffuser.engines.build import wanted_plans
+from handiffuser.engines.base import check_gpu
+from handiffuser.engines.build import options_for, wanted_plans
 from handiffuser.engines.plans import PlanStore, parts
 from handiffuser.engines.tensorrt import EVERYWHERE, Backend, LoadedPlan, Options, Scratch, TensorRTEngine
 from handiffuser.errors import EngineError
-from handiffuser.runtime.loading import check_bfloat16, enough, powers_of_two, usable_plans
+from handiffuser.runtime.loading import enough, powers_of_two, usable_plans
 
 SPEC = GraphSpec(
     "toy.onnx",
@@ -392,16 +393,34 @@ def test_plans_are_picked_by_bundle_backend_version_and_gpu(toy_bundle, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("precision", "capability", "runs"),
-    [("bf16", "8.0", True), ("bf16", "12.1", True), ("fp16", "7.5", True), ("bf16", "7.5", False)],
+    ("precision", "capability", "refusal"),
+    [
+        ("bf16", "8.0", ""),
+        ("bf16", "12.1", ""),
+        ("fp16", "7.5", ""),
+        ("int8", "7.5", ""),
+        ("fp8", "8.9", ""),
+        ("fp8", "10.0", ""),
+        ("bf16", "7.5", r"bfloat16.*Fake GPU, compute capability 7\.5.*--precision fp16"),
+        ("fp8", "8.6", r"fp8.*Fake GPU, compute capability 8\.6.*--precision int8"),
+    ],
 )
-def test_bfloat16_needs_a_gpu_that_has_it(toy_bundle, precision, capability, runs):
+def test_a_precision_needs_a_gpu_that_has_it(toy_bundle, precision, capability, refusal):
     manifest, cuda = replace(Manifest.load(toy_bundle), precision=precision), fake_cuda(capability)
-    if runs:
-        check_bfloat16(manifest, cuda)
+    if not refusal:
+        check_gpu(manifest, cuda)
     else:
-        with pytest.raises(EngineError, match=r"bfloat16.*Fake GPU, compute capability 7\.5.*--precision fp16"):
-            check_bfloat16(manifest, cuda)
+        with pytest.raises(EngineError, match=refusal):
+            check_gpu(manifest, cuda)
+
+
+def test_plans_in_fp8_are_for_the_gpus_that_have_it(toy_bundle):
+    fp8, rtx = replace(Manifest.load(toy_bundle), precision="fp8"), SimpleNamespace(rtx=True)
+    assert options_for(fp8, rtx, Options(level=3)) == Options(level=3, compute_capabilities=("8.9", "12.0"))
+    named = Options(compute_capabilities=("12.0",))
+    assert options_for(fp8, rtx, named) == named
+    assert options_for(replace(fp8, precision="int8"), rtx, None) == Options()
+    assert options_for(fp8, SimpleNamespace(rtx=False), None) == Options()
 
 
 @pytest.mark.parametrize(
