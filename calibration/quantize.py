@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -101,7 +102,7 @@ def quantize(
         graph.initializer.append(numpy_helper.from_array(value, name))
         return name
 
-    def op(kind: str, inputs: list[str], output: str, **attributes: int) -> str:
+    def op(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(kind, inputs, [output], output, **attributes))
         return output
 

@@ -84,9 +84,7 @@ NUM_PARAMS = 330
 
 
 _FEW, _MANY, _PARAMS = Meta(max_length=8), Meta(max_length=10_000), Meta(min_length=NUM_PARAMS, max_length=NUM_PARAMS)
-Precision = Annotated[
-    str, Meta(pattern=r"^(fp32|fp16|bf16|fp8|int8)\Z", description="fp32, fp16, bf16, fp8 or int8")
-]
+Precision = Annotated[str, Meta(pattern=r"^(fp32|fp16|bf16|fp8|int8)\Z", description="fp32, fp16, bf16, fp8 or int8")]
 Side = Annotated[int, Meta(ge=1, le=16384)]
 Steps = Annotated[int, Meta(ge=1, le=1000)]
 Guidance = Annotated[float, Meta(ge=0, le=100)]
@@ -168,8 +166,8 @@ class Manifest:
 
     graphs: Annotated[dict[Word, GraphSpec], _MANY]
     files: Annotated[dict[FileName, Sha256], _MANY]  # everything in the bundle but the manifest
-    # Of the networks; or one of EIGHT_BITS, for the layers that calibration quantised, and float16 around them. State and
-    # kinematics are float32 always.
+    # Of the networks; or one of EIGHT_BITS, for the layers that calibration quantised, and float16 around them. State
+    # and kinematics are float32 always.
     precision: Precision
     image_size: tuple[Side, Side]  # H, W in pixels
     latent_size: tuple[Side, Side, Side]  # channels, h, w
