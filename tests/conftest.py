@@ -53,24 +53,28 @@ def body_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(body_path: Path):
+def tiny_checkpoint_folder(body_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint of odd sizes, with a positional kernel that does something."""
-    import torch
-    from handiffuser.models.checkpoint import random_checkpoint
-    from handiffuser.models.configs import CONFIGS
 
-    checkpoint = random_checkpoint(CONFIGS["tiny"], seed=3, body=body_path)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in checkpoint.position_kernel.parameters():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    for module in checkpoint.modules().values():
-        module.requires_grad_(False)
-    return checkpoint
+    def make(folder: Path) -> None:
+        import torch
+        from handiffuser.models.checkpoint import random_checkpoint
+        from handiffuser.models.configs import CONFIGS
+
+        checkpoint = random_checkpoint(CONFIGS["tiny"], seed=3, body=body_path)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in checkpoint.position_kernel.parameters():
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        checkpoint.save(folder)
+
+    return once(tmp_path_factory, "checkpoint", make)
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint_folder(tiny_checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return once(tmp_path_factory, "checkpoint", tiny_checkpoint.save)
+def tiny_checkpoint(tiny_checkpoint_folder: Path):
+    from handiffuser.models.checkpoint import Checkpoint
+
+    return Checkpoint.load(tiny_checkpoint_folder)
 
 
 def exported(checkpoint: Path, factory: pytest.TempPathFactory, precision: str, *said: str) -> Path:

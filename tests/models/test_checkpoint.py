@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextModel
 
 
-def test_round_trip(tiny_checkpoint, tiny_checkpoint_folder):
-    loaded = Checkpoint.load(tiny_checkpoint_folder)
+def test_round_trip(body_path, tmp_path):
+    tiny_checkpoint = random_checkpoint(CONFIGS["tiny"], seed=3, body=body_path)
+    tiny_checkpoint.save(tmp_path / "tiny")
+    loaded = Checkpoint.load(tmp_path / "tiny")
     assert loaded.image_size == (32, 48) and loaded.latent_size == (16, 24)
     for name, module in tiny_checkpoint.modules().items():
         for key, value in module.state_dict().items():
