@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +128,11 @@ class OnnxRuntimeEngine:
                 raise EngineError(
                     f"ONNX Runtime lacks a kernel that {path} needs in bfloat16: {_sentence(error)} Take TensorRT "
                     "(--backend tensorrt), or export it again with --precision fp16."
+                ) from error
+            if _gpu_failure(error):
+                raise EngineError(
+                    f"The GPU failed while ONNX Runtime loaded {path}: {_sentence(error)} Check that `nvidia-smi` "
+                    "lists it, or take --device cpu."
                 ) from error
             raise BundleError(
                 f"ONNX Runtime cannot load {path}: {_sentence(error)} "
@@ -316,14 +322,22 @@ def _sentence(error: Exception) -> str:
     """The first line of ONNX Runtime's message, without its error code, ended like a sentence."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     line = line.split(" : ", 3)[-1] if line.startswith("[ONNXRuntimeError]") else line
+    if failure := _gpu_failure(error):  # it stands behind half a kilobyte of C++, and before as much
+        line = failure
     return line[:300].rstrip(" .") + "."
 
 
 def _is_memory(error: Exception) -> bool:
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(
-        sign in text for sign in ("bad_alloc", "bad allocation", "failed to allocate", "out of memory")
+        sign in text for sign in ("bad_alloc", "bad allocation", "failed to allocate", "out of memory", "alloc_failed")
     )
+
+
+def _gpu_failure(error: Exception) -> str:
+    """What a library on the GPU said, "CUDA failure 719: unspecified launch failure", or "" if none did."""
+    found = re.search(r"\b(CUDA|CUDNN|CUBLAS) failure \d[^;]*", str(error))
+    return found[0].strip() if found else ""
 
 
 def _size(path: Path) -> int:

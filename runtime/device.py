@@ -235,6 +235,7 @@ class DeviceLoop:
         self.no_text: Any = None  # the empty prompt's sentence vector [D], on the device
         self.after_run: Callable[[], None] = lambda: None
         self.at_close: Callable[[], None] = lambda: None
+        self.closed = False
         self.timings = {"total": 0.0}  # seconds in `run`; of the graphs only the device knows
         self.consumed: list[Any] = []  # events: stage 1's outputs have been read, and may be overwritten
 
@@ -265,6 +266,7 @@ class DeviceLoop:
 
     def close(self) -> None:
         """Frees what is on the device, engines first. The loop cannot run again."""
+        self.closed = True
         with suppress(EngineError):  # what failed before is no reason to keep memory
             for stream in {self.main, self.side, self.out}:
                 stream.synchronize()
@@ -286,10 +288,11 @@ class DeviceLoop:
         finally:  # also when the caller stops early: nothing may be left for the next run
             self.sampler.clear()
             self.hands.clear()
-            for stream in {self.main, self.side, self.out}:
-                stream.synchronize()
-            self.staging.reclaim()
-            self.after_run()
+            if not self.closed:  # nor for a stream to wait for, if the caller closed the loop meanwhile
+                for stream in {self.main, self.side, self.out}:
+                    stream.synchronize()
+                self.staging.reclaim()
+                self.after_run()
 
     def _run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         source, more = iter(requests), True

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,11 @@ class HanDiffuser:
         requests: an iterator is asked for more at a step, when there is room. It may be lazy or endless: None says
         that nothing has come in yet, and it is asked again after the next step. With nothing in flight it is asked
         at once, so that it should wait then.
-        Raises EngineError when a graph cannot be run at all (out of memory); what was yielded before stays good.
+        Raises EngineError when a graph cannot be run at all (out of memory), or when this was closed meanwhile; what
+        was yielded before stays good.
         """
-        yield from self.loop.run(requests, on_event or (lambda kind, count: None))
+        results: Any = self.loop.run(requests, on_event or (lambda kind, count: None))
+        with closing(results):
+            for result in results:
+                yield result
+                _ = self.loop  # which says when it was closed meanwhile

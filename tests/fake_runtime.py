@@ -14,7 +14,8 @@ order that is drawn at random (`seed`) among those which streams and events allo
 result for some seed; but it is found for every seed, by clocks. `problems` collects in words:
 
 - races: two operations touch a byte, one of them writes, and no stream, event or wait of the host orders them;
-- memory that is used after it was freed, or was never allocated, and ranges that leave their allocation;
+- memory that is used after it was freed, or was never allocated, or is read before anything was written there, and
+  ranges that leave their allocation;
 - asynchronous copies from or to pageable memory;
 - pinned memory that the host writes before the copy that reads it is done, or touches before the copy into it is done
   (which holds garbage until then), or frees;
@@ -128,7 +129,8 @@ class Memory:
             keep,
         )
         self.bounds = [start, self.end]
-        self.touches: list[tuple] = [(None, {})]  # (last write (stream, time, name), stream -> last read (time, name))
+        # (last write (stream, time, name), stream -> last read (time, name)); what the host writes nobody sees
+        self.touches: list[tuple] = [((DEFAULT, 0, "the host") if pinned else None, {})]
         self.pending = 0  # operations that were enqueued and did not run yet
 
     def cut(self, at: int) -> int:
@@ -141,23 +143,25 @@ class Memory:
         return i
 
     def touch(self, start: int, size: int, writes: bool, clock: dict[int, int], stream: int, name: str) -> str:
-        """Notes an access; says which earlier one it races with, or ""."""
+        """Notes an access; says what is wrong with it: which earlier one it races with, or that none wrote, or ""."""
         first, last = self.cut(start), self.cut(start + size)
-        race, mine = "", clock[stream]
+        wrong, mine = "", clock[stream]
         for i in range(first, last):
             write, reads = self.touches[i]
             if write is not None and write[1] > clock.get(write[0], 0):
-                race = f"{name} and the earlier {write[2]}, which writes"
+                wrong = f"race: {name} and the earlier {write[2]}, which writes"
             if writes:
                 for other, (time, what) in reads.items():
                     if time > clock.get(other, 0):
-                        race = f"{name}, which writes, and the earlier {what}"
+                        wrong = f"race: {name}, which writes, and the earlier {what}"
             else:
                 reads[stream] = (mine, name)
+                if write is None:
+                    wrong = f"{name} reads what nobody wrote"
         if writes:
             self.bounds[first + 1 : last] = []
             self.touches[first:last] = [((stream, mine, name), {})]
-        return race
+        return wrong
 
 
 class Stream:
@@ -243,6 +247,10 @@ class FakeRuntime:
         self.drain()
         return self.view(array.pointer, array.nbytes).view(array.dtype).reshape(array.shape).copy()
 
+    def put(self, pointer: int) -> None:
+        """Says that something was put into all of an allocation, and waited for: a library's weights."""
+        self.find(pointer).touches = [((DEFAULT, 0, "the library that loaded them"), {})]
+
     def live(self) -> int:
         """Device allocations that nobody freed."""
         return sum(not memory.freed for memory in self.device)
@@ -317,8 +325,8 @@ class FakeRuntime:
         for ranges, writes in ((op.reads, False), (op.writes, True)):
             for address, size in ranges:
                 memory = self.find(address)
-                if race := memory.touch(address, size, writes, stream.clock, stream.handle, op.name):
-                    self.problem(f"race: {race}")
+                if wrong := memory.touch(address, size, writes, stream.clock, stream.handle, op.name):
+                    self.problem(wrong)
         before = self._watch(op)
         for memory in memories:
             memory.pending += 1

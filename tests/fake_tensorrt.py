@@ -118,6 +118,7 @@ class ICudaEngine(Strict):
                 self._log("Error Code 2: OutOfMemory (Requested size was 4096 bytes.)")
         else:
             weakref.finalize(self, gpu.cudaFree, self._weights)
+            gpu.put(self._weights)
 
     @property
     def num_io_tensors(self):

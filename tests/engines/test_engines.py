@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -205,45 +204,31 @@ def test_memory_and_other_failures_while_running(toy):
 
 @pytest.fixture
 def fake_ort(monkeypatch):
-    """ONNX Runtime with a CUDA provider that is not there; `made` are its sessions, `refuse` graphs not to capture."""
-    ort = pytest.importorskip("onnxruntime")
-    fake = SimpleNamespace(RunOptions=ort.RunOptions, SessionOptions=ort.SessionOptions, made=[], refuse=())
-    fake.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    """ONNX Runtime with a CUDA provider, on a fake GPU."""
+    pytest.importorskip("cuda.bindings.runtime")
+    from fake_onnxruntime import FakeOnnxRuntime
+    from fake_runtime import FakeRuntime
 
-    class Session:
-        def __init__(self, path, options, providers):
-            self.choices = providers[0][1]
-            if Path(path).stem in fake.refuse and "enable_cuda_graph" in self.choices:
-                raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
-            real = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            self.get_inputs, self.get_outputs = real.get_inputs, real.get_outputs
-            fake.made.append(self)
-
-        def get_providers(self):
-            return ["CUDAExecutionProvider"]
-
-    fake.InferenceSession = Session
-    monkeypatch.setattr(backend, "_import_onnxruntime", lambda: fake)
-    return fake
+    gpu = FakeRuntime().install(monkeypatch)
+    yield FakeOnnxRuntime(gpu).install(monkeypatch)
+    assert not gpu.problems
 
 
 def test_a_session_may_capture_a_graph_of_its_own(toy, fake_ort):
     """For one size, with our own capture keeping out of it."""
-    engine = OnnxRuntimeEngine(toy, SPEC, "cuda", stream=77, capture={"B": 4})
-    (session,) = fake_ort.made
-    assert session.choices["enable_cuda_graph"] == "1" and session.choices["user_compute_stream"] == "77"
-    assert [tensor.shape for tensor in session.get_inputs()] == [[4, 3], [4, 2]]
+    stream = int(Cuda().stream().handle)
+    engine = OnnxRuntimeEngine(toy, SPEC, "cuda", stream=stream, capture={"B": 4})
+    ((_, choices),) = fake_ort.sessions
+    assert choices["enable_cuda_graph"] == "1" and choices["user_compute_stream"] == str(stream)
+    assert [tensor.shape for tensor in engine.session.get_inputs()] == [[4, 3], [4, 2]]
     on_device = OnnxRuntimeDeviceEngine(engine)
     assert on_device.own_graph and not on_device.capturable(None)
-    plain = OnnxRuntimeDeviceEngine(OnnxRuntimeEngine(toy, SPEC, "cuda", stream=77))
-    assert not plain.own_graph and "enable_cuda_graph" not in fake_ort.made[1].choices
+    plain = OnnxRuntimeDeviceEngine(OnnxRuntimeEngine(toy, SPEC, "cuda", stream=stream))
+    assert not plain.own_graph and "enable_cuda_graph" not in fake_ort.sessions[1][1]
 
 
 def test_only_steps_replay_and_a_refusal_runs_without(toy_bundle, fake_ort):
-    pytest.importorskip("cuda.bindings.runtime")
-    from fake_runtime import fake_cuda
-
-    manifest, streams = Manifest.load(toy_bundle), Streams.make(fake_cuda(), True)
+    manifest, streams = Manifest.load(toy_bundle), Streams.make(Cuda(), True)
     fake_ort.refuse = ("hand_prior",)
     load = onnxruntime_loader(manifest, toy_bundle, streams, graphs=True)
     own = {name: load(name, 4, 2).own_graph for name in manifest.graphs}
@@ -253,14 +238,28 @@ def test_only_steps_replay_and_a_refusal_runs_without(toy_bundle, fake_ort):
     assert not onnxruntime_loader(manifest, toy_bundle, streams)("unet", 4, 2).own_graph
 
 
+def test_a_gpu_that_fails_is_not_the_bundle_s_fault(toy, fake_ort):
+    """ONNX Runtime says what failed behind half a kilobyte of C++."""
+    stream = Cuda().stream()
+    engine = OnnxRuntimeEngine(toy, SPEC, "cuda", stream=int(stream.handle))
+    fake_ort.gpu.broken = fake_ort.gpu.cudaError_t.cudaErrorIllegalAddress
+    with pytest.raises(EngineError, match=r"^The GPU failed while .*toy\.onnx: CUDA failure 700: \w+\. .*nvidia-smi"):
+        OnnxRuntimeEngine(toy, SPEC, "cuda", stream=int(stream.handle))
+    error = engine.failure(RuntimeError("cuda_call.cc:114 onnxruntime::CudaCall CUBLAS failure 13: EXECUTION ; GPU=0"))
+    assert str(error) == "ONNX Runtime failed in toy: CUBLAS failure 13: EXECUTION."
+    error = engine.failure(RuntimeError("CudaCall CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0"))
+    assert str(error).startswith("There is not enough memory to run toy.")
+
+
 def test_usable_cores_is_sane():
     assert 1 <= backend.usable_cores() <= 4096
 
 
-@pytest.mark.gpu
-def test_cuda_agrees_with_the_cpu(toy):
-    ort = pytest.importorskip("onnxruntime")
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+@pytest.mark.parametrize("kind", ["fake", pytest.param("real", marks=pytest.mark.gpu)])
+def test_cuda_agrees_with_the_cpu(toy, kind, request):
+    if kind == "fake":
+        request.getfixturevalue("fake_ort")
+    elif "CUDAExecutionProvider" not in pytest.importorskip("onnxruntime").get_available_providers():
         pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
     cuda = Cuda()
     stream = cuda.stream()
@@ -273,6 +272,7 @@ def test_cuda_agrees_with_the_cpu(toy):
         pinned = cuda.pinned(value.shape, value.dtype)
         pinned[...] = value
         stream.copy(inputs[name], pinned)
+        stream.synchronize()  # `pinned` goes
     engine.enqueue(stream)
     for name, value in results.items():
         pinned = cuda.pinned(value.shape, value.dtype)

@@ -154,6 +154,18 @@ def test_an_address_that_is_none(gpu):
     assert "never allocated" in gpu.problems[0]
 
 
+def test_memory_that_nobody_wrote(gpu):
+    cuda = Cuda()
+    stream, (a,) = cuda.stream(), arrays(cuda, 1)
+    pointer = gpu.cudaMalloc(a.nbytes)[1]
+    device_to_device = real.cudaMemcpyKind.cudaMemcpyDefault
+    gpu.cudaMemsetAsync(pointer, 0, 32, stream.handle)
+    gpu.cudaMemcpyAsync(a.pointer, pointer, 32, device_to_device, stream.handle)
+    assert not gpu.problems
+    gpu.cudaMemcpyAsync(a.pointer, pointer, 33, device_to_device, stream.handle)
+    assert gpu.problems == ["a copy to the device from the device reads what nobody wrote"]
+
+
 @pytest.mark.parametrize("to_device", [True, False])
 def test_a_copy_of_pageable_memory(gpu, to_device):
     cuda = Cuda()

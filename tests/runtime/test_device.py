@@ -23,6 +23,7 @@ from handiffuser.runtime.device import DeviceLoop
 from handiffuser.runtime.device_graphs import Streams, connect
 from handiffuser.runtime.results import Failure
 from handiffuser.runtime.steptimes import StepTimes
+from whole import mixed
 
 BUCKETS = (1, 2, 4)
 MEASURED = StepTimes.choose
@@ -88,22 +89,6 @@ def run(loop, requests):
     events = []
     results = {r.id: r for r in loop.run(requests, lambda kind, count: events.append((kind, count)))}
     return results, events
-
-
-def mixed(count, seed=0):
-    random = np.random.default_rng(seed)
-    solvers = ("ddim", "ddpm", "euler", "dpm++2m", "plms")
-    return [
-        Request(
-            f"prompt {i}",
-            seed=i,
-            steps=int(random.integers(4, 9)),
-            solver=solvers[random.integers(5)],
-            guidance=float(random.integers(1, 4)),
-            hand_steps=int(random.integers(2, 6)),
-        )
-        for i in range(count)
-    ]
 
 
 def same(ours, theirs, levels=0):
@@ -345,6 +330,21 @@ def test_stopped_early_leaves_nothing_behind(device_loop, toy_bundle):
     next(pictures)
     pictures.close()
     same(run(loop, requests)[0], {picture.id: picture for picture in loop.pipeline.run(requests)})
+
+
+@pytest.mark.parametrize("go_on", [True, False])
+def test_closed_in_the_middle_of_a_run(device_loop, toy_bundle, go_on):
+    """What is left of the run touches no stream that is gone, and does not end as if it were done."""
+    loop = device_loop(toy_bundle, 1)
+    requests = prepared(loop, mixed(10))
+    pipeline = HanDiffuser(loop.bundle, loop)
+    pictures = pipeline.run(requests)
+    next(pictures)
+    pipeline.close()
+    if go_on:
+        with pytest.raises(EngineError, match="was closed"):
+            next(pictures)
+    pictures.close()
 
 
 def test_more_rows_than_the_largest_engine(device_loop, toy_bundle):

@@ -7,28 +7,29 @@ and `fake_tensorrt.py`.
 from __future__ import annotations
 
 import gc
-import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("cuda.bindings.runtime")
 pytest.importorskip("tensorrt_rtx")
 
+import whole
 from fake_runtime import FakeRuntime
 from fake_tensorrt import FakeTensorRT
-from handiffuser import HanDiffuser, Request, demo
+from handiffuser import HanDiffuser, demo
 from handiffuser.engines import cli as engines_cli
 from handiffuser.engines.cuda import Cuda, Event, Stream
 from handiffuser.engines.tensorrt import Scratch, TensorRTEngine
 from handiffuser.errors import EngineError, HanDiffuserError
-from handiffuser.runtime import cli, loading
+from handiffuser.runtime import device, loading
+from whole import hd_run, mixed, pictures, run, same
 
 pytestmark = pytest.mark.usefixtures("all_at_once")
-PROMPTS = ["a fist", "two open hands", "a thumb", "one", "two"]
 
 
 @pytest.fixture(scope="session")
@@ -61,30 +62,6 @@ def trt(gpu, monkeypatch):
     return FakeTensorRT(gpu).install(monkeypatch)
 
 
-def hd_run(folder, out, *arguments, prompts=PROMPTS):
-    """The command's exit code, with its error as `hd-run` would print it."""
-    command = [str(folder), *prompts, "-o", str(out), "--steps", "4", "--hand-steps", "2", "--batch-size", "4"]
-    try:
-        return cli.run.main([*command, *map(str, arguments)], standalone_mode=False), ""
-    except HanDiffuserError as error:
-        return 1, f"hd-run: {error}"
-
-
-def pictures(out):
-    """Prompt -> pixels."""
-    found = {}
-    for path in out.glob("*.json"):
-        record = json.loads(path.read_text())
-        found[record["prompt"], record["seed"]] = np.asarray(Image.open(path.with_suffix(".png"))).astype(int)
-    return found
-
-
-def same(ours, theirs, levels=1):
-    assert ours.keys() == theirs.keys() and ours
-    for key, picture in theirs.items():
-        np.testing.assert_allclose(ours[key], picture, rtol=0, atol=levels)
-
-
 @pytest.mark.parametrize("extra", [(), ("--no-overlap", "--no-warm-up"), ("--solver", "ddpm"), ("--guidance", "1")])
 def test_pictures_are_those_of_the_cpu(toy_engines, gpu, trt, tmp_path, extra, capsys):
     assert hd_run(toy_engines, tmp_path / "gpu", "--backend", "tensorrt-rtx", *extra) == (0, "")
@@ -113,29 +90,6 @@ def test_the_demo(gpu, trt, tmp_path):
     same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"), levels=2)
 
 
-def mixed(count, seed=0):
-    random = np.random.default_rng(seed)
-    solvers = ("ddim", "ddpm", "euler", "dpm++2m", "plms")
-    return [
-        Request(
-            f"prompt {i}",
-            seed=i,
-            steps=int(random.integers(4, 9)),
-            solver=solvers[random.integers(5)],
-            guidance=float(random.integers(1, 4)),
-            hand_steps=int(random.integers(2, 6)),
-        )
-        for i in range(count)
-    ]
-
-
-def run(pipeline, requests):
-    resolved, refused = pipeline.prepare(requests, 0)
-    assert not refused
-    results = {result.id: result for result in pipeline.run(resolved)}
-    return {key: result.image.astype(int) for key, result in results.items()}
-
-
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_that_streams_allow_gives_the_same(toy_engines, gpu, trt, seed, lazy):
@@ -161,66 +115,29 @@ def test_stopped_early_leaves_nothing_behind(toy_engines, gpu, trt):
         same(run(pipeline, mixed(10)), expected)
 
 
-# One fault at a time, at many places of a short run of the command. `at` counts from the beginning of the run.
+KINDS = (*whole.KINDS, "TensorRT refuses")
+
+
 def fault(kind, gpu, trt, at):
-    if kind == "out of memory":
-        gpu.refuse_allocation = gpu.allocations + at
-    elif kind == "TensorRT refuses":
+    if kind == "TensorRT refuses":
         trt.refuse = trt.number + at
-    elif kind == "a call fails":
-        gpu.refuse[gpu.number + at] = gpu.cudaError_t.cudaErrorLaunchFailure
-    elif kind == "the context breaks":
-        gpu.break_at = gpu.operations + at
-
-
-def counted(kind, gpu, trt):
-    return {
-        "out of memory": gpu.allocations,
-        "TensorRT refuses": trt.number,
-        "a call fails": gpu.number,
-        "the context breaks": gpu.operations,
-    }[kind]
-
-
-KINDS = ("out of memory", "TensorRT refuses", "a call fails", "the context breaks")
+    else:
+        whole.fault(kind, gpu, at)
 
 
 @pytest.mark.parametrize("places", [5, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [(), ("--no-warm-up", "--no-overlap")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_anywhere_ends_in_one_sentence(toy_engines, monkeypatch, tmp_path, capsys, kind, how, places):
-    """Nothing hangs, nothing that is not the right picture is saved, and the next run on a sound GPU makes the rest."""
-
-    def attempt(at, out):
+    def fresh(at):
         gpu = FakeRuntime(seed=at or 0).install(monkeypatch)
         trt = FakeTensorRT(gpu).install(monkeypatch)
         if at is not None:
             fault(kind, gpu, trt, at)
-        code, error = hd_run(toy_engines, out, "--backend", "tensorrt-rtx", *how)
-        spoken = capsys.readouterr().err + error
-        gc.collect()
-        assert not gpu.problems, (kind, at)
-        return code, spoken, counted(kind, gpu, trt), gpu
+        return gpu, lambda: trt.number if kind == "TensorRT refuses" else whole.counted(kind, gpu)
 
-    code, spoken, total, _ = attempt(None, tmp_path / "right")
-    assert code == 0, spoken
-    right = pictures(tmp_path / "right")
-    for at in sorted({*range(1, 4), *np.linspace(4, total, places).astype(int).tolist()}):
-        out = tmp_path / f"{at}"
-        code, spoken, *_, gpu = attempt(at, out)
-        saved = pictures(out)
-        assert saved.keys() <= right.keys()
-        for key, picture in saved.items():
-            np.testing.assert_allclose(picture, right[key], rtol=0, atol=1)
-        assert "Traceback" not in spoken, (at, spoken)
-        if len(saved) < len(right):
-            said = [line for line in spoken.splitlines() if line.startswith("hd-run: ") and "warning" not in line]
-            assert code == 1 and len(said) == 1, (at, spoken)
-        if gpu.broken is None:
-            assert not gpu.live(), (at, "memory is left on the device")
-        code, spoken, *_ = attempt(None, out)
-        assert code == 0, (at, spoken)
-        same(pictures(out), right)
+    arguments = ("--backend", "tensorrt-rtx", *how)
+    whole.faults_end_in_one_sentence(toy_engines, tmp_path, arguments, capsys, fresh, places)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -327,3 +244,31 @@ def test_a_mistake_is_found(toy_engines, monkeypatch, mistake):
     except (HanDiffuserError, AttributeError):
         pass  # that the pictures fail, too, is no matter here
     assert re.search(MISTAKES[mistake], " ".join(gpu.problems)), gpu.problems
+
+
+# The lines of the loop at which a stream waits for an event.
+WAITS = {
+    number: line.strip()
+    for number, line in enumerate(Path(device.__file__).read_text().splitlines(), 1)
+    if re.search(r"\b(main|side|out)\.wait\(", line)
+}
+
+
+@pytest.mark.parametrize("number", WAITS, ids=WAITS.get)
+def test_each_wait_is_needed_and_would_be_missed(toy_engines, monkeypatch, number):
+    """Found by the clocks alone, whatever the order in which things really ran."""
+    gpu = FakeRuntime(seed=1, lazy=True).install(monkeypatch)
+    FakeTensorRT(gpu).install(monkeypatch)
+    wait, left_out = Stream.wait, []
+
+    def wait_elsewhere(stream, event):
+        if sys._getframe(1).f_lineno == number:
+            left_out.append(event)
+        else:
+            wait(stream, event)
+
+    monkeypatch.setattr(Stream, "wait", wait_elsewhere)
+    with HanDiffuser.load(toy_engines, backend="tensorrt-rtx", batch_size=4) as pipeline:
+        resolved, _ = pipeline.prepare(mixed(11), 0)
+        list(pipeline.run(resolved))
+    assert left_out and gpu.problems and all(problem.startswith("race") for problem in gpu.problems), gpu.problems

@@ -1,0 +1,131 @@
+"""Whole commands with ONNX Runtime on a GPU that is not there; see `fake_runtime.py` and `fake_onnxruntime.py`."""
+
+from __future__ import annotations
+
+import gc
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cuda.bindings.runtime")
+pytest.importorskip("onnxruntime")
+
+import whole
+from fake_onnxruntime import FakeOnnxRuntime
+from fake_runtime import FakeRuntime
+from handiffuser import HanDiffuser
+from handiffuser.contract import GRAPHS
+from handiffuser.engines.onnxruntime import OnnxRuntimeDeviceEngine, OnnxRuntimeEngine
+from handiffuser.errors import EngineError
+from whole import hd_run, mixed, pictures, run, same
+
+pytestmark = pytest.mark.usefixtures("all_at_once")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU at which nothing may go wrong."""
+    gpu = FakeRuntime(seed=1).install(monkeypatch)
+    yield gpu
+    gc.collect()
+    assert not gpu.problems
+
+
+@pytest.fixture
+def ort(gpu, monkeypatch):
+    return FakeOnnxRuntime(gpu).install(monkeypatch)
+
+
+@pytest.mark.parametrize("extra", [(), ("--no-overlap", "--no-warm-up"), ("--solver", "ddpm"), ("--guidance", "1")])
+def test_pictures_are_those_of_the_cpu(toy_bundle, gpu, ort, tmp_path, extra):
+    assert hd_run(toy_bundle, tmp_path / "cpu", "--device", "cpu", *extra) == (0, "")
+    assert not ort.sessions
+    assert hd_run(toy_bundle, tmp_path / "gpu", "--backend", "onnxruntime", "--device", "cuda", *extra) == (0, "")
+    same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+    assert sorted(name for name, _ in ort.sessions) == sorted(GRAPHS), "one session a graph"
+    for _, choices in ort.sessions:
+        assert choices["use_tf32"] == "0"
+    assert len({choices["user_compute_stream"] for _, choices in ort.sessions}) == (1 if "--no-overlap" in extra else 3)
+    assert not gpu.calls["cudaStreamBeginCapture"]
+    gc.collect()
+    assert not gpu.live(), "everything is freed at the end"
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_that_streams_allow_gives_the_same(toy_bundle, gpu, ort, seed, graphs):
+    """graphs: ONNX Runtime captures the steps itself; hand_prior refuses for one of the seeds."""
+    gpu.random, gpu.lazy = np.random.default_rng(seed), seed == 1
+    ort.refuse = ("hand_prior",) if seed == 2 else ()
+    with HanDiffuser.load(toy_bundle, device="cpu") as on_cpu:
+        expected = run(on_cpu, mixed(11, seed))
+    with HanDiffuser.load(toy_bundle, device="cuda", batch_size=4, onnxruntime_graphs=graphs) as pipeline:
+        assert pipeline.made_by["backend"] == "onnxruntime"
+        pipeline.warm_up()
+        before = dict(ort.runs)
+        same(run(pipeline, mixed(11, seed)), expected)
+        assert (ort.runs["unet"] == before["unet"]) == graphs, "with graphs of its own nothing is computed anew"
+        assert (ort.runs["hand_prior"] == before["hand_prior"]) == (graphs and seed != 2)
+    gc.collect()
+    assert not gpu.live()
+
+
+@pytest.mark.parametrize("places", [4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", whole.KINDS)
+def test_a_fault_anywhere_ends_in_one_sentence(toy_bundle, monkeypatch, tmp_path, capsys, kind, places):
+    def fresh(at):
+        gpu = FakeRuntime(seed=at or 0).install(monkeypatch)
+        FakeOnnxRuntime(gpu).install(monkeypatch)
+        if at is not None:
+            whole.fault(kind, gpu, at)
+        return gpu, lambda: whole.counted(kind, gpu)
+
+    arguments = ("--backend", "onnxruntime", "--device", "cuda")
+    whole.faults_end_in_one_sentence(toy_bundle, tmp_path, arguments, capsys, fresh, places)
+
+
+# Tests of the test: mistakes that the engine could make, and what is said of them.
+def no_stream(patch):
+    make = OnnxRuntimeEngine.__init__
+    patch.setattr(OnnxRuntimeEngine, "__init__", lambda self, *a, **k: make(self, *a, **{**k, "stream": 0}))
+
+
+def captured_by_us(patch):
+    patch.setattr(OnnxRuntimeDeviceEngine, "capturable", lambda engine, stream: True)
+
+
+def one_session_for_several_sets_of_arrays(patch):
+    """Sessions that replay are shared by all batch sizes."""
+    made, make = {}, OnnxRuntimeEngine.__init__
+
+    def shared(self, path, *arguments, capture=None, **more):
+        if capture and path in made:
+            vars(self).update(vars(made[path]))
+            return
+        make(self, path, *arguments, capture=capture and {"G": 2}, **more)
+        made[path] = self
+
+    patch.setattr(OnnxRuntimeEngine, "__init__", shared)
+
+
+MISTAKES = {
+    no_stream: "race",
+    captured_by_us: "a capture that is not its own",
+    one_session_for_several_sets_of_arrays: "captured with other memory",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_a_mistake_is_found(toy_bundle, monkeypatch, mistake):
+    gpu = FakeRuntime(seed=1, lazy=True).install(monkeypatch)
+    FakeOnnxRuntime(gpu).install(monkeypatch)
+    mistake(monkeypatch)
+    graphs = mistake is one_session_for_several_sets_of_arrays
+    try:
+        with HanDiffuser.load(toy_bundle, device="cuda", batch_size=4, onnxruntime_graphs=graphs) as pipeline:
+            pipeline.warm_up()
+            list(pipeline.run(pipeline.prepare(mixed(11), 0)[0]))
+    except EngineError:
+        pass  # that the pictures fail, too, is no matter here
+    assert re.search(MISTAKES[mistake], " ".join(gpu.problems)), gpu.problems
