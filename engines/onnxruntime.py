@@ -39,10 +39,10 @@ _DTYPES = {
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 # What ONNX Runtime keeps on the CPU by design: the arithmetic of shapes, a few integers each, which stay there.
 SHAPES = frozenset(
-    """
-    Add Cast Concat Constant ConstantOfShape Div Equal Expand Floor Gather Identity Less Max Min Mod Mul Neg Range
-    ReduceMax ReduceMin ReduceProd Reshape Shape Size Slice Split Squeeze Sub Tile Unsqueeze Where
-    """.split()
+    (
+        "Add Cast Concat Constant ConstantOfShape Div Equal Expand Floor Gather Identity Less Max Min Mod Mul Neg "
+        + "Range ReduceMax ReduceMin ReduceProd Reshape Shape Size Slice Split Squeeze Sub Tile Unsqueeze Where"
+    ).split()
 )
 
 
@@ -183,10 +183,10 @@ class OnnxRuntimeEngine:
             if node.op_type not in SHAPES
         ]
         if left:
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             raise EngineError(
-                f"onnxruntime-gpu {_import_onnxruntime().__version__} has no CUDA kernel for {', '.join(left[:3])}{more}"
-                f" of {Path(self.spec.file).stem}: every step would wait for the CPU. Update it (pip install --upgrade "
+                f"onnxruntime-gpu {_import_onnxruntime().__version__} has no CUDA kernel for {names} of "
+                f"{Path(self.spec.file).stem}: every step would wait for the CPU. Update it (pip install --upgrade "
                 '"handiffuser[cuda]"), or take --backend tensorrt or tensorrt-rtx, or --device cpu.'
             )
 
