@@ -35,8 +35,8 @@ from ..errors import EngineError
 
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt", "inductor")
 NAMES = (
-    "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "numpy",
-    "handiffuser",
+    "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings",
+    "numpy", "handiffuser",
 )  # fmt: skip
 PROMPTS = ("a right hand making a fist, blue background", "two open hands", "a left hand giving a thumbs up")
 LIKE = 35.0  # dB between pictures of half precision on the GPU and of the same bundle on the CPU

@@ -168,6 +168,31 @@ def inspect_plans(path: str, graph: str | None, as_json: bool) -> int:
 
 @commands.command()
 @click.argument("folder")
+@click.option("--graph", help="Only this one.")
+@click.option("--backend", type=click.Choice(["auto", *MODULES]), default="auto", show_default=True)
+@click.option("--output", "-o", type=click.Path(path_type=Path),
+              help="Where Polygraphy's files go.  [default: FOLDER's name and -compare]")  # fmt: skip
+def compare(folder: str, graph: str | None, backend: str, output: Path | None) -> int:
+    """Runs a real run's inputs through the plans of FOLDER and through float32, and compares every output.
+
+    Without a GPU, through a graph that rounds as a GPU does. What Polygraphy needs to go on (inputs, graphs, commands)
+    is left in a folder. The exit code is 1 where an output is too far off, or not finite.
+    """
+    with console.status("loading"):
+        from ..calibration.compare import compare as compared
+        from ..calibration.compare import hint, text
+    path = demo.resolve(folder, "bundle")
+    out = output or Path(f"{path.name}-compare")
+    wrong = 0
+    for found in compared(path, out, graph, backend):
+        console.print(text(found), style=None if found.passes else "red")
+        wrong += not found.passes
+    console.print(hint(out))
+    return 1 if wrong else 0
+
+
+@commands.command()
+@click.argument("folder")
 def verify(folder: str) -> int:
     """Hashes the bundle and every plan of FOLDER. The exit code is 1 when something is damaged."""
     path = demo.resolve(folder, "bundle")

@@ -102,9 +102,9 @@ def test_the_steps_run_on_a_gpu_that_is_not_there(toy_bundle, tmp_path, monkeypa
             at = words.index("--checkpoint")
             words = [*words[:at], *words[at + 2 :], "--no-first-picture"]
         click_command = getattr(module, "bench", None) or module.commands
-        result = CliRunner().invoke(click_command, words)
+        result = CliRunner().invoke(click_command, words, standalone_mode=False)
         log.write_text(f"{result.output}\n{result.exception or ''}")
-        return result.exit_code
+        return result.exit_code or result.return_value
 
     found = steps(tmp_path / "work", tmp_path / "out", (backend,), "tiny", on_gpu=True, quick=True)
     (tmp_path / "work").mkdir()

@@ -22,6 +22,7 @@ import whole
 from fake_runtime import FakeRuntime
 from fake_tensorrt import FakeTensorRT
 from handiffuser import HanDiffuser, demo
+from handiffuser.contract import GRAPHS
 from handiffuser.engines import cli as engines_cli
 from handiffuser.engines.cuda import Cuda, Event, Stream
 from handiffuser.engines.tensorrt import Scratch, TensorRTEngine
@@ -79,6 +80,19 @@ def test_one_plan_for_several_sizes(toy_bundle, gpu, trt, tmp_path, kind):
     assert hd_run(folder, tmp_path / "gpu", "--backend", "tensorrt-rtx") == (0, "")
     assert hd_run(folder, tmp_path / "cpu", "--device", "cpu") == (0, "")
     same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+
+
+def test_plans_are_compared_on_the_gpu(toy_engines, gpu, trt, tmp_path):
+    """Every output of every plan beside float32; and a plan that computes something else is found."""
+    pytest.importorskip("polygraphy")
+    from click.testing import CliRunner
+
+    arguments = ["compare", str(toy_engines), "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(engines_cli.commands, arguments, standalone_mode=False)
+    assert result.return_value == 0, result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(GRAPHS)
+    gc.collect()
+    assert not gpu.live()
 
 
 @pytest.mark.slow
