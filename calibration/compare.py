@@ -100,7 +100,7 @@ class PlanRunner(BaseRunner):
 
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         started = time.perf_counter()
-        cuda, sizes = self.cuda, {}
+        cuda, sizes = self.cuda, dict[str, int]()
         given, pinned = {}, []
         for tensor in self.spec.inputs:
             value = feed_dict[tensor.name].astype(tensor.dtype)
