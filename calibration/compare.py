@@ -109,10 +109,10 @@ class PlanRunner(BaseRunner):
             pinned.append(cuda.pinned(value.shape, tensor.dtype))
             pinned[-1][...] = value
             self.stream.copy(given[tensor.name], pinned[-1])
-        shapes = {
-            t.name: tuple(sizes.get(n, n) if isinstance(n, str) else n for n in t.shape) for t in self.spec.outputs
-        }
-        made = {tensor.name: cuda.zeros(shapes[tensor.name], tensor.dtype) for tensor in self.spec.outputs}
+        made = {}
+        for tensor in self.spec.outputs:
+            shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+            made[tensor.name] = cuda.zeros(shape, tensor.dtype)
         self.engine.bind(given, made)
         self.engine.enqueue(self.stream)
         out = {}
