@@ -1,7 +1,7 @@
 """Flips and crops of a picture together with its hands and its caption: numpy, one sample at a time.
 
     flipped = flip(sample)                              # the mirror image: left hands become right hands
-    image, hands = fit_picture(picture(sample), sample.hands, 512, 512)     # centre crop, then resize
+    image, hands = fit_picture(picture(sample), sample.hands, (512, 512))   # centre crop, then resize
 
 A mirror image of a left hand is a right hand, so hands, joints and the words left and right are swapped, rotations are
 mirrored, and places change sign. A crop changes the camera or the placement; a resize alone changes neither, because
@@ -20,6 +20,7 @@ from PIL import Image
 from .samples import Sample, encode_png, picture
 
 Hands = dict[str, np.ndarray]
+Size = tuple[int, int]  # height, width in pixels
 Box = tuple[float, float, float, float]  # left, top, width, height in pixels
 
 # The other side's joint of each of the 21 body joints (SMPL's order without the pelvis).
@@ -84,20 +85,20 @@ def _flip_labels(meta: dict[str, Any]) -> dict[str, Any]:
     return meta if not labels else {**meta, "labels": {name: flip_words(word) for name, word in labels.items()}}
 
 
-def centre_box(height: int, width: int, out_height: int, out_width: int) -> Box:
-    """The largest box in the middle of a picture that has the wanted shape."""
-    scale = min(height / out_height, width / out_width)
-    w, h = scale * out_width, scale * out_height
-    return (width - w) / 2, (height - h) / 2, w, h
+def centre_box(size: Size, wanted: Size) -> Box:
+    """The largest box in the middle of a picture that has the shape of the wanted size (height, width)."""
+    scale = min(size[0] / wanted[0], size[1] / wanted[1])
+    height, width = scale * wanted[0], scale * wanted[1]
+    return (size[1] - width) / 2, (size[0] - height) / 2, width, height
 
 
-def crop_hands(hands: Hands, height: int, width: int, box: Box) -> Hands:
-    """Hands [..., shape] of a picture of height x width pixels, in a box of it (which may reach beyond it).
+def crop_hands(hands: Hands, size: Size, box: Box) -> Hands:
+    """Hands [..., shape] of a picture of this size (height, width), in a box of it (which may reach beyond it).
 
     With H the picture's height and h the box's, a point at view coordinate v (y up, +-1 over the height) is at
     k v + d in the box, k = H / h; a camera s (X + t) becomes k s (X + t + d / (k s)).
     """
-    left, top, w, h = box
+    (height, width), (left, top, w, h) = size, box
     k = height / h
     shift = np.array([(width - 2 * left - w) / h, (2 * top + h - height) / h], np.float32)
     out = dict(hands)
@@ -116,18 +117,17 @@ def crop_hands(hands: Hands, height: int, width: int, box: Box) -> Hands:
     return out
 
 
-def crop_picture(image: np.ndarray, box: Box, height: int, width: int) -> np.ndarray:
-    """The box of uint8 [H, W, 3], resized (Lanczos, with antialiasing) to uint8 [height, width, 3]."""
+def crop_picture(image: np.ndarray, box: Box, wanted: Size) -> np.ndarray:
+    """The box of uint8 [H, W, 3], resized (Lanczos, with antialiasing) to the wanted size (height, width)."""
     left, top, w, h = box
-    if (left, top, w, h) == (0, 0, width, height) and image.shape[:2] == (height, width):
+    if image.shape[:2] == wanted and box == (0, 0, wanted[1], wanted[0]):
         return image
-    source = Image.fromarray(image)
     edges = (left, top, left + w, top + h)
-    return np.asarray(source.resize((width, height), Image.Resampling.LANCZOS, box=edges))
+    return np.asarray(Image.fromarray(image).resize(wanted[::-1], Image.Resampling.LANCZOS, box=edges))
 
 
-def fit_picture(image: np.ndarray, hands: Hands | None, height: int, width: int) -> tuple[np.ndarray, Hands | None]:
-    """The middle of a picture at the wanted size, and its hands there."""
-    box = centre_box(*image.shape[:2], height, width)
-    cropped = None if hands is None else crop_hands(hands, *image.shape[:2], box)
-    return crop_picture(image, box, height, width), cropped
+def fit_picture(image: np.ndarray, hands: Hands | None, wanted: Size) -> tuple[np.ndarray, Hands | None]:
+    """The middle of a picture at the wanted size (height, width), and its hands there."""
+    size: Size = image.shape[:2]  # type: ignore[assignment]
+    box = centre_box(size, wanted)
+    return crop_picture(image, box, wanted), None if hands is None else crop_hands(hands, size, box)

@@ -220,7 +220,7 @@ def _read(path: Path) -> list[_Part]:
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: int64 [count], the same on every machine and with every numpy.
 
-    Sorted by SplitMix64 (Steele et al. 2014) of (seed, epoch, number): numpy's own shuffles may change with its version.
+    Sorted by SplitMix64 (Steele et al. 2014) of (seed, epoch, number), for shuffles of numpy may change with it.
     """
     key = _mix(_mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch % 2**64))
     with np.errstate(over="ignore"):

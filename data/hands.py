@@ -3,8 +3,8 @@
     features = HandFeatures(body, zeros, ones, basis, aspect)
     rows = hand_rows([sample.hands], features)       # params, joints, rotations, bps, visibility
 
-Where a sample has a camera and no placement, the placement follows by forward kinematics. A hand that is not to be
-seen (by `visibility`, by a presence below a half, or because more than half of its joints lie outside) counts as absent.
+Where a sample has a camera and no placement, the placement follows by forward kinematics. A hand counts as absent where
+`visibility` or its presence says so, or where more than half of its joints lie outside the picture.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..contract import NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
+from ..contract import BETAS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
 from ..models.hand_features import HandFeatures, placement_of
 from ..models.smplh import SMPLH, rotation_6d_to_matrix
 from ..runtime.hands import hand_params
 from .augment import Hands
 from .samples import person
 
-NEUTRAL = (0.0, 0.0, 0.0, -0.6931)  # the placement of an absent hand, as `placement_of` has it
+# The placement of a person without hands in the picture, as `placement_of` has it.
+ABSENT = np.array([[0.0, 0.0, 0.0, -0.6931]] * 2, np.float32)
 FEATURES = ("joints", "rotations", "bps", "visibility")
 
 
@@ -44,26 +45,18 @@ def present(hands: Hands) -> np.ndarray:
 @torch.no_grad()
 def params_of(hands: Sequence[Hands | None], body: SMPLH) -> Tensor:
     """Parameters [N, 330] float32, not normalised, of one person each. None: at rest, with no hand to be seen."""
-    rows, cameras = [], []
-    for number, one in enumerate(hands):
-        arrays = dict(one) if one is not None else rest()
-        if "placement" not in arrays:
-            cameras.append(number)
-            arrays["placement"] = np.tile(np.float32(NEUTRAL), (2, 1))
-        params = hand_params(arrays)
-        shown = present(arrays) if number not in cameras else np.array([True, True])
-        place = params[PLACEMENT].reshape(2, 4)
-        params[PLACEMENT] = np.where(shown[:, None], np.column_stack([np.ones(2), place[:, 1:]]), NEUTRAL).reshape(-1)
-        rows.append(params)
-    out = torch.from_numpy(np.stack(rows))
-    if cameras:
-        some = out[cameras]
-        rotations = rotation_6d_to_matrix(some[:, ROTATIONS].reshape(-1, NUM_JOINTS, 6))
-        _, joints = body(rotations, some[:, 312:322])
-        given = [hands[number] or {} for number in cameras]
-        camera = torch.from_numpy(np.stack([one["camera"] for one in given]))
-        shown = torch.from_numpy(np.stack([present(one) for one in given]))
-        out[cameras, PLACEMENT] = placement_of(joints, camera, shown).flatten(1)
+    people = [one if one is not None else rest() for one in hands]
+    shown = np.stack([present(one) for one in people])  # [N, 2]
+    out = torch.from_numpy(np.stack([hand_params({"placement": ABSENT, **one}) for one in people]))
+    place = out[:, PLACEMENT].unflatten(1, (2, 4)).clone()
+    filmed = [number for number, one in enumerate(people) if "placement" not in one]
+    if filmed:
+        rotations = rotation_6d_to_matrix(out[filmed, ROTATIONS].unflatten(1, (NUM_JOINTS, 6)))
+        _, joints = body(rotations, out[filmed, BETAS])
+        camera = torch.from_numpy(np.stack([people[number]["camera"] for number in filmed]))
+        place[filmed] = placement_of(joints, camera, torch.ones(len(filmed), 2))
+    place[..., 0] = 1.0
+    out[:, PLACEMENT] = torch.where(torch.from_numpy(shown)[..., None], place, torch.from_numpy(ABSENT)).flatten(1)
     return out
 
 
@@ -75,7 +68,7 @@ def rest() -> Hands:
         "left_hand_pose": np.zeros(45, np.float32),
         "right_hand_pose": np.zeros(45, np.float32),
         "betas": np.zeros(10, np.float32),
-        "placement": np.tile(np.float32(NEUTRAL), (2, 1)),
+        "placement": ABSENT,
     }
 
 
@@ -88,7 +81,7 @@ def hand_rows(hands: Sequence[Hands | None], features: HandFeatures) -> dict[str
     place = params[:, PLACEMENT].unflatten(1, (2, 4))
     off = (place[..., 0] > 0.5) & (found["visibility"] < 0.5)
     if off.any():  # a hand off the picture is no hand of it, and no longer shares the camera
-        place = torch.where(off[..., None], torch.tensor(NEUTRAL), place)
+        place = torch.where(off[..., None], torch.from_numpy(ABSENT), place)
         params = torch.cat([params[:, : PLACEMENT.start], place.flatten(1)], 1)
         found = features(params)
     return {"params": params, **{name: found[name] for name in FEATURES}}

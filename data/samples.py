@@ -146,12 +146,11 @@ def scan(path: Path) -> tuple[list[Entry], list[Bad]]:
 def load(folder: Path, entry: Entry) -> Sample | Bad:
     """Reads one sample and checks it; the picture is not decoded (see `picture`)."""
     try:
-        contents = [_member(folder, entry, member) for member in range(3)]
-        if contents[JSON] is None:
+        record, hands, image = (_member(folder, entry, member) for member in (JSON, HANDS_NPZ, PICTURE))
+        if record is None:
             raise MisfitError(f"It lacks its {entry.key}.json, which says what it shows.")
-        prompts, meta = _read_record(contents[JSON])
-        hands = None if contents[HANDS_NPZ] is None else read_hands(contents[HANDS_NPZ])
-        return Sample(entry.key, prompts, hands, contents[PICTURE], meta)
+        prompts, meta = _read_record(record)
+        return Sample(entry.key, prompts, None if hands is None else read_hands(hands), image, meta)
     except MisfitError as error:
         return Bad(entry.key, entry.shard, str(error))
     except OSError as error:
@@ -299,10 +298,10 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def read_hands(content: bytes) -> dict[str, np.ndarray]:
-    """The arrays of HANDS in a `.hands.npz`, float32. Raises MisfitError for what is missing, misshapen or no body's."""
+    """The arrays of HANDS in a `.hands.npz`, float32. Raises MisfitError, see `check_hands`."""
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+            if not isinstance(archive, np.lib.npyio.NpzFile) or archive.zip is None:
                 raise ValueError("it is a single array")
             held = {info.filename.removesuffix(".npy"): info.file_size for info in archive.zip.infolist()}
             found = [name for name in HANDS if name in held]
@@ -333,7 +332,7 @@ def check_hands(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, value in arrays.items():
         shape, limit = HANDS[name]
         if value.shape != (*lead, *shape):
-            raise MisfitError(f"Its hands have {name} of shape {list(value.shape)}, not {list((*lead, *shape))}.")
+            raise MisfitError(f"Its hands have {name} of shape {list(value.shape)}, not {[*lead, *shape]}.")
         if value.dtype.kind not in "fiub":
             raise MisfitError(f"Its hands have {name} as {value.dtype}, not as numbers.")
         value = value.astype(np.float32)
