@@ -79,7 +79,14 @@ def latents(
         from .latents import LatentCache, make_latents
 
         loaded = Checkpoint.load(resolve(checkpoint, "checkpoint"))
-    choice = {"pictures": not no_pictures, "body": body, "people": people, "flipped": flipped, "bf16": bf16, "cache": cache}
+    choice = {
+        "pictures": not no_pictures,
+        "body": body,
+        "people": people,
+        "flipped": flipped,
+        "bf16": bf16,
+        "cache": cache,
+    }
     with progress("latents") as show:
         make_latents(loaded, folder, show, device=device, **choice)  # type: ignore[arg-type]
     made = LatentCache.open(loaded, folder, **choice)  # type: ignore[arg-type]
