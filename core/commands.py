@@ -48,6 +48,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "accelerate", "safetensors"), "[export]"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript"), "[export]"),
     "onnxruntime": "[cpu]; [cuda] instead for NVIDIA GPUs",
+    "webdataset": "[data]",
     "smplx": "[train]",
     "matplotlib": "[bench]",
     "polygraphy": "[debug]",
@@ -146,6 +147,10 @@ def hd_engines() -> None:
 
 def hd_body() -> None:
     start("hd-body", ".models.body")
+
+
+def hd_data() -> None:
+    start("hd-data", ".data.cli")
 
 
 def hd_train() -> None:

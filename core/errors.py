@@ -28,3 +28,7 @@ class RequestError(HanDiffuserError):
 
 class EngineError(HanDiffuserError):
     """An engine was given something it does not accept, or its backend is missing or broken."""
+
+
+class DatasetError(HanDiffuserError):
+    """A dataset folder is missing, empty, or cannot be written."""

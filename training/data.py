@@ -19,17 +19,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..demo.dataset import LABELS, WORDINGS
+from ..demo.prompts import is_held_out, write_prompt
+from ..demo.render import demo_body, render_scenes
+from ..demo.scenes import Scene, sample_scenes
 from ..models.hand_features import pack, placement_of
-from .gestures import NAMES
-from .prompts import BACKGROUNDS, SIDES, SKINS, is_held_out, write_prompt
-from .render import demo_body, render_scenes
-from .scenes import Scene, sample_scenes
 
 Dataset = dict[str, Tensor]
-# What a picture can be judged by, and the classes of each.
-LABELS = {"gesture": NAMES, "side": SIDES, "skin": tuple(SKINS), "background": tuple(BACKGROUNDS)}
 SHARD = 500
-WORDINGS = 4  # prompts for each picture: words are learned from what changes while the picture stays
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, special: dict[str, int]) -> Tensor:

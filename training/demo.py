@@ -21,17 +21,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 
+from ..demo.body import make_body
+from ..demo.prompts import is_held_out, sample_spec, write_prompt
+from ..demo.scenes import sample_scenes
 from ..models.checkpoint import Checkpoint, random_checkpoint, special_tokens
 from ..models.configs import CONFIGS
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
-from .body import make_body
 from .data import LABELS, Dataset, encode_prompts, image_grid, images_to_float, make_dataset, scene_tensors
 from .judge import Judge, JudgeLoss, judge_loss
 from .loop import Plan, console, finished, fit
-from .prompts import is_held_out, sample_spec, write_prompt
 from .sample import decode, encode, sample_pictures
-from .scenes import sample_scenes
 from .stages import (
     EncoderLoss,
     PictureLoss,

@@ -24,16 +24,16 @@ from rich.table import Table
 from torch import Tensor
 
 from ..contract import BETAS, NUM_JOINTS, ROTATIONS
+from ..demo.gestures import NAMES
+from ..demo.prompts import allowed_views, is_held_out, sample_spec, write_prompt
+from ..demo.render import render_scenes
+from ..demo.scenes import Scene, sample_scene
 from ..models.smplh import rotation_6d_to_matrix
 from .data import LABELS, encode_prompts, image_grid, images_to_float, scene_tensors
 from .demo import Run, empty_ids
-from .gestures import NAMES
 from .judge import read
 from .loop import console
-from .prompts import allowed_views, is_held_out, sample_spec, write_prompt
-from .render import render_scenes
 from .sample import decode, encode, sample_hands, sample_pictures
-from .scenes import Scene, sample_scene
 
 COUNT = 480
 JUDGE_MUST = 0.9  # gestures that the judge must read rightly on held-out renders before its verdict counts

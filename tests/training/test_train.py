@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from commands import run_command
+from handiffuser.demo.prompts import is_held_out
+from handiffuser.demo.scenes import sample_scenes
 from handiffuser.models.checkpoint import Checkpoint
 from handiffuser.training.data import LABELS, SHARD, WORDINGS, encode_prompts, shard_scenes
 from handiffuser.training.demo import SEED, Run
 from handiffuser.training.judge import Judge
-from handiffuser.training.prompts import is_held_out
-from handiffuser.training.scenes import sample_scenes
 
 
 @pytest.fixture(scope="module")
