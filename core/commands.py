@@ -48,8 +48,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "accelerate", "safetensors"), "[export]"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript"), "[export]"),
     "onnxruntime": "[cpu]; [cuda] instead for NVIDIA GPUs",
-    "webdataset": "[data]",
-    "smplx": "[train]",
+    **dict.fromkeys(("smplx", "webdataset", "peft", "tensorboard"), "[train]"),
     "matplotlib": "[bench]",
     "polygraphy": "[debug]",
 }

@@ -19,7 +19,7 @@ import torch
 
 from ..data.samples import Bad, Sample, encode_png, load, picture_size, scan, write_shard
 from ..errors import DatasetError
-from ..models.hand_features import placement_of
+from ..models.hand_features import pack, placement_of
 from ..models.smplh import HAND_JOINTS, SMPLH
 from ..runtime.hands import POSES, matrix_to_axis_angle
 from .gestures import NAMES
@@ -118,6 +118,24 @@ def samples_of(
         meta = {"source": "handiffuser demo", "licence": "Apache-2.0", "labels": asdict(scene.spec)}
         out.append(Sample(keys[i], list(prompts[i]), hands, encode_png(images[i]), meta))
     return out
+
+
+@torch.no_grad()
+def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]:
+    """Rendered scenes for a judge: images uint8 [N, size, size, 3], params [N, 330], labels [N, 4] as in LABELS."""
+    body = demo_body()
+
+    def stack(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes]))
+
+    rotations, betas = stack("rotations"), stack("betas")
+    joints = torch.cat([body(r, b)[1] for r, b in zip(rotations.split(64), betas.split(64), strict=True)])
+    numbers = [[list(names).index(getattr(s.spec, label)) for label, names in LABELS.items()] for s in scenes]
+    return {
+        "images": render_scenes(scenes, body, size),
+        "params": pack(rotations, betas, placement_of(joints, stack("camera"), stack("present"))),
+        "labels": torch.tensor(numbers),
+    }
 
 
 def _key(seed: int, number: int) -> str:
