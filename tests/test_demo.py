@@ -120,12 +120,12 @@ def test_what_ships_is_small_and_free(pipeline):
 
 
 def test_the_report_is_in_the_checkpoint():
-    """The figures that the README shows are those that training measured on this checkpoint."""
+    """The figures that the page shows are those that training measured on this checkpoint."""
     notes = json.loads((demo.checkpoint_path() / "model_index.json").read_text())["_notes"]
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "demo.md").read_text()
     assert notes["prompts"] == 480
     for row, values in notes["accuracy"].items():
-        line = next(line for line in readme.splitlines() if line.startswith(f"| {row} |"))
+        line = next(line for line in page.splitlines() if line.startswith(f"| {row} |"))
         for value in values.values():
             assert f"{100 * value:.1f}" in line, (row, value)
 
