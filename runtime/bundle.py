@@ -16,11 +16,11 @@ import numpy as np
 
 from ..contract import TOKENIZER, Manifest
 from ..errors import RequestError
+from ..schedules import NoiseSchedule, Table, rows
 from .hands import hand_arrays, load_hands
 from .noise import HANDS, LATENTS
 from .requests import Request
 from .results import Picture, Work
-from .schedules import NoiseSchedule, Table, rows
 from .tokens import PromptTokenizer
 
 TABLES = 64  # schedules that are kept

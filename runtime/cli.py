@@ -23,13 +23,13 @@ from ..commands import INTERRUPTED
 from ..contract import Manifest
 from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError, RequestError
+from ..schedules import SOLVERS
 from .hands import load_hands
 from .loading import BACKENDS
 from .outputs import OutputError, OutputFolder
 from .pipeline import HanDiffuser
 from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, RequestFile, Resolver
 from .results import Failure
-from .schedules import SOLVERS
 
 _STEPS = click.IntRange(1, MAX_STEPS)
 _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineError, RequestError
+from ..schedules import Table
 from .bundle import Bundle, keep
 from .device_graphs import STREAM, After, DeviceGraph, Staging, Streams
 from .device_noise import DeviceNoise
@@ -37,7 +38,6 @@ from .noise import HANDS, LATENTS, RequestNoise
 from .requests import MAX_STEPS, Request, take
 from .results import Failure, OnEvent, Picture, Work, not_finite
 from .sampler import GUIDANCE
-from .schedules import Table
 from .steptimes import StepTimes
 
 AHEAD = 3  # steps that the host enqueues beyond the one that runs: the device never waits, new requests hardly do

@@ -18,13 +18,13 @@ import numpy as np
 from ..contract import NUM_PARAMS
 from ..engines import Engine
 from ..errors import RequestError
+from ..schedules import Table
 from .bundle import Bundle, keep
 from .hands import load_hands
 from .noise import HANDS, LATENTS, RequestNoise
 from .requests import Request, take
 from .results import Failure, OnEvent, Picture, Work, not_finite
 from .sampler import Job, Result, StepSampler
-from .schedules import Table
 from .steptimes import StepTimes
 
 

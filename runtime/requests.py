@@ -34,8 +34,8 @@ import numpy as np
 from msgspec import Meta
 
 from ..errors import RequestError
-from ..schema import MisfitError, fit, parse_json, read_file
-from .schedules import SOLVERS
+from ..schedules import SOLVERS
+from ..schema import MisfitError, fit, one_of, parse_json, read_file, whole
 
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
@@ -53,12 +53,10 @@ _MARKS = (
 _DEVICES = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
 
 Text = Annotated[str, Meta(max_length=100_000, description="text of at most 100,000 characters")]
-Steps = Annotated[int, Meta(ge=1, le=MAX_STEPS, description=f"a whole number from 1 to {MAX_STEPS}")]
-Seed = Annotated[int, Meta(ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")]
+Steps = Annotated[int, whole(1, MAX_STEPS)]
+Seed = Annotated[int, whole(0, MAX_SEED)]
 Guidance = Annotated[float, Meta(ge=0, le=MAX_GUIDANCE, description=f"a number from 0 to {MAX_GUIDANCE:g}")]
-Solver = Annotated[
-    str, Meta(pattern=f"^({'|'.join(map(re.escape, SOLVERS))})\\Z", description=f"one of {', '.join(SOLVERS)}")
-]
+Solver = Annotated[str, one_of(*SOLVERS)]
 Id = Annotated[
     str,
     Meta(
