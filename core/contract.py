@@ -85,6 +85,12 @@ ROTATIONS = slice(0, 6 * NUM_JOINTS)
 BETAS = slice(312, 322)
 PLACEMENT = slice(322, 330)  # (presence, x, y, log size) of the left hand, then of the right
 NUM_PARAMS = 330
+# A hand's 21 of the 62 `joints_3d` (SMPL-H's 52, then ten finger tips, thumb to little finger of the left hand, then of
+# the right): the wrist, then thumb, index, middle, ring and little finger from the root to the tip. Left, right.
+HAND_JOINTS = (
+    (20, 34, 35, 36, 52, 22, 23, 24, 53, 25, 26, 27, 54, 31, 32, 33, 55, 28, 29, 30, 56),
+    (21, 49, 50, 51, 57, 37, 38, 39, 58, 40, 41, 42, 59, 46, 47, 48, 60, 43, 44, 45, 61),
+)
 LARGEST_PARAMETER = 1e6  # of their means and standard deviations
 
 

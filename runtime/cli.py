@@ -71,7 +71,12 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 @click.option("--negative-prompt", help="What the picture shall not show.")
 @click.option("--hand-steps", type=_STEPS, help="Steps of the hands.  [default: the bundle's]")
 @click.option("--hand-guidance", type=_GUIDANCE, help="Guidance of the hands.  [default: the bundle's]")
-@click.option("--hand-params", metavar="FILE", help="A .hands.npz, edited or not: skips making hands.")
+@click.option(
+    "--hand-params",
+    metavar="FILE",
+    help="A .hands.npz, edited or not: skips making hands. Its camera stays, so that bending a finger moves nothing "
+    "else; without a camera in the file, placement says where the hands are.",
+)
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the engines."

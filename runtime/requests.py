@@ -36,11 +36,12 @@ from msgspec import Meta
 from ..errors import RequestError
 from ..schedules import SOLVERS
 from ..schema import MisfitError, fit, one_of, parse_json, read_file, whole
+from .hands import MAX_HANDS
 
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
-MAX_FILE, MAX_LINE, MAX_HANDS = 1 << 28, 1 << 20, 1 << 26  # bytes of a prompts file, a line of it, a .hands.npz
+MAX_FILE, MAX_LINE = 1 << 28, 1 << 20  # bytes of a prompts file, and of a line of it
 # How a file says that it is not UTF-8 (UTF-32 first: its mark begins as that of UTF-16).
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
