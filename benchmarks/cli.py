@@ -32,7 +32,7 @@ from ..runtime.device import DeviceLoop
 from ..runtime.loading import BACKENDS
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import MAX_GUIDANCE, MAX_STEPS
-from ..runtime.schedules import SOLVERS
+from ..schedules import SOLVERS
 from . import load as load_test
 from . import measure, tables
 from .card import card

@@ -55,6 +55,10 @@ GRAPHS = (
     "image_decoder",
 )
 
+# K, the history tensors of exported step graphs: 4 lets the UNet run every solver (PLMS needs them), 1 the hand prior
+# all others.
+NUM_HISTORY = {"hand_prior": 1, "unet": 4}
+
 # Columns of a schedule row (float32): one row is one step of one request.
 #   u, c = network(scale * x, timestep);  m = u + guidance * (c - u)
 #   x'   = a x + b m + h1 + d noise
@@ -81,6 +85,13 @@ ROTATIONS = slice(0, 6 * NUM_JOINTS)
 BETAS = slice(312, 322)
 PLACEMENT = slice(322, 330)  # (presence, x, y, log size) of the left hand, then of the right
 NUM_PARAMS = 330
+# A hand's 21 of the 62 `joints_3d` (SMPL-H's 52, then ten finger tips, thumb to little finger of the left hand, then of
+# the right): the wrist, then thumb, index, middle, ring and little finger from the root to the tip. Left, right.
+HAND_JOINTS = (
+    (20, 34, 35, 36, 52, 22, 23, 24, 53, 25, 26, 27, 54, 31, 32, 33, 55, 28, 29, 30, 56),
+    (21, 49, 50, 51, 57, 37, 38, 39, 58, 40, 41, 42, 59, 46, 47, 48, 60, 43, 44, 45, 61),
+)
+LARGEST_PARAMETER = 1e6  # of their means and standard deviations
 
 
 _FEW, _MANY, _PARAMS = Meta(max_length=8), Meta(max_length=10_000), Meta(min_length=NUM_PARAMS, max_length=NUM_PARAMS)
@@ -125,7 +136,7 @@ else:
         unet: Annotated[int, Meta(ge=0, le=16)]
 
     class Schedules(TypedDict):
-        """Noise schedules of the step graphs, in diffusers' words; see `runtime.schedules.NoiseSchedule`."""
+        """Noise schedules of the step graphs, in diffusers' words; see `schedules.NoiseSchedule`."""
 
         hand_prior: dict[Word, Any]
         unet: dict[Word, Any]
@@ -175,8 +186,8 @@ class Manifest:
     schedules: Schedules
     defaults: Settings
     tokenizer: SpecialTokens
-    params_mean: Annotated[list[Annotated[float, Meta(ge=-1e6, le=1e6)]], _PARAMS]  # [P]
-    params_std: Annotated[list[Annotated[float, Meta(gt=0, le=1e6)]], _PARAMS]  # [P]
+    params_mean: Annotated[list[Annotated[float, Meta(ge=-LARGEST_PARAMETER, le=LARGEST_PARAMETER)]], _PARAMS]  # [P]
+    params_std: Annotated[list[Annotated[float, Meta(gt=0, le=LARGEST_PARAMETER)]], _PARAMS]  # [P]
     made_by: dict[str, Any] = field(default_factory=dict)  # versions, opset, name of the checkpoint, body's origin
     format: Annotated[int, Meta(ge=1, le=BUNDLE_FORMAT)] = BUNDLE_FORMAT
     sha256: str = ""  # of the manifest itself, all other entries; written by `save`

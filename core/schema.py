@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Word = Annotated[str, Meta(max_length=200)]
+TRUTH = Meta(description="true or false")
 _AT = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
 
 
@@ -78,6 +79,16 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of more digits than Python prints
         return "too large to show"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def whole(least: int, most: int) -> Meta:
+    """The bounds of a whole number, in an annotation."""
+    return Meta(ge=least, le=most, description=f"a whole number from {least} to {most}")
+
+
+def one_of(*words: str) -> Meta:
+    """The words that a text may be, in an annotation."""
+    return Meta(pattern=f"^({'|'.join(map(re.escape, words))})\\Z", description=f"one of {', '.join(words)}")
 
 
 def _explain(message: str, value: Any, kind: type) -> str:

@@ -12,17 +12,20 @@ a kernel, so that their number is what a step costs in launches. TensorRT-RTX le
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from ..contract import Manifest
 from ..errors import EngineError
+from ..schema import MisfitError, fit, read_json
 from .plans import LAYERS, Plan, PlanStore, belongs
 
+LARGEST = 1 << 28  # bytes of a file of layers
 # Messages of the builder that are worth keeping: its report, and how many bytes the plan will take on the GPU.
 REPORT = "Layers:"
 MEMORY = {"Total Weights Memory: ": "weights", "Total Activation Memory: ": "scratch"}
@@ -35,7 +38,28 @@ _HASH = re.compile(r"_0x[0-9a-f]+")
 _NUMBER = re.compile(r"_myl\d+_\d+$")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
-Layer = dict[str, Any]  # name, kind, kernel, tactic; inputs, weights, outputs; nodes
+_MANY = Meta(max_length=1_000_000)
+
+
+class Tensor(TypedDict):
+    """What a layer takes or gives."""
+
+    name: str
+    shape: Annotated[list[int], _MANY]
+    type: str
+
+
+class Layer(TypedDict):
+    """One kernel of a plan; nodes: of the ONNX graph, that it came from."""
+
+    name: str
+    kind: str
+    kernel: str
+    tactic: str
+    inputs: Annotated[list[Tensor], _MANY]
+    weights: Annotated[list[Tensor], _MANY]
+    outputs: Annotated[list[Tensor], _MANY]
+    nodes: Annotated[list[str], _MANY]
 
 
 def wanted(message: str) -> bool:
@@ -60,7 +84,7 @@ def _layer(name: str, kind: str, rest: str) -> Layer:
     parts = _FIELD.split(rest)
     fields = dict(zip(parts[1::2], parts[2::2], strict=True))
 
-    def tensors(field: str) -> list[dict[str, Any]]:
+    def tensors(field: str) -> list[Tensor]:
         found = _TENSOR.findall(fields.get(field, ""))
         return [
             {"name": tensor, "shape": [int(size) for size in shape.split(",") if size], "type": kind}
@@ -102,12 +126,14 @@ def find_plans(path: Path, graph: str | None = None) -> list[Plan]:
 def layers_of(plan: Plan) -> list[Layer]:
     """The layers of a plan, in the order in which they run. Raises EngineError where they were not kept."""
     try:
-        return json.loads(plan.path.with_suffix(LAYERS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        layers: list[Layer] = fit(read_json(plan.path.with_suffix(LAYERS), LARGEST), list[Layer])
+    except (OSError, MisfitError) as error:
+        why = getattr(error, "strerror", None) or str(error)
         raise EngineError(
-            f"The layers of {plan.path} are not beside it ({error}). Build it again: hd-engines prune FOLDER --all, "
-            "then hd-engines build FOLDER."
+            f"The layers of {plan.path} are not beside it ({why.rstrip('.')}). Build it again: hd-engines prune FOLDER "
+            "--all, then hd-engines build FOLDER."
         ) from error
+    return layers
 
 
 def types_of(layer: Layer) -> str:

@@ -19,12 +19,15 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from ..contract import BRANCHES, Manifest, file_digest
 from ..errors import EngineError
+from ..schema import MisfitError, Sha256, Word, fit, read_json
 
 FOLDER = "plans"
 LAYERS = ".layers"  # beside a plan: what it consists of, see `inspect.py`
@@ -42,25 +45,55 @@ WORDS = {
 }
 # What a part was before it was noted: the default of all backends.
 BEFORE = {"tf32": "on"}
-RECORD = 16 << 20  # bytes; no record is larger
-_SIZE = r"[A-Z]=\d{1,5}(-\d{1,5}-\d{1,5}|(\+\d{1,5}){1,99})?"
-SIZES = re.compile(f"{_SIZE}(,{_SIZE}){{0,9}}")
-
 # Of free axes: one size, a range (least, best, most), or several sizes. "B=4", "B=1-4-8", "B=1+2+4".
 Sizes = Mapping[str, "int | tuple[int, int, int] | list[int]"]
 
 
+_SIZE = r"[A-Z]=\d{1,5}(-\d{1,5}-\d{1,5}|(\+\d{1,5}){1,99})?"
+Bytes = Annotated[int, Meta(ge=0, le=1 << 50, description="a number of bytes")]
+Counts = Annotated[dict[Word, Bytes], Meta(max_length=1000, description="numbers by name")]
+Text = Annotated[str, Meta(max_length=10_000)]
+
+if TYPE_CHECKING:  # made and read as a plain dict
+    Parts = dict[str, str]
+else:
+
+    class Needed(TypedDict):
+        """All that could make a plan stale; see WORDS."""
+
+        name: Word
+        graph: Word
+        sizes: Annotated[str, Meta(pattern=rf"^{_SIZE}(,{_SIZE}){{0,9}}\Z", description="like B=4 or B=1-4-8")]
+        precision: Word
+        backend: Word
+        version: Word
+        target: Text
+        options: Text
+
+    class Parts(Needed, total=False):
+        """And what came later: see BEFORE."""
+
+        tf32: Word
+
+
+class Proof(TypedDict, total=False):
+    """Of what is known of a plan's insides, what others count with."""
+
+    types: Counts
+    memory: Counts
+
+
 @dataclass
 class Plan:
-    """What is known of one compiled plan."""
+    """What is known of one compiled plan: its record, whose annotations are what that may say."""
 
-    graph: str
-    key: str
-    parts: dict[str, str]
-    sha256: str
-    size: int  # bytes
-    seconds: float  # that building took
-    proof: dict[str, Any] = field(default_factory=dict)
+    graph: Word
+    key: Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
+    parts: Parts
+    sha256: Sha256
+    size: Bytes
+    seconds: Annotated[float, Meta(ge=0, le=1e9, description="a time in seconds")]  # that building took
+    proof: dict[Word, Any]
     path: Path = Path()  # of the plan; not stored
 
     @property
@@ -118,39 +151,18 @@ def belongs(plan: Plan, manifest: Manifest) -> bool:
     )
 
 
-def check_record(value: Any) -> None:
-    """Raises ValueError with a sentence unless `value` is what a plan's record holds: every field is looked at here, so
-    that nothing else need doubt it."""
-
-    def check(good: bool, what: str) -> None:
-        if not good:
-            raise ValueError(what)
-
-    def number(entry: Any, most: float) -> bool:
-        return isinstance(entry, (int, float)) and not isinstance(entry, bool) and 0 <= entry <= most
-
-    check(isinstance(value, dict), "it is no JSON object")
-    fields = {"graph", "key", "parts", "sha256", "size", "seconds", "proof"}
-    check(value.keys() == fields, f"it must have the entries {', '.join(sorted(fields))}")
-    texts = {name: value[name] for name in ("graph", "key", "sha256")}
-    check(isinstance(value["parts"], dict), "parts is no object")
-    needed = {"name", *WORDS} - set(BEFORE)
-    check(needed <= value["parts"].keys() <= {"name", *WORDS}, f"parts must have {', '.join(sorted(needed))}")
-    for name, entry in {**texts, **value["parts"]}.items():
-        check(isinstance(entry, str) and len(entry) <= 10_000, f"{name} is no text")
-    check(value["key"] == key_of(value["parts"]), "its key is not that of its parts")
-    check(value["graph"] == value["parts"]["name"], "it names two graphs")
-    check(SIZES.fullmatch(value["parts"]["sizes"]) is not None, "its sizes are not like B=4 or B=1-4-8")
-    check(re.fullmatch("[0-9a-f]{64}", value["sha256"]) is not None, "sha256 is no SHA-256")
-    check(isinstance(value["size"], int) and number(value["size"], 1 << 50), "size is no number of bytes")
-    check(number(value["seconds"], 1e9), "seconds is no time")
-    check(isinstance(value["proof"], dict), "proof is no object")
-    for name in ("types", "memory"):
-        counts = value["proof"].get(name, {})
-        check(
-            isinstance(counts, dict) and all(isinstance(n, int) and number(n, 1 << 50) for n in counts.values()),
-            f"{name} in proof are no numbers",
-        )
+def read_record(record: Path) -> Plan:
+    """The plan that a record speaks of. Raises OSError, or MisfitError for one that is not as `add` writes it."""
+    value = read_json(record)
+    plan = fit(value, Plan)
+    if unknown := sorted(set(value) - {entry.name for entry in fields(Plan)}):
+        raise MisfitError(f"The entry {unknown[0][:60]!r} is unknown.")
+    fit(plan.proof, Proof)
+    if plan.key != key_of(value["parts"]):
+        raise MisfitError("Its key is not that of its parts.")
+    if plan.graph != plan.parts["name"]:
+        raise MisfitError(f"It names two graphs, {plan.graph} and {plan.parts['name']}.")
+    return replace(plan, path=record.with_suffix(".plan"))
 
 
 def size_text(sizes: Sizes) -> str:
@@ -177,8 +189,8 @@ class PlanStore:
         """Every finished plan. Records that cannot be read are passed over: `strays` says what is wrong with them."""
         for record in sorted(self.folder.glob("*.json")):
             try:
-                yield self._read(record)
-            except (OSError, ValueError):
+                yield read_record(record)
+            except (OSError, MisfitError):
                 continue
 
     def find(self, wanted: Mapping[str, str], verify: bool = False) -> Plan | None:
@@ -270,9 +282,9 @@ class PlanStore:
             found[path] = "it belongs to no finished plan"
             if path.suffix == ".json":
                 try:
-                    self._read(path)
-                except (OSError, ValueError) as error:
-                    found[path] = f"it is no record of a plan ({error})"
+                    read_record(path)
+                except (OSError, MisfitError) as error:
+                    found[path] = f"it is no record of a plan: {str(error).rstrip('.')}"
         return found
 
     def remove(self, plan: Plan) -> None:
@@ -281,17 +293,6 @@ class PlanStore:
         plan.path.unlink(missing_ok=True)
         for suffix in (KERNELS, LAYERS):
             plan.path.with_suffix(suffix).unlink(missing_ok=True)
-
-    def _read(self, record: Path) -> Plan:
-        """Raises OSError, or ValueError with a sentence for a record that is not as `add` writes them."""
-        if record.stat().st_size > RECORD:
-            raise ValueError(f"it is larger than {RECORD >> 20} MB")
-        try:
-            value = json.loads(record.read_text(encoding="utf-8"))
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-        check_record(value)
-        return Plan(**value, path=record.with_suffix(".plan"))
 
 
 def _part(plan: Plan, name: str) -> str:

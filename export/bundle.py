@@ -23,14 +23,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ..contract import MANIFEST, TOKENIZER, GraphSpec, Manifest, TensorSpec, file_digest
+from ..contract import MANIFEST, NUM_HISTORY, TOKENIZER, GraphSpec, Manifest, TensorSpec, file_digest
 from ..errors import CheckpointError, ExportError
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
 from .attention import fuse_attention
 from .check import run_apart
 from .check import version as onnxruntime_version
-from .graphs import NUM_HISTORY, PRECISIONS, Graph, graphs
+from .graphs import PRECISIONS, Graph, graphs
 from .workspace import install, workspace
 
 # Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output: an error in the

@@ -23,6 +23,7 @@ from ..engines.build import check_backend  # noqa: E402
 from ..engines.cli import build_options, build_with_progress, options_of, resolve_backend  # noqa: E402
 from ..engines.tensorrt import MODULES  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
+from ..models.layout import read_layout  # noqa: E402
 from .source import changed, fingerprint  # noqa: E402
 
 STOPPED = "Stopped. What is finished stays; the same command goes on."
@@ -119,6 +120,7 @@ def command(
             backend = resolve_backend(backend)
         precision = precision or ("fp16" if backend in MODULES else "fp32")
         folder = resolve(checkpoint, "checkpoint")
+        read_layout(folder)  # before PyTorch is loaded
         if backend in MODULES:
             check_backend(backend, options_of(values))  # before minutes of exporting
         source = fingerprint(folder, body, adapters, precision=precision, image_size=image_size, opset=opset)

@@ -22,7 +22,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ..contract import BRANCHES, LARGEST, NUM_PARAMS, ROW_HEAD, TensorSpec
+from ..contract import BRANCHES, LARGEST, NUM_HISTORY, NUM_PARAMS, ROW_HEAD, TensorSpec
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.hand_prior import HandPrior
@@ -32,8 +32,6 @@ from ..models.text_hand_encoder import CUES, TextHandEncoder, encode_text, poole
 
 # What `hd-export --precision` takes -> the type that the networks compute in.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# History tensors of the step graphs: 4 lets the UNet run every solver (PLMS needs them), 1 the hand prior all others.
-NUM_HISTORY = {"hand_prior": 1, "unet": 4}
 
 
 def update(row: Tensor, x: Tensor, m: Tensor, history: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,35 +27,34 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
+from ..contract import LARGEST_PARAMETER
 from ..errors import CheckpointError
-from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config
+from ..schema import read_file
+from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config, default_settings
 from .hand_prior import HandPrior
-from .position_kernel import PositionKernel, attach
+from .layout import BOS, EOS, MODEL_INDEX, PARTS, read_layout, read_tokenizer_config
+from .position_kernel import PositionKernel, attach, cross_attentions
 from .text_hand_encoder import TextHandEncoder
-from .weights import load_part
+from .weights import first_line, load_part
 
 # Our own commands show progress; the libraries' bars and remarks would only break it up.
 diffusers_logging.set_verbosity_error()
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-MODEL_INDEX = "model_index.json"
 BODY = Path("body/smplh.npz")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-
-# Part -> (library, class), as diffusers writes them into model_index.json.
-PARTS = {
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "hand_prior": ("handiffuser", "HandPrior"),
-    "text_hand_encoder": ("handiffuser", "TextHandEncoder"),
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "position_kernel": ("handiffuser", "PositionKernel"),
-    "vae": ("diffusers", "AutoencoderKL"),
+CLASSES = {
+    "text_encoder": CLIPTextModel,
+    "hand_prior": HandPrior,
+    "text_hand_encoder": TextHandEncoder,
+    "unet": UNet2DConditionModel,
+    "position_kernel": PositionKernel,
+    "vae": AutoencoderKL,
 }
+MAX_TOKENIZER = 1 << 27  # bytes of a tokenizer's files
 
 
 @dataclass
@@ -132,56 +131,30 @@ class Checkpoint:
         configuration says, or parts that do not fit together.
         """
         folder = Path(folder)
-        try:
-            index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            what = "has no model_index.json" if folder.exists() else "does not exist"
-            raise CheckpointError(f"{folder} is not a checkpoint: it {what}.") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / MODEL_INDEX} cannot be read: {error}.") from error
-        needed = [name for name in PARTS if name != "position_kernel"] + ["scheduler", "hand_scheduler", "tokenizer"]
-        missing = [name for name in needed if not (folder / name).is_dir()]
-        if missing:
-            raise CheckpointError(f"{folder} is incomplete: it lacks {', '.join(missing)}.")
-        refuse_pickles(folder)
-
+        layout = read_layout(folder)  # what could not be used is known before weights are read
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a typo in a path must not become a download
-        try:
-            classes = {
-                "text_encoder": CLIPTextModel,
-                "hand_prior": HandPrior,
-                "text_hand_encoder": TextHandEncoder,
-                "unet": UNet2DConditionModel,
-                "vae": AutoencoderKL,
-            }
-            if (folder / "position_kernel").is_dir():
-                classes["position_kernel"] = PositionKernel
-            parts = {name: load_part(kind, folder / name) for name, kind in classes.items()}
-            schedules = {
-                name: json.loads((folder / name / "scheduler_config.json").read_text(encoding="utf-8"))
-                for name in ("scheduler", "hand_scheduler")
-            }
-            tokenizer, special_tokens = load_tokenizer(folder / "tokenizer")
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
-        unet, vae = parts["unet"], parts["vae"]
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        sample = unet.config.sample_size
-        sample = tuple(sample) if isinstance(sample, (list, tuple)) else (sample, sample)
-        size = tuple(index.get("_image_size") or (sample[0] * factor, sample[1] * factor))
+        tokenizer, special_tokens = load_tokenizer(folder / "tokenizer")
+        parts = {name: load_part(kind, folder / name) for name, kind in CLASSES.items() if (folder / name).is_dir()}
         checkpoint = cls(
             tokenizer=tokenizer,
             special_tokens=special_tokens,
             position_kernel=parts.pop("position_kernel", None),
             **parts,
-            **schedules,
-            defaults={**default_settings(Config()), **index.get("_defaults", {})},
-            image_size=size,
+            scheduler=layout.schedules["scheduler"],
+            hand_scheduler=layout.schedules["hand_scheduler"],
+            defaults=layout.defaults,
+            image_size=layout.image_size or trained_size(parts["unet"], parts["vae"]),
             body=folder / BODY if (folder / BODY).exists() else None,
             name=folder.resolve().name,
-            notes=index.get("_notes", {}),
+            notes=layout.notes,
         )
         checkpoint.check()
+        mean, std = checkpoint.hand_prior.mean, checkpoint.hand_prior.std
+        if mean.abs().max() > LARGEST_PARAMETER or not 0 < std.min() <= std.max() <= LARGEST_PARAMETER:
+            raise CheckpointError(
+                f"The mean and std in {folder / 'hand_prior'}, which hand parameters are normalised with, make no "
+                f"sense: std must be above 0, and both at most {LARGEST_PARAMETER:g}."
+            )
         for module in checkpoint.modules().values():
             module.eval().requires_grad_(False)
         checkpoint.attach_kernel()
@@ -196,20 +169,32 @@ class Checkpoint:
             ("text_encoder's width", self.text_encoder.config.hidden_size, "hand_prior's text_width",
              prior.config.text_width),
             ("vae's latent channels", self.vae.config.latent_channels, "unet's in_channels", unet.config.in_channels),
+            ("unet's out_channels", unet.config.out_channels, "its in_channels", unet.config.in_channels),
             ("text_encoder's vocabulary", self.text_encoder.config.vocab_size, "text_hand_encoder's",
              encoder.config.vocab_size),
+            ("the tokenizer's model_max_length", self.special_tokens["length"], "text_hand_encoder's positions",
+             encoder.config.max_position_embeddings),
         ]  # fmt: skip
         kernel = list(self.position_kernel.config.frequencies) if self.position_kernel is not None else []
         pairs.append(("text_hand_encoder's frequencies", list(encoder.config.frequencies), "position_kernel's", kernel))
         gated = self.position_kernel is not None and self.position_kernel.config.gated
         pairs.append(("text_hand_encoder's hide", encoder.config.hide, "position_kernel's gated", gated))
+        if self.position_kernel is not None:
+            heads = [layer.heads for layer in cross_attentions(unet)]
+            pairs.append(("position_kernel's heads", list(self.position_kernel.config.heads), "unet's", heads))
         for name, value, other, wanted in pairs:
             if value != wanted:
                 raise CheckpointError(f"The parts do not fit together: {name} is {value}, {other} is {wanted}.")
-        if self.tokenizer.get_vocab_size() > encoder.config.vocab_size:
+        places = self.text_encoder.config.max_position_embeddings
+        if self.special_tokens["length"] > places:
             raise CheckpointError(
-                f"The tokenizer has {self.tokenizer.get_vocab_size()} tokens, "
-                f"the text models only {encoder.config.vocab_size}."
+                f"The tokenizer's model_max_length is {self.special_tokens['length']}, and text_encoder has {places} "
+                "positions."
+            )
+        largest = max(self.tokenizer.get_vocab().values(), default=0)
+        if largest >= encoder.config.vocab_size:
+            raise CheckpointError(
+                f"The tokenizer's ids go up to {largest}, and the text models know {encoder.config.vocab_size} tokens."
             )
         multiple = 2 ** (len(self.vae.config.block_out_channels) + len(unet.config.block_out_channels) - 2)
         if any(side % multiple for side in self.image_size):
@@ -219,51 +204,75 @@ class Checkpoint:
             )
 
 
-def refuse_pickles(folder: Path) -> None:
-    """Raises CheckpointError where a part's weights come as a pickle only."""
-    for part in PARTS:
-        files = [path for path in (folder / part).glob("*") if path.is_file()]
-        pickles = [path.name for path in files if path.suffix in PICKLES]
-        if pickles and not any(path.suffix == ".safetensors" for path in files):
-            raise CheckpointError(
-                f"{folder / part} holds its weights as a pickle ({pickles[0]}), which can run code when opened. "
-                "Convert it where you trust its origin: "
-                "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')."
-            )
+def trained_size(unet: UNet2DConditionModel, vae: AutoencoderKL) -> tuple[int, int]:
+    """H, W of the pictures that a UNet was trained on, in pixels."""
+    sample = unet.config.sample_size
+    if sample is None:
+        raise CheckpointError(
+            "The checkpoint does not say how large its pictures are. Write _image_size into its model_index.json: "
+            '"_image_size": [512, 512].'
+        )
+    height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return height * factor, width * factor
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
-    """Reads tokenizer.json, or the vocab.json and merges.txt of older checkpoints; with its special tokens' ids."""
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
-    ids = {}
-    for name, usual in (("bos", BOS), ("eos", EOS), ("pad", EOS)):
-        token = config.get(f"{name}_token", usual)
-        token = token["content"] if isinstance(token, dict) else token
-        number = tokenizer.token_to_id(token)
+    """Reads tokenizer.json, or the vocab.json and merges.txt of older checkpoints; with its special tokens' ids.
+
+    Raises CheckpointError for files that are missing or no tokenizer, and for one without its special tokens.
+    """
+    config = read_tokenizer_config(folder)
+    path = folder / "tokenizer.json"
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    if not path.is_file() and not (vocabulary.is_file() and merges.is_file()):
+        raise CheckpointError(f"{folder} has no tokenizer.json, nor a vocab.json and merges.txt.")
+    try:
+        if path.is_file():
+            tokenizer = Tokenizer.from_buffer(read_file(path, MAX_TOKENIZER))
+        else:
+            path = vocabulary
+            tokenizer = clip_tokenizer(vocabulary, merges, config)
+        ids = {name: tokenizer.token_to_id(config[name]) for name in ("bos", "eos", "pad")}
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise CheckpointError(f"{path} cannot be read as a tokenizer: {first_line(error)}") from None
+    for name, number in ids.items():
         if number is None:
-            raise CheckpointError(f"The tokenizer has no {name} token {token!r}.")
-        ids[name] = number
-    length = config.get("model_max_length", 77)
-    return tokenizer, {**ids, "length": int(length) if length < 10_000 else 77}
+            raise CheckpointError(f"The tokenizer in {folder} has no {name} token {config[name]!r}.")
+    return tokenizer, {**ids, "length": config["length"]}
 
 
-def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE like CLIP's, trained on `texts`. Bytes are in its alphabet, so that any script is readable."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
+def clip_tokenizer(vocabulary: Path, merges: Path, special: Mapping[str, str]) -> Tokenizer:
+    """CLIP's tokenizer from its two older files, as transformers' CLIPTokenizer makes it."""
+    symbols = json.loads(read_file(vocabulary, MAX_TOKENIZER))
+    lines = read_file(merges, MAX_TOKENIZER).decode("utf-8").splitlines()
+    rules = (line.partition(" ") for line in lines if line.strip() and not line.startswith("#version"))
+    pairs = [(first, second) for first, _, second in rules]
+    tokenizer = Tokenizer(models.BPE(symbols, pairs, unk_token=special["eos"], end_of_word_suffix="</w>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _normalizer(), _pre_tokenizer()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(dict.fromkeys(special[name] for name in ("bos", "eos", "pad"))))
+    return tokenizer
+
+
+def _normalizer() -> normalizers.Normalizer:
+    return normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     pattern = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pattern, behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE like CLIP's, trained on `texts`. Bytes are in its alphabet, so that any script is readable."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _normalizer(), _pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words: Counter[tuple[str, ...]] = Counter()
@@ -317,11 +326,6 @@ def special_tokens(tokenizer: Tokenizer, length: int) -> dict[str, int]:
     """Ids of a tokenizer from `make_tokenizer`; padding is the end-of-text token, as in CLIP."""
     vocabulary = tokenizer.get_vocab()
     return {"bos": vocabulary[BOS], "eos": vocabulary[EOS], "pad": vocabulary[EOS], "length": length}
-
-
-def default_settings(config: Config) -> dict[str, Any]:
-    names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance")
-    return {name: getattr(config, name) for name in names}
 
 
 def random_checkpoint(

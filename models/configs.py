@@ -6,8 +6,9 @@ checkpoint = random_checkpoint(CONFIGS["tiny"])        # see models/checkpoint.p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from .text_hand_encoder import CUES
+CUES = ("joints", "rotations", "vertices")  # what the Text+Hand encoder may be told of the hands
 
 # Noise schedules in diffusers' words. Stage 1 predicts x0; stage 2 of the demo predicts v with zero terminal SNR
 # (Lin et al. 2024), so that the last step of training is pure noise, as the first step of sampling is.
@@ -81,6 +82,12 @@ class Config:
     def latent_size(self) -> tuple[int, int]:
         factor = 2 ** (len(self.vae_channels) - 1)
         return self.image_size[0] // factor, self.image_size[1] // factor
+
+
+def default_settings(config: Config) -> dict[str, Any]:
+    """What a request takes unless it says otherwise."""
+    names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance")
+    return {name: getattr(config, name) for name in names}
 
 
 CONFIGS = {

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..contract import HAND_JOINTS as HAND_JOINTS
 from ..errors import CheckpointError
 
 # The kinematic tree: pelvis, 21 body joints, 15 joints of the left hand, 15 of the right.
@@ -30,12 +31,6 @@ LEFT_WRIST, RIGHT_WRIST = 20, 21
 
 # Vertices at the finger tips, thumb to little finger, left hand then right hand. They follow the 52 joints as 52-61.
 TIP_VERTICES = (2746, 2319, 2445, 2556, 2673, 6191, 5782, 5905, 6016, 6133)
-
-# 21 joints a hand: the wrist, then thumb, index, middle, ring and little finger from the root to the tip.
-HAND_JOINTS = (
-    (20, 34, 35, 36, 52, 22, 23, 24, 53, 25, 26, 27, 54, 31, 32, 33, 55, 28, 29, 30, 56),
-    (21, 49, 50, 51, 57, 37, 38, 39, 58, 40, 41, 42, 59, 46, 47, 48, 60, 43, 44, 45, 61),
-)
 
 REQUIRED = ("v_template", "shapedirs", "posedirs", "J_regressor", "kintree_table", "weights", "f")
 

@@ -23,10 +23,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from .configs import CUES
 from .hand_features import make_basis
 from .position_kernel import GATED, HIDDEN, TOKEN_KINDS, code_width, position_code
 
-CUES = ("joints", "rotations", "vertices")
 NUM_HAND_JOINTS, NUM_HAND_ROTATIONS = 21, 16
 # Which of MANO's 16 rotations belongs to each of the 21 joints; the five tips have none.
 ROTATED_JOINTS = (0, 1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19)

@@ -8,21 +8,31 @@ random, a number beyond float32 becomes infinity) or answer with pages is looked
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta, Struct
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CLIPTextConfig, PreTrainedModel
 
+from ..contract import FileName, Word
 from ..errors import CheckpointError
+from ..schema import MisfitError, fit, read_json
+from .layout import read_config
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # in the words of safetensors
-INTEGER = "position_ids"  # a buffer in older CLIP files, which is not read
+SPARE = 1 << 20  # elements: a network that wants more than twice what is there and this is not even made
 SHOWN = 3  # names in a sentence; the others are counted
+
+
+class Index(Struct):
+    """Of weights in several files: which tensor is in which."""
+
+    weight_map: Annotated[dict[Word, FileName], Meta(min_length=1)]
 
 
 def load_part(kind: Any, folder: Path) -> Any:
@@ -31,22 +41,33 @@ def load_part(kind: Any, folder: Path) -> Any:
     Raises CheckpointError for files that are missing or damaged, and for tensors that are missing, left over, of
     another shape or type than the configuration says, or not finite.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json.")
-    types = stored_types(weight_files(kind, folder))
-    other = [f"{name} ({held})" for name, held in types.items() if held not in FLOATS and not name.endswith(INTEGER)]
+    config = read_config(kind.__name__, folder)
+    stored = read_headers(weight_files(kind, folder))
+    other = [f"{name} ({held})" for name, (held, _) in stored.items() if held not in FLOATS and not _unread(name)]
     if other:
         raise CheckpointError(
             f"The weights in {folder} are of a type that is not read here: {listed(other)}. "
             "Save them as float32, float16 or bfloat16."
         )
-    arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    arguments["ignore_mismatched_sizes"] = True  # they are reported then, and refused below
-    if issubclass(kind, PreTrainedModel):
-        arguments["dtype"] = torch.float32
-    else:
-        arguments |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-    module, info = kind.from_pretrained(folder, **arguments)
+    held = sum(size for _, size in stored.values())
+    try:
+        with torch.device("meta"):  # without memory
+            wanted = sum(tensor.numel() for tensor in build(kind, config).state_dict().values())
+        if wanted <= 2 * held + SPARE:
+            arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+            arguments["ignore_mismatched_sizes"] = True  # they are reported then, and refused below
+            if issubclass(kind, PreTrainedModel):
+                arguments |= {"dtype": torch.float32, "config": CLIPTextConfig(**config)}
+            else:
+                arguments |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+            module, info = kind.from_pretrained(folder, **arguments)
+    except Exception as error:  # configurations fail in the libraries in many ways
+        raise CheckpointError(f"No network can be made from {folder / 'config.json'}: {first_line(error)}") from None
+    if wanted > 2 * held + SPARE:
+        raise CheckpointError(
+            f"The weights in {folder} do not fit its config.json: that describes {wanted:,} numbers, and there are "
+            f"{held:,}. Save both again together, with save_pretrained()."
+        )
     wrong = [
         f"{what} {listed(names)}"
         for what, names in (
@@ -78,29 +99,48 @@ def weight_files(kind: Any, folder: Path) -> list[Path]:
             + (f" If its weights are in {others[0]}, give that file this name." if others else "")
         )
     try:
-        shards = sorted(
-            {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of weights ({type(error).__name__}: {error}).") from None
+        names = fit(read_json(index), Index).weight_map
+    except (OSError, MisfitError) as error:
+        raise CheckpointError(f"{index} is no index of weights: {first_line(error)}") from None
+    shards = sorted({folder / name for name in names.values()})
     for shard in shards:
         if not shard.is_file():
             raise CheckpointError(f"{folder} has no {shard.name}, which {index.name} names.")
     return shards
 
 
-def stored_types(files: Iterable[Path]) -> dict[str, str]:
-    """Tensor -> type in the file. Only the headers are read; safetensors checks their numbers against the file."""
-    types = {}
+def read_headers(files: Iterable[Path]) -> dict[str, tuple[str, int]]:
+    """Tensor -> its type and number of elements. Only headers are read; safetensors checks them against the file."""
+    found = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                types.update({name: tensors.get_slice(name).get_dtype() for name in tensors.keys()})  # noqa: SIM118
+                for name in tensors.keys():  # noqa: SIM118
+                    part = tensors.get_slice(name)
+                    found[name] = part.get_dtype(), math.prod(part.get_shape())
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from None
         except SafetensorError as error:
-            raise CheckpointError(f"{file} is truncated or damaged: {str(error).rstrip('.')}.") from None
-    return types
+            raise CheckpointError(f"{file} is truncated or damaged: {first_line(error)}") from None
+    return found
+
+
+def build(kind: Any, config: dict[str, Any]) -> nn.Module:
+    """A module of the class `kind` with random weights."""
+    made: nn.Module = kind(CLIPTextConfig(**config)) if issubclass(kind, PreTrainedModel) else kind.from_config(config)
+    return made
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, as the end of a sentence. A model hub is none of our users' business."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(" .:")
+    return (
+        f"{type(error).__name__}." if any(word in said.lower() for word in ("hub", "hugging", "http")) else f"{said}."
+    )
+
+
+def _unread(name: str) -> bool:
+    return name.endswith("position_ids")  # a buffer in older CLIP files, which is not read
 
 
 def check_finite(module: nn.Module, folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import numpy as np
 
 from ..contract import TOKENIZER, Manifest
 from ..errors import RequestError
-from .hands import hand_arrays, load_hands
+from ..schedules import NoiseSchedule, Table, rows
+from .hands import Hands, hand_arrays, keep_camera, load_hands
 from .noise import HANDS, LATENTS
 from .requests import Request
 from .results import Picture, Work
-from .schedules import NoiseSchedule, Table, rows
 from .tokens import PromptTokenizer
 
 TABLES = 64  # schedules that are kept
@@ -46,6 +47,7 @@ class Bundle:
         self._mean = np.array(manifest.params_mean, np.float32)
         self._std = np.array(manifest.params_std, np.float32)
         self._tables: dict[tuple[Any, ...], Table] = {}
+        self._placed: dict[bytes, np.ndarray] = {}  # params and camera of a file -> params that keep that camera
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest | None = None) -> Bundle:
@@ -62,6 +64,17 @@ class Bundle:
         hands.update((ours, work.features[name]) for name, ours in _FEATURE_NAMES.items() if name in work.features)
         seconds = time.perf_counter() - work.started
         return Picture(str(work.request.id), work.request, image.copy(), hands, seconds, work.warnings, self.made_by)
+
+    def given(self, hands: Hands, joints_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Normalised parameters [P] of hands from a file. Where they come with a camera, they are placed so that it is
+        what follows from them: joints_of, which runs `hand_features` on one row, x [P] -> joints_3d [62, 3], says where
+        the joints are."""
+        if hands.camera is None:
+            return self.normalised(hands.params)
+        key = hands.params.tobytes() + hands.camera.tobytes()
+        if key not in self._placed:
+            keep(self._placed, key, keep_camera(hands, joints_of(self.normalised(hands.params))))
+        return self.normalised(self._placed[key])
 
     def normalised(self, params: np.ndarray) -> np.ndarray:
         """Hand parameters [P] as the hand prior knows them: mean 0, spread 1."""

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineError, RequestError
+from ..schedules import Table
 from .bundle import Bundle, keep
 from .device_graphs import STREAM, After, DeviceGraph, Staging, Streams
 from .device_noise import DeviceNoise
@@ -37,7 +38,6 @@ from .noise import HANDS, LATENTS, RequestNoise
 from .requests import MAX_STEPS, Request, take
 from .results import Failure, OnEvent, Picture, Work, not_finite
 from .sampler import GUIDANCE
-from .schedules import Table
 from .steptimes import StepTimes
 
 AHEAD = 3  # steps that the host enqueues beyond the one that runs: the device never waits, new requests hardly do
@@ -369,16 +369,16 @@ class DeviceLoop:
         works: list[Work] = []
         failures = []
         given: dict[Hashable, np.ndarray] = {}
+        for event in self.consumed:
+            side.wait(event)
         for request in requests:
             if request.hands is not None:
                 try:
-                    given[request.id] = bundle.normalised(load_hands(request.hands))
+                    given[request.id] = bundle.given(load_hands(request.hands), self._joints)
                 except RequestError as error:  # it was good when the run began
                     failures.append(Failure(str(request.id), request, str(error)))
                     continue
             works.append(Work(request, started, *bundle.tokens(request)))
-        for event in self.consumed:
-            side.wait(event)
         rows: dict[Hashable, int] = {work.request.id: row for row, work in enumerate(works)}
         x = graphs["hand_features"].inputs["x"]
         jobs: dict[Hashable, DeviceJob] = {}
@@ -408,6 +408,17 @@ class DeviceLoop:
         host |= {name: self._read(side, array[:count]) for name, array in features.outputs.items() if count}
         log = self._read(side, self.hands.log)
         return _Batch(works, jobs, done, host, log, side.record(), left=count), failures
+
+    def _joints(self, x: np.ndarray) -> np.ndarray:
+        """[P] -> [62, 3] metres. The host waits for it: once for each file of hands."""
+        features, side = self.graphs["hand_features"], self.side
+        self.staging.upload(side, features.inputs["x"][:1], x[None])
+        features.launch(side, 1)
+        pinned = self._read(side, features.outputs["joints_3d"][:1])
+        side.record().synchronize()
+        joints: np.ndarray = pinned[0].copy()
+        self.staging.give(pinned)
+        return joints
 
     def _encode(self, ids: np.ndarray) -> Any:
         """Sentence vectors [B, D] of prompts [B, length]; the first time also the empty prompt's."""

@@ -1,23 +1,30 @@
 """Hands on disk and on the picture: parameters <-> standard SMPL-H arrays, `.hands.npz`, and the skeleton overlay.
 
     save_hands("fist.hands.npz", hands, prompt="a fist")
-    params = load_hands("fist.hands.npz")     # after editing body_pose, right_hand_pose, ... with any tool
+    hands = load_hands("fist.hands.npz")      # after editing body_pose, right_hand_pose, ... with any tool
 
 The arrays are smplx's: axis-angle in radians with `flat_hand_mean=True`, so
 `smplx.create(..., model_type="smplh", use_pca=False, flat_hand_mean=True, num_betas=10)` poses them as they are.
+
+Where the hands are in the picture is said twice. `camera` (s, tx, ty) sees a point at s (metres + t), x to the right
+and y up, +-1 over the picture's height. Who bends a finger expects the wrist and the other fingers to stay, so a file
+with a camera keeps it. Without one `placement` counts, which says of each hand where its middle is and how large it is:
+bending a finger then moves the whole hand a little. Which hands are there is in `placement` always.
 """
 
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..contract import BETAS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
+from ..contract import BETAS, HAND_JOINTS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
 from ..errors import RequestError
+from ..schema import MisfitError, read_file
 
 # Array -> which of the 52 joints it poses.
 POSES = {
@@ -35,6 +42,11 @@ SHAPES: dict[str, tuple[tuple[int, ...], float]] = {
     "betas": ((10,), 20.0),
     "placement": ((2, 4), 10.0),
 }
+CAMERA = "camera"  # may be left out
+LARGEST_CAMERA = 1e6  # of s, in half heights of the picture a metre, and of tx and ty, in metres
+MAX_HANDS, MAX_ARRAY = 1 << 24, 1 << 16  # bytes of a .hands.npz, and of an array in it that is read
+
+NO_HANDS = "none"  # instead of a file's name: nobody's hands are to be seen (a file that is called so is ./none)
 
 # Thumb, index, middle, ring, little finger, in OpenPose's order of hues.
 FINGER_COLOURS = ((230, 60, 60), (220, 190, 30), (60, 190, 70), (40, 150, 230), (190, 80, 220))
@@ -108,7 +120,7 @@ def hands_file(hands: dict[str, np.ndarray], prompt: str) -> bytes:
     """The content of a `.hands.npz`: SMPL-H arrays and whatever else `hands` holds, but not `params`.
 
     What a Picture has: joints [62, 3] and vertices [V, 3] in metres, joints_2d [2, 21, 2] in [0, 1] of the image,
-    visibility [2], camera [3]. They are for looking at; only the arrays of SHAPES are read back.
+    visibility [2], camera [3]. Only the arrays of SHAPES and the camera are read back; the others are for looking at.
     """
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {name: value for name, value in hands.items() if name != "params"}
@@ -121,38 +133,50 @@ def save_hands(path: str | Path, hands: dict[str, np.ndarray], prompt: str = "")
     Path(path).write_bytes(hands_file(hands, prompt))
 
 
-def load_hands(path: str | Path) -> np.ndarray:
-    """Reads the SMPL-H arrays of a `.hands.npz`: params float32 [330], not normalised.
+class Hands(NamedTuple):
+    """What a `.hands.npz` says: params float32 [330], not normalised, and the camera (s, tx, ty) to keep, if any."""
+
+    params: np.ndarray
+    camera: np.ndarray | None = None
+
+
+def load_hands(path: str | Path) -> Hands:
+    """Reads the SMPL-H arrays of a `.hands.npz`, and its camera where it has one. NO_HANDS: nobody's.
 
     Raises RequestError when the file is missing, is no `.npz` of plain numbers, lacks an array, or holds one of
     another shape, with NaN or infinity, or with values no body has.
     """
+    if str(path) == NO_HANDS:
+        arrays = {name: np.zeros(shape, np.float32) for name, (shape, _) in SHAPES.items()}
+        arrays["placement"][:, 3] = np.log(0.5)  # neutral, as training has it
+        return Hands(hand_params(arrays))
     path = Path(path)
     wanted = ", ".join(f"{name}{list(shape)}" for name, (shape, _) in SHAPES.items())
     advice = f"Wanted: an .npz as hd-run writes it, with {wanted}."
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
-        with archive:
-            missing = [name for name in SHAPES if name not in archive]
+        with zipfile.ZipFile(io.BytesIO(read_file(path, MAX_HANDS))) as archive:
+            there = {name.removesuffix(".npy") for name in archive.namelist()}
+            missing = [name for name in SHAPES if name not in there]
             if missing:
                 raise RequestError(f"The hands file {path} lacks {', '.join(missing)}. {advice}")
-            arrays = {name: archive[name] for name in SHAPES}
-            if not all(isinstance(value, np.ndarray) for value in arrays.values()):
-                raise ValueError("it holds files that are no arrays")
+            arrays = {name: _array(archive, name) for name in (*SHAPES, CAMERA) if name in there}
     except FileNotFoundError:
         raise RequestError(f"There is no hands file {path}.") from None
+    except MisfitError as error:
+        raise RequestError(f"The hands file {path} cannot be read: {error} {advice}") from None
     except RequestError:
         raise
     except Exception as error:  # a bad file fails numpy, zipfile and zlib in many ways; pickles are not opened
         raise RequestError(f"The hands file {path} cannot be read as plain arrays. {advice}") from error
-    for name, (shape, limit) in SHAPES.items():
-        value = arrays[name]
+    for name, value in arrays.items():
+        shape, limit = SHAPES.get(name, ((3,), LARGEST_CAMERA))
+        if name == "placement" and CAMERA in arrays:  # which counts instead, and may see a hand far off the picture
+            limit = LARGEST_CAMERA
         if value.shape != shape:
             raise RequestError(f"The hands file {path} has {name} of shape {list(value.shape)}. {advice}")
         if value.dtype.kind not in "fiu":
             raise RequestError(f"The hands file {path} has {name} as {value.dtype}, not as numbers. {advice}")
+        value = value.astype(np.float64)  # an integer's magnitude may not fit into its own type
         if not np.isfinite(value).all():
             raise RequestError(f"The hands file {path} has NaN or infinity in {name}. Mend or remove it.")
         if np.abs(value).max() > limit:
@@ -161,7 +185,52 @@ def load_hands(path: str | Path) -> np.ndarray:
                 f"The hands file {path} has {most:g} in {name}, and more than {limit:.4g} makes no "
                 "sense there. Angles are in radians, places in [-1, 1] of the image."
             )
-    return hand_params(arrays)
+    camera = arrays.get(CAMERA)
+    if camera is not None and not camera[0] > 0:
+        raise RequestError(
+            f"The hands file {path} has {camera[0]:g} as the scale of its camera, which must be above 0. Mend it, or "
+            "take camera out: then placement counts."
+        )
+    return Hands(hand_params(arrays), None if camera is None else camera.astype(np.float64))
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of an .npz. Not by numpy's own reader of archives, which unpacks whatever is in there, of any size."""
+    member = archive.getinfo(f"{name}.npy")
+    if member.file_size > MAX_ARRAY:
+        raise MisfitError(f"Its {name} is larger than {MAX_ARRAY >> 10} KB.")
+    value = np.load(io.BytesIO(archive.read(member)), allow_pickle=False)
+    if not isinstance(value, np.ndarray):
+        raise ValueError("an archive in an archive")
+    return value
+
+
+def keep_camera(hands: Hands, joints: np.ndarray) -> np.ndarray:
+    """params [330] whose placement is what the camera of `hands` sees, so that the same camera follows from it.
+
+    joints: [62, 3] metres, of `hand_features` for these params; where they are in the picture does not matter to it.
+    The opposite of `HandFeatures.camera`, to which sizes from 1/400 to 20 half heights of the picture count.
+    """
+    assert hands.camera is not None
+    params, scale, shift = hands.params.copy(), hands.camera[0], hands.camera[1:]
+    placement = params[PLACEMENT].reshape(2, 4).astype(np.float64)
+    present = placement[:, 0] > 0.5
+    points = joints[np.array(HAND_JOINTS), :2].astype(np.float64)  # [2, 21, 2]
+    centre = points.mean(1)
+    radius = np.sqrt(np.maximum(np.square(points - centre[:, None]).sum(-1).mean(-1), 1e-8))
+    placement[~present, 1:] = placement[~present, 1:].clip(-10, 10)
+    placement[present, 1:3] = (scale * (centre + shift))[present]
+    placement[present, 3] = np.log(scale * radius)[present]
+    # An absent hand has a say of one in ten thousand, which the one that is there makes up for.
+    share = present + 1e-4
+    share = share / share.sum()
+    ours = share[present].sum()
+    if ours:
+        placement[present, 3] += (np.log(scale) - (share * (placement[:, 3] - np.log(radius))).sum()) / ours
+        off = shift - (share[:, None] * (placement[:, 1:3] / scale - centre)).sum(0)
+        placement[present, 1:3] += scale * off / ours
+    params[PLACEMENT] = placement.reshape(-1)
+    return params
 
 
 def draw_skeleton(image: np.ndarray, joints_2d: np.ndarray, visibility: np.ndarray) -> np.ndarray:

@@ -18,13 +18,13 @@ import numpy as np
 from ..contract import NUM_PARAMS
 from ..engines import Engine
 from ..errors import RequestError
+from ..schedules import Table
 from .bundle import Bundle, keep
 from .hands import load_hands
 from .noise import HANDS, LATENTS, RequestNoise
 from .requests import Request, take
 from .results import Failure, OnEvent, Picture, Work, not_finite
 from .sampler import Job, Result, StepSampler
-from .schedules import Table
 from .steptimes import StepTimes
 
 
@@ -115,7 +115,7 @@ class HostLoop:
         for work in works:
             if work.request.hands is not None:
                 try:
-                    work.x = self.bundle.normalised(load_hands(work.request.hands))
+                    work.x = self.bundle.given(load_hands(work.request.hands), self._joints)
                 except RequestError as error:  # it was good when the run began
                     failures.append(Failure(str(work.request.id), work.request, str(error)))
 
@@ -141,6 +141,10 @@ class HostLoop:
             work.features = {name: value[row] for name, value in features.items()}
             work.inputs = {name: value[row] for name, value in keys.items()}
         return works, failures
+
+    def _joints(self, x: np.ndarray) -> np.ndarray:
+        """[P] -> [62, 3] metres."""
+        return self.engines["hand_features"]({"x": x[None]})["joints_3d"][0]
 
     def _hand_job(self, request: Request, text: np.ndarray) -> Job:
         """Stage 1's job; text is the prompt's sentence vector [D]."""

@@ -30,6 +30,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import HanDiffuserError, RequestError
+from ..schema import MisfitError, read_json
 from .hands import draw_skeleton, hands_file
 from .requests import Request, picture_key
 
@@ -239,8 +240,8 @@ def _record(picture: Picture) -> dict[str, Any]:
 def _read_record(path: Path) -> dict[str, Any] | None:
     """The record of a complete picture, or None for anything else."""
     try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        record = read_json(path)
+    except (OSError, MisfitError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("key"), str):
         return None

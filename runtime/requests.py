@@ -34,13 +34,14 @@ import numpy as np
 from msgspec import Meta
 
 from ..errors import RequestError
-from ..schema import MisfitError, fit, parse_json, read_file
-from .schedules import SOLVERS
+from ..schedules import SOLVERS
+from ..schema import MisfitError, fit, one_of, parse_json, read_file, whole
+from .hands import MAX_HANDS, NO_HANDS
 
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
-MAX_FILE, MAX_LINE, MAX_HANDS = 1 << 28, 1 << 20, 1 << 26  # bytes of a prompts file, a line of it, a .hands.npz
+MAX_FILE, MAX_LINE = 1 << 28, 1 << 20  # bytes of a prompts file, and of a line of it
 # How a file says that it is not UTF-8 (UTF-32 first: its mark begins as that of UTF-16).
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -53,12 +54,10 @@ _MARKS = (
 _DEVICES = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
 
 Text = Annotated[str, Meta(max_length=100_000, description="text of at most 100,000 characters")]
-Steps = Annotated[int, Meta(ge=1, le=MAX_STEPS, description=f"a whole number from 1 to {MAX_STEPS}")]
-Seed = Annotated[int, Meta(ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")]
+Steps = Annotated[int, whole(1, MAX_STEPS)]
+Seed = Annotated[int, whole(0, MAX_SEED)]
 Guidance = Annotated[float, Meta(ge=0, le=MAX_GUIDANCE, description=f"a number from 0 to {MAX_GUIDANCE:g}")]
-Solver = Annotated[
-    str, Meta(pattern=f"^({'|'.join(map(re.escape, SOLVERS))})\\Z", description=f"one of {', '.join(SOLVERS)}")
-]
+Solver = Annotated[str, one_of(*SOLVERS)]
 Id = Annotated[
     str,
     Meta(
@@ -78,7 +77,7 @@ class Request:
     seed: 0 to 2**63 - 1. steps, hand_steps: 1 to 1000. guidance, hand_guidance: 0 to 100, where 1 is none.
     guidance_interval: the part of the steps that is guided, 0 <= start < stop <= 1; see `rows`.
     id: letters, digits, dots, dashes and underscores; the files of the picture are named after it.
-    hands: a `.hands.npz` whose hands are taken instead of stage 1's.
+    hands: a `.hands.npz` whose hands are taken instead of stage 1's; "none" for a picture without hands.
     """
 
     prompt: Text
@@ -177,7 +176,7 @@ class RequestFile:
             raise RequestError(f"The line has more than {MAX_LINE >> 20} MB. Shorten it.")
         if self.jsonl:
             values = _json_line(line)
-            if isinstance(values.get("hands"), str):
+            if isinstance(values.get("hands"), str) and values["hands"] != NO_HANDS:
                 values["hands"] = str(self.folder / values["hands"])
         else:
             try:
@@ -268,7 +267,7 @@ def picture_key(request: Request, bundle: str = "") -> str:
     The content of the hands file counts, not its name. Raises RequestError when that file cannot be read.
     """
     values: dict[str, Any] = {**vars(request), "id": None, "bundle": bundle}
-    if request.hands is not None:
+    if request.hands is not None and request.hands != NO_HANDS:  # a name that stands for itself
         try:
             values["hands"] = hashlib.sha256(read_file(Path(request.hands), MAX_HANDS)).hexdigest()
         except (OSError, MisfitError) as error:

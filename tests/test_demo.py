@@ -119,6 +119,19 @@ def test_what_ships_is_small_and_free(pipeline):
     assert "licence-free" in Manifest.load(demo.bundle_path()).made_by["body"]
 
 
+def test_without_hands_the_prompt_alone_paints(tmp_path):
+    """By the option, and by a line of a .jsonl; hands that are given with it are no hands."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "blue background", "hands": "none", "seed": 3}\n')
+    common = ("demo", "--steps", "2", "--seed", "3")
+    for out, more in (("a", ("blue background", "--no-hands")), ("b", ("--prompts", tmp_path / "p.jsonl"))):
+        result = run_command("runtime.cli", *common, *more, "-o", tmp_path / out)
+        assert result.returncode == 0, result.stderr
+    pictures = [next(p for p in (tmp_path / out).glob("*.png") if ".hands" not in p.name) for out in "ab"]
+    assert pictures[0].name == pictures[1].name and pictures[0].read_bytes() == pictures[1].read_bytes()
+    with np.load(next((tmp_path / "a").glob("*.npz"))) as hands:
+        assert not hands["visibility"].any()
+
+
 def test_the_report_is_in_the_checkpoint():
     """The figures that the page shows are those that training measured on this checkpoint."""
     notes = json.loads((demo.checkpoint_path() / "model_index.json").read_text())["_notes"]
@@ -136,3 +149,42 @@ def test_no_file_names_the_machine_it_was_made_on():
         assert "_name_or_path" not in text and str(Path.home()) not in text, path
     for path in demo.bundle_path().glob("*.onnx"):
         assert str(Path(__file__).parents[1]).encode() not in path.read_bytes(), path
+
+
+BENT = slice(0, 9)  # of a hand's pose: the index finger's three joints
+INDEX = slice(5, 9)  # of its 21 joints: the index finger
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_bending_a_finger_leaves_the_others_where_they_are(pipeline, side, tmp_path):
+    (first,) = pipeline.generate("two open hands", seed=3)
+    row = ("left", "right").index(side)
+    arrays = {name: value.copy() for name, value in first.hands.items() if name != "params"}
+    arrays[f"{side}_hand_pose"][BENT] += np.tile([0.0, 0.0, 1.0], 3)
+    np.savez(tmp_path / "bent.hands.npz", **arrays)
+    (bent,) = pipeline.generate("two open hands", seed=3, hands=str(tmp_path / "bent.hands.npz"))
+    moved = np.linalg.norm((bent.hands["joints_2d"] - first.hands["joints_2d"]) * 128, axis=-1)  # pixels [2, 21]
+    assert moved[row, INDEX].max() > 3, "the finger is bent"
+    moved[row, INDEX] = 0
+    assert moved.max() < 0.01
+    np.testing.assert_allclose(bent.hands["camera"], first.hands["camera"], rtol=1e-5)
+    assert (bent.image != first.image).any()
+
+    # Without the camera placement counts: the mean and the size of each hand's joints stay, and the hand moves.
+    del arrays["camera"]
+    np.savez(tmp_path / "placed.hands.npz", **arrays)
+    (placed,) = pipeline.generate("two open hands", seed=3, hands=str(tmp_path / "placed.hands.npz"))
+    np.testing.assert_allclose(placed.hands["placement"], first.hands["placement"], atol=1e-6)
+    moved = np.linalg.norm((placed.hands["joints_2d"] - first.hands["joints_2d"]) * 128, axis=-1)
+    assert np.delete(moved[row], np.arange(21)[INDEX]).max() > 1
+
+
+def test_hands_that_were_not_edited_make_the_same_picture(pipeline, tmp_path):
+    for number, prompt in enumerate(("a right hand making a fist", "two open hands", "a left hand, palm")):
+        (first,) = pipeline.generate(prompt, seed=number)
+        np.savez(tmp_path / "same.hands.npz", **{name: v for name, v in first.hands.items() if name != "params"})
+        (again,) = pipeline.generate(prompt, seed=number, hands=str(tmp_path / "same.hands.npz"))
+        np.testing.assert_allclose(again.hands["joints_2d"], first.hands["joints_2d"], atol=1e-5)
+        if "two" not in prompt:  # two hands share a camera, which may not put both where each was wanted
+            np.testing.assert_allclose(again.hands["placement"], first.hands["placement"], atol=1e-4)
+        assert np.abs(again.image.astype(int) - first.image.astype(int)).max() <= 1

@@ -21,11 +21,12 @@ from transformers import CLIPTextModel
 
 from .. import demo
 from ..errors import CheckpointError
-from ..models.checkpoint import BODY, Checkpoint, default_settings, load_tokenizer, refuse_pickles
-from ..models.configs import CONFIGS, HAND_SCHEDULE
+from ..models.checkpoint import BODY, Checkpoint, load_tokenizer, trained_size
+from ..models.configs import CONFIGS, CUES, HAND_SCHEDULE, default_settings
 from ..models.hand_prior import HandPrior
+from ..models.layout import refuse_pickles
 from ..models.position_kernel import PositionKernel
-from ..models.text_hand_encoder import CUES, TextHandEncoder
+from ..models.text_hand_encoder import TextHandEncoder
 from ..models.weights import load_part
 
 FREQUENCIES = (1, 2, 4, 8)
@@ -48,9 +49,6 @@ def from_stable_diffusion(folder: Path, cues: tuple[str, ...] = CUES, seed: int 
         special[name] for name in ("bos", "eos", "pad")
     )
     config = CONFIGS["sd15"]
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    side = unet.config.sample_size
-    sides = (side, side) if isinstance(side, int) else tuple(side)
     checkpoint = Checkpoint(
         tokenizer=tokenizer,
         special_tokens=special,
@@ -63,7 +61,7 @@ def from_stable_diffusion(folder: Path, cues: tuple[str, ...] = CUES, seed: int 
         scheduler=read_schedule(folder / "scheduler" / "scheduler_config.json"),
         hand_scheduler=dict(HAND_SCHEDULE),
         defaults=default_settings(config),
-        image_size=(sides[0] * factor, sides[1] * factor),
+        image_size=trained_size(unet, vae),
         body=demo.checkpoint_path() / BODY,
         name=folder.resolve().name,
         notes={"from": folder.resolve().name, "trained": False},
@@ -100,11 +98,4 @@ def read_parts(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has two text encoders (SDXL): this takes Stable Diffusion 1.x and 2.x.")
     refuse_pickles(folder)
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    try:
-        parts = {name: load_part(kind, folder / name) for name, kind in kinds.items()}
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    config = parts["unet"].config
-    if config.addition_embed_type or config.class_embed_type or not isinstance(config.cross_attention_dim, int):
-        raise CheckpointError(f"The UNet in {folder} is not Stable Diffusion 1.x's or 2.x's: it wants more than text.")
-    return parts
+    return {name: load_part(kind, folder / name) for name, kind in kinds.items()}

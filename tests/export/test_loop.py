@@ -15,7 +15,7 @@ from diffusers import (
 from handiffuser.engines import load_engines
 from handiffuser.models.configs import DEMO_SCHEDULE, SD_SCHEDULE
 from handiffuser.runtime.sampler import Job, StepSampler
-from handiffuser.runtime.schedules import NoiseSchedule, rows
+from handiffuser.schedules import NoiseSchedule, rows
 
 STEPS, GUIDANCE = 20, 2.5
 TOLERANCE = 1e-4  # of the largest value

@@ -14,10 +14,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from handiffuser.errors import CheckpointError
-from handiffuser.models.checkpoint import Checkpoint, make_tokenizer, random_checkpoint
+from handiffuser.models.checkpoint import Checkpoint, load_tokenizer, make_tokenizer, random_checkpoint
 from handiffuser.models.configs import CONFIGS
+from handiffuser.models.position_kernel import PositionKernel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer
 
 
 def test_round_trip(body_path, tmp_path):
@@ -221,6 +222,208 @@ def test_missing_files_are_one_sentence(copy, part):
     assert "is no index of weights" in sentence_of(copy)
     (copy / part / f"{weights.name}.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     assert "has no gone.safetensors" in sentence_of(copy)
+
+
+def change(folder: Path, file: str, **entries) -> None:
+    """Changes entries of a JSON file; None takes one out."""
+    value = json.loads((folder / file).read_text())
+    value |= entries
+    (folder / file).write_text(json.dumps({name: entry for name, entry in value.items() if entry is not None}))
+
+
+CONFIGURATIONS = [
+    *(f"{part}/config.json" for part in ("text_encoder", "hand_prior", "text_hand_encoder", "unet", "vae")),
+    "position_kernel/config.json",
+    "scheduler/scheduler_config.json",
+    "hand_scheduler/scheduler_config.json",
+    "tokenizer/tokenizer_config.json",
+    "model_index.json",
+]
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"", b"{", b"\xff", b"3", b'"text"', b"[" * 10**6])
+@pytest.mark.parametrize("file", CONFIGURATIONS)
+def test_a_configuration_that_is_none(copy, file, content, monkeypatch):
+    """Is found before any weight is read, and so in milliseconds."""
+    monkeypatch.setattr("handiffuser.models.checkpoint.load_part", None)
+    (copy / file).write_bytes(content)
+    said = sentence_of(copy)
+    assert str(copy / file) in said and ("cannot be read" in said or "cannot be used" in said)
+
+
+@pytest.mark.parametrize("file", CONFIGURATIONS)
+def test_a_configuration_that_is_missing(copy, file, monkeypatch):
+    monkeypatch.setattr("handiffuser.models.checkpoint.load_part", None)
+    (copy / file).unlink()
+    assert f"has no {Path(file).name}" in sentence_of(copy)
+
+
+SCHEDULES = [
+    ({"clip_sample": True}, "clip_sample"),
+    ({"thresholding": True}, "thresholding"),
+    ({"beta_schedule": "foo"}, "beta_schedule is 'foo'; it must be one of linear"),
+    ({"prediction_type": "flow_prediction"}, "prediction_type"),
+    ({"timestep_spacing": []}, "timestep_spacing is"),
+    ({"num_train_timesteps": 10**9}, "num_train_timesteps is"),
+    ({"num_train_timesteps": 2}, "number of steps is"),  # fewer than the defaults take
+    ({"trained_betas": [0.1]}, "trained_betas"),
+    ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start <= beta_end"),
+    ({"timestep_spacing": "leading", "steps_offset": 999}, "fewer steps"),
+    ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "zero terminal SNR"),
+    ({"beta_schedule": "linear", "beta_start": 1e-300, "beta_end": 1e-300}, "no finite numbers"),
+]
+
+
+@pytest.mark.parametrize(("entries", "words"), SCHEDULES)
+@pytest.mark.parametrize("name", ["scheduler", "hand_scheduler"])
+def test_a_schedule_that_the_runtime_would_refuse(copy, name, entries, words, monkeypatch):
+    monkeypatch.setattr("handiffuser.models.checkpoint.load_part", None)
+    change(copy, f"{name}/scheduler_config.json", **entries)
+    said = sentence_of(copy)
+    assert words in said and f"{copy / name} cannot be sampled with" in said
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"_image_size": [128]}, "_image_size"),
+        ({"_image_size": "128x128"}, "_image_size"),
+        ({"_image_size": [0, 0]}, "_image_size"),
+        ({"_image_size": [128, 128, 3]}, "_image_size"),
+        ({"_image_size": [10**18, 128]}, "_image_size"),
+        ({"_image_size": 128}, "_image_size"),
+        ({"_defaults": []}, "_defaults"),
+        ({"_defaults": {"steps": 0}}, "steps"),
+        ({"_defaults": {"steps": 1001}}, "steps"),
+        ({"_defaults": {"guidance": "strong"}}, "guidance"),
+        ({"_defaults": {"solver": "heun"}}, "no solver 'heun'"),
+        ({"_defaults": {"hand_solver": "plms"}}, "plms"),
+        ({"_notes": 1}, "_notes"),
+    ],
+)
+def test_an_index_that_makes_no_sense(copy, entries, words, monkeypatch):
+    monkeypatch.setattr("handiffuser.models.checkpoint.load_part", None)
+    change(copy, "model_index.json", **entries)
+    assert words in sentence_of(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "entries", "words"),
+    [
+        ("text_encoder", {"hidden_size": "wide"}, "hidden_size is 'wide'; it must be a whole number"),
+        ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ("text_encoder", {"num_attention_heads": 3}, "multiple of 3 heads"),
+        ("text_encoder", {"hidden_act": "nothing"}, "config.json"),
+        ("text_encoder", {"max_position_embeddings": 50}, "differs in the shape of"),
+        ("text_encoder", {"hidden_size": 65536, "intermediate_size": 65536}, "numbers, and there are"),
+        ("hand_prior", {"width": 0}, "width is 0"),
+        ("hand_prior", {"num_heads": 5}, "multiple of 5 heads"),
+        ("text_hand_encoder", {"cues": ["joints", "smell"]}, "cues"),
+        ("text_hand_encoder", {"cues": "joints"}, "cues"),
+        ("text_hand_encoder", {"frequencies": [0]}, "frequencies"),
+        ("text_hand_encoder", {"hide": True, "frequencies": []}, "positional kernel"),
+        ("unet", {"block_out_channels": [16, -32]}, "block_out_channels"),
+        ("unet", {"block_out_channels": [16, 32, 64]}, "config.json"),
+        ("unet", {"block_out_channels": [10, 20]}, "config.json"),
+        ("unet", {"layers_per_block": 10**6}, "layers_per_block"),
+        ("unet", {"down_block_types": ["DownBlock2D", "MagicBlock2D"]}, "down_block_types"),
+        ("unet", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep', and only None is"),
+        ("unet", {"act_fn": "gelu"}, "act_fn is 'gelu'"),
+        ("unet", {"resnet_skip_time_act": True}, "resnet_skip_time_act"),
+        ("unet", {"cross_attention_dim": [32, 32]}, "cross_attention_dim"),
+        ("position_kernel", {"heads": 2}, "heads"),
+        ("vae", {"scaling_factor": 0}, "scaling_factor"),
+        ("vae", {"out_channels": 4}, "out_channels is 4, and only 3 is"),
+        ("vae", {"latents_mean": [0, 0, 0, 0]}, "latents_mean"),
+        ("vae", {"sample_size": [1]}, "sample_size"),
+    ],
+)
+def test_a_network_that_is_none_of_ours(copy, part, entries, words):
+    change(copy, f"{part}/config.json", **entries)
+    said = sentence_of(copy)
+    assert words in said and part in said
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"{}", "cannot be read as a tokenizer"), (b"", "cannot be read"), (b"[1]", "cannot be read"), (None, "has no")],
+)
+def test_a_tokenizer_that_is_none(copy, content, words):
+    path = copy / "tokenizer/tokenizer.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    said = sentence_of(copy)
+    assert words in said and "tokenizer" in said
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"model_max_length": 78}, "model_max_length is 78"),
+        ({"model_max_length": 50}, "model_max_length is 50"),
+        ({"model_max_length": -1}, "model_max_length is -1"),
+        ({"model_max_length": "77"}, "model_max_length is '77'"),
+        ({"bos_token": "<nobody>"}, "no bos token '<nobody>'"),
+        ({"bos_token": 5}, "bos_token"),
+        ({"eos_token": {"text": "x"}}, "eos_token"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit(copy, entries, words):
+    change(copy, "tokenizer/tokenizer_config.json", **entries)
+    assert words in sentence_of(copy)
+
+
+def test_a_length_that_transformers_gives_for_none(copy):
+    change(copy, "tokenizer/tokenizer_config.json", model_max_length=1000000000000000019884624838656)
+    assert Checkpoint.load(copy).special_tokens["length"] == 77
+
+
+def test_a_spread_that_the_runtime_would_refuse(copy):
+    rewrite(copy, "hand_prior", lambda tensors: tensors["std"].view(-1)[3:4].zero_())
+    assert "mean and std" in sentence_of(copy)
+
+
+def test_amplitudes_for_another_unet(copy):
+    other = PositionKernel(heads=[2, 2], frequencies=[1, 2, 4, 8])
+    shutil.rmtree(copy / "position_kernel")
+    other.save_pretrained(copy / "position_kernel")
+    assert "position_kernel's heads is [2, 2], unet's is" in sentence_of(copy)
+
+
+def test_older_tokenizers_are_as_transformers_has_them(copy):
+    """vocab.json and merges.txt, as Stable Diffusion 1.x came with."""
+    folder = copy / "tokenizer"
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    vocabulary = {**model["vocab"], "<|startoftext|>": 590, "<|endoftext|>": 591}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "tokenizer.json").unlink()
+    ours, special = load_tokenizer(folder)
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    assert special == {"bos": 590, "eos": 591, "pad": 591, "length": 77}
+    for text in ("a left hand,  two OPEN hands", "it's 2 ✌️ hands<|endoftext|> x", "手を開く", "é e\u0301", "   ", ""):
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False)
+    (folder / "merges.txt").write_bytes(b"\xff")
+    assert "cannot be read as a tokenizer" in sentence_of(copy)
+    (folder / "merges.txt").unlink()
+    assert "has no tokenizer.json, nor a vocab.json and merges.txt" in sentence_of(copy)
+
+
+def test_the_command_says_so_before_anything_large_is_loaded(copy, tmp_path):
+    change(copy, "scheduler/scheduler_config.json", clip_sample=True)
+    code = (
+        "import sys\n"
+        "from handiffuser.export import cli\n"
+        f"sys.argv = ['hd-export', {str(copy)!r}, {str(tmp_path / 'out')!r}]\n"
+        "try:\n    cli.main()\n"
+        "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "1 False\n"
+    assert result.stderr.startswith("hd-export: ") and len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_random_checkpoints_repeat_from_process_to_process():

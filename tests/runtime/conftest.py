@@ -131,7 +131,8 @@ def graphs(h: int, w: int) -> dict[str, str]:
             vertices = Reshape (g, s15)
             i = Slice (x, zero, n186, one)
             joints_3d = Reshape (i, s186)
-            camera = Slice (x, zero, n3, one)
+            seen = Slice (x, zero, n3, one)
+            camera = Exp (seen)
         }}""",
         # No rotations: a configuration without that cue.
         "text_hand_encoder": HEADER

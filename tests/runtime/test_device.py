@@ -174,7 +174,12 @@ def test_given_hands(device_loop, toy_bundle, tmp_path):
     np.savez(path, **pictures[first[0].id].hands)
     requests = prepared(loop, [Request("other", hands=str(path)), *mixed(2, 5), Request("third", hands=str(path))])
     on_host = {picture.id: picture for picture in loop.pipeline.run(requests)}
+    placed = dict(loop.bundle._placed)
+    assert len(placed) == 1, "hands with a camera are placed once for each file"
+    loop.bundle._placed.clear()  # the device loop is to find out for itself
     same(run(loop, requests)[0], on_host)
+    for key, params in placed.items():
+        np.testing.assert_allclose(loop.bundle._placed[key], params, rtol=1e-6)
 
 
 def test_a_step_is_launched_from_its_capture(device_loop, toy_bundle):

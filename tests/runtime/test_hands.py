@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import resource
 import zipfile
 
 import numpy as np
@@ -58,7 +59,7 @@ def full_hands(params: np.ndarray) -> dict[str, np.ndarray]:
         "joints_2d": np.full((2, 21, 2), 0.5, np.float32),
         "vertices": np.zeros((9, 3), np.float32),
         "visibility": np.ones(2, np.float32),
-        "camera": np.zeros(3, np.float32),
+        "camera": np.array([7.0, 0.25, -0.5], np.float32),
     }
 
 
@@ -66,7 +67,9 @@ def test_file_there_and_back(tmp_path):
     params = some_params(3)
     path = tmp_path / "a.hands.npz"
     H.save_hands(path, full_hands(params), "a fist ✊")
-    np.testing.assert_allclose(rotations(H.load_hands(path)), rotations(params), atol=1e-5)
+    hands = H.load_hands(path)
+    np.testing.assert_allclose(rotations(hands.params), rotations(params), atol=1e-5)
+    assert hands.camera.tolist() == [7.0, 0.25, -0.5]
     with np.load(path) as archive:
         assert str(archive["prompt"]) == "a fist ✊" and "params" not in archive
         assert archive["left_hand_pose"].shape == (45,) and archive["vertices"].shape == (9, 3)
@@ -76,7 +79,8 @@ def test_edits_count(tmp_path):
     arrays = H.hand_arrays(some_params(4))
     arrays["right_hand_pose"] = np.zeros(45)
     np.savez(tmp_path / "a.npz", **arrays)
-    params = H.load_hands(tmp_path / "a.npz")
+    params, camera = H.load_hands(tmp_path / "a.npz")
+    assert camera is None
     np.testing.assert_allclose(rotations(params)[37:], np.broadcast_to(np.eye(3), (15, 3, 3)), atol=1e-7)
 
 
@@ -96,6 +100,13 @@ def write(path, **changes):
         ({"global_orient": np.full(3, 90.0)}, "radians"),
         ({"betas": np.full(10, "x")}, "not as numbers"),
         ({"betas": np.array([None] * 10)}, "plain arrays"),  # object array: would have to be unpickled
+        ({"betas": np.full(10, np.iinfo(np.int64).min)}, "makes no sense"),
+        ({"betas": np.zeros(100_000)}, "betas is larger than 64 KB"),
+        ({"camera": np.zeros(3)}, "scale of its camera, which must be above 0"),
+        ({"camera": np.array([-1, 0, 0])}, "above 0"),
+        ({"camera": np.ones(4)}, r"camera of shape \[4\]"),
+        ({"camera": np.array([1, np.nan, 0])}, "NaN or infinity in camera"),
+        ({"camera": np.array([1, 0, 1e7])}, "makes no sense"),
     ],
 )
 def test_wrong_arrays_are_named(tmp_path, changes, words):
@@ -128,8 +139,38 @@ def test_files_that_are_no_hands(tmp_path):
         path.write_bytes(content)
         with pytest.raises(RequestError, match=r"plain arrays.*global_orient\[3\]"):
             H.load_hands(path)
-    with pytest.raises(RequestError, match="plain arrays"):
+    with pytest.raises(RequestError, match="no plain file"):
         H.load_hands(tmp_path)
+
+
+def test_what_is_packed_small_is_not_unpacked_large(tmp_path):
+    """A gigabyte of zeros is a megabyte in an archive."""
+    path = tmp_path / "a.npz"
+    arrays = {**H.hand_arrays(some_params()), "betas": np.zeros(1 << 27)}
+    np.savez_compressed(path, **arrays)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RequestError, match="betas is larger"):
+        H.load_hands(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
+
+
+def test_a_placement_that_keeps_the_camera():
+    """Is the opposite of the camera that follows from a placement."""
+    torch = pytest.importorskip("torch")
+    from handiffuser.models.hand_features import HandFeatures
+
+    random = np.random.default_rng(5)
+    for present in ([1, 1], [1, 0], [0, 1]):
+        joints = (random.normal(size=(62, 3)) * 0.1).astype(np.float32)
+        camera = np.array([random.uniform(0.5, 20), *random.normal(size=2)])
+        params = some_params(int(random.integers(100)))
+        params[322:330:4] = present
+        kept = H.keep_camera(H.Hands(params, camera), joints)
+        assert kept[:322].tobytes() == params[:322].tobytes() and kept[322:330:4].tolist() == present
+        hands = torch.tensor(joints)[None, H.HAND_JOINTS, :2]
+        placement = torch.tensor(kept[322:]).reshape(1, 2, 4)
+        found = HandFeatures.camera(hands, placement, torch.tensor([present], dtype=torch.float32))
+        np.testing.assert_allclose(found[0].numpy(), camera, rtol=2e-6, atol=2e-6)
 
 
 def test_skeleton():

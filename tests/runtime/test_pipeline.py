@@ -88,7 +88,7 @@ def test_every_setting_matters(pipeline):
 def test_hands_can_be_given(pipeline, tmp_path):
     (first,) = pipeline.generate("a fist", seed=1)
     path = tmp_path / "a.hands.npz"
-    save_hands(path, first.hands)
+    save_hands(path, {name: value for name, value in first.hands.items() if name != "camera"})
     for key in pipeline.timings:
         pipeline.timings[key] = 0.0
     (again,) = pipeline.generate("two hands", seed=1, hands=str(path))

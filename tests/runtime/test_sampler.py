@@ -7,8 +7,8 @@ import pytest
 from handiffuser.errors import EngineError, RequestError
 from handiffuser.runtime.noise import normal
 from handiffuser.runtime.sampler import Job, StepSampler
-from handiffuser.runtime.schedules import NoiseSchedule, reference_step, rows
 from handiffuser.runtime.steptimes import StepTimes
+from handiffuser.schedules import NoiseSchedule, reference_step, rows
 
 SHAPE = (2, 3)
 K = 4

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from handiffuser import schedules
 from handiffuser.contract import row_columns
 from handiffuser.errors import BundleError, RequestError
-from handiffuser.runtime import schedules
-from handiffuser.runtime.schedules import NoiseSchedule, reference_step, rows, solve
+from handiffuser.schedules import NoiseSchedule, reference_step, rows, solve
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

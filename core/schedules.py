@@ -12,7 +12,7 @@ the ends of a schedule, are those of diffusers' schedulers: the tests run both l
 
 Try it:
 
-    from handiffuser.runtime.schedules import NoiseSchedule, rows
+    from handiffuser.schedules import NoiseSchedule, rows
     schedule = NoiseSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     table = rows(schedule, "dpm++2m", steps=20, guidance=7.5, num_history=1)
     table.timesteps, table.rows, table.init_sigma
@@ -26,18 +26,22 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from handiffuser.contract import ROW_HEAD
-from handiffuser.errors import BundleError, RequestError
+from msgspec import Meta
+
+from .contract import ROW_HEAD
+from .errors import BundleError, RequestError
+from .schema import TRUTH, MisfitError, fit, one_of, shown, whole
 
 Array = np.ndarray
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+Beta = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")]
 
 # Settings of diffusers' schedulers that change what a network was trained for or cannot be a linear row, with
 # the only values supported. Which solver to run is the request's choice, so settings that merely choose one
@@ -68,59 +72,44 @@ class NoiseSchedule:
     steps_offset: added to the timesteps of "leading".
     set_alpha_to_one: DDIM and PLMS end at ᾱ = 1 rather than at timestep 0's.
 
-    The defaults are those of DDIMScheduler. Raises BundleError for a value that is not supported, because a
-    schedule comes with the network that was trained for it.
+    The defaults are those of DDIMScheduler. What a file may say is what the annotations say: see `from_config`.
     """
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    prediction_type: str = "epsilon"
-    rescale_betas_zero_snr: bool = False
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
-    set_alpha_to_one: bool = True
+    num_train_timesteps: Annotated[int, whole(2, 100_000)] = 1000
+    beta_start: Beta = 0.0001
+    beta_end: Beta = 0.02
+    beta_schedule: Annotated[str, one_of(*BETA_SCHEDULES)] = "linear"
+    prediction_type: Annotated[str, one_of(*PREDICTION_TYPES)] = "epsilon"
+    rescale_betas_zero_snr: Annotated[bool, TRUTH] = False
+    timestep_spacing: Annotated[str, one_of(*TIMESTEP_SPACINGS)] = "leading"
+    steps_offset: Annotated[int, whole(0, 100_000)] = 0
+    set_alpha_to_one: Annotated[bool, TRUTH] = True
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("beta_schedule", BETA_SCHEDULES),
-            ("prediction_type", PREDICTION_TYPES),
-            ("timestep_spacing", TIMESTEP_SPACINGS),
-            ("rescale_betas_zero_snr", (False, True)),
-            ("set_alpha_to_one", (False, True)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise BundleError(
-                    f"The noise schedule's {name} is {getattr(self, name)!r}; "
-                    f"supported: {', '.join(map(repr, allowed))}."
-                )
-        for name, least in (("num_train_timesteps", 2), ("steps_offset", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise BundleError(f"The noise schedule's {name} is {value!r}; it must be an integer from {least} up.")
-        betas = (self.beta_start, self.beta_end)
-        if not (all(isinstance(beta, (int, float)) for beta in betas) and 0 < betas[0] <= betas[1] < 1):
-            raise BundleError(
-                f"The noise schedule's beta_start and beta_end are {betas[0]!r} and {betas[1]!r}; "
-                "they must be 0 < beta_start <= beta_end < 1."
+        if self.beta_start > self.beta_end:
+            raise ValueError(
+                f"The betas go from {self.beta_start} to {self.beta_end}; it must be beta_start <= beta_end."
             )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+    def from_config(cls, config: Any) -> NoiseSchedule:
         """Reads a scheduler's configuration as diffusers saves it, or a manifest's entry of `schedules`.
 
         Unknown keys and those that choose a solver are ignored; absent ones take DDIMScheduler's defaults.
-        Raises BundleError for a setting that would change the results and is not supported.
+        Raises BundleError for a setting that is not one, or that would change the results and is not supported: a
+        schedule comes with the network that was trained for it.
         """
-        for name, allowed in _ONLY.items():
+        for name, allowed in _ONLY.items() if isinstance(config, Mapping) else ():
             if name in config and config[name] not in allowed:
                 raise BundleError(
-                    f"The scheduler's {name} is {config[name]!r}, and only {allowed[0]!r} can be run. If the "
+                    f"The scheduler's {name} is {shown(config[name])}, and only {allowed[0]!r} can be run. If the "
                     f"network allows it, save the checkpoint's scheduler with {name}={allowed[0]!r} "
                     "and export again."
                 )
-        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+        try:
+            return fit(config, cls)
+        except MisfitError as error:
+            raise BundleError(f"The noise schedule is not one that can be run. {error}") from None
 
     def alphas_cumprod(self) -> Array:
         """ᾱ of timesteps 0 ... T - 1, float64 [T], decreasing. The last is 0 with zero terminal SNR."""
@@ -311,7 +300,7 @@ def rows(
     SNR; ddim and ddpm do not run "epsilon" prediction from a timestep without signal, where x0 cannot be told from it.
     All else runs with all else.
 
-    Raises RequestError, with what is allowed.
+    Raises RequestError, with what is allowed; also where a schedule is so extreme that its rows are not finite.
     """
     recurrence = solve(schedule, solver, steps)
     needed = SOLVERS[solver][1]
@@ -338,7 +327,14 @@ def rows(
     for k in range(1, needed + 1):
         table[:, 4 + 2 * k], table[:, 5 + 2 * k] = recurrence.A[k], recurrence.B[k]
     stochastic = bool(np.any(recurrence.d))
-    return Table(recurrence.timesteps, table.astype(np.float32), recurrence.init_sigma, stochastic)
+    with np.errstate(all="ignore"):
+        numbers = table.astype(np.float32)
+        finite = np.isfinite(numbers).all() and np.isfinite(np.float32(recurrence.init_sigma))
+    if not finite:
+        raise RequestError(
+            f"{steps} steps of {solver} on this network's noise schedule are no finite numbers. Choose another solver."
+        )
+    return Table(recurrence.timesteps, numbers, recurrence.init_sigma, stochastic)
 
 
 def solve(schedule: NoiseSchedule, solver: str, steps: int) -> Recurrence:
@@ -354,7 +350,8 @@ def solve(schedule: NoiseSchedule, solver: str, steps: int) -> Recurrence:
             f"The number of steps is {steps}; it must be from 1 to {schedule.num_train_timesteps}, "
             "the timesteps that the network was trained with."
         )
-    recurrence = SOLVERS[solver][0](schedule, steps)
+    with np.errstate(all="ignore"):  # what is not finite is refused
+        recurrence = SOLVERS[solver][0](schedule, steps)
     return recurrence._replace(timesteps=recurrence.timesteps.astype(np.float64))
 
 

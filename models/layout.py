@@ -1,0 +1,344 @@
+"""What the files of a checkpoint say beside its weights: each described once, by its annotations, and read first.
+
+    layout = read_layout(Path("checkpoint"))        # CheckpointError in milliseconds, before anything large is read
+
+It needs no PyTorch, so that `hd-export` refuses at once what could never run: a part that is missing, a configuration
+that is none, a network that is not supported here, a noise schedule or default settings that no bundle could sample
+with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+from msgspec import Meta
+
+from ..contract import NUM_HISTORY, Settings, Side, Word
+from ..errors import CheckpointError, HanDiffuserError
+from ..schedules import NoiseSchedule, rows
+from ..schema import TRUTH, MisfitError, fit, one_of, read_json, shown, whole
+from .configs import CUES, Config, default_settings
+
+MODEL_INDEX = "model_index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+NO_LENGTH = 10_000  # from here on `model_max_length` says that there is none
+
+# Part -> (library, class), as diffusers writes them into model_index.json.
+PARTS = {
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "hand_prior": ("handiffuser", "HandPrior"),
+    "text_hand_encoder": ("handiffuser", "TextHandEncoder"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "position_kernel": ("handiffuser", "PositionKernel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+SCHEDULES = {"scheduler": "unet", "hand_scheduler": "hand_prior"}  # folder -> the step graph that it is for
+
+Width = Annotated[int, whole(1, 65_536)]
+Count = Annotated[int, whole(1, 256)]
+Heads = Annotated[int, whole(1, 1024)]
+Vocabulary = Annotated[int, whole(1, 1 << 22)]
+Places = Annotated[int, whole(3, 4096)]
+TokenId = Annotated[int, whole(0, 2**31 - 1)]
+Small = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")]
+Scale = Annotated[float, Meta(gt=0, le=1000, description="a number from 0 to 1000")]
+Yes = Annotated[bool, TRUTH]
+Levels = Annotated[list[Width], Meta(min_length=1, max_length=8, description="1 to 8 numbers of channels")]
+Frequencies = Annotated[
+    list[Annotated[float, Meta(gt=0, le=10_000)]], Meta(max_length=64, description="up to 64 numbers above 0")
+]
+Layers = Annotated[int, whole(1, 16)]
+_LEVELS = Meta(min_length=1, max_length=8)
+EachLayers = Annotated[Layers | Annotated[list[Layers], _LEVELS], Meta(description="a number of layers, or one each")]
+EachHeads = Annotated[Heads | Annotated[list[Heads], _LEVELS], Meta(description="a number of heads, or one each")]
+Kernel = Annotated[Literal[1, 3, 5, 7], Meta(description="1, 3, 5 or 7")]
+Sides = Annotated[list[Side], Meta(min_length=2, max_length=2, description="height and width, such as [512, 512]")]
+Sample = Annotated[Side | Sides, Meta(description="a size, or height and width")]
+
+
+class CLIPTextModel(TypedDict, total=False):
+    """Of a CLIP text model, in transformers' words."""
+
+    vocab_size: Vocabulary
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Count
+    num_attention_heads: Heads
+    max_position_embeddings: Places
+    hidden_act: Word
+    layer_norm_eps: Small
+    bos_token_id: TokenId | None
+    eos_token_id: TokenId | None
+    pad_token_id: TokenId | None
+
+
+class TextHandEncoder(TypedDict, total=False):
+    """Of the Text+Hand encoder; see `TextHandEncoder`."""
+
+    vocab_size: Vocabulary
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Count
+    num_attention_heads: Heads
+    max_position_embeddings: Places
+    hidden_act: Word
+    bos_token_id: TokenId
+    eos_token_id: TokenId
+    pad_token_id: TokenId
+    cues: Annotated[
+        list[Annotated[str, one_of(*CUES)]], Meta(max_length=3, description=f"a list of cues, of {', '.join(CUES)}")
+    ]
+    frequencies: Frequencies
+    num_basis: Width
+    hide: Yes
+
+
+class HandPrior(TypedDict, total=False):
+    """Of the hand prior; see `HandPrior`."""
+
+    width: Width
+    num_layers: Count
+    num_heads: Heads
+    text_width: Width
+
+
+class PositionKernel(TypedDict, total=False):
+    """Of the positional kernel; see `PositionKernel`."""
+
+    heads: Annotated[list[Heads], Meta(max_length=1024, description="numbers of heads")]
+    frequencies: Frequencies
+    gated: Yes
+
+
+class UNet2DConditionModel(TypedDict, total=False):
+    """Of the UNet, in diffusers' words: all that changes its shape. What is not supported stands in ONLY."""
+
+    sample_size: Sample | None
+    in_channels: Width
+    out_channels: Width
+    center_input_sample: Yes
+    flip_sin_to_cos: Yes
+    freq_shift: Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
+    down_block_types: Annotated[
+        list[Annotated[str, one_of("CrossAttnDownBlock2D", "DownBlock2D")]],
+        Meta(min_length=1, max_length=8, description="1 to 8 of CrossAttnDownBlock2D and DownBlock2D"),
+    ]
+    up_block_types: Annotated[
+        list[Annotated[str, one_of("CrossAttnUpBlock2D", "UpBlock2D")]],
+        Meta(min_length=1, max_length=8, description="1 to 8 of CrossAttnUpBlock2D and UpBlock2D"),
+    ]
+    block_out_channels: Levels
+    layers_per_block: EachLayers
+    downsample_padding: Annotated[int, whole(0, 1)]
+    mid_block_scale_factor: Scale
+    dropout: Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
+    norm_num_groups: Width
+    norm_eps: Small
+    cross_attention_dim: Width
+    transformer_layers_per_block: EachLayers
+    attention_head_dim: EachHeads
+    use_linear_projection: Yes
+    upcast_attention: Yes
+    resnet_time_scale_shift: Annotated[str, one_of("default", "scale_shift")]
+    resnet_out_scale_factor: Scale
+    time_embedding_dim: Width | None
+    conv_in_kernel: Kernel
+    conv_out_kernel: Kernel
+
+
+class AutoencoderKL(TypedDict, total=False):
+    """Of the VAE, in diffusers' words: all that changes its shape. What is not supported stands in ONLY."""
+
+    in_channels: Width
+    down_block_types: Annotated[
+        list[Annotated[str, one_of("DownEncoderBlock2D", "AttnDownEncoderBlock2D")]],
+        Meta(min_length=1, max_length=8, description="1 to 8 of DownEncoderBlock2D and AttnDownEncoderBlock2D"),
+    ]
+    up_block_types: Annotated[
+        list[Annotated[str, one_of("UpDecoderBlock2D", "AttnUpDecoderBlock2D")]],
+        Meta(min_length=1, max_length=8, description="1 to 8 of UpDecoderBlock2D and AttnUpDecoderBlock2D"),
+    ]
+    block_out_channels: Levels
+    layers_per_block: Layers
+    act_fn: Word
+    latent_channels: Width
+    norm_num_groups: Width
+    sample_size: Sample
+    scaling_factor: Scale
+    shift_factor: Annotated[float, Meta(ge=-1000, le=1000, description="a number from -1000 to 1000")] | None
+    force_upcast: Yes
+    use_quant_conv: Yes
+    use_post_quant_conv: Yes
+    mid_block_add_attention: Yes
+
+
+CONFIGS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (CLIPTextModel, HandPrior, TextHandEncoder, UNet2DConditionModel, PositionKernel, AutoencoderKL)
+}
+# What diffusers' networks can be beyond what the exported graphs do -> the values that they may have. Time rows and
+# keys are computed outside the loop (see export/graphs.py), where other embeddings and attentions would be lost.
+ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
+    "UNet2DConditionModel": {
+        "act_fn": ("silu", "swish"),
+        "addition_embed_type": (None,),
+        "attention_type": ("default",),
+        "class_embed_type": (None,),
+        "class_embeddings_concat": (False,),
+        "cross_attention_norm": (None,),
+        "dual_cross_attention": (False,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "mid_block_only_cross_attention": (None, False),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "num_attention_heads": (None,),
+        "num_class_embeds": (None,),
+        "only_cross_attention": (False,),
+        "resnet_skip_time_act": (False,),
+        "reverse_transformer_layers_per_block": (None,),
+        "time_cond_proj_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "time_embedding_type": ("positional",),
+        "timestep_post_act": (None,),
+    },
+    "AutoencoderKL": {"latents_mean": (None,), "latents_std": (None,), "out_channels": (3,)},
+}
+
+
+class Index(TypedDict, total=False):
+    """Of model_index.json: what it says beside diffusers' list of parts."""
+
+    _image_size: Sides
+    _defaults: dict[Word, Any]
+    _notes: dict[Word, Any]
+
+
+class AddedToken(TypedDict):
+    """A token as transformers 4 wrote it."""
+
+    content: Word
+
+
+Token = Annotated[Word | AddedToken | None, Meta(description='a token, such as "<|endoftext|>"')]
+
+
+class TokenizerConfig(TypedDict, total=False):
+    """Of tokenizer_config.json, in transformers' words."""
+
+    bos_token: Token
+    eos_token: Token
+    pad_token: Token
+    model_max_length: Annotated[int, Meta(ge=3, description="a whole number from 3 up")]
+
+
+@dataclass
+class Layout:
+    """What a checkpoint says of itself."""
+
+    image_size: tuple[int, int] | None  # H, W; None: as the UNet was trained
+    defaults: dict[str, Any]  # steps, solver, guidance, hand_steps, hand_solver, hand_guidance
+    notes: dict[str, Any]
+    schedules: dict[str, dict[str, Any]]  # scheduler, hand_scheduler
+
+
+def read_layout(folder: Path) -> Layout:
+    """Reads and checks everything but weights and tokens.
+
+    Raises CheckpointError for a folder that is none, a missing part, a pickle, a configuration that is not what it
+    should be, and a schedule or default settings that the exported bundle could not sample with.
+    """
+    if not (folder / MODEL_INDEX).exists():
+        what = "has no model_index.json" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} is not a checkpoint: it {what}.")
+    index = _read(folder / MODEL_INDEX, Index)
+    needed = [name for name in PARTS if name != "position_kernel"] + [*SCHEDULES, "tokenizer"]
+    missing = [name for name in needed if not (folder / name).is_dir()]
+    if missing:
+        raise CheckpointError(f"{folder} is incomplete: it lacks {', '.join(missing)}.")
+    refuse_pickles(folder)
+    for name, (_, kind) in PARTS.items():
+        if (folder / name).is_dir():
+            read_config(kind, folder / name)
+    read_tokenizer_config(folder / "tokenizer")
+    defaults = _fit(folder / MODEL_INDEX, {**default_settings(Config()), **index.get("_defaults", {})}, Settings)
+    schedules = {name: _read(folder / name / "scheduler_config.json", dict[Word, Any]) for name in SCHEDULES}
+    check_sampling(folder, schedules, defaults)
+    size = index.get("_image_size")
+    return Layout((size[0], size[1]) if size else None, defaults, index.get("_notes", {}), schedules)
+
+
+def read_config(kind: str, folder: Path) -> dict[str, Any]:
+    """A part's configuration, without what has no say in its network. kind: a key of CONFIGS."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json.")
+    value = _read(path, dict[Word, Any])
+    for name, allowed in ONLY.get(kind, {}).items():
+        if name in value and value[name] not in allowed:
+            raise CheckpointError(
+                f"{path} asks for what is not supported here: its {name} is {shown(value[name])}, and only "
+                f"{allowed[0]!r} is."
+            )
+    config: dict[str, Any] = _fit(path, value, CONFIGS[kind])
+    names = ("width", "num_heads") if kind == "HandPrior" else ("hidden_size", "num_attention_heads")
+    width, heads = (config.get(name) for name in names)
+    if width and heads and (width % heads or width % 2):
+        raise CheckpointError(f"{path} cannot be used: a width of {width} is not an even multiple of {heads} heads.")
+    return config
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """`bos`, `eos` and `pad` (tokens) and `length`, as tokenizer_config.json has them, or as CLIP does."""
+    config = _read(folder / "tokenizer_config.json", TokenizerConfig)
+    found: dict[str, Any] = {}
+    for name, usual in (("bos", BOS), ("eos", EOS), ("pad", EOS)):
+        token = config.get(f"{name}_token") or usual
+        found[name] = token["content"] if isinstance(token, dict) else token
+    length = config.get("model_max_length", NO_LENGTH)
+    return {**found, "length": length if length < NO_LENGTH else 77}
+
+
+def check_sampling(folder: Path, schedules: dict[str, dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """Raises CheckpointError where a bundle could not sample as its defaults say, on its own noise schedules."""
+    for name, graph in SCHEDULES.items():
+        of = "hand_" if graph == "hand_prior" else ""
+        solver, steps, guidance = (defaults[of + setting] for setting in ("solver", "steps", "guidance"))
+        try:
+            schedule = NoiseSchedule.from_config(schedules[name])
+            rows(schedule, solver, steps, guidance, NUM_HISTORY[graph])
+        except HanDiffuserError as error:
+            raise CheckpointError(f"{folder / name} cannot be sampled with: {error}") from None
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises CheckpointError where a part's weights come as a pickle only."""
+    for part in PARTS:
+        files = [path for path in (folder / part).glob("*") if path.is_file()]
+        pickles = [path.name for path in files if path.suffix in PICKLES]
+        if pickles and not any(path.suffix == ".safetensors" for path in files):
+            raise CheckpointError(
+                f"{folder / part} holds its weights as a pickle ({pickles[0]}), which can run code when opened. "
+                "Convert it where you trust its origin: "
+                "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')."
+            )
+
+
+def _read(path: Path, kind: Any) -> Any:
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}.") from None
+    except (OSError, MisfitError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} cannot be read: {str(why).rstrip('.')}.") from None
+    return _fit(path, value, kind)
+
+
+def _fit(path: Path, value: Any, kind: Any) -> Any:
+    try:
+        return fit(value, kind)
+    except MisfitError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from None
