@@ -278,7 +278,8 @@ def work(engines: str, document: dict[str, Any], options: dict[str, Any], pictur
                 pictures |= compare(pipeline, engines, options["checkpoint"], run, options, table, status.update)
                 say.peers(table)
             status.update("peers: fresh processes")
-            document["alone"] = alone(engines, options["checkpoint"], document["runs"][0], options)
+            device = "cuda" if pipeline.on_gpu else "cpu"
+            document["alone"] = alone(engines, options["checkpoint"], document["runs"][0], options, device)
         say.alone(document["alone"])
     if options["load"]:
         load(pipeline, solver, document, options)

@@ -3,7 +3,8 @@
     from handiffuser.benchmarks.flops import count
     count(Path("bundle/unet.onnx"), {"B": 1})        # {"Conv": ..., "MatMul": ..., ...}
 
-Only what a matrix unit does is counted, 2 operations a multiply-add: MatMul, Gemm, Conv, Attention. That is what the
+Only what a matrix unit does is counted, 2 operations a multiply-add: MatMul, Gemm, Conv, Attention
+(and MultiHeadAttention, which stands for it where pixels look at each other). That is what the
 measured matrix ceiling is the limit of. Shapes come from ONNX's shape inference, hence the `onnx` package.
 """
 
@@ -91,4 +92,10 @@ def _attention(given: list[Any], result: Shape, attributes: dict[str, Any]) -> i
     return 2 * N * length * key[1] * (width + result[-1])
 
 
-COUNTED = {"MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Attention": _attention}
+COUNTED = {
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Conv": _conv,
+    "Attention": _attention,
+    "MultiHeadAttention": _attention,
+}

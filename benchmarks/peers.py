@@ -405,15 +405,22 @@ def differences(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]
     return {"max_difference": int(np.abs(difference).max()), "psnr": psnr}
 
 
-def alone(engines: str, checkpoint: str, run: dict[str, Any], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """One picture from the start of a process to its end: hd-run, and diffusers eager; in alternation."""
+def alone(
+    engines: str, checkpoint: str, run: dict[str, Any], options: dict[str, Any], device: str = "cpu"
+) -> dict[str, dict[str, Any]]:
+    """One picture from the start of a process to its end: hd-run, and diffusers eager; in alternation.
+
+    device: where both run, "cpu" or "cuda". options: as for `compare`, and "backend".
+    """
     settings = {name: run[name] for name in ("steps", "solver", "guidance")}
     threads = str(options["threads"] or usable_cores())
     prompt = measure.PROMPTS[0]
     with tempfile.TemporaryDirectory() as folder:
-        ours = [sys.executable, "-m", "handiffuser.runtime.cli", engines, prompt, "--quiet", "--device", "cpu"]
+        ours = [sys.executable, "-m", "handiffuser.runtime.cli", engines, prompt, "--quiet"]
+        ours += ["--device", device, "--backend", options["backend"]]
         ours += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-        request = json.dumps(settings | {"prompt": prompt, "threads": int(threads), "body": options["body"]})
+        how = {"threads": int(threads), "body": options["body"], "device": device}
+        request = json.dumps(settings | {"prompt": prompt} | how)
         theirs = [sys.executable, "-m", "handiffuser.benchmarks.peers", checkpoint, engines, request]
         samples: dict[str, list[dict[str, float]]] = {"hd-run": [], "diffusers eager": []}
         for number in range(min(3, options["repeats"])):
@@ -434,10 +441,10 @@ def main() -> None:
     checkpoint, engines, text, out = sys.argv[1:]
     values = json.loads(text)
     torch.set_num_threads(values.pop("threads"))
-    body = values.pop("body")
+    body, device = values.pop("body"), values.pop("device")
     folder = demo.resolve(engines, "bundle")
     manifest = Manifest.load(folder, verify=False)
-    eager = load_eager(checkpoint, body, folder, manifest)
+    eager = load_eager(checkpoint, body, folder, manifest, device)
     requests, refused = resolve([Request(**{"seed": 0, **values})], Resolver(manifest.defaults))
     for problem in refused:
         raise RequestError(problem.sentence)

@@ -46,7 +46,7 @@ class Tables:
         if card["gpu"]:
             self.line(
                 f"GPU      {card['gpu']}, compute capability {card['compute_capability']}, {card['gpu_memory_gb']} GB, "
-                f"driver for CUDA {card['driver_cuda']}"
+                f"driver {card['driver'] or '(version unknown)'} for CUDA {card['driver_cuda']}"
             )
         else:
             self.line(f"GPU      none: {card['no_gpu']}")

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from .errors import (
     BundleError,
     CheckpointError,
+    DatasetError,
     EngineError,
     ExportError,
     HanDiffuserError,
     RequestError,
+    TrainingError,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BundleError",
     "CheckpointError",
+    "DatasetError",
     "EngineError",
     "ExportError",
     "Failure",
@@ -37,6 +40,7 @@ __all__ = [
     "Picture",
     "Request",
     "RequestError",
+    "TrainingError",
     "__version__",
 ]
 

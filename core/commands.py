@@ -54,7 +54,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "accelerate", "safetensors"), "[export]"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript"), "[export]"),
     "onnxruntime": "[cpu]; [cuda] instead for NVIDIA GPUs",
-    "smplx": "[train]",
+    **dict.fromkeys(("smplx", "webdataset", "peft", "tensorboard"), "[train]"),
     "matplotlib": "[bench]",
     "polygraphy": "[debug]",
 }
@@ -176,6 +176,10 @@ def hd_engines() -> None:
 
 def hd_body() -> None:
     start("hd-body", ".models.body")
+
+
+def hd_data() -> None:
+    start("hd-data", ".data.cli")
 
 
 def hd_train() -> None:

@@ -28,3 +28,11 @@ class RequestError(HanDiffuserError):
 
 class EngineError(HanDiffuserError):
     """An engine was given something it does not accept, or its backend is missing or broken."""
+
+
+class TrainingError(HanDiffuserError):
+    """Training cannot begin, go on or be saved as it was asked to."""
+
+
+class DatasetError(HanDiffuserError):
+    """A dataset folder is missing, empty, or cannot be written."""

@@ -11,9 +11,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from .. import demo
 from ..commands import run
-from ..contract import Manifest
+from ..contract import EIGHT_BITS, Manifest
 from ..errors import EngineError
-from . import inspect
+from . import inspect, timing
 from .build import Built, build_plans, choose_backend, gpu
 from .plans import Plan, PlanStore, Sizes, belongs, size_text
 from .tensorrt import MODULES, TILING, Backend, Options
@@ -50,6 +50,9 @@ def build_options(command):  # type: ignore[no-untyped-def]
             click.option("--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",
                          help="TensorRT-RTX: only for these GPUs, such as 8.9; 7.5 must be named, and alone. "
                          "[default: all from 8.0 on that it supports]"),
+            click.option("--faster-than", metavar="FOLDER", type=click.Path(path_type=Path),
+                         help="Engines of the same model in fp16: fp8 and int8 are refused where they take longer on "
+                         "this GPU. [default: fp16 plans that are in the folder still]"),
         ]
     ):  # fmt: skip
         command = option(command)
@@ -111,7 +114,33 @@ def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]
         console.print(f"Built {new} of {len(done)} plans in {seconds:.0f} s; the others were there.")
     else:
         console.print(f"All {len(done)} plans are there and current: nothing was built.")
+    time_eight_bits(folder, backend, values["faster_than"])
     return done
+
+
+def time_eight_bits(folder: Path, backend: str, other: Path | None) -> None:
+    """Says how much faster than float16 a folder in eight bits is here. Raises EngineError where it is not faster.
+
+    other: engines of the same model in float16. Says why where it cannot be told.
+    """
+    precision = Manifest.load(folder, verify=False).precision
+    if precision not in EIGHT_BITS:
+        return
+    unknown = f"Whether {precision} is faster than {timing.OTHER} on "
+    if gpu() is None:
+        console.print(f"{unknown}a GPU is measured where there is one: hd-engines build {folder} --faster-than FOLDER.")
+        return
+    with console.status(f"timing the UNet in {precision} and {timing.OTHER}"):
+        steps = timing.compare(folder, other or folder, backend)
+    if steps:
+        console.print(timing.report(steps, precision))
+    elif other is not None:
+        raise EngineError(
+            f"{other} has no {timing.OTHER} plan of the UNet for {backend}, this GPU and a batch size that {folder} "
+            f"has. Build it: hd-engines build {other} --backend {backend}."
+        )
+    else:
+        console.print(f"{unknown}this GPU was not measured: name engines in {timing.OTHER} (--faster-than FOLDER).")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -164,6 +193,31 @@ def inspect_plans(path: str, graph: str | None, as_json: bool) -> int:
         counts = inspect.summary(plan)
         click.echo(json.dumps(counts) if as_json else inspect.text(counts))
     return 0
+
+
+@commands.command()
+@click.argument("folder")
+@click.option("--graph", help="Only this one.")
+@click.option("--backend", type=click.Choice(["auto", *MODULES]), default="auto", show_default=True)
+@click.option("--output", "-o", type=click.Path(path_type=Path),
+              help="Where Polygraphy's files go.  [default: FOLDER's name and -compare]")  # fmt: skip
+def compare(folder: str, graph: str | None, backend: str, output: Path | None) -> int:
+    """Runs a real run's inputs through the plans of FOLDER and through float32, and compares every output.
+
+    Without a GPU, through a graph that rounds as a GPU does. What Polygraphy needs to go on (inputs, graphs, commands)
+    is left in a folder. The exit code is 1 where an output is too far off, or not finite.
+    """
+    with console.status("loading"):
+        from ..calibration.compare import compare as compared
+        from ..calibration.compare import hint, text
+    path = demo.resolve(folder, "bundle")
+    out = output or Path(f"{path.name}-compare")
+    wrong = 0
+    for found in compared(path, out, graph, backend):
+        console.print(text(found), style=None if found.passes else "red")
+        wrong += not found.passes
+    console.print(hint(out))
+    return 1 if wrong else 0
 
 
 @commands.command()

@@ -37,6 +37,13 @@ _DTYPES = {
     "tensor(bool)": "bool",
 }
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+# What ONNX Runtime keeps on the CPU by design: the arithmetic of shapes, a few integers each, which stay there.
+SHAPES = frozenset(
+    (
+        "Add Cast Concat Constant ConstantOfShape Div Equal Expand Floor Gather Identity Less Max Min Mod Mul Neg "
+        + "Range ReduceMax ReduceMin ReduceProd Reshape Shape Size Slice Split Squeeze Sub Tile Unsqueeze Where"
+    ).split()
+)
 
 
 def load_engines(
@@ -94,7 +101,8 @@ class OnnxRuntimeEngine:
         it as a CUDA graph, see `OnnxRuntimeDeviceEngine`.
 
         Raises BundleError when the file is broken, when its tensors differ from `spec`, or when some node of what is to
-        be captured does not run on the GPU; EngineError when `device` is "cuda" and there is none.
+        be captured does not run on the GPU; EngineError when `device` is "cuda" and there is none, or when nodes of the
+        UNet would run on the CPU beside it.
         """
         ort = _import_onnxruntime()
         self.spec = spec
@@ -117,6 +125,8 @@ class OnnxRuntimeEngine:
                 choices["enable_cuda_graph"] = "1"
             providers.insert(0, ("CUDAExecutionProvider", choices))
         options = session_options(threads)
+        if cuda:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         for axis, size in (capture or {}).items():  # a captured graph is for one shape; let the session know it
             options.add_free_dimension_override_by_name(axis, size)
         try:
@@ -144,6 +154,8 @@ class OnnxRuntimeEngine:
                 "ONNX Runtime found no usable GPU: check that `nvidia-smi` lists one and that CUDA and cuDNN are "
                 "of the versions your onnxruntime-gpu asks for, or take --device cpu."
             )
+        if self.device == "cuda" and Path(path).stem == "unet":
+            self._check_places()
         self.captures = bool(capture) and self.device == "cuda"
         _check_contract(path, spec, self.session.get_inputs(), self.session.get_outputs(), capture or {})
         self.names = [tensor.name for tensor in spec.outputs]
@@ -156,6 +168,27 @@ class OnnxRuntimeEngine:
         except Exception as error:
             raise self.failure(error) from error
         return dict(zip(self.names, values, strict=True))
+
+    def _check_places(self) -> None:
+        """Raises EngineError when a node that computes was put on the CPU: its tensors would cross the bus each step.
+
+        ONNX Runtime does that without a word where its CUDA provider lacks a kernel (Attention, until 1.25).
+        """
+        ask = getattr(self.session, "get_provider_graph_assignment_info", None)  # since 1.24
+        left = [
+            f"{node.op_type} {node.name}".strip()
+            for part in (ask() if ask is not None else [])
+            if part.ep_name == "CPUExecutionProvider"
+            for node in part.get_nodes()
+            if node.op_type not in SHAPES
+        ]
+        if left:
+            names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            raise EngineError(
+                f"onnxruntime-gpu {_import_onnxruntime().__version__} has no CUDA kernel for {names} of "
+                f"{Path(self.spec.file).stem}: every step would wait for the CPU. Update it (pip install --upgrade "
+                '"handiffuser[cuda]"), or take --backend tensorrt or tensorrt-rtx, or --device cpu.'
+            )
 
     def failure(self, error: Exception) -> EngineError:
         """What ONNX Runtime's exception means for the user."""

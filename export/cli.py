@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,20 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
     return sides[0], sides[-1]
 
 
+def parse_adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[Path, float], ...]:
+    """ "style.safetensors:0.8" -> (path, 0.8)."""
+    found = []
+    for value in values:
+        path, scale = value.rpartition(":")[::2]
+        try:
+            found.append((Path(path), float(scale)) if path else (Path(value), 1.0))
+        except ValueError:  # the colon is the path's own
+            found.append((Path(value), 1.0))
+        if not -10 <= found[-1][1] <= 10:
+            raise click.BadParameter(f"{value!r}: a scale is a number from -10 to 10, most often 0.5 to 1.")
+    return tuple(found)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
@@ -63,6 +76,14 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
     "[default: fp16 for TensorRT, else fp32]",
 )
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H body (.npz); default: the checkpoint's own.")
+@click.option(
+    "--lora",
+    "adapters",
+    multiple=True,
+    callback=parse_adapters,
+    metavar="FILE[:SCALE]",
+    help="An adapter (.safetensors), of hd-train --lora or for Stable Diffusion, merged into the weights; repeatable.",
+)
 @click.option("--image-size", callback=parse_size, metavar="H[xW]", help="Pixels; default: as trained.")
 @click.option("--opset", type=click.IntRange(18, 24), default=23, show_default=True, help="ONNX opset.")
 @click.option(
@@ -80,6 +101,7 @@ def command(
     backend: str,
     precision: str | None,
     body: Path | None,
+    adapters: tuple[tuple[Path, float], ...],
     image_size: tuple[int, int] | None,
     opset: int,
     fidelity: str,
@@ -99,18 +121,18 @@ def command(
     read_layout(folder)  # before PyTorch is loaded
     if backend in MODULES:
         check_backend(backend, options_of(values))  # before minutes of exporting
-    source = fingerprint(folder, body, precision=precision, image_size=image_size, opset=opset)
+    source = fingerprint(folder, body, adapters, precision=precision, image_size=image_size, opset=opset)
     why = changed(out, source)
     if why:
         if (out / MANIFEST).exists():
             console.print(f"Exporting again: {', '.join(why)}.")
-        export(folder, out, precision, body, image_size, opset, source, fidelity, accept_low_fidelity)
+        export(folder, out, precision, body, adapters, image_size, opset, source, fidelity, accept_low_fidelity)
     else:
         console.print(f"The bundle in {out} is current: nothing was exported.")
     if backend in MODULES:
         build_with_progress(out, backend, values)
     if backend == "inductor":
-        compile_with_inductor(folder, out, body, image_size)
+        compile_with_inductor(folder, out, body, adapters, image_size)
     if body is not None:
         console.print(
             f"{out} now contains arrays of your SMPL-H body. Its licence forbids passing them on: keep this bundle, "
@@ -128,21 +150,33 @@ def command(
     console.print(f'The bundle is in {out}. Try it: hd-run {out} "a right hand making a fist"')
 
 
-def compile_with_inductor(folder: Path, out: Path, body: Path | None, image_size: tuple[int, int] | None) -> None:
+def load_checkpoint(folder: Path, adapters: tuple[tuple[Path, float], ...], size: tuple[int, int] | None) -> Any:
+    """The checkpoint with its adapters merged, for pictures of that size."""
+    from ..models import lora
+    from ..models.checkpoint import Checkpoint
+    from .bundle import at_image_size
+
+    loaded = Checkpoint.load(folder)
+    for path, scale in adapters:
+        lora.merge(loaded, path, scale)
+    return loaded if size is None else at_image_size(loaded, *size)
+
+
+def compile_with_inductor(
+    folder: Path,
+    out: Path,
+    body: Path | None,
+    adapters: tuple[tuple[Path, float], ...],
+    image_size: tuple[int, int] | None,
+) -> None:
     """Compiles what has no current plan, for the GPU if PyTorch finds one."""
     import torch
 
-    from ..models.checkpoint import Checkpoint
-    from .bundle import at_image_size
     from .inductor import compile_bundle
-
-    def load() -> Checkpoint:
-        loaded = Checkpoint.load(folder)
-        return loaded if image_size is None else at_image_size(loaded, *image_size)
 
     with console.status("compiling; a minute or two a graph"):
         count = compile_bundle(
-            load,
+            lambda: load_checkpoint(folder, adapters, image_size),
             out,
             body,
             "cuda" if torch.cuda.is_available() else "cpu",
@@ -159,6 +193,7 @@ def export(
     out: Path,
     precision: str,
     body: Path | None,
+    adapters: tuple[tuple[Path, float], ...],
     image_size: tuple[int, int] | None,
     opset: int,
     source: dict[str, str],
@@ -169,14 +204,11 @@ def export(
     with console.status("reading the checkpoint"):
         import onnxruntime  # noqa: F401  (runs in another process, where it would be missed after minutes)
 
-        from ..models.checkpoint import Checkpoint
         from .admit import admit, is_small, quantize
-        from .bundle import at_image_size, check_target, export_bundle
+        from .bundle import check_target, export_bundle
         from .workspace import install, workspace
 
-        loaded = Checkpoint.load(folder)
-    if image_size is not None:
-        loaded = at_image_size(loaded, *image_size)
+        loaded = load_checkpoint(folder, adapters, image_size)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("exporting", total=len(GRAPHS))

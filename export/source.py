@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,18 @@ from ..errors import BundleError
 WORDS = {
     "checkpoint": "the checkpoint changed",
     "body": "the body changed",
+    "adapters": "the adapters changed",
     "settings": "the settings changed",
     "code": "this package or one that exports changed",
 }
 PACKAGES = ("handiffuser", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
-def fingerprint(checkpoint: Path, body: Path | None, **settings: Any) -> dict[str, str]:
-    """Sixteen digits for each thing an export depends on; settings: precision, image_size, opset."""
+def fingerprint(
+    checkpoint: Path, body: Path | None, adapters: Sequence[tuple[Path, float]] = (), **settings: Any
+) -> dict[str, str]:
+    """Sixteen digits for each thing an export depends on. adapters: LoRA files and their scales, in order; settings:
+    precision, image_size, opset."""
     rooms = Path(__file__).resolve().parent.parent
     code = [*sorted((rooms / "models").glob("*.py")), *(rooms / "export" / name for name in ("graphs.py", "bundle.py"))]
     if settings.get("precision") in EIGHT_BITS:
@@ -43,6 +48,7 @@ def fingerprint(checkpoint: Path, body: Path | None, **settings: Any) -> dict[st
     return {
         "checkpoint": _digest([_stat(checkpoint, file) for file in sorted(checkpoint.rglob("*")) if file.is_file()]),
         "body": _digest([] if body is None or not body.exists() else _stat(body.parent, body)),
+        "adapters": _digest([[scale, *(_stat(p.parent, p) if p.exists() else [])] for p, scale in adapters]),
         "settings": json.dumps(settings, sort_keys=True),
         "code": _digest([versions, [hashlib.sha256(file.read_bytes()).hexdigest() for file in code]]),
     }

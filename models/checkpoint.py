@@ -328,13 +328,21 @@ def special_tokens(tokenizer: Tokenizer, length: int) -> dict[str, int]:
     return {"bos": vocabulary[BOS], "eos": vocabulary[EOS], "pad": vocabulary[EOS], "length": length}
 
 
-def random_checkpoint(config: Config, seed: int = 0, texts: Iterable[str] = (), body: Path | None = None) -> Checkpoint:
+def random_checkpoint(
+    config: Config,
+    seed: int = 0,
+    texts: Iterable[str] = (),
+    body: Path | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Checkpoint:
     """An untrained checkpoint of any size, for training to start from, for tests and for benchmarks.
 
-    texts: what the tokenizer is trained on. The amplitudes of the positional kernel start at zero, as they must.
+    texts: what the tokenizer is trained on, where none is given. The amplitudes of the positional kernel start at
+    zero, as they must.
     """
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(list(texts) or ["a left hand, a right hand, two open hands"], config.vocab_size)
+    if tokenizer is None:
+        tokenizer = make_tokenizer(list(texts) or ["a left hand, a right hand, two open hands"], config.vocab_size)
     special = special_tokens(tokenizer, config.text_length)
     clip = CLIPTextConfig(
         vocab_size=config.vocab_size,

@@ -24,7 +24,7 @@ from ..contract import Manifest
 from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError, RequestError
 from ..schedules import SOLVERS
-from .hands import load_hands
+from .hands import NO_HANDS, load_hands
 from .loading import BACKENDS
 from .outputs import OutputError, OutputFolder
 from .pipeline import HanDiffuser
@@ -77,6 +77,7 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
     help="A .hands.npz, edited or not: skips making hands. Its camera stays, so that bending a finger moves nothing "
     "else; without a camera in the file, placement says where the hands are.",
 )
+@click.option("--no-hands", is_flag=True, help="Nobody's hands are to be seen: the prompt alone paints.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the engines."
@@ -106,7 +107,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         "negative_prompt": options["negative_prompt"] or "",
         "hand_steps": options["hand_steps"],
         "hand_guidance": options["hand_guidance"],
-        "hands": options["hand_params"],
+        "hands": NO_HANDS if options["no_hands"] else options["hand_params"],
     }
     if options["hand_params"] is not None:
         load_hands(options["hand_params"])  # one sentence about it, not one for every prompt

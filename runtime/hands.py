@@ -46,6 +46,8 @@ CAMERA = "camera"  # may be left out
 LARGEST_CAMERA = 1e6  # of s, in half heights of the picture a metre, and of tx and ty, in metres
 MAX_HANDS, MAX_ARRAY = 1 << 24, 1 << 16  # bytes of a .hands.npz, and of an array in it that is read
 
+NO_HANDS = "none"  # instead of a file's name: nobody's hands are to be seen (a file that is called so is ./none)
+
 # Thumb, index, middle, ring, little finger, in OpenPose's order of hues.
 FINGER_COLOURS = ((230, 60, 60), (220, 190, 30), (60, 190, 70), (40, 150, 230), (190, 80, 220))
 MIN_SKELETON = 256  # pixels: smaller pictures are enlarged, or their bones would be a blot
@@ -139,11 +141,15 @@ class Hands(NamedTuple):
 
 
 def load_hands(path: str | Path) -> Hands:
-    """Reads the SMPL-H arrays of a `.hands.npz`, and its camera where it has one.
+    """Reads the SMPL-H arrays of a `.hands.npz`, and its camera where it has one. NO_HANDS: nobody's.
 
     Raises RequestError when the file is missing, is no `.npz` of plain numbers, lacks an array, or holds one of
     another shape, with NaN or infinity, or with values no body has.
     """
+    if str(path) == NO_HANDS:
+        arrays = {name: np.zeros(shape, np.float32) for name, (shape, _) in SHAPES.items()}
+        arrays["placement"][:, 3] = np.log(0.5)  # neutral, as training has it
+        return Hands(hand_params(arrays))
     path = Path(path)
     wanted = ", ".join(f"{name}{list(shape)}" for name, (shape, _) in SHAPES.items())
     advice = f"Wanted: an .npz as hd-run writes it, with {wanted}."

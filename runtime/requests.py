@@ -36,7 +36,7 @@ from msgspec import Meta
 from ..errors import RequestError
 from ..schedules import SOLVERS
 from ..schema import MisfitError, fit, one_of, parse_json, read_file, whole
-from .hands import MAX_HANDS
+from .hands import MAX_HANDS, NO_HANDS
 
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
@@ -77,7 +77,7 @@ class Request:
     seed: 0 to 2**63 - 1. steps, hand_steps: 1 to 1000. guidance, hand_guidance: 0 to 100, where 1 is none.
     guidance_interval: the part of the steps that is guided, 0 <= start < stop <= 1; see `rows`.
     id: letters, digits, dots, dashes and underscores; the files of the picture are named after it.
-    hands: a `.hands.npz` whose hands are taken instead of stage 1's.
+    hands: a `.hands.npz` whose hands are taken instead of stage 1's; "none" for a picture without hands.
     """
 
     prompt: Text
@@ -176,7 +176,7 @@ class RequestFile:
             raise RequestError(f"The line has more than {MAX_LINE >> 20} MB. Shorten it.")
         if self.jsonl:
             values = _json_line(line)
-            if isinstance(values.get("hands"), str):
+            if isinstance(values.get("hands"), str) and values["hands"] != NO_HANDS:
                 values["hands"] = str(self.folder / values["hands"])
         else:
             try:
@@ -267,7 +267,7 @@ def picture_key(request: Request, bundle: str = "") -> str:
     The content of the hands file counts, not its name. Raises RequestError when that file cannot be read.
     """
     values: dict[str, Any] = {**vars(request), "id": None, "bundle": bundle}
-    if request.hands is not None:
+    if request.hands is not None and request.hands != NO_HANDS:  # a name that stands for itself
         try:
             values["hands"] = hashlib.sha256(read_file(Path(request.hands), MAX_HANDS)).hexdigest()
         except (OSError, MisfitError) as error:

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def body_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from handiffuser.training.body import make_body
+    from handiffuser.demo.body import make_body
 
     path = tmp_path_factory.mktemp("body") / "smplh_demo.npz"
     make_body(path)

@@ -14,7 +14,8 @@ classes' names and parameters, and what can be seen from outside of it, as docum
 
 `problems` of the GPU also tell of a run inside of somebody else's capture (it copies from host memory that is freed
 when it is over) and of a graph that would have to run on other memory than it was captured with.
-Not here: nodes that run on the CPU, and kernels' own mistakes. `refuse`: graphs that ONNX Runtime will not capture.
+Not here: kernels' own mistakes. `refuse`: graphs that ONNX Runtime will not capture. `no_kernel`: kinds of nodes that
+the CUDA provider leaves to the CPU, as it does with the arithmetic of shapes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import inspect
 import sys
 import weakref
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ OPTIONS = {
     "prefer_nhwc",
 }
 BFLOAT16 = 16  # how a binding is told, by the number in ONNX
+SHAPE_KINDS = ("Shape", "Gather", "Squeeze", "Unsqueeze")  # what the provider leaves to the CPU wherever it stands
 
 
 class Strict:
@@ -105,6 +107,19 @@ class InferenceSession(Strict):
 
     def get_outputs(self):
         return self._session.get_outputs()
+
+    def get_provider_graph_assignment_info(self):
+        """What the real session says, with the GPU's share taken out of the CPU's."""
+        parts = self._session.get_provider_graph_assignment_info()
+        on_cpu = (*SHAPE_KINDS, *self._fake.no_kernel)
+        return [
+            SimpleNamespace(ep_name=place, get_nodes=lambda nodes=nodes: nodes)
+            for part in parts
+            for node in part.get_nodes()
+            for place, nodes in [
+                ("CPUExecutionProvider" if node.op_type in on_cpu else "CUDAExecutionProvider", [node])
+            ]
+        ]
 
     def get_providers(self):
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -216,7 +231,7 @@ class FakeOnnxRuntime:
     """
 
     def __init__(self, gpu: FakeRuntime) -> None:
-        self.gpu, self.runs, self.refuse, self.preloaded = gpu, {}, (), 0
+        self.gpu, self.runs, self.refuse, self.no_kernel, self.preloaded = gpu, {}, (), (), 0
         self.sessions: list[tuple[str, dict[str, str]]] = []
         self.module = ModuleType("onnxruntime")
         vars(self.module).update({k: v for k, v in vars(real).items() if k not in ("__name__", "__spec__")})

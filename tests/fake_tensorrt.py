@@ -2,6 +2,7 @@
 
     gpu = FakeRuntime().install(monkeypatch)
     trt = FakeTensorRT(gpu).install(monkeypatch)      # what `hd-engines build` and `hd-run` take for TensorRT-RTX
+    FakeTensorRT(gpu, rtx=False).install(monkeypatch)       # and for TensorRT: the same without what RTX alone has
 
 What builds is the real thing up to the last call: builder, parser, network, configuration and profiles are NVIDIA's,
 and only `build_serialized_network` gives, instead of a plan, a few lines of JSON: the ONNX file, and its shapes.
@@ -23,7 +24,7 @@ import json
 import re
 import sys
 import weakref
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnx
@@ -45,11 +46,12 @@ class Strict:
     """Has no public name that `real` lacks, and no other parameters."""
 
     real: type
+    lacks: frozenset[str] = frozenset()  # names that only TensorRT-RTX has, in a class of TensorRT's
 
     def __init_subclass__(cls) -> None:
         cls.real = getattr(real, cls.__name__)
         for name, value in vars(cls).items():
-            if name.startswith("_") or name == "real":
+            if name.startswith("_") or name in ("real", "lacks"):
                 continue
             theirs = inspect.getattr_static(cls.real, name, None)
             assert theirs is not None, f"{cls.__name__} has no {name}"
@@ -58,8 +60,13 @@ class Strict:
                 ours = set(inspect.signature(value).parameters) - {"self"}
                 assert any(ours == names for names in parameters(theirs)), (cls.__name__, name, parameters(theirs))
 
+    def __getattribute__(self, name: str):
+        if name in type(self).lacks:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        return object.__getattribute__(self, name)
+
     def __getattr__(self, name: str):
-        if hasattr(type(self).real, name):
+        if hasattr(type(self).real, name) and name not in type(self).lacks:
             raise NotImplementedError(f"The fake {type(self).__name__} has no {name} yet; write it.")
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
@@ -101,7 +108,7 @@ class Runtime(Strict):
 
     @may_fail(None)
     def deserialize_cuda_engine(self, serialized_engine):
-        engine = ICudaEngine(self, json.loads(bytes(serialized_engine)))
+        engine = self._fake.engine(self, json.loads(bytes(serialized_engine)))
         return engine if engine._weights is not None else None
 
 
@@ -298,6 +305,24 @@ DTYPES = {
 FILES: dict[int, str] = {}  # id of a network -> what was parsed into it
 
 
+class Full:
+    """Where TensorRT's interface differs from TensorRT-RTX's: fewer names, and contexts made by a strategy alone."""
+
+    class Runtime(Runtime):
+        lacks = frozenset({"get_engine_validity"})
+
+    class IExecutionContext(IExecutionContext):
+        lacks = frozenset({"is_stream_capturable"})
+
+    class ICudaEngine(ICudaEngine):
+        lacks = frozenset({"create_runtime_config"})
+
+        @may_fail(None)
+        def create_execution_context(self, strategy):
+            assert strategy == real.ExecutionContextAllocationStrategy.USER_MANAGED
+            return Full.IExecutionContext(self, None)
+
+
 class OnnxParser(real.OnnxParser):
     """The real one; it remembers which file a network is from."""
 
@@ -317,8 +342,10 @@ class Builder(real.Builder):
         self.profiles = [*getattr(self, "profiles", []), super().create_optimization_profile()]
         return self.profiles[-1]
 
+    rtx = True
+
     def build_serialized_network(self, network, config):
-        assert config.get_flag(real.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        assert config.get_flag(real.BuilderFlag.REQUIRE_USER_ALLOCATION) == self.rtx
         monitor = config.progress_monitor
         monitor.phase_start("building", None, 1)
         go_on = monitor.step_complete("building", 0)
@@ -340,6 +367,10 @@ class Builder(real.Builder):
         return json.dumps(plan).encode()
 
 
+class FullBuilder(Builder):
+    rtx = False
+
+
 for ours in (OnnxParser, Builder):  # what they replace must be there
     assert all(hasattr(ours.__base__, name) for name in vars(ours) if name.startswith(("parse_", "build_", "create_")))
 
@@ -347,22 +378,26 @@ for ours in (OnnxParser, Builder):  # what they replace must be there
 class FakeTensorRT:
     """The module. runs: how often each graph was enqueued. spoil: graph -> function(inputs, results).
 
-    seconds: (graph, rows) -> what a run takes by the fake GPU's clock.
+    seconds: (graph, rows) -> what a run takes by the fake GPU's clock. rtx: TensorRT-RTX, or else TensorRT.
     """
 
-    def __init__(self, gpu: FakeRuntime) -> None:
+    def __init__(self, gpu: FakeRuntime, rtx: bool = True) -> None:
         self.gpu, self.number, self.refuse, self.runs, self.spoil = gpu, 0, None, {}, {}
         self.seconds = lambda name, rows: 1e-6
         self.sessions: dict[str, onnxruntime.InferenceSession] = {}
-        self.module = ModuleType("tensorrt_rtx")
+        self.module = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
         vars(self.module).update({k: v for k, v in vars(real).items() if k not in ("__name__", "__spec__")})
-        self.module.Builder, self.module.OnnxParser = Builder, OnnxParser
-        self.module.Runtime = lambda logger: Runtime(self, logger)
-        for one in (ICudaEngine, IRuntimeCache, IRuntimeConfig, IExecutionContext):
+        self.module.Builder, self.module.OnnxParser = Builder if rtx else FullBuilder, OnnxParser
+        runtime, self.engine = (Runtime, ICudaEngine) if rtx else (Full.Runtime, Full.ICudaEngine)
+        self.module.Runtime = lambda logger: runtime(self, logger)
+        for one in (self.engine, IRuntimeCache, IRuntimeConfig, IExecutionContext if rtx else Full.IExecutionContext):
             setattr(self.module, one.__name__, one)
+        if not rtx:
+            flags = real.BuilderFlag.__members__.items()
+            self.module.BuilderFlag = SimpleNamespace(**{k: v for k, v in flags if k != "REQUIRE_USER_ALLOCATION"})
 
     def install(self, monkeypatch) -> FakeTensorRT:
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", self.module)
+        monkeypatch.setitem(sys.modules, self.module.__name__, self.module)
         return self
 
     def session(self, path: str) -> onnxruntime.InferenceSession:

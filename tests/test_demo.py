@@ -119,13 +119,26 @@ def test_what_ships_is_small_and_free(pipeline):
     assert "licence-free" in Manifest.load(demo.bundle_path()).made_by["body"]
 
 
+def test_without_hands_the_prompt_alone_paints(tmp_path):
+    """By the option, and by a line of a .jsonl; hands that are given with it are no hands."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "blue background", "hands": "none", "seed": 3}\n')
+    common = ("demo", "--steps", "2", "--seed", "3")
+    for out, more in (("a", ("blue background", "--no-hands")), ("b", ("--prompts", tmp_path / "p.jsonl"))):
+        result = run_command("runtime.cli", *common, *more, "-o", tmp_path / out)
+        assert result.returncode == 0, result.stderr
+    pictures = [next(p for p in (tmp_path / out).glob("*.png") if ".hands" not in p.name) for out in "ab"]
+    assert pictures[0].name == pictures[1].name and pictures[0].read_bytes() == pictures[1].read_bytes()
+    with np.load(next((tmp_path / "a").glob("*.npz"))) as hands:
+        assert not hands["visibility"].any()
+
+
 def test_the_report_is_in_the_checkpoint():
-    """The figures that the README shows are those that training measured on this checkpoint."""
+    """The figures that the page shows are those that training measured on this checkpoint."""
     notes = json.loads((demo.checkpoint_path() / "model_index.json").read_text())["_notes"]
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "demo.md").read_text()
     assert notes["prompts"] == 480
     for row, values in notes["accuracy"].items():
-        line = next(line for line in readme.splitlines() if line.startswith(f"| {row} |"))
+        line = next(line for line in page.splitlines() if line.startswith(f"| {row} |"))
         for value in values.values():
             assert f"{100 * value:.1f}" in line, (row, value)
 

@@ -1,24 +1,37 @@
-"""`hd-train`: a checkpoint from Stable Diffusion to begin with, and the demo trained again, whole or a stage of it."""
+"""`hd-train`: checkpoints from Stable Diffusion, and every stage trained on a dataset in the format of `hd-run`."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from ..commands import run
 from ..demo import resolve
-from ..errors import HanDiffuserError
+from ..errors import HanDiffuserError, TrainingError
 from ..models.checkpoint import MODEL_INDEX
-from .demo import PLANS, SCENES, STAGES, Run, assemble, picture_data, train
-from .loop import console, finished, run_processes
+from .loop import console, run_processes
+from .recipe import PLANS, Recipe
+
+HELP = {
+    "vae": "Trains the autoencoder on DATA's pictures, for those who have none.",
+    "hand-prior": "Trains stage 1: prompts to SMPL-H hands. Needs no pictures.",
+    "encoder": "Trains the Text+Hand encoder alone on DATA's labels, where no CLIP is at hand.",
+    "pictures": "Trains stage 2: prompts and hands to pictures; whole, or as an adapter with --lora.",
+    "all": "Trains the recipe's stages, one after the other.",
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="handiffuser", prog_name="hd-train")
 def commands() -> None:
-    """Makes checkpoints: from Stable Diffusion, or the demo from nothing."""
+    """Makes checkpoints: from Stable Diffusion, and by training on a dataset (see hd-data).
+
+    On several GPUs or machines: torchrun --nproc-per-node 8 -m handiffuser.training.cli -- pictures ...
+    """
 
 
 @commands.command()
@@ -44,50 +57,128 @@ def init(source: Path, out: Path, seed: int) -> int:
     return 0
 
 
-@commands.command("demo")
-@click.option("--run", "folder", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True,
-              help="Where data, states and samples are kept. An interrupted run goes on from there.")  # fmt: skip
-@click.option("--output", type=click.Path(path_type=Path), help="Write the checkpoint folder here at the end.")
-@click.option("--only", type=click.Choice([*STAGES, "report"]), multiple=True, help="These stages alone.")
-@click.option("--steps", type=click.IntRange(1), help="Train the chosen stages for this many steps instead.")
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True),
-              help="Highest rate of the chosen stages; a third of the usual suits --start.")  # fmt: skip
-@click.option("--scenes", type=click.IntRange(1), default=SCENES, show_default=True, help="Size of the data.")
-@click.option("--config", type=click.Choice(["demo", "tiny"]), default="demo", show_default=True)
-@click.option("--start", help="Train on from this checkpoint (or the word demo) instead of from nothing.")
-@click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="One thread each.")
-def train_demo(
-    folder: Path,
-    output: Path | None,
-    only: tuple[str, ...],
-    steps: int | None,
-    learning_rate: float | None,
-    scenes: int,
-    config: str,
-    start: str | None,
-    processes: int,
-) -> int:
-    """Trains the demo: judge, vae, prior, encoder, pictures; then reports on 480 held-out prompts."""
-    begin = resolve(start, "checkpoint") if start is not None else None
-    demo = Run(folder, scenes, config, begin)
-    demo.data(demo.start())
-    given = {"steps": steps, "learning_rate": learning_rate}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    for stage in only or (*STAGES, "report"):
-        if stage == "report":
-            from .evaluate import report
+OPTIONS = [
+    click.option("--data", required=True, type=click.Path(path_type=Path), help="The dataset; see hd-data."),
+    click.option("--start", help="Checkpoint to train on from, or the word demo.  [default: the recipe's new one]"),
+    click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER|FILE.safetensors",
+                 help="Write the checkpoint here at the end; or, of --lora, the adapter alone."),
+    click.option("--recipe", default="sd15", show_default=True, help="demo, sd15, or a .toml file of yours."),
+    click.option("--run", "folder", type=click.Path(path_type=Path),
+                 help="States, logs and samples; the same command goes on.  [default: runs/ and the output's name]"),
+    click.option("--processes", type=click.IntRange(1), help="On a CPU, of one thread each.  [default: one a core]"),
+    click.option("--half", is_flag=True, help="Write the checkpoint's weights in float16."),
+    click.option("--steps", type=int, help="How many."),
+    click.option("--batch", type=int, help="Samples a step, of all processes together."),
+    click.option("--learning-rate", type=float, help="The highest."),
+    click.option("--precision", help="fp32, bf16 or fp16."),
+    click.option("--accumulate", type=int, help="Parts of a batch, worked through one after the other."),
+    click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory, more time."),
+    click.option("--compile", is_flag=True, default=None, help="torch.compile."),
+    click.option("--shard", is_flag=True, default=None, help="Spread weights and optimizer over processes (FSDP2)."),
+    click.option("--workers", type=int, help="Processes that read samples ahead."),
+    click.option("--seed", type=int, help="Of order and noise."),
+    click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Another entry of the stage's recipe."),
+]  # fmt: skip
 
-            report(demo, processes=processes)
+
+FLAGS = (
+    "steps", "batch", "learning_rate", "precision", "accumulate", "gradient_checkpointing", "compile", "shard",
+    "workers", "seed", "lora",
+)  # fmt: skip
+
+
+def changed(recipe: Recipe, stages: tuple[str, ...], values: dict[str, Any]) -> Recipe:
+    """The recipe with what the flags say, for each of these stages."""
+    given = {name: values[name] for name in FLAGS if values.get(name) is not None}
+    for entry in values["others"]:
+        name, equals, text = entry.partition("=")
+        if not equals:
+            raise TrainingError(f"--set {entry} is no NAME=VALUE.")
+        try:
+            given[name.strip()] = msgspec.toml.decode(f"value = {text}")["value"]
+        except msgspec.DecodeError:
+            given[name.strip()] = text
+    unknown = [name for name in given if not any(hasattr(recipe.plan(stage), name) for stage in stages)]
+    if unknown:
+        raise TrainingError(f"There is no {unknown[0]} in the recipe of {', '.join(stages)}.")
+    for stage in stages:
+        recipe = recipe.changed(stage, {name: v for name, v in given.items() if hasattr(recipe.plan(stage), name)})
+    return recipe
+
+
+def work(folder: Path, data: Path, recipe: Recipe, start: Path | None, stage: str) -> None:
+    """One process's part of a stage."""
+    from .run import Run
+
+    Run(folder, data, recipe, start).train(stage, make=False)
+
+
+def train(stage: str, **values: Any) -> int:
+    """Trains a stage, or all of the recipe's."""
+    from .run import Run
+
+    recipe = Recipe.load(values["recipe"])
+    stages = recipe.stages if stage == "all" else (stage,)
+    recipe = changed(recipe, stages, values)
+    output, start = values["output"], values["start"]
+    folder = values["folder"] or Path("runs") / (output.stem if output is not None else stage)
+    begin = resolve(start, "checkpoint") if start is not None else None
+    made = Run(folder, values["data"], recipe, begin)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1  # by torchrun or accelerate
+    if launched:
+        import torch
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        with state.main_process_first():
+            if state.is_main_process:
+                made.prepare()
+    else:
+        made.prepare()
+    for name in stages:
+        if made.done(name):
+            console.print(f"{name}: done already")
             continue
-        if finished(folder / stage, changes.get("steps", PLANS[stage].steps)):
-            console.print(f"{stage}: done already")
-            continue
-        if stage in ("encoder", "pictures"):
-            picture_data(demo, demo.trained())  # once, before the processes part
-        run_processes(train, processes, folder, stage, changes, scenes, config, begin)
-    if output is not None:
-        assemble(demo, output)
+        if launched:
+            made.train(name, make=False)
+        else:
+            made.stage(name)  # latents and the like once, before the processes part
+            run_processes(work, processes(values["processes"]), folder, values["data"], recipe, begin, name)
+    if output is not None and int(os.environ.get("RANK", "0")) == 0:
+        made.save(output, values["half"])
+        console.print(
+            f"{output} is written." if output.suffix else f"{output} is written. Export it: hd-export {output} BUNDLE"
+        )
     return 0
+
+
+def processes(asked: int | None) -> int:
+    """One on a GPU; on a CPU one for each core, of one thread: far faster than one of several threads."""
+    import torch
+
+    from ..engines.onnxruntime import usable_cores
+
+    if torch.cuda.is_available():
+        return 1
+    return asked or usable_cores()
+
+
+def _command(stage: str) -> None:
+    def call(**values: Any) -> int:
+        return train(stage, **values)
+
+    call.__doc__ = HELP[stage]
+    command: Any = call
+    for option in reversed(OPTIONS):  # flags override the recipe
+        command = option(command)
+    if stage in ("pictures", "all"):
+        rank = click.option("--lora", type=int, metavar="RANK", help="Train ranks beside frozen weights (peft).")
+        command = rank(command)
+    commands.command(stage, short_help=HELP[stage])(command)
+
+
+for _stage in (*PLANS, "all"):
+    _command(_stage)
 
 
 def main() -> None:

@@ -1,175 +1,442 @@
-"""One training loop for every stage: AdamW, cosine decay, clipping, EMA, resumable, on one process or several.
+"""One training loop for every stage: AdamW, warm-up and decay, clipping, EMA, validation; resumable to the sample.
 
-A stage gives a module and a function `loss(module, generator)`. Everything random comes from that generator, which is
-seeded by (seed, step, rank): a run that was stopped goes on as if it had not been. State is kept in safetensors.
+    fit(Stage("vae", module, source, inputs), plan, Path("runs/demo/vae"))
 
-    fit("vae", model, loss, Plan(steps=2000, learning_rate=1e-3), Path("runs/demo/vae"))
+It runs on one process, or on all those that `accelerate launch` or `torchrun` have started (data parallel; with
+`plan.shard` weights, optimizer and average are spread over them, FSDP2), and on a CPU on those that `run_processes`
+starts. Everything that is random follows from (seed, step, row), see `draws.py`: a run that was killed and goes on ends
+with the weights of one that was not, bit for bit on one CPU process. State is safetensors, written beside and renamed.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import json
 import math
 import os
+import shutil
 import socket
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
-Loss = Callable[[nn.Module, torch.Generator], Tensor]
-console = Console(stderr=True, markup=False)
+from ..errors import TrainingError
+from .draws import Draws, rows_of
+from .recipe import Plan
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how fast a stage is trained. `warmup` steps rise linearly, then a half cosine falls to zero."""
-
-    steps: int
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.995
-    seed: int = 0
-    bf16: bool = False  # on CPUs with AMX or AVX-512 bf16, and on GPUs
-    log_every: int = 50
-    save_every: int = 500
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step in [0, steps)."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+Rows = dict[str, Tensor]
+STATE = "state.safetensors"
+SHARDED_FROM = 1_000_000  # parameters from which a module is sharded by itself, and gathered when it runs
+HELD = 64  # samples of the held-out share that the validation loss is computed from, at most
+console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
-def generator_for(*parts: int) -> torch.Generator:
-    """A generator whose state depends on all parts alone."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(seed)
+@dataclass
+class Stage:
+    """What is trained on what. `module(*inputs(rows, draws))` is the loss, a mean over the rows."""
+
+    name: str
+    module: nn.Module  # what of it requires gradients is trained
+    read: Callable[[Sequence[int]], Rows]  # sample numbers -> tensors [n, ...]; runs in workers, too
+    inputs: Callable[[Rows, Draws], Sequence[Any]]  # all that chance decides
+    train: Any  # sample numbers, a sequence or an array
+    held: Any = ()  # sample numbers that are never trained on
+    data: str = ""  # digest of the data: a run does not go on with other
+    on_save: Callable[[int], Any] | None = None  # called with the step, while the module holds its average
+    fixed: list[nn.Module] = field(default_factory=list)  # parts of the module that stay as they are
 
 
-def fit(
-    name: str,
-    module: nn.Module,
-    loss: Loss,
-    plan: Plan,
-    folder: Path,
-    on_save: Callable[[nn.Module, int], Any] | None = None,
-) -> nn.Module:
-    """Trains `module` and returns its exponential moving average, in evaluation mode.
+class _Steps(torch.utils.data.Dataset):
+    """step -> (places in the batch, their rows): what this process trains on, read by workers ahead of time."""
 
-    folder: where `state.safetensors` and `log.jsonl` are kept; a finished run is loaded and returned at once.
-    on_save: called on the main process with the average and the step each time the state is saved (sample grids).
+    def __init__(self, stage: Stage, plan: Plan, rank: int, world: int) -> None:
+        self.stage, self.plan, self.rank, self.world = stage, plan, rank, world
+
+    def __getitem__(self, step: int) -> tuple[list[int], Rows]:
+        places = list(range(self.rank, self.plan.batch, self.world))
+        rows = rows_of(step, len(self.stage.train), self.plan.batch, self.plan.seed)
+        return places, self.stage.read([int(self.stage.train[rows[place]]) for place in places])
+
+
+def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
+    """Trains `stage.module` in place and returns it holding its exponential moving average, in evaluation mode.
+
+    folder: where `state.safetensors`, `log.jsonl` and TensorBoard's files are kept; a finished run is loaded and
+    returned at once. Raises TrainingError when the run in the folder is another one (batch, seed, data), when the batch
+    cannot be shared out, or when the loss is no longer a number.
     """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=MIXED[plan.precision])
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    if plan.batch % (world * plan.accumulate):
+        raise TrainingError(
+            f"A batch of {plan.batch} cannot be shared by {world} processes in {plan.accumulate} parts each: take a "
+            f"--batch that is a multiple of {world * plan.accumulate}."
+        )
+    if not len(stage.train):
+        raise TrainingError(f"There is no sample to train {stage.name} on.")
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if plan.bf16 else "no")
-    module.train().requires_grad_(True)
-    for part in getattr(module, "fixed", ()):
+    module = stage.module.train()
+    for part in stage.fixed:
         part.eval().requires_grad_(False)
-    average = copy.deepcopy(module).eval().requires_grad_(False).to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad], weight_decay=plan.weight_decay, betas=(0.9, 0.99)
-    )
-    model, optimizer = accelerator.prepare(module, optimizer)
-    plain = accelerator.unwrap_model(model)
-    start = load_state(folder, plain, average, optimizer)
-    if accelerator.is_main_process and start:
-        console.print(f"{name}: goes on at step {start} of {plan.steps}")
+    if plan.gradient_checkpointing:
+        for part in module.modules():
+            if getattr(part, "_supports_gradient_checkpointing", False):
+                part.enable_gradient_checkpointing()  # type: ignore[operator]
+    if plan.compile:
+        module.compile()
+    model = _spread(module, world) if plan.shard else accelerator.prepare(module)
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=plan.weight_decay, betas=(0.9, 0.99))
+    average = Average(parameters)
+    start = load_state(folder, plan, stage, parameters, average, optimizer)
+    if start >= plan.steps:
+        average.copy_to_parameters()
+        return module.eval()
+    if main and start:
+        console.print(f"{stage.name}: goes on at step {start} of {plan.steps}")
+    log = Log(stage.name, folder, plan, start) if main else None
+    steps = _Steps(stage, plan, rank, world)
+    loader = DataLoader(steps, batch_size=None, sampler=range(start, plan.steps), num_workers=plan.workers)  # type: ignore[arg-type]
+    scaler = accelerator.scaler if hasattr(accelerator, "scaler") else None
 
-    began, seen = time.monotonic(), 0.0
-    for step in range(start, plan.steps):
+    for step, (places, rows) in zip(range(start, plan.steps), loader, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
-        value = loss(model, generator_for(plan.seed, step, accelerator.process_index))
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(model.parameters(), plan.clip)
-        optimizer.step()
+        value = torch.zeros((), device=accelerator.device)
+        for number in range(plan.accumulate):  # every process has a part of every part
+            mine = slice(number * len(places) // plan.accumulate, (number + 1) * len(places) // plan.accumulate)
+            draws = Draws(plan.seed, step, plan.batch, places[mine])
+            inputs = _to(stage.inputs({name: value[mine] for name, value in rows.items()}, draws), accelerator.device)
+            last = number + 1 == plan.accumulate
+            with contextlib.nullcontext() if last or plan.shard else accelerator.no_sync(model), accelerator.autocast():
+                loss = model(*inputs) / plan.accumulate
+            accelerator.backward(loss)
+            value += loss.detach()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
+        if scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        update_average(average, plain, min(plan.ema, (1 + step) / (10 + step)))
-        seen = value.item() if step == start else 0.95 * seen + 0.05 * value.item()
-        if not math.isfinite(seen):
-            raise FloatingPointError(f"{name}: the loss became {value.item()} at step {step}; lower the learning rate.")
-        last = step + 1 == plan.steps
-        if accelerator.is_main_process and ((step + 1) % plan.log_every == 0 or last):
-            speed = (step + 1 - start) / (time.monotonic() - began)
-            left = (plan.steps - step - 1) / speed / 60
-            console.print(
-                f"{name}: step {step + 1}/{plan.steps}  loss {seen:.4f}  {speed:.2f} steps/s  {left:.0f} min left"
-            )
-            with open(folder / "log.jsonl", "a") as log:
-                log.write(json.dumps({"step": step + 1, "loss": seen, "steps_per_second": speed}) + "\n")
-        if accelerator.is_main_process and ((step + 1) % plan.save_every == 0 or last):
-            save_state(folder, plain, average, optimizer, step + 1)
-            if on_save is not None:
-                on_save(average, step + 1)
-        accelerator.wait_for_everyone() if last else None
-    return average.eval()
+        average.update(min(plan.ema, (1 + step) / (10 + step)))
+        done, last = step + 1, step + 1 == plan.steps
+        if done % plan.log_every == 0 or last or step == start:
+            mean = float(accelerator.reduce(value, "mean"))
+            if not math.isfinite(mean):
+                raise TrainingError(
+                    f"{stage.name}: the loss became {mean} at step {step}. Lower the --learning-rate; the last saved "
+                    f"state in {folder} is sound."
+                )
+            if log is not None:
+                log.step(done, mean, float(_full(norm)), plan.rate(step))
+        if len(stage.held) and (done % plan.validate_every == 0 or last):
+            with average.in_place():
+                score = validate(stage, plan, module, accelerator)
+            if log is not None:
+                log.validation(done, score)
+        if done % plan.save_every == 0 or last:
+            save_state(folder, plan, stage, parameters, average, optimizer, done, main)
+            if stage.on_save is not None:
+                with average.in_place():
+                    module.eval()
+                    if main or plan.shard:
+                        stage.on_save(done)
+                    module.train()
+                    for part in stage.fixed:
+                        part.eval()
+            accelerator.wait_for_everyone()
+    average.copy_to_parameters()
+    return module.eval()
+
+
+MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Tensors in tuples, lists and dicts, moved."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _to(part, device) for name, part in value.items()}
+    return [_to(part, device) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be spread over processes; all of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _spread(module: nn.Module, world: int) -> nn.Module:
+    """Shards the module's weights over the processes (FSDP2): large blocks by themselves, the rest together."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if world == 1:
+        raise TrainingError("Sharding needs several processes: start them with torchrun or accelerate launch.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device, (world,))
+    module.to(device)
+    # Only blocks whose own `forward` runs them whole can gather themselves: lists have none.
+    for block in list(module.modules())[::-1]:
+        held = sum(p.numel() for p in block.parameters() if not isinstance(p, DTensor))
+        runs = not isinstance(block, (nn.ModuleList, nn.ModuleDict, nn.ParameterList))
+        if runs and block is not module and held >= SHARDED_FROM:
+            fully_shard(block, mesh=mesh)
+    # The outermost, too, lets go of its weights after each run: else those of a validation stay for the next step.
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return module
+
+
+class Average:
+    """The exponential moving average of some parameters, float32, spread as they are."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.values = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        mine = [_local(value) for value in self.values.values()]
+        torch._foreach_lerp_(mine, [_local(p.detach()) for p in self.parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to_parameters(self) -> None:
+        for name, parameter in self.parameters.items():
+            _local(parameter.detach()).copy_(_local(self.values[name]))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Meanwhile the parameters are the average."""
+        kept = {name: _local(p.detach()).clone() for name, p in self.parameters.items()}
+        self.copy_to_parameters()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    _local(parameter.detach()).copy_(kept[name])
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-    for mine, other in zip(average.buffers(), module.buffers(), strict=True):
-        mine.copy_(other)
+def validate(stage: Stage, plan: Plan, module: nn.Module, accelerator: Accelerator) -> float:
+    """The mean loss over held-out samples, each time the same ones with the same noise."""
+    module.eval()
+    held = [int(row) for row in stage.held[:HELD]]
+    total = torch.zeros(2, device=accelerator.device)
+    part = max(1, min(plan.batch // (accelerator.num_processes * plan.accumulate), len(held)))
+    groups = [range(first, min(first + part, len(held))) for first in range(0, len(held), part)]
+    # Every process runs equally often, also where that is once more than it has groups: sharded modules run together.
+    for turn in range(-(-len(groups) // accelerator.num_processes)):
+        number = turn * accelerator.num_processes + accelerator.process_index
+        places = groups[min(number, len(groups) - 1)]
+        draws = Draws(plan.seed + 1, 0, len(held), places)
+        inputs = _to(stage.inputs(stage.read([held[place] for place in places]), draws), accelerator.device)
+        with accelerator.autocast():
+            value = module(*inputs)
+        if number < len(groups):
+            total += torch.stack([value.float() * len(places), torch.tensor(float(len(places))).to(value.device)])
+    total = accelerator.reduce(total, "sum")
+    module.train()
+    for fixed in stage.fixed:
+        fixed.eval()
+    return float(total[0] / total[1])
 
 
-def save_state(folder: Path, module: nn.Module, average: nn.Module, optimizer: Any, step: int) -> None:
-    """Everything that going on needs, in one file, written beside and renamed."""
+class Log:
+    """A line with the time left now and then, `log.jsonl`, and TensorBoard where that is installed."""
+
+    def __init__(self, name: str, folder: Path, plan: Plan, start: int) -> None:
+        self.name, self.folder, self.plan, self.start, self.began = name, folder, plan, start, time.monotonic()
+        self.seen: float | None = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        except ImportError:
+            self.board = None
+
+    def step(self, done: int, loss: float, norm: float, rate: float) -> None:
+        self.seen = loss if self.seen is None else 0.7 * self.seen + 0.3 * loss
+        if done - self.start < 2:  # the first step alone says nothing of the speed
+            self.began = time.monotonic()
+            return
+        speed = (done - self.start - 1) / max(time.monotonic() - self.began, 1e-9)
+        left = (self.plan.steps - done) / speed
+        console.print(
+            f"{self.name}: step {done}/{self.plan.steps}  loss {self.seen:.4f}  {speed * self.plan.batch:.1f} samples/s"
+            f"  {duration(left)} left"
+        )
+        self.write(done, {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "samples_per_second":
+                          speed * self.plan.batch})  # fmt: skip
+
+    def validation(self, done: int, loss: float) -> None:
+        console.print(f"{self.name}: step {done}/{self.plan.steps}  validation loss {loss:.4f}")
+        self.write(done, {"validation_loss": loss})
+
+    def write(self, done: int, values: dict[str, float]) -> None:
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": done, **values}) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, done)
+            self.board.flush()
+
+
+def duration(seconds: float) -> str:
+    """ "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def identity(plan: Plan, stage: Stage) -> dict[str, str]:
+    """What a run cannot change without being another run."""
+    return {"batch": str(plan.batch), "seed": str(plan.seed), "data": stage.data}
+
+
+def save_state(
+    folder: Path,
+    plan: Plan,
+    stage: Stage,
+    parameters: dict[str, nn.Parameter],
+    average: Average,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    main: bool,
+) -> None:
+    """Everything that going on needs, in one file, written beside and renamed. All processes must call it.
+
+    Raises TrainingError when the disk is full; the last state stays.
+    """
     tensors: dict[str, Tensor] = {}
-    for key, value in module.state_dict().items():
-        tensors[f"model.{key}"] = value
-    for key, value in average.state_dict().items():
-        tensors[f"ema.{key}"] = value
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for key, parameter in module.named_parameters():
-        for moment, value in inner.state.get(parameter, {}).items():
-            tensors[f"{moment}.{key}"] = torch.as_tensor(value)
-    unique = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    temporary = folder / "state.tmp"
-    save_file(unique, temporary, metadata={"step": str(step)})
-    temporary.replace(folder / "state.safetensors")
+
+    def keep(name: str, value: Tensor) -> None:
+        whole = _full(value.detach())
+        if main:
+            tensors[name] = whole.cpu().contiguous().clone()
+
+    for name, parameter in parameters.items():
+        keep(f"model.{name}", parameter)
+        keep(f"ema.{name}", average.values[name])
+        for moment in MOMENTS:
+            if moment in optimizer.state[parameter]:
+                keep(f"{moment}.{name}", torch.as_tensor(optimizer.state[parameter][moment]))
+    kept = stage.module.state_dict()
+    for name, buffer in stage.module.named_buffers():
+        if name in kept:
+            keep(f"buffer.{name}", buffer)
+    if not main:
+        return
+    temporary = folder / f"{STATE}.tmp"
+    try:
+        save_file(tensors, temporary, metadata={"step": str(step), **identity(plan, stage)})
+        temporary.replace(folder / STATE)
+    except Exception as error:  # safetensors' own for a full disk is no OSError
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free
+        raise TrainingError(
+            f"The state of {stage.name} cannot be written to {folder} ({error}; {free / 1e9:.1f} GB are free). Make "
+            "room; the same command goes on from the last saved step."
+        ) from error
 
 
-def load_state(folder: Path, module: nn.Module, average: nn.Module, optimizer: Any) -> int:
+@torch.no_grad()
+def load_state(
+    folder: Path,
+    plan: Plan,
+    stage: Stage,
+    parameters: dict[str, nn.Parameter],
+    average: Average,
+    optimizer: torch.optim.Optimizer,
+) -> int:
     """Restores what `save_state` wrote; returns the step to go on at, 0 where there is nothing."""
-    path = folder / "state.safetensors"
+    path = folder / STATE
     if not path.exists():
         return 0
-    from safetensors import safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            known = file.metadata()
+        tensors = load_file(path)
+    except Exception as error:  # safetensors' own
+        raise TrainingError(
+            f"{path} is damaged ({error}). Remove it to begin {stage.name} anew, or put back a copy of it."
+        ) from error
+    for name, wanted in identity(plan, stage).items():
+        if known.get(name) != wanted:
+            raise TrainingError(
+                f"{folder} was begun with another {name} ({known.get(name)}, now {wanted}). Go on as it was begun, or "
+                "name another --run."
+            )
+    for name, parameter in parameters.items():
+        if f"model.{name}" not in tensors:
+            raise TrainingError(f"{path} is of another network: it lacks {name}. Name another --run.")
+        _put(parameter.detach(), tensors[f"model.{name}"])
+        _put(average.values[name], tensors[f"ema.{name}"])
+        for moment in MOMENTS:
+            if f"{moment}.{name}" in tensors:
+                value = tensors[f"{moment}.{name}"]
+                if moment == "step":
+                    optimizer.state[parameter][moment] = value
+                else:
+                    optimizer.state[parameter][moment] = torch.zeros_like(parameter)
+                    _put(optimizer.state[parameter][moment], value)
+    buffers = dict(stage.module.named_buffers())
+    for name, value in tensors.items():
+        if name.startswith("buffer.") and name[7:] in buffers:
+            buffers[name[7:]].copy_(value)
+    return int(known["step"])
 
+
+def _put(target: Tensor, whole: Tensor) -> None:
+    """Writes a whole tensor into one that may be spread over processes."""
+    if target.shape != whole.shape:
+        raise TrainingError("The run in this folder is of another network. Name another --run.")
+    if isinstance(target, DTensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
+    _local(target).copy_(_local(whole))
+
+
+def averages(folder: Path) -> dict[str, Tensor]:
+    """What a stage has learned: its averaged parameters and its buffers by name; empty where nothing is there."""
+    path = folder / STATE
+    if not path.exists():
+        return {}
+    out = {}
     with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-    tensors = load_file(path)
-    for prefix, target in (("model.", module), ("ema.", average)):
-        target.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for key, parameter in module.named_parameters():
-        for moment in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{moment}.{key}" in tensors:
-                inner.state[parameter][moment] = tensors[f"{moment}.{key}"].to(
-                    "cpu" if moment == "step" else parameter.device
-                )
-    return step
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            kind, _, rest = name.partition(".")
+            if kind in ("ema", "buffer"):
+                out[rest] = file.get_tensor(name)
+    return out
 
 
-def finished(folder: Path, steps: int) -> bool:
-    """Whether a stage's run has reached its last step."""
-    from safetensors import safe_open
-
-    path = folder / "state.safetensors"
+def finished(folder: Path, steps: int = 1) -> bool:
+    """Whether a stage's run has reached that step."""
+    path = folder / STATE
     if not path.exists():
         return False
     with safe_open(path, "pt") as file:
@@ -187,7 +454,14 @@ def run_processes(function: Callable[..., None], processes: int, *args: Any) -> 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (processes, port, function, args), nprocs=processes)
+    try:
+        torch.multiprocessing.spawn(_process, (processes, port, function, args), nprocs=processes)
+    except torch.multiprocessing.ProcessRaisedException as error:  # its text is the other process's traceback
+        last = str(error).strip().splitlines()[-1]
+        kind, _, sentence = last.partition(": ")
+        if kind.rsplit(".", 1)[-1].endswith("Error") and sentence and kind.startswith("handiffuser."):
+            raise TrainingError(sentence) from error
+        raise
 
 
 def _process(rank: int, processes: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -202,3 +476,6 @@ def _process(rank: int, processes: int, port: int, function: Callable[..., None]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # costs nothing at these sizes
     function(*args)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -5,18 +5,39 @@ The product's sampler is in runtime/ and knows no PyTorch; this is the plain loo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..models.checkpoint import Checkpoint
+from ..models.hand_features import HandFeatures
+from ..models.smplh import SMPLH
 from ..models.text_hand_encoder import pooled
 
 CUES = ("joints", "rotations", "bps", "visibility")
 Network = Callable[[Tensor, Tensor], Tensor]
+
+
+def image_grid(images: Tensor, columns: int) -> Tensor:
+    """uint8 [N, H, W, 3] -> one picture [rows * H, columns * W, 3]."""
+    rows = -(-len(images) // columns)
+    height, width = images.shape[1:3]
+    padded = torch.cat([images, images.new_zeros(rows * columns - len(images), height, width, 3)])
+    return padded.view(rows, columns, height, width, 3).transpose(1, 2).reshape(rows * height, columns * width, 3)
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, special: dict[str, int]) -> Tensor:
+    """Prompts -> token ids [N, length]: bos, at most length - 2 tokens, eos, padding."""
+    length = special["length"]
+    ids = torch.full((len(prompts), length), special["pad"], dtype=torch.int64)
+    for row, encoding in enumerate(tokenizer.encode_batch(list(prompts), add_special_tokens=False)):
+        tokens = [special["bos"], *encoding.ids[: length - 2], special["eos"]]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    return ids
 
 
 @torch.no_grad()
@@ -36,7 +57,17 @@ def sample_hands(checkpoint: Checkpoint, ids: Tensor, seed: int = 0, steps: int 
     text = pooled(hidden, ids, checkpoint.special_tokens["eos"])
     noise = torch.randn(len(ids), len(checkpoint.hand_prior.mean), generator=torch.Generator().manual_seed(seed))
     steps = steps or checkpoint.defaults["hand_steps"]
+    noise = noise.to(ids.device)
     return ddim(lambda x, t: checkpoint.hand_prior(x, t, text), noise, checkpoint.hand_scheduler, steps)
+
+
+@torch.no_grad()
+def hands_of(checkpoint: Checkpoint, x: Tensor) -> dict[str, Tensor]:
+    """Hand features of normalised parameters [N, P], with the checkpoint's own body; see `HandFeatures`."""
+    assert checkpoint.body is not None
+    height, width = checkpoint.image_size
+    prior, basis = checkpoint.hand_prior, checkpoint.text_hand_encoder.basis
+    return HandFeatures(SMPLH.load(checkpoint.body), prior.mean.cpu(), prior.std.cpu(), basis.cpu(), width / height)(x)
 
 
 @torch.no_grad()
@@ -67,7 +98,7 @@ def sample_pictures(
         return without + guidance * (given - without)
 
     shape = (len(ids), checkpoint.unet.config.in_channels, *checkpoint.latent_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(ids.device)
     return decode(checkpoint, ddim(network, noise, checkpoint.scheduler, steps))
 
 

@@ -1,35 +1,32 @@
-"""What each stage learns from: the module that is trained, its loss, its plan. One function a stage.
+"""What each stage learns: the module that is trained, whose `forward` is its loss, and what chance adds to its inputs.
+
+    stage = Stage("pictures", PictureLoss(checkpoint, plan), cache.rows, picture_inputs(checkpoint, plan), train)
 
 The stages are trained independently of each other, as in the paper: the VAE on pictures, the hand prior with its
-sentence encoder on (prompt, SMPL-H parameters), the Text+Hand encoder with the UNet on (prompt, true hands, picture),
-after a pre-training of the encoder alone that stands in for CLIP's.
+sentence encoder on (prompt, SMPL-H parameters), the Text+Hand encoder with the UNet on (prompt, hands, picture), after
+a pre-training of the encoder alone that stands in for CLIP's where there is none. Each loss is a mean over its rows, so
+that a batch may be shared out and cut in parts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ..contract import BETAS, PLACEMENT, ROTATIONS
 from ..models.checkpoint import Checkpoint
 from ..models.text_hand_encoder import TextHandEncoder, pooled
-from .data import Dataset, images_to_float
-from .loop import Loss
+from .draws import Draws
+from .recipe import EncoderPlan, HandPriorPlan, PicturesPlan, VaePlan
+from .sample import CUES
 
-VAE_CROP = 64  # pixels; the VAE is nearly local, and a crop costs a quarter of the picture
-# Share of a batch that shows two hands: fifteen in a hundred scenes do, and two are harder to draw, and harder still to
-# pose alike where no word says how.
-TWO_HANDS = {"prior": 0.5, "pictures": 0.5}
-NOISY = 2.5  # how far timesteps lean towards noise, where colours are decided
-FINGERS = 4.0  # how much more an error on a joint of the hand counts than one on the background
-KL_WEIGHT = 1e-3  # per latent value, against L1 per pixel value: latents near unit noise, pictures still sharp
-COLOUR = 8.0  # weight of the mean error over blocks of 8 x 8 latent pixels
-DROP = 0.1  # of text alone, of hands alone, and of both: what guidance needs
+Inputs = Callable[[dict[str, Tensor], Draws], Sequence[Any]]
 
 
 def alphas_cumprod(schedule: dict[str, object]) -> Tensor:
@@ -37,44 +34,36 @@ def alphas_cumprod(schedule: dict[str, object]) -> Tensor:
     return DDPMScheduler.from_config(schedule).alphas_cumprod.float()
 
 
-def pick(data: Dataset, generator: torch.Generator, batch: int, *names: str) -> list[Tensor]:
-    rows = torch.randint(len(data["ids"]), (batch,), generator=generator)
-    return [data[name][rows] for name in names]
-
-
-def draw(two: Tensor, share: float, batch: int, generator: torch.Generator) -> Tensor:
-    """Random rows [batch], of which `share` show two hands; two: bool [N], which do."""
-    weight = torch.where(two, share / two.sum().clamp_min(1), (1 - share) / (~two).sum().clamp_min(1))
-    return torch.multinomial(weight, batch, replacement=True, generator=generator)
-
-
-def wording(data: Dataset, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """One of each picture's prompts [N, 77]."""
-    ids = data["ids"][rows]
-    return ids[torch.arange(len(rows)), torch.randint(ids.shape[1], (len(rows),), generator=generator)]
-
-
-def timesteps(count: int, length: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:
-    """Random timesteps [count] of 0..length - 1, spread evenly over the batch.
+def timesteps(draws: Draws, length: int, shift: float = 1.0) -> Tensor:
+    """Random timesteps [n] of 0..length - 1, spread evenly over the batch.
 
     shift: > 1 leans towards noise, t -> s t / (1 + (s - 1) t) on 0..1 (Esser et al. 2024, equation 23).
     """
-    t = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    t = draws.spread()
     return (shift * t / (1 + (shift - 1) * t) * length).long().clamp_max(length - 1)
 
 
-class VAELoss(nn.Module):
-    """The autoencoder with its loss as `forward`, so that data-parallel wrappers see one module.
+def wording(ids: Tensor, draws: Draws, which: str = "any") -> Tensor:
+    """One of each sample's prompts: [n, W, 77] -> [n, 77]."""
+    choice = draws.integers(ids.shape[1])  # drawn always: what follows must not depend on the setting
+    return ids[:, 0] if which == "first" else ids[torch.arange(len(ids)), choice]
 
-    decoder_only: the encoder stays as it is, for a checkpoint whose UNet knows its latents.
-    """
 
-    def __init__(self, vae: AutoencoderKL, decoder_only: bool = False) -> None:
+def images_to_float(images: Tensor) -> Tensor:
+    """uint8 [N, H, W, 3] -> float [N, 3, H, W] in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class VaeLoss(nn.Module):
+    """The autoencoder with its loss as `forward`, so that data-parallel wrappers see one module."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: VaePlan) -> None:
         super().__init__()
-        self.vae = vae
-        self.fixed = [vae.encoder, vae.quant_conv] if decoder_only else []
+        self.vae, self.kl_weight = checkpoint.vae, plan.kl_weight
+        self.fixed = [self.vae.encoder, self.vae.quant_conv] if plan.decoder_only else []
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """images: [n, 3, h, w] in [-1, 1]; noise: of their latents."""
         posterior = self.vae.encode(images).latent_dist
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
         error = decoded - images
@@ -82,26 +71,26 @@ class VAELoss(nn.Module):
         edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3))
         # Block means: small errors of colour, which edges outweigh, make one tone of skin another.
         colours = F.avg_pool2d(error, 8).abs().mean()
-        return error.abs().mean() + edges + 2 * colours + KL_WEIGHT * posterior.kl().mean() / noise[0].numel()
+        return error.abs().mean() + edges + 2 * colours + self.kl_weight * posterior.kl().mean() / noise[0].numel()
 
 
-def vae_loss(data: Dataset, batch: int, vae: AutoencoderKL) -> Loss:
-    """Random crops of random pictures."""
-    channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+def vae_inputs(checkpoint: Checkpoint, plan: VaePlan) -> Inputs:
+    """Random crops. rows: images uint8 [n, H, W, 3]."""
+    channels = checkpoint.vae.config.latent_channels
+    factor = 2 ** (len(checkpoint.vae.config.block_out_channels) - 1)
 
-    def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        size = data["images"].shape[1]
-        crop = min(VAE_CROP, size)
-        (images,) = pick(data, generator, batch, "images")
-        y, x = (int(torch.randint(size - crop + 1, (1,), generator=generator)) for _ in range(2))
-        images = images_to_float(images[:, y : y + crop, x : x + crop])
-        noise = torch.randn(batch, channels, crop // factor, crop // factor, generator=generator)
-        return module(images, noise)
+    def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
+        height, width = rows["images"].shape[1:3]
+        h, w = (min(plan.crop, side) // factor * factor for side in (height, width))
+        y, x = draws.one(height - h + 1), draws.one(width - w + 1)
+        return images_to_float(rows["images"][:, y : y + h, x : x + w]), draws.normal(
+            channels, h // factor, w // factor
+        )
 
-    return loss
+    return inputs
 
 
-class PriorLoss(nn.Module):
+class HandPriorLoss(nn.Module):
     """The hand prior and the sentence encoder that conditions it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -123,42 +112,40 @@ class PriorLoss(nn.Module):
         return (self.weight * (predicted.float() - clean).square()).mean()
 
 
-def set_normalisation(checkpoint: Checkpoint, params: Tensor, floor: float = 0.02) -> None:
-    """Stores the parameters' mean and standard deviation in the hand prior; nearly constant ones get `floor`."""
-    checkpoint.hand_prior.mean.copy_(params.mean(0))
-    checkpoint.hand_prior.std.copy_(params.std(0).clamp_min(floor))
-
-
-def prior_loss(data: Dataset, batch: int, checkpoint: Checkpoint, empty: Tensor) -> Loss:
-    """Denoising to x0 at uniform timesteps; a tenth of the prompts is dropped. empty: ids of "" [77]."""
+def hand_prior_inputs(checkpoint: Checkpoint, plan: HandPriorPlan, empty: Tensor) -> Inputs:
+    """Denoising to x0 at uniform timesteps. rows: params [n, P], ids [n, W, 77]. empty: ids of "" [77]."""
     alphas = alphas_cumprod(checkpoint.hand_scheduler)
-    mean, std = checkpoint.hand_prior.mean, checkpoint.hand_prior.std
-    two = (data["params"][:, PLACEMENT].unflatten(1, (2, -1))[:, :, 0] > 0.5).all(1)
+    mean, std = checkpoint.hand_prior.mean.clone(), checkpoint.hand_prior.std.clone()
 
-    def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        rows = draw(two, TWO_HANDS["prior"], batch, generator)
-        ids = data["ids"][rows, 0]  # the wording that leaves out most: what is not said is this network's to decide
-        clean = (data["params"][rows] - mean) / std
-        dropped = torch.rand(batch, generator=generator) < DROP
-        ids = torch.where(dropped[:, None], empty, ids)
-        timestep = torch.randint(len(alphas), (batch,), generator=generator)
-        alpha = alphas[timestep, None]
-        noise = torch.randn(clean.shape, generator=generator)
-        return module(ids, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, timestep, clean)
+    def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
+        ids = wording(rows["ids"], draws, plan.wordings)
+        dropped = draws.uniform() < plan.drop_text
+        clean = (rows["params"].float() - mean) / std
+        timestep = timesteps(draws, len(alphas))
+        alpha = alphas[timestep][:, None]
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * draws.normal(clean.shape[1])
+        return torch.where(dropped[:, None], empty, ids), noisy, timestep, clean
 
-    return loss
+    return inputs
+
+
+def normalisation(params: Tensor, floor: float = 0.02) -> tuple[Tensor, Tensor]:
+    """The parameters' mean and standard deviation [P]; nearly constant ones get `floor`."""
+    return params.mean(0), params.std(0).clamp_min(floor)
 
 
 def conditions(
-    data: Dataset, rows: Tensor, generator: torch.Generator, empty: Tensor
+    rows: dict[str, Tensor], draws: Draws, empty: Tensor, plan: EncoderPlan | PicturesPlan
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Prompts [N, 77] and hands of some rows; of a tenth each, text, hands or both are dropped."""
-    hands = {name: data[name][rows].float() for name in ("joints", "rotations", "bps", "visibility")}
-    fate = torch.rand(len(rows), generator=generator)
-    no_text = (fate < DROP) | ((fate >= 2 * DROP) & (fate < 3 * DROP))
-    no_hands = (fate >= DROP) & (fate < 3 * DROP)
-    hands["visibility"] = torch.where(no_hands[:, None], 0.0, hands["visibility"])
-    return torch.where(no_text[:, None], empty, wording(data, rows, generator)), hands
+    """Prompts [n, 77] and hands; text, hands or both are dropped as often as the plan says."""
+    ids = wording(rows["ids"], draws)
+    hands = {name: rows[name].float() for name in CUES}
+    fate = draws.uniform()
+    text, both = plan.drop_text, plan.drop_text + plan.drop_both
+    hands["visibility"] = torch.where(
+        ((fate >= text) & (fate < both + plan.drop_hands))[:, None], 0.0, hands["visibility"]
+    )
+    return torch.where((fate < both)[:, None], empty, ids), hands
 
 
 class EncoderLoss(nn.Module):
@@ -166,11 +153,12 @@ class EncoderLoss(nn.Module):
 
     It stands in for CLIP's pre-training. From an untrained text transformer the UNet would have to learn what words
     mean through 77 tokens of which one says "dark" and sixty are padding; that took longer than all the drawing. After
-    this, every token that follows the end of the text, and every token of a visible hand, tells gesture, side, skin
-    and background; hand tokens also tell how their hand is turned and where they are.
+    this, every token that follows the end of the text, and every token of a visible hand, tells the sample's labels;
+    hand tokens also tell how their hand is turned and where they are.
     """
 
     def __init__(self, encoder: TextHandEncoder, classes: Sequence[int]) -> None:
+        """classes: how many there are of each label."""
         super().__init__()
         self.encoder, self.classes = encoder, list(classes)
         self.labels = nn.Linear(encoder.config.hidden_size, sum(classes))
@@ -178,16 +166,24 @@ class EncoderLoss(nn.Module):
         self.place = nn.Linear(encoder.config.hidden_size, 2)
 
     def forward(self, ids: Tensor, hands: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """labels: [n, len(classes)], -1 where a sample has none."""
         config, length = self.encoder.config, ids.shape[1]
         tokens = self.encoder(ids, **hands)[..., : config.hidden_size]
         after = (ids == config.eos_token_id).int().cummax(1).values  # from the end of the text on
         seen = (hands["visibility"] > 0.5).float().repeat_interleave(self.encoder.tokens_per_hand, 1)
-        share = torch.cat([after / after.sum(), seen / seen.sum().clamp_min(1)], 1)  # text and hands count alike
-        total = torch.zeros(())
+        # Text and hands count alike, in every sample.
+        share = torch.cat([after / after.sum(1, keepdim=True), seen / seen.sum(1, keepdim=True).clamp_min(1)], 1)
+        share = share / len(ids)
+        total = torch.zeros((), device=ids.device)
         read = self.labels(tokens).float().split(self.classes, -1)
         for logits, label in zip(read, labels.T, strict=True):
-            error = F.cross_entropy(logits.flatten(0, 1), label.repeat_interleave(tokens.shape[1]), reduction="none")
-            total = total + (error.view_as(share) * share).sum() / math.log(logits.shape[-1])
+            error = F.cross_entropy(
+                logits.flatten(0, 1),
+                label.repeat_interleave(tokens.shape[1]),
+                reduction="none",
+                ignore_index=-1,
+            )
+            total = total + (error.view_as(share) * share).sum() / math.log(max(logits.shape[-1], 2))
         turn = hands["rotations"][:, :, :1].expand(-1, -1, self.encoder.tokens_per_hand, -1).flatten(1, 2)
         of_hand = tokens[:, length:]
         error = (self.wrist(of_hand).float() - turn).square().mean(-1)
@@ -197,69 +193,96 @@ class EncoderLoss(nn.Module):
         return total + (error * share[:, length:]).sum()
 
 
-def encoder_loss(data: Dataset, batch: int, empty: Tensor) -> Loss:
-    """data: ids, labels, joints, rotations, bps, visibility."""
+def encoder_inputs(plan: EncoderPlan, empty: Tensor) -> Inputs:
+    """rows: ids [n, W, 77], labels [n, K], joints, rotations, bps, visibility."""
 
-    def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(data["ids"]), (batch,), generator=generator)
-        return module(*conditions(data, rows, generator, empty), data["labels"][rows])
+    def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
+        return *conditions(rows, draws, empty, plan), rows["labels"]
 
-    return loss
+    return inputs
 
 
-def emphasis(joints: Tensor, visibility: Tensor, height: int, width: int, reach: float = 1.2) -> Tensor:
+def emphasis(joints: Tensor, visibility: Tensor, height: int, width: int, fingers: float, reach: float = 1.2) -> Tensor:
     """How much each latent pixel counts [N, h, w], 1 on average: more around the joints of visible hands.
 
     A finger of a small hand is one or two latent pixels wide, and a plain mean lets the background outvote it.
-    joints: [N, 2, J, 2] in 0..1; visibility: [N, 2]; reach: latent pixels.
+    joints: [N, 2, J, 2] in 0..1; visibility: [N, 2]; fingers: how much more; reach: latent pixels.
     """
-    y = (torch.arange(height) + 0.5)[:, None] - joints[..., 1, None, None] * height
-    x = (torch.arange(width) + 0.5) - joints[..., 0, None, None] * width
+    device = joints.device
+    y = (torch.arange(height, device=device) + 0.5)[:, None] - joints[..., 1, None, None] * height
+    x = (torch.arange(width, device=device) + 0.5) - joints[..., 0, None, None] * width
     near = torch.exp(-(x.square() + y.square()) / (2 * reach**2))  # [N, 2, J, h, w]
-    weight = 1 + FINGERS * (near.amax(2) * visibility[..., None, None]).amax(1)
-    return weight / weight.mean()
+    weight = 1 + fingers * (near.amax(2) * visibility[..., None, None]).amax(1)
+    return weight / weight.mean((1, 2), keepdim=True)
 
 
 class PictureLoss(nn.Module):
     """The Text+Hand encoder, the UNet and the positional kernel."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, plan: PicturesPlan) -> None:
         super().__init__()
         self.text_hand_encoder, self.unet = checkpoint.text_hand_encoder, checkpoint.unet
-        self.position_kernel = checkpoint.position_kernel
+        if checkpoint.position_kernel is not None:
+            self.position_kernel = checkpoint.position_kernel
+        self.plan = plan
 
     def forward(
-        self, ids: Tensor, hands: dict[str, Tensor], noisy: Tensor, timestep: Tensor, target: Tensor, told: Tensor
+        self,
+        ids: Tensor,
+        hands: dict[str, Tensor],
+        noisy: Tensor,
+        timestep: Tensor,
+        target: Tensor,
+        told: Tensor,
+        weight: Tensor,
     ) -> Tensor:
-        """told: [N], 1 where there is a prompt."""
+        """told: [n], 1 where there is a prompt. weight: [n], of the samples."""
         context = self.text_hand_encoder(ids, **hands)
         error = self.unet(noisy, timestep, context).sample.float() - target
-        # A wrong colour is a small error everywhere, which plain mean squares leave for last: count block means, too
-        # (as the multiscale loss of Hoogeboom et al. 2023, simple diffusion). The optimum stays the same. Not without
-        # a prompt, where colours are anyone's guess.
-        colours = F.avg_pool2d(error, 8).square().mean((1, 2, 3))
-        weight = emphasis(hands["joints"], hands["visibility"], *error.shape[2:])[:, None]
-        return (weight * error.square()).mean() + COLOUR * (told * colours).mean()
+        squares = error.square()
+        if self.plan.finger_weight:
+            height, width = error.shape[2:]
+            near = emphasis(hands["joints"], hands["visibility"], height, width, self.plan.finger_weight)
+            squares = squares * near[:, None]
+        loss = weight * squares.mean((1, 2, 3))
+        if self.plan.colour_weight:
+            # A wrong colour is a small error everywhere, which plain mean squares leave for last: count block means,
+            # too (as the multiscale loss of Hoogeboom et al. 2023, simple diffusion). The optimum stays the same. Not
+            # without a prompt, where colours are anyone's guess.
+            loss = loss + self.plan.colour_weight * told * F.avg_pool2d(error, 8).square().mean((1, 2, 3))
+        return loss.mean()
 
 
-def picture_loss(data: Dataset, batch: int, checkpoint: Checkpoint, empty: Tensor) -> Loss:
-    """v-loss (or epsilon) at timesteps that lean towards noise; text, hands or both dropped.
+def picture_inputs(checkpoint: Checkpoint, plan: PicturesPlan, empty: Tensor) -> Inputs:
+    """Noise to be told from the picture, as the checkpoint's schedule has it (v or epsilon).
 
-    data: latents [N,4,h,w] (scaled), ids, joints, rotations, bps, visibility.
+    rows: mean, std [n, 4, h, w] of the VAE's posterior, ids [n, W, 77], joints, rotations, bps, visibility.
     """
     alphas = alphas_cumprod(checkpoint.scheduler)
-    velocity = checkpoint.scheduler["prediction_type"] == "v_prediction"
-    two = (data["visibility"] > 0.5).all(1)
+    kind = checkpoint.scheduler["prediction_type"]
+    scale, shift = checkpoint.vae.config.scaling_factor, checkpoint.vae.config.shift_factor or 0.0
 
-    def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        rows = draw(two, TWO_HANDS["pictures"], batch, generator)
-        ids, hands = conditions(data, rows, generator, empty)
-        clean = data["latents"][rows].float()
-        timestep = timesteps(batch, len(alphas), generator, NOISY)
+    def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
+        ids, hands = conditions(rows, draws, empty, plan)
+        latents = rows["mean"].float()
+        if plan.posterior == "sample":
+            latents = latents + rows["std"].float() * draws.normal(*latents.shape[1:])
+        clean = (latents - shift) * scale
+        timestep = timesteps(draws, len(alphas), plan.timestep_shift)
         signal, sigma = (a[:, None, None, None] for a in (alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()))
-        noise = torch.randn(clean.shape, generator=generator)
-        target = signal * noise - sigma * clean if velocity else noise
+        noise = draws.normal(*clean.shape[1:])
+        target = {"v_prediction": signal * noise - sigma * clean, "sample": clean}.get(kind, noise)
         told = (ids != empty).any(1).float()
-        return module(ids, hands, signal * clean + sigma * noise, timestep, target, told)
+        weight = (
+            snr_weight(alphas[timestep], kind, plan.min_snr) if plan.weighting == "min-snr" else torch.ones(len(ids))
+        )
+        return ids, hands, signal * clean + sigma * noise, timestep, target, told, weight
 
-    return loss
+    return inputs
+
+
+def snr_weight(alpha: Tensor, kind: str, gamma: float) -> Tensor:
+    """Min-SNR weights [n] (Hang et al. 2023, section 3.4): min(snr, gamma), for what the network is asked for."""
+    snr = alpha / (1 - alpha).clamp_min(1e-8)
+    least = snr.clamp_max(gamma)
+    return {"v_prediction": least / (snr + 1), "sample": least}.get(kind, least / snr.clamp_min(1e-8))

@@ -61,6 +61,25 @@ def test_operations_of_matrix_products_and_attention(tmp_path):
     assert found["MatMul"] == 2 * (4 * 2 * 11) * 6 * 5
 
 
+def test_operations_of_a_unet_are_those_that_pytorch_counts():
+    """Self-attention as ONNX Runtime's own node, too. What is hoisted out of the step counts where it runs."""
+    import torch
+    from handiffuser import demo
+    from handiffuser.models.checkpoint import Checkpoint
+    from torch.utils.flop_counter import FlopCounterMode
+
+    checkpoint = Checkpoint.load(demo.checkpoint_path())
+    encoder = checkpoint.text_hand_encoder
+    latents = torch.randn(2, 4, *checkpoint.latent_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        checkpoint.unet(latents, 500, torch.randn(2, encoder.num_tokens, encoder.context_width))
+    files = [demo.bundle_path() / f"{name}.onnx" for name in ("unet", "unet_context", "unet_time")]
+    counted = [count(file, {"B": 1, "G": 2, "S": 1}) for file in files]
+    assert counted[0]["MultiHeadAttention"] > 0.05 * sum(counted[0].values())
+    # Values are padded to the keys' width, and PyTorch embeds the timestep twice.
+    assert sum(sum(found.values()) for found in counted) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
 def test_operations_grow_with_the_batch(pipeline):
     from handiffuser.demo import bundle_path
 

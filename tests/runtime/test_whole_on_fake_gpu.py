@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 pytest.importorskip("cuda.bindings.runtime")
@@ -22,8 +23,10 @@ import whole
 from fake_runtime import FakeRuntime
 from fake_tensorrt import FakeTensorRT
 from handiffuser import HanDiffuser, demo
+from handiffuser.contract import GRAPHS, Manifest, file_digest
 from handiffuser.engines import cli as engines_cli
 from handiffuser.engines.cuda import Cuda, Event, Stream
+from handiffuser.engines.plans import PlanStore
 from handiffuser.engines.tensorrt import Scratch, TensorRTEngine
 from handiffuser.errors import EngineError, HanDiffuserError
 from handiffuser.runtime import device, loading
@@ -79,6 +82,86 @@ def test_one_plan_for_several_sizes(toy_bundle, gpu, trt, tmp_path, kind):
     assert hd_run(folder, tmp_path / "gpu", "--backend", "tensorrt-rtx") == (0, "")
     assert hd_run(folder, tmp_path / "cpu", "--device", "cpu") == (0, "")
     same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+
+
+def test_plans_are_compared_on_the_gpu(toy_engines, gpu, trt, tmp_path):
+    """Every output of every plan beside float32; and a plan that computes something else is found."""
+    pytest.importorskip("polygraphy")
+    from click.testing import CliRunner
+
+    arguments = ["compare", str(toy_engines), "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(engines_cli.commands, arguments, standalone_mode=False)
+    assert result.return_value == 0, result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(GRAPHS)
+
+
+def test_one_folder_has_plans_of_several_backends(toy_bundle, gpu, trt, monkeypatch, tmp_path):
+    """Each takes its own, and builds beside the other's."""
+    full = FakeTensorRT(gpu, rtx=False).install(monkeypatch)
+    folder = Path(shutil.copytree(toy_bundle, tmp_path / "toy"))
+    counts = []
+    for backend in ("tensorrt-rtx", "tensorrt") * 2:
+        arguments = ["build", str(folder), "--batch-sizes", "1,4", "--backend", backend]
+        assert engines_cli.commands.main(arguments, standalone_mode=False) == 0
+        counts.append(len(list(PlanStore(folder))))
+    assert counts == [counts[0], 2 * counts[0], 2 * counts[0], 2 * counts[0]]
+    assert hd_run(folder, tmp_path / "cpu", "--device", "cpu") == (0, "")
+    for backend, fake, idle in (("tensorrt-rtx", trt, full), ("tensorrt", full, trt)):
+        fake.runs, idle.runs = {}, {}
+        assert hd_run(folder, tmp_path / backend, "--backend", backend) == (0, "")
+        same(pictures(tmp_path / backend), pictures(tmp_path / "cpu"))
+        assert fake.runs and not idle.runs
+    gc.collect()
+    assert not gpu.live()
+
+
+@pytest.fixture
+def in_eight_bits(toy_bundle, gpu, trt, tmp_path):
+    """The toy in "float16" with plans, and the same in "fp8"; the UNet of the first is told apart by its name."""
+    folders = {}
+    for precision in ("fp16", "fp8"):
+        folder = folders[precision] = Path(shutil.copytree(toy_bundle, tmp_path / precision))
+        model = onnx.load(folder / "unet.onnx")
+        model.graph.name = f"unet in {precision}"
+        onnx.save(model, folder / "unet.onnx")
+        manifest = Manifest.load(folder, verify=False)
+        manifest.precision, manifest.files["unet.onnx"] = precision, file_digest(folder / "unet.onnx")
+        manifest.save(folder)
+    return folders
+
+
+def build(folder, *options, backend="tensorrt-rtx"):
+    arguments = ["build", str(folder), "--batch-sizes", "1,4", "--backend", backend, *map(str, options)]
+    return engines_cli.commands.main(arguments, standalone_mode=False)
+
+
+def test_eight_bits_are_faster_or_refused(in_eight_bits, gpu, trt, monkeypatch, capsys):
+    """By the fake GPU's clock."""
+    times = {("unet in fp16", 1): 4e-3, ("unet in fp16", 4): 9e-3, ("unet in fp8", 1): 3e-3, ("unet in fp8", 4): 7e-3}
+    trt.seconds = lambda name, rows: times.get((name, rows), 1e-6)
+    half, eight = in_eight_bits["fp16"], in_eight_bits["fp8"]
+    assert build(eight) == 0
+    assert "faster than fp16 on this GPU was not measured: name engines in fp16" in capsys.readouterr().err
+    with pytest.raises(EngineError, match="has no fp16 plan of the UNet for tensorrt-rtx"):
+        build(eight, "--faster-than", half)
+    build(half)
+    capsys.readouterr()
+    assert build(eight, "--faster-than", half) == 0
+    said = capsys.readouterr().err
+    assert "3.00 ms a step in fp8 against 4.00 in fp16 at B=1,G=2" in said and "7.00 ms a step in fp8" in said
+    times["unet in fp8", 4] = 9.5e-3
+    with pytest.raises(EngineError, match=r"fp8 is not faster than fp16 on this GPU at B=4,G=2: .* 9\.50 ms a step"):
+        build(eight, "--faster-than", half)
+    # In one folder, exported again in another precision, the plans from before are what it is compared with.
+    for file in half.glob("*.*"):
+        shutil.copy(eight / file.name, file)
+    with pytest.raises(EngineError, match="not faster than fp16"):
+        build(half)
+    gc.collect()
+    assert not gpu.live()
+    monkeypatch.setattr(engines_cli, "gpu", lambda: None)
+    assert build(eight) == 0
+    assert "is measured where there is one" in capsys.readouterr().err
 
 
 @pytest.mark.slow

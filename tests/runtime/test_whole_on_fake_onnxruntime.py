@@ -85,6 +85,15 @@ def test_a_fault_anywhere_ends_in_one_sentence(toy_bundle, monkeypatch, tmp_path
     whole.faults_end_in_one_sentence(toy_bundle, tmp_path, arguments, capsys, fresh, places)
 
 
+def test_a_node_of_the_unet_on_the_cpu_is_named(toy_bundle, gpu, ort, tmp_path, capsys):
+    """The arithmetic of shapes may stay there; what computes may not."""
+    ort.no_kernel = ("Tanh", "Sum")
+    code, error = hd_run(toy_bundle, tmp_path, "--backend", "onnxruntime", "--device", "cuda")
+    spoken = capsys.readouterr().err + error
+    assert code == 1 and re.search(r"has no CUDA kernel for (Tanh|Sum)\b.* of unet: .*Update it", spoken), spoken
+    assert not pictures(tmp_path) and "Traceback" not in spoken
+
+
 # Tests of the test: mistakes that the engine could make, and what is said of them.
 def no_stream(patch):
     make = OnnxRuntimeEngine.__init__

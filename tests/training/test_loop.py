@@ -1,62 +1,242 @@
-"""The training loop: a run that was stopped goes on as if it had not been."""
+"""The training loop: killed anywhere, on any number of processes, it ends where an undisturbed run ends."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import subprocess
+import sys
+import textwrap
 
+import msgspec
+import numpy as np
 import pytest
 import torch
-from handiffuser.training.loop import Plan, finished, fit
+from handiffuser.errors import TrainingError
+from handiffuser.training.draws import Draws, order, rows_of
+from handiffuser.training.loop import STATE, Stage, averages, finished, fit
+from handiffuser.training.recipe import Plan
+from safetensors.torch import load_file
 from torch import nn
 
-PLAN = Plan(steps=8, learning_rate=0.05, warmup=2, save_every=4, log_every=4)
+PLAN = Plan(steps=8, batch=12, learning_rate=0.05, warmup=2, save_every=4, log_every=4, validate_every=4)
 
 
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+class Fitted(nn.Module):
+    """(x0 x1)(n), learned from noisy samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    def forward(self, x, noise):
+        return (self.layers(x + 0.01 * noise)[:, 0] - x[:, 0] * x[:, 1]).square().mean()
 
 
-def loss(module: nn.Module, generator: torch.Generator) -> torch.Tensor:
-    x = torch.randn(16, 3, generator=generator)
-    return (module(x)[:, 0] - x[:, 0] * x[:, 1]).square().mean()
+def read(rows):
+    return {"x": torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(row)) for row in rows])}
+
+
+def inputs(rows, draws):
+    return rows["x"] * (0.5 + draws.uniform()[:, None]), draws.normal(3)
+
+
+def stage(**changes):
+    return Stage(
+        "fit", Fitted(), read, inputs, **{"train": range(100), "held": range(100, 110), "data": "d", **changes}
+    )
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def test_resumed_equals_uninterrupted(tmp_path):
-    whole = fit("whole", model(), loss, PLAN, tmp_path / "whole")
+    whole = fit(stage(), PLAN, tmp_path / "whole")
 
-    def stop(_: nn.Module, step: int) -> None:
+    def stop(step):
         if step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit("halves", model(), loss, PLAN, tmp_path / "halves", stop)
+        fit(stage(on_save=stop), PLAN, tmp_path / "halves")
     assert not finished(tmp_path / "halves", 8) and finished(tmp_path / "halves", 4)
-    halves = fit("halves", model(), loss, PLAN, tmp_path / "halves")
-    for one, other in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True):
-        assert torch.equal(one, other)
-    assert finished(tmp_path / "halves", 8)
+    halves = fit(stage(), PLAN, tmp_path / "halves")
+    assert same(whole, halves) and finished(tmp_path / "halves", 8)
+    untouched = Stage("fit", Fitted(), lambda rows: pytest.fail("trained again"), inputs, range(100), data="d")
+    assert same(whole, fit(untouched, PLAN, tmp_path / "halves"))
+    learned = averages(tmp_path / "halves")
+    assert all(torch.equal(learned[name], value) for name, value in whole.state_dict().items())
 
 
-def test_a_finished_run_is_only_loaded(tmp_path):
-    first = fit("run", model(), loss, PLAN, tmp_path)
-    again = fit("run", model(), lambda *_: pytest.fail("trained again"), PLAN, tmp_path)
-    for one, other in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
-        assert torch.equal(one, other)
+def test_parts_of_a_batch_add_up_to_it(tmp_path):
+    whole = fit(stage(), PLAN, tmp_path / "whole")
+    parts = fit(stage(), msgspec.structs.replace(PLAN, accumulate=3), tmp_path / "parts")
+    for one, other in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_it_learns_and_the_rate_falls_to_zero(tmp_path):
-    plan = replace(PLAN, steps=300, save_every=1000)
-    generator = torch.Generator().manual_seed(5)
-    before = loss(model(), generator).item()
-    trained = fit("learn", model(), loss, plan, tmp_path)
-    assert loss(trained, torch.Generator().manual_seed(5)).item() < 0.5 * before
+def test_workers_change_nothing(tmp_path):
+    one = fit(stage(), PLAN, tmp_path / "one")
+    assert same(one, fit(stage(), msgspec.structs.replace(PLAN, workers=2), tmp_path / "two"))
+
+
+def test_it_learns_and_validates(tmp_path):
+    plan = msgspec.structs.replace(PLAN, steps=300, save_every=1000, validate_every=10)
+    fit(stage(), plan, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    scores = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert len(scores) == 30 and scores[-1] < 0.5 * scores[0]
     assert plan.rate(0) < plan.rate(1) and plan.rate(299) < 1e-4 * plan.learning_rate
+    assert {"loss", "learning_rate", "samples_per_second", "gradient_norm"} <= lines[0].keys()
+
+
+def test_every_sample_comes_once_in_an_epoch():
+    seen = [row for step in range(25) for row in rows_of(step, 100, 12, seed=3)]
+    assert sorted(seen[:100]) == list(range(100)) and sorted(seen[100:200]) == list(range(100))
+    assert seen[:100] != seen[100:200]
+    assert seen[12:24] == rows_of(1, 100, 12, seed=3) != rows_of(1, 100, 12, seed=4)
+    assert not np.array_equal(order(0, 0, 100), order(0, 1, 100))
+
+
+def test_a_row_draws_the_same_whoever_computes_it():
+    whole = Draws(1, 5, 6, range(6))
+    parts = [Draws(1, 5, 6, range(rank, 6, 3)) for rank in range(3)]
+    for ask in (
+        lambda d: d.normal(4, 2),
+        lambda d: d.uniform()[:, None],
+        lambda d: d.integers(50)[:, None],
+        lambda d: d.spread()[:, None],
+    ):
+        expected, found = ask(whole), [ask(part) for part in parts]
+        assert all(torch.equal(expected[rank::3], found[rank]) for rank in range(3))
+    assert {whole.one(1000)} == {part.one(1000) for part in parts}
+    spread = Draws(1, 5, 100, range(100)).spread().sort().values
+    assert (spread * 100).diff().max() < 2.1  # one in every hundredth
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (msgspec.structs.replace(PLAN, batch=6), "another batch"),
+        (msgspec.structs.replace(PLAN, seed=2), "another seed"),
+        (msgspec.structs.replace(PLAN, accumulate=5), "multiple of 5"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(tmp_path, plan, words):
+    fit(stage(), msgspec.structs.replace(PLAN, steps=2), tmp_path)
+    with pytest.raises(TrainingError, match=words):
+        fit(stage(), plan, tmp_path)
+
+
+def test_other_data_and_damaged_states_are_refused(tmp_path):
+    fit(stage(), msgspec.structs.replace(PLAN, steps=2), tmp_path)
+    with pytest.raises(TrainingError, match="another data"):
+        fit(stage(data="other"), PLAN, tmp_path)
+    path = tmp_path / STATE
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(TrainingError, match="is damaged"):
+        fit(stage(), PLAN, tmp_path)
 
 
 def test_a_diverging_run_says_so(tmp_path):
-    def explode(module: nn.Module, generator: torch.Generator) -> torch.Tensor:
-        return loss(module, generator) * float("inf")
+    def explode(rows, draws):
+        return rows["x"] * float("inf"), draws.normal(3)
 
-    with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        fit("boom", model(), explode, PLAN, tmp_path)
+    with pytest.raises(TrainingError, match="Lower the --learning-rate"):
+        fit(Stage("fit", Fitted(), read, explode, range(100)), PLAN, tmp_path)
+
+
+def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
+    from handiffuser.training import loop
+
+    fit(stage(), msgspec.structs.replace(PLAN, steps=4), tmp_path)
+    before = load_file(tmp_path / STATE)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "save_file", full)
+    with pytest.raises(TrainingError, match="No space left"):
+        fit(stage(), PLAN, tmp_path)
+    monkeypatch.undo()
+    after = load_file(tmp_path / STATE)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [path.name for path in tmp_path.glob("*.tmp")] == []
+
+
+SCRIPT = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, sys.argv[1])
+    import test_loop
+
+    from handiffuser.training.loop import fit, run_processes
+
+    def go(folder, steps, batch, shard):
+        import msgspec
+        plan = msgspec.structs.replace(
+            test_loop.PLAN, steps=steps, batch=batch, shard=shard, save_every=3, schedule=sys.argv[6]
+        )
+        fit(test_loop.stage(), plan, Path(folder))
+
+    if __name__ == "__main__":
+        folder, steps, count, shard = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "shard"
+        run_processes(go, count, folder, steps, 12, shard)
+    """
+)
+
+
+def command(tmp_path, folder, steps, processes, shard=False, schedule="cosine"):
+    from pathlib import Path
+
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    words = (Path(__file__).parent, folder, steps, processes, "shard" if shard else "whole", schedule)
+    return [sys.executable, str(script), *map(str, words)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_on_two_processes_it_is_the_same_run(tmp_path, shard):
+    """The gradients agree to rounding; also begun on one process and gone on with on two, and back."""
+    plan = msgspec.structs.replace(PLAN, steps=9, save_every=3, schedule="constant")  # a cosine depends on its end
+    one = fit(stage(), plan, tmp_path / "one")
+    for steps, processes in ((6, 2), (9, 2)) if shard else ((3, 1), (6, 2), (9, 1)):
+        result = subprocess.run(
+            command(tmp_path, tmp_path / "more", steps, processes, shard, "constant"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+    found = averages(tmp_path / "more")
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_with_the_same_weights(tmp_path):
+    """kill -9 at ten random moments of a run of one process: bit for bit."""
+    whole = fit(stage(), msgspec.structs.replace(PLAN, steps=4000, save_every=3, log_every=1000), tmp_path / "whole")
+    rng = np.random.default_rng(0)
+    killed = 0
+    for _ in range(60):
+        process = subprocess.Popen(command(tmp_path, tmp_path / "killed", 4000, 1), stderr=subprocess.DEVNULL)
+        try:
+            if killed >= 10:
+                assert process.wait(timeout=300) == 0
+                break
+            process.wait(timeout=float(rng.uniform(4, 9)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+        else:
+            break
+    assert killed >= 3, "the run was over before it could be killed"
+    found = averages(tmp_path / "killed")
+    assert finished(tmp_path / "killed", 4000)
+    assert all(torch.equal(found[name], value) for name, value in whole.state_dict().items())

@@ -1,58 +1,172 @@
-"""What the stages learn from: which rows, which timesteps, which weights."""
+"""What the stages learn from: which timesteps, which weights, what is dropped; and that a batch may be cut in parts."""
 
 from __future__ import annotations
 
+import msgspec
+import pytest
 import torch
-from diffusers import AutoencoderKL
-from handiffuser.training.loop import Plan, fit
-from handiffuser.training.stages import FINGERS, VAELoss, draw, emphasis, timesteps
+from diffusers import AutoencoderKL, DDIMScheduler
+from handiffuser.models.checkpoint import Checkpoint
+from handiffuser.training.draws import Draws
+from handiffuser.training.loop import Stage, fit
+from handiffuser.training.recipe import EncoderPlan, HandPriorPlan, PicturesPlan, VaePlan
+from handiffuser.training.sample import encode_prompts
+from handiffuser.training.stages import (
+    EncoderLoss,
+    HandPriorLoss,
+    PictureLoss,
+    VaeLoss,
+    alphas_cumprod,
+    conditions,
+    emphasis,
+    encoder_inputs,
+    hand_prior_inputs,
+    picture_inputs,
+    snr_weight,
+    timesteps,
+    vae_inputs,
+)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+@pytest.fixture
+def checkpoint(tiny_checkpoint_folder):
+    return Checkpoint.load(tiny_checkpoint_folder)
+
+
+@pytest.fixture
+def empty(checkpoint):
+    return encode_prompts([""], checkpoint.tokenizer, checkpoint.special_tokens)[0]
+
+
+def rows_of(checkpoint, count):
+    """Made up rows, as a cache gives them."""
+    draw = Draws(5, 0, count, range(count))
+    h, w = checkpoint.latent_size
+    prompts = [f"a {side} hand, {i}" for i in range(count) for side in ("left", "right")]
+    ids = encode_prompts(prompts, checkpoint.tokenizer, checkpoint.special_tokens).unflatten(0, (count, 2))
+    return {
+        "images": (draw.normal(32, 48, 3) * 40 + 128).clamp(0, 255).to(torch.uint8),
+        "params": draw.normal(330),
+        "ids": ids,
+        "mean": draw.normal(4, h, w).half(),
+        "std": draw.normal(4, h, w).abs().half(),
+        "joints": draw.normal(2, 21, 2).sigmoid(),
+        "rotations": draw.normal(2, 16, 6),
+        "bps": draw.normal(2, 512).abs() / 10,
+        "visibility": (draw.normal(2) > 0).float(),
+        "labels": draw.normal(2).abs().long().clamp_max(2) - 1,
+    }
+
+
+def stages(checkpoint, empty):
+    """(module, what its inputs are made by) of every stage."""
+    pictures = PicturesPlan(finger_weight=4.0, colour_weight=8.0, weighting="min-snr", timestep_shift=2.5)
+    return {
+        "vae": (VaeLoss(checkpoint, VaePlan(crop=16)), vae_inputs(checkpoint, VaePlan(crop=16))),
+        "hand-prior": (HandPriorLoss(checkpoint), hand_prior_inputs(checkpoint, HandPriorPlan(), empty)),
+        "encoder": (EncoderLoss(checkpoint.text_hand_encoder, [2, 2]), encoder_inputs(EncoderPlan(), empty)),
+        "pictures": (PictureLoss(checkpoint, pictures), picture_inputs(checkpoint, pictures, empty)),
+    }
+
+
+@pytest.mark.parametrize("name", ["vae", "hand-prior", "encoder", "pictures"])
+def test_a_loss_is_the_mean_of_its_parts(checkpoint, empty, name):
+    """So several processes, and parts of a batch, have the gradients of the whole."""
+    torch.manual_seed(0)
+    module, inputs = stages(checkpoint, empty)[name]
+    module.requires_grad_(True)
+    rows = rows_of(checkpoint, 6)
+
+    def gradients(parts):
+        module.zero_grad()
+        total = 0.0
+        for places in parts:
+            some = {key: value[places] for key, value in rows.items()}
+            loss = module(*inputs(some, Draws(0, 3, 6, places))) / len(parts)
+            loss.backward()
+            total += loss.item()
+        return total, {key: p.grad.clone() for key, p in module.named_parameters() if p.grad is not None}
+
+    whole, of_whole = gradients([[0, 1, 2, 3, 4, 5]])
+    parts, of_parts = gradients([[0, 3], [1, 4], [2, 5]])
+    assert whole == pytest.approx(parts, rel=1e-4)
+    for key, value in of_whole.items():
+        torch.testing.assert_close(of_parts[key], value, rtol=1e-3, atol=1e-5 + 1e-4 * float(value.abs().max()))
 
 
 def test_timesteps_are_spread_over_a_batch():
     for shift in (1.0, 4.0):
-        t = timesteps(100, 1000, generator(), shift).sort().values.double() / 1000
+        t = timesteps(Draws(0, 0, 100, range(100)), 1000, shift).sort().values.double() / 1000
         assert t.min() >= 0 and t.max() < 1
         even = t / (shift - (shift - 1) * t)  # the shift undone
         assert (even * 100).diff().max() < 2.1  # one in every hundredth
-    uniform, shifted = (timesteps(4000, 1000, generator(), shift).float().mean() for shift in (1.0, 4.0))
+    many = Draws(1, 0, 4000, range(4000))
+    uniform, shifted = (timesteps(many, 1000, shift).float().mean() for shift in (1.0, 4.0))
     assert abs(uniform - 499.5) < 2 and shifted > 700
 
 
-def test_two_hands_come_as_often_as_asked():
-    two = torch.arange(1000) % 10 == 0  # a tenth
-    rows = draw(two, 0.3, 20_000, generator())
-    assert abs(two[rows].float().mean() - 0.3) < 0.02
-    assert len(rows.unique()) > 990  # all of them, two hands or one
-    none = draw(torch.zeros(5, dtype=torch.bool), 0.3, 100, generator())
-    assert set(none.tolist()) == set(range(5))
+def test_noise_is_what_the_scheduler_adds(checkpoint, empty):
+    """Against diffusers' own add_noise and get_velocity."""
+    plan = PicturesPlan(posterior="mean", drop_text=0, drop_hands=0, drop_both=0)
+    rows = rows_of(checkpoint, 4)
+    inputs = picture_inputs(checkpoint, plan, empty)
+    _, hands, noisy, timestep, target, told, weight = inputs(rows, Draws(0, 0, 4, range(4)))
+    scheduler = DDIMScheduler.from_config(checkpoint.scheduler)
+    clean = rows["mean"].float() * checkpoint.vae.config.scaling_factor
+    alpha = alphas_cumprod(checkpoint.scheduler)[timestep][:, None, None, None]
+    noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+    torch.testing.assert_close(scheduler.add_noise(clean, noise, timestep), noisy, rtol=1e-4, atol=1e-4)
+    assert checkpoint.scheduler["prediction_type"] == "v_prediction"
+    torch.testing.assert_close(scheduler.get_velocity(clean, noise, timestep), target, rtol=1e-3, atol=1e-3)
+    assert told.tolist() == [1] * 4 and weight.tolist() == [1] * 4
+    assert torch.equal(hands["visibility"], rows["visibility"])
+
+
+def test_text_and_hands_are_dropped_as_often_as_the_plan_says(checkpoint, empty):
+    count = 4000
+    rows = {key: value[:1].expand(count, *value.shape[1:]) for key, value in rows_of(checkpoint, 2).items()}
+    rows["visibility"] = torch.ones(count, 2)
+    plan = PicturesPlan(drop_text=0.2, drop_hands=0.1, drop_both=0.3)
+    ids, hands = conditions(rows, Draws(0, 0, count, range(count)), empty, plan)
+    no_text, no_hands = (ids == empty).all(1), hands["visibility"].sum(1) == 0
+    for found, wanted in ((no_text & ~no_hands, 0.2), (no_hands & ~no_text, 0.1), (no_text & no_hands, 0.3)):
+        assert abs(found.float().mean() - wanted) < 0.03
+    assert {tuple(row) for row in ids[~no_text].tolist()} == {tuple(row) for row in rows["ids"][0].tolist()}
+
+
+def test_min_snr_caps_what_is_easy():
+    """Hang et al. 2023: the weight of the error in x0 is min(snr, gamma), whatever is predicted."""
+    alpha = torch.tensor([0.999, 0.9, 0.5, 0.01])
+    snr = alpha / (1 - alpha)
+    of_x0 = snr_weight(alpha, "sample", 5.0)
+    torch.testing.assert_close(of_x0, snr.clamp_max(5.0))
+    torch.testing.assert_close(snr_weight(alpha, "epsilon", 5.0) * snr, of_x0)  # an error e in x0 is snr e^2 in epsilon
+    torch.testing.assert_close(snr_weight(alpha, "v_prediction", 5.0) * (snr + 1), of_x0)
 
 
 def test_errors_near_joints_of_visible_hands_count_more():
-    joints = torch.rand(3, 2, 21, 2, generator=generator()) * 0.2
+    joints = torch.rand(3, 2, 21, 2, generator=torch.Generator().manual_seed(0)) * 0.2
     joints[0, 1] = 0.9  # the lower right corner
     visibility = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
-    weight = emphasis(joints, visibility, 16, 16)
-    assert weight.shape == (3, 16, 16) and abs(weight.mean() - 1) < 1e-5
+    weight = emphasis(joints, visibility, 16, 16, fingers=4.0)
+    assert weight.shape == (3, 16, 16) and (weight.mean((1, 2)) - 1).abs().max() < 1e-5
     assert weight[0].argmax() == 14 * 16 + 14  # pixel 14 reaches from 0.875 to 0.9375
-    assert weight[0].max() / weight[0].min() > 0.9 * (1 + FINGERS)
-    assert (weight[1] == weight[1, 0, 0]).all()  # nobody to be seen
+    assert weight[0].max() / weight[0].min() > 0.9 * 5
+    assert (weight[1] == 1).all()  # nobody to be seen
     assert weight[2, :5, :5].mean() > 2 * weight[2, 8:, 8:].mean()
 
 
-def test_a_decoder_is_trained_alone(tmp_path):
+def test_a_decoder_is_trained_alone(tmp_path, checkpoint):
     """The UNet of a given checkpoint knows its latents."""
-    blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4}
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **blocks
-    )
-    before = {name: value.clone() for name, value in vae.state_dict().items()}
-    images = torch.rand(2, 3, 8, 8, generator=generator()) * 2 - 1
-    loss = lambda module, seeded: module(images, torch.randn(2, 4, 4, 4, generator=seeded))  # noqa: E731
-    trained = fit("vae", VAELoss(vae, decoder_only=True), loss, Plan(steps=3, learning_rate=1e-2), tmp_path)
-    changed = {name for name, value in trained.vae.state_dict().items() if not torch.equal(value, before[name])}
+    plan = VaePlan(decoder_only=True, steps=3, batch=2, learning_rate=1e-2, crop=16)
+    before = {name: value.clone() for name, value in checkpoint.vae.state_dict().items()}
+    module = VaeLoss(checkpoint, plan)
+    module.requires_grad_(True)
+    rows = rows_of(checkpoint, 4)
+    read = lambda numbers: {"images": rows["images"][list(numbers)]}  # noqa: E731
+    stage = Stage("vae", module, read, vae_inputs(checkpoint, plan), range(4), fixed=module.fixed)
+    fit(stage, plan, tmp_path)
+    changed = {name for name, value in checkpoint.vae.state_dict().items() if not torch.equal(value, before[name])}
     assert any(name.startswith("decoder.") for name in changed)
     assert not any(name.startswith(("encoder.", "quant_conv.")) for name in changed)
+    assert isinstance(checkpoint.vae, AutoencoderKL) and msgspec.to_builtins(plan)["decoder_only"]

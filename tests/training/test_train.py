@@ -1,68 +1,194 @@
-"""`hd-train` from nothing to a checkpoint that loads, with two steps a stage."""
+"""`hd-train` as it is typed: from a dataset to checkpoints that load, whole, as an adapter, stage by stage, again."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 from commands import run_command
+from handiffuser.data.samples import read, write_shards
+from handiffuser.demo.dataset import LABELS
+from handiffuser.demo.judge import Judge
 from handiffuser.models.checkpoint import Checkpoint
-from handiffuser.training.data import LABELS, SHARD, WORDINGS, encode_prompts, shard_scenes
-from handiffuser.training.demo import SEED, Run
-from handiffuser.training.judge import Judge
-from handiffuser.training.prompts import is_held_out
-from handiffuser.training.scenes import sample_scenes
+
+TINY = """
+new = "tiny"
+held-out = 0.2
+prompts = ["a left hand", "two open hands"]
+stages = ["vae", "hand-prior", "encoder", "pictures"]
+
+[vae]
+steps = 2
+batch = 4
+crop = 16
+
+[hand-prior]
+steps = 2
+batch = 8
+wordings = "first"
+
+[encoder]
+steps = 2
+batch = 4
+
+[pictures]
+steps = 2
+batch = 4
+finger_weight = 2.0
+colour_weight = 1.0
+"""
+
+
+def hd_train(*arguments, timeout=600):
+    return run_command("training.cli", *arguments, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    result = run_command(
-        "training.cli", "demo", "--run", folder / "run", "--output", folder / "checkpoint", "--scenes", 100,
-        "--steps", 2, *(word for s in ("vae", "prior", "encoder", "pictures") for word in ("--only", s)), timeout=600,
-    )  # fmt: skip
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "world"
+    result = run_command("data.cli", "demo", folder, "--scenes", 40, "--size", 64, "--processes", 1, timeout=300)
     assert result.returncode == 0, result.stderr
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """Every stage, two steps each, from nothing."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "tiny.toml").write_text(TINY)
+    arguments = ("all", "--recipe", folder / "tiny.toml", "--data", world, "--run", folder / "run",
+                 "--output", folder / "checkpoint", "--processes", 1)  # fmt: skip
+    result = hd_train(*arguments)
+    assert result.returncode == 0, result.stderr
+    return folder, arguments, result.stderr
+
+
 def test_every_stage_runs_and_the_checkpoint_loads(trained):
-    checkpoint = Checkpoint.load(trained / "checkpoint")
-    fresh = Run(trained / "run").start()
-    for name in ("unet", "vae", "hand_prior", "text_hand_encoder", "text_encoder"):
-        old, new = fresh.modules()[name].state_dict(), checkpoint.modules()[name].state_dict()
-        assert any(not torch.equal(old[key].half(), new[key].half()) for key in old), name
+    folder, _, said = trained
+    checkpoint = Checkpoint.load(folder / "checkpoint")
+    assert set(checkpoint.notes["trained"]) == {"vae", "hand-prior", "encoder", "pictures"}
     assert checkpoint.body is not None and 0.1 < checkpoint.vae.config.scaling_factor < 100
-    grids = {path.name.split("-")[0] for path in (trained / "run/samples").glob("*.png")}
+    assert checkpoint.hand_prior.mean.any()
+    grids = {path.name.split("-")[0] for path in (folder / "run/samples").glob("*.png")}
     assert grids == {"vae", "pictures"}
+    for stage in ("vae", "hand-prior", "encoder", "pictures"):
+        lines = [json.loads(line) for line in (folder / "run" / stage / "log.jsonl").read_text().splitlines()]
+        assert any("validation_loss" in line for line in lines) and list((folder / "run" / stage).glob("tensorboard/*"))
+        assert f"{stage}: step 2/2" in said and "left" in said
+    assert "finger_weight = 2.0" in (folder / "run/recipe.toml").read_text()
 
 
 def test_a_second_run_does_nothing_again(trained):
-    result = run_command(
-        "training.cli", "demo", "--run", trained / "run", "--scenes", 100, "--steps", 2, "--only", "vae", timeout=120
+    _, arguments, _ = trained
+    result = hd_train(*arguments)
+    assert result.returncode == 0 and result.stderr.count("done already") == 4
+
+
+def test_more_of_one_stage_goes_on(trained):
+    arguments = trained[1]
+    result = hd_train("hand-prior", *arguments[1:7], "--steps", 3, "--processes", 1)
+    assert result.returncode == 0 and "goes on at step 2 of 3" in result.stderr, result.stderr
+
+
+def test_stage_1_needs_no_pictures(trained, world, tmp_path):
+    """Also samples without hands, and prompts alone."""
+    samples = list(read(world))
+    for i, sample in enumerate(samples):
+        sample.image = None
+        if i % 5 == 0:
+            sample.hands = None
+    assert not write_shards(samples, tmp_path / "texts")
+    result = hd_train("hand-prior", "--data", tmp_path / "texts", "--start", trained[0] / "checkpoint",
+                      "--run", tmp_path / "run", "--steps", 2, "--batch", 8, "--precision", "fp32",
+                      "--output", tmp_path / "out", "--processes", 1)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    before, after = Checkpoint.load(trained[0] / "checkpoint"), Checkpoint.load(tmp_path / "out")
+    assert torch.equal(before.hand_prior.mean, after.hand_prior.mean), "a trained prior knows its own"
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(before.hand_prior.parameters(), after.hand_prior.parameters(), strict=True)
     )
-    assert result.returncode == 0 and "done already" in result.stderr
+    for name in ("unet", "vae", "text_hand_encoder"):
+        one, other = before.modules()[name].state_dict(), after.modules()[name].state_dict()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    result = hd_train("pictures", "--data", tmp_path / "texts", "--start", trained[0] / "checkpoint",
+                      "--run", tmp_path / "run", "--processes", 1)  # fmt: skip
+    assert result.returncode == 1 and "no sample to train pictures on" in result.stderr, result.stderr
 
 
-def test_a_stage_that_needs_another_says_which(tmp_path, trained):
-    (tmp_path / "data.safetensors").symlink_to(trained / "run/data.safetensors")
-    result = run_command("training.cli", "demo", "--run", tmp_path, "--only", "pictures", "--steps", 1, timeout=120)
-    assert result.returncode == 1 and "--only vae" in result.stderr and "Traceback" not in result.stderr
+@pytest.mark.slow
+def test_an_adapter_is_trained_exported_and_run(trained, world, tmp_path):
+    """hd-train pictures --lora, hd-export --lora FILE:1, hd-run: the pictures of the merged checkpoint."""
+    start = trained[0] / "checkpoint"
+    common = ("pictures", "--data", world, "--start", start, "--run", tmp_path / "run", "--steps", 3, "--batch", 4,
+              "--learning-rate", "1e-2", "--precision", "fp32", "--accumulate", 1, "--lora", 2, "--processes", 1,
+              "--set", "warmup=0")  # fmt: skip
+    result = hd_train(*common, "--output", tmp_path / "style.safetensors")
+    assert result.returncode == 0 and (tmp_path / "style.safetensors").exists(), result.stderr
+    assert hd_train(*common, "--output", tmp_path / "merged").returncode == 0
+    for checkpoint, out, more in (
+        (start, "with", ("--lora", f"{tmp_path / 'style.safetensors'}:1")),
+        (tmp_path / "merged", "merged", ()),
+        (start, "plain", ()),
+    ):
+        result = run_command("export.cli", checkpoint, tmp_path / f"bundle-{out}", *more, timeout=300)
+        assert result.returncode == 0, result.stderr
+        result = run_command(
+            "runtime.cli", tmp_path / f"bundle-{out}", "two open hands", "--seed", 3, "-o", tmp_path / out
+        )
+        assert result.returncode == 0, result.stderr
+    from PIL import Image
 
-
-def test_held_out_prompts_are_not_in_the_data(trained):
-    """A shard drops the scenes whose prompts are held out, and only those; other wordings are not held out either."""
-    scenes = sample_scenes(SHARD, seed=SEED * 100_003)
-    kept = [scene.prompt for scene in scenes if not is_held_out(scene.prompt)]
-    run = Run(trained / "run", 100)
-    checkpoint = run.start()
-    data = run.data(checkpoint)
-    assert 0.85 * SHARD < len(kept) < 0.95 * SHARD
-    assert torch.equal(data["ids"][:, 0], encode_prompts(kept, checkpoint.tokenizer, checkpoint.special_tokens))
-    _, prompts = shard_scenes(SEED, 0)
-    assert prompts[::WORDINGS] == kept and not any(map(is_held_out, prompts))
-    assert torch.equal(
-        data["ids"][0, 1:], encode_prompts(prompts[1:4], checkpoint.tokenizer, checkpoint.special_tokens)
+    adapted, merged, plain = (
+        np.asarray(
+            Image.open(next(p for p in (tmp_path / out).glob("*.png") if not p.name.endswith(".hands.png")))
+        ).astype(int)
+        for out in ("with", "merged", "plain")
     )
-    assert len(data["images"]) == len(data["labels"]) == len(data["params"]) == len(kept)
+    assert np.abs(adapted - merged).max() <= 1 and np.abs(adapted - plain).max() > 1
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_on_several_processes(trained, world, tmp_path):
+    folder, _, _ = trained
+    arguments = ("hand-prior", "--data", world, "--start", folder / "checkpoint", "--run", tmp_path / "run",
+                 "--steps", 2, "--batch", 8, "--precision", "fp32", "--output", tmp_path / "out")  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "handiffuser.training.cli"]
+    command = [*launch, "--", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert Checkpoint.load(tmp_path / "out").notes["trained"]["hand-prior"]["steps"] == 2
+    assert result.stderr.count("hand-prior: step 2/2  loss") == 1, "one process speaks"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("pictures", "--data", "nowhere"), "--start CHECKPOINT"),
+        (("pictures", "--data", "nowhere", "--recipe", "demo"), "no dataset folder nowhere"),
+        (("pictures", "--data", "nowhere", "--recipe", "huge"), "no recipe huge"),
+        (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--set", "speed=3"), "no speed in the recipe"),
+        (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--batch", "0"), "batch is 0; it must be"),
+        (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--set", "speed"), "no NAME=VALUE"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(arguments, words, tmp_path):
+    result = hd_train(*arguments, "--run", tmp_path / "run", timeout=120)
+    assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_the_encoder_needs_labels(trained, world, tmp_path):
+    samples = list(read(world))
+    for sample in samples:
+        sample.meta = {}
+    write_shards(samples, tmp_path / "plain")
+    result = hd_train("encoder", "--data", tmp_path / "plain", "--start", trained[0] / "checkpoint",
+                      "--run", tmp_path / "run", "--processes", 1)  # fmt: skip
+    assert result.returncode == 1 and "needs samples with labels" in result.stderr, result.stderr
 
 
 def test_the_judge_reads_every_label():

@@ -8,13 +8,22 @@ renders is part of every report.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import LABELS, Dataset, images_to_float
-from .loop import Loss
-from .stages import pick
+from ..data.dataset import Index
+from ..data.samples import Sample, picture
+from ..training.draws import Draws
+from ..training.loop import Stage, averages, fit
+from ..training.recipe import Plan
+from ..training.stages import images_to_float
+from .dataset import LABELS
+
+PLAN = Plan(steps=4000, batch=128, learning_rate=2e-3, precision="bf16")
 
 
 class Judge(nn.Module):
@@ -59,21 +68,51 @@ class JudgeLoss(nn.Module):
         return torch.stack(losses).sum()
 
 
-def judge_loss(data: Dataset, batch: int) -> Loss:
-    """Renders with a little blur, noise and shift, so that it reads shapes and not the renderer's pixels."""
+def judge_inputs(rows: dict[str, Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
+    """Renders with a little blur, noise and shift, so that it reads shapes and not the renderer's pixels.
 
-    def loss(module: nn.Module, generator: torch.Generator) -> Tensor:
-        images, labels = pick(data, generator, batch, "images", "labels")
-        pictures = F.avg_pool2d(images_to_float(images), images.shape[1] // 64)
-        dy, dx = (int(v) for v in torch.randint(-3, 4, (2,), generator=generator))
-        pictures = F.pad(pictures, (3, 3, 3, 3), mode="replicate")[:, :, 3 + dy : 67 + dy, 3 + dx : 67 + dx]
-        if torch.rand((), generator=generator) < 0.3:
-            pictures = F.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False)
-        noise = torch.randn(pictures.shape, generator=generator)
-        amount = 0.08 * torch.rand(batch, 1, 1, 1, generator=generator)
-        return module(pictures + amount * noise, labels)
+    rows: images uint8 [n, H, W, 3], labels [n, 4].
+    """
+    images = rows["images"]
+    pictures = F.avg_pool2d(images_to_float(images), images.shape[1] // 64)
+    dy, dx = draws.one(7) - 3, draws.one(7) - 3
+    pictures = F.pad(pictures, (3, 3, 3, 3), mode="replicate")[:, :, 3 + dy : 67 + dy, 3 + dx : 67 + dx]
+    if draws.one(10) < 3:
+        pictures = F.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False)
+    noise, amount = draws.normal(*pictures.shape[1:]), 0.08 * draws.uniform()[:, None, None, None]
+    return pictures + amount * noise, rows["labels"]
 
-    return loss
+
+def labels_of(index: Index, numbers: Sequence[int]) -> Tensor:
+    """Class numbers [n, 4] of a dataset's samples, in the order of LABELS."""
+    rows = []
+    for number in numbers:
+        sample = index.sample(number)
+        assert isinstance(sample, Sample), sample
+        rows.append([list(names).index(sample.meta["labels"][label]) for label, names in LABELS.items()])
+    return torch.tensor(rows)
+
+
+def train_judge(world: Path, folder: Path, plan: Plan = PLAN) -> Judge:
+    """Trains the judge on a world's renders; resumable, and loaded where it is finished."""
+    index = Index.open(world)
+    numbers = range(len(index))
+
+    def rows(some: Sequence[int]) -> dict[str, Tensor]:
+        samples = [index.sample(number) for number in some]
+        pictures = [torch.from_numpy(picture(sample)) for sample in samples if isinstance(sample, Sample)]
+        return {"images": torch.stack(pictures), "labels": labels_of(index, some)}
+
+    loss = JudgeLoss(Judge())
+    fit(Stage("judge", loss, rows, judge_inputs, numbers, data=index.digests()[0]), plan, folder)
+    return loss.judge.eval().requires_grad_(False)
+
+
+def load_judge(folder: Path) -> Judge:
+    """The judge that was trained in a folder."""
+    loss = JudgeLoss(Judge())
+    loss.load_state_dict(averages(folder))
+    return loss.judge.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -7,6 +7,10 @@ Rows go from the ceiling to the full pipeline, so that a loss can be laid at one
     true hands               Text+Hand encoder and UNet on true hands
     generated hands rendered the hand prior
     full pipeline            everything
+
+    python -m handiffuser.demo.report CHECKPOINT --world world --run runs/report
+
+The judge is trained on the world's renders first, once.
 """
 
 from __future__ import annotations
@@ -14,8 +18,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
+import click
+import msgspec
 import numpy as np
 import torch
 from PIL import Image
@@ -23,16 +30,20 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from ..commands import run
 from ..contract import BETAS, NUM_JOINTS, ROTATIONS
-from ..models.smplh import rotation_6d_to_matrix
-from .data import LABELS, encode_prompts, image_grid, images_to_float, scene_tensors
-from .demo import Run, empty_ids
+from ..models.checkpoint import Checkpoint
+from ..models.hand_features import HandFeatures
+from ..models.smplh import SMPLH, rotation_6d_to_matrix
+from ..training.loop import console
+from ..training.sample import decode, encode, encode_prompts, hands_of, image_grid, sample_hands, sample_pictures
+from ..training.stages import images_to_float
+from . import resolve
+from .dataset import LABELS, scene_tensors
 from .gestures import NAMES
-from .judge import read
-from .loop import console
+from .judge import PLAN, load_judge, read, train_judge
 from .prompts import allowed_views, is_held_out, sample_spec, write_prompt
 from .render import render_scenes
-from .sample import decode, encode, sample_hands, sample_pictures
 from .scenes import Scene, sample_scene
 
 COUNT = 480
@@ -69,24 +80,32 @@ def rendered_hands(scenes: list[Scene], params: Tensor, cameras: Tensor) -> Tens
     return render_scenes(changed)
 
 
-def _measure(arguments: tuple[Run, int, int]) -> dict[str, Any]:
+def true_hands(checkpoint: Checkpoint, params: Tensor) -> dict[str, Tensor]:
+    """Hand features of plain parameters [N, P]."""
+    assert checkpoint.body is not None
+    height, width = checkpoint.image_size
+    zero, one = torch.zeros_like(checkpoint.hand_prior.mean), torch.ones_like(checkpoint.hand_prior.std)
+    basis = checkpoint.text_hand_encoder.basis
+    return HandFeatures(SMPLH.load(checkpoint.body), zero, one, basis, width / height)(params)
+
+
+def _measure(arguments: tuple[Path, Path, int, int]) -> dict[str, Any]:
     """One batch of prompts: what the judge reads in every row of the report, and the pictures themselves."""
     torch.set_num_threads(1)
-    run, start, stop = arguments
-    checkpoint, judge = run.trained(), run.judge()
-    features, prior = run.features(checkpoint), checkpoint.hand_prior
-    empty = empty_ids(checkpoint)
+    path, judge_folder, start, stop = arguments
+    checkpoint, judge = Checkpoint.load(path), load_judge(judge_folder)
+    prior = checkpoint.hand_prior
+    empty = encode_prompts([""], checkpoint.tokenizer, checkpoint.special_tokens)[0]
     scenes = held_out_scenes(stop)[start:]
     with torch.no_grad():
-        truth = scene_tensors(scenes, run.config.image_size[0])
+        truth = scene_tensors(scenes, checkpoint.image_size[0])
         ids = encode_prompts([scene.prompt for scene in scenes], checkpoint.tokenizer, checkpoint.special_tokens)
-        true_hands = features((truth["params"] - prior.mean) / prior.std)
         x = sample_hands(checkpoint, ids, seed=start)
-        hands = features(x)
+        hands, given = hands_of(checkpoint, x), true_hands(checkpoint, truth["params"])
     images = {
         "renders": truth["images"],
         "renders, through the VAE": decode(checkpoint, encode(checkpoint, images_to_float(truth["images"]))),
-        "true hands": sample_pictures(checkpoint, ids, empty, true_hands, seed=start),
+        "true hands": sample_pictures(checkpoint, ids, empty, given, seed=start),
         "generated hands, rendered": rendered_hands(scenes, x * prior.std + prior.mean, hands["camera"]),
         "full pipeline": sample_pictures(checkpoint, ids, empty, hands, seed=start),
     }
@@ -104,9 +123,11 @@ def _measure(arguments: tuple[Run, int, int]) -> dict[str, Any]:
     }
 
 
-def report(run: Run, count: int = COUNT, batch: int = 48, processes: int = 2) -> dict[str, Any]:
-    """Measures every row, prints the table, writes `report.json` and a sheet of pictures into the run's folder."""
-    parts = [(run, start, min(start + batch, count)) for start in range(0, count, batch)]
+def report(
+    checkpoint: Path, judge: Path, folder: Path, count: int = COUNT, batch: int = 48, processes: int = 2
+) -> dict[str, Any]:
+    """Measures every row, prints the table, writes `report.json` and a sheet of pictures into the folder."""
+    parts = [(checkpoint, judge, start, min(start + batch, count)) for start in range(0, count, batch)]
     with get_context("spawn").Pool(processes) as pool:
         done = list(track(pool.imap(_measure, parts), "report", total=len(parts)))
     labels = torch.cat([part["labels"] for part in done])
@@ -128,9 +149,9 @@ def report(run: Run, count: int = COUNT, batch: int = 48, processes: int = 2) ->
     }
     result["judge_counts"] = result["accuracy"]["renders"]["gesture"] >= JUDGE_MUST
     show(result)
-    (run.folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     sheet = torch.stack([done[0]["images"][name][:24] for name in names], 1).flatten(0, 1)
-    Image.fromarray(image_grid(sheet, len(names)).numpy()).save(run.folder / "report.png")
+    Image.fromarray(image_grid(sheet, len(names)).numpy()).save(folder / "report.png")
     return result
 
 
@@ -145,10 +166,28 @@ def show(result: dict[str, Any]) -> None:
     if not result["judge_counts"]:
         console.print(
             f"The judge reads fewer than {100 * JUDGE_MUST:.0f} % of renders rightly: its verdict does not count. "
-            "Train it longer: hd-train demo --only judge --steps N.",
+            "Train it longer: --judge-steps N.",
             style="red",
         )
     console.print(
         f"VAE {result['vae_psnr_db']} dB, right hands present {100 * result['hands_where_asked']:.1f} %, "
         f"joints in frame {100 * result['joints_in_frame']:.1f} %"
     )
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("checkpoint")
+@click.option("--world", required=True, type=click.Path(path_type=Path), help="Renders for the judge: hd-data demo.")
+@click.option("--run", "folder", type=click.Path(path_type=Path), default=Path("runs/report"), show_default=True)
+@click.option("--judge-steps", type=click.IntRange(1), default=PLAN.steps, show_default=True)
+@click.option("--count", type=click.IntRange(1), default=COUNT, show_default=True, help="Held-out prompts.")
+@click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
+def command(checkpoint: str, world: Path, folder: Path, judge_steps: int, count: int, processes: int) -> int:
+    """Reports how far CHECKPOINT's pictures follow held-out prompts of the demo world."""
+    train_judge(world, folder / "judge", msgspec.structs.replace(PLAN, steps=judge_steps))
+    report(resolve(checkpoint, "checkpoint"), folder / "judge", folder, count, processes=processes)
+    return 0
+
+
+if __name__ == "__main__":
+    run("report", command, "Stopped. The same command goes on.")

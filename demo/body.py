@@ -6,7 +6,7 @@ tips at the ids that everybody uses, T-pose in metres, left arm along +x, palms 
 (+z), zero pose correctives. The right side is the mirror image of the left. Ten mild shape directions are
 named in `SHAPES`.
 
-    python -m handiffuser.training.body smplh_demo.npz
+    python -m handiffuser.demo.body smplh_demo.npz
 """
 
 from __future__ import annotations

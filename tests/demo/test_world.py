@@ -6,10 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from handiffuser.models.smplh import HAND_JOINTS, PARENTS, SMPLH, TIP_VERTICES
-from handiffuser.training.body import OTHER, build_body, make_body, vertex_colours
-from handiffuser.training.gestures import GESTURES, NAMES, pose
-from handiffuser.training.prompts import (
+from handiffuser.demo.body import OTHER, build_body, make_body, vertex_colours
+from handiffuser.demo.gestures import GESTURES, NAMES, pose
+from handiffuser.demo.prompts import (
     BACKGROUNDS,
     SIDES,
     SKINS,
@@ -20,8 +19,9 @@ from handiffuser.training.prompts import (
     sample_spec,
     write_prompt,
 )
-from handiffuser.training.render import demo_body, hand_faces, render, render_scenes
-from handiffuser.training.scenes import MARGIN, forward_joints, sample_scene, sample_scenes
+from handiffuser.demo.render import demo_body, hand_faces, render, render_scenes
+from handiffuser.demo.scenes import MARGIN, forward_joints, sample_scene, sample_scenes
+from handiffuser.models.smplh import HAND_JOINTS, PARENTS, SMPLH, TIP_VERTICES
 
 LEFT, RIGHT = 0, 1
 

@@ -6,7 +6,7 @@ little blocks of pixels, and the nearest triangle wins by an integer minimum ove
 happens once per covered pixel. Creases are darkened by how far a pixel lies behind its neighbourhood, so that
 the fingers of a fist part.
 
-    python -m handiffuser.training.render sheet.png [SIZE [SEED]]     # every gesture, view and side
+    python -m handiffuser.demo.render sheet.png [SIZE [SEED]]     # every gesture, view and side
 """
 
 from __future__ import annotations

@@ -1,0 +1,246 @@
+"""All that is to be measured on a GPU, in one go: does it work, then how fast. `benchmarks/gpu.sh` calls it.
+
+    benchmarks/gpu.sh                                   # every backend; Stable Diffusion 1.5's size with random weights
+    benchmarks/gpu.sh --size tiny --backends onnxruntime        # another size; without a GPU it runs on the CPU
+
+First the demo, batch 1, on every backend, with its pictures beside the CPU's; then the large size: each backend alone,
+peers, larger batches. What tells most for its time comes first. Each step is a process of its own with a time limit;
+what it printed is kept in OUT/<step>.txt, and a step that is done is not done again by the same command: an interrupted
+or failed one is. Results go to benchmarks/results/<date>-<GPU>/, working files (bundles, plans) to --work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import click
+import numpy as np
+
+from .. import demo
+from ..commands import run
+from ..engines.build import gpu
+from ..engines.tensorrt import MODULES
+from ..errors import EngineError
+
+BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt", "inductor")
+NAMES = (
+    "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings",
+    "numpy", "handiffuser",
+)  # fmt: skip
+PROMPTS = ("a right hand making a fist, blue background", "two open hands", "a left hand giving a thumbs up")
+LIKE = 35.0  # dB between pictures of half precision on the GPU and of the same bundle on the CPU
+Runner = Callable[[Sequence[str], Path, float], int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """name; the command (after `python`); seconds it may take; what it leaves for later steps, if anything."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    makes: Path | None = None
+    needs: tuple[str, ...] = ()  # steps without which this one makes no sense
+
+
+def steps(work: Path, out: Path, backends: Sequence[str], size: str, on_gpu: bool, quick: bool) -> list[Step]:
+    """Everything, in order."""
+    precision, device = ("fp16", "cuda") if on_gpu else ("fp32", "cpu")
+    rooms = ("export.cli", "engines.cli", "benchmarks.cli", "benchmarks.gpu")
+    export, engines, bench, here = (("-m", f"handiffuser.{name}") for name in rooms)
+
+    def build(backend: str, folder: Path, checkpoint: Path | str, sizes: str) -> tuple[str, ...]:
+        """The command that makes a folder run on a backend; ONNX Runtime needs none."""
+        if backend == "inductor":  # compiles from the checkpoint; the bundle in the folder stays
+            given = ("--precision", precision, "--fidelity", "never", "--backend", backend)
+            return (*export, str(checkpoint), str(folder), *given)
+        return (*engines, "build", str(folder), "--backend", backend, "--batch-sizes", sizes, "--guidance-free")
+
+    small, large, checkpoint = work / "demo", work / size, work / f"{size}-checkpoint"
+    bare = ("--precision", precision, "--fidelity", "never")
+    found = [Step("machine", (*here, "machine"), 60)]
+    if on_gpu:
+        found.append(Step("gpu-tests", ("-m", "pytest", "-q", "-n", "0", "-m", "gpu", "tests"), 300))
+    found.append(Step("demo-export", (*export, "demo", str(small), *bare), 300, small))
+    for backend in backends:
+        needs = ["demo-export"]
+        if backend != "onnxruntime":
+            found.append(Step(f"demo-build-{backend}", build(backend, small, "demo", "1"), 240, needs=tuple(needs)))
+            needs.append(f"demo-build-{backend}")
+        same = (*here, "same", str(small), "--backend", backend, "--device", device)
+        found.append(Step(f"demo-{backend}", same, 120, needs=tuple(needs)))
+    found.append(Step("random", (*here, "random", size, str(checkpoint)), 120, checkpoint))
+    found.append(Step("export", (*export, str(checkpoint), str(large), *bare), 900, large, ("random",)))
+    counts = [("1", ("--steps", "20")), ("4,8", ("--steps", "20"))]
+    repeats = ("--repeats", "1" if quick else "3")
+    for number, (sizes, more) in enumerate(counts):
+        for place, backend in enumerate(backends):
+            name, needs = f"{backend}-{sizes.replace(',', '-')}", ["export", f"demo-{backend}"]
+            if backend != "onnxruntime" and not (backend == "inductor" and number):
+                found.append(Step(f"build-{name}", build(backend, large, checkpoint, sizes), 420, needs=("export",)))
+                needs.append(f"build-{name}")
+            peers = ("--peers",) if not place and not number else ()  # the same for every backend
+            command = (*bench, str(large), "--checkpoint", str(checkpoint), "--backend", backend, "--device", device,
+                       "--batch-sizes", sizes, *more, *repeats, *peers, "--output", str(out / f"{name}.json"),
+                       "--report", str(out / f"{name}.html"))  # fmt: skip
+            found.append(Step(name, command, 420, needs=tuple(needs)))
+    return found
+
+
+def run_step(command: Sequence[str], log: Path, limit: float) -> int:
+    """Runs `python command`, its output into a file; the exit code, 124 when it took longer than `limit` seconds."""
+    with open(log, "wb") as file:
+        process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, start_new_session=True)
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return 124
+        finally:
+            if process.poll() is None:  # also when Ctrl-C came: whatever the step has started goes with it
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def measure(found: Sequence[Step], out: Path, runner: Runner = run_step, say: Callable[[str], None] = print) -> int:
+    """Runs what is not done yet; a step that fails is named, and what needs it is left out. Returns how many failed."""
+    out.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    for step in found:
+        done, log = out / f"{step.name}.done", out / f"{step.name}.txt"
+        if done.exists() and (step.makes is None or step.makes.exists()):
+            say(f"{step.name}: done already")
+            continue
+        missing = [name for name in step.needs if name in failed]
+        if missing:
+            failed[step.name] = f"{missing[0]} failed"
+            say(f"{step.name}: left out, because {failed[step.name]}")
+            continue
+        started = time.monotonic()
+        code = runner(step.command, log, step.limit)
+        seconds = time.monotonic() - started
+        if code:
+            what = f"took longer than {step.limit:.0f} s" if code == 124 else f"failed with exit code {code}"
+            failed[step.name] = what
+            say(f"{step.name}: {what} after {seconds:.0f} s; see {log}")
+        else:
+            temporary = done.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"seconds": round(seconds, 1)}) + "\n")
+            temporary.replace(done)
+            say(f"{step.name}: {seconds:.0f} s")
+    return len(failed)
+
+
+def installed(backend: str) -> bool:
+    """Whether a backend's package is there."""
+    if backend == "onnxruntime":
+        return True
+    try:
+        __import__("torch" if backend == "inductor" else MODULES[backend])
+    except ImportError:
+        return False
+    return True
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def commands() -> None:
+    """Proves and measures this toolkit on a GPU; see `all`. The other commands are its steps."""
+
+
+@commands.command("all")
+@click.option("--size", type=click.Choice(["tiny", "demo", "sd15"]), default="sd15", show_default=True)
+@click.option("--backends", help="With commas.  [default: those that are installed]")
+@click.option("--out", type=click.Path(path_type=Path), help="[default: benchmarks/results/<date>-<GPU>]")
+@click.option("--work", type=click.Path(path_type=Path), help="Bundles and plans.  [default: a folder beside OUT]")
+@click.option("--quick", is_flag=True, help="One sample of each figure.")
+@click.option("--list", "listed", is_flag=True, help="Only say which steps there are.")
+def everything(size: str, backends: str | None, out: Path | None, work: Path | None, quick: bool, listed: bool) -> int:
+    """Runs every step that is not done yet."""
+    cuda = gpu()
+    chosen = backends.split(",") if backends else [name for name in BACKENDS if installed(name)]
+    if wrong := set(chosen) - set(BACKENDS):
+        raise EngineError(f"There is no backend {sorted(wrong)[0]!r}; there are {', '.join(BACKENDS)}.")
+    name = "CPU" if cuda is None else cuda.name.replace(" ", "-").replace("/", "-")
+    out = out or Path("benchmarks/results") / f"{date.today()}-{name}"
+    work = work or out.with_name(out.name + ".work")
+    found = steps(work, out, chosen, size, cuda is not None, quick)
+    if listed:
+        for step in found:
+            click.echo(f"{step.name:24} up to {step.limit:4.0f} s   python {' '.join(step.command)}")
+        return 0
+    work.mkdir(parents=True, exist_ok=True)
+    failed = measure(found, out, say=lambda text: click.echo(text, err=True))
+    click.echo(
+        f"Results are in {out}. {f'{failed} steps failed; the same command tries them again.' if failed else ''}"
+    )
+    return 1 if failed else 0
+
+
+@commands.command()
+def machine() -> int:
+    """Says what is measured on: GPU, driver, processor, versions."""
+    if shutil.which("nvidia-smi"):
+        subprocess.run(["nvidia-smi"], check=False)
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    click.echo(f"CPU {model[0].partition(':')[2].strip() if model else 'unknown'}, {os.cpu_count()} threads")
+    for name in NAMES:
+        try:
+            click.echo(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return 0
+
+
+@commands.command()
+@click.argument("size")
+@click.argument("folder", type=click.Path(path_type=Path))
+def random(size: str, folder: Path) -> int:
+    """Writes a checkpoint of random weights, with the demo's free body."""
+    from ..models.checkpoint import random_checkpoint
+    from ..models.configs import CONFIGS
+
+    random_checkpoint(CONFIGS[size], body=demo.checkpoint_path() / "body" / "smplh.npz").save(folder)
+    return 0
+
+
+@commands.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--backend", required=True)
+@click.option("--device", required=True)
+@click.option("--steps", "count", default=8)
+def same(folder: Path, backend: str, device: str, count: int) -> int:
+    """Makes pictures one by one on a backend and on the CPU, and compares them."""
+    from ..runtime.pipeline import HanDiffuser
+
+    settings = {"seed": 5, "steps": count}
+    with HanDiffuser.load(folder, device="cpu", backend="onnxruntime", batch_size=1) as on_cpu:
+        expected = on_cpu.generate(PROMPTS, **settings)
+    backend_device = "auto" if backend in MODULES else device
+    with HanDiffuser.load(folder, device=backend_device, backend=backend, batch_size=1) as pipeline:
+        found = pipeline.generate(PROMPTS, **settings)
+    decibels = []
+    for ours, theirs in zip(found, expected, strict=True):
+        error = np.square(ours.image.astype(float) - theirs.image.astype(float)).mean()
+        decibels.append(round(float(10 * np.log10(255**2 / max(error, 1e-6))), 1))
+    click.echo(json.dumps({"backend": backend, "made_by": pipeline.made_by, "psnr_db": decibels}))
+    if min(decibels) < LIKE:
+        raise EngineError(f"The pictures of {backend} are {min(decibels)} dB from the CPU's; at least {LIKE} is right.")
+    return 0
+
+
+def main() -> None:
+    run("gpu.sh", commands, "Stopped. What is done stays; the same command goes on.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""`hd-data`: makes datasets (the demo's, or from others' annotations), checks them, shows them, and caches latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..commands import run
+
+console = Console(stderr=True, markup=False, highlight=False)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how many of how many are done, and the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="handiffuser", prog_name="hd-data")
+def commands() -> None:
+    """Makes, converts, checks and shows datasets. The format: docs/data.md."""
+
+
+@commands.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--scenes", type=click.IntRange(1), default=24_000, show_default=True)
+@click.option("--size", type=click.IntRange(16, 1024), default=128, show_default=True, help="Pixels a side.")
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
+@click.option("--both", type=click.FloatRange(0, 1), default=0.15, show_default=True, help="Share of two-hand scenes.")
+@click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="One thread each.")
+def demo(out: Path, scenes: int, size: int, seed: int, both: float, processes: int) -> int:
+    """Renders SCENES scenes of the demo world into the dataset OUT. The same command again goes on."""
+    from ..demo.dataset import make
+
+    with progress("scenes") as show:
+        make(out, scenes, size=size, seed=seed, both=both, processes=processes, on_progress=show)
+    console.print(f"{out} holds {scenes} scenes. Look at it: hd-data look {out} --output page.html")
+    return 0
+
+
+@commands.command()
+@click.argument("checkpoint")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the checkpoint's own by default.")
+@click.option("--no-pictures", is_flag=True, help="Only what stage 1 takes: prompts and hands.")
+@click.option("--flipped", is_flag=True, help="Of the mirror images, beside the others.")
+@click.option("--bf16", is_flag=True, help="Encode in bfloat16: fast on GPUs, and on CPUs with AMX.")
+@click.option("--people", type=click.Choice(["most-visible", "each"]), default="most-visible", show_default=True,
+              help="Who is taken of several people in a picture.")  # fmt: skip
+@click.option("--cache", type=click.Path(path_type=Path), help="Keep them here instead of in FOLDER.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+def latents(
+    checkpoint: str,
+    folder: Path,
+    body: Path | None,
+    no_pictures: bool,
+    flipped: bool,
+    bf16: bool,
+    people: str,
+    cache: Path | None,
+    device: str,
+) -> int:
+    """Computes latents, token ids and hand features of FOLDER for CHECKPOINT (or the word demo), once.
+
+    They are kept in FOLDER, by content: another VAE, tokenizer, body or size is another cache.
+    """
+    with console.status("reading"):
+        from ..demo import resolve
+        from ..models.checkpoint import Checkpoint
+        from .latents import LatentCache, make_latents
+
+        loaded = Checkpoint.load(resolve(checkpoint, "checkpoint"))
+    choice = {
+        "pictures": not no_pictures,
+        "body": body,
+        "people": people,
+        "flipped": flipped,
+        "bf16": bf16,
+        "cache": cache,
+    }
+    with progress("latents") as show:
+        make_latents(loaded, folder, show, device=device, **choice)  # type: ignore[arg-type]
+    made = LatentCache.open(loaded, folder, **choice)  # type: ignore[arg-type]
+    for bad in made.left_out:
+        console.print(f"left out: {bad}")
+    console.print(f"{len(made.usable)} rows to train on, {len(made.left_out)} samples left out.")
+    return 0
+
+
+def main() -> None:
+    run("hd-data", commands, "Stopped. The same command goes on from what is done.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""From a sample's arrays to the numbers that the stages learn: parameters [330], joints in the picture, cues.
+
+    features = HandFeatures(body, zeros, ones, basis, aspect)
+    rows = hand_rows([sample.hands], features)       # params, joints, rotations, bps, visibility
+
+Where a sample has a camera and no placement, the placement follows by forward kinematics. A hand counts as absent where
+`visibility` or its presence says so, or where more than half of its joints lie outside the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..contract import BETAS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
+from ..models.hand_features import HandFeatures, placement_of
+from ..models.smplh import SMPLH, rotation_6d_to_matrix
+from ..runtime.hands import hand_params
+from .augment import Hands
+from .samples import person
+
+# The placement of a person without hands in the picture, as `placement_of` has it.
+ABSENT = np.array([[0.0, 0.0, 0.0, -0.6931]] * 2, np.float32)
+FEATURES = ("joints", "rotations", "bps", "visibility")
+
+
+def plain_features(body: SMPLH, basis: Tensor, aspect: float = 1.0) -> HandFeatures:
+    """HandFeatures of parameters that are not normalised. basis: [2, N, 3]; aspect: width / height of the picture."""
+    return HandFeatures(body, torch.zeros(NUM_PARAMS), torch.ones(NUM_PARAMS), basis, aspect)
+
+
+def present(hands: Hands) -> np.ndarray:
+    """Which hands are to be seen: bool [..., 2]. `visibility` says it; else the placement; else both are."""
+    shown = np.ones((*hands["global_orient"].shape[:-1], 2), bool)
+    if "placement" in hands:
+        shown &= hands["placement"][..., 0] > 0.5
+    if "visibility" in hands:
+        shown &= hands["visibility"] > 0.5
+    return shown
+
+
+@torch.no_grad()
+def params_of(hands: Sequence[Hands | None], body: SMPLH) -> Tensor:
+    """Parameters [N, 330] float32, not normalised, of one person each. None: at rest, with no hand to be seen."""
+    people = [one if one is not None else rest() for one in hands]
+    shown = np.stack([present(one) for one in people])  # [N, 2]
+    out = torch.from_numpy(np.stack([hand_params({"placement": ABSENT, **one}) for one in people]))
+    place = out[:, PLACEMENT].unflatten(1, (2, 4)).clone()
+    filmed = [number for number, one in enumerate(people) if "placement" not in one]
+    if filmed:
+        rotations = rotation_6d_to_matrix(out[filmed, ROTATIONS].unflatten(1, (NUM_JOINTS, 6)))
+        _, joints = body(rotations, out[filmed, BETAS])
+        camera = torch.from_numpy(np.stack([people[number]["camera"] for number in filmed]))
+        place[filmed] = placement_of(joints, camera, torch.ones(len(filmed), 2))
+    place[..., 0] = 1.0
+    out[:, PLACEMENT] = torch.where(torch.from_numpy(shown)[..., None], place, torch.from_numpy(ABSENT)).flatten(1)
+    return out
+
+
+def rest() -> Hands:
+    """A person at rest who shows no hand."""
+    return {
+        "global_orient": np.zeros(3, np.float32),
+        "body_pose": np.zeros(63, np.float32),
+        "left_hand_pose": np.zeros(45, np.float32),
+        "right_hand_pose": np.zeros(45, np.float32),
+        "betas": np.zeros(10, np.float32),
+        "placement": ABSENT,
+    }
+
+
+@torch.no_grad()
+def hand_rows(hands: Sequence[Hands | None], features: HandFeatures) -> dict[str, Tensor]:
+    """What both stages are told of some people: params [N, 330], joints [N, 2, 21, 2], rotations [N, 2, 16, 6],
+    bps [N, 2, 512], visibility [N, 2], float32. features: of `plain_features`."""
+    params = params_of(hands, features.body)
+    found = features(params)
+    place = params[:, PLACEMENT].unflatten(1, (2, 4))
+    off = (place[..., 0] > 0.5) & (found["visibility"] < 0.5)
+    if off.any():  # a hand off the picture is no hand of it, and no longer shares the camera
+        place = torch.where(off[..., None], torch.from_numpy(ABSENT), place)
+        params = torch.cat([params[:, : PLACEMENT.start], place.flatten(1)], 1)
+        found = features(params)
+    return {"params": params, **{name: found[name] for name in FEATURES}}
+
+
+def most_visible(hands: Hands, body: SMPLH) -> int:
+    """The number of the person whose hands are largest in the picture, both together; 0 where nobody's are."""
+    if hands["global_orient"].ndim == 1:
+        return 0
+    people = [person(hands, number) for number in range(len(hands["global_orient"]))]
+    place = params_of(people, body)[:, PLACEMENT].unflatten(1, (2, 4))
+    return int(((place[..., 0] > 0.5) * place[..., 3].exp()).sum(1).argmax())

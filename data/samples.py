@@ -1,0 +1,470 @@
+"""The sample format: what `hd-run` writes is what `hd-train` reads.
+
+    for sample in read("photos"):
+        if isinstance(sample, Bad):
+            print(sample)                         # 00003.tar: hand-17: It lacks left_hand_pose.
+        else:
+            sample.prompts, sample.hands["right_hand_pose"], picture(sample)
+    write_shards(samples, "photos")               # photos/00000.tar, ...
+
+A dataset is a folder of WebDataset shards (`00000.tar`, ...) or, where there are none, of plain files, so that the
+output folder of `hd-run` is one as it is. A sample is what shares a key:
+
+    <key>.json                  prompt, or prompts: several wordings; perhaps source, licence, labels
+    <key>.hands.npz             SMPL-H: the arrays of HANDS; none where the picture shows no hands
+    <key>.jpg | .png | .webp    the picture, for stage 2
+
+Everything else (`<key>.hands.png`, `index.html`) is passed over. What is damaged or wrong is named and skipped, and the
+rest is read. docs/data.md has a complete example.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import DatasetError
+from ..runtime.hands import SHAPES
+from ..schema import MisfitError, fit, parse_json
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+JSON, HANDS_NPZ, PICTURE = range(3)  # a sample's members
+MAX_MEMBER = 1 << 28  # bytes: no picture comes near
+MAX_ARRAY = 1 << 24  # bytes of one array of hands, unpacked
+PER_SHARD = 1000
+GROUP = 1000  # plain files, so many samples of which count as a shard
+
+# What is read of a `.hands.npz`: array -> shape, largest magnitude that makes sense. Of `placement` and `camera` (weak
+# perspective s, tx, ty: image = s (metres + t), y up, +-1 over the picture's height) one is needed, and placement wins.
+# `visibility` says which hands (left, right) are to be seen. With several people each array has an axis in front.
+HANDS: dict[str, tuple[tuple[int, ...], float]] = {
+    **SHAPES,
+    "camera": ((3,), 1e4),
+    "visibility": ((2,), 1.0),
+    "joints_2d": ((2, 21, 2), 1e3),  # in [0, 1] of width and height, y down; for checks and for looking at
+}
+POSE = ("global_orient", "body_pose", "left_hand_pose", "right_hand_pose", "betas")
+
+
+@dataclass
+class Sample:
+    """One picture to learn from, or one prompt with its hands.
+
+    prompts: at least one wording. hands: the arrays of HANDS, float32 (each [N, ...] with N people), or None where
+    there are none. image: the picture's file. meta: the other entries of `<key>.json`: source, licence, labels, ...
+    """
+
+    key: str
+    prompts: list[str]
+    hands: dict[str, np.ndarray] | None = None
+    image: bytes | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def people(self) -> int:
+        """How many people `hands` holds."""
+        if self.hands is None:
+            return 0
+        return len(self.hands["global_orient"]) if self.hands["global_orient"].ndim == 2 else 1
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A sample (or, with an empty key, a shard) that cannot be read, and a sentence that says why."""
+
+    key: str
+    shard: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.shard, self.key, self.sentence) if part)
+
+
+class Entry(NamedTuple):
+    """Where a sample's members lie: offset and size of `.json`, `.hands.npz` and picture; -1 where there is none."""
+
+    key: str
+    shard: str  # "" for plain files, which have the time of their last change (ns) for an offset
+    offsets: tuple[int, int, int]
+    sizes: tuple[int, int, int]
+    suffix: int = -1  # of PICTURES
+
+
+Words = Annotated[str, Meta(min_length=1, max_length=100_000)]
+
+
+class _Record(msgspec.Struct):
+    """What a `<key>.json` may say; other entries are kept as they are."""
+
+    prompt: Annotated[Words | None, Meta(description="text")] = None
+    prompts: Annotated[list[Words] | None, Meta(description="a list of texts")] = None
+    labels: Annotated[dict[str, str] | None, Meta(description="names with a word each")] = None
+    source: Annotated[str | None, Meta(description="text")] = None
+    licence: Annotated[str | None, Meta(description="text")] = None
+
+
+def shards(folder: str | Path) -> list[Path]:
+    """The folder's tar shards by name; none where a dataset is plain files. Raises DatasetError for no folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DatasetError(f"There is no dataset folder {folder}.")
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def read(folder: str | Path) -> Iterator[Sample | Bad]:
+    """All samples, shard by shard, one in memory at a time; a Bad for each that cannot be read, and for a damaged
+    shard. Raises DatasetError where there is no such folder or nothing in it."""
+    folder = Path(folder)
+    found = False
+    for path in shards(folder) or [folder]:
+        entries, problems = scan(path)
+        found = found or bool(entries or problems)
+        for entry in entries:
+            yield load(folder, entry)
+        yield from problems
+    if not found:
+        raise DatasetError(f"{folder} holds no samples: neither .tar shards nor <key>.json files.")
+
+
+def scan(path: Path) -> tuple[list[Entry], list[Bad]]:
+    """The samples of a tar shard, or of a folder of plain files, without reading them; and what is wrong with it."""
+    return _scan_folder(path) if path.is_dir() else _scan_tar(path)
+
+
+def load(folder: Path, entry: Entry) -> Sample | Bad:
+    """Reads one sample and checks it; the picture is not decoded (see `picture`)."""
+    try:
+        record, hands, image = (_member(folder, entry, member) for member in (JSON, HANDS_NPZ, PICTURE))
+        if record is None:
+            raise MisfitError(f"It lacks its {entry.key}.json, which says what it shows.")
+        prompts, meta = _read_record(record)
+        return Sample(entry.key, prompts, None if hands is None else read_hands(hands), image, meta)
+    except MisfitError as error:
+        return Bad(entry.key, entry.shard, str(error))
+    except OSError as error:
+        return Bad(entry.key, entry.shard, f"It cannot be read: {error.strerror or error}.")
+
+
+def picture(sample: Sample) -> np.ndarray:
+    """The decoded picture, uint8 [H, W, 3], upright. Raises MisfitError for one that is missing or damaged."""
+    if sample.image is None:
+        raise MisfitError("It has no picture.")
+    try:
+        with Image.open(io.BytesIO(sample.image)) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # Pillow fails on bad files in many ways
+        raise _undecodable(error) from None
+
+
+def picture_size(sample: Sample) -> tuple[int, int] | None:
+    """Height and width of the upright picture by its header alone; None without one. Raises MisfitError."""
+    if sample.image is None:
+        return None
+    try:
+        with Image.open(io.BytesIO(sample.image)) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5  # the camera lay on its side
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:
+        raise _undecodable(error) from None
+
+
+def _undecodable(error: Exception) -> MisfitError:
+    why = "it is none" if isinstance(error, UnidentifiedImageError) else str(error)[:200].rstrip(".")
+    return MisfitError(f"Its picture cannot be decoded: {why}.")
+
+
+def person(hands: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """The arrays of one of several people (number from 0); of one person as they are."""
+    if hands["global_orient"].ndim == 1:
+        return hands
+    return {name: value[number] for name, value in hands.items()}
+
+
+# --- writing ---
+
+
+def write_shards(
+    samples: Iterable[Sample | Bad], folder: str | Path, per_shard: int = PER_SHARD, progress: Any = None
+) -> list[Bad]:
+    """Writes samples as shards `00000.tar`, ... of `per_shard` samples; returns what came as Bad.
+
+    A shard is written beside and renamed, so that each that is there is whole. Run again with the same samples, what
+    shards hold already is skipped by its key, and the rest goes into new shards. progress: called with each key.
+    Raises DatasetError for a key that no shard can hold, or that comes twice.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.tar.tmp"):
+        leftover.unlink(missing_ok=True)
+    present = shards(folder)
+    done = {entry.key for path in present for entry in scan(path)[0]}
+    number = 1 + max((int(path.stem) for path in present if path.stem.isdigit()), default=-1)
+    bad: list[Bad] = []
+    seen: set[str] = set()
+    waiting: list[Sample] = []
+    for sample in samples:
+        if isinstance(sample, Bad):
+            bad.append(sample)
+            continue
+        if sample.key in seen:
+            raise DatasetError(f"Two samples have the key {sample.key}. Give each its own.")
+        seen.add(sample.key)
+        if progress is not None:
+            progress(sample.key)
+        if sample.key in done:
+            continue
+        waiting.append(sample)
+        if len(waiting) == per_shard:
+            write_shard(folder / f"{number:05d}.tar", waiting)
+            number, waiting = number + 1, []
+    if waiting:
+        write_shard(folder / f"{number:05d}.tar", waiting)
+    return bad
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> None:
+    """Writes one shard beside and renames it. The same samples give the same bytes."""
+    from webdataset import TarWriter
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tar.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            with TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
+                for sample in samples:
+                    writer.write({"__key__": shard_key(sample.key), **members(sample)})
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DatasetError(
+            f"{path} cannot be written: {error.strerror or error}. The shards before it are kept: the same command "
+            "goes on from there."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def shard_key(key: str) -> str:
+    """The key, if a shard can hold it: readers of WebDataset end a key at its first dot. Raises DatasetError."""
+    name = key.rpartition("/")[2]
+    if not name or "." in name or key.startswith(("/", "__")) or len(key.encode()) > 90 or "\0" in key:
+        raise DatasetError(
+            f"The key {key[:100]!r} does not fit into a shard: give up to 90 bytes without dots (a reader of "
+            "WebDataset ends it at the first one)."
+        )
+    return key
+
+
+def members(sample: Sample) -> dict[str, bytes]:
+    """Suffix (without its dot) -> content of a sample's files."""
+    words = {"prompt": sample.prompts[0]} if len(sample.prompts) == 1 else {"prompts": sample.prompts}
+    out = {"json": json.dumps({**words, **sample.meta}, ensure_ascii=False).encode()}
+    if sample.hands is not None:
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = dict(sample.hands)
+        np.savez(buffer, **arrays)
+        out["hands.npz"] = buffer.getvalue()
+    if sample.image is not None:
+        out[picture_kind(sample.image)] = sample.image
+    return out
+
+
+def picture_kind(image: bytes) -> str:
+    """ "png", "jpg" or "webp", by the first bytes. Raises DatasetError for another format."""
+    if image.startswith(b"\x89PNG"):
+        return "png"
+    if image.startswith(b"\xff\xd8"):
+        return "jpg"
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return "webp"
+    raise DatasetError("A picture is neither PNG nor JPEG nor WebP. Convert it first.")
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] -> the content of a .png."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# --- reading, in detail ---
+
+
+def read_hands(content: bytes) -> dict[str, np.ndarray]:
+    """The arrays of HANDS in a `.hands.npz`, float32. Raises MisfitError, see `check_hands`."""
+    try:
+        archive = np.load(io.BytesIO(content), allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile) or archive.zip is None:
+            raise ValueError("it is a single array")
+        with archive:
+            held = {info.filename.removesuffix(".npy"): info.file_size for info in archive.zip.infolist()}
+            found = [name for name in HANDS if name in held]
+            large = [name for name in found if held[name] > MAX_ARRAY]
+            if large:
+                raise MisfitError(f"Its hands hold {large[0]} of {held[large[0]] >> 20} MB.")
+            arrays = {name: np.asarray(archive[name]) for name in found}
+    except MisfitError:
+        raise
+    except Exception as error:  # a bad file fails numpy, zipfile and zlib in many ways; pickles are not opened
+        raise MisfitError(f"Its hands are no .npz of plain arrays: {str(error)[:200].rstrip('.')}.") from None
+    return check_hands(arrays)
+
+
+def check_hands(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays in float32. Raises MisfitError where one is missing, misshapen, not finite or senseless."""
+    missing = [name for name in POSE if name not in arrays]
+    if missing:
+        raise MisfitError(f"Its hands lack {', '.join(missing)}.")
+    if "placement" not in arrays and "camera" not in arrays:
+        raise MisfitError("Its hands lack placement or camera: where they are in the picture.")
+    lead = arrays["global_orient"].shape[:-1]
+    if len(lead) > 1 or 0 in lead:
+        raise MisfitError(f"Its hands have global_orient of shape {list(arrays['global_orient'].shape)}, not [3].")
+    out = {}
+    for name, value in arrays.items():
+        shape, limit = HANDS[name]
+        if value.shape != (*lead, *shape):
+            raise MisfitError(f"Its hands have {name} of shape {list(value.shape)}, not {[*lead, *shape]}.")
+        if value.dtype.kind not in "fiub":
+            raise MisfitError(f"Its hands have {name} as {value.dtype}, not as numbers.")
+        value = value.astype(np.float32)
+        if not np.isfinite(value).all():
+            raise MisfitError(f"Its hands have NaN or infinity in {name}.")
+        if value.size and np.abs(value).max() > limit + 1e-3:
+            raise MisfitError(
+                f"Its hands have {np.abs(value).max():g} in {name}; more than {limit:.4g} makes no sense there."
+            )
+        out[name] = value
+    if "camera" in out and "placement" not in out and (out["camera"][..., 0] <= 0).any():
+        raise MisfitError("Its hands have a camera whose scale is not above 0.")
+    return out
+
+
+def _read_record(content: bytes) -> tuple[list[str], dict[str, Any]]:
+    """Prompts and everything else of a `<key>.json`. Raises MisfitError."""
+    value = parse_json(content)
+    if not isinstance(value, dict):
+        raise MisfitError("Its .json is no object.")
+    try:
+        record = fit(value, _Record)
+    except MisfitError as error:
+        raise MisfitError(f"Its .json does not fit: {error}") from None
+    prompts = [text for text in (record.prompts or [record.prompt or ""]) if text.strip()]
+    if not prompts:
+        raise MisfitError("Its .json has neither a prompt nor prompts.")
+    return prompts, {name: entry for name, entry in value.items() if name not in ("prompt", "prompts")}
+
+
+def _member(folder: Path, entry: Entry, member: int) -> bytes | None:
+    offset, size = entry.offsets[member], entry.sizes[member]
+    if offset < 0:
+        return None
+    if size > MAX_MEMBER:
+        raise MisfitError(f"A file of it has {size >> 20} MB.")
+    if not entry.shard:
+        suffix = (".json", ".hands.npz", PICTURES[entry.suffix] if entry.suffix >= 0 else "")[member]
+        return (folder / (entry.key + suffix)).read_bytes()
+    with open(folder / entry.shard, "rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise MisfitError("Its shard ends before it does.")
+    return content
+
+
+def split_name(name: str) -> tuple[str, int, int] | None:
+    """A file's key, which member it is, and which of PICTURES; None for what belongs to no sample."""
+    base = name.rpartition("/")[2]
+    if base.startswith((".", "__")) or base.endswith(".hands.png"):
+        return None
+    if base.endswith(".hands.npz"):
+        return name[: -len(".hands.npz")], HANDS_NPZ, -1
+    if base.endswith(".json"):
+        return name[: -len(".json")], JSON, -1
+    for number, suffix in enumerate(PICTURES):
+        if base.endswith(suffix):
+            return name[: -len(suffix)], PICTURE, number
+    return None
+
+
+class _Group:
+    """A sample in the making: the members found so far."""
+
+    def __init__(self, key: str, shard: str) -> None:
+        self.key, self.shard, self.suffix, self.twice = key, shard, -1, ""
+        self.offsets, self.sizes = [-1, -1, -1], [0, 0, 0]
+
+    def add(self, member: int, suffix: int, offset: int, size: int) -> None:
+        if self.offsets[member] >= 0:
+            self.twice = ("a .json", "a .hands.npz", "a picture")[member]
+        self.offsets[member], self.sizes[member] = offset, size
+        self.suffix = suffix if member == PICTURE else self.suffix
+
+    def close(self, entries: list[Entry], problems: list[Bad]) -> None:
+        if self.twice:
+            problems.append(Bad(self.key, self.shard, f"It has {self.twice} twice. Keep one."))
+        else:
+            entries.append(Entry(self.key, self.shard, tuple(self.offsets), tuple(self.sizes), self.suffix))  # type: ignore[arg-type]
+
+
+def _scan_tar(path: Path) -> tuple[list[Entry], list[Bad]]:
+    entries: list[Entry] = []
+    problems: list[Bad] = []
+    group: _Group | None = None
+    try:
+        length = path.stat().st_size
+        with tarfile.open(path, "r:") as archive:
+            for info in archive:
+                name = split_name(info.name)
+                if name is None or not info.isreg():
+                    continue
+                key, member, suffix = name
+                if info.offset_data + info.size > length:
+                    raise tarfile.ReadError(f"it ends within {info.name}")
+                if group is None or group.key != key:
+                    if group is not None:
+                        group.close(entries, problems)
+                    group = _Group(key, path.name)
+                group.add(member, suffix, info.offset_data, info.size)
+            end = archive.offset
+        with open(path, "rb") as file:  # tarfile takes a damaged header for the end
+            file.seek(end)
+            if file.read(512).strip(b"\0") or length < end + 512:
+                raise tarfile.ReadError(f"what follows byte {end} is damaged or missing")
+    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
+        why = str(getattr(error, "strerror", None) or error)[:200].rstrip(".")
+        problems.append(Bad("", path.name, f"The shard is damaged after {len(entries)} samples: {why}."))
+        if group is not None:  # what of it was not found may be the picture
+            problems.append(Bad(group.key, path.name, "It may be incomplete: its shard is damaged right after it."))
+        return entries, problems
+    if group is not None:
+        group.close(entries, problems)
+    return entries, problems
+
+
+def _scan_folder(folder: Path) -> tuple[list[Entry], list[Bad]]:
+    groups: dict[str, _Group] = {}
+    with os.scandir(folder) as files:
+        for file in sorted(files, key=lambda file: file.name):
+            name = split_name(file.name)
+            if name is not None and file.is_file():
+                key, member, suffix = name
+                groups.setdefault(key, _Group(key, "")).add(
+                    member, suffix, file.stat().st_mtime_ns, file.stat().st_size
+                )
+    entries: list[Entry] = []
+    problems: list[Bad] = []
+    for key in sorted(groups):
+        groups[key].close(entries, problems)
+    return entries, problems

@@ -1,0 +1,172 @@
+"""The demo world as a dataset: scenes rendered into shards, by one-thread processes, resumable.
+
+    hd-data demo demo-data --scenes 24000
+    make("demo-data", scenes=24_000, seed=1, processes=2)
+
+Scene i is the same whatever the number of scenes. Held-out prompts (prompts.is_held_out) never enter it.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data.samples import Bad, Sample, encode_png, load, picture_size, scan, write_shard
+from ..errors import DatasetError
+from ..models.hand_features import pack, placement_of
+from ..models.smplh import HAND_JOINTS, SMPLH
+from ..runtime.hands import POSES, matrix_to_axis_angle
+from .gestures import NAMES
+from .prompts import BACKGROUNDS, SIDES, SKINS, is_held_out, sample_spec, write_prompt
+from .render import demo_body, render_scenes
+from .scenes import Scene, sample_scene
+
+# What a picture can be judged by, and the classes of each.
+LABELS = {"gesture": NAMES, "side": SIDES, "skin": tuple(SKINS), "background": tuple(BACKGROUNDS)}
+SHARD = 500  # scenes
+WORDINGS = 4  # prompts for each picture: words are learned from what changes while the picture stays
+BATCH = 32  # scenes that are rendered together
+
+
+def make(
+    folder: str | Path,
+    scenes: int,
+    *,
+    size: int = 128,
+    seed: int = 1,
+    both: float = 0.15,
+    processes: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes `scenes` scenes as shards; what is there already is kept.
+
+    size: pixels a side. both: share of two-hand scenes. on_progress: called with (scenes done, scenes in all). Raises
+    DatasetError where the folder holds another dataset, or cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be made: {error.strerror or error}. Name another folder.") from error
+    jobs = [
+        (folder / f"{number:05d}.tar", seed, range(start, min(start + SHARD, scenes)), size, both)
+        for number, start in enumerate(range(0, scenes, SHARD))
+    ]
+    todo = [job for job in jobs if not _done(*job)]
+    done = scenes - sum(len(job[2]) for job in todo)
+    if on_progress is not None:
+        on_progress(done, scenes)
+    if not todo:
+        return
+    with get_context("spawn").Pool(min(processes, len(todo)), _begin) as pool:
+        for count in pool.imap_unordered(_shard, todo):
+            done += count
+            if on_progress is not None:
+                on_progress(done, scenes)
+
+
+def scene_of(seed: int, number: int, both: float = 0.15) -> tuple[Scene, list[str]]:
+    """Scene `number` of a seed, and WORDINGS prompts for it, its own first, none of them held out.
+
+    The others say nearly all: what a prompt leaves out teaches nothing about words, and its colour, which nobody can
+    predict, drowns what could be learned.
+    """
+    rng = np.random.default_rng((seed, number))
+    scene = sample_scene(rng, sample_spec(rng, both))
+    while is_held_out(scene.prompt):
+        scene = replace(scene, prompt=write_prompt(scene.spec, rng))
+    prompts = [scene.prompt]
+    while len(prompts) < WORDINGS:
+        prompt = write_prompt(scene.spec, rng, leave_out=0.05)
+        if not is_held_out(prompt):
+            prompts.append(prompt)
+    return scene, prompts
+
+
+@torch.no_grad()
+def samples_of(
+    scenes: Sequence[Scene], prompts: Sequence[list[str]], keys: Sequence[str], body: SMPLH, size: int
+) -> list[Sample]:
+    """Rendered scenes as samples, with their hands as SMPL-H arrays."""
+
+    def stack(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes]))
+
+    camera = stack("camera")
+    _, joints = body(stack("rotations"), stack("betas"))
+    placement = placement_of(joints, camera, stack("present")).numpy()
+    seen = 0.5 + 0.5 * camera[:, None, None, :1] * (joints[:, HAND_JOINTS, :2] + camera[:, None, None, 1:])
+    joints_2d = torch.stack([seen[..., 0], 1 - seen[..., 1]], -1).numpy()
+    images = render_scenes(scenes, body, size).numpy()
+    out = []
+    for i, scene in enumerate(scenes):
+        vectors = matrix_to_axis_angle(scene.rotations).astype(np.float32)  # [52, 3]
+        hands = {name: vectors[joints_of].reshape(-1) for name, joints_of in POSES.items()}
+        hands |= {
+            "betas": scene.betas,
+            "placement": placement[i],
+            "camera": scene.camera,
+            "visibility": scene.present.astype(np.float32),
+            "joints_2d": joints_2d[i],
+        }
+        meta = {"source": "handiffuser demo", "licence": "Apache-2.0", "labels": asdict(scene.spec)}
+        out.append(Sample(keys[i], list(prompts[i]), hands, encode_png(images[i]), meta))
+    return out
+
+
+@torch.no_grad()
+def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]:
+    """Rendered scenes for a judge: images uint8 [N, size, size, 3], params [N, 330], labels [N, 4] as in LABELS."""
+    body = demo_body()
+
+    def stack(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes]))
+
+    rotations, betas = stack("rotations"), stack("betas")
+    joints = torch.cat([body(r, b)[1] for r, b in zip(rotations.split(64), betas.split(64), strict=True)])
+    numbers = [[list(names).index(getattr(s.spec, label)) for label, names in LABELS.items()] for s in scenes]
+    return {
+        "images": render_scenes(scenes, body, size),
+        "params": pack(rotations, betas, placement_of(joints, stack("camera"), stack("present"))),
+        "labels": torch.tensor(numbers),
+    }
+
+
+def _key(seed: int, number: int) -> str:
+    return f"demo-{seed}-{number:07d}"
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to hear
+    torch.set_num_threads(1)
+
+
+def _shard(job: tuple[Path, int, range, int, float]) -> int:
+    path, seed, numbers, size, both = job
+    body = demo_body()
+    samples: list[Sample] = []
+    for start in range(0, len(numbers), BATCH):
+        part = numbers[start : start + BATCH]
+        scenes, prompts = zip(*(scene_of(seed, number, both) for number in part), strict=True)
+        samples += samples_of(scenes, prompts, [_key(seed, number) for number in part], body, size)
+    write_shard(path, samples)
+    return len(numbers)
+
+
+def _done(path: Path, seed: int, numbers: range, size: int, both: float) -> bool:
+    """Whether a shard is there with at least these scenes. Raises DatasetError for another dataset's."""
+    if not path.exists():
+        return False
+    entries, problems = scan(path)
+    if problems or not entries:
+        return False  # damaged: made again
+    first = load(path.parent, entries[0])
+    if not isinstance(first, Bad) and (first.key, picture_size(first)) != (_key(seed, numbers[0]), (size, size)):
+        raise DatasetError(f"{path.parent} holds another dataset ({first.key} is in it). Name another folder.")
+    return not isinstance(first, Bad) and len(entries) >= len(numbers)

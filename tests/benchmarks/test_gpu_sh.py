@@ -1,0 +1,115 @@
+"""`benchmarks/gpu.sh` without a GPU: its steps in order, resumed, limited, and whole on a GPU that is not there."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from handiffuser.benchmarks import gpu
+from handiffuser.benchmarks.gpu import Step, measure, run_step, steps
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_function_comes_before_speed_and_the_cheap_before_the_dear(tmp_path):
+    found = steps(tmp_path, tmp_path, ("onnxruntime", "tensorrt"), "sd15", on_gpu=True, quick=False)
+    names = [step.name for step in found]
+    assert names[:3] == ["machine", "gpu-tests", "demo-export"]
+    assert max(names.index(f"demo-{b}") for b in ("onnxruntime", "tensorrt")) < names.index("random")
+    assert names.index("tensorrt-1") < names.index("onnxruntime-4-8")
+    assert sum("export.cli" in " ".join(step.command) for step in found) == 2, "one export for all backends"
+    assert sum("--peers" in step.command for step in found) == 1
+    assert {name for step in found for name in step.needs} <= set(names)
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    calls = []
+    product = tmp_path / "product"
+
+    def runner(command, log, limit):
+        calls.append(command[0])
+        if command[0] == "makes":
+            product.mkdir()
+        return 7 if command[0] == "fails" and calls.count("fails") == 1 else 0
+
+    def step(name, makes=None, needs=()):
+        return Step(name, (name,), 5, makes, needs)
+
+    found = [step("first"), step("makes", product), step("fails"), step("after", needs=("fails",)), step("last")]
+    said = []
+    assert measure(found, tmp_path, runner, said.append) == 2
+    assert calls == ["first", "makes", "fails", "last"]
+    assert "after: left out, because fails failed" in said and any("exit code 7" in line for line in said)
+    assert measure(found, tmp_path, runner, said.append) == 0
+    assert calls[4:] == ["fails", "after"], "only what was not done"
+    product.rmdir()  # a fresh machine has the results, and not the working files
+    assert measure(found, tmp_path, runner, said.append) == 0
+    assert calls[6:] == ["makes"]
+
+
+def test_a_step_that_hangs_is_ended_with_all_it_started(tmp_path):
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']); "
+    began = time.monotonic()
+    assert run_step(("-c", code + "time.sleep(99)"), tmp_path / "log", 1.5) == 124
+    assert time.monotonic() - began < 30
+    assert run_step(("-c", "print('said')"), tmp_path / "log", 30) == 0
+    assert (tmp_path / "log").read_text() == "said\n"
+
+
+def test_killed_in_the_middle_it_goes_on(tmp_path):
+    """The command as it is typed, ended in its second step."""
+    command = [ROOT / "benchmarks" / "gpu.sh", "--size", "tiny", "--backends", "onnxruntime", "--quick",
+               "--out", tmp_path / "out", "--work", tmp_path / "work"]  # fmt: skip
+    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+    while not (tmp_path / "out" / "machine.done").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors.strip().endswith("the same command goes on.")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.done")) == ["machine.done"]
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx"])
+def test_the_steps_run_on_a_gpu_that_is_not_there(toy_bundle, tmp_path, monkeypatch, backend):
+    """Every step of a backend by the real commands, in this process; exports and the gpu tests stand for themselves."""
+    pytest.importorskip("cuda.bindings.runtime")
+    pytest.importorskip("tensorrt_rtx")
+    from fake_runtime import FakeRuntime
+    from fake_tensorrt import FakeTensorRT
+
+    monkeypatch.setattr(gpu, "LIKE", 45.0)
+
+    def runner(command, log, limit):
+        if command[1] in ("handiffuser.export.cli", "pytest") or "random" in command:
+            if "export.cli" in command[1]:
+                shutil.copytree(toy_bundle, command[3])
+            elif "random" in command:
+                Path(command[-1]).mkdir()
+            return 0
+        FakeTensorRT(FakeRuntime(seed=1).install(monkeypatch)).install(monkeypatch)  # a process has a GPU of its own
+        module = importlib.import_module(command[1])
+        words = [word for word in command[2:] if word != "--peers"]  # they need a GPU that PyTorch sees
+        if "--checkpoint" in words:
+            at = words.index("--checkpoint")
+            words = [*words[:at], *words[at + 2 :], "--no-first-picture"]
+        click_command = getattr(module, "bench", None) or module.commands
+        result = CliRunner().invoke(click_command, words, standalone_mode=False)
+        log.write_text(f"{result.output}\n{result.exception or ''}")
+        return result.exit_code or result.return_value
+
+    found = steps(tmp_path / "work", tmp_path / "out", (backend,), "tiny", on_gpu=True, quick=True)
+    (tmp_path / "work").mkdir()
+    said = []
+    failed = measure(found, tmp_path / "out", runner, said.append)
+    logs = "\n".join(path.read_text() for path in sorted((tmp_path / "out").glob("*.txt")))
+    assert not failed, (said, logs)
+    assert (tmp_path / "out" / f"{backend}-4-8.json").exists() and "psnr_db" in logs

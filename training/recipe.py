@@ -1,0 +1,180 @@
+"""A recipe: how each stage is trained. A small TOML file, one table a stage; what it leaves out is as written here.
+
+recipe = Recipe.load("demo")                     # of this folder, or the path of a file
+recipe = recipe.changed("pictures", {"steps": 100})
+recipe.save(Path("runs/demo/recipe.toml"))       # what was really used
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from ..errors import TrainingError
+from ..models.configs import CONFIGS
+from ..schema import LARGEST_JSON, MisfitError, fit, read_file
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Meta(ge=1, le=10**9, description="a whole number from 1 on")]
+Zero = Annotated[int, Meta(ge=0, le=10**9, description="a whole number from 0 on")]
+Rate = Annotated[float, Meta(gt=0, le=10, description="a number above 0, at most 10")]
+Weight = Annotated[float, Meta(ge=0, le=1e6, description="a number from 0 on")]
+Share = Annotated[float, Meta(ge=0, le=1, description="a share from 0 to 1")]
+Decay = Annotated[float, Meta(ge=0, lt=1, description="a number from 0 on, below 1")]
+
+
+def _words(*words: str) -> Meta:
+    return Meta(pattern=rf"^({'|'.join(words)})\Z", description=" or ".join(words))
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What all stages have. `warmup` steps rise linearly; then the rate stays, or falls to zero in a half cosine."""
+
+    steps: Count = 1000
+    batch: Count = 32  # samples a step, of all processes together
+    learning_rate: Rate = 1e-4
+    warmup: Zero = 100
+    schedule: Annotated[str, _words("cosine", "constant")] = "cosine"
+    weight_decay: Weight = 0.01
+    clip: Rate = 1.0  # of the gradient's norm
+    ema: Decay = 0.995
+    seed: Zero = 0
+    precision: Annotated[str, _words("fp32", "bf16", "fp16")] = "fp32"
+    accumulate: Count = 1  # parts that a process works through one after the other, to save memory
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    shard: bool = False  # weights, optimizer and average spread over the processes (FSDP2)
+    workers: Zero = 0  # processes that read samples ahead, for each that trains
+    log_every: Count = 50
+    save_every: Count = 500
+    validate_every: Count = 500
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step in [0, steps)."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class VaePlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The autoencoder, for those who have none."""
+
+    crop: Count = 64  # pixels; a VAE is nearly local, and a crop costs a part of the picture
+    kl_weight: Weight = 1e-3  # per latent value, against L1 per pixel value
+    decoder_only: bool = False  # the encoder stays, for a checkpoint whose UNet knows its latents
+
+
+class HandPriorPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Stage 1: text to hands."""
+
+    drop_text: Share = 0.1
+    wordings: Annotated[str, _words("first", "any")] = "any"  # of a sample's prompts
+
+
+class EncoderPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What stands in for CLIP's pre-training where no CLIP is at hand. Needs samples with labels."""
+
+    drop_text: Share = 0.1
+    drop_hands: Share = 0.1
+    drop_both: Share = 0.1
+
+
+class PicturesPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Stage 2: text and hands to pictures."""
+
+    drop_text: Share = 0.1  # of text alone, of hands alone, and of both: what guidance needs
+    drop_hands: Share = 0.1
+    drop_both: Share = 0.1
+    weighting: Annotated[str, _words("plain", "min-snr")] = "plain"
+    min_snr: Rate = 5.0  # gamma of Hang et al. 2023
+    timestep_shift: Rate = 1.0  # above 1 leans towards noise (Esser et al. 2024, equation 23)
+    finger_weight: Weight = 0.0  # how much more an error on a joint of a hand counts than one on the background
+    colour_weight: Weight = 0.0  # of the mean error over blocks of 8 x 8 latent pixels
+    posterior: Annotated[str, _words("sample", "mean")] = (
+        "sample"  # what of the VAE's posterior is the picture's latent
+    )
+    lora: Annotated[int, Meta(ge=0, le=1024, description="a rank from 0 (no LoRA) to 1024")] = 0
+
+
+PLANS: dict[str, type[Plan]] = {
+    "vae": VaePlan,
+    "hand-prior": HandPriorPlan,
+    "encoder": EncoderPlan,
+    "pictures": PicturesPlan,
+}
+
+
+class Recipe(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename=lambda n: n.replace("_", "-")
+):
+    """The stages' plans, and what is no stage's own."""
+
+    new: Annotated[str, Meta(max_length=20)] | None = None  # sizes of an untrained checkpoint, where none is given
+    held_out: Annotated[float, Meta(ge=0, le=0.5, description="a share from 0 to 0.5")] = (
+        0.02  # of samples, to validate
+    )
+    prompts: Annotated[tuple[Annotated[str, Meta(max_length=1000)], ...], Meta(max_length=64)] = ()  # of sample grids
+    stages: tuple[Annotated[str, _words(*PLANS)], ...] = ("hand-prior", "pictures")  # what "all" means, in this order
+    vae: VaePlan = VaePlan()
+    hand_prior: HandPriorPlan = HandPriorPlan()
+    encoder: EncoderPlan = EncoderPlan()
+    pictures: PicturesPlan = PicturesPlan()
+
+    @classmethod
+    def load(cls, name: str | Path) -> Recipe:
+        """Reads one of ours by name ("demo", "sd15"), or a file. Raises TrainingError with what is wrong in it."""
+        path = RECIPES / f"{name}.toml" if (RECIPES / f"{name}.toml").exists() else Path(name)
+        try:
+            value = msgspec.toml.decode(read_file(path, LARGEST_JSON))
+            for stage, kind in PLANS.items():  # first, for a sentence that names the entry
+                if isinstance(value.get(stage), dict):
+                    fit(value[stage], kind)
+            recipe = fit(value, cls)
+        except FileNotFoundError:
+            ours = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml")))
+            raise TrainingError(f"There is no recipe {name}: name a .toml file, or one of ours ({ours}).") from None
+        except OSError as error:
+            raise TrainingError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+        except (MisfitError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise TrainingError(f"The recipe {path} is wrong. {error}") from None
+        if recipe.new is not None and recipe.new not in CONFIGS:
+            raise TrainingError(f"The recipe {path} says new = {recipe.new!r}; there are {', '.join(CONFIGS)}.")
+        return recipe
+
+    def plan(self, stage: str) -> Any:
+        return getattr(self, stage.replace("-", "_"))
+
+    def changed(self, stage: str, values: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values in a stage's plan. Raises TrainingError for what that plan cannot be."""
+        plan = self.plan(stage)
+        try:
+            new = fit({**msgspec.to_builtins(plan), **values}, type(plan))
+        except MisfitError as error:
+            raise TrainingError(f"{stage}: {error}") from None
+        return msgspec.structs.replace(self, **{stage.replace("-", "_"): new})
+
+    def save(self, path: Path) -> None:
+        """Writes it whole, so that later defaults change nothing."""
+        value = msgspec.to_builtins(self)
+        tables = {name: part for name, part in value.items() if isinstance(part, dict)}
+        lines = [f"{name} = {_toml(part)}" for name, part in value.items() if name not in tables and part is not None]
+        for name, table in tables.items():
+            lines += ["", f"[{name}]", *(f"{key} = {_toml(part)}" for key, part in table.items())]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def _toml(value: Any) -> str:
+    """Text, numbers, booleans and lists of text are in TOML what they are in JSON."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,315 @@
+"""A run: a folder in which a checkpoint is trained from a dataset, stage by stage.
+
+    run = Run(Path("runs/demo"), Path("world"), Recipe.load("demo"))
+    run.train("hand-prior")
+    run.checkpoint().save("checkpoint")
+
+    recipe.toml  tokenizer.json (of a new checkpoint)  vae.json  samples/
+    vae/ hand-prior/ encoder/ pictures/    state.safetensors  log.jsonl  tensorboard/  [adapter.safetensors]
+
+A stage reads what the others left in the folder, never their memory, so that stages can be trained apart, and any of
+them may be interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from ..data.augment import fit_picture
+from ..data.dataset import Index
+from ..data.latents import LatentCache, make_latents
+from ..data.samples import Sample, picture
+from ..errors import DatasetError, TrainingError
+from ..models import lora
+from ..models.checkpoint import Checkpoint, make_tokenizer, random_checkpoint
+from ..models.configs import CONFIGS
+from ..schema import MisfitError
+from .loop import Stage, averages, console, finished, fit
+from .recipe import PLANS, Recipe
+from .sample import CUES, decode, encode, encode_prompts, hands_of, image_grid, sample_hands, sample_pictures
+from .stages import (
+    EncoderLoss,
+    HandPriorLoss,
+    PictureLoss,
+    VaeLoss,
+    encoder_inputs,
+    hand_prior_inputs,
+    images_to_float,
+    normalisation,
+    picture_inputs,
+    vae_inputs,
+)
+
+ADAPTER = "adapter.safetensors"
+MEASURED = 4096  # samples from which means and deviations are computed
+SHOWN = 16  # held-out samples of a sample grid
+BAD = 20  # samples that are left out of which it is said why
+VOCABULARY = 20_000  # samples whose words make the tokenizer of a new checkpoint
+HELD_BITS = 1 << 32
+
+
+class Run:
+    """A run folder and what it is made from."""
+
+    def __init__(self, folder: Path, data: Path, recipe: Recipe, start: Path | None = None) -> None:
+        """start: the checkpoint folder to train on from; else the recipe says what is new.
+
+        Raises TrainingError where neither does, or where the folder is the run of another start.
+        """
+        self.folder, self.recipe, self.start = folder, recipe, start
+        if start is None and recipe.new is None:
+            raise TrainingError(
+                "This recipe begins with a checkpoint: --start CHECKPOINT, which `hd-train init` makes from Stable "
+                "Diffusion."
+            )
+        self.index = Index.open(data)
+        self.digest = hashlib.sha256("".join(self.index.digests()).encode()).hexdigest()[:16]
+        limit = recipe.held_out * HELD_BITS
+        digests = (hashlib.sha256(self.index.entry(i).key.encode()).digest() for i in range(len(self.index)))
+        self.held = np.fromiter((int.from_bytes(d[:4], "big") < limit for d in digests), bool, len(self.index))
+
+    def prepare(self) -> None:
+        """Writes what a run begins with; before several processes read it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "tokenizer.json"
+        if self.start is None and not path.exists():
+            assert self.recipe.new is not None
+            samples = (self.index.sample(i) for i in range(min(len(self.index), VOCABULARY)))
+            texts = [prompt for sample in samples if isinstance(sample, Sample) for prompt in sample.prompts]
+            make_tokenizer(texts, CONFIGS[self.recipe.new].vocab_size).save(str(path))
+        self.recipe.save(self.folder / "recipe.toml")
+
+    def begin(self) -> Checkpoint:
+        """What training begins with."""
+        if self.start is not None:
+            return Checkpoint.load(self.start)
+        assert self.recipe.new is not None
+        config = CONFIGS[self.recipe.new]
+        tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        checkpoint = random_checkpoint(config, self.recipe.vae.seed, body=free_body(), tokenizer=tokenizer)
+        if checkpoint.position_kernel is not None:
+            checkpoint.position_kernel.focus()
+        for module in checkpoint.modules().values():
+            module.eval().requires_grad_(False)
+        checkpoint.attach_kernel()
+        return checkpoint
+
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint with every stage that has been trained so far."""
+        checkpoint = self.begin()
+        modules: dict[str, nn.Module] = {
+            "vae": VaeLoss(checkpoint, self.recipe.vae),
+            "hand-prior": HandPriorLoss(checkpoint),
+            "encoder": nn.ModuleDict({"encoder": checkpoint.text_hand_encoder}),
+            "pictures": PictureLoss(checkpoint, self.recipe.pictures),
+        }
+        for name, module in modules.items():
+            learned = averages(self.folder / name)
+            if name == "encoder":  # what it read off the tokens with is of no use any more
+                learned = {key: value for key, value in learned.items() if key.startswith("encoder.")}
+            if any(".lora_A." in key for key in learned):
+                lora.merge(checkpoint, self.write_adapter())
+            elif learned:
+                known = module.state_dict()  # parts that were held fixed are not among what was learned
+                if any(key not in known or known[key].shape != value.shape for key, value in learned.items()):
+                    raise TrainingError(f"{self.folder / name} is of another network. Name another --run.")
+                module.load_state_dict(learned, strict=False)
+        measured = self.folder / "vae.json"
+        if measured.exists():
+            checkpoint.vae.register_to_config(**json.loads(measured.read_text()))
+        for part in checkpoint.modules().values():
+            part.eval().requires_grad_(False)
+        checkpoint.attach_kernel()
+        return checkpoint
+
+    def write_adapter(self) -> Path:
+        """What `pictures` has learned with LoRA, as a file of its own."""
+        path = self.folder / "pictures" / ADAPTER
+        learned = averages(self.folder / "pictures")
+        rank = next(len(value) for name, value in learned.items() if ".lora_A." in name)
+        trained = {name.replace(".default.weight", ".weight"): value for name, value in learned.items()}
+        lora.save({name: value for name, value in trained.items() if ".basis" not in name}, path, rank)
+        return path
+
+    def latents(self, checkpoint: Checkpoint, pictures: bool, make: bool = True) -> LatentCache:
+        """Latents, token ids and hand features of the data for this checkpoint; made where they are missing."""
+        folder, device = self.index.folder, "cuda" if torch.cuda.is_available() else "cpu"
+        if make:
+            columns = (TextColumn("latents"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with Progress(*columns, console=console, transient=True) as bar:
+                task = bar.add_task("", total=None)
+
+                def show(done: int, total: int) -> None:
+                    bar.update(task, completed=done, total=total)
+
+                make_latents(checkpoint, folder, show, pictures=pictures, bf16=True, device=device)
+        try:
+            return LatentCache.open(checkpoint, folder, pictures=pictures, bf16=True)
+        except DatasetError as error:
+            raise TrainingError(f"{error} Or begin with one process, which makes them.") from None
+
+    def images(self, numbers: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """Pictures of some samples, uint8 [n, H, W, 3]. One that cannot be read is replaced by the next that can."""
+        images = []
+        for number in numbers:
+            for turn in range(len(self.index)):
+                sample = self.index.sample((number + turn) % len(self.index))
+                try:
+                    if isinstance(sample, Sample) and sample.image is not None:
+                        images.append(fit_picture(picture(sample), None, size)[0])
+                        break
+                except MisfitError:
+                    continue
+            else:
+                raise TrainingError(f"{self.index.folder} holds no picture that can be read.")
+        return torch.from_numpy(np.stack(images))
+
+    def done(self, stage: str) -> bool:
+        return finished(self.folder / stage, self.recipe.plan(stage).steps)
+
+    def stage(self, name: str, make: bool = True) -> Stage:
+        """What a stage trains, on what. make: latents that are missing; else TrainingError says how to."""
+        recipe, checkpoint = self.recipe, self.checkpoint()
+        empty = encode_prompts([""], checkpoint.tokenizer, checkpoint.special_tokens)[0]
+        common: dict[str, Any] = {"data": self.digest}
+        if name == "vae":
+            size = checkpoint.image_size
+            read = lambda rows: {"images": self.images(rows, size)}  # noqa: E731
+            module = VaeLoss(checkpoint, recipe.vae)
+            pictures = self.index.has_picture
+            common |= {"train": np.flatnonzero(pictures & ~self.held), "held": np.flatnonzero(pictures & self.held)}
+            stage = Stage(name, module, read, vae_inputs(checkpoint, recipe.vae), fixed=module.fixed, **common)
+            stage.on_save = lambda step: self.show_vae(checkpoint, step)
+            module.requires_grad_(True)
+            return stage
+        cache = self.latents(checkpoint, name == "pictures", make)
+        held = self.held[cache.samples[cache.usable]]
+        common |= {"train": cache.usable[~held], "held": cache.usable[held]}
+        for bad in cache.left_out[:BAD] if make else ():
+            console.print(f"left out: {bad}", style="yellow")
+        if name == "hand-prior":
+            prior = checkpoint.hand_prior
+            if not prior.mean.any():  # never trained: a trained one knows its own
+                rows = cache.rows(common["train"][:MEASURED], ("params",))
+                mean, std = normalisation(rows["params"].float())
+                prior.mean.copy_(mean)
+                prior.std.copy_(std)
+            read = lambda rows: cache.rows(rows, ("params", "ids"))  # noqa: E731
+            inputs = hand_prior_inputs(checkpoint, recipe.hand_prior, empty)
+            stage = Stage(name, HandPriorLoss(checkpoint), read, inputs, **common)
+            stage.module.requires_grad_(True)
+            return stage
+        if name == "encoder":
+            classes = [len(values) for values in cache.labels.values()]
+            if not classes:
+                raise TrainingError(
+                    "The stage encoder needs samples with labels, and this data has none. A checkpoint from Stable "
+                    "Diffusion does without that stage: its encoder is CLIP."
+                )
+            read = lambda rows: cache.rows(rows, ("ids", "labels", *CUES))  # noqa: E731
+            torch.manual_seed(recipe.encoder.seed)
+            reader = EncoderLoss(checkpoint.text_hand_encoder, classes)
+            stage = Stage(name, reader, read, encoder_inputs(recipe.encoder, empty), **common)
+            stage.module.requires_grad_(True)
+            return stage
+        self.measure_vae(checkpoint, cache, common["train"])
+        if recipe.pictures.lora:
+            torch.manual_seed(recipe.pictures.seed)
+            lora.inject(checkpoint, recipe.pictures.lora)
+        painter = PictureLoss(checkpoint, recipe.pictures)
+        if not recipe.pictures.lora:
+            painter.requires_grad_(True)
+        read = lambda rows: cache.rows(rows, ("mean", "std", "ids", *CUES))  # noqa: E731
+        stage = Stage(name, painter, read, picture_inputs(checkpoint, recipe.pictures, empty), **common)
+        stage.on_save = lambda step: self.show_pictures(checkpoint, cache, stage, empty, step)
+        return stage
+
+    def train(self, name: str, make: bool = True) -> None:
+        """Trains a stage in this process, one of several perhaps."""
+        fit(self.stage(name, make), self.recipe.plan(name), self.folder / name)
+
+    def measure_vae(self, checkpoint: Checkpoint, cache: LatentCache, rows: Sequence[int]) -> None:
+        """Of a VAE that was trained here: brings its latents to mean 0 and deviation 1, and notes how."""
+        path = self.folder / "vae.json"
+        if path.exists() or not averages(self.folder / "vae") or self.recipe.vae.decoder_only:
+            return
+        mean = cache.rows(rows[:MEASURED], ("mean",))["mean"].float()
+        found = {"scaling_factor": float(1 / mean.std()), "shift_factor": float(mean.mean())}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(found) + "\n")
+        temporary.replace(path)
+        checkpoint.vae.register_to_config(**found)
+
+    def show_vae(self, checkpoint: Checkpoint, step: int) -> None:
+        images = self.images(np.flatnonzero(self.index.has_picture)[:8].tolist(), checkpoint.image_size)
+        device = next(checkpoint.vae.parameters()).device
+        with torch.no_grad():
+            again = decode(checkpoint, encode(checkpoint, images_to_float(images).to(device))).cpu()
+        self.write("vae", step, torch.cat([images, again]))
+
+    def show_pictures(self, checkpoint: Checkpoint, cache: LatentCache, stage: Stage, empty: Tensor, step: int) -> None:
+        """Held-out samples with their own hands, then the recipe's prompts with the hand prior's."""
+        if self.recipe.pictures.lora:
+            self.write_adapter()
+        device = next(checkpoint.unet.parameters()).device
+        rows = cache.rows((stage.held if len(stage.held) else stage.train)[:SHOWN], ("ids", *CUES))
+        ids, hands = rows["ids"][:, -1], {name: rows[name].float() for name in CUES}
+        if self.recipe.prompts and checkpoint.hand_prior.mean.any() and checkpoint.body is not None:
+            asked = encode_prompts(self.recipe.prompts, checkpoint.tokenizer, checkpoint.special_tokens)
+            found = hands_of(checkpoint, sample_hands(checkpoint, asked))
+            ids = torch.cat([ids, asked])
+            hands = {name: torch.cat([value, found[name].float()]) for name, value in hands.items()}
+        parts = []
+        for first in range(0, len(ids), 8):
+            some = {name: value[first : first + 8].to(device) for name, value in hands.items()}
+            parts.append(sample_pictures(checkpoint, ids[first : first + 8].to(device), empty.to(device), some).cpu())
+        self.write("pictures", step, torch.cat(parts))
+
+    def write(self, name: str, step: int, images: Tensor) -> None:
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image_grid(images, 8).numpy()).save(folder / f"{name}-{step:06d}.png")
+
+    def save(self, output: Path, half: bool = False) -> None:
+        """Writes the checkpoint folder; or, of a name that ends in .safetensors, the adapter alone."""
+        if output.suffix == ".safetensors":
+            if not self.recipe.pictures.lora:
+                raise TrainingError(f"{output} would be an adapter, and none was trained: train with --lora RANK.")
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_bytes(self.write_adapter().read_bytes())
+            return
+        checkpoint = self.checkpoint()
+        trained = {name: {"steps": self.recipe.plan(name).steps, "data": self.digest} for name in PLANS
+                   if finished(self.folder / name)}  # fmt: skip
+        checkpoint.notes = {**checkpoint.notes, "trained": {**_stages(checkpoint.notes), **trained}}
+        replace(checkpoint).save(output, half=half)
+
+
+def _stages(notes: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's notes say of the stages that were trained before."""
+    before = notes.get("trained")
+    return before if isinstance(before, dict) else {}
+
+
+def free_body() -> Path:
+    """The demo's body, which belongs to nobody's licence."""
+    from .. import demo
+    from ..models.checkpoint import BODY
+
+    return demo.checkpoint_path() / BODY
+
+
+def say_done(name: str) -> None:
+    console.print(f"{name}: done already")
