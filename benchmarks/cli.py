@@ -139,6 +139,7 @@ def bench(engines: str | None, size: str | None, **options: Any) -> int:
             }
             work(engines, document, options, pictures)
         except KeyboardInterrupt:
+            commands.ending()
             code = INTERRUPTED
             document["interrupted"] = True
             notes.print("hd-bench: Interrupted. This is what was measured so far.")

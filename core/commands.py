@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     import click
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-PATIENCE = 3.0  # seconds until Ctrl-C ends the process although it is in native code that does not hear it
+PATIENCE = 3.0  # seconds from Ctrl-C until the process ends, although its main thread does not come to `ending`
 ONCE = 3.0  # seconds in which Ctrl-C pressed again is the same Ctrl-C
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # `kill` and `docker stop` end a command as Ctrl-C does
 
-_heard = threading.Event()  # Python got to raise KeyboardInterrupt
+_ending = threading.Event()
+_signalled = False
 _last = -ONCE
+_sentence = ""  # what is said of the command when it is interrupted; empty: nobody looks on yet
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raises KeyboardInterrupt, and none while the last one is being cleaned up after."""
-    global _last
+    global _last, _signalled
     now = time.monotonic()
     if now - _last >= ONCE:  # later ones count again: a library may have swallowed the first
-        _last = now
-        _heard.set()
+        _last, _signalled = now, True
         raise KeyboardInterrupt
 
 
@@ -41,6 +42,11 @@ def listen() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _interrupt)
+
+
+def ending() -> None:
+    """Says that KeyboardInterrupt was caught, and that what is still to do is meant and may take its time."""
+    _ending.set()
 
 
 # What a module that is not installed comes with: the name of an extra, or of two to choose from.
@@ -66,35 +72,54 @@ def start(command: str, module: str) -> None:
     """Runs `main` of a module of this package; exit code INTERRUPTED when Ctrl-C comes first."""
     listen()
     try:
+        hear_interrupts(f"{command}: Interrupted.")
         import_module(module, "handiffuser").main()
-    except KeyboardInterrupt:
-        print(f"{command}: Interrupted.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except ImportError as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if interrupted(error):
+            print(_sentence, file=sys.stderr)
+            leave(INTERRUPTED)
+        if not isinstance(error, ImportError):
+            raise
         print(f"{command}: {lacking(error)}", file=sys.stderr)
         sys.exit(1)
 
 
-def run(name: str, command: click.Command, interrupted: str = "Interrupted.") -> None:
+def run(name: str, command: click.Command, sentence: str = "Interrupted.") -> None:
     """Runs a click command; one sentence and an exit code instead of a traceback."""
-    hear_interrupts(f"{name}: {interrupted}")
+    hear_interrupts(f"{name}: {sentence}")
     import click
 
     try:
         code = command.main(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo(f"{name}: {interrupted}", err=True)
-        code = INTERRUPTED
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (HanDiffuserError, OSError) as error:
-        click.echo(f"{name}: {error}", err=True)
+    except (Exception, KeyboardInterrupt) as error:
         code = 1
-    except ImportError as error:
-        click.echo(f"{name}: {lacking(error)}", err=True)
-        code = 1
+        if interrupted(error) or isinstance(error, click.exceptions.Abort):
+            ending()
+            click.echo(_sentence, err=True)
+            code = INTERRUPTED
+        elif isinstance(error, click.ClickException):
+            error.show()
+            code = error.exit_code
+        elif isinstance(error, HanDiffuserError):
+            click.echo(f"{name}: {error}", err=True)
+        elif isinstance(error, OSError):
+            where = f" ({error.filename})" if error.filename is not None else ""
+            click.echo(f"{name}: {error.strerror or error}{where}.", err=True)
+        elif isinstance(error, MemoryError):
+            click.echo(f"{name}: There is not enough memory.", err=True)
+        elif isinstance(error, ImportError):
+            click.echo(f"{name}: {lacking(error)}", err=True)
+        else:
+            raise
     leave(code)
+
+
+def interrupted(error: BaseException) -> bool:
+    """Whether it is Ctrl-C that this comes of. Also in disguise: a module's initialisation in native code makes an
+    ImportError of it, and Python 3.11 a RuntimeError where it comes while a class is made."""
+    return _signalled or isinstance(error, KeyboardInterrupt)
 
 
 def leave(code: int) -> NoReturn:
@@ -109,23 +134,28 @@ def leave(code: int) -> NoReturn:
 
 
 def hear_interrupts(sentence: str) -> None:
-    """Has Ctrl-C end the process with this sentence even where the main thread is in native code for long.
+    """Has Ctrl-C end the process with this sentence even where KeyboardInterrupt does not come through.
 
-    Python raises KeyboardInterrupt in its main thread when that is in Python next: after a build, a compilation or a
-    run of a large graph that may be minutes. So a thread looks on, and does not wait longer than PATIENCE.
+    Python raises it in its main thread when that is in Python next: after a build, a compilation or a run of a large
+    graph that may be minutes. A library may swallow it, and where it came between the lines that take a lock, the
+    way out may wait for that lock forever. So a thread looks on, and does not wait longer than PATIENCE.
     """
+    global _sentence
     if threading.current_thread() is not threading.main_thread():
         return
     listen()
-    _heard.clear()
+    _ending.clear()
+    begun, _sentence = bool(_sentence), sentence
+    if begun:
+        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def look_on() -> None:
         while not set(os.read(reader, 64)) & set(SIGNALS):
             pass
-        if not _heard.wait(PATIENCE):
-            os.write(2, f"{sentence}\n".encode())
+        if not _ending.wait(PATIENCE):
+            os.write(2, f"{_sentence}\n".encode())
             os._exit(INTERRUPTED)
 
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, wherever the main thread is

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -115,32 +114,25 @@ def command(
     With a TensorRT backend, plans are then built for each batch size. The same command again does only what is not
     done yet. On another machine, `hd-engines build OUT` builds plans from the bundle, without PyTorch.
     """
-    try:
-        if backend == "auto":
-            backend = resolve_backend(backend)
-        precision = precision or ("fp16" if backend in MODULES else "fp32")
-        folder = resolve(checkpoint, "checkpoint")
-        read_layout(folder)  # before PyTorch is loaded
-        if backend in MODULES:
-            check_backend(backend, options_of(values))  # before minutes of exporting
-        source = fingerprint(folder, body, adapters, precision=precision, image_size=image_size, opset=opset)
-        why = changed(out, source)
-        if why:
-            if (out / MANIFEST).exists():
-                console.print(f"Exporting again: {', '.join(why)}.")
-            export(folder, out, precision, body, adapters, image_size, opset, source, fidelity, accept_low_fidelity)
-        else:
-            console.print(f"The bundle in {out} is current: nothing was exported.")
-        if backend in MODULES:
-            build_with_progress(out, backend, values)
-        if backend == "inductor":
-            compile_with_inductor(folder, out, body, adapters, image_size)
-    except HanDiffuserError as error:
-        console.print(f"hd-export: {error}", style="red")
-        sys.exit(1)
-    except OSError as error:
-        console.print(f"hd-export: {error.strerror or error} ({error.filename or out}).", style="red")
-        sys.exit(1)
+    if backend == "auto":
+        backend = resolve_backend(backend)
+    precision = precision or ("fp16" if backend in MODULES else "fp32")
+    folder = resolve(checkpoint, "checkpoint")
+    read_layout(folder)  # before PyTorch is loaded
+    if backend in MODULES:
+        check_backend(backend, options_of(values))  # before minutes of exporting
+    source = fingerprint(folder, body, adapters, precision=precision, image_size=image_size, opset=opset)
+    why = changed(out, source)
+    if why:
+        if (out / MANIFEST).exists():
+            console.print(f"Exporting again: {', '.join(why)}.")
+        export(folder, out, precision, body, adapters, image_size, opset, source, fidelity, accept_low_fidelity)
+    else:
+        console.print(f"The bundle in {out} is current: nothing was exported.")
+    if backend in MODULES:
+        build_with_progress(out, backend, values)
+    if backend == "inductor":
+        compile_with_inductor(folder, out, body, adapters, image_size)
     if body is not None:
         console.print(
             f"{out} now contains arrays of your SMPL-H body. Its licence forbids passing them on: keep this bundle, "

@@ -155,6 +155,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
                     progress.picture(queue.skipped + asked.refused)
                 folder.flush()
         except KeyboardInterrupt:
+            commands.ending()  # pictures may be on their way to the disk
             stopped, code = "Interrupted. Run the same command again to go on.", INTERRUPTED
         except HanDiffuserError as error:
             stopped, code = str(error), 1

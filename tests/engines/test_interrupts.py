@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
@@ -62,33 +61,3 @@ def test_a_callback_that_fails_is_no_crash_and_no_loss():
     graph = demo.resolve("demo", "bundle") / "unet_context.onnx"
     with pytest.raises(ZeroDivisionError, match="in the callback"):
         Backend("tensorrt-rtx").build(graph, {"B": 1}, "fp32", Options(), fail)
-
-
-BUSY = """
-import click
-import numpy as np
-from handiffuser import commands
-
-commands.PATIENCE = 0.5
-
-@click.command()
-def spin():
-    print("ready", flush=True)
-    np.linalg.svd(np.random.default_rng(0).random((4000, 4000)))  # long, and Python sees nothing of it
-
-commands.run("hd-test", spin, "Stopped.")
-"""
-
-
-def test_ctrl_c_in_native_code_that_does_not_listen():
-    process = subprocess.Popen(
-        [sys.executable, "-c", BUSY], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listen,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(1)
-    began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and errors == "hd-test: Stopped.\n"
-    assert time.monotonic() - began < 5

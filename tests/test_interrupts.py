@@ -1,0 +1,174 @@
+"""Ctrl-C and `kill`: one signal ends any command in a few seconds, with 130 and a sentence; a second changes nothing.
+
+(What a build of TensorRT plans does is in engines/test_interrupts.py, single moments of an export in
+export/test_check.py.)
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import listen
+from handiffuser.contract import Manifest
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux who listens to what")
+BIN = Path(sys.executable).parent
+
+
+def start(*command: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listen
+    )  # fmt: skip
+
+
+def wait_until_it_listens(process: subprocess.Popen[str]) -> None:
+    """Until the command's own code has begun. Before, the signal is the interpreter's: some 30 ms."""
+    while process.poll() is None:
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+        if int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.001)
+    raise AssertionError(process.communicate())
+
+
+BUSY = """
+import click
+import numpy as np
+from handiffuser import commands
+
+commands.PATIENCE = 0.5
+
+@click.command()
+def spin():
+    print("ready", flush=True)
+    np.linalg.svd(np.random.default_rng(0).random((4000, 4000)))  # long, and Python sees nothing of it
+
+commands.run("hd-test", spin, "Stopped.")
+"""
+
+
+SWALLOWED = """
+import click, time
+from handiffuser import commands
+
+commands.PATIENCE = 0.5
+
+@click.command()
+def spin():
+    while True:
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:  # as a library may
+            pass
+
+commands.run("hd-test", spin, "Stopped.")
+"""
+LOCKED = """
+import click, threading, time
+from handiffuser import commands
+
+commands.PATIENCE = 0.5
+
+@click.command()
+def spin():
+    lock = threading.Lock()
+    try:
+        lock.acquire()
+        print("ready", flush=True)
+        time.sleep(60)
+        lock.release()  # never comes
+    finally:
+        lock.acquire()
+
+commands.run("hd-test", spin, "Stopped.")
+"""
+
+
+@pytest.mark.parametrize("code", [BUSY, SWALLOWED, LOCKED], ids=["native code", "swallowed", "deadlock on the way out"])
+def test_ctrl_c_that_does_not_come_through(code):
+    process = start(sys.executable, "-c", code)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors == "hd-test: Stopped.\n"
+    assert time.monotonic() - began < 5
+
+
+SIGNALS = {
+    "kill": [signal.SIGTERM],
+    "Ctrl-C twice": [signal.SIGINT, signal.SIGINT],
+    "kill twice": [signal.SIGTERM, signal.SIGTERM],
+    "kill after Ctrl-C": [signal.SIGINT, signal.SIGTERM],
+}
+
+
+@pytest.mark.parametrize("numbers", SIGNALS.values(), ids=SIGNALS)
+def test_signals_while_a_command_begins(numbers, tmp_path):
+    """In its first second, at moments drawn at random, and the second signal right after the first."""
+    draw = random.Random(8)
+    for moment in (0.0, 0.02, 0.1, 0.3, 0.6, 1.0):
+        process = start(BIN / "hd-run", "demo", "a fist", "--images-per-prompt", 99, "-o", tmp_path / "out")
+        wait_until_it_listens(process)
+        time.sleep(moment * draw.uniform(0.5, 1.5))
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(draw.choice([0, 0.002, 0.02, 0.1]))
+        _, errors = process.communicate(timeout=30)
+        said = [line for line in errors.splitlines() if line.startswith("hd-run: ")]
+        assert process.returncode == 130 and "Traceback" not in errors, (moment, errors)
+        assert len(said) == 1 and said[0].startswith("hd-run: Interrupted."), (moment, errors)
+
+
+COMMANDS = {
+    "hd-export": (["hd-export", "CHECKPOINT", "OUT", "--precision", "fp16"], 20, "Stopped. What is finished stays"),
+    "hd-bench": (
+        ["hd-bench", "demo", "--batch-sizes", "1", "--threads", "1", "--repeats", "3", "--peers", "--leave-out",
+         "torch.compile"],
+        20,
+        "Interrupted. This is what was measured so far.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_signal_at_any_moment(command, tiny_checkpoint_folder, tmp_path):
+    """At moments drawn at random, six times over; then the same command is left alone and does what it should."""
+    arguments, seconds, sentence = COMMANDS[command]
+    names = {"CHECKPOINT": str(tiny_checkpoint_folder), "OUT": str(tmp_path / "out")}
+    line = [str(BIN / arguments[0]), *(names.get(argument, argument) for argument in arguments[1:])]
+    draw = random.Random(9)
+    stopped = 0
+    for _ in range(6):
+        process = start(*line)
+        wait_until_it_listens(process)
+        deadline = time.monotonic() + draw.random() * seconds
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        if process.poll() is not None:  # it was done before
+            process.communicate()
+            continue
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - began < 8, "of which the machine may be busy with something else"
+        if process.returncode == 0:  # it came when all was done
+            continue
+        said = [line for line in errors.splitlines() if line.startswith(f"{command}: ")]
+        assert process.returncode == 130 and "Traceback" not in errors, errors
+        assert len(said) == 1 and (sentence in said[0] or said[0] == f"{command}: Interrupted."), errors
+        stopped += 1
+    assert stopped >= 3
+    if command == "hd-export":
+        assert subprocess.run(line, capture_output=True, timeout=300).returncode == 0
+        Manifest.load(tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
