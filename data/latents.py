@@ -84,7 +84,8 @@ class LatentCache:
         """The cache of this checkpoint's VAE, tokenizer and body (`body`: a file of yours) for a dataset.
 
         pictures: with latents; without, for stage 1, only what the prompts and hands give. flipped: of the mirror
-        images. bf16: encoded in bfloat16 (on CPUs with AMX and GPUs several times as fast). cache: the folder it lies in, if not the dataset's own. Raises DatasetError where it is not complete.
+        images. bf16: encoded in bfloat16 (fast on GPUs, and on CPUs with AMX). cache: the folder it lies in, if not
+        the dataset's own. Raises DatasetError where it is not complete.
         """
         work = _Work(checkpoint, folder, pictures, body, people, flipped, bf16, cache)
         files = {kind: [work.valid(kind, number) for number in range(len(work.index.groups))] for kind in work.kinds}
