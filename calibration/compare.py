@@ -249,7 +249,12 @@ def first_not_finite(path: Path, calls: list[Feeds]) -> str:
     model = onnx.load(path)
     kept = {value.name for value in model.graph.output}
     # Where half precision is rounded to (see `emulate`), it is the node before that gave too much.
-    givers = {name.removesuffix("/computed"): label(node) for node in model.graph.node for name in node.output}
+    givers = {
+        name.removesuffix("/computed"): label(node)
+        for node in model.graph.node
+        for name in node.output
+        if name.endswith("/computed")
+    }
     order = [
         (givers.get(name.removesuffix("/half"), label(node)), name)
         for node in model.graph.node

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -12,12 +15,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..commands import run
 
+if TYPE_CHECKING:
+    from ..models.smplh import SMPLH
+
 console = Console(stderr=True, markup=False, highlight=False)
+
+
+LOG_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how many of how many are done, and the time left."""
+    """Shows how many of how many are done, and the time left: a bar, or a line now and then where output is a file."""
+    if not console.is_terminal:
+        last = [-LOG_EVERY]
+
+        def say(done: int, total: int) -> None:
+            if time.monotonic() - last[0] >= LOG_EVERY or done == total:
+                last[0] = time.monotonic()
+                console.print(f"{what}: {done} of {total}")
+
+        yield say
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=None)
@@ -94,6 +113,71 @@ def latents(
         console.print(f"left out: {bad}")
     console.print(f"{len(made.usable)} rows to train on, {len(made.left_out)} samples left out.")
     return 0
+
+
+@commands.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the demo's by default.")
+@click.option("--min-size", type=click.IntRange(0), default=64, show_default=True, help="Pixels of the shorter side.")
+@click.option("--fix", is_flag=True, help="Move what fails into FOLDER/aside; nothing is deleted.")
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="One thread each.")
+def check(folder: Path, body: Path | None, min_size: int, fix: bool, processes: int) -> int:
+    """Says what is wrong with which sample of FOLDER: a line each on standard output. Exit code 1 if anything is.
+
+    Unreadable samples and pictures, missing or misshapen arrays, NaN, keys that come twice, small pictures, hands
+    outside the picture, poses that contradict joints_2d, and captions that name the other hand.
+    """
+    with console.status("reading"):
+        from .check import check as look_through
+        from .check import set_aside
+
+        loaded = _body(body)
+    with progress("shards") as show:
+        report = look_through(folder, loaded, min_size=min_size, processes=processes, on_progress=show)
+    for problem in report.problems:
+        click.echo(problem)
+    counts = report.counts
+    console.print(
+        f"{counts['samples']} samples, {counts['pictures']} pictures; with no hand {counts['hands 0']}, with one "
+        f"{counts['hands 1']}, with two {counts['hands 2']}; {counts['people']} people."
+    )
+    kinds = Counter(problem.kind for problem in report.problems)
+    console.print("Problems: " + (", ".join(f"{kind} {n}" for kind, n in kinds.most_common()) or "none."))
+    if fix and report.problems:
+        console.print(f"{set_aside(folder, report.problems)} files moved to {folder / 'aside'}.")
+        return 0
+    return 1 if report.problems else 0
+
+
+@commands.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The page, .html.")
+@click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the demo's by default.")
+@click.option("--shown", type=click.IntRange(1), default=60, show_default=True, help="Random samples on the sheet.")
+@click.option("--counted", type=click.IntRange(1), default=2000, show_default=True, help="In the histograms.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other samples.")
+def look(folder: Path, output: Path, body: Path | None, shown: int, counted: int, seed: int) -> int:
+    """Writes a page that shows FOLDER: skeletons over pictures, captions, and histograms of sizes, bends and skin."""
+    with console.status("reading"):
+        from .look import look as write_page
+
+        loaded = _body(body)
+    name = body.name if body is not None else "the demo's body"
+    with progress("samples") as show:
+        write_page(folder, output, loaded, shown=shown, counted=counted, seed=seed, body_name=name, on_progress=show)
+    console.print(f"Open {output}")
+    return 0
+
+
+def _body(path: Path | None) -> SMPLH:
+    """The user's body, or the demo's: joints of another body lie nearly where the same placement puts its own."""
+    from ..models.smplh import SMPLH
+
+    if path is not None:
+        return SMPLH.load(path)
+    from ..demo.render import demo_body
+
+    return demo_body()
 
 
 def main() -> None:

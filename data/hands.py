@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..contract import BETAS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
 from ..models.hand_features import HandFeatures, placement_of
-from ..models.smplh import SMPLH, rotation_6d_to_matrix
+from ..models.smplh import HAND_JOINTS, SMPLH, rotation_6d_to_matrix
 from ..runtime.hands import hand_params
 from .augment import Hands
 from .samples import person
@@ -94,3 +94,17 @@ def most_visible(hands: Hands, body: SMPLH) -> int:
     people = [person(hands, number) for number in range(len(hands["global_orient"]))]
     place = params_of(people, body)[:, PLACEMENT].unflatten(1, (2, 4))
     return int(((place[..., 0] > 0.5) * place[..., 3].exp()).sum(1).argmax())
+
+
+@torch.no_grad()
+def joints_in_picture(hands: Sequence[Hands], aspects: Sequence[float], body: SMPLH) -> tuple[np.ndarray, np.ndarray]:
+    """Where forward kinematics puts the joints of some people: [N, 2, 21, 2] in [0, 1] of their pictures (width /
+    height: aspects), and which hands are said to be there: bool [N, 2]."""
+    params = params_of(hands, body)
+    place = params[:, PLACEMENT].unflatten(1, (2, 4))
+    rotations = rotation_6d_to_matrix(params[:, ROTATIONS].unflatten(1, (NUM_JOINTS, 6)))
+    joints = body(rotations, params[:, BETAS])[1][:, HAND_JOINTS, :2]  # [N, 2, 21, 2]
+    camera = HandFeatures.camera(joints, place, (place[..., 0] > 0.5).float())[:, None, None]
+    view = (camera[..., :1] * (joints + camera[..., 1:])).numpy()
+    x = 0.5 + 0.5 * view[..., 0] / np.asarray(aspects)[:, None, None]
+    return np.stack([x, 0.5 - 0.5 * view[..., 1]], -1), (place[..., 0] > 0.5).numpy()

@@ -8,6 +8,7 @@ Scene i is the same whatever the number of scenes. Held-out prompts (prompts.is_
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -78,7 +79,10 @@ def scene_of(seed: int, number: int, both: float = 0.15) -> tuple[Scene, list[st
     predict, drowns what could be learned.
     """
     rng = np.random.default_rng((seed, number))
-    scene = sample_scene(rng, sample_spec(rng, both))
+    scene = None
+    while scene is None:
+        with contextlib.suppress(RuntimeError):  # a few, of two hands, cannot be framed
+            scene = sample_scene(rng, sample_spec(rng, both))
     while is_held_out(scene.prompt):
         scene = replace(scene, prompt=write_prompt(scene.spec, rng))
     prompts = [scene.prompt]

@@ -38,8 +38,11 @@ words = st.one_of(
     st.sampled_from(["ddim", "fp16", "fp64", "../..", "a" * 5000, "\0", "\ud800", "B", "G", "true", "1e400", ""]),
 )
 leaves = st.one_of(st.none(), st.booleans(), numbers, words)
-values = st.recursive(leaves, lambda inner: st.one_of(st.lists(inner, max_size=5), st.dictionaries(words, inner, max_size=5)),
-                      max_leaves=12)  # fmt: skip
+values = st.recursive(
+    leaves,
+    lambda inner: st.one_of(st.lists(inner, max_size=5), st.dictionaries(words, inner, max_size=5)),
+    max_leaves=12,
+)
 
 
 def nested(depth: int) -> bytes:

@@ -254,7 +254,7 @@ def test_refusals_say_what_is_allowed(change, words):
         ({"variance_type": "learned_range"}, "fixed_small"),
         ({"final_sigmas_type": "sigma_min"}, "zero"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start <= beta_end"),
-        ({"beta_end": math.nan}, "beta_start <= beta_end"),
+        ({"beta_end": math.nan}, "beta_end is nan"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
         ({"steps_offset": -1}, "steps_offset"),
         ({"steps_offset": None}, "steps_offset"),

@@ -98,7 +98,7 @@ def test_the_output_of_hd_run_is_a_dataset(tmp_path):
     assert [sample.prompts for sample in found] == [["a left hand"], ["two open hands"]]
     for sample in found:
         assert sample.meta["steps"] == 2 and picture(sample).shape == (128, 128, 3)
-        hands = load_hands(tmp_path / "out" / f"{sample.key}.hands.npz")
+        hands = load_hands(tmp_path / "out" / f"{sample.key}.hands.npz").params
         assert np.array_equal(hand_params(sample.hands), hands)
 
 

@@ -1,0 +1,284 @@
+"""What is wrong with which sample of a dataset, and how to move it out of the way.
+
+    report = check("photos", body)
+    report.problems      # Problem(key, shard, kind, sentence)
+    set_aside("photos", report.problems)        # into photos/aside/
+
+Reading finds what is damaged, missing, misshapen or not finite. On top of that: keys that come twice, pictures that
+cannot be decoded or are small, hands whose joints lie outside the picture, annotations that contradict themselves, and
+captions that name the other hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import DatasetError
+from ..models.hand_features import MIN_IN_FRAME
+from ..models.smplh import SMPLH
+from ..schema import MisfitError
+from .augment import Hands
+from .hands import joints_in_picture, present
+from .samples import GROUP, Bad, Entry, Sample, load, person, picture, scan, shards, split_name
+
+ASIDE = "aside"
+MIN_SIZE = 64  # pixels of a picture's shorter side
+APART = 0.1  # of the picture's height, between joints_2d and where the pose has the joints
+BATCH = 64
+
+_NAMED = re.compile(
+    r"(?<!on the )(?<!to the )(?<!at the )\b(left|right) (?:[\w-]+ ){0,3}?"
+    r"(?:hand|fist|palm|thumb|finger|pinky|wrist)s?\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. at: offsets of the sample's members in its shard, by which it is moved."""
+
+    key: str
+    shard: str
+    kind: str  # unreadable, twice, no picture, small, outside, apart, words
+    sentence: str
+    at: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return str(Bad(self.key, self.shard, self.sentence))
+
+
+@dataclass
+class Report:
+    """problems, and how many of what there are: samples, pictures, hands 0, hands 1, hands 2, people."""
+
+    problems: list[Problem] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def check(
+    folder: str | Path,
+    body: SMPLH,
+    *,
+    min_size: int = MIN_SIZE,
+    processes: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Reads and checks every sample. body: by which joints are placed. on_progress: (shards done, shards in all)."""
+    folder = Path(folder)
+    jobs = [(path, 0, None) for path in shards(folder)] or _plain_jobs(folder)
+    total, report = len(jobs), Report()
+    keys: dict[str, str] = {}
+    work = partial(_check_shard, folder=folder, body=body, min_size=min_size)
+    if processes == 1 or total == 1:
+        parts: Iterable[tuple[list[Problem], Counter[str], list[Entry]]] = map(work, jobs)
+        pool = None
+    else:
+        pool = get_context("spawn").Pool(min(processes, total), _begin)
+        parts = pool.imap(work, jobs)
+    try:
+        for done, (problems, counts, entries) in enumerate(parts, 1):
+            report.problems += problems
+            report.counts += counts
+            for entry in entries:
+                if entry.key in keys:
+                    where = keys[entry.key] or "the folder"
+                    sentence = f"Its key is in {where} already. Give it another one."
+                    report.problems.append(Problem(entry.key, entry.shard, "twice", sentence, entry.offsets))
+                else:
+                    keys[entry.key] = entry.shard
+            if on_progress is not None:
+                on_progress(done, total)
+    finally:
+        if pool is not None:
+            pool.terminate()
+    if not report.counts["samples"] and not report.problems:
+        raise DatasetError(f"{folder} holds no samples: neither .tar shards nor <key>.json files.")
+    return report
+
+
+def _plain_jobs(folder: Path) -> list[tuple[Path, int, int | None]]:
+    count = len(scan(folder)[0])
+    return [(folder, start, start + GROUP) for start in range(0, max(count, 1), GROUP)]
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to hear
+    torch.set_num_threads(1)
+
+
+def _check_shard(
+    job: tuple[Path, int, int | None], folder: Path, body: SMPLH, min_size: int
+) -> tuple[list[Problem], Counter[str], list[Entry]]:
+    path, start, stop = job
+    entries, bad = scan(path)
+    entries = entries[start:stop]
+    problems = [Problem(b.key, b.shard, "unreadable", b.sentence) for b in bad] if not start else []
+    counts: Counter[str] = Counter(samples=len(entries))
+    for first in range(0, len(entries), BATCH):
+        part = entries[first : first + BATCH]
+        wrong = check_samples([load(folder, entry) for entry in part], body, min_size, counts)
+        for entry, found in zip(part, wrong, strict=True):
+            problems += [Problem(entry.key, entry.shard, kind, sentence, entry.offsets) for kind, sentence in found]
+    return problems, counts, entries
+
+
+def check_samples(
+    samples: list[Sample | Bad], body: SMPLH, min_size: int = MIN_SIZE, counts: Counter[str] | None = None
+) -> list[list[tuple[str, str]]]:
+    """(kind, sentence) of all that is wrong with each sample. counts: where what they hold is added up."""
+    counts = Counter() if counts is None else counts
+    out: list[list[tuple[str, str]]] = []
+    people: list[Hands] = []
+    aspects: list[float] = []
+    owners: list[int] = []
+    for number, sample in enumerate(samples):
+        found: list[tuple[str, str]] = []
+        out.append(found)
+        if isinstance(sample, Bad):
+            found.append(("unreadable", sample.sentence))
+            continue
+        aspect = 1.0
+        if sample.image is not None:
+            try:
+                height, width = picture(sample).shape[:2]
+                aspect = width / height
+                counts["pictures"] += 1
+                if min(height, width) < min_size:
+                    found.append(("small", f"Its picture has {width} x {height} pixels, fewer than {min_size} a side."))
+            except MisfitError as error:
+                found.append(("no picture", str(error)))
+        shown = 0 if sample.hands is None else int(present(sample.hands).reshape(-1, 2).sum(1).max())
+        counts[f"hands {shown}"] += 1
+        counts["people"] += sample.people
+        if sample.hands is not None:
+            for i in range(sample.people):
+                people.append(person(sample.hands, i))
+                aspects.append(aspect)
+                owners.append(number)
+            found += _contradicted(sample)
+    if people:
+        joints, said = joints_in_picture(people, aspects, body)
+        for i, number in enumerate(owners):
+            out[number] += _misplaced(joints[i], said[i], people[i].get("joints_2d"), aspects[i])
+    return out
+
+
+def _misplaced(joints: np.ndarray, said: np.ndarray, given: np.ndarray | None, aspect: float) -> list[tuple[str, str]]:
+    """joints: [2, 21, 2] in [0, 1]; said: [2], which hands are to be seen; given: joints_2d."""
+    found = []
+    for side, name in enumerate(("left", "right")):
+        if not said[side]:
+            continue
+        inside = ((joints[side] >= 0) & (joints[side] <= 1)).all(-1).mean()
+        if inside < MIN_IN_FRAME:
+            sentence = f"Its {name} hand is said to be seen, with {inside:.0%} of its joints in the picture."
+            found.append(("outside", sentence))
+        if given is not None:
+            apart = (np.abs(joints[side] - given[side]) * (aspect, 1)).max(-1).mean()
+            if apart > APART:
+                sentence = f"Its {name} hand's pose and joints_2d lie {apart:.0%} of the picture's height apart."
+                found.append(("apart", sentence))
+    return found
+
+
+def _contradicted(sample: Sample) -> list[tuple[str, str]]:
+    """A caption that names one hand, of a picture in which only the other one is to be seen."""
+    assert sample.hands is not None
+    left, right = (bool(one) for one in np.any(present(sample.hands).reshape(-1, 2), axis=0))
+    if left == right:
+        return []
+    seen, other = ("left", "right") if left else ("right", "left")
+    for prompt in sample.prompts:
+        named = {word.lower() for word in _NAMED.findall(prompt)}
+        if named == {other}:
+            return [("words", f'It says "{prompt[:80]}", and only a {seen} hand is annotated.')]
+    return []
+
+
+# --- moving aside ---
+
+
+def set_aside(folder: str | Path, problems: Iterable[Problem]) -> int:
+    """Moves the samples that have problems into FOLDER/aside, and returns how many files moved.
+
+    Nothing is lost: a shard is written again without them, then takes the old one's name; of a damaged shard the whole
+    file is moved, and what could be read of it stays.
+    """
+    folder = Path(folder)
+    moved = 0
+    by_shard: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_shard.setdefault(problem.shard, []).append(problem)
+    for shard, found in by_shard.items():
+        try:
+            (folder / ASIDE).mkdir(exist_ok=True)
+            moved += _from_shard(folder / shard, found) if shard else _from_folder(folder, found)
+        except OSError as error:
+            raise DatasetError(f"{folder / ASIDE} cannot be written: {error.strerror or error}.") from error
+    return moved
+
+
+def _free(path: Path) -> Path:
+    """The path, or with a number where it is taken."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
+def _from_folder(folder: Path, problems: list[Problem]) -> int:
+    keys = {problem.key for problem in problems}
+    moved = 0
+    for path in sorted(folder.iterdir()):
+        name = split_name(path.name)
+        key = name[0] if name else path.name.removesuffix(".hands.png")
+        if path.is_file() and key in keys:
+            path.replace(_free(folder / ASIDE / path.name))
+            moved += 1
+    return moved
+
+
+def _from_shard(path: Path, problems: list[Problem]) -> int:
+    damaged = any(not problem.key for problem in problems)
+    offsets = {offset for problem in problems for offset in problem.at if offset >= 0}
+    keys = {problem.key for problem in problems if not problem.at}
+    whole = {offset for entry in scan(path)[0] for offset in entry.offsets}
+    kept, bad = (path.with_name(f".{path.name}.{os.getpid()}.{end}.tmp") for end in ("kept", "bad"))
+    stay = leave = 0
+    try:
+        with tarfile.open(path, "r:") as source, tarfile.open(kept, "w") as good, tarfile.open(bad, "w") as other:  # noqa: SIM117
+            with contextlib.suppress(tarfile.TarError):  # of a damaged shard, as far as it goes
+                for info in source:
+                    name = split_name(info.name)
+                    if damaged and info.offset_data not in whole:
+                        continue
+                    leaves = info.offset_data in offsets or (name is not None and name[0] in keys)
+                    content = source.extractfile(info)
+                    (other if leaves else good).addfile(info, content)
+                    stay, leave = stay + (not leaves), leave + leaves
+        if damaged:
+            path.replace(_free(path.parent / ASIDE / path.name))
+        elif leave:
+            bad.replace(_free(path.parent / ASIDE / path.name))
+        if stay:
+            kept.replace(path)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        kept.unlink(missing_ok=True)
+        bad.unlink(missing_ok=True)
+    return leave + damaged

@@ -1,0 +1,119 @@
+"""The demo world as a dataset: every scene is a sample whose picture, hands and words agree; made once, resumable."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from commands import listen
+from handiffuser.data.hands import params_of
+from handiffuser.data.samples import picture, read, shards
+from handiffuser.demo import dataset
+from handiffuser.demo.dataset import LABELS, WORDINGS, make, scene_of
+from handiffuser.demo.prompts import is_held_out
+from handiffuser.demo.render import demo_body, render_scenes
+from handiffuser.errors import DatasetError
+from handiffuser.models.hand_features import pack, placement_of
+
+SEED = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("demo")
+    make(path, 24, size=48, seed=SEED, processes=1)
+    return path
+
+
+def test_a_sample_is_its_scene(folder):
+    body = demo_body()
+    samples = list(read(folder))
+    scenes, prompts = zip(*(scene_of(SEED, i) for i in range(24)), strict=True)
+    assert [sample.prompts for sample in samples] == list(prompts)
+    images = render_scenes(scenes[:8], body, 48).numpy()
+    for sample, scene, image in zip(samples[:8], scenes, images, strict=False):
+        drawn = picture(sample).astype(int)
+        assert np.abs(drawn - image).max() <= 2  # which scenes share a batch may round one level
+        rotations, betas = (torch.from_numpy(a)[None] for a in (scene.rotations, scene.betas))
+        camera, present = (torch.from_numpy(a)[None] for a in (scene.camera, scene.present))
+        wanted = pack(rotations, betas, placement_of(body(rotations, betas)[1], camera, present))
+        assert torch.allclose(params_of([sample.hands], body), wanted, atol=1e-5)
+        only_camera = {name: value for name, value in sample.hands.items() if name != "placement"}
+        assert torch.allclose(params_of([only_camera], body), wanted, atol=1e-4)
+        spec = scene.spec
+        assert sample.meta["labels"] == {
+            "side": spec.side, "gesture": spec.gesture, "view": spec.view, "skin": spec.skin,
+            "background": spec.background,
+        }  # fmt: skip
+        assert all(sample.meta["labels"][name] in classes for name, classes in LABELS.items())
+
+
+def test_held_out_prompts_are_not_in_it():
+    for number in range(120):
+        scene, prompts = scene_of(SEED, number)
+        assert prompts[0] == scene.prompt and len(prompts) == WORDINGS
+        assert not any(map(is_held_out, prompts))
+
+
+def test_it_is_made_once_and_grows(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD", 4)
+    made = []
+    monkeypatch.setattr(dataset, "get_context", lambda _: Here(made))
+    make(tmp_path, 6, size=16, seed=SEED)
+    assert [path.name for path in shards(tmp_path)] == ["00000.tar", "00001.tar"] and made == [0, 4]
+    before = [sample.prompts for sample in read(tmp_path)]
+    made.clear()
+    make(tmp_path, 6, size=16, seed=SEED)
+    assert made == []
+    make(tmp_path, 9, size=16, seed=SEED)  # the second shard was short
+    assert made == [4, 8]
+    after = [sample.prompts for sample in read(tmp_path)]
+    assert len(after) == 9 and after[:6] == before
+    path = tmp_path / "00000.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:3000])
+    made.clear()
+    shown = []
+    make(tmp_path, 9, size=16, seed=SEED, on_progress=lambda *done: shown.append(done))
+    assert made == [0] and path.read_bytes() == whole and shown == [(5, 9), (9, 9)]
+
+
+class Here:
+    """A pool that works in this process, and keeps the first scene of each shard it was given."""
+
+    def __init__(self, made: list[int]) -> None:
+        self.made = made
+
+    def Pool(self, *_):  # noqa: N802
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def imap_unordered(self, function, jobs):
+        for job in jobs:
+            self.made.append(job[2][0])
+            yield function(job)
+
+
+@pytest.mark.parametrize("other", [{"seed": 5, "size": 48}, {"seed": SEED, "size": 32}])
+def test_another_dataset_is_not_mixed_in(folder, other):
+    with pytest.raises(DatasetError, match="holds another dataset"):
+        make(folder, 24, processes=1, **other)
+
+
+def test_ctrl_c_is_a_sentence_and_leaves_whole_shards(tmp_path):
+    command = [sys.executable, "-m", "handiffuser.data.cli", "demo", str(tmp_path / "out"), "--scenes", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
+        assert process.stderr.readline() == "scenes: 0 of 100000\n"  # type: ignore[union-attr]
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from what is done" in said and "Traceback" not in said, said
+    assert all(not path.name.endswith(".tar") for path in (tmp_path / "out").iterdir())
