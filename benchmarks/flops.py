@@ -3,9 +3,9 @@
     from handiffuser.benchmarks.flops import count
     count(Path("bundle/unet.onnx"), {"B": 1})        # {"Conv": ..., "MatMul": ..., ...}
 
-Only what a matrix unit does is counted, 2 operations a multiply-add: MatMul, Gemm, Conv, Attention
-(and MultiHeadAttention, which stands for it where pixels look at each other). That is what the
-measured matrix ceiling is the limit of. Shapes come from ONNX's shape inference, hence the `onnx` package.
+Only what a matrix unit does is counted, 2 operations a multiply-add: MatMul, Gemm, Conv, Attention. That is what the
+measured matrix ceiling is the limit of. A node that a function of the model defines, such as the MultiHeadAttention of
+an export, counts as its definition. Shapes come from ONNX's shape inference, hence the `onnx` package.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def count(path: Path, sizes: Mapping[str, int]) -> dict[str, int]:
     """
     try:
         import onnx
-        from onnx import shape_inference
+        from onnx import inliner, shape_inference
     except ImportError as error:
         raise EngineError(
             'Counting operations needs handiffuser[export]: pip install "handiffuser[export]".'
@@ -47,7 +47,8 @@ def count(path: Path, sizes: Mapping[str, int]) -> dict[str, int]:
     for tensor in graph.initializer:
         if len(tensor.raw_data) > LARGE:
             tensor.ClearField("raw_data")
-    for node in graph.node:
+    model = inliner.inline_local_functions(model)
+    for node in model.graph.node:
         if node.op_type == "GroupNormalization":  # onnx infers nothing for it; its output is of its input's shape
             node.op_type = "Identity"
             del node.input[1:], node.attribute[:]
@@ -92,10 +93,4 @@ def _attention(given: list[Any], result: Shape, attributes: dict[str, Any]) -> i
     return 2 * N * length * key[1] * (width + result[-1])
 
 
-COUNTED = {
-    "MatMul": _matmul,
-    "Gemm": _gemm,
-    "Conv": _conv,
-    "Attention": _attention,
-    "MultiHeadAttention": _attention,
-}
+COUNTED = {"MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Attention": _attention}
