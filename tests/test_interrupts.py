@@ -129,26 +129,25 @@ def test_signals_while_a_command_begins(numbers, tmp_path):
 
 
 COMMANDS = {
-    "hd-export": (["hd-export", "CHECKPOINT", "OUT", "--precision", "fp16"], 20, "Stopped. What is finished stays"),
+    "hd-export": (["hd-export", "CHECKPOINT", "OUT"], 15, "Stopped. What is finished stays"),
     "hd-bench": (
-        ["hd-bench", "demo", "--batch-sizes", "1", "--threads", "1", "--repeats", "3", "--peers", "--leave-out",
-         "torch.compile"],
-        20,
+        ["hd-bench", "demo", "--batch-sizes", "1", "--threads", "1", "--repeats", "3"],
+        8,
         "Interrupted. This is what was measured so far.",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_one_signal_at_any_moment(command, tiny_checkpoint_folder, tmp_path):
-    """At moments drawn at random, six times over; then the same command is left alone and does what it should."""
+    """At moments drawn at random, four times over; then the same command is left alone and does what it should."""
     arguments, seconds, sentence = COMMANDS[command]
     names = {"CHECKPOINT": str(tiny_checkpoint_folder), "OUT": str(tmp_path / "out")}
     line = [str(BIN / arguments[0]), *(names.get(argument, argument) for argument in arguments[1:])]
     draw = random.Random(9)
     stopped = 0
-    for _ in range(6):
+    for _ in range(4):
         process = start(*line)
         wait_until_it_listens(process)
         deadline = time.monotonic() + draw.random() * seconds
@@ -167,7 +166,7 @@ def test_one_signal_at_any_moment(command, tiny_checkpoint_folder, tmp_path):
         assert process.returncode == 130 and "Traceback" not in errors, errors
         assert len(said) == 1 and (sentence in said[0] or said[0] == f"{command}: Interrupted."), errors
         stopped += 1
-    assert stopped >= 3
+    assert stopped >= 2
     if command == "hd-export":
         assert subprocess.run(line, capture_output=True, timeout=300).returncode == 0
         Manifest.load(tmp_path / "out")
