@@ -44,8 +44,8 @@ class Sensitive:
 def keep_float32(model_path: str | Path, out_path: str | Path, names: Iterable[str]) -> None:
     """Writes a half-precision graph in which the nodes called `names` compute in float32.
 
-    Their weights stay stored in half behind a Cast. Between two such nodes values pass in float32, unrounded;
-    elsewhere they are cast. The graph's own inputs and outputs keep their types.
+    Their weights stay stored in half behind a Cast. Between two such nodes, and to what is in float32 anyhow, values
+    pass in float32, unrounded; elsewhere they are cast. The graph's own inputs and outputs keep their types.
     Raises BundleError when a node is not there.
     """
     save_model(_keep(onnx.load(model_path), set(names)), Path(out_path))
@@ -303,9 +303,17 @@ def _keep(model: ModelProto, names: set[str]) -> ModelProto:
     if missing := names - {label(node) for node in graph.node}:
         raise BundleError(f"The graph {graph.name} has no node {', '.join(sorted(missing))}. Look for them again.")
     shapes = {value.name: value.type.tensor_type.shape for value in (*graph.value_info, *graph.input, *graph.output)}
+    unrounded = {name for node in graph.node if label(node) in names for name in node.output if types.get(name) in HALF}
+
+    def takes_twin(node: NodeProto) -> bool:
+        """Whether a node casts to float32 what is there in float32: rounded to half in between, it could overflow."""
+        goal = [attribute.i for attribute in node.attribute if attribute.name == "to"]
+        return node.op_type == "Cast" and node.input[0] in unrounded and goal == [TensorProto.FLOAT]
+
     # Tensors that some other node, or the caller, takes in half.
     wanted = {value.name for value in graph.output}
-    wanted.update(name for node in graph.node if label(node) not in names for name in node.input)
+    others = [node for node in graph.node if label(node) not in names and not takes_twin(node)]
+    wanted.update(name for node in others for name in node.input)
     nodes: list[NodeProto] = []
     # Half tensor -> its float32 twin. What was in float32 just before is taken from there.
     casts = [node for node in graph.node if node.op_type == "Cast"]
@@ -328,6 +336,8 @@ def _keep(model: ModelProto, names: set[str]) -> ModelProto:
 
     for node in graph.node:
         if label(node) not in names:
+            if takes_twin(node):
+                node.input[0] = wide[node.input[0]]
             nodes.append(node)
             continue
         kept = NodeProto()

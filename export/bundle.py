@@ -31,6 +31,7 @@ from .attention import fuse_attention
 from .check import run_apart
 from .check import version as onnxruntime_version
 from .graphs import PRECISIONS, Graph, graphs
+from .norms import write_out_norms
 from .workspace import install, workspace
 
 # Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output: an error in the
@@ -175,6 +176,7 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
         verbose=False,
     )
     assert program is not None
+    write_out_norms(program.model)
     compact(program.model)
     fuse_attention(program.model)
     save_model(program.model, folder / f"{graph.name}.onnx")

@@ -179,6 +179,8 @@ class RequestFile:
             if isinstance(values.get("hands"), str) and values["hands"] != NO_HANDS:
                 values["hands"] = str(self.folder / values["hands"])
         else:
+            if b"\0" in line:
+                raise RequestError("The line holds NUL bytes. Save the file as UTF-8.")
             try:
                 values = {"prompt": line.decode("utf-8").strip()}
             except UnicodeDecodeError:
@@ -294,7 +296,7 @@ def _as_utf8(content: bytes, name: str) -> bytes:
                 raise RequestError(
                     f"{name} is marked as {encoding.upper()} and is damaged. Save it as UTF-8."
                 ) from None
-    if b"\0" in content[:4096]:
+    if content[:4096].count(0) > len(content[:4096]) // 4:  # UTF-16 without its mark; a single one spoils its own line
         raise RequestError(f"{name} is no UTF-8 text: it holds NUL bytes. Save it as UTF-8.")
     return content
 

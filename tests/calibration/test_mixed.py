@@ -151,7 +151,7 @@ def test_an_overflowing_layer_is_found_and_mended(overflowing, inputs, tmp_path)
     assert not emulated(half, calls[0])[1].all(), "it overflows"
     found = find_sensitive(exact, half, calls)
     assert {node.reason for node in found} == {"overflow"} and len(found) < 5
-    assert {node.op for node in found} >= {"Conv", "GroupNormalization"}
+    assert {node.op for node in found} >= {"Conv", "Reshape"}, "the convolution, and what takes its output on"
     keep_float32(half, tmp_path / "mixed.onnx", [node.name for node in found])
     image, finite = emulated(tmp_path / "mixed.onnx", calls[0])
     expected, _ = run(onnx.load(exact), **calls[0])

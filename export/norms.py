@@ -1,0 +1,92 @@
+"""Group norms of small groups, written out in float32.
+
+TensorRT has a kernel of its own for GroupNormalization. It shares a group out among blocks, and so wants counters that
+another kernel sets to zero before, and it takes in nothing of what stands before it. Written out, a group that one
+block can hold becomes a single kernel together with what is around it: the time's bias, a concatenation, SiLU. Of
+Stable Diffusion 1.5's UNet that spares 43 of 550 kernels. Larger groups written out take several passes over memory:
+they stay. ONNX Runtime's CPU provider writes all of them out itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+LARGEST_GROUP = 10_240  # numbers; one of 20,480 was cut into two kernels (TensorRT-RTX 1.7)
+
+
+def write_out_norms(model: ir.Model) -> int:
+    """Replaces GroupNormalization of small groups, in place; returns how many nodes were replaced.
+
+    Mean and variance, scale and bias are in float32, as the operator has them by definition; what comes out is rounded
+    once.
+    """
+    graph, replaced = model.graph, 0
+    for node in list(graph):
+        if node.op_type != "GroupNormalization" or node.outputs[0] in graph.outputs:
+            continue
+        x, scale, bias = node.inputs
+        groups, shape = node.attributes["num_groups"].as_int(), x.shape  # type: ignore[union-attr]
+        sizes = [] if shape is None else [size for size in shape[1:] if isinstance(size, int)]
+        known = shape is not None and len(sizes) == len(shape) - 1
+        known = known and scale.const_value is not None and bias.const_value is not None  # type: ignore[union-attr]
+        if not known or np.prod(sizes) > groups * LARGEST_GROUP:
+            continue
+        new = _written_out(graph, node, groups, sizes)
+        graph.insert_before(node, new)
+        old, result = node.outputs[0], new[-1].outputs[0]
+        result.shape, result.type = old.shape, old.type
+        old.replace_all_uses_with(result)
+        replaced += 1
+    if replaced:
+        RemoveUnusedNodesPass()(model)
+    return replaced
+
+
+def _written_out(graph: ir.Graph, node: ir.Node, groups: int, sizes: list[int]) -> list[ir.Node]:
+    """The nodes that compute what `node` does, in order; the last gives its output."""
+    x, scale, bias = node.inputs
+    assert x is not None and scale is not None and bias is not None and x.dtype is not None
+    nodes: list[ir.Node] = []
+    rows = x.shape[0]  # type: ignore[index]
+    grouped, whole, single = [rows, groups, int(np.prod(sizes)) // groups], [rows, *sizes], [rows, groups, 1]
+
+    def constant(name: str, value: np.ndarray) -> ir.Value:
+        tensor = ir.tensor(value, name=f"{node.name}_{name}")
+        found = ir.Value(
+            name=tensor.name, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        graph.register_initializer(found)
+        return found
+
+    def add(op: str, inputs: list[ir.Value], name: str, shape: list, kind: ir.DataType, **attributes: int) -> ir.Value:
+        new = ir.node(op, inputs, attributes or None, name=f"{node.name}_{name}")
+        out = new.outputs[0]
+        out.name, out.shape, out.type = f"{node.name}_{name}_out", ir.Shape(shape), ir.TensorType(kind)
+        nodes.append(new)
+        return out
+
+    def per_channel(name: str, value: ir.Value) -> ir.Value:
+        numbers = value.const_value.numpy().astype(np.float32)  # type: ignore[union-attr]
+        return constant(name, numbers.reshape(-1, *[1] * (len(sizes) - 1)))
+
+    real, kind = ir.DataType.FLOAT, x.dtype
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    last = constant("axis", np.array([2], np.int64))
+    value = add("Reshape", [x, constant("groups", np.array([0, groups, -1]))], "grouped", grouped, kind)
+    if kind != real:
+        value = add("Cast", [value], "float32", grouped, real, to=int(real))
+    mean = add("ReduceMean", [value, last], "mean", single, real)
+    centred = add("Sub", [value, mean], "centred", grouped, real)
+    squares = add("Mul", [centred, centred], "squares", grouped, real)
+    variance = add("ReduceMean", [squares, last], "variance", single, real)
+    safe = add("Add", [variance, constant("epsilon", np.array(epsilon, np.float32))], "safe", single, real)
+    spread = add("Sqrt", [safe], "spread", single, real)
+    value = add("Div", [centred, spread], "normal", grouped, real)
+    value = add("Reshape", [value, constant("channels", np.array([0, *sizes]))], "ungrouped", whole, real)
+    value = add("Mul", [value, per_channel("scale", scale)], "scaled", whole, real)
+    value = add("Add", [value, per_channel("bias", bias)], "shifted", whole, real)
+    if kind != real:
+        add("Cast", [value], "rounded", whole, kind, to=int(kind))
+    return nodes
