@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from properties import KINDS
 
-CASES = {"short": 60, "slow": 600, "nightly": 6000}
+CASES = {"short": 60, "slow": 2000, "nightly": 30_000}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of memory")
@@ -32,5 +32,5 @@ def test_anything_is_taken_or_refused(kind, length, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=900, errors="replace")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
     counts = json.loads(result.stdout.strip().splitlines()[-1])
-    assert counts["cases"] >= CASES[length] and counts["refused"] > 0.2 * counts["cases"]
+    assert counts["cases"] >= CASES[length] and counts["refused"] > 0.1 * counts["cases"]
     print(kind, counts)
