@@ -60,12 +60,18 @@ EXTRAS = {
 }
 
 
-def lacking(error: ImportError) -> str:
+TRAINING = ("hd-train", "hd-data")
+
+
+def lacking(error: ImportError, command: str) -> str:
     """A sentence for a module that is not installed. Raises the error again when that is none of EXTRAS."""
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS or not isinstance(error, ModuleNotFoundError):
         raise error
-    return f"This needs {module}, which is not installed. It comes with handiffuser{EXTRAS[module]}."
+    extra = EXTRAS[module]
+    if command in TRAINING and extra == "[export]":
+        extra = "[train]"  # which brings the other
+    return f"This needs {module}, which is not installed. It comes with handiffuser{extra}."
 
 
 def start(command: str, module: str) -> None:
@@ -82,7 +88,7 @@ def start(command: str, module: str) -> None:
             leave(INTERRUPTED)
         if not isinstance(error, ImportError):
             raise
-        print(f"{command}: {lacking(error)}", file=sys.stderr)
+        print(f"{command}: {lacking(error, command)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -110,7 +116,7 @@ def run(name: str, command: click.Command, sentence: str = "Interrupted.") -> No
         elif isinstance(error, MemoryError):
             click.echo(f"{name}: There is not enough memory.", err=True)
         elif isinstance(error, ImportError):
-            click.echo(f"{name}: {lacking(error)}", err=True)
+            click.echo(f"{name}: {lacking(error, name)}", err=True)
         else:
             raise
     leave(code)
