@@ -101,6 +101,9 @@ def check(
                     keys[entry.key] = entry.shard
             if on_progress is not None:
                 on_progress(done, total)
+        if pool is not None:  # all is done: nothing is to be killed in the middle of something
+            pool.close()
+            pool.join()
     finally:
         if pool is not None:
             pool.terminate()

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -65,11 +67,32 @@ def make(
         on_progress(done, scenes)
     if not todo:
         return
-    with get_context("spawn").Pool(min(processes, len(todo)), _begin) as pool:
-        for count in pool.imap_unordered(_shard, todo):
-            done += count
-            if on_progress is not None:
-                on_progress(done, scenes)
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(done, scenes)
+
+    processes = min(processes, len(todo))
+    if processes == 1:
+        torch.set_num_threads(1)
+        for job in todo:
+            tell(_shard(job))
+        return
+    # Not multiprocessing's Pool, which waits for ever for a process that was killed.
+    with ProcessPoolExecutor(processes, get_context("spawn"), _begin) as pool:
+        try:
+            for made in as_completed([pool.submit(_shard, job) for job in todo]):
+                tell(made.result())
+        except BrokenProcessPool:
+            raise DatasetError(
+                "A process that renders was killed, most often because memory ran out. What is done stays; the same "
+                "command goes on, with fewer --processes perhaps."
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def scene_of(seed: int, number: int, both: float = 0.15) -> tuple[Scene, list[str]]:
