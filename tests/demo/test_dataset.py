@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -62,7 +63,14 @@ def test_held_out_prompts_are_not_in_it():
 def test_it_is_made_once_and_grows(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "SHARD", 4)
     made = []
-    monkeypatch.setattr(dataset, "get_context", lambda _: Here(made))
+    shard = dataset._shard
+
+    def noted(job):
+        made.append(job[2][0])
+        return shard(job)
+
+    monkeypatch.setattr(dataset, "_shard", noted)
+    make = partial(dataset.make, processes=1)
     make(tmp_path, 6, size=16, seed=SEED)
     assert [path.name for path in shards(tmp_path)] == ["00000.tar", "00001.tar"] and made == [0, 4]
     before = [sample.prompts for sample in read(tmp_path)]
@@ -80,27 +88,6 @@ def test_it_is_made_once_and_grows(tmp_path, monkeypatch):
     shown = []
     make(tmp_path, 9, size=16, seed=SEED, on_progress=lambda *done: shown.append(done))
     assert made == [0] and path.read_bytes() == whole and shown == [(5, 9), (9, 9)]
-
-
-class Here:
-    """A pool that works in this process, and keeps the first scene of each shard it was given."""
-
-    def __init__(self, made: list[int]) -> None:
-        self.made = made
-
-    def Pool(self, *_):  # noqa: N802
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def imap_unordered(self, function, jobs):
-        for job in jobs:
-            self.made.append(job[2][0])
-            yield function(job)
 
 
 @pytest.mark.parametrize("other", [{"seed": 5, "size": 48}, {"seed": SEED, "size": 32}])
