@@ -32,11 +32,12 @@ from torch import Tensor
 
 from ..commands import run
 from ..contract import BETAS, NUM_JOINTS, ROTATIONS
+from ..data.latents import encode_prompts
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH, rotation_6d_to_matrix
 from ..training.loop import console
-from ..training.sample import decode, encode, encode_prompts, hands_of, image_grid, sample_hands, sample_pictures
+from ..training.sample import decode, encode, hands_of, image_grid, sample_hands, sample_pictures
 from ..training.stages import images_to_float
 from . import resolve
 from .dataset import LABELS, scene_tensors

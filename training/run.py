@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from .. import demo
 from ..data.augment import fit_picture
 from ..data.dataset import Index
-from ..data.latents import LatentCache, make_latents
+from ..data.latents import LatentCache, encode_prompts, make_latents
 from ..data.samples import Sample, picture
 from ..errors import DatasetError, TrainingError
 from ..models import lora
-from ..models.checkpoint import Checkpoint, make_tokenizer, random_checkpoint
+from ..models.checkpoint import BODY, Checkpoint, make_tokenizer, random_checkpoint
 from ..models.configs import CONFIGS
 from ..schema import MisfitError
 from .loop import Stage, averages, console, finished, fit
 from .recipe import PLANS, Recipe
-from .sample import CUES, decode, encode, encode_prompts, hands_of, image_grid, sample_hands, sample_pictures
+from .sample import CUES, decode, encode, hands_of, image_grid, sample_hands, sample_pictures
 from .stages import (
     EncoderLoss,
     HandPriorLoss,
@@ -98,7 +98,9 @@ class Run:
         assert self.recipe.new is not None
         config = CONFIGS[self.recipe.new]
         tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        checkpoint = random_checkpoint(config, self.recipe.vae.seed, body=free_body(), tokenizer=tokenizer)
+        checkpoint = random_checkpoint(
+            config, self.recipe.vae.seed, body=demo.checkpoint_path() / BODY, tokenizer=tokenizer
+        )
         if checkpoint.position_kernel is not None:
             checkpoint.position_kernel.focus()
         for module in checkpoint.modules().values():
@@ -294,22 +296,10 @@ class Run:
         trained = {name: {"steps": self.recipe.plan(name).steps, "data": self.digest} for name in PLANS
                    if finished(self.folder / name)}  # fmt: skip
         checkpoint.notes = {**checkpoint.notes, "trained": {**_stages(checkpoint.notes), **trained}}
-        replace(checkpoint).save(output, half=half)
+        checkpoint.save(output, half=half)
 
 
 def _stages(notes: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint's notes say of the stages that were trained before."""
     before = notes.get("trained")
     return before if isinstance(before, dict) else {}
-
-
-def free_body() -> Path:
-    """The demo's body, which belongs to nobody's licence."""
-    from .. import demo
-    from ..models.checkpoint import BODY
-
-    return demo.checkpoint_path() / BODY
-
-
-def say_done(name: str) -> None:
-    console.print(f"{name}: done already")

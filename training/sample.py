@@ -5,12 +5,11 @@ The product's sampler is in runtime/ and knows no PyTorch; this is the plain loo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..models.checkpoint import Checkpoint
@@ -28,16 +27,6 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
     height, width = images.shape[1:3]
     padded = torch.cat([images, images.new_zeros(rows * columns - len(images), height, width, 3)])
     return padded.view(rows, columns, height, width, 3).transpose(1, 2).reshape(rows * height, columns * width, 3)
-
-
-def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, special: dict[str, int]) -> Tensor:
-    """Prompts -> token ids [N, length]: bos, at most length - 2 tokens, eos, padding."""
-    length = special["length"]
-    ids = torch.full((len(prompts), length), special["pad"], dtype=torch.int64)
-    for row, encoding in enumerate(tokenizer.encode_batch(list(prompts), add_special_tokens=False)):
-        tokens = [special["bos"], *encoding.ids[: length - 2], special["eos"]]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-    return ids
 
 
 @torch.no_grad()

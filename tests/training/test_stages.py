@@ -6,11 +6,11 @@ import msgspec
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
+from handiffuser.data.latents import encode_prompts
 from handiffuser.models.checkpoint import Checkpoint
 from handiffuser.training.draws import Draws
 from handiffuser.training.loop import Stage, fit
 from handiffuser.training.recipe import EncoderPlan, HandPriorPlan, PicturesPlan, VaePlan
-from handiffuser.training.sample import encode_prompts
 from handiffuser.training.stages import (
     EncoderLoss,
     HandPriorLoss,
