@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +203,11 @@ def export(
 ) -> None:
     """The part that needs PyTorch."""
     with console.status("reading the checkpoint"):
-        import onnxruntime  # noqa: F401  (runs in another process, where it would be missed after minutes)
-
         from .admit import admit, is_small, quantize
         from .bundle import check_target, export_bundle
         from .workspace import install, workspace
+
+        import_module("onnxruntime")  # runs in another process, where it would be missed after minutes
 
         loaded = load_checkpoint(folder, adapters, image_size)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import msgspec
 import numpy as np
@@ -221,22 +223,15 @@ def test_on_two_processes_it_is_the_same_run(tmp_path, shard):
 def test_killed_anywhere_it_ends_with_the_same_weights(tmp_path):
     """kill -9 at ten random moments of a run of one process: bit for bit."""
     whole = fit(stage(), msgspec.structs.replace(PLAN, steps=4000, save_every=3, log_every=1000), tmp_path / "whole")
-    rng = np.random.default_rng(0)
-    killed = 0
-    for _ in range(60):
-        process = subprocess.Popen(command(tmp_path, tmp_path / "killed", 4000, 1), stderr=subprocess.DEVNULL)
-        try:
-            if killed >= 10:
-                assert process.wait(timeout=300) == 0
-                break
-            process.wait(timeout=float(rng.uniform(4, 9)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            killed += 1
-        else:
-            break
-    assert killed >= 3, "the run was over before it could be killed"
+    run = command(tmp_path, tmp_path / "killed", 4000, 1)
+    for step in sorted(np.random.default_rng(0).choice(np.arange(30, 3600), 10, replace=False).tolist()):
+        process = subprocess.Popen(run, stderr=subprocess.DEVNULL)
+        while not finished(tmp_path / "killed", step):
+            assert process.poll() is None, "the run was over before it could be killed"
+            time.sleep(0.003)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL and not finished(tmp_path / "killed", 4000)
+    assert subprocess.run(run, stderr=subprocess.DEVNULL, timeout=300).returncode == 0
     found = averages(tmp_path / "killed")
     assert finished(tmp_path / "killed", 4000)
     assert all(torch.equal(found[name], value) for name, value in whole.state_dict().items())
