@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
@@ -26,12 +26,20 @@ from ..models.hand_features import pack, placement_of
 from ..models.smplh import HAND_JOINTS, SMPLH
 from ..runtime.hands import POSES, matrix_to_axis_angle
 from .gestures import NAMES
-from .prompts import BACKGROUNDS, SIDES, SKINS, is_held_out, sample_spec, write_prompt
+from .prompts import BACKGROUNDS, SIDES, SKINS, VIEWS, Spec, is_held_out, sample_spec, write_prompt
 from .render import demo_body, render_scenes
 from .scenes import Scene, sample_scene
 
-# What a picture can be judged by, and the classes of each.
-LABELS = {"gesture": NAMES, "side": SIDES, "skin": tuple(SKINS), "background": tuple(BACKGROUNDS)}
+# What a picture can be judged by, and the classes of each. "gesture" is that of the one hand, or of the left; "other"
+# is the right hand's where there are two.
+LABELS = {
+    "gesture": NAMES,
+    "side": SIDES,
+    "skin": tuple(SKINS),
+    "background": tuple(BACKGROUNDS),
+    "view": tuple(VIEWS),
+    "other": NAMES,
+}
 SHARD = 500  # scenes
 WORDINGS = 4  # prompts for each picture: words are learned from what changes while the picture stays
 BATCH = 32  # scenes that are rendered together
@@ -95,6 +103,24 @@ def make(
             raise
 
 
+def labels_of(spec: Spec) -> dict[str, str]:
+    """What can be said of a picture, in the words of LABELS; nothing of another hand where there is none, and no view
+    where two hands are seen differently."""
+    labels = {key: value for key, value in asdict(spec).items() if value}
+    if spec.side == "both":
+        labels["other"] = spec.gesture_of(1)
+        if spec.view_of(0) != spec.view_of(1):
+            del labels["view"]
+        else:
+            labels["view"] = spec.view_of(0)
+    return labels
+
+
+def class_numbers(labels: Mapping[str, str]) -> list[int]:
+    """Class numbers in the order of LABELS, -1 where nothing is said."""
+    return [list(names).index(labels[label]) if label in labels else -1 for label, names in LABELS.items()]
+
+
 def scene_of(seed: int, number: int, both: float = 0.15) -> tuple[Scene, list[str]]:
     """Scene `number` of a seed, and WORDINGS prompts for it, its own first, none of them held out.
 
@@ -142,14 +168,15 @@ def samples_of(
             "visibility": scene.present.astype(np.float32),
             "joints_2d": joints_2d[i],
         }
-        meta = {"source": "handiffuser demo", "licence": "Apache-2.0", "labels": asdict(scene.spec)}
+        meta = {"source": "handiffuser demo", "licence": "Apache-2.0", "labels": labels_of(scene.spec)}
         out.append(Sample(keys[i], list(prompts[i]), hands, encode_png(images[i]), meta))
     return out
 
 
 @torch.no_grad()
 def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]:
-    """Rendered scenes for a judge: images uint8 [N, size, size, 3], params [N, 330], labels [N, 4] as in LABELS."""
+    """Rendered scenes for a judge: images uint8 [N, size, size, 3], params [N, 330], labels [N, 6] as in LABELS, -1 where
+    nothing is said."""
     body = demo_body()
 
     def stack(name: str) -> torch.Tensor:
@@ -157,7 +184,7 @@ def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]
 
     rotations, betas = stack("rotations"), stack("betas")
     joints = torch.cat([body(r, b)[1] for r, b in zip(rotations.split(64), betas.split(64), strict=True)])
-    numbers = [[list(names).index(getattr(s.spec, label)) for label, names in LABELS.items()] for s in scenes]
+    numbers = [class_numbers(labels_of(s.spec)) for s in scenes]
     return {
         "images": render_scenes(scenes, body, size),
         "params": pack(rotations, betas, placement_of(joints, stack("camera"), stack("present"))),

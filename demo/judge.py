@@ -1,7 +1,7 @@
 """A judge of pictures: a small classifier trained on renders only, never on generated pictures.
 
-It reads gesture, side, skin and background. Its verdict counts only where it is good itself: `accuracy` on held-out
-renders is part of every report.
+It reads gesture, side, skin, background and view, and the right hand's gesture where there are two. Its verdict counts
+only where it is good itself: `accuracy` on held-out renders is part of every report.
 
     judge(images)["gesture"]   # logits [N, 24] from float images [N, 3, 128, 128] in [-1, 1]
 """
@@ -21,7 +21,7 @@ from ..training.draws import Draws
 from ..training.loop import Stage, averages, fit
 from ..training.recipe import Plan
 from ..training.stages import images_to_float
-from .dataset import LABELS
+from .dataset import LABELS, class_numbers
 
 PLAN = Plan(steps=4000, batch=128, learning_rate=2e-3, precision="bf16")
 
@@ -62,16 +62,18 @@ class JudgeLoss(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         logits = self.judge(images)
         losses = [
-            F.cross_entropy(logits[label].float(), labels[:, column], label_smoothing=0.05)
+            F.cross_entropy(
+                logits[label].float(), labels[:, column], label_smoothing=0.05, reduction="none", ignore_index=-1
+            )
             for column, label in enumerate(LABELS)
         ]
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum(0).mean()  # a mean over rows, also where some of them say nothing
 
 
 def judge_inputs(rows: dict[str, Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
     """Renders with a little blur, noise and shift, so that it reads shapes and not the renderer's pixels.
 
-    rows: images uint8 [n, H, W, 3], labels [n, 4].
+    rows: images uint8 [n, H, W, 3], labels [n, 6].
     """
     images = rows["images"]
     pictures = F.avg_pool2d(images_to_float(images), images.shape[1] // 64)
@@ -84,12 +86,12 @@ def judge_inputs(rows: dict[str, Tensor], draws: Draws) -> tuple[Tensor, Tensor]
 
 
 def labels_of(index: Index, numbers: Sequence[int]) -> Tensor:
-    """Class numbers [n, 4] of a dataset's samples, in the order of LABELS."""
+    """Class numbers [n, 6] of a dataset's samples, in the order of LABELS."""
     rows = []
     for number in numbers:
         sample = index.sample(number)
         assert isinstance(sample, Sample), sample
-        rows.append([list(names).index(sample.meta["labels"][label]) for label, names in LABELS.items()])
+        rows.append(class_numbers(sample.meta["labels"]))
     return torch.tensor(rows)
 
 
@@ -117,7 +119,7 @@ def load_judge(folder: Path) -> Judge:
 
 @torch.no_grad()
 def read(judge: Judge, images: Tensor, batch: int = 64) -> Tensor:
-    """uint8 images [N, H, W, 3] -> class numbers [N, 4] in the order of LABELS."""
+    """uint8 images [N, H, W, 3] -> class numbers [N, 6] in the order of LABELS."""
     rows = []
     for part in images.split(batch):
         logits = judge(images_to_float(part))

@@ -44,20 +44,44 @@ BACKGROUNDS = {
     "pink": (0.95, 0.50, 0.70),
 }
 
+# How much more often gestures are drawn whose fingers hide each other, or that are mistaken for one another.
+HARD = {"fist": 1.5, "thumbs_up": 2.0, "thumbs_down": 2.0, "claw": 1.5, "cupped_hand": 1.5, "c_shape": 1.5,
+        "pinched_fingers": 1.5, "ok_sign": 1.5, "pinch": 1.5}  # fmt: skip
+
 # Gestures that also have a name as an adjective, or as a noun of its own.
 ADJECTIVES = {"open_hand": ("open", "hand"), "fist": ("clenched", "fist"), "cupped_hand": ("cupped", "hand")}
+
+# Nouns that can stand for a hand and what it does.
+NOUNS = {
+    "fist": ("fist", "clenched fist"), "open_hand": ("open hand", "flat hand"), "thumbs_up": ("thumbs up",),
+    "thumbs_down": ("thumbs down",), "victory": ("peace sign", "victory sign", "V sign"), "ok_sign": ("OK sign",),
+    "call_me": ("shaka sign", "call me sign"), "horns": ("rock sign",), "love_you": ("I love you sign",),
+    "finger_gun": ("finger gun",), "pinch": ("pinch",), "claw": ("claw",), "cupped_hand": ("cupped hand",),
+    "vulcan": ("vulcan salute",), "c_shape": ("C shape",), "pointing": ("pointing hand",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Spec:
     """What a picture shows: side in SIDES, gesture in gestures.NAMES, view in VIEWS, skin in SKINS,
-    background in BACKGROUNDS."""
+    background in BACKGROUNDS. `other`: what the right hand does where two hands differ; `gesture` is then the
+    left's."""
 
     side: str
     gesture: str
     view: str
     skin: str
     background: str
+    other: str = ""
+
+    def gesture_of(self, side: int) -> str:
+        """What the left (0) or the right hand (1) does."""
+        return self.other if side and self.other else self.gesture
+
+    def view_of(self, side: int) -> str:
+        """How the left (0) or the right hand (1) is seen: as the picture is, or the one way its gesture can be held."""
+        views = allowed_views(self.gesture_of(side), self.side)
+        return self.view if self.view in views else views[0]
 
 
 def allowed_views(gesture: str, side: str) -> tuple[str, ...]:
@@ -72,15 +96,30 @@ def allowed_views(gesture: str, side: str) -> tuple[str, ...]:
     return views
 
 
-def sample_spec(rng: np.random.Generator, both: float = 0.15) -> Spec:
-    """A random Spec; `both` is the share of two-hand pictures."""
+def is_held_out_pair(one: str, other: str) -> bool:
+    """About one pair of different gestures in ten, by a stable hash of their names: never trained on together."""
+    key = " ".join(sorted((one, other))).encode()
+    return one != other and int.from_bytes(hashlib.sha256(key).digest()[:4], "big") % 10 == 0
+
+
+def sample_spec(rng: np.random.Generator, both: float = 0.15, differ: float = 0.5, even: bool = False) -> Spec:
+    """A random Spec; `both` is the share of two-hand pictures, `differ` of those whose hands do different things.
+
+    even: every gesture equally often, and every view; otherwise what is hard to draw comes more often. Pairs that are
+    held out never come.
+    """
     side = "both" if rng.random() < both else SIDES[rng.integers(2)]
-    gesture = NAMES[rng.integers(len(NAMES))]
+    weights = np.array([1.0 if even else HARD.get(name, 1.0) for name in NAMES])
+    weights /= weights.sum()
+    gesture = NAMES[rng.choice(len(NAMES), p=weights)]
+    other = ""
+    if side == "both" and rng.random() < differ:
+        while other in ("", gesture) or is_held_out_pair(gesture, other):
+            other = NAMES[rng.choice(len(NAMES), p=weights)]
     views = allowed_views(gesture, side)
-    # Side views are a quarter where they exist.
-    view = "side" if "side" in views and rng.random() < 0.25 else views[rng.integers(len(views) - ("side" in views))]
+    view = views[rng.integers(len(views))]
     skin, background = (list(names)[rng.integers(len(names))] for names in (SKINS, BACKGROUNDS))
-    return Spec(side, gesture, view, skin, background)
+    return Spec(side, gesture, view, skin, background, other)
 
 
 def _pick(rng: np.random.Generator, options):
@@ -91,8 +130,39 @@ def _a(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def _one_hand(gesture: str, side: str, tone: str, rng: np.random.Generator) -> str:
+    """One of two hands that differ: "a left hand making a fist", "a right fist"."""
+    phrase = _pick(rng, GESTURES[gesture].phrases)
+    who = [tone, side] if rng.random() < 0.5 else [side, tone]
+    if gesture in NOUNS and rng.random() < 0.5:
+        return _a(" ".join(w for w in (*who, _pick(rng, NOUNS[gesture])) if w))
+    return _a(" ".join(w for w in (*who, "hand", phrase) if w))
+
+
+def _two_hands(spec: Spec, tone: str, rng: np.random.Generator) -> str:
+    """Two hands that differ: "a left fist and a right peace sign", "two hands, one open, one pointing".
+
+    Some wordings leave open which hand does what.
+    """
+    pairs = [("left", spec.gesture), ("right", spec.other)]
+    if rng.random() < 0.5:
+        pairs.reverse()
+    if rng.random() < 0.7:
+        one, two = (_one_hand(gesture, side, tone, rng) for side, gesture in pairs)
+        lead = _pick(rng, ("", "", "", "two hands, ", "two hands: "))
+        return f"{lead}{one}{_pick(rng, (' and ', ' and ', ', ', ' next to '))}{two}"
+    who = " ".join(w for w in (_pick(rng, ("two", "both", "a pair of")), tone, "hands") if w)
+    one, two = (_pick(rng, GESTURES[gesture].phrases) for _, gesture in pairs)
+    if rng.random() < 0.5:
+        return f"{who}, one {one}, {_pick(rng, ('one', 'the other', 'the other one'))} {two}"
+    (first, _), (second, _) = pairs
+    return f"{who}, the {first} one {one}, the {second} one {two}"
+
+
 def _subject(spec: Spec, tone: str, rng: np.random.Generator) -> str:
     """The hand and what it does: "a tan left hand making a fist", "a peace sign with both hands"."""
+    if spec.other:
+        return _two_hands(spec, tone, rng)
     phrase = _pick(rng, GESTURES[spec.gesture].phrases)
     noun, adjective = "hand", ""
     if spec.gesture in ADJECTIVES and rng.random() < 0.35:
@@ -123,7 +193,8 @@ def write_prompt(spec: Spec, rng: np.random.Generator, leave_out: float = 0.35) 
     if skin and rng.random() < 0.4:
         extras.append(_pick(rng, (f"{tone} skin", f"with {tone} skin")))
         tone = ""
-    if view:
+    # Two hands may be held so that one shows the palm and the other its back: nothing is said of that.
+    if view and spec.view_of(0) == spec.view_of(1):
         words = _pick(rng, VIEWS[spec.view])
         extras.append(words.replace("of the hand", "of the hands") if spec.side == "both" else words)
     if background:

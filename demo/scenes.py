@@ -80,18 +80,18 @@ def _wobble(rng: np.random.Generator, degrees: float) -> ndarray:
 def _stand(spec: Spec, side: int, rng: np.random.Generator) -> tuple[ndarray, ndarray]:
     """How hand and forearm stand in the picture: two global rotations [3,3] of the left hand, mirrored for
     the right."""
-    gesture = GESTURES[spec.gesture]
+    gesture, view = GESTURES[spec.gesture_of(side)], spec.view_of(side)
     # Columns: where the fingers, the back of the hand and the thumb point.
-    facing = {"palm": (Y, -Z, -X), "back": (Y, Z, X), "side": (Y, -X, Z)}[spec.view]
+    facing = {"palm": (Y, -Z, -X), "back": (Y, Z, X), "side": (Y, -X, Z)}[view]
     hand = np.stack(facing, 1)
-    inward = 1.0 if spec.view == "palm" else -1.0
-    turn = gesture.turn if spec.view != "side" else 0.0
-    spin = gesture.spin if spec.view != "side" else 0.0
+    inward = 1.0 if view == "palm" else -1.0
+    turn = gesture.turn if view != "side" else 0.0
+    spin = gesture.spin if view != "side" else 0.0
     if spec.side == "both":
-        outside = spin < 0 if spec.view == "palm" else spin > 0  # forearms must not come from between the hands
+        outside = spin < 0 if view == "palm" else spin > 0  # forearms must not come from between the hands
         spin = np.clip(spin, -60, 60) if outside else 0.0
     hand = rotation(Y, -turn) @ hand
-    hand = rotation(X, gesture.tip if spec.view == "palm" else -0.5 * gesture.tip) @ hand
+    hand = rotation(X, gesture.tip if view == "palm" else -0.5 * gesture.tip) @ hand
     hand = rotation(Z, -inward * spin) @ hand
     yaw, pitch = rng.uniform(-15, 15), rng.uniform(-12, 12)
     tilt = np.clip(rng.normal(0, 11), -22, 22) if spec.side != "both" else rng.uniform(-4, 14)
@@ -133,7 +133,7 @@ def sample_scene(rng: np.random.Generator, spec: Spec | None = None, close_up: b
             if not present[side]:  # hangs down, unseen
                 rotations[UPPER_ARM[side]] = rotation(Z, (-72, 72)[side]) @ _wobble(rng, 0.7)
                 continue
-            rotations[first : first + 15] = pose(spec.gesture, side, rng)
+            rotations[first : first + 15] = pose(spec.gesture_of(side), side, rng)
             hand, forearm = _stand(spec, side, rng)
             upper = np.array([(0.35, -0.35)[side], -0.75, 0.55]) + 0.05 * rng.normal(size=3)
             _raise_arm(rotations, side, hand, forearm, upper / np.linalg.norm(upper))

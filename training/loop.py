@@ -98,7 +98,9 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
         module.compile()
     model = _spread(module, world) if plan.shard else accelerator.prepare(module)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=plan.weight_decay, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        parameters.values(), weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=not plan.shard
+    )
     average = Average(parameters)
     start = load_state(folder, plan, stage, parameters, average, optimizer)
     if start >= plan.steps:

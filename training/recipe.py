@@ -99,6 +99,7 @@ class PicturesPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
     min_snr: Rate = 5.0  # gamma of Hang et al. 2023
     timestep_shift: Rate = 1.0  # above 1 leans towards noise (Esser et al. 2024, equation 23)
     finger_weight: Weight = 0.0  # how much more an error on a joint of a hand counts than one on the background
+    edge_weight: Weight = 0.0  # how much more an error counts where the latents change from pixel to pixel, at most
     colour_weight: Weight = 0.0  # of the mean error over blocks of 8 x 8 latent pixels
     posterior: Annotated[str, _words("sample", "mean")] = (
         "sample"  # what of the VAE's posterior is the picture's latent

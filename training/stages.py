@@ -216,6 +216,17 @@ def emphasis(joints: Tensor, visibility: Tensor, height: int, width: int, finger
     return weight / weight.mean((1, 2), keepdim=True)
 
 
+def edges(clean: Tensor) -> Tensor:
+    """Where a picture's latents change [N, h, w], 0..1: outlines, and the lines between fingers inside of them.
+
+    clean: [N, C, h, w]. The largest difference to a neighbour, against the picture's largest but a few.
+    """
+    padded = F.pad(clean, (1, 1, 1, 1), mode="replicate")
+    across, down = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2], padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
+    slope = (across.square() + down.square()).sum(1).sqrt()
+    return (slope / slope.flatten(1).quantile(0.98, dim=1).clamp_min(1e-6)[:, None, None]).clamp_max(1)
+
+
 class PictureLoss(nn.Module):
     """The Text+Hand encoder, the UNet and the positional kernel."""
 
@@ -235,8 +246,9 @@ class PictureLoss(nn.Module):
         target: Tensor,
         told: Tensor,
         weight: Tensor,
+        lines: Tensor,
     ) -> Tensor:
-        """told: [n], 1 where there is a prompt. weight: [n], of the samples."""
+        """told: [n], 1 where there is a prompt. weight: [n], of the samples. lines: [n, h, w], the pictures' edges."""
         context = self.text_hand_encoder(ids, **hands)
         error = self.unet(noisy, timestep, context).sample.float() - target
         squares = error.square()
@@ -244,6 +256,9 @@ class PictureLoss(nn.Module):
             height, width = error.shape[2:]
             near = emphasis(hands["joints"], hands["visibility"], height, width, self.plan.finger_weight)
             squares = squares * near[:, None]
+        if self.plan.edge_weight:
+            drawn = 1 + self.plan.edge_weight * lines
+            squares = squares * (drawn / drawn.mean((1, 2), keepdim=True))[:, None]
         loss = weight * squares.mean((1, 2, 3))
         if self.plan.colour_weight:
             # A wrong colour is a small error everywhere, which plain mean squares leave for last: count block means,
@@ -276,7 +291,7 @@ def picture_inputs(checkpoint: Checkpoint, plan: PicturesPlan, empty: Tensor) ->
         weight = (
             snr_weight(alphas[timestep], kind, plan.min_snr) if plan.weighting == "min-snr" else torch.ones(len(ids))
         )
-        return ids, hands, signal * clean + sigma * noise, timestep, target, told, weight
+        return ids, hands, signal * clean + sigma * noise, timestep, target, told, weight, edges(clean)
 
     return inputs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -14,8 +15,8 @@ from commands import listen
 from handiffuser.data.hands import params_of
 from handiffuser.data.samples import picture, read, shards
 from handiffuser.demo import dataset
-from handiffuser.demo.dataset import LABELS, WORDINGS, make, scene_of
-from handiffuser.demo.prompts import is_held_out
+from handiffuser.demo.dataset import LABELS, WORDINGS, class_numbers, labels_of, make, scene_of
+from handiffuser.demo.prompts import VIEWS, Spec, is_held_out, write_prompt
 from handiffuser.demo.render import demo_body, render_scenes
 from handiffuser.errors import DatasetError
 from handiffuser.models.hand_features import pack, placement_of
@@ -50,7 +51,21 @@ def test_a_sample_is_its_scene(folder):
             "side": spec.side, "gesture": spec.gesture, "view": spec.view, "skin": spec.skin,
             "background": spec.background,
         }  # fmt: skip
-        assert all(sample.meta["labels"][name] in classes for name, classes in LABELS.items())
+        assert all(value in LABELS[name] for name, value in sample.meta["labels"].items())
+    assert set(LABELS) - set(sample.meta["labels"]) <= {"other", "view"}
+
+
+def test_labels_say_what_each_hand_does():
+    alike = Spec("both", "fist", "palm", "tan", "blue")
+    assert labels_of(alike) == {**asdict(alike), "other": "fist"}
+    one = labels_of(Spec("right", "fist", "side", "tan", "blue"))
+    assert "other" not in one and one["view"] == "side" and class_numbers(one)[-1] == -1
+    # Thumbs up is held with the back to the viewer, thumbs down with the palm: no view is said of the two.
+    apart = Spec("both", "thumbs_up", "back", "tan", "blue", "thumbs_down")
+    assert labels_of(apart) == {k: v for k, v in asdict(apart).items() if k != "view"}
+    assert (apart.view_of(0), apart.view_of(1)) == ("back", "palm")
+    assert not any(word in write_prompt(apart, np.random.default_rng(i), 0).lower() for i in range(50)
+                   for words in VIEWS.values() for word in (*words, "back of the hands"))  # fmt: skip
 
 
 def test_held_out_prompts_are_not_in_it():

@@ -3,6 +3,8 @@ say what is drawn, and a renderer that puts the near before the far."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,14 @@ from handiffuser.demo.body import OTHER, build_body, make_body, vertex_colours
 from handiffuser.demo.gestures import GESTURES, NAMES, pose
 from handiffuser.demo.prompts import (
     BACKGROUNDS,
+    NOUNS,
     SIDES,
     SKINS,
     VIEWS,
     Spec,
     allowed_views,
     is_held_out,
+    is_held_out_pair,
     sample_spec,
     write_prompt,
 )
@@ -174,18 +178,23 @@ def test_prompts_say_side_and_gesture():
         spec = sample_spec(rng, both=0.3)
         text = write_prompt(spec, rng).lower()
         seen.add(text)
-        if spec.side == "both":
+        gestures = {spec.gesture_of(0), spec.gesture_of(1)}
+        if spec.other:
+            assert ("left" in text) == ("right" in text) and ("left" in text or "one" in text), text
+        elif spec.side == "both":
             assert ("hands" in text or "fists" in text) and "left" not in text and "right" not in text
         else:
             other = {"left": "right", "right": "left"}[spec.side]
             assert f"{spec.side} " in text and other not in text
-        phrases = GESTURES[spec.gesture].phrases
-        said = [
-            *phrases,
-            *(p.split(" ", 1)[1] for p in phrases if " " in p),
-            adjectives.get(spec.gesture, "?"),
-        ]
-        assert any(p.lower() in text for p in said), (spec, text)
+        for gesture in gestures:
+            phrases = GESTURES[gesture].phrases
+            said = [
+                *phrases,
+                *(p.split(" ", 1)[1] for p in phrases if " " in p),
+                adjectives.get(gesture, "?"),
+                *(NOUNS.get(gesture, ()) if spec.other else ()),
+            ]
+            assert any(p.lower() in text for p in said), (spec, text)
         assert "  " not in text and " ," not in text
     assert len(seen) > 1900
 
@@ -195,11 +204,37 @@ def test_prompts_say_side_and_gesture():
     [
         (Spec("right", "fist", "palm", "tan", "blue"), "a right hand making a fist, blue background"),
         (Spec("both", "open_hand", "palm", "tan", "blue"), "two open hands"),
+        (Spec("both", "fist", "palm", "tan", "blue", "victory"), "a left fist and a right peace sign"),
+        (
+            Spec("both", "pointing", "palm", "tan", "blue", "open_hand"),
+            "two hands, one held flat, the other pointing up",
+        ),
     ],
 )
 def test_plain_prompts_are_among_the_wordings(spec, wanted):
     rng = np.random.default_rng(0)
-    assert any(write_prompt(spec, rng) == wanted for _ in range(20000))
+    assert any(write_prompt(spec, rng) == wanted for _ in range(50000))
+
+
+def test_two_hands_may_differ_and_some_pairs_are_held_out():
+    rng = np.random.default_rng(3)
+    specs = [sample_spec(rng, both=1.0, differ=1.0) for _ in range(3000)]
+    assert all(spec.other and spec.other != spec.gesture for spec in specs)
+    assert not any(is_held_out_pair(spec.gesture, spec.other) for spec in specs)
+    pairs = [(a, b) for i, a in enumerate(NAMES) for b in NAMES[i + 1 :]]
+    held = [pair for pair in pairs if is_held_out_pair(*pair)]
+    assert 0.05 < len(held) / len(pairs) < 0.15 and all(is_held_out_pair(b, a) for a, b in held)
+    assert not any(is_held_out_pair(name, name) for name in NAMES)
+    scene = sample_scene(np.random.default_rng(0), Spec("both", "fist", "palm", "tan", "blue", "spread_fingers"))
+    flexion = [np.arccos((np.trace(scene.rotations[first + 1]) - 1) / 2) for first in (22, 37)]
+    assert flexion[0] > 1.5 and flexion[1] < 0.4  # the left index finger is bent, the right one straight
+
+
+def test_what_is_hard_to_draw_comes_more_often_unless_all_shall_come_alike():
+    rng = np.random.default_rng(0)
+    count = {even: Counter(sample_spec(rng, 0, even=even).gesture for _ in range(6000)) for even in (False, True)}
+    assert count[False]["thumbs_up"] > 1.5 * count[False]["vulcan"]
+    assert count[True]["thumbs_up"] < 1.35 * count[True]["vulcan"]
 
 
 def test_held_out_split_is_stable_and_a_tenth():
@@ -224,7 +259,7 @@ def test_hands_are_in_the_frame_and_large_enough(scenes):
             if scene.present[side]:
                 p = in_picture(joints[list(HAND_JOINTS[side])], scene.camera)
                 assert p.min() >= MARGIN - 0.01 and p.max() <= 1 - MARGIN + 0.01, scene.prompt
-                assert np.ptp(p, axis=0).max() > (0.2 if scene.spec.side == "both" else 0.4)
+                assert np.ptp(p, axis=0).max() > (0.2 if scene.spec.side == "both" else 0.38)
 
 
 def test_scenes_are_repeatable_and_well_formed(scenes):

@@ -18,6 +18,7 @@ from handiffuser.training.stages import (
     VaeLoss,
     alphas_cumprod,
     conditions,
+    edges,
     emphasis,
     encoder_inputs,
     hand_prior_inputs,
@@ -110,7 +111,7 @@ def test_noise_is_what_the_scheduler_adds(checkpoint, empty):
     plan = PicturesPlan(posterior="mean", drop_text=0, drop_hands=0, drop_both=0)
     rows = rows_of(checkpoint, 4)
     inputs = picture_inputs(checkpoint, plan, empty)
-    _, hands, noisy, timestep, target, told, weight = inputs(rows, Draws(0, 0, 4, range(4)))
+    _, hands, noisy, timestep, target, told, weight, _ = inputs(rows, Draws(0, 0, 4, range(4)))
     scheduler = DDIMScheduler.from_config(checkpoint.scheduler)
     clean = rows["mean"].float() * checkpoint.vae.config.scaling_factor
     alpha = alphas_cumprod(checkpoint.scheduler)[timestep][:, None, None, None]
@@ -120,6 +121,23 @@ def test_noise_is_what_the_scheduler_adds(checkpoint, empty):
     torch.testing.assert_close(scheduler.get_velocity(clean, noise, timestep), target, rtol=1e-3, atol=1e-3)
     assert told.tolist() == [1] * 4 and weight.tolist() == [1] * 4
     assert torch.equal(hands["visibility"], rows["visibility"])
+
+
+def test_edges_are_where_the_latents_change(checkpoint, empty):
+    clean = torch.zeros(2, 4, 16, 16)
+    clean[0, 1, :, 8:] = 3.0  # one picture of two halves, one of one colour
+    lines = edges(clean)
+    assert (lines[0, :, 7:9] == 1).all() and (lines[0, :, :7] == 0).all() and (lines[0, :, 9:] == 0).all()
+    assert (lines[1] == 0).all()
+    rows = rows_of(checkpoint, 4)
+    plan = PicturesPlan(posterior="mean", finger_weight=0, colour_weight=0)
+    given = picture_inputs(checkpoint, plan, empty)(rows, Draws(0, 0, 4, range(4)))
+    plain = PictureLoss(checkpoint, plan)(*given)
+    weighed = PictureLoss(checkpoint, msgspec.structs.replace(plan, edge_weight=3.0))(*given)
+    assert not torch.isclose(plain, weighed, rtol=1e-3)
+    # A picture without lines counts as before.
+    given[-1].zero_()
+    torch.testing.assert_close(PictureLoss(checkpoint, msgspec.structs.replace(plan, edge_weight=3.0))(*given), plain)
 
 
 def test_text_and_hands_are_dropped_as_often_as_the_plan_says(checkpoint, empty):
