@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -47,6 +48,22 @@ def listen() -> None:
 def ending() -> None:
     """Says that KeyboardInterrupt was caught, and that what is still to do is meant and may take its time."""
     _ending.set()
+
+
+def end_with_parent() -> None:
+    """For processes that multiprocessing started: from here on this one ends when the first one does, also by kill -9.
+
+    A worker waits for work at a pipe whose other end its neighbours hold, too, and would wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 # What a module that is not installed comes with: the name of an extra, or of two to choose from.

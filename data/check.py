@@ -18,6 +18,8 @@ import signal
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -26,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..commands import end_with_parent
 from ..errors import DatasetError
 from ..models.hand_features import MIN_IN_FRAME
 from ..models.smplh import SMPLH
@@ -86,8 +89,9 @@ def check(
         parts: Iterable[tuple[list[Problem], Counter[str], list[Entry]]] = map(work, jobs)
         pool = None
     else:
-        pool = get_context("spawn").Pool(min(processes, total), _begin)
-        parts = pool.imap(work, jobs)
+        # Not multiprocessing's Pool, which waits for ever for a process that was killed.
+        pool = ProcessPoolExecutor(min(processes, total), get_context("spawn"), _begin)
+        parts = pool.map(work, jobs)
     try:
         for done, (problems, counts, entries) in enumerate(parts, 1):
             report.problems += problems
@@ -101,12 +105,13 @@ def check(
                     keys[entry.key] = entry.shard
             if on_progress is not None:
                 on_progress(done, total)
-        if pool is not None:  # all is done: nothing is to be killed in the middle of something
-            pool.close()
-            pool.join()
+    except BrokenProcessPool:
+        raise DatasetError(
+            "A process that reads was killed, most often because memory ran out. Check with fewer --processes."
+        ) from None
     finally:
         if pool is not None:
-            pool.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
     if not report.counts["samples"] and not report.problems:
         raise DatasetError(f"{folder} holds no samples: neither .tar shards nor <key>.json files.")
     return report
@@ -119,6 +124,7 @@ def _plain_jobs(folder: Path) -> list[tuple[Path, int, int | None]]:
 
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to hear
+    end_with_parent()
     torch.set_num_threads(1)
 
 

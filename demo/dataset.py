@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..commands import end_with_parent
 from ..data.samples import Bad, Sample, encode_png, load, picture_size, scan, write_shard
 from ..errors import DatasetError
 from ..models.hand_features import pack, placement_of
@@ -175,8 +176,8 @@ def samples_of(
 
 @torch.no_grad()
 def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]:
-    """Rendered scenes for a judge: images uint8 [N, size, size, 3], params [N, 330], labels [N, 6] as in LABELS, -1 where
-    nothing is said."""
+    """Rendered scenes for a judge: images uint8 [N, size, size, 3], params [N, 330], labels [N, 6] as in LABELS, -1
+    where nothing is said."""
     body = demo_body()
 
     def stack(name: str) -> torch.Tensor:
@@ -198,6 +199,7 @@ def _key(seed: int, number: int) -> str:
 
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to hear
+    end_with_parent()
     torch.set_num_threads(1)
 
 

@@ -16,6 +16,7 @@ The judge is trained on the world's renders first, once.
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +31,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from ..commands import run
+from ..commands import end_with_parent, run
 from ..contract import BETAS, NUM_JOINTS, ROTATIONS
 from ..data.latents import encode_prompts
 from ..models.checkpoint import Checkpoint
@@ -129,8 +130,8 @@ def report(
 ) -> dict[str, Any]:
     """Measures every row, prints the table, writes `report.json` and a sheet of pictures into the folder."""
     parts = [(checkpoint, judge, start, min(start + batch, count)) for start in range(0, count, batch)]
-    with get_context("spawn").Pool(processes) as pool:
-        done = list(track(pool.imap(_measure, parts), "report", total=len(parts)))
+    with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
+        done = list(track(pool.map(_measure, parts), "report", total=len(parts)))
     labels = torch.cat([part["labels"] for part in done])
     names = list(done[0]["seen"])
     seen = {name: torch.cat([part["seen"][name] for part in done]) for name in names}

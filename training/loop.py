@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from ..commands import end_with_parent
 from ..errors import TrainingError
 from .draws import Draws, rows_of
 from .recipe import Plan
@@ -475,6 +476,7 @@ def _process(rank: int, processes: int, port: int, function: Callable[..., None]
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
+    end_with_parent()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # costs nothing at these sizes
     function(*args)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,3 +123,38 @@ def test_ctrl_c_is_a_sentence_and_leaves_whole_shards(tmp_path):
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on from what is done" in said and "Traceback" not in said, said
     assert all(not path.name.endswith(".tar") for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo", "check"])
+def test_no_process_outlives_a_command_that_is_killed(name, tmp_path):
+    """By -9, which nothing can catch: the others notice that the first one is gone."""
+    folder = tmp_path / "out"
+    if name == "check":
+        make(folder, 60, size=48, seed=SEED, processes=1)
+        for number in range(1, 200):
+            shutil.copy(folder / "00000.tar", folder / f"{number:05d}.tar")
+    arguments = {
+        "demo": ["demo", str(folder), "--scenes", "100000", "--processes", "2"],
+        "check": ["check", str(folder), "--processes", "2"],
+    }[name]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "handiffuser.data.cli", *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+
+    def workers() -> list[int]:
+        of = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [int(pid) for pid in of if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def until(true: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not true():
+            assert time.monotonic() < end and process.poll() in (None, -signal.SIGKILL)
+            time.sleep(0.1)
+
+    until(lambda: len(workers()) == 2)
+    left = workers()
+    until(lambda: all(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) > 30_000 for pid in left))  # they began
+    process.kill()
+    process.wait()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
