@@ -1,4 +1,5 @@
-"""The demo's report: how far pictures follow their prompts, on 480 held-out close-up prompts, read by the judge.
+"""The demo's report: how far pictures follow their prompts, on 480 held-out close-up prompts and 360 of two hands, read
+by the judge.
 
 Rows go from the ceiling to the full pipeline, so that a loss can be laid at one stage's door:
 
@@ -15,6 +16,7 @@ The judge is trained on the world's renders first, once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -44,30 +46,59 @@ from . import resolve
 from .dataset import LABELS, scene_tensors
 from .gestures import NAMES
 from .judge import PLAN, load_judge, read, train_judge
-from .prompts import allowed_views, is_held_out, sample_spec, write_prompt
+from .prompts import VIEWS, Spec, allowed_views, is_held_out, is_held_out_pair, sample_spec, write_prompt
 from .render import render_scenes
 from .scenes import Scene, sample_scene
 
 COUNT = 480
 JUDGE_MUST = 0.9  # gestures that the judge must read rightly on held-out renders before its verdict counts
 SEED = 20_260_000
+TWO_HANDS = ("alike", "pairs", "new pairs")
 
 
-def held_out_scenes(count: int, seed: int = SEED) -> list[Scene]:
-    """Close-ups of one hand, every gesture equally often, whose prompts training never saw and which say everything."""
-    scenes: list[Scene] = []
+def held_out_scenes(count: int, seed: int = SEED, kind: str = "one") -> list[Scene]:
+    """Close-ups whose prompts training never saw and which say everything.
+
+    kind: "one" hand, palm, back and side views equally often; "alike", two hands that do the same; "pairs", two that do
+    different things; "new pairs", of which training has no picture. Gestures come equally often where they can.
+    """
     rng = np.random.default_rng(seed)
+    scenes: list[Scene] = []
     while len(scenes) < count:
-        spec = replace(sample_spec(rng, both=0.0), gesture=NAMES[len(scenes) % len(NAMES)])
+        spec = _spec(kind, len(scenes), rng)
         prompt = write_prompt(spec, rng, leave_out=0.0)
-        if is_held_out(prompt) and spec.view in allowed_views(spec.gesture, spec.side):
-            scenes.append(replace(sample_scene(rng, spec), prompt=prompt))
+        if is_held_out(prompt) and (not spec.other or "left" in prompt):  # the judge must know which hand does what
+            with contextlib.suppress(RuntimeError):  # a few, of two hands, cannot be framed
+                scenes.append(replace(sample_scene(rng, spec), prompt=prompt))
     return scenes
 
 
+def _spec(kind: str, number: int, rng: np.random.Generator) -> Spec:
+    spec = sample_spec(rng, both=float(kind != "one"), differ=0.0, even=True)
+    if kind == "one":
+        view = list(VIEWS)[number % len(VIEWS)]
+        names = [name for name in NAMES if view in allowed_views(name, "left")]
+        return replace(spec, gesture=names[number // len(VIEWS) % len(names)], view=view)
+    gesture, other = NAMES[number % len(NAMES)], ""
+    if kind != "alike":
+        others = [
+            name for name in NAMES if name != gesture and is_held_out_pair(gesture, name) == (kind == "new pairs")
+        ]
+        if not others:
+            return _spec(kind, int(rng.integers(len(NAMES))), rng)
+        other = others[rng.integers(len(others))]
+    views = allowed_views(gesture, "both")
+    return replace(spec, gesture=gesture, other=other, view=views[rng.integers(len(views))])
+
+
 def agreement(seen: Tensor, wanted: Tensor) -> dict[str, float]:
-    """Share of pictures in which each label is read as wanted."""
-    return {label: round(float((seen[:, i] == wanted[:, i]).float().mean()), 4) for i, label in enumerate(LABELS)}
+    """Share of pictures in which each label is read as wanted, of those that have one."""
+    shares = {}
+    for i, label in enumerate(LABELS):
+        said = wanted[:, i] >= 0
+        if said.any():
+            shares[label] = round(float((seen[said, i] == wanted[said, i]).float().mean()), 4)
+    return shares
 
 
 @torch.no_grad()
@@ -91,14 +122,14 @@ def true_hands(checkpoint: Checkpoint, params: Tensor) -> dict[str, Tensor]:
     return HandFeatures(SMPLH.load(checkpoint.body), zero, one, basis, width / height)(params)
 
 
-def _measure(arguments: tuple[Path, Path, int, int]) -> dict[str, Any]:
+def _measure(arguments: tuple[Path, Path, str, int, int]) -> dict[str, Any]:
     """One batch of prompts: what the judge reads in every row of the report, and the pictures themselves."""
     torch.set_num_threads(1)
-    path, judge_folder, start, stop = arguments
+    path, judge_folder, kind, start, stop = arguments
     checkpoint, judge = Checkpoint.load(path), load_judge(judge_folder)
     prior = checkpoint.hand_prior
     empty = encode_prompts([""], checkpoint.tokenizer, checkpoint.special_tokens)[0]
-    scenes = held_out_scenes(stop)[start:]
+    scenes = held_out_scenes(stop, kind=kind)[start:]
     with torch.no_grad():
         truth = scene_tensors(scenes, checkpoint.image_size[0])
         ids = encode_prompts([scene.prompt for scene in scenes], checkpoint.tokenizer, checkpoint.special_tokens)
@@ -115,6 +146,7 @@ def _measure(arguments: tuple[Path, Path, int, int]) -> dict[str, Any]:
     frame = ((hands["joints"] >= 0) & (hands["joints"] <= 1)).all(-1).float().mean(-1)
     through = images["renders, through the VAE"].float() - images["renders"].float()
     return {
+        "kind": kind,
         "labels": truth["labels"],
         "seen": {name: read(judge, value) for name, value in images.items()},
         "visible": ((hands["visibility"] > 0.5) == present).all(1),
@@ -129,16 +161,37 @@ def report(
     checkpoint: Path, judge: Path, folder: Path, count: int = COUNT, batch: int = 48, processes: int = 2
 ) -> dict[str, Any]:
     """Measures every row, prints the table, writes `report.json` and a sheet of pictures into the folder."""
-    parts = [(checkpoint, judge, start, min(start + batch, count)) for start in range(0, count, batch)]
+    counts = {"one": count, **dict.fromkeys(TWO_HANDS, count // 4)}
+    parts = [
+        (checkpoint, judge, kind, start, min(start + batch, some))
+        for kind, some in counts.items()
+        for start in range(0, some, batch)
+    ]
     with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
-        done = list(track(pool.map(_measure, parts), "report", total=len(parts)))
-    labels = torch.cat([part["labels"] for part in done])
+        every = list(track(pool.map(_measure, parts), "report", total=len(parts)))
+    done = [part for part in every if part["kind"] == "one"]
     names = list(done[0]["seen"])
-    seen = {name: torch.cat([part["seen"][name] for part in done]) for name in names}
+
+    def joined(some: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+        return torch.cat([p["labels"] for p in some]), {n: torch.cat([p["seen"][n] for p in some]) for n in names}
+
+    labels, seen = joined(done)
+    column = list(LABELS).index("view")
+    two = {kind: joined([part for part in every if part["kind"] == kind]) for kind in TWO_HANDS}
     result: dict[str, Any] = {
         "prompts": count,
         **done[0]["settings"],
         "accuracy": {name: agreement(value, labels) for name, value in seen.items()},
+        "accuracy_by_view": {
+            view: {name: agreement(value[chosen], labels[chosen]) for name, value in seen.items()}
+            for i, view in enumerate(VIEWS)
+            if (chosen := labels[:, column] == i).any()
+        },
+        "two_hands": {
+            kind: {name: agreement(value, wanted) for name, value in rows.items()}
+            for kind, (wanted, rows) in two.items()
+            if len(wanted)
+        },
         "vae_psnr_db": round(float(10 * torch.log10(255**2 / torch.stack([p["squared"] for p in done]).mean())), 2),
         "hands_where_asked": round(float(torch.cat([part["visible"] for part in done]).float().mean()), 4),
         "joints_in_frame": round(float(torch.cat([part["inside"] for part in done]).mean()), 4),
@@ -152,19 +205,26 @@ def report(
     result["judge_counts"] = result["accuracy"]["renders"]["gesture"] >= JUDGE_MUST
     show(result)
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-    sheet = torch.stack([done[0]["images"][name][:24] for name in names], 1).flatten(0, 1)
+    last = every[-1]["images"]
+    shown = {name: torch.cat([value[:16], last[name][:8]]) for name, value in done[0]["images"].items()}
+    sheet = torch.stack([shown[name] for name in names], 1).flatten(0, 1)
     Image.fromarray(image_grid(sheet, len(names)).numpy()).save(folder / "report.png")
     return result
 
 
 def show(result: dict[str, Any]) -> None:
     """Prints the report."""
-    table = Table(title=f"{result['prompts']} held-out close-up prompts")
-    for column in ("", *LABELS):
-        table.add_column(column)
-    for name, values in result["accuracy"].items():
-        table.add_row(name, *(f"{100 * values[label]:.1f} %" for label in LABELS))
-    console.print(table)
+    tables = {f"{result['prompts']} held-out close-up prompts": result["accuracy"]}
+    tables |= {f"of these, {view} views": rows for view, rows in result["accuracy_by_view"].items()}
+    tables |= {f"{result['prompts'] // 4} of two hands: {kind}": rows for kind, rows in result["two_hands"].items()}
+    for title, rows in tables.items():
+        table = Table(title=title, title_justify="left")
+        columns = list(next(iter(rows.values())))
+        for name in ("", *columns):
+            table.add_column(name)
+        for name, values in rows.items():
+            table.add_row(name, *(f"{100 * values[label]:.1f} %" for label in columns))
+        console.print(table)
     if not result["judge_counts"]:
         console.print(
             f"The judge reads fewer than {100 * JUDGE_MUST:.0f} % of renders rightly: its verdict does not count. "
