@@ -206,13 +206,13 @@ def _misplaced(joints: np.ndarray, said: np.ndarray, given: np.ndarray | None, a
 def _contradicted(sample: Sample) -> list[tuple[str, str]]:
     """A caption that names one hand, of a picture in which only the other one is to be seen."""
     assert sample.hands is not None
-    left, right = (bool(one) for one in np.any(present(sample.hands).reshape(-1, 2), axis=0))
+    left, right = (bool(shown) for shown in present(sample.hands).reshape(-1, 2).max(0))
     if left == right:
         return []
     seen, other = ("left", "right") if left else ("right", "left")
     for prompt in sample.prompts:
         named = {word.lower() for word in _NAMED.findall(prompt)}
-        if named == {other}:
+        if named == {other} and not re.search(rf"\b{seen}\b", prompt, re.IGNORECASE):
             return [("words", f'It says "{prompt[:80]}", and only a {seen} hand is annotated.')]
     return []
 
@@ -269,16 +269,19 @@ def _from_shard(path: Path, problems: list[Problem]) -> int:
     kept, bad = (path.with_name(f".{path.name}.{os.getpid()}.{end}.tmp") for end in ("kept", "bad"))
     stay = leave = 0
     try:
-        with tarfile.open(path, "r:") as source, tarfile.open(kept, "w") as good, tarfile.open(bad, "w") as other:  # noqa: SIM117
-            with contextlib.suppress(tarfile.TarError):  # of a damaged shard, as far as it goes
-                for info in source:
-                    name = split_name(info.name)
-                    if damaged and info.offset_data not in whole:
-                        continue
-                    leaves = info.offset_data in offsets or (name is not None and name[0] in keys)
-                    content = source.extractfile(info)
-                    (other if leaves else good).addfile(info, content)
-                    stay, leave = stay + (not leaves), leave + leaves
+        with (
+            tarfile.open(path, "r:") as source,
+            tarfile.open(kept, "w") as good,
+            tarfile.open(bad, "w") as other,
+            contextlib.suppress(tarfile.TarError),  # of a damaged shard, as far as it goes
+        ):
+            for info in source:
+                name = split_name(info.name)
+                if damaged and info.offset_data not in whole:
+                    continue
+                leaves = info.offset_data in offsets or (name is not None and name[0] in keys)
+                (other if leaves else good).addfile(info, source.extractfile(info))
+                stay, leave = stay + (not leaves), leave + leaves
         if damaged:
             path.replace(_free(path.parent / ASIDE / path.name))
         elif leave:

@@ -65,7 +65,8 @@ def look(
     """Writes the page and returns what was counted. shown, counted: how many random samples (of `seed`)."""
     index = Index.open(folder)
     rows = permutation(len(index), seed, 0)[: max(shown, counted)].tolist()
-    facts, figures = Facts(), list[str]()
+    facts = Facts()
+    figures: list[str] = []
     for start in range(0, len(rows), BATCH):
         samples = []
         for row in rows[start : start + BATCH]:
