@@ -116,6 +116,56 @@ def latents(
 
 
 @commands.command()
+@click.argument("form", metavar="FORMAT", type=click.Choice(["amass", "motion-x", "mano", "interhand"]))
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--texts", type=click.Path(path_type=Path), help="Folder of captions, or HumanML3D's; beside by default.")
+@click.option("--every", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
+              help="Seconds between the frames that are taken of a sequence.")  # fmt: skip
+@click.option("--frame", type=click.Choice(["person", "hands"]), default="person", show_default=True,
+              help="What is framed where there is no picture.")  # fmt: skip
+@click.option("--turn", type=click.FloatRange(0, 180), default=30.0, show_default=True,
+              help="Degrees by which people are turned from the camera at most, without a picture.")  # fmt: skip
+@click.option("--hand-mean", type=click.Path(path_type=Path),
+              help=".npz with hands_meanl, hands_meanr: of fingers relative to MANO's mean hand.")  # fmt: skip
+@click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the demo's by default.")
+@click.option("--per-shard", type=click.IntRange(1), default=1000, show_default=True)
+def convert(
+    form: str,
+    source: Path,
+    out: Path,
+    texts: Path | None,
+    every: float,
+    frame: str,
+    turn: float,
+    hand_mean: Path | None,
+    body: Path | None,
+    per_shard: int,
+) -> int:
+    """Converts SOURCE (amass, motion-x, mano: HaMeR and WiLoR, interhand) to the dataset OUT. It goes on if it was
+    stopped. What is wrong is named and left out. docs/data.md says what is expected where.
+    """
+    with console.status("reading"):
+        from .convert import FORMATS, Options
+        from .samples import write_shards
+
+        options = Options(_body(body), texts, every, frame, turn, hand_mean)
+    done = [0, -LOG_EVERY]
+
+    def count(key: str) -> None:
+        done[0] += 1
+        if time.monotonic() - done[1] >= LOG_EVERY:
+            done[1] = time.monotonic()
+            console.print(f"{done[0]} samples, {key}")
+
+    bad = write_shards(FORMATS[form](source, options), out, per_shard, count)
+    for one in bad:
+        console.print(f"left out: {one}")
+    console.print(f"{done[0]} samples in {out}, {len(bad)} left out. Check it: hd-data check {out}")
+    return 0 if done[0] else 1
+
+
+@commands.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the demo's by default.")
 @click.option("--min-size", type=click.IntRange(0), default=64, show_default=True, help="Pixels of the shorter side.")

@@ -1,283 +1,473 @@
-"""Others' annotations as samples: AMASS, Motion-X, per-hand estimates (HaMeR, WiLoR) and InterHand2.6M.
+"""From others' annotations to the sample format. docs/data.md says what lies where; `hd-data convert` runs it.
 
-    for sample in FORMATS["amass"](Path("CMU"), Path("texts"), every=10):
-        ...                                           # a Sample, or a Bad with what is wrong
+    write_shards(FORMATS["amass"](Path("AMASS"), Options(body, texts=Path("HumanML3D"))), "out")
 
-What all have in common: SMPL-X and SMPL-H order fingers alike (index, middle, little, ring, thumb), angles are radians,
-and a flat hand is 0. What differs is said at each format. The makers' files are licensed: what comes out of them is for
-you alone unless their licence says otherwise. Where a layout could not be read for certain in public sources, the
-docstring says so; the mathematics is tried on cases that are made up.
+What each format says, and what becomes of it:
+
+amass       `.npz` with poses [N, 156] (axis-angle: pelvis, 21 body joints, 15 left, 15 right), betas; z up, metres;
+            fingers relative to the flat hand. Texts as HumanML3D has them (index.csv at 20 frames a second,
+            texts/*.txt), or a .txt of the same name beside. No picture: the person is turned to the camera and framed.
+motion-x    `.npy` [N, 322]: pelvis, body, left and right hand, ..., y up, fingers relative to the flat hand. Betas are
+            SMPL-X's, which mean nothing in SMPL-H: zeros. A .txt of the same name beside, or in --texts.
+mano        an `.npz` beside each picture with what HaMeR and WiLoR give: is_right, global_orient, hand_pose (matrices),
+            pred_cam, box_center, box_size, pred_keypoints_3d; camera frame x right, y down, z away; a left hand as the
+            right hand of the mirrored crop; fingers relative to the flat hand. Captions in a .txt beside.
+interhand   InterHand2.6M's json: MANO pose in the world, fingers relative to MANO's mean hand (--hand-mean), joints in
+            millimetres, pinhole cameras.
+
+Read from public descriptions; no data of any of them was at hand. The mathematics is tested on made cases.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..errors import DatasetError
+from ..models.smplh import HAND_JOINTS, SMPLH
 from ..runtime.hands import axis_angle_to_matrix, matrix_to_axis_angle
-from .samples import PICTURES, Bad, Sample
+from .estimates import LEFT, MIRROR, RIGHT, HandEstimate, people
+from .samples import PICTURES, Bad, Sample, picture_size
 
-Made = Iterator[Sample | Bad]
-MIRROR = np.array([1.0, -1.0, -1.0])  # of an axis-angle by x -> -x
-# Camera's frame of images (x right, y down, z away) to ours (x right, y up, z towards the viewer).
-TURN = np.diag([1.0, -1.0, -1.0])
-# The view that motions without a camera get: from the front, the body upright, so that raised hands are seen.
-FRONT_CAMERA = np.array([1.1, 0.0, 0.0], np.float32)
-WRIST = {"left": 19, "right": 20}  # among the 21 joints of body_pose
+FPS = 20.0  # HumanML3D's frames a second
+# Seconds that HumanML3D cuts off the beginning of these parts of AMASS before it counts frames.
+CUT = {"Eyes_Japan_Dataset": 3, "MPI_HDM05": 3, "TotalCapture": 1, "MPI_Limits": 1, "Transitions_mocap": 0.5}
+Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # (x, y, z) -> (x, z, -y)
+FLIP_YZ = np.diag([1.0, -1.0, -1.0])  # from a camera frame with y down and z away to ours
+FILL = 0.9  # of the picture's height, for a framed person
+STILL = 1e-3  # radians: fingers that move less were not captured
 
 
-def captions(folder: Path, name: str) -> list[str]:
-    """Of <name>.txt: a line each; what HumanML3D writes behind "#" (tags, times) is left out."""
-    path = folder / f"{name}.txt"
+@dataclass
+class Options:
+    """What a converter may be told.
+
+    texts: a folder of captions, if they are not beside. every: seconds between frames of a sequence that are taken.
+    frame: "person" or "hands", what is framed where there is no camera. turn: degrees by which a person is turned away
+    from the camera at most, at random. hand_mean: an .npz with hands_meanl and hands_meanr [45], added to fingers that
+    are relative to MANO's mean hand. body: by which people are framed and arms are reached.
+    """
+
+    body: SMPLH
+    texts: Path | None = None
+    every: float = 1.0
+    frame: str = "person"
+    turn: float = 30.0
+    hand_mean: Path | None = None
+
+
+Converter = Callable[[Path, Options], Iterator[Sample | Bad]]
+
+
+# --- motion capture: no picture ---
+
+
+def amass(source: Path, options: Options) -> Iterator[Sample | Bad]:
+    """AMASS sequences, with HumanML3D's texts where `options.texts` holds its index.csv, or a .txt beside each."""
+    index = options.texts / "index.csv" if options.texts is not None else None
+    if index is not None and index.is_file():
+        assert options.texts is not None
+        for row in _rows(index):
+            yield from _human_ml3d(row, source, options.texts, options)
+        return
+    for path in _files(source, ".npz"):
+        if path.name in ("shape.npz", "neutral_stagei.npz", "male_stagei.npz", "female_stagei.npz"):
+            continue
+        texts = _captions(path, source, options.texts)
+        key = _key(path.relative_to(source).with_suffix(""))
+        if not texts:
+            yield _no_caption(key, path)
+            continue
+        sequence = _amass_poses(path)
+        if isinstance(sequence, str):
+            yield Bad(key, str(path), sequence)
+            continue
+        poses, betas, rate = sequence
+        frames = np.arange(0, len(poses), max(1, round(options.every * rate)))
+        yield from _framed(poses[frames], betas, frames, key, [texts] * len(frames), "AMASS", options, Z_UP)
+
+
+def _human_ml3d(row: dict[str, str], source: Path, texts: Path, options: Options) -> Iterator[Sample | Bad]:
+    """One row of HumanML3D's index.csv: a part of a sequence, and the captions that hold for parts of it."""
+    name = Path(row["new_name"]).stem
+    relative = Path(*[part for part in Path(row["source_path"]).parts if part not in (".", "..", "pose_data")])
+    path, key = source / relative.with_suffix(".npz"), _key(Path("humanml3d") / name)
+    if "humanact12" in row["source_path"]:
+        return  # not of AMASS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = (texts / "texts" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        yield Bad(key, name, f"There is no {texts / 'texts' / name}.txt.")
+        return
+    captions = [parsed for line in lines if (parsed := _caption_line(line)) is not None]
+    sequence = _amass_poses(path)
+    if isinstance(sequence, str) or not captions:
+        yield Bad(key, str(path), sequence if isinstance(sequence, str) else "It has no caption.")
+        return
+    poses, betas, rate = sequence
+    cut = next((seconds for part, seconds in CUT.items() if part in relative.parts), 0)
+    start, end = cut + int(row["start_frame"]) / FPS, cut + int(row["end_frame"]) / FPS
+    seconds = np.arange(start, min(end, len(poses) / rate), options.every)
+    frames = np.minimum((seconds * rate).round().astype(int), len(poses) - 1)
+
+    said = [[text for text, first, last in captions if last <= first or first <= at < last] for at in seconds - start]
+    yield from _framed(poses[frames], betas, frames, key, said, "AMASS, HumanML3D", options, Z_UP)
+
+
+def _amass_poses(path: Path) -> tuple[np.ndarray, np.ndarray, float] | str:
+    """poses [N, 156], betas [10], frames a second; or a sentence."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            poses, betas = archive["poses"].astype(np.float64), archive["betas"].astype(np.float64)
+            rate = next(float(archive[n]) for n in ("mocap_framerate", "mocap_frame_rate") if n in archive)
+    except FileNotFoundError:
+        return f"There is no {path}."
+    except Exception as error:  # numpy, zipfile and zlib fail in many ways; StopIteration where the rate is missing
+        return f"It is no AMASS sequence with poses, betas and mocap_framerate ({type(error).__name__}: {error})."
+    if poses.ndim != 2 or poses.shape[1] != 156 or not len(poses):
+        return f"Its poses have shape {list(poses.shape)}, not [N, 156] of SMPL-H."
+    if betas.ndim != 1 or len(betas) < 10 or not 1 <= rate <= 1000:
+        return f"Its betas have shape {list(betas.shape)} and its frames a second are {rate}."
+    return poses, betas[:10], rate
+
+
+def motion_x(source: Path, options: Options) -> Iterator[Sample | Bad]:
+    """Motion-X sequences of 322 numbers a frame, at 30 frames a second."""
+    for path in _files(source, ".npy"):
+        key, texts = _key(path.relative_to(source).with_suffix("")), _captions(path, source, options.texts)
+        if not texts:
+            yield _no_caption(key, path)
+            continue
+        try:
+            motion = np.load(path, allow_pickle=False).astype(np.float64)
+        except Exception as error:
+            yield Bad(key, str(path), f"It cannot be read as plain numbers ({type(error).__name__}).")
+            continue
+        if motion.ndim != 2 or motion.shape[1] != 322 or not len(motion):
+            yield Bad(key, str(path), f"It has shape {list(motion.shape)}, not [N, 322].")
+            continue
+        frames = np.arange(0, len(motion), max(1, round(options.every * 30)))
+        # The first 156 numbers are SMPL-H's own: pelvis, 21 body joints, 15 left, 15 right.
+        yield from _framed(
+            motion[frames, :156], np.zeros(10), frames, key, [texts] * len(frames), "Motion-X", options, np.eye(3)
+        )
+
+
+def _framed(
+    poses: np.ndarray,
+    betas: np.ndarray,
+    frames: np.ndarray,
+    key: str,
+    said: list[list[str]],
+    source: str,
+    options: Options,
+    upright: np.ndarray,
+) -> Iterator[Sample | Bad]:
+    """Samples of axis-angle poses [N, 156], said: captions of each. They are stood upright (`upright`: from their world
+    to y up), turned to the camera and framed."""
+    if not np.isfinite(poses).all() or not len(poses):
+        yield Bad(key, "", "Its poses hold NaN or infinity, or no frame.")
+        return
+    fingers = poses[:, 66:].reshape(-1, 2, 45).copy()
+    for side, mean in enumerate(hand_means(options.hand_mean)):
+        fingers[:, side] += mean
+    moving = "moving" if len(fingers) > 1 and np.ptp(fingers, axis=0).max() > STILL else "still"
+    pelvis = upright @ axis_angle_to_matrix(poses[:, :3])
+    turned = np.stack(
+        [_facing(turn, _angle(f"{key}-{f}", options.turn)) for turn, f in zip(pelvis, frames, strict=True)]
+    )
+    rotations = axis_angle_to_matrix(np.concatenate([poses[:, :66], fingers.reshape(-1, 90)], 1).reshape(-1, 3))
+    rotations = rotations.reshape(len(poses), 52, 3, 3)
+    rotations[:, 0] = turned
+    for i in range(len(poses)):
+        if not said[i]:
+            continue
+        hands = {
+            "global_orient": matrix_to_axis_angle(turned[i : i + 1])[0],
+            "body_pose": wrapped(poses[i, 3:66]),
+            "left_hand_pose": wrapped(fingers[i, LEFT]),
+            "right_hand_pose": wrapped(fingers[i, RIGHT]),
+            "betas": betas,
+            "camera": _camera(rotations[i], betas, options),
+            "visibility": np.ones(2),
+        }
+        meta = {"source": source, "labels": {"fingers": moving}}
+        arrays = {name: np.asarray(value, np.float32) for name, value in hands.items()}
+        yield Sample(f"{key}-{frames[i]:06d}", said[i], arrays, None, meta)
+
+
+def _facing(turn: np.ndarray, angle: float) -> np.ndarray:
+    """A pelvis' orientation, turned about the vertical so that it faces the camera but for `angle` radians."""
+    forward = turn[:, 2]
+    away = np.arctan2(forward[0], forward[2]) if np.hypot(forward[0], forward[2]) > 1e-6 else 0.0
+    c, s = np.cos(angle - away), np.sin(angle - away)
+    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]]) @ turn
+
+
+def _angle(key: str, most: float) -> float:
+    """A random angle in radians up to `most` degrees either way, the same for the same key."""
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    return np.deg2rad(most) * (2 * number - 1)
+
+
+@torch.no_grad()
+def _camera(rotations: np.ndarray, betas: np.ndarray, options: Options) -> np.ndarray:
+    """(s, tx, ty) that puts the person, or the hands, into the middle of the picture."""
+    _, joints = options.body(torch.from_numpy(rotations).float()[None], torch.from_numpy(betas).float()[None])
+    points = joints[0, :, :2].numpy()
+    if options.frame == "hands":
+        points = points[[joint for side in HAND_JOINTS for joint in side]]
+    low, high = points.min(0), points.max(0)
+    return np.array([2 * FILL / max((high - low).max(), 0.1), *(-(low + high) / 2)])
+
+
+def wrapped(vectors: np.ndarray) -> np.ndarray:
+    """Axis-angles with angles of at most half a turn, whatever they were."""
+    return matrix_to_axis_angle(axis_angle_to_matrix(vectors.reshape(-1, 3))).reshape(-1)
+
+
+def hand_means(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """MANO's mean left and right hand [45], from a body file of the user's; zeros without one."""
+    if path is None:
+        return np.zeros(45), np.zeros(45)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            left, right = (archive[f"hands_mean{side}"].astype(np.float64).reshape(45) for side in "lr")
+    except Exception as error:
+        raise DatasetError(
+            f"{path} holds no hands_meanl and hands_meanr of 45 numbers ({type(error).__name__}). "
+            "hd-body convert SMPLH.pkl OUT.npz makes such a file."
+        ) from None
+    return left, right
+
+
+# --- hands in pictures ---
+
+
+def mano(source: Path, options: Options) -> Iterator[Sample | Bad]:
+    """Pictures with an .npz of estimated hands beside each (HaMeR, WiLoR), and a .txt of captions, a line each."""
+    means = hand_means(options.hand_mean)
+    for path in _files(source, *PICTURES):
+        key, texts = _key(path.relative_to(source).with_suffix("")), _captions(path, source, options.texts)
+        if not texts:
+            yield _no_caption(key, path)
+            continue
+        try:
+            sample = Sample(key, texts, None, path.read_bytes(), {"source": "MANO estimates"})
+            size = picture_size(sample)
+            assert size is not None
+            estimates = mano_estimates(path.with_suffix(".npz"), means)
+        except (OSError, ValueError) as error:
+            yield Bad(key, str(path), getattr(error, "strerror", None) or str(error))
+            continue
+        if estimates:
+            sample.hands = people([_in_picture(estimate, size) for estimate in estimates], size, options.body)
+        yield sample
+
+
+@dataclass
+class _Estimate:
+    """A hand as HaMeR gives it, in camera frame and of the right side once a left one is mirrored back."""
+
+    side: int
+    turn: np.ndarray  # [3, 3] in the camera's frame
+    fingers: np.ndarray  # [15, 3]
+    keypoints: np.ndarray  # [21, 3] metres, camera's frame
+    camera: np.ndarray  # [3] of the crop: s, tx, ty
+    centre: np.ndarray  # [2] pixels
+    box: float  # pixels
+
+
+def mano_estimates(path: Path, means: tuple[np.ndarray, np.ndarray]) -> list[_Estimate]:
+    """The hands in an .npz (H of them): is_right [H], global_orient [H, 3, 3], hand_pose [H, 15, 3, 3] (or axis-angle
+    [H, 3], [H, 45]), pred_cam [H, 3], box_center [H, 2], box_size [H], pred_keypoints_3d [H, 21, 3]. Raises
+    ValueError. A left hand is given as the right hand of the mirrored crop, and is mirrored back here."""
+    names = {
+        "is_right": (), "global_orient": (3, 3), "hand_pose": (15, 3, 3), "pred_cam": (3,), "box_center": (2,),
+        "box_size": (), "pred_keypoints_3d": (21, 3),
+    }  # fmt: skip
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            held = {name: archive[name].astype(np.float64) for name in names if name in archive}
+    except FileNotFoundError:
+        raise ValueError(
+            f"There is no {path.name} with its hands beside it. An empty one says that it has none."
+        ) from None
+    except Exception as error:
+        raise ValueError(f"{path.name} is no .npz of plain numbers ({type(error).__name__}).") from None
+    if not held:
+        return []
+    missing = [name for name in names if name not in held]
+    if missing:
+        raise ValueError(f"{path.name} lacks {', '.join(missing)}.")
+    count = held["is_right"].size
+    for name, joints in (("global_orient", 1), ("hand_pose", 15)):
+        if held[name].size == count * joints * 3:
+            held[name] = axis_angle_to_matrix(held[name].reshape(-1, 3))
+    for name, shape in names.items():
+        if held[name].size != count * int(np.prod(shape)):
+            raise ValueError(f"{path.name} has {name} of shape {list(held[name].shape)} for {count} hands.")
+        if not np.isfinite(held[name]).all():
+            raise ValueError(f"{path.name} has NaN or infinity in {name}.")
+        held[name] = held[name].reshape(count, *shape)
+    out = []
+    for i in range(count):
+        right = held["is_right"][i] > 0.5
+        mirror = np.eye(3) if right else MIRROR
+        camera = held["pred_cam"][i] * (1, 1 if right else -1, 1)
+        fingers = matrix_to_axis_angle(mirror @ held["hand_pose"][i] @ mirror) + means[int(right)].reshape(15, 3)
+        turn = mirror @ held["global_orient"][i] @ mirror
+        keypoints = held["pred_keypoints_3d"][i] @ mirror
+        out.append(
+            _Estimate(int(right), turn, fingers, keypoints, camera, held["box_center"][i], float(held["box_size"][i]))
+        )
+    return out
+
+
+def _in_picture(estimate: _Estimate, size: tuple[int, int]) -> HandEstimate:
+    """From the crop's weak-perspective camera to pixels of the picture: a point (X, Y) of the crop's frame is at
+    centre + box / 2 * s * (X + tx, Y + ty) (the near-affine limit of HaMeR's cam_crop_to_full)."""
+    s, tx, ty = estimate.camera
+    pixels = estimate.centre + estimate.box / 2 * s * (estimate.keypoints[:, :2] + (tx, ty))
+    return HandEstimate(estimate.side, FLIP_YZ @ estimate.turn, estimate.fingers, pixels)
+
+
+# InterHand2.6M's joints of a hand (finger tips first, thumb to little finger, the wrist last) in our order.
+INTERHAND_ORDER = (20, *(4 * finger + 3 - joint for finger in range(5) for joint in range(4)))
+
+
+def interhand(source: Path, options: Options) -> Iterator[Sample | Bad]:
+    """InterHand2.6M: SOURCE/annotations/SPLIT/InterHand2.6M_SPLIT_{data,camera,joint_3d,MANO_NeuralAnnot}.json and
+    SOURCE/images/SPLIT/. Captions say which hands there are; the sequence's name is a label."""
+    means = hand_means(options.hand_mean)
+    if options.hand_mean is None:
+        raise DatasetError("InterHand2.6M's fingers are relative to MANO's mean hand: name --hand-mean SMPLH.npz.")
+    splits = sorted(source.glob("annotations/*/InterHand2.6M_*_data.json"))
+    if not splits:
+        raise DatasetError(f"{source} has no annotations/SPLIT/InterHand2.6M_SPLIT_data.json.")
+    for path in splits:
+        split = path.parent.name
+        data, cameras, joints, poses = (
+            _json(path.with_name(f"InterHand2.6M_{split}_{name}.json"))
+            for name in ("data", "camera", "joint_3d", "MANO_NeuralAnnot")
+        )
+        kinds = {entry["image_id"]: entry["hand_type"] for entry in data["annotations"]}
+        for image in data["images"]:
+            capture, frame, camera = str(image["capture"]), str(image["frame_idx"]), str(image["camera"])
+            key = _key(Path(split) / Path(image["file_name"]).with_suffix(""))
+            file = source / "images" / split / image["file_name"]
+            try:
+                size = int(image["height"]), int(image["width"])
+                world = joints[capture][frame]["world_coord"]
+                parameters = poses.get(capture, {}).get(frame) or {}
+                hands = [
+                    _interhand_hand(side, parameters[name], np.asarray(world), cameras[capture], camera, means[side])
+                    for side, name in enumerate(("left", "right"))
+                    if parameters.get(name) is not None
+                ]
+                if not hands:
+                    continue  # fitted in few frames
+                content = file.read_bytes()
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                yield Bad(key, split, f"Its annotations do not fit together ({type(error).__name__}: {error}).")
+                continue
+            except OSError as error:
+                yield Bad(key, split, f"{file} cannot be read: {error.strerror or error}.")
+                continue
+            kind = kinds.get(image["id"], "")
+            prompt = "two hands" if kind == "interacting" else f"a {kind} hand" if kind else "a hand"
+            meta = {
+                "source": "InterHand2.6M",
+                "licence": "CC BY-NC 4.0",
+                "labels": {"sequence": str(image["seq_name"])},
+            }
+            yield Sample(key, [prompt], people(hands, size, options.body), content, meta)
+
+
+def _interhand_hand(
+    side: int, parameters: dict[str, Any], world: np.ndarray, cameras: dict[str, Any], camera: str, mean: np.ndarray
+) -> HandEstimate:
+    pose = np.asarray(parameters["pose"], np.float64).reshape(16, 3)
+    turn = np.asarray(cameras["camrot"][camera], np.float64).reshape(3, 3)
+    points = world.reshape(42, 3)[(21 if side == LEFT else 0) + np.array(INTERHAND_ORDER)]  # right first
+    seen = (points - np.asarray(cameras["campos"][camera])) @ turn.T  # millimetres, y down, z away
+    if (seen[:, 2] <= 0).any():
+        raise ValueError("a hand behind the camera")
+    pixels = seen[:, :2] / seen[:, 2:] * np.asarray(cameras["focal"][camera]) + np.asarray(cameras["princpt"][camera])
+    orientation = FLIP_YZ @ turn @ axis_angle_to_matrix(pose[:1])[0]
+    return HandEstimate(side, orientation, pose[1:] + mean.reshape(15, 3), pixels)
+
+
+FORMATS: dict[str, Converter] = {"amass": amass, "motion-x": motion_x, "mano": mano, "interhand": interhand}
+
+
+# --- files ---
+
+
+def _files(source: Path, *suffixes: str) -> list[Path]:
+    """All files below a folder that end so, sorted. Raises DatasetError where there is none."""
+    if not source.is_dir():
+        raise DatasetError(f"There is no folder {source}.")
+    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    if not found:
+        raise DatasetError(f"{source} holds no {' or '.join(suffixes)} files.")
+    return found
+
+
+def _key(path: Path) -> str:
+    """A path as a key: without dots, which end a WebDataset key, and not longer than a shard takes."""
+    name = path.as_posix().replace(".", "_")
+    if len(name.encode()) <= 80:
+        return name
+    start = name.encode()[:50].decode(errors="ignore").replace("/", "-")
+    return f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def _captions(path: Path, source: Path, texts: Path | None) -> list[str]:
+    """The lines of the .txt of the same name, beside a file or at the same place in the folder of texts."""
+    file = path.with_suffix(".txt") if texts is None else texts / path.relative_to(source).with_suffix(".txt")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return []
-    return [text for line in lines if (text := line.partition("#")[0].strip())]
+    return [caption[0] for line in lines if (caption := _caption_line(line)) is not None]
 
 
-def vector(rotation: np.ndarray) -> np.ndarray:
-    """[3, 3] -> axis-angle [3]."""
-    return matrix_to_axis_angle(np.asarray(rotation, np.float64)[None])[0]
+def _caption_line(line: str) -> tuple[str, float, float] | None:
+    """A line of HumanML3D's texts, `caption#tokens#from#to` in seconds (0, 0: all), or a plain caption."""
+    parts = line.strip().split("#")
+    try:
+        first, last = (float(part) for part in parts[2:4])
+    except ValueError:
+        first, last, parts = 0.0, 0.0, [line.strip()]
+    if not np.isfinite([first, last]).all():
+        first = last = 0.0
+    return (parts[0].strip(), first, last) if parts[0].strip() else None
 
 
-def matrix(axis_angle: np.ndarray) -> np.ndarray:
-    return axis_angle_to_matrix(np.asarray(axis_angle, np.float64).reshape(1, 3))[0]
+def _no_caption(key: str, path: Path) -> Bad:
+    return Bad(key, str(path), f"It has no caption: {path.stem}.txt, with a line each.")
 
 
-def upright(orient: np.ndarray, up: str) -> np.ndarray:
-    """A body's turn in a world whose y or z axis points up -> in ours, whose y axis does."""
-    if up == "y":
-        return np.asarray(orient, np.float32)
-    to_y = matrix(np.array([-np.pi / 2, 0, 0]))  # z -> y
-    return vector(to_y @ matrix(orient)).astype(np.float32)
+def _rows(index: Path) -> Iterator[dict[str, str]]:
+    with open(index, newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        wanted = {"source_path", "start_frame", "end_frame", "new_name"}
+        if not wanted <= set(rows.fieldnames or ()):
+            raise DatasetError(f"{index} is not HumanML3D's index.csv: it lacks {', '.join(sorted(wanted))}.")
+        yield from rows
 
 
-def body(
-    orient: np.ndarray, pose: np.ndarray, left: np.ndarray, right: np.ndarray, betas: np.ndarray
-) -> dict[str, np.ndarray]:
-    arrays = {"global_orient": orient, "body_pose": pose, "left_hand_pose": left, "right_hand_pose": right}
-    out = {name: np.asarray(value, np.float32).reshape(-1) for name, value in arrays.items()}
-    out["betas"] = np.zeros(10, np.float32)
-    count = min(10, np.size(betas))
-    out["betas"][:count] = np.asarray(betas, np.float32).reshape(-1)[:count]
-    return out
-
-
-def amass(source: Path, texts: Path, every: int = 10) -> Made:
-    """AMASS's .npz, SMPL-H: `poses` [N, 156] (3 root, 63 body, 45 left hand, 45 right hand), `betas`; z is up.
-
-    Its hands are relative to a flat hand, as ours. Captions (HumanML3D's texts) are <name>.txt; a motion without any is
-    left out. There is no camera: the body is seen from the front.
-    """
-    for path in sorted(source.rglob("*.npz")):
-        key = "-".join(path.relative_to(source).with_suffix("").parts)
-        prompts = captions(texts, path.stem)
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                if "poses" not in archive:
-                    continue  # shape.npz and the like
-                poses, betas = np.asarray(archive["poses"]), np.asarray(archive["betas"])
-            if poses.ndim != 2 or poses.shape[1] != 156:
-                raise ValueError(f"its poses have the shape {list(poses.shape)}, where [N, 156] is right")
-        except Exception as error:  # a bad file fails numpy, zipfile and zlib in many ways
-            yield Bad(key, path.name, f"It cannot be converted: {str(error)[:200].rstrip('.')}.")
-            continue
-        if not prompts:
-            yield Bad(key, path.name, f"It has no caption: {path.stem}.txt is missing or empty.")
-            continue
-        parts = (poses[:, :3], poses[:, 3:66], poses[:, 66:111], poses[:, 111:156])
-        yield from _frames(key, parts, betas, prompts, every, "z")
-
-
-def motion_x(source: Path, texts: Path, every: int = 10) -> Made:
-    """Motion-X's .npy [N, 322]: SMPL-X root 0:3, body 3:66, left hand 66:111, right hand 111:156, jaw 156:159,
-    expression 159:209, face shape 209:309, translation 309:312, betas 312:322; y is up.
-
-    SMPL-X's body joints and hands are SMPL-H's; its betas are of another shape space and are left at 0. Captions are
-    <name>.txt.
-    """
-    for path in sorted(source.rglob("*.npy")):
-        key = "-".join(path.relative_to(source).with_suffix("").parts)
-        prompts = captions(texts, path.stem)
-        try:
-            frames = np.load(path, allow_pickle=False)
-            if frames.ndim != 2 or frames.shape[1] != 322:
-                raise ValueError(f"its frames have the shape {list(frames.shape)}, where [N, 322] is right")
-        except Exception as error:
-            yield Bad(key, path.name, f"It cannot be converted: {str(error)[:200].rstrip('.')}.")
-            continue
-        if not prompts:
-            yield Bad(key, path.name, f"It has no caption: {path.stem}.txt is missing or empty.")
-            continue
-        parts = (frames[:, :3], frames[:, 3:66], frames[:, 66:111], frames[:, 111:156])
-        yield from _frames(key, parts, np.zeros(10), prompts, every, "y")
-
-
-def _frames(
-    key: str, parts: tuple[np.ndarray, ...], betas: np.ndarray, prompts: list[str], every: int, up: str
-) -> Made:
-    """parts: root, body, left hand and right hand of all frames."""
-    orient, pose, left, right = parts
-    for frame in range(0, len(orient), every):
-        name = f"{key}-{frame:06}".replace(".", "_")
-        hands = body(upright(orient[frame], up), pose[frame], left[frame], right[frame], betas)
-        hands["camera"] = FRONT_CAMERA
-        if not all(np.isfinite(value).all() for value in hands.values()):
-            yield Bad(name, "", "Its frame holds NaN or infinity.")
-            continue
-        yield Sample(name, list(prompts), hands)
-
-
-def one_hand(rotation: np.ndarray, fingers: np.ndarray, right: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A hand's turn in the camera's frame of images and its 15 joints -> (its turn in ours [3, 3], pose [45]).
-
-    rotation: [3, 3], fingers: [15, 3, 3], of the right hand; a left one was estimated on the mirrored picture as a
-    right hand, and is mirrored back: rotations R become S R S, S = diag(-1, 1, 1).
-    """
-    turn = TURN @ np.asarray(rotation, np.float64)
-    pose = matrix_to_axis_angle(np.asarray(fingers, np.float64).reshape(15, 3, 3))
-    if not right:
-        flip = np.diag([-1.0, 1.0, 1.0])
-        turn, pose = flip @ turn @ flip, pose * MIRROR
-    return turn, pose.reshape(-1).astype(np.float32)
-
-
-def full_camera(crop: np.ndarray, centre: np.ndarray, size: float, picture: tuple[int, int], right: bool) -> np.ndarray:
-    """HaMeR's crop camera (s, tx, ty) -> ours (s, tx, ty) of the whole picture (height, width).
-
-    In the crop, of `size` pixels about `centre`, a point (x, y) metres, y down, is seen at s (x + tx), s (y + ty); 1 is
-    half the crop. Of a left hand the crop was mirrored. Ours counts in half heights of the picture, y up.
-    """
-    height, width = picture
-    s, tx, ty = np.asarray(crop, np.float64)
-    if not right:
-        tx = -tx
-    scale = s * size / height
-    x, y = (2 * centre[0] - width) / height, -(2 * centre[1] - height) / height
-    return np.array([scale, tx + x / scale, -ty + y / scale], np.float32)
-
-
-def mano(source: Path, texts: Path, every: int = 1) -> Made:
-    """Per-hand estimates beside pictures, as HaMeR and WiLoR give them, saved as <picture>.json:
-
-    {"hands": [{"is_right": 1, "global_orient": [3, 3] or [1, 3, 3], "hand_pose": [15, 3, 3], "betas": [10], "pred_cam":
-    [3], "box_center": [2], "box_size": pixels}, ...], "prompt": "..."}
-
-    Names and conventions are those of HaMeR's `pred_mano_params` and `pred_cam`, read in its public code; how you save
-    them is yours, this is the layout that is read. Rotations are absolute with respect to MANO's flat hand, in the
-    camera's frame of images. The body is at rest and faces the viewer: wrists become local by the turns of the joints
-    above them. Both hands share the camera of the larger one, so that the smaller one's place is as near as one arm's
-    length allows.
-    """
-    del every
-    for path in sorted(source.rglob("*.json")):
-        key = "-".join(path.relative_to(source).with_suffix("").parts).replace(".", "_")
-        pictures = [found for suffix in PICTURES if (found := path.with_suffix(suffix)).exists()]
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-            prompts = [value["prompt"]] if value.get("prompt") else captions(texts, path.stem)
-            if not prompts:
-                raise ValueError("it has neither a prompt nor a caption")
-            if not pictures:
-                raise ValueError("there is no picture of its name beside it")
-            yield Sample(key, prompts, _estimated(value["hands"], pictures[0]), pictures[0].read_bytes())
-        except Exception as error:
-            yield Bad(key, path.name, f"It cannot be converted: {str(error)[:200].rstrip('.')}.")
-
-
-def _estimated(found: list[Mapping[str, Any]], picture: Path) -> dict[str, np.ndarray] | None:
-    """SMPL-H arrays of one person from estimates of hands; the largest of each side is taken."""
-    from PIL import Image
-
-    if not found:
-        return None
-    with Image.open(picture) as image:
-        size = image.height, image.width
-    best: dict[str, Mapping[str, Any]] = {}
-    for hand in sorted(found, key=lambda hand: float(np.max(hand["box_size"]))):
-        best["right" if hand["is_right"] else "left"] = hand
-    pose, hands, visible = np.zeros((21, 3)), {"left": np.zeros(45), "right": np.zeros(45)}, np.zeros(2, np.float32)
-    for side, hand in best.items():
-        turn, fingers = one_hand(
-            np.reshape(hand["global_orient"], (3, 3)), np.asarray(hand["hand_pose"]), side == "right"
-        )
-        pose[WRIST[side]] = vector(turn)  # every joint above it is at rest
-        hands[side], visible[["left", "right"].index(side)] = fingers, 1.0
-    main = max(best.values(), key=lambda hand: float(np.max(hand["box_size"])))
-    right = bool(main["is_right"])
-    out = body(np.zeros(3), pose.reshape(-1), hands["left"], hands["right"], np.asarray(main["betas"]))
-    camera = full_camera(
-        main["pred_cam"], np.asarray(main["box_center"], float), float(np.max(main["box_size"])), size, right
-    )
-    # MANO's hand lies about its own origin, ours at the end of an arm: the wrist of the body at rest is taken there.
-    wrist = rest_wrist("right" if right else "left")
-    out["camera"] = np.array([camera[0], camera[1] - wrist[0], camera[2] - wrist[1]], np.float32)
-    out["visibility"] = visible
-    return out
-
-
-def rest_wrist(side: str) -> np.ndarray:
-    """Where the demo body's wrist is at rest, metres: close to SMPL-H's. MANO's own wrist lies near its origin."""
-    import torch
-
-    from ..demo.render import demo_body
-    from ..models.smplh import LEFT_WRIST, RIGHT_WRIST
-
-    _, joints = demo_body()(torch.eye(3).expand(1, 52, 3, 3), torch.zeros(1, 10))
-    return joints[0, LEFT_WRIST if side == "left" else RIGHT_WRIST].numpy()
-
-
-def interhand(source: Path, texts: Path, every: int = 10) -> Made:
-    """InterHand2.6M's MANO annotations: {capture: {frame: {"left": {"pose": [48], "shape": [10], "trans": [3]} or null,
-    "right": ...}}}, poses absolute with respect to the flat hand, in the world's frame (its y axis points down).
-
-    Cameras and pictures are kept apart by its makers and are not read: the samples are for stage 1. Each capture's
-    captions are <file's name>.txt; without any, a sentence says which hands there are.
-    """
-    for path in sorted(source.rglob("*.json")):
-        try:
-            captures = json.loads(path.read_text(encoding="utf-8"))
-            frames = [(c, f, hands) for c, some in captures.items() for f, hands in some.items()]
-        except Exception as error:
-            yield Bad(path.stem, path.name, f"It cannot be converted: {str(error)[:200].rstrip('.')}.")
-            continue
-        prompts = captions(texts, path.stem)
-        for capture, frame, both in frames[::every]:
-            key = f"{path.stem}-{capture}-{frame}".replace(".", "_").replace("/", "_")
-            try:
-                yield _interhand(key, both, prompts)
-            except Exception as error:
-                yield Bad(key, path.name, f"It cannot be converted: {str(error)[:200].rstrip('.')}.")
-
-
-def _interhand(key: str, both: Mapping[str, Any], prompts: list[str]) -> Sample:
-    pose, hands, visible = np.zeros((21, 3)), {"left": np.zeros(45), "right": np.zeros(45)}, np.zeros(2, np.float32)
-    betas = np.zeros(10)
-    for number, side in enumerate(("left", "right")):
-        hand = both.get(side)
-        if not hand:
-            continue
-        values = np.asarray(hand["pose"], np.float64)
-        if values.shape != (48,):
-            raise ValueError(f"the pose of its {side} hand has the shape {list(values.shape)}, where [48] is right")
-        pose[WRIST[side]] = vector(TURN @ matrix(values[:3]))
-        hands[side], visible[number], betas = values[3:], 1.0, np.asarray(hand["shape"])
-    if not visible.any():
-        raise ValueError("it shows no hand")
-    out = body(np.zeros(3), pose.reshape(-1), hands["left"], hands["right"], betas)
-    out["camera"], out["visibility"] = FRONT_CAMERA, visible
-    which = "two hands" if visible.all() else f"a {'left' if visible[0] else 'right'} hand"
-    return Sample(key, prompts or [which], out)
-
-
-FORMATS: dict[str, Callable[[Path, Path, int], Made]] = {
-    "amass": amass,
-    "motion-x": motion_x,
-    "mano": mano,
-    "interhand": interhand,
-}
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(f"{path} cannot be read: {error}.") from None

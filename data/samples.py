@@ -24,6 +24,7 @@ import io
 import json
 import os
 import tarfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,13 +201,15 @@ def write_shards(
     """Writes samples as shards `00000.tar`, ... of `per_shard` samples; returns what came as Bad.
 
     A shard is written beside and renamed, so that each that is there is whole. Run again with the same samples, what
-    shards hold already is skipped by its key, and the rest goes into new shards. progress: called with each key.
-    Raises DatasetError for a key that no shard can hold, or that comes twice.
+    shards hold already is skipped by its key, and the rest goes into new shards. progress: called with each key. What
+    no shard can hold (a key with dots, a picture of another format), and a key that comes twice, is returned as Bad.
+    Raises DatasetError where the folder cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.tar.tmp"):
-        leftover.unlink(missing_ok=True)
+        if leftover.stat().st_mtime < time.time() - 3600:  # a younger one may be another run's
+            leftover.unlink(missing_ok=True)
     present = shards(folder)
     done = {entry.key for path in present for entry in scan(path)[0]}
     number = 1 + max((int(path.stem) for path in present if path.stem.isdigit()), default=-1)
@@ -217,8 +220,15 @@ def write_shards(
         if isinstance(sample, Bad):
             bad.append(sample)
             continue
-        if sample.key in seen:
-            raise DatasetError(f"Two samples have the key {sample.key}. Give each its own.")
+        try:
+            shard_key(sample.key)
+            if sample.image is not None:
+                picture_kind(sample.image)
+            if sample.key in seen:
+                raise MisfitError("Another sample has this key. Give each its own.")
+        except MisfitError as error:
+            bad.append(Bad(sample.key, "", str(error)))
+            continue
         seen.add(sample.key)
         if progress is not None:
             progress(sample.key)
@@ -234,7 +244,8 @@ def write_shards(
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Writes one shard beside and renames it. The same samples give the same bytes."""
+    """Writes one shard beside and renames it. The same samples give the same bytes. Raises DatasetError, or MisfitError
+    for a sample that no shard can hold."""
     from webdataset import TarWriter
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tar.tmp")
@@ -256,10 +267,10 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def shard_key(key: str) -> str:
-    """The key, if a shard can hold it: readers of WebDataset end a key at its first dot. Raises DatasetError."""
+    """The key, if a shard can hold it: readers of WebDataset end a key at its first dot. Raises MisfitError."""
     name = key.rpartition("/")[2]
     if not name or "." in name or key.startswith(("/", "__")) or len(key.encode()) > 90 or "\0" in key:
-        raise DatasetError(
+        raise MisfitError(
             f"The key {key[:100]!r} does not fit into a shard: give up to 90 bytes without dots (a reader of "
             "WebDataset ends it at the first one)."
         )
@@ -281,14 +292,14 @@ def members(sample: Sample) -> dict[str, bytes]:
 
 
 def picture_kind(image: bytes) -> str:
-    """ "png", "jpg" or "webp", by the first bytes. Raises DatasetError for another format."""
+    """ "png", "jpg" or "webp", by the first bytes. Raises MisfitError for another format."""
     if image.startswith(b"\x89PNG"):
         return "png"
     if image.startswith(b"\xff\xd8"):
         return "jpg"
     if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
         return "webp"
-    raise DatasetError("A picture is neither PNG nor JPEG nor WebP. Convert it first.")
+    raise MisfitError("Its picture is neither PNG nor JPEG nor WebP. Convert it first.")
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -143,15 +143,15 @@ def seen(hands, size, body):
 def test_a_crop_moves_joints_as_pixels_move(body, camera, size, wanted):
     hands = made_hands(2, camera=camera)
     hands["joints_2d"] = seen(hands, size, body).astype(np.float32) / (size[1], size[0])
-    box = centre_box(size, wanted)
-    cropped = crop_hands(hands, size, box)
-    scale = wanted[0] / box[3]
-    want = (seen(hands, size, body) - box[:2]) * scale
-    shown = hands["visibility"] > 0.5
-    assert np.abs(seen(cropped, wanted, body) - want)[shown].max() < 0.02  # pixels
-    assert np.abs(cropped["joints_2d"] * (wanted[1], wanted[0]) - want).max() < 0.02
-    assert box[2] / box[3] == pytest.approx(wanted[1] / wanted[0])
-    assert box[0] >= 0 and box[1] >= 0 and max(box[2] / size[1], box[3] / size[0]) == pytest.approx(1)
+    left, top, w, h = centre_box(size, wanted)
+    assert w / h == pytest.approx(wanted[1] / wanted[0])
+    assert left >= 0 and top >= 0 and max(w / size[1], h / size[0]) == pytest.approx(1)
+    for box in ((left, top, w, h), (left - 5, top + 9, 0.8 * w, 0.8 * h)):
+        cropped = crop_hands(hands, size, box)
+        want = (seen(hands, size, body) - box[:2]) * wanted[0] / box[3]
+        shown = hands["visibility"] > 0.5
+        assert np.abs(seen(cropped, wanted, body) - want)[shown].max() < 0.02  # pixels
+        assert np.abs(cropped["joints_2d"] * (wanted[1], wanted[0]) - want).max() < 0.02
 
 
 def test_hands_lie_on_the_cropped_picture(body):
