@@ -136,7 +136,7 @@ def _arm(upper: np.ndarray, fore: np.ndarray, target: np.ndarray, turn: np.ndarr
 
     upper, fore: the bones at rest; turn: the hand's orientation. Two bones and two lengths: the elbow lies on a circle.
     """
-    a, b, d = np.linalg.norm(upper), np.linalg.norm(fore), np.linalg.norm(target)
+    a, b, d = (float(np.linalg.norm(vector)) for vector in (upper, fore, target))
     axis = target / d
     along = (a**2 + d**2 - b**2) / (2 * d)
     radius = np.sqrt(max(a**2 - along**2, 0.0))
