@@ -18,7 +18,7 @@ from ..commands import run
 if TYPE_CHECKING:
     from ..models.smplh import SMPLH
 
-console = Console(stderr=True, markup=False, highlight=False)
+console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 LOG_EVERY = 30.0  # seconds between lines where there is no terminal
