@@ -230,38 +230,6 @@ def _body(path: Path | None) -> SMPLH:
     return demo_body()
 
 
-@commands.command()
-@click.argument("kind", metavar="FORMAT", type=click.Choice(["amass", "motion-x", "mano", "interhand"]))
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--texts", type=click.Path(path_type=Path), help="Captions: <name>.txt, a line each.  [default: SOURCE]")
-@click.option("--every", type=click.IntRange(1), default=10, show_default=True, help="Of a motion each n-th frame.")
-def convert(kind: str, source: Path, out: Path, texts: Path | None, every: int) -> int:
-    """Converts annotations in FORMAT (amass, motion-x, mano or interhand) into the dataset OUT.
-
-    What cannot be converted is named and left out; the exit code is 1 then. The same command again goes on.
-    """
-    with console.status("reading"):
-        from ..errors import DatasetError
-        from .convert import FORMATS
-        from .samples import write_shards
-    if not source.is_dir():
-        raise DatasetError(f"There is no folder {source}.")
-    with console.status("converting") as status:
-        count = 0
-
-        def show(key: str) -> None:
-            nonlocal count
-            count += 1
-            status.update(f"converting: {count} samples")
-
-        bad = write_shards(FORMATS[kind](source, texts or source, every), out, progress=show)
-    for one in bad:
-        click.echo(one)
-    console.print(f"{count} samples are in {out}; {len(bad)} were left out.")
-    return 1 if bad else 0
-
-
 def main() -> None:
     run("hd-data", commands, "Stopped. The same command goes on from what is done.")
 
