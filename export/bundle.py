@@ -28,10 +28,12 @@ from ..errors import CheckpointError, ExportError
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
 from .attention import fuse_attention
+from .branches import share_branches
 from .check import run_apart
 from .check import version as onnxruntime_version
 from .graphs import PRECISIONS, Graph, graphs
 from .norms import write_out_norms
+from .upsampling import fold_upsampling
 from .workspace import install, workspace
 
 # Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output: an error in the
@@ -177,8 +179,10 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     )
     assert program is not None
     write_out_norms(program.model)
+    fold_upsampling(program.model)
     compact(program.model)
     fuse_attention(program.model)
+    share_branches(program.model)
     save_model(program.model, folder / f"{graph.name}.onnx")
     # What it gives is read off the graph: to run it would take minutes in half, for which PyTorch's CPU is not made.
     return GraphSpec(
