@@ -178,6 +178,7 @@ def test_what_is_missing_is_said_in_a_sentence(toy_bundle, monkeypatch):
         HanDiffuser.load(toy_bundle, backend="openvino")
     with pytest.raises(EngineError, match=r"runs on CPUs only"):
         HanDiffuser.load(toy_bundle, backend="openvino", device="cuda")
+    openvino._import.cache_clear()
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EngineError, match=r'pip install "handiffuser\[openvino\]"'):
         openvino._import()
