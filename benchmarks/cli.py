@@ -211,7 +211,7 @@ def random_bundle(size: str, options: dict[str, Any], stack: ExitStack) -> str:
     with notes.status(f"making a random {size} checkpoint"):
         body = demo.checkpoint_path() / "body" / "smplh.npz"
         random_checkpoint(CONFIGS[size], body=body).save(checkpoint)
-        loaded = Checkpoint.load(checkpoint)
+        loaded = Checkpoint.load(checkpoint, mapped=True)
     with notes.status(f"exporting {size}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's remarks are no news to a user
         export_bundle(loaded, bundle, on_graph=lambda graph: notes.print(f"{graph.name}: {graph.megabytes:.1f} MB"))

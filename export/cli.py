@@ -171,7 +171,7 @@ def load_checkpoint(folder: Path, adapters: tuple[tuple[Path, float], ...], size
     from ..models.checkpoint import Checkpoint
     from .bundle import at_image_size
 
-    loaded = Checkpoint.load(folder)
+    loaded = Checkpoint.load(folder, mapped=True)
     for path, scale in adapters:
         lora.merge(loaded, path, scale)
     return loaded if size is None else at_image_size(loaded, *size)
@@ -235,7 +235,8 @@ def export(
             progress.advance(task)
             progress.console.print(
                 f"{result.name:18} {result.megabytes:8.1f} MB   {result.error:.1e} from PyTorch "
-                f"(tolerance {result.tolerance:g}{', emulated' if result.emulated else ''})   {result.seconds:.0f} s"
+                f"(tolerance {result.tolerance:g}{', emulated' if result.emulated else ''})   {result.seconds:.0f} s   "
+                f"{result.peak / 1e9:.1f} GB"
             )
 
         check_target(out)
