@@ -101,6 +101,13 @@ def numbers(most: int) -> Any:
 @click.option(
     "--requests", type=click.IntRange(2, MOST_REQUESTS), default=60, show_default=True, help="Of the load test."
 )
+@click.option(
+    "--load-runs",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    help="The load test so often, with other requests: means and 95 % intervals. Five say more than one.",
+)
 @click.option("--arrival-rate", type=click.FloatRange(0, min_open=True), help="Requests a second of the load test.")
 @click.option(
     "--utilisation",
@@ -349,6 +356,7 @@ def load(pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: 
     requests = load_test.mixed_requests(pipeline, options["requests"], solver=solver)
     result: dict[str, Any] = {
         "requests": len(requests),
+        "runs": [],
         "steps": list(load_test.STEPS),
         "guidance": list(load_test.GUIDANCE),
         "batch": pipeline.batch_size,
@@ -361,9 +369,17 @@ def load(pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: 
         rate = options["arrival_rate"] or options["utilisation"] * result["capacity"]
         result |= {"arrival_rate": rate, "utilisation": rate / result["capacity"]}
         document["load"] = result
-        arrivals = load_test.arrival_times(len(requests), rate)
-        for row in load_test.compare(pipeline, requests, arrivals, clock, status.update):
-            result["rows"].append(row)
+        for number in range(options["load_runs"]):  # other requests at other times; the first are those of one run
+            if number:
+                requests = load_test.mixed_requests(pipeline, options["requests"], number, solver)
+            arrivals = load_test.arrival_times(len(requests), rate, number)
+            rows: list[dict[str, Any]] = []
+            for row in load_test.compare(pipeline, requests, arrivals, clock, status.update):
+                rows.append(row)
+                if not number:
+                    result["rows"].append(row)
+            result["runs"].append(rows)
+            result["over_runs"] = load_test.over_runs(result["runs"])
 
 
 def close(document: dict[str, Any], options: dict[str, Any], pictures: dict[str, Any]) -> None:

@@ -184,6 +184,11 @@ class Tables:
         )
         columns = ["", "p50", "p90", "p95", "p99", "max", "mean", "pictures/s", "in-flight's p95 to its own"]
         self.table(title, columns, rows)
+        if len(load.get("runs", [])) > 1:
+            figures = ("p50", "p95", "pictures_per_second", "p95_ratio")
+            several = [[row["name"], *(_interval(row[name]) for name in figures)] for row in load["over_runs"]]
+            title = f"The same over {len(load['runs'])} runs with other requests: means and 95 % intervals"
+            self.table(title, ["", "p50", "p95", "pictures/s", "in-flight's p95 to its own"], several)
 
     def soak(self, soak: dict[str, Any]) -> None:
         slope, memory = soak.get("mb_per_1000"), soak["rss_mb"]
@@ -199,6 +204,10 @@ class Tables:
 def _spread(ratio: dict[str, float] | None) -> str:
     """Median and quartiles."""
     return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['q1']:.2f} - {ratio['q3']:.2f})"
+
+
+def _interval(value: dict[str, float | None]) -> str:
+    return f"{value['mean']:.3f}" + ("" if value["half"] is None else f" ± {value['half']:.3f}")
 
 
 def _percent(share: float | None) -> str:
