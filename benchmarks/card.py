@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..contract import GraphSpec, TensorSpec
+from ..engines import cpu, openvino
 from ..engines.cuda import Cuda
 from ..engines.onnxruntime import (
     OnnxRuntimeDeviceEngine,
@@ -34,8 +35,8 @@ from ..errors import EngineError, HanDiffuserError
 from ..runtime.loading import DRIVER
 
 PACKAGES = (
-    "handiffuser", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "torch",
-    "diffusers", "onnx",
+    "handiffuser", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "cuda-bindings",
+    "torch", "diffusers", "onnx",
 )  # fmt: skip
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
 COPY = 1 << 28  # bytes; beyond any cache
@@ -44,7 +45,8 @@ COPY = 1 << 28  # bytes; beyond any cache
 def card(threads: int | None, device: str, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     """The hardware card. threads: CPU threads, None for all cores. device: "cpu", "cuda" or "auto"."""
     found: dict[str, Any] = {
-        "cpu": cpu_name(),
+        "cpu": cpu.cpu_name(),
+        "cpu_features": list(cpu.features()),
         "cores": usable_cores(),
         "threads": threads or usable_cores(),
         "memory_gb": round(_total_memory() / 1e9, 1),
@@ -68,16 +70,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return out
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def gpu_card(device: str) -> dict[str, Any]:
@@ -145,6 +137,54 @@ def matmul_ceiling(
         feeds = dict.fromkeys("ab", np.ones((n, n), dtype))
         seconds = best(lambda: session.run(None, feeds), clock)
     return {"flops": 2 * n**3 / seconds, "how": f"ONNX Runtime, {dtype} {n} x {n}"}
+
+
+def bf16_ceiling(threads: int | None, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+    """As `matmul_ceiling`, in bfloat16 in OpenVINO on the CPU: a product with a matrix of weights, as in networks."""
+    n = SIDE["cpu"]
+    from onnx import helper, numpy_helper
+
+    weights = numpy_helper.from_array(np.random.default_rng(0).standard_normal((n, n)).astype(np.float32), "b")
+    sides = [helper.make_tensor_value_info(name, 1, [n, n]) for name in "ac"]
+    nodes = [helper.make_node("MatMul", ["a", "b"], ["c"])]
+    graph = helper.make_graph(nodes, "product", sides[:1], sides[1:], [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    spec = GraphSpec("product.onnx", [TensorSpec("a", "float32", (n, n))], [TensorSpec("c", "float32", (n, n))])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / spec.file
+        file.write_bytes(model.SerializeToString())
+        engine = openvino.OpenVinoEngine(file, spec, "bf16", threads)
+        feeds = {"a": np.ones((n, n), np.float32)}
+        seconds = best(lambda: engine(feeds), clock)
+    return {"flops": 2 * n**3 / seconds, "how": f"OpenVINO, bfloat16 {n} x {n}"}
+
+
+class Others:
+    """How many cores other processes use while this one, and what it starts, measures."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    def cores(self) -> float | None:
+        """On average since the start; None where the system does not tell."""
+        now = self._now()
+        if now is None or self.start is None or now[0] - self.start[0] < 1:
+            return None
+        wall, busy, own = (later - earlier for later, earlier in zip(now, self.start, strict=True))
+        return max(0.0, (busy - own) / wall)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Wall clock, busy seconds of all cores, CPU seconds of this process and of those it has waited for."""
+        try:
+            fields = [
+                int(number) for number in Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:]
+            ]
+        except (OSError, ValueError):
+            return None
+        idle = fields[3] + fields[4]  # and waiting for disks
+        times = os.times()
+        return time.monotonic(), (sum(fields[:8]) - idle) / os.sysconf("SC_CLK_TCK"), sum(times[:4])
 
 
 def _product_on_gpu(cuda: Cuda, model: bytes, n: int, dtype: str, clock: Callable[[], float]) -> float:

@@ -35,13 +35,14 @@ from ..runtime.requests import MAX_GUIDANCE, MAX_STEPS
 from ..schedules import SOLVERS
 from . import load as load_test
 from . import measure, tables
-from .card import card
+from .card import Others, bf16_ceiling, card
 from .flops import count
 from .soak import soak
 
 FORMAT = 1  # of the JSON document
-LEAVABLE = ("torch.compile", "onnxruntime")  # peers; diffusers eager is what the others are made from
+LEAVABLE = ("torch.compile", "onnxruntime", "openvino")  # peers; diffusers eager is what the others are made from
 RANDOM = ("tiny", "demo", "sd15")
+BUSY = 0.1  # of a core, used by others: from then on it is said
 MOST_BATCH, MOST_REQUESTS, MOST_REPEATS = 1024, 1_000_000, 10_000
 
 notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -85,7 +86,9 @@ def numbers(most: int) -> Any:
 @click.option(
     "--cpu-clock", is_flag=True, help="Times are CPU seconds, of one thread: for machines that others keep busy."
 )
-@click.option("--peers", is_flag=True, help="Beside diffusers, torch.compile and plain ONNX Runtime, in alternation.")
+@click.option(
+    "--peers", is_flag=True, help="Beside diffusers, torch.compile, plain ONNX Runtime and OpenVINO, in alternation."
+)
 @click.option("--checkpoint", metavar="FOLDER", help="What ENGINES was exported from, for --peers.")
 @click.option("--body", metavar="FILE", help="The SMPL-H body that ENGINES was exported with, for --peers.")
 @click.option(
@@ -97,6 +100,13 @@ def numbers(most: int) -> Any:
 @click.option("--load", is_flag=True, help="Requests at random times: in-flight and static batching.")
 @click.option(
     "--requests", type=click.IntRange(2, MOST_REQUESTS), default=60, show_default=True, help="Of the load test."
+)
+@click.option(
+    "--load-runs",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    help="The load test so often, with other requests: means and 95 % intervals. Five say more than one.",
 )
 @click.option("--arrival-rate", type=click.FloatRange(0, min_open=True), help="Requests a second of the load test.")
 @click.option(
@@ -208,7 +218,7 @@ def random_bundle(size: str, options: dict[str, Any], stack: ExitStack) -> str:
     with notes.status(f"making a random {size} checkpoint"):
         body = demo.checkpoint_path() / "body" / "smplh.npz"
         random_checkpoint(CONFIGS[size], body=body).save(checkpoint)
-        loaded = Checkpoint.load(checkpoint)
+        loaded = Checkpoint.load(checkpoint, mapped=True)
     with notes.status(f"exporting {size}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's remarks are no news to a user
         export_bundle(loaded, bundle, on_graph=lambda graph: notes.print(f"{graph.name}: {graph.megabytes:.1f} MB"))
@@ -225,10 +235,15 @@ def work(engines: str, document: dict[str, Any], options: dict[str, Any], pictur
     with notes.status("measuring the ceilings of this machine"):
         document["card"] = card(options["threads"], options["device"], clock)
     say.card(document["card"])
+    others = Others()
     batches, defaults = options["batch_sizes"], manifest.defaults
     solver = options["solver"] or defaults["solver"]
     guidance = defaults["guidance"] if options["guidance"] is None else options["guidance"]
     pipeline = load_pipeline(engines, max(batches), options, document)
+    ceilings = document["card"]["ceilings"]
+    if pipeline.made_by.get("inference") == "bf16":
+        ceilings["matmul"] = bf16_ceiling(options["threads"], clock)
+        say.ceiling(ceilings["matmul"])
     operations = operations_of(folder, manifest, 1 if guidance == 1 else 2, document)
     meter = measure.Meter(pipeline, clock)
     energy = measure.Energy()
@@ -254,7 +269,7 @@ def work(engines: str, document: dict[str, Any], options: dict[str, Any], pictur
                     run["memory"]["device_mb"] = document["device_memory_before_mb"] - _free_mb()
             run.update(measure.summary(run))
             if operations:
-                ceiling = document["card"]["ceilings"]["matmul"]["flops"]
+                ceiling = ceilings["matmul"]["flops"]
                 run["flops"] = measure.utilisation(run, operations, ceiling, defaults["hand_steps"])
     say.runs(document["runs"], document["clock"])
     say.stages(document["runs"])
@@ -294,6 +309,17 @@ def work(engines: str, document: dict[str, Any], options: dict[str, Any], pictur
                 result=document["soak"],
             )
         say.soak(document["soak"])
+    document["others"] = others.cores()
+    if document["others"] is not None and document["others"] > BUSY:
+        notes.print(
+            f"hd-bench: warning: Other processes used {document['others']:.2f} of this machine's cores meanwhile. "
+            + (
+                "CPU seconds count little of that; repeat it when the machine is idle."
+                if options["cpu_clock"]
+                else "Take --cpu-clock --threads 1, or repeat it when the machine is idle."
+            ),
+            style="yellow",
+        )
 
 
 def load_pipeline(engines: str, batch: int, options: dict[str, Any], document: dict[str, Any]) -> HanDiffuser:
@@ -330,6 +356,7 @@ def load(pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: 
     requests = load_test.mixed_requests(pipeline, options["requests"], solver=solver)
     result: dict[str, Any] = {
         "requests": len(requests),
+        "runs": [],
         "steps": list(load_test.STEPS),
         "guidance": list(load_test.GUIDANCE),
         "batch": pipeline.batch_size,
@@ -342,9 +369,17 @@ def load(pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: 
         rate = options["arrival_rate"] or options["utilisation"] * result["capacity"]
         result |= {"arrival_rate": rate, "utilisation": rate / result["capacity"]}
         document["load"] = result
-        arrivals = load_test.arrival_times(len(requests), rate)
-        for row in load_test.compare(pipeline, requests, arrivals, clock, status.update):
-            result["rows"].append(row)
+        for number in range(options["load_runs"]):  # other requests at other times; the first are those of one run
+            if number:
+                requests = load_test.mixed_requests(pipeline, options["requests"], number, solver)
+            arrivals = load_test.arrival_times(len(requests), rate, number)
+            rows: list[dict[str, Any]] = []
+            for row in load_test.compare(pipeline, requests, arrivals, clock, status.update):
+                rows.append(row)
+                if not number:
+                    result["rows"].append(row)
+            result["runs"].append(rows)
+            result["over_runs"] = load_test.over_runs(result["runs"])
 
 
 def close(document: dict[str, Any], options: dict[str, Any], pictures: dict[str, Any]) -> None:

@@ -31,6 +31,10 @@ GUIDANCE = (1.0, 1.5, 2.0, 4.0)
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
+# Student's t for 95 %, of 2, 3, 4 ... samples; the last for all more.
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+
+
 class Clock(Protocol):
     def now(self) -> float: ...
 
@@ -157,6 +161,34 @@ def compare(
         cpu = time.process_time()
         done = way(pipeline, requests, arrivals, clock)
         yield row(name, requests, arrivals, done) | {"cpu_seconds": time.process_time() - cpu}
+
+
+def over_runs(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of several runs, each a list of rows of the same ways: a row for each way, with a mean and the half width of its
+    95 % interval (Student's t; None for one run) for p50, p95, pictures a second, and in-flight's p95 to this way's."""
+    out = []
+    for rows in zip(*runs, strict=True):
+        figures = {
+            "p50": [row["latency"]["p50"] for row in rows],
+            "p95": [row["latency"]["p95"] for row in rows],
+            "pictures_per_second": [row["pictures_per_second"] for row in rows],
+            "p95_ratio": [
+                run[0]["latency"]["p95"] / row["latency"]["p95"] for run, row in zip(runs, rows, strict=True)
+            ],
+        }
+        out.append(
+            {"name": rows[0]["name"], "runs": len(rows)} | {key: interval(found) for key, found in figures.items()}
+        )
+    return out
+
+
+def interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, and half of the 95 % interval in which it lies."""
+    count, mean = len(values), float(np.mean(values))
+    if count < 2:
+        return {"mean": mean, "half": None}
+    t = T95[min(count - 2, len(T95) - 1)]
+    return {"mean": mean, "half": float(t * np.std(values, ddof=1) / np.sqrt(count))}
 
 
 def row(name: str, requests: Sequence[Request], arrivals: Sequence[float], done: dict[str, float]) -> dict[str, Any]:

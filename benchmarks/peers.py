@@ -3,6 +3,9 @@
     diffusers eager    the PyTorch modules, diffusers' scheduler in a Python loop: what a diffusers pipeline does
     torch.compile      the same with a compiled UNet
     plain ONNX Runtime an export of the bare networks, session calls, diffusers' scheduler: what optimum does
+    OpenVINO f32, bf16 the same files and loop in OpenVINO, for fixed shapes: what optimum-intel does after `reshape`.
+                       bf16 for all networks is OpenVINO's own choice where the processor has it
+    ours in float32    ONNX Runtime, where what is measured runs with OpenVINO in bfloat16
 
 All make the same requests: same noise, steps, solver, guidance; each makes the hands itself from the same prompt. They
 take turns, A B C A B C, so that whatever else the machine does hits all alike, and ratios are taken turn by turn. What
@@ -34,7 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import demo
-from ..contract import TOKENIZER, Manifest
+from ..contract import TOKENIZER, GraphSpec, Manifest, TensorSpec
+from ..engines import Engine, cpu, openvino
 from ..engines.onnxruntime import OnnxRuntimeEngine, session_options, usable_cores
 from ..errors import CheckpointError, EngineError, RequestError
 from ..export.graphs import PRECISIONS
@@ -176,10 +180,8 @@ class PlainUNet(nn.Module):
         return self.unet(x, timestep, context).sample
 
 
-def plain_session(module: nn.Module, example: Sequence[Tensor], file: Path, threads: int) -> Network:
-    """Exports a network (x, timestep, condition) -> output with a free batch axis, and calls it in ONNX Runtime."""
-    import onnxruntime
-
+def export_plain(module: nn.Module, example: Sequence[Tensor], file: Path) -> GraphSpec:
+    """Exports a network (x, timestep, condition) -> output with a free batch axis N."""
     axes = tuple({0: torch.export.Dim("N", min=1, max=4096)} for _ in example)
     names = ["x", "timestep", "condition"]
     with warnings.catch_warnings():
@@ -194,13 +196,20 @@ def plain_session(module: nn.Module, example: Sequence[Tensor], file: Path, thre
             dynamo=True,
             verbose=False,
         )
+    inputs = [TensorSpec(name, "float32", ("N", *value.shape[1:])) for name, value in zip(names, example, strict=True)]
+    return GraphSpec(file.name, inputs, [TensorSpec("output", "float32", inputs[0].shape)])
+
+
+def feeds_of(spec: GraphSpec, values: Sequence[Tensor]) -> dict[str, np.ndarray]:
+    return {tensor.name: value.float().contiguous().numpy() for tensor, value in zip(spec.inputs, values, strict=True)}
+
+
+def plain_session(file: Path, spec: GraphSpec, threads: int) -> Network:
+    """A plainly exported network in ONNX Runtime."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(str(file), session_options(threads), providers=["CPUExecutionProvider"])
-
-    def network(*values: Tensor) -> Tensor:
-        feeds = {name: value.float().contiguous().numpy() for name, value in zip(names, values, strict=True)}
-        return torch.from_numpy(session.run(None, feeds)[0])
-
-    return network
+    return lambda *values: torch.from_numpy(session.run(None, feeds_of(spec, values))[0])
 
 
 class PlainOnnx(Eager):
@@ -208,23 +217,52 @@ class PlainOnnx(Eager):
 
     def __init__(self, eager: Eager, folder: Path, manifest: Manifest, work: Path, threads: int) -> None:
         self.checkpoint, self.tokenizer, self.device = eager.checkpoint, eager.tokenizer, "cpu"
+        self.folder, self.work, self.threads = folder, work, threads
         checkpoint, batch = eager.checkpoint, 2
         graphs = ("text_encoder", "hand_features", "text_hand_encoder", "image_decoder")
-        specs = {name: manifest.graphs[name] for name in graphs}
-        self.engines = {n: OnnxRuntimeEngine(folder / spec.file, spec, "cpu", threads) for n, spec in specs.items()}
-        self.features = lambda x: _tensors(self.engines["hand_features"]({"x": x.numpy()}))
-        self.decode = lambda x: torch.from_numpy(self.engines["image_decoder"]({"latents": x.numpy()})["image"])
+        self.specs = {name: manifest.graphs[name] for name in graphs}
+        self.take(lambda file, spec: OnnxRuntimeEngine(file, spec, "cpu", threads))
         timestep = torch.full((batch,), 500.0)
         example = (
             torch.zeros(batch, len(checkpoint.hand_prior.mean)),
             timestep,
             self.text(torch.zeros(batch, 77).long()),
         )
-        self.prior = plain_session(checkpoint.hand_prior, example, work / "hand_prior.onnx", threads)
+        self.plain = {"hand_prior": export_plain(checkpoint.hand_prior, example, work / "hand_prior.onnx")}
         latents = torch.zeros(batch, checkpoint.unet.config.in_channels, *checkpoint.latent_size)
         shape = next(spec for spec in manifest.graphs["unet_context"].inputs if spec.name == "context").shape
         context = torch.zeros(batch, *(int(size) for size in shape[2:]))
-        self.unet = plain_session(PlainUNet(checkpoint.unet), (latents, timestep, context), work / "unet.onnx", threads)
+        example = (latents, timestep, context)
+        self.plain["unet"] = export_plain(PlainUNet(checkpoint.unet), example, work / "unet.onnx")
+
+    def open(self) -> PlainOnnx:
+        """Loads the networks, which only this peer needs. Returns itself."""
+        self.prior, self.unet = (
+            plain_session(self.work / self.plain[name].file, self.plain[name], self.threads)
+            for name in ("hand_prior", "unet")
+        )
+        return self
+
+    def take(self, engine: Callable[[Path, GraphSpec], Engine]) -> None:
+        """Has the graphs that are the bundle's run so."""
+        self.engines = {name: engine(self.folder / spec.file, spec) for name, spec in self.specs.items()}
+        self.features = lambda x: _tensors(self.engines["hand_features"]({"x": x.numpy()}))
+        self.decode = lambda x: torch.from_numpy(self.engines["image_decoder"]({"latents": x.numpy()})["image"])
+
+    def in_openvino(self, precision: str) -> PlainOnnx:
+        """The same files and the same loop, computed by OpenVINO, each network for the shapes that it is called with.
+
+        precision: "fp32" or "bf16", of all networks.
+        """
+        out = copy.copy(self)
+        out.take(lambda file, spec: openvino.OpenVinoEngine(file, spec, precision, self.threads))
+        out.prior, out.unet = (out.network_of(name, precision) for name in ("hand_prior", "unet"))
+        return out
+
+    def network_of(self, name: str, precision: str) -> Network:
+        spec = self.plain[name]
+        engine = openvino.OpenVinoEngine(self.work / spec.file, spec, precision, self.threads)
+        return lambda *values: torch.from_numpy(engine(feeds_of(spec, values))["output"])
 
     def text(self, ids: Tensor) -> Tensor:
         return _tensors(self.engines["text_encoder"]({"input_ids": ids.contiguous().numpy()}))["text"]
@@ -320,12 +358,27 @@ def compare(
             ways["torch.compile"] = compiled
         if device == "cuda":
             skipped["plain ONNX Runtime"] = "It is measured on CPUs only."
-        elif "onnxruntime" in options["leave_out"]:
+        elif {"onnxruntime", "openvino"} <= set(options["leave_out"]):
             skipped["plain ONNX Runtime"] = "--leave-out onnxruntime."
         else:
             say("peers: exporting the plain networks")
             with torch.no_grad():
-                ways["plain ONNX Runtime"] = PlainOnnx(eager, folder, pipeline.manifest, Path(work), threads)
+                plain = PlainOnnx(eager, folder, pipeline.manifest, Path(work), threads)
+            if "onnxruntime" in options["leave_out"]:
+                skipped["plain ONNX Runtime"] = "--leave-out onnxruntime."
+            else:
+                ways["plain ONNX Runtime"] = plain.open()
+            if "openvino" in options["leave_out"] or not openvino.is_installed():
+                skipped["OpenVINO"] = (
+                    "--leave-out openvino." if openvino.is_installed() else f"Install it: {openvino.INSTALL}."
+                )
+            else:
+                ways["OpenVINO f32"] = plain.in_openvino("fp32")
+                if cpu.has_bf16():
+                    ways["OpenVINO bf16"] = plain.in_openvino("bf16")
+        if pipeline.made_by.get("backend") == openvino.BACKEND:
+            exact = HanDiffuser.load(folder, "cpu", threads, pipeline.batch_size, "onnxruntime")
+            ways["ours in float32"] = ours(exact)
 
         pictures: dict[str, np.ndarray] = {}
         for name, way in list(ways.items()):

@@ -19,6 +19,10 @@ STAGES = (
 )
 
 
+# Of a processor's features those that its figures hang on.
+TOLD = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
+
+
 class Tables:
     """Prints on stdout, where a log may be narrow: lines are not wrapped there, and tables take the room they need."""
 
@@ -27,11 +31,14 @@ class Tables:
         if not self.console.is_terminal:
             self.console.width = 160
 
+        self.cpu = ""  # beside every table: figures without their machine mislead
+
     def line(self, text: str = "") -> None:
         self.console.print(text)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        table = Table(title=title, title_justify="left", title_style="bold")
+        table = Table(title=title, title_justify="left", title_style="bold", caption=self.cpu or None)
+        table.caption_justify, table.caption_style = "left", ""
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
@@ -40,9 +47,10 @@ class Tables:
         self.console.print(table, soft_wrap=False)
 
     def card(self, card: dict[str, Any]) -> None:
-        self.line(
-            f"CPU      {card['cpu']}, {card['cores']} cores, {card['threads']} threads used, {card['memory_gb']} GB"
-        )
+        features = card.get("cpu_features", [])
+        told = [name for name in TOLD if name in features]
+        self.cpu = f"{card['cpu']} ({', '.join(told)})" if told else card["cpu"]
+        self.line(f"CPU      {self.cpu}, {card['cores']} cores, {card['threads']} threads used, {card['memory_gb']} GB")
         if card["gpu"]:
             self.line(
                 f"GPU      {card['gpu']}, compute capability {card['compute_capability']}, {card['gpu_memory_gb']} GB, "
@@ -55,6 +63,9 @@ class Tables:
         matmul, copy = card["ceilings"]["matmul"], card["ceilings"]["copy"]
         flops = f"{matmul['flops'] / 1e9:.1f} GFLOP/s" if matmul["flops"] else "unknown"
         self.line(f"Ceilings {flops} ({matmul['how']}); {copy['bytes'] / 1e9:.1f} GB/s ({copy['how']})")
+
+    def ceiling(self, matmul: dict[str, Any]) -> None:
+        self.line(f"         {matmul['flops'] / 1e9:.1f} GFLOP/s ({matmul['how']}), which is what counts here")
 
     def runs(self, runs: list[dict[str, Any]], clock: str) -> None:
         if not runs:
@@ -173,6 +184,11 @@ class Tables:
         )
         columns = ["", "p50", "p90", "p95", "p99", "max", "mean", "pictures/s", "in-flight's p95 to its own"]
         self.table(title, columns, rows)
+        if len(load.get("runs", [])) > 1:
+            figures = ("p50", "p95", "pictures_per_second", "p95_ratio")
+            several = [[row["name"], *(_interval(row[name]) for name in figures)] for row in load["over_runs"]]
+            title = f"The same over {len(load['runs'])} runs with other requests: means and 95 % intervals"
+            self.table(title, ["", "p50", "p95", "pictures/s", "in-flight's p95 to its own"], several)
 
     def soak(self, soak: dict[str, Any]) -> None:
         slope, memory = soak.get("mb_per_1000"), soak["rss_mb"]
@@ -188,6 +204,10 @@ class Tables:
 def _spread(ratio: dict[str, float] | None) -> str:
     """Median and quartiles."""
     return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['q1']:.2f} - {ratio['q3']:.2f})"
+
+
+def _interval(value: dict[str, float | None]) -> str:
+    return f"{value['mean']:.3f}" + ("" if value["half"] is None else f" ± {value['half']:.3f}")
 
 
 def _percent(share: float | None) -> str:

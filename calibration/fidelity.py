@@ -20,16 +20,15 @@ from typing import Any
 import numpy as np
 
 from ..contract import Manifest
-from ..engines import Engine, OnnxRuntimeEngine, load_engines
+from ..engines import Engine, OnnxRuntimeEngine, load_engines, openvino
 from ..errors import BundleError, EngineError
+from ..runtime.admission import PSNR_MUST, psnr
 from ..runtime.bundle import Bundle
 from ..runtime.host import HostLoop
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.results import Failure, Picture
-from .emulate import emulate_bundle
 from .record import PROMPTS, Feeds, record, run_all
 
-PSNR_MUST = 35.0  # dB, mean over pictures: above it, two pictures side by side look the same
 # Of each graph's outputs, relative; bfloat16 has 3 bits less, and eight bits fewer still. The pictures decide.
 RMS_MAY = {"fp16": 1e-2, "bf16": 5e-2, "fp8": 5e-2, "int8": 5e-2}
 # What both bundles must agree on to be of one checkpoint.
@@ -143,6 +142,7 @@ def fidelity(
     *,
     emulated: bool | None = None,
     threads: int | None = None,
+    inference: str = "",
     **settings: Any,
 ) -> Report:
     """Compares a bundle with the float32 bundle of the same checkpoint, on every prompt with every seed.
@@ -150,22 +150,32 @@ def fidelity(
     judge: reads labels from pictures; the report says how often it reads both bundles' alike.
     emulated: round half precision as a GPU stores it, see `emulate`; by default on the CPU, which would not, and in
     bfloat16, which numpy cannot feed to a graph.
+    inference: "bf16" has OpenVINO compute the candidate's UNet and decoder so; it may then be the reference itself.
     settings: steps, solver, guidance, ... as in `Request`.
     Raises BundleError when the bundles are not of one checkpoint, EngineError when the reference itself fails.
     """
     reference, candidate = Path(reference), Path(candidate)
     ours, theirs = Manifest.load(reference), Manifest.load(candidate)
     _check_same(ours, theirs)
+    if inference:
+        emulated = False
     emulated = device == "cpu" or theirs.precision == "bf16" if emulated is None else emulated
+    precision = inference or theirs.precision
+
+    def others(manifest: Manifest) -> dict[str, Engine]:
+        return openvino.load_openvino(Path(candidate), manifest, inference, threads) if inference else {}
+
     inputs, expected = record(reference, prompts, seeds, device, threads=threads, **settings)
     for result in expected:
         if isinstance(result, Failure):
             raise EngineError(f"The reference {reference} itself fails at {result.request.prompt!r}: {result.sentence}")
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if emulated:
+            from .emulate import emulate_bundle  # wants the onnx package
+
             emulate_bundle(candidate, Path(folder) / "emulated")
             candidate = Path(folder) / "emulated"
-        manifest, engines = load_engines(candidate, device, threads, verify=False)
+        manifest, engines = load_engines(candidate, device, threads, verify=False, others=others)
         bundle = Bundle.load(candidate, manifest)
         pipeline = HanDiffuser(bundle, HostLoop(bundle, engines))
         results = run_all(pipeline, [result.request for result in expected])
@@ -180,10 +190,10 @@ def fidelity(
         read = [np.asarray(judge(np.stack(images))) for images in zip(*made, strict=True)]
         agreement = np.atleast_1d((read[0] == read[1]).mean(0)).tolist()
     return Report(
-        precision=theirs.precision,
+        precision=precision,
         device=pipeline.made_by["device"],
         emulated=emulated,
-        rms_may=RMS_MAY.get(theirs.precision, RMS_MAY["fp16"]),
+        rms_may=RMS_MAY.get(precision, RMS_MAY["fp16"]),
         graphs=graphs,
         pictures=[_compare_pictures(*pair) for pair in pairs],
         agreement=agreement,
@@ -218,12 +228,6 @@ def relative(difference: float, value: float) -> float:
     if difference == 0:
         return 0.0
     return float(difference / value) if value else math.inf
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures, dB; infinite where they are equal."""
-    error = np.square(a.astype(np.float64) - b).mean()
-    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def _compare_pictures(expected: Picture, result: Picture | Failure) -> PictureError:

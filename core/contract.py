@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
@@ -202,8 +202,8 @@ class Manifest:
         temporary.replace(folder / MANIFEST)
 
     @classmethod
-    def load(cls, folder: str | Path, verify: bool = True) -> Manifest:
-        """Reads a bundle's manifest and, with `verify`, hashes every file (about 1 s a GB).
+    def load(cls, folder: str | Path, verify: bool = True, files: bool = True) -> Manifest:
+        """Reads a bundle's manifest and, with `verify`, hashes it and, with `files`, every file (about 1 s a GB).
 
         Raises BundleError when the folder is no bundle, is of a newer format, lacks a file or holds a changed one.
         """
@@ -242,8 +242,8 @@ class Manifest:
         if verify:
             if manifest.sha256 != _own_digest(value):
                 raise BundleError(f"{path} was changed or damaged: its own SHA-256 differs. {_AGAIN}")
-            for problem in manifest.problems(folder):
-                raise BundleError(f"{problem} {_AGAIN}")
+            if files:
+                manifest.check_files(folder)
         return manifest
 
     def check(self) -> None:
@@ -263,9 +263,15 @@ class Manifest:
                     f"{tensor}."
                 )
 
-    def problems(self, folder: Path) -> Iterator[str]:
-        """Yields a sentence for each file that is missing or differs from its hash."""
-        for name, digest in self.files.items():
+    def check_files(self, folder: Path, names: Iterable[str] | None = None) -> None:
+        """Raises BundleError for the first file, of all or of these, that is missing or differs from its hash."""
+        for problem in self.problems(folder, names):
+            raise BundleError(f"{problem} {_AGAIN}")
+
+    def problems(self, folder: Path, names: Iterable[str] | None = None) -> Iterator[str]:
+        """Yields a sentence for each file that is missing or differs from its hash. names: of these files alone."""
+        for name in self.files if names is None else names:
+            digest = self.files[name]
             if not (folder / name).is_file():
                 yield f"{folder / name} is missing."
             elif file_digest(folder / name) != digest:

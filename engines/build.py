@@ -19,7 +19,8 @@ from ..contract import BRANCHES, GRAPHS, Manifest
 from ..errors import EngineError
 from .base import check_gpu
 from .cuda import Cuda
-from .plans import Plan, PlanStore, Sizes, parts
+from .openvino import load_openvino, shelf_of, wanted_sizes
+from .plans import Plan, PlanStore, Sizes, parts, size_text
 from .tensorrt import EVERYWHERE, FP8_TARGETS, FREE_MAX, MODULES, TURING, Backend, OnProgress, Options
 
 # Steps of a schedule that unet_time takes at once: cheap, so one dynamic plan does for all.
@@ -135,6 +136,40 @@ def build_plans(
                 file, sizes, manifest.precision, options, tell, store.folder.parent / "timings.cache"
             )
             plan = store.add(wanted, content, proof, time.monotonic() - started)
+        yield Built(plan, why)
+
+
+def build_openvino(
+    folder: str | Path, batch_sizes: Sequence[int] = (1,), guidance_free: bool = False, on_build: OnBuild | None = None
+) -> Iterator[Built]:
+    """Yields what OpenVINO is to compile of a folder for this processor, in bfloat16, compiling what is missing.
+
+    Raises BundleError for a damaged folder, EngineError where OpenVINO is missing or the processor has no bfloat16.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    if manifest.precision != "fp32":
+        raise EngineError(
+            f"{folder} is in {manifest.precision}; OpenVINO rounds a float32 bundle to bfloat16 itself. Export it with "
+            "--precision fp32."
+        )
+    store, shelf = PlanStore(folder), shelf_of(folder, manifest, "bf16")
+    engines = load_openvino(folder, manifest)
+    jobs = [
+        (name, engine, sizes)
+        for name, engine in engines.items()
+        for sizes in wanted_sizes(engine.spec, sorted(set(batch_sizes)), guidance_free)
+    ]
+    for number, (name, engine, sizes) in enumerate(jobs):
+        wanted = shelf.parts(name, sizes)
+        plan, why = store.find(wanted, verify=True), ""
+        if plan is None:
+            why = store.why(wanted)
+            if on_build is not None:
+                on_build(number, len(jobs), name, sizes, why, 0.0)
+            engine.prepare(sizes, beside=True)  # type: ignore[attr-defined]
+            plan = store.find(wanted)
+            assert plan is not None, f"{name} {size_text(sizes)} was compiled and is not there"
         yield Built(plan, why)
 
 

@@ -13,16 +13,19 @@ from .. import demo
 from ..commands import run
 from ..contract import EIGHT_BITS, Manifest
 from ..errors import EngineError
-from . import inspect, timing
-from .build import Built, build_plans, choose_backend, gpu
+from . import cpu, inspect, openvino, timing
+from .build import Built, build_openvino, build_plans, choose_backend, gpu
+from .openvino import BACKEND as OPENVINO
 from .plans import Plan, PlanStore, Sizes, belongs, size_text
 from .tensorrt import MODULES, TILING, Backend, Options
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def parse_batch_sizes(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
+def parse_batch_sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     """ "1,2,4" -> (1, 2, 4)."""
+    if value is None:
+        return None
     try:
         sizes = tuple(int(size) for size in value.split(","))
     except ValueError:
@@ -36,8 +39,8 @@ def build_options(command):  # type: ignore[no-untyped-def]
     """The options of a build, for `hd-engines build` and `hd-export` alike."""
     for option in reversed(
         [
-            click.option("--batch-sizes", callback=parse_batch_sizes, default="1,2,4,8", show_default=True,
-                         help="A static plan is built for each."),
+            click.option("--batch-sizes", callback=parse_batch_sizes, metavar="N,N,...",
+                         help="A static plan is built for each.  [default: 1,2,4,8; openvino: 1]"),
             click.option("--dynamic", is_flag=True, help="One plan for all sizes up to the largest; slower to run."),
             click.option("--shared-weights", is_flag=True,
                          help="One plan for all batch sizes, compiled for each: their weights are on the GPU once."),
@@ -80,6 +83,7 @@ def resolve_backend(backend: str) -> str:
 
 def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]:
     """Builds what is missing, with a line and a true bar for each plan."""
+    batch_sizes = values["batch_sizes"] or ((1,) if backend == OPENVINO else (1, 2, 4, 8))
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     done: list[Built] = []
     with Progress(*columns, console=console, transient=True) as progress:
@@ -90,23 +94,26 @@ def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]
             progress.update(task, description=text, completed=fraction, visible=True)
             return True
 
-        plans = build_plans(
-            folder,
-            backend,
-            values["batch_sizes"],
-            values["dynamic"],
-            options_of(values),
-            on_build=on_build,
-            guidance_free=values["guidance_free"],
-            shared=values["shared_weights"],
-        )
+        if backend == OPENVINO:
+            plans = build_openvino(folder, batch_sizes, values["guidance_free"], on_build)
+        else:
+            plans = build_plans(
+                folder,
+                backend,
+                batch_sizes,
+                values["dynamic"],
+                options_of(values),
+                on_build=on_build,
+                guidance_free=values["guidance_free"],
+                shared=values["shared_weights"],
+            )
         for built in plans:
             done.append(built)
             if built.why:
                 types = ", ".join(f"{n} {kind.lower()}" for kind, n in built.plan.proof.get("types", {}).items())
                 console.print(
                     f"{built.plan.graph:18} {built.plan.parts['sizes']:10} {built.plan.seconds:6.1f} s "
-                    f"{built.plan.size / 1e6:8.1f} MB   computes in: {types}   ({built.why})"
+                    f"{built.plan.size / 1e6:8.1f} MB   computes in: {types or 'bfloat16'}   ({built.why})"
                 )
     new = sum(bool(built.why) for built in done)
     if new:
@@ -114,8 +121,41 @@ def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]
         console.print(f"Built {new} of {len(done)} plans in {seconds:.0f} s; the others were there.")
     else:
         console.print(f"All {len(done)} plans are there and current: nothing was built.")
-    time_eight_bits(folder, backend, values["faster_than"])
+    if backend == OPENVINO:
+        admit_bfloat16(folder)
+    else:
+        time_eight_bits(folder, backend, values["faster_than"])
     return done
+
+
+def admit_bfloat16(folder: Path) -> None:
+    """Says how true and how fast a folder's pictures are in bfloat16 on this processor, and notes it for `hd-run`.
+
+    Raises EngineError where they are not true enough, or not faster: then what was compiled is removed.
+    """
+    with console.status("comparing bfloat16 with float32"):
+        from ..calibration.fidelity import fidelity
+        from ..runtime.admission import read
+        from ..runtime.loading import admit_openvino
+
+        manifest = Manifest.load(folder, verify=False)
+        shelf = openvino.shelf_of(folder, manifest, "bf16")
+        small, admission = shelf.keeps("unet"), read(shelf)
+        report = fidelity(folder, folder, inference="bf16") if small and admission is None else None
+        admission = admission or admit_openvino(folder, 2 if small else 1)
+    if report is not None:
+        console.print(report.summary())
+    if admission.passes and (report is None or report.passes):
+        console.print(f"On this processor it is {admission}; hd-run takes it from {admission.pays} pictures on.")
+        return
+    store = PlanStore(folder)
+    for plan in list(store):
+        if plan.parts["backend"] == OPENVINO and belongs(plan, manifest):
+            store.remove(plan)
+    raise EngineError(
+        f"OpenVINO in bfloat16 is {admission}. {' '.join(report.sentences()) if report is not None else ''} Nothing "
+        "compiled was kept; run it with --backend onnxruntime."
+    )
 
 
 def time_eight_bits(folder: Path, backend: str, other: Path | None) -> None:
@@ -151,8 +191,9 @@ def commands() -> None:
 
 @commands.command()
 @click.argument("folder")
-@click.option("--backend", type=click.Choice(["auto", *MODULES]), default="auto", show_default=True,
-              help="auto: TensorRT-RTX where it runs on this machine's GPU, else TensorRT.")  # fmt: skip
+@click.option("--backend", type=click.Choice(["auto", OPENVINO, *MODULES]), default="auto",
+              show_default=True, help="auto: TensorRT-RTX where it runs on this machine's GPU, else TensorRT. "
+              "openvino: for this CPU.")  # fmt: skip
 @build_options
 def build(folder: str, backend: str, **values) -> int:  # type: ignore[no-untyped-def]
     """Builds the plans of the bundle FOLDER that are missing or stale."""
@@ -275,6 +316,8 @@ def installed_versions() -> dict[str, str]:
             found[name] = Backend(name).version
         except EngineError:
             continue
+    if openvino.is_installed():
+        found[OPENVINO] = openvino.version()
     return found
 
 
@@ -289,6 +332,8 @@ def stale(plan: Plan, manifest: Manifest, versions: dict[str, str]) -> str:
         return f"stale: {backend} is {versions[backend]} now"
     if backend == "tensorrt" and (here := gpu()) is not None and here.name not in plan.parts["target"]:
         return "for another GPU"
+    if backend == OPENVINO and plan.parts["target"] != cpu.target():
+        return "for another processor"
     return ""
 
 

@@ -10,18 +10,23 @@ from __future__ import annotations
 import functools
 import os
 import re
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from ..contract import GraphSpec, Manifest
+from ..contract import BRANCHES, LARGEST, GraphSpec, Manifest
 from ..errors import BundleError, EngineError
+from . import cpu
 from .base import Engine, check_feeds, check_host
+from .plans import Shelf
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -36,6 +41,8 @@ _DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
+# A graph that was optimised is for every size, written as (least, best, most).
+EVERY = {"B": (1, 1, LARGEST), BRANCHES: (1, 2, 2), "S": (1, 20, 1000)}
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 # What ONNX Runtime keeps on the CPU by design: the arithmetic of shapes, a few integers each, which stay there.
 SHAPES = frozenset(
@@ -51,12 +58,15 @@ def load_engines(
     device: str = "auto",
     threads: int | None = None,
     verify: bool = True,
+    others: Callable[[Manifest], Mapping[str, Engine]] | None = None,
 ) -> tuple[Manifest, dict[str, Engine]]:
     """Loads a bundle: its manifest, and one engine for each of its graphs.
 
     device: "cpu", "cuda" (an error where there is none) or "auto" (CUDA where it works, else the CPU).
     threads: CPU threads of one graph; by default as many as there are usable cores.
-    verify: check every file against the manifest's SHA-256 first (about 1 s a GB).
+    verify: check every file against the manifest's SHA-256 (about 1 s a GB): a graph before it is loaded, weights in a
+    file of their own beside the loading.
+    others: gives engines of another backend; the rest is loaded here.
 
     Raises BundleError for a bundle that is missing, damaged or not what its manifest says, EngineError for one in
     bfloat16, and when ONNX Runtime is not installed or the device is not there. Warns when both of ONNX Runtime's
@@ -67,21 +77,41 @@ def load_engines(
     if threads is not None and threads < 1:
         raise EngineError(f"{threads} threads cannot run anything. Give 1 or more, or leave it out.")
     folder = Path(folder)
-    manifest = Manifest.load(folder, verify)
+    manifest = Manifest.load(folder, verify, files=False)
     check_host(manifest, folder)
-    _import_onnxruntime()
+    ort = _import_onnxruntime()
     if problem := both_installed():
         warnings.warn(problem, RuntimeWarning, stacklevel=2)
+    given = dict(others(manifest)) if others is not None else {}
+    files = {name: spec.file for name, spec in manifest.graphs.items()}
+    shelf = None
+    if device == "cpu":
+        shelf = Shelf(manifest, folder, "onnxruntime", ort.__version__, cpu.target(), Optimised())
+
+    def load(name: str) -> Engine:
+        if verify:
+            manifest.check_files(folder, [files[name]])
+        if name in given:
+            return given[name]
+        return OnnxRuntimeEngine(folder / files[name], manifest.graphs[name], device, threads, shelf=shelf)
+
     # ONNX Runtime optimises a graph while it loads and lets go of the GIL meanwhile: two at a time on two cores.
     # The biggest go first, so that none of them is left alone at the end.
-    names = sorted(manifest.graphs, key=lambda name: -_size(folder / manifest.graphs[name].file))
-    with ThreadPoolExecutor(min(4, usable_cores())) as pool:
-        loaded = pool.map(
-            lambda name: OnnxRuntimeEngine(folder / manifest.graphs[name].file, manifest.graphs[name], device, threads),
-            names,
-        )
-        engines: dict[str, Engine] = dict(zip(names, loaded, strict=True))
+    names = sorted(files, key=lambda name: -_size(folder / files[name]))
+    rest = [name for name in manifest.files if name not in files.values()]
+    with ThreadPoolExecutor(min(4, usable_cores()) + 1) as pool:
+        checked = pool.submit(manifest.check_files, folder, rest if verify else [])
+        loaded = [pool.submit(load, name) for name in names]
+        checked.result()  # damaged weights are why a graph cannot be loaded, not what follows from them
+        engines: dict[str, Engine] = {name: one.result() for name, one in zip(names, loaded, strict=True)}
     return manifest, engines
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """What a session's optimised graph depends on beside ONNX Runtime's version and the processor."""
+
+    level: str = "all"
 
 
 class OnnxRuntimeEngine:
@@ -95,10 +125,12 @@ class OnnxRuntimeEngine:
         threads: int | None = None,
         stream: int = 0,
         capture: Mapping[str, int] | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         """Loads the graph and compares its tensors with `spec`. stream: the CUDA stream it runs on, if not its own.
         capture: sizes of the free axes, such as {"B": 4}; the session is then for these alone, and ONNX Runtime replays
-        it as a CUDA graph, see `OnnxRuntimeDeviceEngine`.
+        it as a CUDA graph, see `OnnxRuntimeDeviceEngine`. shelf: on a CPU, where the graph is found and kept as ONNX
+        Runtime optimised it for this processor, which spares that work at the next start.
 
         Raises BundleError when the file is broken, when its tensors differ from `spec`, or when some node of what is to
         be captured does not run on the GPU; EngineError when `device` is "cuda" and there is none, or when nodes of the
@@ -130,7 +162,10 @@ class OnnxRuntimeEngine:
         for axis, size in (capture or {}).items():  # a captured graph is for one shape; let the session know it
             options.add_free_dimension_override_by_name(axis, size)
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=providers)
+            if shelf is None or cuda:
+                self.session = ort.InferenceSession(str(path), options, providers=providers)
+            else:
+                self.session = _kept_session(Path(path), spec, options, shelf)
         except Exception as error:  # ONNX Runtime's exceptions share no base class below Exception
             if _is_memory(error):
                 raise EngineError(f"There is not enough memory to load {path}.") from error
@@ -234,6 +269,29 @@ class OnnxRuntimeDeviceEngine:
         return False
 
 
+def _kept_session(path: Path, spec: GraphSpec, options: Any, shelf: Shelf) -> Any:
+    """A session on the CPU from the optimised graph on the shelf; or one that puts it there."""
+    ort = _import_onnxruntime()
+    name, sizes = path.stem, {axis: EVERY[axis] for axis in dict.fromkeys(_free_axes(spec))}
+    if (content := shelf.find(name, sizes)) is not None:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    if not shelf.keeps(name):
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with TemporaryDirectory() as folder:
+        optimised = Path(folder) / path.name
+        options.optimized_model_filepath = str(optimised)
+        started = time.monotonic()
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        if optimised.exists():
+            shelf.keep(name, sizes, optimised.read_bytes(), time.monotonic() - started)
+    return session
+
+
+def _free_axes(spec: GraphSpec) -> list[str]:
+    return [size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)]
+
+
 def session_options(threads: int | None = None) -> Any:
     """Options for low latency: one graph at a time, its operators spread over `threads` cores."""
     ort = _import_onnxruntime()
@@ -269,9 +327,9 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
     cpus = os.sched_getaffinity(0)
     cores = set()
-    for cpu in cpus:
-        siblings = _read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings or str(cpu))
+    for number in cpus:
+        siblings = _read(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        cores.add(siblings or str(number))
     count = len(cores)
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdigit() and period.isdigit():

@@ -6,6 +6,11 @@
         print(store.why(wanted))                    # "the bundle's graph or its weights changed"
         store.add(wanted, plan, {"types": ...}, seconds=26.0)
 
+    shelf = Shelf(manifest, folder, "openvino", "2026.4.1", cpu.target(), Options())
+    content = shelf.find("unet", {"B": 1, "G": 2})  # verified, or None: then make it, and shelf.keep(...)
+
+What a run compiles by itself is kept in the user's cache, never beside the bundle: `hd-run` writes into no bundle.
+
 `plans/` holds `<graph>.<sizes>.<key>.plan` and a `.json` of the same name, which is written last: a plan without it
 was never finished. Nothing is ever changed in place, so that two builds and a running server do not disturb each
 other.
@@ -13,11 +18,13 @@ other.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -31,6 +38,9 @@ from ..schema import MisfitError, Sha256, Word, fit, read_json
 
 FOLDER = "plans"
 LAYERS = ".layers"  # beside a plan: what it consists of, see `inspect.py`
+KEPT = 256 * 2**20  # bytes of a graph up to which a run keeps in the user's cache what it compiled by itself
+LARGEST_CACHE = 2 * 2**30  # bytes of that cache; what was not used for longest goes first
+ADMITTED = ".admitted"  # beside a UNet's plan in bfloat16: what measuring it came to, see `runtime/admission.py`
 KERNELS = ".kernels"  # beside a plan: what TensorRT-RTX compiled of it for this machine's GPU
 # What a plan depends on, and how a miss is put into words.
 WORDS = {
@@ -195,9 +205,12 @@ class PlanStore:
 
     def find(self, wanted: Mapping[str, str], verify: bool = False) -> Plan | None:
         """The plan for exactly these parts, or None. verify: also hash it (about 1 s a GB)."""
-        key = key_of(wanted)
-        for plan in self:
-            if plan.key == key and plan.parts == dict(wanted) and not self.problem(plan, verify):
+        for record in self.folder.glob(f"*.{key_of(wanted)}.json"):
+            try:
+                plan = read_record(record)
+            except (OSError, MisfitError):
+                continue
+            if plan.parts == dict(wanted) and not self.problem(plan, verify):
                 return plan
         return None
 
@@ -287,12 +300,80 @@ class PlanStore:
                     found[path] = f"it is no record of a plan: {str(error).rstrip('.')}"
         return found
 
+    def shrink(self, most: int) -> None:
+        """Removes plans until they take `most` bytes at most, those first that were not used for longest."""
+        plans = [(plan.path.stat().st_mtime, plan) for plan in self if plan.path.exists()]
+        total = sum(plan.size for _, plan in plans)
+        for _, plan in sorted(plans, key=lambda pair: pair[0]):
+            if total <= most:
+                break
+            self.remove(plan)
+            total -= plan.size
+
     def remove(self, plan: Plan) -> None:
         """Deletes a plan, its record first, so that an interruption leaves a stray and no lie."""
         plan.path.with_suffix(".json").unlink(missing_ok=True)
         plan.path.unlink(missing_ok=True)
-        for suffix in (KERNELS, LAYERS):
+        for suffix in (KERNELS, LAYERS, ADMITTED):
             plan.path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def user_cache() -> PlanStore:
+    """What runs of this user have compiled, for any bundle: `$XDG_CACHE_HOME/handiffuser`, else `~/.cache/...`."""
+    return PlanStore(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handiffuser")
+
+
+class Shelf:
+    """Where what a backend compiles of a bundle is found and kept: beside the bundle, or in the user's cache."""
+
+    def __init__(self, manifest: Manifest, folder: Path, backend: str, version: str, target: str, options: Any) -> None:
+        """options: a dataclass of what else it depends on."""
+        self.manifest, self.folder = manifest, folder
+        self._stores = (PlanStore(folder), user_cache())
+        self._made_by = (backend, version, target, options)
+
+    def parts(self, graph: str, sizes: Sizes) -> dict[str, str]:
+        return parts(self.manifest, graph, sizes, *self._made_by)
+
+    def plan(self, graph: str, sizes: Sizes) -> tuple[PlanStore, Plan] | None:
+        """The record of what was compiled for these sizes, and the store that has it."""
+        wanted = self.parts(graph, sizes)
+        found = ((store, store.find(wanted)) for store in self._stores)
+        return next(((store, plan) for store, plan in found if plan is not None), None)
+
+    def find(self, graph: str, sizes: Sizes) -> bytes | None:
+        """What was compiled for these sizes, verified; None where there is nothing. A damaged one is said and left."""
+        found = self.plan(graph, sizes)
+        if found is None:
+            return None
+        store, plan = found
+        try:
+            content = store.read(plan)
+        except EngineError:
+            warnings.warn(f"{plan.path} is damaged: it is compiled again.", RuntimeWarning, stacklevel=2)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(plan.path)  # see `shrink`
+        return content
+
+    def keeps(self, graph: str) -> bool:
+        """Whether a graph is small enough for the user's cache."""
+        files = (self.folder / (self.manifest.graphs[graph].file + end) for end in ("", ".data"))
+        return sum(file.stat().st_size for file in files if file.exists()) <= KEPT
+
+    def keep(self, graph: str, sizes: Sizes, content: bytes, seconds: float, beside: bool = False) -> Plan | None:
+        """Keeps what was compiled: beside the bundle, or in the user's cache, where that can be written to and the
+        graph is not too large. Raises EngineError where it cannot be kept beside the bundle."""
+        if beside:
+            return self._stores[0].add(self.parts(graph, sizes), content, {}, seconds)
+        if not self.keeps(graph):
+            return None
+        try:
+            plan = self._stores[1].add(self.parts(graph, sizes), content, {}, seconds)
+            self._stores[1].shrink(LARGEST_CACHE)
+        except (EngineError, OSError):
+            return None  # a cache is no must: a home that is full or read-only
+        return plan
 
 
 def _part(plan: Plan, name: str) -> str:

@@ -9,7 +9,10 @@ a process of its own: where it crashes, the export says so.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
+import gc
 import itertools
 import time
 from collections.abc import Callable
@@ -28,10 +31,12 @@ from ..errors import CheckpointError, ExportError
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
 from .attention import fuse_attention
-from .check import run_apart
+from .branches import share_branches
+from .check import forget_peak, peak_memory, run_apart
 from .check import version as onnxruntime_version
 from .graphs import PRECISIONS, Graph, graphs
 from .norms import write_out_norms
+from .upsampling import fold_upsampling
 from .workspace import install, workspace
 
 # Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output: an error in the
@@ -54,6 +59,7 @@ class Exported:
     tolerance: float
     megabytes: float
     seconds: float
+    peak: float = 0.0  # bytes of memory at most, this process and the one that checks together; 0: not known
     emulated: bool = False  # bfloat16, of which ONNX Runtime's CPU has no kernels: rounded in a float32 graph instead
 
 
@@ -92,13 +98,15 @@ def export_bundle(
         specs: dict[str, GraphSpec] = {}
         pairs = zip(graphs(checkpoint, smplh, PRECISIONS[precision]), graphs(checkpoint, smplh), strict=True)
         for graph, reference in pairs:
-            began = time.monotonic()
+            began, peaks = time.monotonic(), [0.0]
+            forget_peak()
             on_step(graph.name, "tracing")
             spec = export_graph(graph, work, opset)
             on_step(graph.name, "comparing")
             kind = "fp32" if graph.name == "hand_features" else precision
             graph.module = nn.Identity()  # its weights are half of the memory in half precision
-            error, worst = parity(graph, reference.module, work / spec.file, kind)
+            give_back()
+            error, worst = parity(graph, reference.module, work / spec.file, kind, peaks.append)
             spec.parity = {"error": float(f"{error:.3g}"), "tolerance": TOLERANCE[kind], "tensor": worst}
             if kind == "bf16":
                 spec.parity["emulated"] = True
@@ -114,7 +122,7 @@ def export_bundle(
                 )
             size = sum(file.stat().st_size for file in work.glob(f"{graph.name}.onnx*"))
             seconds, emulated = time.monotonic() - began, "emulated" in spec.parity
-            results.append(Exported(graph.name, error, TOLERANCE[kind], size / 1e6, seconds, emulated))
+            results.append(Exported(graph.name, error, TOLERANCE[kind], size / 1e6, seconds, max(peaks), emulated))
             specs[graph.name] = spec
             on_graph(results[-1])
         checkpoint.tokenizer.no_truncation()
@@ -177,8 +185,10 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     )
     assert program is not None
     write_out_norms(program.model)
+    fold_upsampling(program.model)
     compact(program.model)
     fuse_attention(program.model)
+    share_branches(program.model)
     save_model(program.model, folder / f"{graph.name}.onnx")
     # What it gives is read off the graph: to run it would take minutes in half, for which PyTorch's CPU is not made.
     return GraphSpec(
@@ -242,11 +252,25 @@ def save_model(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=path.name + ".data" if weights > EXTERNAL else None)
 
 
-def parity(graph: Graph, reference: nn.Module, path: Path, precision: str = "fp32") -> tuple[float, str]:
+def give_back() -> None:
+    """Returns to the system what was freed: the C library keeps it, and another process is to have it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc's alone
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def parity(
+    graph: Graph,
+    reference: nn.Module,
+    path: Path,
+    precision: str = "fp32",
+    on_peak: Callable[[float], Any] = lambda _: None,
+) -> tuple[float, str]:
     """Largest difference between the file in ONNX Runtime and float32 PyTorch, relative to each output's largest value.
 
-    Two sizes of every free axis are tried, so that one that was baked in is found. Returns the error and the worst
-    tensor. Raises ExportError where either gives NaN or infinity, or where ONNX Runtime crashes.
+    Two sizes of every free axis are tried, so that one that was baked in is found. on_peak: is told bytes of memory, of
+    this process while PyTorch runs, then of both. Returns the error and the worst tensor. Raises ExportError where
+    either gives NaN or infinity, or where ONNX Runtime crashes.
     """
     calls, exact = [], []
     for smallest in (False, True):
@@ -259,6 +283,9 @@ def parity(graph: Graph, reference: nn.Module, path: Path, precision: str = "fp3
         # numpy has no bfloat16, and its emulation takes float32.
         given = {n: floats[n] if v.dtype == torch.bfloat16 else v for n, v in inputs.items()}
         calls.append({name: value.numpy() for name, value in given.items()})
+    on_peak(peak_memory())
+    forget_peak()
+    give_back()
     # What overflows shows in an image only as this flag: NaN has no place in 8 bits.
     for name, theirs in zip(graph.outputs * 2, itertools.chain(*exact), strict=True):
         if not np.isfinite(theirs).all() or (name == "finite" and not theirs.all()):
@@ -267,7 +294,11 @@ def parity(graph: Graph, reference: nn.Module, path: Path, precision: str = "fp3
                 "The checkpoint's weights are broken: take one from before the training diverged."
             )
     worst, where = 0.0, graph.outputs[0]
-    for got, wanted in zip(run_apart(path, calls, precision), exact, strict=True):
+
+    def both(theirs: float) -> None:
+        on_peak(peak_memory() + theirs)
+
+    for got, wanted in zip(run_apart(path, calls, precision, both), exact, strict=True):
         for name, ours, theirs in zip(graph.outputs, got, wanted, strict=True):
             if ours.shape != theirs.shape:
                 raise ExportError(

@@ -8,11 +8,13 @@ writes FOLDER/outputs-0.npz. It loads no PyTorch, starts in a fraction of a seco
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,11 +28,15 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Feeds = dict[str, np.ndarray]
+LARGE = 1 << 29  # bytes of a graph with its weights
 FAILED = 1  # exit code when ONNX Runtime gave a reason, which is the last line on stderr
 
 
-def run_apart(path: Path, calls: list[Feeds], precision: str = "fp32") -> list[list[np.ndarray]]:
-    """The outputs of each call, in the graph's order. precision: what the graph computes in, for messages.
+def run_apart(
+    path: Path, calls: list[Feeds], precision: str = "fp32", on_peak: Callable[[float], None] = lambda _: None
+) -> list[list[np.ndarray]]:
+    """The outputs of each call, in the graph's order. precision: what the graph computes in, for messages. on_peak: is
+    told the other process's largest memory in bytes, where the system tells.
 
     Raises ExportError when ONNX Runtime refuses the graph, or crashes over it.
     """
@@ -51,6 +57,8 @@ def run_apart(path: Path, calls: list[Feeds], precision: str = "fp32") -> list[l
             said = stderr.read().decode(errors="replace").strip()
         if code:
             raise ExportError(_sentence(path.stem, precision, code, said))
+        if (peak := folder / "peak").exists():
+            on_peak(float(peak.read_text(encoding="ascii")))
         results = []
         for number in range(len(calls)):
             with np.load(folder / f"outputs-{number}.npz", allow_pickle=False) as arrays:
@@ -89,8 +97,12 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Packed copies of the weights pay off over many runs; this one runs twice.
+    # Packed copies of the weights pay off over many runs; this one runs twice. Nor is there one arena that grows by
+    # doubling, nor, of large graphs, a second copy of the weights in the layout that convolutions like best.
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    if sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) > LARGE:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     model = onnx.load(path, load_external_data=False)
     if not any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -101,6 +113,23 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
         emulation = Path(folder) / path.name
         save_model(emulate(onnx.load(path)), emulation)
         return onnxruntime.InferenceSession(str(emulation), options, providers=["CPUExecutionProvider"])
+
+
+def peak_memory() -> int:
+    """The largest memory of this process so far, in bytes, since `forget_peak`; 0 where the system does not tell."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return 0
+
+
+def forget_peak() -> None:
+    """Has `peak_memory` begin anew."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _end_with_parent() -> None:
@@ -122,6 +151,8 @@ def main() -> None:
             named = {f"{index:04}": value for index, value in enumerate(outputs)}
             np.savez(folder / f"outputs-{number}.npz", **named)  # type: ignore[arg-type]
             number += 1
+        if peak := peak_memory():
+            (folder / "peak").write_text(str(peak), encoding="ascii")
     except Exception as error:  # ONNX Runtime's exceptions share no base class below Exception
         print(" ".join(str(error).split())[:500], file=sys.stderr)
         code = FAILED

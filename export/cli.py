@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from .. import commands  # noqa: E402
 from ..contract import EIGHT_BITS, GRAPHS, MANIFEST, Manifest  # noqa: E402
 from ..demo import resolve  # noqa: E402
+from ..engines import openvino  # noqa: E402
 from ..engines.build import check_backend  # noqa: E402
 from ..engines.cli import build_options, build_with_progress, options_of, resolve_backend  # noqa: E402
 from ..engines.tensorrt import MODULES  # noqa: E402
@@ -28,7 +29,7 @@ from .source import changed, fingerprint  # noqa: E402
 
 STOPPED = "Stopped. What is finished stays; the same command goes on."
 STEPS = {"tracing": "tracing and writing", "comparing": "running beside PyTorch"}
-BACKENDS = ("onnxruntime", "auto", *MODULES, "inductor")
+BACKENDS = ("onnxruntime", "auto", "openvino", *MODULES, "inductor")
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -67,7 +68,8 @@ def parse_adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...
     type=click.Choice(BACKENDS),
     default="onnxruntime",
     show_default=True,
-    help="What the pictures will be made with. TensorRT gets plans built for it; auto: the one for this machine's GPU.",
+    help="What the pictures will be made with. TensorRT and OpenVINO get plans built for it; auto: the one for this "
+    "machine's GPU.",
 )
 @click.option(
     "--precision",
@@ -122,6 +124,8 @@ def command(
     read_layout(folder)  # before PyTorch is loaded
     if backend in MODULES:
         check_backend(backend, options_of(values))  # before minutes of exporting
+    if backend == "openvino":
+        check_openvino(precision)
     source = fingerprint(folder, body, adapters, precision=precision, image_size=image_size, opset=opset)
     why = changed(out, source)
     if why:
@@ -130,7 +134,7 @@ def command(
         export(folder, out, precision, body, adapters, image_size, opset, source, fidelity, accept_low_fidelity)
     else:
         console.print(f"The bundle in {out} is current: nothing was exported.")
-    if backend in MODULES:
+    if backend in (*MODULES, "openvino"):
         build_with_progress(out, backend, values)
     if backend == "inductor":
         compile_with_inductor(folder, out, body, adapters, image_size)
@@ -151,13 +155,23 @@ def command(
     console.print(f'The bundle is in {out}. Try it: hd-run {out} "a right hand making a fist"')
 
 
+def check_openvino(precision: str) -> None:
+    """Raises HanDiffuserError unless OpenVINO computes bfloat16 on this processor, from a bundle in float32."""
+    if precision != "fp32":
+        raise HanDiffuserError(
+            f"OpenVINO rounds a float32 bundle to bfloat16 itself: leave out --precision {precision}, or take TensorRT."
+        )
+    if not openvino.has_bf16():
+        raise HanDiffuserError("This processor has no bfloat16, so that OpenVINO gains nothing: take onnxruntime.")
+
+
 def load_checkpoint(folder: Path, adapters: tuple[tuple[Path, float], ...], size: tuple[int, int] | None) -> Any:
     """The checkpoint with its adapters merged, for pictures of that size."""
     from ..models import lora
     from ..models.checkpoint import Checkpoint
     from .bundle import at_image_size
 
-    loaded = Checkpoint.load(folder)
+    loaded = Checkpoint.load(folder, mapped=True)
     for path, scale in adapters:
         lora.merge(loaded, path, scale)
     return loaded if size is None else at_image_size(loaded, *size)
@@ -221,7 +235,8 @@ def export(
             progress.advance(task)
             progress.console.print(
                 f"{result.name:18} {result.megabytes:8.1f} MB   {result.error:.1e} from PyTorch "
-                f"(tolerance {result.tolerance:g}{', emulated' if result.emulated else ''})   {result.seconds:.0f} s"
+                f"(tolerance {result.tolerance:g}{', emulated' if result.emulated else ''})   {result.seconds:.0f} s   "
+                f"{result.peak / 1e9:.1f} GB"
             )
 
         check_target(out)

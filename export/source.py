@@ -27,6 +27,7 @@ WORDS = {
     "settings": "the settings changed",
     "code": "this package or one that exports changed",
 }
+REWRITES = ("graphs", "bundle", "attention", "branches", "norms", "upsampling")  # what makes a graph what it is
 PACKAGES = ("handiffuser", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
@@ -36,7 +37,7 @@ def fingerprint(
     """Sixteen digits for each thing an export depends on. adapters: LoRA files and their scales, in order; settings:
     precision, image_size, opset."""
     rooms = Path(__file__).resolve().parent.parent
-    code = [*sorted((rooms / "models").glob("*.py")), *(rooms / "export" / name for name in ("graphs.py", "bundle.py"))]
+    code = [*sorted((rooms / "models").glob("*.py")), *(rooms / "export" / f"{name}.py" for name in REWRITES)]
     if settings.get("precision") in EIGHT_BITS:
         code += [rooms / "export" / "admit.py", rooms / "calibration" / "quantize.py"]
     versions = {}

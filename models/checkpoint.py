@@ -124,8 +124,8 @@ class Checkpoint:
         temporary.replace(folder / MODEL_INDEX)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Checkpoint:
-        """Reads a checkpoint folder; weights become float32.
+    def load(cls, folder: str | Path, mapped: bool = False) -> Checkpoint:
+        """Reads a checkpoint folder; weights become float32. mapped: see `load_part`.
 
         Raises CheckpointError for a missing part, a pickle, weights that are damaged, not finite or not what the
         configuration says, or parts that do not fit together.
@@ -134,7 +134,9 @@ class Checkpoint:
         layout = read_layout(folder)  # what could not be used is known before weights are read
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a typo in a path must not become a download
         tokenizer, special_tokens = load_tokenizer(folder / "tokenizer")
-        parts = {name: load_part(kind, folder / name) for name, kind in CLASSES.items() if (folder / name).is_dir()}
+        parts = {
+            name: load_part(kind, folder / name, mapped) for name, kind in CLASSES.items() if (folder / name).is_dir()
+        }
         checkpoint = cls(
             tokenizer=tokenizer,
             special_tokens=special_tokens,

@@ -35,9 +35,11 @@ class Index(Struct):
     weight_map: Annotated[dict[Word, FileName], Meta(min_length=1)]
 
 
-def load_part(kind: Any, folder: Path) -> Any:
+def load_part(kind: Any, folder: Path, mapped: bool = False) -> Any:
     """A module of the class `kind` in float32, from its folder in Hugging Face layout.
 
+    mapped: weights that are float32 in the file stay there, and are read from it as they are used; the file must not be
+    written to meanwhile. What is changed in memory is changed there alone.
     Raises CheckpointError for files that are missing or damaged, and for tensors that are missing, left over, of
     another shape or type than the configuration says, or not finite.
     """
@@ -82,8 +84,24 @@ def load_part(kind: Any, folder: Path) -> Any:
             f"The weights in {folder} do not fit its config.json, which {' and '.join(wrong)}. "
             "Save both again together, with save_pretrained()."
         )
+    if mapped:
+        map_weights(module, weight_files(kind, folder))
     check_finite(module, folder)
     return module
+
+
+def map_weights(module: nn.Module, files: Iterable[Path]) -> None:
+    """Puts tensors that lie in files in the place of a module's own, where they are the same: of name, type and shape.
+
+    The system may drop their pages when memory is short, and read them again.
+    """
+    own = module.state_dict(keep_vars=True)
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                there = tensors.get_tensor(name) if name in own else None  # mapped, copied only when it is written to
+                if there is not None and (there.dtype, there.shape) == (own[name].dtype, own[name].shape):
+                    own[name].data = there
 
 
 def weight_files(kind: Any, folder: Path) -> list[Path]:

@@ -144,7 +144,7 @@ def _digest(manifest: Manifest) -> str:
 def _made_by(bundle: str) -> dict[str, str]:
     """What a picture's metadata says of its origin; the loop adds what it runs on."""
     made_by = {"bundle": bundle}
-    for package in ("handiffuser", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"):
+    for package in ("handiffuser", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx"):
         try:
             made_by[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

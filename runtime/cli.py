@@ -131,6 +131,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
                 options["batch_size"],
                 options["backend"],
                 overlap=not options["no_overlap"],
+                pictures=len(asked) * options["images_per_prompt"],
             )
         resolver = pipeline.resolver(options["seed"], options["images_per_prompt"])
         queue = Queue(chain([first], lines), resolver, folder, pipeline.digest, asked)

@@ -41,7 +41,9 @@ class HostLoop:
         self.engines = {name: _Timed(name, engine, self.timings) for name, engine in engines.items()}
         bundle.made_by["device"] = getattr(engines.get("unet"), "device", "unknown")
         self._times: dict[bytes, np.ndarray] = {}  # timesteps -> rows of unet_time
-        self._step_times = {name: StepTimes() for name in ("hand_prior", "unet")}
+        self._step_times = {
+            name: StepTimes(only=getattr(engines.get(name), "batches", None)) for name in ("hand_prior", "unet")
+        }
         self._no_text: np.ndarray | None = None  # text_encoder of "", [D]
 
     def warm_up(self, rows: int, tell: OnEvent) -> None:

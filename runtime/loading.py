@@ -5,12 +5,13 @@ loop, sentences = load_loop(folder, backend="auto", device="auto", slots=8)
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 from ..contract import BRANCHES, GRAPHS, Manifest
-from ..engines import load_engines
+from ..engines import Engine, cpu, load_engines, openvino
 from ..engines.base import DeviceEngine, check_gpu
 from ..engines.cuda import Cuda
 from ..engines.inductor import InductorDeviceEngine, InductorEngine, find_compiled, load_inductor
@@ -18,12 +19,15 @@ from ..engines.onnxruntime import DEVICES, OnnxRuntimeDeviceEngine, OnnxRuntimeE
 from ..engines.plans import KERNELS, Plan, PlanStore, belongs
 from ..engines.tensorrt import MODULES, Backend, Scratch, TensorRTEngine
 from ..errors import BundleError, EngineError
+from .admission import FIRST, Admission, measure, read, write
 from .bundle import Bundle
 from .device import DeviceLoop
 from .device_graphs import STREAM, Load, Streams, connect
 from .host import HostLoop
 
-BACKENDS = ("auto", "onnxruntime", *MODULES, "inductor")
+BACKENDS = ("auto", "onnxruntime", "openvino", *MODULES, "inductor")
+LONG = 64  # pictures of a run from which on it is worth to compile the UNet for larger batches, too
+BATCHES = (1, 2, 4)  # which are tried then
 DRIVER = Path("/proc/driver/nvidia/version")  # there where an NVIDIA driver is loaded
 STEPS = ("hand_prior", "unet")  # the graphs that run again and again, with guidance or without
 
@@ -36,6 +40,7 @@ def load_loop(
     threads: int | None = None,
     overlap: bool = True,
     onnxruntime_graphs: bool = False,
+    pictures: int = 1,
 ) -> tuple[HostLoop | DeviceLoop, list[str]]:
     """The loop of a bundle or engines folder on this machine, and what the user should know about it.
 
@@ -48,10 +53,91 @@ def load_loop(
     if chosen == "inductor" and find_compiled(folder, Manifest.load(folder, verify=False), device)[0] == "cpu":
         bundle = Bundle.load(folder)
         return HostLoop(bundle, load_inductor(folder, bundle.manifest, device, threads), slots), []
+    if chosen == "openvino":
+        if device == "cuda":
+            raise EngineError("openvino runs on CPUs only here. Leave out --device cuda, or take another --backend.")
+        return load_openvino_loop(folder, slots, threads, pictures), []
     if chosen == "onnxruntime" and not on_gpu(device):
-        manifest, engines = load_engines(folder, "cpu", threads)
-        return HostLoop(Bundle.load(folder, manifest), engines, slots), idle_gpu() if device == "auto" else []
+        sentences = idle_gpu() if device == "auto" else []
+        loop = None
+        if backend == "auto":
+            loop, said = try_openvino(folder, slots, threads, pictures)
+            sentences += said
+        if loop is None:
+            manifest, engines = load_engines(folder, "cpu", threads)
+            loop = HostLoop(Bundle.load(folder, manifest), engines, slots)
+        return loop, sentences
     return load_device_loop(Bundle.load(folder), folder, chosen, slots, overlap, onnxruntime_graphs)
+
+
+def load_openvino_loop(folder: Path, slots: int, threads: int | None, pictures: int) -> HostLoop:
+    """UNet and decoder in bfloat16 with OpenVINO, the rest with ONNX Runtime. Raises EngineError where it cannot be."""
+    openvino.has_bf16()  # says what is missing, before anything is loaded
+
+    def others(manifest: Manifest) -> dict[str, Engine]:
+        return openvino.load_openvino(folder, manifest, "bf16", threads, batches_for(folder, manifest, slots, pictures))
+
+    manifest, engines = load_engines(folder, "cpu", threads, others=others)
+    for name in openvino.LOWERED:
+        engine = engines[name]
+        assert isinstance(engine, openvino.OpenVinoEngine)
+        engine.prepare(dict.fromkeys(engine.axes, 1) | {axis: 2 for axis in engine.axes if axis == BRANCHES})
+    loop = HostLoop(Bundle.load(folder, manifest), engines, slots)
+    loop.bundle.made_by |= {"backend": "openvino", "inference": "bf16"}
+    return loop
+
+
+def batches_for(folder: Path, manifest: Manifest, slots: int, pictures: int) -> list[int]:
+    """Batch sizes of the UNet to try: 1, those that were compiled, and BATCHES in a long run of a small model."""
+    shelf = openvino.shelf_of(folder, manifest, "bf16")
+    long = pictures >= LONG and shelf.keeps("unet")
+    sizes = [size for size in powers_of_two(slots) if size <= slots]
+    return [
+        size
+        for size in sizes
+        if size == 1 or (long and size in BATCHES) or shelf.plan("unet", {"B": size, BRANCHES: 2}) is not None
+    ]
+
+
+def try_openvino(folder: Path, slots: int, threads: int | None, pictures: int) -> tuple[HostLoop | None, list[str]]:
+    """The loop with OpenVINO where that is installed, true enough, and pays for a run of so many pictures; else None.
+
+    Whether it is true enough is measured once, on a few pictures, and noted beside what was compiled.
+    """
+    if not (openvino.is_installed() and cpu.has_bf16()):
+        return None, []
+    manifest = Manifest.load(folder, verify=False)
+    shelf = openvino.shelf_of(folder, manifest, "bf16")
+    admission = read(shelf)
+    if manifest.precision != "fp32" or pictures < (admission.pays if admission else FIRST):
+        return None, []
+    if admission is None and not shelf.keeps("unet"):
+        return None, [
+            "OpenVINO may make these pictures in less time, and was not compiled for this bundle: "
+            f"hd-engines build {folder} --backend openvino --batch-sizes 1."
+        ]
+    try:
+        admission = admission or admit_openvino(folder, threads=threads)
+        loop = load_openvino_loop(folder, slots, threads, pictures) if admission.passes else None
+    except EngineError as error:
+        return None, [f"ONNX Runtime is used instead of OpenVINO. {error}"]
+    if loop is None:
+        return None, [f"ONNX Runtime makes these pictures: OpenVINO in bfloat16 was {admission}."]
+    return loop, [
+        f"OpenVINO makes these pictures in bfloat16, {admission}. --backend onnxruntime makes the exact ones."
+    ]
+
+
+def admit_openvino(folder: Path, count: int = 2, threads: int | None = None) -> Admission:
+    """Makes `count` pictures with OpenVINO and with ONNX Runtime, and notes the outcome where the UNet is kept."""
+    started = time.perf_counter()
+    loop = load_openvino_loop(folder, 1, threads, 1)
+    ready = time.perf_counter() - started
+    manifest, exact = load_engines(folder, "cpu", threads, verify=False)
+    fast = {name: timed.engine for name, timed in loop.engines.items()}
+    admission = measure(loop.bundle, exact, fast, ready, count)
+    write(openvino.shelf_of(folder, manifest, "bf16"), admission)
+    return admission
 
 
 def load_device_loop(
@@ -109,7 +195,7 @@ def choose_backend(folder: Path, backend: str, device: str) -> str:
         return backend
     # Not "inductor": it needs PyTorch, which nothing is to import unasked.
     made_for = sorted({plan.parts["backend"] for plan in PlanStore(folder)} & set(MODULES))
-    if backend != "auto":
+    if backend in MODULES:
         raise EngineError(f"{backend} runs on NVIDIA GPUs only. Leave out --device cpu, or take --backend onnxruntime.")
     if not made_for or device == "cpu":
         return "onnxruntime"

@@ -46,21 +46,24 @@ class HanDiffuser:
         backend: str = "auto",
         overlap: bool = True,
         onnxruntime_graphs: bool = False,
+        pictures: int = 1,
     ) -> HanDiffuser:
         """Loads a bundle or an engines folder, or the word "demo" for the shipped one.
 
         device: "auto", "cpu" or "cuda". threads: CPU threads; by default all cores. batch_size: slots, the largest
         number of requests that run at once. backend: one of `loading.BACKENDS`; "auto" takes TensorRT plans where the
-        folder has some for this GPU, else ONNX Runtime. overlap: on a GPU, run the hands of the next requests and the
-        decoder of the last ones beside the steps of the current ones. onnxruntime_graphs: with ONNX Runtime on a GPU,
-        replay the steps as its own CUDA graphs (the host then waits for each).
+        folder has some for this GPU, else ONNX Runtime; on a CPU with bfloat16, OpenVINO where it is installed, true
+        enough and worth its compiling for a run of `pictures` pictures (a server says many). overlap: on a GPU, run the
+        hands of the next requests and the decoder of the last ones beside the steps of the current ones.
+        onnxruntime_graphs: with ONNX Runtime on a GPU, replay the steps as its own CUDA graphs (the host then waits for
+        each).
         Raises BundleError for a missing or damaged bundle, EngineError when it cannot run here. Warns where something
         else is used than the folder was made for.
         """
         if batch_size < 1:
             raise RequestError(f"A batch of {batch_size} holds no picture. Take a batch size of 1 or more.")
         folder = demo.resolve(path, "bundle")
-        loop, sentences = load_loop(folder, backend, device, batch_size, threads, overlap, onnxruntime_graphs)
+        loop, sentences = load_loop(folder, backend, device, batch_size, threads, overlap, onnxruntime_graphs, pictures)
         for sentence in sentences:
             warnings.warn(sentence, RuntimeWarning, stacklevel=2)
         return cls(loop.bundle, loop)

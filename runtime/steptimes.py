@@ -25,11 +25,13 @@ PAYS = 1.05
 class StepTimes:
     """Measured seconds of one step graph, by batch size; kept over runs.
 
-    buckets: sizes that engines were built for, or None where any will do.
+    buckets: sizes that engines were built for, or None where any will do. only: sizes that are worth trying, 1 among
+    them; others are left alone, because an engine would have to be compiled for them.
     """
 
-    def __init__(self, buckets: Sequence[int] | None = None) -> None:
+    def __init__(self, buckets: Sequence[int] | None = None, only: Sequence[int] | None = None) -> None:
         self.buckets = sorted(buckets) if buckets is not None else None
+        self.only = sorted({1, *only}) if only is not None else None
         self.best: dict[tuple[int, bool], float] = {}
         self._trials: dict[tuple[int, bool], int] = {}
 
@@ -46,6 +48,8 @@ class StepTimes:
         if self.buckets:
             below = max((size for size in self.buckets if size <= active), default=active)
             sizes = sorted({below, active})
+        elif self.only:
+            sizes = [size for size in self.only if size <= active]
         else:
             sizes = [2**power for power in range(active.bit_length()) if 2**power < active] + [active]
         chosen = 0

@@ -43,6 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What runs compile by themselves goes into no one's home; all workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    os.environ["XDG_CACHE_HOME"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "user-cache")
+
+
 @pytest.fixture(scope="session")
 def body_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from handiffuser.demo.body import make_body

@@ -121,3 +121,18 @@ def test_the_loop_takes_requests_as_they_come(tmp_path):
     done = load.in_flight(pipeline, some, [0, 0.01, 0.02, 1e4], clock)
     assert set(done) == {request.id for request in some} and done[some[-1].id] > 1e4
     assert load.capacity(pipeline, some[:2], clock) > 0
+
+
+def test_several_runs_give_means_and_intervals():
+    def run(p95: float) -> list[dict]:
+        return [
+            {"name": name, "latency": {"p50": 1.0, "p95": p95 * factor}, "pictures_per_second": 2.0}
+            for name, factor in (("in-flight", 1), ("static", 2))
+        ]
+
+    first, second = load.over_runs([run(1.0), run(2.0), run(3.0)])
+    assert (first["name"], second["name"], first["runs"]) == ("in-flight", "static", 3)
+    assert first["p95"] == {"mean": 2.0, "half": pytest.approx(4.30 / 3**0.5)}
+    assert first["p50"] == {"mean": 1.0, "half": 0.0}
+    assert second["p95_ratio"] == {"mean": 0.5, "half": 0.0}
+    assert load.interval([3.0]) == {"mean": 3.0, "half": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from handiffuser import BundleError, EngineError
 from handiffuser.contract import GraphSpec, Manifest, TensorSpec
-from handiffuser.engines import OnnxRuntimeEngine, check_feeds
+from handiffuser.engines import OnnxRuntimeEngine, check_feeds, load_engines
 from handiffuser.engines import onnxruntime as backend
 from handiffuser.engines.cuda import Cuda, DeviceArray
 from handiffuser.engines.onnxruntime import OnnxRuntimeDeviceEngine
+from handiffuser.engines.plans import user_cache
 from handiffuser.runtime.device_graphs import Streams
 from handiffuser.runtime.loading import onnxruntime_loader
 from onnx import parser
@@ -279,3 +282,46 @@ def test_cuda_agrees_with_the_cpu(toy, kind, request):
         stream.copy(pinned, outputs[name])
         stream.synchronize()
         np.testing.assert_array_equal(pinned, value)
+
+
+def test_optimised_graphs_are_kept_and_give_the_same_bits(toy_bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    manifest, plain = load_engines(toy_bundle, "cpu", 1)
+    kept = {plan.graph: plan for plan in user_cache()}
+    assert kept.keys() == manifest.graphs.keys()
+    assert {plan.parts["version"] for plan in kept.values()} == {onnxruntime.__version__}
+    levels = []
+    session = onnxruntime.InferenceSession
+
+    def noted(model, options, providers):
+        levels.append((type(model), options.graph_optimization_level))
+        return session(model, options, providers=providers)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
+    _, again = load_engines(toy_bundle, "cpu", 1)
+    assert set(levels) == {(bytes, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)}
+    ids = np.ones((2, 77), np.int64)
+    for name, value in plain["text_encoder"]({"input_ids": ids}).items():
+        np.testing.assert_array_equal(again["text_encoder"]({"input_ids": ids})[name], value)
+
+    kept["unet"].path.write_bytes(b"?" * kept["unet"].size)
+    with pytest.warns(RuntimeWarning, match=r"unet.*is damaged: it is compiled again"):
+        load_engines(toy_bundle, "cpu", 1)
+    levels.clear()
+    load_engines(toy_bundle, "cpu", 1)
+    assert {kind for kind, _ in levels} == {bytes}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # where nothing can be written
+    load_engines(toy_bundle, "cpu", 1)
+
+
+def test_a_cache_that_is_full_loses_what_was_not_used_for_longest(toy_bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load_engines(toy_bundle, "cpu", 1)
+    store = user_cache()
+    plans = sorted(store, key=lambda plan: plan.graph)
+    for age, plan in enumerate(plans):
+        os.utime(plan.path, (1e9 + age, 1e9 + age))
+    store.shrink(sum(plan.size for plan in plans[3:]))
+    assert [plan.graph for plan in sorted(store, key=lambda plan: plan.graph)] == [p.graph for p in plans[3:]]
+    assert not store.strays()

@@ -445,3 +445,25 @@ def test_random_checkpoints_repeat_from_process_to_process():
         for environment in environments
     ]
     assert runs[0].stdout == runs[1].stdout
+
+
+def test_mapped_weights_are_the_same_and_take_no_memory(tiny_checkpoint_folder, tiny_checkpoint):
+    mapped = Checkpoint.load(tiny_checkpoint_folder, mapped=True)
+    file = tiny_checkpoint_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    before = file.read_bytes()
+    for name, module in tiny_checkpoint.modules().items():
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(mapped.modules()[name].state_dict()[key], tensor)
+    weight = mapped.unet.conv_in.weight
+    maps = Path("/proc/self/maps").read_text()
+    place = next(
+        (line for line in maps.splitlines() if _holds(line, weight.data_ptr())), "no such place in this process"
+    )
+    assert str(file) in place
+    weight.data += 1  # in memory alone
+    assert file.read_bytes() == before
+
+
+def _holds(line: str, address: int) -> bool:
+    start, stop = (int(part, 16) for part in line.split()[0].split("-"))
+    return start <= address < stop

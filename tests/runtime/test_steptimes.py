@@ -71,3 +71,13 @@ def test_times_that_come_late_are_waited_for():
     times.add(4, 1.0)
     times.add(5, 2.0)
     assert times.choose(5) == 4
+
+
+def test_only_sizes_that_are_compiled_are_tried():
+    times, tried = StepTimes(only=[1, 4]), []
+    for _ in range(12):
+        rows = times.choose(6)
+        tried.append(rows)
+        times.add(rows, {1: 1.0, 4: 3.0}[rows])  # four at once advance a third more in a second
+    assert tried[:6] == [1, 1, 1, 4, 4, 4] and tried[-1] == 4
+    assert times.choose(3) == 1 and StepTimes(only=[4]).choose(2) == 1

@@ -1,0 +1,46 @@
+"""The processor: its name, what it computes in, and what code compiled for it depends on. Imports nothing heavy.
+
+cpu_name()        # "AMD EPYC 9B14"
+target()          # "x86_64 avx2 avx512_bf16 ...": part of the key of what is compiled for this processor
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+# Instructions that compilers choose kernels by, as Linux spells them on x86 and on Arm.
+KINDS = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "sme", "bf16", "i8mm")
+BF16 = frozenset(("avx512_bf16", "amx_bf16"))  # either of them makes bfloat16 faster than float32
+
+
+@functools.cache
+def _info() -> dict[str, str]:
+    """What the system says of its first processor; empty where it does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def cpu_name() -> str:
+    return _info().get("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def features() -> tuple[str, ...]:
+    """The instructions that compiled code may use, sorted, such as "avx2", "avx512_bf16"; empty where unknown."""
+    flags = (_info().get("flags") or _info().get("Features") or "").split()
+    return tuple(sorted(flag for flag in set(flags) if flag.startswith(KINDS)))
+
+
+def has_bf16() -> bool:
+    """Whether bfloat16 is worth computing in: the processor multiplies it faster than float32."""
+    return bool(BF16 & set(features()))
+
+
+def target() -> str:
+    """What compiled code runs on; where the system does not tell features, the processor's name."""
+    return " ".join((platform.machine(), *(features() or (cpu_name(),))))

@@ -1,0 +1,238 @@
+"""OpenVINO: the fastest way to compute in bfloat16 on a CPU that has instructions for it.
+
+    engines = load_openvino(folder, manifest, {"unet": path, ...}, "bf16", threads=4)
+    outputs = engines["unet"](feeds)                # numpy in, numpy out
+
+Only what a picture's time goes into is computed so: UNet and decoder. The small graphs of stage 1 stay with ONNX
+Runtime in float32, because bfloat16 moves the hands. What the UNet's graph does with latents, history and rows before
+its first and after its last convolution stays float32, too: OpenVINO lowers no node that stands behind the last layer
+with weights, and a test holds it to that.
+
+A graph is compiled for each size of its free axes that is asked for: dynamic shapes cost half as much again. What was
+compiled is kept, see `plans.Shelf`.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..contract import BRANCHES, GraphSpec, Manifest
+from ..errors import BundleError, EngineError
+from . import cpu
+from .base import Engine, check_feeds
+from .onnxruntime import usable_cores
+from .plans import Shelf
+
+BACKEND = "openvino"
+LOWERED = ("unet", "image_decoder")  # what runs in OpenVINO
+TYPES = {"bf16": "bf16", "fp32": "f32"}  # our names of what it computes in -> its own
+CONVERTER = "openvino.tools.ovc"
+INSTALL = 'pip install "handiffuser[openvino]"'
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a compiled graph depends on beside its sizes. inference: a key of TYPES."""
+
+    inference: str
+
+
+class OpenVinoEngine:
+    """One graph, compiled for each size that it is called with. See `Engine` for calling it.
+
+    batches: the batch sizes that are worth asking for, the smallest first; others work and are compiled when they come.
+    """
+
+    device = "cpu"
+
+    def __init__(
+        self,
+        path: str | Path,
+        spec: GraphSpec,
+        precision: str = "bf16",
+        threads: int | None = None,
+        shelf: Shelf | None = None,
+        batches: Sequence[int] = (1,),
+    ) -> None:
+        """precision: "bf16", which raises EngineError where the CPU has none, or "fp32". shelf: of compiled graphs."""
+        self.path, self.spec, self.precision, self.shelf, self.batches = Path(path), spec, precision, shelf, batches
+        if precision == "bf16" and not has_bf16():
+            raise EngineError(
+                f"This processor ({cpu.cpu_name()}) has no instructions for bfloat16, so that OpenVINO would gain "
+                "nothing. Take --backend onnxruntime."
+            )
+        self.threads = threads or usable_cores()
+        self.axes = sorted({size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)})
+        self._requests: dict[tuple[int, ...], Any] = {}
+        self._bound: dict[tuple[int, ...], dict[str, int]] = {}  # of each request: where its inputs lie
+
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        check_feeds(self.spec, feeds)
+        sizes = self._sizes(feeds)
+        request, bound = self.prepare(sizes), self._bound[self._key(sizes)]
+        try:
+            for name, value in feeds.items():
+                array = np.require(value, requirements=("C", "W"))
+                # Most arrays are where they were at the last step: telling so anew takes a twentieth of one. What is
+                # bound is kept alive by its tensor, so that no other array can be there.
+                place = array.__array_interface__["data"][0]
+                if bound.get(name) != place:
+                    request.set_tensor(name, _import().Tensor(array, shared_memory=True))
+                    bound[name] = place
+            request.start_async()
+            request.wait()
+        except Exception as error:  # OpenVINO raises RuntimeError for all there is
+            raise self._failure(error) from error
+        # Copies: the request writes its next outputs into the same memory.
+        return {
+            tensor.name: request.get_output_tensor(index).data.copy() for index, tensor in enumerate(self.spec.outputs)
+        }
+
+    def prepare(self, sizes: Mapping[str, int], beside: bool = False) -> Any:
+        """The graph for these sizes, such as {"B": 1, "G": 2}, compiled or found.
+
+        beside: keep it beside the bundle, or raise EngineError. Raises BundleError for a graph that OpenVINO does not
+        read.
+        """
+        key = self._key(sizes)
+        if key not in self._requests:
+            try:
+                self._requests[key] = self._compiled(sizes, beside).create_infer_request()
+            except EngineError:
+                raise
+            except Exception as error:
+                raise self._failure(error) from error
+            self._bound[key] = {}
+        return self._requests[key]
+
+    def _key(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(sizes[axis] for axis in self.axes)
+
+    def _compiled(self, sizes: Mapping[str, int], beside: bool) -> Any:
+        core, name, shelf = _core(), self.path.stem, self.shelf
+        options = {
+            "INFERENCE_PRECISION_HINT": TYPES[self.precision],
+            "INFERENCE_NUM_THREADS": self.threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,  # others may use the cores, too
+        }
+        content = shelf.find(name, sizes) if shelf is not None and not beside else None
+        if content is not None:
+            return core.import_model(content, "CPU", options)
+        started = time.monotonic()
+        try:
+            model = core.read_model(self.path)
+        except Exception as error:
+            raise BundleError(
+                f"OpenVINO cannot read {self.path}: {_sentence(error)} Take --backend onnxruntime, or export the "
+                "bundle again with hd-export."
+            ) from error
+        model.reshape({t.name: [sizes[n] if isinstance(n, str) else n for n in t.shape] for t in self.spec.inputs})
+        compiled = core.compile_model(model, "CPU", options)
+        if shelf is not None:
+            exported = compiled.export_model()
+            content = exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported)
+            shelf.keep(name, sizes, content, time.monotonic() - started, beside)
+        return compiled
+
+    def _sizes(self, feeds: Mapping[str, Any]) -> dict[str, int]:
+        return {
+            size: feeds[tensor.name].shape[axis]
+            for tensor in self.spec.inputs
+            for axis, size in enumerate(tensor.shape)
+            if isinstance(size, str)
+        }
+
+    def _failure(self, error: Exception) -> EngineError:
+        name = self.path.stem
+        if isinstance(error, MemoryError) or any(word in str(error).lower() for word in ("bad_alloc", "allocate")):
+            return EngineError(f"There is not enough memory to run {name}. Take a smaller --batch-size.")
+        return EngineError(f"OpenVINO failed in {name}: {_sentence(error)} Take --backend onnxruntime.")
+
+
+def load_openvino(
+    folder: Path,
+    manifest: Manifest,
+    precision: str = "bf16",
+    threads: int | None = None,
+    batches: Sequence[int] = (1,),
+) -> dict[str, Engine]:
+    """Engines for LOWERED; the files of `folder` must have been verified."""
+    shelf = shelf_of(folder, manifest, precision)
+    return {
+        name: OpenVinoEngine(folder / manifest.graphs[name].file, manifest.graphs[name], precision, threads, shelf,
+                             batches if name == "unet" else (1,))
+        for name in LOWERED
+    }  # fmt: skip
+
+
+def shelf_of(folder: Path, manifest: Manifest, precision: str) -> Shelf:
+    """Where graphs that OpenVINO compiled for this processor are kept."""
+    return Shelf(manifest, folder, BACKEND, version(), cpu.target(), Options(precision))
+
+
+def wanted_sizes(spec: GraphSpec, batches: Iterable[int], guidance_free: bool = False) -> list[dict[str, int]]:
+    """The sizes to compile a graph for: both guidance branches, and perhaps the conditional one alone."""
+    if not spec.branched:
+        return [{"B": 1}]  # the decoder takes pictures one by one
+    return [{"B": batch, BRANCHES: g} for g in ((2, 1) if guidance_free else (2,)) for batch in batches]
+
+
+def is_installed() -> bool:
+    """Whether OpenVINO could be imported; does not import it."""
+    from importlib.util import find_spec
+
+    return find_spec("openvino") is not None
+
+
+@functools.cache
+def has_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this processor with instructions of its own."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def version() -> str:
+    """Of the installed package, such as "2026.4.1"; importing it would take a tenth of a second."""
+    try:
+        return metadata.version("openvino")
+    except metadata.PackageNotFoundError:
+        return str(_import().__version__).partition("-")[0]
+
+
+@functools.cache
+def _core() -> Any:
+    return _import().Core()
+
+
+@functools.cache
+def _import() -> Any:
+    # With its converter, which is of no use here, OpenVINO imports code that tells its makers of every import over the
+    # network. It can do without: while this entry says that there is none, it does.
+    alone = sys.modules.setdefault(CONVERTER, None) is None  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError(
+            f"OpenVINO cannot be imported ({error}). Install it with `{INSTALL}`, or take --backend onnxruntime."
+        ) from error
+    finally:
+        if alone:
+            del sys.modules[CONVERTER]
+    return openvino
+
+
+def _sentence(error: Exception) -> str:
+    """The last line of OpenVINO's message: those before it say in which of its source files it happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1][:300].rstrip(" .") + "."

@@ -1,0 +1,197 @@
+"""OpenVINO beside ONNX Runtime: the same numbers, the same pictures, and what is kept of its compiling."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from handiffuser import HanDiffuser, Request
+from handiffuser.contract import ROW_HEAD, Manifest
+from handiffuser.engines import cli, cpu, openvino
+from handiffuser.engines.onnxruntime import OnnxRuntimeEngine
+from handiffuser.engines.plans import PlanStore, user_cache
+from handiffuser.errors import EngineError
+from handiffuser.runtime import admission, loading
+
+pytest.importorskip("openvino")
+bf16 = pytest.mark.skipif(not cpu.has_bf16(), reason="this processor has no bfloat16")
+GRAPHS = ("text_encoder", "hand_prior", "hand_features", "text_hand_encoder", "unet_context", "unet_time", "unet",
+          "image_decoder")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture()
+def folder(tiny_bundle, tmp_path):
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+def feeds_of(spec, **sizes) -> dict:
+    random = np.random.default_rng(0)
+    shapes = {t.name: [sizes[n] if isinstance(n, str) else n for n in t.shape] for t in spec.inputs}
+    return {
+        t.name: random.integers(0, 30, shapes[t.name])
+        if t.dtype == "int64"
+        else random.standard_normal(shapes[t.name]).astype(np.float32)
+        for t in spec.inputs
+    }
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_graph_gives_what_onnx_runtime_gives(tiny_bundle, name):
+    spec = Manifest.load(tiny_bundle, verify=False).graphs[name]
+    engine = openvino.OpenVinoEngine(tiny_bundle / spec.file, spec, "fp32", threads=1)
+    reference = OnnxRuntimeEngine(tiny_bundle / spec.file, spec, "cpu", threads=1)
+    for sizes in ({"B": 2, "G": 2, "S": 3}, {"B": 1, "G": 1, "S": 1}):
+        feeds = feeds_of(spec, **sizes)
+        exact, got = reference(feeds), engine(feeds)
+        assert list(got) == list(exact)
+        for key, value in exact.items():
+            assert got[key].dtype == value.dtype and got[key].shape == value.shape
+            most = max(np.abs(value.astype(float)).max(), 1e-9)
+            levels = 1 if value.dtype == np.uint8 else 1e-4 * most
+            np.testing.assert_allclose(got[key].astype(float), value.astype(float), rtol=0, atol=levels)
+
+
+@bf16
+def test_latents_and_history_are_float32_in_bfloat16(tiny_bundle):
+    spec = Manifest.load(tiny_bundle, verify=False).graphs["unet"]
+    engine = openvino.OpenVinoEngine(tiny_bundle / spec.file, spec, "bf16", threads=1)
+    feeds = feeds_of(spec, B=1, G=2)
+    row, x, h, noise = (feeds[name] for name in ("row", "latents", "history", "noise"))
+    head = len(ROW_HEAD)
+    row[:, 4] = row[:, head + 1 :: 2] = 0  # b and q_k: the network's output counts for nothing
+    a, d = row[:, 3, None, None, None], row[:, 5, None, None, None]
+    got = engine(feeds)
+    np.testing.assert_allclose(got["latents"], a * x + h[:, 0] + d * noise, rtol=0, atol=1e-6)
+    next_h = np.concatenate([h[:, 1:], np.zeros_like(h[:, :1])], 1)
+    expected = row[:, head::2, None, None, None] * x[:, None] + next_h
+    np.testing.assert_allclose(got["history"], expected, rtol=0, atol=1e-6)
+    feeds["row"] = row + 1
+    exact = OnnxRuntimeEngine(tiny_bundle / spec.file, spec, "cpu", threads=1)(feeds)["latents"]
+    error = np.abs(engine(feeds)["latents"] - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 5e-2  # it does round the network
+
+
+@bf16
+def test_a_picture_is_the_same_bits_alone_and_in_any_batch(tiny_bundle):
+    ours = Request("a right hand making a fist", seed=7, solver="ddpm", steps=5)
+    others = [Request(f"hand {n}", seed=n, steps=3 + n, guidance=float(n)) for n in range(4)]
+    with HanDiffuser.load(tiny_bundle, threads=1, backend="openvino") as pipeline:
+        alone = pipeline.generate(ours)[0]
+        for company in ([ours, *others], [*others, ours]):
+            found = next(picture for picture in pipeline.generate(company) if picture.id == alone.id)
+            np.testing.assert_array_equal(found.image, alone.image)
+            # Stage 1 is ONNX Runtime's, whose rounding depends on the batch.
+            np.testing.assert_allclose(found.hands["params"], alone.hands["params"], atol=1e-4)
+
+
+@bf16
+def test_what_was_compiled_is_kept_proven_and_made_again_when_damaged(folder, monkeypatch):
+    def load() -> np.ndarray:
+        with HanDiffuser.load(folder, threads=1, backend="openvino") as pipeline:
+            return pipeline.generate("a fist", steps=2)[0].image
+
+    first = load()
+    kept = {plan.graph: plan for plan in user_cache() if plan.parts["backend"] == "openvino"}
+    assert kept.keys() == {"unet", "image_decoder"} and not (folder / "plans").exists()
+    assert kept["unet"].parts["target"] == cpu.target() and kept["unet"].parts["sizes"] == "B=1,G=2"
+
+    read = openvino._core().read_model
+    monkeypatch.setattr(openvino._core(), "read_model", lambda path: pytest.fail("compiled although it was kept"))
+    np.testing.assert_array_equal(load(), first)
+
+    content = bytearray(kept["unet"].path.read_bytes())
+    content[len(content) // 2] ^= 1
+    kept["unet"].path.write_bytes(content)
+    monkeypatch.setattr(openvino._core(), "read_model", read)
+    with pytest.warns(RuntimeWarning, match=r"unet.*\.plan is damaged: it is compiled again"):
+        np.testing.assert_array_equal(load(), first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load()
+    monkeypatch.setattr(cpu, "target", lambda: "another processor")
+    assert openvino.shelf_of(folder, Manifest.load(folder), "bf16").plan("unet", {"B": 1, "G": 2}) is None
+
+
+@bf16
+def test_auto_takes_it_for_long_runs_where_it_was_measured_to_be_true(folder, monkeypatch):
+    def device(pictures: int) -> tuple[str, str]:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with HanDiffuser.load(folder, threads=1, pictures=pictures) as pipeline:
+                return pipeline.made_by.get("backend", "onnxruntime"), " ".join(str(one.message) for one in said)
+
+    noted = admission.Admission(psnr=50.0, exact=2.0, fast=1.0, ready=2.5)
+    measured = []
+    monkeypatch.setattr(loading, "measure", lambda *_: measured.append(1) or noted)
+    assert device(1) == device(admission.FIRST - 1) == ("onnxruntime", "")
+    taken, said = device(admission.FIRST)
+    assert taken == "openvino" and "2.00 times as fast" in said and "50 dB" in said and "--backend onnxruntime" in said
+    assert noted.pays == 4 and device(3)[0] == "onnxruntime" and device(4)[0] == "openvino"
+    assert measured == [1]
+
+    shelf = openvino.shelf_of(folder, Manifest.load(folder), "bf16")
+    for worse in (admission.Admission(34.0, 2.0, 1.0, 1.0), admission.Admission(50.0, 1.0, 1.1, 1.0)):
+        admission.write(shelf, worse)
+        assert admission.read(shelf) == worse and device(1000)[0] == "onnxruntime"
+
+
+@bf16
+def test_admission_measures_both(tiny_bundle):
+    _, exact = loading.load_engines(tiny_bundle, "cpu", 1)
+    fast = loading.load_openvino_loop(tiny_bundle, 1, 1, 1)
+    engines = {name: timed.engine for name, timed in fast.engines.items()}
+    found = admission.measure(fast.bundle, exact, engines, 1.0)
+    assert 20 < found.psnr < 999 and found.exact > 0 and found.fast > 0
+    assert admission.measure(fast.bundle, exact, exact, 1.0).psnr == 1000
+
+
+@bf16
+def test_built_beside_a_bundle_for_where_nothing_can_be_compiled(folder, monkeypatch, capsys):
+    assert cli.build.main([str(folder), "--backend", "openvino"], standalone_mode=False) == 0
+    said = capsys.readouterr().err
+    assert "bf16 beside float32, 6 pictures" in said or "Nothing" in said
+    plans = list(PlanStore(folder))
+    assert {plan.graph for plan in plans} == {"unet", "image_decoder"}
+    assert cli.list_plans.main([str(folder)], standalone_mode=False) == 0
+    assert capsys.readouterr().out.count("current") == 2
+    shutil.rmtree(user_cache().folder.parent, ignore_errors=True)
+    monkeypatch.setattr(openvino._core(), "read_model", lambda path: pytest.fail("compiled although it was built"))
+    with HanDiffuser.load(folder, threads=1, backend="openvino") as pipeline:
+        assert pipeline.generate("a fist", steps=1)
+    monkeypatch.setattr(cpu, "target", lambda: "another processor")
+    assert cli.list_plans.main([str(folder)], standalone_mode=False) == 0
+    assert capsys.readouterr().out.count("for another processor") == 2
+
+
+def test_what_is_missing_is_said_in_a_sentence(toy_bundle, monkeypatch):
+    monkeypatch.setattr(openvino, "has_bf16", lambda: False)
+    with pytest.raises(EngineError, match=r"no instructions for bfloat16.*--backend onnxruntime"):
+        HanDiffuser.load(toy_bundle, backend="openvino")
+    with pytest.raises(EngineError, match=r"runs on CPUs only"):
+        HanDiffuser.load(toy_bundle, backend="openvino", device="cuda")
+    openvino._import.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EngineError, match=r'pip install "handiffuser\[openvino\]"'):
+        openvino._import()
+
+
+@bf16
+def test_the_command_end_to_end_without_a_framework(tiny_bundle, tmp_path):
+    code = (
+        "import sys\nfrom handiffuser.runtime.cli import main\ntry: main()\n"
+        "finally: print([n for n in ('torch', 'diffusers', 'onnx', 'openvino_telemetry') if n in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(tiny_bundle), "a fist", "two hands", "-o", str(tmp_path / "out")]
+    result = subprocess.run([*command, "--backend", "openvino"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]" and len(list((tmp_path / "out").glob("*.json"))) == 2
+    assert '"inference": "bf16"' in next((tmp_path / "out").glob("a-fist*.json")).read_text()
