@@ -97,7 +97,7 @@ def kernel(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def resampled(rng: np.random.Generator, count: int, draws: int) -> np.ndarray:
-    """How often each of `count` things comes in `draws` drawings of `count` with replacement: float64 [draws, count]."""
+    """How often each of `count` things comes in drawings of `count` with replacement: float64 [draws, count]."""
     return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 
 

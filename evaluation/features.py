@@ -1,6 +1,7 @@
 """Feature extractors: pictures in, one vector each out, between whose sets FID and KID are taken.
 
     extractor = load_extractor(None)                       # fixed random filters: always there, not comparable
+    extractor = load_extractor(Path("inception.safetensors"))     # Inception V3, with the user's weights
     extractor = load_extractor(Path("inception.pt"))       # a TorchScript file, such as NVIDIA's of Inception V3
     extractor([image, image])                              # float32 [2, D]
 
@@ -30,8 +31,8 @@ SEED = 2015
 SCALE = 10.0  # brings the random filters' answers near 1, where KID's kernel bends
 LEVELS = ((3, 32), (32, 64), (64, 128))  # channels in and out
 HOW = (
-    "Save it as TorchScript, torch.jit.script(network).save(FILE), where you trust it; NVIDIA's "
-    "inception-2015-12-05.pt is such a file."
+    "Where you trust it, convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+    '"inception.safetensors"); or take NVIDIA\'s inception-2015-12-05.pt, which is TorchScript.'
 )
 
 

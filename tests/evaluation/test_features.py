@@ -54,6 +54,23 @@ def test_a_pickle_is_refused(tmp_path):
         load_extractor(tmp_path / "nowhere.pt")
 
 
+def test_inception_takes_the_users_weights_and_no_others(tmp_path):
+    from handiffuser.evaluation.inception import Network, resized_as_tensorflow
+    from safetensors.torch import save_file
+
+    weights = Network().state_dict()
+    assert weights["Mixed_7c.branch3x3dbl_3b.conv.weight"].shape == (384, 384, 3, 1)
+    save_file(weights, tmp_path / "inception.safetensors")
+    found = load_extractor(tmp_path / "inception.safetensors")(IMAGES[:1])
+    assert found.shape == (1, 2048) and np.isfinite(found).all() and found.std() > 0
+    save_file({"fc.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(EvaluationError, match="not the Inception V3 of pytorch-fid"):
+        load_extractor(tmp_path / "other.safetensors")
+    # TensorFlow 1 takes the corner of a pixel for its place: doubled, each second column is the mean of two.
+    row = torch.tensor([0.0, 10, 30]).expand(1, 1, 3, 3)
+    assert resized_as_tensorflow(row, 6)[0, 0, 0].tolist() == [0, 5, 10, 20, 30, 30]
+
+
 def test_a_network_of_other_things_is_a_sentence(tmp_path):
     class Scalar(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
