@@ -88,6 +88,8 @@ def lacking(error: ImportError, command: str) -> str:
     extra = EXTRAS[module]
     if command in TRAINING and extra == "[export]":
         extra = "[train]"  # which brings the other
+    if command == "hd-eval" and module in ("torch", "safetensors", "matplotlib"):
+        extra = "[eval]"
     return f"This needs {module}, which is not installed. It comes with handiffuser{extra}."
 
 
@@ -211,3 +213,7 @@ def hd_train() -> None:
 
 def hd_bench() -> None:
     start("hd-bench", ".benchmarks.cli")
+
+
+def hd_eval() -> None:
+    start("hd-eval", ".evaluation.cli")

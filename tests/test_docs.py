@@ -25,6 +25,7 @@ MODULES = {
     "hd-data": ("data.cli", "commands"),
     "hd-train": ("training.cli", "commands"),
     "hd-bench": ("benchmarks.cli", "bench"),
+    "hd-eval": ("evaluation.cli", "evaluate"),
 }
 BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`((?:hd-\w+) [^`]*)`")

@@ -1,0 +1,129 @@
+"""Detectors of hands: who finds hands in a picture, where, which, and how sure it is.
+
+    with MediaPipe() as detector:
+        detector(image)        # [Found(side="right", score=0.97, joints=[21, 2])]
+
+A detector is anything with a name, settings, and a call from a picture to a list of `Found`. MediaPipe Hands (Zhang et
+al. 2020, arXiv 2006.10214) is the first: it has seen photographs only, never a picture of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ..errors import HanDiffuserError
+
+
+class EvaluationError(HanDiffuserError):
+    """Pictures cannot be judged as asked: a package, a file or a folder is missing or unfit."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A hand that a detector found."""
+
+    side: str  # "left" or "right": whose hand it is, the subject's own left or right
+    score: float  # how sure the detector is, 0 to 1
+    joints: np.ndarray = field(repr=False)  # [21, 2] in [0, 1] of width and height: wrist, thumb to little finger
+
+
+class Detector(Protocol):
+    """Finds hands. `settings` goes into every report."""
+
+    name: str
+    settings: dict[str, Any]
+
+    def __call__(self, image: np.ndarray) -> list[Found]:
+        """uint8 [H, W, 3] -> its hands, in any order."""
+
+
+def padded(image: np.ndarray, share: float, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The picture, continued by its edge on all sides by `share` of its size, with `size` pixels on its longer side.
+
+    Returns it, and how places [0, 1] in it become places in the picture: joints * scale + shift, both [2] (x, y).
+    """
+    height, width = image.shape[:2]
+    dy, dx = round(height * share), round(width * share)
+    wide = np.pad(image, ((dy, dy), (dx, dx), (0, 0)), mode="edge")
+    factor = size / max(wide.shape[:2])
+    target = round(wide.shape[1] * factor), round(wide.shape[0] * factor)
+    resized = np.asarray(Image.fromarray(wide).resize(target, Image.Resampling.BICUBIC))
+    return resized, np.array([1 + 2 * dx / width, 1 + 2 * dy / height]), np.array([-dx / width, -dy / height])
+
+
+class MediaPipe:
+    """MediaPipe Hands on single pictures. Small pictures of hands that fill them are not what it was made for, so they
+    are continued by a quarter and enlarged. The score is its handedness score, the only one that it gives.
+
+    It names hands as in a mirror: what it calls left is the subject's right hand, unless the picture is mirrored.
+    """
+
+    name = "MediaPipe Hands"
+
+    def __init__(self, pad: float = 0.25, size: int = 768, hands: int = 2, confidence: float = 0.5) -> None:
+        """Raises EvaluationError where MediaPipe is missing, or is a version without these models."""
+        try:
+            with silence():
+                import mediapipe
+        except ImportError as error:
+            raise EvaluationError(
+                'MediaPipe finds the hands, and it is not installed. Install it with pip install "handiffuser[eval]" '
+                "under Python 3.12 or older, or do without: --no-detector."
+            ) from error
+        if not hasattr(mediapipe, "solutions"):
+            raise EvaluationError(
+                f"MediaPipe {mediapipe.__version__} carries no hand models any more. Install mediapipe==0.10.14."
+            )
+        self.settings: dict[str, Any] = {
+            "version": mediapipe.__version__,
+            "padded by": pad,
+            "scaled to": size,
+            "most hands": hands,
+            "min_detection_confidence": confidence,
+            "static_image_mode": True,
+        }
+        self.pad, self.size = pad, size
+        warnings.filterwarnings("ignore", message="SymbolDatabase.GetPrototype")  # its protobuf talks of its future
+        with silence():
+            self._hands = mediapipe.solutions.hands.Hands(
+                static_image_mode=True, max_num_hands=hands, min_detection_confidence=confidence
+            )
+            self._hands.process(np.zeros((64, 64, 3), np.uint8))  # it talks while it loads
+
+    def __call__(self, image: np.ndarray) -> list[Found]:
+        shown, scale, shift = padded(image, self.pad, self.size)
+        result = self._hands.process(shown)
+        found = []
+        for marks, sides in zip(result.multi_hand_landmarks or [], result.multi_handedness or [], strict=True):
+            side = {"Left": "right", "Right": "left"}[sides.classification[0].label]
+            joints = np.array([(mark.x, mark.y) for mark in marks.landmark]) * scale + shift
+            found.append(Found(side, float(sides.classification[0].score), joints))
+        return found
+
+    def close(self) -> None:
+        self._hands.close()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keeps native libraries' remarks off the terminal: they write to the file of stderr, not to Python's."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

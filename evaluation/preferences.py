@@ -1,0 +1,202 @@
+"""What raters answered, counted: who wins, whether the side on the screen had a say, whether raters agree.
+
+    document = count([read_answers(path) for path in paths])
+    print(*sentences(document), sep="\\n")
+
+A pair counts once, by the majority of its raters, in the exact binomial test: two raters of one pair are no two
+independent pairs. "Cannot tell" is no vote.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from ..schema import MisfitError, fit, one_of, read_json, whole
+from .detect import EvaluationError
+from .pairs import FORMAT, QUESTIONS, a_is_left
+
+Short = Annotated[str, Meta(min_length=1, max_length=200, description="a short text")]
+CHANCE = 0.05  # below it a test says that chance alone would be rare
+
+
+class Answer(msgspec.Struct):
+    """One click."""
+
+    question: Annotated[str, one_of(*QUESTIONS)]
+    pair: Short
+    answer: Annotated[str, one_of("left", "right", "same")]
+    seconds: Annotated[float, Meta(ge=0, description="a number from 0")] = 0.0
+
+
+class Answers(msgspec.Struct):
+    """A file that the page saved."""
+
+    hd_eval_answers: Annotated[int, whole(FORMAT, FORMAT)]
+    study: Short
+    a: Short
+    b: Short
+    pairs: Annotated[int, whole(1, 1_000_000)]
+    rater: Short
+    answers: Annotated[list[Answer], Meta(max_length=2_000_000)]
+
+
+def read_answers(path: Path) -> Answers:
+    """Raises EvaluationError for a file that is none of the page's."""
+    try:
+        return fit(read_json(path), Answers)
+    except OSError as error:
+        raise EvaluationError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except MisfitError as error:
+        raise EvaluationError(f"{path} holds no answers that the page saved: {error}") from None
+
+
+def count(files: Sequence[Answers]) -> dict[str, Any]:
+    """All statistics by question. Raises EvaluationError for answers of different studies, or of one rater twice."""
+    first = files[0]
+    for other in files[1:]:
+        if other.study != first.study:
+            raise EvaluationError(
+                f"{other.rater}'s answers are of another study ({other.a} and {other.b}) than {first.rater}'s. Count "
+                "each study alone."
+            )
+    twice = [name for name, number in Counter(file.rater for file in files).items() if number > 1]
+    if twice:
+        raise EvaluationError(f"There are two files of {twice[0]}. Give the later one alone.")
+    document: dict[str, Any] = {"study": first.study, "a": first.a, "b": first.b, "pairs": first.pairs,
+                                "raters": [file.rater for file in files], "questions": {}}  # fmt: skip
+    for question in QUESTIONS:
+        # rater -> pair -> (who was chosen, which side); the last answer counts.
+        votes: list[dict[str, tuple[str, str]]] = []
+        for file in files:
+            mine: dict[str, tuple[str, str]] = {}
+            for answer in file.answers:
+                if answer.question == question:
+                    left = "a" if a_is_left(first.study, question, answer.pair) else "b"
+                    right = "b" if left == "a" else "a"
+                    chosen = {"left": left, "right": right, "same": "same"}[answer.answer]
+                    mine[answer.pair] = chosen, answer.answer
+            votes.append(mine)
+        document["questions"][question] = _question(votes)
+    return document
+
+
+def _question(votes: Sequence[dict[str, tuple[str, str]]]) -> dict[str, Any]:
+    by_pair: dict[str, list[str]] = {}
+    for mine in votes:
+        for pair, (chosen, _) in mine.items():
+            by_pair.setdefault(pair, []).append(chosen)
+    all_votes = [vote for mine in votes for vote in mine.values()]
+    wins = Counter(_majority(chosen) for chosen in by_pair.values())
+    sides = Counter(side for _, side in all_votes)
+    table = [[chosen.count(word) for word in ("a", "b", "same")] for chosen in by_pair.values() if len(chosen) > 1]
+    return {
+        "answers": len(all_votes),
+        "cannot_tell": sum(chosen == "same" for chosen, _ in all_votes),
+        "pairs_won": {"a": wins["a"], "b": wins["b"], "neither": wins[""]},
+        "win_rate_a": proportion(wins["a"], wins["a"] + wins["b"]),
+        "left_chosen": proportion(sides["left"], sides["left"] + sides["right"]),
+        "agreement": agreement(votes, np.array(table)),
+    }
+
+
+def _majority(chosen: Sequence[str]) -> str:
+    """ "a", "b", or "" where neither has more votes."""
+    a, b = chosen.count("a"), chosen.count("b")
+    return "a" if a > b else "b" if b > a else ""
+
+
+def proportion(wins: int, total: int) -> dict[str, Any]:
+    """A share with Wilson's interval of 95 % (1927), and the p of the exact two-sided binomial test against a half."""
+    if not total:
+        return {"value": None, "low": None, "high": None, "n": 0, "p": 1.0}
+    z, share = 1.959964, wins / total
+    middle, spread = share + z * z / (2 * total), z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    low, high = ((middle + sign * spread) / (1 + z * z / total) for sign in (-1, 1))
+    return {"value": share, "low": max(low, 0.0), "high": min(high, 1.0), "n": total, "p": binomial(wins, total)}
+
+
+def binomial(wins: int, total: int) -> float:
+    """How often a fair coin, thrown `total` times, gives a split at least as uneven as `wins` to the rest."""
+    fewer = min(wins, total - wins)
+    return min(1.0, 2 * sum(math.comb(total, k) for k in range(fewer + 1)) / 2**total)
+
+
+def agreement(votes: Sequence[dict[str, tuple[str, str]]], table: np.ndarray) -> dict[str, Any] | None:
+    """How far raters agree beyond chance: Cohen's kappa (1960) of two, Fleiss' (1971) of more; 1 is always, 0 chance.
+
+    table: of the pairs that two or more answered, how many votes each of a, b and "cannot tell" got [K, 3]. The
+    interval is from resampling pairs. None where there are fewer than two such pairs.
+    """
+    if len(table) < 2:
+        return None
+    two = len(votes) == 2
+    if two:
+        both = sorted(votes[0].keys() & votes[1].keys())
+        words = ["a", "b", "same"]
+        codes = np.array([[words.index(mine[pair][0]) for mine in votes] for pair in both])
+        value, of = cohen(codes), codes
+    else:
+        value, of = fleiss(table), table
+    rng = np.random.default_rng(0)
+    draws = [(cohen if two else fleiss)(of[rng.integers(len(of), size=len(of))]) for _ in range(1000)]
+    known = [draw for draw in draws if draw is not None]
+    if value is None or not known:
+        return None
+    low, high = np.quantile(known, [0.025, 0.975])
+    name = "Cohen's kappa" if two else "Fleiss' kappa"
+    return {"name": name, "value": value, "low": float(low), "high": float(high), "pairs": len(of)}
+
+
+def cohen(codes: np.ndarray) -> float | None:
+    """codes: [K, 2] choices of two raters. None where both always said the same word: nothing is left to chance."""
+    agreed = float((codes[:, 0] == codes[:, 1]).mean())
+    shares = np.array([[(codes[:, rater] == word).mean() for word in range(3)] for rater in range(2)])
+    chance = float((shares[0] * shares[1]).sum())
+    return None if chance >= 1 else (agreed - chance) / (1 - chance)
+
+
+def fleiss(table: np.ndarray) -> float | None:
+    """table: [K, words] votes, two or more in each row; rows may have different numbers of raters."""
+    raters = table.sum(1)
+    agreed = float(((np.square(table).sum(1) - raters) / (raters * (raters - 1))).mean())
+    chance = float(np.square(table.sum(0) / table.sum()).sum())
+    return None if chance >= 1 else (agreed - chance) / (1 - chance)
+
+
+def sentences(document: dict[str, Any]) -> list[str]:
+    """The statistics in words."""
+    a, b, raters = document["a"], document["b"], len(document["raters"])
+    if a == b:
+        a, b = f"the first {a}", f"the second {b}"
+    out = [f"{document['pairs']} pairs of {a} and {b}, {raters} rater{'s' * (raters != 1)}."]
+    for question, found in document["questions"].items():
+        won, rate, left = found["pairs_won"], found["win_rate_a"], found["left_chosen"]
+        if not rate["n"]:
+            out.append(f"{question}: nobody chose.")
+            continue
+        who = "nothing can be said" if rate["p"] >= CHANCE else f"{a if rate['value'] > 0.5 else b} is preferred"
+        out.append(
+            f"{question}: {a} wins {won['a']} pairs, {b} {won['b']}, neither {won['neither']}: "
+            f"{100 * rate['value']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f}), exact binomial test "
+            f"p = {rate['p']:.3g}: {who}."
+        )
+        effect = "no effect of the side" if left["p"] >= CHANCE else "the side has an effect, whatever is shown there"
+        share = "-" if left["value"] is None else f"{100 * left['value']:.1f} %"
+        out.append(
+            f"{question}: the left picture was chosen in {share} of {left['n']} choices, p = {left['p']:.3g}: {effect}."
+        )
+        if agreed := found["agreement"]:
+            beyond = "raters agree beyond chance" if agreed["low"] > 0 else "no agreement beyond chance"
+            out.append(
+                f"{question}: {agreed['name']} {agreed['value']:.2f} ({agreed['low']:.2f} to {agreed['high']:.2f}) "
+                f"on {agreed['pairs']} pairs: {beyond}."
+            )
+    return out

@@ -1,0 +1,142 @@
+"""What did deployment cost? The same prompts and seeds through a reference and a candidate, picture by picture.
+
+    document = compare(reference, candidate, against)      # each a Seen of the same prompts
+    document["verdict"]
+
+Both draw the same noise, so that what differs is what the engines do. Differences are the candidate's figure less the
+reference's, and both are drawn together: what a prompt makes easy or hard drops out of the interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.dataset import Index
+from ..data.samples import Bad, picture
+from ..schema import MisfitError
+from .detect import EvaluationError
+from .distances import DRAWS, MEAN_DRAWS, Kernel, frechet, interval, mean, resampled, shares
+from .measure import NAMES, SHARES, Seen, columns
+
+SAME = 99.0  # dB that equal pictures count
+
+
+def compare(reference: Seen, candidate: Seen, against: Seen | None) -> dict[str, Any]:
+    """The document's "differences": metric -> {"reference", "candidate", "value", "low", "high", "n"}.
+
+    Raises EvaluationError where they have no picture in common.
+    """
+    common = sorted(set(reference.keys) & set(candidate.keys))
+    if not common:
+        raise EvaluationError("Reference and candidate have no picture in common.")
+    places = [{key: number for number, key in enumerate(seen.keys)} for seen in (reference, candidate)]
+    rows = [np.array([place[key] for key in common]) for place in places]
+    weights = resampled(np.random.default_rng(0), len(common), MEAN_DRAWS)
+    out: dict[str, Any] = {}
+    ours, theirs = (_common(columns(seen), row) for seen, row in zip((reference, candidate), rows, strict=True))
+    for name in ours.keys() & theirs.keys():
+        (a, pictures_a), (b, pictures_b) = ours[name], theirs[name]
+        if not len(a) or not len(b):
+            continue
+        draws = shares(b, pictures_b, weights) - shares(a, pictures_a, weights)
+        sides = {"reference": float(a.mean()), "candidate": float(b.mean())}
+        out[name] = {**sides, **interval(sides["candidate"] - sides["reference"], draws), "n": len(b)}
+    if against is not None:
+        rng = np.random.default_rng(0)
+        out |= _distances(reference.features[rows[0]], candidate.features[rows[1]], against.features, rng)
+    return {name: out[name] for name in (*NAMES, *sorted(out.keys() - NAMES.keys())) if name in out}
+
+
+def _common(
+    found: dict[str, tuple[np.ndarray, np.ndarray]], rows: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Values of the pictures `rows` alone, whose numbers become their places in it."""
+    largest = max((int(owners.max()) for _, owners in found.values() if len(owners)), default=0)
+    place = np.full(max(largest, int(rows.max())) + 1, -1)
+    place[rows] = np.arange(len(rows))
+    return {
+        name: (values[place[owners] >= 0], place[owners][place[owners] >= 0])
+        for name, (values, owners) in found.items()
+    }
+
+
+def _distances(a: np.ndarray, b: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    """Differences of FID and KID to the same pictures. a and b: [N, D], row by row of the same prompts."""
+    if min(len(a), len(others)) < 2:
+        return {}
+    sides = {"reference": frechet(a, others), "candidate": frechet(b, others)}
+    draws = []
+    for _ in range(DRAWS):
+        rows, other = rng.integers(len(a), size=len(a)), rng.integers(len(others), size=len(others))
+        draws.append(frechet(b[rows], others[other]) - frechet(a[rows], others[other]))
+    fid = {**sides, **interval(sides["candidate"] - sides["reference"], np.array(draws), spread=True), "n": len(a)}
+    first, second = Kernel(a, others), Kernel(b, others)
+    sides = {"reference": first.value(), "candidate": second.value()}
+    kid = {**sides, **interval(sides["candidate"] - sides["reference"], second.draws() - first.draws()), "n": len(a)}
+    return {"fid": fid, "kid": kid}
+
+
+def psnr(reference: Path, candidate: Path) -> dict[str, Any]:
+    """PSNR in dB, the mean over pictures of the same key in both folders, with its interval, n, and how many are equal
+    (each counts SAME). Raises EvaluationError for pictures of different sizes."""
+    indexes = [Index.open(folder) for folder in (reference, candidate)]
+    places = [{index.entry(i).key: i for i in range(len(index))} for index in indexes]
+    values = []
+    for key in sorted(places[0].keys() & places[1].keys()):
+        samples = [index.sample(place[key]) for index, place in zip(indexes, places, strict=True)]
+        try:
+            a, b = (picture(sample).astype(np.float64) for sample in samples if not isinstance(sample, Bad))
+        except (MisfitError, ValueError):
+            continue  # said when they were looked at
+        if a.shape != b.shape:
+            raise EvaluationError(f"{key} has {a.shape[1]} x {a.shape[0]} pixels in {reference}, and {b.shape[1]} x "
+                                  f"{b.shape[0]} in {candidate}: these are not the same pictures.")  # fmt: skip
+        error = float(np.mean((a - b) ** 2))
+        values.append(min(10 * math.log10(255**2 / error), SAME) if error else SAME)
+    weights = resampled(np.random.default_rng(0), max(len(values), 1), MEAN_DRAWS)
+    found = mean(np.array(values), np.arange(len(values)), weights)
+    return {**(found or {}), "equal": sum(value == SAME for value in values)}
+
+
+def verdict(differences: dict[str, Any], fidelity: dict[str, Any]) -> str:
+    """One sentence: which figures are worse or better beyond chance, or how much worse they could be at most."""
+
+    def said(names: Sequence[str]) -> str:
+        return ", ".join(f"{_name(name)} {change(name, differences[name])}" for name in names)
+
+    worse, better = list[str](), list[str]()
+    for name, entry in differences.items():
+        more = NAMES.get(name, ("", True))[1]
+        if entry["low"] > 0 or entry["high"] < 0:
+            (better if (entry["value"] > 0) == more else worse).append(name)
+    pictures = f"Pictures differ by {fidelity['value']:.1f} dB" if fidelity.get("n") else "No picture could be compared"
+    if fidelity.get("n") and fidelity["equal"] == fidelity["n"]:
+        pictures = "All pictures are the same"
+    if worse:
+        also = f"; better: {said(better)}" if better else ""
+        return f"{pictures}, and the candidate is worse beyond chance: {said(worse)}{also}."
+    if better:
+        return f"{pictures}; nothing is worse beyond chance, and better are {said(better)}."
+    bound = differences.get("hand_confidence") or differences.get("pck_10")
+    most = f" Hand confidence could be lower by {max(-bound['low'], 0):.3f} at most." if bound else ""
+    return (
+        f"{pictures}, and no figure differs beyond chance: deployment cost nothing that {len(differences)} figures "
+        f"see.{most}"
+    )
+
+
+def _name(metric: str) -> str:
+    return NAMES.get(metric, (metric.replace("_", " "), True))[0].split(" (")[0].split(", ")[0]
+
+
+def change(name: str, entry: dict[str, Any]) -> str:
+    """ "-1.2 (-2.0 to -0.4) points", or a plain number for what is no share."""
+    share = name in SHARES or name.startswith("judge_")
+    factor, digits, unit = (100, 1, " points") if share else (1, 4, "")
+    value, low, high = (f"{factor * entry[key]:+.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value}{unit} ({low} to {high})"

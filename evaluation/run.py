@@ -1,0 +1,125 @@
+"""What `hd-eval` does, step by step: find or make the pictures, look at them, and put the figures together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from . import measure, pictures, reference
+from .detect import EvaluationError, MediaPipe
+from .features import load_extractor
+from .measure import Instruments, Seen
+
+Progress = Callable[[str], AbstractContextManager[pictures.Show]]
+
+
+def instruments(options: dict[str, Any]) -> Instruments:
+    """Detector, extractor, CLIP and judge as the options ask for them. Raises EvaluationError for what is missing."""
+    clip = judge = None
+    if options["clip_folder"] is not None:
+        from .clip import Clip
+
+        clip = Clip(options["clip_folder"])
+    if options["judge_folder"] is not None:
+        from .judging import Judged
+
+        judge = Judged(options["judge_folder"])
+    if options["threads"]:
+        import torch
+
+        torch.set_num_threads(options["threads"])
+    detector = None if options["no_detector"] else MediaPipe()
+    if detector is None and options["crops"] == "found":
+        raise EvaluationError("--crops found needs the detector: leave --no-detector out.")
+    extractor = load_extractor(options["weights"])
+    return Instruments(detector, extractor, clip, judge, options["crops"], options["min_crop"])
+
+
+def work(
+    what: str, options: dict[str, Any], tools: Instruments, say: pictures.Say, progress: Progress
+) -> dict[str, Any]:
+    """The document, and under "shown" the best and the worst hands for the report."""
+    against, kind = options["against"], pictures.kind_of(what)
+    if options["reference"] is not None:
+        if kind == "folder" or pictures.kind_of(options["reference"]) == "folder":
+            raise EvaluationError("--reference compares two that paint: give bundles or checkpoints for both.")
+        if tools.crops == "found":
+            raise EvaluationError("--reference crops hands where they were asked for: leave --crops found out.")
+    elif kind == "folder" and (options["prompts"] or options["given_hands"]):
+        raise EvaluationError(f"{what} is a folder of pictures: there is nothing to paint. Leave the prompts out.")
+    others, labels = None, dict[str, dict[str, str]]()
+    if against is not None:
+        with progress(f"{against}") as show:
+            others = _look(against, tools, options, say, show, detect=False)
+        labels = {pictures.picture_id(k): words for k, words in zip(others.keys, others.labels, strict=True)}
+        labels |= dict(zip(others.keys, others.labels, strict=True))
+    folders = [Path(what)]
+    names = [what]
+    if kind != "folder":
+        folders, names = paint(what, options, say, progress)
+    looks = []
+    for folder, name in zip(folders, names, strict=True):
+        with progress(f"looking at {name}") as show:
+            looks.append(_look(folder, tools, options, say, show, labels=labels))
+        if not looks[-1].keys:
+            raise EvaluationError(f"{folder} holds no picture that can be read.")
+    seen = looks[-1]
+    document = {
+        "settings": measure.settings(tools, None if against is None else str(against)),
+        "folder": str(folders[-1]),
+        **measure.figures(seen, others),
+        "notes": remarks(tools, seen, others),
+    }
+    if options["reference"] is not None:
+        document["reference"] = names[0]
+        document["differences"] = reference.compare(looks[0], seen, others)
+        document["psnr"] = reference.psnr(folders[0], folders[1])
+        document["verdict"] = reference.verdict(document["differences"], document["psnr"])
+        document["notes"].append(document["verdict"])
+    document["shown"] = (seen.best, seen.worst)
+    return document
+
+
+def paint(what: str, options: dict[str, Any], say: pictures.Say, progress: Progress) -> tuple[list[Path], list[str]]:
+    """Paints what is asked for, with the reference first if there is one: folders and names."""
+    folders, names = [], []
+    for number, name in enumerate(name for name in (options["reference"], what) if name is not None):
+        is_reference = options["reference"] is not None and number == 0
+        painter = pictures.painter_of(name, options, say, checkpoint=is_reference)
+        hands = options["pictures"] / "given-hands" if options["given_hands"] else None
+        requests = pictures.wanted(
+            options["against"], options["prompts"], options["count"], hands, options["seed"], say
+        )
+        with progress(f"painting with {painter.name}") as show:
+            folders.append(pictures.make(painter, requests, options["pictures"], say, show))
+        names.append(painter.name)
+        painter.close()
+    return folders, names
+
+
+def _look(
+    folder: Path, tools: Instruments, options: dict[str, Any], say: pictures.Say, show: pictures.Show, **more: Any
+) -> Seen:
+    shown = pictures.read_pictures(folder, options["body"], say)
+    return measure.look(shown, tools, pictures.count_pictures(folder), show, **more)
+
+
+def remarks(tools: Instruments, seen: Seen, others: Seen | None) -> list[str]:
+    """What every reader of the figures must know."""
+    out = []
+    if others is not None:
+        if tools.extractor.warning:
+            out.append(tools.extractor.warning)
+        fewest, features = min(len(seen.features), len(others.features)), seen.features.shape[1]
+        if fewest <= 5 * features:
+            out.append(
+                f"FID of {fewest} pictures and {features} features lies too high: read KID, or compare FIDs of equally "
+                "many pictures alone."
+            )
+    if seen.detected and not seen.asked:
+        out.append("The pictures do not say which hands they show: each counts by its surest hand.")
+    if tools.detector is None:
+        out.append("No detector was asked: nothing is known of the hands.")
+    return out

@@ -1,0 +1,66 @@
+"""The document's figures as rows of text, for the terminal and for the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .measure import GROUPED, NAMES, SHARES
+from .reference import change
+
+GROUP_COLUMNS = ("by", "group", "hands", "metric", "in the group (95 %)", "less that of all others (95 %)")
+
+
+def title(metric: str) -> str:
+    if metric.startswith("judge_"):
+        return f"the judge reads: {metric.removeprefix('judge_')}"
+    return NAMES[metric][0]
+
+
+def number(metric: str, value: float) -> str:
+    """A share in per cent; a distance with the digits that matter."""
+    if metric in SHARES or metric.startswith("judge_"):
+        return f"{100 * value:.1f} %" if metric != "hand_confidence" else f"{value:.3f}"
+    return f"{value:.5f}" if metric.startswith("kid") else f"{value:.3f}"
+
+
+def spread(metric: str, entry: dict[str, Any]) -> str:
+    """ "93.8 % (91.0 to 96.1)"."""
+    low, high = (number(metric, entry[key]).removesuffix(" %") for key in ("low", "high"))
+    return f"{number(metric, entry['value'])} ({low} to {high})"
+
+
+def metric_rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table of metrics; with a reference its figure and the difference, too."""
+    if "differences" not in document:
+        rows = [[title(m), spread(m, e), str(e["n"])] for m, e in document["metrics"].items()]
+        return ["", "value (95 %)", "N"], rows
+    rows = []
+    for metric, entry in document["differences"].items():
+        sides = [number(metric, entry[name]) for name in ("reference", "candidate")]
+        rows.append([title(metric), *sides, change(metric, entry), str(entry["n"])])
+    if document["psnr"].get("n"):
+        entry = document["psnr"]
+        rows.append(
+            ["PSNR, dB", "", f"{entry['value']:.1f}", f"({entry['low']:.1f} to {entry['high']:.1f})", str(entry["n"])]
+        )
+    return ["", "reference", "candidate", "difference (95 %)", "N"], rows
+
+
+def group_rows(document: dict[str, Any], beyond_chance: bool = False) -> list[list[str]]:
+    """Rows of GROUP_COLUMNS. beyond_chance: only gaps whose interval leaves 0 out."""
+    rows = []
+    for entry in document["groups"]:
+        for metric in GROUPED:
+            if metric not in entry:
+                continue
+            gap = entry[metric]["gap"]
+            if beyond_chance and gap["low"] <= 0 <= gap["high"]:
+                continue
+            found = [entry["by"], entry["group"], str(entry[metric]["n"]), title(metric).split(" (")[0]]
+            rows.append([*found, spread(metric, entry[metric]), change(metric, gap)])
+    return rows
+
+
+def gaps(document: dict[str, Any]) -> tuple[int, int]:
+    """How many gaps there are, and how many of them leave 0 out."""
+    return len(group_rows(document)), len(group_rows(document, beyond_chance=True))

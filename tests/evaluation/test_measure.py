@@ -1,0 +1,312 @@
+"""The figures of sets of pictures whose truth is known, by detectors that are told what to find; and the commands."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from commands import run_command
+from datasets import made_sample
+from handiffuser.data.samples import Sample, encode_png, read
+from handiffuser.evaluation import measure, pictures, run
+from handiffuser.evaluation.cli import evaluate
+from handiffuser.evaluation.detect import EvaluationError, Found, MediaPipe
+from handiffuser.evaluation.features import RandomFilters
+from handiffuser.evaluation.hands import Asked
+from handiffuser.evaluation.measure import Instruments, figures, look
+from handiffuser.evaluation.pictures import Shown
+from handiffuser.evaluation.reference import compare, psnr, verdict
+from handiffuser.evaluation.report import page
+from handiffuser.evaluation.rows import key_of, save, scenes_by_view
+
+COUNT = 40
+
+
+class Told:
+    """A detector that finds what the picture's first pixels say: 0 nothing, 1 the hand, 2 the hand with its side wrong.
+
+    It moves the joints by a tenth of the hand's size where the second pixel says so.
+    """
+
+    name, settings = "told", {"eyes": "none"}
+
+    def __init__(self, hands: dict[int, Asked]) -> None:
+        self.hands = hands
+
+    def __call__(self, image: np.ndarray) -> list[Found]:
+        kind, moved, number = image[0, 0]
+        if not kind:
+            return []
+        hand = self.hands[int(number)]
+        side = hand.side if kind == 1 else {"left": "right", "right": "left"}[hand.side]
+        size = np.ptp(hand.joints, axis=0).max()
+        return [Found(side, 0.8, hand.joints + moved * np.array([0.15 * size, 0]))]
+
+
+class Blind:
+    """Another detector, of another make: it needs nothing but the call."""
+
+    name, settings = "blind", {}
+
+    def __call__(self, image: np.ndarray) -> list[Found]:
+        return []
+
+
+def world(missed: int = 8, wrong: int = 6, moved: int = 10, seed: int = 0) -> tuple[list[Shown], Told]:
+    rng, hands, shown = np.random.default_rng(seed), {}, []
+    for i in range(COUNT):
+        image = rng.integers(0, 256, (48, 48, 3), np.uint8)
+        kind = 0 if i < missed else 2 if i < missed + wrong else 1
+        image[0, 0] = kind, i >= COUNT - moved, i
+        hands[i] = Asked(("left", "right")[i % 2], rng.uniform(0.3, 0.7, (21, 2)))
+        labels = {"gesture": ("fist", "open_hand")[i >= COUNT // 2], "skin": ("pale", "deep")[i % 2]}
+        shown.append(Shown(f"k{i:02d}", image, "a hand", [hands[i]], labels))
+    return shown, Told(hands)
+
+
+def seen_by(detector: Any, shown: list[Shown], **more: Any) -> measure.Seen:
+    return look(shown, Instruments(detector, RandomFilters()), len(shown), lambda done, total: None, **more)
+
+
+def test_the_figures_are_the_truth():
+    shown, told = world()
+    document = figures(seen_by(told, shown), None)
+    found = {name: entry["value"] for name, entry in document["metrics"].items()}
+    assert found["detection_rate"] == pytest.approx(32 / 40) and document["hands_asked_for"] == 40
+    assert found["hand_confidence"] == pytest.approx(0.8 * 32 / 40), "misses count 0"
+    assert found["pck_10"] == pytest.approx(22 / 40) and found["pck_20"] == pytest.approx(32 / 40)
+    assert found["handedness"] == pytest.approx(26 / 32), "of those found"
+    assert found["distance"] == pytest.approx(0.15 * 10 / 32)
+    for entry in document["metrics"].values():
+        assert entry["low"] <= entry["value"] <= entry["high"] and entry["n"] in (32, 40)
+    assert document["metrics"]["detection_rate"]["low"] > 0.6
+    limits = dict(document["curve"])
+    assert limits[0.1] == pytest.approx(22 / 40) and limits[0.4] == pytest.approx(32 / 40)
+
+
+def test_another_detector_and_none():
+    shown, _ = world()
+    document = figures(seen_by(Blind(), shown), None)
+    assert document["metrics"]["hand_confidence"]["value"] == 0 and "distance" not in document["metrics"]
+    document = figures(seen_by(None, shown), seen_by(None, shown))
+    assert set(document["metrics"]) == {"fid", "kid", "fid_h", "kid_h"} and document["hands"] == []
+    assert document["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_who_is_served_worse():
+    """Misses lie in the first half, the fists: their gap leaves 0 out, and the skin's, which has no say, does not."""
+    shown, told = world(wrong=0)
+    entries = {(e["by"], e["group"]): e for e in figures(seen_by(told, shown), None)["groups"]}
+    gap = entries["gesture", "fist"]["hand_confidence"]["gap"]
+    assert gap["high"] < 0 and gap["value"] == pytest.approx(0.8 * 12 / 20 - 0.8)
+    skin = entries["skin", "pale"]["hand_confidence"]["gap"]
+    assert skin["low"] < 0 < skin["high"]
+    assert {by for by, _ in entries} == {"gesture", "skin", "side"}
+
+
+def test_labels_come_from_the_other_set_where_there_are_none():
+    shown, told = world()
+    labels = {one.key: one.labels for one in shown}
+    for one in shown:
+        one.labels = {}
+    assert any(e["by"] == "gesture" for e in figures(seen_by(told, shown, labels=labels), None)["groups"])
+
+
+def test_distances_see_a_change_of_pictures():
+    shown, _ = world()
+    dark = [Shown(f"other-{one.key}", one.image // 2, one.prompt, one.hands, one.labels) for one in shown]
+    same = figures(seen_by(None, world(seed=1)[0]), seen_by(None, shown))["metrics"]
+    other = figures(seen_by(None, dark), seen_by(None, shown))["metrics"]
+    for name in ("kid", "kid_h", "fid", "fid_h"):
+        assert other[name]["value"] > 3 * abs(same[name]["value"]), name
+    assert other["kid"]["low"] > 0
+
+
+def test_the_cost_of_a_candidate():
+    """What the candidate misses more shows in every figure; the same pictures cost nothing."""
+    shown, told = world(missed=2, wrong=0)
+    worse = [Shown(s.key, s.image.copy(), s.prompt, s.hands, s.labels) for s in shown]
+    for one in worse[10:20]:
+        one.image[0, 0, 0] = 0
+    reference, candidate = seen_by(told, shown), seen_by(told, worse)
+    found = compare(reference, candidate, None)
+    assert found["detection_rate"]["value"] == pytest.approx(-10 / 40) and found["detection_rate"]["high"] < 0
+    assert found["handedness"]["value"] == 0
+    sentence = verdict(found, {"value": 30.0, "n": 40, "equal": 0})
+    assert "worse beyond chance" in sentence and "hands found -25.0" in sentence
+    same = compare(reference, seen_by(told, shown), seen_by(None, world(seed=5)[0]))
+    assert all(entry["value"] == 0 == entry["low"] for entry in same.values()) and {"fid", "kid"} <= same.keys()
+    assert "nothing that" in verdict(same, {"value": 99.0, "n": 40, "equal": 40})
+    with pytest.raises(EvaluationError, match="in common"):
+        compare(reference, seen_by(told, [Shown("x", s.image, "", s.hands, {}) for s in shown[:2]]), None)
+
+
+def test_the_page_is_whole_and_fetches_nothing():
+    shown, told = world()
+    shown[0].prompt = "<script>alert(1)</script>"
+    seen = seen_by(told, shown)
+    document = {"what": "a <b>", "folder": "f", "settings": {"a": {"b": 1}}, "notes": ["n"], "cpu_seconds": 1.0,
+                **figures(seen, None)}  # fmt: skip
+    text = page(document, seen.best, seen.worst)
+    assert "<script" not in text and "a &lt;b&gt;" in text and text.count("<img") == 24
+    assert not re.search(r"(src|href)=\"?(http|//)", text)
+    assert "asked: left, found: right" in text or "asked: right, found: left" in text
+    assert seen.worst[0].hand.found is None and seen.best[0].hand.found is not None
+
+
+# --- the commands ---
+
+
+def folder_of(path, count=6, **more):
+    save(path, [made_sample(i, **more) for i in range(count)])
+    return path
+
+
+def invoke(*words: object, code: int = 0) -> dict[str, Any]:
+    result = CliRunner().invoke(evaluate, [*map(str, words)], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_a_folder_is_measured_without_a_detector(tmp_path):
+    ours, theirs = folder_of(tmp_path / "ours"), folder_of(tmp_path / "theirs", 8, size=(40, 40))
+    (ours / "key-0001.png").write_bytes(b"no picture")
+    report = tmp_path / "page.html"
+    document = invoke(ours, "--against", theirs, "--no-detector", "--report", report, "-o", tmp_path / "d.json")
+    assert document["pictures"] == 5 and document["metrics"]["fid"]["n_against"] == 8
+    assert any("not comparable" in note for note in document["notes"])
+    assert "not comparable" in report.read_text() and json.loads((tmp_path / "d.json").read_text()) == document
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nowhere"], "There is no folder nowhere"),
+        (["."], "holds no samples"),
+        (["demo"], "nothing to paint"),
+        (["demo", "--reference", "."], "two that paint"),
+        ([".", "--weights", "nothing.pt"], "There is no file nothing.pt"),
+        ([".", "--clip", "."], "lacks config.json"),
+        ([".", "--report", "no/such/page.html"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_done_is_a_sentence(words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception, match=sentence):
+        CliRunner().invoke(evaluate, [*words, "--no-detector"], catch_exceptions=False)
+
+
+def test_without_mediapipe_a_sentence_says_so(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "mediapipe", None)
+    with pytest.raises(EvaluationError, match=r"handiffuser\[eval\].*--no-detector"):
+        MediaPipe()
+
+
+def test_an_engine_paints_the_prompts_of_a_folder_and_goes_on(tiny_bundle, tmp_path):
+    theirs = folder_of(tmp_path / "theirs", 4)
+    words = [tiny_bundle, "--against", theirs, "--pictures", tmp_path / "made", "--no-detector", "--threads", 1]
+    document = invoke(*words)
+    made = list((tmp_path / "made").glob("*/*.hands.npz"))
+    assert len(made) == 4 and document["pictures"] == 4
+    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "made").glob("*/*.json"))]
+    assert [record["seed"] for record in records] == [0, 1, 2, 3], "a seed of its own each"
+    assert {record["prompt"] for record in records} == {sample.prompts[0] for sample in read(theirs)}
+    before = {path: path.stat().st_mtime_ns for path in made}
+    assert invoke(*words)["metrics"] == document["metrics"]
+    assert before == {path: path.stat().st_mtime_ns for path in made}, "nothing is painted twice"
+
+
+def test_a_bundle_beside_its_checkpoint(tiny_bundle, tiny_checkpoint_folder, tmp_path):
+    """The same noise, so the same pictures to a level or two: PyTorch and the graphs."""
+    (tmp_path / "prompts.txt").write_text("a fist\ntwo open hands\na left hand\n")
+    document = invoke(
+        tiny_bundle, "--reference", tiny_checkpoint_folder, "--prompts", tmp_path / "prompts.txt", "--no-detector",
+        "--pictures", tmp_path / "made", "--threads", 1, "--against", folder_of(tmp_path / "theirs", 4),
+        "--report", tmp_path / "page.html",
+    )  # fmt: skip
+    assert document["psnr"]["n"] == 3 and document["psnr"]["low"] > 45
+    assert document["verdict"] in (tmp_path / "page.html").read_text()
+    assert abs(document["differences"]["fid"]["value"]) < 1
+
+
+def test_given_hands_are_painted(tiny_bundle, tiny_checkpoint_folder, tmp_path):
+    theirs = tmp_path / "theirs"
+    save(theirs, [made_sample(i) for i in (1, 2, 4)])
+    painted = []
+    for what in (tiny_bundle, tiny_checkpoint_folder):
+        made = invoke(what, "--against", theirs, "--given-hands", "--no-detector", "--pictures", tmp_path / "made")
+        with np.load(f"{made['folder']}/key-0002.hands.npz") as file:
+            painted.append((file["right_hand_pose"], file["joints_2d"]))
+    wanted = next(s for s in read(theirs) if isinstance(s, Sample) and s.key == "key-0002").hands["right_hand_pose"]
+    for pose, joints in painted:
+        assert np.allclose(pose, wanted, atol=1e-4)
+        assert np.allclose(joints, painted[0][1], atol=1e-4)
+
+
+def test_psnr_of_equal_and_of_other_pictures(tmp_path):
+    image = np.full((8, 8, 3), 100, np.uint8)
+    for name, value in (("a", 0), ("b", 5)):
+        save(tmp_path / name, [Sample("same", ["x"], None, encode_png(image)),
+                               Sample("other", ["x"], None, encode_png(image + np.uint8(value)))])  # fmt: skip
+    found = psnr(tmp_path / "a", tmp_path / "b")
+    assert found["equal"] == 1 and found["value"] == pytest.approx((99 + 20 * np.log10(255 / 5)) / 2)
+
+
+def test_clip_score_of_a_model_that_the_user_gives(tmp_path, tiny_checkpoint):
+    transformers = pytest.importorskip("transformers")
+    from handiffuser.evaluation.clip import Clip
+
+    text = {"vocab_size": 2000, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 16}  # fmt: skip
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    model.save_pretrained(tmp_path)
+    tiny_checkpoint.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    score = Clip(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    assert 0 <= score(image, "a right hand making a fist") <= 100
+    assert score(image, "a fist") == score(image, "a fist")
+    shown, _ = world()
+    tools = Instruments(None, RandomFilters(), score)
+    found = figures(look(shown[:4], tools, 4, lambda done, total: None), None)
+    assert found["metrics"]["clip_score"]["n"] == 4
+
+
+def test_views_come_equally_often_and_prompts_are_held_out():
+    from handiffuser.demo.prompts import is_held_out
+
+    scenes = scenes_by_view(12)
+    assert [scene.spec.view for scene in scenes] == ["palm", "back", "side"] * 4
+    assert all(is_held_out(scene.prompt) for scene in scenes) and key_of(3) == "held-out-0003"
+    assert pictures.picture_id("a/b c.d") == "a-b-c-d" and run.remarks  # names of files
+
+
+def test_mediapipe_finds_hands_that_it_never_saw():
+    """Our renders: photographs' detector finds most, where they are, and names the sides as we do."""
+    mediapipe = pytest.importorskip("mediapipe", exc_type=ImportError)
+    if not hasattr(mediapipe, "solutions"):
+        pytest.skip("this MediaPipe has no hand models")
+    from handiffuser.demo.dataset import samples_of
+    from handiffuser.demo.render import demo_body
+
+    scenes = [scene for scene in scenes_by_view(30) if scene.spec.view != "side"]
+    samples = samples_of(scenes, [[s.prompt] for s in scenes], [key_of(i) for i in range(20)], demo_body(), 128)
+    shown = []
+    for sample in samples:
+        image = pictures.picture(sample)
+        shown.append(Shown(sample.key, image, "", pictures.asked_hands(sample, image, None), {}))
+    found = figures(seen_by(MediaPipe(), shown), None)["metrics"]
+    assert found["detection_rate"]["value"] >= 0.8 and found["handedness"]["value"] >= 0.9
+    assert found["pck_10"]["value"] >= 0.7
+
+
+def test_help_is_there():
+    result = run_command("evaluation.cli", "--help")
+    assert result.returncode == 0 and "preferences" in result.stdout
