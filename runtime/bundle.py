@@ -60,10 +60,15 @@ class Bundle:
 
     def picture(self, work: Work, image: np.ndarray) -> Picture:
         """What the user gets of finished work: its image [H, W, 3] (copied) and its hands."""
+        seconds = time.perf_counter() - work.started
+        hands = self.hands_of(work)
+        return Picture(str(work.request.id), work.request, image.copy(), hands, seconds, work.warnings, self.made_by)
+
+    def hands_of(self, work: Work) -> dict[str, np.ndarray]:
+        """What the user gets of work that has its hands; see `Picture`."""
         hands = {"params": work.params, **hand_arrays(work.params)}
         hands.update((ours, work.features[name]) for name, ours in _FEATURE_NAMES.items() if name in work.features)
-        seconds = time.perf_counter() - work.started
-        return Picture(str(work.request.id), work.request, image.copy(), hands, seconds, work.warnings, self.made_by)
+        return hands
 
     def given(self, hands: Hands, joints_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Normalised parameters [P] of hands from a file. Where they come with a camera, they are placed so that it is
