@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import TOKENIZER, Manifest
+from ..contract import ROW_HEAD, TOKENIZER, Manifest
 from ..errors import RequestError
 from ..schedules import NoiseSchedule, Table, rows
 from .hands import Hands, hand_arrays, keep_camera, load_hands
@@ -119,6 +119,14 @@ class Bundle:
             table = rows(self._schedules[graph], solver, steps, guidance, history, interval)
             keep(self._tables, key, table)
         return self._tables[key]
+
+    def levels(self, request: Request) -> np.ndarray:
+        """[N, 3]: of each step of a filled request, the parts of picture and noise (α, σ) in scale * latents, and that
+        scale."""
+        table = self.table(LATENTS, request)
+        abar = self._schedules["unet"].alphas_cumprod()
+        abar = np.interp(table.timesteps, np.arange(len(abar)), abar)  # Karras' timesteps are fractional
+        return np.stack([np.sqrt(abar), np.sqrt(1 - abar), table.rows[:, ROW_HEAD.index("scale")]], -1)
 
     def check(self, request: Request) -> None:
         """Raises RequestError when this bundle cannot run the request."""
