@@ -195,7 +195,7 @@ def preview(colours: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def preview_steps(steps: int, previews: int) -> list[int]:
     """After which of a request's steps previews are taken: `previews` of them, evenly, neither first nor last."""
     wanted = {round(steps * i / (previews + 1)) for i in range(1, previews + 1)}
-    return sorted(step for step in wanted if 0 < step < steps)
+    return sorted({max(step, min(2, steps - 1)) for step in wanted if 0 < step < steps})  # two tell what is noise
 
 
 def base64_of(content: bytes) -> str:
