@@ -73,6 +73,8 @@ EXTRAS = {
     "onnxruntime": "[cpu]; [cuda] instead for NVIDIA GPUs",
     **dict.fromkeys(("smplx", "webdataset", "peft", "tensorboard"), "[train]"),
     "matplotlib": "[bench]",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "[serve]"),
+    "ray": "[ray]",
     "polygraphy": "[debug]",
 }
 
@@ -189,6 +191,10 @@ def hear_interrupts(sentence: str) -> None:
 
 def hd_run() -> None:
     start("hd-run", ".runtime.cli")
+
+
+def hd_serve() -> None:
+    start("hd-serve", ".serving.cli")
 
 
 def hd_export() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import TOKENIZER, Manifest
+from ..contract import ROW_HEAD, TOKENIZER, Manifest
 from ..errors import RequestError
 from ..schedules import NoiseSchedule, Table, rows
 from .hands import Hands, hand_arrays, keep_camera, load_hands
@@ -60,10 +60,15 @@ class Bundle:
 
     def picture(self, work: Work, image: np.ndarray) -> Picture:
         """What the user gets of finished work: its image [H, W, 3] (copied) and its hands."""
+        seconds = time.perf_counter() - work.started
+        hands = self.hands_of(work)
+        return Picture(str(work.request.id), work.request, image.copy(), hands, seconds, work.warnings, self.made_by)
+
+    def hands_of(self, work: Work) -> dict[str, np.ndarray]:
+        """What the user gets of work that has its hands; see `Picture`."""
         hands = {"params": work.params, **hand_arrays(work.params)}
         hands.update((ours, work.features[name]) for name, ours in _FEATURE_NAMES.items() if name in work.features)
-        seconds = time.perf_counter() - work.started
-        return Picture(str(work.request.id), work.request, image.copy(), hands, seconds, work.warnings, self.made_by)
+        return hands
 
     def given(self, hands: Hands, joints_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Normalised parameters [P] of hands from a file. Where they come with a camera, they are placed so that it is
@@ -114,6 +119,14 @@ class Bundle:
             table = rows(self._schedules[graph], solver, steps, guidance, history, interval)
             keep(self._tables, key, table)
         return self._tables[key]
+
+    def levels(self, request: Request) -> np.ndarray:
+        """[N, 3]: of each step of a filled request, the parts of picture and noise (α, σ) in scale * latents, and that
+        scale."""
+        table = self.table(LATENTS, request)
+        abar = self._schedules["unet"].alphas_cumprod()
+        abar = np.interp(table.timesteps, np.arange(len(abar)), abar)  # Karras' timesteps are fractional
+        return np.stack([np.sqrt(abar), np.sqrt(1 - abar), table.rows[:, ROW_HEAD.index("scale")]], -1)
 
     def check(self, request: Request) -> None:
         """Raises RequestError when this bundle cannot run the request."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import click
@@ -24,10 +26,12 @@ from ..contract import Manifest
 from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError, RequestError
 from ..schedules import SOLVERS
+from .bundle import Bundle
 from .hands import NO_HANDS, load_hands
 from .loading import BACKENDS
 from .outputs import OutputError, OutputFolder
 from .pipeline import HanDiffuser
+from .remote import open_folder
 from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, RequestFile, Resolver
 from .results import Failure
 
@@ -86,6 +90,14 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 @click.option("--no-overlap", is_flag=True, help="On a GPU: one thing after the other, on one stream.")
 @click.option("--no-warm-up", is_flag=True, help="On a GPU: make engines ready when they are first used, not before.")
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Work on all GPUs or cores of the Ray cluster at ADDRESS, or of this machine. It comes after the prompts.",
+)
+@click.option("--ray-workers", type=click.IntRange(1, 100_000), help="Actors.  [default: one a GPU, or a core]")
 @click.option("--quiet", "-q", is_flag=True, help="Only warnings and errors.")
 @click.version_option(package_name="handiffuser", prog_name="hd-run")
 def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output: str, **options: Any) -> int:
@@ -121,7 +133,9 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
 
     # What can go wrong cheaply goes wrong first: the bundle's manifest, the folder, and only then the loading.
     Manifest.load(demo.resolve(engines, "bundle"), verify=False)
-    with OutputFolder(output) as folder:
+    if options["ray"] is not None:
+        return _on_ray(engines, output, chain([first], lines), asked, options, say)
+    with open_folder(output) as folder:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
             pipeline = HanDiffuser.load(
@@ -165,6 +179,74 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         seconds = time.perf_counter() - started
         folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk
         index = ""
+        try:
+            index = str(folder.write_index())
+        except OutputError as error:
+            stopped, code = stopped or str(error), code or 1
+        if stopped:
+            say.problem(stopped)
+        say.summary(folder, index, seconds, queue.skipped, asked.refused, failed)
+        return code if code or folder.saved or queue.skipped else 1
+
+
+def _on_ray(
+    engines: str,
+    output: str,
+    lines: Iterator[tuple[str, Request]],
+    asked: Asked,
+    options: dict[str, Any],
+    say: Reporter,
+) -> int:
+    """The same on a Ray cluster: this process keeps the folder's lock and the count, actors make the pictures."""
+    from ..serving import ray  # which is a front end of the loop, as this command is
+
+    folder_of_engines = demo.resolve(engines, "bundle").resolve()
+    bundle = Bundle.load(folder_of_engines)
+    output = output if "://" in output else str(Path(output).resolve())
+    with open_folder(output) as folder:
+        images = options["images_per_prompt"]
+        resolver = Resolver(
+            bundle.manifest.defaults, bundle=bundle.digest, seed=options["seed"], images=images, check=bundle.check
+        )
+        queue = Queue(lines, resolver, folder, bundle.digest, asked)
+        todo = [
+            replace(request, hands=str(Path(request.hands).resolve()))
+            if request.hands not in (None, NO_HANDS)
+            else request
+            for request in queue
+            if request is not None
+        ]
+        failed, code, stopped, index = 0, 0, "", ""
+        started = time.perf_counter()
+        try:
+            if todo:
+                room = ray.connect(options["ray"])
+                workers = options["ray_workers"] or max(1, room // (options["threads"] or 1))
+                how = ray.Options(
+                    str(folder_of_engines),
+                    options["device"],
+                    options["threads"] or 1,
+                    options["batch_size"],
+                    options["backend"],
+                )
+                steps = {str(request.id): request.steps or 0 for request in todo}
+                with say.progress(len(asked) * images) as progress:
+                    for row in ray.paint(todo, how, output, workers):
+                        if row["state"] == "failed":
+                            failed += 1
+                            say.problem(f"{row['id']}: {row['sentence']}")
+                            continue
+                        for warning in row["warnings"]:
+                            say.warning(f"{row['id']}: {warning}")
+                        folder.saved.append(row["id"])
+                        progress.event("steps", steps[row["id"]])
+                        progress.picture(queue.skipped + asked.refused)
+        except KeyboardInterrupt:
+            commands.ending()
+            stopped, code = "Interrupted. Run the same command again to go on.", INTERRUPTED
+        except HanDiffuserError as error:
+            stopped, code = str(error), 1
+        seconds = time.perf_counter() - started
         try:
             index = str(folder.write_index())
         except OutputError as error:

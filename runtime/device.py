@@ -36,7 +36,7 @@ from .device_noise import DeviceNoise
 from .hands import load_hands
 from .noise import HANDS, LATENTS, RequestNoise
 from .requests import MAX_STEPS, Request, take
-from .results import Failure, OnEvent, Picture, Work, not_finite
+from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
 from .sampler import GUIDANCE
 from .steptimes import StepTimes
 
@@ -138,6 +138,13 @@ class DeviceSampler:
                 self._remove(stream, i)
         return count
 
+    def drop(self, stream: Any, key: Hashable) -> None:
+        """Takes a job out between two steps."""
+        for i, job in enumerate(self.jobs):
+            if job.key == key:
+                self._remove(stream, i)
+                return
+
     def wait(self, ahead: int) -> None:
         """Until at most `ahead` steps are under way; the times of the others are noted."""
         while len(self.marks) > ahead:
@@ -219,7 +226,7 @@ class DeviceLoop:
         self.overlap = self.side is not self.main
         self.staging = Staging(cuda)
         self.noise = DeviceNoise(cuda, self.staging)
-        self.hands = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.noise)
+        self.hands_sampler = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.noise)
         times = StepTimes(graphs["unet"].buckets)
         self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.noise, times)
         latents = graphs["unet"].inputs["latents"]
@@ -238,6 +245,9 @@ class DeviceLoop:
         self.closed = False
         self.timings = {"total": 0.0}  # seconds in `run`; of the graphs only the device knows
         self.consumed: list[Any] = []  # events: stage 1's outputs have been read, and may be overwritten
+        self.cancelled: set[Hashable] = set()
+        self.ready: deque[tuple[_Batch, int]] = deque()
+        self.running: dict[Hashable, tuple[_Batch, int]] = {}
 
     def warnings(self) -> list[str]:
         """What the user should know about how this runs."""
@@ -256,7 +266,7 @@ class DeviceLoop:
         tell: ("warm-up", 1) for every engine.
         """
         rows = min(rows, self.slots)
-        samplers = {"unet": self.sampler, "hand_prior": self.hands}
+        samplers = {"unet": self.sampler, "hand_prior": self.hands_sampler}
         for name, graph in self.graphs.items():
             stream = getattr(self, STREAM[name])
             for ready in graph.warm_up(stream, rows, samplers[name].advance if name in samplers else None):
@@ -287,7 +297,7 @@ class DeviceLoop:
             self.timings["total"] += time.perf_counter() - clock
         finally:  # also when the caller stops early: nothing may be left for the next run
             self.sampler.clear()
-            self.hands.clear()
+            self.hands_sampler.clear()
             if not self.closed:  # nor for a stream to wait for, if the caller closed the loop meanwhile
                 for stream in {self.main, self.side, self.out}:
                     stream.synchronize()
@@ -296,10 +306,12 @@ class DeviceLoop:
 
     def _run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         source, more = iter(requests), True
-        ready: deque[tuple[_Batch, int]] = deque()
-        running: dict[Hashable, tuple[_Batch, int]] = {}
+        self.ready, self.running = deque(), {}
+        ready, running = self.ready, self.running
         exits: deque[_Exit] = deque()
         while more or ready or running or exits:
+            while self.cancelled:
+                yield from self._drop(self.cancelled.pop())
             if more and not ready and (self.overlap or self.sampler.free):
                 some, more = take(source, self.slots)
                 if some:
@@ -315,6 +327,93 @@ class DeviceLoop:
             while exits and (exits[0].event.done() or not self.sampler.jobs):
                 exits[0].event.synchronize()
                 yield from self._collect(exits.popleft(), running)
+
+    def cancel(self, id: str) -> None:
+        """See `HanDiffuser.cancel`."""
+        self.cancelled.add(id)
+
+    def _drop(self, id: Hashable) -> list[Failure]:
+        """Takes a request out between two steps; one whose latents are on their way out comes out."""
+        for i, (batch, row) in enumerate(self.ready):
+            if batch.works[row].request.id == id:
+                del self.ready[i]
+                if not self.ready:  # those before it have been read, and nobody will read its own
+                    self.consumed = [self.main.record()]
+                return [self._left(batch, row)]
+        if all(job.key != id for job in self.sampler.jobs):
+            return []
+        self.sampler.drop(self.main, id)
+        return [self._left(*self.running.pop(id))]
+
+    def _left(self, batch: _Batch, row: int) -> Failure:
+        batch.arrived.synchronize()  # its copies may be under way
+        self._done(batch)
+        return cancelled(batch.works[row].request)
+
+    def _done(self, batch: _Batch) -> None:
+        """One of a batch is out; with the last its memory is free."""
+        batch.left -= 1
+        if not batch.left:
+            for array in (*batch.host.values(), batch.log):
+                self.staging.give(array)
+
+    def peek(self, id: str) -> Peek | None:
+        """See `HanDiffuser.peek`. The host waits for the steps that are under way."""
+        where = {batch.works[row].request.id: (batch, row) for batch, row in self.ready} | self.running
+        if id not in where:
+            return None
+        batch, row = where[id]
+        batch.arrived.synchronize()
+        values = {name: value[row].copy() for name, value in batch.host.items()}
+        work = batch.works[row]
+        shown = Work(work.request, work.started, work.ids, [], None, self.bundle.params(values.pop("x")), values)
+        steps = len(self.bundle.table(LATENTS, work.request).rows)
+        step, latents = 0, None
+        if id in self.running:
+            i = next((i for i, job in enumerate(self.sampler.jobs) if job.key == id), None)
+            if i is None:  # on its way out
+                return None
+            step = self.sampler.jobs[i].position
+            pinned = self._read(self.main, self.sampler.state[i])
+            self.main.record().synchronize()
+            latents = pinned.copy()
+            self.staging.give(pinned)
+        return Peek(step, steps, self.bundle.hands_of(shown), latents)
+
+    def hands(self, requests: list[Request]) -> list[dict[str, np.ndarray] | Failure]:
+        """See `HanDiffuser.hands`. Keys and values that wait for a slot are in other buffers, and stay."""
+        works, jobs, failures = self._hands(requests)
+        made: dict[str, Any] = {failure.id: failure for failure in failures}
+        if works:
+            host = self._read_hands(len(works))
+            log = self._read(self.side, self.hands_sampler.log)
+            self.side.record().synchronize()
+            for row, work in enumerate(works):
+                values = {name: value[row].copy() for name, value in host.items()}
+                bad = self._bad_hands(work, values, jobs.get(work.request.id), log)
+                if bad is None:
+                    work.params, work.features = self.bundle.params(values.pop("x")), values
+                made[str(work.request.id)] = bad or self.bundle.hands_of(work)
+            for array in (*host.values(), log):
+                self.staging.give(array)
+        return [made[str(request.id)] for request in requests]
+
+    def _read_hands(self, count: int) -> dict[str, np.ndarray]:
+        """Enqueues copies of x and of the features to pinned memory."""
+        features = self.graphs["hand_features"]
+        host = {"x": self._read(self.side, features.inputs["x"][:count])}
+        return host | {name: self._read(self.side, array[:count]) for name, array in features.outputs.items()}
+
+    def _bad_hands(
+        self, work: Work, values: dict[str, np.ndarray], job: DeviceJob | None, log: np.ndarray
+    ) -> Failure | None:
+        """A sentence where hands are not finite."""
+        bad = first_bad(log, job) if job is not None else None
+        if bad is not None:
+            return not_finite(work.request, f"hand_prior, step {bad}")
+        if not all(np.isfinite(value).all() for value in values.values()):
+            return not_finite(work.request, "hand_features")
+        return None
 
     def _admit(self, ready: deque[tuple[_Batch, int]], running: dict[Hashable, tuple[_Batch, int]]) -> None:
         """Fills free slots."""
@@ -364,13 +463,29 @@ class DeviceLoop:
 
     def _stage_1(self, requests: list[Request]) -> tuple[_Batch, list[Failure]]:
         """Enqueues text -> hands -> features -> context -> keys and values for a batch of requests."""
+        graphs, side = self.graphs, self.side
+        for event in self.consumed:
+            side.wait(event)
+        works, jobs, failures = self._hands(requests)
+        count = len(works)
+        if count:
+            encoder = graphs["text_hand_encoder"]
+            ids = np.stack([work.ids for work in works])
+            self.staging.upload(side, encoder.inputs["input_ids"][:count], ids)
+            encoder.launch(side, count)
+            graphs["unet_context"].launch(side, count)
+        done = side.record()
+        host = self._read_hands(count) if count else {}
+        log = self._read(side, self.hands_sampler.log)
+        return _Batch(works, jobs, done, host, log, side.record(), left=count), failures
+
+    def _hands(self, requests: list[Request]) -> tuple[list[Work], dict[Hashable, DeviceJob], list[Failure]]:
+        """Enqueues text -> hands -> features."""
         bundle, graphs, side = self.bundle, self.graphs, self.side
         started = time.perf_counter()
         works: list[Work] = []
         failures = []
         given: dict[Hashable, np.ndarray] = {}
-        for event in self.consumed:
-            side.wait(event)
         for request in requests:
             if request.hands is not None:
                 try:
@@ -389,25 +504,15 @@ class DeviceLoop:
                 side.copy(self.both[i][0], self.no_text)
                 side.copy(self.both[i][1], text[i])
                 jobs[work.request.id] = self._job(work.request, HANDS, {"text": self.both[i]})
-                self.hands.submit(side, jobs[work.request.id])
-            while self.hands.jobs:
-                self.hands.step(side, lambda job, state: side.copy(x[rows[job.key]], state))
+                self.hands_sampler.submit(side, jobs[work.request.id])
+            while self.hands_sampler.jobs:
+                self.hands_sampler.step(side, lambda job, state: side.copy(x[rows[job.key]], state))
         for key, value in given.items():
             self.staging.upload(side, x[rows[key]], value)
 
-        count = len(works)
-        features, encoder = graphs["hand_features"], graphs["text_hand_encoder"]
-        if count:
-            features.launch(side, count)
-            ids = np.stack([work.ids for work in works])
-            self.staging.upload(side, encoder.inputs["input_ids"][:count], ids)
-            encoder.launch(side, count)
-            graphs["unet_context"].launch(side, count)
-        done = side.record()
-        host = {"x": self._read(side, x[:count])} if count else {}
-        host |= {name: self._read(side, array[:count]) for name, array in features.outputs.items() if count}
-        log = self._read(side, self.hands.log)
-        return _Batch(works, jobs, done, host, log, side.record(), left=count), failures
+        if works:
+            graphs["hand_features"].launch(side, len(works))
+        return works, jobs, failures
 
     def _joints(self, x: np.ndarray) -> np.ndarray:
         """[P] -> [62, 3] metres. The host waits for it: once for each file of hands."""
@@ -445,7 +550,7 @@ class DeviceLoop:
         key = (stream, id(table))  # see DeviceTable: who keeps one keeps its table, so that an id stays its own
         if key in self.tables:
             return self.tables[key]
-        sampler, on = (self.hands, self.side) if stream == HANDS else (self.sampler, self.main)
+        sampler, on = (self.hands_sampler, self.side) if stream == HANDS else (self.sampler, self.main)
         rows = self.cuda.zeros(table.rows.shape, "float32")
         self.staging.upload(on, rows, table.rows)
         steps = {"row": rows}
@@ -480,12 +585,10 @@ class DeviceLoop:
             work = batch.works[row]
             values = {name: value[row].copy() for name, value in batch.host.items()}
             hand_job = batch.jobs.get(job.key)
-            bad_hands = first_bad(batch.log, hand_job) if hand_job is not None else None
+            bad_hands = self._bad_hands(work, values, hand_job, batch.log)
             bad_step = first_bad(leaving.log, job)
             if bad_hands is not None:
-                results.append(not_finite(work.request, f"hand_prior, step {bad_hands}"))
-            elif not all(np.isfinite(value).all() for value in values.values()):
-                results.append(not_finite(work.request, "hand_features"))
+                results.append(bad_hands)
             elif bad_step is not None:
                 results.append(not_finite(work.request, f"unet, step {bad_step}"))
             elif not leaving.finite[i] > 0.5:
@@ -494,10 +597,7 @@ class DeviceLoop:
                 work.params = self.bundle.params(values.pop("x"))
                 work.features = values
                 results.append(self.bundle.picture(work, leaving.image[i]))
-            batch.left -= 1
-            if not batch.left:
-                for array in (*batch.host.values(), batch.log):
-                    self.staging.give(array)
+            self._done(batch)
         for array in (leaving.image, leaving.finite, leaving.log):
             self.staging.give(array)
         return results

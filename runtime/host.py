@@ -23,7 +23,7 @@ from .bundle import Bundle, keep
 from .hands import load_hands
 from .noise import HANDS, LATENTS, RequestNoise
 from .requests import Request, take
-from .results import Failure, OnEvent, Picture, Work, not_finite
+from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
 from .sampler import Job, Result, StepSampler
 from .steptimes import StepTimes
 
@@ -45,6 +45,10 @@ class HostLoop:
             name: StepTimes(only=getattr(engines.get(name), "batches", None)) for name in ("hand_prior", "unet")
         }
         self._no_text: np.ndarray | None = None  # text_encoder of "", [D]
+        self._cancelled: set[Hashable] = set()
+        self._ready: deque[Work] = deque()  # has its context, waits for a slot
+        self._running: dict[Hashable, Work] = {}
+        self._sampler: StepSampler | None = None  # of the run that is under way
 
     def warm_up(self, rows: int, tell: OnEvent) -> None:
         """Nothing: on a processor the first run of a graph costs no more than the next."""
@@ -70,11 +74,13 @@ class HostLoop:
             hand_prior, "x", history["hand_prior"], slots, times["hand_prior"], hand_prior.branched
         )
         sampler = StepSampler(unet, "latents", history["unet"], slots, times["unet"], unet.branched)
-        ready: deque[Work] = deque()  # has its context, waits for a slot
-        running: dict[Hashable, Work] = {}
+        self._ready, self._running, self._sampler = deque(), {}, sampler
+        ready, running = self._ready, self._running
         clock = time.perf_counter()
         while more or ready or running:
             results: list[Picture | Failure] = []
+            while self._cancelled:
+                results += self._drop(self._cancelled.pop())
             while more and len(ready) < sampler.free:
                 batch, more = take(source, slots)
                 if not batch:
@@ -97,8 +103,58 @@ class HostLoop:
                 clock = time.perf_counter()  # what the caller does with a picture is not ours to count
         self.timings["total"] += time.perf_counter() - clock
 
+    def cancel(self, id: str) -> None:
+        """See `HanDiffuser.cancel`. A set is added to and taken from in one go, whatever thread does it."""
+        self._cancelled.add(id)
+
+    def _drop(self, id: Hashable) -> list[Picture | Failure]:
+        """Takes a request out between two steps; the rows of the others move up, as when one has finished."""
+        for i, work in enumerate(self._ready):
+            if work.request.id == id:
+                del self._ready[i]
+                return [cancelled(work.request)]
+        if id not in self._running or self._sampler is None:
+            return []
+        self._sampler.drop(id)
+        return [cancelled(self._running.pop(id).request)]
+
+    def peek(self, id: str) -> Peek | None:
+        """See `HanDiffuser.peek`."""
+        for work in self._ready:
+            if work.request.id == id:
+                return Peek(0, len(self.bundle.table(LATENTS, work.request).rows), self.bundle.hands_of(work), None)
+        found = self._sampler.peek(id) if self._sampler is not None else None
+        if found is None:
+            return None
+        step, steps, latents = found
+        return Peek(step, steps, self.bundle.hands_of(self._running[id]), latents)
+
+    def hands(self, requests: list[Request]) -> list[dict[str, np.ndarray] | Failure]:
+        """See `HanDiffuser.hands`."""
+        if not requests:
+            return []
+        engine, history = self.engines["hand_prior"], self.bundle.manifest.num_history["hand_prior"]
+        sampler = StepSampler(engine, "x", history, len(requests), self._step_times["hand_prior"], engine.branched)
+        works, failures = self._hands(requests, sampler)
+        made: dict[str, Any] = {str(work.request.id): self.bundle.hands_of(work) for work in works}
+        made |= {failure.id: failure for failure in failures}
+        return [made[str(request.id)] for request in requests]
+
     def _stage_1(self, requests: list[Request], sampler: StepSampler) -> tuple[list[Work], list[Picture | Failure]]:
         """Text -> hands -> features -> context -> keys and values, for a batch of B requests."""
+        works, failures = self._hands(requests, sampler)
+        if not works:
+            return [], failures
+        features = {name: np.stack([work.features[name] for work in works]) for name in works[0].features}
+        ids = np.stack([work.ids for work in works])  # [B, 2, length]
+        context = self.engines["text_hand_encoder"]({"input_ids": ids, **features})["context"]
+        keys = self.engines["unet_context"]({"context": context})
+        for row, work in enumerate(works):
+            work.inputs = {name: value[row] for name, value in keys.items()}
+        return works, failures
+
+    def _hands(self, requests: list[Request], sampler: StepSampler) -> tuple[list[Work], list[Picture | Failure]]:
+        """Text -> hands -> features: those that came to something, and a sentence for each of the others."""
         started = time.perf_counter()
         works = [Work(request, started, *self.bundle.tokens(request)) for request in requests]
         failures: list[Picture | Failure] = []
@@ -135,13 +191,9 @@ class HostLoop:
         if not works:
             return [], failures
         features = {name: value[fine] for name, value in features.items()}
-        ids = np.stack([work.ids for work in works])  # [B, 2, length]
-        context = self.engines["text_hand_encoder"]({"input_ids": ids, **features})["context"]
-        keys = self.engines["unet_context"]({"context": context})
         for row, work in enumerate(works):
             work.params = self.bundle.params(work.x)  # type: ignore[arg-type]
             work.features = {name: value[row] for name, value in features.items()}
-            work.inputs = {name: value[row] for name, value in keys.items()}
         return works, failures
 
     def _joints(self, x: np.ndarray) -> np.ndarray:

@@ -50,10 +50,13 @@ class OutputError(HanDiffuserError):
 
 
 class OutputFolder:
-    """A folder of pictures, locked while it is open. Pictures are encoded and written on threads of their own."""
+    """A folder of pictures, locked while it is open. Pictures are encoded and written on threads of their own.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    shared: somebody else holds the lock, and lets this process write into the folder, too.
+    """
+
+    def __init__(self, path: str | Path, shared: bool = False) -> None:
+        self.path, self.shared = Path(path), shared
         self.saved: list[str] = []  # ids of the pictures written so far; two threads append to it
         self._pending: deque[Future[None]] = deque()
         self._lock: IO[str] | None = None
@@ -64,10 +67,7 @@ class OutputFolder:
         Raises OutputError when that cannot be done, or when another run has the folder.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path / _LOCK)
-            for leftover in self.path.glob(_TEMPORARY + "*"):
-                leftover.unlink(missing_ok=True)
+            self._open()
         except OSError as error:
             raise self._refusal(error) from error
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="hd-save")
@@ -75,6 +75,17 @@ class OutputFolder:
 
     def __exit__(self, *_: object) -> None:
         self.drain()
+        self._close()
+
+    def _open(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.shared:
+            return
+        self._lock = _lock(self.path / _LOCK)
+        for leftover in self.path.glob(_TEMPORARY + "*"):
+            leftover.unlink(missing_ok=True)
+
+    def _close(self) -> None:
         if self._lock is not None:
             self._lock.close()  # and thereby unlocked
 
@@ -84,7 +95,7 @@ class OutputFolder:
         Raises RequestError when another picture has its id, which is not overwritten, or when its hands file cannot
         be read.
         """
-        record = _read_record(self.path / f"{request.id}.json")
+        record = self._record(str(request.id))
         if record is None:
             return False
         if record["key"] != picture_key(request, bundle):
@@ -93,6 +104,9 @@ class OutputFolder:
                 f"Give another id or another --output, or delete {request.id}.json to make it again."
             )
         return True
+
+    def _record(self, id: str) -> dict[str, Any] | None:
+        return _read_record(self.path / f"{id}.json")
 
     def save(self, picture: Picture) -> None:
         """Writes a picture's files in the background. Raises OutputError when an earlier one could not be."""

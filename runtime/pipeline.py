@@ -15,6 +15,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import demo
 from ..contract import Manifest
 from ..errors import EngineError, RequestError
@@ -23,7 +25,7 @@ from .device import DeviceLoop
 from .host import HostLoop
 from .loading import load_loop
 from .requests import Refused, Request, Resolver, resolve
-from .results import Failure, OnEvent, Picture
+from .results import Failure, OnEvent, Peek, Picture
 
 
 class HanDiffuser:
@@ -110,6 +112,29 @@ class HanDiffuser:
         `run` runs. on_event: is told ("warm-up", 1) for every engine. Raises EngineError as `run` does.
         """
         self.loop.warm_up(rows or self.batch_size, on_event or (lambda kind, count: None))
+
+    def cancel(self, id: str) -> None:
+        """Takes a request that `run` has taken out of the batch at the next step; the others go on as if it had come to
+        its end. `run` then yields a Failure for it, or its picture if that was there already. From any thread."""
+        self.loop.cancel(id)
+
+    def peek(self, id: str) -> Peek | None:
+        """Where a request is, to show it before it is done; None before its hands are there and after its last step.
+
+        To be called between two steps: from `run`'s on_event or from its iterator of requests.
+        """
+        return self.loop.peek(id)
+
+    def hands(self, requests: Iterable[Request]) -> list[dict[str, np.ndarray] | Failure]:
+        """The hands of prepared requests, at most a batch of them, without their pictures; as in `Picture.hands`.
+
+        To be called between two steps, as `peek` is, or while `run` does not run. Of hands that a request brings it is
+        where their joints are, and what the camera sees of them. Raises RequestError for more than a batch.
+        """
+        requests = list(requests)
+        if len(requests) > self.batch_size:
+            raise RequestError(f"{len(requests)} requests are more than a batch of {self.batch_size}. Ask in parts.")
+        return self.loop.hands(requests)
 
     def close(self) -> None:
         """Frees engines and memory. May be called again; nothing else may."""

@@ -42,6 +42,20 @@ class Failure:
 
 
 @dataclass
+class Peek:
+    """Where a request in flight is, between two steps. `step` of `steps` of the picture are done.
+
+    hands: as in `Picture`. latents: the state as it is now, float32 [4, h, w], good for keeping; None before the first
+    step.
+    """
+
+    step: int
+    steps: int
+    hands: dict[str, np.ndarray] = field(repr=False)
+    latents: np.ndarray | None = field(repr=False)
+
+
+@dataclass
 class Work:
     """A request on its way through the stages."""
 
@@ -53,6 +67,10 @@ class Work:
     params: np.ndarray = field(default_factory=lambda: np.empty(0))  # the same, not normalised
     features: dict[str, np.ndarray] = field(default_factory=dict)  # a row of every output of hand_features
     inputs: dict[str, np.ndarray] = field(default_factory=dict)  # a row of every output of unet_context
+
+
+def cancelled(request: Request) -> Failure:
+    return Failure(str(request.id), request, "It was cancelled.")
 
 
 def not_finite(request: Request, where: str) -> Failure:

@@ -254,6 +254,13 @@ class StepSampler:
                 return True
         return False
 
+    def peek(self, key: Hashable) -> tuple[int, int, Array] | None:
+        """(steps done, steps, a copy of its state) of a job in flight; None for any other."""
+        for i, job in enumerate(self._jobs):
+            if job.key == key:
+                return int(self._position[i]), int(self._length[i]), self._moving[self._state_name][i].copy()
+        return None
+
     def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
         """Runs jobs as slots come free, and yields each one's result when it is done: out of order.
 

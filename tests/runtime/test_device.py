@@ -384,3 +384,33 @@ def test_requests_may_come_later(device_loop, toy_bundle):
         yield None
 
     same(run(loop, source())[0], on_host)
+
+
+def test_cancelled_between_two_steps(device_loop, toy_bundle):
+    """At any event, whoever is in flight: the rows of the others are the same bits, and everyone comes out once."""
+    loop = device_loop(toy_bundle, 6)
+    requests = prepared(loop, mixed(9))
+    whole = {request.id: loop.run([request], lambda kind, count: None) for request in requests}
+    whole = {name: next(iter(list(pictures))) for name, pictures in whole.items()}
+    for n in range(12):
+        events = 0
+
+        def on_event(kind, count, n=n):
+            nonlocal events
+            if events % 12 == n:
+                loop.cancel(requests[(events + n) % 9].id)
+                (kept,) = loop.hands(prepared(loop, [Request("hands alone", seed=n)]))
+                assert np.isfinite(kept["joints_2d"]).all()
+            if kind == "steps":
+                peeks = [peek for request in requests if (peek := loop.peek(request.id))]
+                assert all(0 <= peek.step < peek.steps and np.isfinite(peek.hands["camera"]).all() for peek in peeks)
+                assert all((peek.latents is None) == (peek.step == 0) or peek.step == 0 for peek in peeks)
+            events += 1
+
+        results = list(loop.run(requests, on_event))
+        assert sorted(result.id for result in results) == sorted(request.id for request in requests)
+        left = {result.id for result in results if isinstance(result, Failure)}
+        assert all(result.sentence == "It was cancelled." for result in results if result.id in left)
+        assert n > 3 or left
+        kept = {result.id: result for result in results if result.id not in left}
+        same(kept, {name: whole[name] for name in kept}, levels=1)

@@ -306,3 +306,66 @@ def test_what_is_remembered_of_schedules_is_bounded(toy_bundle):
     assert len(pipeline.bundle._tables) == TABLES
     newest = pipeline.bundle.table("latents", Request("a", solver="ddim", steps=2, guidance=1.0 + (TABLES + 19) / 100))
     assert newest.rows[0, 2] == np.float32(1.0 + (TABLES + 19) / 100)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_who_is_cancelled_leaves_at_the_next_step_and_the_others_stay_the_same_bits(pipeline, monkeypatch, rows):
+    """rows: how many a step advances; who has the same company sees the same numbers, whoever left before."""
+    monkeypatch.setattr(StepTimes, "choose", lambda times, active, alone=False: min(rows, active))
+    requests, _ = pipeline.prepare([Request(f"prompt {n}", seed=n, steps=4 + n % 3) for n in range(8)])
+    alone = {request.id: next(pipeline.run([request])) for request in requests}
+    for gone in range(8):
+        steps = 0
+
+        def on_event(kind, count, gone=gone):
+            nonlocal steps
+            steps += kind == "steps"
+            if kind == "steps" and steps == 2 + gone:
+                pipeline.cancel(requests[gone].id)
+                pipeline.cancel("nobody")
+
+        results = {result.id: result for result in pipeline.run(requests, on_event)}
+        assert set(results) == set(alone)
+        left = [result for result in results.values() if isinstance(result, Failure)]
+        assert all(f.id == requests[gone].id and f.sentence == "It was cancelled." for f in left)
+        for name, result in results.items():
+            if isinstance(result, Picture):
+                if rows == 1:
+                    assert (result.image == alone[name].image).all()
+                assert np.abs(result.image.astype(int) - alone[name].image).max() <= 1
+
+
+def test_peek_shows_what_is_in_flight(pipeline):
+    requests, _ = pipeline.prepare([Request(f"prompt {n}", seed=n, steps=5) for n in range(6)])
+    seen = {request.id: [] for request in requests}
+
+    def on_event(kind, count):
+        for name, peeks in seen.items():
+            if peek := pipeline.peek(name):
+                peeks.append(peek)
+
+    for picture in pipeline.run(requests, on_event):
+        last = seen[picture.id][-1]
+        assert last.step == 4 and last.steps == 5 and last.latents.shape == (4, 8, 8)
+        for name, value in picture.hands.items():
+            assert (last.hands[name] == value).all()
+        assert pipeline.peek(picture.id) is None
+    assert all([peek.step for peek in peeks] == sorted(peek.step for peek in peeks) for peeks in seen.values())
+
+
+def test_hands_alone(pipeline, tmp_path):
+    requests, _ = pipeline.prepare([Request(f"prompt {n}", seed=n) for n in range(3)])
+    pictures = {picture.id: picture for picture in pipeline.run(requests)}
+    for request, hands in zip(requests, pipeline.hands(requests), strict=True):
+        for name, value in pictures[request.id].hands.items():
+            np.testing.assert_allclose(hands[name], value, atol=1e-6)
+    save_hands(tmp_path / "a.hands.npz", hands)
+    given, _ = pipeline.prepare([Request("other", hands=str(tmp_path / "a.hands.npz"))])
+    (again,) = pipeline.hands(given)
+    np.testing.assert_allclose(again["right_hand_pose"], hands["right_hand_pose"], atol=1e-5)
+    (tmp_path / "a.hands.npz").unlink()
+    (gone,) = pipeline.hands(given)
+    assert isinstance(gone, Failure) and "no hands file" in gone.sentence
+    assert pipeline.hands([]) == []
+    with pytest.raises(RequestError, match="more than a batch of 4"):
+        pipeline.hands(requests * 2)

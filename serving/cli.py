@@ -1,0 +1,217 @@
+"""`hd-serve ENGINES`: pictures over HTTP, as OpenAI's images API, and a page in the browser.
+
+hd-serve demo
+hd-serve engines/ --host 0.0.0.0 --api-keys keys.txt --devices 0,1
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import uvicorn
+from uvicorn.config import Config
+
+from .. import commands, demo
+from ..contract import Manifest
+from ..engines.onnxruntime import DEVICES
+from ..errors import HanDiffuserError
+from ..runtime.bundle import Bundle
+from ..runtime.loading import BACKENDS
+from .app import Limits, Service, make_app, private_folder
+from .dispatch import Dispatcher
+from .guard import Protocol
+from .keys import Keys
+from .metrics import Metrics
+from .worker import Options
+
+PATIENCE = 3.0  # seconds for a step to end after which the process ends without it
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("engines", metavar="ENGINES")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of them.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--api-keys", metavar="FILE", help="Keys, one a line, `name: key`. Read again on SIGHUP.")
+@click.option("--name", help="What the model is called.  [default: the folder's name]")
+@click.option("--queue", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Pictures that may wait.")
+@click.option("--max-n", type=click.IntRange(1, 1024), default=8, show_default=True, help="Pictures a request.")
+@click.option("--max-steps", type=click.IntRange(1, 1000), default=100, show_default=True, help="Steps a picture.")
+@click.option("--timeout", type=click.FloatRange(1, 3600), default=300, show_default=True, help="Seconds a request.")
+@click.option("--grace", type=click.FloatRange(0, 3600), default=30, show_default=True,
+              help="Seconds in which SIGTERM lets requests finish.")  # fmt: skip
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Lets pages of this origin ask. May be repeated.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option("--devices", metavar="0,1,...", help="GPUs: one worker process each, behind one port.")
+@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True,
+              help="On a CPU: so many worker processes.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of each worker.  [default: all cores]")
+@click.option("--no-warm-up", is_flag=True, help="Take requests before engines have run once.")
+@click.version_option(package_name="handiffuser", prog_name="hd-serve")
+def serve(engines: str, **options: Any) -> int:
+    """Serves ENGINES, a bundle folder that hd-export made or the word `demo`, over HTTP.
+
+    The API is OpenAI's images API with hands beside it; / is a page for people. SIGTERM and Ctrl-C let requests finish
+    for --grace seconds; the second one stops at once. What is said of requests goes to stderr, a line of JSON each.
+    """
+    folder = demo.resolve(engines, "bundle")
+    bundle = Bundle.load(folder, Manifest.load(folder, verify=False))
+    keys = Keys(options["api_keys"])
+    gpus = _gpus(options["devices"])
+    if gpus and options["workers"] > 1:
+        raise click.UsageError("--devices starts a worker a GPU: leave --workers out.")
+    each = [
+        Options(
+            engines,
+            "cuda" if gpus else options["device"],
+            options["threads"],
+            options["batch_size"],
+            options["backend"],
+            not options["no_warm_up"],
+            gpu,
+        )
+        for gpu in (gpus or [None] * options["workers"])
+    ]
+    metrics = Metrics()
+    dispatcher = Dispatcher(each, len(each) > 1 or bool(gpus), options["queue"], metrics.observe, _say)
+    name = options["name"] or ("demo" if engines == "demo" else Path(engines).resolve().name)
+    limits = Limits(options["max_n"], options["max_steps"], options["timeout"])
+    with private_folder() as private:
+        service = Service(bundle, dispatcher, name, limits, keys, metrics, Path(private))
+        app = make_app(service, options["cors"])
+        code = asyncio.run(_serve(service, app, options["host"], options["port"], options["grace"]))
+    if dispatcher.left(PATIENCE):  # an ordinary exit would pull the interpreter away from it
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _gpus(text: str | None) -> list[str | None]:
+    if text is None:
+        return []
+    names: list[str | None] = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise click.UsageError(f"--devices is {text!r}; name different GPUs, such as 0,1.")
+    return names
+
+
+def _say(sentence: str) -> None:
+    click.echo(f"hd-serve: {sentence}", err=True)
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its own idea of signals."""
+
+    @contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+async def _serve(service: Service, app: Any, host: str, port: int, grace: float) -> int:
+    """Serves until it is told to stop; the exit code."""
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    config = Config(
+        app,
+        host=host,
+        port=port,
+        http=Protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=2,
+        h11_max_incomplete_event_size=32 << 10,
+    )
+    try:
+        listening = config_socket(host, port)
+    except OSError as error:
+        raise HanDiffuserError(
+            f"{host}:{port} cannot be listened on: {error.strerror or error}. Take another --port."
+        ) from None
+    server, dispatcher = Server(config), service.dispatcher
+    told = 0
+    code = 0
+    loop = asyncio.get_running_loop()
+    stopping: list[asyncio.Task[None]] = []
+
+    async def stop() -> None:
+        nonlocal code
+        left = await dispatcher.drain(grace)
+        if left:
+            _say(f"{left} pictures were not finished.")
+            code = 1
+            await asyncio.sleep(0.2)  # their answers go out
+        server.should_exit = True
+
+    def signalled(number: int) -> None:
+        nonlocal told, code
+        told += 1
+        if told == 1:
+            _say(f"Stopping; requests have {grace:g} s to finish. The next signal stops at once.")
+            stopping.append(loop.create_task(stop()))
+        else:
+            code = 1 if dispatcher.fail_all("The server was stopped. Send the request again.") else code
+            server.should_exit = True
+
+    def reload() -> None:
+        try:
+            service.keys.load()
+            _say("The keys were read again.")
+        except HanDiffuserError as error:
+            _say(f"{error} The old keys stay.")
+
+    for number in commands.SIGNALS:
+        loop.add_signal_handler(number, signalled, number)
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, reload)
+
+    async def watch() -> None:
+        await dispatcher.changed.wait()
+        if dispatcher.fatal is not None:
+            server.should_exit = True
+        else:
+            _say(f"Ready: http://{'localhost' if host in ('127.0.0.1', '::1') else host}:{listening.getsockname()[1]}")
+
+    _say(f"Loading; listening on {host}:{listening.getsockname()[1]}.")
+    watching = loop.create_task(watch())
+    await server.serve(sockets=[listening])
+    watching.cancel()
+    if dispatcher.fatal is not None:
+        raise HanDiffuserError(dispatcher.fatal)
+    return code
+
+
+def config_socket(host: str, port: int) -> Any:
+    """A socket that is bound, so that a port that is taken is a sentence."""
+    import socket
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # half-open connections end, too
+    try:
+        sock.bind((host, port))
+    except OSError:
+        sock.close()
+        raise
+    sock.set_inheritable(False)
+    return sock
+
+
+def main() -> None:
+    """Entry point: one sentence and an exit code instead of a traceback."""
+    commands.run("hd-serve", serve)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+"""Between the front and the loops: tickets wait in one queue, workers take them, and none is lost or answered twice.
+
+    dispatcher = Dispatcher(options, places=64)
+    dispatcher.start()                                   # in the event loop's thread, as all the rest
+    tickets = dispatcher.submit("alice", requests)       # raises BusyError
+    async for event in tickets[0].events(): ...          # hands, previews, and at the end a picture or a failure
+
+Everything here happens in the event loop's thread, which never waits: each worker has a thread that writes to its pipe
+and one that reads from it. A worker that ends is started again, and what it had goes back to the head of the queue: a
+request gives the same picture wherever it runs. Its answer counts once, whoever brings it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..errors import HanDiffuserError
+from ..runtime.requests import Request
+from .queue import FairQueue
+from .worker import Options, work, work_alone
+
+AHEAD = 2  # requests that a worker holds beyond its slots, so that a free slot does not wait for the front
+TRIES = 4  # workers that may die over a request
+LONGEST_PAUSE = 30.0  # seconds before a worker that keeps dying is started again
+HANDS_AT_ONCE = 64  # requests for hands alone that may be under way
+FORGET = 0.98  # of what was measured, at each picture
+
+
+class BusyError(HanDiffuserError):
+    """Turned away: try again in `seconds`."""
+
+    def __init__(self, sentence: str, seconds: float, loading: bool = False) -> None:
+        super().__init__(sentence)
+        self.seconds, self.loading = seconds, loading
+
+
+@dataclass(frozen=True)
+class Event:
+    """kind: "hands", "preview", "picture", "failure"; the last two are the last. value: what the worker sent; of a
+    failure its sentence and, unless it is 500, its HTTP status."""
+
+    kind: str
+    value: tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way. follow: steps after which a preview is wanted; whole: its hands, before its picture."""
+
+    request: Request
+    owner: str
+    cost: int  # steps
+    follow: Sequence[int] = ()
+    whole: bool = False
+    alone: bool = False  # its hands, and no picture
+    tries: int = 0
+    done: bool = False
+    came: float = field(default_factory=time.monotonic)
+    began: float = 0.0  # when a worker took it
+    inbox: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+
+    @property
+    def id(self) -> str:
+        return str(self.request.id)
+
+    async def events(self) -> AsyncGenerator[Event]:
+        while True:
+            event = await self.inbox.get()
+            yield event
+            if event.kind in ("picture", "failure") or (self.alone and event.kind == "hands"):
+                return
+
+    async def result(self) -> Event:
+        """Its last event."""
+        async for event in self.events():
+            last = event
+        return last
+
+
+class Worker:
+    """One loop as the front sees it: a thread of this process, or a process of its own."""
+
+    def __init__(self, number: int, options: Options, own_process: bool, hear: Callable[..., None]) -> None:
+        self.number, self.options, self.own_process, self.hear = number, options, own_process, hear
+        self.slots = 0  # 0: it is not ready
+        self.has: dict[str, Ticket] = {}
+        self.pid: int | None = None
+        self.deaths = 0  # since its last picture
+        self.thread: threading.Thread | None = None
+        self.round = 0  # how often it was started: what an earlier one says is not heard
+
+    def start(self) -> None:
+        self.round += 1
+        self.slots = 0
+        ours, theirs = multiprocessing.Pipe()
+        self.outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self.process: Any = None
+        if self.own_process:
+            self.process = multiprocessing.get_context("spawn").Process(
+                target=work_alone, args=(theirs, self.options), name=f"hd-serve-{self.number}", daemon=True
+            )
+            self.process.start()
+            theirs.close()  # so that its end is seen here
+        else:
+            self.thread = threading.Thread(target=work, args=(theirs, self.options), name="hd-serve-loop", daemon=True)
+            self.thread.start()
+        hear = partial(self.hear, self, self.round)
+        threading.Thread(target=_write, args=(ours, self.outbox), daemon=True).start()
+        threading.Thread(target=_read, args=(ours, self.outbox, hear), daemon=True).start()
+
+    def send(self, *message: Any) -> None:
+        self.outbox.put(message)
+
+    @property
+    def room(self) -> int:
+        return self.slots + AHEAD - len(self.has) if self.slots else 0
+
+
+def _write(pipe: Connection, outbox: queue.SimpleQueue[Any]) -> None:
+    with contextlib.suppress(OSError):
+        while (message := outbox.get()) is not None:
+            pipe.send(message)
+
+
+def _read(pipe: Connection, outbox: queue.SimpleQueue[Any], hear: Callable[[tuple[Any, ...]], None]) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            hear(pipe.recv())
+    hear(("gone",))
+    outbox.put(None)
+    pipe.close()
+
+
+class Dispatcher:
+    """`workers` loops behind one queue. gpus: of CUDA_VISIBLE_DEVICES, one a worker, or none.
+
+    observe(kind, value): is told what happens, for metrics; kinds are those of `metrics.Metrics.observe`.
+    """
+
+    def __init__(
+        self,
+        options: Sequence[Options],
+        own_processes: bool,
+        places: int = 64,
+        observe: Callable[[str, Any], None] = lambda kind, value: None,
+        say: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self.queue: FairQueue[Ticket] = FairQueue(places)
+        self.workers = [Worker(i, each, own_processes, self._hear) for i, each in enumerate(options)]
+        self.observe, self.say = observe, say
+        self.draining = self.stopped = False
+        self.fatal: str | None = None  # why this server cannot serve at all
+        self.changed = asyncio.Event()  # set when a worker becomes ready, or none ever will
+        self.gpu_memory: dict[int, tuple[int, int]] = {}
+        self.refused: dict[int, str] = {}
+        self._served = deque([(0.0, 0.0)], maxlen=1)  # steps, and busy seconds they took; older ones count less
+        self._busy_since: float | None = None
+
+    def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        for worker in self.workers:
+            worker.start()
+
+    @property
+    def ready(self) -> bool:
+        return any(worker.slots for worker in self.workers) and not self.draining
+
+    @property
+    def running(self) -> int:
+        """Pictures that workers have."""
+        return sum(not ticket.alone for worker in self.workers for ticket in worker.has.values())
+
+    @property
+    def rate(self) -> float:
+        """Steps a second, all workers together, as measured; 0 before any."""
+        steps, seconds = self._served[0]
+        return steps / seconds if seconds > 0 else 0.0
+
+    def wait_for_room(self) -> float:
+        """Seconds until all who wait now are likely to be served."""
+        return max(1.0, self.queue.cost / self.rate) if self.rate else 5.0
+
+    def submit(
+        self, owner: str, requests: Iterable[Request], follow: Sequence[int] = (), whole: bool = False
+    ) -> list[Ticket]:
+        """Puts prepared requests into the queue: all of them or none. Raises BusyError."""
+        requests = list(requests)
+        self._check()
+        if len(requests) > self.queue.room:
+            raise BusyError(
+                f"The queue is full: {len(self.queue)} pictures wait. Try again later.", self.wait_for_room()
+            )
+        tickets = [Ticket(request, owner, request.steps or 1, follow, whole) for request in requests]
+        for ticket in tickets:
+            self.queue.put(owner, ticket.cost, ticket)
+        self._pump()
+        return tickets
+
+    def submit_hands(self, owner: str, request: Request) -> Ticket:
+        """Hands alone go to a worker at once: they take a fraction of a step. Raises BusyError."""
+        self._check()
+        alone = sum(ticket.alone for worker in self.workers for ticket in worker.has.values())
+        if alone >= HANDS_AT_ONCE:
+            raise BusyError(f"{alone} requests for hands are under way. Try again later.", 1.0)
+        ticket = Ticket(request, owner, 0, alone=True)
+        self._give(min((w for w in self.workers if w.slots), key=lambda w: len(w.has)), ticket)
+        return ticket
+
+    def cancel(self, tickets: Iterable[Ticket]) -> None:
+        """Nobody waits for these any more: those that run leave at the next step."""
+        for ticket in tickets:
+            if ticket.done:
+                continue
+            ticket.done = True
+            if not self.queue.remove(ticket):
+                for worker in self.workers:
+                    if ticket.id in worker.has:
+                        worker.send("cancel", ticket.id)
+        self._pump()
+
+    def fail_all(self, sentence: str) -> int:
+        """Ends everything that is not done; how many that were."""
+        left = [*self.queue, *(ticket for worker in self.workers for ticket in worker.has.values())]
+        left = [ticket for ticket in left if not ticket.done]
+        for ticket in left:
+            self.queue.remove(ticket)
+            self._end(ticket, Event("failure", (sentence, 503)))
+        return len(left)
+
+    async def drain(self, grace: float) -> int:
+        """Takes nothing new and finishes what there is, for at most `grace` seconds; how many came to nothing."""
+        self.draining = True
+        end = time.monotonic() + grace
+        while (len(self.queue) or any(worker.has for worker in self.workers)) and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return self.fail_all("The server is stopping, and had no time left for this picture. Send it again.")
+
+    def stop(self) -> None:
+        """Ends the workers; the processes at once."""
+        self.draining = self.stopped = True
+        for worker in self.workers:
+            worker.send("stop")
+            if worker.process is not None:
+                worker.process.terminate()
+                worker.process.kill()
+
+    def left(self, seconds: float) -> bool:
+        """After `stop`: whether a loop in this process is still at work after so long, in native code perhaps."""
+        threads = [worker.thread for worker in self.workers if worker.thread is not None]
+        for thread in threads:
+            thread.join(seconds)
+        return any(thread.is_alive() for thread in threads)
+
+    def _check(self) -> None:
+        if self.draining:
+            raise BusyError("The server is stopping and takes no more requests.", 30.0, loading=True)
+        if not any(worker.slots for worker in self.workers):
+            raise BusyError("The server is loading its engines. Try again in a few seconds.", 5.0, loading=True)
+
+    def _pump(self) -> None:
+        """Gives waiting tickets to workers that have room, the emptiest first."""
+        while len(self.queue):
+            worker = max(self.workers, key=lambda worker: worker.room)
+            if worker.room <= 0:
+                return
+            ticket = self.queue.pop()
+            if ticket is None:
+                return
+            self._give(worker, ticket)
+
+    def _give(self, worker: Worker, ticket: Ticket) -> None:
+        if self._busy_since is None:
+            self._busy_since = time.monotonic()
+        if not ticket.began and not ticket.alone:
+            self.observe("queue_time", time.monotonic() - ticket.came)
+        ticket.began = time.monotonic()
+        worker.has[ticket.id] = ticket
+        if ticket.alone:
+            worker.send("hands", ticket.request)
+        else:
+            worker.send("run", ticket.request, tuple(ticket.follow), ticket.whole)
+
+    def _hear(self, worker: Worker, round: int, message: tuple[Any, ...]) -> None:
+        """From a worker's own thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            self.loop.call_soon_threadsafe(self._take, worker, round, message)
+
+    def _take(self, worker: Worker, round: int, message: tuple[Any, ...]) -> None:
+        kind, *rest = message
+        if round != worker.round:
+            return
+        if kind == "ready":
+            self._ready(worker, rest[0])
+        elif kind in ("refused", "broken"):
+            self.refused[worker.number] = rest[0]
+            self.say(f"worker {worker.number}: {rest[0]}")
+            if kind == "refused" and worker.round == 1 and len(self.refused) == len(self.workers):
+                self.fatal = rest[0]
+                self.changed.set()
+        elif kind == "gone":
+            self._gone(worker)
+        elif kind == "steps":
+            self.observe("batches", rest[0])
+            self.observe("stages", (worker.number, rest[1]))
+            if rest[2]:
+                self.gpu_memory[worker.number] = rest[2]
+        elif (ticket := worker.has.get(rest[0])) is not None:
+            if kind in ("begun", "preview"):
+                if not ticket.done:
+                    ticket.inbox.put_nowait(Event("hands" if kind == "begun" else kind, tuple(rest[1:])))
+                return
+            del worker.has[ticket.id]
+            if kind == "picture":
+                worker.deaths = 0
+                self._measure(ticket.cost)
+                self.observe("picture_time", time.monotonic() - ticket.began)
+            if not ticket.done:
+                self._end(ticket, Event(kind, tuple(rest[1:])))
+        self._pump()
+        if not len(self.queue) and not any(worker.has for worker in self.workers):
+            self._busy_since = None
+
+    def _end(self, ticket: Ticket, event: Event) -> None:
+        ticket.done = True
+        ticket.inbox.put_nowait(event)
+
+    def _ready(self, worker: Worker, facts: dict[str, Any]) -> None:
+        worker.slots, worker.pid = facts["slots"], facts["pid"]
+        self.refused.pop(worker.number, None)
+        if facts.get("rate") and not self.rate:
+            self._served.append((facts["rate"] * len(self.workers), 1.0))
+        for sentence in facts["warnings"] if worker.round == 1 and worker.number == 0 else ():
+            self.say(sentence)
+        self.changed.set()
+
+    def _gone(self, worker: Worker) -> None:
+        """A worker has ended: what it had is done by another, or by the next one."""
+        worker.slots = 0
+        if self.stopped:
+            return
+        left, worker.has = list(worker.has.values()), {}
+        for ticket in reversed(left):
+            if ticket.done:
+                continue
+            ticket.tries += 1
+            if ticket.tries >= TRIES:
+                self._end(ticket, Event("failure", (f"{TRIES} workers ended while they made this picture.",)))
+            elif ticket.alone:
+                self._end(ticket, Event("failure", ("The worker ended. Send the request again.",)))
+            else:
+                self.queue.put_back(ticket, ticket.cost)
+        if self.fatal is None:
+            worker.deaths += 1
+            pause = 0.0 if worker.deaths == 1 else min(2.0 ** (worker.deaths - 2), LONGEST_PAUSE)
+            self.say(f"worker {worker.number} ended; {len(left)} requests go to another. It starts again.")
+            self.observe("restart", worker.number)
+            self.loop.call_later(pause, self._again, worker)
+
+    def _again(self, worker: Worker) -> None:
+        if not self.stopped:
+            worker.start()
+
+    def _measure(self, steps: int) -> None:
+        """Steps done, and the seconds since the last ones or since there was something to do."""
+        now = time.monotonic()
+        if self._busy_since is not None:
+            done, seconds = self._served[0]
+            self._served.append((done * FORGET + steps, seconds * FORGET + now - self._busy_since))
+            self._busy_since = now

@@ -1,0 +1,178 @@
+"""What may be asked, field by field, and how it is answered: OpenAI's images API, what others add to it, and hands.
+
+The descriptions are what `/openapi.json` says. Types are strict: "3" is no number. A field that nobody knows is
+refused; one of OpenAI's that means nothing here is named in the answer's `warnings`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import RequestError
+from ..runtime.hands import CAMERA, LARGEST_CAMERA, SHAPES
+from ..runtime.requests import MAX_GUIDANCE, MAX_SEED
+from ..schedules import SOLVERS
+from .hands import Arrays, Drag
+
+MAX_PROMPT = 4000  # characters; the tokenizer takes some 75 words of them and says what it cut
+MAX_PREVIEWS = 16
+LONGEST = 3600.0  # seconds of `timeout`
+
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, pattern=r"\S", description="What to paint.")]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED, description="Without one it is drawn, and named in the answer.")]
+Coordinate = Annotated[float, Field(ge=-LARGEST_CAMERA, le=LARGEST_CAMERA)]
+Unit = Annotated[float, Field(ge=-1, le=2)]
+Row = Annotated[list[Coordinate], Field(min_length=2, max_length=4)]
+Side = Literal["left", "right"]
+
+
+def vector(length: int, most: float) -> Any:
+    return Annotated[list[Annotated[float, Field(ge=-most, le=most)]], Field(min_length=length, max_length=length)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class HandsField(Strict):
+    """SMPL-H hands: axis-angle in radians, a flat hand is 0. The last four are for looking at; a camera is kept."""
+
+    global_orient: vector(3, SHAPES["global_orient"][1])  # type: ignore[valid-type]
+    body_pose: vector(63, SHAPES["body_pose"][1])  # type: ignore[valid-type]
+    left_hand_pose: vector(45, SHAPES["left_hand_pose"][1])  # type: ignore[valid-type]
+    right_hand_pose: vector(45, SHAPES["right_hand_pose"][1])  # type: ignore[valid-type]
+    betas: vector(10, SHAPES["betas"][1])  # type: ignore[valid-type]
+    placement: Annotated[
+        list[vector(4, LARGEST_CAMERA)],  # type: ignore[valid-type, misc]
+        Field(min_length=2, max_length=2, description="Left, right: is it there, centre x and y, log of the size."),
+    ]
+    camera: (
+        Annotated[list[Coordinate], Field(min_length=3, max_length=3, description="Scale, shift x and y.")] | None
+    ) = None
+    joints: Annotated[list[Row], Field(min_length=62, max_length=62)] | None = None
+    joints_2d: (
+        Annotated[list[Annotated[list[Row], Field(min_length=21, max_length=21)]], Field(min_length=2, max_length=2)]
+        | None
+    ) = None
+    visibility: vector(2, 10.0) | None = None  # type: ignore[valid-type]
+
+    def arrays(self) -> Arrays:
+        """As in a Picture, float32. Raises RequestError for what no body has."""
+        given = {name: value for name, value in self.model_dump().items() if value is not None}
+        try:
+            arrays = {name: np.array(value, np.float32) for name, value in given.items()}
+        except ValueError:
+            raise RequestError("The hands have rows of different lengths.") from None
+        wanted = {"joints": (62, 3), "joints_2d": (2, 21, 2)}
+        for name, shape in wanted.items():
+            if name in arrays and arrays[name].shape != shape:
+                raise RequestError(f"The hands have {name} of shape {list(arrays[name].shape)}; wanted: {list(shape)}.")
+        if CAMERA in arrays and not arrays[CAMERA][0] > 0:
+            raise RequestError("The scale of the hands' camera must be above 0. Without camera, placement counts.")
+        return arrays
+
+
+class Generation(Strict):
+    """`POST /v1/images/generations`."""
+
+    prompt: Prompt
+    n: Annotated[int, Field(ge=1, le=1024, description="Pictures, with the seeds seed, seed + 1, ...")] = 1
+    size: Annotated[str, Field(max_length=20, description="The bundle's size, or auto.")] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100, description="Quality of jpeg and webp.")] | None = None
+    model: Annotated[str, Field(max_length=200)] | None = None
+    user: Annotated[str, Field(max_length=500)] | None = None
+    stream: bool = False
+    partial_images: Annotated[
+        int, Field(ge=0, le=MAX_PREVIEWS, description="While streaming: the skeleton, then previews.")
+    ] = 0
+    seed: Seed | None = None
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT)] = ""
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=MAX_GUIDANCE, description="1 is off.")] | None = None
+    solver: Literal[tuple(SOLVERS)] | None = None  # type: ignore[valid-type]
+    guidance_interval: (
+        Annotated[
+            list[Annotated[float, Field(ge=0, le=1)]],
+            Field(min_length=2, max_length=2, description="The part of the steps that is guided, such as [0, 0.5]."),
+        ]
+        | None
+    ) = None
+    hands: (
+        HandsField
+        | Annotated[str, Field(max_length=100, description='An id from hands_id, or "none" for no hands.')]
+        | None
+    ) = None
+    return_hands: Annotated[bool, Field(description="SMPL-H arrays and joints with each picture.")] = False
+    timeout: Annotated[float, Field(gt=0, le=LONGEST, description="Seconds until it is given up.")] | None = None
+    # OpenAI's, which have no meaning here.
+    background: Literal["auto", "opaque", "transparent"] | None = None
+    quality: Annotated[str, Field(max_length=20)] | None = None
+    style: Annotated[str, Field(max_length=20)] | None = None
+    moderation: Annotated[str, Field(max_length=20)] | None = None
+
+    def warnings(self) -> list[str]:
+        """What was asked and does nothing."""
+        said = []
+        for name, why in {
+            "quality": "num_inference_steps and solver decide it",
+            "style": "the prompt decides it",
+            "moderation": "this server does not moderate",
+        }.items():
+            if getattr(self, name) not in (None, "auto"):
+                said.append(f"The field {name} has no effect: {why}.")
+        if self.output_compression is not None and self.output_format == "png":
+            said.append("The field output_compression has no effect on png, which loses nothing.")
+        if self.partial_images and not self.stream:
+            said.append("The field partial_images has no effect without stream.")
+        return said
+
+
+class HandsRequest(Strict):
+    """`POST /v1/hands`: the hands of a prompt without a picture; or, with `hands`, where the joints of those are."""
+
+    prompt: Prompt = "hands"
+    seed: Seed | None = None
+    model: Annotated[str, Field(max_length=200)] | None = None
+    user: Annotated[str, Field(max_length=500)] | None = None
+    hands: HandsField | Annotated[str, Field(max_length=100)] | None = None
+
+
+class DragField(Strict):
+    hand: Side
+    joint: Annotated[int, Field(ge=0, le=20, description="Wrist 0, then four a finger, thumb first.")]
+    x: Unit
+    y: Unit
+
+
+class GestureField(Strict):
+    hand: Side
+    name: Annotated[str, Field(max_length=50)]
+
+
+class Edit(Strict):
+    """`POST /v1/hands/edit`: hands as /v1/hands gives them, and what shall become of them."""
+
+    hands: HandsField
+    drags: Annotated[list[DragField], Field(max_length=42)] = []
+    gesture: GestureField | None = None
+    mirror: bool = False
+    swap: bool = False
+
+    def moves(self) -> list[Drag]:
+        return [Drag(drag.hand, drag.joint, drag.x, drag.y) for drag in self.drags]
+
+
+def as_json(hands: Arrays) -> dict[str, Any]:
+    """Arrays as lists of numbers that are read back as the same float32."""
+    return {name: _listed(np.asarray(value, np.float32)) for name, value in hands.items()}
+
+
+def _listed(value: np.ndarray) -> Any:
+    if value.ndim > 1:
+        return [_listed(row) for row in value]
+    return [float(f"{number:.9g}") for number in value.tolist()]

@@ -1,0 +1,285 @@
+"""Hands that a person edits: a joint is dragged in the picture, and the fingers' rotations follow.
+
+    hands = edit(hands, drags=[Drag("right", 8, 0.4, 0.3)])       # the tip of the right index finger
+    hands = edit(hands, gesture=("left", "fist"))
+    hands = mirrored(hands)
+
+`hands` are a picture's (see `runtime.results.Picture`): arrays of SMPL-H, its camera, and where its joints are. The
+body itself is not needed: a joint lies in its parent's frame where it lay before, so that bones and frames are read off
+the joints and rotations that came with the hands. Nothing here runs an engine, and all of it is numpy.
+
+Joints of a hand are numbered as everywhere: the wrist, then thumb, index, middle, ring and little finger from the root
+to the tip.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import numpy as np
+
+from ..contract import HAND_JOINTS, NUM_JOINTS
+from ..errors import RequestError
+from ..runtime.hands import POSES, axis_angle_to_matrix, matrix_to_axis_angle
+
+SIDES = ("left", "right")
+Arrays = dict[str, np.ndarray]
+
+# The parents of SMPL-H's 52 joints, and of the ten finger tips that follow them in `joints`.
+PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19,
+           20, 22, 23, 20, 25, 26, 20, 28, 29, 20, 31, 32, 20, 34, 35,
+           21, 37, 38, 21, 40, 41, 21, 43, 44, 21, 46, 47, 21, 49, 50,
+           36, 24, 27, 33, 30, 51, 39, 42, 48, 45)  # fmt: skip
+# Left and right change places in a mirror.
+MIRROR = np.array([0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20,
+                   *range(37, 52), *range(22, 37), *range(57, 62), *range(52, 57)])  # fmt: skip
+FLIP = np.array([1.0, -1.0, -1.0])  # what a mirror at x = 0 does to a rotation's vector
+
+# How far a finger's joints turn, in degrees: bent towards the palm (from, to), to the side, and about the bone. After
+# Lin, Wu and Huang, "Modeling the constraints of human hand motion" (2000), a little wider; thumbs turn more freely.
+LIMITS = {
+    "root": ((-30, 95), 25, 12),
+    "middle": ((-8, 115), 6, 6),
+    "end": ((-12, 90), 6, 6),
+    "thumb root": ((-60, 70), 60, 50),
+    "thumb middle": ((-40, 70), 25, 20),
+    "thumb end": ((-25, 95), 12, 12),
+}
+STEPS, DAMPING, REST = (
+    30,
+    1e-3,
+    2e-3,
+)  # of the solver: rounds, and how strongly it holds to small turns, to the old pose
+
+
+@dataclass(frozen=True)
+class Drag:
+    """A joint of a hand and where it should go, in [0, 1] of the picture's width and height."""
+
+    side: str
+    joint: int  # 0 ... 20
+    x: float
+    y: float
+
+
+@cache
+def gestures() -> dict[str, np.ndarray]:
+    """Name -> the left hand's axis-angle [45]."""
+    text = resources.files(__name__.rpartition(".")[0]).joinpath("gestures.json").read_text(encoding="utf-8")
+    return {name: np.array(values) for name, values in json.loads(text).items()}
+
+
+def edit(hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str] | None = None) -> Arrays:
+    """New hands, with `joints` and `joints_2d` where they are then. The camera stays.
+
+    Raises RequestError where a side, joint or gesture is none, or the hands came without camera or joints.
+    """
+    for name in ("camera", "joints", "joints_2d"):
+        if name not in hands:
+            raise RequestError(
+                f"The hands have no {name}. Send them as /v1/hands gives them, or have it complete them."
+            )
+    pose = Pose(hands)
+    if gesture is not None:
+        which, name = gesture
+        if name not in gestures():
+            raise RequestError(f"There is no gesture {name!r}. There are {', '.join(gestures())}.")
+        vectors = gestures()[name].reshape(15, 3)
+        first = 22 + 15 * SIDES.index(which)
+        pose.local[first : first + 15] = axis_angle_to_matrix(vectors * (FLIP if which == "right" else 1.0))
+    by_finger: dict[tuple[int, int], list[Drag]] = {}
+    for drag in drags or []:
+        side = SIDES.index(drag.side)
+        if drag.joint == 0:
+            pose.move(side, np.array([drag.x, drag.y]))
+        else:
+            by_finger.setdefault((side, (drag.joint - 1) // 4), []).append(drag)
+    for (side, finger), asked in by_finger.items():
+        pose.reach(side, finger, asked)
+    return pose.hands()
+
+
+def mirrored(hands: Arrays) -> Arrays:
+    """The picture's mirror image: a right hand becomes a left one. Needs a body that is symmetrical."""
+    out = dict(hands)
+    vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES])[MIRROR[:NUM_JOINTS]] * FLIP
+    out.update({name: vectors[joints].reshape(-1) for name, joints in POSES.items()})
+    placement = np.reshape(hands["placement"], (2, 4))[::-1].copy()
+    placement[:, 1] *= -1
+    out["placement"] = placement
+    if "camera" in hands:
+        out["camera"] = hands["camera"] * np.array([1.0, -1.0, 1.0])
+    if "joints" in hands:
+        out["joints"] = hands["joints"][MIRROR] * np.array([-1.0, 1.0, 1.0])
+    if "joints_2d" in hands:
+        out["joints_2d"] = hands["joints_2d"][::-1] * np.array([-1.0, 1.0]) + np.array([1.0, 0.0])
+    if "visibility" in hands:
+        out["visibility"] = hands["visibility"][::-1].copy()
+    return out
+
+
+def swapped(hands: Arrays) -> Arrays:
+    """The two hands stay where they are, and each does what the other did."""
+    left, right = (np.reshape(hands[f"{side}_hand_pose"], (-1, 3)) for side in SIDES)
+    changed = {"left_hand_pose": (right * FLIP).reshape(-1), "right_hand_pose": (left * FLIP).reshape(-1)}
+    pose = Pose(hands)
+    for name, value in changed.items():
+        pose.local[POSES[name]] = axis_angle_to_matrix(value.reshape(-1, 3).astype(np.float64))
+    return pose.hands()
+
+
+class Pose:
+    """The joints' turns in their parents' frames, [52, 3, 3], and the bones: [62, 3], each in its parent's frame."""
+
+    def __init__(self, hands: Arrays) -> None:
+        self.given = hands
+        vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES]).astype(np.float64)
+        self.local = axis_angle_to_matrix(vectors)
+        joints = np.asarray(hands["joints"], np.float64)
+        frames = self.frames()
+        self.root = joints[0]
+        self.bones = np.zeros_like(joints)
+        for joint, parent in enumerate(PARENTS):
+            if parent >= 0:
+                self.bones[joint] = frames[parent].T @ (joints[joint] - joints[parent])
+        self.camera = np.asarray(hands["camera"], np.float64)
+        self.to_image = _image_map(joints, self.camera, np.asarray(hands["joints_2d"], np.float64))
+
+    def frames(self) -> np.ndarray:
+        """[52, 3, 3]: the joints' frames in the world."""
+        frames = np.empty_like(self.local)
+        for joint, parent in enumerate(PARENTS[:NUM_JOINTS]):
+            frames[joint] = self.local[joint] if parent < 0 else frames[parent] @ self.local[joint]
+        return frames
+
+    def joints(self) -> np.ndarray:
+        """[62, 3] metres."""
+        frames, joints = self.frames(), np.empty_like(self.bones)
+        for joint, parent in enumerate(PARENTS):
+            joints[joint] = self.root if parent < 0 else joints[parent] + frames[parent] @ self.bones[joint]
+        return joints
+
+    def seen(self, joints: np.ndarray) -> np.ndarray:
+        """[..., 3] metres -> [..., 2] of the picture, as the camera sees them."""
+        scale, shift = self.to_image
+        return scale * joints[..., :2] + shift
+
+    def move(self, side: int, to: np.ndarray) -> None:
+        """Moves the picture's hands so that a wrist is at `to`: the camera is one for both, and shifts."""
+        scale, shift = self.to_image
+        off = to - self.seen(self.joints()[HAND_JOINTS[side][0]])
+        self.to_image = (scale, shift + off)
+        self.camera = self.camera + np.array([0.0, *(off / scale)])
+
+    def reach(self, side: int, finger: int, drags: list[Drag]) -> None:
+        """Turns a finger's three joints so that its dragged joints come to where they should, as far as LIMITS let.
+
+        Damped least squares (Buss 2004) over three angles a joint: bend, side, twist. Those of them that change nothing
+        in the picture stay as they were.
+        """
+        hand = HAND_JOINTS[side]
+        chain = hand[1 + 4 * finger : 5 + 4 * finger]  # three joints and the tip
+        turning, base = chain[:3], self.frames()[hand[0]]
+        origin = self.joints()[chain[0]]
+        axes = [self._axes(side, finger, joint) for joint in range(3)]  # [3, 3]: rows bend, side, twist
+        low, high = (np.radians(_limits(finger)[:, i]) for i in range(2))  # [9]
+        angles = np.concatenate(
+            [axis @ v for axis, v in zip(axes, matrix_to_axis_angle(self.local[list(turning)]), strict=True)]
+        )
+        before = angles.copy()
+        low, high = np.minimum(low, before), np.maximum(high, before)  # what a picture has is possible
+        targets = {(drag.joint - 1) % 4: np.array([drag.x, drag.y]) for drag in drags}
+        targets = {joint: to for joint, to in targets.items() if joint > 0}  # a finger's root sits in the palm
+        if not targets:
+            return
+        size = abs(self.to_image[0][0]) * np.linalg.norm(self.bones[list(chain[1:])], axis=-1).sum()
+
+        def forward(angles: np.ndarray) -> np.ndarray:
+            """[J, 2] of the picture, in lengths of the finger."""
+            at, frame, points = origin, base, []
+            for i in range(3):
+                frame = frame @ axis_angle_to_matrix((angles[3 * i : 3 * i + 3] @ axes[i])[None])[0]
+                at = at + frame @ self.bones[chain[i + 1]]
+                if i + 1 in targets:
+                    points.append(self.seen(at))
+            return np.stack(points) / size
+
+        goal = np.stack([targets[joint] for joint in sorted(targets)]) / size
+        weights = np.tile([1.0, 3.0, 6.0], 3)  # a finger bends first
+
+        def worth(angles: np.ndarray) -> float:
+            return float(np.square(goal - forward(angles)).sum() + REST * np.square(weights * (angles - before)).sum())
+
+        def solve(angles: np.ndarray) -> np.ndarray:
+            damping = DAMPING
+            for _ in range(STEPS):
+                now = forward(angles)
+                jacobian = np.stack(
+                    [(forward(angles + 1e-4 * unit) - now).reshape(-1) / 1e-4 for unit in np.eye(9)], -1
+                )  # [2 J, 9]
+                miss = np.concatenate([(goal - now).reshape(-1), np.sqrt(REST) * weights * (before - angles)])
+                full = np.concatenate([jacobian, np.sqrt(REST) * np.diag(weights)])
+                change = np.linalg.solve(full.T @ full + damping * np.eye(9), full.T @ miss)
+                tried = (angles + change.clip(-0.4, 0.4)).clip(low, high)
+                gain = worth(angles) - worth(tried)
+                if gain > 0:
+                    angles, damping = tried, max(damping / 3, 1e-6)
+                    if gain < 1e-7:
+                        break
+                else:
+                    damping *= 5
+            return angles
+
+        # A finger seen straight from before gets shorter whichever way it bends: it is tried the right way, too.
+        bent = (before + np.radians([35, 0, 0, 40, 0, 0, 20, 0, 0])).clip(low, high)
+        angles = min((solve(before), solve(bent)), key=worth)
+        for i, joint in enumerate(turning):
+            self.local[joint] = axis_angle_to_matrix((angles[3 * i : 3 * i + 3] @ axes[i])[None])[0]
+
+    def _axes(self, side: int, finger: int, joint: int) -> np.ndarray:
+        """[3, 3]: the axes of bend, side and twist of a finger's joint, in its frame; at rest all frames are one."""
+        hand = HAND_JOINTS[side]
+        bone = _unit(self.bones[hand[2 + 4 * finger + joint]])
+        index, little = self.bones[hand[5]], self.bones[hand[17]]
+        out = _unit(np.cross(little, index)) * (1 if side == 0 else -1)  # of the back of the hand
+        bend = np.cross(bone, out) if finger else np.cross(_unit(index - little), bone)
+        bend = _unit(bend)
+        return np.stack([bend, np.cross(bone, bend), bone])
+
+    def hands(self) -> Arrays:
+        joints = self.joints()
+        vectors = matrix_to_axis_angle(self.local)
+        out = {name: value for name, value in self.given.items() if name not in ("vertices", "params")}
+        out.update({name: vectors[which].reshape(-1) for name, which in POSES.items()})
+        out["joints"], out["camera"] = joints, self.camera
+        out["joints_2d"] = self.seen(joints[np.array(HAND_JOINTS)])
+        return out
+
+
+def _limits(finger: int) -> np.ndarray:
+    """[9, 2] degrees: bend, side and twist of a finger's three joints."""
+    names = ("root", "middle", "end") if finger else ("thumb root", "thumb middle", "thumb end")
+    return np.array([pair for n in names for pair in (LIMITS[n][0], *((-x, x) for x in LIMITS[n][1:]))], float)
+
+
+def _image_map(joints: np.ndarray, camera: np.ndarray, joints_2d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(scale [2], shift [2]): picture = scale * (X, Y) + shift. The camera says it for the height; how much wider than
+    high the picture is shows in the joints that came with the hands."""
+    s, tx, ty = camera
+    scale = np.array([s / 2, -s / 2])
+    shift = np.array([0.5 + s / 2 * tx, 0.5 - s / 2 * ty])
+    ours, theirs = joints[np.array(HAND_JOINTS), 0].reshape(-1), joints_2d[..., 0].reshape(-1)
+    from_centre = scale[0] * (ours + tx)
+    if (square := float(from_centre @ from_centre)) > 1e-12:
+        share = float(from_centre @ (theirs - 0.5)) / square  # height / width
+        if 0.1 < share < 10:
+            scale[0] *= share
+            shift[0] = 0.5 + scale[0] * tx
+    return scale, shift
+
+
+def _unit(v: np.ndarray) -> np.ndarray:
+    return v / max(float(np.linalg.norm(v)), 1e-9)

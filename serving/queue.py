@@ -1,0 +1,80 @@
+"""Who is next: oldest first, and a fair share for everyone who asks.
+
+    queue = FairQueue(places=64)
+    queue.put("alice", steps, ticket)
+    queue.pop()
+
+Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): a request of `cost` steps starts, in virtual time, when
+its owner's last one ends, and not before what is being served now; the least start is next. One owner alone is served
+in the order of arrival. With two, a thousand requests of the one hold up the other's first by one, not by a thousand.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+
+class FairQueue(Generic[T]):
+    """At most `places` items wait; who asks for more is to be turned away: see `room`."""
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.cost = 0  # steps of all that wait
+        self._now = 0.0  # virtual time: the start of what was served last
+        self._ends: dict[str, float] = {}  # owner -> the virtual end of its last item
+        self._heap: list[tuple[float, int, T]] = []
+        self._waiting: dict[T, tuple[float, int, int]] = {}  # item -> start, number, cost
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._waiting)
+
+    @property
+    def room(self) -> int:
+        return self.places - len(self._waiting)
+
+    def put(self, owner: str, cost: int, item: T) -> None:
+        start = max(self._now, self._ends.get(owner, 0.0))
+        self._ends[owner] = start + cost
+        self._count += 1
+        self._add(item, start, self._count, cost)
+        if len(self._ends) > 2 * self.places + 64:  # owners who have had their share are as good as new ones
+            self._ends = {name: end for name, end in self._ends.items() if end > self._now}
+
+    def put_back(self, item: T, cost: int) -> None:
+        """What was taken out and came to nothing, through no fault of its own: before all that wait."""
+        first = min((start for start, *_ in self._waiting.values()), default=self._now)
+        self._count += 1
+        self._add(item, min(first, self._now) - 1, self._count, cost)
+
+    def pop(self) -> T | None:
+        """The next one; None when nothing waits."""
+        while self._heap:
+            start, number, item = heapq.heappop(self._heap)
+            if self._waiting.get(item, (0.0, -1, 0))[1] == number:
+                self._now = max(self._now, start)
+                self.remove(item)
+                return item
+        return None
+
+    def remove(self, item: T) -> bool:
+        """Takes an item out; True if it waited."""
+        if item not in self._waiting:
+            return False
+        self.cost -= self._waiting.pop(item)[2]
+        if len(self._heap) > 2 * len(self._waiting) + 64:  # what was removed is still in there
+            self._heap = [entry for entry in self._heap if self._waiting.get(entry[2], (0.0, -1, 0))[1] == entry[1]]
+            heapq.heapify(self._heap)
+        return True
+
+    def _add(self, item: T, start: float, number: int, cost: int) -> None:
+        self._waiting[item] = (start, number, cost)
+        self.cost += cost
+        heapq.heappush(self._heap, (start, number, item))

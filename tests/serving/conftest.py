@@ -1,0 +1,42 @@
+"""A server over the toy bundle, whose steps take as long as a test wants."""
+
+from __future__ import annotations
+
+import time
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+for _name in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
+    pytest.importorskip(_name)
+
+from handiffuser.runtime.sampler import StepSampler  # noqa: E402
+from served import serving  # noqa: E402
+
+_spec = util.spec_from_file_location("toy_bundle", Path(__file__).parents[1] / "runtime" / "conftest.py")
+assert _spec is not None and _spec.loader is not None
+_toy = util.module_from_spec(_spec)
+_spec.loader.exec_module(_toy)
+toy_bundle = _toy.toy_bundle
+
+
+@pytest.fixture(scope="module")
+def served(toy_bundle, tmp_path_factory):
+    with serving(toy_bundle, tmp_path_factory.mktemp("served"), warm_up=True) as one:
+        yield one
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """slow(seconds): a step of either stage takes so long from now on."""
+    step = StepSampler.step
+
+    def slow(seconds):
+        def stepping(sampler):
+            time.sleep(seconds)
+            return step(sampler)
+
+        monkeypatch.setattr(StepSampler, "step", stepping)
+
+    return slow

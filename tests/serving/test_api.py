@@ -1,0 +1,223 @@
+"""OpenAI's images API as its own client speaks it, and what others add to it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+
+import httpx
+import numpy as np
+import pytest
+from handiffuser import HanDiffuser
+from handiffuser.serving.app import Limits
+from PIL import Image
+from served import serving
+
+
+def decoded(text):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+def events(response):
+    """(event, data) of server-sent events."""
+    kind = None
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            kind = line[7:]
+        elif line.startswith("data: "):
+            yield kind, json.loads(line[6:])
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+def test_the_official_client(client, served, toy_bundle):
+    models = client.models.list().data
+    assert [model.id for model in models] == ["toy"] and client.models.retrieve("toy").owned_by == "handiffuser"
+    answer = client.images.generate(
+        prompt="a fist", model="toy", n=2, size="32x32", extra_body={"seed": 5, "num_inference_steps": 3}
+    )
+    expected = HanDiffuser.load(toy_bundle, device="cpu", threads=1).generate(
+        "a fist", images_per_prompt=2, seed=5, steps=3
+    )
+    for entry, picture in zip(answer.data, expected, strict=True):
+        assert np.abs(decoded(entry.b64_json).astype(int) - picture.image).max() <= 1
+    assert answer.size == "32x32" and answer.output_format == "png" and answer.background == "opaque"
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_formats_and_urls(client, served, format):
+    answer = client.images.generate(prompt="a fist", response_format="url", output_format=format)
+    picture = httpx.get(answer.data[0].url)
+    assert picture.status_code == 200 and picture.headers["content-type"] == f"image/{format}"
+    assert Image.open(io.BytesIO(picture.content)).format == format.upper()
+    assert httpx.get(answer.data[0].url + "x").status_code == 404
+
+
+def test_the_official_client_streams(client):
+    stream = client.images.generate(
+        prompt="a fist", stream=True, partial_images=3, extra_body={"seed": 1, "num_inference_steps": 8}
+    )
+    seen = list(stream)
+    assert [event.type for event in seen] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in seen[:3]] == [0, 1, 2]
+    skeleton, first, second, last = (decoded(event.b64_json) for event in seen)
+    assert skeleton.shape == (256, 256, 3) and first.shape == last.shape == (32, 32, 3)
+    whole = client.images.generate(prompt="a fist", extra_body={"seed": 1, "num_inference_steps": 8})
+    assert (decoded(whole.data[0].b64_json) == last).all()
+    off = [np.abs(picture.astype(int) - last).mean() for picture in (first, second)]
+    assert off[1] < off[0] + 8 and (first != second).any()
+
+
+def test_errors_are_openais(client):
+    import openai
+
+    with pytest.raises(openai.NotFoundError, match="There is no model 'gpt-image-1' here; there is toy"):
+        client.images.generate(prompt="a", model="gpt-image-1")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a", size="1024x1024")
+    assert caught.value.param == "size" and "32x32" in caught.value.message
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a", extra_body={"sede": 3})
+    assert caught.value.code == "unknown_field" and caught.value.param == "sede"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": " "}, "prompt"),
+        ({"prompt": "a" * 4001}, "prompt"),
+        ({"n": 9}, "at most 8"),
+        ({"n": "2"}, "n:"),
+        ({"n": True}, "n:"),
+        ({"num_inference_steps": 101}, "100 or fewer"),
+        ({"guidance_scale": -1}, "guidance_scale"),
+        ({"guidance_interval": [0.5, 0.2]}, "rise"),
+        ({"solver": "magic"}, "solver"),
+        ({"seed": 2**63}, "seed"),
+        ({"hands": "../../etc/passwd"}, "no hands '../../etc/passwd'"),
+        ({"hands": {"betas": [0]}}, "hands"),
+        ({"background": "transparent"}, "transparent"),
+        ({"stream": True, "n": 2}, "n must be 1"),
+        ({"stream": True, "response_format": "url"}, "b64_json"),
+        ({"partial_images": 17}, "partial_images"),
+        ({"timeout": 0}, "timeout"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(served, fields, words):
+    answer = served.generate(**{"prompt": "a", **fields})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and words in error["message"] and error["type"] == "invalid_request_error"
+    assert "Traceback" not in answer.text and "/tmp" not in answer.text
+
+
+def test_what_means_nothing_is_named(served):
+    answer = served.generate(
+        quality="high", style="vivid", moderation="low", partial_images=2, output_compression=3, timeout=3000
+    )
+    assert answer.status_code == 200 and len(answer.json()["warnings"]) == 6
+    assert "warnings" not in served.generate(quality="auto").json()
+    cut = served.generate("a very long prompt " * 20).json()["warnings"]
+    assert len(cut) == 1 and "longer than 75 tokens" in cut[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (b"{", {"content-type": "application/json"}, 400),
+        (b"[" * 100_000, {"content-type": "application/json"}, 400),
+        (b'{"prompt": "a\\ud800"}', {"content-type": "application/json"}, 400),
+        (b'{"prompt": "a", "guidance_scale": NaN}', {"content-type": "application/json"}, 400),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", {"content-type": "application/json"}, 400),
+        (b"\xff\xfe", {"content-type": "application/json"}, 400),
+        (b'{"prompt": "' + b"a" * (1 << 20) + b'"}', {"content-type": "application/json"}, 413),
+        (b'{"prompt": "a"}', {"content-type": "text/plain"}, 415),
+        (b"prompt=a", {"content-type": "application/x-www-form-urlencoded"}, 415),
+    ],
+)
+def test_bodies(served, content, headers, status):
+    answer = served.client.post("/v1/images/generations", content=content, headers=headers)
+    assert answer.status_code == status and answer.json()["error"]["message"], answer.text[:300]
+
+
+def test_a_body_without_end_is_cut_off(served):
+    answer = served.client.post(
+        "/v1/images/generations",
+        content=(b"a" * 65536 for _ in range(100)),
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code == 413
+
+
+def test_the_same_seed_is_the_same_picture_and_seeds_are_drawn_and_told(served):
+    one, two = served.generate().json()["data"][0], served.generate().json()["data"][0]
+    assert one["seed"] != two["seed"] and one["b64_json"] != two["b64_json"]
+    again = served.generate(seed=one["seed"]).json()["data"][0]
+    assert again["b64_json"] == one["b64_json"] and again["id"] != one["id"]
+
+
+def test_hands_alone_edited_and_painted(served):
+    made = served.client.post("/v1/hands", json={"prompt": "a fist", "seed": 4}).json()["data"][0]
+    picture = served.generate("a fist", seed=4, return_hands=True).json()["data"][0]
+    for name in ("right_hand_pose", "camera", "joints_2d"):
+        np.testing.assert_allclose(picture["hands"][name], made["hands"][name], atol=1e-5)
+    plain = served.generate("a fist", seed=9).json()["data"][0]["b64_json"]
+    by_id = served.generate("a fist", seed=9, hands=made["hands_id"]).json()["data"][0]["b64_json"]
+    arrays = served.generate("a fist", seed=9, hands=made["hands"]).json()["data"][0]["b64_json"]
+    none = served.generate("a fist", seed=9, hands="none").json()["data"][0]["b64_json"]
+    assert by_id == arrays and len({plain, by_id, none}) == 3
+    given = served.client.post("/v1/hands", json={"hands": made["hands"]}).json()["data"][0]
+    np.testing.assert_allclose(given["hands"]["left_hand_pose"], made["hands"]["left_hand_pose"], atol=1e-5)
+    wrong = {**made["hands"], "camera": [0, 0, 0]}
+    assert "camera" in served.generate(hands=wrong).json()["error"]["message"]
+
+
+def test_health_metrics_and_headers(served):
+    assert served.client.get("/healthz").status_code == served.client.get("/readyz").status_code == 200
+    before = served.metric("pictures_total")
+    answer = served.generate(n=3)
+    assert (
+        answer.headers["x-request-id"].startswith("req_")
+        and "default-src 'none'" in answer.headers["content-security-policy"]
+    )
+    assert served.metric("pictures_total") == before + 3
+    assert served.metric("num_queue_reqs") == served.metric("num_running_reqs") == 0
+    assert served.metric("steps_per_second") > 0
+    assert "access-control-allow-origin" not in served.client.get("/readyz", headers={"origin": "http://evil"}).headers
+    assert served.client.get("/nowhere").json()["error"]["type"] == "invalid_request_error"
+    assert served.client.put("/v1/models").status_code == 405
+
+
+def test_keys(toy_bundle, tmp_path):
+    keys = tmp_path / "keys.txt"
+    keys.write_text("# who may\nalice: secret-of-alice\nanother-secret\n")
+    with serving(toy_bundle, tmp_path / "s", keys=keys, cors=["http://page"]) as served:
+        assert served.generate().status_code == 401
+        wrong = served.client.get("/v1/models", headers={"authorization": "Bearer secret-of-alicf"})
+        assert wrong.status_code == 401 and wrong.json()["error"]["code"] == "invalid_api_key"
+        served.client.headers["authorization"] = "Bearer secret-of-alice"
+        answer = served.generate(response_format="url")
+        assert answer.status_code == 200
+        assert httpx.get(answer.json()["data"][0]["url"]).status_code == 200  # its name is the key to it
+        assert httpx.get(f"{served.url}/").status_code == httpx.get(f"{served.url}/healthz").status_code == 200
+        keys.write_text("bob: other-secret\n")
+        served.service.keys.load()
+        assert served.generate().status_code == 401
+        keys.write_text("short\n")
+        with pytest.raises(Exception, match="shorter than 8"):
+            served.service.keys.load()
+        assert served.service.keys.who("other-secret") == "bob"
+        asked = httpx.options(
+            f"{served.url}/v1/models", headers={"origin": "http://page", "access-control-request-method": "GET"}
+        )
+        assert asked.headers["access-control-allow-origin"] == "http://page"
+
+
+def test_too_large_steps_of_the_bundle_are_said(toy_bundle, tmp_path):
+    with serving(toy_bundle, tmp_path, limits=Limits(steps=3)) as served:
+        assert "3 or fewer" in served.generate().json()["error"]["message"]
+        assert served.generate(num_inference_steps=3).status_code == 200

@@ -1,0 +1,162 @@
+"""Edited hands: the fingers go where they are dragged, within what fingers can do, and everything else stays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from handiffuser import HanDiffuser, Request, RequestError
+from handiffuser.contract import HAND_JOINTS
+from handiffuser.runtime.hands import POSES, save_hands
+from handiffuser.serving.fields import HandsField, as_json
+from handiffuser.serving.hands import PARENTS, SIDES, Drag, Pose, edit, gestures, mirrored, swapped
+
+PROMPTS = {"right": "a right hand with spread fingers", "left": "a left hand making a fist", "both": "two open hands"}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return HanDiffuser.load("demo", device="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def made(pipeline):
+    requests, _ = pipeline.prepare([Request(prompt, seed=1) for prompt in PROMPTS.values()])
+    return dict(zip(PROMPTS, pipeline.hands(requests), strict=True))
+
+
+def again(pipeline, hands, tmp_path):
+    """What the graphs make of edited hands."""
+    save_hands(tmp_path / "a.npz", {name: np.asarray(value, np.float32) for name, value in hands.items()})
+    requests, _ = pipeline.prepare([Request("a", hands=str(tmp_path / "a.npz"))])
+    return pipeline.hands(requests)[0]
+
+
+def test_the_tree_is_smplh_s():
+    from handiffuser.models import smplh
+
+    assert list(PARENTS[:52]) == list(smplh.PARENTS)
+    for hand in HAND_JOINTS:
+        for finger in range(5):
+            chain = hand[1 + 4 * finger : 5 + 4 * finger]
+            assert PARENTS[chain[0]] == hand[0] and all(PARENTS[b] == a for a, b in pairwise(chain))
+
+
+def test_kinematics_give_back_what_came(made):
+    for hands in made.values():
+        pose = Pose(hands)
+        np.testing.assert_allclose(pose.joints(), hands["joints"], atol=1e-6)
+        np.testing.assert_allclose(pose.seen(pose.joints()[np.array(HAND_JOINTS)]), hands["joints_2d"], atol=1e-5)
+        unchanged = edit(hands)
+        for name in POSES:
+            np.testing.assert_allclose(unchanged[name], hands[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("finger", range(5))
+@pytest.mark.parametrize("shorter", [0.6, 0.85])
+def test_a_tip_goes_where_it_is_dragged(pipeline, made, tmp_path, side, finger, shorter):
+    hands, s, joint = made["both"], SIDES.index(side), 4 + 4 * finger
+    root, tip = hands["joints_2d"][s, joint - 3], hands["joints_2d"][s, joint]
+    to = root + shorter * (tip - root)
+    new = edit(hands, [Drag(side, joint, *to)])
+    length = np.linalg.norm(tip - root)
+    assert np.linalg.norm(new["joints_2d"][s, joint] - to) < 0.06 * length
+    others = np.ones((2, 21), bool)
+    others[s, joint - 2 : joint + 1] = False
+    np.testing.assert_allclose(new["joints_2d"][others], hands["joints_2d"][others], atol=1e-6)
+    # The engine agrees: the same joints, and the camera has stayed.
+    painted = again(pipeline, new, tmp_path)
+    np.testing.assert_allclose(painted["joints_2d"], new["joints_2d"], atol=0.02)
+    np.testing.assert_allclose(painted["camera"], hands["camera"], atol=0.02)
+
+
+def test_fingers_do_not_break(made):
+    """Wherever joints are dragged: no bend backwards, no limit passed, all finite."""
+    random = np.random.default_rng(0)
+    for hands in made.values():
+        for _ in range(15):
+            side, joint = int(random.integers(2)), int(random.integers(1, 21))
+            x, y = random.uniform(-0.5, 1.5, 2)
+            new = edit(hands, [Drag(SIDES[side], joint, x, y)])
+            assert all(np.isfinite(value).all() for value in new.values())
+            before, after = Pose(hands), Pose(new)
+            finger = (joint - 1) // 4
+            for i, joint_id in enumerate(HAND_JOINTS[side][1 + 4 * finger : 4 + 4 * finger]):
+                if finger == 0:
+                    continue
+                axes = after._axes(side, finger, i)
+                bends = []
+                for pose in (before, after):
+                    from handiffuser.runtime.hands import matrix_to_axis_angle
+
+                    bends.append(np.degrees(axes @ matrix_to_axis_angle(pose.local[[joint_id]])[0]))
+                low, high = ((-30, 95), (-8, 115), (-12, 90))[i]
+                assert min(low, bends[0][0]) - 1 <= bends[1][0] <= max(high, bends[0][0]) + 1
+
+
+def test_the_wrist_moves_all(made):
+    hands = made["right"]
+    new = edit(hands, [Drag("right", 0, 0.5, 0.6)])
+    np.testing.assert_allclose(new["joints_2d"][1, 0], [0.5, 0.6], atol=1e-6)
+    moved = new["joints_2d"][1] - hands["joints_2d"][1]
+    np.testing.assert_allclose(moved, np.broadcast_to(moved[0], moved.shape), atol=1e-6)
+
+
+def test_gestures(made):
+    for side in SIDES:
+        new = edit(made["both"], gesture=(side, "fist"))
+        pose = new[f"{side}_hand_pose"].reshape(15, 3)
+        flip = 1 if side == "left" else np.array([1, -1, -1])
+        np.testing.assert_allclose(pose, gestures()["fist"].reshape(15, 3) * flip, atol=1e-4)
+    with pytest.raises(RequestError, match=r"no gesture 'wave'. There are fist"):
+        edit(made["both"], gesture=("left", "wave"))
+
+
+def test_gestures_are_the_demo_s():
+    from handiffuser.demo.gestures import GESTURES, pose
+    from handiffuser.runtime.hands import axis_angle_to_matrix
+
+    for name, vectors in gestures().items():
+        if name in GESTURES:
+            np.testing.assert_allclose(axis_angle_to_matrix(vectors.reshape(15, 3)), pose(name), atol=1e-3)
+    assert len(gestures()) >= 24
+
+
+def test_mirror_and_swap(pipeline, made, tmp_path):
+    for hands in made.values():
+        new = mirrored(hands)
+        np.testing.assert_allclose(new["joints_2d"][0, :, 0], 1 - hands["joints_2d"][1, :, 0], atol=1e-6)
+        painted = again(pipeline, new, tmp_path)
+        for side in range(2):
+            if new["visibility"][side] > 0.5:
+                np.testing.assert_allclose(painted["joints_2d"][side], new["joints_2d"][side], atol=0.05)
+        twice = mirrored(new)
+        for name in hands.keys() & twice.keys():
+            np.testing.assert_allclose(twice[name], hands[name], atol=1e-6, err_msg=name)
+    changed = edit(made["both"], gesture=("left", "fist"))
+    new = swapped(changed)
+    np.testing.assert_allclose(
+        new["right_hand_pose"].reshape(15, 3), changed["left_hand_pose"].reshape(15, 3) * [1, -1, -1], atol=1e-5
+    )
+    np.testing.assert_allclose(new["joints_2d"][:, 0], changed["joints_2d"][:, 0], atol=1e-6)
+
+
+def test_numbers_come_back_as_they_were(made):
+    for hands in made.values():
+        small = {name: value for name, value in hands.items() if name not in ("params", "vertices")}
+        arrays = HandsField.model_validate(as_json(small)).arrays()
+        assert arrays.keys() == small.keys()
+        for name, value in small.items():
+            assert (arrays[name] == value).all(), name
+
+
+def test_without_torch():
+    code = (
+        "import sys, handiffuser.serving.app, handiffuser.serving.cli, handiffuser.serving.hands as h\n"
+        "h.gestures(); assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

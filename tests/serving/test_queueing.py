@@ -1,0 +1,298 @@
+"""Full, late, gone, dead and stopping: nobody is lost or answered twice, and slots are free at the next step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from handiffuser.serving.app import Limits
+from served import command, serving
+
+
+@pytest.fixture
+def busy(toy_bundle, tmp_path, slow):
+    """A server of one slot and three places whose steps take 30 ms."""
+    slow(0.03)
+    with serving(toy_bundle, tmp_path / "hands", batch=1, places=3) as served:
+        yield served
+
+
+def ask(served, n, **fields):
+    """n requests at once; futures of their answers, in order."""
+    pool = ThreadPoolExecutor(n)
+    futures = []
+    for i in range(n):
+        before = len(served.dispatcher.queue) + served.dispatcher.running
+        futures.append(pool.submit(served.generate, f"prompt {i}", seed=i, **fields))
+        there = lambda before=before: len(served.dispatcher.queue) + served.dispatcher.running > before  # noqa: E731
+        served.wait(lambda there=there: there() or futures[-1].done())
+    return futures
+
+
+def idle(served):
+    return not len(served.dispatcher.queue) and not any(worker.has for worker in served.dispatcher.workers)
+
+
+def test_a_full_queue_says_when_to_come_again(busy):
+    futures = ask(busy, 6, num_inference_steps=10)  # one runs, two are ahead of it, three wait
+    refused = busy.generate("one too many")
+    assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert busy.client.post("/v1/hands", json={"prompt": "a"}).status_code == 200  # hands go by
+    assert [future.result().status_code for future in futures] == [200] * 6
+    assert busy.generate("now there is room", n=3, num_inference_steps=2).status_code == 200
+    assert busy.generate("never so many", n=4).status_code == 429
+
+
+def test_who_is_late_gets_504_and_the_slot_is_free(busy):
+    slow_one = ask(busy, 1, num_inference_steps=100, timeout=0.4)[0]
+    started = time.monotonic()
+    answer = busy.generate("quick", num_inference_steps=2, seed=3)
+    assert answer.status_code == 200 and time.monotonic() - started < 2.5
+    late = slow_one.result()
+    assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
+    busy.wait(lambda: idle(busy))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_is_gone_leaves_and_the_others_are_the_same_bits(toy_bundle, tmp_path, slow, monkeypatch, stream):
+    from handiffuser.runtime.steptimes import StepTimes
+
+    monkeypatch.setattr(StepTimes, "choose", lambda times, active, alone=False: 1)  # of batches only rounding is left
+    with serving(toy_bundle, tmp_path / "hands", batch=4, places=20) as served:
+        alone = served.generate("stays", seed=1, num_inference_steps=12).json()["data"][0]["b64_json"]
+        slow(0.02)
+        stays = ask(served, 1, num_inference_steps=12)[0]
+        stays = ThreadPoolExecutor(1).submit(served.generate, "stays", seed=1, num_inference_steps=12)
+        goes = []
+        for n in range(6):
+            client = socket.create_connection(served.url.removeprefix("http://").split(":"))
+            body = b'{"prompt": "goes %d", "num_inference_steps": 90, "stream": %s, "partial_images": 2}' % (
+                n,
+                b"true" if stream else b"false",
+            )
+            head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            goes.append(client)
+        served.wait(lambda: served.dispatcher.running + len(served.dispatcher.queue) >= 8)
+        for client in goes:
+            client.close()
+        served.wait(lambda: served.dispatcher.running + len(served.dispatcher.queue) <= 2, 5)
+        assert stays.result().json()["data"][0]["b64_json"] == alone
+        served.wait(lambda: idle(served))
+        assert len(served.service.dispatcher.workers[0].has) == 0
+
+
+def test_a_fair_share(toy_bundle, tmp_path, slow):
+    keys = tmp_path / "keys"
+    keys.write_text("many: secret-of-many\nfew: secret-of-few\n")
+    slow(0.01)
+    with serving(toy_bundle, tmp_path / "hands", keys=keys, batch=1, places=60) as served:
+        served.client.headers["authorization"] = "Bearer secret-of-many"
+        done = []
+        futures = ask(served, 30, num_inference_steps=4)
+        for i, future in enumerate(futures):
+            future.add_done_callback(lambda _, i=i: done.append(i))
+        before = len(done)
+        few = httpx.post(
+            f"{served.url}/v1/images/generations",
+            json={"prompt": "mine", "num_inference_steps": 4},
+            headers={"authorization": "Bearer secret-of-few"},
+            timeout=60,
+        )
+        assert few.status_code == 200 and len(done) < before + 8 <= 30
+        assert all(future.result().status_code == 200 for future in futures)
+
+
+def test_loading_is_503_and_what_cannot_load_is_said(toy_copy_broken, toy_bundle, tmp_path):
+    with serving(toy_bundle, tmp_path / "hands", wait=False) as served:
+        answer = served.client.get("/readyz")
+        if answer.status_code == 503:
+            assert answer.json()["status"] == "loading"
+            early = served.generate()
+            assert early.status_code in (200, 503) and (early.status_code == 200 or early.headers["retry-after"])
+    with command(toy_copy_broken, ready=False) as process:
+        assert process.wait(60) == 1
+    assert any("damaged" in line for line in process.said) and not any("Traceback" in line for line in process.said)
+
+
+@pytest.fixture
+def toy_copy_broken(toy_bundle, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(toy_bundle, tmp_path / "broken")
+    (folder / "unet.onnx").write_bytes(b"no graph")
+    return folder
+
+
+def test_two_hundred_connections_at_once(toy_bundle, tmp_path):
+    with serving(toy_bundle, tmp_path / "hands", places=250) as served:
+        limits = httpx.Limits(max_connections=200)
+        with httpx.Client(base_url=served.url, timeout=60, limits=limits) as client, ThreadPoolExecutor(200) as pool:
+            answers = list(
+                pool.map(
+                    lambda i: client.post("/v1/images/generations", json={"prompt": f"p {i}", "seed": i}), range(200)
+                )
+            )
+        assert [answer.status_code for answer in answers] == [200] * 200
+        assert len({answer.json()["data"][0]["id"] for answer in answers}) == 200
+        pictures = {answer.json()["data"][0]["seed"]: answer.json()["data"][0]["b64_json"] for answer in answers}
+        assert sorted(pictures) == list(range(200))
+
+
+def test_headers_that_do_not_come_are_not_waited_for(toy_bundle, tmp_path, monkeypatch):
+    from handiffuser.serving import guard
+
+    monkeypatch.setattr(guard, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    with serving(toy_bundle, tmp_path / "hands") as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        silent, slow_headers = (socket.create_connection((host, port)) for _ in range(2))
+        slow_headers.sendall(b"GET /healthz HTTP/1.1\r\nHost: ")
+        for client in (silent, slow_headers):
+            client.settimeout(5)
+            assert client.recv(100) == b""
+        body = socket.create_connection((host, port))
+        head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        body.sendall(head + b"Content-Length: 100\r\n\r\n{")
+        body.settimeout(5)
+        assert b" 408 " in body.recv(1000)
+        assert served.generate().status_code == 200
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_lets_requests_finish_and_a_second_one_does_not(toy_bundle, signals):
+    count = 6
+    with command(toy_bundle, "--batch-size", 1, "--max-steps", 1000, "--grace", 30, "--no-warm-up") as process:
+        with ThreadPoolExecutor(60) as pool:
+            post = lambda i: httpx.post(  # noqa: E731
+                f"{process.url}/v1/images/generations",
+                json={"prompt": f"p {i}", "num_inference_steps": 1000, "solver": "ddpm"},
+                timeout=60,
+            )
+            futures = [pool.submit(post, i) for i in range(count)]
+            end = time.monotonic() + 30
+            while "num_running_reqs 0" in httpx.get(f"{process.url}/metrics").text and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+            if signals == 1:
+                stopping = httpx.get(f"{process.url}/readyz")
+                assert stopping.status_code == 503 and stopping.json()["status"] == "stopping"
+                assert httpx.post(f"{process.url}/v1/hands", json={"prompt": "a"}).status_code == 503
+                assert httpx.get(f"{process.url}/healthz").status_code == 200
+            else:
+                process.send_signal(signal.SIGTERM)
+            codes = []
+            for future in futures:
+                try:
+                    codes.append(future.result().status_code)
+                except httpx.HTTPError:
+                    codes.append(0)
+        assert process.wait(30) == (0 if signals == 1 else 1), process.said
+    if signals == 1:
+        assert codes.count(200) + codes.count(503) == count and codes.count(200) > 0
+    else:
+        assert 503 in codes or 0 in codes
+    assert not any("Traceback" in line for line in process.said), process.said
+
+
+def test_sighup_reads_the_keys_again(toy_bundle, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("first-secret\n")
+    with command(toy_bundle, "--api-keys", keys, "--no-warm-up") as process:
+        models = lambda key: httpx.get(f"{process.url}/v1/models", headers={"authorization": f"Bearer {key}"})  # noqa: E731
+        assert models("first-secret").status_code == 200
+        keys.write_text("second-secret\n")
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 10
+        while models("second-secret").status_code != 200 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert models("first-secret").status_code == 401 and models("second-secret").status_code == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
+def test_a_port_that_is_taken_is_a_sentence(toy_bundle):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        import subprocess
+        import sys
+
+        line = [sys.executable, "-m", "handiffuser.serving.cli", str(toy_bundle), "--port", str(taken.getsockname()[1])]
+        result = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "cannot be listened on" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_nan_is_one_request_s_matter(toy_bundle, tmp_path, monkeypatch):
+    from handiffuser.runtime.host import _Timed
+
+    call, decoded = _Timed.__call__, []
+
+    def spoilt(engine, feeds):
+        results = dict(call(engine, feeds))
+        if engine.name == "image_decoder" and threading.current_thread().name == "hd-serve-loop":
+            decoded.append(1)
+            if len(decoded) % 3 == 0:
+                results["finite"] = results["finite"] * 0
+        return results
+
+    monkeypatch.setattr(_Timed, "__call__", spoilt)
+    with serving(toy_bundle, tmp_path / "hands", places=30, limits=Limits()) as served:
+        codes = [served.generate("a", seed=seed) for seed in range(12)]
+        assert {answer.status_code for answer in codes} == {200, 500}
+        assert all("NaN" in answer.json()["error"]["message"] for answer in codes if answer.status_code == 500)
+        assert idle(served)
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_lose_nothing(toy_bundle, tmp_path):
+    """Two processes behind one port; one is killed again and again while 300 requests run: each is answered once, with
+    the picture that a lone loop makes."""
+    from handiffuser import HanDiffuser, Request
+
+    with serving(toy_bundle, tmp_path / "hands", workers=2, batch=2, places=400) as served:
+        served.wait(lambda: all(worker.slots for worker in served.dispatcher.workers), 60)
+        served.dispatcher.loop.call_soon_threadsafe(lambda: None)
+        stop = threading.Event()
+        killed = []
+
+        def kill():
+            while not stop.wait(1.0):
+                worker = served.dispatcher.workers[len(killed) % 2]
+                if worker.slots and worker.pid != os.getpid():
+                    os.kill(worker.pid, signal.SIGKILL)
+                    killed.append(worker.pid)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with ThreadPoolExecutor(32) as pool:
+            answers = list(
+                pool.map(lambda i: served.generate(f"p {i}", seed=i, num_inference_steps=60, solver="ddpm"), range(300))
+            )
+        stop.set()
+        killer.join()
+        assert len(killed) >= 3 and len(set(killed)) == len(killed)
+        assert [answer.status_code for answer in answers] == [200] * 300, answers[0].text[:200]
+        data = [answer.json()["data"][0] for answer in answers]
+        assert [entry["seed"] for entry in data] == list(range(300)) and len({entry["id"] for entry in data}) == 300
+        assert served.metric("worker_restarts_total") >= len(killed)
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
+    requests = [Request(f"p {i}", seed=i, steps=60, solver="ddpm") for i in range(0, 300, 10)]
+    for picture, i in zip(pipeline.generate(requests), range(0, 300, 10), strict=True):
+        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[i]["b64_json"]))))
+        assert np.abs(image.astype(int) - picture.image).max() <= 1
