@@ -31,6 +31,7 @@ PEERS = {
     "dpm++2m": ("DPMSolverMultistepScheduler", {}),
     "dpm++2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lcm": ("LCMScheduler", {}),
 }
 HISTORY = {name: history for name, (_, history) in schedules.SOLVERS.items()}
 A = np.random.default_rng(3).normal(size=(SIZE, SIZE)) / math.sqrt(SIZE)
@@ -67,7 +68,7 @@ def diffusers_loop(config, solver, steps, timesteps=None):
     x = torch.from_numpy(next(noise))[None] * scheduler.init_noise_sigma
     module = __import__(peer.__module__, fromlist=["randn_tensor"])
     with pytest.MonkeyPatch.context() as patch:
-        if solver == "ddpm":
+        if solver in ("ddpm", "lcm"):
             patch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.from_numpy(next(noise))[None])
         for i, t in enumerate(scheduler.timesteps):
             shown = t if timesteps is None else timesteps[i]
@@ -98,7 +99,9 @@ def exact_rows(recurrence, K):
 def runs(solver, prediction, zero_snr, first_is_noisy=True):
     if solver == "plms":
         return prediction != "sample" and not zero_snr
-    return not (solver in ("ddim", "ddpm") and prediction == "epsilon" and zero_snr and first_is_noisy)
+    if solver == "lcm":  # has a grid of its own, which ends below T - 1 only where it is not whole
+        first_is_noisy = True
+    return not (solver in ("ddim", "ddpm", "lcm") and prediction == "epsilon" and zero_snr and first_is_noisy)
 
 
 @pytest.mark.parametrize("betas", [STABLE_DIFFUSION, COSINE], ids=["stable-diffusion", "cosine"])
@@ -132,7 +135,8 @@ def test_equals_diffusers(solver, prediction, spacing, zero_snr, betas):
         np.testing.assert_allclose(recurrence.timesteps, timesteps, atol=1 if fractional else 1e-9, rtol=0)
         scale = np.abs(expected).max()
         exact = our_loop(recurrence, exact_rows(recurrence, K), K, steps)
-        np.testing.assert_allclose(exact, expected, atol=1e-8 * scale, rtol=0, err_msg=f"{steps} steps")
+        close = 1e-6 if solver == "lcm" else 1e-8  # diffusers computes LCM's boundary condition in float32
+        np.testing.assert_allclose(exact, expected, atol=close * scale, rtol=0, err_msg=f"{steps} steps")
         table = rows(schedule, solver, steps, 1.0, K)
         assert table.rows.dtype == np.float32
         rounded = our_loop(recurrence, table.rows.astype(np.float64), K, steps)
@@ -184,8 +188,36 @@ def test_clean_prediction_ends_clean(solver):
         sigma = math.sqrt(1 - alpha**2)
         epsilon = (row[1] * x - alpha * x0) / sigma
         x, history = reference_step(row[None], x, history, alpha * epsilon - sigma * x0)
-    # PLMS mixes velocities of different timesteps, as diffusers does, so it is only near.
-    np.testing.assert_allclose(x, x0, atol=0.2 if solver == "plms" else 1e-9)
+    # PLMS mixes velocities of different timesteps, as diffusers does, so it is only near; LCM's boundary condition
+    # keeps (0.05 / t)² of the noise.
+    np.testing.assert_allclose(x, x0, atol={"plms": 0.2, "lcm": 1e-5}.get(solver, 1e-9))
+
+
+def test_early_steps_stay_on_the_line_and_lean_to_noise():
+    """A network that knows picture and noise is taken to α x0 + σ ε of the next timestep, and ends at x0."""
+    schedule = NoiseSchedule(**STABLE_DIFFUSION, prediction_type="v_prediction")
+    abar = schedule.alphas_cumprod()
+    x0, noise = np.random.default_rng(0).normal(size=(2, 1, SIZE))
+    for steps in (1, 2, 4, 10, 31):
+        recurrence = solve(schedule, "ddim-early", steps)
+        t = recurrence.timesteps.astype(int)
+        assert t[0] == 999 and (np.diff(t) < 0).all() and (t[1:] > 999 - 1000 * np.arange(1, steps) / steps).all()
+        x = math.sqrt(abar[999]) * x0 + math.sqrt(1 - abar[999]) * noise
+        for row, after in zip(exact_rows(recurrence, 0), [*t[1:], -1], strict=True):
+            alpha, sigma = math.sqrt(abar[int(row[0])]), math.sqrt(1 - abar[int(row[0])])
+            x, _ = reference_step(row[None], x, np.zeros((1, 0, SIZE)), alpha * noise - sigma * x0)
+            there = 1.0 if after < 0 else abar[after]
+            np.testing.assert_allclose(x, math.sqrt(there) * x0 + math.sqrt(1 - there) * noise, atol=1e-12)
+    assert solve(schedule, "ddim-early", 4).timesteps.tolist() == [999, 937, 749, 437]
+    with pytest.raises(RequestError, match="Choose 31 or fewer"):
+        solve(schedule, "ddim-early", 60)
+
+
+def test_lcm_takes_as_many_steps_as_it_was_distilled_on():
+    assert solve(NoiseSchedule(), "lcm", 4).timesteps.tolist() == [999, 759, 499, 259]  # as diffusers' own
+    assert rows(NoiseSchedule(), "lcm", 4, 1, 0).stochastic
+    with pytest.raises(RequestError, match="more than the 50"):
+        solve(NoiseSchedule(), "lcm", 51)
 
 
 def test_table():

@@ -60,9 +60,9 @@ def test_one_prompt_many_pictures(pipeline):
 
 
 def test_a_request_is_the_same_in_any_company(pipeline, toy_bundle):
-    solvers = ["ddim", "ddpm", "euler", "dpm++2m", "dpm++2m-karras", "plms"]
+    solvers = ["ddim", "ddpm", "euler", "dpm++2m", "dpm++2m-karras", "plms", "lcm", "ddim-early"]
     requests = [
-        Request(f"prompt {n}", seed=n, steps=2 + n % 5, solver=solvers[n % 6], guidance=n / 2, negative_prompt="b" * n)
+        Request(f"prompt {n}", seed=n, steps=2 + n % 5, solver=solvers[n % 8], guidance=n / 2, negative_prompt="b" * n)
         for n in range(13)
     ]
     together = pipeline.generate(requests)
