@@ -341,8 +341,8 @@ def rows(
     solver: a key of SOLVERS. steps: 1 ... num_train_timesteps. guidance: finite; 1 is the conditional output
     alone. guidance_interval: the part of the steps, from 0 to 1, that is guided; outside of it guidance is 1, and the
     unconditional branch need not run (Kynkäänniemi et al. 2024). plms does not run "sample" prediction or zero terminal
-    SNR; ddim, ddpm and lcm do not run "epsilon" prediction from a timestep without signal, where x0 cannot be told from it.
-    All else runs with all else.
+    SNR; ddim, ddpm and lcm do not run "epsilon" prediction from a timestep without signal, where x0 cannot be told from
+    it. All else runs with all else.
 
     Raises RequestError, with what is allowed; also where a schedule is so extreme that its rows are not finite.
     """

@@ -21,6 +21,7 @@ HELP = {
     "hand-prior": "Trains stage 1: prompts to SMPL-H hands. Needs no pictures.",
     "encoder": "Trains the Text+Hand encoder alone on DATA's labels, where no CLIP is at hand.",
     "pictures": "Trains stage 2: prompts and hands to pictures; whole, or as an adapter with --lora.",
+    "distill": "Trains stage 2 to paint in few runs of its network, guidance included: --start is the teacher.",
     "all": "Trains the recipe's stages, one after the other.",
 }
 
@@ -83,7 +84,7 @@ OPTIONS = [
 
 FLAGS = (
     "steps", "batch", "learning_rate", "precision", "accumulate", "gradient_checkpointing", "compile", "shard",
-    "workers", "seed", "lora",
+    "workers", "seed", "lora", "runs",
 )  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def train(stage: str, **values: Any) -> int:
         if launched:
             made.train(name, make=False)
         else:
-            made.stage(name)  # latents and the like once, before the processes part
+            made.ready(name)
             run_processes(work, processes(values["processes"]), folder, values["data"], recipe, begin, name)
     if output is not None and int(os.environ.get("RANK", "0")) == 0:
         made.save(output, values["half"])
@@ -163,6 +164,15 @@ def processes(asked: int | None) -> int:
     return asked or usable_cores()
 
 
+def _runs(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter("give numbers, as in 4,2", ctx, parameter) from None
+
+
 def _command(stage: str) -> None:
     def call(**values: Any) -> int:
         return train(stage, **values)
@@ -171,7 +181,12 @@ def _command(stage: str) -> None:
     command: Any = call
     for option in reversed(OPTIONS):  # flags override the recipe
         command = option(command)
-    if stage in ("pictures", "all"):
+    if stage == "distill":
+        runs = click.option(
+            "--runs", callback=_runs, metavar="N,...", help="Of the network, one student after the other."
+        )
+        command = runs(command)
+    if stage in ("pictures", "distill", "all"):
         rank = click.option("--lora", type=int, metavar="RANK", help="Train ranks beside frozen weights (peft).")
         command = rank(command)
     commands.command(stage, short_help=HELP[stage])(command)

@@ -107,11 +107,24 @@ class PicturesPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
     lora: Annotated[int, Meta(ge=0, le=1024, description="a rank from 0 (no LoRA) to 1024")] = 0
 
 
+class DistillPlan(PicturesPlan, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Stage 2 in few runs of the network: see distill.py. `steps` are the optimizer's, of each student."""
+
+    weight_decay: Weight = 0.0
+    ema: Decay = 0.99
+    runs: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=8)] = (4, 2)  # one student after the other
+    teacher_steps: Count = 12  # which all runs must divide
+    trajectories: Count = 8192  # of the teacher
+    first: Share = 0.6  # of the samples that begin in pure noise
+    drop_hands: Share = 0.1  # of the trajectories
+
+
 PLANS: dict[str, type[Plan]] = {
     "vae": VaePlan,
     "hand-prior": HandPriorPlan,
     "encoder": EncoderPlan,
     "pictures": PicturesPlan,
+    "distill": DistillPlan,
 }
 
 
@@ -130,6 +143,7 @@ class Recipe(
     hand_prior: HandPriorPlan = HandPriorPlan()
     encoder: EncoderPlan = EncoderPlan()
     pictures: PicturesPlan = PicturesPlan()
+    distill: DistillPlan = DistillPlan()
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:

@@ -5,7 +5,7 @@
     run.checkpoint().save("checkpoint")
 
     recipe.toml  tokenizer.json (of a new checkpoint)  vae.json  samples/
-    vae/ hand-prior/ encoder/ pictures/    state.safetensors  log.jsonl  tensorboard/  [adapter.safetensors]
+    vae/ hand-prior/ encoder/ pictures/ distill-N/    state.safetensors  log.jsonl  tensorboard/  [adapter.safetensors]
 
 A stage reads what the others left in the folder, never their memory, so that stages can be trained apart, and any of
 them may be interrupted.
@@ -16,11 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
@@ -36,6 +38,7 @@ from ..models import lora
 from ..models.checkpoint import BODY, Checkpoint, make_tokenizer, random_checkpoint
 from ..models.configs import CONFIGS
 from ..schema import MisfitError
+from .distill import FILE, Bank, becomes_student, grid, jump_stage
 from .loop import Stage, averages, console, finished, fit
 from .recipe import PLANS, Recipe
 from .sample import CUES, decode, encode, hands_of, image_grid, sample_hands, sample_pictures
@@ -108,8 +111,8 @@ class Run:
         checkpoint.attach_kernel()
         return checkpoint
 
-    def checkpoint(self) -> Checkpoint:
-        """The checkpoint with every stage that has been trained so far."""
+    def checkpoint(self, students: bool = True) -> Checkpoint:
+        """The checkpoint with every stage that has been trained so far. students: also what was distilled from it."""
         checkpoint = self.begin()
         modules: dict[str, nn.Module] = {
             "vae": VaeLoss(checkpoint, self.recipe.vae),
@@ -117,17 +120,21 @@ class Run:
             "encoder": nn.ModuleDict({"encoder": checkpoint.text_hand_encoder}),
             "pictures": PictureLoss(checkpoint, self.recipe.pictures),
         }
+        if students:
+            modules |= {f"distill-{runs}": modules["pictures"] for runs in self.recipe.distill.runs}
         for name, module in modules.items():
             learned = averages(self.folder / name)
             if name == "encoder":  # what it read off the tokens with is of no use any more
                 learned = {key: value for key, value in learned.items() if key.startswith("encoder.")}
             if any(".lora_A." in key for key in learned):
-                lora.merge(checkpoint, self.write_adapter())
+                lora.merge(checkpoint, self.write_adapter(name))
             elif learned:
                 known = module.state_dict()  # parts that were held fixed are not among what was learned
                 if any(key not in known or known[key].shape != value.shape for key, value in learned.items()):
                     raise TrainingError(f"{self.folder / name} is of another network. Name another --run.")
                 module.load_state_dict(learned, strict=False)
+            if learned and name.startswith("distill-"):
+                becomes_student(checkpoint, int(name.removeprefix("distill-")))
         measured = self.folder / "vae.json"
         if measured.exists():
             checkpoint.vae.register_to_config(**json.loads(measured.read_text()))
@@ -136,10 +143,10 @@ class Run:
         checkpoint.attach_kernel()
         return checkpoint
 
-    def write_adapter(self) -> Path:
-        """What `pictures` has learned with LoRA, as a file of its own."""
-        path = self.folder / "pictures" / ADAPTER
-        learned = averages(self.folder / "pictures")
+    def write_adapter(self, stage: str = "pictures") -> Path:
+        """What a stage has learned with LoRA, as a file of its own."""
+        path = self.folder / stage / ADAPTER
+        learned = averages(self.folder / stage)
         rank = next(len(value) for name, value in learned.items() if ".lora_A." in name)
         trained = {name.replace(".default.weight", ".weight"): value for name, value in learned.items()}
         lora.save({name: value for name, value in trained.items() if ".basis" not in name}, path, rank)
@@ -179,7 +186,16 @@ class Run:
         return torch.from_numpy(np.stack(images))
 
     def done(self, stage: str) -> bool:
-        return finished(self.folder / stage, self.recipe.plan(stage).steps)
+        parts = [f"distill-{runs}" for runs in self.recipe.distill.runs] if stage == "distill" else [stage]
+        return all(finished(self.folder / part, self.recipe.plan(stage).steps) for part in parts)
+
+    def ready(self, stage: str) -> None:
+        """Makes what is missing of latents and the like, before several processes read it."""
+        if stage == "distill":
+            grid(self.recipe.distill)  # what is wrong with it is said first
+            self.latents(self.checkpoint(), False)
+        else:
+            self.stage(stage)
 
     def stage(self, name: str, make: bool = True) -> Stage:
         """What a stage trains, on what. make: latents that are missing; else TrainingError says how to."""
@@ -235,12 +251,49 @@ class Run:
             painter.requires_grad_(True)
         read = lambda rows: cache.rows(rows, ("mean", "std", "ids", *CUES))  # noqa: E731
         stage = Stage(name, painter, read, picture_inputs(checkpoint, recipe.pictures, empty), **common)
-        stage.on_save = lambda step: self.show_pictures(checkpoint, cache, stage, empty, step)
+        rows = (stage.held if len(stage.held) else stage.train)[:SHOWN]
+        stage.on_save = partial(self.show_pictures, checkpoint, cache, name, rows, empty)
         return stage
 
     def train(self, name: str, make: bool = True) -> None:
         """Trains a stage in this process, one of several perhaps."""
-        fit(self.stage(name, make), self.recipe.plan(name), self.folder / name)
+        if name == "distill":
+            self.distill(make)
+        else:
+            fit(self.stage(name, make), self.recipe.plan(name), self.folder / name)
+
+    def distill(self, make: bool) -> None:
+        """A bank of the teacher's trajectories, then one student after the other, each from the one before."""
+        plan, state = self.recipe.distill, PartialState(cpu=not torch.cuda.is_available())
+        teacher = self.checkpoint(students=False)
+        cache = self.latents(teacher, False, make)
+        rows = cache.usable[~self.held[cache.samples[cache.usable]]]
+        if not len(rows):
+            raise TrainingError(f"{self.index.folder} has no sample to paint trajectories of.")
+        bank = Bank(self.folder / "bank", teacher, cache, rows, plan, f"{_weights(teacher.unet)} {self.digest}")
+        said = [-1]
+
+        def show(done: int, total: int) -> None:
+            if state.is_main_process and 20 * done // total > said[0]:
+                said[0] = 20 * done // total
+                console.print(f"distill: {done * FILE} of {total * FILE} trajectories")
+
+        PictureLoss(teacher, plan).to(state.device)  # all of stage 2
+        bank.make(state.process_index, state.num_processes, show, str(state.device))
+        state.wait_for_everyone()
+        empty = encode_prompts([""], teacher.tokenizer, teacher.special_tokens)[0]
+        for runs in plan.runs:
+            if finished(self.folder / f"distill-{runs}", plan.steps):
+                continue
+            student = self.checkpoint()
+            if plan.lora:
+                torch.manual_seed(plan.seed)
+                lora.inject(student, plan.lora)
+            becomes_student(student, runs)
+            stage = jump_stage(student, bank, plan, runs, f"distill-{runs}")
+            stage.data = self.digest
+            stage.on_save = partial(self.show_pictures, student, cache, stage.name, rows[:SHOWN], empty)
+            fit(stage, plan, self.folder / stage.name)
 
     def measure_vae(self, checkpoint: Checkpoint, cache: LatentCache, rows: Sequence[int]) -> None:
         """Of a VAE that was trained here: brings its latents to mean 0 and deviation 1, and notes how."""
@@ -261,12 +314,14 @@ class Run:
             again = decode(checkpoint, encode(checkpoint, images_to_float(images).to(device))).cpu()
         self.write("vae", step, torch.cat([images, again]))
 
-    def show_pictures(self, checkpoint: Checkpoint, cache: LatentCache, stage: Stage, empty: Tensor, step: int) -> None:
-        """Held-out samples with their own hands, then the recipe's prompts with the hand prior's."""
-        if self.recipe.pictures.lora:
-            self.write_adapter()
+    def show_pictures(
+        self, checkpoint: Checkpoint, cache: LatentCache, stage: str, samples: np.ndarray, empty: Tensor, step: int
+    ) -> None:
+        """Some samples with their own hands, then the recipe's prompts with the hand prior's."""
+        if self.recipe.plan(stage.partition("-")[0]).lora:
+            self.write_adapter(stage)
         device = next(checkpoint.unet.parameters()).device
-        rows = cache.rows((stage.held if len(stage.held) else stage.train)[:SHOWN], ("ids", *CUES))
+        rows = cache.rows(samples, ("ids", *CUES))
         ids, hands = rows["ids"][:, -1], {name: rows[name].float() for name in CUES}
         if self.recipe.prompts and checkpoint.hand_prior.mean.any() and checkpoint.body is not None:
             asked = encode_prompts(self.recipe.prompts, checkpoint.tokenizer, checkpoint.special_tokens)
@@ -277,7 +332,7 @@ class Run:
         for first in range(0, len(ids), 8):
             some = {name: value[first : first + 8].to(device) for name, value in hands.items()}
             parts.append(sample_pictures(checkpoint, ids[first : first + 8].to(device), empty.to(device), some).cpu())
-        self.write("pictures", step, torch.cat(parts))
+        self.write(stage, step, torch.cat(parts))
 
     def write(self, name: str, step: int, images: Tensor) -> None:
         folder = self.folder / "samples"
@@ -295,8 +350,18 @@ class Run:
         checkpoint = self.checkpoint()
         trained = {name: {"steps": self.recipe.plan(name).steps, "data": self.digest} for name in PLANS
                    if finished(self.folder / name)}  # fmt: skip
+        if self.done("distill"):
+            trained["distill"] = {"runs": list(self.recipe.distill.runs), "data": self.digest}
         checkpoint.notes = {**checkpoint.notes, "trained": {**_stages(checkpoint.notes), **trained}}
         checkpoint.save(output, half=half)
+
+
+def _weights(module: nn.Module) -> str:
+    """A digest of a module's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _stages(notes: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""Distillation: targets lead where the teacher went, a bank is made once by any number of processes, the command ends
+in a checkpoint that paints in few runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from commands import run_command
+from diffusers import DDIMScheduler
+from handiffuser.data.latents import LatentCache, make_latents
+from handiffuser.demo.dataset import make
+from handiffuser.errors import TrainingError
+from handiffuser.models.checkpoint import Checkpoint, random_checkpoint
+from handiffuser.models.configs import CONFIGS
+from handiffuser.training import distill
+from handiffuser.training.distill import Bank, becomes_student, few_steps, grid, jump_inputs, jump_stage
+from handiffuser.training.draws import Draws
+from handiffuser.training.recipe import DistillPlan
+
+PLAN = DistillPlan(runs=(2, 1), teacher_steps=4, trajectories=8, drop_hands=0.5, first=0.5)
+
+
+@pytest.fixture(scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "FILE", 4)
+        patch.setattr(distill, "BATCH", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "world"
+    make(folder, 24, size=64, processes=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    from handiffuser import demo
+
+    body = demo.checkpoint_path() / "body" / "smplh.npz"
+    checkpoint = random_checkpoint(replace(CONFIGS["tiny"], guidance=2.0), seed=3, body=body)
+    for module in checkpoint.modules().values():
+        module.eval().requires_grad_(False)
+    checkpoint.attach_kernel()
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def cache(world, teacher):
+    make_latents(teacher, world, pictures=False, bf16=True)
+    return LatentCache.open(teacher, world, pictures=False, bf16=True)
+
+
+def bank_of(folder, teacher, cache, plan=PLAN, **more):
+    bank = Bank(folder, teacher, cache, cache.usable, plan, "a digest")
+    bank.make(**more)
+    return bank
+
+
+def test_a_target_leads_to_the_teachers_next_kept_state(small, teacher, cache, tmp_path):
+    """By diffusers' own step, on the student's grid, from each kept state."""
+    bank = bank_of(tmp_path / "bank", teacher, cache)
+    assert bank.kept == [0, 2, 4] and len(bank) == 8
+    rows = bank.read(range(8))
+    assert rows["states"].shape == (8, 3, 4, *teacher.latent_size) and rows["ids"].shape == (8, 77)
+    for runs in PLAN.runs:
+        scheduler = DDIMScheduler.from_config(few_steps(teacher.scheduler))
+        scheduler.set_timesteps(runs)
+        seen = set()
+        for step in range(6):
+            draws = Draws(0, step, 8, range(8))
+            _, _, x, timestep, target, told, weight, lines = jump_inputs(teacher.scheduler, bank, PLAN, runs)(
+                rows, draws
+            )
+            assert told.tolist() == weight.tolist() == [1] * 8 and lines.shape == (8, *teacher.latent_size)
+            for i in range(8):
+                jump = scheduler.timesteps.tolist().index(int(timestep[i]))
+                seen.add(jump)
+                states = rows["states"][i, :: 2 // runs].float()
+                assert torch.equal(x[i], states[jump])
+                there = scheduler.step(target[i], timestep[i], x[i]).prev_sample
+                torch.testing.assert_close(there, states[jump + 1], rtol=1e-3, atol=2e-3)
+        assert seen == set(range(runs))
+
+
+def test_an_unguided_teacher_is_its_own_student(small, teacher, cache, tmp_path):
+    """On the teacher's own grid there is nothing to learn, and of another one there is."""
+    plain = replace(teacher, defaults={**teacher.defaults, "guidance": 1.0})
+    plan = msgspec.structs.replace(PLAN, runs=(4, 1))
+    bank = bank_of(tmp_path / "bank", plain, cache, plan)
+    rows = bank.read(range(8))
+    assert bool((rows["visibility"].sum(1) == 0).any()) and bool((rows["visibility"].sum(1) > 0).any())
+    losses = {}
+    for runs in plan.runs:
+        stage = jump_stage(plain, bank, plan, runs, f"distill-{runs}")
+        assert not any(p.requires_grad for p in stage.module.text_hand_encoder.parameters())
+        losses[runs] = float(stage.module(*stage.inputs(rows, Draws(0, 0, 8, range(8)))).detach())
+    assert losses[4] < 1e-4 < 1e-2 < losses[1]
+    plain.unet.requires_grad_(False)
+
+
+def test_a_bank_is_the_same_whoever_makes_it_and_goes_on(small, teacher, cache, tmp_path):
+    whole = bank_of(tmp_path / "one", teacher, cache).read(range(8))
+    for rank in (1, 0):
+        bank_of(tmp_path / "two", teacher, cache, rank=rank, world=2)
+    two = bank_of(tmp_path / "two", teacher, cache).read(range(8))
+    kept = tmp_path / "one" / "00000.safetensors"
+    before = kept.stat().st_mtime_ns
+    (tmp_path / "one" / "00001.safetensors").unlink()
+    again = bank_of(tmp_path / "one", teacher, cache).read([7, 0])
+    assert kept.stat().st_mtime_ns == before, "what is there is not made again"
+    for name, value in whole.items():
+        assert torch.equal(value, two[name]) and torch.equal(value[[7, 0]], again[name]), name
+
+
+def test_a_bank_is_of_one_teacher_and_damage_is_named(small, teacher, cache, tmp_path):
+    bank = bank_of(tmp_path / "bank", teacher, cache)
+    with pytest.raises(TrainingError, match="another teacher or grid"):
+        Bank(tmp_path / "bank", teacher, cache, cache.usable, PLAN, "another digest")
+    with pytest.raises(TrainingError, match="another teacher or grid"):
+        Bank(tmp_path / "bank", teacher, cache, cache.usable, msgspec.structs.replace(PLAN, runs=(4,)), "a digest")
+    (tmp_path / "bank" / "00001.safetensors").write_bytes(b"nothing")
+    with pytest.raises(TrainingError, match=r"00001.safetensors cannot be read.*Remove it"):
+        bank.read([5])
+    assert len(bank.read([3])["ids"]) == 1
+
+
+def test_the_grid():
+    assert grid(DistillPlan(runs=(4, 2), teacher_steps=12)) == [0, 3, 6, 9, 12]
+    assert grid(DistillPlan(runs=(3, 2), teacher_steps=12)) == [0, 4, 6, 8, 12]
+    with pytest.raises(TrainingError, match="teacher_steps=15"):
+        grid(DistillPlan(runs=(5,), teacher_steps=12))
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_checkpoint_of_few_runs(teacher, world, tmp_path):
+    teacher.save(tmp_path / "teacher")
+    common = ("distill", "--data", world, "--start", tmp_path / "teacher", "--run", tmp_path / "run", "--processes", 2,
+              "--batch", 4, "--accumulate", 1, "--precision", "fp32", "--set", "teacher_steps=4",
+              "--set", "trajectories=64")  # fmt: skip
+    out = tmp_path / "fast"
+    result = run_command("training.cli", *common, "--runs", "2,1", "--steps", 2, "--output", out, timeout=600)
+    assert result.returncode == 0 and "64 of 64 trajectories" in result.stderr, result.stderr
+    fast = Checkpoint.load(out)
+    assert (fast.defaults["steps"], fast.defaults["guidance"], fast.defaults["solver"]) == (1, 1.0, "ddim")
+    assert fast.scheduler["timestep_spacing"] == "trailing" and fast.notes["trained"]["distill"]["runs"] == [2, 1]
+    before, after = teacher.unet.state_dict(), fast.unet.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for name in ("text_hand_encoder", "vae", "hand_prior"):
+        one, other = teacher.modules()[name].state_dict(), fast.modules()[name].state_dict()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert {path.name.rpartition("-")[0] for path in (tmp_path / "run/samples").glob("*.png")} == {
+        "distill-2", "distill-1"}  # fmt: skip
+    again = run_command("training.cli", *common, "--runs", "2,1", "--steps", 2, "--output", out)
+    assert again.returncode == 0 and "distill: done already" in again.stderr, again.stderr
+    wrong = run_command("training.cli", *common, "--runs", "3")
+    assert wrong.returncode == 1 and "no part of the teacher's 4 steps" in wrong.stderr, wrong.stderr
+    bundle = run_command("export.cli", out, tmp_path / "bundle", timeout=300)
+    assert bundle.returncode == 0, bundle.stderr
+    made = run_command("runtime.cli", tmp_path / "bundle", "two open hands", "-o", tmp_path / "pictures")
+    assert made.returncode == 0, made.stderr
+
+
+def test_a_student_keeps_all_other_settings(teacher):
+    student = replace(teacher)
+    becomes_student(student, 2)
+    changed = {name for name, value in student.defaults.items() if teacher.defaults[name] != value}
+    assert changed <= {"steps", "guidance", "solver"} and student.defaults["steps"] == 2
+    assert np.isfinite(student.defaults["guidance"]) and teacher.defaults["guidance"] == 2.0

@@ -1,0 +1,221 @@
+"""Distillation into few steps: the student jumps where its teacher arrives after several steps, guidance included.
+
+    bank = Bank(Path("runs/fast/bank"), teacher, cache, rows, plan, digest)
+    bank.make(rank, world)
+    stage = jump_stage(student, bank, plan, runs=4)
+
+A bank holds trajectories of the teacher: from pure noise, guided, with the hands and words of the data, of which it
+keeps each state where a jump begins or ends. The student learns the output whose one DDIM step leads from one kept
+state to the next (progressive distillation, Salimans & Ho 2022, arXiv 2202.00512, with states of the teacher's own
+instead of noised pictures), and needs neither guidance nor the unconditional branch any more. Both walk the same grid:
+"trailing" timesteps, of which few are a part of many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..data.latents import LatentCache, encode_prompts
+from ..errors import TrainingError
+from ..models.checkpoint import Checkpoint
+from ..schedules import NoiseSchedule, solve
+from .draws import Draws, generator_for, order
+from .loop import Stage
+from .recipe import DistillPlan
+from .sample import CUES
+from .stages import Inputs, PictureLoss, edges
+
+FILE = 64  # trajectories of a file
+BATCH = 8  # trajectories that are painted together
+HELD = 64  # trajectories that validate
+
+
+def grid(plan: DistillPlan) -> list[int]:
+    """After how many of the teacher's steps a state is kept: where any of the students jumps from or to.
+
+    Raises TrainingError where a student's runs are no part of the teacher's steps.
+    """
+    kept: set[int] = set()
+    for runs in plan.runs:
+        if plan.teacher_steps % runs:
+            raise TrainingError(
+                f"{runs} runs are no part of the teacher's {plan.teacher_steps} steps: take runs that divide them, or "
+                f"--set teacher_steps={-(-plan.teacher_steps // runs) * runs}."
+            )
+        kept |= set(range(0, plan.teacher_steps + 1, plan.teacher_steps // runs))
+    return sorted(kept)
+
+
+def few_steps(schedule: dict[str, Any]) -> dict[str, Any]:
+    """The schedule that teacher and student sample with."""
+    return {**schedule, "timestep_spacing": "trailing"}
+
+
+def becomes_student(checkpoint: Checkpoint, runs: int) -> None:
+    """What a checkpoint takes unless asked otherwise: so many DDIM steps of its conditional branch alone."""
+    checkpoint.scheduler = few_steps(checkpoint.scheduler)
+    checkpoint.defaults = {**checkpoint.defaults, "steps": runs, "solver": "ddim", "guidance": 1.0}
+
+
+class Bank:
+    """Trajectories of a teacher, in files of FILE each. A file that is there is whole: what is missing is made."""
+
+    def __init__(
+        self, folder: Path, teacher: Checkpoint, cache: LatentCache, rows: np.ndarray, plan: DistillPlan, digest: str
+    ) -> None:
+        """rows: of the cache, from which hands and words are taken. digest: of teacher and data.
+
+        Raises TrainingError where the folder is the bank of another teacher, or of other settings.
+        """
+        self.folder, self.teacher, self.cache, self.plan = folder, teacher, cache, plan
+        self.kept = grid(plan)
+        self.files = -(-plan.trajectories // FILE)
+        picked = [order(plan.seed, epoch, len(rows)) for epoch in range(-(-self.files * FILE // len(rows)))]
+        self.rows = rows[np.concatenate(picked)[: self.files * FILE]]
+        guidance = teacher.defaults["guidance"]
+        what = {
+            "of": digest, "teacher_steps": plan.teacher_steps, "kept": self.kept, "guidance": guidance,
+            "no_hands": plan.drop_hands, "seed": plan.seed,
+        }  # fmt: skip
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        path = folder / "key.json"
+        if path.exists() and json.loads(path.read_text()).get("key") != key:
+            raise TrainingError(f"{folder} holds trajectories of another teacher or grid. Name another --run.")
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _written(path, lambda temporary: temporary.write_text(json.dumps({"key": key, **what}, indent=1) + "\n"))
+
+    def __len__(self) -> int:
+        return self.files * FILE
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.safetensors"
+
+    def make(
+        self, rank: int = 0, world: int = 1, on_progress: Callable[[int, int], None] | None = None, device: str = "cpu"
+    ) -> None:
+        """Paints the files that are missing; of several processes each makes every world-th."""
+        mine = [number for number in range(rank, self.files, world) if not self.path(number).exists()]
+        for left in range(len(mine), 0, -1):
+            number = mine[-left]
+            parts = [self._paint(number * FILE + first, device) for first in range(0, FILE, BATCH)]
+            whole = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+            _written(self.path(number), partial(save_file, whole))
+            if on_progress is not None:  # the others are about as far
+                on_progress(max(1, self.files - world * (left - 1)), self.files)
+
+    @torch.no_grad()
+    def _paint(self, first: int, device: str) -> dict[str, Tensor]:
+        """Trajectories first .. first + BATCH - 1: states [BATCH, K, C, h, w], ids [BATCH, 77], fate [BATCH]."""
+        teacher, plan = self.teacher, self.plan
+        numbers = range(first, first + BATCH)
+        rows = self.cache.rows(self.rows[first : first + BATCH], ("ids", *CUES))
+        chance = [generator_for(plan.seed, 1, number) for number in numbers]
+        wordings = rows["ids"].shape[1]
+        ids = torch.stack([rows["ids"][i, torch.randint(wordings, (), generator=g)] for i, g in enumerate(chance)])
+        bare = torch.stack([torch.rand((), generator=g) for g in chance]) < plan.drop_hands
+        hands = {name: rows[name].float().to(device) for name in CUES}
+        hands["visibility"] = torch.where(bare[:, None].to(device), 0.0, hands["visibility"])
+        blank = {**hands, "visibility": torch.zeros_like(hands["visibility"])}
+        empty = encode_prompts([""], teacher.tokenizer, teacher.special_tokens)[0]
+        context = torch.cat(
+            [
+                teacher.text_hand_encoder(empty.to(device).expand(BATCH, -1), **blank),
+                teacher.text_hand_encoder(ids.to(device), **hands),
+            ]
+        )
+        shape = (teacher.unet.config.in_channels, *teacher.latent_size)
+        x = torch.stack([torch.randn(shape, generator=g) for g in chance]).to(device)
+        scheduler = DDIMScheduler.from_config(few_steps(teacher.scheduler))
+        scheduler.set_timesteps(plan.teacher_steps)
+        guidance, states = teacher.defaults["guidance"], [x]
+        for step, timestep in enumerate(scheduler.timesteps, 1):
+            both = teacher.unet(torch.cat([x, x]), timestep.to(device), context).sample
+            without, given = both.chunk(2)
+            x = scheduler.step(without + guidance * (given - without), timestep, x).prev_sample
+            if step in self.kept:
+                states.append(x)
+        return {"states": torch.stack(states, 1).half().cpu(), "ids": ids, "bare": bare}
+
+    def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Some trajectories: states [n, K, C, h, w], ids [n, 77], joints, rotations, bps, visibility."""
+        rows = self.cache.rows(self.rows[list(numbers)], CUES)
+        parts: list[dict[str, Tensor]] = []
+        for number in numbers:
+            try:
+                with safe_open(self.path(number // FILE), "pt") as file:
+                    at = number % FILE
+                    parts.append({name: file.get_slice(name)[at : at + 1] for name in ("states", "ids", "bare")})
+            except (OSError, SafetensorError) as error:
+                raise TrainingError(
+                    f"{self.path(number // FILE)} cannot be read ({error}). Remove it: the same command makes it again."
+                ) from None
+        out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        rows["visibility"] = torch.where(out.pop("bare")[:, None], 0.0, rows["visibility"])
+        return {**rows, **out}
+
+
+def _written(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be written: {error.strerror or error}. Free some space; it goes on."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def jump_inputs(schedule: dict[str, Any], bank: Bank, plan: DistillPlan, runs: int) -> Inputs:
+    """A kept state, and the output whose DDIM step leads to the next one.
+
+    rows: as `Bank.read` gives them. x' = a x + b m, so m = (x' - a x) / b, whatever the network predicts.
+    """
+    recurrence = solve(NoiseSchedule.from_config(few_steps(schedule)), "ddim", runs)
+    a, b = (torch.from_numpy(np.asarray(value[0])).float() for value in (recurrence.A, recurrence.B))
+    times = torch.from_numpy(recurrence.timesteps).long()
+    stride = plan.teacher_steps // runs
+    begins = torch.tensor([bank.kept.index(stride * k) for k in range(runs + 1)])
+
+    def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
+        u = draws.uniform()
+        # The first jump, from pure noise, holds nearly all the loss: it comes as often as the plan says.
+        later = 1 + ((u - plan.first) / (1 - plan.first) * (runs - 1)).long().clamp(0, max(runs - 2, 0))
+        jump = torch.where(u < plan.first, 0, later) if runs > 1 else torch.zeros_like(u, dtype=torch.long)
+        states, at = rows["states"].float(), torch.arange(len(u))
+        x, there, clean = states[at, begins[jump]], states[at, begins[jump + 1]], states[:, -1]
+        column = (-1, 1, 1, 1)
+        target = (there - a[jump].view(column) * x) / b[jump].view(column)
+        hands = {name: rows[name].float() for name in CUES}
+        one = torch.ones(len(u))
+        return rows["ids"], hands, x, times[jump], target, one, one, edges(clean)
+
+    return inputs
+
+
+def jump_stage(student: Checkpoint, bank: Bank, plan: DistillPlan, runs: int, name: str) -> Stage:
+    """What a student of `runs` runs is trained on: its UNet alone, contexts and positions stay the teacher's."""
+    painter = PictureLoss(student, plan)
+    if not plan.lora:
+        painter.unet.requires_grad_(True)
+    numbers = np.arange(len(bank))
+    held = min(HELD, len(numbers) // 10)
+    return Stage(
+        name, painter, bank.read, jump_inputs(student.scheduler, bank, plan, runs), numbers[: len(numbers) - held],
+        numbers[len(numbers) - held :], fixed=[painter.text_hand_encoder],
+    )  # fmt: skip
