@@ -127,9 +127,9 @@ class OpenVinoEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,  # others may use the cores, too
         }
-        content = shelf.find(name, sizes) if shelf is not None and not beside else None
-        if content is not None:
-            return core.import_model(content, "CPU", options)
+        kept = shelf.find(name, sizes) if shelf is not None and not beside else None
+        if kept is not None:
+            return core.import_model(kept.read_bytes(), "CPU", options)
         started = time.monotonic()
         try:
             model = core.read_model(self.path)
