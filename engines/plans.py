@@ -320,7 +320,11 @@ class PlanStore:
 
 def user_cache() -> PlanStore:
     """What runs of this user have compiled, for any bundle: `$XDG_CACHE_HOME/handiffuser`, else `~/.cache/...`."""
-    return PlanStore(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handiffuser")
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a container's user who has no home
+        home = Path(os.devnull)  # where nothing can be kept
+    return PlanStore(home / "handiffuser")
 
 
 class Shelf:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -122,7 +123,7 @@ def write(shelf: Shelf, admission: Admission) -> None:
     if path is None:
         return
     try:
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(asdict(admission)), encoding="utf-8")
         temporary.replace(path)
     except OSError:
