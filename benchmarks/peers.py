@@ -3,8 +3,9 @@
     diffusers eager    the PyTorch modules, diffusers' scheduler in a Python loop: what a diffusers pipeline does
     torch.compile      the same with a compiled UNet
     plain ONNX Runtime an export of the bare networks, session calls, diffusers' scheduler: what optimum does
-    OpenVINO f32, bf16 the same files and loop in OpenVINO, for fixed shapes: what optimum-intel does after `reshape`.
-                       bf16 for all networks is OpenVINO's own choice where the processor has it
+    OpenVINO           the same files and loop in OpenVINO with its own defaults, as optimum-intel has it: free shapes,
+                       bfloat16 for all networks where the processor has it
+    OpenVINO f32, bf16 the same for fixed shapes, after optimum-intel's `reshape`, in either precision
     ours in float32    ONNX Runtime, where what is measured runs with OpenVINO in bfloat16
 
 All make the same requests: same noise, steps, solver, guidance; each makes the hands itself from the same prompt. They
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,22 @@ def plain_session(file: Path, spec: GraphSpec, threads: int) -> Network:
     return lambda *values: torch.from_numpy(session.run(None, feeds_of(spec, values))[0])
 
 
+class FreeShapes:
+    """A graph in OpenVINO as it is compiled by default."""
+
+    def __init__(self, file: Path, spec: GraphSpec, threads: int) -> None:
+        import openvino as ov
+
+        self.spec = spec
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        self.request = ov.Core().compile_model(file, "CPU", options).create_infer_request()
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = self.request.infer(dict(feeds), share_inputs=True, share_outputs=True)
+        values = [found[index].copy() for index in range(len(self.spec.outputs))]
+        return {tensor.name: value for tensor, value in zip(self.spec.outputs, values, strict=True)}
+
+
 class PlainOnnx(Eager):
     """ONNX Runtime for all networks, called from a Python loop. What a plain export would be alike is the bundle's."""
 
@@ -249,20 +266,27 @@ class PlainOnnx(Eager):
         self.features = lambda x: _tensors(self.engines["hand_features"]({"x": x.numpy()}))
         self.decode = lambda x: torch.from_numpy(self.engines["image_decoder"]({"latents": x.numpy()})["image"])
 
-    def in_openvino(self, precision: str) -> PlainOnnx:
-        """The same files and the same loop, computed by OpenVINO, each network for the shapes that it is called with.
+    def in_openvino(self, precision: str = "") -> PlainOnnx:
+        """The same files and the same loop, computed by OpenVINO.
 
-        precision: "fp32" or "bf16", of all networks.
+        precision: "fp32" or "bf16", of all networks, each for the shapes that it is called with; by default what
+        OpenVINO chooses, and free shapes.
         """
-        out = copy.copy(self)
-        out.take(lambda file, spec: openvino.OpenVinoEngine(file, spec, precision, self.threads))
-        out.prior, out.unet = (out.network_of(name, precision) for name in ("hand_prior", "unet"))
-        return out
 
-    def network_of(self, name: str, precision: str) -> Network:
-        spec = self.plain[name]
-        engine = openvino.OpenVinoEngine(self.work / spec.file, spec, precision, self.threads)
-        return lambda *values: torch.from_numpy(engine(feeds_of(spec, values))["output"])
+        def engine(file: Path, spec: GraphSpec) -> Engine:
+            if precision:
+                return openvino.OpenVinoEngine(file, spec, precision, self.threads)
+            return FreeShapes(file, spec, self.threads)
+
+        def network(name: str) -> Network:
+            spec = self.plain[name]
+            run = engine(self.work / spec.file, spec)
+            return lambda *values: torch.from_numpy(run(feeds_of(spec, values))["output"])
+
+        out = copy.copy(self)
+        out.take(engine)
+        out.prior, out.unet = network("hand_prior"), network("unet")
+        return out
 
     def text(self, ids: Tensor) -> Tensor:
         return _tensors(self.engines["text_encoder"]({"input_ids": ids.contiguous().numpy()}))["text"]
@@ -373,6 +397,7 @@ def compare(
                     "--leave-out openvino." if openvino.is_installed() else f"Install it: {openvino.INSTALL}."
                 )
             else:
+                ways["OpenVINO"] = plain.in_openvino()
                 ways["OpenVINO f32"] = plain.in_openvino("fp32")
                 if cpu.has_bf16():
                     ways["OpenVINO bf16"] = plain.in_openvino("bf16")

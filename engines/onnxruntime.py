@@ -273,9 +273,9 @@ def _kept_session(path: Path, spec: GraphSpec, options: Any, shelf: Shelf) -> An
     """A session on the CPU from the optimised graph on the shelf; or one that puts it there."""
     ort = _import_onnxruntime()
     name, sizes = path.stem, {axis: EVERY[axis] for axis in dict.fromkeys(_free_axes(spec))}
-    if (content := shelf.find(name, sizes)) is not None:
+    if (kept := shelf.find(name, sizes)) is not None:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been
-        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(kept), options, providers=["CPUExecutionProvider"])
     if not shelf.keeps(name):
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     with TemporaryDirectory() as folder:

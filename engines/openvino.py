@@ -14,6 +14,7 @@ compiled is kept, see `plans.Shelf`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import sys
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..contract import BRANCHES, GraphSpec, Manifest
-from ..errors import BundleError, EngineError
+from ..errors import BundleError, EngineError, HanDiffuserError
 from . import cpu
 from .base import Engine, check_feeds
 from .onnxruntime import usable_cores
@@ -74,7 +75,7 @@ class OpenVinoEngine:
         self.threads = threads or usable_cores()
         self.axes = sorted({size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)})
         self._requests: dict[tuple[int, ...], Any] = {}
-        self._bound: dict[tuple[int, ...], dict[str, int]] = {}  # of each request: where its inputs lie
+        self._bound: dict[tuple[int, ...], dict[str, np.ndarray]] = {}  # of each request: its inputs
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         check_feeds(self.spec, feeds)
@@ -84,11 +85,10 @@ class OpenVinoEngine:
             for name, value in feeds.items():
                 array = np.require(value, requirements=("C", "W"))
                 # Most arrays are where they were at the last step: telling so anew takes a twentieth of one. What is
-                # bound is kept alive by its tensor, so that no other array can be there.
-                place = array.__array_interface__["data"][0]
-                if bound.get(name) != place:
+                # bound is kept, so that no other array can be there.
+                if name not in bound or _place(bound[name]) != _place(array):
                     request.set_tensor(name, _import().Tensor(array, shared_memory=True))
-                    bound[name] = place
+                    bound[name] = array
             request.start_async()
             request.wait()
         except Exception as error:  # OpenVINO raises RuntimeError for all there is
@@ -108,7 +108,7 @@ class OpenVinoEngine:
         if key not in self._requests:
             try:
                 self._requests[key] = self._compiled(sizes, beside).create_infer_request()
-            except EngineError:
+            except HanDiffuserError:
                 raise
             except Exception as error:
                 raise self._failure(error) from error
@@ -127,9 +127,10 @@ class OpenVinoEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,  # others may use the cores, too
         }
-        content = shelf.find(name, sizes) if shelf is not None and not beside else None
-        if content is not None:
-            return core.import_model(content, "CPU", options)
+        kept = shelf.find(name, sizes) if shelf is not None and not beside else None
+        if kept is not None:
+            with contextlib.suppress(RuntimeError, OSError):  # what another build of the same version wrote
+                return core.import_model(kept.read_bytes(), "CPU", options)
         started = time.monotonic()
         try:
             model = core.read_model(self.path)
@@ -230,6 +231,11 @@ def _import() -> Any:
         if alone:
             del sys.modules[CONVERTER]
     return openvino
+
+
+def _place(array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _sentence(error: Exception) -> str:

@@ -7,7 +7,7 @@
         store.add(wanted, plan, {"types": ...}, seconds=26.0)
 
     shelf = Shelf(manifest, folder, "openvino", "2026.4.1", cpu.target(), Options())
-    content = shelf.find("unet", {"B": 1, "G": 2})  # verified, or None: then make it, and shelf.keep(...)
+    path = shelf.find("unet", {"B": 1, "G": 2})     # verified, or None: then make it, and shelf.keep(...)
 
 What a run compiles by itself is kept in the user's cache, never beside the bundle: `hd-run` writes into no bundle.
 
@@ -320,7 +320,11 @@ class PlanStore:
 
 def user_cache() -> PlanStore:
     """What runs of this user have compiled, for any bundle: `$XDG_CACHE_HOME/handiffuser`, else `~/.cache/...`."""
-    return PlanStore(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handiffuser")
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a container's user who has no home
+        home = Path(os.devnull)  # where nothing can be kept
+    return PlanStore(home / "handiffuser")
 
 
 class Shelf:
@@ -341,20 +345,19 @@ class Shelf:
         found = ((store, store.find(wanted)) for store in self._stores)
         return next(((store, plan) for store, plan in found if plan is not None), None)
 
-    def find(self, graph: str, sizes: Sizes) -> bytes | None:
-        """What was compiled for these sizes, verified; None where there is nothing. A damaged one is said and left."""
+    def find(self, graph: str, sizes: Sizes) -> Path | None:
+        """The file of what was compiled for these sizes, verified; None where there is none. Of a damaged one it is
+        said that it is damaged."""
         found = self.plan(graph, sizes)
         if found is None:
             return None
         store, plan = found
-        try:
-            content = store.read(plan)
-        except EngineError:
+        if store.problem(plan, verify=True):
             warnings.warn(f"{plan.path} is damaged: it is compiled again.", RuntimeWarning, stacklevel=2)
             return None
         with contextlib.suppress(OSError):
             os.utime(plan.path)  # see `shrink`
-        return content
+        return plan.path
 
     def keeps(self, graph: str) -> bool:
         """Whether a graph is small enough for the user's cache."""

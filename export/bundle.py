@@ -14,8 +14,9 @@ import copy
 import ctypes
 import gc
 import itertools
+import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,7 @@ from .workspace import install, workspace
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 1e-1}
 OPSET = 23  # keeps GroupNormalization and Attention whole; ONNX Runtime >= 1.23 runs it
 EXTERNAL = 1 << 30  # bytes of weights above which they go into a file beside the graph (protobuf ends at 2 GB)
+PAGE_OUT, WORTH = 21, 1 << 20  # MADV_PAGEOUT, and bytes of a tensor from which on it is called
 COMPACT = 1024  # elements from which a tensor is worth storing in half
 
 
@@ -96,7 +98,10 @@ def export_bundle(
         work.mkdir()
         results: list[Exported] = []
         specs: dict[str, GraphSpec] = {}
-        pairs = zip(graphs(checkpoint, smplh, PRECISIONS[precision]), graphs(checkpoint, smplh), strict=True)
+        weights = sum(tensor.nbytes for tensor in checkpoint.unet.state_dict().values())
+        batch = 3 if weights < EXTERNAL else 2  # rows to check with: a large model's take gigabytes
+        dtype = PRECISIONS[precision]
+        pairs = zip(graphs(checkpoint, smplh, dtype, batch), graphs(checkpoint, smplh, batch=batch), strict=True)
         for graph, reference in pairs:
             began, peaks = time.monotonic(), [0.0]
             forget_peak()
@@ -105,8 +110,14 @@ def export_bundle(
             on_step(graph.name, "comparing")
             kind = "fp32" if graph.name == "hand_features" else precision
             graph.module = nn.Identity()  # its weights are half of the memory in half precision
-            give_back()
-            error, worst = parity(graph, reference.module, work / spec.file, kind, peaks.append)
+            error, worst = parity(
+                graph,
+                reference.module,
+                work / spec.file,
+                kind,
+                peaks.append,
+                lambda: give_back(checkpoint.modules().values()),
+            )
             spec.parity = {"error": float(f"{error:.3g}"), "tolerance": TOLERANCE[kind], "tensor": worst}
             if kind == "bf16":
                 spec.parity["emulated"] = True
@@ -252,11 +263,18 @@ def save_model(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=path.name + ".data" if weights > EXTERNAL else None)
 
 
-def give_back() -> None:
-    """Returns to the system what was freed: the C library keeps it, and another process is to have it."""
+def give_back(modules: Iterable[nn.Module] = ()) -> None:
+    """Returns to the system what was freed, which the C library keeps, and pages of weights that lie in files: another
+    process is to have the memory. They are read again when they are used."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc's alone
-        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError, AttributeError):  # Linux's, with glibc
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
+        for tensor in (tensor for module in modules for tensor in module.state_dict().values()):
+            start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            size = tensor.data_ptr() + tensor.nbytes - start
+            if size >= WORTH:  # harmless for other memory: it stays where there is no swap
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), PAGE_OUT)
 
 
 def parity(
@@ -265,12 +283,13 @@ def parity(
     path: Path,
     precision: str = "fp32",
     on_peak: Callable[[float], Any] = lambda _: None,
+    between: Callable[[], Any] = lambda: None,
 ) -> tuple[float, str]:
     """Largest difference between the file in ONNX Runtime and float32 PyTorch, relative to each output's largest value.
 
     Two sizes of every free axis are tried, so that one that was baked in is found. on_peak: is told bytes of memory, of
-    this process while PyTorch runs, then of both. Returns the error and the worst tensor. Raises ExportError where
-    either gives NaN or infinity, or where ONNX Runtime crashes.
+    this process while PyTorch runs, then of both. between: is called before ONNX Runtime begins. Returns the error and
+    the worst tensor. Raises ExportError where either gives NaN or infinity, or where ONNX Runtime crashes.
     """
     calls, exact = [], []
     for smallest in (False, True):
@@ -284,8 +303,8 @@ def parity(
         given = {n: floats[n] if v.dtype == torch.bfloat16 else v for n, v in inputs.items()}
         calls.append({name: value.numpy() for name, value in given.items()})
     on_peak(peak_memory())
+    between()
     forget_peak()
-    give_back()
     # What overflows shows in an image only as this flag: NaN has no place in 8 bits.
     for name, theirs in zip(graph.outputs * 2, itertools.chain(*exact), strict=True):
         if not np.isfinite(theirs).all() or (name == "finite" and not theirs.all()):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -48,7 +49,7 @@ class Admission:
     """What was measured."""
 
     psnr: Annotated[float, Meta(ge=0, le=1000)]  # dB, mean over the pictures; 1000 where all are equal
-    exact: Seconds  # of a picture in float32 with ONNX Runtime
+    exact: Seconds  # CPU seconds of a picture in float32 with ONNX Runtime
     fast: Seconds  # of the same picture with OpenVINO
     ready: Seconds  # until the first picture can begin, beyond what ONNX Runtime needs, from the cache
 
@@ -71,7 +72,10 @@ def measure(
     bundle: Bundle, exact: Mapping[str, Engine], fast: Mapping[str, Engine], ready: float, count: int = 2
 ) -> Admission:
     """Makes `count` pictures with both, in alternation; of several, one more to warm up. Raises EngineError where one
-    fails."""
+    fails.
+
+    Times are CPU seconds: what else runs on this machine just now must not decide for all later runs.
+    """
     loops = [HostLoop(bundle, engines, 1) for engines in (exact, fast)]
     asked = [Request(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS[:count])]
     requests, _ = resolve(asked, Resolver(bundle.manifest.defaults))
@@ -81,9 +85,9 @@ def measure(
     for request in (*warm_up, *requests):
         pair = []
         for loop, taken in zip(loops, seconds, strict=True):
-            started = time.perf_counter()
+            started = time.process_time()
             pair.append(_picture(loop, request))
-            taken.append(time.perf_counter() - started)
+            taken.append(time.process_time() - started)
         distances.append(psnr(*(picture.image for picture in pair)))
     differing = [value for value in distances[len(warm_up) :] if value < math.inf]
     mean = sum(differing) / len(differing) if differing else 1000.0
@@ -119,7 +123,7 @@ def write(shelf: Shelf, admission: Admission) -> None:
     if path is None:
         return
     try:
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(asdict(admission)), encoding="utf-8")
         temporary.replace(path)
     except OSError:

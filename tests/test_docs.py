@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+from handiffuser.engines import cpu, openvino
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -72,6 +73,8 @@ def test_options_are_those_that_there_are(line):
 
 @pytest.mark.parametrize("line", [line for line in lines() if RUNS.match(line.values[0])])
 def test_it_runs(line, tmp_path):
+    if "openvino" in line and not (cpu.has_bf16() and openvino.is_installed()):
+        pytest.skip("no bfloat16 here, or no OpenVINO")
     (tmp_path / "prompts.txt").write_text("a fist\n")
     if "some-id" in line:
         run = [sys.executable, "-m", "handiffuser.runtime.cli", "demo", "a fist", "-o", "out", "--steps", "2"]

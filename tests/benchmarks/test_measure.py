@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from handiffuser import EngineError, HanDiffuser
 from handiffuser.benchmarks import measure, soak
-from handiffuser.benchmarks.card import card
+from handiffuser.benchmarks.card import Others, bf16_ceiling, card
 from handiffuser.benchmarks.flops import count
 from handiffuser.contract import GRAPHS
-from handiffuser.engines import load_engines
+from handiffuser.engines import cpu, load_engines
 from handiffuser.engines.cuda import Cuda
 from handiffuser.runtime.device import DeviceLoop
 from handiffuser.runtime.device_graphs import Streams, connect
@@ -160,6 +160,20 @@ def test_the_card_tells_what_it_measured():
     found = card(1, "cpu")
     assert found["cpu"] and found["gpu"] is None and found["packages"]["handiffuser"]
     assert found["ceilings"]["matmul"]["flops"] > 1e8 and found["ceilings"]["copy"]["bytes"] > 1e7
+
+
+def test_what_others_use_is_counted(monkeypatch):
+    times = iter([(0.0, 100.0, 5.0), (10.0, 117.0, 14.0)])  # 17 busy seconds of all cores in 10, 9 of them our own
+    monkeypatch.setattr(Others, "_now", staticmethod(lambda: next(times)))
+    assert Others().cores() == pytest.approx(0.8)
+    monkeypatch.setattr(Others, "_now", staticmethod(lambda: None))
+    assert Others().cores() is None
+
+
+@pytest.mark.skipif(not cpu.has_bf16(), reason="this processor has no bfloat16")
+def test_the_ceiling_of_bfloat16():
+    pytest.importorskip("openvino")
+    assert bf16_ceiling(1)["flops"] > 1e9
 
 
 def test_a_fresh_process(tmp_path):

@@ -21,7 +21,7 @@ def eager(tiny_checkpoint_folder, tiny_bundle):
 
 @pytest.fixture(scope="module")
 def plain(eager, tiny_bundle, tmp_path_factory):
-    return peers.PlainOnnx(eager, tiny_bundle, Manifest.load(tiny_bundle), tmp_path_factory.mktemp("plain"), 1)
+    return peers.PlainOnnx(eager, tiny_bundle, Manifest.load(tiny_bundle), tmp_path_factory.mktemp("plain"), 1).open()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -39,6 +39,15 @@ def test_all_paint_the_same(pipeline, eager, plain, solver, guidance):
     assert (expected[0] != expected[1]).any()
 
 
+def test_openvino_paints_the_same(pipeline, plain):
+    pytest.importorskip("openvino")
+    requests = measure.make_requests(pipeline, 2, steps=3, solver="euler", guidance=2.0)
+    expected = peers.ours(pipeline)(requests, lambda: None)
+    assert peers.differences(expected, plain.in_openvino("fp32")(requests, lambda: None))["max_difference"] <= 2
+    own = plain.in_openvino()(requests, lambda: None)  # in bfloat16 where the processor has it: other hands
+    assert own.shape == expected.shape and own.std() > 1
+
+
 def test_compare_takes_turns_and_compares(pipeline, plain, tiny_bundle, tiny_checkpoint_folder, monkeypatch, capsys):
     monkeypatch.setattr(peers, "PlainOnnx", lambda *_: plain)
     order: list[str] = []
@@ -46,13 +55,13 @@ def test_compare_takes_turns_and_compares(pipeline, plain, tiny_bundle, tiny_che
     note = lambda way, requests, steps: order.append(type(way).__name__) or timed(way, requests, steps)  # noqa: E731
     monkeypatch.setattr(peers, "timed", note)
     table: dict = {}
-    options = {"threads": 1, "repeats": 2, "body": None, "leave_out": ("torch.compile",)}
+    options = {"threads": 1, "repeats": 2, "body": None, "leave_out": ("torch.compile", "openvino")}
     run = measure.new_run(1, 3, "euler", 2.0)
     pictures = peers.compare(pipeline, str(tiny_bundle), str(tiny_checkpoint_folder), run, options, table)
     assert order == ["function", "Eager", "PlainOnnx"] * 2
     rows = {row["name"]: row for row in table["rows"]}
-    assert list(rows) == ["ours", "diffusers eager", "plain ONNX Runtime", "torch.compile"]
-    assert "skipped" in rows.pop("torch.compile")
+    assert list(rows) == ["ours", "diffusers eager", "plain ONNX Runtime", "torch.compile", "OpenVINO"]
+    assert "skipped" in rows.pop("torch.compile") and "--leave-out openvino" in rows.pop("OpenVINO")["skipped"]
     for name, row in rows.items():
         assert row["fidelity"]["max_difference"] <= 2 and len(row["samples"]) == 2
         assert row["ratio_cpu"]["q1"] <= row["ratio_cpu"]["median"] <= row["ratio_cpu"]["q3"]

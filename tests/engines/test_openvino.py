@@ -94,6 +94,33 @@ def test_a_picture_is_the_same_bits_alone_and_in_any_batch(tiny_bundle):
 
 
 @bf16
+def test_rows_of_a_larger_batch_are_as_they_are_alone(tiny_bundle):
+    """The same bits on the processors tried; no kernel is promised to be chosen alike for all sizes."""
+    spec = Manifest.load(tiny_bundle, verify=False).graphs["unet"]
+    engine = openvino.OpenVinoEngine(tiny_bundle / spec.file, spec, "bf16", threads=1)
+    feeds = feeds_of(spec, B=4, G=2)
+    together = engine(feeds)["latents"]
+    for row in range(4):
+        alone = engine({name: value[row : row + 1] for name, value in feeds.items()})["latents"]
+        np.testing.assert_allclose(together[row : row + 1], alone, rtol=0, atol=2e-2 * np.abs(alone).max())
+
+
+@bf16
+def test_arrays_are_read_anew_at_every_call(tiny_bundle):
+    """An array that lies where the last one lay is not bound again; what is in it counts all the same."""
+    spec = Manifest.load(tiny_bundle, verify=False).graphs["unet_time"]
+    engine = openvino.OpenVinoEngine(tiny_bundle / spec.file, spec, "fp32", threads=1)
+    steps = np.array([1.0, 500.0], np.float32)
+    first, view = engine({"timesteps": steps})["time"], steps[:]
+    steps[:] = steps[::-1].copy()
+    np.testing.assert_array_equal(engine({"timesteps": view})["time"], first[::-1])
+    for _ in range(20):  # arrays that come and go
+        np.testing.assert_array_equal(engine({"timesteps": steps[::-1].copy()})["time"], first)
+    steps.flags.writeable = False
+    np.testing.assert_array_equal(engine({"timesteps": steps})["time"], first[::-1])
+
+
+@bf16
 def test_what_was_compiled_is_kept_proven_and_made_again_when_damaged(folder, monkeypatch):
     def load() -> np.ndarray:
         with HanDiffuser.load(folder, threads=1, backend="openvino") as pipeline:
