@@ -18,7 +18,7 @@ import numpy as np
 from ..data.look import skin_tone, tone_name
 from .clip import Clip
 from .detect import Detector
-from .distances import DRAWS, MEAN_DRAWS, Kernel, frechet, frechet_draws, interval, mean, resampled, shares
+from .distances import DRAWS, MEAN_DRAWS, Kernel, frechet, frechet_draws, gap, interval, mean, resampled
 from .features import Extractor
 from .hands import LEAST, MARGIN, PCK, Hand, crop, match
 from .pictures import Show, Shown
@@ -27,7 +27,7 @@ BATCH = 32  # pictures whose features are taken at once
 KEPT = 12  # hands that the report shows, of the best and of the worst
 GROUPS = ("gesture", "side", "view", "skin")
 GROUPED = ("detection_rate", "hand_confidence", "pck_10", "handedness")
-LEAST_GROUP = 5  # hands: fewer are no group
+LEAST_GROUP = 10  # hands: fewer are no group
 # What each metric is called, and whether more is better.
 NAMES: dict[str, tuple[str, bool]] = {
     "detection_rate": ("hands found", True),
@@ -300,13 +300,9 @@ def groups(seen: Seen, weights: np.ndarray) -> list[dict[str, Any]]:
                 member = (words == name)[hand_of[metric]]
                 if member.sum() < LEAST_GROUP or (~member).sum() < LEAST_GROUP:
                     continue
-                inside, outside = (shares(values[m], owners[m], weights) for m in (member, ~member))
-                gap = float(values[member].mean() - values[~member].mean())
-                entry[metric] = {
-                    **interval(float(values[member].mean()), inside),
-                    "n": int(member.sum()),
-                    "gap": interval(gap, inside - outside),
-                }
+                inside, outside = (mean(values[m], owners[m], weights) for m in (member, ~member))
+                assert inside is not None and outside is not None
+                entry[metric] = {**inside, "gap": gap(inside, outside)}
             out.append(entry)
     return out
 
@@ -321,7 +317,8 @@ def _group(seen: Seen, by: str, number: int) -> str:
 def settings(tools: Instruments, against: str | None) -> dict[str, Any]:
     """What every table says of how it was measured."""
     out: dict[str, Any] = {
-        "intervals": f"95 %, {MEAN_DRAWS} resamplings of the pictures; of FID {DRAWS}, as 1.96 standard deviations",
+        "intervals": f"95 %: of shares Wilson's, of means {MEAN_DRAWS} resamplings of the pictures, of FID 1.96 "
+        f"standard deviations of {DRAWS} resamplings, of gaps between groups Newcombe's",
         "KID": "unbiased, over all pairs, (x·y / D + 1)³",
         "paired": "pictures of the same prompts are resampled together, and KID leaves their own pairs out",
         "crops": f"{MARGIN} times the box of the joints {tools.crops}, at least {tools.least} pixels",
