@@ -9,7 +9,7 @@ Pictures go by one at a time and are not kept, but for the few that the report s
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -262,18 +262,27 @@ def distances(seen: Seen, against: Seen) -> dict[str, Any]:
     Where both sets are of the same prompts, one by one, they are resampled together.
     """
     out: dict[str, Any] = {}
-    for suffix, ours, theirs, same in (
-        ("", seen.features, against.features, seen.keys == against.keys),
-        ("_h", seen.crop_features, against.crop_features, seen.crop_keys() == against.crop_keys()),
+    for suffix, ours, theirs, keys, others in (
+        ("", seen.features, against.features, seen.keys, against.keys),
+        ("_h", seen.crop_features, against.crop_features, seen.crop_keys(), against.crop_keys()),
     ):
+        same, rows = keys == others, own_rows(keys, others)
         if min(len(ours), len(theirs)) < 2:
             continue
         n = {"n": len(ours), "n_against": len(theirs), "paired": same}
         draws = frechet_draws(ours, theirs, pairs=same)
         out[f"fid{suffix}"] = {**interval(frechet(ours, theirs), draws, spread=True), **n}
-        estimate = Kernel(ours, theirs, pairs=same)
+        estimate = Kernel(ours, theirs, rows)
         out[f"kid{suffix}"] = {**interval(estimate.value(), estimate.draws()), **n}
     return out
+
+
+def own_rows(keys: Sequence[str], others: Sequence[str]) -> list[int]:
+    """For each key its place among the others, -1 for none. Of two hands with one key each has its own."""
+    places: dict[str, list[int]] = {}
+    for number, key in enumerate(others):
+        places.setdefault(key, []).append(number)
+    return [places[key].pop(0) if places.get(key) else -1 for key in keys]
 
 
 def groups(seen: Seen, weights: np.ndarray) -> list[dict[str, Any]]:
@@ -302,7 +311,9 @@ def groups(seen: Seen, weights: np.ndarray) -> list[dict[str, Any]]:
                     continue
                 inside, outside = (mean(values[m], owners[m], weights) for m in (member, ~member))
                 assert inside is not None and outside is not None
-                entry[metric] = {**inside, "gap": gap(inside, outside)}
+                entry[metric] = dict(inside)
+                if len(names) > 2 or name == names[0]:  # of two groups the second's gap says nothing new
+                    entry[metric]["gap"] = gap(inside, outside)
             out.append(entry)
     return out
 

@@ -112,10 +112,10 @@ def _groups(document: dict[str, Any]) -> str:
 
         def draw(axes: Any, entries: Any = entries) -> None:
             for i, entry in enumerate(entries):
-                if "hand_confidence" in entry:
+                if "gap" in entry.get("hand_confidence", {}):
                     _bar(axes, i, entry["hand_confidence"]["gap"])
             _rows(axes, [f"{entry['group'].replace('_', ' ')} ({entry['n']})" for entry in entries])
-            axes.set(xlabel="hand confidence less that of all others, 0.01, 95 %")
+            axes.set(xlabel="hand confidence less that of all others, hundredths, 95 %")
 
         rows = [row[1:] for row in group_rows({"groups": entries})]
         bold = {tuple(row[1:]) for row in group_rows({"groups": entries}, beyond_chance=True)}

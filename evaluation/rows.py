@@ -155,7 +155,7 @@ def command(out: Path, checkpoint: str, count: int, judge_folder: Path | None, o
             return measure.look(shown, tools, count, show, **more)
 
     rows = compare(folders, tools, look)
-    console = Console(highlight=False, soft_wrap=True, width=180)
+    console = Console(highlight=False, soft_wrap=True, width=180)  # five columns of figures
     table = Table(title=f"{count} held-out prompts, palms, backs and sides equally often")
     for column in ("", *rows):
         table.add_column(column.replace("-", " "))

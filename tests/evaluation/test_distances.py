@@ -80,8 +80,11 @@ def test_pairs_are_drawn_together():
     together = frechet_draws(a, b, 40, pairs=True)
     apart = frechet_draws(a, b, 40)
     assert together.std() < 0.2 * apart.std()
-    assert abs(Kernel(a, b, pairs=True).value()) < 0.5 * abs(Kernel(a, b).value())
-    assert Kernel(a, b, pairs=True).draws(50).shape == (50,)
+    own = list(range(60))
+    assert abs(Kernel(a, b, own).value()) < 0.5 * abs(Kernel(a, b).value())
+    assert Kernel(a, b, own).draws(50).shape == (50,)
+    some = Kernel(a[:20], b, own[:20])
+    assert not some.pairs and abs(some.value()) < abs(Kernel(a[:20], b).value())
 
 
 def test_intervals_cover_the_truth():
