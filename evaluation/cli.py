@@ -180,8 +180,9 @@ def finish(document: dict[str, Any], output: Path | None) -> None:
 def tables(document: dict[str, Any]) -> None:
     """What is for reading, on stdout."""
     from .tables import GROUP_COLUMNS, group_rows, metric_rows
+    from .tables import console as make_console
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     table = Table(title=f"{document['what']}: {document['pictures']} pictures")
     columns, rows = metric_rows(document)
     for column in columns:

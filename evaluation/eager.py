@@ -1,6 +1,6 @@
 """A checkpoint painted by its PyTorch modules and diffusers' schedulers: the same requests and noise as hd-run's.
 
-    painter = Torch("checkpoint", {"body": None, "threads": 1, "device": "auto"})
+    painter = Torch(Path("checkpoint"), {"body": None, "threads": 1, "device": "auto"})
 
 This is what a bundle is measured against: no graph, no engine, nothing rewritten.
 """
@@ -34,9 +34,8 @@ BATCH = 8
 class Torch(Painter):
     """A checkpoint folder."""
 
-    def __init__(self, what: str, options: dict[str, Any]) -> None:
-        """options: body, threads, device. Raises CheckpointError without a body."""
-        folder = Path(what)
+    def __init__(self, folder: Path, options: dict[str, Any], what: str = "") -> None:
+        """options: body, threads, device. what: as the user named it. Raises CheckpointError without a body."""
         self.checkpoint = Checkpoint.load(folder)
         body = options["body"] or self.checkpoint.body
         if body is None:
@@ -46,7 +45,8 @@ class Torch(Painter):
         device = "cuda" if options["device"] != "cpu" and torch.cuda.is_available() else "cpu"
         # Its tokens come from `encode_prompts`, so that it needs no bundle's tokenizer.
         self.eager = Eager(self.checkpoint, SMPLH.load(body), None, device)  # type: ignore[arg-type]
-        self.what, self.name = what, f"{what} (checkpoint in PyTorch, float32)"
+        self.what = what or folder.name
+        self.name = f"{self.what} (checkpoint in PyTorch, float32)"
         digest = hashlib.sha256()
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".safetensors", ".json"):

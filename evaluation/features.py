@@ -28,7 +28,6 @@ from .detect import EvaluationError
 
 NOT_COMPARABLE = "Random filters, not Inception: these numbers are not comparable with published ones."
 SEED = 2015
-SCALE = 10.0  # brings the random filters' answers near 1, where KID's kernel bends
 LEVELS = ((3, 32), (32, 64), (64, 128))  # channels in and out
 HOW = (
     "Where you trust it, convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
@@ -48,7 +47,8 @@ class Extractor(Protocol):
 
 
 class RandomFilters:
-    """Four layers of fixed random filters; each layer's mean and spread of every channel over the picture."""
+    """Four layers of fixed random filters; each layer's mean and spread of every channel over the picture,
+    brought to one length."""
 
     name = "random filters"
     warning = NOT_COMPARABLE
@@ -72,7 +72,10 @@ class RandomFilters:
         for weight in self.weights:
             x = F.relu(F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), weight, stride=2))
             found += [x.mean((2, 3)), x.std((2, 3))]
-        return (SCALE * torch.cat(found, 1)).numpy()
+        features = torch.cat(found, 1)
+        # Of one length, or the colours of large backgrounds would drown everything else in KID's cubes.
+        length = features.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        return (features / length * features.shape[1] ** 0.5).numpy()
 
 
 def resized(image: np.ndarray, size: int) -> Tensor:

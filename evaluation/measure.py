@@ -9,7 +9,7 @@ Pictures go by one at a time and are not kept, but for the few that the report s
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from ..data.look import skin_tone, tone_name
 from .clip import Clip
 from .detect import Detector
-from .distances import DRAWS, MEAN_DRAWS, Kernel, frechet, frechet_draws, interval, mean, resampled, shares
+from .distances import DRAWS, MEAN_DRAWS, Kernel, frechet, frechet_draws, gap, interval, mean, resampled
 from .features import Extractor
 from .hands import LEAST, MARGIN, PCK, Hand, crop, match
 from .pictures import Show, Shown
@@ -27,7 +27,7 @@ BATCH = 32  # pictures whose features are taken at once
 KEPT = 12  # hands that the report shows, of the best and of the worst
 GROUPS = ("gesture", "side", "view", "skin")
 GROUPED = ("detection_rate", "hand_confidence", "pck_10", "handedness")
-LEAST_GROUP = 5  # hands: fewer are no group
+LEAST_GROUP = 10  # hands: fewer are no group
 # What each metric is called, and whether more is better.
 NAMES: dict[str, tuple[str, bool]] = {
     "detection_rate": ("hands found", True),
@@ -262,18 +262,27 @@ def distances(seen: Seen, against: Seen) -> dict[str, Any]:
     Where both sets are of the same prompts, one by one, they are resampled together.
     """
     out: dict[str, Any] = {}
-    for suffix, ours, theirs, same in (
-        ("", seen.features, against.features, seen.keys == against.keys),
-        ("_h", seen.crop_features, against.crop_features, seen.crop_keys() == against.crop_keys()),
+    for suffix, ours, theirs, keys, others in (
+        ("", seen.features, against.features, seen.keys, against.keys),
+        ("_h", seen.crop_features, against.crop_features, seen.crop_keys(), against.crop_keys()),
     ):
+        same, rows = keys == others, own_rows(keys, others)
         if min(len(ours), len(theirs)) < 2:
             continue
         n = {"n": len(ours), "n_against": len(theirs), "paired": same}
         draws = frechet_draws(ours, theirs, pairs=same)
         out[f"fid{suffix}"] = {**interval(frechet(ours, theirs), draws, spread=True), **n}
-        estimate = Kernel(ours, theirs, pairs=same)
+        estimate = Kernel(ours, theirs, rows)
         out[f"kid{suffix}"] = {**interval(estimate.value(), estimate.draws()), **n}
     return out
+
+
+def own_rows(keys: Sequence[str], others: Sequence[str]) -> list[int]:
+    """For each key its place among the others, -1 for none. Of two hands with one key each has its own."""
+    places: dict[str, list[int]] = {}
+    for number, key in enumerate(others):
+        places.setdefault(key, []).append(number)
+    return [places[key].pop(0) if places.get(key) else -1 for key in keys]
 
 
 def groups(seen: Seen, weights: np.ndarray) -> list[dict[str, Any]]:
@@ -300,13 +309,11 @@ def groups(seen: Seen, weights: np.ndarray) -> list[dict[str, Any]]:
                 member = (words == name)[hand_of[metric]]
                 if member.sum() < LEAST_GROUP or (~member).sum() < LEAST_GROUP:
                     continue
-                inside, outside = (shares(values[m], owners[m], weights) for m in (member, ~member))
-                gap = float(values[member].mean() - values[~member].mean())
-                entry[metric] = {
-                    **interval(float(values[member].mean()), inside),
-                    "n": int(member.sum()),
-                    "gap": interval(gap, inside - outside),
-                }
+                inside, outside = (mean(values[m], owners[m], weights) for m in (member, ~member))
+                assert inside is not None and outside is not None
+                entry[metric] = dict(inside)
+                if len(names) > 2 or name == names[0]:  # of two groups the second's gap says nothing new
+                    entry[metric]["gap"] = gap(inside, outside)
             out.append(entry)
     return out
 
@@ -321,7 +328,8 @@ def _group(seen: Seen, by: str, number: int) -> str:
 def settings(tools: Instruments, against: str | None) -> dict[str, Any]:
     """What every table says of how it was measured."""
     out: dict[str, Any] = {
-        "intervals": f"95 %, {MEAN_DRAWS} resamplings of the pictures; of FID {DRAWS}, as 1.96 standard deviations",
+        "intervals": f"95 %: of shares Wilson's, of means {MEAN_DRAWS} resamplings of the pictures, of FID 1.96 "
+        f"standard deviations of {DRAWS} resamplings, of gaps between groups Newcombe's",
         "KID": "unbiased, over all pairs, (x·y / D + 1)³",
         "paired": "pictures of the same prompts are resampled together, and KID leaves their own pairs out",
         "crops": f"{MARGIN} times the box of the joints {tools.crops}, at least {tools.least} pixels",

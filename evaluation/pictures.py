@@ -213,13 +213,12 @@ class Engines(Painter):
 
 def painter_of(what: str, options: dict[str, Any], say: Say, checkpoint: bool = False) -> Painter:
     """Loads a bundle or a checkpoint. checkpoint: the word demo means the shipped checkpoint."""
-    if what == "demo" and checkpoint:
-        what = str(demo.checkpoint_path())
-    if kind_of(what) == "bundle":
+    shipped = what == "demo" and checkpoint
+    if not shipped and kind_of(what) == "bundle":
         return Engines(what, options, say)
     from .eager import Torch
 
-    return Torch(what, options)
+    return Torch(demo.checkpoint_path() if shipped else Path(what), options, what)
 
 
 def make(painter: Painter, requests: Sequence[Request], folder: Path, say: Say, show: Show) -> Path:

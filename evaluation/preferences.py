@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from ..schema import MisfitError, fit, one_of, read_json, whole
 from .detect import EvaluationError
+from .distances import wilson
 from .pairs import FORMAT, QUESTIONS, a_is_left
 
 Short = Annotated[str, Meta(min_length=1, max_length=200, description="a short text")]
@@ -114,13 +115,10 @@ def _majority(chosen: Sequence[str]) -> str:
 
 
 def proportion(wins: int, total: int) -> dict[str, Any]:
-    """A share with Wilson's interval of 95 % (1927), and the p of the exact two-sided binomial test against a half."""
+    """A share with its interval, and the p of the exact two-sided binomial test against a half."""
     if not total:
         return {"value": None, "low": None, "high": None, "n": 0, "p": 1.0}
-    z, share = 1.959964, wins / total
-    middle, spread = share + z * z / (2 * total), z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    low, high = ((middle + sign * spread) / (1 + z * z / total) for sign in (-1, 1))
-    return {"value": share, "low": max(low, 0.0), "high": min(high, 1.0), "n": total, "p": binomial(wins, total)}
+    return {**wilson(wins / total, total), "n": total, "p": binomial(wins, total)}
 
 
 def binomial(wins: int, total: int) -> float:

@@ -20,8 +20,8 @@ from ..data.dataset import Index
 from ..data.samples import Bad, picture
 from ..schema import MisfitError
 from .detect import EvaluationError
-from .distances import DRAWS, MEAN_DRAWS, Kernel, frechet, interval, mean, resampled, shares
-from .measure import NAMES, SHARES, Seen, columns
+from .distances import COVERS, DRAWS, MEAN_DRAWS, Kernel, frechet, interval, mean, resampled, shares
+from .measure import NAMES, SHARES, Seen, columns, own_rows
 
 SAME = 99.0  # dB that equal pictures count
 
@@ -38,6 +38,7 @@ def compare(reference: Seen, candidate: Seen, against: Seen | None) -> dict[str,
     rows = [np.array([place[key] for key in common]) for place in places]
     weights = resampled(np.random.default_rng(0), len(common), MEAN_DRAWS)
     out: dict[str, Any] = {}
+    spreads: dict[str, np.ndarray] = {}
     ours, theirs = (_common(columns(seen), row) for seen, row in zip((reference, candidate), rows, strict=True))
     for name in ours.keys() & theirs.keys():
         (a, pictures_a), (b, pictures_b) = ours[name], theirs[name]
@@ -46,9 +47,15 @@ def compare(reference: Seen, candidate: Seen, against: Seen | None) -> dict[str,
         draws = shares(b, pictures_b, weights) - shares(a, pictures_a, weights)
         sides = {"reference": float(a.mean()), "candidate": float(b.mean())}
         out[name] = {**sides, **interval(sides["candidate"] - sides["reference"], draws), "n": len(b)}
+        spreads[name] = draws
     if against is not None:
-        rng = np.random.default_rng(0)
-        out |= _distances(reference.features[rows[0]], candidate.features[rows[1]], against.features, rng)
+        own = own_rows(common, against.keys)
+        found = _distances(reference.features[rows[0]], candidate.features[rows[1]], against.features, own)
+        for name, (entry, draws) in found.items():
+            out[name], spreads[name] = entry, draws
+    for name, entry in out.items():  # of so many figures one in twenty leaves 0 out by chance: ask more of each
+        strict = interval(entry["value"], spreads[name], name == "fid", 1 - (1 - COVERS) / len(out))
+        entry["beyond_chance"] = strict["low"] > 0 or strict["high"] < 0
     return {name: out[name] for name in (*NAMES, *sorted(out.keys() - NAMES.keys())) if name in out}
 
 
@@ -65,20 +72,25 @@ def _common(
     }
 
 
-def _distances(a: np.ndarray, b: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """Differences of FID and KID to the same pictures. a and b: [N, D], row by row of the same prompts."""
+def _distances(
+    a: np.ndarray, b: np.ndarray, others: np.ndarray, own: list[int]
+) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
+    """Differences of FID and KID to the same pictures, and their draws. a and b: [N, D], row by row of the same
+    prompts; own: which row of the others is of the same prompt, too."""
     if min(len(a), len(others)) < 2:
         return {}
+    rng = np.random.default_rng(0)
     sides = {"reference": frechet(a, others), "candidate": frechet(b, others)}
     draws = []
     for _ in range(DRAWS):
         rows, other = rng.integers(len(a), size=len(a)), rng.integers(len(others), size=len(others))
         draws.append(frechet(b[rows], others[other]) - frechet(a[rows], others[other]))
-    fid = {**sides, **interval(sides["candidate"] - sides["reference"], np.array(draws), spread=True), "n": len(a)}
-    first, second = Kernel(a, others), Kernel(b, others)
-    sides = {"reference": first.value(), "candidate": second.value()}
-    kid = {**sides, **interval(sides["candidate"] - sides["reference"], second.draws() - first.draws()), "n": len(a)}
-    return {"fid": fid, "kid": kid}
+    spread = np.array(draws)
+    fid = {**sides, **interval(sides["candidate"] - sides["reference"], spread, spread=True), "n": len(a)}
+    first, second = Kernel(a, others, own), Kernel(b, others, own)
+    sides, drawn = {"reference": first.value(), "candidate": second.value()}, second.draws() - first.draws()
+    kid = {**sides, **interval(sides["candidate"] - sides["reference"], drawn), "n": len(a)}
+    return {"fid": (fid, spread), "kid": (kid, drawn)}
 
 
 def psnr(reference: Path, candidate: Path) -> dict[str, Any]:
@@ -104,7 +116,8 @@ def psnr(reference: Path, candidate: Path) -> dict[str, Any]:
 
 
 def verdict(differences: dict[str, Any], fidelity: dict[str, Any]) -> str:
-    """One sentence: which figures are worse or better beyond chance, or how much worse they could be at most."""
+    """One sentence: which figures are worse or better beyond chance (all of them taken together: Bonferroni), or how
+    much worse they could be at most."""
 
     def said(names: Sequence[str]) -> str:
         return ", ".join(f"{_name(name)} {change(name, differences[name])}" for name in names)
@@ -112,7 +125,7 @@ def verdict(differences: dict[str, Any], fidelity: dict[str, Any]) -> str:
     worse, better = list[str](), list[str]()
     for name, entry in differences.items():
         more = NAMES.get(name, ("", True))[1]
-        if entry["low"] > 0 or entry["high"] < 0:
+        if entry["beyond_chance"]:
             (better if (entry["value"] > 0) == more else worse).append(name)
     pictures = f"Pictures differ by {fidelity['value']:.1f} dB" if fidelity.get("n") else "No picture could be compared"
     if fidelity.get("n") and fidelity["equal"] == fidelity["n"]:
@@ -122,6 +135,8 @@ def verdict(differences: dict[str, Any], fidelity: dict[str, Any]) -> str:
         return f"{pictures}, and the candidate is worse beyond chance: {said(worse)}{also}."
     if better:
         return f"{pictures}; nothing is worse beyond chance, and better are {said(better)}."
+    if not any(entry["value"] for entry in differences.values()):
+        return f"{pictures}, and all {len(differences)} figures are the same: deployment cost nothing."
     bound = differences.get("hand_confidence") or differences.get("pck_10")
     most = f" Hand confidence could be lower by {max(-bound['low'], 0):.3f} at most." if bound else ""
     return (

@@ -41,7 +41,7 @@ def page(document: dict[str, Any], best: Sequence[Kept], worst: Sequence[Kept]) 
     if "verdict" in document:
         parts.append(f"<p class=verdict>{html.escape(document['verdict'])}</p>")
     columns, rows = metric_rows(document)
-    parts += ["<h2>Figures</h2>", _table(columns, rows)]
+    parts += ["<h2>Figures</h2>", table(columns, rows)]
     parts += [f"<p class=note>{html.escape(note)}</p>" for note in document["notes"] if note != document.get("verdict")]
     if document.get("differences"):
         parts.append(_differences(document["differences"]))
@@ -73,7 +73,7 @@ def _differences(differences: dict[str, Any]) -> str:
         _rows(axes, [title(name) for name in shown])
         axes.set(xlabel="candidate less reference, percentage points, 95 %")
 
-    return _plot(draw, 1.2 + 0.35 * len(shown)) if shown else ""
+    return plot(draw, 1.2 + 0.35 * len(shown)) if shown else ""
 
 
 def _curve(document: dict[str, Any]) -> str:
@@ -84,7 +84,7 @@ def _curve(document: dict[str, Any]) -> str:
         axes.set_ylim(0, 100)
         axes.set(xlabel="distance, % of the hand's size", ylabel="% of joints within it (misses never)")
 
-    return _plot(draw)
+    return plot(draw)
 
 
 def _scores(document: dict[str, Any]) -> str:
@@ -93,7 +93,7 @@ def _scores(document: dict[str, Any]) -> str:
         axes.hist(scores, bins=np.linspace(0, 1, 21), color=BLUE)
         axes.set(xlabel="confidence (misses 0)", ylabel="hands", title="How sure the detector is of each hand")
 
-    return _plot(draw)
+    return plot(draw)
 
 
 def _groups(document: dict[str, Any]) -> str:
@@ -112,17 +112,19 @@ def _groups(document: dict[str, Any]) -> str:
 
         def draw(axes: Any, entries: Any = entries) -> None:
             for i, entry in enumerate(entries):
-                if "hand_confidence" in entry:
+                if "gap" in entry.get("hand_confidence", {}):
                     _bar(axes, i, entry["hand_confidence"]["gap"])
             _rows(axes, [f"{entry['group'].replace('_', ' ')} ({entry['n']})" for entry in entries])
-            axes.set(xlabel="hand confidence less that of all others, 0.01, 95 %")
+            axes.set(xlabel="hand confidence less that of all others, hundredths, 95 %")
 
         rows = [row[1:] for row in group_rows({"groups": entries})]
         bold = {tuple(row[1:]) for row in group_rows({"groups": entries}, beyond_chance=True)}
         marked = ["beyond" if tuple(row) in bold else "" for row in rows]
-        parts.append(f"<h3>By {by}</h3>{_plot(draw, 1.0 + 0.28 * len(entries))}")
-        table = _table(GROUP_COLUMNS[1:], [[row[0].replace("_", " "), *row[1:]] for row in rows], marked)
-        parts.append(f"<details><summary>{len(entries)} groups, {len(metrics)} figures each</summary>{table}</details>")
+        parts.append(f"<h3>By {by}</h3>{plot(draw, 1.0 + 0.28 * len(entries))}")
+        rows_of = table(GROUP_COLUMNS[1:], [[row[0].replace("_", " "), *row[1:]] for row in rows], marked)
+        parts.append(
+            f"<details><summary>{len(entries)} groups, {len(metrics)} figures each</summary>{rows_of}</details>"
+        )
     return "".join(parts)
 
 
@@ -176,10 +178,10 @@ def _settings(document: dict[str, Any]) -> str:
         rows.append([name, words])
     rows.append(["pictures", document["folder"]])
     rows.append(["CPU seconds", str(document["cpu_seconds"])])
-    return f"<div class=words>{_table(['', ''], rows)}</div>"
+    return f"<div class=words>{table(['', ''], rows)}</div>"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = ""
     for number, row in enumerate(rows):
@@ -188,7 +190,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], classes: Seque
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _plot(draw: Callable[[Any], None], height: float = 3.2) -> str:
+def plot(draw: Callable[[Any], None], height: float = 3.2) -> str:
     """A plot as SVG; letters are outlines, so that no font is needed."""
     from matplotlib.figure import Figure
 

@@ -81,7 +81,7 @@ def save(folder: Path, samples: Sequence[Sample]) -> None:
 
 
 @torch.no_grad()
-def make_rows(checkpoint: str, out: Path, count: int) -> dict[str, Path]:
+def make_rows(checkpoint: Path, out: Path, count: int) -> dict[str, Path]:
     """The five folders. What is painted already is kept."""
     scenes, body = scenes_by_view(count), demo_body()
     options = {"body": None, "threads": 1, "device": "cpu"}
@@ -147,7 +147,7 @@ def command(out: Path, checkpoint: str, count: int, judge_folder: Path | None, o
     options = {"clip_folder": None, "judge_folder": judge_folder, "threads": 1, "no_detector": False,
                "crops": "asked", "weights": None, "min_crop": 32}  # fmt: skip
     tools = instruments(options)
-    folders = make_rows(str(demo.resolve(checkpoint, "checkpoint")), out, count)
+    folders = make_rows(demo.resolve(checkpoint, "checkpoint"), out, count)
 
     def look(folder: Path, tools: measure.Instruments, **more: Any) -> measure.Seen:
         with progress(f"looking at {folder}") as show:
@@ -155,7 +155,7 @@ def command(out: Path, checkpoint: str, count: int, judge_folder: Path | None, o
             return measure.look(shown, tools, count, show, **more)
 
     rows = compare(folders, tools, look)
-    console = Console(highlight=False, soft_wrap=True, width=180)
+    console = Console(highlight=False, soft_wrap=True, width=180)  # five columns of figures
     table = Table(title=f"{count} held-out prompts, palms, backs and sides equally often")
     for column in ("", *rows):
         table.add_column(column.replace("-", " "))

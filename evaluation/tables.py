@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Console
+
 from .measure import GROUPED, NAMES, SHARES
 from .reference import change
 
 GROUP_COLUMNS = ("by", "group", "hands", "metric", "in the group (95 %)", "less that of all others (95 %)")
+
+
+WIDTH = 160  # of tables where there is no terminal
+
+
+def console() -> Console:
+    """Where tables go: stdout."""
+    out = Console(highlight=False, soft_wrap=True)
+    return out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=WIDTH)
 
 
 def title(metric: str) -> str:
@@ -53,14 +64,14 @@ def group_rows(document: dict[str, Any], beyond_chance: bool = False) -> list[li
         for metric in GROUPED:
             if metric not in entry:
                 continue
-            gap = entry[metric]["gap"]
-            if beyond_chance and gap["low"] <= 0 <= gap["high"]:
+            gap = entry[metric].get("gap")
+            if beyond_chance and (gap is None or gap["low"] <= 0 <= gap["high"]):
                 continue
             found = [entry["by"], entry["group"], str(entry[metric]["n"]), title(metric).split(" (")[0]]
-            rows.append([*found, spread(metric, entry[metric]), change(metric, gap)])
+            rows.append([*found, spread(metric, entry[metric]), change(metric, gap) if gap else ""])
     return rows
 
 
 def gaps(document: dict[str, Any]) -> tuple[int, int]:
     """How many gaps there are, and how many of them leave 0 out."""
-    return len(group_rows(document)), len(group_rows(document, beyond_chance=True))
+    return sum(bool(row[-1]) for row in group_rows(document)), len(group_rows(document, beyond_chance=True))

@@ -94,6 +94,7 @@ class TextHandEncoder(TypedDict, total=False):
     frequencies: Frequencies
     num_basis: Width
     hide: Yes
+    joint: Yes
 
 
 class HandPrior(TypedDict, total=False):

@@ -88,6 +88,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
     off and this is CLIP. frequencies: of the position codes that are appended to the context for the UNet's
     positional kernel; empty for the paper's plain cross-attention. hide: tokens of absent hands are seen by no pixel,
     and those of present ones pass the kernel's gate; without it absent hands are learned null tokens, which pixels see.
+    joint: hand tokens go through the transformer with the text; without it they are put behind its output as they are.
     """
 
     basis: Tensor
@@ -109,6 +110,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         frequencies: Sequence[float] = (1, 2, 4, 8),
         num_basis: int = 512,
         hide: bool = False,
+        joint: bool = True,
     ) -> None:
         super().__init__()
         unknown = set(cues) - set(CUES)
@@ -250,12 +252,15 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
             bps = torch.zeros(batch, 2, self.config.num_basis, dtype=dtype, device=device)
         hidden = self.embeddings(input_ids=input_ids)
         if self.tokens_per_hand:
-            hands = self.hand_tokens(joints, rotations, bps, visibility)
-            hidden = torch.cat([hidden, hands.to(hidden.dtype)], 1)
+            hands = self.hand_tokens(joints, rotations, bps, visibility).to(hidden.dtype)
+            if self.config.joint:
+                hidden = torch.cat([hidden, hands], 1)
         mask = causal_mask(hidden.shape[1], self.config.max_position_embeddings, hidden.device)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask)
         hidden = self.final_layer_norm(hidden)
+        if self.tokens_per_hand and not self.config.joint:
+            hidden = torch.cat([hidden, hands], 1)
         if not self.config.frequencies:
             return hidden
         return torch.cat([hidden, self.position_codes(joints, visibility).to(hidden.dtype)], -1)

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 from handiffuser.evaluation import distances
-from handiffuser.evaluation.distances import Kernel, frechet, frechet_draws, interval, kernel, mean, resampled
+from handiffuser.evaluation.distances import (
+    Kernel,
+    frechet,
+    frechet_draws,
+    gap,
+    interval,
+    kernel,
+    mean,
+    resampled,
+    wilson,
+)
 
 
 def features(count: int, width: int, shift: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -70,8 +80,11 @@ def test_pairs_are_drawn_together():
     together = frechet_draws(a, b, 40, pairs=True)
     apart = frechet_draws(a, b, 40)
     assert together.std() < 0.2 * apart.std()
-    assert abs(Kernel(a, b, pairs=True).value()) < 0.5 * abs(Kernel(a, b).value())
-    assert Kernel(a, b, pairs=True).draws(50).shape == (50,)
+    own = list(range(60))
+    assert abs(Kernel(a, b, own).value()) < 0.5 * abs(Kernel(a, b).value())
+    assert Kernel(a, b, own).draws(50).shape == (50,)
+    some = Kernel(a[:20], b, own[:20])
+    assert not some.pairs and abs(some.value()) < abs(Kernel(a[:20], b).value())
 
 
 def test_intervals_cover_the_truth():
@@ -89,3 +102,22 @@ def test_an_interval_of_nothing():
     assert mean(np.array([]), np.array([], int), np.ones((3, 4))) is None
     assert interval(1.0, np.array([np.nan])) == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert distances.shares(np.array([1.0]), np.array([0]), np.array([[0.0, 2.0]])).tolist() != [1.0]
+
+
+def test_shares_that_never_fail_are_not_certain():
+    """8 of 8 beside 91 of 100: resampling alone would call that a difference."""
+    eight, many = wilson(1.0, 8), wilson(0.91, 100)
+    assert eight["low"] == pytest.approx(0.676, abs=1e-3) and eight["high"] == 1
+    found = gap(eight, many)
+    assert found["value"] == pytest.approx(0.09) and found["low"] < 0 < found["high"]
+    ones = mean(np.ones(8), np.arange(8), resampled(np.random.default_rng(0), 8, 10))
+    assert ones["low"] == eight["low"]
+
+
+def test_gaps_cover_the_truth():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        a, b = rng.binomial(12, 0.95) / 12, rng.binomial(100, 0.9) / 100
+        found = gap(wilson(a, 12), wilson(b, 100))
+        held += found["low"] <= 0.05 <= found["high"]
+    assert held / 400 >= 0.92

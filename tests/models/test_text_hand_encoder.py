@@ -103,3 +103,16 @@ def test_left_and_right_are_told_apart(clip, ids):
 def test_unknown_cue():
     with pytest.raises(ValueError, match="fingers"):
         TextHandEncoder(vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, cues=["fingers"])
+
+
+def test_hand_tokens_behind_the_encoder_are_as_they_were_made():
+    """Without `joint` the text is CLIP's alone, and hands meet it in the UNet only."""
+    torch.manual_seed(0)
+    config = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "eos_token_id": 49, "frequencies": []}  # fmt: skip
+    encoder = TextHandEncoder(**config, joint=False).eval()
+    cues = {"joints": torch.rand(3, 2, 21, 2), "rotations": torch.rand(3, 2, 16, 6), "bps": torch.rand(3, 2, 512)}
+    seen = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
+    context = encoder(torch.randint(0, 49, (3, 77)), visibility=seen, **cues)
+    assert context.shape == (3, encoder.num_tokens, 16)
+    assert torch.equal(context[:, 77:], encoder.hand_tokens(cues["joints"], cues["rotations"], cues["bps"], seen))

@@ -1,0 +1,216 @@
+"""What each hand cue brings, and each way to tell the UNet of hands: variants trained alike, judged by `hd-eval`.
+
+    cues           all eight sets of joints, rotations, vertices (the paper tried three), with the positional kernel
+    conditioning   joint encoder; hand tokens put behind the text encoder's output; text only; hands only; each with and
+                   without the positional kernel
+
+    python -m handiffuser.benchmarks.ablations OUT --data WORLD --steps 2000 --judge runs/report/judge
+
+Every variant begins with the shipped demo's VAE, tokenizer and stage-1 text encoder and an untrained UNet, sees the
+same samples in the same order (`hd-train`'s stage `pictures`, the demo's recipe, `--steps` of it), and paints the true
+hands of the same held-out prompts from the same noise. "Hands only" is trained and asked with the words "a hand". The
+same command again goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import msgspec
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import demo
+from ..commands import run
+from ..data.cli import progress
+from ..data.samples import Bad, Sample, read, write_shards
+from ..demo.dataset import samples_of
+from ..demo.render import demo_body
+from ..errors import TrainingError
+from ..evaluation import measure, pictures
+from ..evaluation.cli import finish, say, write
+from ..evaluation.eager import Torch
+from ..evaluation.report import plot, table
+from ..evaluation.rows import key_of, save, scenes_by_view
+from ..evaluation.run import instruments
+from ..evaluation.tables import spread, title
+from ..models.checkpoint import Checkpoint
+from ..models.configs import CONFIGS, CUES
+from ..models.position_kernel import PositionKernel
+from ..models.text_hand_encoder import TextHandEncoder
+from ..training.recipe import Recipe
+from ..training.run import Run
+
+WORDLESS = "a hand"
+SHOWN = ("detection_rate", "hand_confidence", "pck_10", "handedness", "judge_gesture", "judge_side", "judge_skin",
+         "fid_h", "kid_h")  # fmt: skip
+
+
+class Variant(NamedTuple):
+    """What a UNet is told."""
+
+    cues: tuple[str, ...] = CUES
+    kernel: bool = True
+    joint: bool = True
+    words: bool = True
+
+
+SETS = [cues for number in range(4) for cues in combinations(CUES, number)]
+VARIANTS: dict[str, Variant] = {
+    **{"+".join(cues) or "no-cue": Variant(cues) for cues in SETS},
+    "joint-encoder-without-kernel": Variant(kernel=False),
+    "behind-the-encoder": Variant(joint=False),
+    "behind-the-encoder-without-kernel": Variant(joint=False, kernel=False),
+    "text-only-without-kernel": Variant((), kernel=False),  # with it: no-cue
+    "hands-only": Variant(words=False),
+    "hands-only-without-kernel": Variant(words=False, kernel=False),
+}
+
+
+def start_of(variant: Variant, folder: Path, seed: int = 0) -> Path:
+    """The checkpoint that a variant begins with, saved once."""
+    if (folder / "model_index.json").is_file():
+        return folder
+    base = Checkpoint.load(demo.checkpoint_path())
+    torch.manual_seed(seed)
+    frequencies = CONFIGS["demo"].frequencies if variant.kernel else ()
+    unet = type(base.unet).from_config(base.unet.config)
+    kernel = PositionKernel.for_unet(unet, frequencies) if frequencies else None
+    if kernel is not None:
+        kernel.focus()
+    encoder = TextHandEncoder.from_clip(
+        base.text_encoder, cues=list(variant.cues), frequencies=list(frequencies), joint=variant.joint
+    )
+    replace(base, text_hand_encoder=encoder, unet=unet, position_kernel=kernel).save(folder)
+    return folder
+
+
+def wordless(folder: Path, out: Path) -> Path:
+    """The same dataset with the words "a hand" for every prompt."""
+
+    def samples() -> Iterator[Sample | Bad]:
+        for sample in read(folder):
+            yield sample if isinstance(sample, Bad) else replace(sample, prompts=[WORDLESS])
+
+    if not (out / "done").exists():
+        shutil.rmtree(out, ignore_errors=True)  # half of a dataset would be one, too
+        write_shards(samples(), out)
+        (out / "done").touch()
+    return out
+
+
+def train(name: str, out: Path, data: Path, recipe: Recipe) -> Path:
+    """Trains a variant, or what is left of it; its checkpoint."""
+    finished = out / name / "checkpoint"
+    if not (finished / "model_index.json").is_file():
+        run = Run(out / name / "run", data, recipe, start_of(VARIANTS[name], out / name / "start"))
+        run.prepare()
+        run.train("pictures")
+        run.save(finished)
+    return finished
+
+
+def judged(
+    checkpoint: Path, renders: Path, seen: measure.Seen, tools: measure.Instruments, out: Path
+) -> dict[str, Any]:
+    """The figures of a checkpoint that paints the renders' hands."""
+    painter = Torch(checkpoint, {"body": None, "threads": None, "device": "auto"})
+    requests = pictures.wanted(renders, None, None, renders.parent / f"{renders.name}-hands", 0, say)
+    with progress(f"painting with {checkpoint.parent.name}") as show:
+        folder = pictures.make(painter, requests, out, say, show)
+    labels = dict(zip(seen.keys, seen.labels, strict=True))
+    shown = pictures.read_pictures(folder, None, say)
+    looked = measure.look(shown, tools, len(requests), lambda done, total: None, labels=labels)
+    return measure.figures(looked, seen)["metrics"]
+
+
+def page(rows: dict[str, Any], document: dict[str, Any]) -> str:
+    """A table, and a plot of each figure with its interval."""
+    names = [name for name in SHOWN if any(name in row for row in rows.values())]
+    cells = [[row, *(spread(n, found[n]) if n in found else "" for n in names)] for row, found in rows.items()]
+    said = (
+        f"{document['steps']} steps of {document['batch']} pictures each, {document['prompts']} held-out prompts, true "
+        "hands; bars span 95 % (of one training: another seed of it is another model)."
+    )
+    plots = []
+    for name in names:
+
+        def draw(axes: Any, name: str = name) -> None:
+            for i, found in enumerate(rows.values()):
+                if name in found:
+                    axes.plot([found[name]["low"], found[name]["high"]], [i, i], color="#2f6690")
+                    axes.plot(found[name]["value"], i, "o", color="#2f6690", markersize=5)
+            axes.set_yticks(range(len(rows)), list(rows))
+            axes.invert_yaxis()
+            axes.set(title=title(name))
+
+        plots.append(plot(draw, 1 + 0.28 * len(rows)))
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Ablations</title><style>body { font: 15px/1.5 '
+        "system-ui, sans-serif; margin: 2rem; } table { border-collapse: collapse; } td, th { padding: .25rem .6rem; "
+        f"border-bottom: 1px solid #ddd; text-align: left; }}</style><h1>Ablations</h1><p>{said}</p>"
+        f"{table(['', *map(title, names)], cells)}{''.join(plots)}</html>\n"
+    )
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="What to train on: hd-data demo WORLD.")
+@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="Of every variant.")
+@click.option("--batch", type=click.IntRange(1), default=48, show_default=True)
+@click.option("--count", type=click.IntRange(6), default=96, show_default=True, help="Held-out prompts.")
+@click.option("--only", type=click.Choice(list(VARIANTS)), multiple=True, help="These variants alone.")
+@click.option("--judge", "judge_folder", type=click.Path(path_type=Path), help="The demo's judge.")
+@click.option("--no-detector", is_flag=True, help="Only what needs no MediaPipe.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE.json", help="The JSON document, too.")
+def command(
+    out: Path, data: Path, steps: int, batch: int, count: int, only: tuple[str, ...], judge_folder: Path | None,
+    no_detector: bool, output: Path | None,
+) -> int:  # fmt: skip
+    """Trains every variant at the same budget and judges what it paints. OUT keeps all of it, and ablations.html."""
+    tools = instruments({"clip_folder": None, "judge_folder": judge_folder, "threads": None, "crops": "asked",
+                         "no_detector": no_detector, "weights": None, "min_crop": 32})  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    asked = {"steps": steps, "batch": batch, "prompts": count, "data": str(data)}
+    known = out / "asked.json"
+    if known.exists() and json.loads(known.read_text()) != asked:
+        raise TrainingError(f"{out} holds variants of another budget or dataset. Name another folder.")
+    known.write_text(json.dumps(asked))
+    recipe = Recipe.load("demo").changed("pictures", {"steps": steps, "batch": batch, "warmup": min(100, steps // 10)})
+    recipe = msgspec.structs.replace(recipe, prompts=())
+    scenes = scenes_by_view(count)
+    renders = samples_of(scenes, [[s.prompt] for s in scenes], [key_of(i) for i in range(count)], demo_body(), 128)
+    save(out / "renders", renders)
+    save(out / "renders-wordless", [replace(sample, prompts=[WORDLESS]) for sample in renders])
+    seen = measure.look(
+        pictures.read_pictures(out / "renders", None, say), tools, count, lambda done, total: None, detect=False
+    )
+    rows: dict[str, Any] = {}
+    for name in only or VARIANTS:
+        words = VARIANTS[name].words
+        checkpoint = train(name, out, data if words else wordless(data, out / "wordless"), recipe)
+        folder = out / ("renders" if words else "renders-wordless")
+        rows[name] = judged(checkpoint, folder, seen, tools, out / name / "pictures")
+        write(out / "ablations.html", page(rows, asked))
+    console = Console(highlight=False, soft_wrap=True, width=200)
+    shown = Table(title=f"{steps} steps of {batch}, {count} held-out prompts, true hands")
+    names = [name for name in SHOWN if any(name in row for row in rows.values())]
+    for column in ("", *(title(name).split(" (")[0] for name in names)):
+        shown.add_column(column)
+    for name, found in rows.items():
+        shown.add_row(name, *(spread(metric, found[metric]) if metric in found else "" for metric in names))
+    console.print(shown)
+    finish({**asked, "rows": rows, "settings": measure.settings(tools, "renders")}, output)
+    return 0
+
+
+if __name__ == "__main__":
+    run("ablations", command, "Stopped. The same command goes on.")
