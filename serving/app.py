@@ -377,7 +377,7 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
         check_model(body.model)
         seed = secrets.randbelow(DRAWN_SEEDS) if body.seed is None else body.seed
         path = await asyncio.to_thread(service.hands_path, body.hands)
-        (request,) = await asyncio.to_thread(service.prepare, Request(body.prompt, seed=seed, hands=path))
+        (request,) = await asyncio.to_thread(service.prepare, Request(body.prompt, seed=seed, steps=1, hands=path))
         service.forget_hands()
         ticket = dispatcher.submit_hands(http.scope["handiffuser"]["owner"], request)
         deadline = asyncio.get_running_loop().time() + limits.timeout

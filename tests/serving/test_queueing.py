@@ -131,6 +131,7 @@ def toy_copy_broken(toy_bundle, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_two_hundred_connections_at_once(toy_bundle, tmp_path):
     with serving(toy_bundle, tmp_path / "hands", places=250) as served:
         limits = httpx.Limits(max_connections=200)
@@ -166,6 +167,7 @@ def test_headers_that_do_not_come_are_not_waited_for(toy_bundle, tmp_path, monke
         assert served.generate().status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals", [1, 2])
 def test_sigterm_lets_requests_finish_and_a_second_one_does_not(toy_bundle, signals):
     count = 6
@@ -204,6 +206,7 @@ def test_sigterm_lets_requests_finish_and_a_second_one_does_not(toy_bundle, sign
     assert not any("Traceback" in line for line in process.said), process.said
 
 
+@pytest.mark.slow
 def test_sighup_reads_the_keys_again(toy_bundle, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("first-secret\n")
