@@ -43,6 +43,7 @@ FORMAT = 1  # of the JSON document
 LEAVABLE = ("torch.compile", "onnxruntime", "openvino")  # peers; diffusers eager is what the others are made from
 RANDOM = ("tiny", "demo", "sd15")
 BUSY = 0.1  # of a core, used by others: from then on it is said
+SHARES, SERVED_ROUNDS, SERVED_STEPS = (0.5, 0.7, 0.9), 3, (4, 24)  # of --serve
 MOST_BATCH, MOST_REQUESTS, MOST_REPEATS = 1024, 1_000_000, 10_000
 
 notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -98,8 +99,9 @@ def numbers(most: int) -> Any:
     help="A peer to do without: compiling takes minutes, plain ONNX Runtime a second copy of the networks.",
 )
 @click.option("--load", is_flag=True, help="Requests at random times: in-flight and static batching.")
+@click.option("--serve", "served", is_flag=True, help="Over HTTP: hd-serve, a server with a lock, static batches.")
 @click.option(
-    "--requests", type=click.IntRange(2, MOST_REQUESTS), default=60, show_default=True, help="Of the load test."
+    "--requests", type=click.IntRange(2, MOST_REQUESTS), default=60, show_default=True, help="Of the load tests."
 )
 @click.option(
     "--load-runs",
@@ -299,6 +301,9 @@ def work(engines: str, document: dict[str, Any], options: dict[str, Any], pictur
     if options["load"]:
         load(pipeline, solver, document, options)
         say.load(document["load"])
+    if options["served"]:
+        serve(engines, pipeline, solver, document, options)
+        say.serve(document["serve"])
     if options["soaked"]:
         document["soak"] = {}
         with notes.status(f"{options['soaked']} requests") as status:
@@ -382,6 +387,24 @@ def load(pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: 
             result["over_runs"] = load_test.over_runs(result["runs"])
 
 
+def serve(engines: str, pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: dict[str, Any]) -> None:
+    """The load test over HTTP, into the document as it goes."""
+    from . import serve as over_http
+
+    requests = load_test.mixed_requests(pipeline, options["requests"], solver=solver, steps=SERVED_STEPS)
+    how = {name: options[name] for name in ("device", "threads", "backend")} | {"batch_size": pipeline.batch_size}
+    rows: list[dict[str, Any]] = []
+    document["serve"] = {
+        "requests": len(requests),
+        "steps": list(SERVED_STEPS),
+        "batch": pipeline.batch_size,
+        "rows": rows,
+    }
+    with notes.status("servers") as status:
+        for row in over_http.compare(engines, requests, SHARES, SERVED_ROUNDS, how, status.update):
+            rows.append(row)
+
+
 def close(document: dict[str, Any], options: dict[str, Any], pictures: dict[str, Any]) -> None:
     """Sums up what an interruption left open, writes the files, and ends stdout with the document."""
     for run in document["runs"]:
@@ -394,6 +417,8 @@ def close(document: dict[str, Any], options: dict[str, Any], pictures: dict[str,
             say.peers(table)
         if document.get("load", {}).get("rows"):
             say.load(document["load"])
+        if document.get("serve", {}).get("rows"):
+            say.serve(document["serve"])
         if document.get("soak"):
             say.soak(document["soak"])
     text = json.dumps(document, allow_nan=False)

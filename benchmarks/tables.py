@@ -190,6 +190,35 @@ class Tables:
             title = f"The same over {len(load['runs'])} runs with other requests: means and 95 % intervals"
             self.table(title, ["", "p50", "p95", "pictures/s", "in-flight's p95 to its own"], several)
 
+    def serve(self, serve: dict[str, Any]) -> None:
+        """Over HTTP: throughput by round, then waiting times by share of the capacity."""
+        at_once = [row for row in serve["rows"] if "round" in row]
+        names = list(dict.fromkeys(row["name"] for row in at_once))
+        found = {name: [row["pictures_per_second"] for row in at_once if row["name"] == name] for name in names}
+        least, most = serve["steps"]
+        self.table(
+            f"{serve['requests']} requests of {least} to {most} steps at once, pictures a second",
+            ["", *(f"round {i + 1}" for i in range(max(map(len, found.values()), default=0)))],
+            [[name, *(f"{rate:.3f}" for rate in rates)] for name, rates in found.items()],
+        )
+        cpu = {name: [row["cpu_seconds_per_picture"] for row in at_once if row["name"] == name] for name in names}
+        self.table(
+            "CPU seconds a picture of the same",
+            ["", *(f"round {i + 1}" for i in range(max(map(len, cpu.values()), default=0)))],
+            [[name, *(f"{seconds:.3f}" for seconds in each)] for name, each in cpu.items()],
+        )
+        rows = [row for row in serve["rows"] if "share" in row]
+        if rows:
+            self.table(
+                "The same at random times, by share of the bare loop's capacity",
+                ["", "share", "p50", "p95", "p99", "pictures a second"],
+                [
+                    [row["name"], f"{row['share']:.0%}", *(f"{row['latency'][p]:.2f} s" for p in ("p50", "p95", "p99")),
+                     f"{row['pictures_per_second']:.3f}"]
+                    for row in rows
+                ],
+            )  # fmt: skip
+
     def soak(self, soak: dict[str, Any]) -> None:
         slope, memory = soak.get("mb_per_1000"), soak["rss_mb"]
         lost = soak.get("lost", "none known to be")

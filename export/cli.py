@@ -97,6 +97,7 @@ def parse_adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...
     help="Compare half precision with float32 in whole runs; auto: for models small enough for a CPU.",
 )
 @click.option("--accept-low-fidelity", is_flag=True, help="Write the bundle even if it fails that comparison.")
+@click.option("--triton", type=click.Path(path_type=Path), metavar="FOLDER", help="A model repository for Triton, too.")
 @build_options
 def command(
     checkpoint: str,
@@ -109,6 +110,7 @@ def command(
     opset: int,
     fidelity: str,
     accept_low_fidelity: bool,
+    triton: Path | None,
     **values: Any,
 ) -> None:
     """Exports CHECKPOINT (a folder in Hugging Face layout, or the word demo) into the bundle OUT.
@@ -138,6 +140,10 @@ def command(
         build_with_progress(out, backend, values)
     if backend == "inductor":
         compile_with_inductor(folder, out, body, adapters, image_size)
+    if triton is not None:
+        from ..serving.triton import write
+
+        console.print(f"Triton's repository is {write(out, triton).parent}.")
     if body is not None:
         console.print(
             f"{out} now contains arrays of your SMPL-H body. Its licence forbids passing them on: keep this bundle, "

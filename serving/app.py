@@ -18,6 +18,7 @@ import math
 import os
 import secrets
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -97,6 +98,7 @@ class Service:
         self.hands: OrderedDict[str, Path] = OrderedDict()
         self.pictures: OrderedDict[str, tuple[float, str, bytes]] = OrderedDict()
         self.bytes = 0
+        self.lock = threading.Lock()  # requests are prepared, and pictures encoded, in threads
 
     @property
     def size(self) -> str:
@@ -104,14 +106,19 @@ class Service:
         return f"{width}x{height}"
 
     def keep_hands(self, hands: Arrays, prompt: str = "") -> str:
-        """Writes hands into the private folder, under a name that says what they are. Raises RequestError."""
+        """Writes hands into the private folder, under a name that says what they are. Raises RequestError, and
+        UnfinishedError where they cannot be written."""
         content = hands_file({name: np.asarray(value, np.float32) for name, value in hands.items()}, prompt)
         id = f"hands_{hashlib.sha256(content).hexdigest()[:32]}"
+        path, temporary = self.folder / f"{id}.npz", self.folder / f"{secrets.token_hex(8)}.tmp"
         if id not in self.hands:
-            path = self.folder / f"{id}.npz"
-            temporary = self.folder / f"{secrets.token_hex(8)}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            try:
+                temporary.write_bytes(content)
+                os.replace(temporary, path)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise UnfinishedError(f"The server cannot keep hands: {error.strerror or error}.", 503) from None
+        with self.lock:
             self.hands[id] = path
         return id
 
@@ -122,10 +129,11 @@ class Service:
         dispatcher = self.dispatcher
         waiting = [*dispatcher.queue, *(t for w in dispatcher.workers for t in w.has.values())]
         needed = {ticket.request.hands for ticket in waiting}
-        for id, path in list(self.hands.items())[: len(self.hands) - KEPT_HANDS]:
-            if str(path) not in needed:
-                del self.hands[id]
-                path.unlink(missing_ok=True)
+        with self.lock:
+            for id, path in list(self.hands.items())[: len(self.hands) - KEPT_HANDS]:
+                if str(path) not in needed:
+                    del self.hands[id]
+                    path.unlink(missing_ok=True)
 
     def hands_path(self, hands: HandsField | str | None) -> str | None:
         """What `Request.hands` takes; nothing but what this server wrote itself is ever opened."""
@@ -133,10 +141,11 @@ class Service:
             return hands
         if isinstance(hands, HandsField):
             hands = self.keep_hands(hands.arrays())
-        if hands not in self.hands:
-            raise RequestError(f"There are no hands {hands[:60]!r} here (any more). Send the arrays themselves.")
-        self.hands.move_to_end(hands)
-        return str(self.hands[hands])
+        with self.lock:
+            if hands not in self.hands:
+                raise RequestError(f"There are no hands {hands[:60]!r} here (any more). Send the arrays themselves.")
+            self.hands.move_to_end(hands)
+            return str(self.hands[hands])
 
     def prepare(self, request: Request, count: int = 1) -> list[Request]:
         """Fills in the bundle's defaults, seeds and ids. Raises RequestError for what this bundle cannot run."""
@@ -148,7 +157,8 @@ class Service:
                 f"{filled.steps} steps are more than this server makes. Ask for {self.limits.steps} or fewer."
             )
         try:
-            self.bundle.check(filled)
+            with self.lock:  # the bundle keeps schedules that it has computed
+                self.bundle.check(filled)
         except RequestError as error:
             raise RequestError(str(error).replace(f"The hands file {request.hands} has", "The hands have")) from None
         return [
@@ -160,15 +170,31 @@ class Service:
         """A name for a picture that is fetched by URL, within the hour."""
         now = time.monotonic()
         name = f"{secrets.token_urlsafe(24)}.{format}"
-        self.pictures[name] = (now, format, content)
-        self.bytes += len(content)
-        while self.pictures:
-            first, (kept, _, old) = next(iter(self.pictures.items()))
-            if self.bytes <= KEPT_BYTES and now - kept < KEPT_SECONDS:
-                break
-            del self.pictures[first]
-            self.bytes -= len(old)
+        with self.lock:
+            self.pictures[name] = (now, format, content)
+            self.bytes += len(content)
+            while self.pictures:
+                first, (kept, _, old) = next(iter(self.pictures.items()))
+                if self.bytes <= KEPT_BYTES and now - kept < KEPT_SECONDS:
+                    break
+                del self.pictures[first]
+                self.bytes -= len(old)
         return name
+
+
+class Stream(StreamingResponse):
+    """Server-sent events; `at_end` is called whatever happens, also when the client goes before the first one."""
+
+    def __init__(self, events: AsyncIterator[str], at_end: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.at_end = at_end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.at_end()
 
 
 def encoded(image: np.ndarray, format: str = "png", quality: int | None = None) -> bytes:
@@ -361,8 +387,7 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
         }
         if body.stream:
             stream = _stream(service, tickets[0], finished, about, deadline, warnings)
-            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+            return Stream(stream, lambda: dispatcher.cancel(tickets))
         events = await _wait(http, service, tickets, deadline)
         if events is None:
             return Response(status_code=499)
@@ -377,7 +402,7 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
         check_model(body.model)
         seed = secrets.randbelow(DRAWN_SEEDS) if body.seed is None else body.seed
         path = await asyncio.to_thread(service.hands_path, body.hands)
-        (request,) = await asyncio.to_thread(service.prepare, Request(body.prompt, seed=seed, hands=path))
+        (request,) = await asyncio.to_thread(service.prepare, Request(body.prompt, seed=seed, steps=1, hands=path))
         service.forget_hands()
         ticket = dispatcher.submit_hands(http.scope["handiffuser"]["owner"], request)
         deadline = asyncio.get_running_loop().time() + limits.timeout
@@ -571,8 +596,6 @@ async def _stream(
     except UnfinishedError as error:
         kind = {"message": str(error), "type": "server_error", "param": None}
         yield sent("error", {"error": {**kind, "code": "timeout" if error.status == 504 else None}})
-    finally:
-        service.dispatcher.cancel([ticket])
 
 
 def private_folder() -> tempfile.TemporaryDirectory[str]:

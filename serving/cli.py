@@ -54,7 +54,7 @@ PATIENCE = 3.0  # seconds for a step to end after which the process ends without
 @click.option("--devices", metavar="0,1,...", help="GPUs: one worker process each, behind one port.")
 @click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True,
               help="On a CPU: so many worker processes.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of each worker.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of each worker.  [default: its share]")
 @click.option("--no-warm-up", is_flag=True, help="Take requests before engines have run once.")
 @click.version_option(package_name="handiffuser", prog_name="hd-serve")
 def serve(engines: str, **options: Any) -> int:
@@ -69,11 +69,14 @@ def serve(engines: str, **options: Any) -> int:
     gpus = _gpus(options["devices"])
     if gpus and options["workers"] > 1:
         raise click.UsageError("--devices starts a worker a GPU: leave --workers out.")
+    threads = options["threads"]
+    if threads is None and options["workers"] > 1:
+        threads = max(1, (os.cpu_count() or 1) // options["workers"])
     each = [
         Options(
             engines,
             "cuda" if gpus else options["device"],
-            options["threads"],
+            threads,
             options["batch_size"],
             options["backend"],
             not options["no_warm_up"],

@@ -193,9 +193,9 @@ class Pose:
         low, high = np.minimum(low, before), np.maximum(high, before)  # what a picture has is possible
         targets = {(drag.joint - 1) % 4: np.array([drag.x, drag.y]) for drag in drags}
         targets = {joint: to for joint, to in targets.items() if joint > 0}  # a finger's root sits in the palm
-        if not targets:
-            return
         size = abs(self.to_image[0][0]) * np.linalg.norm(self.bones[list(chain[1:])], axis=-1).sum()
+        if not targets or size < 1e-6:  # nothing to do, or nothing to see
+            return
 
         def forward(angles: np.ndarray) -> np.ndarray:
             """[J, 2] of the picture, in lengths of the finger."""

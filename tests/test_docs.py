@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 MODULES = {
     "hd-run": ("runtime.cli", "run"),
+    "hd-serve": ("serving.cli", "serve"),
     "hd-export": ("export.cli", "command"),
     "hd-engines": ("engines.cli", "commands"),
     "hd-body": ("models.body", "commands"),

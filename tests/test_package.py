@@ -58,12 +58,14 @@ def test_the_wheel_runs_from_an_empty_folder(built, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert list((work / "out").glob("*.png"))
-    for name in ("models", "training", "export", "calibration", "engines", "runtime"):
+    for name in ("models", "training", "export", "calibration", "engines", "runtime", "serving"):
         assert (site / "handiffuser" / name / "__init__.py").exists()
+    for name in ("gestures.json", "page/index.html", "page/page.css", "page/page.js", "triton_model.py"):
+        assert (site / "handiffuser" / "serving" / name).exists()
     assert {"hd-run", "hd-export", "hd-train"} <= {path.name for path in (site / "bin").iterdir()}
 
 
-@pytest.mark.parametrize("command", ["hd_run", "hd_export", "hd_engines", "hd_train", "hd_eval"])
+@pytest.mark.parametrize("command", ["hd_run", "hd_serve", "hd_export", "hd_engines", "hd_train", "hd_eval"])
 def test_ctrl_c_while_the_libraries_load_is_a_sentence(command):
     script = (
         "import os, signal, sys, threading\n"

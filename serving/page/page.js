@@ -139,6 +139,7 @@ async function onlyHands() {
     state.request = wanted(true);
     $("progress").value = 0;
     setState(`hands of seed ${seed}`);
+    busy(false);
   } catch (error) {
     say(error.message);
   }
@@ -166,6 +167,7 @@ const joints = SIDES.map((side, s) =>
     const name = j ? `${side} ${NAMES[finger]}, ${PARTS[(j - 1) % 4]}` : `${side} wrist`;
     joint.setAttribute("aria-label", name);
     joint.title = name;
+    if (!j) joint.dataset.letter = side === "left" ? "L" : "R";
     // A finger's root sits in the palm and does not move by itself; the thumb's does not either.
     if ((j - 1) % 4 === 0 && j) joint.tabIndex = -1;
     joint.addEventListener("pointerdown", (event) => hold(event, s, j));

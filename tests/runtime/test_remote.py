@@ -79,3 +79,38 @@ def test_hd_run_writes_to_a_url(toy_bundle, tmp_path):
         result = run_command("runtime.cli", toy_bundle, "a fist", "-o", url)
         assert result.returncode == 0 and said in result.stderr, result.stderr
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_s3_alone_and_with_ray(toy_bundle, tmp_path, monkeypatch):
+    """Against a stand-in on this machine: what hd-run has made, hd-run --ray skips."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("ray")
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        }.items():
+            monkeypatch.setenv(name, value)
+        import s3fs
+
+        files = s3fs.S3FileSystem(endpoint_url=f"http://127.0.0.1:{port}")
+        files.mkdir("bucket")
+        result = run_command("runtime.cli", toy_bundle, "a fist", "-o", "s3://bucket/run")
+        assert result.returncode == 0 and "1 picture in" in result.stderr, result.stderr
+        result = run_command("runtime.cli", toy_bundle, "a fist", "b", "c", "-o", "s3://bucket/run", "--ray")
+        assert result.returncode == 0, result.stderr
+        assert "2 pictures in" in result.stderr and "1 skipped" in result.stderr
+        files.invalidate_cache()
+        names = [path.rpartition("/")[2] for path in files.find("bucket/run")]
+        assert sum(name.endswith(".json") for name in names) == 3 and len(names) == 3 * 4 + 1
+        assert files.cat_file("bucket/run/index.html").count(b"<figure>") == 3
+        assert host
+    finally:
+        server.stop()

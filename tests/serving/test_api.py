@@ -221,3 +221,42 @@ def test_too_large_steps_of_the_bundle_are_said(toy_bundle, tmp_path):
     with serving(toy_bundle, tmp_path, limits=Limits(steps=3)) as served:
         assert "3 or fewer" in served.generate().json()["error"]["message"]
         assert served.generate(num_inference_steps=3).status_code == 200
+
+
+def test_a_full_disk_is_a_sentence(toy_bundle, tmp_path, monkeypatch):
+    import errno
+    from pathlib import Path
+
+    with serving(toy_bundle, tmp_path / "hands") as served:
+        made = served.client.post("/v1/hands", json={"prompt": "a", "seed": 1}).json()["data"][0]["hands"]
+
+        def full(path, content):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        answer = served.generate("a", hands={**made, "betas": [0.5] * 10})
+        assert answer.status_code == 503 and "No space left" in answer.json()["error"]["message"]
+        monkeypatch.undo()
+        assert served.generate("a", hands=made).status_code == 200
+        assert not list((tmp_path / "hands").glob("*.tmp"))
+
+
+def test_hands_are_forgotten_but_not_while_somebody_waits(toy_bundle, tmp_path, monkeypatch, slow):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from handiffuser.serving import app
+
+    monkeypatch.setattr(app, "KEPT_HANDS", 2)
+    slow(0.03)
+    with serving(toy_bundle, tmp_path / "hands", batch=1) as served, ThreadPoolExecutor(1) as pool:
+        made = served.client.post("/v1/hands", json={"prompt": "a", "seed": 1}).json()["data"][0]
+        waiting = pool.submit(served.generate, "a", hands=made["hands_id"], num_inference_steps=60)
+        served.wait(lambda: served.dispatcher.running)
+        for seed in range(2, 7):
+            served.client.post("/v1/hands", json={"prompt": "a", "seed": seed})
+        assert made["hands_id"] in served.service.hands and len(served.service.hands) <= 4
+        assert waiting.result().status_code == 200
+        for seed in range(7, 10):
+            served.client.post("/v1/hands", json={"prompt": "a", "seed": seed})
+        gone = served.generate("a", hands=made["hands_id"])
+        assert gone.status_code == 400 and "any more" in gone.json()["error"]["message"]

@@ -1,0 +1,168 @@
+"""Requests over HTTP at random times: what a client waits for, from hd-serve and from plainer servers.
+
+    rows = compare("demo", requests, shares=(0.5, 0.7, 0.9), rounds=2, ...)
+
+Each server is a process of its own, over the same engines, with as many threads. The load is open-loop: a request is
+sent at its time, whether the ones before it were answered or not. The capacity, of which arrival rates are shares, is
+that of the bare loop: all requests at once, in a process without HTTP. What ways are compared take turns in every
+round; a round's figures are kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import EngineError
+from ..runtime.requests import Request
+from .load import arrival_times, row
+
+WAYS = ("hd-serve", "lock", "static")
+PATIENCE = 120.0  # seconds for a server to be ready
+BARE = """
+import json, sys, time
+from handiffuser import HanDiffuser, Request
+engines, device, threads, batch, backend = json.loads(sys.argv[1])
+requests = [Request(**values) for values in json.load(sys.stdin)]
+pipeline = HanDiffuser.load(engines, device, threads, batch, backend)
+pipeline.generate("warm up", steps=2)
+start, cpu = time.perf_counter(), time.process_time()
+assert len(list(pipeline.run(requests))) == len(requests)
+print(len(requests) / (time.perf_counter() - start), (time.process_time() - cpu) / len(requests))
+"""
+
+
+def body_of(request: Request, way: str) -> dict[str, Any]:
+    body = {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+    }
+    return body if way == "hd-serve" else body | {"id": str(request.id)}
+
+
+@contextlib.contextmanager
+def server(way: str, engines: str, how: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Starts a server and yields its address and process when it is ready. Raises EngineError when it never is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said = ["--port", str(port), "--batch-size", str(how["batch_size"]), "--device", how["device"]]
+    said += ["--backend", how["backend"]]
+    if how["threads"]:
+        said += ["--threads", str(how["threads"])]
+    if way == "hd-serve":
+        line = ["-m", "handiffuser.serving.cli", engines, "--queue", "100000", "--timeout", "3600", *said]
+    else:
+        line = ["-m", "handiffuser.benchmarks.plain_servers", way, engines, *said]
+    process = subprocess.Popen([sys.executable, *line], stderr=subprocess.DEVNULL)
+    try:
+        import httpx
+
+        end = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                    break
+            if process.poll() is not None or time.monotonic() > end:
+                raise EngineError(f"The server {way} did not become ready. Start it by hand to see why.")
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", process.pid
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+async def _send(url: str, way: str, requests: Sequence[Request], arrivals: Sequence[float]) -> dict[str, float]:
+    """Id -> when its answer was there, in seconds after the first arrival. Raises EngineError for an error."""
+    import httpx
+
+    done: dict[str, float] = {}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=3600, limits=limits) as client:
+        start = time.perf_counter()
+
+        async def one(request: Request, at: float) -> None:
+            await asyncio.sleep(max(0.0, at - (time.perf_counter() - start)))
+            answer = await client.post("/v1/images/generations", json=body_of(request, way))
+            if answer.status_code != 200:
+                raise EngineError(f"{way} answered {answer.status_code}: {answer.text[:200]}")
+            done[str(request.id)] = time.perf_counter() - start
+
+        await asyncio.gather(*(one(request, at) for request, at in zip(requests, arrivals, strict=True)))
+    return done
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has used so far; 0 where that cannot be read. It tells servers apart on a machine that others keep
+    busy, too."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return 0.0
+
+
+def bare(engines: str, requests: Sequence[Request], how: dict[str, Any]) -> tuple[float, float]:
+    """Pictures a second of the loop alone, in a process of its own, and CPU seconds a picture."""
+    import json
+    from dataclasses import asdict
+
+    arguments = json.dumps([engines, how["device"], how["threads"], how["batch_size"], how["backend"]])
+    values = json.dumps([asdict(request) for request in requests])
+    found = subprocess.run([sys.executable, "-c", BARE, arguments], input=values, capture_output=True, text=True)
+    if found.returncode:
+        raise EngineError(f"The bare loop could not be run: {found.stderr.strip().splitlines()[-1]}")
+    rate, cpu = map(float, found.stdout.split()[-2:])
+    return rate, cpu
+
+
+def compare(
+    engines: str,
+    requests: Sequence[Request],
+    shares: Sequence[float],
+    rounds: int,
+    how: dict[str, Any],
+    on_way: Callable[[str], None] = lambda _: None,
+) -> Iterator[dict[str, Any]]:
+    """Yields rows as they are done. First, of each round, {"name": "bare loop" or a way, "round",
+    "pictures_per_second", "cpu_seconds_per_picture"} with all requests at once; then {"name", "share", "latency",
+    "pictures_per_second"} for each share of the capacity.
+    """
+    capacities = []
+    at_once = [0.0] * len(requests)
+    for round in range(rounds):
+        on_way("the bare loop")
+        rate, cpu = bare(engines, requests, how)
+        capacities.append(rate)
+        yield {"name": "bare loop", "round": round, "pictures_per_second": rate, "cpu_seconds_per_picture": cpu}
+        for way in WAYS:
+            on_way(f"{way}, all at once")
+            with server(way, engines, how) as (url, pid):
+                before = cpu_seconds(pid)
+                done = asyncio.run(_send(url, way, requests, at_once))
+                cpu = (cpu_seconds(pid) - before) / len(done)
+            rate = len(done) / max(done.values())
+            yield {"name": way, "round": round, "pictures_per_second": rate, "cpu_seconds_per_picture": cpu}
+    for share in shares:
+        arrivals = arrival_times(len(requests), share * float(np.median(capacities)))
+        for way in WAYS:
+            on_way(f"{way} at {share:.0%} of capacity")
+            with server(way, engines, how) as (url, _):
+                done = asyncio.run(_send(url, way, requests, arrivals))
+            yield row(way, requests, arrivals, done) | {"share": share}

@@ -1,0 +1,82 @@
+"""A model repository for NVIDIA Triton: its Python backend around our loop, decoupled, so that requests share batches.
+
+    hd-export CHECKPOINT engines --triton repository
+    tritonserver --model-repository repository          # with handiffuser in its Python
+
+Inputs: PROMPT (string), and, optional, NEGATIVE_PROMPT, SEED, STEPS, GUIDANCE, SOLVER. Outputs: IMAGE uint8 [H, W, 3],
+JOINTS_2D float32 [2, 21, 2], VISIBILITY float32 [2], SEED int64 [1], WARNINGS (string). A request is one picture. One
+that the client cancels leaves the batch at the next step.
+"""
+
+from __future__ import annotations
+
+import shutil
+from importlib import resources
+from pathlib import Path
+
+from ..contract import Manifest
+from ..errors import ExportError
+
+NAME = "handiffuser"
+INPUTS = {  # name -> Triton's type, whether it may be left out
+    "PROMPT": ("TYPE_STRING", False),
+    "NEGATIVE_PROMPT": ("TYPE_STRING", True),
+    "SEED": ("TYPE_INT64", True),
+    "STEPS": ("TYPE_INT32", True),
+    "GUIDANCE": ("TYPE_FP32", True),
+    "SOLVER": ("TYPE_STRING", True),
+}
+
+
+def config(manifest: Manifest, slots: int = 8) -> str:
+    """The text of config.pbtxt."""
+    height, width = manifest.image_size
+    outputs = {
+        "IMAGE": ("TYPE_UINT8", [height, width, 3]),
+        "JOINTS_2D": ("TYPE_FP32", [2, 21, 2]),
+        "VISIBILITY": ("TYPE_FP32", [2]),
+        "SEED": ("TYPE_INT64", [1]),
+        "WARNINGS": ("TYPE_STRING", [-1]),
+    }
+    inputs = ",\n".join(
+        f'  {{ name: "{name}" data_type: {kind} dims: [ 1 ]{" optional: true" if optional else ""} }}'
+        for name, (kind, optional) in INPUTS.items()
+    )
+    given = ",\n".join(
+        f'  {{ name: "{name}" data_type: {kind} dims: {dims} }}' for name, (kind, dims) in outputs.items()
+    )
+    return f"""name: "{NAME}"
+backend: "python"
+max_batch_size: 0
+model_transaction_policy {{ decoupled: true }}
+input [
+{inputs}
+]
+output [
+{given}
+]
+instance_group [ {{ kind: KIND_MODEL count: 1 }} ]
+parameters {{ key: "slots" value {{ string_value: "{slots}" }} }}
+parameters {{ key: "device" value {{ string_value: "auto" }} }}
+parameters {{ key: "backend" value {{ string_value: "auto" }} }}
+"""
+
+
+def write(engines: Path, repository: Path) -> Path:
+    """Writes `repository`/handiffuser with a copy of the engines, and returns that folder.
+
+    Written beside and renamed. Raises ExportError where there is one already.
+    """
+    manifest = Manifest.load(engines, verify=False)
+    folder, temporary = repository / NAME, repository / f".{NAME}.tmp"
+    if folder.exists():
+        raise ExportError(f"{folder} is there already. Remove it, or name another folder with --triton.")
+    shutil.rmtree(temporary, ignore_errors=True)
+    version = temporary / "1"
+    version.mkdir(parents=True)
+    (temporary / "config.pbtxt").write_text(config(manifest), encoding="utf-8")
+    model = resources.files(__name__.rpartition(".")[0]).joinpath("triton_model.py").read_bytes()
+    (version / "model.py").write_bytes(model)
+    shutil.copytree(engines, version / "engines")
+    temporary.rename(folder)
+    return folder
