@@ -220,6 +220,7 @@ def test_an_engine_paints_the_prompts_of_a_folder_and_goes_on(tiny_bundle, tmp_p
     before = {path: path.stat().st_mtime_ns for path in made}
     assert invoke(*words)["metrics"] == document["metrics"]
     assert before == {path: path.stat().st_mtime_ns for path in made}, "nothing is painted twice"
+    assert invoke(*words, "--count", 2)["pictures"] == 2, "what else is in the folder does not count"
 
 
 def test_a_bundle_beside_its_checkpoint(tiny_bundle, tiny_checkpoint_folder, tmp_path):
@@ -254,7 +255,7 @@ def test_psnr_of_equal_and_of_other_pictures(tmp_path):
     for name, value in (("a", 0), ("b", 5)):
         save(tmp_path / name, [Sample("same", ["x"], None, encode_png(image)),
                                Sample("other", ["x"], None, encode_png(image + np.uint8(value)))])  # fmt: skip
-    found = psnr(tmp_path / "a", tmp_path / "b")
+    found = psnr(tmp_path / "a", tmp_path / "b", {"same", "other"})
     assert found["equal"] == 1 and found["value"] == pytest.approx((99 + 20 * np.log10(255 / 5)) / 2)
 
 
