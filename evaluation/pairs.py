@@ -19,8 +19,8 @@ import numpy as np
 
 from ..data.dataset import Index
 from ..data.samples import Bad, encode_png, picture
+from ..errors import EvaluationError
 from ..schema import MisfitError
-from .detect import EvaluationError
 from .pictures import Say
 
 FORMAT = 1  # of the answers

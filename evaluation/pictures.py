@@ -21,13 +21,12 @@ from .. import demo
 from ..contract import MANIFEST
 from ..data.dataset import Index
 from ..data.samples import Bad, Sample, members, person, picture
-from ..errors import HanDiffuserError
+from ..errors import EvaluationError, HanDiffuserError
 from ..models.layout import MODEL_INDEX
 from ..runtime.outputs import OutputFolder
 from ..runtime.requests import Request, RequestFile
 from ..runtime.results import Failure, Picture
 from ..schema import MisfitError
-from .detect import EvaluationError
 from .hands import Asked
 
 SIDES = ("left", "right")

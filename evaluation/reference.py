@@ -18,8 +18,8 @@ import numpy as np
 
 from ..data.dataset import Index
 from ..data.samples import Bad, picture
+from ..errors import EvaluationError
 from ..schema import MisfitError
-from .detect import EvaluationError
 from .distances import COVERS, DRAWS, MEAN_DRAWS, Kernel, frechet, interval, mean, resampled, shares
 from .measure import NAMES, SHARES, Seen, columns, own_rows
 

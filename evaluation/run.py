@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ..errors import EvaluationError
 from . import measure, pictures, reference
-from .detect import EvaluationError, MediaPipe
+from .detect import MediaPipe
 from .features import load_extractor
 from .measure import Instruments, Seen
 

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from commands import run_command
 from datasets import made_sample
 from handiffuser.data.samples import Sample, encode_png, read
+from handiffuser.errors import EvaluationError
 from handiffuser.evaluation import measure, pictures, run
 from handiffuser.evaluation.cli import evaluate
-from handiffuser.evaluation.detect import EvaluationError, Found, MediaPipe
+from handiffuser.evaluation.detect import Found, MediaPipe
 from handiffuser.evaluation.features import RandomFilters
 from handiffuser.evaluation.hands import Asked
 from handiffuser.evaluation.measure import Instruments, figures, look
