@@ -125,9 +125,9 @@ def judged(
     painter = Torch(checkpoint, {"body": None, "threads": None, "device": "auto"})
     requests = pictures.wanted(renders, None, None, renders.parent / f"{renders.name}-hands", 0, say)
     with progress(f"painting with {checkpoint.parent.name}") as show:
-        folder = pictures.make(painter, requests, out, say, show)
+        made = pictures.make(painter, requests, out, say, show)
     labels = dict(zip(seen.keys, seen.labels, strict=True))
-    shown = pictures.read_pictures(folder, None, say)
+    shown = pictures.read_pictures(made.folder, None, say, made.keys)
     looked = measure.look(shown, tools, len(requests), lambda done, total: None, labels=labels)
     return measure.figures(looked, seen)["metrics"]
 

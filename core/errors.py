@@ -36,3 +36,7 @@ class TrainingError(HanDiffuserError):
 
 class DatasetError(HanDiffuserError):
     """A dataset folder is missing, empty, or cannot be written."""
+
+
+class EvaluationError(HanDiffuserError):
+    """Pictures cannot be judged as asked: a package, a file or a folder is missing or unfit."""

@@ -155,7 +155,7 @@ def say(sentence: str) -> None:
 
 def writable(path: Path | None, option: str) -> None:
     """What can go wrong cheaply goes wrong first. Raises EvaluationError for a file that cannot be written."""
-    from .detect import EvaluationError
+    from ..errors import EvaluationError
 
     if path is None:
         return

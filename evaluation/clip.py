@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .detect import EvaluationError
+from ..errors import EvaluationError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, of all CLIP models
 

@@ -20,11 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ..errors import HanDiffuserError
-
-
-class EvaluationError(HanDiffuserError):
-    """Pictures cannot be judged as asked: a package, a file or a folder is missing or unfit."""
+from ..errors import EvaluationError
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     first, second = _root(a), _root(b)
     mean = np.square(a.mean(0) - b.mean(0)).sum()
     cross = np.linalg.svd(first @ second.T, compute_uv=False).sum()
-    return float(mean + np.square(first).sum() + np.square(second).sum() - 2 * cross)
+    return max(float(mean + np.square(first).sum() + np.square(second).sum() - 2 * cross), 0.0)  # rounding
 
 
 def _root(x: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .detect import EvaluationError
+from ..errors import EvaluationError
 
 NOT_COMPARABLE = "Random filters, not Inception: these numbers are not comparable with published ones."
 SEED = 2015

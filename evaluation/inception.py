@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .detect import EvaluationError
+from ..errors import EvaluationError
 
 SIZE = 299
 Step = tuple[str, int, Any]  # name, channels, kernel

@@ -9,7 +9,7 @@ import torch
 
 from ..demo.dataset import LABELS
 from ..demo.judge import load_judge, read
-from .detect import EvaluationError
+from ..errors import EvaluationError
 
 
 class Judged:

@@ -19,8 +19,8 @@ import numpy as np
 
 from ..data.dataset import Index
 from ..data.samples import Bad, encode_png, picture
+from ..errors import EvaluationError
 from ..schema import MisfitError
-from .detect import EvaluationError
 from .pictures import Say
 
 FORMAT = 1  # of the answers
@@ -41,7 +41,7 @@ def page_of(a: Path, b: Path, count: int, seed: int, say: Say) -> tuple[str, int
     common = _common(*indexes)
     if not common:
         raise EvaluationError(f"{a} and {b} have no picture in common, neither by key nor by prompt.")
-    names, found = sorted(common), list[tuple[str, list[str]]]()
+    names, found = sorted(common), list[tuple[str, list[np.ndarray]]]()
     for name in (names[i] for i in np.random.default_rng(seed).permutation(len(names))):
         if len(found) == count:
             break
@@ -50,18 +50,20 @@ def page_of(a: Path, b: Path, count: int, seed: int, say: Say) -> tuple[str, int
         try:
             if bad:
                 raise MisfitError(bad[0].sentence)
-            images = [_data(picture(sample)) for sample in samples]  # type: ignore[arg-type]
+            images = [picture(sample) for sample in samples]  # type: ignore[arg-type]
         except MisfitError as error:
             say(f"left out: {name}: {error}")
             continue
         found.append((samples[0].prompts[0], images))  # type: ignore[union-attr]
     if not found:
         raise EvaluationError(f"No picture that {a} and {b} have in common can be read.")
-    study = hashlib.sha256(json.dumps([seed, found]).encode()).hexdigest()[:16]
+    content = [[prompt, *(hashlib.sha256(image.tobytes()).hexdigest() for image in images)] for prompt, images in found]
+    study = hashlib.sha256(json.dumps([seed, content]).encode()).hexdigest()[:16]
     items = []
     for number, (prompt, images) in enumerate(found):
         pair = hashlib.sha256(f"{study}{number}".encode()).hexdigest()[:12]
-        sides = {q: images if a_is_left(study, q, pair) else images[::-1] for q in QUESTIONS}
+        a_b = [_data(image) for image in images]
+        sides = {q: a_b if a_is_left(study, q, pair) else a_b[::-1] for q in QUESTIONS}
         items.append({"pair": pair, "prompt": prompt, "sides": sides})
     data = {"study": study, "a": a.resolve().name, "b": b.resolve().name, "items": items, "questions": QUESTIONS}
     # "<" would let a prompt end the script.

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,13 +21,12 @@ from .. import demo
 from ..contract import MANIFEST
 from ..data.dataset import Index
 from ..data.samples import Bad, Sample, members, person, picture
-from ..errors import HanDiffuserError
+from ..errors import EvaluationError, HanDiffuserError
 from ..models.layout import MODEL_INDEX
 from ..runtime.outputs import OutputFolder
 from ..runtime.requests import Request, RequestFile
 from ..runtime.results import Failure, Picture
 from ..schema import MisfitError
-from .detect import EvaluationError
 from .hands import Asked
 
 SIDES = ("left", "right")
@@ -60,10 +59,14 @@ def kind_of(what: str) -> str:
     )
 
 
-def read_pictures(folder: Path, body: Path | None, say: Say) -> Iterator[Shown | None]:
-    """The folder's pictures one by one; None for what cannot be read, which is said."""
+def read_pictures(
+    folder: Path, body: Path | None, say: Say, keys: Collection[str] | None = None
+) -> Iterator[Shown | None]:
+    """The folder's pictures one by one, or those of `keys` alone; None for what cannot be read, which is said."""
     index = Index.open(folder)
     for number in range(len(index)):
+        if keys is not None and index.entry(number).key not in keys:
+            continue
         sample = index.sample(number)
         if isinstance(sample, Bad):
             say(f"left out: {sample}")
@@ -169,6 +172,13 @@ def _given(sample: Sample, folder: Path) -> str | None:
     return str(path)
 
 
+class Made(NamedTuple):
+    """What was painted: a folder, which may hold more, and the keys in it that were asked for."""
+
+    folder: Path
+    keys: set[str]
+
+
 class Painter:
     """A bundle in its engine, or a checkpoint in PyTorch: both take the same requests and draw the same noise."""
 
@@ -221,8 +231,8 @@ def painter_of(what: str, options: dict[str, Any], say: Say, checkpoint: bool = 
     return Torch(demo.checkpoint_path() if shipped else Path(what), options, what)
 
 
-def make(painter: Painter, requests: Sequence[Request], folder: Path, say: Say, show: Show) -> Path:
-    """Paints what is not there yet into a folder of the painter's own under `folder`, and returns that.
+def make(painter: Painter, requests: Sequence[Request], folder: Path, say: Say, show: Show) -> Made:
+    """Paints what is not there yet into a folder of the painter's own under `folder`.
 
     Raises EvaluationError when nothing could be painted.
     """
@@ -231,13 +241,14 @@ def make(painter: Painter, requests: Sequence[Request], folder: Path, say: Say, 
     for problem in refused:
         say(f"left out: prompt {problem.line}: {problem.sentence}")
     with OutputFolder(out) as kept:
-        todo = []
+        todo, other = [], set[str]()  # other: what is there under an id that is wanted, of another prompt
         for request in resolved:
             try:
                 if not kept.done(request, painter.digest):
                     todo.append(request)
             except HanDiffuserError as error:
-                say(f"left out: {error}")
+                other.add(str(request.id))
+                say("left out: " + str(error).replace("--output", "--pictures"))
         done = len(resolved) - len(todo)
         show(done, len(resolved))
         for result in painter.run(todo):
@@ -248,6 +259,7 @@ def make(painter: Painter, requests: Sequence[Request], folder: Path, say: Say, 
             done += 1
             show(done, len(resolved))
         kept.flush()
-    if not any(out.glob("*.hands.npz")):
+    keys = {str(request.id) for request in resolved if (out / f"{request.id}.json").is_file()} - other
+    if not keys:
         raise EvaluationError(f"No picture could be painted of {len(requests)} prompts.")
-    return out
+    return Made(out, keys)

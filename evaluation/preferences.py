@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from ..errors import EvaluationError
 from ..schema import MisfitError, fit, one_of, read_json, whole
-from .detect import EvaluationError
 from .distances import wilson
 from .pairs import FORMAT, QUESTIONS, a_is_left
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from ..data.dataset import Index
 from ..data.samples import Bad, picture
+from ..errors import EvaluationError
 from ..schema import MisfitError
-from .detect import EvaluationError
 from .distances import COVERS, DRAWS, MEAN_DRAWS, Kernel, frechet, interval, mean, resampled, shares
 from .measure import NAMES, SHARES, Seen, columns, own_rows
 
@@ -93,13 +93,13 @@ def _distances(
     return {"fid": (fid, spread), "kid": (kid, drawn)}
 
 
-def psnr(reference: Path, candidate: Path) -> dict[str, Any]:
-    """PSNR in dB, the mean over pictures of the same key in both folders, with its interval, n, and how many are equal
+def psnr(reference: Path, candidate: Path, keys: set[str]) -> dict[str, Any]:
+    """PSNR in dB, the mean over pictures of these keys in both folders, with its interval, n, and how many are equal
     (each counts SAME). Raises EvaluationError for pictures of different sizes."""
     indexes = [Index.open(folder) for folder in (reference, candidate)]
     places = [{index.entry(i).key: i for i in range(len(index))} for index in indexes]
     values = []
-    for key in sorted(places[0].keys() & places[1].keys()):
+    for key in sorted(keys):
         samples = [index.sample(place[key]) for index, place in zip(indexes, places, strict=True)]
         try:
             a, b = (picture(sample).astype(np.float64) for sample in samples if not isinstance(sample, Bad))

@@ -35,7 +35,8 @@ details summary { cursor: pointer; }
 
 def page(document: dict[str, Any], best: Sequence[Kept], worst: Sequence[Kept]) -> str:
     """The whole page."""
-    name = html.escape(f"hd-eval: {document['what']}")
+    beside = f" beside {document['reference']}" if "reference" in document else ""
+    name = html.escape(f"hd-eval: {document['what']}{beside}")
     count, hands = document["pictures"], document["hands_asked_for"]
     parts = [f"<h1>{name}</h1><p>{count} pictures, {hands} hands asked for.</p>"]
     if "verdict" in document:
@@ -128,9 +129,10 @@ def _groups(document: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def _bar(axes: Any, row: int, entry: dict[str, float]) -> None:
-    """A dot with its interval, red or blue where the interval leaves 0 out."""
-    colour = GREY if entry["low"] <= 0 <= entry["high"] else BLUE if entry["value"] > 0 else RED
+def _bar(axes: Any, row: int, entry: dict[str, Any]) -> None:
+    """A dot with its interval, red or blue where it is beyond chance."""
+    beyond = entry.get("beyond_chance", not entry["low"] <= 0 <= entry["high"])
+    colour = GREY if not beyond else BLUE if entry["value"] > 0 else RED
     axes.plot([100 * entry["low"], 100 * entry["high"]], [row, row], color=colour)
     axes.plot(100 * entry["value"], row, "o", color=colour, markersize=5)
 

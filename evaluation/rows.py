@@ -104,7 +104,7 @@ def make_rows(checkpoint: Path, out: Path, count: int) -> dict[str, Path]:
     for name, given in (("true-hands", out / "given-hands"), ("full-pipeline", None)):
         requests = pictures.wanted(out / "renders", None, None, given, 0, say)
         with progress(name) as show:
-            folders[name] = pictures.make(painter, requests, out / name, say, show)
+            folders[name] = pictures.make(painter, requests, out / name, say, show).folder
     drawn = []
     for start in range(0, count, BATCH):
         part, hands = [], []

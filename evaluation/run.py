@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ..errors import EvaluationError
 from . import measure, pictures, reference
-from .detect import EvaluationError, MediaPipe
+from .detect import MediaPipe
 from .features import load_extractor
 from .measure import Instruments, Seen
 
@@ -55,36 +56,39 @@ def work(
             others = _look(against, tools, options, say, show, detect=False)
         labels = {pictures.picture_id(k): words for k, words in zip(others.keys, others.labels, strict=True)}
         labels |= dict(zip(others.keys, others.labels, strict=True))
-    folders = [Path(what)]
+    sets: list[tuple[Path, set[str] | None]] = [(Path(what), None)]
     names = [what]
     if kind != "folder":
-        folders, names = paint(what, options, say, progress)
+        made, names = paint(what, options, say, progress)
+        sets = list(made)
     looks = []
-    for folder, name in zip(folders, names, strict=True):
+    for (folder, keys), name in zip(sets, names, strict=True):
         with progress(f"looking at {name}") as show:
-            looks.append(_look(folder, tools, options, say, show, labels=labels))
+            looks.append(_look(folder, tools, options, say, show, keys, labels=labels))
         if not looks[-1].keys:
             raise EvaluationError(f"{folder} holds no picture that can be read.")
     seen = looks[-1]
     document = {
         "settings": measure.settings(tools, None if against is None else str(against)),
-        "folder": str(folders[-1]),
+        "folder": str(sets[-1][0]),
         **measure.figures(seen, others),
         "notes": remarks(tools, seen, others),
     }
     if options["reference"] is not None:
         document["reference"] = names[0]
         document["differences"] = reference.compare(looks[0], seen, others)
-        document["psnr"] = reference.psnr(folders[0], folders[1])
+        document["psnr"] = reference.psnr(sets[0][0], sets[1][0], {*looks[0].keys} & {*seen.keys})
         document["verdict"] = reference.verdict(document["differences"], document["psnr"])
         document["notes"].append(document["verdict"])
     document["shown"] = (seen.best, seen.worst)
     return document
 
 
-def paint(what: str, options: dict[str, Any], say: pictures.Say, progress: Progress) -> tuple[list[Path], list[str]]:
-    """Paints what is asked for, with the reference first if there is one: folders and names."""
-    folders, names = [], []
+def paint(
+    what: str, options: dict[str, Any], say: pictures.Say, progress: Progress
+) -> tuple[list[pictures.Made], list[str]]:
+    """Paints what is asked for, with the reference first if there is one: pictures and names."""
+    made, names = [], []
     for number, name in enumerate(name for name in (options["reference"], what) if name is not None):
         is_reference = options["reference"] is not None and number == 0
         painter = pictures.painter_of(name, options, say, checkpoint=is_reference)
@@ -93,17 +97,23 @@ def paint(what: str, options: dict[str, Any], say: pictures.Say, progress: Progr
             options["against"], options["prompts"], options["count"], hands, options["seed"], say
         )
         with progress(f"painting with {painter.name}") as show:
-            folders.append(pictures.make(painter, requests, options["pictures"], say, show))
+            made.append(pictures.make(painter, requests, options["pictures"], say, show))
         names.append(painter.name)
         painter.close()
-    return folders, names
+    return made, names
 
 
 def _look(
-    folder: Path, tools: Instruments, options: dict[str, Any], say: pictures.Say, show: pictures.Show, **more: Any
+    folder: Path,
+    tools: Instruments,
+    options: dict[str, Any],
+    say: pictures.Say,
+    show: pictures.Show,
+    keys: set[str] | None = None,
+    **more: Any,
 ) -> Seen:
-    shown = pictures.read_pictures(folder, options["body"], say)
-    return measure.look(shown, tools, pictures.count_pictures(folder), show, **more)
+    shown = pictures.read_pictures(folder, options["body"], say, keys)
+    return measure.look(shown, tools, pictures.count_pictures(folder) if keys is None else len(keys), show, **more)
 
 
 def remarks(tools: Instruments, seen: Seen, others: Seen | None) -> list[str]:

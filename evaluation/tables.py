@@ -31,7 +31,8 @@ def number(metric: str, value: float) -> str:
     """A share in per cent; a distance with the digits that matter."""
     if metric in SHARES or metric.startswith("judge_"):
         return f"{100 * value:.1f} %" if metric != "hand_confidence" else f"{value:.3f}"
-    return f"{value:.5f}" if metric.startswith("kid") else f"{value:.3f}"
+    digits = 5 if metric.startswith("kid") else 3
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # no -0
 
 
 def spread(metric: str, entry: dict[str, Any]) -> str:

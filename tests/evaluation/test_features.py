@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from handiffuser.evaluation.detect import EvaluationError
+from handiffuser.errors import EvaluationError
 from handiffuser.evaluation.features import RandomFilters, load_extractor
 
 RNG = np.random.default_rng(0)

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from commands import run_command
 from datasets import made_sample
 from handiffuser.data.samples import Sample, encode_png, read
+from handiffuser.errors import EvaluationError
 from handiffuser.evaluation import measure, pictures, run
 from handiffuser.evaluation.cli import evaluate
-from handiffuser.evaluation.detect import EvaluationError, Found, MediaPipe
+from handiffuser.evaluation.detect import Found, MediaPipe
 from handiffuser.evaluation.features import RandomFilters
 from handiffuser.evaluation.hands import Asked
 from handiffuser.evaluation.measure import Instruments, figures, look
@@ -220,6 +221,7 @@ def test_an_engine_paints_the_prompts_of_a_folder_and_goes_on(tiny_bundle, tmp_p
     before = {path: path.stat().st_mtime_ns for path in made}
     assert invoke(*words)["metrics"] == document["metrics"]
     assert before == {path: path.stat().st_mtime_ns for path in made}, "nothing is painted twice"
+    assert invoke(*words, "--count", 2)["pictures"] == 2, "what else is in the folder does not count"
 
 
 def test_a_bundle_beside_its_checkpoint(tiny_bundle, tiny_checkpoint_folder, tmp_path):
@@ -254,7 +256,7 @@ def test_psnr_of_equal_and_of_other_pictures(tmp_path):
     for name, value in (("a", 0), ("b", 5)):
         save(tmp_path / name, [Sample("same", ["x"], None, encode_png(image)),
                                Sample("other", ["x"], None, encode_png(image + np.uint8(value)))])  # fmt: skip
-    found = psnr(tmp_path / "a", tmp_path / "b")
+    found = psnr(tmp_path / "a", tmp_path / "b", {"same", "other"})
     assert found["equal"] == 1 and found["value"] == pytest.approx((99 + 20 * np.log10(255 / 5)) / 2)
 
 

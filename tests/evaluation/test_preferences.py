@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from datasets import made_sample
+from handiffuser.errors import EvaluationError
 from handiffuser.evaluation.cli import evaluate
-from handiffuser.evaluation.detect import EvaluationError
 from handiffuser.evaluation.pairs import QUESTIONS, a_is_left, page_of
 from handiffuser.evaluation.preferences import binomial, cohen, count, fleiss, proportion, read_answers, sentences
 from handiffuser.evaluation.rows import save
