@@ -30,10 +30,8 @@ from ..commands import run
 from ..data.cli import progress
 from ..data.samples import Sample, encode_png, members, picture
 from ..demo.dataset import samples_of
-from ..demo.gestures import NAMES
-from ..demo.prompts import VIEWS, allowed_views, is_held_out, sample_spec, write_prompt
 from ..demo.render import demo_body
-from ..demo.scenes import Scene, sample_scene
+from ..demo.report import held_out_scenes
 from ..runtime.hands import axis_angle_to_matrix
 from ..training.sample import decode, encode
 from ..training.stages import images_to_float
@@ -48,21 +46,6 @@ ROWS = ("renders", "through-the-vae", "true-hands", "generated-hands-rendered", 
 SHOWN = ("detection_rate", "hand_confidence", "handedness", "pck_5", "pck_10", "pck_20", "judge_gesture", "judge_side",
          "fid", "kid", "fid_h", "kid_h")  # fmt: skip
 BATCH = 32
-
-
-def scenes_by_view(count: int, seed: int = SEED) -> list[Scene]:
-    """Close-ups of one hand with prompts that training never saw and that say everything, views in turn."""
-    rng, scenes, turns = np.random.default_rng(seed), list[Scene](), dict.fromkeys(VIEWS, 0)
-    while len(scenes) < count:
-        view = list(VIEWS)[len(scenes) % len(VIEWS)]
-        spec = replace(sample_spec(rng, both=0.0), view=view)
-        seen = [name for name in NAMES if view in allowed_views(name, spec.side)]
-        spec = replace(spec, gesture=seen[turns[view] % len(seen)])
-        prompt = write_prompt(spec, rng, leave_out=0.0)
-        if is_held_out(prompt):
-            scenes.append(replace(sample_scene(rng, spec), prompt=prompt))
-            turns[view] += 1
-    return scenes
 
 
 def key_of(number: int) -> str:
@@ -83,7 +66,7 @@ def save(folder: Path, samples: Sequence[Sample]) -> None:
 @torch.no_grad()
 def make_rows(checkpoint: Path, out: Path, count: int) -> dict[str, Path]:
     """The five folders. What is painted already is kept."""
-    scenes, body = scenes_by_view(count), demo_body()
+    scenes, body = held_out_scenes(count, SEED), demo_body()
     options = {"body": None, "threads": 1, "device": "cpu"}
     painter = Torch(checkpoint, options)
     size = painter.checkpoint.image_size[0]

@@ -22,7 +22,7 @@ from handiffuser.evaluation.measure import Instruments, figures, look
 from handiffuser.evaluation.pictures import Shown
 from handiffuser.evaluation.reference import compare, psnr, verdict
 from handiffuser.evaluation.report import page
-from handiffuser.evaluation.rows import key_of, save, scenes_by_view
+from handiffuser.evaluation.rows import held_out_scenes, key_of, save
 
 COUNT = 40
 
@@ -284,7 +284,7 @@ def test_clip_score_of_a_model_that_the_user_gives(tmp_path, tiny_checkpoint):
 def test_views_come_equally_often_and_prompts_are_held_out():
     from handiffuser.demo.prompts import is_held_out
 
-    scenes = scenes_by_view(12)
+    scenes = held_out_scenes(12)
     assert [scene.spec.view for scene in scenes] == ["palm", "back", "side"] * 4
     assert all(is_held_out(scene.prompt) for scene in scenes) and key_of(3) == "held-out-0003"
     assert pictures.picture_id("a/b c.d") == "a-b-c-d" and run.remarks  # names of files
@@ -298,7 +298,7 @@ def test_mediapipe_finds_hands_that_it_never_saw():
     from handiffuser.demo.dataset import samples_of
     from handiffuser.demo.render import demo_body
 
-    scenes = [scene for scene in scenes_by_view(30) if scene.spec.view != "side"]
+    scenes = [scene for scene in held_out_scenes(30) if scene.spec.view != "side"]
     samples = samples_of(scenes, [[s.prompt] for s in scenes], [key_of(i) for i in range(20)], demo_body(), 128)
     shown = []
     for sample in samples:
