@@ -34,12 +34,13 @@ from ..data.cli import progress
 from ..data.samples import Bad, Sample, read, write_shards
 from ..demo.dataset import samples_of
 from ..demo.render import demo_body
+from ..demo.report import held_out_scenes
 from ..errors import TrainingError
 from ..evaluation import measure, pictures
 from ..evaluation.cli import finish, say, write
 from ..evaluation.eager import Torch
 from ..evaluation.report import plot, table
-from ..evaluation.rows import key_of, save, scenes_by_view
+from ..evaluation.rows import SEED, key_of, save
 from ..evaluation.run import instruments
 from ..evaluation.tables import spread, title
 from ..models.checkpoint import Checkpoint
@@ -186,7 +187,7 @@ def command(
     known.write_text(json.dumps(asked))
     recipe = Recipe.load("demo").changed("pictures", {"steps": steps, "batch": batch, "warmup": min(100, steps // 10)})
     recipe = msgspec.structs.replace(recipe, prompts=())
-    scenes = scenes_by_view(count)
+    scenes = held_out_scenes(count, SEED)
     renders = samples_of(scenes, [[s.prompt] for s in scenes], [key_of(i) for i in range(count)], demo_body(), 128)
     save(out / "renders", renders)
     save(out / "renders-wordless", [replace(sample, prompts=[WORDLESS]) for sample in renders])
