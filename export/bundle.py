@@ -199,7 +199,8 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     fold_upsampling(program.model)
     compact(program.model)
     fuse_attention(program.model)
-    share_branches(program.model)
+    if graph.name == "unet":  # the hand prior takes the text at once, and has nothing of weight to share
+        share_branches(program.model)
     save_model(program.model, folder / f"{graph.name}.onnx")
     # What it gives is read off the graph: to run it would take minutes in half, for which PyTorch's CPU is not made.
     return GraphSpec(
