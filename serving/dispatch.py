@@ -3,7 +3,7 @@
     dispatcher = Dispatcher(options, places=64)
     dispatcher.start()                                   # in the event loop's thread, as all the rest
     tickets = dispatcher.submit("alice", requests)       # raises BusyError
-    async for event in tickets[0].events(): ...          # hands, previews, and at the end a picture or a failure
+    event = await tickets[0].inbox.get()                 # hands, previews, and at the end a picture or a failure
 
 Everything here happens in the event loop's thread, which never waits: each worker has a thread that writes to its pipe
 and one that reads from it. A worker that ends is started again, and what it had goes back to the head of the queue: a
@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -74,18 +74,12 @@ class Ticket:
     def id(self) -> str:
         return str(self.request.id)
 
-    async def events(self) -> AsyncGenerator[Event]:
+    async def result(self) -> Event:
+        """Its last event; what comes before is passed over."""
         while True:
             event = await self.inbox.get()
-            yield event
             if event.kind in ("picture", "failure") or (self.alone and event.kind == "hands"):
-                return
-
-    async def result(self) -> Event:
-        """Its last event."""
-        async for event in self.events():
-            last = event
-        return last
+                return event
 
 
 class Worker:
