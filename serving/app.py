@@ -22,7 +22,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -52,6 +52,7 @@ from .keys import Keys
 from .metrics import Metrics
 
 T = TypeVar("T")
+LATE = "The time that this request allowed is over, and the picture is not done."
 PING = 15.0  # seconds of silence after which a stream says that it is alive
 KEPT_HANDS = 1000  # files of hands that clients sent or were given
 KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # of pictures that wait to be fetched by URL
@@ -537,7 +538,7 @@ async def _wait(http: Http, service: Service, tickets: list[Ticket], deadline: f
             return answer.result()
         if left.done():
             return None
-        raise UnfinishedError("The time that this request allowed is over, and the picture is not done.", 504)
+        raise UnfinishedError(LATE, 504)
     finally:
         answer.cancel()
         left.cancel()
@@ -560,39 +561,32 @@ async def _stream(
         return f"event: {kind}\ndata: {json.dumps({'type': kind, **values})}\n\n"
 
     try:
-        async with aclosing(ticket.events()) as events:
-            following: asyncio.Future[Event] | None = None
-            while True:
-                following = following or asyncio.ensure_future(anext(events))
-                left = deadline - loop.time()
-                done, _ = await asyncio.wait({following}, timeout=min(PING, max(0.0, left)))
-                if not done:
-                    if left <= PING:
-                        following.cancel()
-                        await asyncio.gather(following, return_exceptions=True)
-                        raise UnfinishedError(
-                            "The time that this request allowed is over, and the picture is not done.", 504
-                        )
-                    yield ": still here\n\n"
-                    continue
-                event, following = value_of(following.result()), None
-                if event.kind == "picture":
-                    made = await finished(ticket, event)
-                    values = {**made, "created_at": int(time.time()), **about}
-                    yield sent("image_generation.completed", values | ({"warnings": warnings} if warnings else {}))
-                    return
-                values = {"partial_image_index": index, "created_at": int(time.time()), **about, "output_format": "png"}
-                if event.kind == "hands":
-                    (hands,) = event.value
-                    image = await asyncio.to_thread(skeleton, hands, size)
-                    values |= {"kind": "hands", "step": 0, "steps": ticket.cost, "hands": as_json(hands)}
-                else:
-                    step, steps, colours = event.value
-                    image = await asyncio.to_thread(preview, colours, size)
-                    values |= {"kind": "preview", "step": step, "steps": steps}
-                values["b64_json"] = base64_of(await asyncio.to_thread(encoded, image))
-                index += 1
-                yield sent("image_generation.partial_image", values)
+        while True:
+            left = deadline - loop.time()
+            try:
+                event = value_of(await asyncio.wait_for(ticket.inbox.get(), min(PING, max(0.0, left))))
+            except asyncio.TimeoutError:
+                if left <= PING:
+                    raise UnfinishedError(LATE, 504) from None
+                yield ": still here\n\n"
+                continue
+            if event.kind == "picture":
+                made = await finished(ticket, event)
+                values = {**made, "created_at": int(time.time()), **about}
+                yield sent("image_generation.completed", values | ({"warnings": warnings} if warnings else {}))
+                return
+            values = {"partial_image_index": index, "created_at": int(time.time()), **about, "output_format": "png"}
+            if event.kind == "hands":
+                (hands,) = event.value
+                image = await asyncio.to_thread(skeleton, hands, size)
+                values |= {"kind": "hands", "step": 0, "steps": ticket.cost, "hands": as_json(hands)}
+            else:
+                step, steps, colours = event.value
+                image = await asyncio.to_thread(preview, colours, size)
+                values |= {"kind": "preview", "step": step, "steps": steps}
+            values["b64_json"] = base64_of(await asyncio.to_thread(encoded, image))
+            index += 1
+            yield sent("image_generation.partial_image", values)
     except UnfinishedError as error:
         kind = {"message": str(error), "type": "server_error", "param": None}
         yield sent("error", {"error": {**kind, "code": "timeout" if error.status == 504 else None}})

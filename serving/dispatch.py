@@ -3,7 +3,7 @@
     dispatcher = Dispatcher(options, places=64)
     dispatcher.start()                                   # in the event loop's thread, as all the rest
     tickets = dispatcher.submit("alice", requests)       # raises BusyError
-    async for event in tickets[0].events(): ...          # hands, previews, and at the end a picture or a failure
+    event = await tickets[0].inbox.get()                 # hands, previews, and at the end a picture or a failure
 
 Everything here happens in the event loop's thread, which never waits: each worker has a thread that writes to its pipe
 and one that reads from it. A worker that ends is started again, and what it had goes back to the head of the queue: a
@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -33,6 +33,7 @@ from .worker import Options, work, work_alone
 AHEAD = 2  # requests that a worker holds beyond its slots, so that a free slot does not wait for the front
 TRIES = 4  # workers that may die over a request
 LONGEST_PAUSE = 30.0  # seconds before a worker that keeps dying is started again
+HOPE = 3  # deaths in a row after which nobody waits for a worker to come back
 HANDS_AT_ONCE = 64  # requests for hands alone that may be under way
 FORGET = 0.98  # of what was measured, at each picture
 
@@ -74,18 +75,12 @@ class Ticket:
     def id(self) -> str:
         return str(self.request.id)
 
-    async def events(self) -> AsyncGenerator[Event]:
+    async def result(self) -> Event:
+        """Its last event; what comes before is passed over."""
         while True:
             event = await self.inbox.get()
-            yield event
             if event.kind in ("picture", "failure") or (self.alone and event.kind == "hands"):
-                return
-
-    async def result(self) -> Event:
-        """Its last event."""
-        async for event in self.events():
-            last = event
-        return last
+                return event
 
 
 class Worker:
@@ -196,7 +191,7 @@ class Dispatcher:
     ) -> list[Ticket]:
         """Puts prepared requests into the queue: all of them or none. Raises BusyError."""
         requests = list(requests)
-        self._check()
+        self._check(waits=True)
         if len(requests) > self.queue.room:
             raise BusyError(
                 f"The queue is full: {len(self.queue)} pictures wait. Try again later.", self.wait_for_room()
@@ -209,7 +204,7 @@ class Dispatcher:
 
     def submit_hands(self, owner: str, request: Request) -> Ticket:
         """Hands alone go to a worker at once: they take a fraction of a step. Raises BusyError."""
-        self._check()
+        self._check(waits=False)
         alone = sum(ticket.alone for worker in self.workers for ticket in worker.has.values())
         if alone >= HANDS_AT_ONCE:
             raise BusyError(f"{alone} requests for hands are under way. Try again later.", 1.0)
@@ -262,10 +257,12 @@ class Dispatcher:
             thread.join(seconds)
         return any(thread.is_alive() for thread in threads)
 
-    def _check(self) -> None:
+    def _check(self, waits: bool) -> None:
+        """Raises BusyError. waits: whether it may wait in the queue for a worker that is being started again."""
         if self.draining:
             raise BusyError("The server is stopping and takes no more requests.", 30.0, loading=True)
-        if not any(worker.slots for worker in self.workers):
+        back_soon = waits and any(worker.pid is not None and worker.deaths <= HOPE for worker in self.workers)
+        if not back_soon and not any(worker.slots for worker in self.workers):
             raise BusyError("The server is loading its engines. Try again in a few seconds.", 5.0, loading=True)
 
     def _pump(self) -> None:
