@@ -161,9 +161,11 @@ def bench(engines: str | None, size: str | None, **options: Any) -> int:
             code = 1  # what was measured is worth having
             document["error"] = str(error)
             notes.print(f"hd-bench: {error}", style="red")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # a second one must not cost the results
+        # A second one must not cost the results.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         close(document, options, pictures)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code
 
 

@@ -17,6 +17,7 @@ def run_command(
 
 
 def listen() -> None:
-    """For `preexec_fn`: lets Ctrl-C through. A shell starts background jobs deaf to it, and the tests may run in one; a
-    user's terminal does not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """For `preexec_fn`: lets signals through. A shell starts background jobs deaf to Ctrl-C, and the tests may run in
+    one; a user's terminal does not."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
