@@ -39,7 +39,7 @@ from .sample import CUES
 from .stages import Inputs, PictureLoss, edges
 
 FILE = 64  # trajectories of a file
-BATCH = 8  # trajectories that are painted together
+BATCH = 8  # trajectories that are painted together on a CPU; on a GPU a whole file's
 HELD = 64  # trajectories that validate
 
 
@@ -111,18 +111,19 @@ class Bank:
         mine = [number for number in range(rank, self.files, world) if not self.path(number).exists()]
         for left in range(len(mine), 0, -1):
             number = mine[-left]
-            parts = [self._paint(number * FILE + first, device) for first in range(0, FILE, BATCH)]
+            count = BATCH if device == "cpu" else FILE
+            parts = [self._paint(number * FILE + first, count, device) for first in range(0, FILE, count)]
             whole = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
             _written(self.path(number), partial(save_file, whole))
             if on_progress is not None:  # the others are about as far
                 on_progress(max(1, self.files - world * (left - 1)), self.files)
 
     @torch.no_grad()
-    def _paint(self, first: int, device: str) -> dict[str, Tensor]:
-        """Trajectories first .. first + BATCH - 1: states [BATCH, K, C, h, w], ids [BATCH, 77], fate [BATCH]."""
+    def _paint(self, first: int, count: int, device: str) -> dict[str, Tensor]:
+        """Trajectories first .. first + count - 1: states [count, K, C, h, w], ids [count, 77], bare [count]."""
         teacher, plan = self.teacher, self.plan
-        numbers = range(first, first + BATCH)
-        rows = self.cache.rows(self.rows[first : first + BATCH], ("ids", *CUES))
+        numbers = range(first, first + count)
+        rows = self.cache.rows(self.rows[first : first + count], ("ids", *CUES))
         chance = [generator_for(plan.seed, 1, number) for number in numbers]
         wordings = rows["ids"].shape[1]
         ids = torch.stack([rows["ids"][i, torch.randint(wordings, (), generator=g)] for i, g in enumerate(chance)])
@@ -133,7 +134,7 @@ class Bank:
         empty = encode_prompts([""], teacher.tokenizer, teacher.special_tokens)[0]
         context = torch.cat(
             [
-                teacher.text_hand_encoder(empty.to(device).expand(BATCH, -1), **blank),
+                teacher.text_hand_encoder(empty.to(device).expand(count, -1), **blank),
                 teacher.text_hand_encoder(ids.to(device), **hands),
             ]
         )

@@ -50,8 +50,8 @@ class Stage:
 
     name: str
     module: nn.Module  # what of it requires gradients is trained
-    read: Callable[[Sequence[int]], Rows]  # sample numbers -> tensors [n, ...]; runs in workers, too
-    inputs: Callable[[Rows, Draws], Sequence[Any]]  # all that chance decides
+    read: Callable[[Sequence[int]], Rows]  # sample numbers -> tensors [n, ...]
+    inputs: Callable[[Rows, Draws], Sequence[Any]]  # all that chance decides; both run in workers, too: on the CPU
     train: Any  # sample numbers, a sequence or an array
     held: Any = ()  # sample numbers that are never trained on
     data: str = ""  # digest of the data: a run does not go on with other
@@ -60,15 +60,25 @@ class Stage:
 
 
 class _Steps(torch.utils.data.Dataset):
-    """step -> (places in the batch, their rows): what this process trains on, read by workers ahead of time."""
+    """step -> the module's inputs for each part of what this process trains on, made by workers ahead of time.
+
+    Noise and all, not only what is read: a GPU would wait for it.
+    """
 
     def __init__(self, stage: Stage, plan: Plan, rank: int, world: int) -> None:
         self.stage, self.plan, self.rank, self.world = stage, plan, rank, world
 
-    def __getitem__(self, step: int) -> tuple[list[int], Rows]:
-        places = list(range(self.rank, self.plan.batch, self.world))
-        rows = rows_of(step, len(self.stage.train), self.plan.batch, self.plan.seed)
-        return places, self.stage.read([int(self.stage.train[rows[place]]) for place in places])
+    def __getitem__(self, step: int) -> list[Sequence[Any]]:
+        plan = self.plan
+        places = list(range(self.rank, plan.batch, self.world))
+        numbers = rows_of(step, len(self.stage.train), plan.batch, plan.seed)
+        rows = self.stage.read([int(self.stage.train[numbers[place]]) for place in places])
+        parts = []
+        for number in range(plan.accumulate):  # every process has a part of every part
+            mine = slice(number * len(places) // plan.accumulate, (number + 1) * len(places) // plan.accumulate)
+            draws = Draws(plan.seed, step, plan.batch, places[mine])
+            parts.append(self.stage.inputs({name: value[mine] for name, value in rows.items()}, draws))
+        return parts
 
 
 def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
@@ -111,18 +121,18 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
         console.print(f"{stage.name}: goes on at step {start} of {plan.steps}")
     log = Log(stage.name, folder, plan, start) if main else None
     steps = _Steps(stage, plan, rank, world)
-    loader = DataLoader(steps, batch_size=None, sampler=range(start, plan.steps), num_workers=plan.workers)  # type: ignore[arg-type]
+    on_gpu = accelerator.device.type == "cuda"
+    order: Any = range(start, plan.steps)
+    loader = DataLoader(steps, batch_size=None, sampler=order, num_workers=plan.workers, pin_memory=on_gpu)
     scaler = accelerator.scaler if hasattr(accelerator, "scaler") else None
 
-    for step, (places, rows) in zip(range(start, plan.steps), loader, strict=True):
+    for step, parts in zip(range(start, plan.steps), loader, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
         value = torch.zeros((), device=accelerator.device)
-        for number in range(plan.accumulate):  # every process has a part of every part
-            mine = slice(number * len(places) // plan.accumulate, (number + 1) * len(places) // plan.accumulate)
-            draws = Draws(plan.seed, step, plan.batch, places[mine])
-            inputs = _to(stage.inputs({name: value[mine] for name, value in rows.items()}, draws), accelerator.device)
-            last = number + 1 == plan.accumulate
+        for number, part in enumerate(parts, 1):
+            inputs = _to(part, accelerator.device)
+            last = number == plan.accumulate
             with contextlib.nullcontext() if last or plan.shard else accelerator.no_sync(model), accelerator.autocast():
                 loss = model(*inputs) / plan.accumulate
             accelerator.backward(loss)
