@@ -81,6 +81,8 @@ def steps(work: Path, out: Path, backends: Sequence[str], size: str, on_gpu: boo
         same = (*here, "same", str(small), "--backend", backend, "--device", device)
         found.append(Step(f"demo-{backend}", same, 120, needs=tuple(needs)))
     found.append(Step("random", (*here, "random", size, str(checkpoint)), 120, checkpoint))
+    train = ("-m", "handiffuser.benchmarks.training", str(checkpoint), "--output", str(out / "training.json"))
+    found.append(Step("training", train, 240, needs=("random",)))
     found.append(Step("export", (*export, str(checkpoint), str(large), *bare), 900, large, ("random",)))
     counts = [("1", ("--steps", "20")), ("4,8", ("--steps", "20"))]
     repeats = ("--repeats", "1" if quick else "3")

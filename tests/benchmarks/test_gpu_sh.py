@@ -80,7 +80,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
 
 @pytest.mark.parametrize("backend", ["tensorrt-rtx"])
 def test_the_steps_run_on_a_gpu_that_is_not_there(toy_bundle, tmp_path, monkeypatch, backend):
-    """Every step of a backend by the real commands, in this process; exports and the gpu tests stand for themselves."""
+    """Every step of a backend by the real commands, in this process; exports, training and the gpu tests stand aside."""
     pytest.importorskip("cuda.bindings.runtime")
     pytest.importorskip("tensorrt_rtx")
     from fake_runtime import FakeRuntime
@@ -89,7 +89,7 @@ def test_the_steps_run_on_a_gpu_that_is_not_there(toy_bundle, tmp_path, monkeypa
     monkeypatch.setattr(gpu, "LIKE", 45.0)
 
     def runner(command, log, limit):
-        if command[1] in ("handiffuser.export.cli", "pytest") or "random" in command:
+        if command[1] in ("handiffuser.export.cli", "handiffuser.benchmarks.training", "pytest") or "random" in command:
             if "export.cli" in command[1]:
                 shutil.copytree(toy_bundle, command[3])
             elif "random" in command:
