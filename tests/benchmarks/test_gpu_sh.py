@@ -80,7 +80,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
 
 @pytest.mark.parametrize("backend", ["tensorrt-rtx"])
 def test_the_steps_run_on_a_gpu_that_is_not_there(toy_bundle, tmp_path, monkeypatch, backend):
-    """Every step of a backend by the real commands, in this process; exports, training and the gpu tests stand aside."""
+    """Every step of a backend by the real commands, in this process; exports, training and gpu tests stand aside."""
     pytest.importorskip("cuda.bindings.runtime")
     pytest.importorskip("tensorrt_rtx")
     from fake_runtime import FakeRuntime
