@@ -122,8 +122,15 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
     log = Log(stage.name, folder, plan, start) if main else None
     steps = _Steps(stage, plan, rank, world)
     on_gpu = accelerator.device.type == "cuda"
+    torch.backends.cudnn.benchmark = on_gpu  # shapes stay the same: cuDNN measures its algorithms once
     order: Any = range(start, plan.steps)
-    loader = DataLoader(steps, batch_size=None, sampler=order, num_workers=plan.workers, pin_memory=on_gpu)
+    # Forked: a stage is made of functions, which cannot be sent to a process that starts afresh (the default of those
+    # that `run_processes` starts).
+    how = "fork" if plan.workers and "fork" in torch.multiprocessing.get_all_start_methods() else None
+    workers = plan.workers if how else 0
+    loader = DataLoader(
+        steps, batch_size=None, sampler=order, num_workers=workers, multiprocessing_context=how, pin_memory=on_gpu
+    )
     scaler = accelerator.scaler if hasattr(accelerator, "scaler") else None
 
     for step, parts in zip(range(start, plan.steps), loader, strict=True):

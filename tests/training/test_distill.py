@@ -142,7 +142,7 @@ def test_the_grid():
 def test_the_command_makes_a_checkpoint_of_few_runs(teacher, world, tmp_path):
     teacher.save(tmp_path / "teacher")
     common = ("distill", "--data", world, "--start", tmp_path / "teacher", "--run", tmp_path / "run", "--processes", 2,
-              "--batch", 4, "--accumulate", 1, "--precision", "fp32", "--set", "teacher_steps=4",
+              "--workers", 1, "--batch", 4, "--accumulate", 1, "--precision", "fp32", "--set", "teacher_steps=4",
               "--set", "trajectories=64")  # fmt: skip
     out = tmp_path / "fast"
     result = run_command("training.cli", *common, "--runs", "2,1", "--steps", 2, "--output", out, timeout=600)
