@@ -79,7 +79,7 @@ def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | No
                 )
             # Moving the program leaves the module alone (three graphs share the UNet) and takes along what is no
             # part of the module: the kernels of the attention processors.
-            program = move_to_device_pass(program, device)
+            program = move_to_device_pass(program, "cuda:0" if device == "cuda" else device)  # what tensors there say
             with torch.no_grad(), fresh_cache(dir=work):
                 aoti_compile_and_package(program, package_path=str(written), inductor_configs=options)
         except Exception as error:  # of the exporter, the compiler or the C++ compiler: no common base class

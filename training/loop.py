@@ -417,8 +417,9 @@ def load_state(
         for moment in MOMENTS:
             if f"{moment}.{name}" in tensors:
                 value = tensors[f"{moment}.{name}"]
-                if moment == "step":
-                    optimizer.state[parameter][moment] = value
+                if moment == "step":  # AdamW counts where its kernel runs
+                    fused = optimizer.defaults["fused"]
+                    optimizer.state[parameter][moment] = value.to(parameter.device) if fused else value
                 else:
                     optimizer.state[parameter][moment] = torch.zeros_like(parameter)
                     _put(optimizer.state[parameter][moment], value)

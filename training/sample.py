@@ -35,7 +35,7 @@ def ddim(network: Network, x: Tensor, schedule: dict[str, Any], steps: int) -> T
     scheduler = DDIMScheduler.from_config(schedule)
     scheduler.set_timesteps(steps)
     for timestep in scheduler.timesteps:
-        x = scheduler.step(network(x, timestep.expand(len(x))), timestep, x).prev_sample
+        x = scheduler.step(network(x, timestep.to(x.device).expand(len(x))), timestep, x).prev_sample
     return x
 
 
@@ -95,6 +95,7 @@ def sample_pictures(
 def decode(checkpoint: Checkpoint, latents: Tensor) -> Tensor:
     """Latents -> uint8 pictures [N, H, W, 3]."""
     config = checkpoint.vae.config
+    latents = latents.to(next(checkpoint.vae.parameters()).device)  # which no stage but its own moves to the GPU
     image = checkpoint.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
