@@ -217,11 +217,9 @@ class FreeShapes:
     """A graph in OpenVINO as it is compiled by default."""
 
     def __init__(self, file: Path, spec: GraphSpec, threads: int) -> None:
-        import openvino as ov
-
         self.spec = spec
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-        self.request = ov.Core().compile_model(file, "CPU", options).create_infer_request()
+        self.request = openvino.shared_core().compile_model(file, "CPU", options).create_infer_request()
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = self.request.infer(dict(feeds), share_inputs=True, share_outputs=True)

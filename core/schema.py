@@ -12,6 +12,7 @@ together) is checked by whoever owns the class.
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -24,6 +25,9 @@ T = TypeVar("T")
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Word = Annotated[str, Meta(max_length=200)]
 TRUTH = Meta(description="true or false")
+# msgspec (0.22, too) keeps what it knows of a dataclass or a TypedDict while it is still finding out: a second thread
+# that fits the same for the first time reads a null pointer, and the process is gone.
+_FITTING = threading.RLock()
 _AT = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
 
 
@@ -61,9 +65,12 @@ def parse_json(content: bytes) -> Any:
 
 
 def fit(value: Any, kind: type[T]) -> T:
-    """`value` (of dicts, lists, numbers, text) as a `kind`. Raises MisfitError with a sentence that names the entry."""
+    """`value` (of dicts, lists, numbers, text) as a `kind`. Raises MisfitError with a sentence that names the entry.
+
+    Many threads may call it at once."""
     try:
-        return msgspec.convert(value, kind)
+        with _FITTING:
+            return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise MisfitError(_explain(str(error), value, kind)) from None
     except RecursionError:

@@ -158,9 +158,10 @@ def _arm(upper: np.ndarray, fore: np.ndarray, target: np.ndarray, turn: np.ndarr
 def between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The smallest rotation [3, 3] that takes unit vector a to unit vector b."""
     axis, cosine = np.cross(a, b), float(a @ b)
-    if cosine < -1 + 1e-9:  # half a turn about anything across
+    square = float(axis @ axis)  # (1 + cosine) (1 - cosine), exact where the first nearly cancels
+    if cosine < 0 and square < 1e-14:  # half a turn about anything across
         across = np.cross(a, np.eye(3)[np.abs(a).argmin()])
         across /= np.linalg.norm(across)
         return 2 * np.outer(across, across) - np.eye(3)
     k = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
-    return np.eye(3) + k + k @ k / (1 + cosine)
+    return np.eye(3) + k + k @ k * ((1 - cosine) / square if cosine < 0 else 1 / (1 + cosine))

@@ -119,7 +119,7 @@ class OpenVinoEngine:
         return tuple(sizes[axis] for axis in self.axes)
 
     def _compiled(self, sizes: Mapping[str, int], beside: bool) -> Any:
-        core, name, shelf = _core(), self.path.stem, self.shelf
+        core, name, shelf = shared_core(), self.path.stem, self.shelf
         options = {
             "INFERENCE_PRECISION_HINT": TYPES[self.precision],
             "INFERENCE_NUM_THREADS": self.threads,
@@ -200,7 +200,7 @@ def is_installed() -> bool:
 @functools.cache
 def has_bf16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this processor with instructions of its own."""
-    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def version() -> str:
@@ -212,7 +212,13 @@ def version() -> str:
 
 
 @functools.cache
-def _core() -> Any:
+def shared_core() -> Any:
+    """The process's one `openvino.Core`, for whoever uses OpenVINO.
+
+    Never another one: each gives the thread that makes it a stack for signal handlers, and takes it away when it is
+    gone, also where it is gone in another thread, or where a later one keeps it to give back. The next signal, such as
+    Ctrl-C or the end of a child, ends the process then (segmentation fault).
+    """
     return _import().Core()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from handiffuser import CheckpointError, HanDiffuser, RequestError
@@ -46,6 +49,31 @@ def test_openvino_paints_the_same(pipeline, plain):
     assert peers.differences(expected, plain.in_openvino("fp32")(requests, lambda: None))["max_difference"] <= 2
     own = plain.in_openvino()(requests, lambda: None)  # in bfloat16 where the processor has it: other hands
     assert own.shape == expected.shape and own.std() > 1
+
+
+SIGNALLED = """
+import os, signal, sys, threading
+from onnx import TensorProto, helper, save
+from handiffuser.benchmarks.peers import FreeShapes
+
+x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 3]) for name in "xy")
+graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "toy", [x], [y])
+save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), sys.argv[1])
+made = [FreeShapes(sys.argv[1], None, 1) for _ in range(2)]
+thread = threading.Thread(target=made.clear)
+thread.start()
+thread.join()
+signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_are_heard_after_openvino_is_gone(tmp_path):
+    """In a process of its own: where they are not, it is gone."""
+    pytest.importorskip("openvino")
+    command = [sys.executable, "-c", SIGNALLED, str(tmp_path / "toy.onnx")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (0, "heard\n"), result.stderr
 
 
 def test_compare_takes_turns_and_compares(pipeline, plain, tiny_bundle, tiny_checkpoint_folder, monkeypatch, capsys):

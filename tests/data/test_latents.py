@@ -287,7 +287,7 @@ def test_stage_1_needs_no_pictures(tmp_path, tiny_checkpoint):
 
 
 MEASURE = """
-import sys
+import ctypes, gc, sys
 from handiffuser.data.latents import LatentCache
 from handiffuser.models.checkpoint import Checkpoint
 from handiffuser.data.dataset import batches
@@ -297,6 +297,8 @@ for folder in sys.argv[2:]:
     stream = batches(cache, 0, 16)
     while next(stream)[0] * 16 < max(len(cache), 500):
         cache.rows(next(stream)[1])
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back: it is some MB more or less, and nobody's
     held = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     print(len(cache), held.split()[1])
 """
@@ -304,7 +306,7 @@ for folder in sys.argv[2:]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_stays_flat_as_the_dataset_grows(tmp_path, tiny_checkpoint, tiny_checkpoint_folder):
-    """A dataset of 30 shards takes no more memory than one of a single shard, though its cache is 24 MB larger."""
+    """A dataset of 30 shards takes no more memory than one of a single shard, though its cache is 20 MB larger."""
     write_shards([made_sample(i, SIZE) for i in range(64)], tmp_path / "one")
     make_latents(tiny_checkpoint, tmp_path / "one")
     for path in (tmp_path / "one").rglob("*0*"):
@@ -319,4 +321,4 @@ def test_memory_stays_flat_as_the_dataset_grows(tmp_path, tiny_checkpoint, tiny_
     few, before, many, after = map(int, result.stdout.split())
     size = sum(path.stat().st_size for path in (tmp_path / "many").rglob("*.safetensors")) >> 10
     assert (few, many) == (64, 64 * 30) and size > 20_000
-    assert after - before < size / 4, (before, after, size)
+    assert after - before < size / 10, (before, after, size)  # some 500 kB: the index, and where the files lie

@@ -131,14 +131,14 @@ def test_what_was_compiled_is_kept_proven_and_made_again_when_damaged(folder, mo
     assert kept.keys() == {"unet", "image_decoder"} and not (folder / "plans").exists()
     assert kept["unet"].parts["target"] == cpu.target() and kept["unet"].parts["sizes"] == "B=1,G=2"
 
-    read = openvino._core().read_model
-    monkeypatch.setattr(openvino._core(), "read_model", lambda path: pytest.fail("compiled although it was kept"))
+    read = openvino.shared_core().read_model
+    monkeypatch.setattr(openvino.shared_core(), "read_model", lambda path: pytest.fail("compiled although it was kept"))
     np.testing.assert_array_equal(load(), first)
 
     content = bytearray(kept["unet"].path.read_bytes())
     content[len(content) // 2] ^= 1
     kept["unet"].path.write_bytes(content)
-    monkeypatch.setattr(openvino._core(), "read_model", read)
+    monkeypatch.setattr(openvino.shared_core(), "read_model", read)
     with pytest.warns(RuntimeWarning, match=r"unet.*\.plan is damaged: it is compiled again"):
         np.testing.assert_array_equal(load(), first)
     with warnings.catch_warnings():
@@ -191,7 +191,7 @@ def test_built_beside_a_bundle_for_where_nothing_can_be_compiled(folder, monkeyp
     assert cli.list_plans.main([str(folder)], standalone_mode=False) == 0
     assert capsys.readouterr().out.count("current") == 2
     shutil.rmtree(user_cache().folder.parent, ignore_errors=True)
-    monkeypatch.setattr(openvino._core(), "read_model", lambda path: pytest.fail("compiled although it was built"))
+    monkeypatch.setattr(openvino.shared_core(), "read_model", lambda path: pytest.fail("compiled again"))
     with HanDiffuser.load(folder, threads=1, backend="openvino") as pipeline:
         assert pipeline.generate("a fist", steps=1)
     monkeypatch.setattr(cpu, "target", lambda: "another processor")
