@@ -74,6 +74,7 @@ def row_columns(num_history: int) -> tuple[str, ...]:
 # The free axis of what a step graph takes once per guidance branch: 2 (unconditional, conditional), or 1, the
 # conditional branch alone, which is half the work and all that rows of guidance 1 need.
 BRANCHES = "G"
+FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever a bundle's precision
 EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16
 LARGEST = 4096  # rows of a batch that any compiled graph allows
 

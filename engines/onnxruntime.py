@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import BRANCHES, LARGEST, GraphSpec, Manifest
+from ..contract import BRANCHES, FLOAT32_GRAPHS, LARGEST, GraphSpec, Manifest
 from ..errors import BundleError, EngineError
 from . import cpu
 from .base import Engine, check_feeds, check_host
@@ -93,7 +93,8 @@ def load_engines(
             manifest.check_files(folder, [files[name]])
         if name in given:
             return given[name]
-        return OnnxRuntimeEngine(folder / files[name], manifest.graphs[name], device, threads, shelf=shelf)
+        half = in_half(manifest, name)
+        return OnnxRuntimeEngine(folder / files[name], manifest.graphs[name], device, threads, shelf=shelf, half=half)
 
     # ONNX Runtime optimises a graph while it loads and lets go of the GIL meanwhile: two at a time on two cores.
     # The biggest go first, so that none of them is left alone at the end.
@@ -114,6 +115,11 @@ class Optimised:
     level: str = "all"
 
 
+def in_half(manifest: Manifest, graph: str) -> bool:
+    """Whether a graph computes in half precision: TF32, a way to compute float32, does not concern it."""
+    return manifest.precision != "fp32" and graph not in FLOAT32_GRAPHS
+
+
 class OnnxRuntimeEngine:
     """One graph in ONNX Runtime. See `Engine` for calling it; `device` says where it really runs."""
 
@@ -126,11 +132,13 @@ class OnnxRuntimeEngine:
         stream: int = 0,
         capture: Mapping[str, int] | None = None,
         shelf: Shelf | None = None,
+        half: bool = False,
     ) -> None:
         """Loads the graph and compares its tensors with `spec`. stream: the CUDA stream it runs on, if not its own.
         capture: sizes of the free axes, such as {"B": 4}; the session is then for these alone, and ONNX Runtime replays
         it as a CUDA graph, see `OnnxRuntimeDeviceEngine`. shelf: on a CPU, where the graph is found and kept as ONNX
-        Runtime optimised it for this processor, which spares that work at the next start.
+        Runtime optimised it for this processor, which spares that work at the next start. half: its convolutions are
+        in half precision, see `in_half`.
 
         Raises BundleError when the file is broken, when its tensors differ from `spec`, or when some node of what is to
         be captured does not run on the GPU; EngineError when `device` is "cuda" and there is none, or when nodes of the
@@ -149,8 +157,10 @@ class OnnxRuntimeEngine:
         if cuda:
             if hasattr(ort, "preload_dlls"):  # finds CUDA and cuDNN in NVIDIA's pip packages
                 ort.preload_dlls()
-            # TF32 keeps 10 of float32's 23 bits: too few for joints, and no float32 any more.
-            choices = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+            # TF32 keeps 10 of float32's 23 bits: too few for joints, and no float32 any more. Without it cuDNN may take
+            # no tensor core at all, which convolutions in half precision need: ONNX Runtime 1.31 then prints an error
+            # for each of them, and tries again with the bias as a kernel of its own.
+            choices = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "1" if half else "0"}
             if stream:
                 choices["user_compute_stream"] = str(stream)
             if capture:

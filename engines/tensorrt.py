@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..contract import EIGHT_BITS, LARGEST, GraphSpec
+from ..contract import EIGHT_BITS, FLOAT32_GRAPHS, LARGEST, GraphSpec
 from ..errors import EngineError
 from . import inspect
 from .base import check_feeds
@@ -39,7 +39,6 @@ COMPUTE = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "ATTENTION_INPUT",
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 TYPES |= dict.fromkeys(EIGHT_BITS, "HALF")  # what is not quantised
 EIGHT_BIT_TYPES = ("FP8", "INT8")
-FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever was asked for
 # Of the layers that compute, at least so many must have the precision that was asked for. Not all: the solver's tail,
 # the embedding of timesteps and layers that calibration keeps in float32 are not.
 SHARE = 0.8

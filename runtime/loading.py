@@ -15,7 +15,7 @@ from ..engines import Engine, cpu, load_engines, openvino
 from ..engines.base import DeviceEngine, check_gpu
 from ..engines.cuda import Cuda
 from ..engines.inductor import InductorDeviceEngine, InductorEngine, find_compiled, load_inductor
-from ..engines.onnxruntime import DEVICES, OnnxRuntimeDeviceEngine, OnnxRuntimeEngine, has_cuda_provider
+from ..engines.onnxruntime import DEVICES, OnnxRuntimeDeviceEngine, OnnxRuntimeEngine, has_cuda_provider, in_half
 from ..engines.plans import KERNELS, Plan, PlanStore, belongs
 from ..engines.tensorrt import MODULES, Backend, Scratch, TensorRTEngine
 from ..errors import BundleError, EngineError
@@ -326,7 +326,9 @@ def onnxruntime_loader(manifest: Manifest, folder: Path, streams: Streams, graph
 
     def session(name: str, capture: dict[str, int] | None = None) -> OnnxRuntimeEngine:
         spec, stream = manifest.graphs[name], getattr(streams, STREAM[name])
-        return OnnxRuntimeEngine(folder / spec.file, spec, "cuda", stream=int(stream.handle), capture=capture)
+        return OnnxRuntimeEngine(
+            folder / spec.file, spec, "cuda", stream=int(stream.handle), capture=capture, half=in_half(manifest, name)
+        )
 
     def load(name: str, bucket: int, branches: int) -> DeviceEngine:
         if graphs and name in STEPS:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,17 @@ def test_only_steps_replay_and_a_refusal_runs_without(toy_bundle, fake_ort):
     a, b, c = load("unet", 2, 2), load("unet", 4, 2), load("image_decoder", 2, 2)
     assert a.own_graph and a.engine is not b.engine and c.engine is load("image_decoder", 4, 2).engine
     assert not onnxruntime_loader(manifest, toy_bundle, streams)("unet", 4, 2).own_graph
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_half_precision_may_use_tensor_cores_and_float32_is_no_tf32(toy_bundle, fake_ort, precision):
+    """use_tf32=0 forbids cuDNN every tensor core: in half precision it tries all convolutions twice."""
+    manifest, streams = replace(Manifest.load(toy_bundle), precision=precision), Streams.make(Cuda(), True)
+    load = onnxruntime_loader(manifest, toy_bundle, streams)
+    for name in manifest.graphs:
+        load(name, 2, 2)
+        half = precision == "fp16" and name != "hand_features"
+        assert fake_ort.sessions[-1][1]["use_tf32"] == ("1" if half else "0"), name
 
 
 def test_a_gpu_that_fails_is_not_the_bundle_s_fault(toy, fake_ort):
