@@ -359,7 +359,12 @@ def compare(
     settings = {name: run[name] for name in ("steps", "solver", "guidance")}
     requests = measure.make_requests(pipeline, run["batch"], **settings)
     table.update(
-        run={"batch": run["batch"], **settings}, threads=threads, repeats=options["repeats"], rows=[], prompts=[]
+        run={"batch": run["batch"], **settings},
+        threads=threads,
+        repeats=options["repeats"],
+        rows=[],
+        prompts=[],
+        clock="cpu" if device == "cpu" else "wall",  # what ratios are of: a CPU waits while a GPU works
     )
     table["prompts"] = [request.prompt for request in requests]
     with tempfile.TemporaryDirectory(prefix="hd-bench-peers-") as work:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .tables import STAGES
+from .tables import CLOCKS, STAGES
 
 INK, SERIES = (
     "#222",
@@ -144,14 +144,14 @@ def _stages(runs: list[dict[str, Any]]) -> str:
 def _peers(table: dict[str, Any], pictures: dict[str, np.ndarray]) -> str:
     run = table["run"]
     done = [row for row in table["rows"] if "skipped" not in row]
-    rows = []
+    rows, clock = [], table.get("clock", "cpu")
     for row in done:
-        ratio, fidelity = row["ratio_cpu"], row["fidelity"]
+        ratio, fidelity = row[f"ratio_{clock}"], row["fidelity"]
         psnr = "the same" if fidelity["psnr"] is None else f"{fidelity['psnr']:.1f} dB"
         rows.append(
             [
                 row["name"],
-                f"{1e3 * row['cpu']:.0f}",
+                f"{1e3 * row[clock]:.0f}",
                 "-" if row["step_cpu"] is None else f"{1e3 * row['step_cpu']:.1f}",
                 f"{ratio['median']:.2f} ({ratio['q1']:.2f} - {ratio['q3']:.2f})",
                 f"{fidelity['max_difference']} / 255, {psnr}",
@@ -160,12 +160,12 @@ def _peers(table: dict[str, Any], pictures: dict[str, np.ndarray]) -> str:
 
     def draw(axes: Any) -> None:
         for i, row in enumerate(done):
-            ratio = row["ratio_cpu"]
+            ratio = row[f"ratio_{clock}"]
             axes.barh(i, ratio["median"], color=SERIES[0 if i == 0 else 1])
             axes.plot([ratio["q1"], ratio["q3"]], [i, i], color=INK)
         axes.set_yticks(range(len(done)), [row["name"] for row in done])
         axes.invert_yaxis()
-        axes.set(xlabel="CPU seconds a picture, times ours; the line spans the quartiles", title="Peers")
+        axes.set(xlabel=f"{CLOCKS[clock]} seconds a picture, times ours; the line spans the quartiles", title="Peers")
 
     shown = "".join(
         f"<figure>{_image(picture)}<figcaption>{html.escape(name)}</figcaption></figure>"
@@ -177,7 +177,7 @@ def _peers(table: dict[str, Any], pictures: dict[str, np.ndarray]) -> str:
         if "skipped" in row
     )
     title = f"Peers: batch {run['batch']} x {run['steps']} steps, {run['solver']}, guidance {run['guidance']:g}"
-    columns = ["", "CPU ms", "a step", "CPU, times ours", "picture differs by"]
+    columns = ["", f"{CLOCKS[clock]} ms", "a step", f"{CLOCKS[clock]}, times ours", "picture differs by"]
     return f"<h2>{html.escape(title)}</h2>{_plot(draw)}{_table(columns, rows)}{shown}{skipped}"
 
 

@@ -20,6 +20,7 @@ STAGES = (
 
 
 # Of a processor's features those that its figures hang on.
+CLOCKS = {"cpu": "CPU", "wall": "wall"}  # of the peers, in a table's words
 TOLD = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
 
 
@@ -126,7 +127,7 @@ class Tables:
         """Nothing for a comparison that ended before its first round."""
         if not any("samples" in row for row in table.get("rows", [])):
             return
-        rows = []
+        rows, clock = [], table.get("clock", "cpu")
         for row in table["rows"]:
             if "skipped" in row:
                 continue
@@ -136,7 +137,7 @@ class Tables:
                     f"{1e3 * row['wall']:.0f}",
                     f"{1e3 * row['cpu']:.0f}",
                     "-" if row["step_cpu"] is None else f"{1e3 * row['step_cpu']:.1f}",
-                    _spread(row["ratio_cpu"]),
+                    _spread(row[f"ratio_{clock}"]),
                     _spread(row["ratio_step_cpu"]),
                     f"{row['fidelity']['max_difference']} / 255",
                     "the same" if row["fidelity"]["psnr"] is None else f"{row['fidelity']['psnr']:.1f} dB",
@@ -152,7 +153,7 @@ class Tables:
             "wall",
             "CPU",
             "CPU a step",
-            "CPU, times ours",
+            f"{CLOCKS[clock]}, times ours",
             "a step, times ours",
             "largest difference",
             "PSNR",

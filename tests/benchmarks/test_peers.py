@@ -129,3 +129,14 @@ def test_a_checkpoint_that_is_not_the_bundles(tiny_checkpoint_folder):
 
     with pytest.raises(CheckpointError, match="one was not exported from the other"):
         peers.load_eager(str(tiny_checkpoint_folder), None, bundle_path(), Manifest.load(bundle_path()))
+
+
+def test_beside_a_gpu_ratios_are_of_the_wall_clock(capsys):
+    from handiffuser.benchmarks.tables import Tables
+
+    turn = {"wall": 1.0, "cpu": 1.0, "step_wall": None, "step_cpu": None}
+    rows = [peers.row("eager", [turn | {"wall": 2.5, "cpu": 4.0}], [turn], {"max_difference": 0, "psnr": None})]
+    run = {"batch": 1, "steps": 20, "solver": "ddim", "guidance": 7.5}
+    for clock, ratio in (("wall", "2.50"), ("cpu", "4.00")):
+        Tables().peers({"run": run, "threads": 1, "repeats": 1, "rows": rows, "clock": clock})
+        assert ratio in capsys.readouterr().out
