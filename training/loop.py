@@ -40,6 +40,7 @@ from .recipe import Plan
 Rows = dict[str, Tensor]
 STATE = "state.safetensors"
 SHARDED_FROM = 1_000_000  # parameters from which a module is sharded by itself, and gathered when it runs
+PATIENCE = 3  # steps in a row whose gradient is no number, after which the run ends
 HELD = 64  # samples of the held-out share that the validation loss is computed from, at most
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
@@ -86,7 +87,7 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
 
     folder: where `state.safetensors`, `log.jsonl` and TensorBoard's files are kept; a finished run is loaded and
     returned at once. Raises TrainingError when the run in the folder is another one (batch, seed, data), when the batch
-    cannot be shared out, or when the loss is no longer a number.
+    cannot be shared out, or when the loss is no longer a number; a single step whose gradient is none is left out.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=MIXED[plan.precision])
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
@@ -132,6 +133,7 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
         steps, batch_size=None, sampler=order, num_workers=workers, multiprocessing_context=how, pin_memory=on_gpu
     )
     scaler = accelerator.scaler if hasattr(accelerator, "scaler") else None
+    spoilt = torch.zeros((), device=accelerator.device)  # steps without a finite gradient, one after the other
 
     for step, parts in zip(range(start, plan.steps), loader, strict=True):
         for group in optimizer.param_groups:
@@ -151,13 +153,16 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
             scaler.step(optimizer)
             scaler.update()
         else:
+            if not plan.shard:  # as a scaler does it: the fused kernel asks for itself, and nobody waits for the GPU
+                optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+                spoilt = (spoilt + 1) * optimizer.found_inf  # type: ignore[attr-defined]
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update(min(plan.ema, (1 + step) / (10 + step)))
         done, last = step + 1, step + 1 == plan.steps
         if done % plan.log_every == 0 or last or step == start:
             mean = float(accelerator.reduce(value, "mean"))
-            if not math.isfinite(mean):
+            if not math.isfinite(mean) and not 0 < float(spoilt) < PATIENCE:
                 raise TrainingError(
                     f"{stage.name}: the loss became {mean} at step {step}. Lower the --learning-rate; the last saved "
                     f"state in {folder} is sound."

@@ -15,7 +15,7 @@ import pytest
 import torch
 from handiffuser.errors import TrainingError
 from handiffuser.training.draws import Draws, order, rows_of
-from handiffuser.training.loop import STATE, Stage, averages, finished, fit
+from handiffuser.training.loop import STATE, Average, Stage, averages, finished, fit, load_state
 from handiffuser.training.recipe import Plan
 from safetensors.torch import load_file
 from torch import nn
@@ -235,3 +235,49 @@ def test_killed_anywhere_it_ends_with_the_same_weights(tmp_path):
     found = averages(tmp_path / "killed")
     assert finished(tmp_path / "killed", 4000)
     assert all(torch.equal(found[name], value) for name, value in whole.state_dict().items())
+
+
+class Breaks(Fitted):
+    """Whose loss is no number in some steps, counted from the first."""
+
+    def __init__(self, steps) -> None:
+        super().__init__()
+        self.steps, self.calls = steps, 0
+
+    def forward(self, x, noise):
+        loss = super().forward(x, noise)
+        if self.training:
+            self.calls += 1
+            loss = loss * float("nan") if self.calls - 1 in self.steps else loss
+        return loss
+
+
+def broken(*steps):
+    return Stage("fit", Breaks(steps), read, inputs, range(100), data="d")
+
+
+def test_a_step_without_a_gradient_is_left_out_and_many_end_the_run(tmp_path):
+    """Also where it is one that is logged. Once weights are no numbers, no step is one."""
+    plan = msgspec.structs.replace(PLAN, schedule="constant", log_every=2)
+    found = fit(broken(3, 5), plan, tmp_path / "two").state_dict()
+    assert all(torch.isfinite(value).all() for value in found.values())
+    assert not same(fit(stage(), plan, tmp_path / "none"), fit(broken(3, 5), plan, tmp_path / "again"))
+    with pytest.raises(TrainingError, match="the loss became nan at step 5"):
+        fit(broken(*range(2, 100)), plan, tmp_path / "many")
+
+
+def test_a_state_goes_back_to_where_its_parameters_are(tmp_path):
+    """AdamW's fused kernel counts its steps on the parameters' device, which is not where a file is read to."""
+    whole = fit(stage(), PLAN, tmp_path)
+    elsewhere = stage()
+    elsewhere.module.to("meta")  # stands for a GPU
+    parameters = dict(elsewhere.module.named_parameters())
+    for fused in (True, False):
+        optimizer = torch.optim.AdamW(parameters.values(), foreach=False)
+        optimizer.defaults["fused"] = fused
+        assert load_state(tmp_path, PLAN, elsewhere, parameters, Average(parameters), optimizer) == PLAN.steps
+        for parameter in parameters.values():
+            state = optimizer.state[parameter]
+            assert state["exp_avg"].device == parameter.device
+            assert state["step"].device.type == ("meta" if fused else "cpu")
+    assert len(parameters) == len(dict(whole.named_parameters()))
