@@ -189,6 +189,8 @@ class Manifest:
     tokenizer: SpecialTokens
     params_mean: Annotated[list[Annotated[float, Meta(ge=-LARGEST_PARAMETER, le=LARGEST_PARAMETER)]], _PARAMS]  # [P]
     params_std: Annotated[list[Annotated[float, Meta(gt=0, le=LARGEST_PARAMETER)]], _PARAMS]  # [P]
+    # Of the prompts it was trained on, where that is all it knows: others are named to the user. None: CLIP knows them.
+    words: Annotated[list[Word], _MANY] = field(default_factory=list)
     made_by: dict[str, Any] = field(default_factory=dict)  # versions, opset, name of the checkpoint, body's origin
     format: Annotated[int, Meta(ge=1, le=BUNDLE_FORMAT)] = BUNDLE_FORMAT
     sha256: str = ""  # of the manifest itself, all other entries; written by `save`

@@ -154,6 +154,7 @@ def export_bundle(
             tokenizer=dict(checkpoint.special_tokens),
             params_mean=checkpoint.hand_prior.mean.tolist(),
             params_std=checkpoint.hand_prior.std.tolist(),
+            words=checkpoint.words,
             made_by={
                 "checkpoint": checkpoint.name,
                 "body": "the demo's own, licence-free" if body is None else "the user's: not for redistribution",

@@ -76,6 +76,7 @@ class Checkpoint:
     body: Path | None = None  # the body that came with the checkpoint
     name: str = "checkpoint"
     notes: dict[str, Any] = field(default_factory=dict)  # how it was trained and what it scored
+    words: list[str] = field(default_factory=list)  # all that its text encoders ever read, where no CLIP came before
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """The trained parts by name; without the kernel where there is none."""
@@ -116,6 +117,8 @@ class Checkpoint:
         (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1) + "\n")
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
         index["_defaults"], index["_notes"] = self.defaults, self.notes
+        if self.words:
+            index["_words"] = self.words
         if self.body is not None and self.body.resolve() != (folder / BODY).resolve():
             (folder / BODY).parent.mkdir(exist_ok=True)
             shutil.copyfile(self.body, folder / BODY)
@@ -149,6 +152,7 @@ class Checkpoint:
             body=folder / BODY if (folder / BODY).exists() else None,
             name=folder.resolve().name,
             notes=layout.notes,
+            words=layout.words,
         )
         checkpoint.check()
         mean, std = checkpoint.hand_prior.mean, checkpoint.hand_prior.std

@@ -215,6 +215,7 @@ class Index(TypedDict, total=False):
     _image_size: Sides
     _defaults: dict[Word, Any]
     _notes: dict[Word, Any]
+    _words: Annotated[list[Word], Meta(max_length=10_000)]
 
 
 class AddedToken(TypedDict):
@@ -242,6 +243,7 @@ class Layout:
     image_size: tuple[int, int] | None  # H, W; None: as the UNet was trained
     defaults: dict[str, Any]  # steps, solver, guidance, hand_steps, hand_solver, hand_guidance
     notes: dict[str, Any]
+    words: list[str]
     schedules: dict[str, dict[str, Any]]  # scheduler, hand_scheduler
 
 
@@ -267,8 +269,8 @@ def read_layout(folder: Path) -> Layout:
     defaults = _fit(folder / MODEL_INDEX, {**default_settings(Config()), **index.get("_defaults", {})}, Settings)
     schedules = {name: _read(folder / name / "scheduler_config.json", dict[Word, Any]) for name in SCHEDULES}
     check_sampling(folder, schedules, defaults)
-    size = index.get("_image_size")
-    return Layout((size[0], size[1]) if size else None, defaults, index.get("_notes", {}), schedules)
+    size, notes, words = index.get("_image_size"), index.get("_notes", {}), index.get("_words", [])
+    return Layout((size[0], size[1]) if size else None, defaults, notes, words, schedules)
 
 
 def read_config(kind: str, folder: Path) -> dict[str, Any]:

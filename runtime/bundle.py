@@ -22,7 +22,7 @@ from .hands import Hands, hand_arrays, keep_camera, load_hands
 from .noise import HANDS, LATENTS
 from .requests import Request
 from .results import Picture, Work
-from .tokens import PromptTokenizer
+from .tokens import PromptTokenizer, words_of
 
 TABLES = 64  # schedules that are kept
 
@@ -47,6 +47,7 @@ class Bundle:
         self._mean = np.array(manifest.params_mean, np.float32)
         self._std = np.array(manifest.params_std, np.float32)
         self._tables: dict[tuple[Any, ...], Table] = {}
+        self._words = frozenset(manifest.words)
         self._placed: dict[bytes, np.ndarray] = {}  # params and camera of a file -> params that keep that camera
 
     @classmethod
@@ -90,7 +91,8 @@ class Bundle:
         return x * self._std + self._mean
 
     def tokens(self, request: Request) -> tuple[np.ndarray, list[str]]:
-        """int64 [2, length]: the negative prompt, then the prompt. And what was cut off, as diffusers says it."""
+        """int64 [2, length]: the negative prompt, then the prompt. And sentences on what was cut off, as diffusers says
+        it, and on words that mean nothing to this bundle."""
         rows, warnings = [], []
         for name in ("negative_prompt", "prompt"):
             ids, dropped = self.tokenizer.encode(getattr(request, name))
@@ -100,6 +102,9 @@ class Bundle:
                 shown = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
                 what, room = name.replace("_", " "), self.tokenizer.length - 2
                 warnings.append(f"The {what} is longer than {room} tokens. This part was cut: {shown!r}")
+            for word in words_of(getattr(request, name)) if self._words else ():
+                if word not in self._words:
+                    warnings.append(f"{word!r} is no word this model was trained on: it may do anything, or nothing.")
         return np.stack(rows), warnings
 
     def table(self, stream: str, request: Request) -> Table:

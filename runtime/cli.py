@@ -165,7 +165,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
                         say.problem(f"{result.id}: {result.sentence}")
                         continue
                     for warning in result.warnings:
-                        say.warning(f"{result.id}: {warning}")
+                        say.warning_of(result.id, warning)
                     folder.save(result)
                     progress.picture(queue.skipped + asked.refused)
                 folder.flush()
@@ -237,7 +237,7 @@ def _on_ray(
                             say.problem(f"{row['id']}: {row['sentence']}")
                             continue
                         for warning in row["warnings"]:
-                            say.warning(f"{row['id']}: {warning}")
+                            say.warning_of(row["id"], warning)
                         folder.saved.append(row["id"])
                         progress.event("steps", steps[row["id"]])
                         progress.picture(queue.skipped + asked.refused)
@@ -333,12 +333,19 @@ class Reporter:
     def __init__(self, quiet: bool) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.quiet = quiet
+        self.said: set[str] = set()
 
     def problem(self, sentence: str) -> None:
         self.console.print(f"[red]hd-run:[/red] {escape(sentence)}")
 
     def warning(self, sentence: str) -> None:
         self.console.print(f"[yellow]hd-run: warning:[/yellow] {escape(sentence)}")
+
+    def warning_of(self, picture: str, sentence: str) -> None:
+        """What is to be said of a picture; once, where it is to be said of many."""
+        if sentence not in self.said:
+            self.said.add(sentence)
+            self.warning(f"{picture}: {sentence}")
 
     def progress(self, total: int) -> ProgressReport:
         return ProgressReport(self.console, total, self.quiet)

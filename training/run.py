@@ -37,6 +37,7 @@ from ..errors import DatasetError, TrainingError
 from ..models import lora
 from ..models.checkpoint import BODY, Checkpoint, make_tokenizer, random_checkpoint
 from ..models.configs import CONFIGS
+from ..runtime.tokens import words_of
 from ..schema import MisfitError
 from .distill import FILE, Bank, becomes_student, grid, jump_stage
 from .loop import Stage, averages, console, finished, fit
@@ -59,6 +60,7 @@ ADAPTER = "adapter.safetensors"
 MEASURED = 4096  # samples from which means and deviations are computed
 SHOWN = 16  # held-out samples of a sample grid
 BAD = 20  # samples that are left out of which it is said why
+MOST_WORDS = 10_000  # that a checkpoint lists; of more, none: it has read widely
 VOCABULARY = 20_000  # samples whose words make the tokenizer of a new checkpoint
 HELD_BITS = 1 << 32
 
@@ -348,6 +350,11 @@ class Run:
             output.write_bytes(self.write_adapter().read_bytes())
             return
         checkpoint = self.checkpoint()
+        if self.start is None or checkpoint.words:  # no CLIP came before: these are all the words it knows
+            samples = (self.index.sample(i) for i in range(len(self.index)))
+            prompts = (prompt for sample in samples if isinstance(sample, Sample) for prompt in sample.prompts)
+            words = {word for prompt in prompts for word in words_of(prompt)} | set(checkpoint.words)
+            checkpoint.words = sorted(words) if len(words) <= MOST_WORDS else []
         trained = {name: {"steps": self.recipe.plan(name).steps, "data": self.digest} for name in PLANS
                    if finished(self.folder / name)}  # fmt: skip
         if self.done("distill"):

@@ -299,6 +299,7 @@ def test_a_schedule_that_the_runtime_would_refuse(copy, name, entries, words, mo
         ({"_defaults": {"solver": "heun"}}, "no solver 'heun'"),
         ({"_defaults": {"hand_solver": "plms"}}, "plms"),
         ({"_notes": 1}, "_notes"),
+        ({"_words": "a fist"}, "_words"),
     ],
 )
 def test_an_index_that_makes_no_sense(copy, entries, words, monkeypatch):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import listen
+from handiffuser.contract import Manifest
 
 RUN = [sys.executable, "-m", "handiffuser.runtime.cli"]
 
@@ -52,6 +53,22 @@ def test_first_command(toy_bundle, tmp_path):
     result = hd_run(toy_bundle, "a right hand making a fist", "two open hands", "--seed", 7, "--output", out)
     assert result.returncode == 0 and "2 skipped" in result.stderr
     assert before == {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+
+
+def test_words_outside_the_model_s_world_are_named_once(toy_bundle, tmp_path):
+    """Each on the terminal once, and in the record of every picture that has it; the pictures are made all the same."""
+    bundle = shutil.copytree(toy_bundle, tmp_path / "bundle")
+    manifest = Manifest.load(bundle)
+    manifest.words = ["a", "fist", "holding", "open", "hand"]
+    manifest.save(bundle)
+    prompts = ("A fist holding an umbrella", "an open hand")
+    result = hd_run(bundle, *prompts, "--images-per-prompt", 2, "--steps", 2, "-o", tmp_path / "out")
+    assert result.returncode == 0 and "4 pictures in" in result.stderr
+    assert result.stderr.count("'umbrella' is no word") == result.stderr.count("'an' is no word") == 1
+    assert result.stderr.count("is no word") == 2
+    told = [json.loads((tmp_path / f"out/{name}.json").read_text())["warnings"] for name in pictures(tmp_path / "out")]
+    assert sorted(len(warnings) for warnings in told) == [1, 1, 2, 2]
+    assert "is no word" not in hd_run(toy_bundle, *prompts, "--steps", 2, "-o", tmp_path / "none").stderr
 
 
 def test_settings_reach_the_picture(toy_bundle, tmp_path):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from handiffuser import BundleError
-from handiffuser.runtime.tokens import PromptTokenizer
+from handiffuser.runtime.tokens import PromptTokenizer, words_of
 
 
 @pytest.fixture
@@ -47,6 +47,10 @@ def test_a_long_prompt_is_cut_and_the_rest_told(tokenizer, special):
 def test_any_script(tokenizer, prompt):
     ids, dropped = tokenizer.encode(prompt)
     assert len(ids) == 77 and (dropped == "" or prompt.endswith(dropped))
+
+
+def test_words_are_letters_in_lower_case_each_once():
+    assert words_of("A V-sign, 2 Hände: a fist_palm ✌️") == ["a", "v", "sign", "hände", "fist", "palm"]
 
 
 def test_a_broken_file_or_manifest(tmp_path, toy_bundle, special):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run_command
+from handiffuser.contract import Manifest
 from handiffuser.data.samples import read, write_shards
 from handiffuser.demo.dataset import LABELS
 from handiffuser.demo.judge import Judge
@@ -73,6 +74,9 @@ def test_every_stage_runs_and_the_checkpoint_loads(trained):
     assert set(checkpoint.notes["trained"]) == {"vae", "hand-prior", "encoder", "pictures"}
     assert checkpoint.body is not None and 0.1 < checkpoint.vae.config.scaling_factor < 100
     assert checkpoint.hand_prior.mean.any()
+    assert {"hand", "left", "fist"} <= set(checkpoint.words) and not any(
+        word != word.lower() for word in checkpoint.words
+    )
     grids = {path.name.split("-")[0] for path in (folder / "run/samples").glob("*.png")}
     assert grids == {"vae", "pictures"}
     for stage in ("vae", "hand-prior", "encoder", "pictures"):
@@ -141,6 +145,7 @@ def test_an_adapter_is_trained_exported_and_run(trained, world, tmp_path):
             "runtime.cli", tmp_path / f"bundle-{out}", "two open hands", "--seed", 3, "-o", tmp_path / out
         )
         assert result.returncode == 0, result.stderr
+    assert Manifest.load(tmp_path / "bundle-plain").words == Checkpoint.load(start).words
     from PIL import Image
 
     adapted, merged, plain = (
