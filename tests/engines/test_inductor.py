@@ -379,6 +379,23 @@ def test_float32_is_compiled_without_tf32(tiny_checkpoint, body_path, tmp_path, 
     assert seen == [False]
 
 
+@pytest.mark.parametrize(("device", "name"), [("cuda", "cuda:0"), ("cpu", "cpu")])
+def test_programs_are_moved_to_where_tensors_say_they_are(
+    tiny_checkpoint, body_path, tmp_path, monkeypatch, device, name
+):
+    """Inductor compares names of devices, and a tensor on the GPU says cuda:0."""
+
+    def move(program, to):
+        raise RuntimeError(f"moved to {to}.")
+
+    monkeypatch.setattr(export, "check_tools", lambda device: None)
+    monkeypatch.setattr(export, "origin", lambda device: {})
+    monkeypatch.setattr(export, "move_to_device_pass", move)
+    graph = next(g for g in graphs(tiny_checkpoint, SMPLH.load(body_path)) if g.name == "hand_features")
+    with pytest.raises(ExportError, match=f"moved to {name}\\."):
+        compile_graph(graph, tmp_path / "x.pt2", device)
+
+
 def test_float32_runs_without_tf32_on_a_gpu(monkeypatch, tf32_on):
     class Loader:
         def __init__(self, *_):
