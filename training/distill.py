@@ -41,6 +41,7 @@ from .stages import Inputs, PictureLoss, edges
 FILE = 64  # trajectories of a file
 BATCH = 8  # trajectories that are painted together on a CPU; on a GPU a whole file's
 HELD = 64  # trajectories that validate
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def grid(plan: DistillPlan) -> list[int]:
@@ -88,7 +89,7 @@ class Bank:
         guidance = teacher.defaults["guidance"]
         what = {
             "of": digest, "teacher_steps": plan.teacher_steps, "kept": self.kept, "guidance": guidance,
-            "no_hands": plan.drop_hands, "seed": plan.seed,
+            "no_hands": plan.drop_hands, "seed": plan.seed, "precision": plan.precision,
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         path = folder / "key.json"
@@ -143,8 +144,10 @@ class Bank:
         scheduler = DDIMScheduler.from_config(few_steps(teacher.scheduler))
         scheduler.set_timesteps(plan.teacher_steps)
         guidance, states = teacher.defaults["guidance"], [x]
+        half = torch.autocast(torch.device(device).type, HALVES.get(plan.precision), enabled=plan.precision in HALVES)
         for step, timestep in enumerate(scheduler.timesteps, 1):
-            both = teacher.unet(torch.cat([x, x]), timestep.to(device), context).sample
+            with half:
+                both = teacher.unet(torch.cat([x, x]), timestep.to(device), context).sample.float()
             without, given = both.chunk(2)
             x = scheduler.step(without + guidance * (given - without), timestep, x).prev_sample
             if step in self.kept:
