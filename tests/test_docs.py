@@ -92,3 +92,13 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
+
+
+def test_tables_have_rows_of_one_length():
+    """A cell too many is dropped without a word when the page is shown."""
+    for page in PAGES:
+        columns = 0
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            cells = len(re.sub(r"`[^`]*`", "", line).replace(r"\|", "").split("|")) if line.startswith("|") else 0
+            assert not cells or not columns or cells == columns, f"{page.name}:{number}: {line}"
+            columns = cells
