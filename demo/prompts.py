@@ -61,6 +61,9 @@ NOUNS = {
 }  # fmt: skip
 
 
+EITHER = ("thumbs_up", "thumbs_down")  # whose nouns say nothing of how many hands
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a picture shows: side in SIDES, gesture in gestures.NAMES, view in VIEWS, skin in SKINS,
@@ -159,10 +162,22 @@ def _two_hands(spec: Spec, tone: str, rng: np.random.Generator) -> str:
     return f"{who}, the {first} one {one}, the {second} one {two}"
 
 
-def _subject(spec: Spec, tone: str, rng: np.random.Generator) -> str:
-    """The hand and what it does: "a tan left hand making a fist", "a peace sign with both hands"."""
+def _subject(spec: Spec, tone: str, rng: np.random.Generator, side: bool = True) -> str:
+    """The hand and what it does: "a tan left hand making a fist", "a peace sign with both hands".
+
+    side: whether it is said; else "a fist", "a tan hand pointing", and "thumbs up", which one hand can give or two.
+    """
     if spec.other:
         return _two_hands(spec, tone, rng)
+    if not side:
+        nouns = NOUNS.get(spec.gesture, ())
+        if spec.gesture in EITHER and (spec.side == "both" or rng.random() < 0.5):
+            return " ".join(w for w in (tone, _pick(rng, nouns)) if w)
+        if spec.side != "both":
+            if nouns and rng.random() < 0.6:
+                return _a(" ".join(w for w in (tone, _pick(rng, nouns)) if w))
+            who = " ".join(w for w in (tone, "hand", _pick(rng, GESTURES[spec.gesture].phrases)) if w)
+            return _pick(rng, (_a(who), _a(who), f"the {who}", who))
     phrase = _pick(rng, GESTURES[spec.gesture].phrases)
     noun, adjective = "hand", ""
     if spec.gesture in ADJECTIVES and rng.random() < 0.35:
@@ -185,8 +200,9 @@ def _subject(spec: Spec, tone: str, rng: np.random.Generator) -> str:
 
 
 def write_prompt(spec: Spec, rng: np.random.Generator, leave_out: float = 0.35) -> str:
-    """One wording of `spec`. View, skin and background are each left out with probability `leave_out`; side
-    and gesture are always said."""
+    """One wording of `spec`. View, skin and background are each left out with probability `leave_out`, the side half as
+    often; the gesture is always said."""
+    side = rng.random() >= leave_out / 2
     view, skin, background = (rng.random(3) >= leave_out).tolist()
     tone = _pick(rng, SKINS[spec.skin][1]) if skin else ""
     extras = []
@@ -201,7 +217,7 @@ def write_prompt(spec: Spec, rng: np.random.Generator, leave_out: float = 0.35) 
         colour = _pick(rng, ("grey", "gray")) if spec.background == "grey" else spec.background
         extras.append(_pick(rng, (f"{colour} background", f"on {_a(colour)} background", f"against {colour}",
                                   f"in front of {_a(colour)} wall", f"{colour} backdrop")))  # fmt: skip
-    subject = _subject(spec, tone, rng)
+    subject = _subject(spec, tone, rng, side)
     prefix = _pick(rng, ("",) * 6 + ("a photo of ", "a picture of ", "photo of ", "an image of ", "close-up of "))
     extras = [extras[i] for i in rng.permutation(len(extras))]
     if extras and rng.random() < 0.12:  # "blue background, a left hand making a fist"
