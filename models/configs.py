@@ -59,7 +59,7 @@ class Config:
     prior_layers: int = 4
     prior_heads: int = 4
     # UNet; a level has cross-attention or not
-    unet_channels: tuple[int, ...] = (32, 96, 128)
+    unet_channels: tuple[int, ...] = (64, 96, 128)
     unet_attention: tuple[bool, ...] = (False, True, True)
     unet_layers: int = 1
     unet_heads: int | tuple[int, ...] = 4  # diffusers calls the number of heads `attention_head_dim` here

@@ -114,7 +114,7 @@ def test_running_needs_no_torch(tmp_path):
 
 def test_what_ships_is_small_and_free(pipeline):
     shipped = [path for path in (ROOT / "demo").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
-    assert sum(path.stat().st_size for path in shipped) <= 40e6
+    assert sum(path.stat().st_size for path in shipped) <= 45e6
     assert not [path for path in shipped if path.suffix in (".bin", ".pt", ".pkl", ".ckpt", ".pth")]
     assert "licence-free" in Manifest.load(demo.bundle_path()).made_by["body"]
 
@@ -133,14 +133,23 @@ def test_without_hands_the_prompt_alone_paints(tmp_path):
 
 
 def test_the_report_is_in_the_checkpoint():
-    """The figures that the page shows are those that training measured on this checkpoint."""
-    notes = json.loads((demo.checkpoint_path() / "model_index.json").read_text())["_notes"]
+    """The figures that the page shows are those that were measured on this checkpoint and its student."""
+    notes = json.loads((demo.checkpoint_path() / "model_index.json").read_text())["_notes"]["examined"]
     page = (ROOT / "docs" / "demo.md").read_text()
-    assert notes["prompts"] == 480
-    for row, values in notes["accuracy"].items():
+    assert notes["prompts"] >= 240 and len(notes["rows"]) == 7
+    for row, values in notes["rows"].items():
         line = next(line for line in page.splitlines() if line.startswith(f"| {row} |"))
-        for value in values.values():
-            assert f"{100 * value:.1f}" in line, (row, value)
+        for name, value in values.items():
+            assert (f"{value:.3f}" if name == "confidence" else f"{value:.1f} %") in line, (row, name)
+
+
+def test_it_paints_in_four_runs_of_its_network(pipeline):
+    """Peers and references take the checkpoint as it says itself: it must say what the bundle does."""
+    checkpoint = json.loads((demo.checkpoint_path() / "model_index.json").read_text())
+    manifest = pipeline.manifest
+    assert checkpoint["_defaults"] == manifest.defaults and checkpoint["_words"] == manifest.words
+    assert (manifest.defaults["steps"], manifest.defaults["guidance"]) == (4, 1.0)
+    assert {"fist", "thumbs", "blue"} <= set(manifest.words)
 
 
 def test_no_file_names_the_machine_it_was_made_on():

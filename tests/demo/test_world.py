@@ -207,7 +207,9 @@ def test_prompts_say_the_gesture_and_mostly_the_side():
         assert "  " not in text and " ," not in text
     assert len(seen) > 1900 and 150 < unsaid["one"] < 400 and 0 < unsaid["both"] < 30
     spec = Spec("right", "fist", "palm", "tan", "blue")
-    assert all("right" in write_prompt(spec, rng, leave_out=0).lower() for _ in range(200)), "what is held out says everything"
+    assert all("right" in write_prompt(spec, rng, leave_out=0).lower() for _ in range(200)), (
+        "what is held out says everything"
+    )
 
 
 @pytest.mark.parametrize(
