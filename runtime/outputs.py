@@ -153,7 +153,8 @@ class OutputFolder:
     def write_index(self) -> Path:
         """Rebuilds `index.html` from every picture in the folder, and returns its path."""
         records = []
-        for path in sorted(self.path.glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+        whole = (path for path in self.path.glob("*.json") if not path.name.startswith(_TEMPORARY))
+        for path in sorted(whole, key=lambda path: (path.stat().st_mtime_ns, path.name)):
             record = _read_record(path)
             if record is not None:
                 records.append({**record, "id": path.stem})

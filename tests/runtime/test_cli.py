@@ -36,7 +36,7 @@ def hd_run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.
 
 
 def pictures(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.json"))
+    return sorted(path.stem for path in folder.glob("*.json") if not path.name.startswith("."))
 
 
 def test_first_command(toy_bundle, tmp_path):

@@ -54,6 +54,16 @@ def test_a_picture_and_its_files(tmp_path):
     assert "fist" in index.read_text(encoding="utf-8")
 
 
+def test_what_is_being_written_is_no_picture_yet(tmp_path):
+    """Another writer's file in the making, or one that it left when it was killed."""
+    with OutputFolder(tmp_path) as folder:
+        folder.save(picture())
+        folder.flush()
+        (tmp_path / ".hd-run.tmp.open.json").write_text((tmp_path / "fist.json").read_text())
+        page = folder.write_index().read_text(encoding="utf-8")
+    assert "1 picture" in page and "tmp" not in page
+
+
 @pytest.mark.parametrize("lost", ["fist.png", "fist.hands.npz", "fist.hands.png", "fist.json"])
 def test_incomplete_is_not_done(tmp_path, lost):
     with OutputFolder(tmp_path) as folder:

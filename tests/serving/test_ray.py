@@ -38,7 +38,9 @@ def start(toy_bundle, prompts, out, tag):
 
 
 def ledger(out):
-    return {path.stem: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.glob("*.json")}
+    """What is complete. A file that is being written, or was when its writer was killed, begins with a dot."""
+    done = (path for path in out.glob("*.json") if not path.name.startswith("."))
+    return {path.stem: (path.stat().st_mtime_ns, path.stat().st_ino) for path in done}
 
 
 def wait(condition, process, seconds=120):
