@@ -19,8 +19,8 @@ STAGES = (
 )
 
 
-# Of a processor's features those that its figures hang on.
 CLOCKS = {"cpu": "CPU", "wall": "wall"}  # of the peers, in a table's words
+# Of a processor's features those that its figures hang on.
 TOLD = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
 
 

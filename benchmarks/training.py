@@ -38,7 +38,6 @@ class Way:
     batch: int
     rank: int = 0
     gradient_checkpointing: bool = False
-    compile: bool = False
 
 
 WAYS = (Way(8), Way(8, gradient_checkpointing=True), Way(32, gradient_checkpointing=True), Way(8, 16), Way(8, 16, True))
@@ -52,7 +51,7 @@ def measure(folder: Path, way: Way, steps: int) -> dict[str, Any]:
         module.requires_grad_(False)
     plan = PicturesPlan(
         steps=steps + 1, batch=way.batch, precision="bf16", lora=way.rank, workers=2, log_every=1,
-        gradient_checkpointing=way.gradient_checkpointing, compile=way.compile,
+        gradient_checkpointing=way.gradient_checkpointing,
     )  # fmt: skip
     if way.rank:
         lora.inject(checkpoint, way.rank)

@@ -162,10 +162,12 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
         done, last = step + 1, step + 1 == plan.steps
         if done % plan.log_every == 0 or last or step == start:
             mean = float(accelerator.reduce(value, "mean"))
-            if not math.isfinite(mean) and not 0 < float(spoilt) < PATIENCE:
+            left_out = float(spoilt)
+            if left_out >= PATIENCE or not (left_out or math.isfinite(mean)):
+                what = "gradient became no number" if math.isfinite(mean) else f"loss became {mean}"
                 raise TrainingError(
-                    f"{stage.name}: the loss became {mean} at step {step}. Lower the --learning-rate; the last saved "
-                    f"state in {folder} is sound."
+                    f"{stage.name}: the {what} at step {step}. Lower the --learning-rate; the last saved state in "
+                    f"{folder} is sound."
                 )
             if log is not None:
                 log.step(done, mean, float(_full(norm)), plan.rate(step))

@@ -240,15 +240,16 @@ def test_killed_anywhere_it_ends_with_the_same_weights(tmp_path):
 class Breaks(Fitted):
     """Whose loss is no number in some steps, counted from the first."""
 
-    def __init__(self, steps) -> None:
+    def __init__(self, steps, infinite=False) -> None:
         super().__init__()
-        self.steps, self.calls = steps, 0
+        self.steps, self.infinite, self.calls = steps, infinite, 0
 
     def forward(self, x, noise):
         loss = super().forward(x, noise)
         if self.training:
             self.calls += 1
-            loss = loss * float("nan") if self.calls - 1 in self.steps else loss
+            if self.calls - 1 in self.steps:  # NaN, or a finite loss whose gradient is infinite
+                return loss + (loss - loss.detach()).abs().sqrt() if self.infinite else loss * float("nan")
         return loss
 
 
@@ -264,6 +265,9 @@ def test_a_step_without_a_gradient_is_left_out_and_many_end_the_run(tmp_path):
     assert not same(fit(stage(), plan, tmp_path / "none"), fit(broken(3, 5), plan, tmp_path / "again"))
     with pytest.raises(TrainingError, match="the loss became nan at step 5"):
         fit(broken(*range(2, 100)), plan, tmp_path / "many")
+    steep = Stage("fit", Breaks(range(2, 100), infinite=True), read, inputs, range(100), data="d")
+    with pytest.raises(TrainingError, match="the gradient became no number at step 5"):
+        fit(steep, plan, tmp_path / "steep")
 
 
 def test_a_state_goes_back_to_where_its_parameters_are(tmp_path):
