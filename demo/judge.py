@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,25 +86,17 @@ def judge_inputs(rows: dict[str, Tensor], draws: Draws) -> tuple[Tensor, Tensor]
     return pictures + amount * noise, rows["labels"]
 
 
-def labels_of(index: Index, numbers: Sequence[int]) -> Tensor:
-    """Class numbers [n, 6] of a dataset's samples, in the order of LABELS."""
-    rows = []
-    for number in numbers:
-        sample = index.sample(number)
-        assert isinstance(sample, Sample), sample
-        rows.append(class_numbers(sample.meta["labels"]))
-    return torch.tensor(rows)
-
-
 def train_judge(world: Path, folder: Path, plan: Plan = PLAN) -> Judge:
     """Trains the judge on a world's renders; resumable, and loaded where it is finished."""
     index = Index.open(world)
     numbers = range(len(index))
 
     def rows(some: Sequence[int]) -> dict[str, Tensor]:
-        samples = [index.sample(number) for number in some]
-        pictures = [torch.from_numpy(picture(sample)) for sample in samples if isinstance(sample, Sample)]
-        return {"images": torch.stack(pictures), "labels": labels_of(index, some)}
+        samples = [sample for number in some if isinstance(sample := index.sample(number), Sample)]
+        return {
+            "images": torch.from_numpy(np.stack([picture(sample) for sample in samples])),
+            "labels": torch.tensor([class_numbers(sample.meta["labels"]) for sample in samples]),
+        }
 
     loss = JudgeLoss(Judge())
     fit(Stage("judge", loss, rows, judge_inputs, numbers, data=index.digests()[0]), plan, folder)
