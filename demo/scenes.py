@@ -138,13 +138,9 @@ def sample_scene(rng: np.random.Generator, spec: Spec | None = None, close_up: b
             upper = np.array([(0.35, -0.35)[side], -0.75, 0.55]) + 0.05 * rng.normal(size=3)
             _raise_arm(rotations, side, hand, forearm, upper / np.linalg.norm(upper))
             solved.append((side, hand, forearm))
-        joints = forward_joints(rotations, betas)
         if spec.side == "both":
-            _side_by_side(rotations, joints, solved, rng)
-            joints = forward_joints(rotations, betas)
-        points = [joints[list(HAND_JOINTS[side]), :2] for side in range(2) if present[side]]
-        elbows = [joints[FOREARM[side], :2] for side in range(2) if present[side]]
-        camera = _frame(points, elbows, rng, close_up)
+            _side_by_side(rotations, forward_joints(rotations, betas), solved, rng)
+        camera = frame(rotations, betas, present, rng, close_up)
         if camera is not None:
             break
     else:
@@ -183,8 +179,13 @@ def _side_by_side(rotations: ndarray, joints: ndarray, solved: list, rng: np.ran
         _raise_arm(rotations, side, hand, forearm, upper)
 
 
-def _frame(points: list[ndarray], elbows: list[ndarray], rng: np.random.Generator, close_up: bool) -> ndarray | None:
-    """A camera (s, tx, ty) with all hand joints inside the frame, or None if these hands cannot be framed."""
+def frame(
+    rotations: ndarray, betas: ndarray, present: ndarray, rng: np.random.Generator, close_up: bool = True
+) -> ndarray | None:
+    """A camera (s, tx, ty) with all joints of the present hands inside the frame, or None if they cannot be framed."""
+    joints = forward_joints(rotations, betas)
+    points = [joints[list(HAND_JOINTS[side]), :2] for side in range(2) if present[side]]
+    elbows = [joints[FOREARM[side], :2] for side in range(2) if present[side]]
     everything = np.concatenate(points)
     low, high = everything.min(0), everything.max(0)
     extent = high - low

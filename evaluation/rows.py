@@ -14,7 +14,7 @@ that `hd-eval` takes, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from ..data.samples import Sample, encode_png, members, picture
 from ..demo.dataset import samples_of
 from ..demo.render import demo_body
 from ..demo.report import held_out_scenes
-from ..runtime.hands import axis_angle_to_matrix
+from ..demo.scenes import Scene
+from ..runtime.hands import POSES, axis_angle_to_matrix
 from ..training.sample import decode, encode
 from ..training.stages import images_to_float
 from . import measure, pictures
@@ -63,19 +64,56 @@ def save(folder: Path, samples: Sequence[Sample]) -> None:
             temporary.replace(path)
 
 
+def draw(scenes: Mapping[str, Scene], folder: Path, size: int) -> list[Sample]:
+    """Scenes by key, rendered into a folder as samples with their own hands, prompts and labels."""
+    samples: list[Sample] = []
+    keys, body = list(scenes), demo_body()
+    for start in range(0, len(keys), BATCH):
+        some = keys[start : start + BATCH]
+        part = [scenes[key] for key in some]
+        samples += samples_of(part, [[scene.prompt] for scene in part], some, body, size)
+    save(folder, samples)
+    return samples
+
+
+def paint(painter: pictures.Painter, renders: Path, way: str, count: int) -> Path:
+    """The first `count` prompts of a folder of renders, painted beside it; the way "true-hands" with the renders' own
+    hands, "full-pipeline" with stage 1's. What is painted already is kept."""
+    given = renders.parent / "given-hands" if way == "true-hands" else None
+    requests = pictures.wanted(renders, None, count, given, 0, say)
+    folder = renders.parent / way
+    with progress(f"painting {folder}") as show:
+        return pictures.make(painter, requests, folder, say, show).folder
+
+
+def look_with(
+    tools: measure.Instruments, folder: Path, keys: Collection[str], labels: dict[str, dict[str, str]] | None = None
+) -> measure.Seen:
+    """Looks at those pictures of a folder. labels: by key, for pictures that have none of their own."""
+    with progress(f"looking at {folder}") as show:
+        shown = pictures.read_pictures(folder, None, say, keys)
+        return measure.look(shown, tools, len(keys), show, labels=labels)
+
+
+def load_tools(judge_folder: Path | None, no_detector: bool = False) -> measure.Instruments:
+    """Detector and judge on one thread."""
+    torch.set_num_threads(1)
+    options = {"clip_folder": None, "judge_folder": judge_folder, "threads": 1, "no_detector": no_detector,
+               "crops": "asked", "weights": None, "min_crop": 32}  # fmt: skip
+    return instruments(options)
+
+
+def load_painter(checkpoint: str) -> Torch:
+    """A checkpoint, or the demo's, in PyTorch on one thread."""
+    return Torch(demo.resolve(checkpoint, "checkpoint"), {"body": None, "threads": 1, "device": "cpu"})
+
+
 @torch.no_grad()
-def make_rows(checkpoint: Path, out: Path, count: int) -> dict[str, Path]:
+def make_rows(painter: Torch, out: Path, count: int) -> dict[str, Path]:
     """The five folders. What is painted already is kept."""
-    scenes, body = held_out_scenes(count, SEED), demo_body()
-    options = {"body": None, "threads": 1, "device": "cpu"}
-    painter = Torch(checkpoint, options)
+    scenes = {key_of(number): scene for number, scene in enumerate(held_out_scenes(count, SEED))}
     size = painter.checkpoint.image_size[0]
-    renders: list[Sample] = []
-    for start in range(0, count, BATCH):
-        part = scenes[start : start + BATCH]
-        keys = [key_of(start + i) for i in range(len(part))]
-        renders += samples_of(part, [[scene.prompt] for scene in part], keys, body, size)
-    save(out / "renders", renders)
+    renders = draw(scenes, out / "renders", size)
     through = []
     for start in range(0, count, BATCH):
         some = renders[start : start + BATCH]
@@ -84,35 +122,27 @@ def make_rows(checkpoint: Path, out: Path, count: int) -> dict[str, Path]:
         through += [replace(s, image=encode_png(image)) for s, image in zip(some, decoded, strict=True)]
     save(out / "through-the-vae", through)
     folders = {name: out / name for name in ROWS}
-    for name, given in (("true-hands", out / "given-hands"), ("full-pipeline", None)):
-        requests = pictures.wanted(out / "renders", None, None, given, 0, say)
-        with progress(name) as show:
-            folders[name] = pictures.make(painter, requests, out / name, say, show).folder
-    drawn = []
-    for start in range(0, count, BATCH):
-        part, hands = [], []
-        for number in range(start, min(start + BATCH, count)):
-            with np.load(folders["full-pipeline"] / f"{key_of(number)}.hands.npz") as file:
-                hands.append({name: file[name] for name in file.files if name != "prompt"})
-            names = ("global_orient", "body_pose", "left_hand_pose", "right_hand_pose")
-            vectors = np.concatenate([hands[-1][name].reshape(-1, 3) for name in names])
-            rotations = axis_angle_to_matrix(vectors).astype(np.float32)
-            part.append(
-                replace(scenes[number], rotations=rotations, betas=hands[-1]["betas"], camera=hands[-1]["camera"])
-            )
-        keys = [key_of(start + i) for i in range(len(part))]
-        drawn += samples_of(part, [[scene.prompt] for scene in part], keys, body, size)
-    save(folders["generated-hands-rendered"], drawn)
+    for way in ("true-hands", "full-pipeline"):
+        folders[way] = paint(painter, out / "renders", way, count)
+    drawn = {}
+    for key, scene in scenes.items():
+        with np.load(folders["full-pipeline"] / f"{key}.hands.npz") as file:
+            hands = {name: file[name] for name in file.files if name != "prompt"}
+        vectors = np.concatenate([hands[name].reshape(-1, 3) for name in POSES])
+        rotations = axis_angle_to_matrix(vectors).astype(np.float32)
+        drawn[key] = replace(scene, rotations=rotations, betas=hands["betas"], camera=hands["camera"])
+    draw(drawn, folders["generated-hands-rendered"], size)
     return folders
 
 
-def compare(folders: dict[str, Path], tools: measure.Instruments, look: Callable[..., measure.Seen]) -> dict[str, Any]:
+def compare(folders: dict[str, Path], tools: measure.Instruments, count: int) -> dict[str, Any]:
     """Row -> its figures, all beside the renders."""
-    renders = look(folders["renders"], tools)
+    keys = [key_of(number) for number in range(count)]
+    renders = look_with(tools, folders["renders"], keys)
     labels = dict(zip(renders.keys, renders.labels, strict=True))
     rows = {}
     for name, folder in folders.items():
-        seen = renders if name == "renders" else look(folder, tools, labels=labels)
+        seen = renders if name == "renders" else look_with(tools, folder, keys, labels)
         figures = measure.figures(seen, None if name == "renders" else renders)
         rows[name] = {"metrics": figures["metrics"], "groups": figures["groups"]}
     return rows
@@ -126,18 +156,8 @@ def compare(folders: dict[str, Path], tools: measure.Instruments, look: Callable
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE.json", help="The JSON document, too.")
 def command(out: Path, checkpoint: str, count: int, judge_folder: Path | None, output: Path | None) -> int:
     """Makes the five sets of pictures in OUT and measures them. The same command again goes on."""
-    torch.set_num_threads(1)
-    options = {"clip_folder": None, "judge_folder": judge_folder, "threads": 1, "no_detector": False,
-               "crops": "asked", "weights": None, "min_crop": 32}  # fmt: skip
-    tools = instruments(options)
-    folders = make_rows(demo.resolve(checkpoint, "checkpoint"), out, count)
-
-    def look(folder: Path, tools: measure.Instruments, **more: Any) -> measure.Seen:
-        with progress(f"looking at {folder}") as show:
-            shown = pictures.read_pictures(folder, None, say)
-            return measure.look(shown, tools, count, show, **more)
-
-    rows = compare(folders, tools, look)
+    tools = load_tools(judge_folder)
+    rows = compare(make_rows(load_painter(checkpoint), out, count), tools, count)
     console = Console(highlight=False, soft_wrap=True, width=180)  # five columns of figures
     table = Table(title=f"{count} held-out prompts, palms, backs and sides equally often")
     for column in ("", *rows):
