@@ -15,9 +15,9 @@
     python -m handiffuser.evaluation.beyond OUT --count 96 --judge runs/report/judge
 
 Renders are the ceiling of each group. Beside them stand pictures painted from those very hands (stage 2 alone), and
-where words are what is tried, from the prompt (both stages). Scene i of a group comes from scene i of `usual` and is
-painted from the same noise, so that a difference is the change's. Poses between gestures, and edited ones, keep the
-prompt of the gesture that they came from: words and hands say different things then.
+where words are what is tried, from the prompt (both stages). But for the pairs, scene i of a group is scene i of
+`usual`, changed, and painted from the same noise. Poses between gestures, and edited ones, keep the prompt of the
+gesture that they came from: words and hands say different things then.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ from .measure import Instruments, Seen, columns, settings
 from .pictures import Show
 from .rows import SEED, draw, key_of, load_painter, load_tools, look_with, paint
 from .tables import title
+
+Rows = dict[str, dict[str, dict[str, Any]]]
 
 SIDES = ("left", "right")
 BEND = 16.2  # degrees: the farthest that training bends a wrist, 14 about one axis and 8 about another
@@ -251,8 +253,11 @@ def in_picture(scene: Scene, rotations: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * s * (seen + np.array([tx, ty])) * (1, -1)
 
 
-def edited(scene: Scene, rng: np.random.Generator) -> Scene:
-    """One finger dragged by its tip to where it would be in a fist, or stretched: as hd-serve's page does it."""
+def edited(scene: Scene, rng: np.random.Generator) -> Scene | None:
+    """One finger dragged by its tip to where it would be in a fist, or stretched: as hd-serve's page does it.
+
+    None, of fewer than one in a hundred, where no finger gets far enough within the picture but to another gesture.
+    """
     side = side_of(scene)
     before = in_picture(scene, scene.rotations)
     own = list(HAND_JOINTS[side])
@@ -264,7 +269,7 @@ def edited(scene: Scene, rng: np.random.Generator) -> Scene:
         "joints_2d": before[np.array(HAND_JOINTS)],
     }
     ways = [(finger, end) for finger in range(5) for end in ("fist", "spread_fingers")]
-    order = [(*ways[i], share) for share in (1.0, 0.6) for i in rng.permutation(len(ways))]
+    order = [(*ways[i], share) for share in (1.0, 0.6, 0.8, 0.4) for i in rng.permutation(len(ways))]
 
     def dragged(finger: int, end: str, share: float) -> Scene | None:
         """Dragged this share of the way; None where that leaves the picture, changes little, or makes a gesture."""
@@ -287,13 +292,11 @@ def edited(scene: Scene, rng: np.random.Generator) -> Scene:
             return None
         return replace(scene, rotations=rotations, spec=replace(scene.spec, gesture=""))
 
-    for way in order:
-        if (new := dragged(*way)) is not None:
-            return new
-    raise EvaluationError(f"No finger of this hand can be dragged elsewhere: {scene.prompt}.")
+    return next((new for way in order if (new := dragged(*way)) is not None), None)
 
 
-CHANGES: dict[str, Callable[[Scene, np.random.Generator], Scene]] = {
+PAIRS = {"known-pairs": "pairs", "new-pairs": "new pairs"}  # group -> kind of held_out_scenes
+CHANGES: dict[str, Callable[[Scene, np.random.Generator], Scene | None]] = {
     "between": between,
     "mirrored": mirrored,
     "turned-30": partial(turned, degrees=30),
@@ -305,18 +308,19 @@ CHANGES: dict[str, Callable[[Scene, np.random.Generator], Scene]] = {
 def groups(count: int, show: Show = lambda done, total: None) -> dict[str, dict[str, Scene]]:
     """Group -> its scenes by key, the same whatever the number of scenes."""
     usual = held_out_scenes(count, SEED)
-    out = {"usual": usual}
-    out |= {f"{word}-pairs": held_out_scenes(count, SEED, f"{kind}pairs") for word, kind in PAIRS.items()}
+    lists: dict[str, list[Scene | None]] = {"usual": [*usual]}
+    for name, kind in PAIRS.items():
+        lists[name] = [*held_out_scenes(count, SEED, kind)]
     for kind in WORDINGS:
-        out[f"wordings-{kind}"] = [reworded(s, kind, i, _rng(kind, i)) for i, s in enumerate(usual)]
+        lists[f"wordings-{kind}"] = [reworded(scene, kind, i, _rng(kind, i)) for i, scene in enumerate(usual)]
     for number, scene in enumerate(usual):
         for name, change in CHANGES.items():
-            out.setdefault(name, []).append(change(scene, _rng(name, number)))
+            lists.setdefault(name, []).append(change(scene, _rng(name, number)))
         show(number + 1, count)
-    return {name: {key_of(number): scene for number, scene in enumerate(scenes)} for name, scenes in out.items()}
-
-
-PAIRS = {"known": "", "new": "new "}  # group -> kind of report.held_out_scenes
+    return {
+        name: {key_of(number): scene for number, scene in enumerate(scenes) if scene is not None}
+        for name, scenes in lists.items()
+    }
 
 
 def _rng(name: str, number: int) -> np.random.Generator:
@@ -338,7 +342,10 @@ def follows(seen: Seen, after: dict[str, np.ndarray], before: dict[str, np.ndarr
     where they were: values [K] and their pictures [K]. after, before: key -> joints [21, 2] of the hand."""
     values, owners = [], []
     for hand, owner in zip(seen.hands, seen.owners, strict=True):
-        new, old = after[seen.keys[owner]], before[seen.keys[owner]]
+        key = seen.keys[owner]
+        if key not in after:
+            continue
+        new, old = after[key], before[key]
         moved = np.linalg.norm(new - old, axis=-1) > JOINT_MOVED * hand_size(new, (1, 1))
         if hand.found is not None and moved.any():
             to_new, to_old = (np.linalg.norm(hand.found.joints - place, axis=-1)[moved] for place in (new, old))
@@ -372,10 +379,10 @@ def joints_of(scenes: dict[str, Scene]) -> dict[str, np.ndarray]:
     return {key: in_picture(s, s.rotations)[list(HAND_JOINTS[side_of(s)])] for key, s in scenes.items()}
 
 
-def measured(scenes: dict[str, dict[str, Scene]], folders: dict[str, dict[str, Path]], tools: Instruments) -> Any:
-    """Group -> way -> its figures."""
+def measured(scenes: dict[str, dict[str, Scene]], folders: dict[str, dict[str, Path]], tools: Instruments) -> Rows:
+    """Group -> way -> its pictures and metrics. scenes: group -> key -> scene; folders: group -> way -> folder."""
     edits = joints_of(scenes["edited"]), joints_of(scenes["usual"])
-    out: dict[str, dict[str, Any]] = {}
+    out: Rows = {}
     for group, ways in folders.items():
         labels = {key: labels_of(scene.spec) for key, scene in scenes[group].items()}
         for way, folder in ways.items():
@@ -393,18 +400,23 @@ def cell(name: str, entry: dict[str, float]) -> str:
     return f"{value:.1f} %\n{low:.1f}-{high:.1f}"
 
 
-def table_of(rows: dict[str, dict[str, Any]], count: int) -> Table:
+def table_of(rows: Rows, count: int) -> Table:
     found = {name for ways in rows.values() for row in ways.values() for name in row["metrics"]}
     shown = [name for name in SHOWN if name in found]
     table = Table(title=f"Beyond the training, {count} scenes a group; below each figure its interval of 95 %")
-    for heading in ("", "", *((TITLES.get(n) or title(n).split(" (")[0]).replace("reads: ", "reads ") for n in shown)):
+    for heading in (
+        "",
+        "",
+        "N",
+        *((TITLES.get(n) or title(n).split(" (")[0]).replace("reads: ", "reads ") for n in shown),
+    ):
         table.add_column(heading)
     for group, ways in rows.items():
         for way, row in ways.items():
             metrics = row["metrics"]
             cells = [cell(name, metrics[name]) if name in metrics else "" for name in shown]
             name = group if way == next(iter(ways)) else ""
-            table.add_row(name, way.replace("-", " "), *cells, end_section=way == list(ways)[-1])
+            table.add_row(name, way.replace("-", " "), str(row["pictures"]), *cells, end_section=way == list(ways)[-1])
     return table
 
 
@@ -431,7 +443,7 @@ def command(
         renders = out / group / "renders"
         draw(some, renders, painter.checkpoint.image_size[0])
         folders[group] = {
-            way: renders if way == "renders" else paint(painter, renders, way, count) for way in ways_of(group)
+            way: renders if way == "renders" else paint(painter, renders, way, len(some)) for way in ways_of(group)
         }
     rows = measured(scenes, folders, tools)
     Console(highlight=False, soft_wrap=True, width=200).print(table_of(rows, count))
