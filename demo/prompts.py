@@ -66,9 +66,9 @@ EITHER = ("thumbs_up", "thumbs_down")  # whose nouns say nothing of how many han
 
 @dataclass(frozen=True)
 class Spec:
-    """What a picture shows: side in SIDES, gesture in gestures.NAMES, view in VIEWS, skin in SKINS,
-    background in BACKGROUNDS. `other`: what the right hand does where two hands differ; `gesture` is then the
-    left's."""
+    """What a picture shows: side in SIDES, gesture in gestures.NAMES, view in VIEWS (or empty: of none of them,
+    and no prompt says one), skin in SKINS, background in BACKGROUNDS. `other`: what the right hand does where two
+    hands differ; `gesture` is then the left's."""
 
     side: str
     gesture: str
@@ -210,7 +210,7 @@ def write_prompt(spec: Spec, rng: np.random.Generator, leave_out: float = 0.35) 
         extras.append(_pick(rng, (f"{tone} skin", f"with {tone} skin")))
         tone = ""
     # Two hands may be held so that one shows the palm and the other its back: nothing is said of that.
-    if view and spec.view_of(0) == spec.view_of(1):
+    if view and spec.view and spec.view_of(0) == spec.view_of(1):
         words = _pick(rng, VIEWS[spec.view])
         extras.append(words.replace("of the hand", "of the hands") if spec.side == "both" else words)
     if background:
