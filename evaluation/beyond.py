@@ -50,7 +50,6 @@ from .hands import hand_size
 from .measure import Instruments, Seen, columns, settings
 from .pictures import Show
 from .rows import SEED, draw, key_of, load_painter, load_tools, look_with, paint
-from .tables import title
 
 Rows = dict[str, dict[str, dict[str, Any]]]
 
@@ -61,11 +60,20 @@ MOVED = 0.25  # hand sizes in the picture: an edit that moves a finger's tip les
 JOINT_MOVED = 0.1  # hand sizes: joints that an edit moves less say nothing of whether it was followed
 TRIES = 200
 FULL = ("renders", "true-hands", "full-pipeline")
-SHOWN = ("detection_rate", "hand_confidence", "hands_as_asked", "handedness", "pck_10", "follows", "judge_gesture",
-         "judge_other", "judge_side", "judge_view", "judge_skin", "judge_background")  # fmt: skip
-TITLES = {
+TITLES = {  # column of the table -> its heading
+    "detection_rate": "hands found",
+    "hand_confidence": "hand confidence",
     "hands_as_asked": "as many hands as asked for",  # neither fewer nor more, of pictures
+    "handedness": "side right",
+    "pck_10": "joints within 10 %",
     "follows": "joints nearer to the edit",  # than to where they were; of those found that the edit moved
+    "judge_gesture": "judge: gesture",  # of the one hand, or the left
+    "judge_both": "judge: both gestures",
+    "judge_swapped": "judge: swapped",  # each hand does what the other should
+    "judge_side": "judge: side",
+    "judge_view": "judge: view",
+    "judge_skin": "judge: skin",
+    "judge_background": "judge: backdrop",
 }
 
 # --- wordings: {who} is "a tan left hand"; all else is as training says it ---
@@ -354,6 +362,19 @@ def hands_as_asked(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
     return (number == wanted).astype(float), np.arange(len(number))
 
 
+def reads_pairs(judge: Callable[[np.ndarray, dict[str, str]], dict[str, float]]) -> Any:
+    """A judge that of two different hands says, too, whether both are right, and whether they have changed places."""
+
+    def read(image: np.ndarray, labels: dict[str, str]) -> dict[str, float]:
+        found = judge(image, labels)
+        if "other" in found:
+            other = judge(image, {"gesture": labels["other"], "other": labels["gesture"]})
+            found["both"], found["swapped"] = (min(one["gesture"], one["other"]) for one in (found, other))
+        return found
+
+    return read
+
+
 def figures(seen: Seen, edits: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None) -> dict[str, Any]:
     """Metric -> value, interval and n. edits: joints after and before, where the picture is of one or the other."""
     found = columns(seen)
@@ -394,21 +415,18 @@ def cell(name: str, entry: dict[str, float]) -> str:
 
 def table_of(rows: Rows, count: int) -> Table:
     found = {name for ways in rows.values() for row in ways.values() for name in row["metrics"]}
-    shown = [name for name in SHOWN if name in found]
+    shown = [name for name in TITLES if name in found]
     table = Table(title=f"Beyond the training, {count} scenes a group; below each figure its interval of 95 %")
-    for heading in (
-        "",
-        "",
-        "N",
-        *((TITLES.get(n) or title(n).split(" (")[0]).replace("reads: ", "reads ") for n in shown),
-    ):
+    table.add_column("", no_wrap=True)
+    for heading in ("N", *(TITLES[name] for name in shown)):
         table.add_column(heading)
     for group, ways in rows.items():
         for way, row in ways.items():
             metrics = row["metrics"]
             cells = [cell(name, metrics[name]) if name in metrics else "" for name in shown]
-            name = group if way == next(iter(ways)) else ""
-            table.add_row(name, way.replace("-", " "), str(row["pictures"]), *cells, end_section=way == list(ways)[-1])
+            first, last = way == next(iter(ways)), way == list(ways)[-1]
+            name = f"{group if first else ''}\n  {way.replace('-', ' ')}".lstrip("\n")
+            table.add_row(name, str(row["pictures"]), *cells, end_section=last)
     return table
 
 
@@ -427,6 +445,8 @@ def command(
         raise EvaluationError("There is nothing to look with: give --judge FOLDER, or leave --no-detector out.")
     writable(output, "--output")
     tools = load_tools(judge_folder, no_detector)
+    if tools.judge is not None:
+        tools.judge = reads_pairs(tools.judge)
     painter = load_painter(checkpoint)
     with progress("scenes") as show:
         scenes = groups(count, show)
@@ -438,7 +458,7 @@ def command(
             way: renders if way == "renders" else paint(painter, renders, way, len(some)) for way in ways_of(group)
         }
     rows = measured(scenes, folders, tools)
-    Console(highlight=False, soft_wrap=True, width=200).print(table_of(rows, count))
+    Console(highlight=False, soft_wrap=True, width=210).print(table_of(rows, count))
     finish({"groups": rows, "count": count, "settings": settings(tools, None)}, output)
     return 0
 

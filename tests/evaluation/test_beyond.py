@@ -205,6 +205,17 @@ def test_whether_joints_follow_an_edit():
     assert beyond.hands_as_asked(seen)[0].tolist() == [0, 1, 1, 0, 1, 1]
 
 
+def test_hands_that_changed_places():
+    def judge(image, labels):  # sees a fist on the left, and a claw on the right
+        return {name: float(labels[name] == {"gesture": "fist", "other": "claw"}[name]) for name in labels}
+
+    read, nothing = beyond.reads_pairs(judge), np.zeros((2, 2, 3), np.uint8)
+    assert read(nothing, {"gesture": "fist"}) == {"gesture": 1}
+    for left, right, both, swapped in (("fist", "claw", 1, 0), ("claw", "fist", 0, 1), ("fist", "pinch", 0, 0)):
+        found = read(nothing, {"gesture": left, "other": right})
+        assert (found["both"], found["swapped"]) == (both, swapped)
+
+
 def test_somebody_must_look(tmp_path):
     with pytest.raises(EvaluationError, match="nothing to look with"):
         CliRunner().invoke(beyond.command, [str(tmp_path), "--no-detector"], catch_exceptions=False)
