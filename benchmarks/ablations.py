@@ -1,6 +1,7 @@
 """What each hand cue brings, and each way to tell the UNet of hands: variants trained alike, judged by `hd-eval`.
 
     cues           all eight sets of joints, rotations, vertices (the paper tried three), with the positional kernel
+    frame          rotations as the camera sees them, instead of relative to parents
     conditioning   joint encoder; hand tokens put behind the text encoder's output; text only; hands only; each with and
                    without the positional kernel
 
@@ -62,11 +63,13 @@ class Variant(NamedTuple):
     kernel: bool = True
     joint: bool = True
     words: bool = True
+    frame: str = "parent"
 
 
 SETS = [cues for number in range(4) for cues in combinations(CUES, number)]
 VARIANTS: dict[str, Variant] = {
     **{"+".join(cues) or "no-cue": Variant(cues) for cues in SETS},
+    "camera-rotations": Variant(frame="camera"),
     "joint-encoder-without-kernel": Variant(kernel=False),
     "behind-the-encoder": Variant(joint=False),
     "behind-the-encoder-without-kernel": Variant(joint=False, kernel=False),
@@ -89,8 +92,9 @@ def start_of(variant: Variant, folder: Path, size: int = 128, seed: int = 0) -> 
     if kernel is not None:
         kernel.focus()
     encoder = TextHandEncoder.from_clip(
-        base.text_encoder, cues=list(variant.cues), frequencies=list(frequencies), joint=variant.joint
-    )
+        base.text_encoder, cues=list(variant.cues), frequencies=list(frequencies), joint=variant.joint,
+        rotation_frame=variant.frame,
+    )  # fmt: skip
     replace(base, text_hand_encoder=encoder, unet=unet, position_kernel=kernel).save(folder)
     return folder
 
@@ -139,8 +143,9 @@ def page(rows: dict[str, Any], document: dict[str, Any]) -> str:
     names = [name for name in SHOWN if any(name in row for row in rows.values())]
     cells = [[row, *(spread(n, found[n]) if n in found else "" for n in names)] for row, found in rows.items()]
     said = (
-        f"{document['steps']} steps of {document['batch']} pictures of {document['size']} pixels each, {document['prompts']} held-out prompts, true "
-        "hands; bars span 95 % (of one training: another seed of it is another model)."
+        f"{document['steps']} steps of {document['batch']} pictures of {document['size']} pixels each, "
+        f"{document['prompts']} held-out prompts, true hands; bars span 95 % (of one training: another seed of it is "
+        "another model)."
     )
     plots = []
     for name in names:
@@ -176,8 +181,8 @@ def page(rows: dict[str, Any], document: dict[str, Any]) -> str:
 @click.option("--no-detector", is_flag=True, help="Only what needs no MediaPipe.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE.json", help="The JSON document, too.")
 def command(
-    out: Path, data: Path, steps: int, batch: int, size: int, count: int, only: tuple[str, ...], judge_folder: Path | None,
-    no_detector: bool, output: Path | None,
+    out: Path, data: Path, steps: int, batch: int, size: int, count: int, only: tuple[str, ...],
+    judge_folder: Path | None, no_detector: bool, output: Path | None,
 ) -> int:  # fmt: skip
     """Trains every variant at the same budget and judges what it paints. OUT keeps all of it, and ablations.html."""
     tools = instruments({"clip_folder": None, "judge_folder": judge_folder, "threads": None, "crops": "asked",
