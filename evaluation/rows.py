@@ -14,6 +14,7 @@ that `hd-eval` takes, too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def save(folder: Path, samples: Sequence[Sample]) -> None:
     for sample in samples:
         for suffix, content in sorted(members(sample).items(), key=lambda member: member[0] == "json"):
             path = folder / f"{sample.key}.{suffix}"
-            temporary = path.with_name(f".{path.name}.tmp")
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             temporary.write_bytes(content)
             temporary.replace(path)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CUES = ("joints", "rotations", "vertices")  # what the Text+Hand encoder may be told of the hands
+ROTATION_FRAMES = ("parent", "camera")  # what rotations of finger joints are relative to
 
 # Noise schedules in diffusers' words. Stage 1 predicts x0; stage 2 of the demo predicts v with zero terminal SNR
 # (Lin et al. 2024), so that the last step of training is pure noise, as the first step of sampling is.

@@ -19,7 +19,7 @@ from ..contract import NUM_HISTORY, Settings, Side, Word
 from ..errors import CheckpointError, HanDiffuserError
 from ..schedules import NoiseSchedule, rows
 from ..schema import TRUTH, MisfitError, fit, one_of, read_json, shown, whole
-from .configs import CUES, Config, default_settings
+from .configs import CUES, ROTATION_FRAMES, Config, default_settings
 
 MODEL_INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -95,6 +95,7 @@ class TextHandEncoder(TypedDict, total=False):
     num_basis: Width
     hide: Yes
     joint: Yes
+    rotation_frame: Annotated[str, one_of(*ROTATION_FRAMES)]
 
 
 class HandPrior(TypedDict, total=False):

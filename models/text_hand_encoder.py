@@ -23,9 +23,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .configs import CUES
+from .configs import CUES, ROTATION_FRAMES
 from .hand_features import make_basis
 from .position_kernel import GATED, HIDDEN, TOKEN_KINDS, code_width, position_code
+from .smplh import matrix_to_rotation_6d, rotation_6d_to_matrix
 
 NUM_HAND_JOINTS, NUM_HAND_ROTATIONS = 21, 16
 # Which of MANO's 16 rotations belongs to each of the 21 joints; the five tips have none.
@@ -71,6 +72,18 @@ def take(rows: Tensor, order: Sequence[int]) -> Tensor:
     return rows.index_select(2, torch.tensor(order, device=rows.device))
 
 
+def camera_rotations(rotations: Tensor) -> Tensor:
+    """[N, 2, 16, 6] in MANO's order, the wrist in the camera's frame and the rest relative to their parents -> the same
+    in the camera's frame: products along each finger."""
+    matrices = rotation_6d_to_matrix(rotations)
+    wrist, fingers = matrices[:, :, :1], matrices[:, :, 1:].unflatten(2, (5, 3))  # [N, 2, 5, 3 joints, 3, 3]
+    turns = [wrist]
+    for joint in range(3):
+        turns.append(turns[-1] @ fingers[:, :, :, joint])
+    chain = torch.stack(turns[1:], 3).flatten(2, 3)  # [N, 2, 15, 3, 3]
+    return matrix_to_rotation_6d(torch.cat([wrist, chain], 2))
+
+
 def encode_text(clip: CLIPTextModel, input_ids: Tensor) -> Tensor:
     """CLIP's hidden states [B, 77, W], from its own layers with a mask that exports."""
     inner = getattr(clip, "text_model", clip)  # transformers 5 dropped the inner `text_model`
@@ -89,6 +102,9 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
     positional kernel; empty for the paper's plain cross-attention. hide: tokens of absent hands are seen by no pixel,
     and those of present ones pass the kernel's gate; without it absent hands are learned null tokens, which pixels see.
     joint: hand tokens go through the transformer with the text; without it they are put behind its output as they are.
+    rotation_frame: "parent", each finger joint's rotation relative to its parent, as MANO has it; or "camera", as the
+    camera sees it: then every token says by itself how its bone is turned and whether it comes nearer, which otherwise
+    three rotations must be multiplied for, and a tip has its bone's rotation.
     """
 
     basis: Tensor
@@ -111,8 +127,11 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         num_basis: int = 512,
         hide: bool = False,
         joint: bool = True,
+        rotation_frame: str = "parent",
     ) -> None:
         super().__init__()
+        if rotation_frame not in ROTATION_FRAMES:
+            raise ValueError(f"Unknown rotation_frame {rotation_frame!r}; there are {', '.join(ROTATION_FRAMES)}.")
         unknown = set(cues) - set(CUES)
         if unknown:
             raise ValueError(f"Unknown hand cues {sorted(unknown)}; there are {', '.join(CUES)}.")
@@ -186,10 +205,14 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
             tokens = tokens + self.location(features.to(self.place.dtype))
         if "rotations" in self.config.cues:
             assert rotations is not None
+            camera = self.config.rotation_frame == "camera"
+            if camera:
+                rotations = camera_rotations(rotations.float()).to(rotations.dtype)
             turned = self.rotation(take(rotations, ROTATION_OF_JOINT))  # [N, 2, 16, W], in the joints' order
-            # The five tips have no rotation of their own: a zero row stands in for them.
+            # The five tips have no rotation of their own: a zero row stands in for them, or their bone's.
             padded = torch.cat([turned, torch.zeros_like(turned[:, :, :1])], 2)
-            row = [ROTATED_JOINTS.index(j) if j in ROTATED_JOINTS else 16 for j in range(NUM_HAND_JOINTS)]
+            at = {joint: row for row, joint in enumerate(ROTATED_JOINTS)}
+            row = [at.get(j, at[PARENT_OF_JOINT[j]] if camera else 16) for j in range(NUM_HAND_JOINTS)]
             tokens = tokens + take(padded, row)
         if "vertices" in self.config.cues:
             assert bps is not None

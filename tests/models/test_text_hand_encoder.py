@@ -6,7 +6,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from handiffuser.models.text_hand_encoder import CUES, TextHandEncoder, encode_text, pooled
+from handiffuser.contract import BETAS, NUM_PARAMS, ROTATIONS
+from handiffuser.models.hand_features import HAND_ROTATIONS, HandFeatures, make_basis
+from handiffuser.models.smplh import SMPLH, matrix_to_rotation_6d, rotation_6d_to_matrix
+from handiffuser.models.text_hand_encoder import CUES, TextHandEncoder, camera_rotations, encode_text, pooled
 from transformers import CLIPTextConfig, CLIPTextModel
 
 EOS = 99
@@ -98,6 +101,39 @@ def test_left_and_right_are_told_apart(clip, ids):
         same[name][:, 1] = same[name][:, 0]
     context = encoder(ids, **same)
     assert not torch.allclose(context[:, 77:99, :48], context[:, 99:, :48], atol=1e-3)
+
+
+def test_rotations_in_the_cameras_frame_are_those_of_the_kinematics(body_path):
+    body = SMPLH.load(body_path)
+    features = HandFeatures(body, torch.zeros(NUM_PARAMS), torch.ones(NUM_PARAMS), make_basis(64))
+    x = torch.randn(3, NUM_PARAMS, generator=torch.Generator().manual_seed(0))
+    turns, _, _ = body.kinematics(rotation_6d_to_matrix(x[:, ROTATIONS].reshape(3, 52, 6)), x[:, BETAS])
+    wanted = torch.stack([turns[:, list(joints)] for joints in HAND_ROTATIONS], 1)
+    torch.testing.assert_close(
+        camera_rotations(features(x)["rotations"]), matrix_to_rotation_6d(wanted), atol=2e-6, rtol=0
+    )
+
+
+def test_a_token_in_the_cameras_frame_says_how_its_bone_is_turned(clip, ids):
+    """Bending the first joint of a finger turns the whole finger, its tip too; other fingers stay."""
+    encoder = TextHandEncoder.from_clip(clip, cues=["rotations"], frequencies=[], rotation_frame="camera").eval()
+    given = hands()
+    given["rotations"] = matrix_to_rotation_6d(rotation_6d_to_matrix(given["rotations"]))
+    tokens = encoder.hand_tokens(None, given["rotations"], None, given["visibility"])
+    bent = given["rotations"].clone()
+    bent[:, :, 1] = matrix_to_rotation_6d(  # MANO's first row after the wrist: the index finger's first joint
+        rotation_6d_to_matrix(bent[:, :, 1]) @ torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
+    )
+    moved = (encoder.hand_tokens(None, bent, None, given["visibility"]) - tokens).abs().amax(-1) > 1e-6
+    index = torch.zeros(21, dtype=torch.bool)
+    index[5:9] = True  # of the 21 joints: its three and its tip
+    assert torch.equal(moved.view(3, 2, 21), index.expand(3, 2, 21))
+    assert not encoder(ids, **{**given, "visibility": torch.zeros(3, 2)}).isnan().any()
+    assert not encoder(ids).isnan().any(), "without hands there are no rotations either"
+    with pytest.raises(ValueError, match="rotation_frame"):
+        TextHandEncoder(
+            vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, rotation_frame="world"
+        )
 
 
 def test_unknown_cue():
