@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ def _gpus(text: str | None) -> list[str | None]:
 
 
 def _say(sentence: str) -> None:
-    click.echo(f"hd-serve: {sentence}", err=True)
+    with suppress(OSError, ValueError):  # a log that is full or gone is no reason not to serve
+        click.echo(f"hd-serve: {sentence}", err=True)
 
 
 class Server(uvicorn.Server):
@@ -201,7 +202,11 @@ def config_socket(host: str, port: int) -> Any:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # half-open connections end, too
+    # Clients whose machines are gone without a word are found out within a minute, not after the system's two hours.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("KEEPIDLE", 30), ("KEEPINTVL", 10), ("KEEPCNT", 3), ("USER_TIMEOUT", 60_000)):
+        if hasattr(socket, f"TCP_{name}"):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
     try:
         sock.bind((host, port))
     except OSError:

@@ -85,7 +85,7 @@ class Generation(Strict):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: Annotated[int, Field(ge=0, le=100, description="Quality of jpeg and webp.")] | None = None
     model: Annotated[str, Field(max_length=200)] | None = None
-    user: Annotated[str, Field(max_length=500)] | None = None
+    user: Annotated[str, Field(max_length=500, description="Whom the log's line names.")] | None = None
     stream: bool = False
     partial_images: Annotated[
         int, Field(ge=0, le=MAX_PREVIEWS, description="While streaming: the skeleton, then previews.")
@@ -131,6 +131,12 @@ class Generation(Strict):
             said.append("The field partial_images has no effect without stream.")
         return said
 
+    def unguided(self) -> list[str]:
+        """What was asked and does nothing where the guidance is 1, asked for or the bundle's own."""
+        asked = {"negative_prompt": bool(self.negative_prompt), "guidance_interval": self.guidance_interval is not None}
+        why = "the guidance_scale is 1, which is off"
+        return [f"The field {name} has no effect: {why}." for name, there in asked.items() if there]
+
 
 class HandsRequest(Strict):
     """`POST /v1/hands`: the hands of a prompt without a picture; or, with `hands`, where the joints of those are."""
@@ -138,8 +144,13 @@ class HandsRequest(Strict):
     prompt: Prompt = "hands"
     seed: Seed | None = None
     model: Annotated[str, Field(max_length=200)] | None = None
-    user: Annotated[str, Field(max_length=500)] | None = None
+    user: Annotated[str, Field(max_length=500, description="Whom the log's line names.")] | None = None
     hands: HandsField | Annotated[str, Field(max_length=100)] | None = None
+
+    def warnings(self) -> list[str]:
+        """What was asked and does nothing."""
+        idle = sorted(self.model_fields_set & {"prompt", "seed"}) if self.hands is not None else []
+        return [f"The field {name} has no effect on hands that are given." for name in idle]
 
 
 class DragField(Strict):
