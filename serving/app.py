@@ -476,9 +476,9 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
     @app.get("/v1/files/{name}", responses={404: errors[404]})
     async def file(name: str) -> Response:
         """A picture of the last hour that was asked for as a URL."""
-        if name not in service.pictures:
+        kept, format, content = service.pictures.get(name, (-math.inf, "", b""))
+        if time.monotonic() - kept > KEPT_SECONDS:
             return problem(404, "There is no such picture (any more).")
-        _, format, content = service.pictures[name]
         return Response(content, media_type=MEDIA[format], headers={"Cache-Control": "private, max-age=3600"})
 
     @app.get("/healthz")

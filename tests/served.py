@@ -47,12 +47,15 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    folder, tmp, workers=1, places=8, batch=4, limits=None, keys=None, cors=(), wait=True, warm_up=False, buffer=None
-):
-    """A server in a thread of its own event loop. buffer: bytes that the system takes for a client."""
+    folder, tmp, workers=1, places=8, batch=4, limits=None, keys=None, cors=(), wait=True, warm_up=False, buffer=None,
+    second=None,
+):  # fmt: skip
+    """A server in a thread of its own event loop. buffer: bytes that the system takes for a client. second: the options
+    of the last worker, where they are others."""
     bundle = Bundle.load(folder, Manifest.load(folder, verify=False))
     metrics = Metrics()
     options = [Options(str(folder), "cpu", 1, batch, "auto", warm_up)] * workers
+    options[-1] = second or options[-1]
     said = []
     dispatcher = Dispatcher(options, workers > 1, places, metrics.observe, said.append)
     tmp.mkdir(exist_ok=True)
@@ -81,10 +84,10 @@ def serving(
 
 
 @contextlib.contextmanager
-def command(*arguments, ready=True):
+def command(*arguments, ready=True, preexec_fn=None):
     """hd-serve in a process of its own; `said` is what it wrote so far, `url` where it listens."""
     line = [sys.executable, "-m", "handiffuser.serving.cli", *map(str, arguments), "--port", "0"]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn)
     process.said, process.url = [], None
 
     def read():

@@ -249,6 +249,26 @@ def test_the_address_in_the_url_is_the_one_that_was_asked(served):
         assert served.client.get(f"/v1/files/{other}").status_code == 404
 
 
+def test_pictures_are_kept_for_an_hour_and_so_many(served, monkeypatch):
+    from handiffuser.serving import app
+
+    def asked():
+        answer = served.generate(num_inference_steps=1, response_format="url").json()
+        return answer["data"][0]["url"]
+
+    first = asked()
+    size = len(httpx.get(first).content)
+    assert size > 100
+    monkeypatch.setattr(app, "KEPT_SECONDS", 0.0)
+    assert httpx.get(first).status_code == 404  # also where nobody came since
+    monkeypatch.setattr(app, "KEPT_SECONDS", 3600.0)
+    monkeypatch.setattr(app, "KEPT_BYTES", 3 * size)
+    urls = [asked() for _ in range(6)]
+    there = [httpx.get(url).status_code == 200 for url in (first, *urls)]
+    assert not there[0] and there == sorted(there) and 1 <= sum(there) <= 4  # the youngest
+    assert 0 < served.service.bytes <= 3 * size
+
+
 def test_keys(toy_bundle, tmp_path):
     keys = tmp_path / "keys.txt"
     keys.write_text("# who may\nalice: secret-of-alice\nanother-secret\n")

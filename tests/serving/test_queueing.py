@@ -7,6 +7,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from handiffuser.serving.app import Limits
+from handiffuser.serving.worker import Options
 from served import command, serving
 
 
@@ -173,25 +176,25 @@ def test_what_is_not_done_when_the_grace_is_over_is_told(busy):
     assert "Send it again" in stream.result().text.split("event: error")[1]
 
 
-@pytest.mark.parametrize("jump", [1e7, -1e7])
-def test_clocks_that_jump_change_nothing(busy, monkeypatch, jump):
+def test_clocks_that_jump_change_nothing(busy, monkeypatch):
     """Deadlines, queue times, the measured rate and how long pictures are kept go by a clock that nobody can set."""
-    clock, jumped = time.time, []
-    monkeypatch.setattr(time, "time", lambda: clock() + jump * len(jumped))
+    clock, ahead = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
     kept = busy.generate("kept", num_inference_steps=2, response_format="url").json()
     futures = ask(busy, 3, num_inference_steps=20, timeout=30)
-    jumped.append(1)
-    late = busy.generate("late", num_inference_steps=100, timeout=0.5)
+    ahead[0] = 1e7
+    late = busy.generate("late", num_inference_steps=100, timeout=0.3)
     assert late.status_code == 504 and [future.result().status_code for future in futures] == [200] * 3
-    assert httpx.get(kept["data"][0]["url"]).status_code == 200
     after = busy.generate("after", num_inference_steps=2).json()
-    assert abs(after["created"] - kept["created"] - jump) < 60  # that one is the wall clock's, as in OpenAI's API
-    assert 0 < busy.metric("steps_per_second") < 1000 and 0 <= busy.metric("queue_time_seconds_sum") < 60
-    assert 0 <= busy.metric("request_latency_seconds_sum") < 120
+    assert abs(after["created"] - kept["created"] - 1e7) < 60  # that one is the wall clock's, as in OpenAI's API
     futures = ask(busy, 6, num_inference_steps=3)
+    ahead[0] = -1e7
     refused = busy.generate("one too many")
     assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
     assert [future.result().status_code for future in futures] == [200] * 6
+    assert httpx.get(kept["data"][0]["url"]).status_code == 200
+    assert 0 < busy.metric("steps_per_second") < 1000 and 0 <= busy.metric("queue_time_seconds_sum") < 60
+    assert 0 <= busy.metric("request_latency_seconds_sum") < 120
 
 
 def test_who_does_not_read_is_cut_off_and_who_reads_slowly_is_not(toy_bundle, tmp_path, monkeypatch):
@@ -256,6 +259,18 @@ def test_a_stream_that_is_late_says_so(busy):
     assert "event: image_generation.partial_image" in said and said.rstrip().endswith("}")
     assert '"code": "timeout"' in said.split("event: error")[1]
     busy.wait(lambda: idle(busy))
+
+
+@pytest.mark.slow
+def test_one_of_two_workers_cannot_load(toy_bundle, toy_copy_broken, tmp_path):
+    """The other one serves, and what is wrong is said."""
+    broken = Options(str(toy_copy_broken), "cpu", 1, 4, "auto", False)
+    with serving(toy_bundle, tmp_path / "hands", workers=2, places=30, second=broken) as served:
+        served.wait(lambda: any("damaged" in sentence for sentence in served.service.said), 60)
+        answers = [served.generate(f"p {n}", num_inference_steps=2) for n in range(5)]
+        assert [answer.status_code for answer in answers] == [200] * 5
+        assert served.client.get("/readyz").status_code == 200 and served.metric("workers_ready") == 1
+        assert all("Traceback" not in sentence for sentence in served.service.said)
 
 
 @pytest.mark.slow
@@ -354,19 +369,33 @@ def test_a_port_that_is_taken_is_a_sentence(toy_bundle):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        import subprocess
-        import sys
-
         line = [sys.executable, "-m", "handiffuser.serving.cli", str(toy_bundle), "--port", str(taken.getsockname()[1])]
         result = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and "cannot be listened on" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of files")
+def test_more_connections_than_open_files(toy_bundle):
+    """They wait, and whoever listens is told once, not with a disk full of tracebacks."""
+    import resource
+
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # noqa: E731
+    with command(toy_bundle, "--no-warm-up", preexec_fn=limit) as process:
+        address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+        silent = [socket.create_connection(address) for _ in range(100)]
+        end = time.monotonic() + 20
+        while not any("open files" in line for line in process.said) and time.monotonic() < end:
+            time.sleep(0.02)
+        for one in silent:
+            one.close()
+        assert httpx.get(f"{process.url}/healthz", timeout=20).status_code == 200
+        body = {"prompt": "a", "num_inference_steps": 2}
+        assert httpx.post(f"{process.url}/v1/images/generations", json=body, timeout=20).status_code == 200
+    assert sum("open files" in line for line in process.said) == 1 and len(process.said) < 20, process.said[:20]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_log_on_a_full_disk_is_no_reason_not_to_serve(toy_bundle):
-    import subprocess
-    import sys
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
