@@ -270,6 +270,15 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
             parts = schema["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 parts.pop(name, None)
+            for part, field, bounds in (
+                ("Generation", "model", {"enum": [service.name]}),
+                ("HandsRequest", "model", {"enum": [service.name]}),
+                ("Generation", "size", {"enum": [service.size, "auto"]}),
+                ("Generation", "n", {"maximum": most}),
+                ("Generation", "num_inference_steps", {"maximum": limits.steps}),
+            ):
+                schemas = parts[part]["properties"][field]
+                schemas.get("anyOf", [schemas])[0].update(bounds)
             nullable = {"anyOf": [{"type": "string"}, {"type": "null"}]}
             parts["Error"] = {
                 "type": "object",

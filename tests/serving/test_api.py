@@ -177,6 +177,8 @@ def test_hands_alone_edited_and_painted(served):
     assert by_id == arrays and len({plain, by_id, none}) == 3
     given = served.client.post("/v1/hands", json={"hands": made["hands"]}).json()["data"][0]
     np.testing.assert_allclose(given["hands"]["left_hand_pose"], made["hands"]["left_hand_pose"], atol=1e-5)
+    edge = {**made["hands"], "body_pose": [4 * np.pi] * 63}  # the most that the schema has
+    assert served.client.post("/v1/hands", json={"hands": edge}).status_code == 200
     wrong = {**made["hands"], "camera": [0, 0, 0]}
     assert "camera" in served.generate(hands=wrong).json()["error"]["message"]
 
