@@ -12,13 +12,12 @@ the run with a sentence: each picture more would be made in vain.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import os
 import signal
 import socket
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -35,17 +34,31 @@ from .worker import Options as Options
 
 BLOCK = 16  # requests that an actor takes at once, at most: enough to keep its slots full
 COLUMNS = ("id", "state", "sentence", "warnings")
-TRIES = 4  # times that such a block is tried again after its actor died
+TRIES = 4  # actors that may die over such a block
+GIVEN_UP = f"{TRIES} actors ended while they made this picture, or one of those that they make at once."
+
+
+class Tries:
+    """How often a block was begun, on any machine. Ray runs it again for ever, also where no actor survives it; what it
+    counts itself are deaths of machines, too, on which the block only waited."""
+
+    def __init__(self) -> None:
+        self.begun: Counter[str] = Counter()
+
+    def begin(self, block: str) -> int:
+        self.begun[block] += 1
+        return self.begun[block]
 
 
 class Painter:
     """The actor: a loaded bundle and the output folder.
 
     Ray starts an actor that fails as it begins again and again, for ever. So this one never does: what went wrong is
-    what it says of every row.
+    what it says of every row. begin: says how often a block, by its first row's id, was begun so far.
     """
 
-    def __init__(self, options: Options, output: str) -> None:
+    def __init__(self, options: Options, output: str, begin: Callable[[str], int] = lambda block: 1) -> None:
+        self.begin = begin
         self.broken = ""  # why nothing can be made here
         try:
             self.pipeline = HanDiffuser.load(
@@ -69,7 +82,8 @@ class Painter:
         state, why = "stopped", self.broken
         if not self.broken:
             try:
-                self._paint(requests, row)
+                hopeless = self.begin(str(requests[0].id)) > TRIES
+                self._paint(requests, row, GIVEN_UP if hopeless else "")
             except OutputError as error:  # a disk that is full
                 self.broken = why = str(error)
             except HanDiffuserError as error:  # out of memory, say: others may need less
@@ -83,13 +97,15 @@ class Painter:
         ordered = [rows[str(request.id)] for request in requests]
         return {name: [each[name] for each in ordered] for name in COLUMNS}
 
-    def _paint(self, requests: Sequence[Request], row: Callable[..., None]) -> None:
-        """Makes what is not there. Raises OutputError and other HanDiffuserErrors that are no row's own."""
+    def _paint(self, requests: Sequence[Request], row: Callable[..., None], hopeless: str) -> None:
+        """Makes what is not there, or says why not. Raises OutputError and other HanDiffuserErrors, no row's own."""
         todo = []
         for request in requests:
             try:
                 if self.folder.done(request, self.pipeline.digest):  # an earlier life of this actor was that far
                     row(str(request.id), "there")
+                elif hopeless:
+                    row(str(request.id), "failed", hopeless)
                 else:
                     todo.append(request)
             except RequestError as error:
@@ -148,32 +164,23 @@ def paint(requests: Sequence[Request], options: Options, output: str, workers: i
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
-    context.max_errored_blocks = -1  # what came to nothing is known by what did not come
-    for name in ("ray", "ray.data"):  # and said by whoever asked
+    for name in ("ray", "ray.data"):  # what became of each row is said by whoever asked
         logging.getLogger(name).setLevel(logging.CRITICAL)
     rows = [{"request": json.dumps(asdict(request))} for request in requests]
     # Small enough that all have work to the end, large enough that slots stay full.
     block = max(1, min(BLOCK, len(rows) // (2 * workers)))
     blocks = -(-len(rows) // block)
     on_gpu = ray.cluster_resources().get("GPU", 0) >= 1 and options.device != "cpu"
-    # Ray's own tries are without end, also with a request that no actor survives. From 2.64 on it cannot be told.
-    data = ray.data.from_items(rows, override_num_blocks=blocks)
-    tries: dict[str, Any] = {}
-    if "ray_remote_args_fn" in inspect.signature(data.map_batches).parameters:
-        tries["ray_remote_args_fn"] = lambda: {"max_task_retries": TRIES}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        painted = data.map_batches(
-            Painter,
-            fn_constructor_args=(options, output),
-            batch_size=None,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=min(workers, blocks)),
-            num_gpus=1 if on_gpu else None,
-            num_cpus=None if on_gpu else (options.threads or 1),
-            **tries,
-        )
-    missing = {str(request.id) for request in requests}
+    tries: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tries).remote()
+    painted = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+        Painter,
+        fn_constructor_args=(options, output, lambda block: ray.get(tries.begin.remote(block))),
+        batch_size=None,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=min(workers, blocks)),
+        num_gpus=1 if on_gpu else None,
+        num_cpus=None if on_gpu else (options.threads or 1),
+    )
     batches = iter(painted.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     while True:
         try:
@@ -181,19 +188,15 @@ def paint(requests: Sequence[Request], options: Options, output: str, workers: i
         except Exception as error:  # clusters fail in many ways
             raise EngineError(_trouble(error)) from error
         if batch is None:
-            break
+            return
         stopped = ""
         for id, state, sentence, said in zip(*(batch[name].tolist() for name in COLUMNS), strict=True):
             if state == "stopped":
                 stopped = sentence
             else:
-                missing.discard(id)
                 yield {"id": id, "state": state, "sentence": sentence, "warnings": json.loads(said)}
         if stopped:
             raise HanDiffuserError(stopped)
-    for id in sorted(missing):
-        sentence = f"{TRIES + 1} actors ended while they made this picture, or one of those that they make at once."
-        yield {"id": id, "state": "failed", "sentence": sentence, "warnings": []}
 
 
 def _trouble(error: Exception) -> str:
