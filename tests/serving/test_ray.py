@@ -122,6 +122,34 @@ def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(toy_bundle, tmp_path,
     assert not list(out.glob(".hd-run.tmp.*"))
 
 
+@pytest.mark.nightly
+def test_a_machine_dies(toy_bundle, tmp_path, monkeypatch):
+    """Two of a cluster's, on this one; the one that is left makes what the other had."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    out, count = tmp_path / "out", 60
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": "a", "id": f"p{n}", "seed": n}) for n in range(count)))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        line = [sys.executable, "-m", "handiffuser.runtime.cli", str(toy_bundle), "--prompts", str(prompts)]
+        line += ["--steps", str(STEPS), "--solver", "ddpm", "-o", str(out), "--ray", cluster.address]
+        process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+        wait(lambda: len(ledger(out)) >= 10, process)
+        cluster.remove_node(node, allow_graceful=False)
+        before = ledger(out)
+        said = process.communicate(timeout=600)[1]
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0 and "failed" not in said and "Traceback" not in said, said
+    after = ledger(out)
+    assert sorted(after) == sorted(f"p{n}" for n in range(count))
+    assert all(after[name] == mark for name, mark in before.items())  # none made twice
+
+
 POISON = """
 import os, signal
 from handiffuser.runtime import cli
