@@ -7,9 +7,11 @@ some-program | hd-run demo --prompts -
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -135,7 +137,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     Manifest.load(demo.resolve(engines, "bundle"), verify=False)
     if options["ray"] is not None:
         return _on_ray(engines, output, chain([first], lines), asked, options, say)
-    with open_folder(output) as folder:
+    with open_folder(output, say=say.warning) as folder:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
             pipeline = HanDiffuser.load(
@@ -203,7 +205,7 @@ def _on_ray(
     folder_of_engines = demo.resolve(engines, "bundle").resolve()
     bundle = Bundle.load(folder_of_engines)
     output = output if "://" in output else str(Path(output).resolve())
-    with open_folder(output) as folder:
+    with open_folder(output, say=say.warning) as folder:
         images = options["images_per_prompt"]
         resolver = Resolver(
             bundle.manifest.defaults, bundle=bundle.digest, seed=options["seed"], images=images, check=bundle.check
@@ -230,8 +232,11 @@ def _on_ray(
                     options["backend"],
                 )
                 steps = {str(request.id): request.steps or 0 for request in todo}
-                with say.progress(len(asked) * images) as progress:
+                total = len(asked) * images
+                # Ray says on stdout which of its processes ended; what became of each picture is said here.
+                with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), say.progress(total) as progress:
                     for row in ray.paint(todo, how, output, workers):
+                        folder.flush()  # is it still this run's?
                         if row["state"] == "failed":
                             failed += 1
                             say.problem(f"{row['id']}: {row['sentence']}")
@@ -360,7 +365,7 @@ class Reporter:
         for count, what in ((skipped, "skipped (done before)"), (refused, "refused"), (failed, "failed")):
             if count:
                 counts.append(f"{count} {what}")
-        self.console.print(f"{', '.join(counts)}. They are in {escape(str(folder.path))}")
+        self.console.print(f"{', '.join(counts)}. They are in {escape(folder.where)}")
         if index:
             self.console.print(f"See them all: {escape(index)}")
 

@@ -179,7 +179,7 @@ def load_hands(path: str | Path) -> Hands:
         value = value.astype(np.float64)  # an integer's magnitude may not fit into its own type
         if not np.isfinite(value).all():
             raise RequestError(f"The hands file {path} has NaN or infinity in {name}. Mend or remove it.")
-        if np.abs(value).max() > limit:
+        if np.abs(value).max() > np.float32(limit):  # as a file of float32 has it
             most = float(np.abs(value).max())
             raise RequestError(
                 f"The hands file {path} has {most:g} in {name}, and more than {limit:.4g} makes no "

@@ -19,7 +19,7 @@ import io
 import json
 import os
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -57,6 +57,7 @@ class OutputFolder:
 
     def __init__(self, path: str | Path, shared: bool = False) -> None:
         self.path, self.shared = Path(path), shared
+        self.where = str(self.path)  # as it is spoken of
         self.saved: list[str] = []  # ids of the pictures written so far; two threads append to it
         self._pending: deque[Future[None]] = deque()
         self._lock: IO[str] | None = None
@@ -100,7 +101,7 @@ class OutputFolder:
             return False
         if record["key"] != picture_key(request, bundle):
             raise RequestError(
-                f"{self.path} holds another picture with the id {request.id}: its prompt, settings or bundle differ. "
+                f"{self.where} holds another picture with the id {request.id}: its prompt, settings or bundle differ. "
                 f"Give another id or another --output, or delete {request.id}.json to make it again."
             )
         return True
@@ -116,8 +117,10 @@ class OutputFolder:
 
     def flush(self) -> None:
         """Waits until everything is written. Raises OutputError when something could not be."""
-        while self._pending:
-            self._pending.popleft().result()
+        pending, self._pending = self._pending, deque()
+        wait(pending)
+        for future in pending:
+            future.result()
 
     def drain(self) -> None:
         """Waits for what is still being written, after Ctrl-C or an error, and takes nothing more."""
@@ -164,18 +167,18 @@ class OutputFolder:
     def _refusal(self, error: OSError) -> OutputError:
         if error.errno in _FULL:
             return OutputError(
-                f"The disk of {self.path} is full. The pictures finished so far are kept: free some space and run "
+                f"The disk of {self.where} is full. The pictures finished so far are kept: free some space and run "
                 "the same command again, it goes on from there."
             )
         if isinstance(error, (FileExistsError, NotADirectoryError)):
-            return OutputError(f"{self.path} is not a folder. Name another one with --output.")
+            return OutputError(f"{self.where} is not a folder. Name another one with --output.")
         if isinstance(error, BlockingIOError):
             return OutputError(
-                f"Another hd-run is writing into {self.path} ({error}). Wait for it, or name another folder with "
+                f"Another hd-run is writing into {self.where} ({error}). Wait for it, or name another folder with "
                 "--output."
             )
         return OutputError(
-            f"{self.path} cannot be written: {error.strerror or error}. Name another folder with --output."
+            f"{self.where} cannot be written: {error.strerror or error}. Name another folder with --output."
         )
 
 

@@ -57,6 +57,7 @@ PING = 15.0  # seconds of silence after which a stream says that it is alive
 KEPT_HANDS = 1000  # files of hands that clients sent or were given
 KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # of pictures that wait to be fetched by URL
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+CODES = {429: "queue_full", 504: "timeout"}
 DRAWN_SEEDS = 2**31  # seeds that are drawn, so that every client can hold them
 
 
@@ -258,6 +259,7 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
         title="hd-serve", version="1", docs_url=None, redoc_url=None, lifespan=lifespan, description=__doc__ or ""
     )
     limits, dispatcher, manifest = service.limits, service.dispatcher, service.bundle.manifest
+    most = min(limits.n, dispatcher.queue.places)  # more would be turned away every time
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -268,6 +270,15 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
             parts = schema["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 parts.pop(name, None)
+            for part, field, bounds in (
+                ("Generation", "model", {"enum": [service.name]}),
+                ("HandsRequest", "model", {"enum": [service.name]}),
+                ("Generation", "size", {"enum": [service.size, "auto"]}),
+                ("Generation", "n", {"maximum": most}),
+                ("Generation", "num_inference_steps", {"maximum": limits.steps}),
+            ):
+                schemas = parts[part]["properties"][field]
+                schemas.get("anyOf", [schemas])[0].update(bounds)
             nullable = {"anyOf": [{"type": "string"}, {"type": "null"}]}
             parts["Error"] = {
                 "type": "object",
@@ -313,7 +324,10 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
             status, code = (503, "unavailable") if error.loading else (429, "queue_full")
             return problem(status, str(error), code=code, retry_after=wait)
         if isinstance(error, UnfinishedError):
-            return problem(error.status, str(error), code="timeout" if error.status == 504 else None)
+            response = problem(error.status, str(error), code=CODES.get(error.status))
+            if error.status == 429:
+                response.headers["retry-after"] = str(min(3600, math.ceil(dispatcher.wait_for_room())))
+            return response
         return problem(400, str(error), code="invalid_value")
 
     def check_model(model: str | None) -> None:
@@ -325,8 +339,8 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
         """Makes pictures of a prompt, as OpenAI's images API does; `stream` sends them as they come to be."""
         check_model(body.model)
         warnings = body.warnings()
-        if body.n > limits.n:
-            return problem(400, f"n is {body.n}; this server makes at most {limits.n} pictures a request.", param="n")
+        if body.n > most:
+            return problem(400, f"n is {body.n}; this server makes at most {most} pictures a request.", param="n")
         if body.stream and body.n > 1:
             return problem(400, "With stream, n must be 1: send a request for each picture.", param="n")
         if body.stream and body.response_format == "url":
@@ -360,6 +374,10 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
         service.forget_hands()
         entry = http.scope["handiffuser"]
         entry.update(n=body.n, steps=requests[0].steps, ids=[request.id for request in requests])
+        if body.user is not None:
+            entry["user"] = body.user
+        if requests[0].guidance == 1:
+            warnings += body.unguided()
         follow = preview_steps(requests[0].steps or 1, body.partial_images - 1) if body.partial_images > 1 else []
         tickets = dispatcher.submit(entry["owner"], requests, follow, whole=body.stream and body.partial_images > 0)
 
@@ -405,7 +423,10 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
         path = await asyncio.to_thread(service.hands_path, body.hands)
         (request,) = await asyncio.to_thread(service.prepare, Request(body.prompt, seed=seed, steps=1, hands=path))
         service.forget_hands()
-        ticket = dispatcher.submit_hands(http.scope["handiffuser"]["owner"], request)
+        entry = http.scope["handiffuser"]
+        if body.user is not None:
+            entry["user"] = body.user
+        ticket = dispatcher.submit_hands(entry["owner"], request)
         deadline = asyncio.get_running_loop().time() + limits.timeout
         events = await _wait(http, service, [ticket], deadline)
         if events is None:
@@ -413,7 +434,8 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
         (hands,) = events[0].value
         id = await asyncio.to_thread(service.keep_hands, hands, body.prompt)
         made = {"id": id, "seed": seed, "hands": as_json(hands), "hands_id": id}
-        return JSONResponse({"created": int(time.time()), "data": [made]})
+        answer = {"created": int(time.time()), "data": [made]}
+        return JSONResponse(answer | ({"warnings": body.warnings()} if body.warnings() else {}))
 
     @app.post("/v1/hands/edit", responses=errors)
     async def edit_hands(body: Edit) -> Response:
@@ -448,7 +470,7 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
             "size": service.size,
             "defaults": manifest.defaults,
             "solvers": list(SOLVERS),
-            "limits": {"n": limits.n, "steps": limits.steps, "timeout": limits.timeout},
+            "limits": {"n": most, "steps": limits.steps, "timeout": limits.timeout},
         }
 
     @app.get("/v1/models", responses={401: errors[401]})
@@ -463,9 +485,9 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
     @app.get("/v1/files/{name}", responses={404: errors[404]})
     async def file(name: str) -> Response:
         """A picture of the last hour that was asked for as a URL."""
-        if name not in service.pictures:
+        kept, format, content = service.pictures.get(name, (-math.inf, "", b""))
+        if time.monotonic() - kept > KEPT_SECONDS:
             return problem(404, "There is no such picture (any more).")
-        _, format, content = service.pictures[name]
         return Response(content, media_type=MEDIA[format], headers={"Cache-Control": "private, max-age=3600"})
 
     @app.get("/healthz")
@@ -589,7 +611,7 @@ async def _stream(
             yield sent("image_generation.partial_image", values)
     except UnfinishedError as error:
         kind = {"message": str(error), "type": "server_error", "param": None}
-        yield sent("error", {"error": {**kind, "code": "timeout" if error.status == 504 else None}})
+        yield sent("error", {"error": {**kind, "code": CODES.get(error.status)}})
 
 
 def private_folder() -> tempfile.TemporaryDirectory[str]:

@@ -7,11 +7,14 @@ hd-serve engines/ --host 0.0.0.0 --api-keys keys.txt --devices 0,1
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import math
 import os
 import signal
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +111,31 @@ def _gpus(text: str | None) -> list[str | None]:
 
 
 def _say(sentence: str) -> None:
-    click.echo(f"hd-serve: {sentence}", err=True)
+    with suppress(OSError, ValueError):  # a log that is full or gone is no reason not to serve
+        click.echo(f"hd-serve: {sentence}", err=True)
+
+
+def more_files() -> None:
+    """As many open files as this process may ask for: a connection is one, and the usual limit is 1024."""
+    with suppress(ImportError, OSError, ValueError):  # not on Windows
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+class Trouble:
+    """What the event loop tells of its own. Of too many connections those were thousands of lines a second."""
+
+    said = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self.said > 60:
+            self.said = time.monotonic()
+            _say("There are as many connections as this process may have open files (ulimit -n). The next ones wait.")
 
 
 class Server(uvicorn.Server):
@@ -173,6 +200,8 @@ async def _serve(service: Service, app: Any, host: str, port: int, grace: float)
         except HanDiffuserError as error:
             _say(f"{error} The old keys stay.")
 
+    more_files()
+    loop.set_exception_handler(Trouble())
     for number in commands.SIGNALS:
         loop.add_signal_handler(number, signalled, number)
     if hasattr(signal, "SIGHUP"):
@@ -201,7 +230,11 @@ def config_socket(host: str, port: int) -> Any:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # half-open connections end, too
+    # Clients whose machines are gone without a word are found out within a minute, not after the system's two hours.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("KEEPIDLE", 30), ("KEEPINTVL", 10), ("KEEPCNT", 3), ("USER_TIMEOUT", 60_000)):
+        if hasattr(socket, f"TCP_{name}"):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
     try:
         sock.bind((host, port))
     except OSError:

@@ -35,6 +35,7 @@ TRIES = 4  # workers that may die over a request
 LONGEST_PAUSE = 30.0  # seconds before a worker that keeps dying is started again
 HOPE = 3  # deaths in a row after which nobody waits for a worker to come back
 HANDS_AT_ONCE = 64  # requests for hands alone that may be under way
+CROWDED = "The queue is full, and others, who have fewer pictures in it, came. Try again later."
 FORGET = 0.98  # of what was measured, at each picture
 
 
@@ -189,9 +190,15 @@ class Dispatcher:
     def submit(
         self, owner: str, requests: Iterable[Request], follow: Sequence[int] = (), whole: bool = False
     ) -> list[Ticket]:
-        """Puts prepared requests into the queue: all of them or none. Raises BusyError."""
+        """Puts prepared requests into the queue: all of them or none. Raises BusyError.
+
+        Where the queue is full of somebody else's, who then has more than this owner, his youngest are turned away.
+        """
         requests = list(requests)
         self._check(waits=True)
+        if len(requests) > self.queue.room:
+            for ticket in self.queue.make_room(owner, len(requests)):
+                self._end(ticket, Event("failure", (CROWDED, 429)))
         if len(requests) > self.queue.room:
             raise BusyError(
                 f"The queue is full: {len(self.queue)} pictures wait. Try again later.", self.wait_for_room()
@@ -322,6 +329,8 @@ class Dispatcher:
                 worker.deaths = 0
                 self._measure(ticket.cost)
                 self.observe("picture_time", time.monotonic() - ticket.began)
+            elif kind == "hands":
+                self.observe("hands_time", time.monotonic() - ticket.began)
             if not ticket.done:
                 self._end(ticket, Event(kind, tuple(rest[1:])))
         self._pump()
@@ -356,7 +365,7 @@ class Dispatcher:
             elif ticket.alone:
                 self._end(ticket, Event("failure", ("The worker ended. Send the request again.",)))
             else:
-                self.queue.put_back(ticket, ticket.cost)
+                self.queue.put_back(ticket.owner, ticket.cost, ticket)
         if self.fatal is None:
             worker.deaths += 1
             pause = 0.0 if worker.deaths == 1 else min(2.0 ** (worker.deaths - 2), LONGEST_PAUSE)

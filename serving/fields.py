@@ -25,12 +25,15 @@ Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, pattern=r"\S"
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, description="Without one it is drawn, and named in the answer.")]
 Coordinate = Annotated[float, Field(ge=-LARGEST_CAMERA, le=LARGEST_CAMERA)]
 Unit = Annotated[float, Field(ge=-1, le=2)]
-Row = Annotated[list[Coordinate], Field(min_length=2, max_length=4)]
 Side = Literal["left", "right"]
 
 
 def vector(length: int, most: float) -> Any:
-    return Annotated[list[Annotated[float, Field(ge=-most, le=most)]], Field(min_length=length, max_length=length)]
+    return rows(length, Annotated[float, Field(ge=-most, le=most)])
+
+
+def rows(length: int, each: Any) -> Any:
+    return Annotated[list[each], Field(min_length=length, max_length=length)]
 
 
 class Strict(BaseModel):
@@ -52,24 +55,14 @@ class HandsField(Strict):
     camera: (
         Annotated[list[Coordinate], Field(min_length=3, max_length=3, description="Scale, shift x and y.")] | None
     ) = None
-    joints: Annotated[list[Row], Field(min_length=62, max_length=62)] | None = None
-    joints_2d: (
-        Annotated[list[Annotated[list[Row], Field(min_length=21, max_length=21)]], Field(min_length=2, max_length=2)]
-        | None
-    ) = None
+    joints: rows(62, vector(3, LARGEST_CAMERA)) | None = None  # type: ignore[valid-type]
+    joints_2d: rows(2, rows(21, vector(2, LARGEST_CAMERA))) | None = None  # type: ignore[valid-type]
     visibility: vector(2, 10.0) | None = None  # type: ignore[valid-type]
 
     def arrays(self) -> Arrays:
         """As in a Picture, float32. Raises RequestError for what no body has."""
         given = {name: value for name, value in self.model_dump().items() if value is not None}
-        try:
-            arrays = {name: np.array(value, np.float32) for name, value in given.items()}
-        except ValueError:
-            raise RequestError("The hands have rows of different lengths.") from None
-        wanted = {"joints": (62, 3), "joints_2d": (2, 21, 2)}
-        for name, shape in wanted.items():
-            if name in arrays and arrays[name].shape != shape:
-                raise RequestError(f"The hands have {name} of shape {list(arrays[name].shape)}; wanted: {list(shape)}.")
+        arrays = {name: np.array(value, np.float32) for name, value in given.items()}
         if CAMERA in arrays and not arrays[CAMERA][0] > 0:
             raise RequestError("The scale of the hands' camera must be above 0. Without camera, placement counts.")
         return arrays
@@ -85,7 +78,7 @@ class Generation(Strict):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: Annotated[int, Field(ge=0, le=100, description="Quality of jpeg and webp.")] | None = None
     model: Annotated[str, Field(max_length=200)] | None = None
-    user: Annotated[str, Field(max_length=500)] | None = None
+    user: Annotated[str, Field(max_length=500, description="Whom the log's line names.")] | None = None
     stream: bool = False
     partial_images: Annotated[
         int, Field(ge=0, le=MAX_PREVIEWS, description="While streaming: the skeleton, then previews.")
@@ -131,6 +124,12 @@ class Generation(Strict):
             said.append("The field partial_images has no effect without stream.")
         return said
 
+    def unguided(self) -> list[str]:
+        """What was asked and does nothing where the guidance is 1, asked for or the bundle's own."""
+        asked = {"negative_prompt": bool(self.negative_prompt), "guidance_interval": self.guidance_interval is not None}
+        why = "the guidance_scale is 1, which is off"
+        return [f"The field {name} has no effect: {why}." for name, there in asked.items() if there]
+
 
 class HandsRequest(Strict):
     """`POST /v1/hands`: the hands of a prompt without a picture; or, with `hands`, where the joints of those are."""
@@ -138,8 +137,13 @@ class HandsRequest(Strict):
     prompt: Prompt = "hands"
     seed: Seed | None = None
     model: Annotated[str, Field(max_length=200)] | None = None
-    user: Annotated[str, Field(max_length=500)] | None = None
+    user: Annotated[str, Field(max_length=500, description="Whom the log's line names.")] | None = None
     hands: HandsField | Annotated[str, Field(max_length=100)] | None = None
+
+    def warnings(self) -> list[str]:
+        """What was asked and does nothing."""
+        idle = sorted(self.model_fields_set & {"prompt", "seed"}) if self.hands is not None else []
+        return [f"The field {name} has no effect on hands that are given." for name in idle]
 
 
 class DragField(Strict):

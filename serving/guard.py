@@ -142,22 +142,36 @@ class Guard:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's own, and a client that does not finish its headers in time is cut off."""
+    """uvicorn's own, and whoever does not finish headers in time, or reads nothing of an answer, is cut off.
+
+    A connection that is closed while its client does not read stays, with all that is still to be sent, until it does.
+    """
 
     _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._reading):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._follow()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._follow()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._expect()
+        self._follow()
 
     def _expect(self) -> None:
         if self._timer is not None:
@@ -167,3 +181,16 @@ class Protocol(H11Protocol):
     def _late(self) -> None:
         if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
             self.transport.close()
+
+    def _follow(self) -> None:
+        """From now on, looks whether what is still to be sent becomes less."""
+        if self._reading is not None:
+            self._reading.cancel()
+        left = self.transport.get_write_buffer_size()
+        self._reading = self.loop.call_later(READER_SECONDS, self._look, left) if left else None
+
+    def _look(self, before: int) -> None:
+        if 0 < before <= self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self._follow()

@@ -37,20 +37,27 @@ class Metrics:
             PREFIX + "queue_time_seconds", "From request to a worker.", buckets=SECONDS, registry=registry
         )
         self.making = Histogram(
-            PREFIX + "stage_latency_seconds", "Of a picture.", ["stage"], buckets=SECONDS, registry=registry
+            PREFIX + "stage_latency_seconds",
+            "Of a picture, or of hands alone.",
+            ["stage"],
+            buckets=SECONDS,
+            registry=registry,
         )
         self.batches = Histogram(
             PREFIX + "generation_batch_size", "Pictures that a step advanced.", buckets=SIZES, registry=registry
         )
 
     def observe(self, kind: str, value: Any) -> None:
-        """queue_time, picture_time: seconds. batches: {rows: how often}. stages: (worker, {graph: seconds so far})."""
+        """queue_time, hands_time, picture_time: seconds. batches: {rows: how often}. stages: (worker, {graph: seconds
+        so far})."""
         if kind == "queue_time":
             self.waiting.observe(value)
             self.making.labels("queue").observe(value)
         elif kind == "picture_time":
             self.pictures.inc()
             self.making.labels("picture").observe(value)
+        elif kind == "hands_time":
+            self.making.labels("hands").observe(value)
         elif kind == "batches":
             for rows, times in value.items():
                 for _ in range(times):

@@ -7,11 +7,13 @@
 Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): a request of `cost` steps starts, in virtual time, when
 its owner's last one ends, and not before what is being served now; the least start is next. One owner alone is served
 in the order of arrival. With two, a thousand requests of the one hold up the other's first by one, not by a thousand.
+The places are shared as well: where all are taken, whoever has most of them gives up the youngest for who has fewer.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
@@ -19,7 +21,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 class FairQueue(Generic[T]):
-    """At most `places` items wait; who asks for more is to be turned away: see `room`."""
+    """At most `places` items wait; who asks for more is to be turned away: see `room` and `make_room`."""
 
     def __init__(self, places: int) -> None:
         self.places = places
@@ -27,7 +29,7 @@ class FairQueue(Generic[T]):
         self._now = 0.0  # virtual time: the start of what was served last
         self._ends: dict[str, float] = {}  # owner -> the virtual end of its last item
         self._heap: list[tuple[float, int, T]] = []
-        self._waiting: dict[T, tuple[float, int, int]] = {}  # item -> start, number, cost
+        self._waiting: dict[T, tuple[float, int, int, str]] = {}  # item -> start, number, cost, owner
         self._count = 0
 
     def __len__(self) -> int:
@@ -44,37 +46,67 @@ class FairQueue(Generic[T]):
         start = max(self._now, self._ends.get(owner, 0.0))
         self._ends[owner] = start + cost
         self._count += 1
-        self._add(item, start, self._count, cost)
+        self._add(item, start, self._count, cost, owner)
         if len(self._ends) > 2 * self.places + 64:  # owners who have had their share are as good as new ones
             self._ends = {name: end for name, end in self._ends.items() if end > self._now}
 
-    def put_back(self, item: T, cost: int) -> None:
+    def make_room(self, owner: str, wanted: int) -> list[T]:
+        """Takes out the youngest items of whoever has most, until `wanted` more of `owner` find a place; what was taken
+        out. Nothing is, where nobody has more places than `owner` would have then."""
+        needed = wanted - self.room
+        has = Counter(owner for *_, owner in self._waiting.values())
+        mine, leave = has[owner] + wanted, Counter[str]()
+        for _ in range(needed):
+            most = max(has, key=lambda name: has[name], default=owner)
+            if has[most] <= mine:
+                return []
+            has[most] -= 1
+            leave[most] += 1
+        gone = []
+        for name, count in leave.items():
+            theirs = [(start, number, item) for item, (start, number, _, who) in self._waiting.items() if who == name]
+            gone += [item for *_, item in sorted(theirs, key=lambda entry: entry[:2])[-count:]]
+        for item in gone:
+            self.remove(item)
+        return gone
+
+    def put_back(self, owner: str, cost: int, item: T) -> None:
         """What was taken out and came to nothing, through no fault of its own: before all that wait."""
         first = min((start for start, *_ in self._waiting.values()), default=self._now)
         self._count += 1
-        self._add(item, min(first, self._now) - 1, self._count, cost)
+        self._add(item, min(first, self._now) - 1, self._count, cost, owner)
 
     def pop(self) -> T | None:
         """The next one; None when nothing waits."""
         while self._heap:
             start, number, item = heapq.heappop(self._heap)
-            if self._waiting.get(item, (0.0, -1, 0))[1] == number:
+            if self._number(item) == number:
                 self._now = max(self._now, start)
-                self.remove(item)
+                self._take_out(item)
                 return item
         return None
 
     def remove(self, item: T) -> bool:
-        """Takes an item out; True if it waited."""
+        """Takes an item out; True if it waited. What was not served does not count as its owner's share."""
         if item not in self._waiting:
             return False
-        self.cost -= self._waiting.pop(item)[2]
-        if len(self._heap) > 2 * len(self._waiting) + 64:  # what was removed is still in there
-            self._heap = [entry for entry in self._heap if self._waiting.get(entry[2], (0.0, -1, 0))[1] == entry[1]]
-            heapq.heapify(self._heap)
+        cost, owner = self._take_out(item)
+        if owner in self._ends:
+            self._ends[owner] -= cost
         return True
 
-    def _add(self, item: T, start: float, number: int, cost: int) -> None:
-        self._waiting[item] = (start, number, cost)
+    def _take_out(self, item: T) -> tuple[int, str]:
+        _, _, cost, owner = self._waiting.pop(item)
+        self.cost -= cost
+        if len(self._heap) > 2 * len(self._waiting) + 64:  # what was removed is still in there
+            self._heap = [entry for entry in self._heap if self._number(entry[2]) == entry[1]]
+            heapq.heapify(self._heap)
+        return cost, owner
+
+    def _number(self, item: T) -> int:
+        return self._waiting[item][1] if item in self._waiting else -1
+
+    def _add(self, item: T, start: float, number: int, cost: int, owner: str) -> None:
+        self._waiting[item] = (start, number, cost, owner)
         self.cost += cost
         heapq.heappush(self._heap, (start, number, item))

@@ -5,7 +5,8 @@
 Ray Data's `map_batches` with one actor a GPU, or a core, each with its own loop. What crosses the cluster are requests
 and what became of them; pictures go from the actor to the output folder, which all machines must reach. A row that
 fails is a sentence; an actor that dies is started again, and its rows run again, but for those whose pictures are
-there: what the ledger has is never made twice.
+there: what the ledger has is never made twice. What no row is to blame for, a full disk, engines that do not load, ends
+the run with a sentence: each picture more would be made in vain.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from ..errors import EngineError, HanDiffuserError
+from ..errors import EngineError, HanDiffuserError, RequestError
+from ..runtime.outputs import OutputError
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.remote import open_folder
 from ..runtime.requests import Request
@@ -29,34 +33,82 @@ from ..runtime.results import Failure
 from .worker import Options as Options
 
 BLOCK = 16  # requests that an actor takes at once, at most: enough to keep its slots full
+COLUMNS = ("id", "state", "sentence", "warnings")
+TRIES = 4  # actors that may die over such a block
+GIVEN_UP = f"{TRIES} actors ended while they made this picture, or one of those that they make at once."
+
+
+class Tries:
+    """How often a block was begun, on any machine. Ray runs it again for ever, also where no actor survives it; what it
+    counts itself are deaths of machines, too, on which the block only waited."""
+
+    def __init__(self) -> None:
+        self.begun: Counter[str] = Counter()
+
+    def begin(self, block: str) -> int:
+        self.begun[block] += 1
+        return self.begun[block]
 
 
 class Painter:
-    """The actor: a loaded bundle and the output folder."""
+    """The actor: a loaded bundle and the output folder.
 
-    def __init__(self, options: Options, output: str) -> None:
-        self.pipeline = HanDiffuser.load(
-            options.engines, options.device, options.threads, options.batch_size, options.backend
-        )
-        self.folder = open_folder(output, shared=True)
-        self.folder.__enter__()
+    Ray starts an actor that fails as it begins again and again, for ever. So this one never does: what went wrong is
+    what it says of every row. begin: says how often a block, by its first row's id, was begun so far.
+    """
+
+    def __init__(self, options: Options, output: str, begin: Callable[[str], int] = lambda block: 1) -> None:
+        self.begin = begin
+        self.broken = ""  # why nothing can be made here
+        try:
+            self.pipeline = HanDiffuser.load(
+                options.engines, options.device, options.threads, options.batch_size, options.backend
+            )
+            self.folder = open_folder(output, shared=True)
+            self.folder.__enter__()
+        except Exception as error:  # a driver, a library, memory, a path that is not shared: a matter of this machine
+            said = str(error) if isinstance(error, HanDiffuserError) else f"{type(error).__name__}: {error}"
+            self.broken = f"On {socket.gethostname()}: {said}"
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """{"request": JSON} -> {"id", "state": "made", "there" or "failed", "sentence", "warnings": JSON}."""
+        """{"request": JSON} -> {"id", "state", "sentence", "warnings": JSON}. state: "made", "there", "failed", or
+        "stopped" where the next ones would come to nothing either."""
         requests = [Request(**_tupled(json.loads(text))) for text in batch["request"]]
         rows: dict[str, dict[str, str]] = {}
 
         def row(id: str, state: str, sentence: str = "", warnings: Sequence[str] = ()) -> None:
             rows[id] = {"id": id, "state": state, "sentence": sentence, "warnings": json.dumps(list(warnings))}
 
+        state, why = "stopped", self.broken
+        if not self.broken:
+            try:
+                hopeless = self.begin(str(requests[0].id)) > TRIES
+                self._paint(requests, row, GIVEN_UP if hopeless else "")
+            except OutputError as error:  # a disk that is full
+                self.broken = why = str(error)
+            except HanDiffuserError as error:  # out of memory, say: others may need less
+                state, why = "failed", str(error)
+            except Exception as error:
+                state, why = "failed", f"{type(error).__name__}: {error}"
+        for request in requests if why else ():
+            known = rows.get(str(request.id), {}).get("state")
+            if known is None or (known == "made" and not self._there(request)):
+                row(str(request.id), state, why)
+        ordered = [rows[str(request.id)] for request in requests]
+        return {name: [each[name] for each in ordered] for name in COLUMNS}
+
+    def _paint(self, requests: Sequence[Request], row: Callable[..., None], hopeless: str) -> None:
+        """Makes what is not there, or says why not. Raises OutputError and other HanDiffuserErrors, no row's own."""
         todo = []
         for request in requests:
             try:
                 if self.folder.done(request, self.pipeline.digest):  # an earlier life of this actor was that far
                     row(str(request.id), "there")
+                elif hopeless:
+                    row(str(request.id), "failed", hopeless)
                 else:
                     todo.append(request)
-            except HanDiffuserError as error:
+            except RequestError as error:
                 row(str(request.id), "failed", str(error))
         try:
             for result in self.pipeline.run(todo):
@@ -65,13 +117,8 @@ class Painter:
                 else:
                     self.folder.save(result)
                     row(result.id, "made", warnings=result.warnings)
-            self.folder.flush()
-        except HanDiffuserError as error:  # out of memory; a disk that is full: another run goes on from here
-            for request in todo:
-                if str(request.id) not in rows or not self._there(request):
-                    row(str(request.id), "failed", str(error))
-        ordered = [rows[str(request.id)] for request in requests]
-        return {name: [each[name] for each in ordered] for name in ("id", "state", "sentence", "warnings")}
+        finally:
+            self.folder.flush()  # so that what is said of a row is so
 
     def _there(self, request: Request) -> bool:
         with contextlib.suppress(HanDiffuserError):
@@ -108,33 +155,54 @@ def connect(address: str) -> int:
 
 
 def paint(requests: Sequence[Request], options: Options, output: str, workers: int) -> Iterator[dict[str, Any]]:
-    """Makes what is prepared on `workers` actors, and yields what became of each request, as it is known."""
+    """Makes what is prepared on `workers` actors, and yields what became of each request, as it is known.
+
+    Raises HanDiffuserError where that ends before its time: no more can be written, or the cluster is in trouble.
+    """
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
     for name in ("ray", "ray.data"):  # what became of each row is said by whoever asked
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     rows = [{"request": json.dumps(asdict(request))} for request in requests]
     # Small enough that all have work to the end, large enough that slots stay full.
     block = max(1, min(BLOCK, len(rows) // (2 * workers)))
     blocks = -(-len(rows) // block)
     on_gpu = ray.cluster_resources().get("GPU", 0) >= 1 and options.device != "cpu"
+    tries: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tries).remote()
     painted = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         Painter,
-        fn_constructor_args=(options, output),
+        fn_constructor_args=(options, output, lambda block: ray.get(tries.begin.remote(block))),
         batch_size=None,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=min(workers, blocks)),
         num_gpus=1 if on_gpu else None,
         num_cpus=None if on_gpu else (options.threads or 1),
     )
-    for batch in painted.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-        for i in range(len(batch["id"])):
-            yield {
-                "id": str(batch["id"][i]),
-                "state": str(batch["state"][i]),
-                "sentence": str(batch["sentence"][i]),
-                "warnings": json.loads(str(batch["warnings"][i])),
-            }
+    batches = iter(painted.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # clusters fail in many ways
+            raise EngineError(_trouble(error)) from error
+        if batch is None:
+            return
+        stopped = ""
+        for id, state, sentence, said in zip(*(batch[name].tolist() for name in COLUMNS), strict=True):
+            if state == "stopped":
+                stopped = sentence
+            else:
+                yield {"id": id, "state": state, "sentence": sentence, "warnings": json.loads(said)}
+        if stopped:
+            raise HanDiffuserError(stopped)
+
+
+def _trouble(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[-1].rstrip(".")[:300] if lines else ""
+    return (
+        f"Ray gave up ({type(error).__name__}: {said}). The pictures finished so far are kept: run the same command "
+        "again, it goes on from there."
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # One thread a worker, and a worker a core; the commands that tests start inherit it. Before any library that asks.
@@ -111,6 +112,24 @@ def tiny_bf16(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFac
     """In bfloat16, and compared with float32."""
     said = ("(tolerance 0.1, emulated)", "emulated bf16 beside float32, 6 pictures", "runs on NVIDIA GPUs only")
     return exported(tiny_checkpoint_folder, tmp_path_factory, "bf16", *said)
+
+
+@pytest.fixture()
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    line = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
+    try:
+        refused = subprocess.run(line, capture_output=True, text=True).stderr
+    except OSError as error:
+        refused = str(error)
+    if refused:
+        pytest.skip(f"no disk can be mounted: {refused.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,8 +27,8 @@ from handiffuser.serving.worker import Options
 class Served:
     """The service, its dispatcher, and a client that is sent to it."""
 
-    def __init__(self, service, url):
-        self.service, self.dispatcher, self.url = service, service.dispatcher, url
+    def __init__(self, service, server, url):
+        self.service, self.server, self.dispatcher, self.url = service, server, service.dispatcher, url
         self.client = httpx.Client(base_url=url, timeout=60)
 
     def generate(self, prompt="a fist", **fields):
@@ -46,12 +47,15 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    folder, tmp, workers=1, places=8, batch=4, limits=None, keys=None, cors=(), wait=True, warm_up=False, log=None
-):
-    """A server in a thread of its own event loop."""
+    folder, tmp, workers=1, places=8, batch=4, limits=None, keys=None, cors=(), wait=True, warm_up=False, buffer=None,
+    second=None,
+):  # fmt: skip
+    """A server in a thread of its own event loop. buffer: bytes that the system takes for a client. second: the options
+    of the last worker, where they are others."""
     bundle = Bundle.load(folder, Manifest.load(folder, verify=False))
     metrics = Metrics()
     options = [Options(str(folder), "cpu", 1, batch, "auto", warm_up)] * workers
+    options[-1] = second or options[-1]
     said = []
     dispatcher = Dispatcher(options, workers > 1, places, metrics.observe, said.append)
     tmp.mkdir(exist_ok=True)
@@ -59,13 +63,15 @@ def serving(
     service.said = said
     app = make_app(service, cors)
     listening = config_socket("127.0.0.1", 0)
+    if buffer:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     config = uvicorn.Config(
         app, http=Protocol, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
     )
     server = Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
     thread.start()
-    served = Served(service, f"http://127.0.0.1:{listening.getsockname()[1]}")
+    served = Served(service, server, f"http://127.0.0.1:{listening.getsockname()[1]}")
     try:
         served.wait(lambda: server.started)
         if wait:
@@ -78,10 +84,10 @@ def serving(
 
 
 @contextlib.contextmanager
-def command(*arguments, ready=True):
+def command(*arguments, ready=True, preexec_fn=None):
     """hd-serve in a process of its own; `said` is what it wrote so far, `url` where it listens."""
     line = [sys.executable, "-m", "handiffuser.serving.cli", *map(str, arguments), "--port", "0"]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn)
     process.said, process.url = [], None
 
     def read():

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.request
 import venv
 from pathlib import Path
 
@@ -91,6 +92,27 @@ def test_the_first_command_of_the_readme(source, tmp_path):
 
     shutil.rmtree(source / ".venv")
     shutil.rmtree(source / "out")
+
+
+def test_a_server_needs_its_extra_and_nothing_else(source, tmp_path):
+    """pip install ".[cpu,serve]", hd-serve demo, and a picture by Python's own client."""
+    bin = environment(tmp_path / "env")
+    result = run(bin / "pip", "install", "-q", f"{source}[cpu,serve]")
+    assert result.returncode == 0, result.stderr
+    line = [str(bin / "hd-serve"), "demo", "--port", "0", "--threads", "1"]
+    with subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            said = []
+            while server.poll() is None and not (said and "Ready: " in said[-1]):
+                said.append(server.stderr.readline())
+            body = json.dumps({"prompt": "two open hands", "num_inference_steps": 2}).encode()
+            url = said[-1].split("Ready: ")[1].strip() + "/v1/images/generations"
+            asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                assert json.load(answer)["data"][0]["b64_json"].startswith("iVBOR")  # a PNG's first bytes
+        finally:
+            server.terminate()
+        assert server.wait(30) == 0 and "Traceback" not in "".join(said) + server.stderr.read()
 
 
 def test_a_gpu_user_can_export_and_build_without_one(source, tmp_path, tiny_checkpoint_folder):

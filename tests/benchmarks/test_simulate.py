@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from handiffuser.benchmarks.simulate import WAYS, arrivals, batch_job, capacity, serve, step_times
+from handiffuser.benchmarks.simulate import WAYS, arrivals, batch_job, capacity, saturated, serve, step_times
 
 
 def test_one_gpu_is_an_m_d_1_queue():
@@ -29,6 +29,17 @@ def test_in_flight_is_never_behind_static_batches():
         times = arrivals(3000, 0.7 * capacity(2, 8, 25, step), bursty).tolist()
         ours, static = (serve(way, times, lengths, 2, 8, step) for way in WAYS[:2])
         assert np.quantile(ours, 0.95) < np.quantile(static, 0.95) and (ours > 0).all()
+
+
+def test_what_each_way_can_do_at_most():
+    """In-flight and one at a time as on paper; static batches take as long as their longest."""
+    step, random = step_times("1:0.0168,8:0.0667"), np.random.default_rng(1)
+    lengths = random.integers(10, 40, 4000, endpoint=True)
+    at_most = {way: saturated(way, lengths.tolist(), 2, 8, step) for way in WAYS}
+    assert at_most["in-flight"] == pytest.approx(capacity(2, 8, lengths.mean(), step), rel=0.03)
+    assert at_most["one"] == pytest.approx(2 / (lengths.mean() * 0.0168), rel=0.03)
+    longest = lengths.reshape(-1, 8).max(1).mean()
+    assert at_most["static"] == pytest.approx(2 * 8 / (longest * 0.0667), rel=0.05)
 
 
 @pytest.mark.parametrize("bursty", [False, True])

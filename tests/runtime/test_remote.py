@@ -11,8 +11,9 @@ fsspec = pytest.importorskip("fsspec")
 
 from commands import run_command  # noqa: E402
 from handiffuser import HanDiffuser, Request, RequestError  # noqa: E402
+from handiffuser.runtime import remote  # noqa: E402
 from handiffuser.runtime.outputs import OutputError  # noqa: E402
-from handiffuser.runtime.remote import LOCK, STALE, open_folder  # noqa: E402
+from handiffuser.runtime.remote import LOCK, open_folder  # noqa: E402
 
 
 @pytest.fixture
@@ -49,13 +50,94 @@ def test_a_ledger_in_a_store(pictures, url):
         assert sum(folder.done(request, pipeline.digest) for request in requests) == 1
 
 
-def test_a_second_run_is_refused_and_a_dead_one_s_place_is_taken(url):
-    with open_folder(url), pytest.raises(OutputError, match="Another hd-run is writing"), open_folder(url):
-        pass
+@pytest.fixture
+def quick(monkeypatch):
+    """Signs of life come every 50 ms. quick(seconds): without one for so long a writer is dead."""
+    monkeypatch.setattr(remote, "RENEWED", 0.05)
+    monkeypatch.setattr(remote, "STALE", 20.0)
+    return lambda seconds: monkeypatch.setattr(remote, "STALE", seconds)
+
+
+JUMPS = [0.0, 86400.0 * 365, -86400.0 * 365]
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+def test_a_living_writer_is_found_by_any_clock(url, quick, monkeypatch, jump):
+    clock, said = time.time, []
+    with open_folder(url):
+        monkeypatch.setattr(time, "time", lambda: clock() + jump)
+        with pytest.raises(OutputError, match="Another hd-run is writing"), open_folder(url, say=said.append):
+            pass
+        with open_folder(url, shared=True):  # an actor of its own
+            pass
+    assert len(said) == 1 and "still alive" in said[0]
+    with open_folder(url, say=said.append):  # who ended leaves nothing to wait for
+        assert len(said) == 1
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+def test_a_dead_writer_s_place_is_taken_by_any_clock(url, quick, monkeypatch, jump):
+    quick(0.6)
     files = fsspec.filesystem("memory")
-    files.pipe_file(f"/bucket/run/{LOCK}", json.dumps({"time": time.time() - 2 * STALE, "by": "dead"}).encode())
-    with open_folder(url), open_folder(url, shared=True):
+    files.pipe_file(f"/bucket/run/{LOCK}", json.dumps({"by": "dead", "beat": 7, "time": time.time() + jump}).encode())
+    started = time.monotonic()
+    with open_folder(url):
+        assert 0.6 <= time.monotonic() - started < 5
+        assert b"dead" not in files.cat_file(f"/bucket/run/{LOCK}")
+    assert not files.exists(f"/bucket/run/{LOCK}")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"null"])
+def test_a_lock_that_says_nothing_is_a_dead_one_s_too(url, quick, content):
+    quick(0.2)
+    fsspec.filesystem("memory").pipe_file(f"/bucket/run/{LOCK}", content)
+    with open_folder(url):
         pass
+
+
+def test_who_slept_too_long_sees_that_another_has_its_place(pictures, url, quick):
+    """As after a laptop's lid: this one's signs of life stopped, another one began."""
+    files, other = fsspec.filesystem("memory"), b'{"by": "another", "beat": 1}'
+    with pytest.raises(OutputError, match=r"\(another\) has taken over"), open_folder(url) as folder:
+        folder.save(pictures[2][0])
+        folder.flush()
+        files.pipe_file(f"/bucket/run/{LOCK}", other)
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            folder.flush()
+            time.sleep(0.01)
+    assert files.cat_file(f"/bucket/run/{LOCK}") == other  # whose it is now
+    assert files.exists(f"/bucket/run/{pictures[2][0].id}.json")
+
+
+def test_of_two_that_begin_at_once_one_goes_on(url, quick):
+    """Both found no lock; the later one's stays."""
+    first, second = open_folder(url), open_folder(url)
+    with first:
+        second._look_for_life = lambda: None
+        with second:
+            end = time.monotonic() + 10
+            while not first._lost and time.monotonic() < end:
+                time.sleep(0.01)
+            assert first._lost and not second._lost
+            second.flush()
+
+
+def test_a_store_that_cannot_say_is_asked_again_not_painted_over(pictures, url, monkeypatch):
+    pipeline, requests, made = pictures
+    with open_folder(url) as folder:
+        folder.save(made[0])
+        folder.flush()
+    with open_folder(url) as folder:
+
+        def broken(*_, **__):
+            raise RuntimeError("the store is away")  # stores' own errors are of any kind
+
+        monkeypatch.setattr(type(folder.files), "cat_file", broken)
+        request = next(request for request in requests if request.id == made[0].id)
+        with pytest.raises(OutputError, match=r"^memory://bucket/run cannot be used: the store is away"):
+            folder.done(request, pipeline.digest)
+        monkeypatch.undo()
 
 
 def test_what_cannot_be_written_is_a_sentence(pictures, url, monkeypatch):
@@ -79,6 +161,27 @@ def test_hd_run_writes_to_a_url(toy_bundle, tmp_path):
         result = run_command("runtime.cli", toy_bundle, "a fist", "-o", url)
         assert result.returncode == 0 and said in result.stderr, result.stderr
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_a_store_that_is_not_reached_is_a_sentence(toy_bundle, tmp_path, monkeypatch):
+    """Nobody listens at that port, and there is a mistake that everybody makes: no key."""
+    pytest.importorskip("s3fs")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    empty = tmp_path / "none"
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(empty))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    result = run_command("runtime.cli", toy_bundle, "a fist", "-o", "s3://bucket/run")
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "s3://bucket/run cannot be used: Unable to locate credentials" in result.stderr
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    result = run_command("runtime.cli", toy_bundle, "a fist", "-o", "s3://bucket/run")
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "s3://bucket/run cannot be used: " in result.stderr
 
 
 @pytest.mark.slow

@@ -120,7 +120,12 @@ def test_what_means_nothing_is_named(served):
         quality="high", style="vivid", moderation="low", partial_images=2, output_compression=3, timeout=3000
     )
     assert answer.status_code == 200 and len(answer.json()["warnings"]) == 6
-    assert "warnings" not in served.generate(quality="auto").json()
+    assert "warnings" not in served.generate(quality="auto", user="me").json()
+    unguided = served.generate(guidance_scale=1, negative_prompt="blur", guidance_interval=[0, 0.5]).json()["warnings"]
+    assert len(unguided) == 2 and all("guidance_scale is 1" in sentence for sentence in unguided)
+    hands = served.client.post("/v1/hands", json={"prompt": "a", "seed": 4}).json()
+    given = {"hands": hands["data"][0]["hands"], "prompt": "b", "seed": 3}
+    assert len(served.client.post("/v1/hands", json=given).json()["warnings"]) == 2 and "warnings" not in hands
     cut = served.generate("a very long prompt " * 20).json()["warnings"]
     assert len(cut) == 1 and "longer than 75 tokens" in cut[0]
 
@@ -172,6 +177,8 @@ def test_hands_alone_edited_and_painted(served):
     assert by_id == arrays and len({plain, by_id, none}) == 3
     given = served.client.post("/v1/hands", json={"hands": made["hands"]}).json()["data"][0]
     np.testing.assert_allclose(given["hands"]["left_hand_pose"], made["hands"]["left_hand_pose"], atol=1e-5)
+    edge = {**made["hands"], "body_pose": [4 * np.pi] * 63}  # the most that the schema has
+    assert served.client.post("/v1/hands", json={"hands": edge}).status_code == 200
     wrong = {**made["hands"], "camera": [0, 0, 0]}
     assert "camera" in served.generate(hands=wrong).json()["error"]["message"]
 
@@ -190,6 +197,78 @@ def test_health_metrics_and_headers(served):
     assert "access-control-allow-origin" not in served.client.get("/readyz", headers={"origin": "http://evil"}).headers
     assert served.client.get("/nowhere").json()["error"]["type"] == "invalid_request_error"
     assert served.client.put("/v1/models").status_code == 405
+
+
+def test_metrics_bear_the_names_that_others_agreed_on(served):
+    served.generate(num_inference_steps=2)
+    served.client.post("/v1/hands", json={"prompt": "a", "seed": 1})
+    served.client.get("/nowhere")
+    served.wait(lambda: served.metric("generation_batch_size_count") > 0)
+    text = served.client.get("/metrics").text
+    for line in (
+        "num_queue_reqs 0.0",
+        "num_running_reqs 0.0",
+        'requests_total{path="/v1/images/generations",status="200"}',
+        'requests_total{path="other",status="404"}',
+        'request_latency_seconds_bucket{le="0.01",path="/v1/images/generations"}',
+        "queue_time_seconds_count",
+        'generation_batch_size_bucket{le="1.0"}',
+        'stage_latency_seconds_bucket{le="0.01",stage="queue"}',
+        'stage_latency_seconds_count{stage="picture"}',
+        'stage_latency_seconds_count{stage="hands"}',
+        'stage_seconds_total{stage="unet",worker="0"}',
+        "# TYPE handiffuser_gpu_memory_bytes gauge",
+    ):
+        assert line.startswith("# ") or f"\nhandiffuser_{line}" in text, line
+        assert line in text, line
+
+
+def test_each_request_is_a_line_of_json(served, monkeypatch):
+    from handiffuser.serving import guard
+
+    lines = []
+    monkeypatch.setattr(guard, "print", lambda text, **_: lines.append(json.loads(text)), raising=False)
+    answer = served.generate(n=2, user="somebody", num_inference_steps=2)
+    served.client.post("/v1/hands", json={"prompt": "a", "user": "somebody else"})
+    served.wait(lambda: len(lines) == 2)
+    first, second = lines
+    assert first["id"] == answer.headers["x-request-id"] and first["status"] == 200 and first["user"] == "somebody"
+    assert first["ids"] == [entry["id"] for entry in answer.json()["data"]] and first["n"] == 2 and first["steps"] == 2
+    assert first["seconds"] > 0 and first["path"] == "/v1/images/generations" and second["user"] == "somebody else"
+
+
+def test_the_address_in_the_url_is_the_one_that_was_asked(served):
+    """Whatever a client says its host is: nothing breaks, and it is told to nobody else."""
+    for host in ("pictures.example", "[::1", "a b", "x" * 3000, "a:99999999", "\xff".encode().decode("latin-1"), ""):
+        body = {"prompt": "a", "num_inference_steps": 1, "response_format": "url"}
+        answer = served.client.post("/v1/images/generations", json=body, headers={"host": host.encode("latin-1")})
+        assert answer.status_code == 200, host
+        url = answer.json()["data"][0]["url"]
+        name = url.rpartition("/v1/files/")[2]
+        assert served.client.get(f"/v1/files/{name}").status_code == 200 and len(name) > 32
+    assert url.startswith("http://127.0.0.1")  # without a host, the server's own
+    for other in ("..%2f..%2fetc%2fpasswd", "%00", "a" * 4000, name[:-5]):
+        assert served.client.get(f"/v1/files/{other}").status_code == 404
+
+
+def test_pictures_are_kept_for_an_hour_and_so_many(served, monkeypatch):
+    from handiffuser.serving import app
+
+    def asked():
+        answer = served.generate(num_inference_steps=1, response_format="url").json()
+        return answer["data"][0]["url"]
+
+    first = asked()
+    size = len(httpx.get(first).content)
+    assert size > 100
+    monkeypatch.setattr(app, "KEPT_SECONDS", 0.0)
+    assert httpx.get(first).status_code == 404  # also where nobody came since
+    monkeypatch.setattr(app, "KEPT_SECONDS", 3600.0)
+    monkeypatch.setattr(app, "KEPT_BYTES", 3 * size)
+    urls = [asked() for _ in range(6)]
+    there = [httpx.get(url).status_code == 200 for url in (first, *urls)]
+    assert not there[0] and there == sorted(there) and 1 <= sum(there) <= 4  # the youngest
+    assert 0 < served.service.bytes <= 3 * size
 
 
 def test_keys(toy_bundle, tmp_path):

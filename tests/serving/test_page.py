@@ -94,6 +94,7 @@ def test_a_finger_is_dragged_and_the_picture_follows(page):
     shot(page, "empty")
     page.fill("#prompt", "a right hand with spread fingers, blue background")
     page.fill("#seed", "5")
+    page.fill("#steps", "40")  # long enough for who looks on to see previews
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".joint:not([hidden])", timeout=60_000)
     shot(page, "skeleton")

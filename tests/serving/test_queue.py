@@ -55,8 +55,47 @@ def test_put_back_comes_first_and_in_order():
         queue.put("a", 5, n)
     first, second = queue.pop(), queue.pop()
     for item in (second, first):  # the youngest first, as a worker's are put back
-        queue.put_back(item, 5)
+        queue.put_back("a", 5, item)
     assert [queue.pop() for _ in range(4)] == [0, 1, 2, 3]
+
+
+def test_who_has_most_places_gives_up_the_youngest_for_who_has_fewer():
+    queue = FairQueue(10)
+    for n in range(10):
+        queue.put("many", 1, ("many", n))
+    assert queue.make_room("many", 1) == [] and len(queue) == 10
+    assert queue.make_room("few", 2) == [("many", 8), ("many", 9)] and queue.room == 2
+    for n in range(2):
+        queue.put("few", 1, ("few", n))
+    assert queue.make_room("few", 5) == [] and queue.room == 0  # it would have more than the other
+    assert queue.make_room("few", 3) == [("many", n) for n in (5, 6, 7)]
+    for n in range(2, 5):
+        queue.put("few", 1, ("few", n))
+    assert queue.make_room("few", 1) == queue.make_room("many", 1) == []  # five each
+    assert len(queue.make_room("third", 2)) == 2 and queue.make_room("third", 11) == []
+    assert FairQueue(3).make_room("a", 4) == []
+
+
+def test_who_was_taken_from_a_worker_is_no_youngest():
+    queue = FairQueue(3)
+    for n in range(3):
+        queue.put("a", 5, n)
+    first = queue.pop()
+    queue.put_back("a", 5, first)
+    assert queue.make_room("b", 1) == [2]
+
+
+def test_what_was_not_served_is_nobody_s_share():
+    """Who gave up a hundred requests, or was turned away, is served as often as the other one."""
+    queue = FairQueue(500)
+    for n in range(100):
+        queue.put("a", 10, ("a", n))
+    for n in range(100):
+        assert queue.remove(("a", n))
+    for n in range(100, 150):
+        queue.put("a", 10, ("a", n))
+        queue.put("b", 10, ("b", n))
+    assert Counter(queue.pop()[0] for _ in range(20)) == {"a": 10, "b": 10}
 
 
 def test_nothing_is_lost_or_doubled():
@@ -79,7 +118,7 @@ def test_nothing_is_lost_or_doubled():
             waiting.remove(item)
         elif taken:
             item = taken.popleft()
-            queue.put_back(item, 3)
+            queue.put_back("a", 3, item)
             waiting.add(item)
         assert len(queue) == len(waiting)
     while (item := queue.pop()) is not None:

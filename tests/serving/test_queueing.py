@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from handiffuser.serving.app import Limits
+from handiffuser.serving.worker import Options
 from served import command, serving
 
 
@@ -47,7 +52,8 @@ def test_a_full_queue_says_when_to_come_again(busy):
     assert busy.client.post("/v1/hands", json={"prompt": "a"}).status_code == 200  # hands go by
     assert [future.result().status_code for future in futures] == [200] * 6
     assert busy.generate("now there is room", n=3, num_inference_steps=2).status_code == 200
-    assert busy.generate("never so many", n=4).status_code == 429
+    never = busy.generate("never so many", n=4)  # three can wait: to try again is no help
+    assert never.status_code == 400 and "at most 3" in never.json()["error"]["message"]
 
 
 def test_who_is_late_gets_504_and_the_slot_is_free(busy):
@@ -89,17 +95,24 @@ def test_who_is_gone_leaves_and_the_others_are_the_same_bits(toy_bundle, tmp_pat
         assert '"error"' not in capfd.readouterr().err  # nobody's leaving is an error of the server's
 
 
-def test_a_fair_share(toy_bundle, tmp_path, monkeypatch):
+@pytest.fixture
+def gate(monkeypatch):
+    """No step is taken before it is set."""
     from handiffuser.runtime.sampler import StepSampler
 
-    keys, gate, step, order = tmp_path / "keys", threading.Event(), StepSampler.step, []
-    keys.write_text("many: secret-of-many\nfew: secret-of-few\n")
+    gate, step = threading.Event(), StepSampler.step
 
     def after_the_gate(sampler):
         assert gate.wait(60)
         return step(sampler)
 
     monkeypatch.setattr(StepSampler, "step", after_the_gate)
+    return gate
+
+
+def test_a_fair_share(toy_bundle, tmp_path, gate):
+    keys, order = tmp_path / "keys", []
+    keys.write_text("many: secret-of-many\nfew: secret-of-few\n")
     with serving(toy_bundle, tmp_path / "hands", keys=keys, batch=1, places=60) as served:
 
         def post(who, n):
@@ -117,6 +130,104 @@ def test_a_fair_share(toy_bundle, tmp_path, monkeypatch):
             gate.set()
         assert [future.result() for future in futures] == [200] * 31
     assert order.index("few") < 10  # three were under way, one was before it; threads end in any order
+
+
+def test_who_fills_the_queue_does_not_keep_others_out(toy_bundle, tmp_path, gate):
+    """A thousand requests of one: when another comes, the youngest of them is turned away, and the newcomer is not."""
+    keys = tmp_path / "keys"
+    keys.write_text("many: secret-of-many\nfew: secret-of-few\n")
+    with serving(toy_bundle, tmp_path / "hands", keys=keys, batch=1, places=4) as served, ThreadPoolExecutor(9) as pool:
+
+        def post(who, number, **fields):
+            headers = {"authorization": f"Bearer secret-of-{who}"}
+            body = {"prompt": f"{who} {number}", "num_inference_steps": 4, **fields}
+            return httpx.post(f"{served.url}/v1/images/generations", json=body, headers=headers, timeout=60)
+
+        many = []
+        for n in range(7):  # one runs, two are ahead of it, four wait
+            many.append(pool.submit(post, "many", n, stream=n == 6))
+            served.wait(lambda n=n: served.dispatcher.running + len(served.dispatcher.queue) == n + 1)
+        assert post("many", 7).status_code == 429
+        few = pool.submit(post, "few", 0, n=2)
+        try:
+            served.wait(lambda: many[5].done() and many[6].done())
+        finally:
+            gate.set()
+        turned = many[5].result()
+        assert turned.status_code == 429 and turned.json()["error"]["code"] == "queue_full"
+        assert int(turned.headers["retry-after"]) >= 1 and "have fewer" in turned.json()["error"]["message"]
+        assert '"code": "queue_full"' in many[6].result().text.split("event: error")[1]
+        assert few.result().status_code == 200 and [one.result().status_code for one in many[:5]] == [200] * 5
+        assert idle(served)
+
+
+def test_what_is_not_done_when_the_grace_is_over_is_told(busy):
+    futures = ask(busy, 5, num_inference_steps=100)
+    stream = ThreadPoolExecutor(1).submit(busy.generate, "s", num_inference_steps=100, stream=True)
+    busy.wait(lambda: len(busy.dispatcher.queue) + busy.dispatcher.running == 6)
+    draining = asyncio.run_coroutine_threadsafe(busy.dispatcher.drain(0.3), busy.dispatcher.loop)
+    busy.wait(lambda: busy.dispatcher.draining)
+    assert busy.client.get("/readyz").json()["status"] == "stopping" and busy.client.get("/healthz").status_code == 200
+    early = busy.generate("too late")
+    assert early.status_code == 503 and int(early.headers["retry-after"]) > 0
+    assert draining.result(20) == 6
+    for future in futures:
+        assert future.result().status_code == 503 and "Send it again" in future.result().json()["error"]["message"]
+    assert "Send it again" in stream.result().text.split("event: error")[1]
+
+
+def test_clocks_that_jump_change_nothing(busy, monkeypatch):
+    """Deadlines, queue times, the measured rate and how long pictures are kept go by a clock that nobody can set."""
+    clock, ahead = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
+    kept = busy.generate("kept", num_inference_steps=2, response_format="url").json()
+    futures = ask(busy, 3, num_inference_steps=20, timeout=30)
+    ahead[0] = 1e7
+    late = busy.generate("late", num_inference_steps=100, timeout=0.3)
+    assert late.status_code == 504 and [future.result().status_code for future in futures] == [200] * 3
+    after = busy.generate("after", num_inference_steps=2).json()
+    assert abs(after["created"] - kept["created"] - 1e7) < 60  # that one is the wall clock's, as in OpenAI's API
+    futures = ask(busy, 6, num_inference_steps=3)
+    ahead[0] = -1e7
+    refused = busy.generate("one too many")
+    assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
+    assert [future.result().status_code for future in futures] == [200] * 6
+    assert httpx.get(kept["data"][0]["url"]).status_code == 200
+    assert 0 < busy.metric("steps_per_second") < 1000 and 0 <= busy.metric("queue_time_seconds_sum") < 60
+    assert 0 <= busy.metric("request_latency_seconds_sum") < 120
+
+
+def test_who_does_not_read_is_cut_off_and_who_reads_slowly_is_not(toy_bundle, tmp_path, monkeypatch):
+    from handiffuser.serving import guard
+
+    monkeypatch.setattr(guard, "READER_SECONDS", 0.4)
+    with serving(toy_bundle, tmp_path / "hands", places=40, buffer=4096) as served:
+        body = b'{"prompt": "a", "n": 8, "return_hands": true, "num_inference_steps": 1}'  # some 50 kB come of it
+        head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+        def connect():
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", int(served.url.rpartition(":")[2])))
+            client.settimeout(20)
+            client.sendall(head + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            return client
+
+        def read(client, pause=0.0):
+            content = b""
+            with client, contextlib.suppress(ConnectionError):
+                while more := client.recv(2048):
+                    content += more
+                    time.sleep(pause)
+            return content
+
+        whole = len(read(connect()))
+        assert whole > 40_000
+        never, slowly = connect(), connect()
+        assert len(read(slowly, 0.05)) > 0.9 * whole  # a second and more: each time a little
+        served.wait(lambda: len(served.server.server_state.connections) == 0)  # the other's is gone
+        assert len(read(never)) < 0.9 * whole
+        assert served.generate().status_code == 200
 
 
 def test_loading_is_503_and_what_cannot_load_is_said(toy_copy_broken, toy_bundle, tmp_path):
@@ -148,6 +259,18 @@ def test_a_stream_that_is_late_says_so(busy):
     assert "event: image_generation.partial_image" in said and said.rstrip().endswith("}")
     assert '"code": "timeout"' in said.split("event: error")[1]
     busy.wait(lambda: idle(busy))
+
+
+@pytest.mark.slow
+def test_one_of_two_workers_cannot_load(toy_bundle, toy_copy_broken, tmp_path):
+    """The other one serves, and what is wrong is said."""
+    broken = Options(str(toy_copy_broken), "cpu", 1, 4, "auto", False)
+    with serving(toy_bundle, tmp_path / "hands", workers=2, places=30, second=broken) as served:
+        served.wait(lambda: any("damaged" in sentence for sentence in served.service.said), 60)
+        answers = [served.generate(f"p {n}", num_inference_steps=2) for n in range(5)]
+        assert [answer.status_code for answer in answers] == [200] * 5
+        assert served.client.get("/readyz").status_code == 200 and served.metric("workers_ready") == 1
+        assert all("Traceback" not in sentence for sentence in served.service.said)
 
 
 @pytest.mark.slow
@@ -246,12 +369,50 @@ def test_a_port_that_is_taken_is_a_sentence(toy_bundle):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        import subprocess
-        import sys
-
         line = [sys.executable, "-m", "handiffuser.serving.cli", str(toy_bundle), "--port", str(taken.getsockname()[1])]
         result = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and "cannot be listened on" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of files")
+def test_more_connections_than_open_files(toy_bundle):
+    """They wait, and whoever listens is told once, not with a disk full of tracebacks."""
+    import resource
+
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # noqa: E731
+    with command(toy_bundle, "--no-warm-up", preexec_fn=limit) as process:
+        address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+        silent = [socket.create_connection(address) for _ in range(100)]
+        end = time.monotonic() + 20
+        while not any("open files" in line for line in process.said) and time.monotonic() < end:
+            time.sleep(0.02)
+        for one in silent:
+            one.close()
+        assert httpx.get(f"{process.url}/healthz", timeout=20).status_code == 200
+        body = {"prompt": "a", "num_inference_steps": 2}
+        assert httpx.post(f"{process.url}/v1/images/generations", json=body, timeout=20).status_code == 200
+    assert sum("open files" in line for line in process.said) == 1 and len(process.said) < 20, process.said[:20]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_log_on_a_full_disk_is_no_reason_not_to_serve(toy_bundle):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [sys.executable, "-m", "handiffuser.serving.cli", str(toy_bundle), "--no-warm-up", "--port", str(port)]
+    with open("/dev/full", "w") as full, subprocess.Popen(line, stderr=full) as process:
+        try:
+            answer, end = None, time.monotonic() + 60
+            while answer is None and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                        body = {"prompt": "a", "num_inference_steps": 2}
+                        answer = httpx.post(f"http://127.0.0.1:{port}/v1/images/generations", json=body, timeout=60)
+            assert answer is not None and answer.status_code == 200
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
 
 
 def test_nan_is_one_request_s_matter(toy_bundle, tmp_path, monkeypatch):

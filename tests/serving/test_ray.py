@@ -92,6 +92,95 @@ def test_actors_and_the_driver_are_killed(toy_bundle, tmp_path):
     assert not list(out.glob(".hd-run.tmp.*"))
 
 
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(toy_bundle, tmp_path, small_disk):
+    pytest.importorskip("ray")
+    out, count = small_disk / "out", 40
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": "a", "id": f"p{n}", "seed": n}) for n in range(count)))
+    line = (toy_bundle, "--prompts", prompts, "--steps", 4, "-o", out, "--ray-workers", 2, "--ray")
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(1700 << 10))
+    first = run_command("runtime.cli", *line)
+    assert first.returncode == 1 and first.stderr.count("is full") == 1, first.stderr
+    assert "same command again" in first.stderr and "Traceback" not in first.stderr and "failed" not in first.stderr
+    before = ledger(out)
+    assert 0 < len(before) < count
+    again = run_command("runtime.cli", *line[:-3])  # without Ray, and as full as before
+    assert again.returncode == 1 and again.stderr.count("is full") == 1 and ledger(out).items() >= before.items()
+    before = ledger(out)
+    filler.unlink()
+    last = run_command("runtime.cli", *line)
+    assert last.returncode == 0 and f"{len(before)} skipped" in last.stderr, last.stderr
+    after = ledger(out)
+    assert sorted(after) == sorted(f"p{n}" for n in range(count))  # none lost
+    assert all(after[name] == mark for name, mark in before.items())  # none made twice
+    pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
+    for picture in pipeline.generate([Request("a", seed=n, steps=4) for n in range(0, count, 3)]):
+        image = np.asarray(Image.open(out / f"p{picture.request.seed}.png"))
+        assert np.abs(image.astype(int) - picture.image).max() <= 1  # none another
+    assert not list(out.glob(".hd-run.tmp.*"))
+
+
+@pytest.mark.nightly
+def test_a_machine_dies(toy_bundle, tmp_path, monkeypatch):
+    """Two of a cluster's, on this one; the one that is left makes what the other had."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    out, count = tmp_path / "out", 60
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": "a", "id": f"p{n}", "seed": n}) for n in range(count)))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        line = [sys.executable, "-m", "handiffuser.runtime.cli", str(toy_bundle), "--prompts", str(prompts)]
+        line += ["--steps", str(STEPS), "--solver", "ddpm", "-o", str(out), "--ray", cluster.address]
+        process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+        wait(lambda: len(ledger(out)) >= 10, process)
+        cluster.remove_node(node, allow_graceful=False)
+        before = ledger(out)
+        said = process.communicate(timeout=600)[1]
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0 and "failed" not in said and "Traceback" not in said, said
+    after = ledger(out)
+    assert sorted(after) == sorted(f"p{n}" for n in range(count))
+    assert all(after[name] == mark for name, mark in before.items())  # none made twice
+
+
+POISON = """
+import os, signal
+from handiffuser.runtime import cli
+from handiffuser.serving import ray
+
+class Poisoned(ray.Painter):
+    def _paint(self, requests, row, hopeless):
+        if not hopeless and any("poison" in request.prompt for request in requests):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._paint(requests, row, hopeless)
+
+ray.Painter = Poisoned
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
+def test_a_request_that_no_actor_survives_is_given_up(toy_bundle, tmp_path):
+    pytest.importorskip("ray")
+    (tmp_path / "poisoned.py").write_text(POISON)
+    line = [sys.executable, str(tmp_path / "poisoned.py"), str(toy_bundle), *"abc", "poison", *"defghijklmnop"]
+    line += ["--steps", "4", "-o", str(tmp_path / "out"), "--ray-workers", "2", "--ray"]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert "actors ended while they made this picture" in result.stderr
+    made, failed = len(ledger(tmp_path / "out")), int(result.stderr.split(" failed")[0].split()[-1])
+    assert made + failed == 17 and 1 <= failed <= 4  # those that were made at once with it
+    assert f"{made} pictures in" in result.stderr
+
+
 def test_there_is_no_ray_at_that_address(toy_bundle, tmp_path):
     pytest.importorskip("ray")
     result = run_command("runtime.cli", toy_bundle, "a fist", "-o", tmp_path / "out", "--ray", "nonsense://here")
@@ -114,3 +203,39 @@ def test_an_actor_makes_what_is_not_there(toy_bundle, tmp_path):
     gone = {**asdict(requests[3]), "hands": str(tmp_path / "gone.npz")}
     other = actor({"request": np.array([json.dumps(gone), rows[4]], object)})
     assert other["state"] == ["failed", "made"] and "gone.npz" in other["sentence"][0]
+
+
+def test_an_actor_on_a_full_disk_or_without_engines_says_so_of_every_row(toy_bundle, tmp_path, monkeypatch):
+    """And the driver stops at the first such row: whatever it made more would be lost."""
+    import errno
+    from dataclasses import asdict
+
+    from handiffuser.serving.ray import Painter
+    from handiffuser.serving.worker import Options
+
+    pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
+    requests, _ = pipeline.prepare([Request(f"p {n}", seed=n) for n in range(6)])
+    rows = np.array([json.dumps(asdict(request)) for request in requests], object)
+    options, real, files = Options(str(toy_bundle), "cpu", 1, 1), Path.write_bytes, []
+
+    def full(path, data):
+        files.append(path)
+        if len(files) > 6:  # a picture is four
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, data)
+
+    actor = Painter(options, str(tmp_path / "out"))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    first = actor({"request": rows[:3]})
+    assert sorted(first["state"]) in (["made", "stopped", "stopped"], ["stopped"] * 3)  # two threads write
+    said = zip(first["state"], first["sentence"], strict=True)
+    assert all("is full" in sentence for state, sentence in said if state == "stopped")
+    assert actor({"request": rows[3:]})["state"] == ["stopped"] * 3
+    monkeypatch.undo()
+    kept = ["there" if state == "made" else "made" for state in first["state"]]
+    assert Painter(options, str(tmp_path / "out"))({"request": rows[:3]})["state"] == kept
+    lost = Painter(Options(str(tmp_path / "nowhere"), "cpu", 1, 1), str(tmp_path / "out"))({"request": rows})
+    assert lost["state"] == ["stopped"] * 6 and all("nowhere" in said for said in lost["sentence"])
+    monkeypatch.setattr(HanDiffuser, "load", lambda *_: 1 / 0)  # a library's own error
+    lost = Painter(options, str(tmp_path / "out"))({"request": rows[:1]})
+    assert lost["state"] == ["stopped"] and "ZeroDivisionError" in lost["sentence"][0]
