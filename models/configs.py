@@ -111,7 +111,7 @@ CONFIGS = {
         steps=4,
         hand_steps=3,
     ),
-    "demo": Config(),
+    "demo": Config(hand_steps=6, hand_guidance=1.5),
     # The paper's scale: Stable Diffusion 1.5's UNet and VAE, CLIP ViT-L/14's text model, a prior of 512 x 8.
     "sd15": Config(
         image_size=(512, 512),

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from ..data.latents import encode_prompts
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
@@ -41,13 +42,22 @@ def ddim(network: Network, x: Tensor, schedule: dict[str, Any], steps: int) -> T
 
 @torch.no_grad()
 def sample_hands(checkpoint: Checkpoint, ids: Tensor, seed: int = 0, steps: int | None = None) -> Tensor:
-    """Stage 1: token ids [N, 77] -> normalised parameters [N, P]."""
-    hidden = checkpoint.text_encoder(ids).last_hidden_state
-    text = pooled(hidden, ids, checkpoint.special_tokens["eos"])
+    """Stage 1, as the checkpoint's defaults have it: token ids [N, 77] -> normalised parameters [N, P]."""
+
+    def sentences(ids: Tensor) -> Tensor:
+        return pooled(checkpoint.text_encoder(ids).last_hidden_state, ids, checkpoint.special_tokens["eos"])
+
+    text, guidance = sentences(ids), checkpoint.defaults["hand_guidance"]
+    empty = encode_prompts([""], checkpoint.tokenizer, checkpoint.special_tokens).to(ids.device)
+    without = sentences(empty).expand_as(text)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        given = checkpoint.hand_prior(x, t, text)
+        return given if guidance == 1 else torch.lerp(checkpoint.hand_prior(x, t, without), given, guidance)
+
     noise = torch.randn(len(ids), len(checkpoint.hand_prior.mean), generator=torch.Generator().manual_seed(seed))
     steps = steps or checkpoint.defaults["hand_steps"]
-    noise = noise.to(ids.device)
-    return ddim(lambda x, t: checkpoint.hand_prior(x, t, text), noise, checkpoint.hand_scheduler, steps)
+    return ddim(predict, noise.to(ids.device), checkpoint.hand_scheduler, steps)
 
 
 @torch.no_grad()
