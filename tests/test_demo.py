@@ -133,10 +133,10 @@ def test_without_hands_the_prompt_alone_paints(tmp_path):
 
 
 def test_the_report_is_in_the_checkpoint():
-    """The figures that the page shows are those that were measured on this checkpoint and its student."""
+    """The figures that the page shows are those that were measured on this checkpoint."""
     notes = json.loads((demo.checkpoint_path() / "model_index.json").read_text())["_notes"]["examined"]
     page = (ROOT / "docs" / "demo.md").read_text()
-    assert notes["prompts"] >= 240 and len(notes["rows"]) == 7
+    assert notes["prompts"] >= 480 and len(notes["rows"]) == 5
     for row, values in notes["rows"].items():
         line = next(line for line in page.splitlines() if line.startswith(f"| {row} |"))
         for name, value in values.items():
@@ -176,7 +176,7 @@ def test_bending_a_finger_leaves_the_others_where_they_are(pipeline, side, tmp_p
     assert moved[row, INDEX].max() > 3, "the finger is bent"
     moved[row, INDEX] = 0
     assert moved.max() < 0.01
-    np.testing.assert_allclose(bent.hands["camera"], first.hands["camera"], rtol=1e-5)
+    np.testing.assert_allclose(bent.hands["camera"], first.hands["camera"], rtol=1e-5, atol=1e-6)
     assert (bent.image != first.image).any()
 
     # Without the camera placement counts: the mean and the size of each hand's joints stay, and the hand moves.
