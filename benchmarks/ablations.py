@@ -34,15 +34,13 @@ from .. import demo
 from ..commands import run
 from ..data.cli import progress
 from ..data.samples import Bad, Sample, read, write_shards
-from ..demo.dataset import samples_of
-from ..demo.render import demo_body
 from ..demo.report import held_out_scenes
 from ..errors import TrainingError
 from ..evaluation import measure, pictures
 from ..evaluation.cli import finish, say, write
 from ..evaluation.eager import Torch
 from ..evaluation.report import plot, table
-from ..evaluation.rows import SEED, key_of, save
+from ..evaluation.rows import SEED, draw, key_of, look_with, save
 from ..evaluation.run import instruments
 from ..evaluation.tables import spread, title
 from ..models.checkpoint import Checkpoint
@@ -100,9 +98,8 @@ def start_of(variant: Variant, folder: Path, size: int = 128, seed: int = 0) -> 
     kernel = PositionKernel.for_unet(base.unet, frequencies) if frequencies else None
     if kernel is not None:
         kernel.focus()
-    changed = replace(base, text_hand_encoder=encoder, position_kernel=kernel, image_size=(size, size))
-    changed.defaults = {**base.defaults, **PAINTED}
-    changed.save(folder)
+    parts = {"text_hand_encoder": encoder, "position_kernel": kernel, "image_size": (size, size)}
+    replace(base, **parts, defaults={**base.defaults, **PAINTED}).save(folder)
     return folder
 
 
@@ -140,9 +137,7 @@ def judged(
     with progress(f"painting with {checkpoint.parent.name}") as show:
         made = pictures.make(painter, requests, out, say, show)
     labels = dict(zip(seen.keys, seen.labels, strict=True))
-    shown = pictures.read_pictures(made.folder, None, say, made.keys)
-    looked = measure.look(shown, tools, len(requests), lambda done, total: None, labels=labels)
-    return measure.figures(looked, seen)["metrics"]
+    return measure.figures(look_with(tools, made.folder, made.keys, labels), seen)["metrics"]
 
 
 def page(rows: dict[str, Any], document: dict[str, Any]) -> str:
@@ -181,7 +176,7 @@ def page(rows: dict[str, Any], document: dict[str, Any]) -> str:
 @click.option("--steps", type=click.IntRange(1), default=120, show_default=True, help="Of every variant.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--size", type=click.IntRange(16, 512), default=128, show_default=True,
-              help="Pixels a side, as the dataset has them: 64 trains four times as fast.")  # fmt: skip
+              help="Pixels a side, as the dataset has them: 64 trains twice as fast.")  # fmt: skip
 @click.option("--count", type=click.IntRange(6), default=240, show_default=True, help="Held-out prompts.")
 @click.option("--only", type=click.Choice(list(VARIANTS)), multiple=True, help="These variants alone.")
 @click.option("--judge", "judge_folder", type=click.Path(path_type=Path), help="The demo's judge.")
@@ -205,8 +200,7 @@ def command(
     )
     recipe = msgspec.structs.replace(recipe, prompts=())
     scenes = held_out_scenes(count, SEED)
-    renders = samples_of(scenes, [[s.prompt] for s in scenes], [key_of(i) for i in range(count)], demo_body(), size)
-    save(out / "renders", renders)
+    renders = draw({key_of(number): scene for number, scene in enumerate(scenes)}, out / "renders", size)
     save(out / "renders-wordless", [replace(sample, prompts=[WORDLESS]) for sample in renders])
     seen = measure.look(
         pictures.read_pictures(out / "renders", None, say), tools, count, lambda done, total: None, detect=False

@@ -92,11 +92,13 @@ def train_judge(world: Path, folder: Path, plan: Plan = PLAN) -> Judge:
     numbers = range(len(index))
 
     def rows(some: Sequence[int]) -> dict[str, Tensor]:
-        samples = [sample for number in some if isinstance(sample := index.sample(number), Sample)]
-        return {
-            "images": torch.from_numpy(np.stack([picture(sample) for sample in samples])),
-            "labels": torch.tensor([class_numbers(sample.meta["labels"]) for sample in samples]),
-        }
+        images, labels = [], []
+        for number in some:
+            sample = index.sample(number)
+            assert isinstance(sample, Sample), sample
+            images.append(picture(sample))
+            labels.append(class_numbers(sample.meta["labels"]))
+        return {"images": torch.from_numpy(np.stack(images)), "labels": torch.tensor(labels)}
 
     loss = JudgeLoss(Judge())
     fit(Stage("judge", loss, rows, judge_inputs, numbers, data=index.digests()[0]), plan, folder)
