@@ -44,10 +44,9 @@ class RemoteFolder(OutputFolder):
             import fsspec
 
             self.files, self.root = fsspec.core.url_to_fs(self.url)
-        except ImportError as error:
-            needed = {"fsspec": "fsspec", "s3fs": "s3fs (handiffuser[s3])"}.get(
-                error.name or "", error.name or str(error)
-            )
+        except ImportError as error:  # fsspec wraps the one of s3fs in a sentence, without its name
+            name = error.name or {"s3": "s3fs"}.get(kind, str(error))
+            needed = {"s3fs": "s3fs (handiffuser[s3])"}.get(name, name)
             raise OutputError(f"{kind}:// needs {needed}, which is not installed.") from None
         except ValueError as error:
             raise OutputError(f"{url} cannot be written: {str(error).rstrip('.')}.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import pytest
@@ -217,3 +218,9 @@ def test_s3_alone_and_with_ray(toy_bundle, tmp_path, monkeypatch):
         assert host
     finally:
         server.stop()
+
+
+def test_a_missing_s3fs_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(OutputError, match=r"^s3:// needs s3fs \(handiffuser\[s3\]\), which is not installed"):
+        open_folder("s3://bucket/run")
