@@ -370,6 +370,7 @@ def random_checkpoint(
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
         layers_per_block=config.unet_layers,
+        only_cross_attention=config.unet_only_cross,
         cross_attention_dim=config.text_width,
         attention_head_dim=config.unet_heads,
         norm_num_groups=config.unet_groups,
@@ -390,7 +391,10 @@ def random_checkpoint(
         text_encoder=CLIPTextModel(clip),
         hand_prior=HandPrior(config.prior_width, config.prior_layers, config.prior_heads, config.text_width),
         text_hand_encoder=TextHandEncoder.from_clip(
-            CLIPTextModel(clip), cues=list(config.cues), frequencies=list(config.frequencies)
+            CLIPTextModel(clip),
+            cues=list(config.cues),
+            frequencies=list(config.frequencies),
+            rotation_frame=config.rotation_frame,
         ),
         unet=unet,
         position_kernel=PositionKernel.for_unet(unet, config.frequencies) if config.frequencies else None,

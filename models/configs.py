@@ -54,14 +54,16 @@ class Config:
     text_length: int = 77
     # Text+Hand encoder and positional kernel
     cues: tuple[str, ...] = CUES
+    rotation_frame: str = "parent"
     frequencies: tuple[float, ...] = (1, 2, 4, 8)
     # Hand prior
     prior_width: int = 128
     prior_layers: int = 4
     prior_heads: int = 4
-    # UNet; a level has cross-attention or not
+    # UNet; a level has cross-attention or not, and self-attention beside it or cross-attention twice
     unet_channels: tuple[int, ...] = (64, 96, 128)
     unet_attention: tuple[bool, ...] = (False, True, True)
+    unet_only_cross: tuple[bool, ...] | bool = False
     unet_layers: int = 1
     unet_heads: int | tuple[int, ...] = 4  # diffusers calls the number of heads `attention_head_dim` here
     unet_groups: int = 16
@@ -111,7 +113,14 @@ CONFIGS = {
         steps=4,
         hand_steps=3,
     ),
-    "demo": Config(hand_steps=6, hand_guidance=1.5),
+    # The finest level looks at hands and words too; among themselves its 1024 pixels would cost as much as all the rest.
+    "demo": Config(
+        rotation_frame="camera",
+        unet_attention=(True, True, True),
+        unet_only_cross=(True, False, False),
+        hand_steps=6,
+        hand_guidance=1.5,
+    ),
     # The paper's scale: Stable Diffusion 1.5's UNet and VAE, CLIP ViT-L/14's text model, a prior of 512 x 8.
     "sd15": Config(
         image_size=(512, 512),

@@ -54,6 +54,7 @@ Layers = Annotated[int, whole(1, 16)]
 _LEVELS = Meta(min_length=1, max_length=8)
 EachLayers = Annotated[Layers | Annotated[list[Layers], _LEVELS], Meta(description="a number of layers, or one each")]
 EachHeads = Annotated[Heads | Annotated[list[Heads], _LEVELS], Meta(description="a number of heads, or one each")]
+EachYes = Annotated[bool | Annotated[list[Yes], _LEVELS], Meta(description="true or false, or one each")]
 Kernel = Annotated[Literal[1, 3, 5, 7], Meta(description="1, 3, 5 or 7")]
 Sides = Annotated[list[Side], Meta(min_length=2, max_length=2, description="height and width, such as [512, 512]")]
 Sample = Annotated[Side | Sides, Meta(description="a size, or height and width")]
@@ -142,6 +143,7 @@ class UNet2DConditionModel(TypedDict, total=False):
     cross_attention_dim: Width
     transformer_layers_per_block: EachLayers
     attention_head_dim: EachHeads
+    only_cross_attention: EachYes
     use_linear_projection: Yes
     upcast_attention: Yes
     resnet_time_scale_shift: Annotated[str, one_of("default", "scale_shift")]
@@ -198,7 +200,6 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "num_attention_heads": (None,),
         "num_class_embeds": (None,),
-        "only_cross_attention": (False,),
         "resnet_skip_time_act": (False,),
         "reverse_transformer_layers_per_block": (None,),
         "time_cond_proj_dim": (None,),

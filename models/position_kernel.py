@@ -102,8 +102,8 @@ class PositionKernel(ModelMixin, ConfigMixin):
 
 
 def cross_attentions(unet: UNet2DConditionModel) -> list[Attention]:
-    """The cross-attention layers of a UNet, in the order of `named_modules`."""
-    return [module for name, module in unet.named_modules() if name.endswith("attn2") and isinstance(module, Attention)]
+    """The cross-attention layers of a UNet, in the order of `modules`."""
+    return [module for module in unet.modules() if isinstance(module, Attention) and module.is_cross_attention]
 
 
 class CrossAttention:

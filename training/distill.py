@@ -39,7 +39,8 @@ from .sample import CUES
 from .stages import Inputs, PictureLoss, edges
 
 FILE = 64  # trajectories of a file
-BATCH = 8  # trajectories that are painted together on a CPU; on a GPU a whole file's
+BATCH = 8  # trajectories that are painted together on a CPU
+TOGETHER = 8  # files, on a GPU
 HELD = 64  # trajectories that validate
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -110,21 +111,25 @@ class Bank:
     ) -> None:
         """Paints the files that are missing; of several processes each makes every world-th."""
         mine = [number for number in range(rank, self.files, world) if not self.path(number).exists()]
-        for left in range(len(mine), 0, -1):
-            number = mine[-left]
-            count = BATCH if device == "cpu" else FILE
-            parts = [self._paint(number * FILE + first, count, device) for first in range(0, FILE, count)]
-            whole = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
-            _written(self.path(number), partial(save_file, whole))
+        together = 1 if device == "cpu" else TOGETHER
+        for begin in range(0, len(mine), together):
+            files = mine[begin : begin + together]
+            numbers = [number * FILE + at for number in files for at in range(FILE)]
+            count = BATCH if device == "cpu" else len(numbers)
+            parts = [self._paint(numbers[first : first + count], device) for first in range(0, len(numbers), count)]
+            whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for turn, number in enumerate(files):
+                own = {name: value[turn * FILE : (turn + 1) * FILE].contiguous() for name, value in whole.items()}
+                _written(self.path(number), partial(save_file, own))
+            left = len(mine) - begin - len(files)
             if on_progress is not None:  # the others are about as far
-                on_progress(max(1, self.files - world * (left - 1)), self.files)
+                on_progress(max(1, self.files - world * left), self.files)
 
     @torch.no_grad()
-    def _paint(self, first: int, count: int, device: str) -> dict[str, Tensor]:
-        """Trajectories first .. first + count - 1: states [count, K, C, h, w], ids [count, 77], bare [count]."""
-        teacher, plan = self.teacher, self.plan
-        numbers = range(first, first + count)
-        rows = self.cache.rows(self.rows[first : first + count], ("ids", *CUES))
+    def _paint(self, numbers: Sequence[int], device: str) -> dict[str, Tensor]:
+        """Some trajectories: states [count, K, C, h, w], ids [count, 77], bare [count]."""
+        teacher, plan, count = self.teacher, self.plan, len(numbers)
+        rows = self.cache.rows(self.rows[list(numbers)], ("ids", *CUES))
         chance = [generator_for(plan.seed, 1, number) for number in numbers]
         wordings = rows["ids"].shape[1]
         ids = torch.stack([rows["ids"][i, torch.randint(wordings, (), generator=g)] for i, g in enumerate(chance)])
@@ -157,17 +162,19 @@ class Bank:
     def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Some trajectories: states [n, K, C, h, w], ids [n, 77], joints, rotations, bps, visibility."""
         rows = self.cache.rows(self.rows[list(numbers)], CUES)
-        parts: list[dict[str, Tensor]] = []
-        for number in numbers:
+        wanted = torch.tensor(list(numbers))
+        out: dict[str, Tensor] = {}
+        for number in (wanted // FILE).unique().tolist():
+            places = (wanted // FILE == number).nonzero()[:, 0]
             try:
-                with safe_open(self.path(number // FILE), "pt") as file:
-                    at = number % FILE
-                    parts.append({name: file.get_slice(name)[at : at + 1] for name in ("states", "ids", "bare")})
+                with safe_open(self.path(number), "pt") as file:
+                    for name in ("states", "ids", "bare"):
+                        value = file.get_tensor(name)[wanted[places] % FILE]
+                        out.setdefault(name, value.new_empty(len(wanted), *value.shape[1:]))[places] = value
             except (OSError, SafetensorError) as error:
                 raise TrainingError(
-                    f"{self.path(number // FILE)} cannot be read ({error}). Remove it: the same command makes it again."
+                    f"{self.path(number)} cannot be read ({error}). Remove it: the same command makes it again."
                 ) from None
-        out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         rows["visibility"] = torch.where(out.pop("bare")[:, None], 0.0, rows["visibility"])
         return {**rows, **out}
 
@@ -198,16 +205,17 @@ def jump_inputs(schedule: dict[str, Any], bank: Bank, plan: DistillPlan, runs: i
 
     def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
         u = draws.uniform()
+        device = u.device
         # The first jump, from pure noise, holds nearly all the loss: it comes as often as the plan says.
         later = 1 + ((u - plan.first) / (1 - plan.first) * (runs - 1)).long().clamp(0, max(runs - 2, 0))
         jump = torch.where(u < plan.first, 0, later) if runs > 1 else torch.zeros_like(u, dtype=torch.long)
-        states, at = rows["states"].float(), torch.arange(len(u))
-        x, there, clean = states[at, begins[jump]], states[at, begins[jump + 1]], states[:, -1]
-        column = (-1, 1, 1, 1)
-        target = (there - a[jump].view(column) * x) / b[jump].view(column)
+        states, at, kept = rows["states"].float(), torch.arange(len(u), device=device), begins.to(device)
+        x, there, clean = states[at, kept[jump]], states[at, kept[jump + 1]], states[:, -1]
+        signal, slope = (value.to(device)[jump].view(-1, 1, 1, 1) for value in (a, b))
+        target = (there - signal * x) / slope
         hands = {name: rows[name].float() for name in CUES}
-        one = torch.ones(len(u))
-        return rows["ids"], hands, x, times[jump], target, one, one, edges(clean)
+        one = torch.ones(len(u), device=device)
+        return rows["ids"], hands, x, times.to(device)[jump], target, one, one, edges(clean)
 
     return inputs
 

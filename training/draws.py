@@ -10,8 +10,9 @@ depend on (seed, step, place in the batch), never on who computes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,42 +31,53 @@ def rows_of(step: int, count: int, batch: int, seed: int) -> list[int]:
     return [int(order(seed, at // count, count)[at % count]) for at in range(first, first + batch)]
 
 
-def generator_for(*parts: int) -> torch.Generator:
+def generator_for(*parts: int, device: str | torch.device = "cpu") -> torch.Generator:
     """A generator whose state depends on all parts alone."""
     seed = 0
     for part in parts:
         seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(device).manual_seed(seed)
 
 
 class Draws:
     """The random numbers of some rows of a step's batch. Everyone who has a part of it must ask in the same order.
 
-    places: which rows of the whole batch these are.
+    places: which rows of the whole batch these are. device: where they are drawn; a GPU draws other numbers than a CPU.
     """
 
-    def __init__(self, seed: int, step: int, batch: int, places: Sequence[int]) -> None:
-        self.batch, self.places = batch, list(places)
-        self._whole = generator_for(seed, step)
-        self._rows = [generator_for(seed, step, place + 1) for place in self.places]
+    def __init__(
+        self, seed: int, step: int, batch: int, places: Sequence[int], device: str | torch.device = "cpu"
+    ) -> None:
+        self.batch, self.places, self.device = batch, list(places), torch.device(device)
+        self._host = generator_for(seed, step)
+        on_host = self.device.type == "cpu"
+        self._whole = self._host if on_host else generator_for(seed, step, device=self.device)
+        self._rows = [generator_for(seed, step, place + 1) for place in self.places] if on_host else []
+
+    def _of_all(self, draw: Callable[..., Tensor], *size: Any) -> Tensor:
+        """What `draw` makes for the whole batch, of which these rows are taken."""
+        whole = draw(*size, generator=self._whole, device=self.device)
+        return whole if self.places == list(range(self.batch)) else whole[self.places]
 
     def uniform(self) -> Tensor:
         """[n] in [0, 1)."""
-        return torch.rand(self.batch, generator=self._whole)[self.places]
+        return self._of_all(torch.rand, self.batch)
 
     def spread(self) -> Tensor:
         """[n] in [0, 1), of which the whole batch has one in every batch-th: less noise than `uniform`."""
-        order = torch.randperm(self.batch, generator=self._whole)
-        return ((order + torch.rand(self.batch, generator=self._whole)) / self.batch)[self.places]
+        return (self._of_all(torch.randperm, self.batch) + self._of_all(torch.rand, self.batch)) / self.batch
 
     def integers(self, high: int) -> Tensor:
         """[n] of 0..high - 1."""
-        return torch.randint(high, (self.batch,), generator=self._whole)[self.places]
+        return self._of_all(torch.randint, high, (self.batch,))
 
     def one(self, high: int) -> int:
         """Of 0..high - 1, the same for the whole batch."""
-        return int(torch.randint(high, (), generator=self._whole))
+        return int(torch.randint(high, (), generator=self._host))
 
     def normal(self, *shape: int) -> Tensor:
-        """[n, *shape], standard normal: every row has a generator of its own, so that nobody draws for others."""
+        """[n, *shape], standard normal. On a CPU every row has a generator of its own, so that nobody draws for
+        others; a GPU would start a kernel for each."""
+        if not self._rows:
+            return self._of_all(torch.randn, self.batch, *shape)
         return torch.stack([torch.randn(shape, generator=row) for row in self._rows])

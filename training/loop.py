@@ -63,21 +63,35 @@ class Stage:
 class _Steps(torch.utils.data.Dataset):
     """step -> the module's inputs for each part of what this process trains on, made by workers ahead of time.
 
-    Noise and all, not only what is read: a GPU would wait for it.
+    Noise and all, not only what is read: a GPU would wait for it. Or on `device`, where all rows are held from the
+    beginning: sixteen workers do not keep up with a GPU that trains a model as small as the demo's.
     """
 
-    def __init__(self, stage: Stage, plan: Plan, rank: int, world: int) -> None:
+    def __init__(self, stage: Stage, plan: Plan, rank: int, world: int, device: torch.device | None = None) -> None:
         self.stage, self.plan, self.rank, self.world = stage, plan, rank, world
+        self.device, self.rows = device or torch.device("cpu"), None
+        if device is not None:
+            try:
+                self.rows = _to(stage.read([int(number) for number in stage.train]), device)
+            except torch.OutOfMemoryError:
+                raise TrainingError(
+                    f"The {len(stage.train)} rows of {stage.name} do not fit into the memory of {device} beside the "
+                    "model: set resident = false in the recipe, and workers."
+                ) from None
 
     def __getitem__(self, step: int) -> list[Sequence[Any]]:
         plan = self.plan
         places = list(range(self.rank, plan.batch, self.world))
         numbers = rows_of(step, len(self.stage.train), plan.batch, plan.seed)
-        rows = self.stage.read([int(self.stage.train[numbers[place]]) for place in places])
+        if self.rows is None:
+            rows = self.stage.read([int(self.stage.train[numbers[place]]) for place in places])
+        else:
+            at = torch.tensor([numbers[place] for place in places]).to(self.device)
+            rows = {name: value[at] for name, value in self.rows.items()}
         parts = []
         for number in range(plan.accumulate):  # every process has a part of every part
             mine = slice(number * len(places) // plan.accumulate, (number + 1) * len(places) // plan.accumulate)
-            draws = Draws(plan.seed, step, plan.batch, places[mine])
+            draws = Draws(plan.seed, step, plan.batch, places[mine], self.device)
             parts.append(self.stage.inputs({name: value[mine] for name, value in rows.items()}, draws))
         return parts
 
@@ -121,17 +135,19 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
     if main and start:
         console.print(f"{stage.name}: goes on at step {start} of {plan.steps}")
     log = Log(stage.name, folder, plan, start) if main else None
-    steps = _Steps(stage, plan, rank, world)
     on_gpu = accelerator.device.type == "cuda"
+    steps = _Steps(stage, plan, rank, world, accelerator.device if plan.resident and on_gpu else None)
     torch.backends.cudnn.benchmark = on_gpu  # shapes stay the same: cuDNN measures its algorithms once
     order: Any = range(start, plan.steps)
     # Forked: a stage is made of functions, which cannot be sent to a process that starts afresh (the default of those
     # that `run_processes` starts).
     how = "fork" if plan.workers and "fork" in torch.multiprocessing.get_all_start_methods() else None
     workers = plan.workers if how else 0
-    loader = DataLoader(
-        steps, batch_size=None, sampler=order, num_workers=workers, multiprocessing_context=how, pin_memory=on_gpu
-    )
+    loader: Any = map(steps.__getitem__, order)
+    if steps.rows is None:
+        loader = DataLoader(
+            steps, batch_size=None, sampler=order, num_workers=workers, multiprocessing_context=how, pin_memory=on_gpu
+        )
     scaler = accelerator.scaler if hasattr(accelerator, "scaler") else None
     spoilt = torch.zeros((), device=accelerator.device)  # steps without a finite gradient, one after the other
 

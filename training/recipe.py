@@ -52,6 +52,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     compile: bool = False
     shard: bool = False  # weights, optimizer and average spread over the processes (FSDP2)
     workers: Zero = 0  # processes that read samples ahead, for each that trains
+    resident: bool = False  # all rows are held on the GPU and noise is drawn there: for small models and data that fits
     log_every: Count = 50
     save_every: Count = 500
     validate_every: Count = 500

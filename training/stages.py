@@ -46,7 +46,7 @@ def timesteps(draws: Draws, length: int, shift: float = 1.0) -> Tensor:
 def wording(ids: Tensor, draws: Draws, which: str = "any") -> Tensor:
     """One of each sample's prompts: [n, W, 77] -> [n, 77]."""
     choice = draws.integers(ids.shape[1])  # drawn always: what follows must not depend on the setting
-    return ids[:, 0] if which == "first" else ids[torch.arange(len(ids)), choice]
+    return ids[:, 0] if which == "first" else ids[torch.arange(len(ids), device=ids.device), choice]
 
 
 def images_to_float(images: Tensor) -> Tensor:
@@ -119,12 +119,12 @@ def hand_prior_inputs(checkpoint: Checkpoint, plan: HandPriorPlan, empty: Tensor
 
     def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
         ids = wording(rows["ids"], draws, plan.wordings)
-        dropped = draws.uniform() < plan.drop_text
-        clean = (rows["params"].float() - mean) / std
+        dropped, device = draws.uniform() < plan.drop_text, ids.device
+        clean = (rows["params"].float() - mean.to(device)) / std.to(device)
         timestep = timesteps(draws, len(alphas))
-        alpha = alphas[timestep][:, None]
+        alpha = alphas.to(device)[timestep][:, None]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * draws.normal(clean.shape[1])
-        return torch.where(dropped[:, None], empty, ids), noisy, timestep, clean
+        return torch.where(dropped[:, None], empty.to(device), ids), noisy, timestep, clean
 
     return inputs
 
@@ -145,7 +145,7 @@ def conditions(
     hands["visibility"] = torch.where(
         ((fate >= text) & (fate < both + plan.drop_hands))[:, None], 0.0, hands["visibility"]
     )
-    return torch.where((fate < both)[:, None], empty, ids), hands
+    return torch.where((fate < both)[:, None], empty.to(ids.device), ids), hands
 
 
 class EncoderLoss(nn.Module):
@@ -284,13 +284,12 @@ def picture_inputs(checkpoint: Checkpoint, plan: PicturesPlan, empty: Tensor) ->
             latents = latents + rows["std"].float() * draws.normal(*latents.shape[1:])
         clean = (latents - shift) * scale
         timestep = timesteps(draws, len(alphas), plan.timestep_shift)
-        signal, sigma = (a[:, None, None, None] for a in (alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()))
+        alpha = alphas.to(timestep.device)[timestep]
+        signal, sigma = (a[:, None, None, None] for a in (alpha.sqrt(), (1 - alpha).sqrt()))
         noise = draws.normal(*clean.shape[1:])
         target = {"v_prediction": signal * noise - sigma * clean, "sample": clean}.get(kind, noise)
-        told = (ids != empty).any(1).float()
-        weight = (
-            snr_weight(alphas[timestep], kind, plan.min_snr) if plan.weighting == "min-snr" else torch.ones(len(ids))
-        )
+        told = (ids != empty.to(ids.device)).any(1).float()
+        weight = snr_weight(alpha, kind, plan.min_snr) if plan.weighting == "min-snr" else torch.ones_like(alpha)
         return ids, hands, signal * clean + sigma * noise, timestep, target, told, weight, edges(clean)
 
     return inputs

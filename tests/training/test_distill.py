@@ -16,10 +16,11 @@ from handiffuser.demo.dataset import make
 from handiffuser.errors import TrainingError
 from handiffuser.models.checkpoint import Checkpoint, random_checkpoint
 from handiffuser.models.configs import CONFIGS
-from handiffuser.training import distill
+from handiffuser.training import distill, draws
 from handiffuser.training.distill import Bank, becomes_student, few_steps, grid, jump_inputs, jump_stage
 from handiffuser.training.draws import Draws
 from handiffuser.training.recipe import DistillPlan
+from torch.utils._pytree import tree_leaves
 
 PLAN = DistillPlan(runs=(2, 1), teacher_steps=4, trajectories=8, drop_hands=0.5, first=0.5)
 
@@ -87,6 +88,16 @@ def test_a_target_leads_to_the_teachers_next_kept_state(small, teacher, cache, t
                 there = scheduler.step(target[i], timestep[i], x[i]).prev_sample
                 torch.testing.assert_close(there, states[jump + 1], rtol=1e-3, atol=2e-3)
         assert seen == set(range(runs))
+
+
+def test_jumps_are_made_where_the_rows_are(small, teacher, cache, tmp_path, monkeypatch):
+    """ "meta" stands for a GPU."""
+    own = draws.generator_for
+    monkeypatch.setattr(draws, "generator_for", lambda *parts, device="cpu": own(*parts) if device == "cpu" else None)
+    bank = bank_of(tmp_path / "bank", teacher, cache)
+    rows = {name: value.to("meta") for name, value in bank.read([5, 0, 3]).items()}
+    made = jump_inputs(teacher.scheduler, bank, PLAN, 2)(rows, Draws(0, 0, 3, range(3), "meta"))
+    assert {value.device.type for value in tree_leaves(list(made))} == {"meta"}
 
 
 def test_an_unguided_teacher_is_its_own_student(small, teacher, cache, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from handiffuser.errors import TrainingError
 from handiffuser.training.draws import Draws, order, rows_of
-from handiffuser.training.loop import STATE, Average, Stage, averages, finished, fit, load_state
+from handiffuser.training.loop import STATE, Average, Stage, _Steps, averages, finished, fit, load_state
 from handiffuser.training.recipe import Plan
 from safetensors.torch import load_file
 from torch import nn
@@ -81,6 +81,16 @@ def test_parts_of_a_batch_add_up_to_it(tmp_path):
 def test_workers_change_nothing(tmp_path):
     one = fit(stage(), PLAN, tmp_path / "one")
     assert same(one, fit(stage(), msgspec.structs.replace(PLAN, workers=2), tmp_path / "two"))
+
+
+def test_rows_that_are_held_give_the_same_steps():
+    """On a CPU, where every row draws for itself; a GPU draws other numbers."""
+    plan = Plan(batch=6, accumulate=2, seed=3)
+    read_ahead = _Steps(stage(), plan, 1, 2)
+    held = _Steps(stage(), plan, 1, 2, torch.device("cpu"))
+    for step in (0, 5):
+        for one, other in zip(read_ahead[step], held[step], strict=True):
+            assert all(map(torch.equal, one, other))
 
 
 def test_it_learns_and_validates(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from handiffuser.data.latents import encode_prompts
 from handiffuser.models.checkpoint import Checkpoint
+from handiffuser.training import draws
 from handiffuser.training.draws import Draws
 from handiffuser.training.loop import Stage, fit
 from handiffuser.training.recipe import EncoderPlan, HandPriorPlan, PicturesPlan, VaePlan
@@ -27,6 +28,7 @@ from handiffuser.training.stages import (
     timesteps,
     vae_inputs,
 )
+from torch.utils._pytree import tree_leaves
 
 
 @pytest.fixture
@@ -188,3 +190,18 @@ def test_a_decoder_is_trained_alone(tmp_path, checkpoint):
     assert any(name.startswith("decoder.") for name in changed)
     assert not any(name.startswith(("encoder.", "quant_conv.")) for name in changed)
     assert isinstance(checkpoint.vae, AutoencoderKL) and msgspec.to_builtins(plan)["decoder_only"]
+
+
+def test_rows_on_a_gpu_make_inputs_there(checkpoint, empty, monkeypatch):
+    """With "meta" for a GPU: an operation between its tensors and others is refused there, too."""
+    own = draws.generator_for
+    monkeypatch.setattr(draws, "generator_for", lambda *parts, device="cpu": own(*parts) if device == "cpu" else None)
+    rows = {name: value.to("meta") for name, value in rows_of(checkpoint, 6).items()}
+    for inputs in (
+        vae_inputs(checkpoint, VaePlan(crop=16)),
+        hand_prior_inputs(checkpoint, HandPriorPlan(), empty),
+        encoder_inputs(EncoderPlan(), empty),
+        picture_inputs(checkpoint, PicturesPlan(weighting="min-snr", timestep_shift=3.0), empty),
+    ):
+        for value in tree_leaves(list(inputs(rows, Draws(0, 0, 6, range(6), "meta")))):
+            assert value.device.type == "meta"
