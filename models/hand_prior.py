@@ -35,9 +35,9 @@ TOKENS: tuple[tuple[int, ...], ...] = (
     tuple(range(PLACEMENT.start, PLACEMENT.start + 4)),
     tuple(range(PLACEMENT.start + 4, PLACEMENT.stop)),
 )
-# Tokens hold the parameters in another order; this undoes it.
-_ORDER = [index for token in TOKENS for index in token]
-RESTORE = sorted(range(NUM_PARAMS), key=_ORDER.__getitem__)
+# Tokens hold the parameters in another order; RESTORE undoes it.
+ORDER = [index for token in TOKENS for index in token]
+RESTORE = sorted(range(NUM_PARAMS), key=ORDER.__getitem__)
 
 
 def timestep_features(timestep: Tensor, width: int) -> Tensor:
@@ -99,6 +99,8 @@ class HandPrior(ModelMixin, ConfigMixin):
 
     mean: Tensor
     std: Tensor
+    order: Tensor
+    restore: Tensor
 
     @register_to_config
     def __init__(
@@ -113,6 +115,9 @@ class HandPrior(ModelMixin, ConfigMixin):
         # Normalisation of the parameters, saved with the weights: x = (params - mean) / std.
         self.register_buffer("mean", torch.zeros(NUM_PARAMS))
         self.register_buffer("std", torch.ones(NUM_PARAMS))
+        # Where the parameters are from in a token, and back. On the device: a list would be carried there at every step.
+        self.register_buffer("order", torch.tensor(ORDER), persistent=False)
+        self.register_buffer("restore", torch.tensor(RESTORE), persistent=False)
         self.encode = nn.ModuleList(nn.Linear(len(token), width) for token in TOKENS)
         self.decode = nn.ModuleList(nn.Linear(width, len(token)) for token in TOKENS)
         self.place = nn.Parameter(torch.randn(2 + len(TOKENS), width) * 0.02)
@@ -139,11 +144,12 @@ class HandPrior(ModelMixin, ConfigMixin):
         text: [B, L, D], the text encoder's states of the words, the sentence's last; see `word_states`.
         """
         time = self.time(timestep_features(timestep, self.config.width).to(x.dtype))
-        tokens = [layer(x[:, list(token)]) for layer, token in zip(self.encode, TOKENS, strict=True)]
+        parts = x.index_select(1, self.order).split([len(token) for token in TOKENS], 1)
+        tokens = [layer(part) for layer, part in zip(self.encode, parts, strict=True)]
         sequence = torch.stack([time, self.text(text[:, -1]), *tokens], 1) + self.place
         sequence = torch.cat([sequence[:, :2], sequence[:, 2:] + sequence[:, :1] + sequence[:, 1:2]], 1)
         for block in self.blocks:
             sequence = block(sequence, text)
         sequence = self.norm(sequence)
         out = [layer(sequence[:, 2 + index]) for index, layer in enumerate(self.decode)]
-        return torch.cat(out, 1)[:, RESTORE]
+        return torch.cat(out, 1).index_select(1, self.restore)
