@@ -115,7 +115,7 @@ class HandPrior(ModelMixin, ConfigMixin):
         # Normalisation of the parameters, saved with the weights: x = (params - mean) / std.
         self.register_buffer("mean", torch.zeros(NUM_PARAMS))
         self.register_buffer("std", torch.ones(NUM_PARAMS))
-        # Where the parameters are from in a token, and back. On the device: a list would be carried there at every step.
+        # Where the tokens' parameters are from, and back. On the device: a list would be carried there at every step.
         self.register_buffer("order", torch.tensor(ORDER), persistent=False)
         self.register_buffer("restore", torch.tensor(RESTORE), persistent=False)
         self.encode = nn.ModuleList(nn.Linear(len(token), width) for token in TOKENS)
