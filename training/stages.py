@@ -3,7 +3,7 @@
     stage = Stage("pictures", PictureLoss(checkpoint, plan), cache.rows, picture_inputs(checkpoint, plan), train)
 
 The stages are trained independently of each other, as in the paper: the VAE on pictures, the hand prior with its
-sentence encoder on (prompt, SMPL-H parameters), the Text+Hand encoder with the UNet on (prompt, hands, picture), after
+text encoder on (prompt, SMPL-H parameters), the Text+Hand encoder with the UNet on (prompt, hands, picture), after
 a pre-training of the encoder alone that stands in for CLIP's where there is none. Each loss is a mean over its rows, so
 that a batch may be shared out and cut in parts.
 """
