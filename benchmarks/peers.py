@@ -46,7 +46,7 @@ from ..export.graphs import PRECISIONS
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
-from ..models.text_hand_encoder import pooled
+from ..models.text_hand_encoder import word_states
 from ..runtime.noise import HANDS, LATENTS, normal
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request, Resolver, resolve
@@ -135,7 +135,7 @@ class Eager:
 
     def text(self, ids: Tensor) -> Tensor:
         hidden = self.checkpoint.text_encoder(ids).last_hidden_state
-        return pooled(hidden, ids, self.checkpoint.special_tokens["eos"]).float()
+        return word_states(hidden, ids, self.checkpoint.special_tokens["eos"], ids.shape[1]).float()
 
     def context(self, ids: Tensor, hands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Token ids [B, 2, 77] and hand features -> unconditional and conditional context [B, L, W]."""

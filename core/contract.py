@@ -9,8 +9,8 @@ Axes: B rows of a batch, S steps of a schedule, K history tensors of a step grap
 L tokens of the context, W width of the context, T width of a time row, V mesh vertices, h w latent size,
 H W image size. A branch axis of 2 is always (unconditional, conditional); a hand axis of 2 is always (left, right).
 
-text_encoder       input_ids[B,77]                                          -> text[B,D]
-hand_prior         x[B,P] history[B,K,P] noise[B,P] text[B,2,D] row[B,R]    -> x, history, finite[B]
+text_encoder       input_ids[B,77]                                          -> text[B,77,D]
+hand_prior         x[B,P] history[B,K,P] noise[B,P] text[B,2,77,D] row[B,R] -> x, history, finite[B]
 hand_features      x[B,P]  -> joints[B,2,21,2] rotations[B,2,16,6] bps[B,2,N] visibility[B,2]
                               vertices[B,V,3] joints_3d[B,62,3] camera[B,3]
 text_hand_encoder  input_ids[B,2,77] joints rotations bps visibility        -> context[B,2,L,W]
@@ -21,7 +21,8 @@ unet               latents[B,4,h,w] history[B,K,4,h,w] noise time[B,T] row[B,R] 
 image_decoder      latents[B,4,h,w]                                         -> image[B,H,W,3] uint8, finite[B]
 
 `joints` are image coordinates in [0, 1] of width and height, y down. `x` is normalised with the manifest's mean and
-standard deviation. `finite` is 1 for rows without NaN or infinity, else 0: the check of what runs on a device. A
+standard deviation. `text` holds the states of a prompt's words, and from its end on the sentence's; bundles from before
+the hand prior looked at words have the sentence's alone, text[B,D] and text[B,2,D], and run alike. `finite` is 1 for rows without NaN or infinity, else 0: the check of what runs on a device. A
 graph names only the inputs that it uses: a configuration without a hand cue lacks that input.
 """
 

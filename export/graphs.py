@@ -28,7 +28,7 @@ from ..models.hand_features import HandFeatures
 from ..models.hand_prior import HandPrior
 from ..models.position_kernel import CrossAttention, attach, cross_attentions
 from ..models.smplh import SMPLH
-from ..models.text_hand_encoder import CUES, TextHandEncoder, encode_text, pooled
+from ..models.text_hand_encoder import CUES, TextHandEncoder, encode_text, word_states
 
 # What `hd-export --precision` takes -> the type that the networks compute in.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -80,7 +80,8 @@ class TextEncoderGraph(nn.Module):
         self.text_encoder, self.eos = checkpoint.text_encoder, checkpoint.special_tokens["eos"]
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return pooled(encode_text(self.text_encoder, input_ids), input_ids, self.eos).float()
+        hidden = encode_text(self.text_encoder, input_ids)
+        return word_states(hidden, input_ids, self.eos, input_ids.shape[1]).float()
 
 
 class HandPriorStep(nn.Module):

@@ -46,7 +46,7 @@ class Config:
     """The numbers that fix every stage's shape. Names follow diffusers and transformers."""
 
     image_size: tuple[int, int] = (128, 128)  # H, W in pixels
-    # Text: both the stage-1 sentence encoder and the Text+Hand encoder
+    # Text: both the text encoder of stage 1 and the Text+Hand encoder
     vocab_size: int = 1024
     text_width: int = 128
     text_layers: int = 4

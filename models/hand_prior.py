@@ -1,9 +1,11 @@
-"""The hand prior (Text-to-Hand-Params): a transformer that denoises SMPL-H parameters for a sentence vector.
+"""The hand prior (Text-to-Hand-Params): a transformer that denoises SMPL-H parameters for a prompt.
 
 It predicts the clean parameters x0 (as MDM does, Tevet et al. 2022). The parameters are cut into 17 tokens along the
-body: a token a finger, an arm, the trunk, the legs, the shape, and each hand's place in the image.
+body: a token a finger, an arm, the trunk, the legs, the shape, and each hand's place in the image. The sentence as a
+whole is added to all of them, and each of them may look at the prompt's words: which gesture is the left hand's and
+which the right's is hard to read out of one vector.
 
-    x0 = prior(x, timestep, text)        # x [B, 330] normalised, timestep [B] in [0, 999], text [B, D]
+    x0 = prior(x, timestep, text)        # x [B, 330] normalised, timestep [B] in [0, 999], text [B, L, D]
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ TOKENS: tuple[tuple[int, ...], ...] = (
     tuple(range(PLACEMENT.start, PLACEMENT.start + 4)),
     tuple(range(PLACEMENT.start + 4, PLACEMENT.stop)),
 )
-# Tokens hold the parameters in another order; this undoes it.
-_ORDER = [index for token in TOKENS for index in token]
-RESTORE = sorted(range(NUM_PARAMS), key=_ORDER.__getitem__)
+# Tokens hold the parameters in another order; RESTORE undoes it.
+ORDER = [index for token in TOKENS for index in token]
+RESTORE = sorted(range(NUM_PARAMS), key=ORDER.__getitem__)
 
 
 def timestep_features(timestep: Tensor, width: int) -> Tensor:
@@ -46,36 +48,76 @@ def timestep_features(timestep: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
+class WordAttention(nn.Module):
+    """Cross-attention to the prompt's words. Its last layer starts at zero: untrained it adds nothing."""
+
+    def __init__(self, width: int, heads: int, text_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.key_value = nn.Linear(text_width, 2 * width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """[B, N, width] and [B, L, D] -> what is added to x, [B, N, width]."""
+        query = self.query(self.norm(x)).unflatten(-1, (self.heads, -1))
+        key, value = self.key_value(text).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        mixed = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
 class Block(nn.Module):
     """A pre-norm transformer block."""
+
+    words: WordAttention | None
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.words = None
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, width] -> the same."""
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x: [B, N, width] -> the same. text: [B, L, D]."""
         query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         mixed = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        if self.words is not None:
+            x = x + self.words(x, text)
         return x + self.mlp(self.norm2(x))
 
 
 class HandPrior(ModelMixin, ConfigMixin):
-    """A transformer diffusion model over SMPL-H parameters. The paper's size is width 512, 8 layers."""
+    """A transformer diffusion model over SMPL-H parameters. The paper's size is width 512, 8 layers.
+
+    words: whether it looks at the prompt's words. Checkpoints from before it could do not say so, and do not.
+    """
 
     mean: Tensor
     std: Tensor
+    order: Tensor
+    restore: Tensor
 
     @register_to_config
-    def __init__(self, width: int = 512, num_layers: int = 8, num_heads: int = 8, text_width: int = 768) -> None:
+    def __init__(
+        self,
+        width: int = 512,
+        num_layers: int = 8,
+        num_heads: int = 8,
+        text_width: int = 768,
+        words: bool = False,
+    ) -> None:
         super().__init__()
         # Normalisation of the parameters, saved with the weights: x = (params - mean) / std.
         self.register_buffer("mean", torch.zeros(NUM_PARAMS))
         self.register_buffer("std", torch.ones(NUM_PARAMS))
+        # Where the tokens' parameters are from, and back. On the device: a list would be carried there at every step.
+        self.register_buffer("order", torch.tensor(ORDER), persistent=False)
+        self.register_buffer("restore", torch.tensor(RESTORE), persistent=False)
         self.encode = nn.ModuleList(nn.Linear(len(token), width) for token in TOKENS)
         self.decode = nn.ModuleList(nn.Linear(width, len(token)) for token in TOKENS)
         self.place = nn.Parameter(torch.randn(2 + len(TOKENS), width) * 0.02)
@@ -83,15 +125,31 @@ class HandPrior(ModelMixin, ConfigMixin):
         self.text = nn.Linear(text_width, width)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
+        if words:
+            self.read_words()
+
+    def read_words(self) -> None:
+        """Gives every block its attention to the words, where there is none yet; what x0 is does not change by it."""
+        for index, block in enumerate(self.blocks):
+            if block.words is None:
+                with torch.random.fork_rng(devices=()):
+                    torch.manual_seed(index)  # whoever goes on from one checkpoint starts from the same numbers
+                    new = WordAttention(self.config.width, self.config.num_heads, self.config.text_width)
+                block.words = new.to(block.out.weight)
+        self.register_to_config(words=True)
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """x: [B, P] noisy normalised parameters; timestep: [B]; text: [B, D]. Returns x0 [B, P]."""
+        """x0 [B, P] of noisy normalised parameters x [B, P] at timestep [B].
+
+        text: [B, L, D], the text encoder's states of the words, the sentence's last; see `word_states`.
+        """
         time = self.time(timestep_features(timestep, self.config.width).to(x.dtype))
-        tokens = [layer(x[:, list(token)]) for layer, token in zip(self.encode, TOKENS, strict=True)]
-        sequence = torch.stack([time, self.text(text), *tokens], 1) + self.place
+        parts = x.index_select(1, self.order).split([len(token) for token in TOKENS], 1)
+        tokens = [layer(part) for layer, part in zip(self.encode, parts, strict=True)]
+        sequence = torch.stack([time, self.text(text[:, -1]), *tokens], 1) + self.place
         sequence = torch.cat([sequence[:, :2], sequence[:, 2:] + sequence[:, :1] + sequence[:, 1:2]], 1)
         for block in self.blocks:
-            sequence = block(sequence)
+            sequence = block(sequence, text)
         sequence = self.norm(sequence)
         out = [layer(sequence[:, 2 + index]) for index, layer in enumerate(self.decode)]
-        return torch.cat(out, 1)[:, RESTORE]
+        return torch.cat(out, 1).index_select(1, self.restore)

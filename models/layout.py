@@ -106,6 +106,7 @@ class HandPrior(TypedDict, total=False):
     num_layers: Count
     num_heads: Heads
     text_width: Width
+    words: Yes
 
 
 class PositionKernel(TypedDict, total=False):

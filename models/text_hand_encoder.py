@@ -51,10 +51,19 @@ CLIP_KEYS = (
 )
 
 
-def pooled(hidden: Tensor, input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """The sentence vector [B, W]: the output at the first end-of-text token (padding is the same token)."""
-    at = (input_ids == eos_token_id).to(torch.int32).argmax(-1)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
+def word_states(hidden: Tensor, input_ids: Tensor, eos_token_id: int, length: int) -> Tensor:
+    """A text model's states of a prompt's words [N, length, W], from its outputs [N, L, W] for token ids [N, L].
+
+    In the place of the first end-of-text token and in all that follow stands that token's state, which is the sentence
+    vector of CLIP's pooler: padding says nothing of its own, nothing need be masked, and `[:, -1]` is the sentence.
+    length: of the whole prompt, L or more; the ids may be cut after the last end of a text.
+    """
+    end = (input_ids == eos_token_id).to(torch.int32).argmax(-1)
+    sentence = hidden[torch.arange(hidden.shape[0], device=hidden.device), end]
+    ended = torch.arange(length, device=hidden.device) >= end[:, None]
+    if hidden.shape[1] < length:
+        hidden = F.pad(hidden, (0, 0, 0, length - hidden.shape[1]))
+    return torch.where(ended[..., None], sentence[:, None], hidden)
 
 
 def causal_mask(length: int, free_from: int, device: torch.device) -> Tensor:

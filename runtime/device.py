@@ -239,7 +239,7 @@ class DeviceLoop:
         self.tables: dict[tuple[Any, ...], DeviceTable] = {}
         text = graphs["text_encoder"].outputs["text"]
         self.both = cuda.zeros((slots, 2, *text.shape[1:]), text.dtype)  # of each prompt: without text, with it
-        self.no_text: Any = None  # the empty prompt's sentence vector [D], on the device
+        self.no_text: Any = None  # the text of the empty prompt [77, D], on the device
         self.after_run: Callable[[], None] = lambda: None
         self.at_close: Callable[[], None] = lambda: None
         self.closed = False
@@ -526,7 +526,7 @@ class DeviceLoop:
         return joints
 
     def _encode(self, ids: np.ndarray) -> Any:
-        """Sentence vectors [B, D] of prompts [B, length]; the first time also the empty prompt's."""
+        """The text [B, 77, D] of prompts [B, length]; the first time also the empty prompt's."""
         encoder, side = self.graphs["text_encoder"], self.side
         if self.no_text is None:
             self.staging.upload(side, encoder.inputs["input_ids"][:1], self.bundle.tokenizer.encode("")[0][None])

@@ -44,7 +44,7 @@ class HostLoop:
         self._step_times = {
             name: StepTimes(only=getattr(engines.get(name), "batches", None)) for name in ("hand_prior", "unet")
         }
-        self._no_text: np.ndarray | None = None  # text_encoder of "", [D]
+        self._no_text: np.ndarray | None = None  # text_encoder of "", [77, D]
         self._cancelled: set[Hashable] = set()
         self._ready: deque[Work] = deque()  # has its context, waits for a slot
         self._running: dict[Hashable, Work] = {}
@@ -201,11 +201,11 @@ class HostLoop:
         return self.engines["hand_features"]({"x": x[None]})["joints_3d"][0]
 
     def _hand_job(self, request: Request, text: np.ndarray) -> Job:
-        """Stage 1's job; text is the prompt's sentence vector [D]."""
+        """Stage 1's job; text is what the text encoder says of the prompt [77, D]."""
         if self._no_text is None:
             ids = self.bundle.tokenizer.encode("")[0]
             self._no_text = self.engines["text_encoder"]({"input_ids": ids[None]})["text"][0]
-        both = np.stack([self._no_text, text])  # [2, D]
+        both = np.stack([self._no_text, text])  # [2, 77, D]
         return _job(request, HANDS, self.bundle.table(HANDS, request), (NUM_PARAMS,), {"text": both})
 
     def _job(self, work: Work) -> Job:

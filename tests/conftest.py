@@ -62,7 +62,7 @@ def body_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint_folder(body_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint of odd sizes, with a positional kernel that does something."""
+    """A random checkpoint of odd sizes, whose positional kernel and attention to words do something."""
 
     def make(folder: Path) -> None:
         import torch
@@ -73,6 +73,8 @@ def tiny_checkpoint_folder(body_path: Path, tmp_path_factory: pytest.TempPathFac
         generator = torch.Generator().manual_seed(0)
         for parameter in checkpoint.position_kernel.parameters():
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        for block in checkpoint.hand_prior.blocks:
+            block.words.out.weight.data = 0.3 * torch.randn(block.words.out.weight.shape, generator=generator)
         checkpoint.save(folder)
 
     return once(tmp_path_factory, "checkpoint", make)

@@ -16,7 +16,7 @@ from ..data.latents import encode_prompts
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
-from ..models.text_hand_encoder import pooled
+from ..models.text_hand_encoder import word_states
 
 CUES = ("joints", "rotations", "bps", "visibility")
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -44,12 +44,13 @@ def ddim(network: Network, x: Tensor, schedule: dict[str, Any], steps: int) -> T
 def sample_hands(checkpoint: Checkpoint, ids: Tensor, seed: int = 0, steps: int | None = None) -> Tensor:
     """Stage 1, as the checkpoint's defaults have it: token ids [N, 77] -> normalised parameters [N, P]."""
 
-    def sentences(ids: Tensor) -> Tensor:
-        return pooled(checkpoint.text_encoder(ids).last_hidden_state, ids, checkpoint.special_tokens["eos"])
+    def words(ids: Tensor) -> Tensor:
+        hidden = checkpoint.text_encoder(ids).last_hidden_state
+        return word_states(hidden, ids, checkpoint.special_tokens["eos"], ids.shape[1])
 
-    text, guidance = sentences(ids), checkpoint.defaults["hand_guidance"]
+    text, guidance = words(ids), checkpoint.defaults["hand_guidance"]
     empty = encode_prompts([""], checkpoint.tokenizer, checkpoint.special_tokens).to(ids.device)
-    without = sentences(empty).expand_as(text)
+    without = words(empty).expand_as(text)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         given = checkpoint.hand_prior(x, t, text)

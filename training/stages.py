@@ -3,7 +3,7 @@
     stage = Stage("pictures", PictureLoss(checkpoint, plan), cache.rows, picture_inputs(checkpoint, plan), train)
 
 The stages are trained independently of each other, as in the paper: the VAE on pictures, the hand prior with its
-sentence encoder on (prompt, SMPL-H parameters), the Text+Hand encoder with the UNet on (prompt, hands, picture), after
+text encoder on (prompt, SMPL-H parameters), the Text+Hand encoder with the UNet on (prompt, hands, picture), after
 a pre-training of the encoder alone that stands in for CLIP's where there is none. Each loss is a mean over its rows, so
 that a batch may be shared out and cut in parts.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..contract import BETAS, PLACEMENT, ROTATIONS
 from ..models.checkpoint import Checkpoint
-from ..models.text_hand_encoder import TextHandEncoder, pooled
+from ..models.text_hand_encoder import TextHandEncoder, word_states
 from .draws import Draws
 from .recipe import EncoderPlan, HandPriorPlan, PicturesPlan, VaePlan
 from .sample import CUES
@@ -91,10 +91,11 @@ def vae_inputs(checkpoint: Checkpoint, plan: VaePlan) -> Inputs:
 
 
 class HandPriorLoss(nn.Module):
-    """The hand prior and the sentence encoder that conditions it."""
+    """The hand prior and the text encoder that conditions it. A prior that does not look at the words yet learns to."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
+        checkpoint.hand_prior.read_words()
         self.text_encoder, self.hand_prior = checkpoint.text_encoder, checkpoint.hand_prior
         self.eos = checkpoint.special_tokens["eos"]
         # Fingers and places decide the picture; legs and trunk hardly move.
@@ -105,10 +106,13 @@ class HandPriorLoss(nn.Module):
         self.register_buffer("weight", weight / weight.mean(), persistent=False)
 
     def forward(self, ids: Tensor, noisy: Tensor, timestep: Tensor, clean: Tensor) -> Tensor:
-        # The encoder looks back only, so what follows the last end-of-text token costs time and changes nothing.
-        ids = ids[:, : int((ids == self.eos).int().argmax(1).max()) + 1]
-        hidden = self.text_encoder(ids).last_hidden_state
-        predicted = self.hand_prior(noisy, timestep, pooled(hidden, ids, self.eos))
+        length = ids.shape[1]
+        if ids.device.type == "cpu":
+            # The encoder looks back only, so what follows the last end-of-text token costs time and changes nothing.
+            # A GPU would lose more: it would be waited for at every step.
+            ids = ids[:, : int((ids == self.eos).int().argmax(1).max()) + 1]
+        text = word_states(self.text_encoder(ids).last_hidden_state, ids, self.eos, length)
+        predicted = self.hand_prior(noisy, timestep, text)
         return (self.weight * (predicted.float() - clean).square()).mean()
 
 

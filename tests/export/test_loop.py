@@ -144,10 +144,10 @@ def test_without_guidance_the_conditional_branch_runs_alone(tiny_checkpoint, eng
 
 
 def test_the_hand_prior_equals_diffusers(tiny_checkpoint, engines):
-    """Stage 1: x0 prediction, a text vector for each branch."""
+    """Stage 1: x0 prediction, a text for each branch."""
     schedule = tiny_checkpoint.hand_scheduler
     generator = torch.Generator().manual_seed(1)
-    text = torch.randn(2, tiny_checkpoint.text_encoder.config.hidden_size, generator=generator)
+    text = torch.randn(2, 77, tiny_checkpoint.text_encoder.config.hidden_size, generator=generator)
     start = torch.randn(330, generator=generator)
     table = rows(NoiseSchedule.from_config(schedule), "ddim", STEPS, GUIDANCE, 1)
     sampler = StepSampler(engines["hand_prior"], "x", 1, 1)

@@ -9,7 +9,7 @@ import torch
 from handiffuser.contract import BETAS, NUM_PARAMS, ROTATIONS
 from handiffuser.models.hand_features import HAND_ROTATIONS, HandFeatures, make_basis
 from handiffuser.models.smplh import SMPLH, matrix_to_rotation_6d, rotation_6d_to_matrix
-from handiffuser.models.text_hand_encoder import CUES, TextHandEncoder, camera_rotations, encode_text, pooled
+from handiffuser.models.text_hand_encoder import CUES, TextHandEncoder, camera_rotations, encode_text, word_states
 from transformers import CLIPTextConfig, CLIPTextModel
 
 EOS = 99
@@ -62,10 +62,16 @@ def test_without_hand_cues_it_is_clip(clip, ids):
     torch.testing.assert_close(encoder(ids), clip(ids).last_hidden_state, atol=2e-6, rtol=1e-5)
 
 
-def test_pooled_is_clips_pooler(clip, ids):
+def test_words_end_with_clips_pooler(clip, ids):
+    ids[1, 5:], ids[2, 1:] = EOS, EOS  # a prompt of four words, and an empty one
     out = clip(ids)
     torch.testing.assert_close(encode_text(clip, ids), out.last_hidden_state, atol=2e-6, rtol=1e-5)
-    assert torch.equal(pooled(out.last_hidden_state, ids, EOS), out.pooler_output)
+    states = word_states(out.last_hidden_state, ids, EOS, 77)
+    for row, end in enumerate((20, 5, 1)):
+        assert torch.equal(states[row, :end], out.last_hidden_state[row, :end])
+        assert torch.equal(states[row, end:], out.pooler_output[row].expand(77 - end, -1))
+    cut = clip(ids[:, :21]).last_hidden_state  # text looks back only: what follows the last end need not be read
+    torch.testing.assert_close(word_states(cut, ids[:, :21], EOS, 77), states, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cues", [c for n in range(4) for c in combinations(CUES, n)], ids="+".join)
