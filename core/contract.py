@@ -21,9 +21,10 @@ unet               latents[B,4,h,w] history[B,K,4,h,w] noise time[B,T] row[B,R] 
 image_decoder      latents[B,4,h,w]                                         -> image[B,H,W,3] uint8, finite[B]
 
 `joints` are image coordinates in [0, 1] of width and height, y down. `x` is normalised with the manifest's mean and
-standard deviation. `text` holds the states of a prompt's words, and from its end on the sentence's; bundles from before
-the hand prior looked at words have the sentence's alone, text[B,D] and text[B,2,D], and run alike. `finite` is 1 for rows without NaN or infinity, else 0: the check of what runs on a device. A
-graph names only the inputs that it uses: a configuration without a hand cue lacks that input.
+standard deviation. `text` holds the states of a prompt's words, and from its end on the sentence's; in bundles from
+before the hand prior looked at words it is the sentence's alone, text[B,D] and text[B,2,D]. `finite` is 1 for rows
+without NaN or infinity, else 0: the check of what runs on a device. A graph names only the inputs that it uses: a
+configuration without a hand cue lacks that input.
 """
 
 from __future__ import annotations

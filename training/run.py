@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,21 +116,23 @@ class Run:
     def checkpoint(self, students: bool = True) -> Checkpoint:
         """The checkpoint with every stage that has been trained so far. students: also what was distilled from it."""
         checkpoint = self.begin()
-        modules: dict[str, nn.Module] = {
-            "vae": VaeLoss(checkpoint, self.recipe.vae),
-            "hand-prior": HandPriorLoss(checkpoint),
-            "encoder": nn.ModuleDict({"encoder": checkpoint.text_hand_encoder}),
-            "pictures": PictureLoss(checkpoint, self.recipe.pictures),
+        # Made only where something was learned: a hand prior that nobody trains stays the network that it was.
+        modules: dict[str, Callable[[], nn.Module]] = {
+            "vae": lambda: VaeLoss(checkpoint, self.recipe.vae),
+            "hand-prior": lambda: HandPriorLoss(checkpoint),
+            "encoder": lambda: nn.ModuleDict({"encoder": checkpoint.text_hand_encoder}),
+            "pictures": lambda: PictureLoss(checkpoint, self.recipe.pictures),
         }
         if students:
             modules |= {f"distill-{runs}": modules["pictures"] for runs in self.recipe.distill.runs}
-        for name, module in modules.items():
+        for name, make in modules.items():
             learned = averages(self.folder / name)
             if name == "encoder":  # what it read off the tokens with is of no use any more
                 learned = {key: value for key, value in learned.items() if key.startswith("encoder.")}
             if any(".lora_A." in key for key in learned):
                 lora.merge(checkpoint, self.write_adapter(name))
             elif learned:
+                module = make()
                 known = module.state_dict()  # parts that were held fixed are not among what was learned
                 if any(key not in known or known[key].shape != value.shape for key, value in learned.items()):
                     raise TrainingError(f"{self.folder / name} is of another network. Name another --run.")
