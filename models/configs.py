@@ -113,7 +113,7 @@ CONFIGS = {
         steps=4,
         hand_steps=3,
     ),
-    # The finest level looks at hands and words too; among themselves its 1024 pixels would cost as much as all the rest.
+    # The finest level looks at hands and words, too; its 1024 pixels at each other would cost as much as all the rest.
     "demo": Config(
         rotation_frame="camera",
         unet_attention=(True, True, True),
