@@ -152,7 +152,8 @@ def test_stages_on_a_device_leave_its_loop_as_it_was(tiny_bundle, all_at_once, m
     requests = measure.make_requests(host, 3, steps=2, guidance=3.0)
     expected = {picture.id: picture.image for picture in host.run(requests)}
     for picture in loop.run(requests, lambda *_: None):
-        np.testing.assert_array_equal(picture.image, expected[picture.id])
+        # A batch's size changes how sums are rounded, which now and then moves a colour by one.
+        np.testing.assert_allclose(picture.image.astype(int), expected[picture.id], rtol=0, atol=1)
 
 
 def test_outliers_are_kept():
