@@ -7,6 +7,7 @@ on_gpu = OnnxRuntimeDeviceEngine(engine)        # CUDA: bound to device arrays, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -26,6 +27,7 @@ from ..contract import BRANCHES, FLOAT32_GRAPHS, LARGEST, GraphSpec, Manifest
 from ..errors import BundleError, EngineError
 from . import cpu
 from .base import Engine, check_feeds, check_host
+from .cuda import Cuda
 from .plans import Shelf
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -205,6 +207,13 @@ class OnnxRuntimeEngine:
         _check_contract(path, spec, self.session.get_inputs(), self.session.get_outputs(), capture or {})
         self.names = [tensor.name for tensor in spec.outputs]
         self.file_names = [tensor.name for tensor in self.session.get_outputs()]
+
+    def __del__(self) -> None:
+        # Buffers that a run needed on the host are given back by a callback of the stream. The last to hold a session's
+        # allocator must not be that callback: CUDA refuses to free anything there, and ONNX Runtime ends the process.
+        if getattr(self, "device", "cpu") == "cuda":
+            with contextlib.suppress(Exception):  # such as at the interpreter's end
+                Cuda().call("cudaDeviceSynchronize")
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         check_feeds(self.spec, feeds)

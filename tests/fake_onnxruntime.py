@@ -84,6 +84,12 @@ class IOBinding(Strict):
         self.bind_input(name, device_type, device_id, element_type, shape, buffer_ptr)
 
 
+def _ended(gpu: Any, name: str, waiting: list[int]) -> None:
+    """As seen on an H200: the stream's callback would free the session's buffers, which CUDA forbids there."""
+    if waiting[0] and gpu.broken is None:
+        gpu.problem(f"the session of {name} ends while the device still has to run it")
+
+
 class InferenceSession(Strict):
     def __init__(self, fake: FakeOnnxRuntime, path: str, options: Any, choices: dict[str, str]) -> None:
         assert set(choices) <= OPTIONS, f"the CUDA provider has no option {set(choices) - OPTIONS}"
@@ -100,6 +106,7 @@ class InferenceSession(Strict):
         self._weights, self._scratch = self._allocate(WEIGHTS), {}
         self._gpu.put(self._weights)
         self._captured: tuple[Any, dict] | None = None  # executable graph, and what was bound to it
+        self._waiting, self._watched = [0], 0  # runs that the device has not come to
         fake.sessions.append((self._path.stem, choices))
 
     def get_inputs(self):
@@ -139,7 +146,11 @@ class InferenceSession(Strict):
         if self._gpu.capturing is not None:
             self._gpu.problem(f"ONNX Runtime runs {self._path.stem} in a capture that is not its own")
         op = self._op(bound)
+        if len(self._scratch) != self._watched:  # the latest is called first, before memory is freed
+            self._watched = len(self._scratch)
+            weakref.finalize(self, _ended, self._gpu, self._path.stem, self._waiting)
         for _ in range(2 if self._replays else 1):
+            self._waiting[0] += 1
             self._enqueue(op)
         if self._replays:
             self._call("cudaStreamSynchronize", self._stream)
@@ -166,13 +177,14 @@ class InferenceSession(Strict):
         if rows not in self._scratch:
             self._scratch[rows] = self._allocate(SCRATCH * rows)
         gpu, session, name = self._gpu, self._session, self._path.stem
-        scratch = (self._scratch[rows], SCRATCH * rows)
+        scratch, waiting = (self._scratch[rows], SCRATCH * rows), self._waiting
 
         def view(tensor):
             address, dtype, shape = tensor
             return gpu.view(address, _size(tensor)).view(dtype).reshape(shape)
 
         def work() -> None:
+            waiting[0] = max(0, waiting[0] - 1)
             feeds = {key: view(tensor).copy() for key, tensor in given.items()}
             gpu.view(*scratch)[:] = GARBAGE
             results = dict(zip(given_back, session.run(list(given_back), feeds), strict=True))

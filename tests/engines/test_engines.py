@@ -231,6 +231,19 @@ def test_a_session_may_capture_a_graph_of_its_own(toy, fake_ort):
     assert not plain.own_graph and "enable_cuda_graph" not in fake_ort.sessions[1][1]
 
 
+def test_a_session_ends_after_its_last_run(toy, fake_ort):
+    """Else its host buffers are freed in a callback of the stream, which CUDA forbids: the process ends."""
+    cuda = Cuda()
+    stream = cuda.stream()
+    engine = OnnxRuntimeDeviceEngine(OnnxRuntimeEngine(toy, SPEC, "cuda", stream=int(stream.handle)))
+    engine.bind(
+        {tensor.name: cuda.zeros((4, *tensor.shape[1:]), tensor.dtype) for tensor in SPEC.inputs},
+        {tensor.name: cuda.zeros((4, *tensor.shape[1:]), tensor.dtype) for tensor in SPEC.outputs},
+    )
+    engine.enqueue(stream)
+    del engine  # the fixture asks what the fake GPU thinks of it
+
+
 def test_only_steps_replay_and_a_refusal_runs_without(toy_bundle, fake_ort):
     manifest, streams = Manifest.load(toy_bundle), Streams.make(Cuda(), True)
     fake_ort.refuse = ("hand_prior",)
