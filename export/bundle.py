@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import Tensor, nn
 
 from ..contract import MANIFEST, NUM_HISTORY, TOKENIZER, GraphSpec, Manifest, TensorSpec, file_digest
@@ -49,6 +50,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 1e-1}
 OPSET = 23  # keeps GroupNormalization and Attention whole; ONNX Runtime >= 1.23 runs it
 EXTERNAL = 1 << 30  # bytes of weights above which they go into a file beside the graph (protobuf ends at 2 GB)
 PAGE_OUT, WORTH = 21, 1 << 20  # MADV_PAGEOUT, and bytes of a tensor from which on it is called
+ONCE = 1 << 16  # elements up to which tensors are compared with each other, and equal ones stored once
 COMPACT = 1024  # elements from which a tensor is worth storing in half
 
 
@@ -198,6 +200,8 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     assert program is not None
     write_out_norms(program.model)
     fold_upsampling(program.model)
+    # Position codes of the levels' grids are the same in each of their layers.
+    DeduplicateInitializersPass(size_limit=ONCE)(program.model)
     compact(program.model)
     fuse_attention(program.model)
     if graph.name == "unet":  # the hand prior takes the text at once, and has nothing of weight to share
