@@ -57,6 +57,7 @@ PING = 15.0  # seconds of silence after which a stream says that it is alive
 KEPT_HANDS = 1000  # files of hands that clients sent or were given
 KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # of pictures that wait to be fetched by URL
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+PNG_LEVEL = 4  # of zlib: in less than half of the usual level's time, 4 % larger
 CODES = {429: "queue_full", 504: "timeout"}
 DRAWN_SEEDS = 2**31  # seeds that are drawn, so that every client can hold them
 
@@ -203,7 +204,7 @@ def encoded(image: np.ndarray, format: str = "png", quality: int | None = None) 
     """uint8 [H, W, 3] as a file's content."""
     buffer = io.BytesIO()
     if format == "png":
-        Image.fromarray(image).save(buffer, "PNG")
+        Image.fromarray(image).save(buffer, "PNG", compress_level=PNG_LEVEL)
     else:
         Image.fromarray(image).save(buffer, format.upper(), quality=90 if quality is None else quality)
     return buffer.getvalue()
@@ -387,7 +388,9 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
             warnings.extend(sentence for sentence in said if sentence not in warnings)
 
             def make() -> dict[str, Any]:
+                started = time.perf_counter()
                 content = encoded(image, body.output_format, body.output_compression)
+                service.metrics.observe("encoding_time", time.perf_counter() - started)
                 entry: dict[str, Any] = {"id": ticket.id, "seed": ticket.request.seed}
                 if body.return_hands:
                     entry |= {"hands": as_json(hands), "hands_id": service.keep_hands(hands, body.prompt)}
