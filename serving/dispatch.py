@@ -42,7 +42,7 @@ HANDS_AT_ONCE = 64  # requests for hands alone that may be under way
 CROWDED = "The queue is full, and others, who have fewer pictures in it, came. Try again later."
 FORGET = 0.98  # of what was measured, at each picture
 LOOK = 1.0  # seconds between two looks at workers that may hang
-STUCK_AFTER = 60.0  # seconds without a word
+STUCK_AFTER = 60  # seconds without a word
 SLOW = 10.0  # times the slowest step, and times as long until a worker has shown how slow it is
 
 

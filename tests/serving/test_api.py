@@ -199,6 +199,21 @@ def test_health_metrics_and_headers(served):
     assert served.client.put("/v1/models").status_code == 405
 
 
+def test_what_a_stranger_tries_first(served):
+    for path in ("/", "/page.js", "/healthz", "/readyz"):
+        head, get = served.client.head(path), served.client.get(path)
+        assert head.status_code == get.status_code == 200 and not head.content
+        assert head.headers["content-type"] == get.headers["content-type"]
+    nowhere, put = served.client.get("/docs"), served.client.put("/v1/models")
+    assert nowhere.status_code == 404 and "no /docs here" in nowhere.json()["error"]["message"]
+    assert put.status_code == 405 and put.headers["allow"] == "GET" and "PUT is not" in put.json()["error"]["message"]
+    headers = {"content-type": "application/json"}
+    for body, where in ((b'{"prompt":', "10"), (b"", "empty"), (b'{"prompt": "a",}', "15")):
+        broken = served.client.post("/v1/images/generations", content=body, headers=headers)
+        assert broken.status_code == 400 and broken.json()["error"]["code"] == "invalid_json", broken.text
+        assert where in broken.json()["error"]["message"], broken.text
+
+
 def test_metrics_say_how_long_each_stage_took(served):
     stages = (
         "text_encoder",
