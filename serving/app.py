@@ -311,7 +311,7 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
             return problem(400, f"The body is no JSON: {why}, at character {first['loc'][-1]}.", code="invalid_json")
         where = ".".join(str(part) for part in first["loc"] if part not in ("body", "HandsField"))
         if first["type"] == "missing" and not where:
-            return problem(400, "The body is empty. It must be JSON: GET /openapi.json says what of.", code="invalid_json")
+            return problem(400, "The body is empty. It must be JSON.", code="invalid_json")
         if first["type"] == "extra_forbidden":
             return problem(400, f"The field {where[:60]} is unknown here.", code="unknown_field", param=where[:60])
         said = first["msg"].rstrip(".")

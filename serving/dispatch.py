@@ -390,6 +390,7 @@ class Dispatcher:
         worker.process.kill()
         worker.round += 1  # what it still says is not heard, nor that it is gone: a process may be slow to die
         self._gone(worker)
+        self._pump()
 
     def _gone(self, worker: Worker) -> None:
         """A worker has ended: what it had is done by another, or by the next one."""
@@ -403,8 +404,10 @@ class Dispatcher:
             ticket.tries += 1
             if ticket.tries >= TRIES:
                 self._end(ticket, Event("failure", (f"{TRIES} workers ended while they made this picture.",)))
+            elif ticket.alone and (others := [other for other in self.workers if other.slots]):
+                self._give(min(others, key=lambda other: len(other.has)), ticket)
             elif ticket.alone:
-                self._end(ticket, Event("failure", ("The worker ended. Send the request again.",)))
+                self._end(ticket, Event("failure", ("The worker ended. Send the request again.", 503)))
             else:
                 self.queue.put_back(ticket.owner, ticket.cost, ticket)
         if self.fatal is None:

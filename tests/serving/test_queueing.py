@@ -490,32 +490,32 @@ def same_as_alone(folder, data, numbers):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """A dispatcher whose one worker has a request, and look(seconds, times): it looks, as time goes by."""
+    """A dispatcher of two workers that only seem to be there, of which the first is ready and has a request; and
+    look(seconds, times): it looks at them as time goes by, and says how many it has killed so far."""
     from types import SimpleNamespace
 
     from handiffuser import Request
-    from handiffuser.serving.dispatch import Dispatcher
+    from handiffuser.serving import dispatch
 
-    said = []
-    dispatcher = Dispatcher([Options("nowhere")], True, say=said.append)
-    dispatcher.loop = SimpleNamespace(call_later=lambda *_: None)
-    dispatcher.said = said
-    (worker,) = dispatcher.workers
-    killed = []
-    worker.process, worker.outbox = (
-        SimpleNamespace(kill=lambda: killed.append(worker.number)),
-        SimpleNamespace(put=lambda message: None),
-    )
+    killed, said = [], []
+    dispatcher = dispatch.Dispatcher([Options("nowhere")] * 2, True, say=said.append)
+    dispatcher.loop, dispatcher.said = SimpleNamespace(call_later=lambda *_: None), said
+    for worker in dispatcher.workers:
+        worker.process = SimpleNamespace(kill=lambda number=worker.number: killed.append(number))
+        worker.outbox = SimpleNamespace(put=lambda message: None)
 
     def look(seconds, times=1):
         for _ in range(times):
             dispatcher._look(time.monotonic() - seconds)
         return len(killed)
 
-    ready = {"slots": 4, "pid": 1, "warnings": [], "rate": 10.0, "slowest": 0.5}
-    dispatcher._take(worker, worker.round, ("ready", ready))
-    ticket, *_ = dispatcher.submit("a", [Request("a fist", id="one", seed=0, steps=4)])
+    worker = dispatcher.workers[0]
+    dispatcher._take(worker, worker.round, ("ready", READY))
+    (ticket,) = dispatcher.submit("a", [Request("a fist", id="one", seed=0, steps=4)])
     return dispatcher, worker, look, ticket
+
+
+READY = {"slots": 4, "pid": 1, "warnings": [], "rate": 10.0, "slowest": 0.5}
 
 
 def test_a_worker_that_says_nothing_has_hung(watched):
@@ -529,6 +529,18 @@ def test_a_worker_that_says_nothing_has_hung(watched):
     dispatcher._take(worker, round, ("gone",))
     assert worker.deaths == 1 and not ticket.done and ticket.tries == 1
     assert look(1, 1000) == 1  # it has nothing to do now
+
+
+def test_what_a_worker_had_that_hung_goes_to_another(watched):
+    from handiffuser import Request
+
+    dispatcher, worker, look, ticket = watched
+    hands = dispatcher.submit_hands("a", Request("a fist", id="hands", seed=0, steps=1))
+    other = dispatcher.workers[1]
+    dispatcher._take(other, other.round, ("ready", READY))
+    assert set(worker.has) == {"one", "hands"} and look(1, 61) == 1
+    assert set(other.has) == {"one", "hands"} and not hands.done and not ticket.done
+    assert look(1, 61) == 2 and hands.done and not ticket.done  # nobody is left: hands alone do not wait
 
 
 def test_who_is_only_slow_has_not_hung(watched):
