@@ -4,8 +4,9 @@
 
 Each server is a process of its own, over the same engines, with as many threads. The load is open-loop: a request is
 sent at its time, whether the ones before it were answered or not. The capacity, of which arrival rates are shares, is
-that of the bare loop: all requests at once, in a process without HTTP. What ways are compared take turns in every
-round; a round's figures are kept.
+that of the bare loop: all requests at once, in a process without HTTP, each picture made a PNG in base64, which is what
+a server has to send. What ways are compared take turns in every round; a round's figures are kept. CPU seconds are the
+server's own, with all of its threads; the client is another process, and is not counted.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ PATIENCE = 120.0  # seconds for a server to be ready
 BARE = """
 import json, sys, time
 from handiffuser import HanDiffuser, Request
+from handiffuser.serving.app import base64_of, encoded
 engines, device, threads, batch, backend = json.loads(sys.argv[1])
 requests = [Request(**values) for values in json.load(sys.stdin)]
 pipeline = HanDiffuser.load(engines, device, threads, batch, backend)
 pipeline.generate("warm up", steps=2)
 start, cpu = time.perf_counter(), time.process_time()
-assert len(list(pipeline.run(requests))) == len(requests)
+assert len([base64_of(encoded(picture.image)) for picture in pipeline.run(requests)]) == len(requests)
 print(len(requests) / (time.perf_counter() - start), (time.process_time() - cpu) / len(requests))
 """
 
@@ -119,7 +121,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def bare(engines: str, requests: Sequence[Request], how: dict[str, Any]) -> tuple[float, float]:
-    """Pictures a second of the loop alone, in a process of its own, and CPU seconds a picture."""
+    """Pictures a second, as PNG, of the loop alone in a process of its own, and CPU seconds a picture."""
     import json
     from dataclasses import asdict
 

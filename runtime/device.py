@@ -90,6 +90,7 @@ class DeviceSampler:
         self.advance = _advance([(graph.inputs[name], graph.outputs[name]) for name in moving])
         self.count = 0  # steps launched so far
         self.times = times
+        self.seconds = 0.0  # of the steps that were waited for, on the device
         self.marks: deque[tuple[Any, Any, int, bool]] = deque()  # start, end, rows, alone: of the steps under way
 
     @property
@@ -113,16 +114,16 @@ class DeviceSampler:
 
         Returns the number of jobs that made a step.
         """
-        count = len(self.jobs)
+        count, unguided = len(self.jobs), self._unguided()
         if self.times is not None:
-            count = self.times.choose(count, self._alone(count))
+            count = self.times.choose(count, unguided)
         start = stream.record(timed=True) if self.times is not None else None
         for i, job in enumerate(self.jobs[:count]):
             for name in self.tables:
                 stream.copy(self.graph.inputs[name][i], job.table.steps[name][job.position])
             if job.noise.stochastic:
                 self.noise.step(stream, self.graph.inputs["noise"][i], job.noise, job.position)
-        alone = self._alone(count)
+        alone = all(unguided[:count])
         self.graph.launch(stream, count, self.advance, alone)
         line = self.count % LOG
         stream.copy(self.log[line][:count], self.graph.outputs["finite"][:count])
@@ -150,17 +151,19 @@ class DeviceSampler:
         while len(self.marks) > ahead:
             start, end, rows, alone = self.marks.popleft()
             end.synchronize()
+            seconds = end.seconds_since(start)
+            self.seconds += seconds
             if self.times is not None:
-                self.times.add(rows, end.seconds_since(start), alone)
+                self.times.add(rows, seconds, alone)
 
     def clear(self) -> None:
         """Forgets the jobs, and steps that nobody waited for."""
         self.jobs.clear()
         self.marks.clear()
 
-    def _alone(self, count: int) -> bool:
-        """Whether the first jobs take a step without guidance."""
-        return all(job.table.table.rows[job.position, GUIDANCE] == 1 for job in self.jobs[:count])
+    def _unguided(self) -> list[bool]:
+        """Of each job whether its step is without guidance."""
+        return [bool(job.table.table.rows[job.position, GUIDANCE] == 1) for job in self.jobs]
 
     def _remove(self, stream: Any, i: int) -> None:
         """Closes row i's gap: the rows behind it move up, so that they stay in the order of their age."""
@@ -243,7 +246,7 @@ class DeviceLoop:
         self.after_run: Callable[[], None] = lambda: None
         self.at_close: Callable[[], None] = lambda: None
         self.closed = False
-        self.timings = {"total": 0.0}  # seconds in `run`; of the graphs only the device knows
+        self.timings = {"unet": 0.0, "total": 0.0}  # seconds of steps that have events, and in `run`
         self.consumed: list[Any] = []  # events: stage 1's outputs have been read, and may be overwritten
         self.cancelled: set[Hashable] = set()
         self.ready: deque[tuple[_Batch, int]] = deque()
@@ -324,6 +327,7 @@ class DeviceLoop:
                 finished: list[tuple[DeviceJob, Any]] = []
                 tell("steps", self._step(finished, exits))
                 self.sampler.wait(AHEAD)
+                self.timings["unet"] = self.sampler.seconds
             while exits and (exits[0].event.done() or not self.sampler.jobs):
                 exits[0].event.synchronize()
                 yield from self._collect(exits.popleft(), running)

@@ -31,7 +31,8 @@ from .results import Failure, OnEvent, Peek, Picture
 class HanDiffuser:
     """A loaded bundle. Closing it, or leaving its `with`, frees what it holds on a GPU.
 
-    `timings` holds the seconds spent in each graph so far (on a CPU), and in `run` altogether ("total").
+    `timings` holds the seconds spent in each graph so far (on a GPU in the UNet's steps only), and in `run` altogether
+    ("total").
     """
 
     def __init__(self, bundle: Bundle, loop: HostLoop | DeviceLoop) -> None:

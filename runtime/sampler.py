@@ -182,8 +182,9 @@ class StepSampler:
         if not self._jobs:
             return []
         started = time.perf_counter()
-        n = self.times.choose(len(self._jobs), self._alone(len(self._jobs)))
-        alone = self._alone(n)
+        unguided = self._unguided()
+        n = self.times.choose(len(self._jobs), unguided)
+        alone = bool(unguided) and all(unguided[:n])
         batch = self.times.batch(n)
         position = self._position[:n]
         noise = self._moving["noise"]
@@ -227,12 +228,13 @@ class StepSampler:
             self._remove(int(i))
         return results[::-1]
 
-    def _alone(self, n: int) -> bool:
-        """Whether the first n jobs take a step without guidance."""
+    def _unguided(self) -> list[bool]:
+        """Of each job whether its step is without guidance; empty where that makes no difference."""
         if not self._branched:
-            return False
-        guidance = self._tables["row"][np.arange(n), self._position[:n], GUIDANCE]
-        return bool((guidance == 1).all())
+            return []
+        n = len(self._jobs)
+        unguided: list[bool] = (self._tables["row"][np.arange(n), self._position[:n], GUIDANCE] == 1).tolist()
+        return unguided
 
     def _constants_for(self, batch: int, alone: bool) -> dict[str, Array]:
         """The constants [batch, ...]; alone: of those with branches only the conditional one."""

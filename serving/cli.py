@@ -29,7 +29,7 @@ from ..errors import HanDiffuserError
 from ..runtime.bundle import Bundle
 from ..runtime.loading import BACKENDS
 from .app import Limits, Service, make_app, private_folder
-from .dispatch import Dispatcher
+from .dispatch import STUCK_AFTER, Dispatcher
 from .guard import Protocol
 from .keys import Keys
 from .metrics import Metrics
@@ -50,6 +50,9 @@ PATIENCE = 3.0  # seconds for a step to end after which the process ends without
 @click.option("--timeout", type=click.FloatRange(1, 3600), default=300, show_default=True, help="Seconds a request.")
 @click.option("--grace", type=click.FloatRange(0, 3600), default=30, show_default=True,
               help="Seconds in which SIGTERM lets requests finish.")  # fmt: skip
+@click.option("--stuck-after", type=click.FloatRange(1, 86400), default=STUCK_AFTER, show_default=True,
+              help="Seconds without a step, or 10 times the slowest step where that is more, after which a worker with "
+              "requests is taken to hang: it is killed and started again.")  # fmt: skip
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Lets pages of this origin ask. May be repeated.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
@@ -88,16 +91,25 @@ def serve(engines: str, **options: Any) -> int:
         for gpu in (gpus or [None] * options["workers"])
     ]
     metrics = Metrics()
-    dispatcher = Dispatcher(each, len(each) > 1 or bool(gpus), options["queue"], metrics.observe, _say)
+    own_processes = len(each) > 1 or bool(gpus)
+    dispatcher = Dispatcher(each, own_processes, options["queue"], metrics.observe, _say, options["stuck_after"])
     name = options["name"] or ("demo" if engines == "demo" else Path(engines).resolve().name)
     limits = Limits(options["max_n"], options["max_steps"], options["timeout"])
+    failure: HanDiffuserError | None = None
     with private_folder() as private:
         service = Service(bundle, dispatcher, name, limits, keys, metrics, Path(private))
         app = make_app(service, options["cors"])
-        code = asyncio.run(_serve(service, app, options["host"], options["port"], options["grace"]))
+        try:
+            code = asyncio.run(_serve(service, app, options["host"], options["port"], options["grace"]))
+        except HanDiffuserError as error:
+            code, failure = 1, error
     if dispatcher.left(PATIENCE):  # an ordinary exit would pull the interpreter away from it
+        if failure is not None:
+            _say(str(failure))
         sys.stderr.flush()
         os._exit(code)
+    if failure is not None:
+        raise failure
     return code
 
 
@@ -209,10 +221,12 @@ async def _serve(service: Service, app: Any, host: str, port: int, grace: float)
 
     async def watch() -> None:
         await dispatcher.changed.wait()
-        if dispatcher.fatal is not None:
-            server.should_exit = True
-        else:
+        if dispatcher.fatal is None:
             _say(f"Ready: http://{'localhost' if host in ('127.0.0.1', '::1') else host}:{listening.getsockname()[1]}")
+        while dispatcher.fatal is None:
+            dispatcher.changed.clear()
+            await dispatcher.changed.wait()
+        server.should_exit = True
 
     _say(f"Loading; listening on {host}:{listening.getsockname()[1]}.")
     watching = loop.create_task(watch())

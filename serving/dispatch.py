@@ -8,6 +8,10 @@
 Everything here happens in the event loop's thread, which never waits: each worker has a thread that writes to its pipe
 and one that reads from it. A worker that ends is started again, and what it had goes back to the head of the queue: a
 request gives the same picture wherever it runs. Its answer counts once, whoever brings it.
+
+A worker may also hang and not end: a call into a GPU that never comes back, a process that was stopped. One that has
+requests and says nothing for `stuck_after` seconds, or for ten times its slowest step where that is more, is ended, and
+then is one that has ended. A loop in this process cannot be ended alone: the server says so and stops.
 """
 
 from __future__ import annotations
@@ -37,6 +41,9 @@ HOPE = 3  # deaths in a row after which nobody waits for a worker to come back
 HANDS_AT_ONCE = 64  # requests for hands alone that may be under way
 CROWDED = "The queue is full, and others, who have fewer pictures in it, came. Try again later."
 FORGET = 0.98  # of what was measured, at each picture
+LOOK = 1.0  # seconds between two looks at workers that may hang
+STUCK_AFTER = 60  # seconds without a word
+SLOW = 10.0  # times the slowest step, and times as long until a worker has shown how slow it is
 
 
 class BusyError(HanDiffuserError):
@@ -93,12 +100,15 @@ class Worker:
         self.has: dict[str, Ticket] = {}
         self.pid: int | None = None
         self.deaths = 0  # since its last picture
+        self.silent = 0.0  # seconds that it has had requests and said nothing
+        self.slowest = 0.0  # the longest silence that came to an end
+        self.proven = False  # has run everything once: nothing is made ready in the middle of a request any more
         self.thread: threading.Thread | None = None
         self.round = 0  # how often it was started: what an earlier one says is not heard
 
     def start(self) -> None:
         self.round += 1
-        self.slots = 0
+        self.slots, self.silent, self.proven = 0, 0.0, False
         ours, theirs = multiprocessing.Pipe()
         self.outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self.process: Any = None
@@ -151,7 +161,9 @@ class Dispatcher:
         places: int = 64,
         observe: Callable[[str, Any], None] = lambda kind, value: None,
         say: Callable[[str], None] = lambda sentence: None,
+        stuck_after: float = STUCK_AFTER,
     ) -> None:
+        self.stuck_after = stuck_after
         self.queue: FairQueue[Ticket] = FairQueue(places)
         self.workers = [Worker(i, each, own_processes, self._hear) for i, each in enumerate(options)]
         self.observe, self.say = observe, say
@@ -167,6 +179,7 @@ class Dispatcher:
         self.loop = asyncio.get_running_loop()
         for worker in self.workers:
             worker.start()
+        self.loop.call_later(LOOK, self._look, time.monotonic())
 
     @property
     def ready(self) -> bool:
@@ -304,6 +317,7 @@ class Dispatcher:
         kind, *rest = message
         if round != worker.round:
             return
+        worker.slowest, worker.silent = max(worker.slowest, worker.silent), 0.0
         if kind == "ready":
             self._ready(worker, rest[0])
         elif kind in ("refused", "broken"):
@@ -316,9 +330,9 @@ class Dispatcher:
             self._gone(worker)
         elif kind == "steps":
             self.observe("batches", rest[0])
-            self.observe("stages", (worker.number, rest[1]))
-            if rest[2]:
-                self.gpu_memory[worker.number] = rest[2]
+            self.observe("stages", (worker.number, rest[1], rest[2]))
+            if rest[3]:
+                self.gpu_memory[worker.number] = rest[3]
         elif (ticket := worker.has.get(rest[0])) is not None:
             if kind in ("begun", "preview"):
                 if not ticket.done:
@@ -326,7 +340,7 @@ class Dispatcher:
                 return
             del worker.has[ticket.id]
             if kind == "picture":
-                worker.deaths = 0
+                worker.deaths, worker.proven = 0, True
                 self._measure(ticket.cost)
                 self.observe("picture_time", time.monotonic() - ticket.began)
             elif kind == "hands":
@@ -344,11 +358,39 @@ class Dispatcher:
     def _ready(self, worker: Worker, facts: dict[str, Any]) -> None:
         worker.slots, worker.pid = facts["slots"], facts["pid"]
         self.refused.pop(worker.number, None)
+        if "slowest" in facts:
+            worker.slowest, worker.proven = max(worker.slowest, facts["slowest"]), True
         if facts.get("rate") and not self.rate:
             self._served.append((facts["rate"] * len(self.workers), 1.0))
         for sentence in facts["warnings"] if worker.round == 1 and worker.number == 0 else ():
             self.say(sentence)
         self.changed.set()
+
+    def _look(self, before: float) -> None:
+        """Looks for workers that hang. Time in which this process did not run, or the machine was suspended, does not
+        count: what workers said meanwhile has not been heard yet."""
+        now = time.monotonic()
+        passed = min(now - before, 2 * LOOK)
+        for worker in self.workers:
+            worker.silent = worker.silent + passed if worker.has else 0.0
+            patience = max(self.stuck_after, SLOW * worker.slowest) * (1 if worker.proven else SLOW)
+            if worker.silent > patience and not self.stopped and self.fatal is None:
+                self._end_stuck(worker)
+        if not self.stopped:
+            self.loop.call_later(LOOK, self._look, now)
+
+    def _end_stuck(self, worker: Worker) -> None:
+        said = f"worker {worker.number} has requests, and has not reported a step for {worker.silent:.0f} seconds"
+        if worker.process is None:
+            self.fatal = f"The server stops: {said}. It is in the server's own process; start the server again."
+            self.fail_all("The server stops, because its model hangs. Send the request again.")
+            self.changed.set()
+            return
+        self.say(f"{said}; it is killed.")
+        worker.process.kill()
+        worker.round += 1  # what it still says is not heard, nor that it is gone: a process may be slow to die
+        self._gone(worker)
+        self._pump()
 
     def _gone(self, worker: Worker) -> None:
         """A worker has ended: what it had is done by another, or by the next one."""
@@ -362,8 +404,10 @@ class Dispatcher:
             ticket.tries += 1
             if ticket.tries >= TRIES:
                 self._end(ticket, Event("failure", (f"{TRIES} workers ended while they made this picture.",)))
+            elif ticket.alone and (others := [other for other in self.workers if other.slots]):
+                self._give(min(others, key=lambda other: len(other.has)), ticket)
             elif ticket.alone:
-                self._end(ticket, Event("failure", ("The worker ended. Send the request again.",)))
+                self._end(ticket, Event("failure", ("The worker ended. Send the request again.", 503)))
             else:
                 self.queue.put_back(ticket.owner, ticket.cost, ticket)
         if self.fatal is None:

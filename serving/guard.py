@@ -133,8 +133,9 @@ class Guard:
             if path.startswith("/v1/"):
                 self.metrics.latency.labels(path).observe(seconds)
             if path not in ("/healthz", "/readyz", "/metrics") or entry["status"] >= 500:
+                said = scope["path"][:200] if path == "other" else path
                 self._say({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **entry, "owner": owner,
-                           "method": scope["method"], "path": path, "seconds": round(seconds, 4)})  # fmt: skip
+                           "method": scope["method"], "path": said, "seconds": round(seconds, 4)})  # fmt: skip
 
     def _say(self, entry: dict[str, Any]) -> None:
         with contextlib.suppress(OSError, ValueError):  # a log that is full or gone is no reason not to answer

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 PREFIX = "handiffuser_"
 SECONDS = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
+STAGE_SECONDS = (0.0003, 0.001, 0.003, *SECONDS)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -38,9 +39,9 @@ class Metrics:
         )
         self.making = Histogram(
             PREFIX + "stage_latency_seconds",
-            "Of a picture, or of hands alone.",
+            "Graphs, each time they run for a batch, a step, a picture; and queue, hands, picture, encoding.",
             ["stage"],
-            buckets=SECONDS,
+            buckets=STAGE_SECONDS,
             registry=registry,
         )
         self.batches = Histogram(
@@ -48,8 +49,8 @@ class Metrics:
         )
 
     def observe(self, kind: str, value: Any) -> None:
-        """queue_time, hands_time, picture_time: seconds. batches: {rows: how often}. stages: (worker, {graph: seconds
-        so far})."""
+        """queue_time, hands_time, picture_time, encoding_time: seconds. batches: {rows: how often}. stages: (worker,
+        {graph: seconds so far}, {graph: [seconds of each run]})."""
         if kind == "queue_time":
             self.waiting.observe(value)
             self.making.labels("queue").observe(value)
@@ -58,14 +59,20 @@ class Metrics:
             self.making.labels("picture").observe(value)
         elif kind == "hands_time":
             self.making.labels("hands").observe(value)
+        elif kind == "encoding_time":
+            self.making.labels("encoding").observe(value)
         elif kind == "batches":
             for rows, times in value.items():
                 for _ in range(times):
                     self.batches.observe(rows)
         elif kind == "stages":
-            worker, seconds = value
+            worker, seconds, laps = value
             for stage, spent in seconds.items():
                 self.stages.labels(str(worker), stage).set(spent)
+            for stage, each in laps.items():
+                making = self.making.labels(stage)
+                for spent in each:
+                    making.observe(spent)
         elif kind == "restart":
             self.restarts.inc()
 

@@ -12,7 +12,8 @@ It runs in a thread of the server's process, or in a process of its own, one a d
           ("picture", id, image, hands, warnings)
           ("hands", id, hands)
           ("failure", id, sentence)
-          ("steps", {rows: how often}, {graph: seconds so far}, GPU memory)      from time to time
+          ("steps", {rows: how often}, {graph: seconds so far}, {graph: [seconds of each run]}, GPU memory)
+                                                        from time to time, and when there is nothing more to do
           ("broken", sentence)                          the loop cannot go on
 
 The pipe is looked at between two steps, by the thread that runs the loop: nothing is shared, and nothing is locked.
@@ -24,7 +25,7 @@ import os
 import signal
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ WARM_UP = ("a right hand making a fist, blue background", "a dark left hand, red
            "a tan hand, white background", "a hand in a dark room")  # fmt: skip
 WARM_UP_STEPS = 4
 TELL = 0.5  # seconds between two ("steps", ...)
+HANDS = ("text_encoder", "hand_prior", "hand_features")  # graphs that make hands
+STAGE_1 = (*HANDS, "text_hand_encoder", "unet_context")  # that make them and what the UNet is told of them
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Lane:
         self.stopped = False
         self.colours = Colours()
         self.rows: Counter[int] = Counter()  # jobs a step -> how often
+        self.laps = Laps(pipeline.timings)
         self.told = 0.0
 
     def run(self) -> None:
@@ -116,7 +120,9 @@ class Lane:
                 self.begun.discard(result.id)
                 if isinstance(result, Failure):
                     self.pipe.send(("failure", result.id, result.sentence))
-                elif followed is not None:
+                    continue
+                self.laps.pictures += 1
+                if followed is not None:
                     if followed.before is not None:
                         self.colours.learn(followed.before, result.image)
                     self.pipe.send(("picture", result.id, result.image, small(result.hands), result.warnings))
@@ -126,6 +132,8 @@ class Lane:
     def source(self) -> Iterator[Request | None]:
         """What the loop asks for work; waits when there is nothing in flight."""
         while not self.stopped:
+            if not self.taken:
+                self.tell()
             self.listen(wait=not self.taken)
             if self.inbox:
                 yield self.inbox.popleft()
@@ -152,6 +160,7 @@ class Lane:
 
     def hands(self, request: Request) -> None:
         (made,) = self.pipeline.hands([request])
+        self.laps.take(*HANDS)
         if isinstance(made, Failure):
             self.pipe.send(("failure", made.id, made.sentence))
         else:
@@ -169,6 +178,7 @@ class Lane:
 
     def on_event(self, kind: str, count: int) -> None:
         """Between two steps."""
+        self.laps.after(kind)
         if kind == "steps":
             self.rows[count] += 1
             self.listen()
@@ -188,12 +198,17 @@ class Lane:
                     latents = followed.clean(peek.step, peek.latents, self._levels(followed))
                     self.pipe.send(("preview", id, peek.step, peek.steps, self.colours(latents)))
                 followed.step, followed.before = peek.step, peek.latents
-        now = time.monotonic()
-        if now - self.told > TELL:
-            timings = dict(self.pipeline.timings)
-            self.pipe.send(("steps", dict(self.rows), timings, gpu_memory() if self.pipeline.on_gpu else None))
+        if time.monotonic() - self.told > TELL:
+            self.tell()
+
+    def tell(self) -> None:
+        """What was done since the last time, for the metrics; nothing where nothing was."""
+        laps = self.laps.all()
+        if self.rows or laps:
+            memory = gpu_memory() if self.pipeline.on_gpu else None
+            self.pipe.send(("steps", dict(self.rows), dict(self.pipeline.timings), laps, memory))
             self.rows.clear()
-            self.told = now
+        self.told = time.monotonic()
 
     def _levels(self, followed: Followed) -> np.ndarray:
         if followed.levels is None:
@@ -208,8 +223,14 @@ class Lane:
         asked = [Request(text, steps=steps) for text in WARM_UP[: max(1, pipeline.batch_size)]]
         requests, _ = pipeline.prepare(asked)
         last: dict[str, np.ndarray] = {}
+        slowest, before = 0.0, time.perf_counter()
+
+        def lap() -> None:
+            nonlocal slowest, before
+            slowest, before = max(slowest, time.perf_counter() - before), time.perf_counter()
 
         def on_event(kind: str, count: int) -> None:
+            lap()
             for request in requests:
                 peek = pipeline.peek(str(request.id))
                 if peek is not None and peek.latents is not None:
@@ -217,9 +238,50 @@ class Lane:
 
         started = time.perf_counter()
         for result in pipeline.run(requests, on_event):
+            lap()
             if isinstance(result, Picture) and result.id in last:
                 self.colours.learn(last[result.id], result.image)
-        return {"rate": steps * len(requests) / (time.perf_counter() - started)}
+        self.laps = Laps(pipeline.timings)
+        return {"rate": steps * len(requests) / (time.perf_counter() - started), "slowest": slowest}
+
+
+class Laps:
+    """How long each graph took whenever it ran, read off the loop's own sums: of the graphs that make hands and context
+    for a batch of requests, of the UNet for a step, of the decoder for a picture.
+
+    On a GPU the sums hold the UNet's steps only, of which the loop has events; of the rest only the device knows.
+    """
+
+    def __init__(self, timings: dict[str, float]) -> None:
+        self.timings, self.before = timings, dict(timings)
+        self.found: defaultdict[str, list[float]] = defaultdict(list)  # graph -> seconds of each run
+        self.pictures = 0  # that came out since the decoder was last looked at
+
+    def after(self, kind: str) -> None:
+        """kind: an event of the loop."""
+        self.take(*(STAGE_1 if kind == "hands" else ("unet",)))
+        self.take_pictures()
+
+    def take(self, *graphs: str, times: int = 1) -> None:
+        """graphs have run so often since the last look."""
+        for name in graphs:
+            spent = self.timings.get(name, 0.0) - self.before.get(name, 0.0)
+            if spent > 0:
+                self.before[name] = self.timings[name]
+                self.found[name] += [spent / times] * times
+
+    def take_pictures(self) -> None:
+        """Those that leave together are decoded one after the other, before the first one is out."""
+        if self.pictures:
+            self.take("image_decoder", times=self.pictures)
+            self.pictures = 0
+
+    def all(self) -> dict[str, list[float]]:
+        """What was found since the last time."""
+        self.take_pictures()
+        found = dict(self.found)
+        self.found.clear()
+        return found
 
 
 class Followed:

@@ -48,7 +48,7 @@ class Served:
 @contextlib.contextmanager
 def serving(
     folder, tmp, workers=1, places=8, batch=4, limits=None, keys=None, cors=(), wait=True, warm_up=False, buffer=None,
-    second=None,
+    second=None, stuck_after=60.0,
 ):  # fmt: skip
     """A server in a thread of its own event loop. buffer: bytes that the system takes for a client. second: the options
     of the last worker, where they are others."""
@@ -57,7 +57,7 @@ def serving(
     options = [Options(str(folder), "cpu", 1, batch, "auto", warm_up)] * workers
     options[-1] = second or options[-1]
     said = []
-    dispatcher = Dispatcher(options, workers > 1, places, metrics.observe, said.append)
+    dispatcher = Dispatcher(options, workers > 1, places, metrics.observe, said.append, stuck_after)
     tmp.mkdir(exist_ok=True)
     service = Service(bundle, dispatcher, "toy", limits or Limits(), Keys(keys), metrics, tmp)
     service.said = said

@@ -19,7 +19,7 @@ from handiffuser.engines import load_engines
 from handiffuser.engines.cuda import Cuda, Stream
 from handiffuser.errors import EngineError
 from handiffuser.runtime.bundle import Bundle
-from handiffuser.runtime.device import DeviceLoop
+from handiffuser.runtime.device import AHEAD, DeviceLoop
 from handiffuser.runtime.device_graphs import Streams, connect
 from handiffuser.runtime.results import Failure
 from handiffuser.runtime.steptimes import StepTimes
@@ -162,6 +162,8 @@ def test_padding_up_and_holding_back_are_compared(device_loop, toy_bundle, monke
     same(on_device, {picture.id: picture for picture in loop.pipeline.run(requests)}, levels=1)
     counts = [count for kind, count in events if kind == "steps"]
     assert sum(counts) == 90 and set(counts[12:25]) == {most}
+    costs = [seconds[next(bucket for bucket in seconds if bucket >= count)] for count in counts]
+    assert sum(costs[:-AHEAD]) * 0.99 < loop.timings["unet"] < sum(costs) * 1.01
     if most == 2:
         assert list(on_device)[-1] == requests[-1].id  # the youngest waited
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from handiffuser.runtime.steptimes import TRIALS, StepTimes
+from handiffuser.runtime.steptimes import AGAIN, TRIALS, StepTimes
 
 
 def run(times: StepTimes, cost: Callable[[int], float], active: int, steps: int = 30, alone: bool = False) -> list[int]:
     """The sizes chosen over some steps; cost: batch size -> seconds."""
     chosen = []
     for _ in range(steps):
-        rows = times.choose(active, alone)
+        rows = times.choose(active, [alone] * active)
         times.add(rows, cost(times.batch(rows)) * (0.5 if alone else 1), alone)
         chosen.append(rows)
     return chosen
@@ -81,3 +81,31 @@ def test_only_sizes_that_are_compiled_are_tried():
         times.add(rows, {1: 1.0, 4: 3.0}[rows])  # four at once advance a third more in a second
     assert tried[:6] == [1, 1, 1, 4, 4, 4] and tried[-1] == 4
     assert times.choose(3) == 1 and StepTimes(only=[4]).choose(2) == 1
+
+
+def test_a_mixed_batch_is_what_its_useful_branches_cost():
+    """Two branches a row, for those that need one, too: not worth it where rows cost the same in any batch, even where
+    guided rows alone would gain a little together. Worth it where a larger batch costs hardly more."""
+    mixed = [False, True, False, False]
+
+    def chosen(cost, unguided):
+        times = StepTimes()
+        for _ in range(40):
+            rows = times.choose(len(unguided), unguided)
+            alone = all(unguided[:rows])
+            times.add(rows, cost(rows) * (0.5 if alone else 1), alone)
+        return rows
+
+    assert chosen(lambda rows: 0.9 * rows if rows > 1 else 1.0, mixed) == 1
+    assert chosen(lambda rows: 0.9 * rows if rows > 1 else 1.0, [False] * 4) == 2
+    assert chosen(lambda rows: 1 + 0.1 * rows, mixed) == 4
+
+
+def test_what_a_busy_moment_has_taught_is_unlearned():
+    """Whoever was measured while something else had the processor is tried again, sooner or later."""
+    times = StepTimes()
+    busy = iter([1.0] * TRIALS)  # the trials of one row
+    chosen = run(times, lambda batch: next(busy, 0.04) if batch == 1 else 0.04 * batch, 2, steps=3 * AGAIN)
+    assert set(chosen[TRIALS : AGAIN - 1]) == {2} and set(chosen[-AGAIN // 2 :]) == {1}
+    long = run(times, lambda batch: 0.04 * batch, 2, steps=1000)
+    assert long.count(2) < 6  # and seldom

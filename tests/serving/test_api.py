@@ -199,6 +199,53 @@ def test_health_metrics_and_headers(served):
     assert served.client.put("/v1/models").status_code == 405
 
 
+def test_what_a_stranger_tries_first(served):
+    for path in ("/", "/page.js", "/healthz", "/readyz"):
+        head, get = served.client.head(path), served.client.get(path)
+        assert head.status_code == get.status_code == 200 and not head.content
+        assert head.headers["content-type"] == get.headers["content-type"]
+    nowhere, put = served.client.get("/docs"), served.client.put("/v1/models")
+    assert nowhere.status_code == 404 and "no /docs here" in nowhere.json()["error"]["message"]
+    assert put.status_code == 405 and put.headers["allow"] == "GET" and "PUT is not" in put.json()["error"]["message"]
+    headers = {"content-type": "application/json"}
+    for body, where in ((b'{"prompt":', "10"), (b"", "empty"), (b'{"prompt": "a",}', "15")):
+        broken = served.client.post("/v1/images/generations", content=body, headers=headers)
+        assert broken.status_code == 400 and broken.json()["error"]["code"] == "invalid_json", broken.text
+        assert where in broken.json()["error"]["message"], broken.text
+
+
+def test_metrics_say_how_long_each_stage_took(served):
+    stages = (
+        "text_encoder",
+        "hand_prior",
+        "hand_features",
+        "text_hand_encoder",
+        "unet_context",
+        "unet",
+        "image_decoder",
+    )
+
+    def found(what):
+        """{stage: count or sum}"""
+        head = f'handiffuser_stage_latency_seconds_{what}{{stage="'
+        lines = [line for line in served.client.get("/metrics").text.splitlines() if line.startswith(head)]
+        return {line.removeprefix(head).split('"')[0]: float(line.split()[-1]) for line in lines}
+
+    served.generate(num_inference_steps=2)
+    served.wait(lambda: found("count").get("image_decoder") == served.metric("pictures_total"))  # also when idle
+    before, spent, total = found("count"), found("sum"), served.metric("stage_seconds_total")
+    served.generate(n=3, num_inference_steps=4)
+    served.wait(lambda: found("count")["image_decoder"] == before["image_decoder"] + 3)
+    more = {stage: count - before.get(stage, 0) for stage, count in found("count").items()}
+    assert more["encoding"] == more["picture"] == more["queue"] == 3
+    assert 4 <= more["unet"] <= 12  # a step advances one to three of them
+    assert 1 <= more["hand_prior"] == more["text_encoder"] == more["hand_features"] == more["unet_context"] <= 3
+    # All that the loop counts of these graphs is in one of them.
+    assert set(stages) <= set(more)
+    seconds = sum(found("sum")[stage] - spent[stage] for stage in stages)
+    assert 0 < seconds <= served.metric("stage_seconds_total") - total + 1e-6
+
+
 def test_metrics_bear_the_names_that_others_agreed_on(served):
     served.generate(num_inference_steps=2)
     served.client.post("/v1/hands", json={"prompt": "a", "seed": 1})

@@ -440,8 +440,6 @@ def test_nan_is_one_request_s_matter(toy_bundle, tmp_path, monkeypatch):
 def test_workers_that_are_killed_lose_nothing(toy_bundle, tmp_path):
     """Two processes behind one port; one is killed again and again while 300 requests run: each is answered once, with
     the picture that a lone loop makes."""
-    from handiffuser import HanDiffuser, Request
-
     with serving(toy_bundle, tmp_path / "hands", workers=2, batch=2, places=400) as served:
         served.wait(lambda: all(worker.slots for worker in served.dispatcher.workers), 60)
         served.dispatcher.loop.call_soon_threadsafe(lambda: None)
@@ -471,14 +469,185 @@ def test_workers_that_are_killed_lose_nothing(toy_bundle, tmp_path):
         data = [answer.json()["data"][0] for answer in answers]
         assert [entry["seed"] for entry in data] == list(range(300)) and len({entry["id"] for entry in data}) == 300
         assert served.metric("worker_restarts_total") >= len(killed)
+    same_as_alone(toy_bundle, data, range(0, 300, 10))
+
+
+def same_as_alone(folder, data, numbers):
+    """Whether entries of `data`, made as above, are the pictures that a lone loop makes."""
     import base64
     import io
 
     import numpy as np
+    from handiffuser import HanDiffuser, Request
     from PIL import Image
 
-    pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
-    requests = [Request(f"p {i}", seed=i, steps=60, solver="ddpm") for i in range(0, 300, 10)]
-    for picture, i in zip(pipeline.generate(requests), range(0, 300, 10), strict=True):
+    pipeline = HanDiffuser.load(folder, device="cpu", threads=1)
+    requests = [Request(f"p {i}", seed=i, steps=60, solver="ddpm") for i in numbers]
+    for picture, i in zip(pipeline.generate(requests), numbers, strict=True):
         image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[i]["b64_json"]))))
         assert np.abs(image.astype(int) - picture.image).max() <= 1
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """A dispatcher of two workers that only seem to be there, of which the first is ready and has a request; and
+    look(seconds, times): it looks at them as time goes by, and says how many it has killed so far."""
+    from types import SimpleNamespace
+
+    from handiffuser import Request
+    from handiffuser.serving import dispatch
+
+    killed, said = [], []
+    dispatcher = dispatch.Dispatcher([Options("nowhere")] * 2, True, say=said.append)
+    dispatcher.loop, dispatcher.said = SimpleNamespace(call_later=lambda *_: None), said
+    for worker in dispatcher.workers:
+        worker.process = SimpleNamespace(kill=lambda number=worker.number: killed.append(number))
+        worker.outbox = SimpleNamespace(put=lambda message: None)
+
+    def look(seconds, times=1):
+        for _ in range(times):
+            dispatcher._look(time.monotonic() - seconds)
+        return len(killed)
+
+    worker = dispatcher.workers[0]
+    dispatcher._take(worker, worker.round, ("ready", READY))
+    (ticket,) = dispatcher.submit("a", [Request("a fist", id="one", seed=0, steps=4)])
+    return dispatcher, worker, look, ticket
+
+
+READY = {"slots": 4, "pid": 1, "warnings": [], "rate": 10.0, "slowest": 0.5}
+
+
+def test_a_worker_that_says_nothing_has_hung(watched):
+    dispatcher, worker, look, ticket = watched
+    assert worker.has and look(1, 59) == 0
+    assert look(1, 2) == 1 and not worker.has and worker.slots == 0 and len(dispatcher.queue) == 1 and not ticket.done
+    assert "has not reported a step for 6" in dispatcher.said[0] and "go to another" in dispatcher.said[1]
+    # What it said before it was killed, and that it is gone, is not heard any more.
+    round = worker.round - 1
+    dispatcher._take(worker, round, ("picture", "one", None, {}, []))
+    dispatcher._take(worker, round, ("gone",))
+    assert worker.deaths == 1 and not ticket.done and ticket.tries == 1
+    assert look(1, 1000) == 1  # it has nothing to do now
+
+
+def test_what_a_worker_had_that_hung_goes_to_another(watched):
+    from handiffuser import Request
+
+    dispatcher, worker, look, ticket = watched
+    hands = dispatcher.submit_hands("a", Request("a fist", id="hands", seed=0, steps=1))
+    other = dispatcher.workers[1]
+    dispatcher._take(other, other.round, ("ready", READY))
+    assert set(worker.has) == {"one", "hands"} and look(1, 61) == 1
+    assert set(other.has) == {"one", "hands"} and not hands.done and not ticket.done
+    assert look(1, 61) == 2 and hands.done and not ticket.done  # nobody is left: hands alone do not wait
+
+
+def test_who_is_only_slow_has_not_hung(watched):
+    dispatcher, worker, look, _ = watched
+    steps = ("steps", {1: 1}, {}, {}, None)
+    assert look(1, 20) == 0
+    dispatcher._take(worker, worker.round, steps)
+    assert look(1, 198) == 0  # ten times the slowest
+    dispatcher._take(worker, worker.round, steps)
+    assert look(1, 1970) == 0 and look(1, 20) == 1
+
+
+def test_time_in_which_nobody_looked_does_not_count(watched):
+    """The machine was suspended, or this process stood still: what the worker said is not read yet."""
+    _, _, look, _ = watched
+    assert look(1, 50) == 0 and look(86400, 4) == 0 and look(1, 10) == 1
+
+
+def test_engines_may_take_their_time_at_first(watched):
+    dispatcher, worker, look, _ = watched
+    worker.proven, worker.slowest = False, 0.0  # as without warm-up: engines are loaded in the midst of a request
+    dispatcher._take(worker, worker.round, ("steps", {1: 1}, {}, {}, None))
+    assert look(1, 599) == 0 and look(1, 2) == 1
+    worker.start = lambda: None
+    assert look(1, 5000) == 1  # and while it loads again, it has nothing
+
+
+HANGING = """
+import sys, time
+from handiffuser.runtime.host import HostLoop
+stage_1 = HostLoop._stage_1
+def hang(loop, requests, sampler):
+    if any(request.prompt == "hang" for request in requests):
+        time.sleep(1000)
+    return stage_1(loop, requests, sampler)
+HostLoop._stage_1 = hang
+from handiffuser.serving.cli import main
+main()
+"""
+
+
+def test_a_loop_that_hangs_in_the_server_s_own_process_ends_it(toy_bundle):
+    """Nobody can end a thread: the server ends, with a sentence, for whoever started it to start it again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    line = [sys.executable, "-c", HANGING, str(toy_bundle), "--port", url.rpartition(":")[2], "--stuck-after", "1"]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/readyz").status_code == 200:
+                        break
+                time.sleep(0.05)
+            answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "hang"}, timeout=60)
+            assert answer.status_code == 503 and "hangs" in answer.json()["error"]["message"]
+            assert process.wait(30) == 1
+        finally:
+            process.kill()
+        said = process.stderr.read()
+    assert "has not reported a step" in said and "start the server again" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_workers_that_hang_lose_nothing(toy_bundle, tmp_path, monkeypatch):
+    """As those that are killed: one is stopped, twice, and does not die by itself."""
+    from handiffuser.serving import dispatch
+
+    monkeypatch.setattr(dispatch, "LOOK", 0.1)
+    with serving(
+        toy_bundle, tmp_path / "hands", workers=2, batch=2, places=400, warm_up=True, stuck_after=1.0
+    ) as served:
+        served.wait(lambda: all(worker.slots for worker in served.dispatcher.workers), 60)
+        stop, stopped, done = threading.Event(), [], []
+
+        def ask_one(i):
+            answer = served.generate(f"p {i}", seed=i, num_inference_steps=60, solver="ddpm")
+            done.append(i)
+            return answer
+
+        def hang():
+            while not stop.wait(0.005) and len(stopped) < 2:
+                busiest = max(served.dispatcher.workers, key=lambda worker: len(worker.has))
+                if len(done) >= 20 + 60 * len(stopped) and busiest.slots and busiest.pid not in stopped:
+                    os.kill(busiest.pid, signal.SIGSTOP)
+                    stopped.append(busiest.pid)
+
+        hanger = threading.Thread(target=hang)
+        hanger.start()
+        with ThreadPoolExecutor(32) as pool:
+            answers = list(pool.map(ask_one, range(150)))
+        stop.set()
+        hanger.join()
+        said = " ".join(served.service.said)
+        assert len(stopped) == 2 and said.count("has not reported a step") >= 2
+        assert [answer.status_code for answer in answers] == [200] * 150, answers[0].text[:200]
+        data = [answer.json()["data"][0] for answer in answers]
+        assert [entry["seed"] for entry in data] == list(range(150)) and len({entry["id"] for entry in data}) == 150
+        assert served.metric("worker_restarts_total") >= 2 and served.metric("pictures_total") == 150
+        served.wait(lambda: not any(os.path.exists(f"/proc/{pid}/cmdline") and alive(pid) for pid in stopped))
+    same_as_alone(toy_bundle, data, range(0, 150, 15))
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
