@@ -87,9 +87,9 @@ class Bank:
         self.files = -(-plan.trajectories // FILE)
         picked = [order(plan.seed, epoch, len(rows)) for epoch in range(-(-self.files * FILE // len(rows)))]
         self.rows = rows[np.concatenate(picked)[: self.files * FILE]]
-        guidance = teacher.defaults["guidance"]
+        self.guidance = plan.teacher_guidance or teacher.defaults["guidance"]
         what = {
-            "of": digest, "teacher_steps": plan.teacher_steps, "kept": self.kept, "guidance": guidance,
+            "of": digest, "teacher_steps": plan.teacher_steps, "kept": self.kept, "guidance": self.guidance,
             "no_hands": plan.drop_hands, "seed": plan.seed, "precision": plan.precision,
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
@@ -148,13 +148,13 @@ class Bank:
         x = torch.stack([torch.randn(shape, generator=g) for g in chance]).to(device)
         scheduler = DDIMScheduler.from_config(few_steps(teacher.scheduler))
         scheduler.set_timesteps(plan.teacher_steps)
-        guidance, states = teacher.defaults["guidance"], [x]
+        states = [x]
         half = torch.autocast(torch.device(device).type, HALVES.get(plan.precision), enabled=plan.precision in HALVES)
         for step, timestep in enumerate(scheduler.timesteps, 1):
             with half:
                 both = teacher.unet(torch.cat([x, x]), timestep.to(device), context).sample.float()
             without, given = both.chunk(2)
-            x = scheduler.step(without + guidance * (given - without), timestep, x).prev_sample
+            x = scheduler.step(without + self.guidance * (given - without), timestep, x).prev_sample
             if step in self.kept:
                 states.append(x)
         return {"states": torch.stack(states, 1).half().cpu(), "ids": ids, "bare": bare}

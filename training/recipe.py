@@ -115,6 +115,7 @@ class DistillPlan(PicturesPlan, frozen=True, forbid_unknown_fields=True, kw_only
     ema: Decay = 0.99
     runs: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=8)] = (4, 2)  # one student after the other
     teacher_steps: Count = 12  # which all runs must divide
+    teacher_guidance: Weight = 0.0  # 0: as the checkpoint has it
     trajectories: Count = 8192  # of the teacher
     first: Share = 0.6  # of the samples that begin in pure noise
     drop_hands: Share = 0.1  # of the trajectories

@@ -156,6 +156,9 @@ LAYOUTS = {
         schedule="sd",
         solver="plms",
     ),
+    "cross-attention alone": replace(
+        CONFIGS["tiny"], unet_attention=(True, True), unet_only_cross=(True, False), rotation_frame="camera"
+    ),
     "the paper's plain cross-attention": replace(CONFIGS["tiny"], frequencies=()),
 }
 

@@ -107,6 +107,22 @@ def test_it_learns_from_the_first_step(unet):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in kernel.amplitudes)
 
 
+def test_where_a_level_has_cross_attention_alone_both_layers_look(unet):
+    """Nothing changes with zero amplitudes, and each of them learns."""
+    torch.manual_seed(1)
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    twice = UNet2DConditionModel(**{**config, "only_cross_attention": (True, False)}).eval()
+    assert len(cross_attentions(twice)) == len(cross_attentions(unet)) + 3  # one block down, two up
+    sample, text, codes, _ = inputs()
+    plain = twice(sample, torch.tensor([3, 700]), text).sample
+    kernel = PositionKernel.for_unet(twice, FREQUENCIES)
+    attach(twice, kernel, (8, 16))
+    with_kernel = twice(sample, torch.tensor([3, 700]), torch.cat([text, codes], -1)).sample
+    torch.testing.assert_close(with_kernel, plain, atol=3e-6, rtol=1e-5)
+    with_kernel.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in kernel.amplitudes)
+
+
 def test_code_width_fits_fused_kernels():
     assert code_width(()) == 0
     assert all(code_width(range(1, n + 1)) % 8 == 0 for n in range(1, 9))

@@ -106,6 +106,8 @@ def test_an_unguided_teacher_is_its_own_student(small, teacher, cache, tmp_path)
     plan = msgspec.structs.replace(PLAN, runs=(4, 1))
     bank = bank_of(tmp_path / "bank", plain, cache, plan)
     rows = bank.read(range(8))
+    asked = bank_of(tmp_path / "asked", teacher, cache, msgspec.structs.replace(plan, teacher_guidance=1.0))
+    assert torch.equal(asked.read(range(8))["states"], rows["states"])
     assert bool((rows["visibility"].sum(1) == 0).any()) and bool((rows["visibility"].sum(1) > 0).any())
     losses = {}
     for runs in plan.runs:
