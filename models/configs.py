@@ -118,8 +118,8 @@ CONFIGS = {
         rotation_frame="camera",
         unet_attention=(True, True, True),
         unet_only_cross=(True, False, False),
-        hand_steps=6,
-        hand_guidance=1.5,
+        hand_steps=10,
+        hand_guidance=2.0,
     ),
     # The paper's scale: Stable Diffusion 1.5's UNet and VAE, CLIP ViT-L/14's text model, a prior of 512 x 8.
     "sd15": Config(
