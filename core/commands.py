@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 from .errors import HanDiffuserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import click
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -48,6 +50,19 @@ def listen() -> None:
 def ending() -> None:
     """Says that KeyboardInterrupt was caught, and that what is still to do is meant and may take its time."""
     _ending.set()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Meanwhile Ctrl-C waits: a process whose start it cut short would end with a traceback of its own."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_parent() -> None:

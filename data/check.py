@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..commands import end_with_parent
+from ..commands import end_with_parent, undisturbed
 from ..errors import DatasetError
 from ..models.hand_features import MIN_IN_FRAME
 from ..models.smplh import SMPLH
@@ -91,7 +91,8 @@ def check(
     else:
         # Not multiprocessing's Pool, which waits for ever for a process that was killed.
         pool = ProcessPoolExecutor(min(processes, total), get_context("spawn"), _begin)
-        parts = pool.map(work, jobs)
+        with undisturbed():
+            parts = pool.map(work, jobs)
     try:
         for done, (problems, counts, entries) in enumerate(parts, 1):
             report.problems += problems

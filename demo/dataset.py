@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..commands import end_with_parent
+from ..commands import end_with_parent, undisturbed
 from ..data.samples import Bad, Sample, encode_png, load, picture_size, scan, write_shard
 from ..errors import DatasetError
 from ..models.hand_features import pack, placement_of
@@ -92,7 +92,9 @@ def make(
     # Not multiprocessing's Pool, which waits for ever for a process that was killed.
     with ProcessPoolExecutor(processes, get_context("spawn"), _begin) as pool:
         try:
-            for made in as_completed([pool.submit(_shard, job) for job in todo]):
+            with undisturbed():
+                shards = [pool.submit(_shard, job) for job in todo]
+            for made in as_completed(shards):
                 tell(made.result())
         except BrokenProcessPool:
             raise DatasetError(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from commands import listen
+from handiffuser.commands import undisturbed
 from handiffuser.data.hands import params_of
 from handiffuser.data.samples import picture, read, shards
 from handiffuser.demo import dataset
@@ -113,6 +114,16 @@ def test_it_is_made_once_and_grows(tmp_path, monkeypatch):
 def test_another_dataset_is_not_mixed_in(folder, other):
     with pytest.raises(DatasetError, match="holds another dataset"):
         make(folder, 24, processes=1, **other)
+
+
+def test_ctrl_c_waits_until_processes_have_been_started():
+    started = False
+    with pytest.raises(KeyboardInterrupt):
+        with undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            started = True
+        pytest.fail("it was lost")
+    assert started
 
 
 def test_ctrl_c_is_a_sentence_and_leaves_whole_shards(tmp_path):
