@@ -33,7 +33,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from ..commands import end_with_parent, run
+from ..commands import end_with_parent, run, undisturbed
 from ..contract import BETAS, NUM_JOINTS, ROTATIONS
 from ..data.latents import encode_prompts
 from ..models.checkpoint import Checkpoint
@@ -168,7 +168,9 @@ def report(
         for start in range(0, some, batch)
     ]
     with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
-        every = list(track(pool.map(_measure, parts), "report", total=len(parts)))
+        with undisturbed():
+            measured = pool.map(_measure, parts)
+        every = list(track(measured, "report", total=len(parts)))
     done = [part for part in every if part["kind"] == "one"]
     names = list(done[0]["seen"])
 

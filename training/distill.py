@@ -169,7 +169,8 @@ class Bank:
             try:
                 with safe_open(self.path(number), "pt") as file:
                     for name in ("states", "ids", "bare"):
-                        value = file.get_tensor(name)[wanted[places] % FILE]
+                        part = file.get_slice(name)  # of which no more is read than is asked for
+                        value = torch.cat([part[at : at + 1] for at in (wanted[places] % FILE).tolist()])
                         out.setdefault(name, value.new_empty(len(wanted), *value.shape[1:]))[places] = value
             except (OSError, SafetensorError) as error:
                 raise TrainingError(
