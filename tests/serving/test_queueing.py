@@ -436,34 +436,41 @@ def test_nan_is_one_request_s_matter(toy_bundle, tmp_path, monkeypatch):
         assert idle(served)
 
 
+def ask_while_signalled(served, number: int, most: int, apart: int, count: int):
+    """The answers to `count` requests, and the workers that were sent the signal meanwhile, `most` of them.
+
+    By what is done, not by the clock: whoever is at work is met after 20 pictures, and after each `apart` more.
+    """
+    stop, met, done = threading.Event(), [], []
+
+    def ask_one(i):
+        answer = served.generate(f"p {i}", seed=i, num_inference_steps=60, solver="ddpm")
+        done.append(i)
+        return answer
+
+    def send():
+        while not stop.wait(0.005) and len(met) < most:
+            busiest = max(served.dispatcher.workers, key=lambda worker: len(worker.has))
+            if len(done) >= 20 + apart * len(met) and busiest.slots and busiest.pid not in met:
+                os.kill(busiest.pid, number)
+                met.append(busiest.pid)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(ask_one, range(count)))
+    stop.set()
+    sender.join()
+    return answers, met
+
+
 @pytest.mark.slow
 def test_workers_that_are_killed_lose_nothing(toy_bundle, tmp_path):
     """Two processes behind one port; one is killed again and again while 300 requests run: each is answered once, with
     the picture that a lone loop makes."""
     with serving(toy_bundle, tmp_path / "hands", workers=2, batch=2, places=400) as served:
         served.wait(lambda: all(worker.slots for worker in served.dispatcher.workers), 60)
-        served.dispatcher.loop.call_soon_threadsafe(lambda: None)
-        stop, killed, done = threading.Event(), [], []
-
-        def ask_one(i):
-            answer = served.generate(f"p {i}", seed=i, num_inference_steps=60, solver="ddpm")
-            done.append(i)
-            return answer
-
-        def kill():
-            # By what is done, not by the clock: whoever is at work is killed after 20, 90, 160 and 230 pictures.
-            while not stop.wait(0.005) and len(killed) < 4:
-                busiest = max(served.dispatcher.workers, key=lambda worker: len(worker.has))
-                if len(done) >= 20 + 70 * len(killed) and busiest.slots and busiest.pid not in killed:
-                    os.kill(busiest.pid, signal.SIGKILL)
-                    killed.append(busiest.pid)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        with ThreadPoolExecutor(32) as pool:
-            answers = list(pool.map(ask_one, range(300)))
-        stop.set()
-        killer.join()
+        answers, killed = ask_while_signalled(served, signal.SIGKILL, most=4, apart=70, count=300)
         assert len(killed) >= 3 and len(set(killed)) == len(killed)
         assert [answer.status_code for answer in answers] == [200] * 300, answers[0].text[:200]
         data = [answer.json()["data"][0] for answer in answers]
@@ -615,26 +622,7 @@ def test_workers_that_hang_lose_nothing(toy_bundle, tmp_path, monkeypatch):
         toy_bundle, tmp_path / "hands", workers=2, batch=2, places=400, warm_up=True, stuck_after=1.0
     ) as served:
         served.wait(lambda: all(worker.slots for worker in served.dispatcher.workers), 60)
-        stop, stopped, done = threading.Event(), [], []
-
-        def ask_one(i):
-            answer = served.generate(f"p {i}", seed=i, num_inference_steps=60, solver="ddpm")
-            done.append(i)
-            return answer
-
-        def hang():
-            while not stop.wait(0.005) and len(stopped) < 2:
-                busiest = max(served.dispatcher.workers, key=lambda worker: len(worker.has))
-                if len(done) >= 20 + 60 * len(stopped) and busiest.slots and busiest.pid not in stopped:
-                    os.kill(busiest.pid, signal.SIGSTOP)
-                    stopped.append(busiest.pid)
-
-        hanger = threading.Thread(target=hang)
-        hanger.start()
-        with ThreadPoolExecutor(32) as pool:
-            answers = list(pool.map(ask_one, range(150)))
-        stop.set()
-        hanger.join()
+        answers, stopped = ask_while_signalled(served, signal.SIGSTOP, most=2, apart=60, count=150)
         said = " ".join(served.service.said)
         assert len(stopped) == 2 and said.count("has not reported a step") >= 2
         assert [answer.status_code for answer in answers] == [200] * 150, answers[0].text[:200]
