@@ -42,12 +42,12 @@ from ..contract import TOKENIZER, GraphSpec, Manifest, TensorSpec
 from ..engines import Engine, cpu, openvino
 from ..engines.onnxruntime import OnnxRuntimeEngine, session_options, usable_cores
 from ..errors import CheckpointError, EngineError, RequestError
-from ..export.graphs import PRECISIONS
+from ..export.graphs import PRECISIONS, encode_text
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
 from ..models.text_hand_encoder import word_states
-from ..runtime.noise import HANDS, LATENTS, normal
+from ..runtime.noise import HANDS, LATENTS, initial
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request, Resolver, resolve
 from ..runtime.tokens import PromptTokenizer
@@ -62,7 +62,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
 }
 OPSET = 23  # as the bundle's graphs
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, timestep [N], condition -> output
+Network = Callable[..., Tensor]  # x, timestep [N], condition -> output
 Mark = Callable[[], None]  # called at every step of stage 2
 Way = Callable[[Sequence[Request], Mark], np.ndarray]  # -> uint8 [B, H, W, 3] in the order of the requests
 
@@ -154,8 +154,8 @@ class Eager:
         pairs = [[tokens.encode(text)[0] for text in (r.negative_prompt, r.prompt)] for r in requests]
         ids = torch.from_numpy(np.array(pairs)).to(self.device)  # [B, 2, 77]
 
-        def noise(stream: str, *shape: int) -> Tensor:
-            drawn = np.stack([normal(r.seed or 0, stream, 0, shape) for r in requests])
+        def noise(stream: str, *shape: int, offset: float = 0.0) -> Tensor:
+            drawn = np.stack([initial(r.seed or 0, stream, shape, offset) for r in requests])
             return torch.from_numpy(drawn).to(self.device)
 
         given, empty = self.text(ids[:, 1]), torch.from_numpy(tokens.encode("")[0])[None].to(self.device)
@@ -165,7 +165,8 @@ class Eager:
         x = solve(scheduler, self.prior, start, given, without, first.hand_guidance, lambda: None)
         without, given = self.context(ids, self.features(x))
         scheduler = scheduler_of(first.solver, checkpoint.scheduler, first.steps)
-        start = noise(LATENTS, checkpoint.unet.config.in_channels, *checkpoint.latent_size)
+        shape = (checkpoint.unet.config.in_channels, *checkpoint.latent_size)
+        start = noise(LATENTS, *shape, offset=first.noise_offset or 0.0)
         latents = solve(scheduler, self.unet, start, given, without, first.guidance, mark)
         return self.decode(latents).cpu().numpy()
 
@@ -181,28 +182,46 @@ class PlainUNet(nn.Module):
         return self.unet(x, timestep, context).sample
 
 
-def export_plain(module: nn.Module, example: Sequence[Tensor], file: Path) -> GraphSpec:
-    """Exports a network (x, timestep, condition) -> output with a free batch axis N."""
+class PlainText(nn.Module):
+    """The text encoder as it is; what the hand prior reads of its states, that computes at every step."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.text_encoder, self.eos = checkpoint.text_encoder, checkpoint.special_tokens["eos"]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return word_states(encode_text(self.text_encoder, input_ids), input_ids, self.eos, input_ids.shape[1])
+
+
+def export_plain(module: nn.Module, names: Sequence[str], example: Sequence[Tensor], file: Path) -> GraphSpec:
+    """Exports a network of one output with a free batch axis N."""
     axes = tuple({0: torch.export.Dim("N", min=1, max=4096)} for _ in example)
-    names = ["x", "timestep", "condition"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
             tuple(example),
             str(file),
-            input_names=names,
+            input_names=list(names),
             dynamic_shapes=axes,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
-    inputs = [TensorSpec(name, "float32", ("N", *value.shape[1:])) for name, value in zip(names, example, strict=True)]
-    return GraphSpec(file.name, inputs, [TensorSpec("output", "float32", inputs[0].shape)])
+    inputs = [
+        TensorSpec(name, str(value.dtype).removeprefix("torch."), ("N", *value.shape[1:]))
+        for name, value in zip(names, example, strict=True)
+    ]
+    with torch.no_grad():
+        shape = module(*example).shape
+    return GraphSpec(file.name, inputs, [TensorSpec("output", "float32", ("N", *shape[1:]))])
 
 
 def feeds_of(spec: GraphSpec, values: Sequence[Tensor]) -> dict[str, np.ndarray]:
-    return {tensor.name: value.float().contiguous().numpy() for tensor, value in zip(spec.inputs, values, strict=True)}
+    return {
+        tensor.name: value.contiguous().numpy().astype(tensor.dtype, copy=False)
+        for tensor, value in zip(spec.inputs, values, strict=True)
+    }
 
 
 def plain_session(file: Path, spec: GraphSpec, threads: int) -> Network:
@@ -230,31 +249,36 @@ class FreeShapes:
 class PlainOnnx(Eager):
     """ONNX Runtime for all networks, called from a Python loop. What a plain export would be alike is the bundle's."""
 
+    words: Network
+
     def __init__(self, eager: Eager, folder: Path, manifest: Manifest, work: Path, threads: int) -> None:
         self.checkpoint, self.tokenizer, self.device = eager.checkpoint, eager.tokenizer, "cpu"
         self.folder, self.work, self.threads = folder, work, threads
         checkpoint, batch = eager.checkpoint, 2
-        graphs = ("text_encoder", "hand_features", "text_hand_encoder", "image_decoder")
+        graphs = ("hand_features", "text_hand_encoder", "image_decoder")
         self.specs = {name: manifest.graphs[name] for name in graphs}
         self.take(lambda file, spec: OnnxRuntimeEngine(file, spec, "cpu", threads))
-        timestep = torch.full((batch,), 500.0)
-        example = (
-            torch.zeros(batch, len(checkpoint.hand_prior.mean)),
-            timestep,
-            self.text(torch.zeros(batch, 77).long()),
-        )
-        self.plain = {"hand_prior": export_plain(checkpoint.hand_prior, example, work / "hand_prior.onnx")}
+        self.plain: dict[str, GraphSpec] = {}
+
+        def export(name: str, module: nn.Module, **example: Tensor) -> None:
+            self.plain[name] = export_plain(module, list(example), list(example.values()), work / f"{name}.onnx")
+
+        ids, timestep = torch.zeros(batch, checkpoint.special_tokens["length"]).long(), torch.full((batch,), 500.0)
+        export("text_encoder", PlainText(checkpoint), input_ids=ids)
+        x = torch.zeros(batch, len(checkpoint.hand_prior.mean))
+        with torch.no_grad():
+            condition = eager.text(ids)
+        export("hand_prior", checkpoint.hand_prior, x=x, timestep=timestep, condition=condition)
         latents = torch.zeros(batch, checkpoint.unet.config.in_channels, *checkpoint.latent_size)
         shape = next(spec for spec in manifest.graphs["unet_context"].inputs if spec.name == "context").shape
         context = torch.zeros(batch, *(int(size) for size in shape[2:]))
-        example = (latents, timestep, context)
-        self.plain["unet"] = export_plain(PlainUNet(checkpoint.unet), example, work / "unet.onnx")
+        export("unet", PlainUNet(checkpoint.unet), x=latents, timestep=timestep, condition=context)
 
     def open(self) -> PlainOnnx:
         """Loads the networks, which only this peer needs. Returns itself."""
-        self.prior, self.unet = (
+        self.words, self.prior, self.unet = (
             plain_session(self.work / self.plain[name].file, self.plain[name], self.threads)
-            for name in ("hand_prior", "unet")
+            for name in ("text_encoder", "hand_prior", "unet")
         )
         return self
 
@@ -283,11 +307,11 @@ class PlainOnnx(Eager):
 
         out = copy.copy(self)
         out.take(engine)
-        out.prior, out.unet = network("hand_prior"), network("unet")
+        out.words, out.prior, out.unet = network("text_encoder"), network("hand_prior"), network("unet")
         return out
 
     def text(self, ids: Tensor) -> Tensor:
-        return _tensors(self.engines["text_encoder"]({"input_ids": ids.contiguous().numpy()}))["text"]
+        return self.words(ids)
 
     def context(self, ids: Tensor, hands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         engine = self.engines["text_hand_encoder"]

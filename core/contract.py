@@ -21,8 +21,8 @@ unet               latents[B,4,h,w] history[B,K,4,h,w] noise time[B,T] row[B,R] 
 image_decoder      latents[B,4,h,w]                                         -> image[B,H,W,3] uint8, finite[B]
 
 `joints` are image coordinates in [0, 1] of width and height, y down. `x` is normalised with the manifest's mean and
-standard deviation. `text` holds the states of a prompt's words, and from its end on the sentence's; in bundles from
-before the hand prior looked at words it is the sentence's alone, text[B,D] and text[B,2,D]. `finite` is 1 for rows
+standard deviation. `text` holds what the hand prior reads of a prompt's words, and from its end on of the sentence;
+in bundles from before it looked at words it is the sentence's alone, text[B,D] and text[B,2,D]. `finite` is 1 for rows
 without NaN or infinity, else 0: the check of what runs on a device. A graph names only the inputs that it uses: a
 configuration without a hand cue lacks that input.
 """
@@ -34,7 +34,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
@@ -102,6 +102,7 @@ Precision = Annotated[str, Meta(pattern=r"^(fp32|fp16|bf16|fp8|int8)\Z", descrip
 Side = Annotated[int, Meta(ge=1, le=16384)]
 Steps = Annotated[int, Meta(ge=1, le=1000)]
 Guidance = Annotated[float, Meta(ge=0, le=100)]
+Offset = Annotated[float, Meta(ge=0, le=1)]
 Solver = Annotated[str, Meta(max_length=30)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 FileName = Annotated[str, Meta(pattern=r"^(?!\.)[^/\\\0]{1,200}\Z", description="a plain file name")]
@@ -123,6 +124,7 @@ else:
         hand_steps: Steps
         hand_solver: Solver
         hand_guidance: Guidance
+        noise_offset: NotRequired[Offset]  # 0 where nothing is said
 
     class SpecialTokens(TypedDict):
         """Ids of the tokens that begin, end and fill a row of `length` ids (77)."""

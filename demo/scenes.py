@@ -25,6 +25,7 @@ X, Y, Z = np.eye(3)
 MIRROR = np.array([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]])  # S R S, S = diag(-1, 1, 1), written as a mask
 MARGIN = 0.06  # of the frame, kept free around the hand joints
 UPPER_ARM, FOREARM, WRIST = (16, 17), (18, 19), (20, 21)
+LEFT_ARM, RIGHT_ARM = ([13, 16, 18, 20, *range(22, 37)], [14, 17, 19, 21, *range(37, 52)])
 FLESH = 0.012  # metres of finger around a joint
 
 
@@ -130,15 +131,18 @@ def sample_scene(rng: np.random.Generator, spec: Spec | None = None, close_up: b
         solved = []
         for side in range(2):
             first = 22 + 15 * side
-            if not present[side]:  # hangs down, unseen
-                rotations[UPPER_ARM[side]] = rotation(Z, (-72, 72)[side]) @ _wobble(rng, 0.7)
+            if not present[side]:
+                _wobble(rng, 0.7)  # keeps the scenes of a seed as they were when it was posed on its own
                 continue
             rotations[first : first + 15] = pose(spec.gesture_of(side), side, rng)
             hand, forearm = _stand(spec, side, rng)
             upper = np.array([(0.35, -0.35)[side], -0.75, 0.55]) + 0.05 * rng.normal(size=3)
             _raise_arm(rotations, side, hand, forearm, upper / np.linalg.norm(upper))
             solved.append((side, hand, forearm))
-        if spec.side == "both":
+        if spec.side != "both":  # the arm that is not seen mirrors the other: which side it is decides nothing else
+            shown, unseen = (LEFT_ARM, RIGHT_ARM) if present[0] else (RIGHT_ARM, LEFT_ARM)
+            rotations[unseen] = rotations[shown] * MIRROR
+        else:
             _side_by_side(rotations, forward_joints(rotations, betas), solved, rng)
         camera = frame(rotations, betas, present, rng, close_up)
         if camera is not None:

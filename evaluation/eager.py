@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
 from ..runtime.hands import hand_arrays, keep_camera, load_hands
-from ..runtime.noise import HANDS, LATENTS, normal
+from ..runtime.noise import HANDS, LATENTS, initial
 from ..runtime.requests import Request, Resolver, resolve
 from ..runtime.results import Picture
 from .pictures import Painter
@@ -63,7 +63,7 @@ class Torch(Painter):
 
     def run(self, requests: Sequence[Request]) -> Iterator[Picture]:
         """Requests with the same settings are painted together, up to BATCH of them."""
-        names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance")
+        names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance", "noise_offset")
         waiting: dict[tuple[Any, ...], list[Request]] = {}
         for request in requests:
             alike = waiting.setdefault((*(getattr(request, name) for name in names), request.hands is None), [])
@@ -84,8 +84,8 @@ class Torch(Painter):
         def tokens(texts: Sequence[str]) -> Tensor:
             return encode_prompts(texts, checkpoint.tokenizer, checkpoint.special_tokens).to(eager.device)
 
-        def noise(stream: str, *shape: int) -> Tensor:
-            drawn = np.stack([normal(request.seed or 0, stream, 0, shape) for request in requests])
+        def noise(stream: str, *shape: int, offset: float = 0.0) -> Tensor:
+            drawn = np.stack([initial(request.seed or 0, stream, shape, offset) for request in requests])
             return torch.from_numpy(drawn).to(eager.device)
 
         negative, asked = tokens([r.negative_prompt for r in requests]), tokens([r.prompt for r in requests])
@@ -100,7 +100,8 @@ class Torch(Painter):
         features = eager.features(x)
         without, given = eager.context(torch.stack([negative, asked], 1), features)
         scheduler = scheduler_of(first.solver, checkpoint.scheduler, first.steps)
-        latents = noise(LATENTS, checkpoint.unet.config.in_channels, *checkpoint.latent_size)
+        shape = (checkpoint.unet.config.in_channels, *checkpoint.latent_size)
+        latents = noise(LATENTS, *shape, offset=first.noise_offset or 0.0)
         images = eager.decode(solve(scheduler, eager.unet, latents, given, without, first.guidance, _nothing))
         params = (x.cpu() * std + mean).numpy()
         seconds = (time.perf_counter() - start) / len(requests)

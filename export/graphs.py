@@ -75,13 +75,16 @@ def finite(x: Tensor) -> Tensor:
 
 
 class TextEncoderGraph(nn.Module):
+    """The prompt, as far as the hand prior reads it: once, not at each of its steps."""
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
         self.text_encoder, self.eos = checkpoint.text_encoder, checkpoint.special_tokens["eos"]
+        self.prior = checkpoint.hand_prior
 
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden = encode_text(self.text_encoder, input_ids)
-        return word_states(hidden, input_ids, self.eos, input_ids.shape[1]).float()
+        return self.prior.read(word_states(hidden, input_ids, self.eos, input_ids.shape[1])).float()
 
 
 class HandPriorStep(nn.Module):
@@ -93,7 +96,7 @@ class HandPriorStep(nn.Module):
         dtype = self.prior.text.weight.dtype
         branches = text.shape[1]
         sample, timestep = branched(scaled(x, row), branches), branched(row[:, 0], branches)
-        output = self.prior(sample.to(dtype), timestep, text.flatten(0, 1).to(dtype))
+        output = self.prior.denoise(sample.to(dtype), timestep, text.flatten(0, 1).to(dtype))
         x, history = update(row, x, guided(output, row), history, noise)
         return x, history, finite(x)
 

@@ -71,7 +71,7 @@ class Checkpoint:
     vae: AutoencoderKL
     scheduler: dict[str, Any]  # noise schedule of the UNet, in diffusers' words
     hand_scheduler: dict[str, Any]
-    defaults: dict[str, Any]  # steps, solver, guidance, hand_steps, hand_solver, hand_guidance
+    defaults: dict[str, Any]  # steps, solver, guidance, hand_steps, hand_solver, hand_guidance, noise_offset
     image_size: tuple[int, int]  # H, W
     body: Path | None = None  # the body that came with the checkpoint
     name: str = "checkpoint"

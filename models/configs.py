@@ -80,6 +80,7 @@ class Config:
     hand_steps: int = 10
     hand_solver: str = "ddim"
     hand_guidance: float = 1.0
+    noise_offset: float = 0.0
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -89,7 +90,7 @@ class Config:
 
 def default_settings(config: Config) -> dict[str, Any]:
     """What a request takes unless it says otherwise."""
-    names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance")
+    names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance", "noise_offset")
     return {name: getattr(config, name) for name in names}
 
 
@@ -112,6 +113,7 @@ CONFIGS = {
         vae_groups=4,
         steps=4,
         hand_steps=3,
+        noise_offset=0.1,
     ),
     # The finest level looks at hands and words, too; its 1024 pixels at each other would cost as much as all the rest.
     "demo": Config(

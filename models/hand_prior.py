@@ -6,6 +6,8 @@ whole is added to all of them, and each of them may look at the prompt's words: 
 which the right's is hard to read out of one vector.
 
     x0 = prior(x, timestep, text)        # x [B, 330] normalised, timestep [B] in [0, 999], text [B, L, D]
+
+Of the text it reads keys, values and a summand, which no step changes: `read` computes them once, `denoise` uses them.
 """
 
 from __future__ import annotations
@@ -60,10 +62,10 @@ class WordAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """[B, N, width] and [B, L, D] -> what is added to x, [B, N, width]."""
+    def forward(self, x: Tensor, key_value: Tensor) -> Tensor:
+        """[B, N, width] and the words' keys and values [B, L, 2 * width] -> what is added to x, [B, N, width]."""
         query = self.query(self.norm(x)).unflatten(-1, (self.heads, -1))
-        key, value = self.key_value(text).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        key, value = key_value.unflatten(-1, (2, self.heads, -1)).unbind(2)
         mixed = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -81,13 +83,13 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x: [B, N, width] -> the same. text: [B, L, D]."""
+    def forward(self, x: Tensor, key_value: Tensor | None) -> Tensor:
+        """x: [B, N, width] -> the same. key_value: of the words, [B, L, 2 * width], where it looks at them."""
         query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         mixed = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         if self.words is not None:
-            x = x + self.words(x, text)
+            x = x + self.words(x, key_value)
         return x + self.mlp(self.norm2(x))
 
 
@@ -143,13 +145,25 @@ class HandPrior(ModelMixin, ConfigMixin):
 
         text: [B, L, D], the text encoder's states of the words, the sentence's last; see `word_states`.
         """
+        return self.denoise(x, timestep, self.read(text))
+
+    def read(self, text: Tensor) -> Tensor:
+        """What every step reads of text [B, L, D]: [B, L, width * (1 + 2 * blocks that look at words)], of which the
+        first part counts in the last row alone."""
+        looking = [block.words for block in self.blocks if isinstance(block.words, WordAttention)]
+        return torch.cat([self.text(text), *(words.key_value(text) for words in looking)], -1)
+
+    def denoise(self, x: Tensor, timestep: Tensor, read: Tensor) -> Tensor:
+        """x0 [B, P] of x [B, P] at timestep [B], for a text that was read."""
+        width = self.config.width
+        sentence, *words = read.split([width] + [2 * width] * ((read.shape[-1] // width - 1) // 2), -1)
         time = self.time(timestep_features(timestep, self.config.width).to(x.dtype))
         parts = x.index_select(1, self.order).split([len(token) for token in TOKENS], 1)
         tokens = [layer(part) for layer, part in zip(self.encode, parts, strict=True)]
-        sequence = torch.stack([time, self.text(text[:, -1]), *tokens], 1) + self.place
+        sequence = torch.stack([time, sentence[:, -1], *tokens], 1) + self.place
         sequence = torch.cat([sequence[:, :2], sequence[:, 2:] + sequence[:, :1] + sequence[:, 1:2]], 1)
         for block in self.blocks:
-            sequence = block(sequence, text)
+            sequence = block(sequence, words.pop(0) if block.words is not None else None)
         sequence = self.norm(sequence)
         out = [layer(sequence[:, 2 + index]) for index, layer in enumerate(self.decode)]
         return torch.cat(out, 1).index_select(1, self.restore)

@@ -244,7 +244,7 @@ class Layout:
     """What a checkpoint says of itself."""
 
     image_size: tuple[int, int] | None  # H, W; None: as the UNet was trained
-    defaults: dict[str, Any]  # steps, solver, guidance, hand_steps, hand_solver, hand_guidance
+    defaults: dict[str, Any]  # steps, solver, guidance, hand_steps, hand_solver, hand_guidance, noise_offset
     notes: dict[str, Any]
     words: list[str]
     schedules: dict[str, dict[str, Any]]  # scheduler, hand_scheduler

@@ -75,6 +75,11 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
     help="Guide this part of the steps only, such as 0 0.5: faster, another picture (see the README).  [default: 0 1]",
 )
 @click.option("--negative-prompt", help="What the picture shall not show.")
+@click.option(
+    "--noise-offset",
+    type=click.FloatRange(0, 1),
+    help="How much colours vary that the prompt leaves open.  [default: the bundle's]",
+)
 @click.option("--hand-steps", type=_STEPS, help="Steps of the hands.  [default: the bundle's]")
 @click.option("--hand-guidance", type=_GUIDANCE, help="Guidance of the hands.  [default: the bundle's]")
 @click.option(
@@ -121,6 +126,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         "negative_prompt": options["negative_prompt"] or "",
         "hand_steps": options["hand_steps"],
         "hand_guidance": options["hand_guidance"],
+        "noise_offset": options["noise_offset"],
         "hands": NO_HANDS if options["no_hands"] else options["hand_params"],
     }
     if options["hand_params"] is not None:

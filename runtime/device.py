@@ -545,8 +545,7 @@ class DeviceLoop:
         """A job whose noise is the request's own, as on the host."""
         device_table = self._table(stream, request)
         table = device_table.table
-        noise = RequestNoise(request.seed or 0, stream, table.init_sigma, table.stochastic)
-        return DeviceJob(request.id, noise, device_table, constants)
+        return DeviceJob(request.id, request.noise(stream, table), device_table, constants)
 
     def _table(self, stream: str, request: Request) -> DeviceTable:
         """A schedule on the device, put there once."""

@@ -32,8 +32,8 @@ class DeviceNoise:
             self.refused = str(error)
 
     def start(self, stream: Any, target: Any, noise: RequestNoise) -> None:
-        """What a request starts from, into a float32 row."""
-        if self.kernel is None:
+        """What a request starts from, into a float32 row. With an offset it is drawn on the host, once a picture."""
+        if self.kernel is None or noise.offset:
             self.staging.upload(stream, target, noise.start(target.shape))
         else:
             self._draw(stream, target, noise, 0, noise.init_sigma)

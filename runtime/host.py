@@ -21,7 +21,7 @@ from ..errors import RequestError
 from ..schedules import Table
 from .bundle import Bundle, keep
 from .hands import load_hands
-from .noise import HANDS, LATENTS, RequestNoise
+from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
 from .sampler import Job, Result, StepSampler
@@ -270,6 +270,6 @@ def _job(
     steps: Mapping[str, np.ndarray] | None = None,
 ) -> Job:
     """A job whose noise is the request's own."""
-    noise = RequestNoise(request.seed or 0, stream, table.init_sigma, table.stochastic)
+    noise = request.noise(stream, table)
     drawn = (lambda i: noise.step(i, shape)) if noise.stochastic else None
     return Job(request.id, noise.start(shape), table.rows, steps or {}, constants, drawn)

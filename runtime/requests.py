@@ -7,8 +7,8 @@
 
 A `.txt` file holds a prompt a line. A `.jsonl` file holds an object a line with the key `prompt` and, where a line
 differs from the rest, `seed`, `steps`, `solver`, `guidance`, `guidance_interval`, `negative_prompt`, `hand_steps`,
-`hand_solver`, `hand_guidance`, `id`, `hands` (a `.hands.npz`, relative to the file). A line that cannot be run is
-refused with a sentence, and the rest goes on. What a line may say is what the annotations of `Request` say.
+`hand_solver`, `hand_guidance`, `noise_offset`, `id`, `hands` (a `.hands.npz`, relative to the file). A line that cannot
+be run is refused with a sentence, and the rest goes on. What a line may say is what the annotations of `Request` say.
 
 Seeds: without one a request takes `--seed`, which is 0 unless given, so that the same command makes the same pictures.
 A prompt that is repeated takes the next seed each time: three equal lines are three different pictures.
@@ -34,9 +34,10 @@ import numpy as np
 from msgspec import Meta
 
 from ..errors import RequestError
-from ..schedules import SOLVERS
+from ..schedules import SOLVERS, Table
 from ..schema import MisfitError, fit, one_of, parse_json, read_file, whole
 from .hands import MAX_HANDS, NO_HANDS
+from .noise import LATENTS, RequestNoise
 
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
@@ -57,6 +58,7 @@ Text = Annotated[str, Meta(max_length=100_000, description="text of at most 100,
 Steps = Annotated[int, whole(1, MAX_STEPS)]
 Seed = Annotated[int, whole(0, MAX_SEED)]
 Guidance = Annotated[float, Meta(ge=0, le=MAX_GUIDANCE, description=f"a number from 0 to {MAX_GUIDANCE:g}")]
+Offset = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
 Solver = Annotated[str, one_of(*SOLVERS)]
 Id = Annotated[
     str,
@@ -76,6 +78,7 @@ class Request:
 
     seed: 0 to 2**63 - 1. steps, hand_steps: 1 to 1000. guidance, hand_guidance: 0 to 100, where 1 is none.
     guidance_interval: the part of the steps that is guided, 0 <= start < stop <= 1; see `rows`.
+    noise_offset: 0 to 1: how much the picture's colours vary where the prompt leaves them open; see `noise.initial`.
     id: letters, digits, dots, dashes and underscores; the files of the picture are named after it.
     hands: a `.hands.npz` whose hands are taken instead of stage 1's; "none" for a picture without hands.
     """
@@ -92,6 +95,7 @@ class Request:
     hand_guidance: Guidance | None = None
     hands: Hands | None = None
     guidance_interval: Interval = (0.0, 1.0)
+    noise_offset: Offset | None = None
 
     def __post_init__(self) -> None:
         """Raises RequestError for anything that cannot be run."""
@@ -114,6 +118,11 @@ class Request:
             raise RequestError(f"The guidance_interval is {start:g} to {stop:g}; it must rise, from 0 to 1.")
         if self.id is not None and (self.id.split(".")[0].lower() in _DEVICES or self.id.lower().endswith(".hands")):
             raise RequestError(f"The id {self.id!r} is reserved for other files. Choose another one.")
+
+    def noise(self, stream: str, table: Table) -> RequestNoise:
+        """What a stage (HANDS or LATENTS) starts from, and what its steps add; of a request without gaps."""
+        offset = (self.noise_offset or 0.0) if stream == LATENTS else 0.0
+        return RequestNoise(self.seed or 0, stream, table.init_sigma, table.stochastic, offset)
 
 
 @cache
@@ -191,7 +200,7 @@ class RequestFile:
 class Resolver:
     """Fills in every None of requests, one after the other, and gives each an id of its own.
 
-    defaults: the manifest's: steps, solver, guidance, hand_steps, hand_solver, hand_guidance.
+    defaults: the manifest's: steps, solver, guidance, hand_steps, hand_solver, hand_guidance, perhaps noise_offset.
     bundle: the bundle's digest. It is part of the ids, so that another bundle's pictures do not pass for this one's.
     seed: of requests that name none. One that was there before (same prompt, same settings) takes the next.
     images: pictures of each request, with the seeds seed, seed + 1, ...; a given id becomes `<id>-<seed>` then.
@@ -217,7 +226,8 @@ class Resolver:
         if first is None:
             first = self.seed + self.images * self._seen[request]
             self._seen[request] += 1
-        gaps = {name: value for name, value in self.defaults.items() if getattr(request, name) is None}
+        defaults = {"noise_offset": 0.0, **self.defaults}
+        gaps = {name: value for name, value in defaults.items() if getattr(request, name) is None}
         for seed in range(first, first + self.images):
             filled = replace(request, seed=seed, **gaps)
             if self.check is not None:

@@ -374,6 +374,7 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
                     solver=body.solver,
                     guidance=body.guidance_scale,
                     negative_prompt=body.negative_prompt,
+                    noise_offset=body.noise_offset,
                     hands=service.hands_path(body.hands),
                     guidance_interval=tuple(body.guidance_interval or (0.0, 1.0)),  # type: ignore[arg-type]
                 ),

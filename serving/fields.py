@@ -88,6 +88,7 @@ class Generation(Strict):
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=MAX_GUIDANCE, description="1 is off.")] | None = None
     solver: Literal[tuple(SOLVERS)] | None = None  # type: ignore[valid-type]
+    noise_offset: Annotated[float, Field(ge=0, le=1, description="How much open colours vary.")] | None = None
     guidance_interval: (
         Annotated[
             list[Annotated[float, Field(ge=0, le=1)]],

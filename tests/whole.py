@@ -43,7 +43,7 @@ def same(ours: dict, theirs: dict, levels: int = 1) -> None:
 
 
 def mixed(count: int, seed: int = 0) -> list[Request]:
-    """Requests of any solver, guidance and number of steps."""
+    """Requests of any solver, guidance and number of steps, every third with an offset."""
     random = np.random.default_rng(seed)
     return [
         Request(
@@ -53,6 +53,7 @@ def mixed(count: int, seed: int = 0) -> list[Request]:
             solver=SOLVERS[random.integers(5)],
             guidance=float(random.integers(1, 4)),
             hand_steps=int(random.integers(2, 6)),
+            noise_offset=(None, None, 0.3)[i % 3],
         )
         for i in range(count)
     ]

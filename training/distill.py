@@ -35,7 +35,7 @@ from ..schedules import NoiseSchedule, solve
 from .draws import Draws, generator_for, order
 from .loop import Stage
 from .recipe import DistillPlan
-from .sample import CUES
+from .sample import CUES, initial_noise
 from .stages import Inputs, PictureLoss, edges
 
 FILE = 64  # trajectories of a file
@@ -91,6 +91,7 @@ class Bank:
         what = {
             "of": digest, "teacher_steps": plan.teacher_steps, "kept": self.kept, "guidance": self.guidance,
             "no_hands": plan.drop_hands, "seed": plan.seed, "precision": plan.precision,
+            "noise_offset": teacher.defaults["noise_offset"],
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         path = folder / "key.json"
@@ -145,7 +146,7 @@ class Bank:
             ]
         )
         shape = (teacher.unet.config.in_channels, *teacher.latent_size)
-        x = torch.stack([torch.randn(shape, generator=g) for g in chance]).to(device)
+        x = torch.cat([initial_noise(1, shape, teacher.defaults["noise_offset"], g) for g in chance]).to(device)
         scheduler = DDIMScheduler.from_config(few_steps(teacher.scheduler))
         scheduler.set_timesteps(plan.teacher_steps)
         states = [x]

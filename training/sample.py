@@ -97,9 +97,18 @@ def sample_pictures(
         without, given = both.chunk(2)
         return without + guidance * (given - without)
 
-    shape = (len(ids), checkpoint.unet.config.in_channels, *checkpoint.latent_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(ids.device)
+    shape, generator = (
+        (checkpoint.unet.config.in_channels, *checkpoint.latent_size),
+        torch.Generator().manual_seed(seed),
+    )
+    noise = initial_noise(len(ids), shape, checkpoint.defaults["noise_offset"], generator).to(ids.device)
     return decode(checkpoint, ddim(network, noise, checkpoint.scheduler, steps))
+
+
+def initial_noise(count: int, shape: tuple[int, ...], offset: float, generator: torch.Generator) -> Tensor:
+    """[count, C, h, w]: what pictures start from; as `runtime.noise.initial`, but PyTorch's numbers."""
+    noise = torch.randn(count, *shape, generator=generator)
+    return noise + offset * torch.randn(count, shape[0], 1, 1, generator=generator) if offset else noise
 
 
 @torch.no_grad()

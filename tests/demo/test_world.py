@@ -246,6 +246,16 @@ def test_two_hands_may_differ_and_some_pairs_are_held_out():
     assert flexion[0] > 1.5 and flexion[1] < 0.4  # the left index finger is bent, the right one straight
 
 
+def test_an_arm_that_is_not_seen_mirrors_the_other():
+    """So that nothing but its place depends on a side that the prompt leaves open."""
+    for side, name in enumerate(("left", "right")):
+        scene = sample_scene(np.random.default_rng(side), Spec(name, "ok_sign", "palm", "tan", "blue"))
+        joints = forward_joints(scene.rotations, np.zeros(10))
+        ends = [joints[[18 + side, *HAND_JOINTS[side]]] - joints[16 + side] for side in range(2)]
+        assert scene.present.tolist() == [name == "left", name == "right"]
+        assert np.abs(ends[0] * [-1, 1, 1] - ends[1]).max() < 0.01  # the trunk wobbles a little
+
+
 def test_what_is_hard_to_draw_comes_more_often_unless_all_shall_come_alike():
     rng = np.random.default_rng(0)
     count = {even: Counter(sample_spec(rng, 0, even=even).gesture for _ in range(6000)) for even in (False, True)}

@@ -148,10 +148,12 @@ def test_the_hand_prior_equals_diffusers(tiny_checkpoint, engines):
     schedule = tiny_checkpoint.hand_scheduler
     generator = torch.Generator().manual_seed(1)
     text = torch.randn(2, 77, tiny_checkpoint.text_encoder.config.hidden_size, generator=generator)
+    with torch.no_grad():
+        read = tiny_checkpoint.hand_prior.read(text)
     start = torch.randn(330, generator=generator)
     table = rows(NoiseSchedule.from_config(schedule), "ddim", STEPS, GUIDANCE, 1)
     sampler = StepSampler(engines["hand_prior"], "x", 1, 1)
-    sampler.submit(Job("hands", start.numpy(), table.rows, {}, {"text": text.numpy()}))
+    sampler.submit(Job("hands", start.numpy(), table.rows, {}, {"text": read.numpy()}))
     got = None
     while sampler.active:
         for result in sampler.step():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from handiffuser.errors import RequestError
-from handiffuser.runtime.noise import HANDS, LATENTS, MAX_SEED, normal
+from handiffuser.runtime.noise import HANDS, LATENTS, MAX_SEED, initial, normal
 
 
 def test_repeats_whatever_came_between():
@@ -38,6 +38,19 @@ def test_shape_only_cuts():
     np.testing.assert_array_equal(normal(1, HANDS, 0, (7,)), long[:7])
     np.testing.assert_array_equal(normal(1, HANDS, 0, (2, 5)).ravel(), long)
     assert normal(1, HANDS, 0, (0, 3)).shape == (0, 3)
+
+
+def test_an_offset_moves_each_channel_as_a_whole():
+    shape = (4, 6, 8)
+    plain = initial(7, LATENTS, shape)
+    np.testing.assert_array_equal(plain, normal(7, LATENTS, 0, shape))
+    moved = initial(7, LATENTS, shape, 0.5) - plain
+    assert moved.dtype == np.float32 and np.ptp(moved, axis=(1, 2)).max() < 1e-6
+    many = np.stack(
+        [(initial(seed, LATENTS, shape, 0.5) - normal(seed, LATENTS, 0, shape))[:, 0, 0] for seed in range(500)]
+    )
+    assert np.abs(many.std(0) - 0.5).max() < 0.06 and np.abs(many.mean(0)).max() < 0.08
+    assert np.abs(np.corrcoef(many.T) - np.eye(4)).max() < 0.2
 
 
 # If one of these changes, every seed that a user wrote down gives another picture: that needs a very good

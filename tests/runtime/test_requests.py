@@ -62,6 +62,8 @@ def read_requests(path, **shared) -> tuple[dict[int, Request], list[Refused]]:
         ({"prompt": "a", "hands": "a\0b"}, "hands.npz"),
         ({"prompt": "a" * 100_001}, "100,000"),
         ({"prompt": "a", "guidance_interval": ["0", "1"]}, "two numbers"),
+        ({"prompt": "a", "noise_offset": -0.1}, "noise_offset"),
+        ({"prompt": "a", "noise_offset": float("nan")}, "0 to 1"),
         ({"prompt": "a", "solver": "magic"}, "ddim"),
         ({"prompt": "a", "hand_solver": 3}, "ddim"),
         ({"prompt": "a", "hands": {}}, "hands.npz"),
