@@ -73,8 +73,8 @@ def row_columns(num_history: int) -> tuple[str, ...]:
     return ROW_HEAD + tuple(f"{name}{k}" for k in range(1, num_history + 1) for name in ("p", "q"))
 
 
-# The free axis of what a step graph takes once per guidance branch: 2 (unconditional, conditional), or 1, the
-# conditional branch alone, which is half the work and all that rows of guidance 1 need.
+# The free axis of what a graph takes once per guidance branch: 2 (unconditional, conditional), or 1, the conditional
+# branch alone, which is half the work and all that rows of guidance 1 need.
 BRANCHES = "G"
 FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever a bundle's precision
 EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16

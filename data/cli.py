@@ -55,13 +55,20 @@ def commands() -> None:
 @click.option("--size", type=click.IntRange(16, 1024), default=128, show_default=True, help="Pixels a side.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @click.option("--both", type=click.FloatRange(0, 1), default=0.15, show_default=True, help="Share of two-hand scenes.")
+@click.option(
+    "--leave-out",
+    type=click.FloatRange(0, 0.9),
+    default=0.05,
+    show_default=True,
+    help="How often a wording says nothing of view, skin or background; 0.3 for stage 1.",
+)
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="One thread each.")
-def demo(out: Path, scenes: int, size: int, seed: int, both: float, processes: int) -> int:
+def demo(out: Path, scenes: int, size: int, seed: int, both: float, leave_out: float, processes: int) -> int:
     """Renders SCENES scenes of the demo world into the dataset OUT. The same command again goes on."""
     from ..demo.dataset import make
 
     with progress("scenes") as show:
-        make(out, scenes, size=size, seed=seed, both=both, processes=processes, on_progress=show)
+        make(out, scenes, size=size, seed=seed, both=both, leave_out=leave_out, processes=processes, on_progress=show)
     console.print(f"{out} holds {scenes} scenes. Look at it: hd-data look {out} --output page.html")
     return 0
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..contract import BETAS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
-from ..models.hand_features import HandFeatures, placement_of
+from ..models.hand_features import HandFeatures, placement, placement_of
 from ..models.smplh import HAND_JOINTS, SMPLH, rotation_6d_to_matrix
 from ..runtime.hands import hand_params
 from .augment import Hands
@@ -55,8 +55,7 @@ def params_of(hands: Sequence[Hands | None], body: SMPLH) -> Tensor:
         _, joints = body(rotations, out[filmed, BETAS])
         camera = torch.from_numpy(np.stack([people[number]["camera"] for number in filmed]))
         place[filmed] = placement_of(joints, camera, torch.ones(len(filmed), 2))
-    place[..., 0] = 1.0
-    out[:, PLACEMENT] = torch.where(torch.from_numpy(shown)[..., None], place, torch.from_numpy(ABSENT)).flatten(1)
+    out[:, PLACEMENT] = placement(place[..., 1:], torch.from_numpy(shown)).flatten(1)
     return out
 
 
@@ -81,7 +80,7 @@ def hand_rows(hands: Sequence[Hands | None], features: HandFeatures) -> dict[str
     place = params[:, PLACEMENT].unflatten(1, (2, 4))
     off = (place[..., 0] > 0.5) & (found["visibility"] < 0.5)
     if off.any():  # a hand off the picture is no hand of it, and no longer shares the camera
-        place = torch.where(off[..., None], torch.from_numpy(ABSENT), place)
+        place = placement(place[..., 1:], (place[..., 0] > 0.5) & ~off)
         params = torch.cat([params[:, : PLACEMENT.start], place.flatten(1)], 1)
         found = features(params)
     return {"params": params, **{name: found[name] for name in FEATURES}}

@@ -37,7 +37,7 @@ from .dataset import Index
 from .hands import hand_rows, most_visible, plain_features
 from .samples import Bad, Sample, person, picture, picture_size
 
-FORMAT = 1  # of the files; raised when what is computed changes
+FORMAT = 2  # of the files; raised when what is computed changes
 HAND_ROWS = ("ids", "params", "joints", "rotations", "bps", "visibility", "labels")
 LATENT_ROWS = ("mean", "std")
 PEOPLE = ("most-visible", "each")

@@ -53,13 +53,15 @@ def make(
     size: int = 128,
     seed: int = 1,
     both: float = 0.15,
+    leave_out: float = 0.05,
     processes: int = 2,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes `scenes` scenes as shards; what is there already is kept.
 
-    size: pixels a side. both: share of two-hand scenes. on_progress: called with (scenes done, scenes in all). Raises
-    DatasetError where the folder holds another dataset, or cannot be written.
+    size: pixels a side. both: share of two-hand scenes. leave_out: how often the further wordings of a scene say
+    nothing of view, skin or background; of the side half as often. on_progress: called with (scenes done, scenes in
+    all). Raises DatasetError where the folder holds another dataset, or cannot be written.
     """
     folder = Path(folder)
     try:
@@ -67,7 +69,7 @@ def make(
     except OSError as error:
         raise DatasetError(f"{folder} cannot be made: {error.strerror or error}. Name another folder.") from error
     jobs = [
-        (folder / f"{number:05d}.tar", seed, range(start, min(start + SHARD, scenes)), size, both)
+        (folder / f"{number:05d}.tar", seed, range(start, min(start + SHARD, scenes)), size, both, leave_out)
         for number, start in enumerate(range(0, scenes, SHARD))
     ]
     todo = [job for job in jobs if not _done(*job)]
@@ -124,11 +126,11 @@ def class_numbers(labels: Mapping[str, str]) -> list[int]:
     return [list(names).index(labels[label]) if label in labels else -1 for label, names in LABELS.items()]
 
 
-def scene_of(seed: int, number: int, both: float = 0.15) -> tuple[Scene, list[str]]:
+def scene_of(seed: int, number: int, both: float = 0.15, leave_out: float = 0.05) -> tuple[Scene, list[str]]:
     """Scene `number` of a seed, and WORDINGS prompts for it, its own first, none of them held out.
 
     The others say nearly all: what a prompt leaves out teaches nothing about words, and its colour, which nobody can
-    predict, drowns what could be learned.
+    predict, drowns what could be learned. For stage 1, which sees no colours, they may leave out as much as people do.
     """
     rng = np.random.default_rng((seed, number))
     scene = None
@@ -139,7 +141,7 @@ def scene_of(seed: int, number: int, both: float = 0.15) -> tuple[Scene, list[st
         scene = replace(scene, prompt=write_prompt(scene.spec, rng))
     prompts = [scene.prompt]
     while len(prompts) < WORDINGS:
-        prompt = write_prompt(scene.spec, rng, leave_out=0.05)
+        prompt = write_prompt(scene.spec, rng, leave_out)
         if not is_held_out(prompt):
             prompts.append(prompt)
     return scene, prompts
@@ -205,19 +207,19 @@ def _begin() -> None:
     torch.set_num_threads(1)
 
 
-def _shard(job: tuple[Path, int, range, int, float]) -> int:
-    path, seed, numbers, size, both = job
+def _shard(job: tuple[Path, int, range, int, float, float]) -> int:
+    path, seed, numbers, size, both, leave_out = job
     body = demo_body()
     samples: list[Sample] = []
     for start in range(0, len(numbers), BATCH):
         part = numbers[start : start + BATCH]
-        scenes, prompts = zip(*(scene_of(seed, number, both) for number in part), strict=True)
+        scenes, prompts = zip(*(scene_of(seed, number, both, leave_out) for number in part), strict=True)
         samples += samples_of(scenes, prompts, [_key(seed, number) for number in part], body, size)
     write_shard(path, samples)
     return len(numbers)
 
 
-def _done(path: Path, seed: int, numbers: range, size: int, both: float) -> bool:
+def _done(path: Path, seed: int, numbers: range, size: int, both: float, leave_out: float) -> bool:
     """Whether a shard is there with at least these scenes. Raises DatasetError for another dataset's."""
     if not path.exists():
         return False

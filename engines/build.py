@@ -69,7 +69,7 @@ def wanted_plans(
         if free == {"S"}:
             out.append((name, {"S": STEPS}))
         elif BRANCHES in free:
-            branches = (2, 1) if guidance_free or name == "hand_prior" else (2,)
+            branches = (2, 1) if name == "hand_prior" or (guidance_free and name == "unet") else (2,)
             out += [(name, {**batch, BRANCHES: count}) for count in branches for batch in batches]
         else:
             out += [(name, batch) for batch in batches]

@@ -28,7 +28,7 @@ import torch
 from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import Tensor, nn
 
-from ..contract import MANIFEST, NUM_HISTORY, TOKENIZER, GraphSpec, Manifest, TensorSpec, file_digest
+from ..contract import BRANCHES, MANIFEST, NUM_HISTORY, TOKENIZER, GraphSpec, Manifest, TensorSpec, file_digest
 from ..errors import CheckpointError, ExportError
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
@@ -217,8 +217,9 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
 
 def output_spec(graph: Graph, name: str, value: ir.Value) -> TensorSpec:
     assert value.shape is not None and value.dtype is not None
-    sizes = [size for size in value.shape[1:] if isinstance(size, int)]
-    assert len(sizes) == len(value.shape) - 1, f"{graph.name}: {name} has a free axis besides the first: {value.shape}"
+    fixed: list[int | str] = [size for size in value.shape[1:] if isinstance(size, int)]
+    sizes = [BRANCHES, *fixed] if name in graph.branched else fixed
+    assert len(sizes) == len(value.shape) - 1, f"{graph.name}: {name} has a free axis besides its own: {value.shape}"
     return TensorSpec(name, value.dtype.numpy().name, (graph.free, *sizes))
 
 

@@ -116,7 +116,8 @@ class HandFeaturesGraph(nn.Module):
 
 
 class TextHandEncoderGraph(nn.Module):
-    """Both branches in one call: the negative (or empty) prompt without hands, and the prompt with its hands."""
+    """Both branches in one call, the negative (or empty) prompt without hands and the prompt with its hands; or the
+    prompt alone."""
 
     def __init__(self, encoder: TextHandEncoder) -> None:
         super().__init__()
@@ -125,17 +126,17 @@ class TextHandEncoderGraph(nn.Module):
         self.cues = [names[cue] for cue in CUES if cue in encoder.config.cues]
 
     def forward(self, input_ids: Tensor, *hands: Tensor) -> Tensor:
-        dtype = self.encoder.final_layer_norm.weight.dtype
+        dtype, branches = self.encoder.final_layer_norm.weight.dtype, input_ids.shape[1]
         if not hands:
-            return self.encoder(input_ids.flatten(0, 1)).unflatten(0, (-1, 2))
-        named = {name: branched(value) for name, value in zip((*self.cues, "visibility"), hands, strict=True)}
+            return self.encoder(input_ids.flatten(0, 1)).unflatten(0, (-1, branches))
+        named = {name: branched(value, branches) for name, value in zip((*self.cues, "visibility"), hands, strict=True)}
         # Of each pair of rows the first is the unconditional one: no hands there.
-        shown = torch.tensor([0.0, 1.0], device=input_ids.device)
+        shown = (torch.arange(branches, device=input_ids.device) == branches - 1).float()
         visibility = (hands[-1][:, None] * shown[:, None]).flatten(0, 1)
         cues = {name: named[name].to(dtype) for name in self.cues if name != "joints"}
         if "joints" in self.cues:
             cues["joints"] = named["joints"]  # float32: half of a pixel matters to the position codes
-        return self.encoder(input_ids.flatten(0, 1), **cues, visibility=visibility).unflatten(0, (-1, 2))
+        return self.encoder(input_ids.flatten(0, 1), **cues, visibility=visibility).unflatten(0, (-1, branches))
 
 
 class UNetContext(nn.Module):
@@ -151,7 +152,7 @@ class UNetContext(nn.Module):
             key, value = processor.keys_values(layer, flat)
             # TensorRT's fused attention wants keys and values of one width: the position code's channels are filled up.
             value = nn.functional.pad(value, (0, key.shape[-1] - value.shape[-1]))
-            out += [tensor.unflatten(0, (-1, 2)) for tensor in (key, value)]
+            out += [tensor.unflatten(0, (-1, context.shape[1])) for tensor in (key, value)]
         return tuple(out)
 
 
@@ -236,7 +237,7 @@ class Graph:
     inputs: dict[str, Tensor]  # example inputs, in order
     outputs: tuple[str, ...]
     free: str = "B"  # the first axis of every input and output
-    branched: tuple[str, ...] = ()  # inputs whose second axis is free, too: the branches of guidance
+    branched: tuple[str, ...] = ()  # tensors whose second axis is free, too: the branches of guidance
 
     def spec(self, name: str, value: Tensor) -> TensorSpec:
         """The contract of an input or output with this value."""
@@ -312,13 +313,14 @@ def graphs(
     values["visibility"] = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]).repeat(batch, 1)[:batch]
     both = TextHandEncoderGraph(encoder)
     hands = {name: values[name] for name in (*both.cues, "visibility")} if both.cues else {}
-    yield Graph("text_hand_encoder", stage(both), {"input_ids": ids, **hands}, ("context",))
+    inputs = {"input_ids": ids, **hands}
+    yield Graph("text_hand_encoder", stage(both), inputs, ("context",), branched=("input_ids", "context"))
 
     context = both(ids, *hands.values())
     unet = stage(checkpoint.unet)
     attach(unet, copy.deepcopy(checkpoint.position_kernel), checkpoint.latent_size)
     names = tuple(f"{kind}_{i:02}" for i in range(len(cross_attentions(unet))) for kind in ("key", "value"))
-    yield Graph("unet_context", UNetContext(unet), {"context": context.to(dtype)}, names)
+    yield Graph("unet_context", UNetContext(unet), {"context": context.to(dtype)}, names, branched=("context", *names))
 
     timesteps = torch.tensor([999.0, 500.5, 1.0])
     yield Graph("unet_time", UNetTime(unet), {"timesteps": timesteps}, ("time",), free="S")

@@ -51,15 +51,35 @@ def placement_of(joints: Tensor, camera: Tensor, present: Tensor) -> Tensor:
     """Where a camera puts the hands: the inverse of the derived camera, for making training data.
 
     joints: [B, 62, 3]; camera: [B, 3] (s, tx, ty); present: [B, 2] in {0, 1}.
-    Returns [B, 2, 4]: presence, centre x, y, log size. Absent hands get the neutral (0, 0, 0, log 0.5).
+    Returns [B, 2, 4], see `placement`.
     """
     hands = joints[:, HAND_JOINTS, :2]  # [B, 2, 21, 2]
     view = camera[:, None, None, :1] * (hands + camera[:, None, None, 1:])
     centre = view.mean(2)
     size = (view - centre[:, :, None]).square().sum(-1).mean(-1).sqrt().log()
-    shown = present[..., None].to(joints.dtype)
-    neutral = torch.tensor([0.0, 0.0, -0.6931], dtype=joints.dtype, device=joints.device)
-    return torch.cat([shown, torch.where(shown > 0, torch.cat([centre, size[..., None]], -1), neutral)], -1)
+    return placement(torch.cat([centre, size[..., None]], -1), present > 0)
+
+
+def placement(places: Tensor, shown: Tensor) -> Tensor:
+    """Presence, centre x, y and log size [B, 2, 4] of hands at places [B, 2, 3], of which `shown` bool [B, 2] are seen.
+
+    An absent hand stands where the other one is, so that nothing but the presences depends on a side that a prompt
+    leaves open; with no hand at all, at the neutral (0, 0, log 0.5).
+    """
+    neutral = torch.tensor([0.0, 0.0, -0.6931], dtype=places.dtype, device=places.device)
+    shown = shown[..., None]
+    others = torch.where(shown.flip(1), places.flip(1), neutral)
+    return torch.cat([shown.to(places.dtype), torch.where(shown, places, others)], -1)
+
+
+def presence(placement: Tensor) -> Tensor:
+    """Which hands [B, 2] (0 or 1) a placement [B, 2, 4] shows: as many as its presences say together, likelier first.
+
+    A prompt that leaves the side open may leave half a presence to each hand: that is one hand, not none.
+    """
+    left, right = placement[..., 0].unbind(-1)
+    one, two, first = left + right > 0.5, left + right > 1.5, left >= right
+    return torch.stack([two | (one & first), two | (one & ~first)], -1).to(placement.dtype)
 
 
 class HandFeatures(nn.Module):
@@ -98,7 +118,7 @@ class HandFeatures(nn.Module):
         vertices = self.body.skin(rotations, betas, turns, places, rest)
         joints = torch.cat([places, vertices[:, list(TIP_VERTICES)]], 1)  # [B, 62, 3]
 
-        present = (placement[..., 0] > 0.5).to(x.dtype)  # [B, 2]
+        present = presence(placement)  # [B, 2]
         hands = joints[:, HAND_JOINTS]  # [B, 2, 21, 3]
         camera = self.camera(hands[..., :2], placement, present)
         view = camera[:, None, None, :1] * (hands[..., :2] + camera[:, None, None, 1:])  # y up, +-1 over the height

@@ -147,10 +147,12 @@ class HostLoop:
             return [], failures
         features = {name: np.stack([work.features[name] for work in works]) for name in works[0].features}
         ids = np.stack([work.ids for work in works])  # [B, 2, length]
-        context = self.engines["text_hand_encoder"]({"input_ids": ids, **features})["context"]
+        # Without guidance the unconditional branch is nobody's, and what stands there may be the other one's.
+        alone = all(work.request.guidance == 1 for work in works) and self.engines["text_hand_encoder"].branched
+        context = self.engines["text_hand_encoder"]({"input_ids": ids[:, 1:] if alone else ids, **features})["context"]
         keys = self.engines["unet_context"]({"context": context})
         for row, work in enumerate(works):
-            work.inputs = {name: value[row] for name, value in keys.items()}
+            work.inputs = {name: np.broadcast_to(value[row], (2, *value.shape[2:])) for name, value in keys.items()}
         return works, failures
 
     def _hands(self, requests: list[Request], sampler: StepSampler) -> tuple[list[Work], list[Picture | Failure]]:

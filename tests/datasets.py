@@ -28,7 +28,7 @@ def made_hands(seed: int, people: int | None = None, camera: bool = False) -> di
     else:
         place = np.concatenate([random(2, 0.2), random(1, 0.1) - 1.5, random(2, 0.2), random(1, 0.1) - 1.5], -1)
         place = np.concatenate([np.ones((*lead, 2, 1), np.float32), place.reshape(*lead, 2, 3)], -1)
-        absent = np.float32([0, 0, 0, -0.6931])
+        absent = np.concatenate([np.zeros((*lead, 2, 1), np.float32), place[..., ::-1, 1:]], -1)  # beside the other
         out["placement"] = np.where(out["visibility"][..., None] > 0, place, absent).astype(np.float32)
     return out
 

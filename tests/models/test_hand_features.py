@@ -9,7 +9,7 @@ import pytest
 import torch
 from handiffuser.contract import NUM_PARAMS, PLACEMENT
 from handiffuser.errors import CheckpointError
-from handiffuser.models.hand_features import HandFeatures, make_basis, pack, placement_of
+from handiffuser.models.hand_features import HandFeatures, make_basis, pack, placement, placement_of, presence
 from handiffuser.models.smplh import SMPLH, matrix_to_rotation_6d, rotation_6d_to_matrix
 
 
@@ -80,6 +80,28 @@ def test_a_hand_off_the_frame_is_not_visible(features):
     out = features(pack(random_rotations(1), torch.zeros(1, 10), placement))
     assert out["visibility"][0].tolist() == [0.0, 0.0]
     assert all(torch.isfinite(value).all() for value in out.values())
+
+
+def test_an_absent_hand_stands_where_the_other_is():
+    places = torch.tensor([[[0.1, 0.2, -1.0], [0.3, 0.4, -2.0]]]).expand(4, 2, 3)
+    shown = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
+    out = placement(places, shown)
+    assert torch.equal(out[..., 0] > 0.5, shown)
+    torch.testing.assert_close(out[0, :, 1:], places[0])
+    torch.testing.assert_close(out[1, :, 1:], places[1, [0, 0]])
+    torch.testing.assert_close(out[2, :, 1:], places[2, [1, 1]])
+    torch.testing.assert_close(out[3, :, 1:], torch.tensor([[0.0, 0.0, -0.6931]]).expand(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ((1, 0), (1, 0)), ((0, 1), (0, 1)), ((1, 1), (1, 1)), ((0, 0), (0, 0)), ((0.2, 0.2), (0, 0)),
+        ((0.45, 0.5), (0, 1)), ((0.5, 0.5), (1, 0)), ((0.55, 0.6), (0, 1)), ((1.0, 0.6), (1, 1)),
+    ],
+)  # fmt: skip
+def test_there_are_as_many_hands_as_the_presences_say_together(said, shown):
+    assert presence(torch.tensor(said).float()[None, :, None].expand(1, 2, 4))[0].tolist() == list(shown)
 
 
 def test_no_hand_at_all_stays_finite(features):

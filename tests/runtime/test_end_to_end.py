@@ -51,3 +51,15 @@ def test_the_command_without_a_framework(tiny_bundle, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]" and len(list((tmp_path / "out").glob("*.json"))) == 2
+
+
+def test_without_guidance_the_prompt_alone_is_encoded(pipeline, monkeypatch):
+    """Half of the work of context, keys and values; in company that needs both branches it is the same picture."""
+    timed, seen = pipeline.loop.engines["text_hand_encoder"], []
+    run = timed.engine
+    monkeypatch.setattr(timed, "engine", lambda feeds: seen.append(feeds["input_ids"].shape[1]) or run(feeds))
+    both = [Request("a fist", seed=3, guidance=1.0), Request("a palm", seed=4, guidance=3.0)]
+    (alone,) = pipeline.run(pipeline.prepare(both[:1])[0])
+    pictures = {picture.request.prompt: picture for picture in pipeline.run(pipeline.prepare(both)[0])}
+    assert seen == [1, 2]
+    assert np.abs(alone.image.astype(int) - pictures["a fist"].image.astype(int)).max() <= 1
