@@ -62,9 +62,11 @@ def call(results: int = 0, free: bool = False, captures: bool = True):
     """
 
     def decorate(function):
+        signature = inspect.signature(function)
+
         @functools.wraps(function)
         def wrapper(self, *arguments):
-            inspect.signature(function).bind(self, *arguments)
+            signature.bind(self, *arguments)
             failed = (None,) * results
             name = function.__name__
             self.calls[name] += 1
