@@ -21,6 +21,7 @@ Alone in this room this file imports PyTorch. As a program it is one of the peer
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import shutil
@@ -257,7 +258,6 @@ class PlainOnnx(Eager):
         checkpoint, batch = eager.checkpoint, 2
         graphs = ("hand_features", "text_hand_encoder", "image_decoder")
         self.specs = {name: manifest.graphs[name] for name in graphs}
-        self.take(lambda file, spec: OnnxRuntimeEngine(file, spec, "cpu", threads))
         self.plain: dict[str, GraphSpec] = {}
 
         def export(name: str, module: nn.Module, **example: Tensor) -> None:
@@ -274,13 +274,15 @@ class PlainOnnx(Eager):
         context = torch.zeros(batch, *(int(size) for size in shape[2:]))
         export("unet", PlainUNet(checkpoint.unet), x=latents, timestep=timestep, condition=context)
 
-    def open(self) -> PlainOnnx:
-        """Loads the networks, which only this peer needs. Returns itself."""
-        self.words, self.prior, self.unet = (
+    def in_onnxruntime(self) -> PlainOnnx:
+        """The files in ONNX Runtime."""
+        out = copy.copy(self)
+        out.take(lambda file, spec: OnnxRuntimeEngine(file, spec, "cpu", self.threads))
+        out.words, out.prior, out.unet = (
             plain_session(self.work / self.plain[name].file, self.plain[name], self.threads)
             for name in ("text_encoder", "hand_prior", "unet")
         )
-        return self
+        return out
 
     def take(self, engine: Callable[[Path, GraphSpec], Engine]) -> None:
         """Has the graphs that are the bundle's run so."""
@@ -365,6 +367,8 @@ def compare(
 ) -> dict[str, np.ndarray]:
     """Fills `table` for one run (batch, steps, solver, guidance): a row for each peer, the first is ours.
 
+    Each peer is loaded alone beside ours, takes turns with it, and is let go of: at full size memory holds no more.
+
     Returns the first picture of each, uint8 [H, W, 3] by name.
 
     options: "threads", "repeats", "body" and "leave_out". Raises RequestError or CheckpointError for what cannot be
@@ -392,9 +396,9 @@ def compare(
     )
     table["prompts"] = [request.prompt for request in requests]
     with tempfile.TemporaryDirectory(prefix="hd-bench-peers-") as work:
-        ways: dict[str, Way] = {"ours": ours(pipeline)}
         say("peers: loading the checkpoint")
-        ways["diffusers eager"] = eager = load_eager(checkpoint, options["body"], folder, pipeline.manifest, device)
+        eager = load_eager(checkpoint, options["body"], folder, pipeline.manifest, device)
+        ways: dict[str, Callable[[], Way]] = {"diffusers eager": lambda: eager}
         skipped: dict[str, str] = {}
         if "torch.compile" in options["leave_out"]:
             skipped["torch.compile"] = "--leave-out torch.compile."
@@ -406,7 +410,7 @@ def compare(
             compiled = copy.copy(eager)
             mode = "max-autotune" if device == "cuda" else None
             compiled.unet = eager.network(torch.compile(eager.checkpoint.unet, mode=mode))
-            ways["torch.compile"] = compiled
+            ways["torch.compile"] = lambda: compiled
         if device == "cuda":
             skipped["plain ONNX Runtime"] = "It is measured on CPUs only."
         elif {"onnxruntime", "openvino"} <= set(options["leave_out"]):
@@ -418,44 +422,51 @@ def compare(
             if "onnxruntime" in options["leave_out"]:
                 skipped["plain ONNX Runtime"] = "--leave-out onnxruntime."
             else:
-                ways["plain ONNX Runtime"] = plain.open()
+                ways["plain ONNX Runtime"] = plain.in_onnxruntime
             if "openvino" in options["leave_out"] or not openvino.is_installed():
                 skipped["OpenVINO"] = (
                     "--leave-out openvino." if openvino.is_installed() else f"Install it: {openvino.INSTALL}."
                 )
             else:
-                ways["OpenVINO"] = plain.in_openvino()
-                ways["OpenVINO f32"] = plain.in_openvino("fp32")
+                ways["OpenVINO"] = plain.in_openvino
+                ways["OpenVINO f32"] = lambda: plain.in_openvino("fp32")
                 if cpu.has_bf16():
-                    ways["OpenVINO bf16"] = plain.in_openvino("bf16")
+                    ways["OpenVINO bf16"] = lambda: plain.in_openvino("bf16")
         if pipeline.made_by.get("backend") == openvino.BACKEND:
-            exact = HanDiffuser.load(folder, "cpu", threads, pipeline.batch_size, "onnxruntime")
-            ways["ours in float32"] = ours(exact)
+            ways["ours in float32"] = lambda: ours(
+                HanDiffuser.load(folder, "cpu", threads, pipeline.batch_size, "onnxruntime")
+            )
 
-        pictures: dict[str, np.ndarray] = {}
-        for name, way in list(ways.items()):
-            say(f"peers: warming up {name}")
-            try:
-                pictures[name] = way(requests, lambda: None)
-            except Exception as error:
-                if name == "ours":
-                    raise
-                skipped[name] = f"It failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}"
-                del ways[name]
-        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+        our_way, our_turns = ours(pipeline), []
+        say("peers: warming up ours")
+        pictures = {"ours": our_way(requests, lambda: None)}
         try:
-            for number in range(options["repeats"]):
-                for name, way in ways.items():
-                    say(f"peers: turn {number + 1} of {options['repeats']}, {name}")
-                    turns[name].append(timed(way, requests, steps=device == "cpu" and run["batch"] == 1))
-        finally:  # whole rounds only, so that ratios are of neighbours
-            rounds = min(len(samples) for samples in turns.values())
-            if rounds:
-                for name in ways:
-                    fidelity = differences(pictures["ours"], pictures[name])
-                    table["rows"].append(row(name, turns[name][:rounds], turns["ours"][:rounds], fidelity))
+            for name, load in ways.items():
+                say(f"peers: warming up {name}")
+                try:
+                    way = load()
+                    pictures[name] = way(requests, lambda: None)
+                except Exception as error:
+                    skipped[name] = f"It failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}"
+                    continue
+                turns: list[tuple[dict[str, Any], dict[str, Any]]] = []  # whole rounds: ratios are of neighbours
+                steps = device == "cpu" and run["batch"] == 1
+                try:
+                    for number in range(options["repeats"]):
+                        say(f"peers: turn {number + 1} of {options['repeats']}, {name}")
+                        turns.append((timed(our_way, requests, steps), timed(way, requests, steps)))
+                finally:
+                    if turns:
+                        own, theirs = map(list, zip(*turns, strict=True))
+                        fidelity = differences(pictures["ours"], pictures[name])
+                        table["rows"].append(row(name, theirs, own, fidelity))
+                        our_turns += own
+                del way
+                gc.collect()
+        finally:
+            if our_turns:
+                table["rows"].insert(0, row("ours", our_turns, our_turns, differences(*[pictures["ours"]] * 2)))
             table["rows"] += [{"name": name, "skipped": reason} for name, reason in skipped.items()]
-            table["repeats"] = rounds
     return {name: images[0] for name, images in pictures.items()}
 
 
