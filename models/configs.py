@@ -120,8 +120,9 @@ CONFIGS = {
         rotation_frame="camera",
         unet_attention=(True, True, True),
         unet_only_cross=(True, False, False),
-        hand_steps=10,
+        hand_steps=8,
         hand_guidance=2.0,
+        noise_offset=0.06,
     ),
     # The paper's scale: Stable Diffusion 1.5's UNet and VAE, CLIP ViT-L/14's text model, a prior of 512 x 8.
     "sd15": Config(
