@@ -156,7 +156,7 @@ class Eager:
         ids = torch.from_numpy(np.array(pairs)).to(self.device)  # [B, 2, 77]
 
         def noise(stream: str, *shape: int, offset: float = 0.0) -> Tensor:
-            drawn = np.stack([initial(r.seed or 0, stream, shape, offset) for r in requests])
+            drawn = np.stack([initial(r.seed or 0, stream, shape, offset, r.prompt) for r in requests])
             return torch.from_numpy(drawn).to(self.device)
 
         given, empty = self.text(ids[:, 1]), torch.from_numpy(tokens.encode("")[0])[None].to(self.device)

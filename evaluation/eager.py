@@ -85,7 +85,9 @@ class Torch(Painter):
             return encode_prompts(texts, checkpoint.tokenizer, checkpoint.special_tokens).to(eager.device)
 
         def noise(stream: str, *shape: int, offset: float = 0.0) -> Tensor:
-            drawn = np.stack([initial(request.seed or 0, stream, shape, offset) for request in requests])
+            drawn = np.stack(
+                [initial(request.seed or 0, stream, shape, offset, request.prompt) for request in requests]
+            )
             return torch.from_numpy(drawn).to(eager.device)
 
         negative, asked = tokens([r.negative_prompt for r in requests]), tokens([r.prompt for r in requests])

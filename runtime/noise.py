@@ -49,16 +49,17 @@ def normal(seed: int, stream: str | int, step: int, shape: Sequence[int]) -> np.
     return pairs.reshape(-1)[:count].reshape(shape).astype(np.float32)
 
 
-def initial(seed: int, stream: str, shape: Sequence[int], offset: float = 0.0) -> np.ndarray:
+def initial(seed: int, stream: str, shape: Sequence[int], offset: float = 0.0, prompt: str = "") -> np.ndarray:
     """What a request of this seed starts from, float32 [C, ...], before a schedule scales it.
 
     offset: the standard deviation by which each channel is moved as a whole. Few large steps leave pure noise for the
     mean of all that the prompt allows, and colours that it leaves open come out alike; with the offset (for training:
     Guttenberg, "Diffusion with offset noise", 2023) they begin apart. A first step out of 4 to 12 lacks about 0.1.
+    The prompt has a say in it, too: the prompts of a list share a seed, and shall not share a tint.
     """
     start = normal(seed, stream, 0, shape)
     if offset:
-        start += np.float32(offset) * normal(seed, f"{stream}-offset", 0, (shape[0], *[1] * (len(shape) - 1)))
+        start += np.float32(offset) * normal(seed, f"{stream}-offset {prompt}", 0, (shape[0], *[1] * (len(shape) - 1)))
     return start
 
 
@@ -83,7 +84,7 @@ class RequestNoise:
     """What a request starts from, and what its steps add, whichever loop runs it and whatever draws it.
 
     Draw 0 of its stream starts it, scaled by the schedule's init_sigma; draw 1 + i is what step i adds, if anything.
-    offset: how far each channel's start is moved as a whole; see `initial`.
+    offset: how far each channel's start is moved as a whole, drawn for the prompt; see `initial`.
     """
 
     seed: int
@@ -91,9 +92,10 @@ class RequestNoise:
     init_sigma: float
     stochastic: bool
     offset: float = 0.0
+    prompt: str = ""
 
     def start(self, shape: Sequence[int]) -> np.ndarray:
-        return initial(self.seed, self.stream, shape, self.offset) * np.float32(self.init_sigma)
+        return initial(self.seed, self.stream, shape, self.offset, self.prompt) * np.float32(self.init_sigma)
 
     def step(self, i: int, shape: Sequence[int]) -> np.ndarray:
         return normal(self.seed, self.stream, 1 + i, shape)

@@ -122,7 +122,7 @@ class Request:
     def noise(self, stream: str, table: Table) -> RequestNoise:
         """What a stage (HANDS or LATENTS) starts from, and what its steps add; of a request without gaps."""
         offset = (self.noise_offset or 0.0) if stream == LATENTS else 0.0
-        return RequestNoise(self.seed or 0, stream, table.init_sigma, table.stochastic, offset)
+        return RequestNoise(self.seed or 0, stream, table.init_sigma, table.stochastic, offset, self.prompt)
 
 
 @cache

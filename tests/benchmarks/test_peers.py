@@ -24,7 +24,9 @@ def eager(tiny_checkpoint_folder, tiny_bundle):
 
 @pytest.fixture(scope="module")
 def plain(eager, tiny_bundle, tmp_path_factory):
-    return peers.PlainOnnx(eager, tiny_bundle, Manifest.load(tiny_bundle), tmp_path_factory.mktemp("plain"), 1).in_onnxruntime()
+    return peers.PlainOnnx(
+        eager, tiny_bundle, Manifest.load(tiny_bundle), tmp_path_factory.mktemp("plain"), 1
+    ).in_onnxruntime()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

@@ -51,6 +51,8 @@ def test_an_offset_moves_each_channel_as_a_whole():
     )
     assert np.abs(many.std(0) - 0.5).max() < 0.06 and np.abs(many.mean(0)).max() < 0.08
     assert np.abs(np.corrcoef(many.T) - np.eye(4)).max() < 0.2
+    other = initial(7, LATENTS, shape, 0.5, "another prompt") - plain
+    assert np.ptp(other, axis=(1, 2)).max() < 1e-6 and np.abs(other - moved).max() > 0.1
 
 
 # If one of these changes, every seed that a user wrote down gives another picture: that needs a very good
