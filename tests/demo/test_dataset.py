@@ -116,7 +116,9 @@ def test_another_dataset_is_not_mixed_in(folder, other):
         make(folder, 24, processes=1, **other)
 
 
-def test_ctrl_c_waits_until_processes_have_been_started():
+def test_ctrl_c_waits_until_processes_have_been_started(request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     started = False
     with pytest.raises(KeyboardInterrupt):
         with undisturbed():

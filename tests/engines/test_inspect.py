@@ -53,9 +53,9 @@ def folder(tmp_path_factory) -> Path:
     shutil.copy(bundle / "manifest.json", out)
     manifest, backend, options = Manifest.load(out, verify=False), Backend("tensorrt-rtx"), Options()
     spec = manifest.graphs["unet_context"]
-    plan, proof = backend.build(bundle / spec.file, {"B": 2}, "fp32", options)
+    plan, proof = backend.build(bundle / spec.file, {"B": 2, "G": 2}, "fp32", options)
     target = backend.target(options, None)
-    wanted = parts(manifest, "unet_context", {"B": 2}, backend.name, backend.version, target, options)
+    wanted = parts(manifest, "unet_context", {"B": 2, "G": 2}, backend.name, backend.version, target, options)
     PlanStore(out).add(wanted, plan, proof, 1.0)
     return out
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory) -> Path:
 def test_command_prints_what_a_plan_consists_of(folder):
     result = run_command("engines.cli", "inspect", folder, "--graph", "unet_context")
     assert result.returncode == 0, result.stderr
-    assert "unet_context B=2, fp32: " in result.stdout and "Float" in result.stdout and "scratch" in result.stdout
+    assert "unet_context B=2,G=2, fp32: " in result.stdout and "Float" in result.stdout and "scratch" in result.stdout
     (plan,) = PlanStore(folder)
     result = run_command("engines.cli", "inspect", plan.path, "--json")
     counts = json.loads(result.stdout)

@@ -60,4 +60,4 @@ def test_a_callback_that_fails_is_no_crash_and_no_loss():
 
     graph = demo.resolve("demo", "bundle") / "unet_context.onnx"
     with pytest.raises(ZeroDivisionError, match="in the callback"):
-        Backend("tensorrt-rtx").build(graph, {"B": 1}, "fp32", Options(), fail)
+        Backend("tensorrt-rtx").build(graph, {"B": 1, "G": 2}, "fp32", Options(), fail)

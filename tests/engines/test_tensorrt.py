@@ -54,12 +54,12 @@ def test_float32_and_dynamic_plans_build_too(backend, tiny_bundle):
 
 def test_float32_is_never_tf32(backend, tiny_bundle, monkeypatch):
     graph = tiny_bundle / "unet_context.onnx"
-    _, proof = backend.build(graph, {"B": 1}, "fp32", Options(level=0))
+    _, proof = backend.build(graph, {"B": 1, "G": 2}, "fp32", Options(level=0))
     assert proof["tf32"] is False
     # What TensorRT does unless told otherwise is found out and refused.
     monkeypatch.setattr(backend.module.IBuilderConfig, "clear_flag", lambda config, flag: None)
     with pytest.raises(EngineError, match=r"float32 layers of unet_context in TF32"):
-        backend.build(graph, {"B": 1}, "fp32", Options(level=0))
+        backend.build(graph, {"B": 1, "G": 2}, "fp32", Options(level=0))
 
 
 def test_bfloat16_is_built_as_bfloat16(backend, tiny_bf16):
@@ -76,14 +76,14 @@ def test_bfloat16_is_built_as_bfloat16(backend, tiny_bf16):
 def test_bfloat16_for_a_gpu_without_it(backend, tiny_bf16):
     graph = tiny_bf16 / "unet_context.onnx"
     with pytest.raises(EngineError, match=r"7\.5 do not compute in bfloat16.*--precision fp16"):
-        backend.build(graph, {"B": 1}, "bf16", Options(compute_capabilities=("7.5", "8.9")))
-    plan, _ = backend.build(graph, {"B": 1}, "bf16", Options(compute_capabilities=("8.0",)))
+        backend.build(graph, {"B": 1, "G": 2}, "bf16", Options(compute_capabilities=("7.5", "8.9")))
+    plan, _ = backend.build(graph, {"B": 1, "G": 2}, "bf16", Options(compute_capabilities=("8.0",)))
     assert plan
 
 
 def test_float32_instead_of_bfloat16_is_an_error(backend, tiny_bundle):
     with pytest.raises(EngineError, match=r"unet_context was to be bf16.*in FLOAT.*--precision bf16"):
-        backend.build(tiny_bundle / "unet_context.onnx", {"B": 1}, "bf16", Options())
+        backend.build(tiny_bundle / "unet_context.onnx", {"B": 1, "G": 2}, "bf16", Options())
 
 
 def test_another_precision_than_asked_is_an_error(backend, built):
@@ -101,11 +101,11 @@ def test_progress_is_true_and_can_stop(backend, built):
 
 def test_chosen_gpus(backend, built):
     graph = built / "unet_context.onnx"
-    everywhere, _ = backend.build(graph, {"B": 1}, "fp16", Options())
-    one, _ = backend.build(graph, {"B": 1}, "fp16", Options(compute_capabilities=("8.9",)))
+    everywhere, _ = backend.build(graph, {"B": 1, "G": 2}, "fp16", Options())
+    one, _ = backend.build(graph, {"B": 1, "G": 2}, "fp16", Options(compute_capabilities=("8.9",)))
     assert one and everywhere
     with pytest.raises(EngineError, match=r"compute capability 9\.0.*7\.5, 8\.0"):
-        backend.build(graph, {"B": 1}, "fp16", Options(compute_capabilities=("9.0",)))
+        backend.build(graph, {"B": 1, "G": 2}, "fp16", Options(compute_capabilities=("9.0",)))
 
 
 def test_what_is_no_graph(backend, tmp_path):

@@ -77,7 +77,7 @@ def test_all_sets_of_cues_export_and_run(cues, precision, body_path, request, tm
 def test_what_a_graph_gives_is_read_off_it(tiny_half):
     """And is what PyTorch says: here with the module that computes in half."""
     spec = Manifest.load(tiny_half).graphs["unet_context"].outputs[0]
-    assert spec.dtype == "float16" and spec.shape[0] == "B" and spec.shape[1] == 2
+    assert spec.dtype == "float16" and spec.shape[0] == "B" and spec.shape[1] == "G"
 
 
 def test_half_precision_shares_no_weight_and_float32_shares_all(tiny_checkpoint):
