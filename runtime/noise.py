@@ -5,8 +5,8 @@ There is no generator whose state moves along. Philox (Salmon et al., "Parallel 
 the step, and Box-Muller turns the bits into normal numbers. Nothing else has a say: not the batch, not the
 machine, and not numpy's version, which promises to keep Philox's bits but not its own normal numbers.
 
-Streams in use are HANDS and LATENTS, and one more for the offset of each. Of each, step 0 is the initial noise and
-step 1 + i is what step i adds.
+Streams in use are HANDS and LATENTS, and one of each prompt for the offset of its latents. Of each, step 0 is the
+initial noise and step 1 + i is what step i adds.
 
 Try it:
 
