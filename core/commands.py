@@ -26,7 +26,8 @@ ONCE = 3.0  # seconds in which Ctrl-C pressed again is the same Ctrl-C
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # `kill` and `docker stop` end a command as Ctrl-C does
 
 _ending = threading.Event()
-_signalled = False
+_lost = threading.Event()  # KeyboardInterrupt came where Python drops what is raised
+_signalled = 0  # the signal that came last
 _last = -ONCE
 _sentence = ""  # what is said of the command when it is interrupted; empty: nobody looks on yet
 
@@ -35,9 +36,18 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raises KeyboardInterrupt, and none while the last one is being cleaned up after."""
     global _last, _signalled
     now = time.monotonic()
-    if now - _last >= ONCE:  # later ones count again: a library may have swallowed the first
-        _last, _signalled = now, True
+    if now - _last >= ONCE or _lost.is_set():  # later ones count again: a library may have swallowed the first
+        _last, _signalled = now, number
+        _lost.clear()
         raise KeyboardInterrupt
+
+
+def _dropped(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python's hook for what a destructor or a callback of a weak reference raised: it would print that, and go on."""
+    if _signalled and issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _lost.set()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def listen() -> None:
@@ -161,7 +171,7 @@ def run(name: str, command: click.Command, sentence: str = "Interrupted.") -> No
 def interrupted(error: BaseException) -> bool:
     """Whether it is Ctrl-C that this comes of. Also in disguise: a module's initialisation in native code makes an
     ImportError of it, and Python 3.11 a RuntimeError where it comes while a class is made."""
-    return _signalled or isinstance(error, KeyboardInterrupt)
+    return bool(_signalled) or isinstance(error, KeyboardInterrupt)
 
 
 def leave(code: int) -> NoReturn:
@@ -180,7 +190,8 @@ def hear_interrupts(sentence: str) -> None:
 
     Python raises it in its main thread when that is in Python next: after a build, a compilation or a run of a large
     graph that may be minutes. A library may swallow it, and where it came between the lines that take a lock, the
-    way out may wait for that lock forever. So a thread looks on, and does not wait longer than PATIENCE.
+    way out may wait for that lock forever. So a thread looks on, and does not wait longer than PATIENCE. Where Python
+    dropped it (`_dropped`), the thread has it raised once more.
     """
     global _sentence
     if threading.current_thread() is not threading.main_thread():
@@ -190,16 +201,22 @@ def hear_interrupts(sentence: str) -> None:
     begun, _sentence = bool(_sentence), sentence
     if begun:
         return
+    main = threading.get_ident()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def look_on() -> None:
         while not set(os.read(reader, 64)) & set(SIGNALS):
             pass
-        if not _ending.wait(PATIENCE):
-            os.write(2, f"{_sentence}\n".encode())
-            os._exit(INTERRUPTED)
+        until = time.monotonic() + PATIENCE
+        while not _ending.wait(0.1):
+            if time.monotonic() > until:
+                os.write(2, f"{_sentence}\n".encode())
+                os._exit(INTERRUPTED)
+            if _lost.is_set() and hasattr(signal, "pthread_kill"):
+                signal.pthread_kill(main, _signalled)
 
+    sys.unraisablehook = _dropped
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, wherever the main thread is
     threading.Thread(target=look_on, name="interrupts", daemon=True).start()
 

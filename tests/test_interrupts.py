@@ -103,6 +103,34 @@ def test_ctrl_c_that_does_not_come_through(code):
     assert time.monotonic() - began < 20  # of which the machine may be busy with something else
 
 
+IN_A_CALLBACK = """
+import click, time, weakref
+from handiffuser import commands
+
+commands.PATIENCE = 60
+
+class Thing:
+    pass
+
+@click.command()
+def spin():
+    thing = Thing()
+    watched = weakref.ref(thing, lambda _: (print("ready", flush=True), time.sleep(60)))
+    del thing  # calls the line above, and what that raises goes nowhere
+    time.sleep(60)
+
+commands.run("hd-test", spin, "Stopped.")
+"""
+
+
+def test_ctrl_c_in_the_callback_of_a_weak_reference():
+    process = start(sys.executable, "-c", IN_A_CALLBACK)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors.strip() == "hd-test: Stopped."
+
+
 SIGNALS = {
     "kill": [signal.SIGTERM],
     "Ctrl-C twice": [signal.SIGINT, signal.SIGINT],
