@@ -32,6 +32,7 @@ from ..errors import BundleError, EngineError, HanDiffuserError
 from . import cpu
 from .base import Engine, check_feeds
 from .onnxruntime import usable_cores
+from .openvino_rewrites import REWRITES, rewrite
 from .plans import Shelf
 
 BACKEND = "openvino"
@@ -46,6 +47,7 @@ class Options:
     """What a compiled graph depends on beside its sizes. inference: a key of TYPES."""
 
     inference: str
+    rewrites: str = REWRITES
 
 
 class OpenVinoEngine:
@@ -140,6 +142,7 @@ class OpenVinoEngine:
                 "bundle again with hd-export."
             ) from error
         model.reshape({t.name: [sizes[n] if isinstance(n, str) else n for n in t.shape] for t in self.spec.inputs})
+        rewrite(model)
         compiled = core.compile_model(model, "CPU", options)
         if shelf is not None:
             exported = compiled.export_model()

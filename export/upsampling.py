@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ..engines.openvino_rewrites import phases
+
 NARROW = 256
-# Of a doubled row 2 i + phase: which taps fall on the same small row, the upper of the two first; and where they begin.
-TAPS = (((0,), (1, 2)), ((0, 1), (2,)))
 
 
 def fold_upsampling(model: ir.Model, narrow: int = NARROW) -> int:
@@ -65,14 +65,6 @@ def _doubles(node: ir.Node) -> bool:
         node.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "asymmetric"
         and node.attributes.get_string("nearest_mode", "round_prefer_floor") == "floor"
     )
-
-
-def phases(weight: np.ndarray) -> list[np.ndarray]:
-    """[O, C, 3, 3] -> four of [O, C, 2, 2]: for the upper left, upper right, lower left and lower right pixel."""
-    exact = weight.astype(np.float64)
-    rows = [np.stack([exact[:, :, list(taps)].sum(2) for taps in pair], 2) for pair in TAPS]  # [O, C, 2, 3]
-    found = [np.stack([half[..., list(taps)].sum(3) for taps in pair], 3) for half in rows for pair in TAPS]
-    return [one.astype(weight.dtype) for one in found]
 
 
 def _four(graph: ir.Graph, node: ir.Node, x: ir.Value, weight: np.ndarray) -> list[ir.Node]:

@@ -1,0 +1,127 @@
+"""What OpenVINO is given to compile: the same numbers, in an order that suits its kernels on CPUs.
+
+Measured in bfloat16 on an AMD EPYC (avx512_bf16), the demo's decoder: 41.8 ms as it was exported, 37.4 with
+`norms_by_channel`, 32.8 with `fold_upsampling`, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import cpu
+
+REWRITES = "norms by channel, folded upsampling"  # part of the key of what was compiled
+# Of a doubled row 2 i + phase: which taps fall on the same small row, the upper of the two first; and where they begin.
+TAPS = (((0,), (1, 2)), ((0, 1), (2,)))
+
+
+def rewrite(model: Any) -> None:
+    """All that pays on this processor, in place. model: an `openvino.Model` whose shapes are known."""
+    norms_by_channel(model)
+    if not any(feature.startswith("amx") for feature in cpu.features()):
+        fold_upsampling(model)
+
+
+def norms_by_channel(model: Any) -> int:
+    """Writes group norms over pictures as means of channels and of their groups, in place; returns how many.
+
+    OpenVINO's own kernel sees a group as one long row. Convolutions keep the channels of a pixel together, so that
+    before and behind each norm everything is transposed. Means over a picture are taken in either order.
+    """
+    written = 0
+    for norm in model.get_ordered_ops():
+        if norm.get_type_name() == "GroupNormalization" and len(norm.input(0).get_partial_shape()) == 4:
+            x, scale, bias = norm.input_values()
+            settings = norm.get_attributes()
+            new = _norm(x, scale, bias, int(settings["num_groups"]), float(settings["epsilon"]))
+            new.set_friendly_name(norm.get_friendly_name())
+            norm.output(0).replace(new.output(0))
+            written += 1
+    return written
+
+
+def _norm(x: Any, scale: Any, bias: Any, groups: int, epsilon: float) -> Any:
+    from openvino import opset13 as ov
+
+    channels = x.get_partial_shape()[1].get_length()
+    width = channels // groups
+
+    def numbers(*values: int) -> Any:
+        return ov.constant(np.array(values, np.int64))
+
+    def group_mean(value: Any) -> Any:
+        """[B, C, H, W] -> [B, C, 1, 1], the mean of each channel's group."""
+        means = ov.reshape(ov.reduce_mean(value, numbers(2, 3), keep_dims=True), numbers(0, groups, width), True)
+        means = ov.reduce_mean(means, numbers(2), keep_dims=True)
+        each = ov.broadcast(means, numbers(1, 1, width), broadcast_spec="BIDIRECTIONAL")
+        return ov.reshape(each, numbers(0, channels, 1, 1), True)
+
+    def per_channel(value: Any) -> Any:
+        return ov.reshape(value, numbers(1, channels, 1, 1), False)
+
+    centred = ov.subtract(x, group_mean(x))
+    spread = ov.sqrt(ov.add(group_mean(ov.multiply(centred, centred)), np.float32(epsilon)))
+    return ov.add(ov.multiply(centred, ov.divide(per_channel(scale), spread)), per_channel(bias))
+
+
+def fold_upsampling(model: Any) -> int:
+    """Writes a doubling of pictures with a 3 x 3 convolution behind it as four of 2 x 2, in place; returns how many.
+
+    What hd-export does for layers of many channels, see `export.upsampling`. For few it pays where the processor
+    multiplies no matrices (AMX), which do it faster than the four are put in their places.
+    """
+    from openvino import opset13 as ov
+
+    folded = 0
+    for conv in model.get_ordered_ops():
+        if conv.get_type_name() != "Convolution" or not _is_same(conv):
+            continue
+        resize = conv.input_value(0).get_node()
+        weight = _constant(conv.input_value(1).get_node())
+        if weight is None or weight.shape[2:] != (3, 3) or not _doubles(resize):
+            continue
+        parts = []
+        for number, taps in enumerate(phases(weight)):
+            below, right = divmod(number, 2)
+            begin, end = [1 - below, 1 - right], [below, right]
+            parts.append(ov.convolution(resize.input_value(0), ov.constant(taps), [1, 1], begin, end, [1, 1]))
+        new = ov.depth_to_space(ov.concat(parts, 1), "BLOCKS_FIRST", 2)
+        new.set_friendly_name(conv.get_friendly_name())
+        conv.output(0).replace(new.output(0))
+        folded += 1
+    return folded
+
+
+def phases(weight: np.ndarray) -> list[np.ndarray]:
+    """[O, C, 3, 3] -> four of [O, C, 2, 2]: for the upper left, upper right, lower left and lower right pixel."""
+    exact = weight.astype(np.float64)
+    rows = [np.stack([exact[:, :, list(taps)].sum(2) for taps in pair], 2) for pair in TAPS]  # [O, C, 2, 3]
+    found = [np.stack([half[..., list(taps)].sum(3) for taps in pair], 3) for half in rows for pair in TAPS]
+    return [one.astype(weight.dtype) for one in found]
+
+
+def _is_same(conv: Any) -> bool:
+    how = conv.get_attributes()
+    ones = list(how["strides"]) == list(how["dilations"]) == list(how["pads_begin"]) == list(how["pads_end"]) == [1, 1]
+    return ones and how["auto_pad"] == "explicit"
+
+
+def _doubles(resize: Any) -> bool:
+    """Whether a node repeats every pixel, two by two."""
+    if resize.get_type_name() != "Interpolate":
+        return False
+    how, before, after = resize.get_attributes(), resize.get_input_shape(0), resize.get_output_shape(0)
+    nearest = how["mode"] == "nearest" and how["coordinate_transformation_mode"] == "asymmetric"
+    return nearest and how["nearest_mode"] == "floor" and list(after) == [*before[:2], 2 * before[2], 2 * before[3]]
+
+
+def _constant(node: Any) -> np.ndarray | None:
+    """The numbers of a constant, also of one that is kept in half precision, as float32."""
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    if node.get_type_name() != "Constant":
+        return None
+    values: np.ndarray = node.get_data()
+    return values.astype(np.float32)
