@@ -270,6 +270,11 @@ class Manifest:
                     f"{tensor}."
                 )
 
+    def files_of(self, graph: str) -> list[str]:
+        """The files of a graph: itself, and its weights where they are in a file of their own."""
+        file = self.graphs[graph].file
+        return [name for name in (file, f"{file}.data") if name in self.files]
+
     def check_files(self, folder: Path, names: Iterable[str] | None = None) -> None:
         """Raises BundleError for the first file, of all or of these, that is missing or differs from its hash."""
         for problem in self.problems(folder, names):

@@ -158,7 +158,7 @@ def build_openvino(
     jobs = [
         (name, engine, sizes)
         for name, engine in engines.items()
-        for sizes in wanted_sizes(engine.spec, sorted(set(batch_sizes)), guidance_free)
+        for sizes in wanted_sizes(engine.spec, manifest, sorted(set(batch_sizes)), guidance_free)
     ]
     for number, (name, engine, sizes) in enumerate(jobs):
         wanted = shelf.parts(name, sizes)

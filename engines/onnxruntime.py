@@ -68,7 +68,7 @@ def load_engines(
     threads: CPU threads of one graph; by default as many as there are usable cores.
     verify: check every file against the manifest's SHA-256 (about 1 s a GB): a graph before it is loaded, weights in a
     file of their own beside the loading.
-    others: gives engines of another backend; the rest is loaded here.
+    others: gives engines of another backend, which verifies what it reads itself; the rest is loaded here.
 
     Raises BundleError for a bundle that is missing, damaged or not what its manifest says, EngineError for one in
     bfloat16, and when ONNX Runtime is not installed or the device is not there. Warns when both of ONNX Runtime's
@@ -85,7 +85,7 @@ def load_engines(
     if problem := both_installed():
         warnings.warn(problem, RuntimeWarning, stacklevel=2)
     given = dict(others(manifest)) if others is not None else {}
-    files = {name: spec.file for name, spec in manifest.graphs.items()}
+    files = {name: spec.file for name, spec in manifest.graphs.items() if name not in given}
     shelf = None
     if device == "cpu":
         shelf = Shelf(manifest, folder, "onnxruntime", ort.__version__, cpu.target(), Optimised())
@@ -93,20 +93,19 @@ def load_engines(
     def load(name: str) -> Engine:
         if verify:
             manifest.check_files(folder, [files[name]])
-        if name in given:
-            return given[name]
         half = in_half(manifest, name)
         return OnnxRuntimeEngine(folder / files[name], manifest.graphs[name], device, threads, shelf=shelf, half=half)
 
     # ONNX Runtime optimises a graph while it loads and lets go of the GIL meanwhile: two at a time on two cores.
     # The biggest go first, so that none of them is left alone at the end.
     names = sorted(files, key=lambda name: -_size(folder / files[name]))
-    rest = [name for name in manifest.files if name not in files.values()]
+    theirs = {file for name in given for file in manifest.files_of(name)}
+    rest = [name for name in manifest.files if name not in files.values() and name not in theirs]
     with ThreadPoolExecutor(min(4, usable_cores()) + 1) as pool:
         checked = pool.submit(manifest.check_files, folder, rest if verify else [])
         loaded = [pool.submit(load, name) for name in names]
         checked.result()  # damaged weights are why a graph cannot be loaded, not what follows from them
-        engines: dict[str, Engine] = {name: one.result() for name, one in zip(names, loaded, strict=True)}
+        engines: dict[str, Engine] = given | {name: one.result() for name, one in zip(names, loaded, strict=True)}
     return manifest, engines
 
 
@@ -295,7 +294,8 @@ def _kept_session(path: Path, spec: GraphSpec, options: Any, shelf: Shelf) -> An
     if (kept := shelf.find(name, sizes)) is not None:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been
         return ort.InferenceSession(str(kept), options, providers=["CPUExecutionProvider"])
-    if not shelf.keeps(name):
+    # Weights in a file of their own are mapped, and an optimised graph would look for them where it is.
+    if not shelf.keeps(name) or path.with_name(path.name + ".data").exists():
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     with TemporaryDirectory() as folder:
         optimised = Path(folder) / path.name

@@ -1,6 +1,6 @@
 """OpenVINO: the fastest way to compute in bfloat16 on a CPU that has instructions for it.
 
-    engines = load_openvino(folder, manifest, {"unet": path, ...}, "bf16", threads=4)
+    engines = load_openvino(folder, manifest, "bf16", threads=4)
     outputs = engines["unet"](feeds)                # numpy in, numpy out
 
 Only what a picture's time goes into is computed so: UNet and decoder. The small graphs of stage 1 stay with ONNX
@@ -17,9 +17,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import mmap
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -66,9 +67,12 @@ class OpenVinoEngine:
         threads: int | None = None,
         shelf: Shelf | None = None,
         batches: Sequence[int] = (1,),
+        check: Callable[[], None] | None = None,
     ) -> None:
-        """precision: "bf16", which raises EngineError where the CPU has none, or "fp32". shelf: of compiled graphs."""
+        """precision: "bf16", which raises EngineError where the CPU has none, or "fp32". shelf: of compiled graphs.
+        check: called before the graph's file is read; raises BundleError for a damaged one."""
         self.path, self.spec, self.precision, self.shelf, self.batches = Path(path), spec, precision, shelf, batches
+        self._check = check
         if precision == "bf16" and not has_bf16():
             raise EngineError(
                 f"This processor ({cpu.cpu_name()}) has no instructions for bfloat16, so that OpenVINO would gain "
@@ -76,6 +80,7 @@ class OpenVinoEngine:
             )
         self.threads = threads or usable_cores()
         self.axes = sorted({size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)})
+        self._mapped: list[mmap.mmap] = []  # files that what was imported reads its weights from
         self._requests: dict[tuple[int, ...], Any] = {}
         self._bound: dict[tuple[int, ...], dict[str, np.ndarray]] = {}  # of each request: its inputs
 
@@ -131,8 +136,11 @@ class OpenVinoEngine:
         }
         kept = shelf.find(name, sizes) if shelf is not None and not beside else None
         if kept is not None:
-            with contextlib.suppress(RuntimeError, OSError):  # what another build of the same version wrote
-                return core.import_model(kept.read_bytes(), "CPU", options)
+            with contextlib.suppress(RuntimeError, OSError, ValueError):  # what another build of the same version wrote
+                return self._imported(kept, options)
+        if self._check is not None:
+            self._check()
+            self._check = None  # once is enough
         started = time.monotonic()
         try:
             model = core.read_model(self.path)
@@ -148,6 +156,20 @@ class OpenVinoEngine:
             exported = compiled.export_model()
             content = exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported)
             shelf.keep(name, sizes, content, time.monotonic() - started, beside)
+        return compiled
+
+    def _imported(self, path: Path, options: Mapping[str, Any]) -> Any:
+        """What was kept, mapped: read into memory, a large UNet would be there three times and take ten times as long.
+
+        OpenVINO packs weights anew for its kernels; pages that it has read them from need not stay in memory.
+        """
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # it takes none that cannot be written to
+        content = _import().Tensor(np.frombuffer(mapped, np.uint8), shared_memory=True)
+        compiled = shared_core().import_model(content, "CPU", options)
+        self._mapped.append(mapped)
+        if hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_DONTNEED)
         return compiled
 
     def _sizes(self, feeds: Mapping[str, Any]) -> dict[str, int]:
@@ -172,13 +194,21 @@ def load_openvino(
     threads: int | None = None,
     batches: Sequence[int] = (1,),
 ) -> dict[str, Engine]:
-    """Engines for LOWERED; the files of `folder` must have been verified."""
+    """Engines for LOWERED. A graph's files are verified when it is compiled; of one that was, they are not read."""
     shelf = shelf_of(folder, manifest, precision)
-    return {
-        name: OpenVinoEngine(folder / manifest.graphs[name].file, manifest.graphs[name], precision, threads, shelf,
-                             batches if name == "unet" else (1,))
-        for name in LOWERED
-    }  # fmt: skip
+    engines: dict[str, Engine] = {}
+    for name in LOWERED:
+        spec = manifest.graphs[name]
+        check = functools.partial(manifest.check_files, folder, manifest.files_of(name))
+        sizes = batches if name == "unet" else (1,)
+        engines[name] = OpenVinoEngine(folder / spec.file, spec, precision, threads, shelf, sizes, check)
+    return engines
+
+
+def usual(spec: GraphSpec, manifest: Manifest, batch: int = 1) -> dict[str, int]:
+    """The sizes that a graph has when a request says nothing else: with both branches of guidance, or without it."""
+    branches = 1 if manifest.defaults["guidance"] == 1 else 2
+    return {"B": batch, BRANCHES: branches} if spec.branched else {"B": batch}
 
 
 def shelf_of(folder: Path, manifest: Manifest, precision: str) -> Shelf:
@@ -186,11 +216,14 @@ def shelf_of(folder: Path, manifest: Manifest, precision: str) -> Shelf:
     return Shelf(manifest, folder, BACKEND, version(), cpu.target(), Options(precision))
 
 
-def wanted_sizes(spec: GraphSpec, batches: Iterable[int], guidance_free: bool = False) -> list[dict[str, int]]:
-    """The sizes to compile a graph for: both guidance branches, and perhaps the conditional one alone."""
+def wanted_sizes(
+    spec: GraphSpec, manifest: Manifest, batches: Iterable[int], guidance_free: bool = False
+) -> list[dict[str, int]]:
+    """The sizes to compile a graph for: the usual ones, and perhaps the conditional branch alone, too."""
     if not spec.branched:
         return [{"B": 1}]  # the decoder takes pictures one by one
-    return [{"B": batch, BRANCHES: g} for g in ((2, 1) if guidance_free else (2,)) for batch in batches]
+    sizes = [usual(spec, manifest, batch) for batch in batches]
+    return sizes + [size | {BRANCHES: 1} for size in sizes if guidance_free and size[BRANCHES] != 1]
 
 
 def is_installed() -> bool:

@@ -48,7 +48,8 @@ from .workspace import install, workspace
 # worst number, 5.9e-3 root mean square; float16 with all its roundings 6.0e-3 and 6.9e-4).
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 1e-1}
 OPSET = 23  # keeps GroupNormalization and Attention whole; ONNX Runtime >= 1.23 runs it
-EXTERNAL = 1 << 30  # bytes of weights above which they go into a file beside the graph (protobuf ends at 2 GB)
+EXTERNAL = 1 << 26  # bytes of weights above which they go into a file beside the graph, which can be mapped
+LARGE = 1 << 30  # bytes of weights above which a graph is checked with fewer rows: its own take gigabytes
 PAGE_OUT, WORTH = 21, 1 << 20  # MADV_PAGEOUT, and bytes of a tensor from which on it is called
 ONCE = 1 << 16  # elements up to which tensors are compared with each other, and equal ones stored once
 COMPACT = 1024  # elements from which a tensor is worth storing in half
@@ -101,7 +102,7 @@ def export_bundle(
         results: list[Exported] = []
         specs: dict[str, GraphSpec] = {}
         weights = sum(tensor.nbytes for tensor in checkpoint.unet.state_dict().values())
-        batch = 3 if weights < EXTERNAL else 2  # rows to check with: a large model's take gigabytes
+        batch = 3 if weights < LARGE else 2
         dtype = PRECISIONS[precision]
         pairs = zip(graphs(checkpoint, smplh, dtype, batch), graphs(checkpoint, smplh, batch=batch), strict=True)
         for graph, reference in pairs:
@@ -260,7 +261,7 @@ def compact(model: ir.Model) -> None:
 
 
 def save_model(model: ir.Model, path: Path) -> None:
-    """Writes the graph; its weights go into `<name>.onnx.data` where protobuf could not hold them."""
+    """Writes the graph; more weights than EXTERNAL go into `<name>.onnx.data`."""
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     for node in model.graph:  # traces of our source files would only name folders of the machine that exported
         node.metadata_props.clear()

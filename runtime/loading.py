@@ -75,13 +75,13 @@ def load_openvino_loop(folder: Path, slots: int, threads: int | None, pictures: 
     openvino.has_bf16()  # says what is missing, before anything is loaded
 
     def others(manifest: Manifest) -> dict[str, Engine]:
-        return openvino.load_openvino(folder, manifest, "bf16", threads, batches_for(folder, manifest, slots, pictures))
+        batches = batches_for(folder, manifest, slots, pictures)
+        engines = openvino.load_openvino(folder, manifest, "bf16", threads, batches)
+        for engine in engines.values():  # before the rest is there: it takes twice what it then keeps
+            engine.prepare(openvino.usual(engine.spec, manifest))  # type: ignore[attr-defined]
+        return engines
 
     manifest, engines = load_engines(folder, "cpu", threads, others=others)
-    for name in openvino.LOWERED:
-        engine = engines[name]
-        assert isinstance(engine, openvino.OpenVinoEngine)
-        engine.prepare(dict.fromkeys(engine.axes, 1) | {axis: 2 for axis in engine.axes if axis == BRANCHES})
     loop = HostLoop(Bundle.load(folder, manifest), engines, slots)
     loop.bundle.made_by |= {"backend": "openvino", "inference": "bf16"}
     return loop
@@ -89,14 +89,11 @@ def load_openvino_loop(folder: Path, slots: int, threads: int | None, pictures: 
 
 def batches_for(folder: Path, manifest: Manifest, slots: int, pictures: int) -> list[int]:
     """Batch sizes of the UNet to try: 1, those that were compiled, and BATCHES in a long run of a small model."""
-    shelf = openvino.shelf_of(folder, manifest, "bf16")
+    shelf, unet = openvino.shelf_of(folder, manifest, "bf16"), manifest.graphs["unet"]
     long = pictures >= LONG and shelf.keeps("unet")
     sizes = [size for size in powers_of_two(slots) if size <= slots]
-    return [
-        size
-        for size in sizes
-        if size == 1 or (long and size in BATCHES) or shelf.plan("unet", {"B": size, BRANCHES: 2}) is not None
-    ]
+    kept = {size: shelf.plan("unet", openvino.usual(unet, manifest, size)) is not None for size in sizes}
+    return [size for size in sizes if size == 1 or (long and size in BATCHES) or kept[size]]
 
 
 def try_openvino(folder: Path, slots: int, threads: int | None, pictures: int) -> tuple[HostLoop | None, list[str]]:
@@ -132,8 +129,9 @@ def admit_openvino(folder: Path, count: int = 2, threads: int | None = None) -> 
     """Makes `count` pictures with OpenVINO and with ONNX Runtime, and notes the outcome where the UNet is kept."""
     started = time.process_time()
     loop = load_openvino_loop(folder, 1, threads, 1)
-    ready = time.process_time() - started
-    manifest, exact = load_engines(folder, "cpu", threads, verify=False)
+    between = time.process_time()
+    manifest, exact = load_engines(folder, "cpu", threads)
+    ready = max(0.0, (between - started) - (time.process_time() - between))
     fast = {name: timed.engine for name, timed in loop.engines.items()}
     admission = measure(loop.bundle, exact, fast, ready, count)
     write(openvino.shelf_of(folder, manifest, "bf16"), admission)
