@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -80,6 +79,8 @@ def end_with_parent() -> None:
 
     A worker waits for work at a pipe whose other end its neighbours hold, too, and would wait for ever.
     """
+    import multiprocessing
+
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -6,7 +6,6 @@ to be called so is `./demo`.
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 from ..errors import BundleError, CheckpointError
@@ -45,4 +44,4 @@ def resolve(name: str | Path, kind: str) -> Path:
 
 
 def _folder(name: str) -> Path:
-    return Path(str(resources.files(__name__) / name))
+    return Path(__file__).with_name(name)

@@ -8,6 +8,7 @@ some-program | hd-run demo --prompts -
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,12 +16,9 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import commands, demo
 from ..commands import INTERRUPTED
@@ -36,6 +34,9 @@ from .pipeline import HanDiffuser
 from .remote import open_folder
 from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, RequestFile, Resolver
 from .results import Failure
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _STEPS = click.IntRange(1, MAX_STEPS)
 _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
@@ -342,15 +343,14 @@ class Reporter:
     """What the user sees, all on stderr: a live bar on a terminal, plain lines in a log, nothing with --quiet."""
 
     def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.quiet = quiet
         self.said: set[str] = set()
 
     def problem(self, sentence: str) -> None:
-        self.console.print(f"[red]hd-run:[/red] {escape(sentence)}")
+        line(sentence, "hd-run:", "red")
 
     def warning(self, sentence: str) -> None:
-        self.console.print(f"[yellow]hd-run: warning:[/yellow] {escape(sentence)}")
+        line(sentence, "hd-run: warning:", "yellow")
 
     def warning_of(self, picture: str, sentence: str) -> None:
         """What is to be said of a picture; once, where it is to be said of many."""
@@ -359,7 +359,7 @@ class Reporter:
             self.warning(f"{picture}: {sentence}")
 
     def progress(self, total: int) -> ProgressReport:
-        return ProgressReport(self.console, total, self.quiet)
+        return ProgressReport(total, self.quiet)
 
     def summary(
         self, folder: OutputFolder, index: str, seconds: float, skipped: int, refused: int, failed: int
@@ -371,40 +371,41 @@ class Reporter:
         for count, what in ((skipped, "skipped (done before)"), (refused, "refused"), (failed, "failed")):
             if count:
                 counts.append(f"{count} {what}")
-        self.console.print(f"{', '.join(counts)}. They are in {escape(folder.where)}")
+        line(f"{', '.join(counts)}. They are in {folder.where}")
         if index:
-            self.console.print(f"See them all: {escape(index)}")
+            line(f"See them all: {index}")
+
+
+def line(sentence: str, head: str = "", color: str | None = None) -> None:
+    """One line on stderr. head: begins it, in this colour on a terminal."""
+    plain = False if os.environ.get("NO_COLOR") else None
+    click.echo(f"{click.style(head, fg=color)} {sentence}" if head else sentence, err=True, color=plain)
 
 
 class ProgressReport:
     """Pictures done, of those asked for, and steps a second."""
 
-    def __init__(self, console: Console, total: int, quiet: bool) -> None:
+    def __init__(self, total: int, quiet: bool) -> None:
         """total: pictures asked for; what is skipped or refused is taken off as it is met."""
-        self.console = console
-        self.live = console.is_terminal and not quiet
-        self.quiet = quiet
+        self.quiet, self.live = quiet, not quiet and sys.stderr.isatty()
         self.total, self.pictures, self.steps = total, 0, 0
         self.ready = 0  # engines
         self.started = self.printed = time.perf_counter()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not self.live,
-        )
+        self.bar = live_bar() if self.live else None
 
     def __enter__(self) -> ProgressReport:
-        self.bar.start()
-        self.task = self.bar.add_task("making hands", total=self.total, rate="")
+        if self.bar is not None:
+            self.bar.start()
+            self.bar.add_task("making hands", total=self.total, rate="")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, **what: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], **what)
 
     @property
     def rate(self) -> str:
@@ -414,20 +415,36 @@ class ProgressReport:
         """See `results.OnEvent`."""
         if kind == "warm-up":
             self.ready += count
-            self.bar.update(self.task, description=f"engines made ready: {self.ready}")
+            self.update(description=f"engines made ready: {self.ready}")
         if kind == "steps":
             self.steps += count
-            self.bar.update(self.task, description="pictures", rate=self.rate)
+            self.update(description="pictures", rate=self.rate)
 
     def picture(self, left_out: int) -> None:
         """One more is done; left_out: how many were skipped or refused so far."""
         self.pictures += 1
         total = max(self.total - left_out, self.pictures)
-        self.bar.update(self.task, completed=self.pictures, total=total)
+        self.update(completed=self.pictures, total=total)
         now = time.perf_counter()
         if not self.live and not self.quiet and (now - self.printed > 5 or self.pictures == total):
             self.printed = now
-            self.console.print(f"{self.pictures} of {total} pictures, {self.rate}")
+            line(f"{self.pictures} of {total} pictures, {self.rate}")
+
+
+def live_bar() -> Progress:
+    # Imported here: a run whose stderr is a log starts a twentieth of a second earlier without.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True, highlight=False, soft_wrap=True),
+        transient=True,
+    )
 
 
 def main() -> None:
