@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import Manifest
+from ..contract import EIGHT_BITS, Manifest
 from ..engines import Engine, OnnxRuntimeEngine, load_engines, openvino
 from ..errors import BundleError, EngineError
-from ..runtime.admission import PSNR_MUST, psnr
+from ..runtime.admission import PSNR_MUST, Admission, measure, psnr
 from ..runtime.bundle import Bundle
 from ..runtime.host import HostLoop
+from ..runtime.loading import load_openvino_loop
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.results import Failure, Picture
 from .record import PROMPTS, Feeds, record, run_all
@@ -160,7 +161,7 @@ def fidelity(
     if inference:
         emulated = False
     emulated = device == "cpu" or theirs.precision == "bf16" if emulated is None else emulated
-    precision = inference or theirs.precision
+    precision = theirs.precision if theirs.precision in EIGHT_BITS else inference or theirs.precision
 
     def others(manifest: Manifest) -> dict[str, Engine]:
         return openvino.load_openvino(Path(candidate), manifest, inference, threads) if inference else {}
@@ -264,3 +265,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def beside_bfloat16(exact: Path, quantized: Path, count: int) -> Admission:
+    """Pictures of a float32 bundle in bfloat16 and of a quantised one, both with OpenVINO, turn by turn.
+
+    Returns what `measure` does, with bfloat16 for the exact one.
+    """
+    ours, theirs = (load_openvino_loop(folder, 1, 1, 1) for folder in (exact, quantized))
+    engines = [{name: timed.engine for name, timed in loop.engines.items()} for loop in (ours, theirs)]
+    return measure(ours.bundle, engines[0], engines[1], ready=0.0, count=count)

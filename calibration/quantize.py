@@ -3,7 +3,8 @@
     groups = calibrate("bundle_fp16/unet.onnx", inputs["unet"], "fp8")        # scales, from recorded inputs
     save_model(quantize("bundle_fp16/unet.onnx", groups, "fp8"), "unet.onnx")
 
-Only convolutions and products with weights are quantised; what surrounds them stays as it is. Weights are stored in
+Only convolutions and products with weights are quantised; what surrounds them stays as it is: float16 for TensorRT,
+float32 for OpenVINO, which rounds that to bfloat16 itself. Weights are stored in
 eight bits with a scale for each output channel; activations get one scale a tensor, by which the largest just fits.
 Some channels of the activations may be far larger than others: a factor for each input channel moves a part of that
 into the weights, which changes nothing in exact arithmetic (SmoothQuant, arXiv 2211.10438, equation 4).
@@ -28,7 +29,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..contract import Manifest
 from ..errors import BundleError
-from .graphs import label, rewrite_bundle
+from .graphs import element_types, label, rewrite_bundle
 from .mixed import Pieces
 
 KINDS = {"fp8": TensorProto.FLOAT8E4M3FN, "int8": TensorProto.INT8}
@@ -60,17 +61,18 @@ def calibrate(
     smooth: float = 0.0,
     threads: int | None = None,
 ) -> list[Group]:
-    """The layers of a half-precision graph that can be quantised, with their scales.
+    """The layers of a graph that can be quantised, with their scales.
 
     inputs: calls to the graph, as `record` keeps them. smooth: how much of the activations' unevenness is moved into
     the weights, 0 to 1.
     """
     model = model if isinstance(model, ModelProto) else onnx.load(model)
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights, types = _weights(model), element_types(model)
+    base = _base(model, types)
     groups: dict[tuple[str, bool], Group] = {}
     matrices: dict[str, list[np.ndarray]] = {}  # label of a group's first node -> weights [in, out, taps]
     for node in model.graph.node:
-        matrix = _matrix(node, weights)
+        matrix = _matrix(node, weights) if types[node.output[0]] == base else None
         if matrix is not None and not any(size % MULTIPLE for size in matrix.shape[:2]):
             key = (node.input[0], node.op_type == "Conv")
             group = groups.setdefault(key, Group(*key, []))
@@ -86,13 +88,14 @@ def calibrate(
 def quantize(
     model: str | Path | ModelProto, groups: Sequence[Group], kind: str, keep: Collection[str] = ()
 ) -> ModelProto:
-    """A copy of a half-precision graph with its layers quantised, but for the nodes labelled `keep`."""
+    """A copy of a graph with its layers quantised, but for the nodes labelled `keep`."""
     out = ModelProto()
     out.CopyFrom(model if isinstance(model, ModelProto) else onnx.load(model))
     graph, element = out.graph, KINDS[kind]
     if any(entry.domain == "" and entry.version < OPSET for entry in out.opset_import):
         raise BundleError(f"ONNX knows {kind} from opset {OPSET} on. Export with --opset {OPSET} or later.")
-    weights = {tensor.name: tensor for tensor in graph.initializer}
+    weights = _weights(out)
+    real = helper.tensor_dtype_to_np_dtype(_base(out, element_types(out)))
     group_of = {name: group for group in groups for name in group.nodes if name not in keep}
     original = list(graph.node)
     nodes: list[NodeProto] = []
@@ -122,8 +125,8 @@ def quantize(
             value = group.tensor
             if group.smooth is not None:
                 factor = group.smooth.reshape((-1, 1, 1) if group.channels_first else (-1,))
-                value = op("Mul", [value, add(f"{stem}/smooth", factor.astype(np.float16))], f"{stem}/smoothed")
-            parts = [add(f"{stem}/scale", np.array(group.scale, np.float16)), zero(f"{stem}/zero", ())]
+                value = op("Mul", [value, add(f"{stem}/smooth", factor.astype(real))], f"{stem}/smoothed")
+            parts = [add(f"{stem}/scale", np.array(group.scale, real)), zero(f"{stem}/zero", ())]
             op("DequantizeLinear", [op("QuantizeLinear", [value, *parts], f"{stem}/q"), *parts], f"{stem}/dq")
         weight = numpy_helper.to_array(weights[node.input[1]]).astype(np.float32)
         into, out_of = _axes(node)
@@ -136,12 +139,14 @@ def quantize(
         stored = to_eight_bits(weight / np.expand_dims(scale, others), kind)
         name = f"{label(node)}/{kind}"
         graph.initializer.append(helper.make_tensor(name, element, stored.shape, stored.tobytes(), raw=True))
-        parts = [name, add(f"{name}/scale", scale.astype(np.float16)), zero(f"{name}/zero", scale.shape)]
+        parts = [name, add(f"{name}/scale", scale.astype(real)), zero(f"{name}/zero", scale.shape)]
         copy = NodeProto()
         copy.CopyFrom(node)
         copy.input[0] = f"{stem}/dq"
         copy.input[1] = op("DequantizeLinear", parts, f"{name}/dq", axis=out_of)
         nodes.append(copy)
+    used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
+    nodes = [node for node in nodes if node.op_type != "Cast" or node.output[0] in used]
     used = {name for node in nodes for name in node.input}
     del graph.node[:]
     graph.node.extend(nodes)
@@ -165,6 +170,21 @@ def to_eight_bits(value: np.ndarray, kind: str) -> np.ndarray:
     return clipped.astype(ml_dtypes.float8_e4m3fn) if kind == "fp8" else np.rint(clipped).astype(np.int8)
 
 
+def _weights(model: ModelProto) -> dict[str, TensorProto]:
+    """Weights by the names that layers know them by: one that is stored in half stands behind a Cast."""
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.input[0] in found:
+            found[node.output[0]] = found[node.input[0]]
+    return found
+
+
+def _base(model: ModelProto, types: Mapping[str, int]) -> int:
+    """The element type that a graph's layers compute in: float16 where anything is computed in it, else float32."""
+    half = any(types[name] == TensorProto.FLOAT16 for node in model.graph.node for name in node.output if name)
+    return TensorProto.FLOAT16 if half else TensorProto.FLOAT
+
+
 def _axes(node: NodeProto) -> tuple[int, int]:
     """The axes of a layer's weight: (channels in, channels out)."""
     transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
@@ -179,7 +199,11 @@ def _matrix(node: NodeProto, weights: Mapping[str, TensorProto]) -> np.ndarray |
     if any(helper.get_attribute_value(a) != plain.get(a.name, helper.get_attribute_value(a)) for a in node.attribute):
         return None
     weight = numpy_helper.to_array(weights[node.input[1]])
-    if weight.dtype != np.float16 or weight.ndim < 2 or (node.op_type == "MatMul" and weight.ndim > 2):
+    if (
+        weight.dtype not in (np.float16, np.float32)
+        or weight.ndim < 2
+        or (node.op_type == "MatMul" and weight.ndim > 2)
+    ):
         return None
     into, out_of = _axes(node)
     return np.moveaxis(weight, (into, out_of), (0, 1)).reshape(weight.shape[into], weight.shape[out_of], -1)
@@ -230,13 +254,13 @@ def _settle(
 
 
 def quantize_bundle(
-    half: str | Path,
+    base: str | Path,
     out: str | Path,
     groups: Mapping[str, Sequence[Group]],
     kind: str,
     keep: Mapping[str, Collection[str]] | None = None,
 ) -> Manifest:
-    """Writes the half-precision bundle `half` into the folder `out`, its graphs quantised as `groups` says, by graph.
+    """Writes the bundle `base` into the folder `out`, its graphs quantised as `groups` says, by graph.
 
     keep: labels of the nodes that stay as they are, by graph. The manifest notes how many layers were quantised.
     """
@@ -253,7 +277,7 @@ def quantize_bundle(
         noted[name] = {"quantized": layers - len(kept), "layers": layers, "kept": kept}
         return quantize(model, groups[name], kind, kept)
 
-    manifest = rewrite_bundle(Path(half), Path(out), change)
+    manifest = rewrite_bundle(Path(base), Path(out), change)
     manifest.precision = kind
     manifest.made_by["quantized"] = noted
     manifest.save(Path(out))

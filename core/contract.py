@@ -77,7 +77,7 @@ def row_columns(num_history: int) -> tuple[str, ...]:
 # branch alone, which is half the work and all that rows of guidance 1 need.
 BRANCHES = "G"
 FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever a bundle's precision
-EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16
+EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16 or float32
 LARGEST = 4096  # rows of a batch that any compiled graph allows
 
 # The hand parameters, P = 330: rot6d of 52 joints, 10 betas, and per hand where it is in the image:
@@ -182,7 +182,7 @@ class Manifest:
 
     graphs: Annotated[dict[Word, GraphSpec], _MANY]
     files: Annotated[dict[FileName, Sha256], _MANY]  # everything in the bundle but the manifest
-    # Of the networks; or one of EIGHT_BITS, for the layers that calibration quantised, and float16 around them. State
+    # Of the networks; or one of EIGHT_BITS, for the layers that calibration quantised, and `base` around them. State
     # and kinematics are float32 always.
     precision: Precision
     image_size: tuple[Side, Side]  # H, W in pixels
@@ -269,6 +269,14 @@ class Manifest:
                     f"Its image_size and latent_size are {self.image_size} and {self.latent_size}, and the decoder has "
                     f"{tensor}."
                 )
+
+    @property
+    def base(self) -> str:
+        """The precision of what is not quantised: "fp32" for OpenVINO, "fp16" for TensorRT."""
+        if self.precision not in EIGHT_BITS:
+            return self.precision
+        tensors = [tensor for spec in self.graphs.values() for tensor in (*spec.inputs, *spec.outputs)]
+        return "fp16" if any(tensor.dtype == "float16" for tensor in tensors) else "fp32"
 
     def files_of(self, graph: str) -> list[str]:
         """The files of a graph: itself, and its weights where they are in a file of their own."""

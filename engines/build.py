@@ -114,6 +114,10 @@ def build_plans(
         raise EngineError(f"There is no backend {backend_name!r} that builds plans; there are {', '.join(MODULES)}.")
     folder = Path(folder)
     manifest = Manifest.load(folder, verify=False)
+    if manifest.precision != "fp32" and manifest.base == "fp32":
+        raise EngineError(
+            f"{folder} is in {manifest.precision} for OpenVINO. Export it again with --backend {backend_name}."
+        )
     backend = Backend(backend_name)
     cuda = gpu()
     if cuda is not None and not (options and options.compute_capabilities):  # it is for this very GPU
@@ -148,10 +152,10 @@ def build_openvino(
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
-    if manifest.precision != "fp32":
+    if manifest.base != "fp32":
         raise EngineError(
-            f"{folder} is in {manifest.precision}; OpenVINO rounds a float32 bundle to bfloat16 itself. Export it with "
-            "--precision fp32."
+            f"{folder} is in {manifest.precision}, and made for TensorRT; OpenVINO rounds a float32 bundle to bfloat16 "
+            "itself. Export it with --backend openvino."
         )
     store, shelf = PlanStore(folder), shelf_of(folder, manifest, "bf16")
     engines = load_openvino(folder, manifest)

@@ -110,10 +110,11 @@ def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]
         for built in plans:
             done.append(built)
             if built.why:
+                cpu_types = "bfloat16" if built.plan.parts["precision"] == "fp32" else "int8 and bfloat16"
                 types = ", ".join(f"{n} {kind.lower()}" for kind, n in built.plan.proof.get("types", {}).items())
                 console.print(
                     f"{built.plan.graph:18} {built.plan.parts['sizes']:10} {built.plan.seconds:6.1f} s "
-                    f"{built.plan.size / 1e6:8.1f} MB   computes in: {types or 'bfloat16'}   ({built.why})"
+                    f"{built.plan.size / 1e6:8.1f} MB   computes in: {types or cpu_types}   ({built.why})"
                 )
     new = sum(bool(built.why) for built in done)
     if new:
@@ -141,19 +142,22 @@ def admit_bfloat16(folder: Path) -> None:
         manifest = Manifest.load(folder, verify=False)
         shelf = openvino.shelf_of(folder, manifest, "bf16")
         small, admission = shelf.keeps("unet"), read(shelf)
-        report = fidelity(folder, folder, inference="bf16") if small and admission is None else None
+        # What int8 costs was measured when it was exported.
+        compare = small and admission is None and manifest.precision == "fp32"
+        report = fidelity(folder, folder, inference="bf16") if compare else None
         admission = admission or admit_openvino(folder, 2 if small else 1)
     if report is not None:
         console.print(report.summary())
     if admission.passes and (report is None or report.passes):
-        console.print(f"On this processor it is {admission}; hd-run takes it from {admission.pays} pictures on.")
+        from_on = "always" if admission.pays == 1 else f"from {admission.pays} pictures on"
+        console.print(f"On this processor it is {admission}; hd-run takes it {from_on}.")
         return
     store = PlanStore(folder)
     for plan in list(store):
         if plan.parts["backend"] == OPENVINO and belongs(plan, manifest):
             store.remove(plan)
     raise EngineError(
-        f"OpenVINO in bfloat16 is {admission}. {' '.join(report.sentences()) if report is not None else ''} Nothing "
+        f"OpenVINO is {admission}. {' '.join(report.sentences()) if report is not None else ''} Nothing "
         "compiled was kept; run it with --backend onnxruntime."
     )
 

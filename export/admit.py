@@ -5,7 +5,7 @@
 
 The candidate is run beside a float32 bundle of the same checkpoint: every graph on what it sees in a real run, and the
 pictures of the same seeds. When it fails, the nodes that overflow or lose too much are put into float32, and it is
-measured again. Quantised layers that lose most are left in float16 likewise. The report goes into the candidate's
+measured again. Quantised layers that lose most are left as they are likewise. The report goes into the candidate's
 manifest.
 """
 
@@ -17,11 +17,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..calibration.fidelity import Report, fidelity
+from ..calibration.fidelity import Report, beside_bfloat16, fidelity
 from ..calibration.mixed import keep_sensitive
 from ..calibration.quantize import Group, calibrate, quantize_bundle
 from ..calibration.record import record
 from ..contract import Manifest
+from ..engines import cpu
+from ..errors import EngineError
 from ..models.checkpoint import Checkpoint
 from .bundle import export_bundle
 
@@ -80,14 +82,19 @@ def admit(
 def quantize(
     checkpoint: Checkpoint, candidate: Path, kind: str, body: Path | None, opset: int, compare: bool = True
 ) -> tuple[Report | None, dict[str, list[str]]]:
-    """Quantises a candidate in float16, compares, and leaves in float16 what must be for the report to pass.
+    """Quantises a candidate, compares, and leaves as they are the layers that must be for the report to pass.
 
+    candidate: in float16, for TensorRT; or in float32, for OpenVINO, which then makes the report's pictures, too.
     kind: "fp8" or "int8". compare: else the first attempt is taken as it is, and there is no report.
-    Returns the report of what the candidate is now, and the names of the layers that stay in float16, by graph.
+    Returns the report of what the candidate is now, and the names of the layers that stay as they are, by graph.
+
+    Raises EngineError where int8 is not faster with OpenVINO on this processor than bfloat16 is.
     """
+    for_cpu = Manifest.load(candidate, verify=False).base == "fp32"
     with TemporaryDirectory(dir=candidate.parent) as folder:
-        reference, out = Path(folder) / "fp32", Path(folder) / "quantized"
-        export_bundle(checkpoint, reference, "fp32", body, opset)
+        reference, out = candidate if for_cpu else Path(folder) / "fp32", Path(folder) / "quantized"
+        if not for_cpu:
+            export_bundle(checkpoint, reference, "fp32", body, opset)
         inputs = record(reference, seeds=CALIBRATION_SEEDS)[0]
         report, kept = None, {}
         for smooth, share in ATTEMPTS:
@@ -98,11 +105,21 @@ def quantize(
             manifest.made_by["smooth"] = smooth
             kept = {name: sorted(nodes) for name, nodes in keep.items() if nodes}
             if compare:
-                report = fidelity(reference, out)
+                report = fidelity(reference, out, inference="bf16" if for_cpu else "")
                 manifest.made_by["fidelity"] = report.to_json()
             manifest.save(out)
             if report is None or report.passes:
                 break
+        if for_cpu:
+            gain = beside_bfloat16(reference, out, 4 if compare else 1)
+            if not gain.faster:
+                raise EngineError(
+                    f"With OpenVINO on this processor ({cpu.cpu_name()}) {kind} takes {gain.fast * 1e3:.0f} ms of CPU "
+                    f"time a picture and bfloat16 {gain.exact * 1e3:.0f}. Nothing was written. Export without "
+                    "--precision."
+                )
+            manifest.made_by["beside_bfloat16"] = round(gain.exact / gain.fast, 3)
+            manifest.save(out)
         shutil.rmtree(candidate)
         out.replace(candidate)
     return report, kept

@@ -75,7 +75,7 @@ def parse_adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", *EIGHT_BITS]),
     help="Of the networks; hand features, latents and solver state stay float32. fp8 and int8: convolutions and "
-    "products of UNet and decoder, for TensorRT; the rest is fp16. "
+    "products of UNet and decoder, for TensorRT, or int8 for OpenVINO; the rest is fp16 or fp32. "
     "[default: fp16 for TensorRT, else fp32]",
 )
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H body (.npz); default: the checkpoint's own.")
@@ -128,12 +128,16 @@ def command(
         check_backend(backend, options_of(values))  # before minutes of exporting
     if backend == "openvino":
         check_openvino(precision)
-    source = fingerprint(folder, body, adapters, precision=precision, image_size=image_size, opset=opset)
+    base = precision
+    if precision in EIGHT_BITS:
+        base = "fp32" if backend == "openvino" else "fp16"
+    for_cpu = {"base": base} if precision in EIGHT_BITS and base == "fp32" else {}
+    source = fingerprint(folder, body, adapters, precision=precision, image_size=image_size, opset=opset, **for_cpu)
     why = changed(out, source)
     if why:
         if (out / MANIFEST).exists():
             console.print(f"Exporting again: {', '.join(why)}.")
-        export(folder, out, precision, body, adapters, image_size, opset, source, fidelity, accept_low_fidelity)
+        export(folder, out, precision, base, body, adapters, image_size, opset, source, fidelity, accept_low_fidelity)
     else:
         console.print(f"The bundle in {out} is current: nothing was exported.")
     if backend in (*MODULES, "openvino"):
@@ -152,7 +156,10 @@ def command(
         )
     if precision == "bf16":
         console.print("It computes in bfloat16, which runs on NVIDIA GPUs only, best with TensorRT.")
-    if precision in EIGHT_BITS:
+    if backend == "openvino" and precision == "int8":
+        gain = Manifest.load(out, verify=False).made_by["beside_bfloat16"]
+        console.print(f"With OpenVINO on this processor int8 is {gain:.2f} times as fast as bfloat16.")
+    elif precision in EIGHT_BITS:
         console.print(
             f"It computes in {precision} with TensorRT, on GPUs of compute capability "
             f"{'8.9, 9.0, 10.0 and 12.0' if precision == 'fp8' else '8.0 and later'}. Other backends give the same "
@@ -162,10 +169,11 @@ def command(
 
 
 def check_openvino(precision: str) -> None:
-    """Raises HanDiffuserError unless OpenVINO computes bfloat16 on this processor, from a bundle in float32."""
-    if precision != "fp32":
+    """Raises HanDiffuserError unless OpenVINO computes bfloat16 on this processor, and this precision is one of its."""
+    if precision not in ("fp32", "int8"):
         raise HanDiffuserError(
-            f"OpenVINO rounds a float32 bundle to bfloat16 itself: leave out --precision {precision}, or take TensorRT."
+            f"OpenVINO rounds a float32 bundle to bfloat16 itself: leave out --precision {precision}, or take int8, or "
+            "TensorRT."
         )
     if not openvino.has_bf16():
         raise HanDiffuserError("This processor has no bfloat16, so that OpenVINO gains nothing: take onnxruntime.")
@@ -213,6 +221,7 @@ def export(
     folder: Path,
     out: Path,
     precision: str,
+    base: str,
     body: Path | None,
     adapters: tuple[tuple[Path, float], ...],
     image_size: tuple[int, int] | None,
@@ -221,7 +230,7 @@ def export(
     fidelity: str,
     accept_low_fidelity: bool,
 ) -> None:
-    """The part that needs PyTorch."""
+    """The part that needs PyTorch. base: the precision of what is not quantised."""
     with console.status("reading the checkpoint"):
         from .admit import admit, is_small, quantize
         from .bundle import check_target, export_bundle
@@ -248,8 +257,7 @@ def export(
         check_target(out)
         with workspace(out) as work:
             made = work / "bundle"
-            half = "fp16" if precision in EIGHT_BITS else precision
-            export_bundle(loaded, made, half, body, opset, source, on_graph, on_step)
+            export_bundle(loaded, made, base, body, opset, source, on_graph, on_step)
             compare = fidelity == "always" or (fidelity == "auto" and is_small(loaded))
             report, kept, other = None, {}, "float32"
 
@@ -258,7 +266,7 @@ def export(
 
             if precision in EIGHT_BITS:
                 progress.update(task, description=f"quantizing to {precision}", total=None)
-                report, kept, other = *quantize(loaded, made, precision, body, opset, compare), "float16"
+                report, kept, other = *quantize(loaded, made, precision, body, opset, compare), base
                 for graph, noted in Manifest.load(made, verify=False).made_by["quantized"].items():
                     size = sum(file.stat().st_size for file in made.glob(f"{graph}.onnx*")) / 1e6
                     progress.console.print(
@@ -274,7 +282,7 @@ def export(
                 if not report.passes and not accept_low_fidelity:
                     raise HanDiffuserError(
                         f"{' '.join(report.sentences())} Nothing was written. Export with --precision "
-                        f"{'fp16' if precision in EIGHT_BITS else 'fp32'}, or with --accept-low-fidelity if this is "
+                        f"{base if precision in EIGHT_BITS else 'fp32'}, or with --accept-low-fidelity if this is "
                         "good enough for you."
                     )
             elif precision != "fp32":

@@ -54,8 +54,12 @@ class Admission:
     ready: Seconds  # until the first picture can begin, beyond what ONNX Runtime needs, from the cache
 
     @property
+    def faster(self) -> bool:
+        return self.fast < self.exact
+
+    @property
     def passes(self) -> bool:
-        return self.psnr >= PSNR_MUST and self.fast < self.exact
+        return self.psnr >= PSNR_MUST and self.faster
 
     @property
     def pays(self) -> int:
@@ -64,7 +68,7 @@ class Admission:
 
     def __str__(self) -> str:
         return (
-            f"{self.exact / self.fast:.2f} times as fast as ONNX Runtime here and {self.psnr:.0f} dB from its float32"
+            f"{self.exact / self.fast:.2f} times as fast as ONNX Runtime here and {self.psnr:.0f} dB from its pictures"
         )
 
 

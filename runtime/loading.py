@@ -106,7 +106,7 @@ def try_openvino(folder: Path, slots: int, threads: int | None, pictures: int) -
     manifest = Manifest.load(folder, verify=False)
     shelf = openvino.shelf_of(folder, manifest, "bf16")
     admission = read(shelf)
-    if manifest.precision != "fp32" or pictures < (admission.pays if admission else FIRST):
+    if manifest.base != "fp32" or pictures < (admission.pays if admission else FIRST):
         return None, []
     if admission is None and not shelf.keeps("unet"):
         return None, [

@@ -89,6 +89,39 @@ def test_layers_are_stored_in_eight_bits_and_stay_near(kind, x):
     assert max(group.error for group in groups) < NOISE[kind]
 
 
+def in_float32(model: ModelProto) -> ModelProto:
+    """The same graph in float32, its weights stored in half behind Casts as in a bundle that is kept small."""
+    out = ModelProto()
+    out.CopyFrom(model)
+    casts = []
+    for tensor in out.graph.initializer:
+        casts.append(helper.make_node("Cast", [f"{tensor.name}_half"], [tensor.name], to=TensorProto.FLOAT))
+        tensor.name = f"{tensor.name}_half"
+    nodes = [*casts, *out.graph.node]
+    del out.graph.node[:]
+    out.graph.node.extend(nodes)
+    for value in (*out.graph.input, *out.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+    return out
+
+
+@pytest.mark.parametrize("smooth", [0.0, 0.5])
+def test_a_graph_in_float32_with_weights_behind_casts(x, smooth):
+    model = in_float32(block())
+    groups = calibrate(model, [{"x": x}], "int8", smooth)
+    assert [(group.tensor, group.nodes) for group in groups] == [("x", ["first"]), ("tokens", ["a", "b"])]
+    out = quantize(model, groups, "int8")
+    onnx.checker.check_model(out, full_check=True)
+    stored = {tensor.name: tensor for tensor in out.graph.initializer}
+    assert {stored[name].data_type for name in stored if name.endswith(("/scale", "/smooth"))} == {TensorProto.FLOAT}
+    assert {name for name in stored if name.endswith("_half")} == {"last.weight_half", "first.bias_half"}
+    assert [node.op_type for node in out.graph.node].count("Cast") == 2
+    exact, got, half = run(model, x), run(out, x), run(quantize(block(), groups, "int8"), x)
+    for name in ("wide", "narrow", "y"):
+        assert 1e-4 < relative(exact[name], got[name]) < 2.5 * NOISE["int8"], name
+        assert relative(got[name], half[name]) < 2e-2  # roundings to half, some of which tip over one of the 255 levels
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_the_graph_computes_what_its_scales_say(kind, x):
     """Parity with the same arithmetic in numpy: one product, activations and weights rounded by hand."""

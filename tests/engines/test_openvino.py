@@ -10,11 +10,14 @@ import warnings
 import numpy as np
 import pytest
 from handiffuser import HanDiffuser, Request
+from handiffuser.calibration import fidelity
 from handiffuser.contract import ROW_HEAD, Manifest
 from handiffuser.engines import cli, cpu, openvino
+from handiffuser.engines.build import build_plans
 from handiffuser.engines.onnxruntime import OnnxRuntimeEngine
 from handiffuser.engines.plans import PlanStore, user_cache
-from handiffuser.errors import EngineError
+from handiffuser.errors import BundleError, EngineError
+from handiffuser.export import admit
 from handiffuser.runtime import admission, loading
 
 pytest.importorskip("openvino")
@@ -134,11 +137,19 @@ def test_what_was_compiled_is_kept_proven_and_made_again_when_damaged(folder, mo
     read = openvino.shared_core().read_model
     monkeypatch.setattr(openvino.shared_core(), "read_model", lambda path: pytest.fail("compiled although it was kept"))
     np.testing.assert_array_equal(load(), first)
+    unet = folder / "unet.onnx"
+    whole = unet.read_bytes()
+    unet.write_bytes(whole[:-1])
+    np.testing.assert_array_equal(load(), first)  # what was compiled is proven by its own hash: the graph is not read
 
     content = bytearray(kept["unet"].path.read_bytes())
     content[len(content) // 2] ^= 1
     kept["unet"].path.write_bytes(content)
     monkeypatch.setattr(openvino.shared_core(), "read_model", read)
+    with warnings.catch_warnings(), pytest.raises(BundleError, match=r"unet.onnx is damaged"):
+        warnings.simplefilter("ignore")
+        load()
+    unet.write_bytes(whole)
     with pytest.warns(RuntimeWarning, match=r"unet.*\.plan is damaged: it is compiled again"):
         np.testing.assert_array_equal(load(), first)
     with warnings.catch_warnings():
@@ -197,6 +208,43 @@ def test_built_beside_a_bundle_for_where_nothing_can_be_compiled(folder, monkeyp
     monkeypatch.setattr(cpu, "target", lambda: "another processor")
     assert cli.list_plans.main([str(folder)], standalone_mode=False) == 0
     assert capsys.readouterr().out.count("for another processor") == 2
+
+
+@bf16
+def test_int8_is_kept_where_it_is_faster_than_bfloat16(tiny_bundle, folder, tmp_path, monkeypatch):
+    seen = []
+
+    def gain(faster: float):
+        return lambda exact, quantized, count: seen.append(quantized) or admission.Admission(50.0, faster, 1.0, 0.0)
+
+    monkeypatch.setattr(admit, "beside_bfloat16", gain(0.5))
+    with pytest.raises(EngineError, match=r"int8 takes 1000 ms.*bfloat16 500. Nothing was written"):
+        admit.quantize(None, folder, "int8", None, 23)
+    assert Manifest.load(folder).precision == "fp32" and not seen[0].exists()
+
+    monkeypatch.setattr(admit, "beside_bfloat16", gain(2.0))
+    report, kept = admit.quantize(None, folder, "int8", None, 23)
+    manifest = Manifest.load(folder)
+    assert (manifest.precision, manifest.base) == ("int8", "fp32") and manifest.made_by["beside_bfloat16"] == 2.0
+    assert report.passes and report.precision == "int8" and not kept
+    assert all(noted["quantized"] == noted["layers"] > 5 for noted in manifest.made_by["quantized"].values())
+
+    pictures = []
+    for bundle, backend in ((tiny_bundle, "onnxruntime"), (folder, "openvino")):
+        with HanDiffuser.load(bundle, threads=1, backend=backend) as pipeline:
+            pictures.append(pipeline.generate("a fist", steps=2)[0])
+    exact, eight = pictures
+    for name, value in exact.hands.items():  # which float32 computes in both
+        np.testing.assert_array_equal(value, eight.hands[name])
+    assert 25 < admission.psnr(exact.image, eight.image) < 70
+    with pytest.raises(EngineError, match="in int8 for OpenVINO"):
+        next(build_plans(folder, "tensorrt-rtx"))
+
+
+@bf16
+def test_pictures_in_int8_and_bfloat16_turn_by_turn(tiny_bundle):
+    same = fidelity.beside_bfloat16(tiny_bundle, tiny_bundle, 1)
+    assert same.psnr == 1000 and same.exact > 0 and same.fast > 0 and same.ready == 0
 
 
 def test_what_is_missing_is_said_in_a_sentence(toy_bundle, monkeypatch):
