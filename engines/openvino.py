@@ -152,9 +152,9 @@ class OpenVinoEngine:
         model.reshape({t.name: [sizes[n] if isinstance(n, str) else n for n in t.shape] for t in self.spec.inputs})
         rewrite(model)
         compiled = core.compile_model(model, "CPU", options)
-        if shelf is not None:
+        if shelf is not None and (beside or shelf.keeps(name)):  # what is not kept need not be copied: gigabytes
             exported = compiled.export_model()
-            content = exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported)
+            content = exported.getbuffer() if isinstance(exported, io.BytesIO) else exported
             shelf.keep(name, sizes, content, time.monotonic() - started, beside)
         return compiled
 

@@ -234,7 +234,7 @@ class PlanStore:
             changes.append(WORDS[name] + ("" if name in ("graph", "options") else f" from {old} to {new}"))
         return ", ".join(changes)
 
-    def add(self, wanted: Mapping[str, str], plan: bytes, proof: dict[str, Any], seconds: float) -> Plan:
+    def add(self, wanted: Mapping[str, str], plan: bytes | memoryview, proof: dict[str, Any], seconds: float) -> Plan:
         """Writes a plan. Raises EngineError when the disk is full; nothing half-written stays.
 
         proof: what `Backend.build` says of it; its layers go into a file of their own.
@@ -364,7 +364,9 @@ class Shelf:
         files = (self.folder / (self.manifest.graphs[graph].file + end) for end in ("", ".data"))
         return sum(file.stat().st_size for file in files if file.exists()) <= KEPT
 
-    def keep(self, graph: str, sizes: Sizes, content: bytes, seconds: float, beside: bool = False) -> Plan | None:
+    def keep(
+        self, graph: str, sizes: Sizes, content: bytes | memoryview, seconds: float, beside: bool = False
+    ) -> Plan | None:
         """Keeps what was compiled: beside the bundle, or in the user's cache, where that can be written to and the
         graph is not too large. Raises EngineError where it cannot be kept beside the bundle."""
         if beside:
@@ -383,7 +385,7 @@ def _part(plan: Plan, name: str) -> str:
     return plan.parts.get(name, BEFORE.get(name, ""))
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes | memoryview) -> None:
     """Writes beside and renames, so that a name only ever belongs to a whole file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

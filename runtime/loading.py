@@ -127,6 +127,8 @@ def try_openvino(folder: Path, slots: int, threads: int | None, pictures: int) -
 
 def admit_openvino(folder: Path, count: int = 2, threads: int | None = None) -> Admission:
     """Makes `count` pictures with OpenVINO and with ONNX Runtime, and notes the outcome where the UNet is kept."""
+    load_engines(folder, "cpu", threads)  # makes what is missing, which later runs find; and so does the next line
+    load_openvino_loop(folder, 1, threads, 1)
     started = time.process_time()
     loop = load_openvino_loop(folder, 1, threads, 1)
     between = time.process_time()
