@@ -6,8 +6,9 @@ multiplications, and DepthToSpace puts the four in their places. Exact but for t
 convolution of Shi et al. 2016, arXiv 1609.05158, read backwards.)
 
 On a CPU in float32 it takes half the time of these layers. One transposed convolution of 4 x 4 taps is the same and was
-slower everywhere. In bfloat16 on matrix units the products of small layers cost less than DepthToSpace does: layers of
-fewer than NARROW channels stay as they are.
+slower everywhere. In bfloat16 on matrix units the products of small layers cost less than DepthToSpace does, and sums
+of taps do not fit into weights that are stored in half: layers of fewer than NARROW channels stay as they are. OpenVINO
+folds those, too, where it compiles for a processor without matrix units, see `engines.openvino_rewrites`.
 """
 
 from __future__ import annotations
