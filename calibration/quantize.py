@@ -278,7 +278,7 @@ def quantize_bundle(
         return quantize(model, groups[name], kind, kept)
 
     manifest = rewrite_bundle(Path(base), Path(out), change)
+    manifest.made_by |= {"quantized": noted, "base": manifest.precision}
     manifest.precision = kind
-    manifest.made_by["quantized"] = noted
     manifest.save(Path(out))
     return manifest

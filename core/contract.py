@@ -273,10 +273,7 @@ class Manifest:
     @property
     def base(self) -> str:
         """The precision of what is not quantised: "fp32" for OpenVINO, "fp16" for TensorRT."""
-        if self.precision not in EIGHT_BITS:
-            return self.precision
-        tensors = [tensor for spec in self.graphs.values() for tensor in (*spec.inputs, *spec.outputs)]
-        return "fp16" if any(tensor.dtype == "float16" for tensor in tensors) else "fp32"
+        return str(self.made_by.get("base", "fp16")) if self.precision in EIGHT_BITS else self.precision
 
     def files_of(self, graph: str) -> list[str]:
         """The files of a graph: itself, and its weights where they are in a file of their own."""
