@@ -119,7 +119,9 @@ def try_openvino(folder: Path, slots: int, threads: int | None, pictures: int) -
     except EngineError as error:
         return None, [f"ONNX Runtime is used instead of OpenVINO. {error}"]
     if loop is None:
-        return None, [f"ONNX Runtime makes these pictures: OpenVINO in bfloat16 was {admission}."]
+        return None, [f"ONNX Runtime makes these pictures: OpenVINO was {admission}."]
+    if manifest.precision != "fp32":
+        return loop, [f"OpenVINO makes these pictures in {manifest.precision} and bfloat16, {admission}."]
     return loop, [
         f"OpenVINO makes these pictures in bfloat16, {admission}. --backend onnxruntime makes the exact ones."
     ]
