@@ -4,10 +4,10 @@
     save_model(quantize("bundle_fp16/unet.onnx", groups, "fp8"), "unet.onnx")
 
 Only convolutions and products with weights are quantised; what surrounds them stays as it is: float16 for TensorRT,
-float32 for OpenVINO, which rounds that to bfloat16 itself. Weights are stored in
-eight bits with a scale for each output channel; activations get one scale a tensor, by which the largest just fits.
-Some channels of the activations may be far larger than others: a factor for each input channel moves a part of that
-into the weights, which changes nothing in exact arithmetic (SmoothQuant, arXiv 2211.10438, equation 4).
+float32 for OpenVINO, which rounds that to bfloat16 itself. Weights are stored in eight bits with a scale for each
+output channel; activations get one scale a tensor, by which the largest just fits. Some channels of the activations may
+be far larger than others: a factor for each input channel moves a part of that into the weights, which changes nothing
+in exact arithmetic (SmoothQuant, arXiv 2211.10438, equation 4).
 
 What looks better layer by layer may be worse in the pictures. An activation's rounding differs from step to step and
 evens out; a weight's, or a clipped activation's, is the same in all steps and adds up. On the demo int8 comes to 49.6
