@@ -10,7 +10,7 @@ import threading
 import time
 from importlib import import_module
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import HanDiffuserError
 
@@ -173,6 +173,17 @@ def interrupted(error: BaseException) -> bool:
     """Whether it is Ctrl-C that this comes of. Also in disguise: a module's initialisation in native code makes an
     ImportError of it, and Python 3.11 a RuntimeError where it comes while a class is made."""
     return bool(_signalled) or isinstance(error, KeyboardInterrupt)
+
+
+def imported(name: str) -> Any:
+    """The module of this name. For libraries that one can do without: Ctrl-C while one is loaded stays Ctrl-C, and does
+    not become an ImportError after which something else is taken."""
+    try:
+        return import_module(name)
+    except Exception as error:
+        if interrupted(error):
+            raise KeyboardInterrupt from error
+        raise
 
 
 def leave(code: int) -> NoReturn:

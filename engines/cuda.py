@@ -21,11 +21,11 @@ import gc
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
+from ..commands import imported
 from ..errors import EngineError
 
 # The oldest Linux drivers for a CUDA version (CUDA release notes, table of minor version compatibility).
@@ -331,7 +331,7 @@ def _driver() -> Any:
 
 def _import(name: str) -> Any:
     try:
-        return import_module(f"cuda.bindings.{name}")
+        return imported(f"cuda.bindings.{name}")
     except ImportError as error:
         raise EngineError(
             f"The CUDA bindings cannot be imported ({error}). Install them with "

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..commands import imported
 from ..contract import LARGEST, GraphSpec, Manifest, TensorSpec
 from ..errors import EngineError
 from .base import Engine, check_feeds, check_host
@@ -260,13 +261,12 @@ def names(spec: GraphSpec) -> list[str]:
 
 def _import_torch() -> Any:
     try:
-        import torch
+        return imported("torch")
     except ImportError as error:
         raise EngineError(
             f"The inductor backend needs PyTorch, which no other backend does, and it cannot be imported ({error}). "
             'Install it with `pip install "handiffuser[export]"`, or take another backend.'
         ) from error
-    return torch
 
 
 def _sentence(error: Exception) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ..commands import imported
 from ..contract import BRANCHES, FLOAT32_GRAPHS, LARGEST, GraphSpec, Manifest
 from ..errors import BundleError, EngineError
 from . import cpu
@@ -380,13 +381,12 @@ def both_installed() -> str | None:
 
 def _import_onnxruntime() -> Any:
     try:
-        import onnxruntime
+        return imported("onnxruntime")
     except ImportError as error:
         raise EngineError(
             f'ONNX Runtime cannot be imported ({error}). Install it with `pip install "handiffuser[cpu]"`, or '
             '`pip install "handiffuser[cuda]"` for an NVIDIA GPU.'
         ) from error
-    return onnxruntime
 
 
 def _check_contract(

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ..commands import imported
 from ..contract import BRANCHES, GraphSpec, Manifest
 from ..errors import BundleError, EngineError, HanDiffuserError
 from . import cpu
@@ -264,7 +265,7 @@ def _import() -> Any:
     # network. It can do without: while this entry says that there is none, it does.
     alone = sys.modules.setdefault(CONVERTER, None) is None  # type: ignore[arg-type]
     try:
-        import openvino
+        return imported("openvino")
     except ImportError as error:
         raise EngineError(
             f"OpenVINO cannot be imported ({error}). Install it with `{INSTALL}`, or take --backend onnxruntime."
@@ -272,7 +273,6 @@ def _import() -> Any:
     finally:
         if alone:
             del sys.modules[CONVERTER]
-    return openvino
 
 
 def _place(array: np.ndarray) -> int:

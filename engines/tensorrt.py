@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..commands import imported
 from ..contract import EIGHT_BITS, FLOAT32_GRAPHS, LARGEST, GraphSpec
 from ..errors import EngineError
 from . import inspect
@@ -80,7 +81,7 @@ class Backend:
     def __init__(self, name: str) -> None:
         self.name = name
         try:
-            self.module: Any = __import__(MODULES[name])
+            self.module: Any = imported(MODULES[name])
             self.version: str = self.module.__version__
         except (ImportError, AttributeError, OSError) as error:  # placeholders import, but lack everything
             raise EngineError(

@@ -131,6 +131,43 @@ def test_ctrl_c_in_the_callback_of_a_weak_reference():
     assert process.returncode == 130 and errors.strip() == "hd-test: Stopped."
 
 
+IN_AN_IMPORT = """
+import click
+from handiffuser import commands
+from handiffuser.engines.openvino import _import
+from handiffuser.errors import EngineError
+
+commands.PATIENCE = 60
+
+@click.command()
+def spin():
+    try:
+        _import()
+    except EngineError as error:  # as hd-run, which takes ONNX Runtime then
+        print(error)
+
+commands.run("hd-test", spin, "Stopped.")
+"""
+AS_NATIVE_CODE = """
+import time
+
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise ImportError("initialization failed") from None
+"""
+
+
+def test_ctrl_c_while_native_code_is_imported(tmp_path):
+    (tmp_path / "openvino.py").write_text(AS_NATIVE_CODE)
+    process = start("env", f"PYTHONPATH={tmp_path}", sys.executable, "-c", IN_AN_IMPORT)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and not output and errors.strip() == "hd-test: Stopped."
+
+
 SIGNALS = {
     "kill": [signal.SIGTERM],
     "Ctrl-C twice": [signal.SIGINT, signal.SIGINT],
