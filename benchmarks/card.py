@@ -15,7 +15,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from ..engines.onnxruntime import (
     usable_cores,
 )
 from ..errors import EngineError, HanDiffuserError
+from ..installed import version
 from ..runtime.loading import DRIVER
 
 PACKAGES = (
@@ -63,13 +63,8 @@ def card(threads: int | None, device: str, clock: Callable[[], float] = time.per
 
 def versions() -> dict[str, str]:
     """Of the packages that have a say; those that are not installed are left out."""
-    out = {}
-    for name in PACKAGES:
-        try:
-            out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return out
+    found = {name: version(name) for name in PACKAGES}
+    return {name: number for name, number in found.items() if number}
 
 
 def gpu_card(device: str) -> dict[str, Any]:

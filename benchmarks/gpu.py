@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 
 import click
@@ -30,8 +29,9 @@ import numpy as np
 from .. import demo
 from ..commands import run
 from ..engines.build import gpu
-from ..engines.tensorrt import MODULES
+from ..engines.plans import MODULES
 from ..errors import EngineError
+from ..installed import version
 
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt", "inductor")
 NAMES = (
@@ -196,10 +196,8 @@ def machine() -> int:
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     click.echo(f"CPU {model[0].partition(':')[2].strip() if model else 'unknown'}, {os.cpu_count()} threads")
     for name in NAMES:
-        try:
-            click.echo(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
+        if number := version(name):
+            click.echo(f"{name} {number}")
     return 0
 
 

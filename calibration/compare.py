@@ -25,8 +25,8 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from ..contract import Manifest
 from ..engines.cuda import Cuda
-from ..engines.plans import KERNELS, Plan, PlanStore
-from ..engines.tensorrt import MODULES, Backend, Scratch, TensorRTEngine
+from ..engines.plans import KERNELS, MODULES, Plan, PlanStore
+from ..engines.tensorrt import Backend, Scratch, TensorRTEngine
 from ..errors import EngineError, HanDiffuserError
 from .emulate import emulate
 from .graphs import HALF, label, save_model, widen
@@ -155,7 +155,7 @@ def plans_here(folder: Path, manifest: Manifest, name: str) -> tuple[Backend, Cu
 
     Raises EngineError where there is a GPU and no plan for it.
     """
-    from ..runtime.loading import usable_plans
+    from ..runtime.device_loading import usable_plans
 
     try:
         cuda = Cuda()

@@ -56,10 +56,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(f".runtime.{_LAZY[name]}", __name__), name)
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from .installed import version
 
-        try:
-            return version("handiffuser")
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            return "0+unknown"
+        return version("handiffuser") or "0+unknown"  # run from a source tree that was never installed
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

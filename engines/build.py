@@ -20,8 +20,8 @@ from ..errors import EngineError
 from .base import check_gpu
 from .cuda import Cuda
 from .openvino import load_openvino, shelf_of, wanted_sizes
-from .plans import Plan, PlanStore, Sizes, parts, size_text
-from .tensorrt import EVERYWHERE, FP8_TARGETS, FREE_MAX, MODULES, TURING, Backend, OnProgress, Options
+from .plans import MODULES, Plan, PlanStore, Sizes, parts, size_text
+from .tensorrt import EVERYWHERE, FP8_TARGETS, FREE_MAX, TURING, Backend, OnProgress, Options
 
 # Steps of a schedule that unet_time takes at once: cheap, so one dynamic plan does for all.
 STEPS = (1, 20, 1000)

@@ -16,8 +16,8 @@ from ..errors import EngineError
 from . import cpu, inspect, openvino, timing
 from .build import Built, build_openvino, build_plans, choose_backend, gpu
 from .openvino import BACKEND as OPENVINO
-from .plans import Plan, PlanStore, Sizes, belongs, size_text
-from .tensorrt import MODULES, TILING, Backend, Options
+from .plans import MODULES, Plan, PlanStore, Sizes, belongs, size_text
+from .tensorrt import TILING, Backend, Options
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +25,7 @@ import numpy as np
 from ..commands import imported
 from ..contract import BRANCHES, FLOAT32_GRAPHS, LARGEST, GraphSpec, Manifest
 from ..errors import BundleError, EngineError
+from ..installed import version
 from . import cpu
 from .base import Engine, check_feeds, check_host
 from .cuda import Cuda
@@ -367,11 +367,8 @@ def both_installed() -> str | None:
 
     They write the same files: whichever came last wins, most often the one without CUDA.
     """
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
+    if not (version("onnxruntime") and version("onnxruntime-gpu")):
+        return None
     return (
         "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. Mend it with "
         "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install onnxruntime-gpu` where there is an "

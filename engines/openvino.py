@@ -22,12 +22,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import installed
 from ..commands import imported
 from ..contract import BRANCHES, GraphSpec, Manifest
 from ..errors import BundleError, EngineError, HanDiffuserError
@@ -242,10 +242,7 @@ def has_bf16() -> bool:
 
 def version() -> str:
     """Of the installed package, such as "2026.4.1"; importing it would take a tenth of a second."""
-    try:
-        return metadata.version("openvino")
-    except metadata.PackageNotFoundError:
-        return str(_import().__version__).partition("-")[0]
+    return installed.version("openvino") or str(_import().__version__).partition("-")[0]
 
 
 @functools.cache

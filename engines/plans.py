@@ -37,6 +37,7 @@ from ..errors import EngineError
 from ..schema import MisfitError, Sha256, Word, fit, read_json
 
 FOLDER = "plans"
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # the backends of built plans, and their modules
 LAYERS = ".layers"  # beside a plan: what it consists of, see `inspect.py`
 KEPT = 256 * 2**20  # bytes of a graph up to which a run keeps in the user's cache what it compiled by itself
 LARGEST_CACHE = 2 * 2**30  # bytes of that cache; what was not used for longest goes first

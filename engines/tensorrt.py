@@ -22,18 +22,18 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..commands import imported
 from ..contract import EIGHT_BITS, FLOAT32_GRAPHS, LARGEST, GraphSpec
 from ..errors import EngineError
+from ..installed import version
 from . import inspect
 from .base import check_feeds
 from .cuda import DRIVERS, Cuda, DeviceArray, Stream
+from .plans import MODULES
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TILING = ("none", "fast", "moderate", "full")
 # The layers that do the arithmetic, and so decide speed and precision.
 COMPUTE = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "ATTENTION_INPUT", "EINSUM")
@@ -290,11 +290,8 @@ class Backend:
     def _driver(self) -> str:
         """The driver that the installed packages need, in words."""
         for cuda, words in sorted(DRIVERS.items(), reverse=True):
-            try:
-                metadata.version(f"{MODULES[self.name]}_cu{cuda}")
+            if version(f"{MODULES[self.name]}_cu{cuda}"):
                 return words
-            except metadata.PackageNotFoundError:
-                continue
         return "a driver as new as its release notes say"
 
     def _refusal(self, graph: str, cuda: Cuda, why: int) -> EngineError:

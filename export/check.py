@@ -15,13 +15,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .. import installed
 from ..errors import ExportError
 
 if TYPE_CHECKING:
@@ -82,12 +82,7 @@ def _sentence(graph: str, precision: str, code: int, said: str) -> str:
 
 def version() -> str:
     """Of ONNX Runtime, under either name of its package; empty where there is none."""
-    for package in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return ""
+    return installed.version("onnxruntime") or installed.version("onnxruntime-gpu") or ""
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:

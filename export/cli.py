@@ -22,7 +22,7 @@ from ..demo import resolve  # noqa: E402
 from ..engines import openvino  # noqa: E402
 from ..engines.build import check_backend  # noqa: E402
 from ..engines.cli import build_options, build_with_progress, options_of, resolve_backend  # noqa: E402
-from ..engines.tensorrt import MODULES  # noqa: E402
+from ..engines.plans import MODULES  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
 from ..models.layout import read_layout  # noqa: E402
 from .source import changed, fingerprint  # noqa: E402

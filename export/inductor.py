@@ -9,7 +9,6 @@ compiler, and on a GPU Triton, which comes with PyTorch for CUDA.
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +102,7 @@ def compile_bundle(
     on_graph: called with each plan and why it was compiled.
     """
     manifest, store = Manifest.load(bundle, verify=False), PlanStore(bundle)
-    version, target = importlib.metadata.version("torch"), f"{device} {origin(device)['processor']}"
+    version, target = torch.__version__, f"{device} {origin(device)['processor']}"
     wanted = {
         name: parts(manifest, name, {"B": (1, 2, LARGEST)}, "inductor", version, target, Options()) for name in GRAPHS
     }

@@ -9,7 +9,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from ..contract import ROW_HEAD, TOKENIZER, Manifest
 from ..errors import RequestError
+from ..installed import version
 from ..schedules import NoiseSchedule, Table, rows
 from .hands import Hands, hand_arrays, keep_camera, load_hands
 from .noise import HANDS, LATENTS
@@ -161,10 +161,6 @@ def _digest(manifest: Manifest) -> str:
 
 def _made_by(bundle: str) -> dict[str, str]:
     """What a picture's metadata says of its origin; the loop adds what it runs on."""
-    made_by = {"bundle": bundle}
-    for package in ("handiffuser", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx"):
-        try:
-            made_by[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return made_by
+    packages = ("handiffuser", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
+    found = {package: version(package) for package in packages}
+    return {"bundle": bundle} | {package: number for package, number in found.items() if number}

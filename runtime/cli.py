@@ -29,9 +29,8 @@ from ..schedules import SOLVERS
 from .bundle import Bundle
 from .hands import NO_HANDS, load_hands
 from .loading import BACKENDS
-from .outputs import OutputError, OutputFolder
+from .outputs import OutputError, OutputFolder, open_folder
 from .pipeline import HanDiffuser
-from .remote import open_folder
 from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, RequestFile, Resolver
 from .results import Failure
 

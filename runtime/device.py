@@ -223,6 +223,8 @@ class _Exit:
 class DeviceLoop:
     """Runs prepared requests on the GPU. `graphs` are the bundle's eight, as `DeviceGraph`."""
 
+    on_gpu = True
+
     def __init__(self, bundle: Bundle, cuda: Any, graphs: dict[str, DeviceGraph], streams: Streams, slots: int) -> None:
         self.bundle, self.cuda, self.graphs, self.slots = bundle, cuda, graphs, slots
         self.main, self.side, self.out = streams

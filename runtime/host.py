@@ -35,6 +35,8 @@ class HostLoop:
     in `run` altogether ("total").
     """
 
+    on_gpu = False
+
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], slots: int = 8) -> None:
         self.bundle, self.slots = bundle, slots
         self.timings: dict[str, float] = dict.fromkeys([*engines, "total"], 0.0)

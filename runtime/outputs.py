@@ -19,6 +19,7 @@ import io
 import json
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -47,6 +48,15 @@ _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 class OutputError(HanDiffuserError):
     """The output folder cannot be written: it is no folder, is read-only, full, or in use by another run."""
+
+
+def open_folder(path: str, shared: bool = False, say: Callable[[str], None] = lambda sentence: None) -> OutputFolder:
+    """A folder on a disk, or a URL's. say: is told why opening it takes long."""
+    if "://" not in path:
+        return OutputFolder(path, shared)
+    from .remote import RemoteFolder
+
+    return RemoteFolder(path, shared, say)
 
 
 class OutputFolder:

@@ -3,8 +3,9 @@
     with HanDiffuser.load("demo") as pipeline:
         pictures = pipeline.generate(["a right hand making a fist", "two open hands"], seed=7)
 
-What happens in between is a loop, on the host (`host.py`) or on a GPU (`device.py`), over engines that `loading.py`
-finds. A request's noise depends on its own seed only: the same request gives the same picture alone or in any company.
+What happens in between is a loop, on the host (`host.py`) or on a GPU (`device.py`), over engines that `loading.py` and
+`device_loading.py` find. A request's noise depends on its own seed only: the same request gives the same picture alone
+or in any company.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,11 +22,13 @@ from .. import demo
 from ..contract import Manifest
 from ..errors import EngineError, RequestError
 from .bundle import Bundle
-from .device import DeviceLoop
 from .host import HostLoop
 from .loading import load_loop
 from .requests import Refused, Request, Resolver, resolve
 from .results import Failure, OnEvent, Peek, Picture
+
+if TYPE_CHECKING:
+    from .device import DeviceLoop
 
 
 class HanDiffuser:
@@ -100,7 +103,7 @@ class HanDiffuser:
     @property
     def on_gpu(self) -> bool:
         """Whether the loop is the one on a GPU."""
-        return isinstance(self.loop, DeviceLoop)
+        return self.loop.on_gpu
 
     @property
     def timings(self) -> dict[str, float]:

@@ -27,11 +27,6 @@ LOCK = ".hd-run.lock"
 RENEWED, STALE = 5.0, 30.0  # seconds, by the clock of the one who waits, which nobody can set
 
 
-def open_folder(path: str, shared: bool = False, say: Callable[[str], None] = lambda sentence: None) -> OutputFolder:
-    """A folder on a disk, or a URL's. say: is told why opening it takes long."""
-    return RemoteFolder(path, shared, say) if "://" in path else OutputFolder(path, shared)
-
-
 class RemoteFolder(OutputFolder):
     """Pictures under a URL. Raises OutputError where fsspec or what it needs for this kind is missing."""
 

@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineError, HanDiffuserError, RequestError
-from ..runtime.outputs import OutputError
+from ..runtime.outputs import OutputError, open_folder
 from ..runtime.pipeline import HanDiffuser
-from ..runtime.remote import open_folder
 from ..runtime.requests import Request
 from ..runtime.results import Failure
 from .worker import Options as Options

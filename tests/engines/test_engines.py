@@ -21,7 +21,7 @@ from handiffuser.engines.cuda import Cuda, DeviceArray
 from handiffuser.engines.onnxruntime import OnnxRuntimeDeviceEngine
 from handiffuser.engines.plans import user_cache
 from handiffuser.runtime.device_graphs import Streams
-from handiffuser.runtime.loading import onnxruntime_loader
+from handiffuser.runtime.device_loading import onnxruntime_loader
 from onnx import parser
 
 SPEC = GraphSpec(

@@ -18,7 +18,8 @@ from handiffuser.engines.build import options_for, wanted_plans
 from handiffuser.engines.plans import PlanStore, parts
 from handiffuser.engines.tensorrt import EVERYWHERE, Backend, LoadedPlan, Options, Scratch, TensorRTEngine
 from handiffuser.errors import EngineError
-from handiffuser.runtime.loading import enough, powers_of_two, usable_plans
+from handiffuser.runtime.device_loading import enough, usable_plans
+from handiffuser.runtime.loading import powers_of_two
 
 SPEC = GraphSpec(
     "toy.onnx",

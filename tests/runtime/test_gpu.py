@@ -10,8 +10,7 @@ import pytest
 from handiffuser import HanDiffuser, Request
 from handiffuser.engines.build import build_plans
 from handiffuser.engines.cuda import Cuda
-from handiffuser.engines.plans import PlanStore
-from handiffuser.engines.tensorrt import MODULES
+from handiffuser.engines.plans import MODULES, PlanStore
 from handiffuser.errors import EngineError, ExportError, HanDiffuserError
 from handiffuser.runtime.device_graphs import Staging
 from handiffuser.runtime.device_noise import DeviceNoise

@@ -13,8 +13,8 @@ fsspec = pytest.importorskip("fsspec")
 from commands import run_command  # noqa: E402
 from handiffuser import HanDiffuser, Request, RequestError  # noqa: E402
 from handiffuser.runtime import remote  # noqa: E402
-from handiffuser.runtime.outputs import OutputError  # noqa: E402
-from handiffuser.runtime.remote import LOCK, open_folder  # noqa: E402
+from handiffuser.runtime.outputs import OutputError, open_folder  # noqa: E402
+from handiffuser.runtime.remote import LOCK  # noqa: E402
 
 
 @pytest.fixture

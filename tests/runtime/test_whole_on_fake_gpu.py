@@ -29,7 +29,7 @@ from handiffuser.engines.cuda import Cuda, Event, Stream
 from handiffuser.engines.plans import PlanStore
 from handiffuser.engines.tensorrt import Scratch, TensorRTEngine
 from handiffuser.errors import EngineError, HanDiffuserError
-from handiffuser.runtime import device, loading
+from handiffuser.runtime import device, device_loading
 from whole import hd_run, mixed, pictures, run, same
 
 pytestmark = pytest.mark.usefixtures("all_at_once")
@@ -280,7 +280,7 @@ def freed_scratch(patch):
 
 def shared_scratch(patch):
     """Engines of several streams have one scratch memory."""
-    patch.setattr(loading, "Scratch", lambda cuda: cuda.__dict__.setdefault("one", Scratch(cuda)))
+    patch.setattr(device_loading, "Scratch", lambda cuda: cuda.__dict__.setdefault("one", Scratch(cuda)))
 
 
 def allocating_engine(patch):
