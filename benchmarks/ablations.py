@@ -39,7 +39,7 @@ from ..errors import TrainingError
 from ..evaluation import measure, pictures
 from ..evaluation.cli import finish, say, write
 from ..evaluation.eager import Torch
-from ..evaluation.report import plot, table
+from ..evaluation.page import plot, table
 from ..evaluation.rows import SEED, draw, key_of, look_with, save
 from ..evaluation.run import instruments
 from ..evaluation.tables import spread, title

@@ -8,12 +8,12 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ..evaluation.page import plot, table
 from .tables import CLOCKS, STAGES
 
 INK, SERIES = (
@@ -49,7 +49,7 @@ def page(document: dict[str, Any], pictures: dict[str, np.ndarray] | None = None
             ["Copy ceiling", f"{ceilings['copy']['bytes'] / 1e9:.1f} GB/s ({ceilings['copy']['how']})"],
             ["Clock", document.get("clock", "")],
         ]
-        parts += ["<h2>Hardware</h2><div id=card>", _table(["", ""], rows), "</div>"]
+        parts += ["<h2>Hardware</h2><div id=card>", table(["", ""], rows), "</div>"]
     if runs:
         parts += [_latency(runs), _throughput(runs), _stages(runs)]
     if first := document.get("first_picture"):
@@ -60,7 +60,7 @@ def page(document: dict[str, Any], pictures: dict[str, np.ndarray] | None = None
     parts += [_peers(table, pictures or {}) for table in document.get("peers", []) if table.get("rows")]
     if alone := document.get("alone"):
         rows = [[name, f"{x['wall']:.2f}", f"{x['cpu']:.2f}", f"{x['peak_mb']:.0f}"] for name, x in alone.items()]
-        parts.append(_table(["one picture in a fresh process", "wall s", "CPU s", "peak MB"], rows))
+        parts.append(table(["one picture in a fresh process", "wall s", "CPU s", "peak MB"], rows))
     if document.get("load", {}).get("rows"):
         parts.append(_load(document["load"]))
     if document.get("soak", {}).get("rss_mb"):
@@ -85,7 +85,7 @@ def _latency(runs: list[dict[str, Any]]) -> str:
         axes.set_ylim(bottom=0)
         axes.set(xlabel="batch x steps", ylabel="ms", title="Latency: every sample; the line is the median")
 
-    return f"<h2>Latency</h2>{_plot(draw)}{_table(columns, rows)}"
+    return f"<h2>Latency</h2>{plot(draw)}{table(columns, rows)}"
 
 
 def _throughput(runs: list[dict[str, Any]]) -> str:
@@ -108,7 +108,7 @@ def _throughput(runs: list[dict[str, Any]]) -> str:
         axes.set(xlabel="batch", ylabel="pictures a second", title="Throughput against batch")
         axes.legend(frameon=False)
 
-    return f"<h2>Throughput</h2>{_plot(draw)}{_table(columns, rows)}"
+    return f"<h2>Throughput</h2>{plot(draw)}{table(columns, rows)}"
 
 
 def _stages(runs: list[dict[str, Any]]) -> str:
@@ -138,13 +138,13 @@ def _stages(runs: list[dict[str, Any]]) -> str:
         axes.set(xlabel="share of the time", ylabel="batch x steps", title="Where the time goes")
         axes.legend(frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
-    return f"<h2>Stages</h2>{_plot(draw)}{_table(columns, rows)}"
+    return f"<h2>Stages</h2>{plot(draw)}{table(columns, rows)}"
 
 
-def _peers(table: dict[str, Any], pictures: dict[str, np.ndarray]) -> str:
-    run = table["run"]
-    done = [row for row in table["rows"] if "skipped" not in row]
-    rows, clock = [], table.get("clock", "cpu")
+def _peers(found: dict[str, Any], pictures: dict[str, np.ndarray]) -> str:
+    run = found["run"]
+    done = [row for row in found["rows"] if "skipped" not in row]
+    rows, clock = [], found.get("clock", "cpu")
     for row in done:
         ratio, fidelity = row[f"ratio_{clock}"], row["fidelity"]
         psnr = "the same" if fidelity["psnr"] is None else f"{fidelity['psnr']:.1f} dB"
@@ -173,12 +173,12 @@ def _peers(table: dict[str, Any], pictures: dict[str, np.ndarray]) -> str:
     )
     skipped = "".join(
         f"<p class=note>{html.escape(row['name'])}: skipped. {html.escape(row['skipped'])}</p>"
-        for row in table["rows"]
+        for row in found["rows"]
         if "skipped" in row
     )
     title = f"Peers: batch {run['batch']} x {run['steps']} steps, {run['solver']}, guidance {run['guidance']:g}"
     columns = ["", f"{CLOCKS[clock]} ms", "a step", f"{CLOCKS[clock]}, times ours", "picture differs by"]
-    return f"<h2>{html.escape(title)}</h2>{_plot(draw)}{_table(columns, rows)}{shown}{skipped}"
+    return f"<h2>{html.escape(title)}</h2>{plot(draw)}{table(columns, rows)}{shown}{skipped}"
 
 
 def _load(load: dict[str, Any]) -> str:
@@ -200,7 +200,7 @@ def _load(load: dict[str, Any]) -> str:
         f"{load['requests']} requests of {load['steps'][0]} to {load['steps'][1]} steps at random times, "
         f"{load['arrival_rate']:.3f} a second: {load['utilisation']:.0%} of the capacity. Batch {load['batch']}."
     )
-    return f"<h2>Load</h2><p>{said}</p>{_plot(draw)}{_table(['', *names, 'pictures/s'], rows)}"
+    return f"<h2>Load</h2><p>{said}</p>{plot(draw)}{table(['', *names, 'pictures/s'], rows)}"
 
 
 def _soak(soak: dict[str, Any]) -> str:
@@ -211,34 +211,14 @@ def _soak(soak: dict[str, Any]) -> str:
 
     slope = soak.get("mb_per_1000")
     said = "" if slope is None else f"; {slope:+.2f} MB per 1000 requests"
-    return f"<h2>Soak</h2><p>{soak['pictures']} pictures of {soak['requests']} requests{said}.</p>{_plot(draw)}"
+    return f"<h2>Soak</h2><p>{soak['pictures']} pictures of {soak['requests']} requests{said}.</p>{plot(draw)}"
 
 
 def _name(run: dict[str, Any]) -> str:
     return f"{run['batch']} x {run['steps']}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
 def _image(picture: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def _plot(draw: Callable[[Any], None]) -> str:
-    """A plot as SVG; letters are outlines, so that no font is needed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    draw(axes)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    return "<figure>" + svg[svg.index("<svg") :] + "</figure>"

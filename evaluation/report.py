@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..runtime.hands import draw_skeleton
 from .measure import GROUPED, GROUPS, SHARES, Kept
+from .page import plot, table
 from .tables import GROUP_COLUMNS, gaps, group_rows, metric_rows, title
 
 THUMBNAIL = 256  # pixels of a picture's longer side
@@ -181,26 +182,3 @@ def _settings(document: dict[str, Any]) -> str:
     rows.append(["pictures", document["folder"]])
     rows.append(["CPU seconds", str(document["cpu_seconds"])])
     return f"<div class=words>{table(['', ''], rows)}</div>"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = ""
-    for number, row in enumerate(rows):
-        name = f' class="{classes[number]}"' if classes and classes[number] else ""
-        body += f"<tr{name}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def plot(draw: Callable[[Any], None], height: float = 3.2) -> str:
-    """A plot as SVG; letters are outlines, so that no font is needed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    draw(axes)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    return "<figure>" + svg[svg.index("<svg") :] + "</figure>"

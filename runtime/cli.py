@@ -186,15 +186,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
             say.warning(sentence)
         seconds = time.perf_counter() - started
         folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk
-        index = ""
-        try:
-            index = str(folder.write_index())
-        except OutputError as error:
-            stopped, code = stopped or str(error), code or 1
-        if stopped:
-            say.problem(stopped)
-        say.summary(folder, index, seconds, queue.skipped, asked.refused, failed)
-        return code if code or folder.saved or queue.skipped else 1
+        return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code)
 
 
 def _on_ray(
@@ -224,7 +216,7 @@ def _on_ray(
             for request in queue
             if request is not None
         ]
-        failed, code, stopped, index = 0, 0, "", ""
+        failed, code, stopped = 0, 0, ""
         started = time.perf_counter()
         try:
             if todo:
@@ -258,14 +250,29 @@ def _on_ray(
         except HanDiffuserError as error:
             stopped, code = str(error), 1
         seconds = time.perf_counter() - started
-        try:
-            index = str(folder.write_index())
-        except OutputError as error:
-            stopped, code = stopped or str(error), code or 1
-        if stopped:
-            say.problem(stopped)
-        say.summary(folder, index, seconds, queue.skipped, asked.refused, failed)
-        return code if code or folder.saved or queue.skipped else 1
+        return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code)
+
+
+def _end(
+    folder: OutputFolder,
+    say: Reporter,
+    seconds: float,
+    skipped: int,
+    refused: int,
+    failed: int,
+    stopped: str,
+    code: int,
+) -> int:
+    """Writes the contact sheet and says how it went; the exit code, which is 1 where there is nothing to show."""
+    index = ""
+    try:
+        index = str(folder.write_index())
+    except OutputError as error:
+        stopped, code = stopped or str(error), code or 1
+    if stopped:
+        say.problem(stopped)
+    say.summary(folder, index, seconds, skipped, refused, failed)
+    return code if code or folder.saved or skipped else 1
 
 
 class Asked:

@@ -33,7 +33,9 @@ def test_what_is_not_installed(monkeypatch, tmp_path):
 def test_a_run_on_a_cpu_imports_nothing_of_a_gpu():
     """Nor what takes long and is of no use to it."""
     code = "import sys, handiffuser.runtime.cli as _; print(*sorted(sys.modules))"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert "handiffuser.runtime.loading" in loaded
     unwanted = {"torch", "onnx", "openvino", "rich", "importlib.metadata", "multiprocessing", "fsspec"}
     ours = {f"handiffuser.{name}" for name in ("runtime.device_loading", "runtime.device", "runtime.remote",

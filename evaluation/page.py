@@ -1,0 +1,32 @@
+"""What pages of figures are made of: tables, and plots as SVG. For `hd-eval`, `hd-bench` and the studies."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+    """Cells as text. classes: of rows, by number."""
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = ""
+    for number, row in enumerate(rows):
+        name = f' class="{classes[number]}"' if classes and classes[number] else ""
+        body += f"<tr{name}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def plot(draw: Callable[[Any], None], height: float = 3.2) -> str:
+    """A plot as SVG; letters are outlines, so that no font is needed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    return "<figure>" + svg[svg.index("<svg") :] + "</figure>"
