@@ -27,7 +27,8 @@ from ..errors import BundleError
 
 # Element types that are half as wide as float32 -> the largest number they hold.
 HALF: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895e38}
-EXTERNAL = 1 << 30  # bytes from which weights go into a file beside the graph: protobuf ends at 2 GB
+EXTERNAL = 1 << 26  # bytes from which weights go into a file beside the graph, as hd-export has it
+SHAPES = 1 << 10  # bytes up to which an initializer may be a shape, which the types of what follows hang on
 
 
 def label(node: NodeProto) -> str:
@@ -40,11 +41,24 @@ def element_types(model: ModelProto) -> dict[str, int]:
     types = _known_types(model)
     outputs = [name for node in model.graph.node for name in node.output if name]
     if not all(map(types.get, outputs)):
-        types = _known_types(shape_inference.infer_shapes(model))
+        inferred = shape_inference.infer_shapes(without_weights(model))  # protobuf sends no more than 2 GB through it
+        types = _known_types(inferred) | types
     for name in outputs:
         if not types.get(name):
             raise BundleError(f"The graph {model.graph.name} does not say of what type {name} is. Export it again.")
     return types
+
+
+def without_weights(model: ModelProto, up_to: int = SHAPES) -> ModelProto:
+    """A copy of a graph in which initializers of more than `up_to` bytes are inputs."""
+    graph = model.graph
+    small = [tensor for tensor in graph.initializer if tensor.ByteSize() <= up_to]
+    large = [tensor for tensor in graph.initializer if tensor.ByteSize() > up_to]
+    declared = [helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in large]
+    copy = helper.make_graph(
+        graph.node, graph.name, [*graph.input, *declared], graph.output, small, value_info=graph.value_info
+    )
+    return helper.make_model(copy, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def _known_types(model: ModelProto) -> dict[str, int]:
@@ -83,8 +97,8 @@ def widen(node: NodeProto) -> None:
 
 
 def save_model(model: ModelProto, path: Path) -> None:
-    """Writes a graph; its weights go into `<name>.onnx.data` where protobuf could not hold them."""
-    large = model.ByteSize() > EXTERNAL
+    """Writes a graph; more weights than EXTERNAL go into `<name>.onnx.data`."""
+    large = sum(tensor.ByteSize() for tensor in model.graph.initializer) > EXTERNAL
     onnx.save(model, path, save_as_external_data=large, location=path.name + ".data")
 
 

@@ -89,15 +89,16 @@ def quantize(
     model: str | Path | ModelProto, groups: Sequence[Group], kind: str, keep: Collection[str] = ()
 ) -> ModelProto:
     """A copy of a graph with its layers quantised, but for the nodes labelled `keep`."""
-    out = ModelProto()
-    out.CopyFrom(model if isinstance(model, ModelProto) else onnx.load(model))
-    graph, element = out.graph, KINDS[kind]
-    if any(entry.domain == "" and entry.version < OPSET for entry in out.opset_import):
+    model = model if isinstance(model, ModelProto) else onnx.load(model)
+    if any(entry.domain == "" and entry.version < OPSET for entry in model.opset_import):
         raise BundleError(f"ONNX knows {kind} from opset {OPSET} on. Export with --opset {OPSET} or later.")
-    weights = _weights(out)
-    real = helper.tensor_dtype_to_np_dtype(_base(out, element_types(out)))
+    weights, element = _weights(model), KINDS[kind]
+    real = helper.tensor_dtype_to_np_dtype(_base(model, element_types(model)))
+    made = helper.make_graph([], model.graph.name, model.graph.input, model.graph.output)
+    out = helper.make_model(made, opset_imports=model.opset_import, ir_version=model.ir_version)
+    graph = out.graph  # weights are copied last, and only those that it needs: most are quantised
+    graph.value_info.extend(model.graph.value_info)
     group_of = {name: group for group in groups for name in group.nodes if name not in keep}
-    original = list(graph.node)
     nodes: list[NodeProto] = []
     fed: set[str] = set()  # activations that are quantised already
 
@@ -114,7 +115,7 @@ def quantize(
         graph.initializer.append(helper.make_tensor(name, element, shape, content, raw=True))
         return name
 
-    for node in original:
+    for node in model.graph.node:
         group = group_of.get(label(node))
         if group is None:
             nodes.append(node)
@@ -148,11 +149,8 @@ def quantize(
     used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
     nodes = [node for node in nodes if node.op_type != "Cast" or node.output[0] in used]
     used = {name for node in nodes for name in node.input}
-    del graph.node[:]
     graph.node.extend(nodes)
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in used)
     return out
 
 

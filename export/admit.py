@@ -31,6 +31,7 @@ from .bundle import export_bundle
 SMALL = 100_000_000
 QUANTIZED = ("unet", "image_decoder")  # what a picture's time goes into
 CALIBRATION_SEEDS = (1,)  # scales come from other runs than the report, whose seed is 0
+SHORT = 10  # steps of the runs that scales of large models come from, a row of each call: more take hours and gigabytes
 # What is tried in turn until a report passes: (how much of the activations' unevenness is moved into the weights, the
 # share of layers that stay in float16). With more of them in float16 there is nothing to gain.
 ATTEMPTS = ((0.0, 0.0), (0.5, 0.0), (0.5, 0.25), (0.5, 0.5))
@@ -95,7 +96,10 @@ def quantize(
         reference, out = candidate if for_cpu else Path(folder) / "fp32", Path(folder) / "quantized"
         if not for_cpu:
             export_bundle(checkpoint, reference, "fp32", body, opset)
-        inputs = record(reference, seeds=CALIBRATION_SEEDS)[0]
+        few: dict[str, Any] = {}
+        if not is_small(checkpoint):
+            few = {"rows": 1, "steps": min(SHORT, Manifest.load(reference, verify=False).defaults["steps"])}
+        inputs = record(reference, seeds=CALIBRATION_SEEDS, **few)[0]
         report, kept = None, {}
         for smooth, share in ATTEMPTS:
             groups = {name: calibrate(candidate / f"{name}.onnx", inputs[name], kind, smooth) for name in QUANTIZED}

@@ -9,11 +9,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from handiffuser.calibration import graphs
 from handiffuser.calibration.emulate import emulate
 from handiffuser.calibration.quantize import calibrate, quantize, scale_for, to_eight_bits
 from handiffuser.engines.tensorrt import Backend, Options, prove_kernels
 from handiffuser.errors import BundleError, EngineError
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper, shape_inference
 
 HALF = TensorProto.FLOAT16
 NOISE = {"int8": 0.014, "fp8": 0.04}  # what rounding of even activations and weights comes to, relative
@@ -143,6 +144,22 @@ def test_the_graph_computes_what_its_scales_say(kind, x):
     )
     got = run(out, x)["wide"].reshape(product.shape)
     assert relative(product, got) < 1e-3  # half's roundings are left
+
+
+@pytest.mark.parametrize("change", ["calibrate", "quantize"])
+def test_weights_never_go_through_protobuf_at_once(change, monkeypatch):
+    """Which ends at 2 GB, and Stable Diffusion's are 3.4 in float32."""
+    model, seen, infer = block(256), [], shape_inference.infer_shapes
+    calls = [{"x": np.random.default_rng(2).normal(size=(2, 256, 8, 8)).astype(np.float32)}]
+    groups = calibrate(model, calls, "int8")
+    before = model.SerializeToString()
+    monkeypatch.setattr(graphs.shape_inference, "infer_shapes", lambda one: seen.append(one.ByteSize()) or infer(one))
+    if change == "calibrate":
+        assert [group.nodes for group in calibrate(model, calls, "int8")] == [group.nodes for group in groups]
+    else:
+        assert quantize(model, groups, "int8").ByteSize() < 0.6 * model.ByteSize(), "no weight is there twice"
+    assert seen and max(seen) < 10_000 and model.ByteSize() > 1_000_000
+    assert model.SerializeToString() == before
 
 
 def test_calibration_repeats_itself(x):
