@@ -70,18 +70,20 @@ def calibrate(
     weights, types = _weights(model), element_types(model)
     base = _base(model, types)
     groups: dict[tuple[str, bool], Group] = {}
-    matrices: dict[str, list[np.ndarray]] = {}  # label of a group's first node -> weights [in, out, taps]
+    layers: dict[str, list[NodeProto]] = {}  # by the label of a group's first node
     for node in model.graph.node:
         matrix = _matrix(node, weights) if types[node.output[0]] == base else None
         if matrix is not None and not any(size % MULTIPLE for size in matrix.shape[:2]):
             key = (node.input[0], node.op_type == "Conv")
             group = groups.setdefault(key, Group(*key, []))
             group.nodes.append(label(node))
-            matrices.setdefault(group.nodes[0], []).append(matrix)
+            layers.setdefault(group.nodes[0], []).append(node)
     largest, samples = _sample(Pieces(model), list(groups.values()), inputs, threads)
     for group in groups.values():
         name = group.nodes[0]
-        _settle(group, samples[name], largest[name], matrices[name], kind, smooth)
+        # Again: all at once they would take as much memory as the graph.
+        matrices = [matrix for node in layers[name] if (matrix := _matrix(node, weights)) is not None]
+        _settle(group, samples[name], largest[name], matrices, kind, smooth)
     return list(groups.values())
 
 
