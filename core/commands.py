@@ -123,7 +123,6 @@ def lacking(error: ImportError, command: str) -> str:
 
 def start(command: str, module: str) -> None:
     """Runs `main` of a module of this package; exit code INTERRUPTED when Ctrl-C comes first."""
-    listen()
     try:
         hear_interrupts(f"{command}: Interrupted.")
         import_module(module, "handiffuser").main()
@@ -208,9 +207,9 @@ def hear_interrupts(sentence: str) -> None:
     global _sentence
     if threading.current_thread() is not threading.main_thread():
         return
+    begun, _sentence = bool(_sentence), sentence  # before anybody listens: Ctrl-C may come with the next line
     listen()
     _ending.clear()
-    begun, _sentence = bool(_sentence), sentence
     if begun:
         return
     main = threading.get_ident()

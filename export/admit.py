@@ -31,7 +31,9 @@ from .bundle import export_bundle
 SMALL = 100_000_000
 QUANTIZED = ("unet", "image_decoder")  # what a picture's time goes into
 CALIBRATION_SEEDS = (1,)  # scales come from other runs than the report, whose seed is 0
-SHORT = 10  # steps of the runs that scales of large models come from, a row of each call: more take hours and gigabytes
+# Steps of the runs that scales come from where nothing is compared, a row of each call: of large models more steps take
+# hours, and more rows gigabytes.
+SHORT = 10
 # What is tried in turn until a report passes: (how much of the activations' unevenness is moved into the weights, the
 # share of layers that stay in float16). With more of them in float16 there is nothing to gain.
 ATTEMPTS = ((0.0, 0.0), (0.5, 0.0), (0.5, 0.25), (0.5, 0.5))
@@ -86,7 +88,7 @@ def quantize(
     """Quantises a candidate, compares, and leaves as they are the layers that must be for the report to pass.
 
     candidate: in float16, for TensorRT; or in float32, for OpenVINO, which then makes the report's pictures, too.
-    kind: "fp8" or "int8". compare: else the first attempt is taken as it is, and there is no report.
+    kind: "fp8" or "int8". compare: else the first attempt is taken as it is, from shorter runs, and there is no report.
     Returns the report of what the candidate is now, and the names of the layers that stay as they are, by graph.
 
     Raises EngineError where int8 is not faster with OpenVINO on this processor than bfloat16 is.
@@ -97,7 +99,7 @@ def quantize(
         if not for_cpu:
             export_bundle(checkpoint, reference, "fp32", body, opset)
         few: dict[str, Any] = {}
-        if not is_small(checkpoint):
+        if not compare:
             few = {"rows": 1, "steps": min(SHORT, Manifest.load(reference, verify=False).defaults["steps"])}
         inputs = record(reference, seeds=CALIBRATION_SEEDS, **few)[0]
         report, kept = None, {}

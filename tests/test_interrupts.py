@@ -168,6 +168,28 @@ def test_ctrl_c_while_native_code_is_imported(tmp_path):
     assert process.returncode == 130 and not output and errors.strip() == "hd-test: Stopped."
 
 
+AT_ONCE = """
+import os, signal
+from handiffuser import commands
+
+listen = signal.signal
+
+def heard(number, handler):
+    listen(number, handler)
+    if number == signal.SIGTERM:
+        os.kill(os.getpid(), number)
+
+signal.signal = heard
+commands.start("hd-test", ".errors")
+"""
+
+
+def test_a_signal_as_soon_as_anybody_listens():
+    process = start(sys.executable, "-c", AT_ONCE)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors == "hd-test: Interrupted.\n"
+
+
 SIGNALS = {
     "kill": [signal.SIGTERM],
     "Ctrl-C twice": [signal.SIGINT, signal.SIGINT],
