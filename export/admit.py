@@ -25,6 +25,7 @@ from ..contract import Manifest
 from ..engines import cpu
 from ..errors import EngineError
 from ..models.checkpoint import Checkpoint
+from ..runtime.admission import PSNR_MUST
 from .bundle import export_bundle
 
 # UNet parameters up to which both bundles are run on a CPU without being asked to: minutes, not hours.
@@ -91,7 +92,8 @@ def quantize(
     kind: "fp8" or "int8". compare: else the first attempt is taken as it is, from shorter runs, and there is no report.
     Returns the report of what the candidate is now, and the names of the layers that stay as they are, by graph.
 
-    Raises EngineError where int8 is not faster with OpenVINO on this processor than bfloat16 is.
+    Raises EngineError where int8 is not faster with OpenVINO on this processor than bfloat16 is, and, where nothing is
+    compared, where one picture is not near it.
     """
     for_cpu = Manifest.load(candidate, verify=False).base == "fp32"
     with TemporaryDirectory(dir=candidate.parent) as folder:
@@ -114,15 +116,22 @@ def quantize(
                 report = fidelity(reference, out, inference="bf16" if for_cpu else "")
                 manifest.made_by["fidelity"] = report.to_json()
             manifest.save(out)
-            if report is None or report.passes:
+            gain = beside_bfloat16(reference, out, 1) if for_cpu and not compare else None
+            if report.passes if report else gain is None or gain.psnr >= PSNR_MUST or not gain.faster:
                 break
         if for_cpu:
-            gain = beside_bfloat16(reference, out, 4 if compare else 1)
+            gain = gain or beside_bfloat16(reference, out, 4)
             if not gain.faster:
                 raise EngineError(
                     f"With OpenVINO on this processor ({cpu.cpu_name()}) {kind} takes {gain.fast * 1e3:.0f} ms of CPU "
                     f"time a picture and bfloat16 {gain.exact * 1e3:.0f}. Nothing was written. Export without "
                     "--precision."
+                )
+            if not compare and gain.psnr < PSNR_MUST:
+                raise EngineError(
+                    f"In {kind} a picture is {gain.psnr:.0f} dB from that in bfloat16, and {PSNR_MUST:.0f} must be, "
+                    f"though with OpenVINO it takes {gain.fast / gain.exact:.2f} of the time. Nothing was written. "
+                    "Export without --precision."
                 )
             manifest.made_by["beside_bfloat16"] = round(gain.exact / gain.fast, 3)
             manifest.save(out)

@@ -81,18 +81,16 @@ def measure(
     Times are CPU seconds: what else runs on this machine just now must not decide for all later runs.
     """
     loops = [HostLoop(bundle, engines, 1) for engines in (exact, fast)]
-    steps = min(STEPS, bundle.manifest.defaults["steps"])
-    asked = [Request(prompt, seed=seed, steps=steps) for seed, prompt in enumerate(PROMPTS[:count])]
-    requests, _ = resolve(asked, Resolver(bundle.manifest.defaults))
+    requests = asked(bundle, count)
     seconds: tuple[list[float], list[float]] = ([], [])
     distances = []
     warm_up = requests[:1] if count > 1 else []  # pays for memory and kernels; a large model's picture takes minutes
     for request in (*warm_up, *requests):
         pair = []
         for loop, taken in zip(loops, seconds, strict=True):
-            started = time.process_time()
-            pair.append(_picture(loop, request))
-            taken.append(time.process_time() - started)
+            picture, spent = timed(loop, request)
+            pair.append(picture)
+            taken.append(spent)
         distances.append(psnr(*(picture.image for picture in pair)))
     differing = [value for value in distances[len(warm_up) :] if value < math.inf]
     mean = sum(differing) / len(differing) if differing else 1000.0
@@ -100,11 +98,20 @@ def measure(
     return Admission(mean, exactly, fastly, ready)
 
 
-def _picture(loop: HostLoop, request: Request) -> Picture:
+def asked(bundle: Bundle, count: int) -> list[Request]:
+    """`count` requests of a few steps, as the bundle's defaults have all else."""
+    steps = min(STEPS, bundle.manifest.defaults["steps"])
+    some = [Request(prompt, seed=seed, steps=steps) for seed, prompt in enumerate(PROMPTS[:count])]
+    return resolve(some, Resolver(bundle.manifest.defaults))[0]
+
+
+def timed(loop: HostLoop, request: Request) -> tuple[Picture, float]:
+    """A picture, and the CPU seconds that it took. Raises EngineError where it cannot be made."""
+    started = time.process_time()
     (result,) = loop.run([request], lambda kind, count: None)
     if isinstance(result, Failure):
         raise EngineError(f"{request.prompt!r}: {result.sentence}")
-    return result
+    return result, time.process_time() - started
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -244,6 +244,32 @@ def test_int8_is_kept_where_it_is_faster_than_bfloat16(tiny_bundle, folder, tmp_
 
 
 @bf16
+def test_int8_of_a_large_model_is_tried_until_one_picture_is_near(folder, monkeypatch):
+    """Which is not compared in whole runs, unless asked for."""
+    seen, psnr = [], iter((20.0, 30.0, 40.0))
+
+    def gain(exact, quantized, count):
+        assert count == 1
+        seen.append(Manifest.load(quantized, verify=False).made_by["smooth"])
+        return admission.Admission(next(psnr, 30.0), 2.0, 1.0, 0.0)
+
+    monkeypatch.setattr(admit, "beside_bfloat16", gain)
+    report, kept = admit.quantize(None, folder, "int8", None, 23, compare=False)
+    assert report is None and kept["unet"] and seen == [smooth for smooth, _ in admit.ATTEMPTS[:3]]
+    noted = Manifest.load(folder).made_by
+    assert noted["beside_bfloat16"] == 2.0 and noted["quantized"]["unet"]["kept"] == kept["unet"]
+
+
+@bf16
+def test_int8_of_a_large_model_that_never_comes_near_is_refused(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(admit, "beside_bfloat16", lambda *_: seen.append(1) or admission.Admission(30.0, 2.0, 1.0, 0.0))
+    with pytest.raises(EngineError, match=r"30 dB from that in bfloat16, and 35 must be.*0.50 of the time"):
+        admit.quantize(None, folder, "int8", None, 23, compare=False)
+    assert len(seen) == len(admit.ATTEMPTS) and Manifest.load(folder).precision == "fp32"
+
+
+@bf16
 def test_pictures_in_int8_and_bfloat16_turn_by_turn(tiny_bundle):
     same = fidelity.beside_bfloat16(tiny_bundle, tiny_bundle, 1)
     assert same.psnr == 1000 and same.exact > 0 and same.fast > 0 and same.ready == 0
