@@ -165,12 +165,12 @@ def command(
     known = out / "asked.json"
     if known.exists() and json.loads(known.read_text()) != asked:
         raise TrainingError(f"{out} holds students of another budget, teacher or dataset. Name another folder.")
-    known.write_text(json.dumps(asked))
     settings = {"runs": (runs,), "steps": steps, "batch": batch, "trajectories": trajectories,
                 "warmup": min(100, steps // 6)}  # fmt: skip
     recipe = Recipe.load("demo").changed("distill", settings)
     work = Run(out / "jumps", data, msgspec.structs.replace(recipe, prompts=()), teacher)
     work.prepare()
+    known.write_text(json.dumps(asked))
     work.train("distill")
     guided = Checkpoint.load(teacher)
     few = {**guided.defaults, "steps": runs, "guidance": 1.0}
