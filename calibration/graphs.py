@@ -22,12 +22,11 @@ from onnx import (
     shape_inference,
 )
 
-from ..contract import Manifest, TensorSpec, file_digest
+from ..contract import EXTERNAL, Manifest, TensorSpec, file_digest
 from ..errors import BundleError
 
 # Element types that are half as wide as float32 -> the largest number they hold.
 HALF: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895e38}
-EXTERNAL = 1 << 26  # bytes from which weights go into a file beside the graph, as hd-export has it
 SHAPES = 1 << 10  # bytes up to which an initializer may be a shape, which the types of what follows hang on
 
 
@@ -49,11 +48,11 @@ def element_types(model: ModelProto) -> dict[str, int]:
     return types
 
 
-def without_weights(model: ModelProto, up_to: int = SHAPES) -> ModelProto:
-    """A copy of a graph in which initializers of more than `up_to` bytes are inputs."""
+def without_weights(model: ModelProto) -> ModelProto:
+    """A copy of a graph in which initializers of more than SHAPES bytes are inputs."""
     graph = model.graph
-    small = [tensor for tensor in graph.initializer if tensor.ByteSize() <= up_to]
-    large = [tensor for tensor in graph.initializer if tensor.ByteSize() > up_to]
+    small = [tensor for tensor in graph.initializer if tensor.ByteSize() <= SHAPES]
+    large = [tensor for tensor in graph.initializer if tensor.ByteSize() > SHAPES]
     declared = [helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in large]
     copy = helper.make_graph(
         graph.node, graph.name, [*graph.input, *declared], graph.output, small, value_info=graph.value_info

@@ -78,6 +78,7 @@ def row_columns(num_history: int) -> tuple[str, ...]:
 BRANCHES = "G"
 FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever a bundle's precision
 EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16 or float32
+EXTERNAL = 1 << 26  # bytes of weights above which they go into a file beside the graph, which can be mapped
 LARGEST = 4096  # rows of a batch that any compiled graph allows
 
 # The hand parameters, P = 330: rot6d of 52 joints, 10 betas, and per hand where it is in the image:

@@ -28,7 +28,17 @@ import torch
 from onnx_ir.passes.common import DeduplicateInitializersPass
 from torch import Tensor, nn
 
-from ..contract import BRANCHES, MANIFEST, NUM_HISTORY, TOKENIZER, GraphSpec, Manifest, TensorSpec, file_digest
+from ..contract import (
+    BRANCHES,
+    EXTERNAL,
+    MANIFEST,
+    NUM_HISTORY,
+    TOKENIZER,
+    GraphSpec,
+    Manifest,
+    TensorSpec,
+    file_digest,
+)
 from ..errors import CheckpointError, ExportError
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
@@ -48,7 +58,6 @@ from .workspace import install, workspace
 # worst number, 5.9e-3 root mean square; float16 with all its roundings 6.0e-3 and 6.9e-4).
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 1e-1}
 OPSET = 23  # keeps GroupNormalization and Attention whole; ONNX Runtime >= 1.23 runs it
-EXTERNAL = 1 << 26  # bytes of weights above which they go into a file beside the graph, which can be mapped
 LARGE = 1 << 30  # bytes of weights above which a graph is checked with fewer rows: its own take gigabytes
 PAGE_OUT, WORTH = 21, 1 << 20  # MADV_PAGEOUT, and bytes of a tensor from which on it is called
 ONCE = 1 << 16  # elements up to which tensors are compared with each other, and equal ones stored once
