@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -187,13 +188,23 @@ def imported(name: str) -> Any:
 
 def leave(code: int) -> NoReturn:
     """Ends the process. After Ctrl-C without ceremony: a thread may still be in native code (TensorRT's builder) that
-    nothing stops, and that an ordinary exit would pull the interpreter away from."""
+    nothing stops, and that an ordinary exit would pull the interpreter away from. Otherwise all is done: a signal that
+    comes now ends the process at once, with the exit code that it has earned."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     if code == INTERRUPTED:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
         os._exit(code)
+    for number in SIGNALS:
+        if signal.getsignal(number) is _interrupt:
+            signal.signal(number, lambda *_: os._exit(code or 0))
     sys.exit(code)
+
+
+def _ignore() -> None:
+    """What an exit does last: when the interpreter has let go of its handlers, it would die of a signal."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def hear_interrupts(sentence: str) -> None:
@@ -212,6 +223,7 @@ def hear_interrupts(sentence: str) -> None:
     _ending.clear()
     if begun:
         return
+    atexit.register(_ignore)  # what is registered first is called last: until then Ctrl-C ends what an exit waits for
     main = threading.get_ident()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

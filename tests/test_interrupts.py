@@ -191,6 +191,60 @@ def test_a_signal_as_soon_as_anybody_listens():
     assert process.returncode == 130 and errors == "hd-test: Interrupted.\n"
 
 
+ON_THE_WAY_OUT = """
+import atexit, click, threading, time
+from handiffuser import commands
+
+def wait():
+    print("ready", flush=True)
+    time.sleep(60)
+
+@click.command()
+def spin():
+    print("done")
+    WAIT
+
+commands.run("hd-test", spin, "Stopped.")
+"""
+WAITS = {
+    "for a thread": "threading.Thread(target=wait).start()",
+    "for what is registered": "atexit.register(wait)",
+}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_a_signal_when_all_is_done(wait):
+    """It ends what the exit waits for, and takes nothing back."""
+    process = start(sys.executable, "-c", ON_THE_WAY_OUT.replace("WAIT", wait))
+    assert {process.stdout.readline(), process.stdout.readline()} == {"done\n", "ready\n"}
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0 and not errors
+
+
+IN_THE_INTERPRETERS_END = """
+import click, os, sys
+from handiffuser import commands
+
+class Last:
+    def __del__(self, kill=os.kill, number=os.getpid()):
+        kill(number, 2)  # SIGINT, when modules are taken down
+
+@click.command()
+def spin():
+    sys.last = Last()
+
+commands.run("hd-test", spin, "Stopped.")
+"""
+
+
+def test_a_signal_when_the_interpreter_ends():
+    process = start(sys.executable, "-c", IN_THE_INTERPRETERS_END)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0 and not errors
+
+
 SIGNALS = {
     "kill": [signal.SIGTERM],
     "Ctrl-C twice": [signal.SIGINT, signal.SIGINT],
