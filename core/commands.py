@@ -29,17 +29,21 @@ _ending = threading.Event()
 _lost = threading.Event()  # KeyboardInterrupt came where Python drops what is raised
 _signalled = 0  # the signal that came last
 _last = -ONCE
+_held = _waiting = False  # whether Ctrl-C is to wait, and whether one does
 _sentence = ""  # what is said of the command when it is interrupted; empty: nobody looks on yet
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raises KeyboardInterrupt, and none while the last one is being cleaned up after."""
-    global _last, _signalled
+    global _last, _signalled, _waiting
     now = time.monotonic()
     if now - _last >= ONCE or _lost.is_set():  # later ones count again: a library may have swallowed the first
         _last, _signalled = now, number
         _lost.clear()
-        raise KeyboardInterrupt
+        if _held:
+            _waiting = True
+        else:
+            raise KeyboardInterrupt
 
 
 def _dropped(unraisable: sys.UnraisableHookArgs) -> None:
@@ -64,15 +68,23 @@ def ending() -> None:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Meanwhile Ctrl-C waits: a process whose start it cut short would end with a traceback of its own."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Meanwhile Ctrl-C waits: a process whose start it cut short would end with a traceback of its own.
+
+    Those that are started begin with it blocked. That alone holds back nothing: whichever thread a signal comes to, it
+    is the main one that hears of it.
+    """
+    global _held, _waiting
+    can_block = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if can_block else set()
+    _held, _waiting = True, False
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _held = False
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if _waiting:
+        raise KeyboardInterrupt
 
 
 def end_with_parent() -> None:

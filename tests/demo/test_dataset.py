@@ -128,6 +128,25 @@ def test_ctrl_c_waits_until_processes_have_been_started(request):
     assert started
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_waits_whichever_thread_the_signal_comes_to(number):
+    code = f"""
+import os, time
+from handiffuser import commands
+
+commands.hear_interrupts("Stopped.")  # with a thread of its own, which blocks nothing
+try:
+    with commands.undisturbed():
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(0.2)
+        print("started")
+except KeyboardInterrupt:
+    print("then heard")
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=listen, timeout=60)
+    assert said.stdout == "started\nthen heard\n", said
+
+
 def test_ctrl_c_is_a_sentence_and_leaves_whole_shards(tmp_path):
     command = [sys.executable, "-m", "handiffuser.data.cli", "demo", str(tmp_path / "out"), "--scenes", "100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
