@@ -150,8 +150,12 @@ class HandPrior(ModelMixin, ConfigMixin):
     def read(self, text: Tensor) -> Tensor:
         """What every step reads of text [B, L, D]: [B, L, width * (1 + 2 * blocks that look at words)], of which the
         first part counts in the last row alone."""
+        return torch.cat([reader(text) for reader in self.readers()], -1)
+
+    def readers(self) -> list[nn.Module]:
+        """The layers that `read` the text."""
         looking = [block.words for block in self.blocks if isinstance(block.words, WordAttention)]
-        return torch.cat([self.text(text), *(words.key_value(text) for words in looking)], -1)
+        return [self.text, *(words.key_value for words in looking)]
 
     def denoise(self, x: Tensor, timestep: Tensor, read: Tensor) -> Tensor:
         """x0 [B, P] of x [B, P] at timestep [B], for a text that was read."""

@@ -26,6 +26,13 @@ PARENTS = (
     *(21, 37, 38, 21, 40, 41, 21, 43, 44, 21, 46, 47, 21, 49, 50),
 )
 NUM_JOINTS = len(PARENTS)  # 52
+# The tree by depth: joints [n] of each level, which are turned together. A product a joint is 51 tiny steps after each
+# other, of which a device does nothing but begin and end them.
+LEVELS = [[0]]
+while deeper := [joint for joint, parent in enumerate(PARENTS) if parent in LEVELS[-1]]:
+    LEVELS.append(deeper)
+BY_DEPTH = [joint for level in LEVELS for joint in level]
+BY_NUMBER = sorted(range(NUM_JOINTS), key=BY_DEPTH.__getitem__)
 NUM_BETAS = 10
 LEFT_WRIST, RIGHT_WRIST = 20, 21
 
@@ -124,14 +131,17 @@ class SMPLH(nn.Module):
         Returns the joints' orientations in the world [B, 52, 3, 3], their places [B, 52, 3] in metres, and their
         places at rest [B, 52, 3].
         """
+        batch = rotations.shape[0]
         rest = self.j_template + (betas @ self.j_shape_dirs).reshape(-1, NUM_JOINTS, 3)
-        turns, places = [rotations[:, 0]], [rest[:, 0]]
-        for joint in range(1, NUM_JOINTS):
-            parent = PARENTS[joint]
-            offset = (rest[:, joint] - rest[:, parent])[..., None]
-            turns.append(turns[parent] @ rotations[:, joint])
-            places.append((turns[parent] @ offset)[..., 0] + places[parent])
-        return torch.stack(turns, 1), torch.stack(places, 1), rest
+        offsets = torch.cat([rest[:, :1], rest[:, 1:] - rest[:, list(PARENTS[1:])]], 1)
+        rows = torch.cat([rotations, offsets[..., None]], -1)  # a rigid motion each, [3, 4]
+        last = rows.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(batch, NUM_JOINTS, 1, 4)
+        motions = torch.cat([rows, last], 2)[:, BY_DEPTH].split([len(level) for level in LEVELS], 1)
+        chain = [motions[0]]
+        for above, level, motion in zip(LEVELS, LEVELS[1:], motions[1:], strict=False):
+            chain.append(chain[-1][:, [above.index(PARENTS[joint]) for joint in level]] @ motion)
+        world = torch.cat(chain, 1)[:, BY_NUMBER]
+        return world[..., :3, :3], world[..., :3, 3], rest
 
     def skin(self, rotations: Tensor, betas: Tensor, turns: Tensor, places: Tensor, rest: Tensor) -> Tensor:
         """Moves the vertices with the joints that `kinematics` placed: [B, V, 3] in metres."""
@@ -141,9 +151,11 @@ class SMPLH(nn.Module):
             away = rotations[:, 1:] - torch.eye(3, dtype=rotations.dtype, device=rotations.device)
             shaped = shaped + (away.reshape(batch, -1) @ self.pose_dirs).reshape(batch, -1, 3)
         # A vertex moves by the weighted mean of the joints' rigid motions.
-        shifts = places - (turns @ rest[..., None])[..., 0]
+        shifts = places - (turns * rest[..., None, :]).sum(-1)
         blended = (self.weights @ turns.reshape(batch, NUM_JOINTS, 9)).reshape(batch, -1, 3, 3)
-        return (blended @ shaped[..., None])[..., 0] + self.weights @ shifts
+        return (blended * shaped[..., None, :]).sum(
+            -1
+        ) + self.weights @ shifts  # a product of matrices a vertex is slow
 
     def forward(self, rotations: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
         """Poses the body.

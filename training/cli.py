@@ -14,7 +14,7 @@ from ..demo import resolve
 from ..errors import HanDiffuserError, TrainingError
 from ..models.checkpoint import MODEL_INDEX
 from .loop import console, run_processes
-from .recipe import PLANS, Recipe
+from .recipe import PLANS, STUDENTS, Recipe
 
 HELP = {
     "vae": "Trains the autoencoder on DATA's pictures, for those who have none.",
@@ -22,6 +22,7 @@ HELP = {
     "encoder": "Trains the Text+Hand encoder alone on DATA's labels, where no CLIP is at hand.",
     "pictures": "Trains stage 2: prompts and hands to pictures; whole, or as an adapter with --lora.",
     "distill": "Trains stage 2 to paint in few runs of its network, guidance included: --start is the teacher.",
+    "distill-hands": "Trains stage 1 to find hands in few runs of its network: --start is the teacher.",
     "all": "Trains the recipe's stages, one after the other.",
 }
 
@@ -181,7 +182,7 @@ def _command(stage: str) -> None:
     command: Any = call
     for option in reversed(OPTIONS):  # flags override the recipe
         command = option(command)
-    if stage == "distill":
+    if stage in STUDENTS:
         runs = click.option(
             "--runs", callback=_runs, metavar="N,...", help="Of the network, one student after the other."
         )

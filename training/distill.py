@@ -1,13 +1,13 @@
 """Distillation into few steps: the student jumps where its teacher arrives after several steps, guidance included.
 
-    bank = Bank(Path("runs/fast/bank"), teacher, cache, rows, plan, digest)
+    bank = PictureBank(Path("runs/fast/bank"), teacher, cache, rows, plan, digest)    # or HandBank, of stage 1
     bank.make(rank, world)
-    stage = jump_stage(student, bank, plan, runs=4)
+    stage = jump_stage(student, bank, plan, 4, "distill-4")                           # or hand_jump_stage
 
-A bank holds trajectories of the teacher: from pure noise, guided, with the hands and words of the data, of which it
+A bank holds trajectories of the teacher: from pure noise, guided, with the words (and hands) of the data, of which it
 keeps each state where a jump begins or ends. The student learns the output whose one DDIM step leads from one kept
 state to the next (progressive distillation, Salimans & Ho 2022, arXiv 2202.00512, with states of the teacher's own
-instead of noised pictures), and needs neither guidance nor the unconditional branch any more. Both walk the same grid:
+instead of noised samples), and needs neither guidance nor the unconditional branch any more. Both walk the same grid:
 "trailing" timesteps, of which few are a part of many.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,17 +27,18 @@ import torch
 from diffusers import DDIMScheduler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.latents import LatentCache, encode_prompts
 from ..errors import TrainingError
 from ..models.checkpoint import Checkpoint
+from ..models.text_hand_encoder import word_states
 from ..schedules import NoiseSchedule, solve
 from .draws import Draws, generator_for, order
 from .loop import Stage
-from .recipe import DistillPlan
+from .recipe import DistillHandsPlan, DistillPlan
 from .sample import CUES, initial_noise
-from .stages import Inputs, PictureLoss, edges
+from .stages import HandJumpLoss, Inputs, PictureLoss, edges
 
 FILE = 64  # trajectories of a file
 BATCH = 8  # trajectories that are painted together on a CPU
@@ -45,7 +47,7 @@ HELD = 64  # trajectories that validate
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def grid(plan: DistillPlan) -> list[int]:
+def grid(plan: DistillPlan | DistillHandsPlan) -> list[int]:
     """After how many of the teacher's steps a state is kept: where any of the students jumps from or to.
 
     Raises TrainingError where a student's runs are no part of the teacher's steps.
@@ -72,26 +74,46 @@ def becomes_student(checkpoint: Checkpoint, runs: int) -> None:
     checkpoint.defaults = {**checkpoint.defaults, "steps": runs, "solver": "ddim", "guidance": 1.0}
 
 
-class Bank:
+def becomes_hand_student(checkpoint: Checkpoint, runs: int) -> None:
+    """The same of stage 1."""
+    checkpoint.hand_scheduler = few_steps(checkpoint.hand_scheduler)
+    few = {"hand_steps": runs, "hand_solver": "ddim", "hand_guidance": 1.0}
+    checkpoint.defaults = {**checkpoint.defaults, **few}
+
+
+def weights_digest(*modules: nn.Module) -> str:
+    """Of networks' weights."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Bank(ABC):
     """Trajectories of a teacher, in files of FILE each. A file that is there is whole: what is missing is made."""
 
     def __init__(
-        self, folder: Path, teacher: Checkpoint, cache: LatentCache, rows: np.ndarray, plan: DistillPlan, digest: str
+        self,
+        folder: Path,
+        teacher: Checkpoint,
+        cache: LatentCache,
+        rows: np.ndarray,
+        plan: DistillPlan | DistillHandsPlan,
+        what: dict[str, Any],
     ) -> None:
-        """rows: of the cache, from which hands and words are taken. digest: of teacher and data.
+        """rows: of the cache, from which the conditions are taken. what: all else that trajectories depend on.
 
         Raises TrainingError where the folder is the bank of another teacher, or of other settings.
         """
-        self.folder, self.teacher, self.cache, self.plan = folder, teacher, cache, plan
+        self.folder, self.teacher, self.cache = folder, teacher, cache
         self.kept = grid(plan)
         self.files = -(-plan.trajectories // FILE)
         picked = [order(plan.seed, epoch, len(rows)) for epoch in range(-(-self.files * FILE // len(rows)))]
         self.rows = rows[np.concatenate(picked)[: self.files * FILE]]
-        self.guidance = plan.teacher_guidance or teacher.defaults["guidance"]
         what = {
-            "of": digest, "teacher_steps": plan.teacher_steps, "kept": self.kept, "guidance": self.guidance,
-            "no_hands": plan.drop_hands, "seed": plan.seed, "precision": plan.precision,
-            "noise_offset": teacher.defaults["noise_offset"],
+            **what, "teacher_steps": plan.teacher_steps, "kept": self.kept, "seed": plan.seed,
+            "precision": plan.precision,
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         path = folder / "key.json"
@@ -126,14 +148,59 @@ class Bank:
             if on_progress is not None:  # the others are about as far
                 on_progress(max(1, self.files - world * left), self.files)
 
+    @abstractmethod
+    def _paint(self, numbers: Sequence[int], device: str) -> dict[str, Tensor]:
+        """Some trajectories, among them their states at the kept steps [count, K, ...]."""
+
+    @abstractmethod
+    def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Some trajectories, with all that a student is told."""
+
+    def _wordings(self, ids: Tensor, chance: Sequence[torch.Generator]) -> Tensor:
+        """One of each sample's prompts: [n, W, 77] -> [n, 77]."""
+        return torch.stack([ids[i, torch.randint(ids.shape[1], (), generator=g)] for i, g in enumerate(chance)])
+
+    def _kept(self, numbers: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
+        """What files hold of some trajectories."""
+        wanted = torch.tensor(list(numbers))
+        out: dict[str, Tensor] = {}
+        for number in (wanted // FILE).unique().tolist():
+            places = (wanted // FILE == number).nonzero()[:, 0]
+            try:
+                with safe_open(self.path(number), "pt") as file:
+                    for name in names:
+                        part = file.get_slice(name)  # of which no more is read than is asked for
+                        value = torch.cat([part[at : at + 1] for at in (wanted[places] % FILE).tolist()])
+                        out.setdefault(name, value.new_empty(len(wanted), *value.shape[1:]))[places] = value
+            except (OSError, SafetensorError) as error:
+                raise TrainingError(
+                    f"{self.path(number)} cannot be read ({error}). Remove it: the same command makes it again."
+                ) from None
+        return out
+
+
+class PictureBank(Bank):
+    """Of stage 2: from noise to pictures, with the hands and words of the data."""
+
+    def __init__(
+        self, folder: Path, teacher: Checkpoint, cache: LatentCache, rows: np.ndarray, plan: DistillPlan, data: str
+    ) -> None:
+        """data: a digest of the data."""
+        self.plan = plan
+        self.guidance = plan.teacher_guidance or teacher.defaults["guidance"]
+        what = {
+            "of": f"{weights_digest(teacher.unet)} {data}", "guidance": self.guidance, "no_hands": plan.drop_hands,
+            "noise_offset": teacher.defaults["noise_offset"],
+        }  # fmt: skip
+        super().__init__(folder, teacher, cache, rows, plan, what)
+
     @torch.no_grad()
     def _paint(self, numbers: Sequence[int], device: str) -> dict[str, Tensor]:
         """Some trajectories: states [count, K, C, h, w], ids [count, 77], bare [count]."""
         teacher, plan, count = self.teacher, self.plan, len(numbers)
         rows = self.cache.rows(self.rows[list(numbers)], ("ids", *CUES))
         chance = [generator_for(plan.seed, 1, number) for number in numbers]
-        wordings = rows["ids"].shape[1]
-        ids = torch.stack([rows["ids"][i, torch.randint(wordings, (), generator=g)] for i, g in enumerate(chance)])
+        ids = self._wordings(rows["ids"], chance)
         bare = torch.stack([torch.rand((), generator=g) for g in chance]) < plan.drop_hands
         hands = {name: rows[name].float().to(device) for name in CUES}
         hands["visibility"] = torch.where(bare[:, None].to(device), 0.0, hands["visibility"])
@@ -163,22 +230,53 @@ class Bank:
     def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Some trajectories: states [n, K, C, h, w], ids [n, 77], joints, rotations, bps, visibility."""
         rows = self.cache.rows(self.rows[list(numbers)], CUES)
-        wanted = torch.tensor(list(numbers))
-        out: dict[str, Tensor] = {}
-        for number in (wanted // FILE).unique().tolist():
-            places = (wanted // FILE == number).nonzero()[:, 0]
-            try:
-                with safe_open(self.path(number), "pt") as file:
-                    for name in ("states", "ids", "bare"):
-                        part = file.get_slice(name)  # of which no more is read than is asked for
-                        value = torch.cat([part[at : at + 1] for at in (wanted[places] % FILE).tolist()])
-                        out.setdefault(name, value.new_empty(len(wanted), *value.shape[1:]))[places] = value
-            except (OSError, SafetensorError) as error:
-                raise TrainingError(
-                    f"{self.path(number)} cannot be read ({error}). Remove it: the same command makes it again."
-                ) from None
+        out = self._kept(numbers, ("states", "ids", "bare"))
         rows["visibility"] = torch.where(out.pop("bare")[:, None], 0.0, rows["visibility"])
         return {**rows, **out}
+
+
+class HandBank(Bank):
+    """Of stage 1: from noise to hands, with the words of the data."""
+
+    def __init__(
+        self, folder: Path, teacher: Checkpoint, cache: LatentCache, rows: np.ndarray, plan: DistillHandsPlan, data: str
+    ) -> None:
+        """data: a digest of the data."""
+        self.plan = plan
+        self.guidance = plan.teacher_guidance or teacher.defaults["hand_guidance"]
+        of = weights_digest(teacher.hand_prior, teacher.text_encoder)
+        super().__init__(
+            folder, teacher, cache, rows, plan,
+            {"of": f"{of} {data}", "guidance": self.guidance, "no_text": plan.drop_text},
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _paint(self, numbers: Sequence[int], device: str) -> dict[str, Tensor]:
+        """Some trajectories: states [count, K, P], ids [count, 77]."""
+        teacher, plan, prior = self.teacher, self.plan, self.teacher.hand_prior
+        chance = [generator_for(plan.seed, 1, number) for number in numbers]
+        ids = self._wordings(self.cache.rows(self.rows[list(numbers)], ("ids",))["ids"], chance)
+        bare = torch.stack([torch.rand((), generator=g) for g in chance]) < plan.drop_text
+        empty = encode_prompts([""], teacher.tokenizer, teacher.special_tokens)[0]
+        ids = torch.where(bare[:, None], empty, ids)
+        both = torch.cat([empty.expand_as(ids), ids]).to(device)
+        hidden = teacher.text_encoder(both).last_hidden_state
+        read = prior.read(word_states(hidden, both, teacher.special_tokens["eos"], both.shape[1]))
+        x = torch.stack([torch.randn(len(prior.mean), generator=g) for g in chance]).to(device)
+        scheduler = DDIMScheduler.from_config(few_steps(teacher.hand_scheduler))
+        scheduler.set_timesteps(plan.teacher_steps)
+        states = [x]
+        for step, timestep in enumerate(scheduler.timesteps, 1):
+            time = timestep.to(device).expand(len(both))
+            without, given = prior.denoise(torch.cat([x, x]), time, read).chunk(2)
+            x = scheduler.step(torch.lerp(without, given, self.guidance), timestep, x).prev_sample
+            if step in self.kept:
+                states.append(x)
+        return {"states": torch.stack(states, 1).cpu(), "ids": ids}
+
+    def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Some trajectories: states [n, K, P], ids [n, 77]."""
+        return self._kept(numbers, ("states", "ids"))
 
 
 def _written(path: Path, write: Callable[[Path], Any]) -> None:
@@ -194,16 +292,24 @@ def _written(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def jump_inputs(schedule: dict[str, Any], bank: Bank, plan: DistillPlan, runs: int) -> Inputs:
-    """A kept state, and the output whose DDIM step leads to the next one.
+def jumps(schedule: dict[str, Any], bank: Bank, stride: int, runs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each of so many jumps [runs]: the timestep where it begins, the coefficients of its DDIM step
+    x' = a x + b m, and which of the bank's kept states it begins in (and, at the end, where the last one ends).
 
-    rows: as `Bank.read` gives them. x' = a x + b m, so m = (x' - a x) / b, whatever the network predicts.
+    stride: the teacher's steps in each. So m = (x' - a x) / b is what the network should say, whatever it predicts.
     """
     recurrence = solve(NoiseSchedule.from_config(few_steps(schedule)), "ddim", runs)
     a, b = (torch.from_numpy(np.asarray(value[0])).float() for value in (recurrence.A, recurrence.B))
-    times = torch.from_numpy(recurrence.timesteps).long()
-    stride = plan.teacher_steps // runs
-    begins = torch.tensor([bank.kept.index(stride * k) for k in range(runs + 1)])
+    places = torch.tensor([bank.kept.index(stride * k) for k in range(runs + 1)])
+    return torch.from_numpy(recurrence.timesteps).long(), a, b, places
+
+
+def jump_inputs(schedule: dict[str, Any], bank: Bank, plan: DistillPlan, runs: int) -> Inputs:
+    """A kept state of each picture, and the output whose DDIM step leads to the next one.
+
+    rows: as `PictureBank.read` gives them.
+    """
+    times, a, b, places = jumps(schedule, bank, plan.teacher_steps // runs, runs)
 
     def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
         u = draws.uniform()
@@ -211,7 +317,7 @@ def jump_inputs(schedule: dict[str, Any], bank: Bank, plan: DistillPlan, runs: i
         # The first jump, from pure noise, holds nearly all the loss: it comes as often as the plan says.
         later = 1 + ((u - plan.first) / (1 - plan.first) * (runs - 1)).long().clamp(0, max(runs - 2, 0))
         jump = torch.where(u < plan.first, 0, later) if runs > 1 else torch.zeros_like(u, dtype=torch.long)
-        states, at, kept = rows["states"].float(), torch.arange(len(u), device=device), begins.to(device)
+        states, at, kept = rows["states"].float(), torch.arange(len(u), device=device), places.to(device)
         x, there, clean = states[at, kept[jump]], states[at, kept[jump + 1]], states[:, -1]
         signal, slope = (value.to(device)[jump].view(-1, 1, 1, 1) for value in (a, b))
         target = (there - signal * x) / slope
@@ -222,14 +328,45 @@ def jump_inputs(schedule: dict[str, Any], bank: Bank, plan: DistillPlan, runs: i
     return inputs
 
 
-def jump_stage(student: Checkpoint, bank: Bank, plan: DistillPlan, runs: int, name: str) -> Stage:
+def jump_stage(student: Checkpoint, bank: PictureBank, plan: DistillPlan, runs: int, name: str) -> Stage:
     """What a student of `runs` runs is trained on: its UNet alone, contexts and positions stay the teacher's."""
     painter = PictureLoss(student, plan)
     if not plan.lora:
         painter.unet.requires_grad_(True)
+    return Stage(
+        name, painter, bank.read, jump_inputs(student.scheduler, bank, plan, runs), *_split(bank),
+        fixed=[painter.text_hand_encoder],
+    )  # fmt: skip
+
+
+def hand_jump_inputs(schedule: dict[str, Any], bank: Bank, plan: DistillHandsPlan, runs: int) -> Inputs:
+    """All jumps of each trajectory: where they begin, and the outputs whose DDIM steps lead to where they end.
+
+    rows: as `HandBank.read` gives them. All at once, because to read the words costs more than to denoise.
+    """
+    times, a, b, places = jumps(schedule, bank, plan.teacher_steps // runs, runs)
+
+    def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
+        device = rows["states"].device
+        states = rows["states"].float()[:, places.to(device)]  # [n, runs + 1, P]
+        x, signal, slope = states[:, :-1], a.to(device)[:, None], b.to(device)[:, None]
+        return rows["ids"], x, times.to(device).expand(len(x), -1), (states[:, 1:] - signal * x) / slope
+
+    return inputs
+
+
+def hand_jump_stage(student: Checkpoint, bank: HandBank, plan: DistillHandsPlan, runs: int, name: str) -> Stage:
+    """What a student of `runs` runs is trained on: the prior alone, and what it reads of the words stays as it was."""
+    module = HandJumpLoss(student)
+    module.hand_prior.requires_grad_(True)
+    return Stage(
+        name, module, bank.read, hand_jump_inputs(student.hand_scheduler, bank, plan, runs), *_split(bank),
+        fixed=[module.text_encoder, *module.hand_prior.readers()],
+    )  # fmt: skip
+
+
+def _split(bank: Bank) -> tuple[np.ndarray, np.ndarray]:
+    """A bank's trajectories: those to train on, and some that validate."""
     numbers = np.arange(len(bank))
     held = min(HELD, len(numbers) // 10)
-    return Stage(
-        name, painter, bank.read, jump_inputs(student.scheduler, bank, plan, runs), numbers[: len(numbers) - held],
-        numbers[len(numbers) - held :], fixed=[painter.text_hand_encoder],
-    )  # fmt: skip
+    return numbers[: len(numbers) - held], numbers[len(numbers) - held :]

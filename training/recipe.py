@@ -121,13 +121,27 @@ class DistillPlan(PicturesPlan, frozen=True, forbid_unknown_fields=True, kw_only
     drop_hands: Share = 0.1  # of the trajectories
 
 
+class DistillHandsPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Stage 1 in few runs of the hand prior: see distill.py. A sample is a trajectory with all its jumps."""
+
+    weight_decay: Weight = 0.0
+    ema: Decay = 0.99
+    runs: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=8)] = (4,)  # one student after the other
+    teacher_steps: Count = 12  # which all runs must divide
+    teacher_guidance: Weight = 0.0  # 0: as the checkpoint has it
+    trajectories: Count = 16384  # of the teacher
+    drop_text: Share = 0.02  # of the trajectories
+
+
 PLANS: dict[str, type[Plan]] = {
     "vae": VaePlan,
     "hand-prior": HandPriorPlan,
     "encoder": EncoderPlan,
     "pictures": PicturesPlan,
     "distill": DistillPlan,
+    "distill-hands": DistillHandsPlan,
 }
+STUDENTS = ("distill", "distill-hands")  # stages that train one network after the other, of fewer and fewer runs
 
 
 class Recipe(
@@ -146,6 +160,7 @@ class Recipe(
     encoder: EncoderPlan = EncoderPlan()
     pictures: PicturesPlan = PicturesPlan()
     distill: DistillPlan = DistillPlan()
+    distill_hands: DistillHandsPlan = DistillHandsPlan()
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:

@@ -5,7 +5,8 @@
     run.checkpoint().save("checkpoint")
 
     recipe.toml  tokenizer.json (of a new checkpoint)  vae.json  samples/
-    vae/ hand-prior/ encoder/ pictures/ distill-N/    state.safetensors  log.jsonl  tensorboard/  [adapter.safetensors]
+    vae/ hand-prior/ encoder/ pictures/ distill-N/ distill-hands-N/    state.safetensors  log.jsonl  tensorboard/
+    bank/ hand-bank/ (of the teachers)                                 [adapter.safetensors]
 
 A stage reads what the others left in the folder, never their memory, so that stages can be trained apart, and any of
 them may be interrupted.
@@ -39,12 +40,23 @@ from ..models.checkpoint import BODY, Checkpoint, make_tokenizer, random_checkpo
 from ..models.configs import CONFIGS
 from ..runtime.tokens import words_of
 from ..schema import MisfitError
-from .distill import FILE, Bank, becomes_student, grid, jump_stage
+from .distill import (
+    FILE,
+    Bank,
+    HandBank,
+    PictureBank,
+    becomes_hand_student,
+    becomes_student,
+    grid,
+    hand_jump_stage,
+    jump_stage,
+)
 from .loop import Stage, averages, console, finished, fit
-from .recipe import PLANS, Recipe
+from .recipe import PLANS, STUDENTS, Recipe
 from .sample import CUES, decode, encode, hands_of, image_grid, sample_hands, sample_pictures
 from .stages import (
     EncoderLoss,
+    HandJumpLoss,
     HandPriorLoss,
     PictureLoss,
     VaeLoss,
@@ -124,7 +136,8 @@ class Run:
             "pictures": lambda: PictureLoss(checkpoint, self.recipe.pictures),
         }
         if students:
-            modules |= {f"distill-{runs}": modules["pictures"] for runs in self.recipe.distill.runs}
+            modules |= dict.fromkeys(self.parts("distill"), modules["pictures"])
+            modules |= dict.fromkeys(self.parts("distill-hands"), lambda: HandJumpLoss(checkpoint))
         for name, make in modules.items():
             learned = averages(self.folder / name)
             if name == "encoder":  # what it read off the tokens with is of no use any more
@@ -137,8 +150,9 @@ class Run:
                 if any(key not in known or known[key].shape != value.shape for key, value in learned.items()):
                     raise TrainingError(f"{self.folder / name} is of another network. Name another --run.")
                 module.load_state_dict(learned, strict=False)
-            if learned and name.startswith("distill-"):
-                becomes_student(checkpoint, int(name.removeprefix("distill-")))
+            if learned and name in (*self.parts("distill"), *self.parts("distill-hands")):
+                stage, _, runs = name.rpartition("-")
+                {"distill": becomes_student, "distill-hands": becomes_hand_student}[stage](checkpoint, int(runs))
         measured = self.folder / "vae.json"
         if measured.exists():
             checkpoint.vae.register_to_config(**json.loads(measured.read_text()))
@@ -189,14 +203,17 @@ class Run:
                 raise TrainingError(f"{self.index.folder} holds no picture that can be read.")
         return torch.from_numpy(np.stack(images))
 
+    def parts(self, stage: str) -> list[str]:
+        """The folders of a stage: one, or one for each student."""
+        return [f"{stage}-{runs}" for runs in self.recipe.plan(stage).runs] if stage in STUDENTS else [stage]
+
     def done(self, stage: str) -> bool:
-        parts = [f"distill-{runs}" for runs in self.recipe.distill.runs] if stage == "distill" else [stage]
-        return all(finished(self.folder / part, self.recipe.plan(stage).steps) for part in parts)
+        return all(finished(self.folder / part, self.recipe.plan(stage).steps) for part in self.parts(stage))
 
     def ready(self, stage: str) -> None:
         """Makes what is missing of latents and the like, before several processes read it."""
-        if stage == "distill":
-            grid(self.recipe.distill)  # what is wrong with it is said first
+        if stage in STUDENTS:
+            grid(self.recipe.plan(stage))  # what is wrong with it is said first
             self.latents(self.checkpoint(), False)
         else:
             self.stage(stage)
@@ -261,43 +278,53 @@ class Run:
 
     def train(self, name: str, make: bool = True) -> None:
         """Trains a stage in this process, one of several perhaps."""
-        if name == "distill":
-            self.distill(make)
+        if name in STUDENTS:
+            self.distill(name, make)
         else:
             fit(self.stage(name, make), self.recipe.plan(name), self.folder / name)
 
-    def distill(self, make: bool) -> None:
+    def distill(self, name: str, make: bool) -> None:
         """A bank of the teacher's trajectories, then one student after the other, each from the one before."""
-        plan, state = self.recipe.distill, PartialState(cpu=not torch.cuda.is_available())
+        plan, state = self.recipe.plan(name), PartialState(cpu=not torch.cuda.is_available())
         teacher = self.checkpoint(students=False)
         cache = self.latents(teacher, False, make)
         rows = cache.usable[~self.held[cache.samples[cache.usable]]]
         if not len(rows):
-            raise TrainingError(f"{self.index.folder} has no sample to paint trajectories of.")
-        bank = Bank(self.folder / "bank", teacher, cache, rows, plan, f"{_weights(teacher.unet)} {self.digest}")
+            raise TrainingError(f"{self.index.folder} has no sample to make trajectories of.")
+        bank: Bank
+        if name == "distill":
+            bank = PictureBank(self.folder / "bank", teacher, cache, rows, plan, self.digest)
+            PictureLoss(teacher, plan).to(state.device)  # all of stage 2
+        else:
+            bank = HandBank(self.folder / "hand-bank", teacher, cache, rows, plan, self.digest)
+            HandJumpLoss(teacher).to(state.device)
         said = [-1]
 
         def show(done: int, total: int) -> None:
             if state.is_main_process and 20 * done // total > said[0]:
                 said[0] = 20 * done // total
-                console.print(f"distill: {done * FILE} of {total * FILE} trajectories")
+                console.print(f"{name}: {done * FILE} of {total * FILE} trajectories")
 
-        PictureLoss(teacher, plan).to(state.device)  # all of stage 2
         bank.make(state.process_index, state.num_processes, show, str(state.device))
         state.wait_for_everyone()
         empty = encode_prompts([""], teacher.tokenizer, teacher.special_tokens)[0]
-        for runs in plan.runs:
-            if finished(self.folder / f"distill-{runs}", plan.steps):
+        for runs, part in zip(plan.runs, self.parts(name), strict=True):
+            if finished(self.folder / part, plan.steps):
                 continue
             student = self.checkpoint()
-            if plan.lora:
-                torch.manual_seed(plan.seed)
-                lora.inject(student, plan.lora)
-            becomes_student(student, runs)
-            stage = jump_stage(student, bank, plan, runs, f"distill-{runs}")
+            if isinstance(bank, HandBank):
+                becomes_hand_student(student, runs)
+                stage = hand_jump_stage(student, bank, plan, runs, part)
+            else:
+                assert isinstance(bank, PictureBank)
+                if plan.lora:
+                    torch.manual_seed(plan.seed)
+                    lora.inject(student, plan.lora)
+                becomes_student(student, runs)
+                stage = jump_stage(student, bank, plan, runs, part)
+                stage.on_save = partial(self.show_pictures, student, cache, part, rows[:SHOWN], empty)
             stage.data = self.digest
-            stage.on_save = partial(self.show_pictures, student, cache, stage.name, rows[:SHOWN], empty)
-            fit(stage, plan, self.folder / stage.name)
+            fit(stage, plan, self.folder / part)
 
     def measure_vae(self, checkpoint: Checkpoint, cache: LatentCache, rows: Sequence[int]) -> None:
         """Of a VAE that was trained here: brings its latents to mean 0 and deviation 1, and notes how."""
@@ -359,18 +386,11 @@ class Run:
             checkpoint.words = sorted(words) if len(words) <= MOST_WORDS else []
         trained = {name: {"steps": self.recipe.plan(name).steps, "data": self.digest} for name in PLANS
                    if finished(self.folder / name)}  # fmt: skip
-        if self.done("distill"):
-            trained["distill"] = {"runs": list(self.recipe.distill.runs), "data": self.digest}
+        for name in STUDENTS:
+            if self.done(name):
+                trained[name] = {"runs": list(self.recipe.plan(name).runs), "data": self.digest}
         checkpoint.notes = {**checkpoint.notes, "trained": {**_stages(checkpoint.notes), **trained}}
         checkpoint.save(output, half=half)
-
-
-def _weights(module: nn.Module) -> str:
-    """A digest of a module's weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _stages(notes: dict[str, Any]) -> dict[str, Any]:

@@ -41,8 +41,13 @@ def ddim(network: Network, x: Tensor, schedule: dict[str, Any], steps: int) -> T
 
 
 @torch.no_grad()
-def sample_hands(checkpoint: Checkpoint, ids: Tensor, seed: int = 0, steps: int | None = None) -> Tensor:
-    """Stage 1, as the checkpoint's defaults have it: token ids [N, 77] -> normalised parameters [N, P]."""
+def sample_hands(
+    checkpoint: Checkpoint, ids: Tensor, seed: int = 0, steps: int | None = None, noise: Tensor | None = None
+) -> Tensor:
+    """Stage 1, as the checkpoint's defaults have it: token ids [N, 77] -> normalised parameters [N, P].
+
+    noise: to begin with [N, P], instead of the seed's.
+    """
 
     def words(ids: Tensor) -> Tensor:
         hidden = checkpoint.text_encoder(ids).last_hidden_state
@@ -56,7 +61,8 @@ def sample_hands(checkpoint: Checkpoint, ids: Tensor, seed: int = 0, steps: int 
         given = checkpoint.hand_prior(x, t, text)
         return given if guidance == 1 else torch.lerp(checkpoint.hand_prior(x, t, without), given, guidance)
 
-    noise = torch.randn(len(ids), len(checkpoint.hand_prior.mean), generator=torch.Generator().manual_seed(seed))
+    if noise is None:
+        noise = torch.randn(len(ids), len(checkpoint.hand_prior.mean), generator=torch.Generator().manual_seed(seed))
     steps = steps or checkpoint.defaults["hand_steps"]
     return ddim(predict, noise.to(ids.device), checkpoint.hand_scheduler, steps)
 

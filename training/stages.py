@@ -93,27 +93,57 @@ def vae_inputs(checkpoint: Checkpoint, plan: VaePlan) -> Inputs:
 class HandPriorLoss(nn.Module):
     """The hand prior and the text encoder that conditions it. A prior that does not look at the words yet learns to."""
 
+    weight: Tensor
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
         checkpoint.hand_prior.read_words()
         self.text_encoder, self.hand_prior = checkpoint.text_encoder, checkpoint.hand_prior
         self.eos = checkpoint.special_tokens["eos"]
-        # Fingers and places decide the picture; legs and trunk hardly move.
-        weight = torch.full((PLACEMENT.stop,), 0.2)
-        weight[ROTATIONS.start + 6 * 16 : ROTATIONS.stop] = 1.0
-        weight[BETAS] = 0.05  # no prompt speaks of the shape
-        weight[PLACEMENT] = 1.0
-        self.register_buffer("weight", weight / weight.mean(), persistent=False)
+        self.register_buffer("weight", parameter_weights(), persistent=False)
 
     def forward(self, ids: Tensor, noisy: Tensor, timestep: Tensor, clean: Tensor) -> Tensor:
-        length = ids.shape[1]
-        if ids.device.type == "cpu":
-            # The encoder looks back only, so what follows the last end-of-text token costs time and changes nothing.
-            # A GPU would lose more: it would be waited for at every step.
-            ids = ids[:, : int((ids == self.eos).int().argmax(1).max()) + 1]
-        text = word_states(self.text_encoder(ids).last_hidden_state, ids, self.eos, length)
-        predicted = self.hand_prior(noisy, timestep, text)
+        predicted = self.hand_prior(noisy, timestep, states_of_words(self.text_encoder, ids, self.eos))
         return (self.weight * (predicted.float() - clean).square()).mean()
+
+
+class HandJumpLoss(nn.Module):
+    """The hand prior at several places of each prompt's trajectory. Its text encoder stays as it is."""
+
+    weight: Tensor
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.text_encoder, self.hand_prior = checkpoint.text_encoder, checkpoint.hand_prior
+        self.eos = checkpoint.special_tokens["eos"]
+        self.register_buffer("weight", parameter_weights(), persistent=False)
+
+    def forward(self, ids: Tensor, x: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
+        """ids: [n, 77]; x, target: [n, R, P], what the network is shown and should say; timestep: [n, R]."""
+        read = self.hand_prior.read(states_of_words(self.text_encoder, ids, self.eos))
+        read = read.repeat_interleave(x.shape[1], 0)
+        predicted = self.hand_prior.denoise(x.flatten(0, 1), timestep.flatten(), read)
+        return (self.weight * (predicted.float() - target.flatten(0, 1)).square()).mean()
+
+
+def parameter_weights() -> Tensor:
+    """How much an error of each of a hand prior's parameters counts [P], 1 on average."""
+    # Fingers and places decide the picture; legs and trunk hardly move.
+    weight = torch.full((PLACEMENT.stop,), 0.2)
+    weight[ROTATIONS.start + 6 * 16 : ROTATIONS.stop] = 1.0
+    weight[BETAS] = 0.05  # no prompt speaks of the shape
+    weight[PLACEMENT] = 1.0
+    return weight / weight.mean()
+
+
+def states_of_words(text_encoder: nn.Module, ids: Tensor, eos: int) -> Tensor:
+    """What the hand prior reads of token ids [n, 77]: the text encoder's states [n, 77, D]; see `word_states`."""
+    length = ids.shape[1]
+    if ids.device.type == "cpu":
+        # The encoder looks back only, so what follows the last end-of-text token costs time and changes nothing.
+        # A GPU would lose more: it would be waited for at every step.
+        ids = ids[:, : int((ids == eos).int().argmax(1).max()) + 1]
+    return word_states(text_encoder(ids).last_hidden_state, ids, eos, length)
 
 
 def hand_prior_inputs(checkpoint: Checkpoint, plan: HandPriorPlan, empty: Tensor) -> Inputs:

@@ -17,12 +17,25 @@ from handiffuser.errors import TrainingError
 from handiffuser.models.checkpoint import Checkpoint, random_checkpoint
 from handiffuser.models.configs import CONFIGS
 from handiffuser.training import distill, draws
-from handiffuser.training.distill import Bank, becomes_student, few_steps, grid, jump_inputs, jump_stage
+from handiffuser.training.distill import (
+    HandBank,
+    PictureBank,
+    becomes_hand_student,
+    becomes_student,
+    few_steps,
+    grid,
+    hand_jump_stage,
+    jump_inputs,
+    jump_stage,
+)
 from handiffuser.training.draws import Draws
-from handiffuser.training.recipe import DistillPlan
+from handiffuser.training.recipe import DistillHandsPlan, DistillPlan
+from handiffuser.training.sample import sample_hands
 from torch.utils._pytree import tree_leaves
 
 PLAN = DistillPlan(runs=(2, 1), teacher_steps=4, trajectories=8, drop_hands=0.5, first=0.5)
+
+HANDS = DistillHandsPlan(runs=(2, 1), teacher_steps=4, trajectories=8, drop_text=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +72,7 @@ def cache(world, teacher):
 
 
 def bank_of(folder, teacher, cache, plan=PLAN, **more):
-    bank = Bank(folder, teacher, cache, cache.usable, plan, "a digest")
+    bank = PictureBank(folder, teacher, cache, cache.usable, plan, "a digest")
     bank.make(**more)
     return bank
 
@@ -118,6 +131,72 @@ def test_an_unguided_teacher_is_its_own_student(small, teacher, cache, tmp_path)
     plain.unet.requires_grad_(False)
 
 
+def hand_bank(folder, teacher, cache, plan=HANDS, **more):
+    bank = HandBank(folder, teacher, cache, cache.usable, plan, "a digest")
+    bank.make(**more)
+    return bank
+
+
+def test_jumps_of_hands_lead_to_the_teachers_next_kept_state(small, teacher, cache, tmp_path):
+    bank = hand_bank(tmp_path / "bank", teacher, cache)
+    rows = bank.read(range(8))
+    empty = (rows["ids"] == teacher.special_tokens["eos"]).int().argmax(1) == 1
+    assert rows["states"].shape == (8, 3, len(teacher.hand_prior.mean)) and 0 < empty.sum() < 8
+    for runs in HANDS.runs:
+        stage = hand_jump_stage(teacher, bank, HANDS, runs, f"distill-hands-{runs}")
+        ids, x, timestep, target = stage.inputs(rows, Draws(0, 0, 8, range(8)))
+        assert torch.equal(ids, rows["ids"]) and x.shape == target.shape == (8, runs, len(teacher.hand_prior.mean))
+        scheduler = DDIMScheduler.from_config(few_steps(teacher.hand_scheduler))
+        scheduler.set_timesteps(runs)
+        states = rows["states"][:, :: 2 // runs]
+        for jump, time in enumerate(scheduler.timesteps):
+            assert bool((timestep[:, jump] == time).all()) and torch.equal(x[:, jump], states[:, jump])
+            there = scheduler.step(target[:, jump], time, x[:, jump]).prev_sample
+            torch.testing.assert_close(there, states[:, jump + 1], rtol=1e-4, atol=1e-4)
+    teacher.hand_prior.requires_grad_(False)
+
+
+def test_a_bank_of_hands_ends_where_sampling_ends(small, teacher, cache, tmp_path):
+    """With the teacher's guidance: its own from the checkpoint, or another one that was asked for."""
+    plan = msgspec.structs.replace(HANDS, drop_text=0.0)
+    for asked in (0.0, 1.5):
+        bank = hand_bank(tmp_path / str(asked), teacher, cache, msgspec.structs.replace(plan, teacher_guidance=asked))
+        rows = bank.read(range(8))
+        few = {"hand_steps": 4, "hand_guidance": asked or teacher.defaults["hand_guidance"]}
+        like = replace(teacher, defaults={**teacher.defaults, **few}, hand_scheduler=few_steps(teacher.hand_scheduler))
+        found = sample_hands(like, rows["ids"], noise=rows["states"][:, 0])
+        torch.testing.assert_close(found, rows["states"][:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_unguided_prior_is_its_own_student_and_reads_as_before(small, teacher, cache, tmp_path):
+    plain = replace(teacher, defaults={**teacher.defaults, "hand_guidance": 1.0})
+    plan = msgspec.structs.replace(HANDS, runs=(4, 1))
+    bank = hand_bank(tmp_path / "bank", plain, cache, plan)
+    rows = bank.read(range(8))
+    losses = {}
+    for runs in plan.runs:
+        stage = hand_jump_stage(plain, bank, plan, runs, "distill-hands")
+        losses[runs] = float(stage.module(*stage.inputs(rows, Draws(0, 0, 8, range(8)))).detach())
+    assert losses[4] < 1e-9 < 1e-6 < losses[1]
+    for part in stage.fixed:
+        part.requires_grad_(False)
+    learned = {name for name, p in stage.module.named_parameters() if p.requires_grad}
+    assert not any("text" in name or "key_value" in name for name in learned) and any(
+        "query" in n for n in learned
+    ) == (plain.hand_prior.config.words)
+    plain.hand_prior.requires_grad_(False)
+
+
+def test_a_bank_of_hands_is_the_same_whoever_makes_it(small, teacher, cache, tmp_path):
+    whole = hand_bank(tmp_path / "one", teacher, cache).read(range(8))
+    for rank in (1, 0):
+        hand_bank(tmp_path / "two", teacher, cache, rank=rank, world=2)
+    two = hand_bank(tmp_path / "two", teacher, cache).read(range(8))
+    assert all(torch.equal(value, two[name]) for name, value in whole.items())
+    with pytest.raises(TrainingError, match="another teacher or grid"):
+        hand_bank(tmp_path / "one", teacher, cache, msgspec.structs.replace(HANDS, teacher_guidance=7.0))
+
+
 def test_a_bank_is_the_same_whoever_makes_it_and_goes_on(small, teacher, cache, tmp_path):
     whole = bank_of(tmp_path / "one", teacher, cache).read(range(8))
     for rank in (1, 0):
@@ -135,9 +214,11 @@ def test_a_bank_is_the_same_whoever_makes_it_and_goes_on(small, teacher, cache, 
 def test_a_bank_is_of_one_teacher_and_damage_is_named(small, teacher, cache, tmp_path):
     bank = bank_of(tmp_path / "bank", teacher, cache)
     with pytest.raises(TrainingError, match="another teacher or grid"):
-        Bank(tmp_path / "bank", teacher, cache, cache.usable, PLAN, "another digest")
+        PictureBank(tmp_path / "bank", teacher, cache, cache.usable, PLAN, "another digest")
     with pytest.raises(TrainingError, match="another teacher or grid"):
-        Bank(tmp_path / "bank", teacher, cache, cache.usable, msgspec.structs.replace(PLAN, runs=(4,)), "a digest")
+        PictureBank(
+            tmp_path / "bank", teacher, cache, cache.usable, msgspec.structs.replace(PLAN, runs=(4,)), "a digest"
+        )
     (tmp_path / "bank" / "00001.safetensors").write_bytes(b"nothing")
     with pytest.raises(TrainingError, match=r"00001.safetensors cannot be read.*Remove it"):
         bank.read([5])
@@ -174,6 +255,18 @@ def test_the_command_makes_a_checkpoint_of_few_runs(teacher, world, tmp_path):
     assert again.returncode == 0 and "distill: done already" in again.stderr, again.stderr
     wrong = run_command("training.cli", *common, "--runs", "3")
     assert wrong.returncode == 1 and "no part of the teacher's 4 steps" in wrong.stderr, wrong.stderr
+    hands = ("distill-hands", "--data", world, "--start", out, "--run", tmp_path / "hands", "--processes", 2, "--batch",
+             4, "--runs", "2", "--steps", 2, "--set", "teacher_steps=4", "--set", "trajectories=64")  # fmt: skip
+    result = run_command("training.cli", *hands, "--output", tmp_path / "faster", timeout=600)
+    assert result.returncode == 0 and "distill-hands: 64 of 64 trajectories" in result.stderr, result.stderr
+    faster = Checkpoint.load(tmp_path / "faster")
+    assert {key: faster.defaults[key] for key in ("steps", "hand_steps", "hand_guidance", "hand_solver")} == {
+        "steps": 1, "hand_steps": 2, "hand_guidance": 1.0, "hand_solver": "ddim"}  # fmt: skip
+    assert set(faster.notes["trained"]) >= {"distill", "distill-hands"}
+    one, other = fast.hand_prior.state_dict(), faster.hand_prior.state_dict()
+    same = {name for name in one if torch.equal(one[name], other[name])}
+    assert {"text.weight", "mean"} <= same < set(one)
+    out = tmp_path / "faster"
     bundle = run_command("export.cli", out, tmp_path / "bundle", timeout=300)
     assert bundle.returncode == 0, bundle.stderr
     made = run_command("runtime.cli", tmp_path / "bundle", "two open hands", "-o", tmp_path / "pictures")
@@ -185,4 +278,8 @@ def test_a_student_keeps_all_other_settings(teacher):
     becomes_student(student, 2)
     changed = {name for name, value in student.defaults.items() if teacher.defaults[name] != value}
     assert changed <= {"steps", "guidance", "solver"} and student.defaults["steps"] == 2
+    hands = replace(teacher)
+    becomes_hand_student(hands, 1)
+    changed = {name for name, value in hands.defaults.items() if teacher.defaults[name] != value}
+    assert changed <= {"hand_steps", "hand_guidance", "hand_solver"} and hands.defaults["hand_steps"] == 1
     assert np.isfinite(student.defaults["guidance"]) and teacher.defaults["guidance"] == 2.0
