@@ -22,6 +22,7 @@ from .smplh import (
     TIP_VERTICES,
     matrix_to_rotation_6d,
     rotation_6d_to_matrix,
+    take,
 )
 
 # Each hand's rotations as MANO orders them: the wrist (in the camera's frame), then index, middle, little, ring
@@ -116,17 +117,17 @@ class HandFeatures(nn.Module):
         placement = params[:, PLACEMENT].reshape(batch, 2, 4)
         turns, places, rest = self.body.kinematics(rotations, betas)
         vertices = self.body.skin(rotations, betas, turns, places, rest)
-        joints = torch.cat([places, vertices[:, list(TIP_VERTICES)]], 1)  # [B, 62, 3]
+        joints = torch.cat([places, take(vertices, TIP_VERTICES)], 1)  # [B, 62, 3]
 
         present = presence(placement)  # [B, 2]
-        hands = joints[:, HAND_JOINTS]  # [B, 2, 21, 3]
+        hands = take(joints, [joint for hand in HAND_JOINTS for joint in hand]).unflatten(1, (2, -1))  # [B, 2, 21, 3]
         camera = self.camera(hands[..., :2], placement, present)
         view = camera[:, None, None, :1] * (hands[..., :2] + camera[:, None, None, 1:])  # y up, +-1 over the height
         image = torch.stack([0.5 + 0.5 * view[..., 0] / self.aspect, 0.5 - 0.5 * view[..., 1]], -1)
         inside = ((image >= 0) & (image <= 1)).all(-1).to(x.dtype).mean(-1)  # [B, 2]
 
-        wrists = turns[:, (LEFT_WRIST, RIGHT_WRIST)]  # [B, 2, 3, 3]
-        fingers = torch.stack([rotations[:, list(joints_of[1:])] for joints_of in HAND_ROTATIONS], 1)
+        wrists = take(turns, (LEFT_WRIST, RIGHT_WRIST))  # [B, 2, 3, 3]
+        fingers = torch.stack([take(rotations, joints_of[1:]) for joints_of in HAND_ROTATIONS], 1)
         return {
             "joints": image,
             "rotations": matrix_to_rotation_6d(torch.cat([wrists[:, :, None], fingers], 2)),
@@ -155,7 +156,7 @@ class HandFeatures(nn.Module):
     def distances(self, vertices: Tensor, places: Tensor, turns: Tensor, hand: int) -> Tensor:
         """Distances [B, N] in metres from each basis point to the nearest vertex of the hand, in the wrist's frame."""
         wrist = (LEFT_WRIST, RIGHT_WRIST)[hand]
-        cloud = vertices[:, self.hand_vertices[hand]] - places[:, wrist, None]
+        cloud = take(vertices, self.hand_vertices[hand]) - places[:, wrist, None]
         cloud = cloud @ turns[:, wrist]  # rows times R = R^T times columns: into the wrist's frame
         basis = self.basis[hand]
         # |p - v|^2 by its expansion: one matrix product instead of a [B, N, V, 3] difference.

@@ -10,6 +10,7 @@ place, and the joint regression is folded into two small tables. `smplx` stays t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -133,14 +134,14 @@ class SMPLH(nn.Module):
         """
         batch = rotations.shape[0]
         rest = self.j_template + (betas @ self.j_shape_dirs).reshape(-1, NUM_JOINTS, 3)
-        offsets = torch.cat([rest[:, :1], rest[:, 1:] - rest[:, list(PARENTS[1:])]], 1)
+        offsets = torch.cat([rest[:, :1], rest[:, 1:] - take(rest, PARENTS[1:])], 1)
         rows = torch.cat([rotations, offsets[..., None]], -1)  # a rigid motion each, [3, 4]
         last = rows.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(batch, NUM_JOINTS, 1, 4)
-        motions = torch.cat([rows, last], 2)[:, BY_DEPTH].split([len(level) for level in LEVELS], 1)
+        motions = take(torch.cat([rows, last], 2), BY_DEPTH).split([len(level) for level in LEVELS], 1)
         chain = [motions[0]]
         for above, level, motion in zip(LEVELS, LEVELS[1:], motions[1:], strict=False):
-            chain.append(chain[-1][:, [above.index(PARENTS[joint]) for joint in level]] @ motion)
-        world = torch.cat(chain, 1)[:, BY_NUMBER]
+            chain.append(take(chain[-1], [above.index(PARENTS[joint]) for joint in level]) @ motion)
+        world = take(torch.cat(chain, 1), BY_NUMBER)
         return world[..., :3, :3], world[..., :3, 3], rest
 
     def skin(self, rotations: Tensor, betas: Tensor, turns: Tensor, places: Tensor, rest: Tensor) -> Tensor:
@@ -166,7 +167,12 @@ class SMPLH(nn.Module):
         """
         turns, places, rest = self.kinematics(rotations, betas)
         vertices = self.skin(rotations, betas, turns, places, rest)
-        return vertices, torch.cat([places, vertices[:, list(TIP_VERTICES)]], 1)
+        return vertices, torch.cat([places, take(vertices, TIP_VERTICES)], 1)
+
+
+def take(x: Tensor, which: Sequence[int]) -> Tensor:
+    """x[:, which]. In a graph that is one step, where a list between brackets becomes three."""
+    return x.index_select(1, torch.tensor(which, device=x.device))
 
 
 def rotation_6d_to_matrix(x: Tensor) -> Tensor:
