@@ -164,10 +164,12 @@ class HandPrior(ModelMixin, ConfigMixin):
         time = self.time(timestep_features(timestep, self.config.width).to(x.dtype))
         parts = x.index_select(1, self.order).split([len(token) for token in TOKENS], 1)
         tokens = [layer(part) for layer, part in zip(self.encode, parts, strict=True)]
-        sequence = torch.stack([time, sentence[:, -1], *tokens], 1) + self.place
-        sequence = torch.cat([sequence[:, :2], sequence[:, 2:] + sequence[:, :1] + sequence[:, 1:2]], 1)
+        # Side by side, then cut: a graph stacks by unsqueezing each of them.
+        sequence = torch.cat([time, sentence[:, -1], *tokens], 1).unflatten(1, (-1, width)) + self.place
+        told, body = sequence.split([2, len(TOKENS)], 1)
+        sequence = torch.cat([told, body + told[:, :1] + told[:, 1:]], 1)
         for block in self.blocks:
             sequence = block(sequence, words.pop(0) if block.words is not None else None)
-        sequence = self.norm(sequence)
-        out = [layer(sequence[:, 2 + index]) for index, layer in enumerate(self.decode)]
+        parts = self.norm(sequence)[:, 2:].flatten(1).split(width, 1)
+        out = [layer(part) for layer, part in zip(self.decode, parts, strict=True)]
         return torch.cat(out, 1).index_select(1, self.restore)
