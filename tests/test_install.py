@@ -38,6 +38,15 @@ def source(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """What pip makes of a clone before it installs it, made once."""
+    folder = tmp_path_factory.mktemp("wheel")
+    result = run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source)
+    assert result.returncode == 0, result.stderr
+    return next(folder.glob("*.whl"))
+
+
 def run(*command, cwd=None, timeout=900):
     return subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
@@ -47,14 +56,14 @@ def test_lines_were_found():
 
 
 @pytest.mark.parametrize("extras", EXTRAS)
-def test_resolves(source, tmp_path, extras):
+def test_resolves(wheel, tmp_path, extras):
     """pip finds a set of packages, and never both of ONNX Runtime's."""
     if "tensorrt" in extras.split(","):
         pytest.skip("full TensorRT's wheels are on NVIDIA's index alone")
     report = tmp_path / "report.json"
     result = run(
         sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet",
-        "--report", report, f"{source}[{extras}]",
+        "--report", report, f"{wheel}[{extras}]",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     names = {item["metadata"]["name"].lower() for item in json.loads(report.read_text())["install"]}
@@ -94,10 +103,10 @@ def test_the_first_command_of_the_readme(source, tmp_path):
     shutil.rmtree(source / "out")
 
 
-def test_a_server_needs_its_extra_and_nothing_else(source, tmp_path):
+def test_a_server_needs_its_extra_and_nothing_else(wheel, tmp_path):
     """pip install ".[cpu,serve]", hd-serve demo, and a picture by Python's own client."""
     bin = environment(tmp_path / "env")
-    result = run(bin / "pip", "install", "-q", f"{source}[cpu,serve]")
+    result = run(bin / "pip", "install", "-q", f"{wheel}[cpu,serve]")
     assert result.returncode == 0, result.stderr
     line = [str(bin / "hd-serve"), "demo", "--port", "0", "--threads", "1"]
     with subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
@@ -115,10 +124,10 @@ def test_a_server_needs_its_extra_and_nothing_else(source, tmp_path):
         assert server.wait(30) == 0 and "Traceback" not in "".join(said) + server.stderr.read()
 
 
-def test_a_gpu_user_can_export_and_build_without_one(source, tmp_path, tiny_checkpoint_folder):
+def test_a_gpu_user_can_export_and_build_without_one(wheel, tmp_path, tiny_checkpoint_folder):
     """The README's line for RTX GPUs, in a clean environment: export, plans, and what hd-run says here."""
     bin = environment(tmp_path / "env")
-    result = run(bin / "pip", "install", "-q", f"{source}[cpu,export,tensorrt-rtx]")
+    result = run(bin / "pip", "install", "-q", f"{wheel}[cpu,export,tensorrt-rtx]")
     assert result.returncode == 0, result.stderr
     out = tmp_path / "engines"
     result = run(
@@ -130,9 +139,9 @@ def test_a_gpu_user_can_export_and_build_without_one(source, tmp_path, tiny_chec
     assert "Traceback" not in result.stderr
 
 
-def test_without_onnx_runtime_the_message_names_it(source, tmp_path, tiny_checkpoint_folder):
+def test_without_onnx_runtime_the_message_names_it(wheel, tmp_path, tiny_checkpoint_folder):
     bin = environment(tmp_path / "env")
-    assert run(bin / "pip", "install", "-q", source).returncode == 0
+    assert run(bin / "pip", "install", "-q", wheel).returncode == 0
     result = run(bin / "hd-run", "demo", "a fist", cwd=tmp_path)
     assert result.returncode == 1 and "[cpu]" in result.stderr and "Traceback" not in result.stderr
     result = run(bin / "hd-export", tiny_checkpoint_folder, tmp_path / "out", cwd=tmp_path)
