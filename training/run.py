@@ -296,6 +296,8 @@ class Run:
             bank = PictureBank(self.folder / "bank", teacher, cache, rows, plan, self.digest)
             PictureLoss(teacher, plan).to(state.device)  # all of stage 2
         else:
+            if not teacher.hand_prior.mean.any():
+                raise TrainingError("The hand prior of --start is untrained: train it first, hd-train hand-prior.")
             bank = HandBank(self.folder / "hand-bank", teacher, cache, rows, plan, self.digest)
             HandJumpLoss(teacher).to(state.device)
         said = [-1]

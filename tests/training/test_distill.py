@@ -29,7 +29,8 @@ from handiffuser.training.distill import (
     jump_stage,
 )
 from handiffuser.training.draws import Draws
-from handiffuser.training.recipe import DistillHandsPlan, DistillPlan
+from handiffuser.training.recipe import DistillHandsPlan, DistillPlan, Recipe
+from handiffuser.training.run import Run
 from handiffuser.training.sample import sample_hands
 from torch.utils._pytree import tree_leaves
 
@@ -59,6 +60,7 @@ def teacher():
 
     body = demo.checkpoint_path() / "body" / "smplh.npz"
     checkpoint = random_checkpoint(replace(CONFIGS["tiny"], guidance=2.0), seed=3, body=body)
+    checkpoint.hand_prior.mean += 0.1  # as one that was trained
     for module in checkpoint.modules().values():
         module.eval().requires_grad_(False)
     checkpoint.attach_kernel()
@@ -195,6 +197,15 @@ def test_a_bank_of_hands_is_the_same_whoever_makes_it(small, teacher, cache, tmp
     assert all(torch.equal(value, two[name]) for name, value in whole.items())
     with pytest.raises(TrainingError, match="another teacher or grid"):
         hand_bank(tmp_path / "one", teacher, cache, msgspec.structs.replace(HANDS, teacher_guidance=7.0))
+
+
+def test_an_untrained_prior_has_nothing_to_teach(teacher, world, tmp_path):
+    body = teacher.body
+    random_checkpoint(CONFIGS["tiny"], seed=3, body=body).save(tmp_path / "start")
+    run = Run(tmp_path / "run", world, Recipe.load("demo"), tmp_path / "start")
+    run.prepare()
+    with pytest.raises(TrainingError, match="untrained: train it first"):
+        run.train("distill-hands")
 
 
 def test_a_bank_is_the_same_whoever_makes_it_and_goes_on(small, teacher, cache, tmp_path):
