@@ -22,7 +22,7 @@ from onnx import (
     shape_inference,
 )
 
-from ..contract import EXTERNAL, Manifest, TensorSpec, file_digest
+from ..contract import EXTERNAL, Manifest, TensorSpec, file_digest, open_to_others
 from ..errors import BundleError
 
 # Element types that are half as wide as float32 -> the largest number they hold.
@@ -99,6 +99,7 @@ def save_model(model: ModelProto, path: Path) -> None:
     """Writes a graph; more weights than EXTERNAL go into `<name>.onnx.data`."""
     large = sum(tensor.ByteSize() for tensor in model.graph.initializer) > EXTERNAL
     onnx.save(model, path, save_as_external_data=large, location=path.name + ".data")
+    open_to_others(*path.parent.glob(f"{path.name}.data"))
 
 
 def rewrite_bundle(folder: Path, out: Path, change: Callable[[str, ModelProto], ModelProto]) -> Manifest:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -300,6 +301,15 @@ def _own_digest(value: dict[str, Any]) -> str:
     """SHA-256 of a manifest's JSON value without its own digest, whatever its layout on disk."""
     rest = {key: entry for key, entry in value.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def open_to_others(*paths: Path) -> None:
+    """Gives files the mode that the umask says. safetensors and ONNX's external data leave them to their owner alone,
+    so that a server of another user, or a colleague, could not read what was made."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in paths:
+        path.chmod(0o666 & ~umask)
 
 
 def file_digest(path: Path) -> str:

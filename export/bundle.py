@@ -38,6 +38,7 @@ from ..contract import (
     Manifest,
     TensorSpec,
     file_digest,
+    open_to_others,
 )
 from ..errors import CheckpointError, ExportError
 from ..models.checkpoint import Checkpoint
@@ -278,6 +279,7 @@ def save_model(model: ir.Model, path: Path) -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     ir.save(model, path, external_data=path.name + ".data" if weights > EXTERNAL else None)
+    open_to_others(*path.parent.glob(f"{path.name}.data"))
 
 
 def give_back(modules: Iterable[nn.Module] = ()) -> None:

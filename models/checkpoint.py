@@ -30,7 +30,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from ..contract import LARGEST_PARAMETER
+from ..contract import LARGEST_PARAMETER, open_to_others
 from ..errors import CheckpointError
 from ..schema import read_file
 from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config, default_settings
@@ -101,6 +101,7 @@ class Checkpoint:
             index[name] = list(PARTS[name])
             stored = copy.deepcopy(module).half() if half else module
             stored.save_pretrained(folder / name, safe_serialization=True)  # type: ignore[operator]
+            open_to_others(*(folder / name).glob("*.safetensors"))
             _forget_origin(folder / name / "config.json")
         for name in ("scheduler", "hand_scheduler"):
             index[name] = ["diffusers", "DDIMScheduler"]

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..contract import open_to_others
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 
@@ -68,6 +69,7 @@ def save(tensors: dict[str, Tensor], path: Path, rank: int) -> None:
     temporary = path.with_name(path.name + ".tmp")
     whole = {name: value.float().cpu().contiguous() for name, value in tensors.items()}
     save_file(whole, temporary, metadata={"format": "pt", METADATA: json.dumps(notes)})
+    open_to_others(temporary)
     temporary.replace(path)
 
 

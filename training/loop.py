@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from ..commands import end_with_parent
+from ..commands import end_with_parent, undisturbed
 from ..errors import TrainingError
 from .draws import Draws, rows_of
 from .recipe import Plan
@@ -499,7 +499,12 @@ def run_processes(function: Callable[..., None], processes: int, *args: Any) -> 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        torch.multiprocessing.spawn(_process, (processes, port, function, args), nprocs=processes)
+        with undisturbed():
+            started = torch.multiprocessing.spawn(
+                _process, (processes, port, function, args), nprocs=processes, join=False
+            )
+        while not started.join():
+            pass
     except torch.multiprocessing.ProcessRaisedException as error:  # its text is the other process's traceback
         last = str(error).strip().splitlines()[-1]
         kind, _, sentence = last.partition(": ")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import handiffuser.calibration.graphs as graphs
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
@@ -22,6 +25,7 @@ from handiffuser.errors import CheckpointError, EngineError, ExportError
 from handiffuser.export import bundle
 from handiffuser.export.bundle import at_image_size, export_bundle
 from handiffuser.export.cli import command as export_command
+from handiffuser.models import lora
 from handiffuser.models.checkpoint import random_checkpoint
 from handiffuser.models.configs import CONFIGS
 from handiffuser.runtime.pipeline import HanDiffuser
@@ -214,6 +218,26 @@ def test_half_exact_weights_are_stored_in_half(tiny_checkpoint, tmp_path):
         assert error <= 1e-5
         (tmp_path / spec.file).rename(tmp_path / f"{name}.onnx")
     assert (tmp_path / "small.onnx").stat().st_size < 0.8 * (tmp_path / "full.onnx").stat().st_size
+
+
+def test_files_have_the_mode_that_the_umask_says(tiny_checkpoint_folder, tiny_bundle, tmp_path, monkeypatch):
+    """Libraries leave weights to their owner alone; a server often is another user."""
+    for module in (bundle, graphs):
+        monkeypatch.setattr(module, "EXTERNAL", 1)
+    bundle.save_model(ir.load(tiny_bundle / "text_encoder.onnx"), tmp_path / "one.onnx")
+    graphs.save_model(onnx.load(tiny_bundle / "text_encoder.onnx"), tmp_path / "two.onnx")
+    lora.save({"unet.conv_in.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter.safetensors", 1)
+    umask = os.umask(0)
+    os.umask(umask)
+    paths = [
+        path
+        for folder in (tiny_checkpoint_folder, tiny_bundle, tmp_path)
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
+    assert {path.suffix for path in paths} >= {".safetensors", ".onnx", ".data"}
+    wrong = {path.name: oct(path.stat().st_mode) for path in paths if path.stat().st_mode & 0o777 != 0o666 & ~umask}
+    assert not wrong
 
 
 def test_a_graph_over_its_tolerance_is_not_written(tiny_checkpoint, tmp_path, monkeypatch):
