@@ -147,6 +147,25 @@ except KeyboardInterrupt:
     assert said.stdout == "started\nthen heard\n", said
 
 
+def test_processes_begin_with_ctrl_c_blocked():
+    """The first of them, too, with which multiprocessing starts another of its own. A terminal sends it to all."""
+    code = """
+import multiprocessing
+from handiffuser.commands import undisturbed
+
+if __name__ == "__main__":
+    ask = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)"
+    with undisturbed():
+        some = [multiprocessing.get_context("spawn").Process(target=exec, args=(ask,)) for _ in range(2)]
+        for process in some:
+            process.start()
+    for process in some:
+        process.join()
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert said.stdout.split() == ["True", "True"], said
+
+
 def test_ctrl_c_is_a_sentence_and_leaves_whole_shards(tmp_path):
     command = [sys.executable, "-m", "handiffuser.data.cli", "demo", str(tmp_path / "out"), "--scenes", "100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
