@@ -74,22 +74,20 @@ def undisturbed() -> Iterator[None]:
     is the main one that hears of it.
     """
     global _held, _waiting
+    can_block = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if can_block else set()
     _held, _waiting = True, False
     try:
-        if hasattr(signal, "pthread_sigmask"):
+        if can_block:
             from multiprocessing import resource_tracker
 
             resource_tracker.ensure_running()  # it comes with the first of them, and unblocks when it has been started
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                yield
-            finally:
-                _held = False
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        else:
-            yield
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        yield
     finally:
         _held = False
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if _waiting:
         raise KeyboardInterrupt
 

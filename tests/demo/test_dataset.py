@@ -163,7 +163,7 @@ if __name__ == "__main__":
         process.join()
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert said.stdout.split() == ["True", "True"], said
+    assert said.stdout.count("True") == 2 and "False" not in said.stdout, said
 
 
 def test_ctrl_c_is_a_sentence_and_leaves_whole_shards(tmp_path):
