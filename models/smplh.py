@@ -154,9 +154,8 @@ class SMPLH(nn.Module):
         # A vertex moves by the weighted mean of the joints' rigid motions.
         shifts = places - (turns * rest[..., None, :]).sum(-1)
         blended = (self.weights @ turns.reshape(batch, NUM_JOINTS, 9)).reshape(batch, -1, 3, 3)
-        return (blended * shaped[..., None, :]).sum(
-            -1
-        ) + self.weights @ shifts  # a product of matrices a vertex is slow
+        turned = (blended * shaped[..., None, :]).sum(-1)  # a product of matrices a vertex is slow
+        return turned + self.weights @ shifts
 
     def forward(self, rotations: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
         """Poses the body.

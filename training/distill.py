@@ -32,13 +32,12 @@ from torch import Tensor, nn
 from ..data.latents import LatentCache, encode_prompts
 from ..errors import TrainingError
 from ..models.checkpoint import Checkpoint
-from ..models.text_hand_encoder import word_states
 from ..schedules import NoiseSchedule, solve
 from .draws import Draws, generator_for, order
 from .loop import Stage
 from .recipe import DistillHandsPlan, DistillPlan
-from .sample import CUES, initial_noise
-from .stages import HandJumpLoss, Inputs, PictureLoss, edges
+from .sample import CUES, Network, initial_noise
+from .stages import HandJumpLoss, Inputs, PictureLoss, edges, states_of_words
 
 FILE = 64  # trajectories of a file
 BATCH = 8  # trajectories that are painted together on a CPU
@@ -156,6 +155,17 @@ class Bank(ABC):
     def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Some trajectories, with all that a student is told."""
 
+    def _walk(self, schedule: dict[str, Any], x: Tensor, network: Network) -> Tensor:
+        """The states [n, K, ...] that DDIM comes through from noise x [n, ...], of the steps that are kept."""
+        scheduler = DDIMScheduler.from_config(few_steps(schedule))
+        scheduler.set_timesteps(self.kept[-1])
+        states = [x]
+        for step, timestep in enumerate(scheduler.timesteps, 1):
+            x = scheduler.step(network(x, timestep), timestep, x).prev_sample
+            if step in self.kept:
+                states.append(x)
+        return torch.stack(states, 1)
+
     def _wordings(self, ids: Tensor, chance: Sequence[torch.Generator]) -> Tensor:
         """One of each sample's prompts: [n, W, 77] -> [n, 77]."""
         return torch.stack([ids[i, torch.randint(ids.shape[1], (), generator=g)] for i, g in enumerate(chance)])
@@ -214,18 +224,15 @@ class PictureBank(Bank):
         )
         shape = (teacher.unet.config.in_channels, *teacher.latent_size)
         x = torch.cat([initial_noise(1, shape, teacher.defaults["noise_offset"], g) for g in chance]).to(device)
-        scheduler = DDIMScheduler.from_config(few_steps(teacher.scheduler))
-        scheduler.set_timesteps(plan.teacher_steps)
-        states = [x]
         half = torch.autocast(torch.device(device).type, HALVES.get(plan.precision), enabled=plan.precision in HALVES)
-        for step, timestep in enumerate(scheduler.timesteps, 1):
+
+        def network(x: Tensor, timestep: Tensor) -> Tensor:
             with half:
                 both = teacher.unet(torch.cat([x, x]), timestep.to(device), context).sample.float()
             without, given = both.chunk(2)
-            x = scheduler.step(without + self.guidance * (given - without), timestep, x).prev_sample
-            if step in self.kept:
-                states.append(x)
-        return {"states": torch.stack(states, 1).half().cpu(), "ids": ids, "bare": bare}
+            return without + self.guidance * (given - without)
+
+        return {"states": self._walk(teacher.scheduler, x, network).half().cpu(), "ids": ids, "bare": bare}
 
     def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Some trajectories: states [n, K, C, h, w], ids [n, 77], joints, rotations, bps, visibility."""
@@ -260,19 +267,14 @@ class HandBank(Bank):
         empty = encode_prompts([""], teacher.tokenizer, teacher.special_tokens)[0]
         ids = torch.where(bare[:, None], empty, ids)
         both = torch.cat([empty.expand_as(ids), ids]).to(device)
-        hidden = teacher.text_encoder(both).last_hidden_state
-        read = prior.read(word_states(hidden, both, teacher.special_tokens["eos"], both.shape[1]))
+        read = prior.read(states_of_words(teacher.text_encoder, both, teacher.special_tokens["eos"]))
         x = torch.stack([torch.randn(len(prior.mean), generator=g) for g in chance]).to(device)
-        scheduler = DDIMScheduler.from_config(few_steps(teacher.hand_scheduler))
-        scheduler.set_timesteps(plan.teacher_steps)
-        states = [x]
-        for step, timestep in enumerate(scheduler.timesteps, 1):
-            time = timestep.to(device).expand(len(both))
-            without, given = prior.denoise(torch.cat([x, x]), time, read).chunk(2)
-            x = scheduler.step(torch.lerp(without, given, self.guidance), timestep, x).prev_sample
-            if step in self.kept:
-                states.append(x)
-        return {"states": torch.stack(states, 1).cpu(), "ids": ids}
+
+        def network(x: Tensor, timestep: Tensor) -> Tensor:
+            without, given = prior.denoise(torch.cat([x, x]), timestep.to(device).expand(len(both)), read).chunk(2)
+            return torch.lerp(without, given, self.guidance)
+
+        return {"states": self._walk(teacher.hand_scheduler, x, network).cpu(), "ids": ids}
 
     def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Some trajectories: states [n, K, P], ids [n, 77]."""

@@ -150,8 +150,8 @@ class Run:
                 if any(key not in known or known[key].shape != value.shape for key, value in learned.items()):
                     raise TrainingError(f"{self.folder / name} is of another network. Name another --run.")
                 module.load_state_dict(learned, strict=False)
-            if learned and name in (*self.parts("distill"), *self.parts("distill-hands")):
-                stage, _, runs = name.rpartition("-")
+            stage, _, runs = name.rpartition("-")
+            if learned and stage in STUDENTS:
                 {"distill": becomes_student, "distill-hands": becomes_hand_student}[stage](checkpoint, int(runs))
         measured = self.folder / "vae.json"
         if measured.exists():
