@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from importlib import import_module, metadata
 from pathlib import Path
 
 # One thread a worker, and a worker a core; the commands that tests start inherit it. Before any library that asks.
@@ -28,6 +32,44 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
             make(folder)
             done.touch()
     return folder
+
+
+# What an export of the tiny checkpoint depends on: our rooms, and the libraries that write graphs.
+ROOMS = ("models", "export", "calibration", "demo")
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
+CACHE = Path(os.environ.get("HANDIFFUSER_TEST_CACHE", Path.home() / ".cache" / "handiffuser-tests"))
+
+
+def content_key() -> str:
+    """A hash of everything that could change an export, so that one from an earlier run may be taken."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for library in LIBRARIES:
+        digest.update(f"{library} {metadata.version(library)}\n".encode())
+    for module in ("handiffuser", *(f"handiffuser.{room}" for room in ROOMS)):
+        folder = Path(import_module(module).__file__ or "").parent
+        for path in sorted(folder.glob("*.py")):
+            digest.update(f"{module} {path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def kept(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """As `once`, and across runs: a copy of what an earlier run made from the same sources, if there is one."""
+
+    def copy(folder: Path) -> None:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for old in CACHE.iterdir():
+            if time.time() - old.stat().st_mtime > 7 * 86400:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        entry = CACHE / f"{name}-{content_key()}"
+        with FileLock(f"{entry}.lock"):
+            if not entry.exists():
+                unfinished = entry.with_suffix(".part")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                make(unfinished)
+                unfinished.rename(entry)
+        shutil.copytree(entry, folder)
+
+    return once(factory, name, copy)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,7 +119,7 @@ def tiny_checkpoint_folder(body_path: Path, tmp_path_factory: pytest.TempPathFac
             block.words.out.weight.data = 0.3 * torch.randn(block.words.out.weight.shape, generator=generator)
         checkpoint.save(folder)
 
-    return once(tmp_path_factory, "checkpoint", make)
+    return kept(tmp_path_factory, "checkpoint", make)
 
 
 @pytest.fixture(scope="session")
@@ -93,9 +135,12 @@ def exported(checkpoint: Path, factory: pytest.TempPathFactory, precision: str, 
     def make(folder: Path) -> None:
         result = run_command("export.cli", checkpoint, folder, "--precision", precision)
         assert result.returncode == 0, result.stderr
-        assert all(words in result.stderr for words in said), result.stderr
+        (folder / "stderr.txt").write_text(result.stderr)
 
-    return once(factory, precision, make)
+    folder = kept(factory, precision, make)
+    stderr = (folder / "stderr.txt").read_text()
+    assert all(words in stderr for words in said), stderr
+    return folder
 
 
 @pytest.fixture(scope="session")
