@@ -99,7 +99,7 @@ def numbers(most: int) -> Any:
     help="A peer to do without: compiling takes minutes, plain ONNX Runtime a second copy of the networks.",
 )
 @click.option("--load", is_flag=True, help="Requests at random times: in-flight and static batching.")
-@click.option("--serve", "served", is_flag=True, help="Over HTTP: hd-serve, a server with a lock, static batches.")
+@click.option("--serve", "served", is_flag=True, help="Over HTTP: hd-serve beside the bare loop.")
 @click.option(
     "--requests", type=click.IntRange(2, MOST_REQUESTS), default=60, show_default=True, help="Of the load tests."
 )

@@ -1,4 +1,4 @@
-"""Requests over HTTP at random times: what a client waits for, from hd-serve and from plainer servers.
+"""Requests over HTTP at random times: what a client waits for, from hd-serve and from other servers.
 
     rows = compare("demo", requests, shares=(0.5, 0.7, 0.9), rounds=2, ...)
 
@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..errors import EngineError
 from ..runtime.requests import Request
 from .load import arrival_times, row
 
-WAYS = ("hd-serve", "lock", "static")
+OURS = {"hd-serve": ("-m", "handiffuser.serving.cli")}  # name -> what Python runs
 PATIENCE = 120.0  # seconds for a server to be ready
 BARE = """
 import json, sys, time
@@ -51,11 +51,11 @@ def body_of(request: Request, way: str) -> dict[str, Any]:
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance,
     }
-    return body if way == "hd-serve" else body | {"id": str(request.id)}
+    return body if way in OURS else body | {"id": str(request.id)}
 
 
 @contextlib.contextmanager
-def server(way: str, engines: str, how: dict[str, Any]) -> Iterator[tuple[str, int]]:
+def server(way: str, line: Sequence[str], engines: str, how: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """Starts a server and yields its address and process when it is ready. Raises EngineError when it never is."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -64,11 +64,9 @@ def server(way: str, engines: str, how: dict[str, Any]) -> Iterator[tuple[str, i
     said += ["--backend", how["backend"]]
     if how["threads"]:
         said += ["--threads", str(how["threads"])]
-    if way == "hd-serve":
-        line = ["-m", "handiffuser.serving.cli", engines, "--queue", "100000", "--timeout", "3600", *said]
-    else:
-        line = ["-m", "handiffuser.benchmarks.plain_servers", way, engines, *said]
-    process = subprocess.Popen([sys.executable, *line], stderr=subprocess.DEVNULL)
+    if way in OURS:
+        said += ["--queue", "100000", "--timeout", "3600"]
+    process = subprocess.Popen([sys.executable, *line, engines, *said], stderr=subprocess.DEVNULL)
     try:
         import httpx
 
@@ -141,6 +139,7 @@ def compare(
     rounds: int,
     how: dict[str, Any],
     on_way: Callable[[str], None] = lambda _: None,
+    servers: Mapping[str, Sequence[str]] = OURS,
 ) -> Iterator[dict[str, Any]]:
     """Yields rows as they are done. First, of each round, {"name": "bare loop" or a way, "round",
     "pictures_per_second", "cpu_seconds_per_picture"} with all requests at once; then {"name", "share", "latency",
@@ -153,9 +152,9 @@ def compare(
         rate, cpu = bare(engines, requests, how)
         capacities.append(rate)
         yield {"name": "bare loop", "round": round, "pictures_per_second": rate, "cpu_seconds_per_picture": cpu}
-        for way in WAYS:
+        for way, line in servers.items():
             on_way(f"{way}, all at once")
-            with server(way, engines, how) as (url, pid):
+            with server(way, line, engines, how) as (url, pid):
                 before = cpu_seconds(pid)
                 done = asyncio.run(_send(url, way, requests, at_once))
                 cpu = (cpu_seconds(pid) - before) / len(done)
@@ -163,8 +162,8 @@ def compare(
             yield {"name": way, "round": round, "pictures_per_second": rate, "cpu_seconds_per_picture": cpu}
     for share in shares:
         arrivals = arrival_times(len(requests), share * float(np.median(capacities)))
-        for way in WAYS:
+        for way, line in servers.items():
             on_way(f"{way} at {share:.0%} of capacity")
-            with server(way, engines, how) as (url, _):
+            with server(way, line, engines, how) as (url, _):
                 done = asyncio.run(_send(url, way, requests, arrivals))
             yield row(way, requests, arrivals, done) | {"share": share}

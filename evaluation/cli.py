@@ -67,9 +67,6 @@ def evaluate() -> None:
               help="Where what is painted is kept. A second run goes on from there.")  # fmt: skip
 @click.option("--weights", type=FILE, metavar="FILE", help="Inception V3 for FID and KID: .safetensors or TorchScript.")
 @click.option("--clip", "clip_folder", type=FILE, metavar="FOLDER", help="A CLIP model, for the CLIP score.")
-@click.option(
-    "--judge", "judge_folder", type=FILE, metavar="FOLDER", help="The demo's judge, for pictures with its labels."
-)
 @click.option("--no-detector", is_flag=True, help="Only what needs no MediaPipe.")
 @click.option("--crops", type=click.Choice(["asked", "found"]), default="asked", show_default=True,
               help="FID-H and KID-H around the joints that were asked for, or that were found.")  # fmt: skip

@@ -9,7 +9,7 @@ Pictures go by one at a time and are not kept, but for the few that the report s
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class Instruments:
     detector: Detector | None
     extractor: Extractor
     clip: Clip | None = None
-    judge: Any = None  # demo.judge.Judge
+    judge: Callable[[np.ndarray, dict[str, str]], dict[str, float]] | None = None  # image, labels -> 1 where right
     crops: str = "asked"  # around the joints that were asked for, or "found" by the detector
     least: int = LEAST
 

@@ -17,16 +17,12 @@ Progress = Callable[[str], AbstractContextManager[pictures.Show]]
 
 
 def instruments(options: dict[str, Any]) -> Instruments:
-    """Detector, extractor, CLIP and judge as the options ask for them. Raises EvaluationError for what is missing."""
-    clip = judge = None
+    """Detector, extractor and CLIP as the options ask for them. Raises EvaluationError for what is missing."""
+    clip = None
     if options["clip_folder"] is not None:
         from .clip import Clip
 
         clip = Clip(options["clip_folder"])
-    if options["judge_folder"] is not None:
-        from .judging import Judged
-
-        judge = Judged(options["judge_folder"])
     if options["threads"]:
         import torch
 
@@ -35,7 +31,7 @@ def instruments(options: dict[str, Any]) -> Instruments:
     if detector is None and options["crops"] == "found":
         raise EvaluationError("--crops found needs the detector: leave --no-detector out.")
     extractor = load_extractor(options["weights"])
-    return Instruments(detector, extractor, clip, judge, options["crops"], options["min_crop"])
+    return Instruments(detector, extractor, clip, crops=options["crops"], least=options["min_crop"])
 
 
 def work(

@@ -16,6 +16,12 @@ def run_command(
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
+def run_study(name: str, *arguments: object, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    """run_study("rows", "out") is `python studies/rows.py out`."""
+    command = [sys.executable, Path(__file__).parent.parent / "studies" / f"{name}.py", *arguments]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=timeout)
+
+
 def listen() -> None:
     """For `preexec_fn`: lets signals through. A shell starts background jobs deaf to Ctrl-C, and the tests may run in
     one; a user's terminal does not."""

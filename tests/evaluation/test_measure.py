@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from commands import run_command
 from datasets import made_sample
 from handiffuser.data.samples import Sample, encode_png, read
-from handiffuser.demo.report import held_out_scenes
 from handiffuser.errors import EvaluationError
 from handiffuser.evaluation import measure, pictures, run
 from handiffuser.evaluation.cli import evaluate
@@ -23,7 +22,8 @@ from handiffuser.evaluation.measure import Instruments, figures, look
 from handiffuser.evaluation.pictures import Shown
 from handiffuser.evaluation.reference import compare, psnr, verdict
 from handiffuser.evaluation.report import page
-from handiffuser.evaluation.rows import key_of, save
+from report import held_out_scenes
+from rows import key_of, save
 
 COUNT = 40
 

@@ -14,7 +14,7 @@ from handiffuser.errors import EvaluationError
 from handiffuser.evaluation.cli import evaluate
 from handiffuser.evaluation.pairs import QUESTIONS, a_is_left, page_of
 from handiffuser.evaluation.preferences import binomial, cohen, count, fleiss, proportion, read_answers, sentences
-from handiffuser.evaluation.rows import save
+from rows import save
 
 DATA = re.compile(r"const data = (\{.*\});")
 

@@ -12,8 +12,6 @@ import torch
 from commands import run_command
 from handiffuser.contract import Manifest
 from handiffuser.data.samples import read, write_shards
-from handiffuser.demo.dataset import LABELS
-from handiffuser.demo.judge import Judge
 from handiffuser.models.checkpoint import Checkpoint
 
 TINY = """
@@ -194,8 +192,3 @@ def test_the_encoder_needs_labels(trained, world, tmp_path):
     result = hd_train("encoder", "--data", tmp_path / "plain", "--start", trained[0] / "checkpoint",
                       "--run", tmp_path / "run", "--processes", 1)  # fmt: skip
     assert result.returncode == 1 and "needs samples with labels" in result.stderr, result.stderr
-
-
-def test_the_judge_reads_every_label():
-    logits = Judge()(torch.zeros(2, 3, 128, 128))
-    assert {label: value.shape[1] for label, value in logits.items()} == {k: len(v) for k, v in LABELS.items()}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from commands import run_study
 from handiffuser.demo.dataset import LABELS, class_numbers, labels_of, make
 from handiffuser.demo.gestures import NAMES
 from handiffuser.demo.prompts import VIEWS, is_held_out, is_held_out_pair
-from handiffuser.demo.report import TWO_HANDS, agreement, held_out_scenes
+from judge import Judge
+from report import TWO_HANDS, agreement, held_out_scenes
 
 
 def test_scenes_are_held_out_and_views_come_equally_often():
@@ -44,12 +44,16 @@ def test_agreement_counts_only_what_was_said():
     assert "other" not in agreement(seen[:2], wanted[:2])
 
 
+def test_the_judge_reads_every_label():
+    logits = Judge()(torch.zeros(2, 3, 128, 128))
+    assert {label: value.shape[1] for label, value in logits.items()} == {k: len(v) for k, v in LABELS.items()}
+
+
 @pytest.mark.slow
 def test_the_report_has_all_its_tables(tmp_path):
     make(tmp_path / "world", 40, processes=1)
-    command = [sys.executable, "-m", "handiffuser.demo.report", "demo", "--world", tmp_path / "world", "--run",
-               tmp_path / "run", "--judge-steps", "2", "--count", "12"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    words = ["demo", "--world", tmp_path / "world", "--run", tmp_path / "run", "--judge-steps", 2, "--count", 12]
+    done = run_study("report", *words)
     assert done.returncode == 0, done.stderr
     assert "its verdict does not count" in done.stderr.replace("\n", " ")  # it has hardly seen anything
     result = json.loads((tmp_path / "run" / "report.json").read_text())

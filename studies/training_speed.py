@@ -1,6 +1,6 @@
 """How fast stage 2 trains, and in how much memory: whole or LoRA, with and without gradient checkpointing, in bfloat16.
 
-    python -m handiffuser.benchmarks.training CHECKPOINT --output training.json
+    python studies/training_speed.py CHECKPOINT --output training.json
 
 The product's own loop on rows made on the spot: reading a dataset is not in it, all else is. A way that does not fit
 into memory says so, and the others go on.
@@ -19,14 +19,13 @@ from typing import Any
 import click
 import numpy as np
 import torch
-
-from ..commands import run
-from ..data.latents import encode_prompts
-from ..models import lora
-from ..models.checkpoint import Checkpoint
-from ..training import loop
-from ..training.recipe import PicturesPlan
-from ..training.stages import PictureLoss, picture_inputs
+from handiffuser.commands import run
+from handiffuser.data.latents import encode_prompts
+from handiffuser.models import lora
+from handiffuser.models.checkpoint import Checkpoint
+from handiffuser.training import loop
+from handiffuser.training.recipe import PicturesPlan
+from handiffuser.training.stages import PictureLoss, picture_inputs
 
 ROWS = 64  # of made data, again and again
 

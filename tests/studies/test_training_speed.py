@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-from commands import run_command
-from handiffuser.benchmarks.training import WAYS
+from commands import run_study
+from training_speed import WAYS
 
 
 def test_every_way_is_measured(tiny_checkpoint_folder, tmp_path):
     """In a process of its own: accelerate takes one precision a process, and what the benchmark saves is nothing."""
     out = tmp_path / "out.json"
-    result = run_command("benchmarks.training", tiny_checkpoint_folder, "--steps", 2, "--output", out)
+    result = run_study("training_speed", tiny_checkpoint_folder, "--steps", 2, "--output", out)
     assert result.returncode == 0, result.stderr
     ways = json.loads(out.read_text())["ways"]
     assert len(ways) == len(WAYS) and all(way["samples_per_second"] > 0 for way in ways)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from handiffuser.benchmarks.simulate import WAYS, arrivals, batch_job, capacity, saturated, serve, step_times
+from simulate import WAYS, arrivals, batch_job, capacity, saturated, serve, step_times
 
 
 def test_one_gpu_is_an_m_d_1_queue():

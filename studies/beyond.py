@@ -12,7 +12,7 @@
     turned-60    the same, 60 degrees
     edited       one finger dragged elsewhere by its tip, as on the page of hd-serve; the rest stays as it was
 
-    python -m handiffuser.evaluation.beyond OUT --count 96 --judge runs/report/judge
+    python studies/beyond.py OUT --count 96 --judge runs/report/judge
 
 Renders are the ceiling of each group. Beside them stand pictures painted from those very hands (stage 2 alone), and
 where words are what is tried, from the prompt (both stages). But for the pairs, scene i of a group is scene i of
@@ -30,26 +30,25 @@ from typing import Any
 
 import click
 import numpy as np
+from handiffuser.commands import run
+from handiffuser.data.cli import progress
+from handiffuser.demo.dataset import labels_of
+from handiffuser.demo.gestures import GESTURES, NAMES, pose, rotation
+from handiffuser.demo.prompts import SKINS, VIEWS, Spec, allowed_views, is_held_out, write_prompt
+from handiffuser.demo.scenes import MIRROR, WRIST, Scene, forward_joints, frame
+from handiffuser.errors import EvaluationError
+from handiffuser.evaluation.cli import finish, writable
+from handiffuser.evaluation.distances import MEAN_DRAWS, mean, resampled
+from handiffuser.evaluation.hands import hand_size
+from handiffuser.evaluation.measure import Instruments, Seen, columns, settings
+from handiffuser.evaluation.pictures import Show
+from handiffuser.models.smplh import HAND_JOINTS
+from handiffuser.runtime.hands import POSES, axis_angle_to_matrix, matrix_to_axis_angle
+from handiffuser.serving import hands as editing
+from report import held_out_scenes
 from rich.console import Console
 from rich.table import Table
-
-from ..commands import run
-from ..data.cli import progress
-from ..demo.dataset import labels_of
-from ..demo.gestures import GESTURES, NAMES, pose, rotation
-from ..demo.prompts import SKINS, VIEWS, Spec, allowed_views, is_held_out, write_prompt
-from ..demo.report import held_out_scenes
-from ..demo.scenes import MIRROR, WRIST, Scene, forward_joints, frame
-from ..errors import EvaluationError
-from ..models.smplh import HAND_JOINTS
-from ..runtime.hands import POSES, axis_angle_to_matrix, matrix_to_axis_angle
-from ..serving import hands as editing
-from .cli import finish, writable
-from .distances import MEAN_DRAWS, mean, resampled
-from .hands import hand_size
-from .measure import Instruments, Seen, columns, settings
-from .pictures import Show
-from .rows import SEED, draw, key_of, load_painter, load_tools, look_with, paint
+from rows import SEED, draw, key_of, load_painter, load_tools, look_with, paint
 
 Rows = dict[str, dict[str, dict[str, Any]]]
 

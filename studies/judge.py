@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from handiffuser.data.dataset import Index
+from handiffuser.data.samples import Sample, picture
+from handiffuser.demo.dataset import LABELS, class_numbers
+from handiffuser.errors import EvaluationError
+from handiffuser.training.draws import Draws
+from handiffuser.training.loop import Stage, averages, fit
+from handiffuser.training.recipe import Plan
+from handiffuser.training.stages import images_to_float
 from torch import Tensor, nn
-
-from ..data.dataset import Index
-from ..data.samples import Sample, picture
-from ..training.draws import Draws
-from ..training.loop import Stage, averages, fit
-from ..training.recipe import Plan
-from ..training.stages import images_to_float
-from .dataset import LABELS, class_numbers
 
 PLAN = Plan(steps=4000, batch=128, learning_rate=2e-3, precision="bf16")
 
@@ -120,3 +120,25 @@ def read(judge: Judge, images: Tensor, batch: int = 64) -> Tensor:
         logits = judge(images_to_float(part))
         rows.append(torch.stack([logits[label].argmax(1) for label in LABELS], 1))
     return torch.cat(rows)
+
+
+class Judged:
+    """A judge that `python studies/report.py` trained. It knows the demo's world only, and our renders."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises EvaluationError for a folder without one."""
+        if not folder.is_dir():
+            raise EvaluationError(f"There is no folder {folder}. A judge is trained by: python studies/report.py")
+        self.judge = load_judge(folder)
+
+    def __call__(self, image: np.ndarray, labels: dict[str, str]) -> dict[str, float]:
+        """uint8 [H, W, 3] and what it should show -> 1 or 0 for each label that both know."""
+        known = {name: word for name, word in labels.items() if word in LABELS.get(name, ())}
+        if not known:
+            return {}
+        seen = read(self.judge, torch.tensor(image)[None])[0].tolist()
+        return {
+            name: float(LABELS[name][seen[column]] == known[name])
+            for column, name in enumerate(LABELS)
+            if name in known
+        }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from ablations import SETS, VARIANTS, command, start_of
 from click.testing import CliRunner
-from handiffuser.benchmarks.ablations import SETS, VARIANTS, command, start_of
 from handiffuser.models.checkpoint import Checkpoint
 
 

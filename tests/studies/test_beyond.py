@@ -6,8 +6,10 @@ import json
 import re
 from dataclasses import replace
 
+import beyond
 import numpy as np
 import pytest
+from beyond import BEND, MOVED, NEW, SYNONYMS, WORDINGS
 from click.testing import CliRunner
 from handiffuser.demo.gestures import NAMES, pose, rotation
 from handiffuser.demo.prompts import (
@@ -23,8 +25,6 @@ from handiffuser.demo.prompts import (
 from handiffuser.demo.render import render_scenes
 from handiffuser.demo.scenes import WRIST, sample_scenes
 from handiffuser.errors import EvaluationError
-from handiffuser.evaluation import beyond
-from handiffuser.evaluation.beyond import BEND, MOVED, NEW, SYNONYMS, WORDINGS
 from handiffuser.evaluation.detect import Found
 from handiffuser.evaluation.features import RandomFilters
 from handiffuser.evaluation.hands import Asked, Hand

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from consistency import ConsistencyLoss, command
 from diffusers import DDIMScheduler, LCMScheduler
 from handiffuser import demo
-from handiffuser.benchmarks.consistency import ConsistencyLoss, command
 from handiffuser.models.checkpoint import Checkpoint, random_checkpoint
 from handiffuser.models.configs import CONFIGS
 

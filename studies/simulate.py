@@ -1,7 +1,7 @@
 """What many GPUs would do, from measured step times: waiting times of a fleet behind one queue, and a long batch job.
 
-    python -m handiffuser.benchmarks.simulate --step 1:0.018,8:0.06 --gpus 1,8,64 --utilisation 0.8
-    python -m handiffuser.benchmarks.simulate --step 1:0.036,2:0.072
+    python studies/simulate.py --step 1:0.018,8:0.06 --gpus 1,8,64 --utilisation 0.8
+    python studies/simulate.py --step 1:0.036,2:0.072
 
 `--step rows:seconds,...` are the seconds of one step of so many rows, as hd-bench measures them ("UNet a step");
 between them it is linear. Three ways to serve are compared on the same requests at the same times:

@@ -1,6 +1,6 @@
 """Few runs of the UNet in two ways, from one teacher: `hd-train distill`, and latent consistency as it was published.
 
-    python -m handiffuser.benchmarks.consistency OUT --teacher CHECKPOINT --data WORLD --judge runs/report/judge
+    python studies/consistency.py OUT --teacher CHECKPOINT --data WORLD --judge runs/report/judge
 
     jumps          ours: one DDIM step leads from a state that the teacher came through to a later one
     consistency    Luo et al. 2023 (arXiv 2310.04378): two neighbours on a trajectory, noised data and one guided DDIM
@@ -23,27 +23,26 @@ import click
 import msgspec
 import numpy as np
 import torch
+from handiffuser.commands import run
+from handiffuser.data.latents import encode_prompts
+from handiffuser.errors import TrainingError
+from handiffuser.evaluation import measure, pictures
+from handiffuser.evaluation.cli import finish, say
+from handiffuser.evaluation.tables import spread, title
+from handiffuser.export.bundle import export_bundle
+from handiffuser.models.checkpoint import Checkpoint
+from handiffuser.training.distill import HELD, becomes_student, few_steps
+from handiffuser.training.draws import Draws
+from handiffuser.training.loop import Stage, fit
+from handiffuser.training.recipe import DistillPlan, Recipe
+from handiffuser.training.run import Run
+from handiffuser.training.sample import CUES
+from handiffuser.training.stages import Inputs, alphas_cumprod, conditions
+from report import held_out_scenes
 from rich.console import Console
 from rich.table import Table
+from rows import SEED, draw, key_of, load_tools, look_with, paint
 from torch import Tensor, nn
-
-from ..commands import run
-from ..data.latents import encode_prompts
-from ..demo.report import held_out_scenes
-from ..errors import TrainingError
-from ..evaluation import measure, pictures
-from ..evaluation.cli import finish, say
-from ..evaluation.rows import SEED, draw, key_of, load_tools, look_with, paint
-from ..evaluation.tables import spread, title
-from ..export.bundle import export_bundle
-from ..models.checkpoint import Checkpoint
-from ..training.distill import HELD, becomes_student, few_steps
-from ..training.draws import Draws
-from ..training.loop import Stage, fit
-from ..training.recipe import DistillPlan, Recipe
-from ..training.run import Run
-from ..training.sample import CUES
-from ..training.stages import Inputs, alphas_cumprod, conditions
 
 DATA, TIME, GRID = 0.5, 10.0, 50  # of the paper: σ_data, what timesteps are multiplied with, and steps of the teacher
 HUBER = 0.001

@@ -5,7 +5,7 @@
     conditioning   joint encoder; hand tokens put behind the text encoder's output; text only; hands only; each with and
                    without the positional kernel
 
-    python -m handiffuser.benchmarks.ablations OUT --data WORLD --judge runs/report/judge
+    python studies/ablations.py OUT --data WORLD --judge runs/report/judge
 
 As the paper begins with Stable Diffusion, every variant begins with a model that can draw and read: the shipped demo's
 UNet and the text part of its encoder. What that has learned of hand tokens and of places is left out; those parts
@@ -27,28 +27,26 @@ from typing import Any, NamedTuple
 import click
 import msgspec
 import torch
+from handiffuser import demo
+from handiffuser.commands import run
+from handiffuser.data.cli import progress
+from handiffuser.data.samples import Bad, Sample, read, write_shards
+from handiffuser.errors import TrainingError
+from handiffuser.evaluation import measure, pictures
+from handiffuser.evaluation.cli import finish, say, write
+from handiffuser.evaluation.eager import Torch
+from handiffuser.evaluation.page import plot, table
+from handiffuser.evaluation.tables import spread, title
+from handiffuser.models.checkpoint import Checkpoint
+from handiffuser.models.configs import CONFIGS, CUES
+from handiffuser.models.position_kernel import PositionKernel
+from handiffuser.models.text_hand_encoder import TextHandEncoder
+from handiffuser.training.recipe import Recipe
+from handiffuser.training.run import Run
+from report import held_out_scenes
 from rich.console import Console
 from rich.table import Table
-
-from .. import demo
-from ..commands import run
-from ..data.cli import progress
-from ..data.samples import Bad, Sample, read, write_shards
-from ..demo.report import held_out_scenes
-from ..errors import TrainingError
-from ..evaluation import measure, pictures
-from ..evaluation.cli import finish, say, write
-from ..evaluation.eager import Torch
-from ..evaluation.page import plot, table
-from ..evaluation.rows import SEED, draw, key_of, look_with, save
-from ..evaluation.run import instruments
-from ..evaluation.tables import spread, title
-from ..models.checkpoint import Checkpoint
-from ..models.configs import CONFIGS, CUES
-from ..models.position_kernel import PositionKernel
-from ..models.text_hand_encoder import TextHandEncoder
-from ..training.recipe import Recipe
-from ..training.run import Run
+from rows import SEED, draw, key_of, load_tools, look_with, save
 
 WORDLESS = "a hand"
 PAINTED = {"steps": 6, "solver": "ddim", "guidance": 1.5}
@@ -187,8 +185,7 @@ def command(
     judge_folder: Path | None, no_detector: bool, output: Path | None,
 ) -> int:  # fmt: skip
     """Trains every variant at the same budget and judges what it paints. OUT keeps all of it, and ablations.html."""
-    tools = instruments({"clip_folder": None, "judge_folder": judge_folder, "threads": None, "crops": "asked",
-                         "no_detector": no_detector, "weights": None, "min_crop": 32})  # fmt: skip
+    tools = load_tools(judge_folder, no_detector, threads=None)
     out.mkdir(parents=True, exist_ok=True)
     asked = {"steps": steps, "batch": batch, "size": size, "prompts": count, "data": str(data)}
     known = out / "asked.json"

@@ -25,13 +25,12 @@ from pathlib import Path
 
 import click
 import numpy as np
-
-from .. import demo
-from ..commands import run
-from ..engines.build import gpu
-from ..engines.plans import MODULES
-from ..errors import EngineError
-from ..installed import version
+from handiffuser import demo
+from handiffuser.commands import run
+from handiffuser.engines.build import gpu
+from handiffuser.engines.plans import MODULES
+from handiffuser.errors import EngineError
+from handiffuser.installed import version
 
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt", "inductor")
 NAMES = (
@@ -57,8 +56,8 @@ class Step:
 def steps(work: Path, out: Path, backends: Sequence[str], size: str, on_gpu: bool, quick: bool) -> list[Step]:
     """Everything, in order."""
     precision, device = ("fp16", "cuda") if on_gpu else ("fp32", "cpu")
-    rooms = ("export.cli", "engines.cli", "benchmarks.cli", "benchmarks.gpu")
-    export, engines, bench, here = (("-m", f"handiffuser.{name}") for name in rooms)
+    export, engines, bench = (("-m", f"handiffuser.{room}.cli") for room in ("export", "engines", "benchmarks"))
+    here, speed = (str(Path(__file__).with_name(name)) for name in ("gpu.py", "training_speed.py"))
 
     def build(backend: str, folder: Path, checkpoint: Path | str, sizes: str) -> tuple[str, ...]:
         """The command that makes a folder run on a backend; ONNX Runtime needs none."""
@@ -69,7 +68,7 @@ def steps(work: Path, out: Path, backends: Sequence[str], size: str, on_gpu: boo
 
     small, large, checkpoint = work / "demo", work / size, work / f"{size}-checkpoint"
     bare = ("--precision", precision, "--fidelity", "never")
-    found = [Step("machine", (*here, "machine"), 60)]
+    found = [Step("machine", (here, "machine"), 60)]
     if on_gpu:
         found.append(Step("gpu-tests", ("-m", "pytest", "-q", "-n", "0", "-m", "gpu", "tests"), 300))
     found.append(Step("demo-export", (*export, "demo", str(small), *bare), 300, small))
@@ -78,10 +77,10 @@ def steps(work: Path, out: Path, backends: Sequence[str], size: str, on_gpu: boo
         if backend != "onnxruntime":
             found.append(Step(f"demo-build-{backend}", build(backend, small, "demo", "1"), 240, needs=tuple(needs)))
             needs.append(f"demo-build-{backend}")
-        same = (*here, "same", str(small), "--backend", backend, "--device", device)
+        same = (here, "same", str(small), "--backend", backend, "--device", device)
         found.append(Step(f"demo-{backend}", same, 120, needs=tuple(needs)))
-    found.append(Step("random", (*here, "random", size, str(checkpoint)), 120, checkpoint))
-    train = ("-m", "handiffuser.benchmarks.training", str(checkpoint), "--output", str(out / "training.json"))
+    found.append(Step("random", (here, "random", size, str(checkpoint)), 120, checkpoint))
+    train = (speed, str(checkpoint), "--output", str(out / "training.json"))
     found.append(Step("training", train, 240, needs=("random",)))
     found.append(Step("export", (*export, str(checkpoint), str(large), *bare), 900, large, ("random",)))
     counts = [("1", ("--steps", "20")), ("4,8", ("--steps", "20"))]
@@ -206,8 +205,8 @@ def machine() -> int:
 @click.argument("folder", type=click.Path(path_type=Path))
 def random(size: str, folder: Path) -> int:
     """Writes a checkpoint of random weights, with the demo's free body."""
-    from ..models.checkpoint import random_checkpoint
-    from ..models.configs import CONFIGS
+    from handiffuser.models.checkpoint import random_checkpoint
+    from handiffuser.models.configs import CONFIGS
 
     random_checkpoint(CONFIGS[size], body=demo.checkpoint_path() / "body" / "smplh.npz").save(folder)
     return 0
@@ -220,7 +219,7 @@ def random(size: str, folder: Path) -> int:
 @click.option("--steps", "count", default=8)
 def same(folder: Path, backend: str, device: str, count: int) -> int:
     """Makes pictures one by one on a backend and on the CPU, and compares them."""
-    from ..runtime.pipeline import HanDiffuser
+    from handiffuser.runtime.pipeline import HanDiffuser
 
     settings = {"seed": 5, "steps": count}
     with HanDiffuser.load(folder, device="cpu", backend="onnxruntime", batch_size=1) as on_cpu:

@@ -6,7 +6,7 @@
     generated-hands-rendered  stage 1's hands, drawn by the renderer
     full-pipeline             both stages
 
-    python -m handiffuser.evaluation.rows OUT --count 96 --judge runs/report/judge
+    python studies/rows.py OUT --count 96 --judge runs/report/judge
 
 Palms, backs and sides come equally often, and gestures as equally as they can be seen from there. Every set is a folder
 that `hd-eval` takes, too.
@@ -23,25 +23,25 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from handiffuser import demo
+from handiffuser.commands import run
+from handiffuser.data.cli import progress
+from handiffuser.data.samples import Sample, encode_png, members, picture
+from handiffuser.demo.dataset import samples_of
+from handiffuser.demo.render import demo_body
+from handiffuser.demo.scenes import Scene
+from handiffuser.evaluation import measure, pictures
+from handiffuser.evaluation.cli import finish, say
+from handiffuser.evaluation.eager import Torch
+from handiffuser.evaluation.run import instruments
+from handiffuser.evaluation.tables import spread, title
+from handiffuser.runtime.hands import POSES, axis_angle_to_matrix
+from handiffuser.training.sample import decode, encode
+from handiffuser.training.stages import images_to_float
+from judge import Judged
+from report import held_out_scenes
 from rich.console import Console
 from rich.table import Table
-
-from .. import demo
-from ..commands import run
-from ..data.cli import progress
-from ..data.samples import Sample, encode_png, members, picture
-from ..demo.dataset import samples_of
-from ..demo.render import demo_body
-from ..demo.report import held_out_scenes
-from ..demo.scenes import Scene
-from ..runtime.hands import POSES, axis_angle_to_matrix
-from ..training.sample import decode, encode
-from ..training.stages import images_to_float
-from . import measure, pictures
-from .cli import finish, say
-from .eager import Torch
-from .run import instruments
-from .tables import spread, title
 
 SEED = 20_270_000
 ROWS = ("renders", "through-the-vae", "true-hands", "generated-hands-rendered", "full-pipeline")
@@ -96,12 +96,11 @@ def look_with(
         return measure.look(shown, tools, len(keys), show, labels=labels)
 
 
-def load_tools(judge_folder: Path | None, no_detector: bool = False) -> measure.Instruments:
-    """Detector and judge on one thread."""
-    torch.set_num_threads(1)
-    options = {"clip_folder": None, "judge_folder": judge_folder, "threads": 1, "no_detector": no_detector,
-               "crops": "asked", "weights": None, "min_crop": 32}  # fmt: skip
-    return instruments(options)
+def load_tools(judge_folder: Path | None, no_detector: bool = False, threads: int | None = 1) -> measure.Instruments:
+    """Detector and judge."""
+    options = {"clip_folder": None, "threads": threads, "no_detector": no_detector, "crops": "asked", "weights": None,
+               "min_crop": 32}  # fmt: skip
+    return replace(instruments(options), judge=None if judge_folder is None else Judged(judge_folder))
 
 
 def load_painter(checkpoint: str) -> Torch:

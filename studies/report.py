@@ -9,7 +9,7 @@ Rows go from the ceiling to the full pipeline, so that a loss can be laid at one
     generated hands rendered the hand prior
     full pipeline            everything
 
-    python -m handiffuser.demo.report CHECKPOINT --world world --run runs/report
+    python studies/report.py CHECKPOINT --world world --run runs/report
 
 The judge is trained on the world's renders first, once.
 """
@@ -28,27 +28,34 @@ import click
 import msgspec
 import numpy as np
 import torch
+from handiffuser.commands import end_with_parent, run, undisturbed
+from handiffuser.contract import BETAS, NUM_JOINTS, ROTATIONS
+from handiffuser.data.latents import encode_prompts
+from handiffuser.demo import resolve
+from handiffuser.demo.dataset import LABELS, scene_tensors
+from handiffuser.demo.gestures import NAMES
+from handiffuser.demo.prompts import (
+    VIEWS,
+    Spec,
+    allowed_views,
+    is_held_out,
+    is_held_out_pair,
+    sample_spec,
+    write_prompt,
+)
+from handiffuser.demo.render import render_scenes
+from handiffuser.demo.scenes import Scene, sample_scene
+from handiffuser.models.checkpoint import Checkpoint
+from handiffuser.models.hand_features import HandFeatures
+from handiffuser.models.smplh import SMPLH, rotation_6d_to_matrix
+from handiffuser.training.loop import console
+from handiffuser.training.sample import decode, encode, hands_of, image_grid, sample_hands, sample_pictures
+from handiffuser.training.stages import images_to_float
+from judge import PLAN, load_judge, read, train_judge
 from PIL import Image
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-
-from ..commands import end_with_parent, run, undisturbed
-from ..contract import BETAS, NUM_JOINTS, ROTATIONS
-from ..data.latents import encode_prompts
-from ..models.checkpoint import Checkpoint
-from ..models.hand_features import HandFeatures
-from ..models.smplh import SMPLH, rotation_6d_to_matrix
-from ..training.loop import console
-from ..training.sample import decode, encode, hands_of, image_grid, sample_hands, sample_pictures
-from ..training.stages import images_to_float
-from . import resolve
-from .dataset import LABELS, scene_tensors
-from .gestures import NAMES
-from .judge import PLAN, load_judge, read, train_judge
-from .prompts import VIEWS, Spec, allowed_views, is_held_out, is_held_out_pair, sample_spec, write_prompt
-from .render import render_scenes
-from .scenes import Scene, sample_scene
 
 COUNT = 480
 JUDGE_MUST = 0.9  # gestures that the judge must read rightly on held-out renders before its verdict counts
