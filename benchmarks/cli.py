@@ -22,7 +22,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from .. import commands, demo
+from .. import commands, shipped
 from ..commands import INTERRUPTED
 from ..contract import MANIFEST, Manifest
 from ..engines.cuda import Cuda
@@ -220,7 +220,7 @@ def random_bundle(size: str, options: dict[str, Any], stack: ExitStack) -> str:
     except OSError as error:
         raise EngineError(f"--workdir {folder} cannot be made: {error.strerror}. Name another folder.") from error
     with notes.status(f"making a random {size} checkpoint"):
-        body = demo.checkpoint_path() / "body" / "smplh.npz"
+        body = shipped.checkpoint_path() / "body" / "smplh.npz"
         random_checkpoint(CONFIGS[size], body=body).save(checkpoint)
         loaded = Checkpoint.load(checkpoint, mapped=True)
     with notes.status(f"exporting {size}"), warnings.catch_warnings():
@@ -231,7 +231,7 @@ def random_bundle(size: str, options: dict[str, Any], stack: ExitStack) -> str:
 
 def work(engines: str, document: dict[str, Any], options: dict[str, Any], pictures: dict[str, Any]) -> None:
     """All that was asked for, one after the other; the document grows as it goes, and so do the peers' pictures."""
-    folder = demo.resolve(engines, "bundle")
+    folder = shipped.resolve(engines, "bundle")
     manifest = Manifest.load(folder, verify=False)
     say = tables.Tables()
     clock = time.process_time if options["cpu_clock"] else time.perf_counter

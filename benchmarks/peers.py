@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import demo
+from .. import shipped
 from ..contract import TOKENIZER, GraphSpec, Manifest, TensorSpec
 from ..engines import Engine, cpu, openvino
 from ..engines.onnxruntime import OnnxRuntimeEngine, session_options, usable_cores
@@ -332,7 +332,7 @@ def load_eager(checkpoint: str, body: str | None, folder: Path, manifest: Manife
 
     Raises CheckpointError without a body, or for a checkpoint that is not the bundle's.
     """
-    loaded = Checkpoint.load(demo.resolve(checkpoint, "checkpoint"))
+    loaded = Checkpoint.load(shipped.resolve(checkpoint, "checkpoint"))
     path = body or loaded.body
     if path is None:
         raise CheckpointError("This checkpoint has no body of its own. Give the one it was exported with: --body FILE.")
@@ -380,7 +380,7 @@ def compare(
     device = "cuda" if pipeline.on_gpu else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise EngineError("PyTorch finds no GPU to run peers on. Install its CUDA wheel, or leave --peers out.")
-    folder, threads = demo.resolve(engines, "bundle"), options["threads"] or usable_cores()
+    folder, threads = shipped.resolve(engines, "bundle"), options["threads"] or usable_cores()
     scheduler_of(run["solver"], {}, run["steps"])
     scheduler_of(pipeline.manifest.defaults["hand_solver"], {}, 1)
     torch.set_num_threads(threads)
@@ -558,7 +558,7 @@ def main() -> None:
     values = json.loads(text)
     torch.set_num_threads(values.pop("threads"))
     body, device = values.pop("body"), values.pop("device")
-    folder = demo.resolve(engines, "bundle")
+    folder = shipped.resolve(engines, "bundle")
     manifest = Manifest.load(folder, verify=False)
     eager = load_eager(checkpoint, body, folder, manifest, device)
     requests, refused = resolve([Request(**{"seed": 0, **values})], Resolver(manifest.defaults))

@@ -100,8 +100,8 @@ def latents(
     They are kept in FOLDER, by content: another VAE, tokenizer, body or size is another cache.
     """
     with console.status("reading"):
-        from ..demo import resolve
         from ..models.checkpoint import Checkpoint
+        from ..shipped import resolve
         from .latents import LatentCache, make_latents
 
         loaded = Checkpoint.load(resolve(checkpoint, "checkpoint"))

@@ -33,7 +33,7 @@ import torch
 
 from ..errors import DatasetError
 from ..models.smplh import HAND_JOINTS, SMPLH
-from ..runtime.hands import axis_angle_to_matrix, matrix_to_axis_angle
+from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
 from .estimates import LEFT, MIRROR, RIGHT, HandEstimate, people
 from .samples import PICTURES, Bad, Sample, picture_size
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..hands import POSES
 from ..models.smplh import HAND_JOINTS, SMPLH
-from ..runtime.hands import POSES, axis_angle_to_matrix, matrix_to_axis_angle
+from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
 from .augment import Hands, Size
 from .hands import ABSENT
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..contract import BETAS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
+from ..hands import hand_params
 from ..models.hand_features import HandFeatures, placement, placement_of
 from ..models.smplh import HAND_JOINTS, SMPLH, rotation_6d_to_matrix
-from ..runtime.hands import hand_params
 from .augment import Hands
 from .samples import person
 

@@ -22,8 +22,8 @@ from PIL import Image
 
 from ..errors import DatasetError
 from ..models.smplh import SMPLH
-from ..runtime.hands import draw_skeleton
 from ..schema import MisfitError
+from ..skeleton import draw_skeleton
 from .dataset import Index, permutation
 from .hands import joints_in_picture
 from .samples import Bad, Sample, person, picture

@@ -36,7 +36,7 @@ from msgspec import Meta
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DatasetError
-from ..runtime.hands import SHAPES
+from ..hands import SHAPES
 from ..schema import MisfitError, fit, parse_json
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")

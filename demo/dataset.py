@@ -23,9 +23,10 @@ import torch
 from ..commands import end_with_parent, undisturbed
 from ..data.samples import Bad, Sample, encode_png, load, picture_size, scan, write_shard
 from ..errors import DatasetError
+from ..hands import POSES
 from ..models.hand_features import pack, placement_of
 from ..models.smplh import HAND_JOINTS, SMPLH
-from ..runtime.hands import POSES, matrix_to_axis_angle
+from ..rotations import matrix_to_axis_angle
 from .gestures import NAMES
 from .prompts import BACKGROUNDS, SIDES, SKINS, VIEWS, Spec, is_held_out, sample_spec, write_prompt
 from .render import demo_body, render_scenes

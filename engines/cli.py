@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from .. import demo
+from .. import shipped
 from ..commands import run
 from ..contract import EIGHT_BITS, Manifest
 from ..errors import EngineError
@@ -201,7 +201,7 @@ def commands() -> None:
 @build_options
 def build(folder: str, backend: str, **values) -> int:  # type: ignore[no-untyped-def]
     """Builds the plans of the bundle FOLDER that are missing or stale."""
-    path = demo.resolve(folder, "bundle")
+    path = shipped.resolve(folder, "bundle")
     build_with_progress(path, resolve_backend(backend), values)
     return 0
 
@@ -210,7 +210,7 @@ def build(folder: str, backend: str, **values) -> int:  # type: ignore[no-untype
 @click.argument("folder")
 def list_plans(folder: str) -> int:
     """Lists the plans of FOLDER, and whether they belong to its bundle as it is now."""
-    path = demo.resolve(folder, "bundle")
+    path = shipped.resolve(folder, "bundle")
     manifest, store = Manifest.load(path, verify=False), PlanStore(path)
     versions = installed_versions()
     heading = ""
@@ -233,7 +233,7 @@ def list_plans(folder: str) -> int:
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each plan, with every layer.")
 def inspect_plans(path: str, graph: str | None, as_json: bool) -> int:
     """Says what a plan was compiled to: layers by kind, type and kernel, and its memory."""
-    where = Path(path) if path.endswith(".plan") else demo.resolve(path, "bundle")
+    where = Path(path) if path.endswith(".plan") else shipped.resolve(path, "bundle")
     for plan in inspect.find_plans(where, graph):
         counts = inspect.summary(plan)
         click.echo(json.dumps(counts) if as_json else inspect.text(counts))
@@ -255,7 +255,7 @@ def compare(folder: str, graph: str | None, backend: str, output: Path | None) -
     with console.status("loading"):
         from ..calibration.compare import compare as compared
         from ..calibration.compare import hint, text
-    path = demo.resolve(folder, "bundle")
+    path = shipped.resolve(folder, "bundle")
     out = output or Path(f"{path.name}-compare")
     wrong = 0
     for found in compared(path, out, graph, backend):
@@ -269,7 +269,7 @@ def compare(folder: str, graph: str | None, backend: str, output: Path | None) -
 @click.argument("folder")
 def verify(folder: str) -> int:
     """Hashes the bundle and every plan of FOLDER. The exit code is 1 when something is damaged."""
-    path = demo.resolve(folder, "bundle")
+    path = shipped.resolve(folder, "bundle")
     manifest, store = Manifest.load(path, verify=False), PlanStore(path)
     problems = list(manifest.problems(path))
     count = 0
@@ -292,7 +292,7 @@ def verify(folder: str) -> int:
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def prune(folder: str, everything: bool, dry_run: bool) -> int:
     """Removes plans of FOLDER that are stale or damaged, and leftovers of interrupted builds."""
-    path = demo.resolve(folder, "bundle")
+    path = shipped.resolve(folder, "bundle")
     manifest, store = Manifest.load(path, verify=False), PlanStore(path)
     versions, freed = installed_versions(), 0
     verb = "would remove" if dry_run else "removed"

@@ -20,9 +20,9 @@ from torch import Tensor
 from ..benchmarks.peers import Eager, scheduler_of, solve
 from ..data.latents import encode_prompts
 from ..errors import CheckpointError
+from ..hands import hand_arrays, keep_camera, load_hands
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
-from ..runtime.hands import hand_arrays, keep_camera, load_hands
 from ..runtime.noise import HANDS, LATENTS, initial
 from ..runtime.requests import Request, Resolver, resolve
 from ..runtime.results import Picture

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import demo
+from .. import shipped
 from ..contract import MANIFEST
 from ..data.dataset import Index
 from ..data.samples import Bad, Sample, members, person, picture
@@ -47,7 +47,7 @@ class Shown:
 
 def kind_of(what: str) -> str:
     """ "bundle", "checkpoint" or "folder": what a user names. Raises EvaluationError for nothing of the kind."""
-    path = demo.resolve(what, "bundle")
+    path = shipped.resolve(what, "bundle")
     if (path / MANIFEST).is_file():
         return "bundle"
     if (path / MODEL_INDEX).is_file():
@@ -228,7 +228,7 @@ def painter_of(what: str, options: dict[str, Any], say: Say, checkpoint: bool = 
         return Engines(what, options, say)
     from .eager import Torch
 
-    return Torch(demo.checkpoint_path() if shipped else Path(what), options, what)
+    return Torch(shipped.checkpoint_path() if shipped else Path(what), options, what)
 
 
 def make(painter: Painter, requests: Sequence[Request], folder: Path, say: Say, show: Show) -> Made:

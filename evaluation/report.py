@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..runtime.hands import draw_skeleton
+from ..skeleton import draw_skeleton
 from .measure import GROUPED, GROUPS, SHARES, Kept
 from .page import plot, table
 from .tables import GROUP_COLUMNS, gaps, group_rows, metric_rows, title

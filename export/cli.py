@@ -18,13 +18,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from .. import commands  # noqa: E402
 from ..contract import EIGHT_BITS, GRAPHS, MANIFEST, Manifest  # noqa: E402
-from ..demo import resolve  # noqa: E402
 from ..engines import openvino  # noqa: E402
 from ..engines.build import check_backend  # noqa: E402
 from ..engines.cli import build_options, build_with_progress, options_of, resolve_backend  # noqa: E402
 from ..engines.plans import MODULES  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
 from ..models.layout import read_layout  # noqa: E402
+from ..shipped import resolve  # noqa: E402
 from .source import changed, fingerprint  # noqa: E402
 
 STOPPED = "Stopped. What is finished stays; the same command goes on."

@@ -16,9 +16,9 @@ import numpy as np
 
 from ..contract import ROW_HEAD, TOKENIZER, Manifest
 from ..errors import RequestError
+from ..hands import Hands, hand_arrays, keep_camera, load_hands
 from ..installed import version
 from ..schedules import NoiseSchedule, Table, rows
-from .hands import Hands, hand_arrays, keep_camera, load_hands
 from .noise import HANDS, LATENTS
 from .requests import Request
 from .results import Picture, Work

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import commands, demo
+from .. import commands, shipped
 from ..commands import INTERRUPTED
 from ..contract import Manifest
 from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError, RequestError
+from ..hands import NO_HANDS, load_hands
 from ..schedules import SOLVERS
 from .bundle import Bundle
-from .hands import NO_HANDS, load_hands
 from .loading import BACKENDS
 from .outputs import OutputError, OutputFolder, open_folder
 from .pipeline import HanDiffuser
@@ -140,7 +140,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         raise RequestError('There is nothing to do: give a prompt, such as hd-run demo "a fist", or --prompts FILE.')
 
     # What can go wrong cheaply goes wrong first: the bundle's manifest, the folder, and only then the loading.
-    Manifest.load(demo.resolve(engines, "bundle"), verify=False)
+    Manifest.load(shipped.resolve(engines, "bundle"), verify=False)
     if options["ray"] is not None:
         return _on_ray(engines, output, chain([first], lines), asked, options, say)
     with open_folder(output, say=say.warning) as folder:
@@ -200,7 +200,7 @@ def _on_ray(
     """The same on a Ray cluster: this process keeps the folder's lock and the count, actors make the pictures."""
     from ..serving import ray  # which is a front end of the loop, as this command is
 
-    folder_of_engines = demo.resolve(engines, "bundle").resolve()
+    folder_of_engines = shipped.resolve(engines, "bundle").resolve()
     bundle = Bundle.load(folder_of_engines)
     output = output if "://" in output else str(Path(output).resolve())
     with open_folder(output, say=say.warning) as folder:

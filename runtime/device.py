@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineError, RequestError
+from ..hands import load_hands
 from ..schedules import Table
 from .bundle import Bundle, keep
 from .device_graphs import STREAM, After, DeviceGraph, Staging, Streams
 from .device_noise import DeviceNoise
-from .hands import load_hands
 from .noise import HANDS, LATENTS, RequestNoise
 from .requests import MAX_STEPS, Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite

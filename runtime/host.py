@@ -18,9 +18,9 @@ import numpy as np
 from ..contract import NUM_PARAMS
 from ..engines import Engine
 from ..errors import RequestError
+from ..hands import load_hands
 from ..schedules import Table
 from .bundle import Bundle, keep
-from .hands import load_hands
 from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite

@@ -31,8 +31,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import HanDiffuserError, RequestError
+from ..hands import hands_file
 from ..schema import MisfitError, read_json
-from .hands import draw_skeleton, hands_file
+from ..skeleton import draw_skeleton
 from .requests import Request, picture_key
 
 if TYPE_CHECKING:

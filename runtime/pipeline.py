@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import demo
+from .. import shipped
 from ..contract import Manifest
 from ..errors import EngineError, RequestError
 from .bundle import Bundle
@@ -68,7 +68,7 @@ class HanDiffuser:
         """
         if batch_size < 1:
             raise RequestError(f"A batch of {batch_size} holds no picture. Take a batch size of 1 or more.")
-        folder = demo.resolve(path, "bundle")
+        folder = shipped.resolve(path, "bundle")
         loop, sentences = load_loop(folder, backend, device, batch_size, threads, overlap, onnxruntime_graphs, pictures)
         for sentence in sentences:
             warnings.warn(sentence, RuntimeWarning, stacklevel=2)

@@ -34,9 +34,9 @@ import numpy as np
 from msgspec import Meta
 
 from ..errors import RequestError
+from ..hands import MAX_HANDS, NO_HANDS
 from ..schedules import SOLVERS, Table
 from ..schema import MisfitError, fit, one_of, parse_json, read_file, whole
-from .hands import MAX_HANDS, NO_HANDS
 from .noise import LATENTS, RequestNoise
 
 MAX_STEPS = 1000

@@ -39,10 +39,11 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 
 from ..errors import HanDiffuserError, RequestError
+from ..hands import NO_HANDS, hands_file
 from ..runtime.bundle import Bundle
-from ..runtime.hands import NO_HANDS, draw_skeleton, hands_file
 from ..runtime.requests import MAX_SEED, Request
 from ..schedules import SOLVERS
+from ..skeleton import draw_skeleton
 from . import hands as editing
 from .dispatch import BusyError, Dispatcher, Event, Ticket
 from .fields import Edit, Generation, HandsField, HandsRequest, as_json

@@ -22,7 +22,7 @@ import click
 import uvicorn
 from uvicorn.config import Config
 
-from .. import commands, demo
+from .. import commands, shipped
 from ..contract import Manifest
 from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError
@@ -69,7 +69,7 @@ def serve(engines: str, **options: Any) -> int:
     The API is OpenAI's images API with hands beside it; / is a page for people. SIGTERM and Ctrl-C let requests finish
     for --grace seconds; the second one stops at once. What is said of requests goes to stderr, a line of JSON each.
     """
-    folder = demo.resolve(engines, "bundle")
+    folder = shipped.resolve(engines, "bundle")
     bundle = Bundle.load(folder, Manifest.load(folder, verify=False))
     keys = Keys(options["api_keys"])
     gpus = _gpus(options["devices"])

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import RequestError
-from ..runtime.hands import CAMERA, LARGEST_CAMERA, SHAPES
+from ..hands import CAMERA, LARGEST_CAMERA, SHAPES
 from ..runtime.requests import MAX_GUIDANCE, MAX_SEED
 from ..schedules import SOLVERS
 from .hands import Arrays, Drag

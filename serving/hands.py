@@ -23,7 +23,8 @@ import numpy as np
 
 from ..contract import HAND_JOINTS, NUM_JOINTS
 from ..errors import RequestError
-from ..runtime.hands import POSES, axis_angle_to_matrix, matrix_to_axis_angle
+from ..hands import POSES
+from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
 SIDES = ("left", "right")
 Arrays = dict[str, np.ndarray]

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import click
 import msgspec
 import torch
-from handiffuser import demo
+from handiffuser import shipped
 from handiffuser.commands import run
 from handiffuser.data.cli import progress
 from handiffuser.data.samples import Bad, Sample, read, write_shards
@@ -82,7 +82,7 @@ def start_of(variant: Variant, folder: Path, size: int = 128, seed: int = 0) -> 
     """The checkpoint that a variant begins with, saved once. size: pixels a side."""
     if (folder / "model_index.json").is_file():
         return folder
-    base = Checkpoint.load(demo.checkpoint_path())
+    base = Checkpoint.load(shipped.checkpoint_path())
     torch.manual_seed(seed)
     known = base.text_hand_encoder
     frequencies = CONFIGS["demo"].frequencies if variant.kernel else ()

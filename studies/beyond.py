@@ -42,8 +42,9 @@ from handiffuser.evaluation.distances import MEAN_DRAWS, mean, resampled
 from handiffuser.evaluation.hands import hand_size
 from handiffuser.evaluation.measure import Instruments, Seen, columns, settings
 from handiffuser.evaluation.pictures import Show
+from handiffuser.hands import POSES
 from handiffuser.models.smplh import HAND_JOINTS
-from handiffuser.runtime.hands import POSES, axis_angle_to_matrix, matrix_to_axis_angle
+from handiffuser.rotations import axis_angle_to_matrix, matrix_to_axis_angle
 from handiffuser.serving import hands as editing
 from report import held_out_scenes
 from rich.console import Console

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from handiffuser import demo
+from handiffuser import shipped
 from handiffuser.commands import run
 from handiffuser.engines.build import gpu
 from handiffuser.engines.plans import MODULES
@@ -208,7 +208,7 @@ def random(size: str, folder: Path) -> int:
     from handiffuser.models.checkpoint import random_checkpoint
     from handiffuser.models.configs import CONFIGS
 
-    random_checkpoint(CONFIGS[size], body=demo.checkpoint_path() / "body" / "smplh.npz").save(folder)
+    random_checkpoint(CONFIGS[size], body=shipped.checkpoint_path() / "body" / "smplh.npz").save(folder)
     return 0
 
 

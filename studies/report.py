@@ -31,7 +31,6 @@ import torch
 from handiffuser.commands import end_with_parent, run, undisturbed
 from handiffuser.contract import BETAS, NUM_JOINTS, ROTATIONS
 from handiffuser.data.latents import encode_prompts
-from handiffuser.demo import resolve
 from handiffuser.demo.dataset import LABELS, scene_tensors
 from handiffuser.demo.gestures import NAMES
 from handiffuser.demo.prompts import (
@@ -48,6 +47,7 @@ from handiffuser.demo.scenes import Scene, sample_scene
 from handiffuser.models.checkpoint import Checkpoint
 from handiffuser.models.hand_features import HandFeatures
 from handiffuser.models.smplh import SMPLH, rotation_6d_to_matrix
+from handiffuser.shipped import resolve
 from handiffuser.training.loop import console
 from handiffuser.training.sample import decode, encode, hands_of, image_grid, sample_hands, sample_pictures
 from handiffuser.training.stages import images_to_float

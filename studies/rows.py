@@ -23,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from handiffuser import demo
+from handiffuser import shipped
 from handiffuser.commands import run
 from handiffuser.data.cli import progress
 from handiffuser.data.samples import Sample, encode_png, members, picture
@@ -35,7 +35,8 @@ from handiffuser.evaluation.cli import finish, say
 from handiffuser.evaluation.eager import Torch
 from handiffuser.evaluation.run import instruments
 from handiffuser.evaluation.tables import spread, title
-from handiffuser.runtime.hands import POSES, axis_angle_to_matrix
+from handiffuser.hands import POSES
+from handiffuser.rotations import axis_angle_to_matrix
 from handiffuser.training.sample import decode, encode
 from handiffuser.training.stages import images_to_float
 from judge import Judged
@@ -105,7 +106,7 @@ def load_tools(judge_folder: Path | None, no_detector: bool = False, threads: in
 
 def load_painter(checkpoint: str) -> Torch:
     """A checkpoint, or the demo's, in PyTorch on one thread."""
-    return Torch(demo.resolve(checkpoint, "checkpoint"), {"body": None, "threads": 1, "device": "cpu"})
+    return Torch(shipped.resolve(checkpoint, "checkpoint"), {"body": None, "threads": 1, "device": "cpu"})
 
 
 @torch.no_grad()

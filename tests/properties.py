@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from handiffuser import Request, demo
+from handiffuser import Request, shipped
 from handiffuser.contract import MANIFEST, Manifest, _own_digest
 from handiffuser.errors import HanDiffuserError, RequestError
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -102,7 +102,7 @@ class Counted:
 def request_lines(check: Counted, folder: Path) -> Any:
     from handiffuser.runtime.requests import RequestFile, Resolver
 
-    manifest = Manifest.load(demo.bundle_path(), verify=False)
+    manifest = Manifest.load(shipped.bundle_path(), verify=False)
     good = {"prompt": "a fist", "seed": 3, "steps": 4, "solver": "ddim", "guidance": 1.5, "guidance_interval": [0, 0.5]}
     line = st.one_of(
         changed(good).map(dumped), values.map(dumped), st.binary(max_size=80),
@@ -134,7 +134,7 @@ def request_lines(check: Counted, folder: Path) -> Any:
 
 
 def hands_files(check: Counted, folder: Path) -> Any:
-    from handiffuser.runtime.hands import SHAPES, Hands, load_hands
+    from handiffuser.hands import SHAPES, Hands, load_hands
 
     def archive(arrays: dict[str, np.ndarray]) -> bytes:
         buffer = io.BytesIO()
@@ -189,7 +189,7 @@ def manifests(check: Counted, folder: Path) -> Any:
     from handiffuser.engines import cli
 
     bundle = folder / "bundle"
-    shutil.copytree(demo.bundle_path(), bundle)
+    shutil.copytree(shipped.bundle_path(), bundle)
     whole = json.loads((bundle / MANIFEST).read_text())
 
     @given(st.one_of(changed(whole), values), st.booleans())
@@ -213,7 +213,7 @@ def plan_records(check: Counted, folder: Path) -> Any:
     from handiffuser.engines.plans import PlanStore
 
     bundle = folder / "bundle"
-    shutil.copytree(demo.bundle_path(), bundle)
+    shutil.copytree(shipped.bundle_path(), bundle)
     store = PlanStore(bundle)
     parts = dict.fromkeys(("name", "sizes", "graph", "precision", "backend", "version", "target", "options"), "x")
     plan = store.add({**parts, "name": "unet", "sizes": "B=1,G=2", "tf32": "off"}, b"plan", {"types": {"HALF": 3}}, 1.0)
@@ -241,7 +241,7 @@ def checkpoints(check: Counted, folder: Path) -> Any:
     from handiffuser.models.layout import read_layout
 
     checkpoint = folder / "checkpoint"
-    shutil.copytree(demo.checkpoint_path(), checkpoint)
+    shutil.copytree(shipped.checkpoint_path(), checkpoint)
     files = [path for path in sorted(checkpoint.rglob("*.json")) if path.name != "tokenizer.json"]
     kept = {path: path.read_bytes() for path in files}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run_command
-from handiffuser import HanDiffuser, demo
+from handiffuser import HanDiffuser, shipped
 from handiffuser.contract import Manifest
 from PIL import Image
 
@@ -116,7 +116,7 @@ def test_what_ships_is_small_and_free(pipeline):
     shipped = [path for path in (ROOT / "demo").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
     assert sum(path.stat().st_size for path in shipped) <= 45e6
     assert not [path for path in shipped if path.suffix in (".bin", ".pt", ".pkl", ".ckpt", ".pth")]
-    assert "licence-free" in Manifest.load(demo.bundle_path()).made_by["body"]
+    assert "licence-free" in Manifest.load(shipped.bundle_path()).made_by["body"]
 
 
 def test_without_hands_the_prompt_alone_paints(tmp_path):
@@ -134,7 +134,7 @@ def test_without_hands_the_prompt_alone_paints(tmp_path):
 
 def test_the_report_is_in_the_checkpoint():
     """The figures that the page shows are those that were measured on this checkpoint."""
-    notes = json.loads((demo.checkpoint_path() / "model_index.json").read_text())["_notes"]["examined"]
+    notes = json.loads((shipped.checkpoint_path() / "model_index.json").read_text())["_notes"]["examined"]
     page = (ROOT / "docs" / "demo.md").read_text()
     assert notes["prompts"] >= 480 and len(notes["rows"]) == 5
     for row, values in notes["rows"].items():
@@ -145,7 +145,7 @@ def test_the_report_is_in_the_checkpoint():
 
 def test_it_paints_in_four_runs_of_its_network(pipeline):
     """Peers and references take the checkpoint as it says itself: it must say what the bundle does."""
-    checkpoint = json.loads((demo.checkpoint_path() / "model_index.json").read_text())
+    checkpoint = json.loads((shipped.checkpoint_path() / "model_index.json").read_text())
     manifest = pipeline.manifest
     assert checkpoint["_defaults"] == manifest.defaults and checkpoint["_words"] == manifest.words
     assert (manifest.defaults["steps"], manifest.defaults["guidance"]) == (4, 1.0)
@@ -153,10 +153,10 @@ def test_it_paints_in_four_runs_of_its_network(pipeline):
 
 
 def test_no_file_names_the_machine_it_was_made_on():
-    for path in [*demo.checkpoint_path().rglob("*.json"), *demo.bundle_path().rglob("*.json")]:
+    for path in [*shipped.checkpoint_path().rglob("*.json"), *shipped.bundle_path().rglob("*.json")]:
         text = path.read_text(encoding="utf-8")
         assert "_name_or_path" not in text and str(Path.home()) not in text, path
-    for path in demo.bundle_path().glob("*.onnx"):
+    for path in shipped.bundle_path().glob("*.onnx"):
         assert str(Path(__file__).parents[1]).encode() not in path.read_bytes(), path
 
 

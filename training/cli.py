@@ -10,9 +10,9 @@ import click
 import msgspec
 
 from ..commands import run
-from ..demo import resolve
 from ..errors import HanDiffuserError, TrainingError
 from ..models.checkpoint import MODEL_INDEX
+from ..shipped import resolve
 from .loop import console, run_processes
 from .recipe import PLANS, STUDENTS, Recipe
 

@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from .. import demo
+from .. import shipped
 from ..errors import CheckpointError
 from ..models.checkpoint import BODY, Checkpoint, load_tokenizer, trained_size
 from ..models.configs import CONFIGS, CUES, HAND_SCHEDULE, default_settings
@@ -62,7 +62,7 @@ def from_stable_diffusion(folder: Path, cues: tuple[str, ...] = CUES, seed: int 
         hand_scheduler=dict(HAND_SCHEDULE),
         defaults=default_settings(config),
         image_size=trained_size(unet, vae),
-        body=demo.checkpoint_path() / BODY,
+        body=shipped.checkpoint_path() / BODY,
         name=folder.resolve().name,
         notes={"from": folder.resolve().name, "trained": False},
     )

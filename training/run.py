@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from .. import demo
+from .. import shipped
 from ..data.augment import fit_picture
 from ..data.dataset import Index
 from ..data.latents import LatentCache, encode_prompts, make_latents
@@ -116,7 +116,7 @@ class Run:
         config = CONFIGS[self.recipe.new]
         tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         checkpoint = random_checkpoint(
-            config, self.recipe.vae.seed, body=demo.checkpoint_path() / BODY, tokenizer=tokenizer
+            config, self.recipe.vae.seed, body=shipped.checkpoint_path() / BODY, tokenizer=tokenizer
         )
         if checkpoint.position_kernel is not None:
             checkpoint.position_kernel.focus()

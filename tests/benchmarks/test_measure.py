@@ -91,7 +91,7 @@ def test_operations_are_those_that_torch_counts(tiny_checkpoint, tiny_bundle, br
 
 
 def test_operations_grow_with_the_batch(pipeline):
-    from handiffuser.demo import bundle_path
+    from handiffuser.shipped import bundle_path
 
     for name, spec in pipeline.manifest.graphs.items():
         one, three = (count(bundle_path() / spec.file, {"B": n, "S": n, "G": 2}) for n in (1, 3))

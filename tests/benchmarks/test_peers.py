@@ -127,7 +127,7 @@ def test_a_solver_that_adds_noise_is_refused():
 
 
 def test_a_checkpoint_that_is_not_the_bundles(tiny_checkpoint_folder):
-    from handiffuser.demo import bundle_path
+    from handiffuser.shipped import bundle_path
 
     with pytest.raises(CheckpointError, match="one was not exported from the other"):
         peers.load_eager(str(tiny_checkpoint_folder), None, bundle_path(), Manifest.load(bundle_path()))

@@ -22,9 +22,10 @@ from handiffuser.data.hands import hand_rows, params_of, plain_features
 from handiffuser.data.samples import picture
 from handiffuser.demo.dataset import samples_of, scene_of
 from handiffuser.demo.render import demo_body, render_scenes
+from handiffuser.hands import POSES
 from handiffuser.models.hand_features import make_basis
 from handiffuser.models.smplh import PARENTS
-from handiffuser.runtime.hands import POSES, axis_angle_to_matrix
+from handiffuser.rotations import axis_angle_to_matrix
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -22,8 +22,9 @@ from handiffuser.data.hands import joints_in_picture
 from handiffuser.data.samples import Bad, Sample, encode_png, person, read, write_shards
 from handiffuser.demo.render import demo_body
 from handiffuser.errors import DatasetError
+from handiffuser.hands import POSES
 from handiffuser.models.smplh import HAND_JOINTS, LEFT_WRIST, RIGHT_WRIST, SMPLH
-from handiffuser.runtime.hands import POSES, axis_angle_to_matrix, matrix_to_axis_angle
+from handiffuser.rotations import axis_angle_to_matrix, matrix_to_axis_angle
 from hypothesis import example, given
 from hypothesis import strategies as st
 

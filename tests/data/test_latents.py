@@ -18,9 +18,9 @@ from handiffuser.data.hands import hand_rows, plain_features
 from handiffuser.data.latents import LatentCache, encode_prompts, make_latents
 from handiffuser.data.samples import Sample, picture, write_shards
 from handiffuser.errors import CheckpointError, DatasetError
+from handiffuser.hands import hand_params
 from handiffuser.models.hand_features import make_basis
 from handiffuser.models.smplh import HAND_JOINTS, SMPLH, rotation_6d_to_matrix
-from handiffuser.runtime.hands import hand_params
 
 SIZE = (32, 48)  # of the tiny checkpoint's pictures
 

@@ -25,7 +25,7 @@ from handiffuser.data.samples import (
     write_shards,
 )
 from handiffuser.errors import DatasetError
-from handiffuser.runtime.hands import hand_params, load_hands
+from handiffuser.hands import hand_params, load_hands
 from handiffuser.schema import MisfitError
 from PIL import Image
 

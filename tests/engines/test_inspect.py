@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import run_command
-from handiffuser import demo
+from handiffuser import shipped
 from handiffuser.contract import Manifest
 from handiffuser.engines import inspect
 from handiffuser.engines.plans import LAYERS, PlanStore, parts
@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
     """The demo's manifest, and a plan of one of its graphs."""
     pytest.importorskip("tensorrt_rtx")
     out = tmp_path_factory.mktemp("inspect")
-    bundle = demo.resolve("demo", "bundle")
+    bundle = shipped.resolve("demo", "bundle")
     shutil.copy(bundle / "manifest.json", out)
     manifest, backend, options = Manifest.load(out, verify=False), Backend("tensorrt-rtx"), Options()
     spec = manifest.graphs["unet_context"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from commands import listen
-from handiffuser import demo
+from handiffuser import shipped
 from handiffuser.engines.plans import PlanStore
 from handiffuser.engines.tensorrt import Backend, Options
 
@@ -21,7 +21,7 @@ pytest.importorskip("tensorrt_rtx")
 
 @pytest.fixture
 def bundle(tmp_path) -> Path:
-    return shutil.copytree(demo.resolve("demo", "bundle"), tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
+    return shutil.copytree(shipped.resolve("demo", "bundle"), tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -58,6 +58,6 @@ def test_a_callback_that_fails_is_no_crash_and_no_loss():
     def fail(phase, done):
         raise ZeroDivisionError("in the callback")
 
-    graph = demo.resolve("demo", "bundle") / "unet_context.onnx"
+    graph = shipped.resolve("demo", "bundle") / "unet_context.onnx"
     with pytest.raises(ZeroDivisionError, match="in the callback"):
         Backend("tensorrt-rtx").build(graph, {"B": 1, "G": 2}, "fp32", Options(), fail)

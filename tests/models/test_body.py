@@ -11,12 +11,12 @@ import types
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from handiffuser import demo
+from handiffuser import shipped
 from handiffuser.errors import CheckpointError
 from handiffuser.models.body import commands, read, read_pickle
 from handiffuser.models.smplh import SMPLH
 
-BODY = demo.checkpoint_path() / "body" / "smplh.npz"
+BODY = shipped.checkpoint_path() / "body" / "smplh.npz"
 
 
 @pytest.fixture(scope="module")

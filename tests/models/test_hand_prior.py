@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from handiffuser import demo
+from handiffuser import shipped
 from handiffuser.contract import NUM_PARAMS
 from handiffuser.errors import CheckpointError
 from handiffuser.models.hand_prior import HandPrior
@@ -86,7 +86,7 @@ def test_what_is_saved_is_what_is_loaded(plain, tmp_path):
 
 @torch.no_grad()
 def test_the_demos_prior_starts_training_as_it_is():
-    prior = load_part(HandPrior, demo.checkpoint_path() / "hand_prior").eval()
+    prior = load_part(HandPrior, shipped.checkpoint_path() / "hand_prior").eval()
     given = inputs(prior.config.text_width)
     before = prior(*given)
     prior.read_words()

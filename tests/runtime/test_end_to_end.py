@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from handiffuser import HanDiffuser, Request
-from handiffuser.runtime.hands import save_hands
+from handiffuser.hands import save_hands
 
 
 @pytest.fixture(scope="module")

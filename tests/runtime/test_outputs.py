@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from handiffuser import Picture, Request, RequestError
-from handiffuser.runtime.hands import hand_arrays
+from handiffuser.hands import hand_arrays
 from handiffuser.runtime.outputs import OutputError, OutputFolder, contact_sheet
 from PIL import Image
 

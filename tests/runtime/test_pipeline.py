@@ -18,9 +18,9 @@ from handiffuser import (
     Picture,
     Request,
     RequestError,
-    demo,
+    shipped,
 )
-from handiffuser.runtime.hands import save_hands
+from handiffuser.hands import save_hands
 from handiffuser.runtime.steptimes import StepTimes
 
 
@@ -247,13 +247,14 @@ def test_little_time_is_spent_outside_the_engines(toy_bundle):
 
 
 def test_the_word_demo(toy_bundle, tmp_path, monkeypatch):
-    assert demo.resolve("./demo", "bundle") == Path("demo") and demo.resolve(Path("demo"), "bundle") == Path("demo")
-    monkeypatch.setattr(demo, "_folder", lambda name: toy_bundle.parent / name)
-    assert demo.resolve("demo", "bundle") == toy_bundle
+    for meant in ("./demo", Path("demo")):
+        assert shipped.resolve(meant, "bundle") == Path("demo")
+    monkeypatch.setattr(shipped, "_folder", lambda name: toy_bundle.parent / name)
+    assert shipped.resolve("demo", "bundle") == toy_bundle
     assert HanDiffuser.load("demo", device="cpu").digest
     with pytest.raises(CheckpointError, match="no demo checkpoint"):
-        demo.resolve("demo", "checkpoint")
-    monkeypatch.setattr(demo, "_folder", lambda name: tmp_path / name)
+        shipped.resolve("demo", "checkpoint")
+    monkeypatch.setattr(shipped, "_folder", lambda name: tmp_path / name)
     with pytest.raises(BundleError, match="no demo bundle"):
         HanDiffuser.load("demo")
 

@@ -22,7 +22,7 @@ pytest.importorskip("tensorrt_rtx")
 import whole
 from fake_runtime import FakeRuntime
 from fake_tensorrt import FakeTensorRT
-from handiffuser import HanDiffuser, demo
+from handiffuser import HanDiffuser, shipped
 from handiffuser.contract import GRAPHS, Manifest, file_digest
 from handiffuser.engines import cli as engines_cli
 from handiffuser.engines.cuda import Cuda, Event, Stream
@@ -167,7 +167,7 @@ def test_eight_bits_are_faster_or_refused(in_eight_bits, gpu, trt, monkeypatch, 
 @pytest.mark.slow
 def test_the_demo(gpu, trt, tmp_path):
     """The shipped bundle; its networks add up in another order in batches of other sizes."""
-    folder = built(demo.resolve("demo", "bundle"), tmp_path / "demo", "--batch-sizes", "1,2,4")
+    folder = built(shipped.resolve("demo", "bundle"), tmp_path / "demo", "--batch-sizes", "1,2,4")
     assert hd_run(folder, tmp_path / "gpu", "--backend", "tensorrt-rtx") == (0, "")
     assert hd_run(folder, tmp_path / "cpu", "--device", "cpu") == (0, "")
     same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"), levels=2)

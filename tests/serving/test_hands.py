@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from handiffuser import HanDiffuser, Request, RequestError
 from handiffuser.contract import HAND_JOINTS
-from handiffuser.runtime.hands import POSES, save_hands
+from handiffuser.hands import POSES, save_hands
 from handiffuser.serving.fields import HandsField, as_json
 from handiffuser.serving.hands import PARENTS, SIDES, Drag, Pose, edit, gestures, mirrored, swapped
 
@@ -91,7 +91,7 @@ def test_fingers_do_not_break(made):
                 axes = after._axes(side, finger, i)
                 bends = []
                 for pose in (before, after):
-                    from handiffuser.runtime.hands import matrix_to_axis_angle
+                    from handiffuser.rotations import matrix_to_axis_angle
 
                     bends.append(np.degrees(axes @ matrix_to_axis_angle(pose.local[[joint_id]])[0]))
                 low, high = ((-30, 95), (-8, 115), (-12, 90))[i]
@@ -118,7 +118,7 @@ def test_gestures(made):
 
 def test_gestures_are_the_demo_s():
     from handiffuser.demo.gestures import GESTURES, pose
-    from handiffuser.runtime.hands import axis_angle_to_matrix
+    from handiffuser.rotations import axis_angle_to_matrix
 
     for name, vectors in gestures().items():
         if name in GESTURES:

@@ -10,13 +10,13 @@ import torch
 from click.testing import CliRunner
 from consistency import ConsistencyLoss, command
 from diffusers import DDIMScheduler, LCMScheduler
-from handiffuser import demo
+from handiffuser import shipped
 from handiffuser.models.checkpoint import Checkpoint, random_checkpoint
 from handiffuser.models.configs import CONFIGS
 
 
 def teacher(prediction_type: str = "v_prediction") -> Checkpoint:
-    body = demo.checkpoint_path() / "body" / "smplh.npz"
+    body = shipped.checkpoint_path() / "body" / "smplh.npz"
     made = random_checkpoint(replace(CONFIGS["tiny"], guidance=2.0), seed=3, body=body)
     made.scheduler = {**made.scheduler, "prediction_type": prediction_type}
     made.attach_kernel()

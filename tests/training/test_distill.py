@@ -56,9 +56,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher():
-    from handiffuser import demo
+    from handiffuser import shipped
 
-    body = demo.checkpoint_path() / "body" / "smplh.npz"
+    body = shipped.checkpoint_path() / "body" / "smplh.npz"
     checkpoint = random_checkpoint(replace(CONFIGS["tiny"], guidance=2.0), seed=3, body=body)
     checkpoint.hand_prior.mean += 0.1  # as one that was trained
     for module in checkpoint.modules().values():

@@ -21,8 +21,8 @@ from diffusers import (
 from handiffuser import HanDiffuser, Request
 from handiffuser.errors import CheckpointError
 from handiffuser.export.bundle import export_bundle
+from handiffuser.hands import save_hands
 from handiffuser.models.checkpoint import BOS, EOS, Checkpoint, make_tokenizer
-from handiffuser.runtime.hands import save_hands
 from handiffuser.runtime.noise import LATENTS, normal
 from handiffuser.training import init
 from handiffuser.training.cli import commands

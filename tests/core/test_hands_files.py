@@ -10,8 +10,10 @@ import zipfile
 import numpy as np
 import pytest
 from handiffuser import RequestError
+from handiffuser import hands as H
+from handiffuser import rotations as R
+from handiffuser import skeleton as S
 from handiffuser.contract import NUM_PARAMS
-from handiffuser.runtime import hands as H
 
 
 def some_params(seed: int = 0) -> np.ndarray:
@@ -21,7 +23,7 @@ def some_params(seed: int = 0) -> np.ndarray:
 
 
 def rotations(params: np.ndarray) -> np.ndarray:
-    return H.rotation_6d_to_matrix(params[:312].reshape(52, 6))
+    return R.rotation_6d_to_matrix(params[:312].reshape(52, 6))
 
 
 def test_there_and_back():
@@ -36,9 +38,9 @@ def test_axis_angle_at_every_angle(angle):
     axes = np.random.default_rng(1).normal(size=(100, 3))
     axes = np.concatenate([axes, np.eye(3), -np.eye(3)])
     vectors = axes / np.linalg.norm(axes, axis=-1, keepdims=True) * angle
-    matrices = H.axis_angle_to_matrix(vectors)
-    back = H.matrix_to_axis_angle(matrices)
-    np.testing.assert_allclose(H.axis_angle_to_matrix(back), matrices, atol=1e-12)
+    matrices = R.axis_angle_to_matrix(vectors)
+    back = R.matrix_to_axis_angle(matrices)
+    np.testing.assert_allclose(R.axis_angle_to_matrix(back), matrices, atol=1e-12)
     if angle < 3:
         np.testing.assert_allclose(back, vectors, atol=1e-9)
 
@@ -48,7 +50,7 @@ def test_agrees_with_the_models_rotations():
     from handiffuser.models.smplh import rotation_6d_to_matrix
 
     x = np.random.default_rng(2).normal(size=(50, 6))
-    np.testing.assert_allclose(H.rotation_6d_to_matrix(x), rotation_6d_to_matrix(torch.tensor(x)).numpy(), atol=1e-12)
+    np.testing.assert_allclose(R.rotation_6d_to_matrix(x), rotation_6d_to_matrix(torch.tensor(x)).numpy(), atol=1e-12)
 
 
 def full_hands(params: np.ndarray) -> dict[str, np.ndarray]:
@@ -176,17 +178,17 @@ def test_a_placement_that_keeps_the_camera():
 def test_skeleton():
     image = np.full((64, 96, 3), 90, np.uint8)
     joints = np.random.default_rng(0).uniform(0.2, 0.8, (2, 21, 2)).astype(np.float32)
-    both = H.draw_skeleton(image, joints, np.ones(2))
+    both = S.draw_skeleton(image, joints, np.ones(2))
     assert both.dtype == np.uint8 and both.shape == (256, 384, 3)
-    none = H.draw_skeleton(image, joints, np.zeros(2))
+    none = S.draw_skeleton(image, joints, np.zeros(2))
     assert (none == 90).all()
     assert (both != 90).any()
-    left = H.draw_skeleton(image, joints, np.array([1.0, 0.0]))
+    left = S.draw_skeleton(image, joints, np.array([1.0, 0.0]))
     assert (left != both).any() and (left != 90).any()
-    assert H.draw_skeleton(np.zeros((512, 512, 3), np.uint8), joints, np.ones(2)).shape == (512, 512, 3)
+    assert S.draw_skeleton(np.zeros((512, 512, 3), np.uint8), joints, np.ones(2)).shape == (512, 512, 3)
 
 
 @pytest.mark.parametrize("value", [np.nan, 1e30, -5.0])
 def test_skeleton_of_joints_far_outside(value):
     image = np.zeros((32, 32, 3), np.uint8)
-    H.draw_skeleton(image, np.full((2, 21, 2), value, np.float32), np.ones(2))
+    S.draw_skeleton(image, np.full((2, 21, 2), value, np.float32), np.ones(2))

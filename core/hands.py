@@ -1,4 +1,4 @@
-"""Hands on disk and on the picture: parameters <-> standard SMPL-H arrays, `.hands.npz`, and the skeleton overlay.
+"""Hands on disk: parameters <-> standard SMPL-H arrays, and `.hands.npz`.
 
     save_hands("fist.hands.npz", hands, prompt="a fist")
     hands = load_hands("fist.hands.npz")      # after editing body_pose, right_hand_pose, ... with any tool
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from ..contract import BETAS, HAND_JOINTS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
-from ..errors import RequestError
-from ..schema import MisfitError, read_file
+from .contract import BETAS, HAND_JOINTS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
+from .errors import RequestError
+from .rotations import axis_angle_to_matrix, matrix_to_axis_angle, rotation_6d_to_matrix
+from .schema import MisfitError, read_file
 
 # Array -> which of the 52 joints it poses.
 POSES = {
@@ -48,10 +48,6 @@ MAX_HANDS, MAX_ARRAY = 1 << 24, 1 << 16  # bytes of a .hands.npz, and of an arra
 
 NO_HANDS = "none"  # instead of a file's name: nobody's hands are to be seen (a file that is called so is ./none)
 
-# Thumb, index, middle, ring, little finger, in OpenPose's order of hues.
-FINGER_COLOURS = ((230, 60, 60), (220, 190, 30), (60, 190, 70), (40, 150, 230), (190, 80, 220))
-MIN_SKELETON = 256  # pixels: smaller pictures are enlarged, or their bones would be a blot
-
 
 def hand_arrays(params: np.ndarray) -> dict[str, np.ndarray]:
     """params [330] (not normalised) -> the arrays of SHAPES, float32."""
@@ -71,49 +67,6 @@ def hand_params(arrays: dict[str, np.ndarray]) -> np.ndarray:
     params[BETAS] = arrays["betas"]
     params[PLACEMENT] = np.reshape(arrays["placement"], -1)
     return params
-
-
-def rotation_6d_to_matrix(x: np.ndarray) -> np.ndarray:
-    """[..., 6] -> [..., 3, 3] float64: the first two columns, orthonormalised (Zhou et al. 2019, eq. 15)."""
-    a, b = x[..., :3].astype(np.float64), x[..., 3:].astype(np.float64)
-    a = a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-8)
-    b = b - (a * b).sum(-1, keepdims=True) * a
-    b = b / np.maximum(np.linalg.norm(b, axis=-1, keepdims=True), 1e-8)
-    return np.stack([a, b, np.cross(a, b)], -1)
-
-
-def matrix_to_axis_angle(matrix: np.ndarray) -> np.ndarray:
-    """[N, 3, 3] rotations -> [N, 3]: the axis times the angle, in radians from 0 to pi."""
-    # By way of the quaternion, through whichever component is largest: stable up to and at half turns.
-    m = matrix.astype(np.float64)
-    trace = np.trace(m, axis1=-2, axis2=-1)
-    diagonal = np.diagonal(m, axis1=-2, axis2=-1)
-    squares = np.concatenate([trace[:, None], 2 * diagonal - trace[:, None]], -1) + 1  # 4 (w², x², y², z²)
-    wx, wy, wz = m[:, 2, 1] - m[:, 1, 2], m[:, 0, 2] - m[:, 2, 0], m[:, 1, 0] - m[:, 0, 1]
-    xy, xz, yz = m[:, 1, 0] + m[:, 0, 1], m[:, 0, 2] + m[:, 2, 0], m[:, 2, 1] + m[:, 1, 2]
-    products = np.array(  # 4 q qᵀ; its rows are all the same quaternion, up to scale
-        [
-            [squares[:, 0], wx, wy, wz],
-            [wx, squares[:, 1], xy, xz],
-            [wy, xy, squares[:, 2], yz],
-            [wz, xz, yz, squares[:, 3]],
-        ]
-    )
-    q = products[squares.argmax(-1), :, np.arange(len(m))]  # [N, 4]
-    q = q / np.linalg.norm(q, axis=-1, keepdims=True)
-    q = np.where(q[:, :1] < 0, -q, q)
-    sine = np.linalg.norm(q[:, 1:], axis=-1, keepdims=True)
-    angle = 2 * np.arctan2(sine, q[:, :1])
-    return q[:, 1:] * np.where(sine > 1e-12, angle / np.maximum(sine, 1e-12), 2.0)
-
-
-def axis_angle_to_matrix(vector: np.ndarray) -> np.ndarray:
-    """[N, 3] axis times angle (radians) -> [N, 3, 3] (Rodrigues' formula)."""
-    angle = np.linalg.norm(vector, axis=-1)[:, None, None]
-    x, y, z = (vector / np.maximum(angle[:, 0], 1e-12)).T
-    zero = np.zeros_like(x)
-    k = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(-1, 3, 3)
-    return np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * (k @ k)
 
 
 def hands_file(hands: dict[str, np.ndarray], prompt: str) -> bytes:
@@ -231,39 +184,3 @@ def keep_camera(hands: Hands, joints: np.ndarray) -> np.ndarray:
         placement[present, 1:3] += scale * off / ours
     params[PLACEMENT] = placement.reshape(-1)
     return params
-
-
-def draw_skeleton(image: np.ndarray, joints_2d: np.ndarray, visibility: np.ndarray) -> np.ndarray:
-    """Draws both hands' bones over a picture, a colour a finger, with L and R at the wrists.
-
-    image: uint8 [H, W, 3]. joints_2d: [2, 21, 2], in [0, 1] of width and height, wrist then thumb to little finger.
-    visibility: [2]; a hand below 0.5 is not drawn. Returns uint8, enlarged to at least 256 pixels a side.
-    """
-    height, width = image.shape[:2]
-    factor = max(1.0, MIN_SKELETON / min(height, width))
-    size = round(width * factor), round(height * factor)
-    picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC).convert("RGBA")
-    fine = 3  # drawn larger and shrunk again: Pillow's lines have stairs
-    layer = Image.new("RGBA", (size[0] * fine, size[1] * fine))
-    draw = ImageDraw.Draw(layer)
-    bone = max(2, round(min(size) / 110)) * fine
-    font = ImageFont.load_default(size=min(size) // 18 * fine)
-    for side, name in enumerate("LR"):
-        points = joints_2d[side] * (size[0] * fine, size[1] * fine)
-        if visibility[side] < 0.5 or not np.isfinite(points).all() or np.abs(points).max() > 1e6:
-            continue
-        for finger, colour in enumerate(FINGER_COLOURS):
-            chain = [tuple(point) for point in points[[0, *range(1 + 4 * finger, 5 + 4 * finger)]].tolist()]
-            draw.line(chain, fill=(0, 0, 0, 150), width=bone + 2 * fine, joint="curve")
-            draw.line(chain, fill=(*colour, 255), width=bone, joint="curve")
-            for x, y in chain[1:]:
-                draw.circle((x, y), bone * 0.85, fill=(*colour, 255), outline=(0, 0, 0, 150), width=fine // 2)
-        x, y = points[0].tolist()
-        draw.circle((x, y), bone * 1.1, fill=(255, 255, 255, 255), outline=(0, 0, 0, 200), width=fine)
-        # Beside the wrist on the side away from the fingers, inside the picture.
-        away = points[0] - points[1:].mean(0)
-        x, y = points[0] + away / max(float(np.linalg.norm(away)), 1e-6) * bone * 4
-        x, y = (float(np.clip(v, bone * 4, s * fine - bone * 4)) for v, s in zip((x, y), size, strict=True))
-        draw.text((x, y), name, fill="white", font=font, anchor="mm", stroke_width=fine, stroke_fill=(0, 0, 0, 220))
-    picture.alpha_composite(layer.resize(size, Image.Resampling.BOX))
-    return np.asarray(picture.convert("RGB"))
