@@ -22,8 +22,9 @@ from onnx import (
     shape_inference,
 )
 
-from ..contract import EXTERNAL, Manifest, TensorSpec, file_digest, open_to_others
+from ..contract import EXTERNAL, Manifest, TensorSpec, file_digest
 from ..errors import BundleError
+from ..files import open_to_others
 
 # Element types that are half as wide as float32 -> the largest number they hold.
 HALF: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895e38}

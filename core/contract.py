@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -40,6 +39,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 from msgspec import Meta
 
 from .errors import BundleError
+from .files import written
 from .schema import MisfitError, Sha256, Word, fit, read_json
 
 BUNDLE_FORMAT = 1
@@ -206,9 +206,8 @@ class Manifest:
         value = json.loads(json.dumps(asdict(self)))
         self.sha256 = value["sha256"] = _own_digest(value)
         text = json.dumps(value, indent=1, ensure_ascii=False)
-        temporary = folder / (MANIFEST + ".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(folder / MANIFEST)
+        with written(folder / MANIFEST) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, verify: bool = True, files: bool = True) -> Manifest:
@@ -301,15 +300,6 @@ def _own_digest(value: dict[str, Any]) -> str:
     """SHA-256 of a manifest's JSON value without its own digest, whatever its layout on disk."""
     rest = {key: entry for key, entry in value.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def open_to_others(*paths: Path) -> None:
-    """Gives files the mode that the umask says. safetensors and ONNX's external data leave them to their owner alone,
-    so that a server of another user, or a colleague, could not read what was made."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in paths:
-        path.chmod(0o666 & ~umask)
 
 
 def file_digest(path: Path) -> str:

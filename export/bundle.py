@@ -38,9 +38,9 @@ from ..contract import (
     Manifest,
     TensorSpec,
     file_digest,
-    open_to_others,
 )
 from ..errors import CheckpointError, ExportError
+from ..files import open_to_others
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
 from .attention import fuse_attention

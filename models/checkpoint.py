@@ -30,8 +30,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from ..contract import LARGEST_PARAMETER, open_to_others
+from ..contract import LARGEST_PARAMETER
 from ..errors import CheckpointError
+from ..files import open_to_others
 from ..schema import read_file
 from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config, default_settings
 from .hand_prior import HandPrior

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..contract import open_to_others
 from ..errors import CheckpointError
+from ..files import open_to_others
 from .checkpoint import Checkpoint
 
 # The layers that get ranks: the products of attention, as is usual (diffusers' and peft's own examples).

@@ -97,11 +97,15 @@ def graph(lazy: bool = True) -> dict[str, set[str]]:
 
 
 def upward() -> set[tuple[str, str]]:
-    """Imports from a room into one that it may not know: (module, what it imports)."""
+    """Imports from a room into one that it may not know: (module, what it imports).
+
+    A command (`cli.py`) puts rooms together: it may import any of them, inside the function that needs it.
+    """
+    loaded = graph(lazy=False)
     return {
         (module, name)
         for module, names in graph().items()
-        for name in names
+        for name in (loaded[module] if module.endswith(".cli") else names)
         if room_of(name) not in {room_of(module), "core"} | MAY_IMPORT[room_of(module)]
     }
 
