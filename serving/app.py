@@ -527,6 +527,8 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
         ("/", "index.html", "text/html; charset=utf-8"),
         ("/page.css", "page.css", "text/css; charset=utf-8"),
         ("/page.js", "page.js", "text/javascript; charset=utf-8"),
+        ("/server.js", "server.js", "text/javascript; charset=utf-8"),
+        ("/stage.js", "stage.js", "text/javascript; charset=utf-8"),
     ):
         content = files.joinpath(name).read_bytes()
 

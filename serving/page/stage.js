@@ -1,0 +1,254 @@
+// The stage: the picture, and the hands on it, which can be dragged. The server computes where the fingers go.
+
+import { $, ask, plain } from "./server.js";
+
+const COLOURS = ["#e63c3c", "#dcbe1e", "#3cbe46", "#2896e6", "#be50dc"]; // thumb to little finger
+const NAMES = ["thumb", "index finger", "middle finger", "ring finger", "little finger"];
+const PARTS = ["root", "middle joint", "end joint", "tip"];
+const SIDES = ["left", "right"];
+// The server's gestures, in the words that the demo's prompts have for them.
+export const GESTURES = {
+  fist: "fist", open_hand: "open hand", spread_fingers: "spread fingers", pointing: "pointing", victory: "peace sign",
+  three_fingers: "three fingers", four_fingers: "four fingers", thumbs_up: "thumbs up", thumbs_down: "thumbs down",
+  ok_sign: "OK sign", call_me: "call me sign", horns: "sign of the horns", love_you: "I love you sign",
+  pinky_up: "pinky up", finger_gun: "finger gun", pinch: "pinch", claw: "claw", cupped_hand: "cupped hand",
+  crossed_fingers: "crossed fingers", vulcan: "vulcan salute", c_shape: "C shape",
+  three_with_thumb: "three with the thumb", tucked_thumb: "thumb tucked", pinched_fingers: "pinched fingers",
+};
+
+export const state = {
+  model: null, // what v1/models says
+  hands: null, // those on the stage, as the server gives them
+  undo: [],
+  image: null, // data URL of the picture on the stage
+  request: null, // what asks for the picture on the stage
+  running: null, // the run that the page waits for
+};
+
+// ---------------------------------------------------------------- hands
+
+// The joints are buttons over the picture: they can be reached with Tab, moved with arrow keys, and dragged.
+const joints = SIDES.map((side, s) =>
+  Array.from({ length: 21 }, (_, j) => {
+    const joint = document.createElement("button");
+    const finger = Math.floor((j - 1) / 4);
+    joint.type = "button";
+    joint.hidden = true;
+    joint.className = j % 4 === 1 && j > 1 ? "joint root" : "joint";
+    joint.dataset.side = side;
+    joint.dataset.joint = j;
+    joint.style.setProperty("--finger", j ? COLOURS[finger] : "#ffffff");
+    const name = j ? `${side} ${NAMES[finger]}, ${PARTS[(j - 1) % 4]}` : `${side} wrist`;
+    joint.setAttribute("aria-label", name);
+    joint.title = name;
+    if (!j) joint.dataset.letter = side === "left" ? "L" : "R";
+    // A finger's root sits in the palm and does not move by itself; the thumb's does not either.
+    if ((j - 1) % 4 === 0 && j) joint.tabIndex = -1;
+    joint.addEventListener("pointerdown", (event) => hold(event, s, j));
+    joint.addEventListener("keydown", (event) => nudge(event, s, j));
+    $("canvas").append(joint);
+    return joint;
+  }),
+);
+const lines = SIDES.map(() =>
+  ["under", "bone"].map((kind) =>
+    COLOURS.map((colour) => {
+      const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
+      line.setAttribute("class", kind);
+      if (kind === "bone") line.setAttribute("stroke", colour);
+      $("bones").append(line);
+      return line;
+    }),
+  ),
+);
+
+const radio = (side) => document.querySelector(`input[name=side][value=${side}]`);
+
+export function setHands(hands, fresh = true) {
+  state.hands = hands;
+  if (fresh) state.undo = [];
+  $("editor").disabled = !hands;
+  const seen = hands ? SIDES.filter((_, s) => hands.visibility[s] >= 0.5) : [];
+  // A hand that is not on the stage cannot be edited.
+  SIDES.forEach((side) => (radio(side).disabled = seen.length > 0 && !seen.includes(side)));
+  if (seen.length === 1) radio(seen[0]).checked = true;
+  $("swap").disabled = seen.length < 2;
+  draw();
+}
+
+export function draw() {
+  const hands = state.hands;
+  const on = hands && $("showbones").checked;
+  $("undo").disabled = !state.undo.length;
+  $("hint").hidden = Boolean(hands || state.image || state.running);
+  SIDES.forEach((_, s) => {
+    const seen = on && hands.visibility[s] >= 0.5;
+    joints[s].forEach((joint, j) => {
+      joint.hidden = !seen;
+      if (!seen) return;
+      const [x, y] = hands.joints_2d[s][j];
+      joint.style.left = `${100 * x}%`;
+      joint.style.top = `${100 * y}%`;
+    });
+    lines[s].forEach((kind) =>
+      kind.forEach((line, finger) => {
+        const chain = seen ? [0, 1, 2, 3, 4].map((k) => hands.joints_2d[s][k && 4 * finger + k]) : [];
+        line.setAttribute("points", chain.map((point) => point.join(",")).join(" "));
+      }),
+    );
+  });
+}
+
+// One edit is under way at a time; of those that come meanwhile only the last counts.
+let editing = false;
+let waiting = null;
+
+async function edit(change, base) {
+  if (editing) {
+    waiting = [change, base];
+    return;
+  }
+  editing = true;
+  try {
+    const answer = await ask("v1/hands/edit", { hands: base ?? state.hands, ...change });
+    state.hands = (await answer.json()).hands;
+    draw();
+    if (!state.running) setState("Edited. Paint again to see it.");
+  } catch (error) {
+    failed(error);
+  }
+  editing = false;
+  if (waiting) {
+    const [next, from] = waiting;
+    waiting = null;
+    await edit(next, from);
+  }
+}
+
+function keepForUndo() {
+  state.undo.push(state.hands);
+  if (state.undo.length > 50) state.undo.shift();
+  $("undo").disabled = false;
+}
+
+function place(event) {
+  const box = $("canvas").getBoundingClientRect();
+  const within = (value) => Math.min(1.5, Math.max(-0.5, value));
+  return [within((event.clientX - box.left) / box.width), within((event.clientY - box.top) / box.height)];
+}
+
+function hold(event, s, j) {
+  if (event.button) return;
+  event.preventDefault();
+  const joint = joints[s][j];
+  const base = state.hands;
+  let moved = false;
+  joint.focus();
+  joint.setPointerCapture(event.pointerId);
+  joint.classList.add("held");
+  radio(SIDES[s]).checked = true;
+  const move = (event) => {
+    if (!moved) keepForUndo();
+    moved = true;
+    const [x, y] = place(event);
+    // From where the hand was when the drag began: a drag there and back changes nothing.
+    edit({ drags: [{ hand: SIDES[s], joint: j, x, y }] }, base);
+  };
+  const drop = () => {
+    joint.classList.remove("held");
+    joint.removeEventListener("pointermove", move);
+  };
+  joint.addEventListener("pointermove", move);
+  joint.addEventListener("lostpointercapture", drop, { once: true });
+}
+
+function nudge(event, s, j) {
+  const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+  if (!by) return;
+  event.preventDefault();
+  if (editing) return;
+  keepForUndo();
+  const far = event.shiftKey ? 0.05 : 0.015;
+  const [x, y] = state.hands.joints_2d[s][j];
+  edit({ drags: [{ hand: SIDES[s], joint: j, x: x + far * by[0], y: y + far * by[1] }] });
+}
+
+function change(what) {
+  if (!state.hands || editing) return;
+  keepForUndo();
+  edit(what).then(() => setHands(state.hands, false));
+}
+
+export function undo() {
+  if (!state.undo.length) return;
+  setHands(state.undo.pop(), false);
+}
+
+// ---------------------------------------------------------------- what is seen
+
+export function show(image, waiting = false) {
+  state.image = image;
+  const picture = $("picture");
+  if (image) picture.src = image;
+  picture.alt = image ? `Picture: ${state.request?.prompt ?? ""}` : "";
+  picture.classList.remove("old");
+  picture.classList.toggle("waiting", waiting);
+  picture.hidden = !image || !$("showpicture").checked;
+  $("save").hidden = !image || waiting;
+  if (image) $("save").href = image;
+  draw();
+}
+
+// On a telephone the stage may lie above what is seen.
+export function toStage() {
+  const box = $("stage").getBoundingClientRect();
+  const result = $("result").getBoundingClientRect();
+  if (box.top >= 0 && result.bottom <= innerHeight) return;
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  $("stage").scrollIntoView({ behavior: calm ? "auto" : "smooth", block: "start" });
+}
+
+export function setState(words) {
+  $("state").textContent = words;
+}
+
+// What a screen reader says; steps would be too many.
+export function announce(words) {
+  $("announce").textContent = words;
+}
+
+export function say(sentence) {
+  $("message").textContent = sentence;
+  $("message").hidden = !sentence;
+  if (sentence) $("message").scrollIntoView({ block: "nearest" });
+}
+
+export function note(sentences) {
+  const lines = [...new Set(sentences)].map((sentence) => {
+    const line = document.createElement("p");
+    line.textContent = plain(sentence);
+    return line;
+  });
+  $("notes").replaceChildren(...lines);
+  $("notes").hidden = !lines.length;
+}
+
+export function failed(error) {
+  if (error.name === "AbortError") return;
+  if (error.status === 401) $("keybox").open = true;
+  say(error.message);
+}
+
+$("undo").addEventListener("click", undo);
+$("drop").addEventListener("click", () => setHands(null));
+$("mirror").addEventListener("click", () => change({ mirror: true }));
+$("swap").addEventListener("click", () => change({ swap: true }));
+$("gesture").addEventListener("change", (event) => {
+  const hand = document.querySelector("input[name=side]:checked").value;
+  if (event.target.value) change({ gesture: { hand, name: event.target.value } });
+  event.target.value = "";
+});
+$("showbones").addEventListener("change", draw);
+$("showpicture").addEventListener("change", () => {
+  $("picture").hidden = !state.image || !$("showpicture").checked;
+});
