@@ -60,7 +60,14 @@ def test_the_wheel_runs_from_an_empty_folder(built, tmp_path):
     assert list((work / "out").glob("*.png"))
     for name in ("models", "training", "export", "calibration", "engines", "runtime", "serving"):
         assert (site / "handiffuser" / name / "__init__.py").exists()
-    for name in ("gestures.json", "page/index.html", "page/page.css", "page/page.js", "triton_model.py"):
+    for name in (
+        "gestures.json",
+        "page/index.html",
+        "page/page.css",
+        "page/page.js",
+        "page/stage.js",
+        "triton_model.py",
+    ):
         assert (site / "handiffuser" / "serving" / name).exists()
     assert {"hd-run", "hd-export", "hd-train"} <= {path.name for path in (site / "bin").iterdir()}
 

@@ -8,13 +8,23 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+from handiffuser import demo
+from handiffuser.demo.gestures import GESTURES
+from handiffuser.demo.prompts import ADJECTIVES, NOUNS
+from handiffuser.runtime.bundle import Bundle
+from handiffuser.runtime.requests import Request
+from handiffuser.serving.hands import gestures
 from PIL import Image
-from served import command
+from served import command, serving
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -32,9 +42,37 @@ def test_nothing_comes_from_elsewhere():
     assert not re.search(r"<script(?![^>]*src=)|\son\w+=|\sstyle=|<style", html)  # what the policy would refuse
 
 
-def test_every_element_that_the_script_names_is_there():
-    html, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("index.html", "page.js"))
-    assert set(re.findall(r'\$\("(\w+)"\)', script)) <= set(re.findall(r'id="(\w+)"', html))
+def texts(pattern):
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(PAGE.glob(pattern)))
+
+
+def test_every_element_that_the_scripts_name_is_there():
+    html = texts("index.html")
+    assert set(re.findall(r'\$\("(\w+)"\)', texts("*.js"))) <= set(re.findall(r'id="(\w+)"', html))
+    assert set(re.findall(r'(?:for|aria-describedby)="(\w+)"', html)) <= set(re.findall(r'id="(\w+)"', html))
+
+
+def test_every_path_is_relative():
+    """Behind a proxy the page may lie below a path."""
+    assert not re.search(r'(?:href|src)="/|ask\("/|"/v1', texts("*"))
+
+
+def test_gestures_are_named_as_prompts_name_them():
+    block = re.search(r"GESTURES = \{(.*?)\};", texts("stage.js"), re.DOTALL).group(1)
+    names = dict(re.findall(r'(\w+): "([^"]+)"', block))
+    assert set(names) == set(gestures())
+    for gesture, name in names.items():
+        phrases = [*GESTURES[gesture].phrases, *NOUNS.get(gesture, ()), " ".join(ADJECTIVES.get(gesture, ()))]
+        words = {word.lower() for phrase in phrases for word in phrase.replace(",", "").split()}
+        assert set(name.lower().split()) <= words, name
+
+
+def test_the_demo_knows_every_word_of_the_examples():
+    bundle = Bundle.load(demo.bundle_path())
+    prompts = re.findall(r'data-prompt="([^"]+)"', texts("index.html"))
+    assert len(prompts) > 3
+    for prompt in [*prompts, re.search(r'placeholder="(a [^"]+)"', texts("index.html")).group(1)]:
+        assert bundle.tokens(Request(prompt))[1] == []
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +82,33 @@ def server():
         yield process.url
 
 
-@pytest.fixture
-def page(server):
+@contextmanager
+def browse(url, **context):
+    """A page of the server in Chromium; `problems` is what its console complains of."""
     if CHROMIUM is None:
         pytest.skip("there is no Chromium: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 860})
+        page = browser.new_page(**{"viewport": {"width": 1280, "height": 860}, "reduced_motion": "reduce", **context})
         page.problems = []
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.on("console", lambda message: message.type == "error" and page.problems.append(message.text))
-        page.goto(server)
-        until(page, lambda: page.locator("#solver option").count() > 3)
+        page.goto(url)
         yield page
         assert not page.problems
         browser.close()
+
+
+@pytest.fixture
+def page(server):
+    with browse(server) as page:
+        loaded(page)
+        yield page
+
+
+def loaded(page):
+    until(page, lambda: page.locator("#solver option").count() > 3)
 
 
 def until(page, condition, seconds=60):
@@ -77,7 +126,11 @@ def shot(page, name):
 
 def picture(page):
     """The finished picture on the stage."""
-    until(page, lambda: " s, seed " in page.inner_text("#state"))
+    until(page, lambda: re.search(r"\d s$", page.inner_text("#state")))
+    return on_stage(page)
+
+
+def on_stage(page):
     source = page.get_attribute("#picture", "src")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB")).astype(int)
 
@@ -94,6 +147,7 @@ def test_a_finger_is_dragged_and_the_picture_follows(page):
     shot(page, "empty")
     page.fill("#prompt", "a right hand with spread fingers, blue background")
     page.fill("#seed", "5")
+    page.click("#more summary")
     page.fill("#steps", "40")  # long enough for who looks on to see previews
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".joint:not([hidden])", timeout=60_000)
@@ -111,7 +165,7 @@ def test_a_finger_is_dragged_and_the_picture_follows(page):
     for i in range(1, 9):
         page.mouse.move(stage["x"] + x + (wx - x) * 0.7 * i / 8, stage["y"] + y + (wy - y) * 0.7 * i / 8)
     page.mouse.up()
-    until(page, lambda: page.inner_text("#state").startswith("edited"))
+    until(page, lambda: page.inner_text("#state").startswith("Edited"))
     after = {joint: at(page, side, joint) for joint in range(21)}
     length = np.hypot(x - wx, y - wy)
     assert np.hypot(after[8][0] - (x + 0.7 * (wx - x)), after[8][1] - (y + 0.7 * (wy - y))) < 0.2 * length
@@ -130,8 +184,8 @@ def test_a_finger_is_dragged_and_the_picture_follows(page):
     assert page.locator("#history li").count() == 2
     # The line that is copied asks for the same picture.
     page.click("#curl")
-    line = page.get_attribute("#curl", "data-line")
-    asked = json.loads(line[line.index("-d '") + 4 : -1])
+    line = page.input_value("#line")
+    asked = json.loads(line[line.index("--data-raw '") + 12 : -1])
     assert asked["seed"] == 5 and asked["hands"]["right_hand_pose"]
     page.click("#history li:nth-child(2) button")
     assert np.allclose(at(page, side, 8), before[8], atol=1)
@@ -146,7 +200,7 @@ def test_gesture_mirror_undo_and_keys(page):
     tip = lambda side="right": at(page, side, 12)  # noqa: E731
     start = tip()
     page.select_option("#gesture", "fist")
-    until(page, lambda: page.inner_text("#state").startswith("edited"))
+    until(page, lambda: page.inner_text("#state").startswith("Edited"))
     page.wait_for_timeout(200)
     assert np.hypot(*np.subtract(tip(), start)) > 30
     shot(page, "gesture")
@@ -181,8 +235,171 @@ def test_it_looks_well_in_the_dark_on_a_telephone_and_says_what_is_wrong(page):
         "rgb(22, 22, 25)", "16161"
     )
     page.evaluate("document.getElementById('steps').removeAttribute('max')")
+    page.click("#more summary")
     page.fill("#steps", "5000")
     page.click("#paint")
-    page.wait_for_selector("#message:not([hidden])")
-    assert "num_inference_steps" in page.inner_text("#message")
+    assert "steps" in message(page) and "num_inference_steps" not in message(page)
+    assert page.get_attribute("#picture", "class") == "" and page.is_visible("#save")  # what was there is there again
     page.problems.clear()  # the browser itself tells of the 400
+
+
+def message(page):
+    page.wait_for_selector("#message:not([hidden])")
+    return page.inner_text("#message")
+
+
+@pytest.mark.slow
+def test_the_copied_line_paints_the_same_picture_in_bash(tmp_path):
+    key = """it's-"a"-key-$HOME-`id`-\\!"""
+    (tmp_path / "keys.txt").write_text(f"ann: {key}\n")
+    prompt = """a "peace" sign, it's a $HOME `id` \\ blue background!"""
+    with command("demo", "--threads", 1, "--api-keys", tmp_path / "keys.txt") as process, browse(process.url) as page:
+        until(page, lambda: page.is_visible("#notes"))
+        assert "asks for an API key" in page.inner_text("#notes") and page.is_hidden("#message")
+        page.fill("#key", "wrong-wrong")
+        page.press("#key", "Enter")
+        assert "does not accept this API key" in message(page)
+        page.problems.clear()  # the browser itself tells of the 401
+        page.fill("#key", key)
+        page.press("#key", "Enter")
+        loaded(page)
+        assert page.is_hidden("#message")
+        page.fill("#prompt", prompt)
+        page.click("#paint")
+        painted = picture(page)
+        assert page.input_value("#seed") == ""
+        page.click("#curl")
+        line = page.input_value("#line")
+        answer = json.loads(subprocess.run(["bash", "-c", line], capture_output=True, check=True, timeout=60).stdout)
+        assert str(answer["data"][0]["seed"]) == page.inner_text("#seen")
+        image = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).convert("RGB")
+        assert np.abs(np.asarray(image).astype(int) - painted).max() <= 1
+        # A reload keeps what was typed, and the key is in this tab's storage alone.
+        page.reload()
+        loaded(page)
+        assert page.input_value("#prompt") == prompt and page.input_value("#key") == key
+        assert page.evaluate("localStorage.length") == 0 and "key" not in page.url
+        other = page.context.browser.new_page()
+        other.goto(process.url)
+        assert other.input_value("#key") == "" and other.input_value("#prompt") == ""
+
+
+@pytest.mark.slow
+def test_seeds_stay_random_until_one_is_reused(page):
+    page.click("[data-prompt]")
+    first, seed = picture(page), page.inner_text("#seen")
+    assert page.input_value("#prompt") == page.get_attribute("[data-prompt]", "data-prompt")
+    page.click("#paint")
+    picture(page)
+    assert page.input_value("#seed") == "" and page.inner_text("#seen") != seed
+    page.click("#history li:nth-child(2) button")
+    assert page.inner_text("#seen") == seed and page.input_value("#seed") == ""
+    page.click("#reuse")
+    assert page.input_value("#seed") == seed
+    page.click("#paint")
+    assert np.abs(picture(page) - first).max() <= 1
+    page.click("#dice")
+    assert page.input_value("#seed") == ""
+
+
+@pytest.mark.slow
+def test_several_pictures_and_what_is_to_be_noted(page):
+    page.fill("#prompt", "a zebra making a fist, blue background")
+    page.fill("#seed", "7")
+    page.fill("#count", "3")
+    page.click("#more summary")
+    page.fill("#negative", "a red background")
+    assert page.is_visible("#unguided")
+    page.click("#paint")
+    until(page, lambda: page.inner_text("#state").startswith("3 of 3 pictures, "))
+    shot(page, "notes")
+    seeds = [text.splitlines()[-1] for text in page.locator("#history li").all_inner_texts()]
+    assert sorted(seeds) == ["seed 7", "seed 8", "seed 9"] and page.inner_text("#seen") == "7"
+    said = page.inner_text("#notes")
+    assert "'zebra'" in said and said.count("zebra") == 1 and "negative prompt has no effect" in said
+    assert "_" not in said and page.is_hidden("#message")
+    page.fill("#guidance", "2")
+    assert page.is_hidden("#unguided")
+    page.fill("#count", "99")
+    page.click("#paint")  # the browser says what is wrong, beside the field
+    assert page.locator("#history li").count() == 3 and page.is_hidden("#stop")
+    page.fill("#count", "1")
+    page.click("#more summary")
+    page.evaluate("document.getElementById('steps').value = 5000")
+    page.click("#paint")
+    until(page, lambda: page.is_visible("#steps"))
+
+
+@pytest.mark.slow
+def test_a_telephone_shows_what_is_painted(server):
+    with browse(server, viewport={"width": 390, "height": 700}, has_touch=True, is_mobile=True) as page:
+        loaded(page)
+        page.fill("#prompt", "a right hand pointing up, white background")
+        page.locator("#paint").scroll_into_view_if_needed()
+        assert page.locator("#canvas").bounding_box()["y"] < 0
+        page.tap("#paint")
+        picture(page)
+
+        def seen():
+            stage, said = page.locator("#canvas").bounding_box(), page.locator("#result").bounding_box()
+            return stage["y"] >= 0 and said["y"] + said["height"] <= 700
+
+        until(page, seen)
+        assert page.evaluate("document.activeElement === document.body")  # no keyboard over the picture
+        shot(page, "telephone")
+
+
+@pytest.mark.slow
+def test_a_full_queue_a_proxy_and_a_server_that_is_gone(toy_bundle, tmp_path, slow):
+    slow(0.2)
+    with serving(toy_bundle, tmp_path / "served", places=1, batch=1) as served, browse(served.url) as page:
+        loaded(page)
+        page.fill("#prompt", "a fist")
+        page.click("#paint")
+        before = picture(page)
+        page.wait_for_selector(".joint:not([hidden])")
+        others = [
+            threading.Thread(target=lambda: httpx.post(
+                f"{served.url}/v1/images/generations", json={"prompt": "a fist", "num_inference_steps": 60}, timeout=60,
+            ))
+            for _ in range(5)
+        ]  # fmt: skip
+        for other in others:
+            other.start()
+            time.sleep(0.3)
+        page.click("#paint")
+        said = message(page)
+        shot(page, "full")
+        assert "queue is full" in said and "Try again in" in said and "Retry" not in said
+        # What was there before is there again, hands and all.
+        assert np.array_equal(on_stage(page), before) and page.is_visible("#save") and page.is_enabled("#again")
+        page.route("**/v1/images/generations", lambda route: route.fulfill(status=502, body="<html>nginx</html>"))
+        page.click("#paint")
+        until(page, lambda: "behind its proxy (502)" in page.inner_text("#message"))
+        page.route("**/v1/images/generations", lambda route: route.abort())
+        page.click("#paint")
+        until(page, lambda: "does not answer" in page.inner_text("#message"))
+        page.route(
+            "**/v1/images/generations", lambda route: route.fulfill(content_type="text/event-stream", body=":\n\n")
+        )
+        page.click("#paint")
+        until(page, lambda: "stopped before the picture was done" in page.inner_text("#message"))
+        page.problems.clear()  # the browser itself tells of each
+        served.server.force_exit = True
+        for other in others:
+            other.join()
+
+
+@pytest.mark.slow
+def test_everything_can_be_reached_and_has_a_name(page):
+    page.click("[data-prompt]")
+    picture(page)
+    names = page.evaluate("""
+        [...document.querySelectorAll("button, input, select, textarea, a, progress")].filter((one) => one.offsetParent)
+          .map((one) => [one.outerHTML, one.ariaLabel || one.labels?.[0]?.textContent || one.innerText])""")
+    assert all(name.strip() for _, name in names), [html for html, name in names if not name.strip()]
+    assert page.evaluate("document.querySelector('a, button, input, textarea').className") == "skip"
+    page.focus(".skip")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    assert page.inner_text("#announce") == "The picture is done."
