@@ -5,6 +5,7 @@ A line that needs a GPU, hours, or files of the reader's own (named in capitals)
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -31,23 +32,33 @@ MODULES = {
 }
 BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`((?:hd-\w+) [^`]*)`")
-RUNS = re.compile(r"^hd-run demo|^hd-engines (list|verify) demo")  # in seconds, with what ships
+RUNS = re.compile(r"^printf|^hd-run demo|^hd-engines (list|verify) demo")  # in seconds, with what ships
+LONGER = re.compile(r"^hd-run demo|^hd-data (demo|check|look|latents) |^hd-eval (out|demo|--reference demo)")
+# Parameters that name a file or folder which must be there before; those that name what a command makes.
+READS = {"engines", "checkpoint", "folder", "what", "reference", "against", "prompts_file", "hand_params", "hand_mean"}
+READS |= {"api_keys", "data", "start", "texts", "source", "body", "a", "b", "answers", "file", "path", "judge"}
+MAKES = {"output", "out", "report"}
+
+
+def typed(page: Path, inline: bool = True) -> list[str]:
+    """The lines of a page that a reader types, without their comments: of its blocks, then of its sentences."""
+    text = page.read_text(encoding="utf-8")
+    found = [line for block in BLOCK.findall(text) for line in block.splitlines()]
+    if inline:
+        found += [" ".join(line.split()) for line in INLINE.findall(text)]
+    return [re.sub(r"\s+#.*$", "", line).strip() for line in found]
 
 
 def lines():
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        typed = [line for block in BLOCK.findall(text) for line in block.splitlines()]
-        typed += [" ".join(line.split()) for line in INLINE.findall(text)]
-        for line in typed:
-            line = re.sub(r"\s+#.*$", "", line).strip()
-            if line.startswith("hd-") and "..." not in line:
-                found.append(pytest.param(line, id=f"{page.name}: {line[:60]}"))
-    return found
+    return [
+        pytest.param(line, id=f"{page.name}: {line[:60]}")
+        for page in PAGES
+        for line in typed(page)
+        if line.startswith("hd-") and "..." not in line
+    ]
 
 
-def context(line: str) -> None:
+def context(line: str) -> click.Context:
     """Has click read a line, down to its subcommand, without running anything. Raises what click would say."""
     name, *words = shlex.split(line)
     module, attribute = MODULES[name]
@@ -57,7 +68,7 @@ def context(line: str) -> None:
         name, command, words = command.resolve_command(here, words)
         assert command is not None
         here = click.Context(command, info_name=name, parent=here)
-    command.make_context(here.info_name, list(words), parent=here.parent)
+    return command.make_context(here.info_name, list(words), parent=here.parent)
 
 
 def test_the_pages_have_commands():
@@ -72,26 +83,98 @@ def test_options_are_those_that_there_are(line):
         assert not re.search(r" -\w| --", line)
 
 
-@pytest.mark.parametrize("line", [line for line in lines() if RUNS.match(line.values[0])])
-def test_it_runs(line, tmp_path):
-    if "openvino" in line and not (cpu.has_bf16() and openvino.is_installed()):
-        pytest.skip("no bfloat16 here, or no OpenVINO")
-    (tmp_path / "prompts.txt").write_text("a fist\n")
-    if "some-id" in line:
-        run = [sys.executable, "-m", "handiffuser.runtime.cli", "demo", "a fist", "-o", "out", "--steps", "2"]
-        subprocess.run(run, cwd=tmp_path, check=True, capture_output=True)
-        hands = next((tmp_path / "out").glob("*.hands.npz"))
-        line = line.replace("out/some-id.hands.npz", str(hands))
-    name, *words = shlex.split(line)
-    command = [sys.executable, "-m", f"handiffuser.{MODULES[name][0]}", *words]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_line_finds_what_it_reads(page):
+    """What a line reads is the reader's own, in capitals, or an earlier line of the same page makes it."""
+    there = {"demo"}
+    for line in typed(page, inline=False):
+        there.update(re.findall(r"> (\S+)$", line))
+        if not line.startswith("hd-"):
+            continue
+        given = context(line).params
+        for name in READS & set(given):
+            for value in given[name] if isinstance(given[name], tuple) else [given[name]]:
+                text = str(value)
+                assert value is None or re.search("[A-Z]{2}", text) or text.split("/")[0] in there, (line, text)
+        there.update(str(given[name]) for name in MAKES & set(given))
+
+
+def run_in_order(chosen: list[str], folder: Path) -> None:
+    """As a newcomer would: one line after the other, in bash, in a folder that was empty before."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for line in chosen:
+        if "openvino" in line and not (cpu.has_bf16() and openvino.is_installed()):
+            continue
+        result = subprocess.run(
+            ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert result.returncode == 0, (line, result.stderr)
+
+
+def chosen(page: Path, pattern: re.Pattern[str]) -> list[str]:
+    return [line for line in typed(page) if pattern.match(line)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if chosen(page, RUNS)], ids=lambda page: page.name)
+def test_it_runs(page, tmp_path):
+    run_in_order(chosen(page, RUNS), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["data.md", "evaluate.md"])
+def test_pages_with_longer_commands_run_in_order(name, tmp_path):
+    if name == "evaluate.md":
+        pytest.importorskip("mediapipe")
+    run_in_order(chosen(ROOT / "docs" / name, LONGER), tmp_path)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            if link.startswith("http"):
+                continue
+            target, _, anchor = link.partition("#")
+            there = page.parent / target if target else page
+            assert there.exists() and (not anchor or anchor in anchors(there)), (page.name, link)
+
+
+def test_every_page_is_in_the_readme():
+    text = PAGES[0].read_text(encoding="utf-8")
+    assert all(f"](docs/{page.name})" in text for page in PAGES[1:])
+
+
+def test_extras_are_those_that_there_are():
+    tomllib = pytest.importorskip("tomllib")
+    extras = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    )
+    for page in PAGES:
+        for names in re.findall(r'pip install "\.\[([^]]+)\]"', page.read_text(encoding="utf-8")):
+            assert set(names.split(",")) <= extras, (page.name, names)
+    table = PAGES[0].read_text(encoding="utf-8").partition("## Seven tasks")[2].partition("\n\n`hd-train")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ") and "extras" not in line]
+    assert len(rows) == 7
+    for row in rows:
+        named = re.findall(r"`([^`]+)`", row[2])
+        assert named and all(set(names.split(",")) <= extras for names in named), row
+
+
+def test_the_errors_that_are_explained_are_those_that_come():
+    """Each sentence of the table stands in the sources, in one piece or over two lines."""
+    rooms = [path for path in ROOT.glob("*/*.py") if path.parts[-2] != "tests"]
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in rooms)
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)
+    table = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8").partition("| what you see")[2]
+    sentences = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(sentences) > 7
+    for sentence in sentences:
+        assert sentence in sources or sentence == "hd-run: command not found", sentence
 
 
 def test_tables_have_rows_of_one_length():
