@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from handiffuser import demo
+from handiffuser import shipped
 from handiffuser.demo.gestures import GESTURES
 from handiffuser.demo.prompts import ADJECTIVES, NOUNS
 from handiffuser.runtime.bundle import Bundle
@@ -68,7 +68,7 @@ def test_gestures_are_named_as_prompts_name_them():
 
 
 def test_the_demo_knows_every_word_of_the_examples():
-    bundle = Bundle.load(demo.bundle_path())
+    bundle = Bundle.load(shipped.bundle_path())
     prompts = re.findall(r'data-prompt="([^"]+)"', texts("index.html"))
     assert len(prompts) > 3
     for prompt in [*prompts, re.search(r'placeholder="(a [^"]+)"', texts("index.html")).group(1)]:
