@@ -125,7 +125,8 @@ def test_it_runs(page, tmp_path):
 def test_pages_with_longer_commands_run_in_order(name, tmp_path):
     if name == "evaluate.md":
         pytest.importorskip("mediapipe")
-    run_in_order(chosen(ROOT / "docs" / name, LONGER), tmp_path)
+    # A tenth of the pictures shows as well whether each line finds what it needs.
+    run_in_order([line.replace(" 96", " 10") for line in chosen(ROOT / "docs" / name, LONGER)], tmp_path)
 
 
 def anchors(page: Path) -> set[str]:
