@@ -223,12 +223,12 @@ class Engines(Painter):
 
 def painter_of(what: str, options: dict[str, Any], say: Say, checkpoint: bool = False) -> Painter:
     """Loads a bundle or a checkpoint. checkpoint: the word demo means the shipped checkpoint."""
-    shipped = what == "demo" and checkpoint
-    if not shipped and kind_of(what) == "bundle":
+    is_demo = what == "demo" and checkpoint
+    if not is_demo and kind_of(what) == "bundle":
         return Engines(what, options, say)
     from .eager import Torch
 
-    return Torch(shipped.checkpoint_path() if shipped else Path(what), options, what)
+    return Torch(shipped.checkpoint_path() if is_demo else Path(what), options, what)
 
 
 def make(painter: Painter, requests: Sequence[Request], folder: Path, say: Say, show: Show) -> Made:

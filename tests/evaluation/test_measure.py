@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from commands import run_command
 from datasets import made_sample
+from handiffuser import shipped
 from handiffuser.data.samples import Sample, encode_png, read
 from handiffuser.errors import EvaluationError
 from handiffuser.evaluation import measure, pictures, run
@@ -313,3 +314,11 @@ def test_mediapipe_finds_hands_that_it_never_saw():
 def test_help_is_there():
     result = run_command("evaluation.cli", "--help")
     assert result.returncode == 0 and "preferences" in result.stdout
+
+
+def test_as_a_reference_the_word_demo_is_the_shipped_checkpoint(monkeypatch):
+    eager = pytest.importorskip("handiffuser.evaluation.eager")
+    monkeypatch.setattr(eager, "Torch", lambda path, options, what: (path, what))
+    monkeypatch.setattr(pictures, "Engines", lambda what, options, say: what)
+    assert pictures.painter_of("demo", {}, print, checkpoint=True) == (shipped.checkpoint_path(), "demo")
+    assert pictures.painter_of("demo", {}, print) == "demo"
