@@ -208,6 +208,7 @@ def random_bundle(size: str, options: dict[str, Any], stack: ExitStack) -> str:
     from ..export.bundle import export_bundle
     from ..models.checkpoint import Checkpoint, random_checkpoint
     from ..models.configs import CONFIGS
+    from ..models.foreign import MODEL_INDEX
 
     folder = options["workdir"] or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hd-bench-")))
     checkpoint, bundle = folder / f"{size}-checkpoint", folder / f"{size}-bundle"

@@ -4,7 +4,8 @@
     spread([320, 49408], table)        # [320, 49408, 49409]
 
 diffusers' `load_textual_inversion` names the further vectors `<cat>_1`, `<cat>_2`, and puts them all in the place of
-`<cat>` when it reads a prompt. So do we, in `hd-run` and in training.
+`<cat>` when it reads a prompt. So do we, in `hd-run` and in training. `<Cat>` means the same here, as with one vector;
+diffusers takes the first vector alone there.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ from ..errors import CheckpointError
 from ..files import open_to_others
 from ..schema import read_file
 from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config, default_settings
-from .hand_prior import HandPrior
 from .foreign import MODEL_INDEX
+from .hand_prior import HandPrior
 from .layout import BOS, EOS, NO_LENGTH, PARTS, read_layout, read_tokenizer_config
 from .position_kernel import PositionKernel, attach, cross_attentions
 from .text_hand_encoder import TextHandEncoder

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..contract import MANIFEST
 from ..errors import CheckpointError
-from ..schema import MisfitError, read_python_json
+from ..schema import MisfitError, read_python_json, shown
 
 MODEL_INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -83,7 +83,10 @@ def refuse_pickles(folder: Path, part: str) -> None:
     if kind and sharded:
         library = "transformers" if part == "text_encoder" else "diffusers"
         where = f"'{folder / part}'"
-        how = f"from {library} import {kind} as M; M.from_pretrained({where}).save_pretrained({where})"
+        how = (
+            f"from {library} import {kind} as M; "
+            f"M.from_pretrained({where}, use_safetensors=False).save_pretrained({where})"
+        )
     else:
         name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         how = (
@@ -110,14 +113,15 @@ def check_stable_diffusion(folder: Path) -> dict[str, Any]:
     if (folder / "text_encoder_2").is_dir() and "text_encoder_2" not in extra:
         extra.append("text_encoder_2")
     if extra or lacks:
-        what = [f"has {', '.join(extra)}"] * bool(extra) + [f"lacks {', '.join(f'{name}/' for name in lacks)}"] * bool(
-            lacks
-        )
+        has = f"has {', '.join(extra)}" if extra else ""
+        lack = f"lacks {', '.join(f'{name}/' for name in lacks)}" if lacks else ""
         also = " (SDXL)" if "text_encoder_2" in extra and "unet" in named else ""
         way = "Give the folder of the whole pipeline." if lacks and not extra else "Give a folder of one of those."
         if extra == ["controlnet"]:
             way = "Give the folder that the ControlNet was trained for, without it."
-        raise CheckpointError(f"{folder} holds a {pipeline}{also}: it {' and '.join(what)}. {TAKES}. {way}")
+        raise CheckpointError(
+            f"{folder} holds a {pipeline}{also}: it {' and '.join(filter(None, (has, lack)))}. {TAKES}. {way}"
+        )
     for part in CLASSES:
         refuse_pickles(folder, part)
         _check_class(folder, part)
@@ -129,7 +133,9 @@ def _check_class(folder: Path, part: str) -> None:
     """Raises CheckpointError for a part of another class than `hd-train init` takes."""
     config = read_object(folder / part / "config.json")
     architectures = config.get("architectures")
-    found = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
+    found = config.get("_class_name") or (
+        architectures[0] if isinstance(architectures, list) and architectures else None
+    )
     if found in (None, CLASSES[part]):
         return
     ways = {
@@ -145,9 +151,9 @@ def _check_channels(folder: Path) -> None:
     channels = read_object(folder / "unet" / "config.json").get("in_channels", 4)
     latents = read_object(folder / "vae" / "config.json").get("latent_channels", 4)
     if channels != latents:
-        kind = CHANNELS.get(channels, "a UNet for other inputs") if latents == 4 else "a UNet for other latents"
+        kind = CHANNELS.get(channels if isinstance(channels, int) else 0, "a UNet for other inputs")
         raise CheckpointError(
-            f"{folder / 'unet'} is {kind}: it takes {channels} channels, and vae/ has {latents}. {TAKES}. "
+            f"{folder / 'unet'} is {kind}: it takes {shown(channels)} channels, vae/ has {shown(latents)}. {TAKES}. "
             "Give the folder of the text-to-image model."
         )
 

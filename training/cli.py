@@ -68,11 +68,15 @@ def init(source: Path, out: Path, added: list[tuple[Path, str | None]], seed: in
         raise HanDiffuserError(f"{out} is a checkpoint already. Name another folder, or remove it first.")
     with console.status("reading"):
         check_stable_diffusion(source)  # before PyTorch is loaded
-        from .init import from_stable_diffusion, save
+        from .init import from_stable_diffusion, read_back
 
         checkpoint = from_stable_diffusion(source, seed=seed, added=added)
-    with console.status("writing, and reading it back"):
-        save(checkpoint, out)
+    with console.status("writing"):
+        checkpoint.save(out)
+    words = checkpoint.tokenizer, checkpoint.special_tokens
+    del checkpoint  # both at once would take twice the memory
+    with console.status("reading it back"):
+        checkpoint = read_back(out, *words)
     height, width = checkpoint.image_size
     if checkpoint.notes.get("placeholders"):
         console.print(f"In prompts: {' '.join(checkpoint.notes['placeholders'])}", markup=False)

@@ -45,7 +45,8 @@ def add(path: Path, token: str | None, tokenizer: CLIPTokenizer, clip: CLIPTextM
     taken = [name for name in (*tokens, f"{token}_1") if name in vocabulary]
     if taken:
         raise CheckpointError(
-            f"The placeholder {taken[0]} of {path} is in the tokenizer already. Give another: --embedding '{path}:<name>'"
+            f"The placeholder {taken[0]} of {path} is in the tokenizer already. "
+            f"Give another: --embedding '{path}:<name>'"
         )
     tokenizer.add_tokens(tokens)
     ids = tokenizer.convert_tokens_to_ids(tokens)

@@ -19,13 +19,14 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from tokenizers import Tokenizer
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .. import shipped
 from ..errors import BundleError, CheckpointError
-from ..models.checkpoint import BODY, MODEL_INDEX, Checkpoint, clip_tokenizer, plain_tokenizer, trained_size
+from ..models.checkpoint import BODY, Checkpoint, clip_tokenizer, plain_tokenizer, trained_size
 from ..models.configs import CONFIGS, CUES, HAND_SCHEDULE, default_settings
-from ..models.foreign import check_stable_diffusion, read_object
+from ..models.foreign import MODEL_INDEX, check_stable_diffusion, read_object
 from ..models.hand_prior import HandPrior
 from ..models.layout import check_sampling
 from ..models.position_kernel import PositionKernel
@@ -119,21 +120,22 @@ def from_stable_diffusion(
     return checkpoint
 
 
-def save(checkpoint: Checkpoint, out: Path) -> None:
-    """Writes a checkpoint and reads it back as `hd-export` does. Raises CheckpointError where that fails.
+def read_back(out: Path, tokenizer: Tokenizer, special_tokens: dict[str, int]) -> Checkpoint:
+    """What was written, as `hd-export` reads it; its weights stay in their files.
 
-    Then the folder has no model_index.json: it is no checkpoint, and the command can be given again.
+    tokenizer, special_tokens: of the checkpoint that was written. Raises CheckpointError where it does not come back.
+    The folder then has no model_index.json: it is no checkpoint, and the command can be given again.
     """
-    checkpoint.save(out)
     try:
         again = Checkpoint.load(out, mapped=True)
-        if again.special_tokens != checkpoint.special_tokens or again.tokenizer.to_str() != checkpoint.tokenizer.to_str():
+        if again.special_tokens != special_tokens or again.tokenizer.to_str() != tokenizer.to_str():
             raise CheckpointError("Its tokenizer does not come back as it was.")
     except BaseException as error:
         (out / MODEL_INDEX).unlink(missing_ok=True)
         if isinstance(error, CheckpointError):
             raise CheckpointError(f"The checkpoint that was written cannot be exported: {error}") from None
         raise
+    return again
 
 
 def check_vocabulary(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPTextModel) -> None:

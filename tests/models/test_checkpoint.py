@@ -214,8 +214,10 @@ def test_missing_files_are_one_sentence(copy, part):
     config = (copy / part / "config.json").rename(copy / "config.json")
     assert f"{copy / part} has no config.json" in sentence_of(copy)
     config.rename(copy / part / "config.json")
-    variant = weights.rename(weights.with_suffix(".fp16.safetensors"))
-    assert f"has no {weights.name}" in (said := sentence_of(copy)) and variant.name in said
+    other = weights.rename(weights.with_suffix(".non_ema.safetensors"))
+    assert f"has no {weights.name}" in (said := sentence_of(copy)) and other.name in said
+    variant = other.rename(weights.with_suffix(".fp16.safetensors"))
+    Checkpoint.load(copy)
     variant.unlink()
     assert f"has no {weights.name}" in sentence_of(copy)
     (copy / part / f"{weights.name}.index.json").write_text('{"weight_map": []}')
