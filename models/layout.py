@@ -36,6 +36,31 @@ PARTS = {
 }
 SCHEDULES = {"scheduler": "unet", "hand_scheduler": "hand_prior"}  # folder -> the step graph that it is for
 
+# diffusers' schedulers of networks that were trained as Stable Diffusion was: betas, and a prediction of noise or v.
+# They differ in how they sample, which a request chooses, and in what they take where a file is silent.
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+STATED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
+
 Width = Annotated[int, whole(1, 65_536)]
 Count = Annotated[int, whole(1, 256)]
 Heads = Annotated[int, whole(1, 1024)]
@@ -274,6 +299,8 @@ def read_layout(folder: Path) -> Layout:
     read_tokenizer_config(folder / "tokenizer")
     defaults = _fit(folder / MODEL_INDEX, {**default_settings(Config()), **index.get("_defaults", {})}, Settings)
     schedules = {name: _read(folder / name / "scheduler_config.json", dict[Word, Any]) for name in SCHEDULES}
+    for name, config in schedules.items():
+        check_scheduler(folder / name / "scheduler_config.json", config.get("_class_name", "DDIMScheduler"), config)
     check_sampling(folder, schedules, defaults)
     size, notes, words = index.get("_image_size"), index.get("_notes", {}), index.get("_words", [])
     return Layout((size[0], size[1]) if size else None, defaults, notes, words, schedules)
@@ -308,6 +335,24 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
         found[name] = token["content"] if isinstance(token, dict) else token
     length = config.get("model_max_length", NO_LENGTH)
     return {**found, "length": length if length < NO_LENGTH else 77}
+
+
+def check_scheduler(path: Path, kind: Any, config: dict[str, Any] | None = None) -> None:
+    """Raises CheckpointError for a scheduler whose noise schedule is not one of ours: by its class, not by its keys.
+
+    config: where given, it must state all that another class than DDIMScheduler has other defaults for.
+    """
+    if kind not in SCHEDULERS:
+        raise CheckpointError(
+            f"{path} must be a scheduler of Stable Diffusion 1.x or 2.x, got {shown(kind)}, which is for networks that "
+            "were trained otherwise. If this one was not, copy scheduler/ from the model that it was tuned from."
+        )
+    absent = [name for name in STATED if name not in config] if config is not None and kind != "DDIMScheduler" else []
+    if absent:
+        raise CheckpointError(
+            f"{path} must state {', '.join(absent)}, which {kind} has defaults of its own for. Save it again with "
+            "diffusers, which writes them."
+        )
 
 
 def check_sampling(folder: Path, schedules: dict[str, dict[str, Any]], defaults: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from ..models.checkpoint import BODY, Checkpoint, clip_tokenizer, plain_tokenize
 from ..models.configs import CONFIGS, CUES, HAND_SCHEDULE, default_settings
 from ..models.foreign import MODEL_INDEX, check_stable_diffusion, read_object
 from ..models.hand_prior import HandPrior
-from ..models.layout import check_sampling
+from ..models.layout import check_sampling, check_scheduler
 from ..models.position_kernel import PositionKernel
 from ..models.text_hand_encoder import TextHandEncoder
 from ..models.weights import first_line, load_part
@@ -39,29 +39,6 @@ FREQUENCIES = (1, 2, 4, 8)
 PRIOR = (512, 8, 8)  # width, layers and heads of the hand prior: the paper's size
 
 
-# diffusers' schedulers of networks that were trained as Stable Diffusion was: betas, and a prediction of noise or v.
-# They differ in how they sample, which a request chooses, and in what they take where a file is silent.
-SCHEDULERS = (
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-)
 STUDENTS = ("LCMScheduler", "TCDScheduler")  # of networks that were distilled: four steps without guidance
 FEW_STEPS = {"solver": "lcm", "steps": 4, "guidance": 1.0}
 
@@ -164,11 +141,7 @@ def read_schedule(folder: Path, index: dict[str, Any]) -> tuple[str, dict[str, A
     config = read_object(path)
     entry = index.get("scheduler")
     name = str(entry[1] if isinstance(entry, list) and len(entry) == 2 else config.get("_class_name"))
-    if name not in SCHEDULERS:
-        raise CheckpointError(
-            f"{path} must be a scheduler of Stable Diffusion 1.x or 2.x, got {name[:60]}, which is for networks that "
-            "were trained otherwise. If this one was not, copy scheduler/ from the model that it was tuned from."
-        )
+    check_scheduler(path, name)
     mended = {"clip_sample": False, "steps_offset": 1}
     try:
         NoiseSchedule.from_config({**config, **mended})  # what the file says has its bounds

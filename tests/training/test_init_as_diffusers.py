@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from handiffuser.errors import CheckpointError
 from handiffuser.models.checkpoint import Checkpoint
-from handiffuser.models.layout import read_layout
+from handiffuser.models.layout import SCHEDULERS, read_layout
 from handiffuser.runtime.tokens import PromptTokenizer
 from handiffuser.training import init
 from handiffuser.training.cli import commands
@@ -87,7 +87,7 @@ def test_model_index_names_the_schedulers_class(folder):
     assert np.abs(their_picture(folder, PROMPT).astype(int) - our_picture(checkpoint, start, PROMPT, "ddim")).max() <= 1
 
 
-@pytest.mark.parametrize("kind", [*init.SCHEDULERS])
+@pytest.mark.parametrize("kind", SCHEDULERS)
 def test_every_known_class_has_its_own_defaults(folder, kind):
     if kind == "DPMSolverSDEScheduler":
         pytest.importorskip("torchsde")
@@ -119,7 +119,7 @@ def test_every_known_class_has_its_own_defaults(folder, kind):
 def test_schedulers_of_other_networks_are_refused(folder, kind, monkeypatch):
     monkeypatch.setattr(init, "load_part", None)  # before any weight is read
     set_scheduler(folder, kind, BETAS)
-    with pytest.raises(CheckpointError, match=f"must be a scheduler of Stable Diffusion .* got {kind}"):
+    with pytest.raises(CheckpointError, match=f"must be a scheduler of Stable Diffusion .* got '{kind}'"):
         init.from_stable_diffusion(folder)
 
 
