@@ -206,8 +206,9 @@ def random_bundle(size: str, options: dict[str, Any], stack: ExitStack) -> str:
     """Makes an untrained checkpoint and its bundle, or finds them in the work folder; returns the bundle."""
     need("torch", "--random", "export")
     from ..export.bundle import export_bundle
-    from ..models.checkpoint import MODEL_INDEX, Checkpoint, random_checkpoint
+    from ..models.checkpoint import Checkpoint, random_checkpoint
     from ..models.configs import CONFIGS
+    from ..models.foreign import MODEL_INDEX
 
     folder = options["workdir"] or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hd-bench-")))
     checkpoint, bundle = folder / f"{size}-checkpoint", folder / f"{size}-bundle"

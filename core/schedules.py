@@ -43,11 +43,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 Beta = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")]
 
-# Settings of diffusers' schedulers that change what a network was trained for or cannot be a linear row, with
-# the only values supported. Which solver to run is the request's choice, so settings that merely choose one
-# are ignored.
+# Settings of diffusers' schedulers that change what a network was trained for or cannot be a linear row, with the only
+# values supported. The request chooses the solver: settings that merely choose one are ignored.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "trained_betas": (None,),
     "clip_sample": (False, None),  # clipping and thresholding are not linear
     "thresholding": (False, None),
     "variance_type": ("fixed_small", "fixed_small_log", None),
@@ -71,6 +69,7 @@ class NoiseSchedule:
     timestep_spacing: "leading", "trailing" or "linspace" (arXiv 2305.08891, table 2).
     steps_offset: added to the timesteps of "leading".
     set_alpha_to_one: DDIM and PLMS end at ᾱ = 1 rather than at timestep 0's.
+    trained_betas: the T betas themselves, each in (0, 1), in place of beta_schedule.
 
     The defaults are those of DDIMScheduler. What a file may say is what the annotations say: see `from_config`.
     """
@@ -84,27 +83,27 @@ class NoiseSchedule:
     timestep_spacing: Annotated[str, one_of(*TIMESTEP_SPACINGS)] = "leading"
     steps_offset: Annotated[int, whole(0, 100_000)] = 0
     set_alpha_to_one: Annotated[bool, TRUTH] = True
+    trained_betas: Annotated[tuple[Beta, ...] | None, Meta(description="numbers between 0 and 1, or null")] = None
 
     def __post_init__(self) -> None:
+        T, betas = self.num_train_timesteps, self.trained_betas
+        if betas is not None and len(betas) != T:
+            raise ValueError(f"The trained_betas must be {T} numbers, got {len(betas)}.")
         if self.beta_start > self.beta_end:
-            raise ValueError(
-                f"The betas go from {self.beta_start} to {self.beta_end}; it must be beta_start <= beta_end."
-            )
+            raise ValueError(f"It must be beta_start <= beta_end, got {self.beta_start} and {self.beta_end}.")
 
     @classmethod
     def from_config(cls, config: Any) -> NoiseSchedule:
         """Reads a scheduler's configuration as diffusers saves it, or a manifest's entry of `schedules`.
 
         Unknown keys and those that choose a solver are ignored; absent ones take DDIMScheduler's defaults.
-        Raises BundleError for a setting that is not one, or that would change the results and is not supported: a
-        schedule comes with the network that was trained for it.
+        Raises BundleError for a setting that is not one, or that would change the results and is not supported.
         """
         for name, allowed in _ONLY.items() if isinstance(config, Mapping) else ():
             if name in config and config[name] not in allowed:
                 raise BundleError(
-                    f"The scheduler's {name} is {shown(config[name])}, and only {allowed[0]!r} can be run. If the "
-                    f"network allows it, save the checkpoint's scheduler with {name}={allowed[0]!r} "
-                    "and export again."
+                    f"The scheduler's {name} must be {allowed[0]!r}, got {shown(config[name])}. If the network allows "
+                    "it, change that in scheduler_config.json and run the command again."
                 )
         try:
             return fit(config, cls)
@@ -114,7 +113,9 @@ class NoiseSchedule:
     def alphas_cumprod(self) -> Array:
         """ᾱ of timesteps 0 ... T - 1, float64 [T], decreasing. The last is 0 with zero terminal SNR."""
         T = self.num_train_timesteps
-        if self.beta_schedule == "linear":
+        if self.trained_betas is not None:
+            betas = np.array(self.trained_betas)
+        elif self.beta_schedule == "linear":
             betas = np.linspace(self.beta_start, self.beta_end, T)
         elif self.beta_schedule == "scaled_linear":
             betas = np.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), T) ** 2
@@ -375,9 +376,8 @@ def rows(
         numbers = table.astype(np.float32)
         finite = np.isfinite(numbers).all() and np.isfinite(np.float32(recurrence.init_sigma))
     if not finite:
-        raise RequestError(
-            f"{steps} steps of {solver} on this network's noise schedule are no finite numbers. Choose another solver."
-        )
+        what = f"{steps} steps of {solver} on this network's noise schedule"
+        raise RequestError(f"{what} are no finite numbers. Choose another solver.")
     return Table(recurrence.timesteps, numbers, recurrence.init_sigma, stochastic)
 
 

@@ -11,6 +11,7 @@ together) is checked by whoever owns the class.
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from pathlib import Path
@@ -49,6 +50,23 @@ def read_file(path: Path, limit: int) -> bytes:
 def read_json(path: Path, limit: int = LARGEST_JSON) -> Any:
     """The JSON value of a plain file. Raises OSError, or MisfitError when it is none."""
     return parse_json(read_file(path, limit))
+
+
+def read_python_json(path: Path) -> Any:
+    """The JSON value of a plain file as Python writes it: NaN and infinity are numbers in it.
+
+    diffusers writes `"lambda_min_clipped": -Infinity` into schedulers. Fit the value to bounds that both ends have:
+    they refuse NaN and infinity where a number counts. Raises OSError, or MisfitError when it is no JSON.
+    """
+    content = read_file(path, LARGEST_JSON)
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise MisfitError("It is not UTF-8.") from None
+    except RecursionError:
+        raise MisfitError("It is nested too deeply.") from None
+    except ValueError as error:  # also an integer of thousands of digits
+        raise MisfitError(f"It is not JSON: {_sentence(str(error))}") from None
 
 
 def parse_json(content: bytes) -> Any:

@@ -31,6 +31,7 @@ from ..errors import CheckpointError, DatasetError
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
+from ..placeholders import runs, spread
 from ..schema import MisfitError
 from .augment import Hands, centre_box, crop_hands, fit_picture, flip
 from .dataset import Index
@@ -413,10 +414,10 @@ class _Latents:
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, special: dict[str, int]) -> Tensor:
     """Prompts -> token ids int64 [N, length]: bos, at most length - 2 tokens, eos, padding."""
-    length = special["length"]
+    length, table = special["length"], runs(tokenizer)
     ids = torch.full((len(prompts), length), special["pad"], dtype=torch.int64)
     for row, encoding in enumerate(tokenizer.encode_batch(list(prompts), add_special_tokens=False)):
-        tokens = [special["bos"], *encoding.ids[: length - 2], special["eos"]]
+        tokens = [special["bos"], *spread(encoding.ids, table)[: length - 2], special["eos"]]
         ids[row, : len(tokens)] = torch.tensor(tokens)
     return ids
 

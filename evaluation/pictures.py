@@ -22,7 +22,7 @@ from ..contract import MANIFEST
 from ..data.dataset import Index
 from ..data.samples import Bad, Sample, members, person, picture
 from ..errors import EvaluationError, HanDiffuserError
-from ..models.layout import MODEL_INDEX
+from ..models.foreign import MODEL_INDEX
 from ..runtime.outputs import OutputFolder
 from ..runtime.requests import Request, RequestFile
 from ..runtime.results import Failure, Picture

@@ -27,7 +27,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..contract import LARGEST_PARAMETER
@@ -35,8 +35,9 @@ from ..errors import CheckpointError
 from ..files import open_to_others
 from ..schema import read_file
 from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config, default_settings
+from .foreign import MODEL_INDEX
 from .hand_prior import HandPrior
-from .layout import BOS, EOS, MODEL_INDEX, PARTS, read_layout, read_tokenizer_config
+from .layout import BOS, EOS, NO_LENGTH, PARTS, read_layout, read_tokenizer_config
 from .position_kernel import PositionKernel, attach, cross_attentions
 from .text_hand_encoder import TextHandEncoder
 from .weights import first_line, load_part
@@ -56,6 +57,9 @@ CLASSES = {
     "vae": AutoencoderKL,
 }
 MAX_TOKENIZER = 1 << 27  # bytes of a tokenizer's files
+PROMPTS = ("", "a photo of a cat", "A right hand, making a FIST!!", "it's 2 ✌️ hands  on café tables", "手を開く")
+# What transformers reads beside tokenizer.json and tokenizer_config.json, from before tokenizer.json held everything.
+OLDER = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 
 
 @dataclass
@@ -103,7 +107,7 @@ class Checkpoint:
             stored = copy.deepcopy(module).half() if half else module
             stored.save_pretrained(folder / name, safe_serialization=True)  # type: ignore[operator]
             open_to_others(*(folder / name).glob("*.safetensors"))
-            _forget_origin(folder / name / "config.json")
+            _clean(folder / name / "config.json")
         for name in ("scheduler", "hand_scheduler"):
             index[name] = ["diffusers", "DDIMScheduler"]
             DDIMScheduler.from_config(getattr(self, name)).save_pretrained(folder / name)
@@ -226,21 +230,19 @@ def trained_size(unet: UNet2DConditionModel, vae: AutoencoderKL) -> tuple[int, i
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
-    """Reads tokenizer.json, or the vocab.json and merges.txt of older checkpoints; with its special tokens' ids.
+    """The tokenizer of a folder, with its special tokens' ids.
 
+    Without older files, tokenizer.json says it all, as `Checkpoint.save` writes it; else see `clip_tokenizer`.
     Raises CheckpointError for files that are missing or no tokenizer, and for one without its special tokens.
     """
     config = read_tokenizer_config(folder)
+    if any((folder / name).is_file() for name in OLDER):
+        return plain_tokenizer(clip_tokenizer(folder))
     path = folder / "tokenizer.json"
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    if not path.is_file() and not (vocabulary.is_file() and merges.is_file()):
+    if not path.is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json, nor a vocab.json and merges.txt.")
     try:
-        if path.is_file():
-            tokenizer = Tokenizer.from_buffer(read_file(path, MAX_TOKENIZER))
-        else:
-            path = vocabulary
-            tokenizer = clip_tokenizer(vocabulary, merges, config)
+        tokenizer = Tokenizer.from_buffer(read_file(path, MAX_TOKENIZER))
         ids = {name: tokenizer.token_to_id(config[name]) for name in ("bos", "eos", "pad")}
     except Exception as error:  # tokenizers raises bare Exceptions
         raise CheckpointError(f"{path} cannot be read as a tokenizer: {first_line(error)}") from None
@@ -250,17 +252,40 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
     return tokenizer, {**ids, "length": config["length"]}
 
 
-def clip_tokenizer(vocabulary: Path, merges: Path, special: Mapping[str, str]) -> Tokenizer:
-    """CLIP's tokenizer from its two older files, as transformers' CLIPTokenizer makes it."""
-    symbols = json.loads(read_file(vocabulary, MAX_TOKENIZER))
-    lines = read_file(merges, MAX_TOKENIZER).decode("utf-8").splitlines()
-    rules = (line.partition(" ") for line in lines if line.strip() and not line.startswith("#version"))
-    pairs = [(first, second) for first, _, second in rules]
-    tokenizer = Tokenizer(models.BPE(symbols, pairs, unk_token=special["eos"], end_of_word_suffix="</w>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = _normalizer(), _pre_tokenizer()
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(dict.fromkeys(special[name] for name in ("bos", "eos", "pad"))))
+def clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    """What transformers makes of all files of a tokenizer's folder, as diffusers' pipelines take it.
+
+    The pad token of Stable Diffusion 2.x stands in special_tokens_map.json, placeholders of textual inversion in
+    added_tokens.json. Raises CheckpointError.
+    """
+    read_tokenizer_config(folder)
+    names = [name for name in ("tokenizer.json", *OLDER) if (folder / name).is_file()]
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
+        raise CheckpointError(f"{folder} has no tokenizer.json, nor a vocab.json and merges.txt.")
+    try:
+        for name in names:
+            read_file(folder / name, MAX_TOKENIZER)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers fail on bad files in many ways
+        raise CheckpointError(f"{folder} cannot be read as a tokenizer: {first_line(error)}") from None
     return tokenizer
+
+
+def plain_tokenizer(tokenizer: CLIPTokenizer) -> tuple[Tokenizer, dict[str, int]]:
+    """The same without transformers, and its special tokens' ids: what a checkpoint keeps.
+
+    Raises CheckpointError where the two read a prompt differently.
+    """
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    for prompt in (*PROMPTS, *(f"a {token}, {token}" for token in tokenizer.get_added_vocab())):
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if plain.encode(prompt, add_special_tokens=False).ids != ids:
+            raise CheckpointError(f"The tokenizer reads {prompt!r} differently without transformers. Please report it.")
+    length = tokenizer.model_max_length
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return plain, {**special, "length": int(length) if length < NO_LENGTH else 77}
 
 
 def _normalizer() -> normalizers.Normalizer:
@@ -417,8 +442,20 @@ def random_checkpoint(
     return checkpoint
 
 
-def _forget_origin(path: Path) -> None:
-    """Takes out where a part was loaded from: it names folders of the machine that saved it."""
+def _clean(path: Path) -> None:
+    """Takes out where a part was loaded from, which names folders of the machine that saved it, and what is not JSON.
+
+    A NaN or infinity here has no say: `read_config` refuses it where it has.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.pop("_name_or_path", None) is not None:
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    kept = {name: value for name, value in config.items() if name != "_name_or_path" and _is_json(value)}
+    if kept != config:
+        path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True

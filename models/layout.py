@@ -18,11 +18,10 @@ from msgspec import Meta
 from ..contract import NUM_HISTORY, Settings, Side, Word
 from ..errors import CheckpointError, HanDiffuserError
 from ..schedules import NoiseSchedule, rows
-from ..schema import TRUTH, MisfitError, fit, one_of, read_json, shown, whole
+from ..schema import TRUTH, MisfitError, fit, one_of, read_python_json, shown, whole
 from .configs import CUES, ROTATION_FRAMES, Config, default_settings
+from .foreign import MODEL_INDEX, read_object, refuse_foreign, refuse_pickles
 
-MODEL_INDEX = "model_index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 NO_LENGTH = 10_000  # from here on `model_max_length` says that there is none
 
@@ -36,6 +35,31 @@ PARTS = {
     "vae": ("diffusers", "AutoencoderKL"),
 }
 SCHEDULES = {"scheduler": "unet", "hand_scheduler": "hand_prior"}  # folder -> the step graph that it is for
+
+# diffusers' schedulers of networks that were trained as Stable Diffusion was: betas, and a prediction of noise or v.
+# They differ in how they sample, which a request chooses, and in what they take where a file is silent.
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+STATED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
 
 Width = Annotated[int, whole(1, 65_536)]
 Count = Annotated[int, whole(1, 256)]
@@ -187,6 +211,7 @@ CONFIGS: dict[str, Any] = {
 # What diffusers' networks can be beyond what the exported graphs do -> the values that they may have. Time rows and
 # keys are computed outside the loop (see export/graphs.py), where other embeddings and attentions would be lost.
 ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
+    "CLIPTextModel": {"use_attention_mask": (None, False)},
     "UNet2DConditionModel": {
         "act_fn": ("silu", "swish"),
         "addition_embed_type": (None,),
@@ -256,21 +281,26 @@ def read_layout(folder: Path) -> Layout:
     Raises CheckpointError for a folder that is none, a missing part, a pickle, a configuration that is not what it
     should be, and a schedule or default settings that the exported bundle could not sample with.
     """
-    if not (folder / MODEL_INDEX).exists():
-        what = "has no model_index.json" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} is not a checkpoint: it {what}.")
+    refuse_foreign(folder, "hd-export")
     index = _read(folder / MODEL_INDEX, Index)
     needed = [name for name in PARTS if name != "position_kernel"] + [*SCHEDULES, "tokenizer"]
     missing = [name for name in needed if not (folder / name).is_dir()]
+    if missing and "hand_prior" not in read_object(folder / MODEL_INDEX):
+        raise CheckpointError(
+            f"{folder} is not a HanDiffuser checkpoint: it lacks {', '.join(missing)}. If it is Stable Diffusion 1.x "
+            f"or 2.x, make a checkpoint of it: hd-train init {folder} start"
+        )
     if missing:
-        raise CheckpointError(f"{folder} is incomplete: it lacks {', '.join(missing)}.")
-    refuse_pickles(folder)
+        raise CheckpointError(f"{folder} is incomplete: it lacks {', '.join(missing)}. Copy it again.")
     for name, (_, kind) in PARTS.items():
         if (folder / name).is_dir():
+            refuse_pickles(folder, name)
             read_config(kind, folder / name)
     read_tokenizer_config(folder / "tokenizer")
     defaults = _fit(folder / MODEL_INDEX, {**default_settings(Config()), **index.get("_defaults", {})}, Settings)
     schedules = {name: _read(folder / name / "scheduler_config.json", dict[Word, Any]) for name in SCHEDULES}
+    for name, config in schedules.items():
+        check_scheduler(folder / name / "scheduler_config.json", config.get("_class_name", "DDIMScheduler"), config)
     check_sampling(folder, schedules, defaults)
     size, notes, words = index.get("_image_size"), index.get("_notes", {}), index.get("_words", [])
     return Layout((size[0], size[1]) if size else None, defaults, notes, words, schedules)
@@ -307,6 +337,24 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     return {**found, "length": length if length < NO_LENGTH else 77}
 
 
+def check_scheduler(path: Path, kind: Any, config: dict[str, Any] | None = None) -> None:
+    """Raises CheckpointError for a scheduler whose noise schedule is not one of ours: by its class, not by its keys.
+
+    config: where given, it must state all that another class than DDIMScheduler has other defaults for.
+    """
+    if kind not in SCHEDULERS:
+        raise CheckpointError(
+            f"{path} must be a scheduler of Stable Diffusion 1.x or 2.x, got {shown(kind)}, which is for networks that "
+            "were trained otherwise. If this one was not, copy scheduler/ from the model that it was tuned from."
+        )
+    absent = [name for name in STATED if name not in config] if config is not None and kind != "DDIMScheduler" else []
+    if absent:
+        raise CheckpointError(
+            f"{path} must state {', '.join(absent)}, which {kind} has defaults of its own for. Save it again with "
+            "diffusers, which writes them."
+        )
+
+
 def check_sampling(folder: Path, schedules: dict[str, dict[str, Any]], defaults: dict[str, Any]) -> None:
     """Raises CheckpointError where a bundle could not sample as its defaults say, on its own noise schedules."""
     for name, graph in SCHEDULES.items():
@@ -319,22 +367,9 @@ def check_sampling(folder: Path, schedules: dict[str, dict[str, Any]], defaults:
             raise CheckpointError(f"{folder / name} cannot be sampled with: {error}") from None
 
 
-def refuse_pickles(folder: Path) -> None:
-    """Raises CheckpointError where a part's weights come as a pickle only."""
-    for part in PARTS:
-        files = [path for path in (folder / part).glob("*") if path.is_file()]
-        pickles = [path.name for path in files if path.suffix in PICKLES]
-        if pickles and not any(path.suffix == ".safetensors" for path in files):
-            raise CheckpointError(
-                f"{folder / part} holds its weights as a pickle ({pickles[0]}), which can run code when opened. "
-                "Convert it where you trust its origin: "
-                "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')."
-            )
-
-
 def _read(path: Path, kind: Any) -> Any:
     try:
-        value = read_json(path)
+        value = read_python_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}.") from None
     except (OSError, MisfitError) as error:

@@ -26,6 +26,7 @@ from .layout import read_config
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # in the words of safetensors
 SPARE = 1 << 20  # elements: a network that wants more than twice what is there and this is not even made
+VARIANTS = (None, "fp16", "bf16")  # of files, the first that is there
 SHOWN = 3  # names in a sentence; the others are counted
 
 
@@ -44,7 +45,8 @@ def load_part(kind: Any, folder: Path, mapped: bool = False) -> Any:
     another shape or type than the configuration says, or not finite.
     """
     config = read_config(kind.__name__, folder)
-    stored = read_headers(weight_files(kind, folder))
+    files, variant = weight_files(kind, folder)
+    stored = read_headers(files)
     other = [f"{name} ({held})" for name, (held, _) in stored.items() if held not in FLOATS and not _unread(name)]
     if other:
         raise CheckpointError(
@@ -57,6 +59,7 @@ def load_part(kind: Any, folder: Path, mapped: bool = False) -> Any:
             wanted = sum(tensor.numel() for tensor in build(kind, config).state_dict().values())
         if wanted <= 2 * held + SPARE:
             arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+            arguments["variant"] = variant
             arguments["ignore_mismatched_sizes"] = True  # they are reported then, and refused below
             if issubclass(kind, PreTrainedModel):
                 arguments |= {"dtype": torch.float32, "config": CLIPTextConfig(**config)}
@@ -85,7 +88,7 @@ def load_part(kind: Any, folder: Path, mapped: bool = False) -> Any:
             "Save both again together, with save_pretrained()."
         )
     if mapped:
-        map_weights(module, weight_files(kind, folder))
+        map_weights(module, files)
     check_finite(module, folder)
     return module
 
@@ -104,26 +107,36 @@ def map_weights(module: nn.Module, files: Iterable[Path]) -> None:
                     own[name].data = there
 
 
-def weight_files(kind: Any, folder: Path) -> list[Path]:
-    """The files that `from_pretrained` will read: one, or the shards that an index names."""
+def weight_files(kind: Any, folder: Path) -> tuple[list[Path], str | None]:
+    """The files that `from_pretrained` will read (one, or the shards that an index names), and their variant.
+
+    Where there is nothing else, half precision is read: `*.fp16.safetensors`, as diffusers' `variant="fp16"` saves it.
+    """
     stem = "model" if issubclass(kind, PreTrainedModel) else "diffusion_pytorch_model"
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        others = sorted(path.name for path in folder.glob("*.safetensors"))
-        raise CheckpointError(
-            f"{folder} has no {single.name}."
-            + (f" If its weights are in {others[0]}, give that file this name." if others else "")
-        )
+    for variant in VARIANTS:
+        dot = f".{variant}" if variant else ""
+        single, index = folder / f"{stem}{dot}.safetensors", folder / f"{stem}.safetensors.index{dot}.json"
+        if single.is_file():
+            return [single], variant
+        if index.is_file():
+            return _shards(index), variant
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    raise CheckpointError(
+        f"{folder} has no {stem}.safetensors."
+        + (f" If its weights are in {others[0]}, give that file this name." if others else "")
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index of weights names."""
     try:
         names = fit(read_json(index), Index).weight_map
     except (OSError, MisfitError) as error:
         raise CheckpointError(f"{index} is no index of weights: {first_line(error)}") from None
-    shards = sorted({folder / name for name in names.values()})
+    shards = sorted({index.parent / name for name in names.values()})
     for shard in shards:
         if not shard.is_file():
-            raise CheckpointError(f"{folder} has no {shard.name}, which {index.name} names.")
+            raise CheckpointError(f"{index.parent} has no {shard.name}, which {index.name} names.")
     return shards
 
 

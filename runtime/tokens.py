@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..errors import BundleError
+from ..placeholders import runs
 
 
 def words_of(text: str) -> list[str]:
@@ -37,11 +38,14 @@ class PromptTokenizer:
         # The file's own ideas of padding and cutting would hide what was cut.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._runs = runs(self._tokenizer)
 
     def encode(self, prompt: str) -> tuple[np.ndarray, str]:
         """Returns ids, int64 [length], and the end of the prompt that did not fit ("" when all of it did)."""
         encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
-        ids, room = encoding.ids, self.length - 2
-        dropped = prompt[encoding.offsets[room][0] :] if len(ids) > room else ""
-        row = [self.bos, *ids[:room], self.eos]
+        found = zip(encoding.ids, encoding.offsets, strict=True)
+        tokens = [(part, start) for number, (start, _) in found for part in self._runs.get(number, (number,))]
+        room = self.length - 2
+        dropped = prompt[tokens[room][1] :] if len(tokens) > room else ""
+        row = [self.bos, *(number for number, _ in tokens[:room]), self.eos]
         return np.array(row + [self.pad] * (self.length - len(row)), np.int64), dropped

@@ -11,7 +11,7 @@ import msgspec
 
 from ..commands import run
 from ..errors import HanDiffuserError, TrainingError
-from ..models.checkpoint import MODEL_INDEX
+from ..models.foreign import MODEL_INDEX, check_stable_diffusion
 from ..shipped import resolve
 from .loop import console, run_processes
 from .recipe import PLANS, STUDENTS, Recipe
@@ -36,11 +36,29 @@ def commands() -> None:
     """
 
 
+def _embeddings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[tuple[Path, str | None]]:
+    """ "cat.pt:<cat>" -> (path, "<cat>"); "cat.pt" -> (path, None)."""
+    found: list[tuple[Path, str | None]] = []
+    for value in values:
+        path, colon, token = value.rpartition(":")
+        whole = not colon or Path(value).exists()  # a colon may be the path's own
+        found.append((Path(value), None) if whole else (Path(path), token or None))
+    return found
+
+
 @commands.command()
 @click.argument("source", metavar="SD_FOLDER", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--embedding",
+    "added",
+    multiple=True,
+    callback=_embeddings,
+    metavar="FILE[:TOKEN]",
+    help="Textual inversion (.safetensors or .pt), under the placeholder TOKEN or its own; repeatable.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of what starts at random: hand prior, hand tokens.")
-def init(source: Path, out: Path, seed: int) -> int:
+def init(source: Path, out: Path, added: list[tuple[Path, str | None]], seed: int) -> int:
     """Makes the checkpoint OUT from Stable Diffusion 1.x or 2.x (SD_FOLDER, in diffusers' layout), untrained.
 
     Without hands (hd-run --no-hands) it makes the pictures that SD_FOLDER makes; hands enter as training opens their
@@ -49,12 +67,19 @@ def init(source: Path, out: Path, seed: int) -> int:
     if (out / MODEL_INDEX).exists():
         raise HanDiffuserError(f"{out} is a checkpoint already. Name another folder, or remove it first.")
     with console.status("reading"):
-        from .init import from_stable_diffusion
+        check_stable_diffusion(source)  # before PyTorch is loaded
+        from .init import from_stable_diffusion, read_back
 
-        checkpoint = from_stable_diffusion(source, seed=seed)
+        checkpoint = from_stable_diffusion(source, seed=seed, added=added)
     with console.status("writing"):
         checkpoint.save(out)
+    words = checkpoint.tokenizer, checkpoint.special_tokens
+    del checkpoint  # both at once would take twice the memory
+    with console.status("reading it back"):
+        checkpoint = read_back(out, *words)
     height, width = checkpoint.image_size
+    if checkpoint.notes.get("placeholders"):
+        console.print(f"In prompts: {' '.join(checkpoint.notes['placeholders'])}", markup=False)
     console.print(f"{out} makes pictures of {height} x {width}. Export it: hd-export {out} BUNDLE --precision fp16")
     return 0
 

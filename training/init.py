@@ -10,45 +10,69 @@ same latents give the same picture. The hand prior is untrained.
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel
+from tokenizers import Tokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from .. import shipped
-from ..errors import CheckpointError
-from ..models.checkpoint import BODY, Checkpoint, load_tokenizer, trained_size
+from ..errors import BundleError, CheckpointError
+from ..models.checkpoint import BODY, Checkpoint, clip_tokenizer, plain_tokenizer, trained_size
 from ..models.configs import CONFIGS, CUES, HAND_SCHEDULE, default_settings
+from ..models.foreign import MODEL_INDEX, check_stable_diffusion, read_object
 from ..models.hand_prior import HandPrior
-from ..models.layout import refuse_pickles
+from ..models.layout import check_sampling, check_scheduler
 from ..models.position_kernel import PositionKernel
 from ..models.text_hand_encoder import TextHandEncoder
-from ..models.weights import load_part
+from ..models.weights import first_line, load_part
+from ..schedules import NoiseSchedule
+from . import embeddings
 
 FREQUENCIES = (1, 2, 4, 8)
 PRIOR = (512, 8, 8)  # width, layers and heads of the hand prior: the paper's size
 
 
-def from_stable_diffusion(folder: Path, cues: tuple[str, ...] = CUES, seed: int = 0) -> Checkpoint:
+STUDENTS = ("LCMScheduler", "TCDScheduler")  # of networks that were distilled: four steps without guidance
+FEW_STEPS = {"solver": "lcm", "steps": 4, "guidance": 1.0}
+
+
+def from_stable_diffusion(
+    folder: Path,
+    cues: tuple[str, ...] = CUES,
+    seed: int = 0,
+    added: Iterable[tuple[Path, str | None]] = (),
+) -> Checkpoint:
     """Reads a Stable Diffusion 1.x or 2.x folder in diffusers' layout.
 
-    cues: see `TextHandEncoder`. seed: of what starts at random.
+    cues: see `TextHandEncoder`. seed: of what starts at random. added: files of textual inversion with their
+    placeholders, or None for the files' own.
     The body is the demo's, which is free: `hd-export --body` takes another one. Raises CheckpointError for a folder
     that is something else, or whose weights are pickles.
     """
-    parts = read_parts(folder)
-    unet, vae, clip = parts["unet"], parts["vae"], parts["text_encoder"]
+    index = check_stable_diffusion(folder)
+    name, schedule = read_schedule(folder, index)
+    defaults = default_settings(CONFIGS["sd15"]) | (FEW_STEPS if name in STUDENTS else {})
+    check_sampling(folder, {"scheduler": schedule, "hand_scheduler": dict(HAND_SCHEDULE)}, defaults)
+    words = clip_tokenizer(folder / "tokenizer")
+    kinds: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    unet, vae, clip = (load_part(kind, folder / name) for name, kind in kinds.items())
+    check_vocabulary(folder, words, clip)
+    placeholders = [token for path, token in added for token in embeddings.add(path, token, words, clip)]
     torch.manual_seed(seed)
-    tokenizer, special = load_tokenizer(folder / "tokenizer")
+    tokenizer, special = plain_tokenizer(words)
     # The first end-of-text token ends a sentence. CLIP's own configuration often names another number for it.
     clip.config.bos_token_id, clip.config.eos_token_id, clip.config.pad_token_id = (
         special[name] for name in ("bos", "eos", "pad")
     )
-    config = CONFIGS["sd15"]
+    mend_size(unet)
+    notes = {"from": folder.resolve().name, "trained": False}
     checkpoint = Checkpoint(
         tokenizer=tokenizer,
         special_tokens=special,
@@ -58,13 +82,13 @@ def from_stable_diffusion(folder: Path, cues: tuple[str, ...] = CUES, seed: int 
         unet=unet,
         position_kernel=PositionKernel.for_unet(unet, FREQUENCIES, gated=True),
         vae=vae,
-        scheduler=read_schedule(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=schedule,
         hand_scheduler=dict(HAND_SCHEDULE),
-        defaults=default_settings(config),
+        defaults=defaults,
         image_size=trained_size(unet, vae),
         body=shipped.checkpoint_path() / BODY,
         name=folder.resolve().name,
-        notes={"from": folder.resolve().name, "trained": False},
+        notes=notes | ({"placeholders": placeholders} if placeholders else {}),
     )
     checkpoint.check()
     for module in checkpoint.modules().values():
@@ -73,29 +97,65 @@ def from_stable_diffusion(folder: Path, cues: tuple[str, ...] = CUES, seed: int 
     return checkpoint
 
 
-def read_schedule(path: Path) -> dict[str, Any]:
-    """The noise schedule of a scheduler's configuration, in DDIMScheduler's words.
+def read_back(out: Path, tokenizer: Tokenizer, special_tokens: dict[str, int]) -> Checkpoint:
+    """What was written, as `hd-export` reads it; its weights stay in their files.
 
-    What a configuration leaves out is as its own class has it: PLMS does not clip, and ends at the first timestep.
+    tokenizer, special_tokens: of the checkpoint that was written. Raises CheckpointError where it does not come back.
+    The folder then has no model_index.json: it is no checkpoint, and the command can be given again.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = getattr(diffusers, config["_class_name"])
-        full = dict(kind.from_config(config).config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no scheduler's configuration ({error}).") from error
-    return {"clip_sample": False, "thresholding": False, **full}
+        again = Checkpoint.load(out, mapped=True)
+        if again.special_tokens != special_tokens or again.tokenizer.to_str() != tokenizer.to_str():
+            raise CheckpointError("Its tokenizer does not come back as it was.")
+    except BaseException as error:
+        (out / MODEL_INDEX).unlink(missing_ok=True)
+        if isinstance(error, CheckpointError):
+            raise CheckpointError(f"The checkpoint that was written cannot be exported: {error}") from None
+        raise
+    return again
 
 
-def read_parts(folder: Path) -> dict[str, Any]:
-    """UNet, VAE and CLIP of a folder, in float32."""
-    if not (folder / "model_index.json").exists():
-        raise CheckpointError(f"{folder} is no diffusers folder: it has no model_index.json.")
-    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not (folder / name).is_dir():
-            raise CheckpointError(f"{folder} has no {name}/: this takes Stable Diffusion 1.x and 2.x.")
-    if (folder / "text_encoder_2").is_dir():
-        raise CheckpointError(f"{folder} has two text encoders (SDXL): this takes Stable Diffusion 1.x and 2.x.")
-    refuse_pickles(folder)
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    return {name: load_part(kind, folder / name) for name, kind in kinds.items()}
+def check_vocabulary(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPTextModel) -> None:
+    """Raises CheckpointError where tokens lack their vectors, or vectors their tokens."""
+    tokens, rows = max(tokenizer.get_vocab().values()) + 1, clip.config.vocab_size
+    if tokens > rows:
+        raise CheckpointError(
+            f"{folder / 'text_encoder'} must have a vector for each of the tokenizer's {tokens} tokens, got {rows}. "
+            "Copy both folders from the same place."
+        )
+    if rows > tokens:
+        raise CheckpointError(
+            f"{folder / 'tokenizer'} must have a token for each of the text encoder's {rows} vectors, got {tokens}. "
+            "Copy all of its files, added_tokens.json too, from where the text encoder was trained."
+        )
+
+
+def read_schedule(folder: Path, index: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class of a folder's scheduler, and its noise schedule in DDIMScheduler's words.
+
+    index: of model_index.json, whose class diffusers takes. What the configuration leaves out is as this class has it;
+    then `StableDiffusionPipeline` sets `steps_offset` to 1 and `clip_sample` to false. Raises CheckpointError for
+    schedulers of other kinds of networks.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_object(path)
+    entry = index.get("scheduler")
+    name = str(entry[1] if isinstance(entry, list) and len(entry) == 2 else config.get("_class_name"))
+    check_scheduler(path, name)
+    mended = {"clip_sample": False, "steps_offset": 1}
+    try:
+        NoiseSchedule.from_config({**config, **mended})  # what the file says has its bounds
+        full = dict(getattr(diffusers, name).from_config(config).config)
+        full |= {key: value for key, value in mended.items() if key in full}
+        return name, {**asdict(NoiseSchedule.from_config(full)), "clip_sample": False}
+    except BundleError as error:
+        raise CheckpointError(f"{path} cannot be sampled with: {error}") from None
+    except Exception as error:  # schedulers fail in many ways
+        raise CheckpointError(f"{path} cannot be used as {name}: {first_line(error)}") from None
+
+
+def mend_size(unet: UNet2DConditionModel) -> None:
+    """Sets the size of UNets from before diffusers 0.9 to 64, as `StableDiffusionPipeline` does: theirs is not true."""
+    version = tuple(int(part) for part in re.findall(r"\d+", str(unet.config.get("_diffusers_version", "1")))[:2])
+    if version < (0, 9) and isinstance(unet.config.sample_size, int) and unet.config.sample_size < 64:
+        unet.register_to_config(sample_size=64)

@@ -23,6 +23,7 @@ SIZE = 6
 STEPS = (1, 2, 5, 7, 20)
 SPACINGS = ("leading", "trailing", "linspace")
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+TRAINED = {"trained_betas": tuple((np.linspace(0.03, 0.12, 1000) ** 2).tolist())}
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 PEERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -164,7 +165,9 @@ def test_close_to_diffusers_as_it_is(solver, prediction, betas):
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
-@pytest.mark.parametrize("betas", [STABLE_DIFFUSION, COSINE, {}], ids=["stable-diffusion", "cosine", "linear"])
+@pytest.mark.parametrize(
+    "betas", [STABLE_DIFFUSION, COSINE, {}, TRAINED], ids=["stable-diffusion", "cosine", "linear", "trained"]
+)
 def test_alphas_cumprod(betas, zero_snr):
     with float64_diffusers():
         expected = diffusers.DDIMScheduler(**betas, rescale_betas_zero_snr=zero_snr).alphas_cumprod.numpy()
@@ -280,9 +283,10 @@ def test_refusals_say_what_is_allowed(change, words):
         ({"beta_schedule": "sigmoid"}, "beta_schedule.*scaled_linear"),
         ({"prediction_type": "flow_prediction"}, "prediction_type"),
         ({"timestep_spacing": "random"}, "timestep_spacing"),
-        ({"clip_sample": True}, "clip_sample=False"),
+        ({"clip_sample": True}, "clip_sample must be False, got True"),
         ({"thresholding": True}, "thresholding"),
-        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas must be 1000 numbers, got 2"),
+        ({"trained_betas": [0.1, 1.0], "num_train_timesteps": 2}, "trained_betas"),
         ({"variance_type": "learned_range"}, "fixed_small"),
         ({"final_sigmas_type": "sigma_min"}, "zero"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start <= beta_end"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 from handiffuser.errors import CheckpointError
 from handiffuser.models.checkpoint import Checkpoint, load_tokenizer, make_tokenizer, random_checkpoint
 from handiffuser.models.configs import CONFIGS
@@ -214,8 +214,10 @@ def test_missing_files_are_one_sentence(copy, part):
     config = (copy / part / "config.json").rename(copy / "config.json")
     assert f"{copy / part} has no config.json" in sentence_of(copy)
     config.rename(copy / part / "config.json")
-    variant = weights.rename(weights.with_suffix(".fp16.safetensors"))
-    assert f"has no {weights.name}" in (said := sentence_of(copy)) and variant.name in said
+    other = weights.rename(weights.with_suffix(".non_ema.safetensors"))
+    assert f"has no {weights.name}" in (said := sentence_of(copy)) and other.name in said
+    variant = other.rename(weights.with_suffix(".fp16.safetensors"))
+    Checkpoint.load(copy)
     variant.unlink()
     assert f"has no {weights.name}" in sentence_of(copy)
     (copy / part / f"{weights.name}.index.json").write_text('{"weight_map": []}')
@@ -281,6 +283,21 @@ def test_a_schedule_that_the_runtime_would_refuse(copy, name, entries, words, mo
     change(copy, f"{name}/scheduler_config.json", **entries)
     said = sentence_of(copy)
     assert words in said and f"{copy / name} cannot be sampled with" in said
+
+
+@pytest.mark.parametrize("name", ["scheduler", "hand_scheduler"])
+def test_schedulers_are_known_by_their_class(copy, name):
+    """Their absent keys are never filled with another class's defaults."""
+    file = f"{name}/scheduler_config.json"
+    for kind in ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", 3):
+        change(copy, file, _class_name=kind)
+        assert f"got {kind!r}" in sentence_of(copy)
+    change(copy, file, _class_name="PNDMScheduler", timestep_spacing=None)
+    assert "must state timestep_spacing, which PNDMScheduler" in sentence_of(copy)
+    scheduler = DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.save_pretrained(copy / name)
+    assert "-Infinity" in (copy / file).read_text()
+    assert Checkpoint.load(copy).name == "copy"
 
 
 @pytest.mark.parametrize(

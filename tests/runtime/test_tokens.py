@@ -7,6 +7,7 @@ import json
 import pytest
 from handiffuser import BundleError
 from handiffuser.runtime.tokens import PromptTokenizer, words_of
+from tokenizers import AddedToken, Tokenizer
 
 
 @pytest.fixture
@@ -62,3 +63,21 @@ def test_a_broken_file_or_manifest(tmp_path, toy_bundle, special):
         PromptTokenizer(path, special)
     with pytest.raises(BundleError, match="lacks 'eos'"):
         PromptTokenizer(toy_bundle / "tokenizer.json", {"bos": 0})
+
+
+def test_a_placeholder_of_several_vectors(tmp_path, toy_bundle, special):
+    """All of its tokens stand in its place, as in training, and are cut with the rest of a prompt."""
+    raw = Tokenizer.from_file(str(toy_bundle / "tokenizer.json"))
+    raw.add_tokens([AddedToken(token, normalized=True) for token in ("<cat>", "<cat>_1", "<cat>_2", "<dog>")])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = PromptTokenizer(tmp_path / "tokenizer.json", special)
+    first, second, third, dog = (raw.token_to_id(token) for token in ("<cat>", "<cat>_1", "<cat>_2", "<dog>"))
+    ids, dropped = tokenizer.encode("<cat><dog>")
+    assert ids[:6].tolist() == [special["bos"], first, second, third, dog, special["eos"]] and dropped == ""
+    ids, dropped = tokenizer.encode("<cat>" * 25 + "<dog> x")
+    assert ids[-2] == third and dropped == "<dog> x"
+    ids, dropped = tokenizer.encode("<dog>" * 74 + "<cat> y")
+    assert ids[-2] == first and dropped == "<cat> y"
+    latents = pytest.importorskip("handiffuser.data.latents")
+    for prompt in ("<cat> <dog>", "<cat>" * 30, "a <Cat> fist"):
+        assert latents.encode_prompts([prompt], raw, special)[0].tolist() == tokenizer.encode(prompt)[0].tolist()
