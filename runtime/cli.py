@@ -228,6 +228,7 @@ def _on_ray(
                     options["threads"] or 1,
                     options["batch_size"],
                     options["backend"],
+                    pictures=-(-len(todo) // workers),
                 )
                 steps = {str(request.id): request.steps or 0 for request in todo}
                 total = len(asked) * images

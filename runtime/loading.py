@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "onnxruntime", "openvino", *MODULES, "inductor")
 LONG = 64  # pictures of a run from which on it is worth to compile the UNet for larger batches, too
+MANY = 1 << 30  # pictures of a server, which does not know how many it will make
 BATCHES = (1, 2, 4)  # which are tried then
 DRIVER = Path("/proc/driver/nvidia/version")  # there where an NVIDIA driver is loaded
 
