@@ -25,8 +25,17 @@ class Talk(io.FileIO):
         return len(data)
 
 
-class Patient(io.TextIOWrapper):
-    """stderr as text, over Talk."""
+class Result(io.FileIO):
+    """stdout. It keeps the first error of writing."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
 
 def open_standard() -> None:
@@ -44,11 +53,20 @@ def open_standard() -> None:
             stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
-    stderr = sys.stderr
-    if isinstance(stderr, io.TextIOWrapper) and stderr is sys.__stderr__ and not isinstance(stderr, Patient):
-        talk = io.BufferedWriter(Talk(2, "w", closefd=False))
-        patient = Patient(talk, stderr.encoding, stderr.errors, line_buffering=True, write_through=True)
-        sys.stderr = sys.__stderr__ = patient  # type: ignore[misc]
+    for name, number, kind in (("stdout", 1, Result), ("stderr", 2, Talk)):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__") and not isinstance(_raw(stream), kind):  # a test's stream stays
+            raw = kind(number, "w", closefd=False)
+            layers = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
+            stream = io.TextIOWrapper(buffer, stream.encoding, stream.errors, **layers)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
+def _raw(stream: Any) -> Any:
+    """The file below a standard stream."""
+    return getattr(stream.buffer, "raw", stream.buffer)
 
 
 def _open_null(number: int) -> None:
@@ -62,16 +80,13 @@ def _open_null(number: int) -> None:
 
 
 def stdout_error() -> OSError | None:
-    """Why what was printed cannot be written to stdout; None where it is written."""
-    if sys.__stdout__ is None:
+    """Why what was printed could not be written to stdout; None where it is written."""
+    raw = _raw(sys.__stdout__)
+    if not isinstance(raw, Result):
         return None
-    try:
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed on purpose
         sys.__stdout__.flush()
-    except ValueError:  # it was closed on purpose
-        return None
-    except OSError as error:
-        return error
-    return None
+    return raw.error
 
 
 def give_up_stdout(command: str, error: OSError) -> int:

@@ -185,7 +185,7 @@ class OutputFolder:
             return OutputError(f"{self.where} is not a folder. Name another one with --output.")
         if isinstance(error, BlockingIOError):
             return OutputError(
-                f"Another hd-run is writing into {self.where} ({error}). Wait for it, or name another folder with "
+                f"Another hd-run is writing into {self.where} ({error.strerror}). Wait for it, or name another folder with "
                 "--output."
             )
         return OutputError(
