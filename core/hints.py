@@ -1,6 +1,6 @@
 """What to type here instead of an option that other programs have: diffusers, kohya's scripts, vLLM.
 
-    hint("--num-inference-steps", "hd-run", ["--steps", "--guidance"])     # "It is --steps here."
+hint("--num-inference-steps", "hd-run", ["--steps", "--guidance"])     # "It is --steps here."
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ INSTEAD: dict[str, dict[str, str]] = {
         "hd-serve": "Each request says its num_inference_steps; --max-steps bounds them.",
         "hd-export": "A run says its steps: hd-run --steps.",
     },
-    "guidance": {"hd-serve": _REQUEST.format("guidance_scale"), "hd-export": "A run says its guidance: hd-run --guidance."},
+    "guidance": {
+        "hd-serve": _REQUEST.format("guidance_scale"),
+        "hd-export": "A run says its guidance: hd-run --guidance.",
+    },
     "negative-prompt": {"hd-serve": _REQUEST.format("negative_prompt")},
     "seed": {"hd-serve": _REQUEST.format("seed")},
     "solver": {"hd-serve": _REQUEST.format("solver"), "hd-export": "A run says its solver: hd-run --solver."},
@@ -110,8 +113,7 @@ def explained(error: click.ClickException) -> click.ClickException:
     said = hint(error.option_name, program, _options(error.ctx.command)) or _of_a_command(error, program)
     if not said:
         return error
-    better = click.UsageError(f"No such option: {error.option_name}. {said}", error.ctx)
-    return better
+    return click.UsageError(f"No such option: {error.option_name}. {said}", error.ctx)
 
 
 def _of_a_command(error: click.NoSuchOption, program: str) -> str:

@@ -1,7 +1,7 @@
 """Standard streams that are closed, full, or that no one reads any more.
 
-A command's result goes to stdout: if it cannot be written, the command fails. What a command says goes to stderr: if that
-cannot be written, the work goes on.
+A command's result goes to stdout: if it cannot be written, the command fails. What a command says goes to stderr: if
+that cannot be written, the work goes on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Libraries that report their use to their makers: off in every process that imports handiffuser.
 
-`import handiffuser` calls `off` before it imports any of them. Processes that we start inherit the variables. A variable
-that the user has set stays as it is, so `ORT_DISABLE_TELEMETRY=0` turns ONNX Runtime's reports on.
+`import handiffuser` calls `off` before it imports any of them. Processes that we start inherit the variables. A
+variable that the user has set stays as it is, so `ORT_DISABLE_TELEMETRY=0` turns ONNX Runtime's reports on.
 
 Looked through, and silent as we use them: OpenVINO (only its model converter reports), PyTorch, accelerate (only with a
 tracker, and we give it none), TensorRT, Polygraphy, MediaPipe 0.10.14, tensorboard, FastAPI and uvicorn.

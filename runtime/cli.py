@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from .. import commands, shipped
+from .. import commands, grammar, shipped
 from ..commands import INTERRUPTED
 from ..contract import MANIFEST, Manifest
 from ..engines.onnxruntime import DEVICES
@@ -123,7 +123,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     pictures that are there are skipped. The exit code is 0 when any picture is there, 1 when none could be made or
     the run had to stop, 130 after Ctrl-C; --strict makes it 1 also where a prompt was refused or a picture failed.
     """
-    check_order(engines, prompts, options["ray"])
+    check_order(engines, prompts, prompts_file, options["ray"])
     if options["list_words"]:
         return list_words(engines)
     say = Reporter(options["quiet"])
@@ -200,7 +200,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code, options["strict"])
 
 
-def check_order(engines: str, prompts: tuple[str, ...], ray: str | None) -> None:
+def check_order(engines: str, prompts: tuple[str, ...], prompts_file: str | None, ray: str | None) -> None:
     """Raises RequestError where an argument stands in another's place."""
     if ray is not None and not ADDRESS.fullmatch(ray):
         raise RequestError(
@@ -213,7 +213,8 @@ def check_order(engines: str, prompts: tuple[str, ...], ray: str | None) -> None
     if bundle is not None:
         rest = " ".join(f'"{word}"' for word in (engines, *prompts) if word is not bundle)
         raise RequestError(f"The bundle must come before the prompts, got {engines!r}. Type: hd-run {bundle} {rest}")
-    if not prompts or " " in engines.strip():
+    alone = not prompts and prompts_file is None
+    if "/" not in engines and (alone or " " in engines.strip()):
         raise RequestError(
             f"The first argument must be a bundle, got {engines!r}. The word demo names the one that ships: "
             f'hd-run demo "{engines}"'
@@ -222,13 +223,11 @@ def check_order(engines: str, prompts: tuple[str, ...], ray: str | None) -> None
 
 def list_words(engines: str) -> int:
     """Prints the words that a bundle was trained on, in groups where the demo's grammar knows them."""
-    from ..demo import words
-
-    known = Manifest.load(demo.resolve(engines, "bundle"), verify=False).words
+    known = Manifest.load(shipped.resolve(engines, "bundle"), verify=False).words
     if not known:
         click.echo(f"{engines} reads prompts with CLIP: any words go.")
-    elif words.is_demo(known):
-        click.echo(words.overview())
+    elif grammar.is_demo(known):
+        click.echo(grammar.overview())
     else:
         click.echo(f"{engines} was trained on these words: {', '.join(sorted(known))}")
     return 0

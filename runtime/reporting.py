@@ -31,9 +31,13 @@ class Reporter:
         line(sentence, "hd-run: warning:", "yellow")
 
     def warning_of(self, picture: str, sentence: str) -> None:
-        """What is to be said of a picture; once, where it is to be said of many."""
-        if sentence not in self.said:
-            self.said.add(sentence)
+        """What is to be said of a picture: once where it is to be said of many, and of MOST_WARNINGS at most."""
+        if sentence in self.said or len(self.said) > MOST_WARNINGS:
+            return
+        self.said.add(sentence)
+        if len(self.said) > MOST_WARNINGS:
+            self.warning("There are more warnings of pictures. ID.json holds those of each.")
+        else:
             self.warning(f"{picture}: {sentence}")
 
     def progress(self, total: int) -> ProgressReport:

@@ -5,8 +5,8 @@
     for number, request in file:                # parsed as they are asked for; a RequestError for a bad line
         filled = list(resolver.each(request))
 
-A `.txt` file holds a prompt a line. A `.jsonl` (or `.ndjson`) file holds an object a line with the key `prompt` and, where a line
-differs from the rest, `seed`, `steps`, `solver`, `guidance`, `guidance_interval`, `negative_prompt`, `hand_steps`,
+A `.txt` file holds a prompt a line. A `.jsonl` (or `.ndjson`) file holds an object a line with the key `prompt` and,
+where a line differs from the rest, `seed`, `steps`, `solver`, `guidance`, `guidance_interval`, `negative_prompt`, `hand_steps`,
 `hand_solver`, `hand_guidance`, `noise_offset`, `id`, `hands` (a `.hands.npz`, relative to the file). A line that cannot
 be run is refused with a sentence, and the rest goes on. What a line may say is what the annotations of `Request` say.
 
@@ -54,7 +54,9 @@ _MARKS = (
 )
 JSON_LINES = (".jsonl", ".ndjson")
 # Files that hold no prompt a line, and how to make one that does.
-_CONVERT = "Convert it to .jsonl: jq -c '.[]' {} > prompts.jsonl"
+_CONVERT = (
+    """Convert it to .jsonl: jq -c '.[] | if type == "object" then . else {{prompt: .}} end' {} > prompts.jsonl"""
+)
 _TABLE = "Save its column of prompts as .txt, a prompt a line."
 _UNPACK = "Unpack it first."
 _OTHERS = {
@@ -185,8 +187,10 @@ class RequestFile:
         start = self.content.lstrip()[: MAX_LINE + 1].partition(b"\n")[0].strip()
         if start.startswith(b"["):
             raise RequestError(_must_be(self.name, _CONVERT, "a list: its first line begins with ["))
-        is_object = start == b"{" or _is_object(start)
-        if is_object and str(path) != "-" and suffix not in JSON_LINES:
+        if start == b"{":
+            remedy = "Put the object on one line: jq -c . {} > prompts.jsonl"
+            raise RequestError(_must_be(self.name, remedy, "an object over several lines"))
+        if _is_object(start) and str(path) != "-" and suffix not in JSON_LINES:
             raise RequestError(_must_be(self.name, "Rename it to .jsonl.", "JSON under another name"))
         self.jsonl = start.startswith(b"{") if str(path) == "-" else suffix in JSON_LINES
 
@@ -338,7 +342,7 @@ def _must_be(name: str, remedy: str, got: str = "") -> str:
     found = f"{got} ({name})" if got else name
     return (
         f"The prompts file must be .txt (a prompt a line) or .jsonl (an object a line), got {found}. "
-        f"{remedy.format(shlex.quote(name))}"
+        f"{remedy.format('' if name == 'standard input' else shlex.quote(name))}"
     )
 
 
