@@ -1,4 +1,4 @@
-"""What the demo's world can be asked for: the words and phrases of its prompts. `demo.prompts` writes sentences of them.
+"""What the demo's world can be asked for: words and phrases of its prompts. `demo.prompts` writes sentences of them.
 
 is_demo(manifest.words)                              # whether a bundle was trained on this world alone
 unknown_uses("a right hand holding a cup")           # {"curved as if holding a cup": ["holding", "cup"]}

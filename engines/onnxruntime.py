@@ -33,7 +33,7 @@ from .plans import Shelf
 
 DEVICES = ("auto", "cpu", "cuda")
 NO_CUDA = (
-    "ONNX Runtime was installed without CUDA. Replace it, because onnxruntime and onnxruntime-gpu overwrite each other: "
+    "ONNX Runtime was installed without CUDA. Replace it; onnxruntime and onnxruntime-gpu overwrite each other: "
     '`pip uninstall -y onnxruntime`, then `pip install "handiffuser[cuda]"`. Or take --device cpu.'
 )
 

@@ -6,9 +6,10 @@
         filled = list(resolver.each(request))
 
 A `.txt` file holds a prompt a line. A `.jsonl` (or `.ndjson`) file holds an object a line with the key `prompt` and,
-where a line differs from the rest, `seed`, `steps`, `solver`, `guidance`, `guidance_interval`, `negative_prompt`, `hand_steps`,
-`hand_solver`, `hand_guidance`, `noise_offset`, `id`, `hands` (a `.hands.npz`, relative to the file). A line that cannot
-be run is refused with a sentence, and the rest goes on. What a line may say is what the annotations of `Request` say.
+where a line differs from the rest, `seed`, `steps`, `solver`, `guidance`, `guidance_interval`, `negative_prompt`,
+`hand_steps`, `hand_solver`, `hand_guidance`, `noise_offset`, `id`, `hands` (a `.hands.npz`, relative to the file). A
+line that cannot be run is refused with a sentence, and the rest goes on. What a line may say is what the annotations of
+`Request` say.
 
 Seeds: without one a request takes `--seed`, which is 0 unless given, so that the same command makes the same pictures.
 A prompt that is repeated takes the next seed each time: three equal lines are three different pictures.
