@@ -104,50 +104,14 @@ SAMPLES = (
     "a peace sign with a pale right hand, palm to the viewer, on a green background",
     "a left hand pointing and a right fist",
 )
-# Words that mean little alone, so that they may stand anywhere.
-FILLING = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "and",
-        "of",
-        "in",
-        "on",
-        "with",
-        "to",
-        "for",
-        "from",
-        "as",
-        "if",
-        "like",
-        "into",
-        "all",
-        "making",
-        "giving",
-        "showing",
-        "signing",
-        "held",
-        "seen",
-        "facing",
-        "photo",
-        "picture",
-        "image",
-        "two",
-        "both",
-        "one",
-        "other",
-        "pair",
-        "next",
-        "left",
-        "right",
-        "hand",
-        "hands",
-        "skin",
-        "toned",
-        "very",
-        "medium",
-    ]
+# Words that join others, and words that mean enough alone, so that they may stand anywhere.
+JOINING = frozenset(re.findall(r"\w+", "a an the and of in on with to for from as if like into all"))
+FILLING = JOINING.union(
+    re.findall(
+        r"\w+",
+        "making giving showing signing held seen facing photo picture image two both one other pair next left right "
+        "hand hands skin toned very medium",
+    )
 )
 MOST = 12  # words that a sentence names
 NEAR = 0.8  # how alike two words are (difflib's ratio) from which on one may be meant by the other
@@ -219,10 +183,10 @@ def _phrases() -> Iterator[str]:
 def unknown_uses(prompt: str) -> dict[str, list[str]]:
     """Words that the grammar holds in phrases only of which the prompt has none: such a phrase -> these words.
 
-    The words of a phrase may stand in any order, with at most one other between them.
+    The words of a phrase may stand in any order, with JOINING words and at most one other between them.
     """
     uses = _uses()
-    sequence = [word for word in LETTERS.findall(prompt.casefold()) if word not in FILLING or word in uses]
+    sequence = [word for word in LETTERS.findall(prompt.casefold()) if word not in JOINING]
     covered: set[int] = set()
     for start in range(len(sequence)):
         for together, _ in uses.get(sequence[start], ()):

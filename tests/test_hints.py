@@ -48,7 +48,7 @@ def said(line: str) -> str:
 )
 def test_hints(line, words):
     message = said(line)
-    assert message.startswith(f"No such option: {line.split()[-2].split('=')[0]}"[:20]) and words in message
+    assert message.startswith("No such option: -") and words in message
 
 
 def test_what_nobody_knows_is_left_to_click():
