@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import cast
 
 OFF = {
-    # On Linux and macOS, since 1.29 (microsoft/onnxruntime#27379): a device id and events in ~/.cache/Microsoft, and
+    # On Linux and macOS (microsoft/onnxruntime#27379; seen in 1.32): a device id and events in ~/.cache/Microsoft, and
     # uploads. It reads the variable once, while it is imported.
     "ORT_DISABLE_TELEMETRY": "1",
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray sends a report an hour from the process that starts the cluster
