@@ -127,17 +127,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     if options["list_words"]:
         return list_words(engines)
     say = Reporter(options["quiet"])
-    settings = {
-        "steps": options["steps"],
-        "solver": options["solver"],
-        "guidance": options["guidance"],
-        "guidance_interval": options["guidance_interval"] or (0.0, 1.0),
-        "negative_prompt": options["negative_prompt"] or "",
-        "hand_steps": options["hand_steps"],
-        "hand_guidance": options["hand_guidance"],
-        "noise_offset": options["noise_offset"],
-        "hands": NO_HANDS if options["no_hands"] else options["hand_params"],
-    }
+    settings = settings_of(options)
     if options["hand_params"] is not None:
         load_hands(options["hand_params"])  # one sentence about it, not one for every prompt
     asked = Asked(prompts, prompts_file, settings, say)
@@ -198,6 +188,21 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         seconds = time.perf_counter() - started
         folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk
         return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code, options["strict"])
+
+
+def settings_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that requests share, by the fields of Request."""
+    return {
+        "steps": options["steps"],
+        "solver": options["solver"],
+        "guidance": options["guidance"],
+        "guidance_interval": options["guidance_interval"] or (0.0, 1.0),
+        "negative_prompt": options["negative_prompt"] or "",
+        "hand_steps": options["hand_steps"],
+        "hand_guidance": options["hand_guidance"],
+        "noise_offset": options["noise_offset"],
+        "hands": NO_HANDS if options["no_hands"] else options["hand_params"],
+    }
 
 
 def check_order(engines: str, prompts: tuple[str, ...], prompts_file: str | None, ray: str | None) -> None:
