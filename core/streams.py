@@ -81,11 +81,12 @@ def _open_null(number: int) -> None:
 
 def stdout_error() -> OSError | None:
     """Why what was printed could not be written to stdout; None where it is written."""
-    raw = _raw(sys.__stdout__)
+    stdout: Any = sys.__stdout__
+    raw = _raw(stdout)
     if not isinstance(raw, Result):
         return None
     with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed on purpose
-        sys.__stdout__.flush()
+        stdout.flush()
     return raw.error
 
 
