@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import telemetry
 from .errors import (
     BundleError,
     CheckpointError,
@@ -45,6 +46,8 @@ __all__ = [
     "TrainingError",
     "__version__",
 ]
+
+telemetry.off()  # before a library that asks is imported
 
 _LAZY = {"HanDiffuser": "pipeline", "Picture": "results", "Failure": "results", "Request": "requests"}
 

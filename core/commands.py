@@ -13,6 +13,7 @@ from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from . import streams
 from .errors import HanDiffuserError
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def lacking(error: ImportError, command: str) -> str:
 
 def start(command: str, module: str) -> None:
     """Runs `main` of a module of this package; exit code INTERRUPTED when Ctrl-C comes first."""
+    streams.open_standard()
     try:
         hear_interrupts(f"{command}: Interrupted.")
         import_module(module, "handiffuser").main()
@@ -158,11 +160,16 @@ def start(command: str, module: str) -> None:
 
 def run(name: str, command: click.Command, sentence: str = "Interrupted.") -> None:
     """Runs a click command; one sentence and an exit code instead of a traceback."""
+    streams.open_standard()
     hear_interrupts(f"{name}: {sentence}")
     import click
 
+    from .hints import explained
+
     try:
         code = command.main(standalone_mode=False)
+    except SystemExit as error:  # click's, where the reader of stdout left
+        code = error.code
     except (Exception, KeyboardInterrupt) as error:
         code = 1
         if interrupted(error) or isinstance(error, click.exceptions.Abort):
@@ -170,10 +177,12 @@ def run(name: str, command: click.Command, sentence: str = "Interrupted.") -> No
             click.echo(_sentence, err=True)
             code = INTERRUPTED
         elif isinstance(error, click.ClickException):
-            error.show()
+            explained(error).show()
             code = error.exit_code
         elif isinstance(error, HanDiffuserError):
             click.echo(f"{name}: {error}", err=True)
+        elif isinstance(error, OSError) and streams.stdout_error() is not None:
+            pass  # `leave` says so
         elif isinstance(error, OSError):
             where = f" ({error.filename})" if error.filename is not None else ""
             click.echo(f"{name}: {error.strerror or error}{where}.", err=True)
@@ -183,6 +192,8 @@ def run(name: str, command: click.Command, sentence: str = "Interrupted.") -> No
             click.echo(f"{name}: {lacking(error, name)}", err=True)
         else:
             raise
+    if code != INTERRUPTED and (lost := streams.stdout_error()) is not None:
+        code = streams.give_up_stdout(name, lost)
     leave(code)
 
 
@@ -251,7 +262,8 @@ def hear_interrupts(sentence: str) -> None:
         until = time.monotonic() + PATIENCE
         while not _ending.wait(0.1):
             if time.monotonic() > until:
-                os.write(2, f"{_sentence}\n".encode())
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{_sentence}\n".encode())
                 os._exit(INTERRUPTED)
             if _lost.is_set() and hasattr(signal, "pthread_kill"):
                 signal.pthread_kill(main, _signalled)

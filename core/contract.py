@@ -216,6 +216,8 @@ class Manifest:
         Raises BundleError when the folder is no bundle, is of a newer format, lacks a file or holds a changed one.
         """
         folder = Path(folder)
+        if folder.is_file():
+            raise BundleError(_not_a_folder(folder))
         path = folder / MANIFEST
         try:
             value = read_json(path)
@@ -294,6 +296,13 @@ class Manifest:
                 yield f"{folder / name} is missing."
             elif file_digest(folder / name) != digest:
                 yield f"{folder / name} is damaged: its SHA-256 differs from the manifest's."
+
+
+def _not_a_folder(file: Path) -> str:
+    """A sentence about a file that was given as a bundle."""
+    if (file.parent / MANIFEST).is_file():
+        return f"A bundle must be a folder, got the file {file}. Give the folder it is in: {file.parent}."
+    return f"A bundle must be a folder with a manifest.json, got the file {file}. hd-export CHECKPOINT OUT makes one."
 
 
 def _own_digest(value: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy import ndarray
 
+from ..grammar import PHRASES
 from .body import CHAINS, FRAMES
 
 Finger = tuple[float, float, float, float]
@@ -58,78 +59,42 @@ class Gesture:
     views: tuple[str, ...] = ("palm", "back")
 
 
-def _g(name: str, phrases: str, fingers: Sequence[Finger], thumb: Bones, **more) -> Gesture:
-    return Gesture(name, tuple(p.strip() for p in phrases.split("|")), tuple(fingers), thumb, **more)
+def _g(name: str, fingers: Sequence[Finger], thumb: Bones, **more) -> Gesture:
+    return Gesture(name, PHRASES[name], tuple(fingers), thumb, **more)
 
 
 ALL = ("palm", "back", "side")
 GESTURES: dict[str, Gesture] = {
     g.name: g
     for g in (
-        _g("fist", "making a fist | closed in a fist | clenched into a fist",
-           DOWN, OVER, roll=35, views=ALL),
-        _g("open_hand", "open with the fingers together | held flat | showing a flat open hand",
-           TOGETHER, BESIDE),
-        _g("spread_fingers", "with spread fingers | with all five fingers spread | showing five",
-           SPREAD, OUT),
-        _g("pointing", "pointing with the index finger | pointing up | with the index finger raised",
-           [(2, 0, 3, 2), *DOWN[1:]], OVER, roll=35, views=ALL),
-        _g("victory", "making a peace sign | showing a victory sign | making a V sign",
-           [(0, 10, 3, 2), (0, -8, 3, 2), *DOWN[2:]], ACROSS, roll=30),
-        _g("three_fingers",
-           "showing three fingers | with index, middle and ring finger raised | "
-           "holding up three fingers",
-           [(0, 8, 3, 2), (0, 0, 3, 2), (0, -8, 3, 2), DOWN[3]], ACROSS, roll=30),
-        _g("four_fingers",
-           "showing four fingers | holding up four fingers | "
-           "with four spread fingers and the thumb tucked in",
-           SPREAD, ACROSS, roll=30),
-        _g("thumbs_up", "giving a thumbs up | with the thumb up | making a thumbs up sign",
-           DOWN, UP, spin=80),
-        _g("thumbs_down", "giving a thumbs down | with the thumb down | making a thumbs down sign",
-           DOWN, UP, spin=-80),
-        _g("ok_sign", "making an OK sign | showing the OK gesture | signing okay",
-           [(44, 6, 50, 29), (10, 2, 10, 5), (2, -4, 6, 4), (-4, -12, 6, 4)],
+        _g("fist", DOWN, OVER, roll=35, views=ALL),
+        _g("open_hand", TOGETHER, BESIDE),
+        _g("spread_fingers", SPREAD, OUT),
+        _g("pointing", [(2, 0, 3, 2), *DOWN[1:]], OVER, roll=35, views=ALL),
+        _g("victory", [(0, 10, 3, 2), (0, -8, 3, 2), *DOWN[2:]], ACROSS, roll=30),
+        _g("three_fingers", [(0, 8, 3, 2), (0, 0, 3, 2), (0, -8, 3, 2), DOWN[3]], ACROSS, roll=30),
+        _g("four_fingers", SPREAD, ACROSS, roll=30),
+        _g("thumbs_up", DOWN, UP, spin=80),
+        _g("thumbs_down", DOWN, UP, spin=-80),
+        _g("ok_sign", [(44, 6, 50, 29), (10, 2, 10, 5), (2, -4, 6, 4), (-4, -12, 6, 4)],
            TOUCH, loose=0.4, turn=40, views=ALL),
-        _g("call_me",
-           "making a shaka sign | making a call me sign | with thumb and little finger stretched out",
-           [*DOWN[:3], (-2, -14, 4, 3)], OUT),
-        _g("horns", "making the sign of the horns | showing devil horns | making a rock sign",
-           [(0, 3, 3, 2), DOWN[1], DOWN[2], (0, -3, 4, 3)], ACROSS, roll=30),
-        _g("love_you", "making the I love you sign | signing I love you | showing the ILY sign",
-           [(0, 6, 3, 2), DOWN[1], DOWN[2], (-2, -8, 4, 3)], OUT),
-        _g("pinky_up", "raising the little finger | with the pinky up | making a pinky promise",
-           [*DOWN[:3], (0, -2, 4, 3)], OVER, roll=35),
-        _g("finger_gun", "making a finger gun | pointing like a gun | shooting with a finger gun",
-           [(2, 0, 3, 2), *DOWN[1:]], UP, spin=75),
-        _g("pinch", "pinching with thumb and index finger | making a pinch | pinching",
-           [(46, 6, 49, 25), *DOWN[1:]], TOUCH, loose=0.4, turn=52, views=ALL),
-        _g("claw", "making a claw | like a claw | with clawed fingers",
-           [(-12, 9, 68, 42), (-14, 2, 68, 42), (-12, -6, 68, 42), (-10, -13, 66, 42)],
+        _g("call_me", [*DOWN[:3], (-2, -14, 4, 3)], OUT),
+        _g("horns", [(0, 3, 3, 2), DOWN[1], DOWN[2], (0, -3, 4, 3)], ACROSS, roll=30),
+        _g("love_you", [(0, 6, 3, 2), DOWN[1], DOWN[2], (-2, -8, 4, 3)], OUT),
+        _g("pinky_up", [*DOWN[:3], (0, -2, 4, 3)], OVER, roll=35),
+        _g("finger_gun", [(2, 0, 3, 2), *DOWN[1:]], UP, spin=75),
+        _g("pinch", [(46, 6, 49, 25), *DOWN[1:]], TOUCH, loose=0.4, turn=52, views=ALL),
+        _g("claw", [(-12, 9, 68, 42), (-14, 2, 68, 42), (-12, -6, 68, 42), (-10, -13, 66, 42)],
            ((0.62, -0.35, 0.70), (0.70, -0.45, 0.45), (0.75, -0.6, -0.1)), views=ALL, turn=10, tip=-10),
-        _g("cupped_hand", "cupped | cupping the palm | with a cupped palm",
-           [(38, -5, 24, 12), (36, 0, 24, 12), (38, 5, 24, 12), (40, 11, 24, 12)],
+        _g("cupped_hand", [(38, -5, 24, 12), (36, 0, 24, 12), (38, 5, 24, 12), (40, 11, 24, 12)],
            ((0.82, -0.45, 0.36), (0.90, -0.40, 0.10), (0.95, -0.30, 0.0)), spin=30, tip=-18, views=ALL),
-        _g("crossed_fingers", "with crossed fingers | crossing the fingers | with fingers crossed for luck",
-           [(14, -12, 4, 2), (-5, 13, 12, 8), *DOWN[2:]], ACROSS, roll=30, loose=0.5),
-        _g("vulcan",
-           "giving the vulcan salute | making a vulcan salute | making the live long and prosper sign",
-           [(0, 7, 3, 2), (0, 12, 3, 2), (0, -14, 3, 2), (0, -8, 4, 3)], OUT),
-        _g("c_shape", "making a C shape | curved as if holding a cup | forming the letter C",
-           [(42, -5, 42, 24), (42, 0, 42, 24), (42, 4, 42, 24), (42, 10, 42, 24)],
+        _g("crossed_fingers", [(14, -12, 4, 2), (-5, 13, 12, 8), *DOWN[2:]], ACROSS, roll=30, loose=0.5),
+        _g("vulcan", [(0, 7, 3, 2), (0, 12, 3, 2), (0, -14, 3, 2), (0, -8, 4, 3)], OUT),
+        _g("c_shape", [(42, -5, 42, 24), (42, 0, 42, 24), (42, 4, 42, 24), (42, 10, 42, 24)],
            ((0.52, -0.78, 0.35), (0.55, -0.83, -0.05), (0.75, -0.65, -0.1)), turn=55, views=ALL),
-        _g("three_with_thumb",
-           "showing thumb, index and middle finger | counting three with the thumb | "
-           "with thumb, index and middle finger out",
-           [(0, 8, 3, 2), (0, -6, 3, 2), *DOWN[2:]], OUT),
-        _g("tucked_thumb",
-           "with the fingers together and the thumb tucked | signing the letter B | "
-           "held flat with the thumb folded in",
-           TOGETHER, ACROSS, roll=30),
-        _g("pinched_fingers",
-           "with pinched fingers | bunching the fingertips | "
-           "making the Italian pinched fingers gesture",
-           [(57, -6, 36, 18), (61, 1, 34, 16), (60, 10, 34, 16), (56, 24, 32, 14)],
+        _g("three_with_thumb", [(0, 8, 3, 2), (0, -6, 3, 2), *DOWN[2:]], OUT),
+        _g("tucked_thumb", TOGETHER, ACROSS, roll=30),
+        _g("pinched_fingers", [(57, -6, 36, 18), (61, 1, 34, 16), (60, 10, 34, 16), (56, 24, 32, 14)],
            ((0.72, -0.69, 0.12), (0.85, -0.52, -0.08), (0.95, -0.28, -0.12)),
            loose=0.4, views=ALL, turn=35, tip=-15),
     )

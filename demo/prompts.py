@@ -13,53 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..grammar import ADJECTIVES, BACKGROUNDS, NOUNS, SIDES, SKINS, VIEWS
 from .gestures import GESTURES, NAMES
-
-SIDES = ("left", "right", "both")
-VIEWS = {
-    "palm": ("palm to the viewer", "seen from the palm side", "palm facing the camera", "palm view",
-             "showing the palm"),
-    "back": ("back of the hand to the viewer", "seen from the back", "seen from behind", "back view",
-             "showing the back of the hand"),
-    "side": ("seen from the side", "from the side", "side view", "in profile"),
-}  # fmt: skip
-SKINS = {  # the back of the hand, 0..1 sRGB, and what people call it
-    "pale": ((0.93, 0.76, 0.67), ("pale", "fair", "very light")),
-    "light": ((0.86, 0.65, 0.53), ("light", "light-toned", "white")),
-    "tan": ((0.75, 0.54, 0.40), ("tan", "tanned", "olive")),
-    "brown": ((0.58, 0.39, 0.27), ("brown", "medium brown", "light brown")),
-    "dark": ((0.42, 0.27, 0.19), ("dark", "dark brown", "dark-toned")),
-    "deep": ((0.29, 0.18, 0.135), ("deep", "very dark", "black")),
-}
-BACKGROUNDS = {
-    "white": (0.95, 0.95, 0.94),
-    "grey": (0.55, 0.56, 0.58),
-    "black": (0.09, 0.09, 0.10),
-    "red": (0.76, 0.14, 0.15),
-    "orange": (0.96, 0.52, 0.08),
-    "yellow": (0.96, 0.84, 0.22),
-    "green": (0.20, 0.58, 0.30),
-    "blue": (0.18, 0.38, 0.78),
-    "purple": (0.46, 0.24, 0.62),
-    "pink": (0.95, 0.50, 0.70),
-}
 
 # How much more often gestures are drawn whose fingers hide each other, or that are mistaken for one another.
 HARD = {"fist": 1.5, "thumbs_up": 2.0, "thumbs_down": 2.0, "claw": 1.5, "cupped_hand": 1.5, "c_shape": 1.5,
         "pinched_fingers": 1.5, "ok_sign": 1.5, "pinch": 1.5}  # fmt: skip
-
-# Gestures that also have a name as an adjective, or as a noun of its own.
-ADJECTIVES = {"open_hand": ("open", "hand"), "fist": ("clenched", "fist"), "cupped_hand": ("cupped", "hand")}
-
-# Nouns that can stand for a hand and what it does.
-NOUNS = {
-    "fist": ("fist", "clenched fist"), "open_hand": ("open hand", "flat hand"), "thumbs_up": ("thumbs up",),
-    "thumbs_down": ("thumbs down",), "victory": ("peace sign", "victory sign", "V sign"), "ok_sign": ("OK sign",),
-    "call_me": ("shaka sign", "call me sign"), "horns": ("rock sign",), "love_you": ("I love you sign",),
-    "finger_gun": ("finger gun",), "pinch": ("pinch",), "claw": ("claw",), "cupped_hand": ("cupped hand",),
-    "vulcan": ("vulcan salute",), "c_shape": ("C shape",), "pointing": ("pointing hand",),
-}  # fmt: skip
-
 
 EITHER = ("thumbs_up", "thumbs_down")  # whose nouns say nothing of how many hands
 

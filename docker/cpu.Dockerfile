@@ -12,6 +12,8 @@ FROM python:3.12-slim
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin serve
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+# The libraries' reports to their makers are off; handiffuser.telemetry says which they are.
+ENV ORT_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0 HF_HUB_DISABLE_TELEMETRY=1
 USER 10001
 EXPOSE 8000
 # Alive, not ready: who is loading must not be killed for it. Readiness is /readyz.

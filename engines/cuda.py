@@ -334,6 +334,5 @@ def _import(name: str) -> Any:
         return imported(f"cuda.bindings.{name}")
     except ImportError as error:
         raise EngineError(
-            f"The CUDA bindings cannot be imported ({error}). Install them with "
-            '`pip install "handiffuser[tensorrt-rtx]"` (or [tensorrt], [cuda]).'
+            f'The CUDA bindings cannot be imported ({error}). Install them: `pip install "cuda-bindings>=12.8"`.'
         ) from error

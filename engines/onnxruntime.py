@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,10 @@ from .cuda import Cuda
 from .plans import Shelf
 
 DEVICES = ("auto", "cpu", "cuda")
+NO_CUDA = (
+    "ONNX Runtime was installed without CUDA. Replace it; onnxruntime and onnxruntime-gpu overwrite each other: "
+    '`pip uninstall -y onnxruntime`, then `pip install "handiffuser[cuda]"`. Or take --device cpu.'
+)
 
 # ONNX Runtime's type names <-> numpy's.
 _DTYPES = {
@@ -150,10 +154,7 @@ class OnnxRuntimeEngine:
         self.spec = spec
         cuda = device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers()
         if device == "cuda" and not cuda:
-            raise EngineError(
-                "This onnxruntime has no CUDA provider. Install the one that has "
-                '(`pip uninstall onnxruntime`, then `pip install "handiffuser[cuda]"`), or take --device cpu.'
-            )
+            raise EngineError(NO_CUDA)
         # Batch sizes change as requests come and go: look the convolution up, do not benchmark it for every size.
         providers: list[Any] = ["CPUExecutionProvider"]
         if cuda:
@@ -298,14 +299,34 @@ def _kept_session(path: Path, spec: GraphSpec, options: Any, shelf: Shelf) -> An
     # Weights in a file of their own are mapped, and an optimised graph would look for them where it is.
     if not shelf.keeps(name) or path.with_name(path.name + ".data").exists():
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    with TemporaryDirectory() as folder:
-        optimised = Path(folder) / path.name
-        options.optimized_model_filepath = str(optimised)
-        started = time.monotonic()
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        if optimised.exists():
-            shelf.keep(name, sizes, optimised.read_bytes(), time.monotonic() - started)
+    try:
+        with TemporaryDirectory() as folder:
+            optimised = Path(folder) / path.name
+            options.optimized_model_filepath = str(optimised)
+            started = time.monotonic()
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            if optimised.exists():
+                shelf.keep(name, sizes, optimised.read_bytes(), time.monotonic() - started)
+            return session
+    except Exception as error:
+        if _is_memory(error):
+            raise
+    # The temporary folder may be full, or the graph damaged: that shows now.
+    options.optimized_model_filepath = ""
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    _say_not_kept()
     return session
+
+
+@functools.cache
+def _say_not_kept() -> None:
+    """Warns once in a process."""
+    warnings.warn(
+        f"The temporary folder {gettempdir()} cannot hold an optimised graph: it may be full. The graphs run, and are "
+        "optimised again at the next start. Free some space, or set TMPDIR to another folder.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _free_axes(spec: GraphSpec) -> list[str]:

@@ -258,8 +258,8 @@ def shared_core() -> Any:
 
 @functools.cache
 def _import() -> Any:
-    # With its converter, which is of no use here, OpenVINO imports code that tells its makers of every import over the
-    # network. It can do without: while this entry says that there is none, it does.
+    # OpenVINO imports its converter, too, which is of no use here and takes time. It can do without: while this entry
+    # says that there is none, it does. (`handiffuser.telemetry` keeps what the converter reports from its makers.)
     alone = sys.modules.setdefault(CONVERTER, None) is None  # type: ignore[arg-type]
     try:
         return imported("openvino")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import grammar
 from ..contract import ROW_HEAD, TOKENIZER, Manifest
 from ..errors import RequestError
 from ..hands import Hands, hand_arrays, keep_camera, load_hands
@@ -22,7 +23,7 @@ from ..schedules import NoiseSchedule, Table, rows
 from .noise import HANDS, LATENTS
 from .requests import Request
 from .results import Picture, Work
-from .tokens import PromptTokenizer, words_of
+from .tokens import PromptTokenizer
 
 TABLES = 64  # schedules that are kept
 
@@ -48,6 +49,7 @@ class Bundle:
         self._std = np.array(manifest.params_std, np.float32)
         self._tables: dict[tuple[Any, ...], Table] = {}
         self._words = frozenset(manifest.words)
+        self._is_demo = grammar.is_demo(self._words)
         self._placed: dict[bytes, np.ndarray] = {}  # params and camera of a file -> params that keep that camera
 
     @classmethod
@@ -92,19 +94,26 @@ class Bundle:
 
     def tokens(self, request: Request) -> tuple[np.ndarray, list[str]]:
         """int64 [2, length]: the negative prompt, then the prompt. And sentences on what was cut off, as diffusers says
-        it, and on words that mean nothing to this bundle."""
+        it, and one on words that mean nothing to this bundle, of those that were not cut off."""
         rows, warnings = [], []
+        new: list[str] = []
+        uses: dict[str, list[str]] = {}
         for name in ("negative_prompt", "prompt"):
-            ids, dropped = self.tokenizer.encode(getattr(request, name))
+            text = getattr(request, name)
+            ids, cut = self.tokenizer.encode(text)
             rows.append(ids)
-            if dropped:
-                dropped = dropped.strip()
+            if cut:
+                dropped = cut.strip()
                 shown = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
                 what, room = name.replace("_", " "), self.tokenizer.length - 2
                 warnings.append(f"The {what} is longer than {room} tokens. This part was cut: {shown!r}")
-            for word in words_of(getattr(request, name)) if self._words else ():
-                if word not in self._words:
-                    warnings.append(f"{word!r} is no word this model was trained on: it may do anything, or nothing.")
+            if self._words:
+                end = len(text) - len(cut)
+                strange, unknown = grammar.strangers(text, self._words, self._is_demo, end)
+                new += [word for word in strange if word not in new]
+                uses |= unknown
+        if said := grammar.sentence(new, uses, self._words):
+            warnings.append(said)
         return np.stack(rows), warnings
 
     def table(self, stream: str, request: Request) -> Table:

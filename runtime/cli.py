@@ -8,7 +8,7 @@ some-program | hd-run demo --prompts -
 from __future__ import annotations
 
 import os
-import sys
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from .. import commands, shipped
+from .. import commands, grammar, shipped
 from ..commands import INTERRUPTED
-from ..contract import Manifest
+from ..contract import MANIFEST, Manifest
 from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError, RequestError
 from ..hands import NO_HANDS, load_hands
@@ -31,12 +31,12 @@ from .bundle import Bundle
 from .loading import BACKENDS
 from .outputs import OutputError, OutputFolder, open_folder
 from .pipeline import HanDiffuser
+from .reporting import Reporter
 from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, RequestFile, Resolver
 from .results import Failure
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
+# What Ray takes as an address.
+ADDRESS = re.compile(r"auto|local|(ray://)?\S+:\d+")
 _STEPS = click.IntRange(1, MAX_STEPS)
 _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 
@@ -49,6 +49,12 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
     "prompts_file",
     metavar="FILE",
     help="A .txt (a prompt a line) or .jsonl file of prompts; - is standard input, of either kind.",
+)
+@click.option("--strict", is_flag=True, help="Exit code 1 if any prompt was refused or any picture failed.")
+@click.option(
+    "--list-words",
+    is_flag=True,
+    help="Show the words that the model was trained on, and make no picture.",
 )
 @click.option("--output", "-o", default="out", show_default=True, metavar="FOLDER", help="Where pictures go.")
 @click.option(
@@ -115,20 +121,13 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     For each picture the output folder gets ID.png, ID.hands.npz (SMPL-H arrays), ID.hands.png (the skeleton drawn
     over it) and ID.json, and for all of them index.html. Run the same command again to go on after an interruption:
     pictures that are there are skipped. The exit code is 0 when any picture is there, 1 when none could be made or
-    the run had to stop, 130 after Ctrl-C.
+    the run had to stop, 130 after Ctrl-C; --strict makes it 1 also where a prompt was refused or a picture failed.
     """
+    check_order(engines, prompts, prompts_file, options["ray"])
+    if options["list_words"]:
+        return list_words(engines)
     say = Reporter(options["quiet"])
-    settings = {
-        "steps": options["steps"],
-        "solver": options["solver"],
-        "guidance": options["guidance"],
-        "guidance_interval": options["guidance_interval"] or (0.0, 1.0),
-        "negative_prompt": options["negative_prompt"] or "",
-        "hand_steps": options["hand_steps"],
-        "hand_guidance": options["hand_guidance"],
-        "noise_offset": options["noise_offset"],
-        "hands": NO_HANDS if options["no_hands"] else options["hand_params"],
-    }
+    settings = settings_of(options)
     if options["hand_params"] is not None:
         load_hands(options["hand_params"])  # one sentence about it, not one for every prompt
     asked = Asked(prompts, prompts_file, settings, say)
@@ -137,7 +136,9 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     if first is None:
         if asked.refused:
             return 1
-        raise RequestError('There is nothing to do: give a prompt, such as hd-run demo "a fist", or --prompts FILE.')
+        raise RequestError(
+            f'There is nothing to do: give a prompt, such as hd-run {engines} "a fist", or --prompts FILE.'
+        )
 
     # What can go wrong cheaply goes wrong first: the bundle's manifest, the folder, and only then the loading.
     Manifest.load(shipped.resolve(engines, "bundle"), verify=False)
@@ -186,7 +187,55 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
             say.warning(sentence)
         seconds = time.perf_counter() - started
         folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk
-        return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code)
+        return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code, options["strict"])
+
+
+def settings_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that requests share, by the fields of Request."""
+    return {
+        "steps": options["steps"],
+        "solver": options["solver"],
+        "guidance": options["guidance"],
+        "guidance_interval": options["guidance_interval"] or (0.0, 1.0),
+        "negative_prompt": options["negative_prompt"] or "",
+        "hand_steps": options["hand_steps"],
+        "hand_guidance": options["hand_guidance"],
+        "noise_offset": options["noise_offset"],
+        "hands": NO_HANDS if options["no_hands"] else options["hand_params"],
+    }
+
+
+def check_order(engines: str, prompts: tuple[str, ...], prompts_file: str | None, ray: str | None) -> None:
+    """Raises RequestError where an argument stands in another's place."""
+    if ray is not None and not ADDRESS.fullmatch(ray):
+        raise RequestError(
+            f"--ray must be an address such as 10.0.0.1:6379, or stand last, got {ray!r}. "
+            f'If that is a prompt, put it before --ray: hd-run {engines} "{ray}" --ray.'
+        )
+    if engines == "demo" or Path(engines).exists():
+        return
+    bundle = next((word for word in prompts if word == "demo" or (Path(word) / MANIFEST).is_file()), None)
+    if bundle is not None:
+        rest = " ".join(f'"{word}"' for word in (engines, *prompts) if word is not bundle)
+        raise RequestError(f"The bundle must come before the prompts, got {engines!r}. Type: hd-run {bundle} {rest}")
+    alone = not prompts and prompts_file is None
+    if "/" not in engines and (alone or " " in engines.strip()):
+        raise RequestError(
+            f"The first argument must be a bundle, got {engines!r}. The word demo names the one that ships: "
+            f'hd-run demo "{engines}"'
+        )
+
+
+def list_words(engines: str) -> int:
+    """Prints the words that a bundle was trained on, in groups where the demo's grammar knows them."""
+    known = Manifest.load(shipped.resolve(engines, "bundle"), verify=False).words
+    if not known:
+        click.echo(f"{engines} reads prompts with CLIP: any words go.")
+    elif grammar.is_demo(known):
+        click.echo(grammar.overview())
+    else:
+        click.echo(f"{engines} was trained on these words: {', '.join(sorted(known))}")
+    return 0
 
 
 def _on_ray(
@@ -228,6 +277,7 @@ def _on_ray(
                     options["threads"] or 1,
                     options["batch_size"],
                     options["backend"],
+                    pictures=-(-len(todo) // workers),
                 )
                 steps = {str(request.id): request.steps or 0 for request in todo}
                 total = len(asked) * images
@@ -250,7 +300,7 @@ def _on_ray(
         except HanDiffuserError as error:
             stopped, code = str(error), 1
         seconds = time.perf_counter() - started
-        return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code)
+        return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code, options["strict"])
 
 
 def _end(
@@ -262,8 +312,10 @@ def _end(
     failed: int,
     stopped: str,
     code: int,
+    strict: bool,
 ) -> int:
-    """Writes the contact sheet and says how it went; the exit code, which is 1 where there is nothing to show."""
+    """Writes the contact sheet and says how it went; the exit code, which is 1 where there is nothing to show, or where
+    something was left out of a strict run."""
     index = ""
     try:
         index = str(folder.write_index())
@@ -272,6 +324,8 @@ def _end(
     if stopped:
         say.problem(stopped)
     say.summary(folder, index, seconds, skipped, refused, failed)
+    if strict and (refused or failed):
+        code = code or 1
     return code if code or folder.saved or skipped else 1
 
 
@@ -343,114 +397,6 @@ class Queue:
                         yield filled
             except RequestError as error:
                 self.refusals.refuse(place, error)
-
-
-class Reporter:
-    """What the user sees, all on stderr: a live bar on a terminal, plain lines in a log, nothing with --quiet."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.said: set[str] = set()
-
-    def problem(self, sentence: str) -> None:
-        line(sentence, "hd-run:", "red")
-
-    def warning(self, sentence: str) -> None:
-        line(sentence, "hd-run: warning:", "yellow")
-
-    def warning_of(self, picture: str, sentence: str) -> None:
-        """What is to be said of a picture; once, where it is to be said of many."""
-        if sentence not in self.said:
-            self.said.add(sentence)
-            self.warning(f"{picture}: {sentence}")
-
-    def progress(self, total: int) -> ProgressReport:
-        return ProgressReport(total, self.quiet)
-
-    def summary(
-        self, folder: OutputFolder, index: str, seconds: float, skipped: int, refused: int, failed: int
-    ) -> None:
-        if self.quiet:
-            return
-        done = len(folder.saved)
-        counts = [f"{done} picture{'s' * (done != 1)} in {seconds:.1f} s"]
-        for count, what in ((skipped, "skipped (done before)"), (refused, "refused"), (failed, "failed")):
-            if count:
-                counts.append(f"{count} {what}")
-        line(f"{', '.join(counts)}. They are in {folder.where}")
-        if index:
-            line(f"See them all: {index}")
-
-
-def line(sentence: str, head: str = "", color: str | None = None) -> None:
-    """One line on stderr. head: begins it, in this colour on a terminal."""
-    plain = False if os.environ.get("NO_COLOR") else None
-    click.echo(f"{click.style(head, fg=color)} {sentence}" if head else sentence, err=True, color=plain)
-
-
-class ProgressReport:
-    """Pictures done, of those asked for, and steps a second."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        """total: pictures asked for; what is skipped or refused is taken off as it is met."""
-        self.quiet, self.live = quiet, not quiet and sys.stderr.isatty()
-        self.total, self.pictures, self.steps = total, 0, 0
-        self.ready = 0  # engines
-        self.started = self.printed = time.perf_counter()
-        self.bar = live_bar() if self.live else None
-
-    def __enter__(self) -> ProgressReport:
-        if self.bar is not None:
-            self.bar.start()
-            self.bar.add_task("making hands", total=self.total, rate="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def update(self, **what: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], **what)
-
-    @property
-    def rate(self) -> str:
-        return f"{self.steps / max(time.perf_counter() - self.started, 1e-9):.1f} it/s"
-
-    def event(self, kind: str, count: int) -> None:
-        """See `results.OnEvent`."""
-        if kind == "warm-up":
-            self.ready += count
-            self.update(description=f"engines made ready: {self.ready}")
-        if kind == "steps":
-            self.steps += count
-            self.update(description="pictures", rate=self.rate)
-
-    def picture(self, left_out: int) -> None:
-        """One more is done; left_out: how many were skipped or refused so far."""
-        self.pictures += 1
-        total = max(self.total - left_out, self.pictures)
-        self.update(completed=self.pictures, total=total)
-        now = time.perf_counter()
-        if not self.live and not self.quiet and (now - self.printed > 5 or self.pictures == total):
-            self.printed = now
-            line(f"{self.pictures} of {total} pictures, {self.rate}")
-
-
-def live_bar() -> Progress:
-    # Imported here: a run whose stderr is a log starts a twentieth of a second earlier without.
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True, highlight=False, soft_wrap=True),
-        transient=True,
-    )
 
 
 def main() -> None:

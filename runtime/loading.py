@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..contract import Manifest
 from ..engines import Engine, cpu, load_engines, openvino
 from ..engines.cuda import Cuda
-from ..engines.onnxruntime import DEVICES, has_cuda_provider
+from ..engines.onnxruntime import DEVICES, NO_CUDA, has_cuda_provider
 from ..engines.plans import MODULES, PlanStore
 from ..errors import EngineError
 from .admission import FIRST, Admission, measure, read, write
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "onnxruntime", "openvino", *MODULES, "inductor")
 LONG = 64  # pictures of a run from which on it is worth to compile the UNet for larger batches, too
+MANY = 1 << 30  # pictures of a server, which does not know how many it will make
 BATCHES = (1, 2, 4)  # which are tried then
 DRIVER = Path("/proc/driver/nvidia/version")  # there where an NVIDIA driver is loaded
 
@@ -162,7 +163,11 @@ def on_gpu(device: str) -> bool:
     """Whether ONNX Runtime is to run on a GPU. Raises EngineError when it must and cannot."""
     if device not in DEVICES:
         raise EngineError(f"There is no device {device!r}. Choose one of {', '.join(DEVICES)}.")
-    if device == "cpu" or (device == "auto" and not has_cuda_provider()):
+    if device != "cpu" and not has_cuda_provider():
+        if device == "cuda":
+            raise EngineError(NO_CUDA)
+        return False
+    if device == "cpu":
         return False
     try:
         Cuda()
@@ -177,7 +182,7 @@ def idle_gpu() -> list[str]:
     """A sentence about a GPU of this machine that is left out, if there is one: nobody owns it for that."""
     if not DRIVER.exists():
         return []
-    why = 'ONNX Runtime was installed without CUDA: `pip uninstall onnxruntime`, then `pip install "handiffuser[cuda]"`'
+    why = NO_CUDA.replace(" Or take --device cpu.", "")
     if has_cuda_provider():
         try:
             Cuda()

@@ -185,8 +185,8 @@ class OutputFolder:
             return OutputError(f"{self.where} is not a folder. Name another one with --output.")
         if isinstance(error, BlockingIOError):
             return OutputError(
-                f"Another hd-run is writing into {self.where} ({error}). Wait for it, or name another folder with "
-                "--output."
+                f"Another hd-run is writing into {self.where} ({error.strerror}). Wait for it, or name another folder "
+                "with --output."
             )
         return OutputError(
             f"{self.where} cannot be written: {error.strerror or error}. Name another folder with --output."

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from .. import shipped
 from ..contract import Manifest
 from ..errors import EngineError, RequestError
+from ..hints import hint
 from .bundle import Bundle
 from .host import HostLoop
 from .loading import load_loop
@@ -59,8 +61,8 @@ class HanDiffuser:
         device: "auto", "cpu" or "cuda". threads: CPU threads; by default all cores. batch_size: slots, the largest
         number of requests that run at once. backend: one of `loading.BACKENDS`; "auto" takes TensorRT plans where the
         folder has some for this GPU, else ONNX Runtime; on a CPU with bfloat16, OpenVINO where it is installed, true
-        enough and worth its compiling for a run of `pictures` pictures (a server says many). overlap: on a GPU, run the
-        hands of the next requests and the decoder of the last ones beside the steps of the current ones.
+        enough and worth its compiling for a run of `pictures` pictures (a server says `loading.MANY`). overlap: on a
+        GPU, run the hands of the next requests and the decoder of the last ones beside the steps of the current ones.
         onnxruntime_graphs: with ONNX Runtime on a GPU, replay the steps as its own CUDA graphs (the host then waits for
         each).
         Raises BundleError for a missing or damaged bundle, EngineError when it cannot run here. Warns where something
@@ -166,11 +168,13 @@ class HanDiffuser:
         before anything runs, and EngineError when one fails while it runs. `run` goes on instead.
         """
         prompts = [prompts] if isinstance(prompts, (str, Request)) else list(prompts)
+        known = [field.name for field in fields(Request) if field.name != "prompt"]
+        for name in settings:
+            if name not in known:
+                said = hint(name, "request", [*known, "images_per_prompt"]) or f"The settings are {', '.join(known)}."
+                raise RequestError(f"{name} is not a setting of a request. {said}")
         seed = settings.pop("seed", None)
-        try:
-            requests = [p if isinstance(p, Request) else Request(p, **settings) for p in prompts]
-        except TypeError as error:
-            raise RequestError(f"{error}. The settings are those of handiffuser.Request.") from None
+        requests = [p if isinstance(p, Request) else Request(p, **settings) for p in prompts]
         resolved, refused = self.prepare(requests, 0 if seed is None else seed, images_per_prompt)
         for line, sentence in refused:
             raise RequestError(f"Prompt {line}: {sentence}")
@@ -190,7 +194,7 @@ class HanDiffuser:
     def resolver(self, seed: int = 0, images_per_prompt: int = 1) -> Resolver:
         """What fills in requests for this bundle one by one, so that a long list can begin before its end is read."""
         if images_per_prompt < 1:
-            raise RequestError(f"{images_per_prompt} images per prompt are none. Ask for 1 or more.")
+            raise RequestError(f"images_per_prompt must be 1 or more, got {images_per_prompt}. Ask for one at least.")
         return Resolver(
             self.manifest.defaults,
             bundle=self.digest,

@@ -5,10 +5,11 @@
     for number, request in file:                # parsed as they are asked for; a RequestError for a bad line
         filled = list(resolver.each(request))
 
-A `.txt` file holds a prompt a line. A `.jsonl` file holds an object a line with the key `prompt` and, where a line
-differs from the rest, `seed`, `steps`, `solver`, `guidance`, `guidance_interval`, `negative_prompt`, `hand_steps`,
-`hand_solver`, `hand_guidance`, `noise_offset`, `id`, `hands` (a `.hands.npz`, relative to the file). A line that cannot
-be run is refused with a sentence, and the rest goes on. What a line may say is what the annotations of `Request` say.
+A `.txt` file holds a prompt a line. A `.jsonl` (or `.ndjson`) file holds an object a line with the key `prompt` and,
+where a line differs from the rest, `seed`, `steps`, `solver`, `guidance`, `guidance_interval`, `negative_prompt`,
+`hand_steps`, `hand_solver`, `hand_guidance`, `noise_offset`, `id`, `hands` (a `.hands.npz`, relative to the file). A
+line that cannot be run is refused with a sentence, and the rest goes on. What a line may say is what the annotations of
+`Request` say.
 
 Seeds: without one a request takes `--seed`, which is 0 unless given, so that the same command makes the same pictures.
 A prompt that is repeated takes the next seed each time: three equal lines are three different pictures.
@@ -21,6 +22,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -51,6 +53,19 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+JSON_LINES = (".jsonl", ".ndjson")
+# Files that hold no prompt a line, and how to make one that does.
+_CONVERT = (
+    """Convert it to .jsonl: jq -c '.[] | if type == "object" then . else {{prompt: .}} end' {} > prompts.jsonl"""
+)
+_TABLE = "Save its column of prompts as .txt, a prompt a line."
+_UNPACK = "Unpack it first."
+_OTHERS = {
+    ".json": _CONVERT,
+    **dict.fromkeys((".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet"), _TABLE),
+    **dict.fromkeys((".yaml", ".yml", ".toml", ".xml", ".html"), "Save its prompts as .txt, a prompt a line."),
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst", ".tar"), _UNPACK),
+}
 # Names that Windows keeps for devices, whatever follows the first dot.
 _DEVICES = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
 
@@ -142,6 +157,8 @@ class Refused(NamedTuple):
 class RequestFile:
     """A `.txt` or `.jsonl` file of requests; "-" is standard input, whose lines are JSON when the first is an object.
 
+    Other kinds of file are refused, and so is text whose first line begins with `[` (a JSON list) or is a JSON object.
+
     It is read at once and parsed line by line, so that the first picture need not wait for the last line. Iterating
     yields (number of the line, Request), or a RequestError for a line that cannot be run; `len` is how many there are.
     """
@@ -153,6 +170,9 @@ class RequestFile:
         """
         self.shared, self.name = shared, "standard input" if str(path) == "-" else str(path)
         self.folder = Path() if str(path) == "-" else Path(path).parent
+        suffix = "" if str(path) == "-" else Path(path).suffix.lower()
+        if suffix in _OTHERS:
+            raise RequestError(_must_be(self.name, _OTHERS[suffix]))
         try:
             if str(path) == "-":
                 content = sys.stdin.buffer.read(MAX_FILE + 1)
@@ -163,10 +183,17 @@ class RequestFile:
             raise RequestError(f"The prompts file {path} cannot be read: {error.strerror or error}.") from error
         if len(content) > MAX_FILE:
             raise RequestError(f"{self.name} is larger than {MAX_FILE >> 20} MB. Split it and run the parts in turn.")
-        self.content = _as_utf8(content, self.name)
-        self.jsonl = (
-            self.content.lstrip().startswith(b"{") if str(path) == "-" else Path(path).suffix.lower() == ".jsonl"
-        )
+        # Lines may end as on Windows, or as on an old Macintosh, where all would else be one prompt.
+        self.content = _as_utf8(content, self.name).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        start = self.content.lstrip()[: MAX_LINE + 1].partition(b"\n")[0].strip()
+        if start.startswith(b"["):
+            raise RequestError(_must_be(self.name, _CONVERT, "a list: its first line begins with ["))
+        if start == b"{":
+            remedy = "Put the object on one line: jq -c . {} > prompts.jsonl"
+            raise RequestError(_must_be(self.name, remedy, "an object over several lines"))
+        if _is_object(start) and str(path) != "-" and suffix not in JSON_LINES:
+            raise RequestError(_must_be(self.name, "Rename it to .jsonl.", "JSON under another name"))
+        self.jsonl = start.startswith(b"{") if str(path) == "-" else suffix in JSON_LINES
 
     def __len__(self) -> int:
         return sum(not line.isspace() for line in io.BytesIO(self.content))
@@ -309,6 +336,22 @@ def _as_utf8(content: bytes, name: str) -> bytes:
     if content[:4096].count(0) > len(content[:4096]) // 4:  # UTF-16 without its mark; a single one spoils its own line
         raise RequestError(f"{name} is no UTF-8 text: it holds NUL bytes. Save it as UTF-8.")
     return content
+
+
+def _must_be(name: str, remedy: str, got: str = "") -> str:
+    """A sentence about a file of another kind."""
+    found = f"{got} ({name})" if got else name
+    return (
+        f"The prompts file must be .txt (a prompt a line) or .jsonl (an object a line), got {found}. "
+        f"{remedy.format('' if name == 'standard input' else shlex.quote(name))}"
+    )
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(parse_json(line), dict)
+    except MisfitError:
+        return False
 
 
 def _json_line(line: bytes) -> dict[str, Any]:

@@ -6,7 +6,6 @@ ids, dropped = tokenizer.encode("a right hand making a fist")
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,11 +14,6 @@ from tokenizers import Tokenizer
 
 from ..errors import BundleError
 from ..placeholders import runs
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a prompt, in order, each once: letters alone, in lower case."""
-    return list(dict.fromkeys(re.findall(r"[^\W\d_]+", text.casefold())))
 
 
 class PromptTokenizer:

@@ -61,7 +61,12 @@ class Painter:
         self.broken = ""  # why nothing can be made here
         try:
             self.pipeline = HanDiffuser.load(
-                options.engines, options.device, options.threads, options.batch_size, options.backend
+                options.engines,
+                options.device,
+                options.threads,
+                options.batch_size,
+                options.backend,
+                pictures=options.pictures,
             )
             self.folder = open_folder(output, shared=True)
             self.folder.__enter__()
@@ -132,7 +137,6 @@ def _tupled(values: dict[str, Any]) -> dict[str, Any]:
 def connect(address: str) -> int:
     """Joins the cluster at `address`, or starts one here for "local"; how many actors it has room for, with a GPU each
     where there are any. Raises EngineError when there is none at that address."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray

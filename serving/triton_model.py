@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from handiffuser import Failure, HanDiffuser, HanDiffuserError, Request
+from handiffuser.runtime.loading import MANY
 
 FIELDS = {"PROMPT": "prompt", "NEGATIVE_PROMPT": "negative_prompt", "SEED": "seed", "STEPS": "steps",
           "GUIDANCE": "guidance", "SOLVER": "solver"}  # fmt: skip
@@ -26,7 +27,11 @@ class TritonPythonModel:
         parameters = {name: entry["string_value"] for name, entry in config.items()}
         folder = Path(args["model_repository"]) / args["model_version"] / "engines"
         self.pipeline = HanDiffuser.load(
-            folder, parameters["device"], batch_size=int(parameters["slots"]), backend=parameters["backend"]
+            folder,
+            parameters["device"],
+            batch_size=int(parameters["slots"]),
+            backend=parameters["backend"],
+            pictures=MANY,
         )
         self.pipeline.warm_up()
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()

@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import HanDiffuserError
+from ..runtime.loading import MANY
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure, Picture
@@ -59,6 +60,7 @@ class Options:
     backend: str = "auto"
     warm_up: bool = True
     gpu: str | None = None  # of CUDA_VISIBLE_DEVICES
+    pictures: int = MANY  # that it will make
 
 
 def work_alone(pipe: Connection, options: Options) -> None:
@@ -77,7 +79,12 @@ def work(pipe: Connection, options: Options) -> None:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 pipeline = HanDiffuser.load(
-                    options.engines, options.device, options.threads, options.batch_size, options.backend
+                    options.engines,
+                    options.device,
+                    options.threads,
+                    options.batch_size,
+                    options.backend,
+                    pictures=options.pictures,
                 )
             with pipeline:
                 lane = Lane(pipe, pipeline)

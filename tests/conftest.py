@@ -15,6 +15,7 @@ from pathlib import Path
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
+import handiffuser  # noqa: E402, F401 (before a test imports a library that would report to its maker)
 import pytest  # noqa: E402
 from commands import run_command  # noqa: E402
 from filelock import FileLock  # noqa: E402

@@ -54,7 +54,7 @@ def serving(
     of the last worker, where they are others."""
     bundle = Bundle.load(folder, Manifest.load(folder, verify=False))
     metrics = Metrics()
-    options = [Options(str(folder), "cpu", 1, batch, "auto", warm_up)] * workers
+    options = [Options(str(folder), "cpu", 1, batch, "onnxruntime", warm_up)] * workers
     options[-1] = second or options[-1]
     said = []
     dispatcher = Dispatcher(options, workers > 1, places, metrics.observe, said.append, stuck_after)
@@ -86,7 +86,8 @@ def serving(
 @contextlib.contextmanager
 def command(*arguments, ready=True, preexec_fn=None):
     """hd-serve in a process of its own; `said` is what it wrote so far, `url` where it listens."""
-    line = [sys.executable, "-m", "handiffuser.serving.cli", *map(str, arguments), "--port", "0"]
+    line = [sys.executable, "-m", "handiffuser.serving.cli", "--backend", "onnxruntime", *map(str, arguments)]
+    line += ["--port", "0"]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn)
     process.said, process.url = [], None
 

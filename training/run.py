@@ -35,10 +35,10 @@ from ..data.dataset import Index
 from ..data.latents import LatentCache, encode_prompts, make_latents
 from ..data.samples import Sample, picture
 from ..errors import DatasetError, TrainingError
+from ..grammar import words_of
 from ..models import lora
 from ..models.checkpoint import BODY, Checkpoint, make_tokenizer, random_checkpoint
 from ..models.configs import CONFIGS
-from ..runtime.tokens import words_of
 from ..schema import MisfitError
 from .distill import (
     FILE,

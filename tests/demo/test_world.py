@@ -26,8 +26,8 @@ from handiffuser.demo.prompts import (
 )
 from handiffuser.demo.render import demo_body, hand_faces, render, render_scenes
 from handiffuser.demo.scenes import MARGIN, forward_joints, sample_scene, sample_scenes
+from handiffuser.grammar import words_of
 from handiffuser.models.smplh import HAND_JOINTS, PARENTS, SMPLH, TIP_VERTICES
-from handiffuser.runtime.tokens import words_of
 
 LEFT, RIGHT = 0, 1
 

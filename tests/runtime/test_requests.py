@@ -166,6 +166,41 @@ def test_what_is_no_text_is_refused_whole(tmp_path, content):
         RequestFile(path)
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".NDJSON"])
+def test_json_lines_by_either_name(tmp_path, suffix, ending):
+    path = tmp_path / f"p{suffix}"
+    path.write_bytes(ending.join(('{"prompt": "a fist"}', '{"prompt": "two hands"}')).encode())
+    assert [request.prompt for _, request in RequestFile(path)] == ["a fist", "two hands"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.json", '["a fist"]', r"must be \.txt .* got .*p\.json\. Convert it to \.jsonl: jq -c"),
+        ("p.csv", "prompt,seed\na fist,1\n", "Save its column of prompts as .txt"),
+        ("p.tsv", "prompt\tseed\na fist\t1\n", "Save its column of prompts as .txt"),
+        ("p.yaml", "- a fist\n", "Save its prompts as .txt"),
+        ("p.txt.gz", "x", "Unpack it first"),
+        ("p.txt", '\n[\n"a fist"]', r"first line begins with \["),
+        ("p.jsonl", '[{"prompt": "a fist"}]', r"first line begins with \["),
+        ("p", '["a fist"]', r"first line begins with \["),
+        ("p.txt", '{"prompt": "a fist"}\n', "Rename it to .jsonl"),
+        ("p.jsonl", '{\n "prompt": "a fist"\n}', "Put the object on one line"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_other_kinds_of_file_are_refused_not_painted(tmp_path, name, content, words, encoding):
+    (tmp_path / name).write_text(content, encoding=encoding)
+    with pytest.raises(RequestError, match=words):
+        RequestFile(tmp_path / name)
+
+
+def test_prompts_in_braces_are_prompts(tmp_path):
+    (tmp_path / "p.txt").write_text("{red|blue} background, a fist\n")
+    assert [request.prompt for _, request in RequestFile(tmp_path / "p.txt")] == ["{red|blue} background, a fist"]
+
+
 def test_numbers_from_numpy():
     request = Request("a", seed=np.int64(3), guidance=np.float32(1.5), steps=np.int32(4))
     assert request == Request("a", seed=3, guidance=1.5, steps=4) and type(request.seed) is int

@@ -6,7 +6,8 @@ import json
 
 import pytest
 from handiffuser import BundleError
-from handiffuser.runtime.tokens import PromptTokenizer, words_of
+from handiffuser.grammar import words_of
+from handiffuser.runtime.tokens import PromptTokenizer
 from tokenizers import AddedToken, Tokenizer
 
 

@@ -197,7 +197,7 @@ def test_an_actor_makes_what_is_not_there(toy_bundle, tmp_path):
     pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
     requests, _ = pipeline.prepare([Request(f"p {n}", seed=n) for n in range(5)])
     rows = np.array([json.dumps(asdict(request)) for request in requests], object)
-    actor = Painter(Options(str(toy_bundle), "cpu", 1, 4), str(tmp_path / "out"))
+    actor = Painter(Options(str(toy_bundle), "cpu", 1, 4, "onnxruntime"), str(tmp_path / "out"))
     assert actor({"request": rows[:2]})["state"] == ["made", "made"]
     assert actor({"request": rows[:3]})["state"] == ["there", "there", "made"]
     gone = {**asdict(requests[3]), "hands": str(tmp_path / "gone.npz")}
@@ -216,7 +216,7 @@ def test_an_actor_on_a_full_disk_or_without_engines_says_so_of_every_row(toy_bun
     pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
     requests, _ = pipeline.prepare([Request(f"p {n}", seed=n) for n in range(6)])
     rows = np.array([json.dumps(asdict(request)) for request in requests], object)
-    options, real, files = Options(str(toy_bundle), "cpu", 1, 1), Path.write_bytes, []
+    options, real, files = Options(str(toy_bundle), "cpu", 1, 1, "onnxruntime"), Path.write_bytes, []
 
     def full(path, data):
         files.append(path)
@@ -236,6 +236,6 @@ def test_an_actor_on_a_full_disk_or_without_engines_says_so_of_every_row(toy_bun
     assert Painter(options, str(tmp_path / "out"))({"request": rows[:3]})["state"] == kept
     lost = Painter(Options(str(tmp_path / "nowhere"), "cpu", 1, 1), str(tmp_path / "out"))({"request": rows})
     assert lost["state"] == ["stopped"] * 6 and all("nowhere" in said for said in lost["sentence"])
-    monkeypatch.setattr(HanDiffuser, "load", lambda *_: 1 / 0)  # a library's own error
+    monkeypatch.setattr(HanDiffuser, "load", lambda *_, **__: 1 / 0)  # a library's own error
     lost = Painter(options, str(tmp_path / "out"))({"request": rows[:1]})
     assert lost["state"] == ["stopped"] and "ZeroDivisionError" in lost["sentence"][0]

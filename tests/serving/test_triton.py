@@ -63,7 +63,8 @@ def test_requests_share_batches_and_are_answered_once(toy_bundle, tmp_path, back
     spec.loader.exec_module(module)
     model = module.TritonPythonModel()
     found = re.findall(r'key: "(\w+)" value \{ string_value: "(\w+)"', text)
-    config = {"parameters": {name: {"string_value": value} for name, value in found}}
+    found = {**dict(found), "backend": "onnxruntime"}  # the exact pictures, on any machine
+    config = {"parameters": {name: {"string_value": value} for name, value in found.items()}}
     model.initialize({"model_config": json.dumps(config), "model_repository": str(folder), "model_version": "1"})
     requests = [InferenceRequest(PROMPT=f"p {n}".encode(), SEED=np.int64(n), STEPS=np.int32(4 + n)) for n in range(10)]
     bad = InferenceRequest(PROMPT=b"a", SOLVER=b"magic")

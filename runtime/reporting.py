@@ -1,0 +1,129 @@
+"""What `hd-run` says while it works, all on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .outputs import OutputFolder
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+MOST_WARNINGS = 20  # that are shown of pictures
+
+
+class Reporter:
+    """What the user sees, all on stderr: a live bar on a terminal, plain lines in a log, nothing with --quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.said: set[str] = set()
+
+    def problem(self, sentence: str) -> None:
+        line(sentence, "hd-run:", "red")
+
+    def warning(self, sentence: str) -> None:
+        line(sentence, "hd-run: warning:", "yellow")
+
+    def warning_of(self, picture: str, sentence: str) -> None:
+        """What is to be said of a picture: once where it is to be said of many, and of MOST_WARNINGS at most."""
+        if sentence in self.said or len(self.said) > MOST_WARNINGS:
+            return
+        self.said.add(sentence)
+        if len(self.said) > MOST_WARNINGS:
+            self.warning("There are more warnings of pictures. ID.json holds those of each.")
+        else:
+            self.warning(f"{picture}: {sentence}")
+
+    def progress(self, total: int) -> ProgressReport:
+        return ProgressReport(total, self.quiet)
+
+    def summary(
+        self, folder: OutputFolder, index: str, seconds: float, skipped: int, refused: int, failed: int
+    ) -> None:
+        if self.quiet:
+            return
+        done = len(folder.saved)
+        counts = [f"{done} picture{'s' * (done != 1)} in {seconds:.1f} s"]
+        for count, what in ((skipped, "skipped (done before)"), (refused, "refused"), (failed, "failed")):
+            if count:
+                counts.append(f"{count} {what}")
+        line(f"{', '.join(counts)}. They are in {folder.where}")
+        if index:
+            line(f"See them all: {index}")
+
+
+def line(sentence: str, head: str = "", color: str | None = None) -> None:
+    """One line on stderr. head: begins it, in this colour on a terminal."""
+    plain = False if os.environ.get("NO_COLOR") else None
+    click.echo(f"{click.style(head, fg=color)} {sentence}" if head else sentence, err=True, color=plain)
+
+
+class ProgressReport:
+    """Pictures done, of those asked for, and steps a second."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        """total: pictures asked for; what is skipped or refused is taken off as it is met."""
+        self.quiet, self.live = quiet, not quiet and sys.stderr.isatty()
+        self.total, self.pictures, self.steps = total, 0, 0
+        self.ready = 0  # engines
+        self.started = self.printed = time.perf_counter()
+        self.bar = live_bar() if self.live else None
+
+    def __enter__(self) -> ProgressReport:
+        if self.bar is not None:
+            self.bar.start()
+            self.bar.add_task("making hands", total=self.total, rate="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, **what: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], **what)
+
+    @property
+    def rate(self) -> str:
+        return f"{self.steps / max(time.perf_counter() - self.started, 1e-9):.1f} it/s"
+
+    def event(self, kind: str, count: int) -> None:
+        """See `results.OnEvent`."""
+        if kind == "warm-up":
+            self.ready += count
+            self.update(description=f"engines made ready: {self.ready}")
+        if kind == "steps":
+            self.steps += count
+            self.update(description="pictures", rate=self.rate)
+
+    def picture(self, left_out: int) -> None:
+        """One more is done; left_out: how many were skipped or refused so far."""
+        self.pictures += 1
+        total = max(self.total - left_out, self.pictures)
+        self.update(completed=self.pictures, total=total)
+        now = time.perf_counter()
+        if not self.live and not self.quiet and (now - self.printed > 5 or self.pictures == total):
+            self.printed = now
+            line(f"{self.pictures} of {total} pictures, {self.rate}")
+
+
+def live_bar() -> Progress:
+    # Imported here: a run whose stderr is a log starts a twentieth of a second earlier without.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True, highlight=False, soft_wrap=True),
+        transient=True,
+    )

@@ -1,0 +1,43 @@
+"""A server says that it will make many pictures, so that `auto` may choose what pays in the long run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from handiffuser import EngineError
+from handiffuser.runtime.loading import LONG, MANY
+from handiffuser.serving import ray, worker
+
+ASKED: list[dict[str, Any]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_engines(monkeypatch):
+    ASKED.clear()
+
+    def load(*arguments: Any, **options: Any) -> None:
+        ASKED.append(options)
+        raise EngineError("There are no engines in this test.")
+
+    for module in (worker, ray):
+        monkeypatch.setattr(module.HanDiffuser, "load", load)
+
+
+class Pipe:
+    def send(self, message: Any) -> None:
+        assert message == ("refused", "There are no engines in this test.")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_server_makes_many():
+    worker.work(Pipe(), worker.Options("demo"))  # type: ignore[arg-type]
+    assert [options["pictures"] for options in ASKED] == [MANY]
+    assert LONG < MANY < 1 << 60  # which is how many it takes to pay for what is slower (`Admission.pays`)
+
+
+def test_an_actor_makes_its_share(tmp_path):
+    assert ray.Painter(worker.Options("demo", pictures=25), str(tmp_path)).broken.endswith("in this test.")
+    assert [options["pictures"] for options in ASKED] == [25]
