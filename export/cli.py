@@ -187,7 +187,7 @@ def load_checkpoint(folder: Path, adapters: tuple[tuple[Path, float], ...], size
 
     loaded = Checkpoint.load(folder, mapped=True)
     for path, scale in adapters:
-        lora.merge(loaded, path, scale)
+        console.print(lora.merge(loaded, path, scale))
     return loaded if size is None else at_image_size(loaded, *size)
 
 
