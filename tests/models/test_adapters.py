@@ -190,8 +190,9 @@ def merged(plain, path, scale=1.0):
     return weights(checkpoint.unet, text), said
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.35])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "scale"), [*((form, 0.35) for form in FORMS), ("kohya", 1.0), ("alpha in the metadata", 1.0), ("LoCon", -1)]
+)
 def test_merged_it_is_what_diffusers_fuses(plain, form, scale, tmp_path):
     make, notes = FORMS[form]
     path = write(tmp_path / "adapter.safetensors", make(Maker(plain)), notes)
@@ -404,7 +405,7 @@ def test_what_is_not_merged_is_one_sentence_with_a_way_out(plain, name, tmp_path
         merged(plain, path)
     said = str(refused.value).replace(str(path), "FILE")
     assert said.startswith("FILE ") and said.endswith(".") and len(said) < 500, said
-    assert any(f"{verb} " in said for verb in ("Take", "take", "Save", "Merge", "Give", "Remove")), said
+    assert any(f"{verb} " in said for verb in ("Take", "take", "Save", "Merge", "Give", "Remove", "Convert")), said
 
 
 def test_files_that_are_none(plain, tmp_path):
