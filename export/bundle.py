@@ -39,11 +39,11 @@ from ..contract import (
     TensorSpec,
     file_digest,
 )
-from ..shipped import is_demo_body
 from ..errors import CheckpointError, ExportError
 from ..files import open_to_others
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
+from ..shipped import is_demo_body
 from .attention import fuse_attention
 from .branches import share_branches
 from .check import forget_peak, peak_memory, run_apart

@@ -26,6 +26,7 @@ import numpy as np
 from torch import nn
 
 from ..contract import GraphSpec, file_digest
+from ..files import written
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
 from ..schema import MisfitError, fit, read_json
@@ -111,9 +112,8 @@ class Shelf:
         record = json.loads(json.dumps(record))
         path = self._path(graph)
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**record, "sha256": _hash(record)}), encoding="utf-8")
-        temporary.replace(path)
+        with written(path) as temporary:
+            temporary.write_text(json.dumps({**record, "sha256": _hash(record)}), encoding="utf-8")
 
     def _record(self, graph: str) -> dict[str, Any]:
         """Empty where there is none that is as `note` wrote it."""

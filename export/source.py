@@ -16,8 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import contract as contract_module
-from .. import installed
+from .. import contract, installed
 from ..contract import EIGHT_BITS, MANIFEST, Manifest
 from ..errors import BundleError
 
@@ -55,8 +54,8 @@ def code_digest() -> str:
     """Sixteen digits for all code that makes graphs, and for the versions of what makes and checks them."""
     rooms = Path(__file__).resolve().parent.parent
     code = [path for room in ("models", "export") for path in sorted((rooms / room).glob("*.py"))]
-    contract = Path(contract_module.__file__)
-    return _digest([_versions(*PACKAGES, *CHECKERS), _contents([*code, contract])])
+    code.append(Path(contract.__file__))
+    return _digest([_versions(*PACKAGES, *CHECKERS), _contents(code)])
 
 
 def changed(bundle: Path, source: dict[str, str]) -> list[str]:

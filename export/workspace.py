@@ -78,7 +78,7 @@ def _lock(folder: Path, out: Path) -> int | None:
 def _clear(folder: Path) -> None:
     """Removes all but folders with finished graphs."""
     for path in folder.iterdir():
-        if any((path / KEPT).glob("*.json")):
+        if any((path / KEPT).glob("[!.]*.json")):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

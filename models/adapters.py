@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypedDict
 
-import torch
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -166,19 +165,14 @@ def read(layers: Mapping[str, nn.Module], path: Path) -> Adapter:
             kept[key] = value
             continue
         address = _address(found["layer"])
-        slot = (
-            "alpha" if found["alpha"] else "bias" if found["what"] == "bias" else _SLOTS[found["new"] or found["old"]]
-        )
+        slot = found["alpha"] or ("bias" if found["what"] == "bias" else _SLOTS[found["new"] or found["old"]])
         update = updates.setdefault(homes[address], Update(_part(address)))
         if slot in update.parts:
             raise CheckpointError(
                 f"{path} has {slot} of {homes[address]} twice. Save each adapter in a file of its own."
             )
         update.parts[slot] = value
-    broken = [key for key, value in tensors.items() if not value.is_floating_point() or not value.isfinite().all()]
-    broken = [
-        key for key in broken if not (key.endswith(".alpha") and tensors[key].dtype in (torch.int32, torch.int64))
-    ]
+    broken = [key for key, value in tensors.items() if not _is_sound(key, value)]
     if broken:
         raise CheckpointError(
             f"{path} is broken: NaN, infinity or no floating-point numbers in {listed(broken)}. Take an adapter from "
@@ -188,6 +182,11 @@ def read(layers: Mapping[str, nn.Module], path: Path) -> Adapter:
         _check(path, layer, update, layers[layer])
     _set_factors(path, updates, header)
     return Adapter(updates, kept)
+
+
+def _is_sound(key: str, value: Tensor) -> bool:
+    """Whether a tensor is of finite numbers, which may be whole ones in an alpha alone."""
+    return bool(value.isfinite().all()) and (value.is_floating_point() or key.endswith(".alpha"))
 
 
 def addresses(layers: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from handiffuser.export.cli import command
 from handiffuser.export.graphs import graphs
 from handiffuser.models import lora
 from handiffuser.models.smplh import SMPLH
+from handiffuser.shipped import checkpoint_path
 from safetensors.torch import save_file
 
 
@@ -43,6 +45,8 @@ def made(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(bundle, "export_graph", export_graph)
     monkeypatch.setattr(bundle, "parity", lambda *_: (1e-7, "text"))
+    monkeypatch.setattr(bundle, "is_demo_body", lambda _: True)
+    monkeypatch.setattr(bundle.SMPLH, "load", functools.cache(SMPLH.load))
     return names
 
 
@@ -120,9 +124,7 @@ def with_adapter(checkpoint, folder):
 
 def another_body(folder):
     """The demo's, a little larger: a body of a user."""
-    from handiffuser import demo
-
-    with np.load(demo.checkpoint_path() / "body" / "smplh.npz") as file:
+    with np.load(checkpoint_path() / "body" / "smplh.npz") as file:
         arrays = {name: file[name] for name in file.files}
     np.savez(folder / "body.npz", **{**arrays, "v_template": 1.01 * arrays["v_template"]})
     return folder / "body.npz"

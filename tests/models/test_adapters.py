@@ -191,7 +191,8 @@ def merged(plain, path, scale=1.0):
 
 
 @pytest.mark.parametrize(
-    ("form", "scale"), [*((form, 0.35) for form in FORMS), ("kohya", 1.0), ("alpha in the metadata", 1.0), ("LoCon", -1)]
+    ("form", "scale"),
+    [*((form, 0.35) for form in FORMS), ("kohya", 1.0), ("alpha in the metadata", 1.0), ("LoCon", -1)],
 )
 def test_merged_it_is_what_diffusers_fuses(plain, form, scale, tmp_path):
     make, notes = FORMS[form]
