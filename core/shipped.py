@@ -6,10 +6,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import BundleError, CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def bundle_path() -> Path:
@@ -42,6 +47,32 @@ def resolve(name: str | Path, kind: str) -> Path:
     if str(name) != "demo" or isinstance(name, Path):
         return Path(name)
     return bundle_path() if kind == "bundle" else checkpoint_path()
+
+
+def is_shipped(bundle: str | Path) -> bool:
+    """Whether a folder is that of the shipped bundle, however it is named."""
+    return Path(bundle).resolve() == _folder("bundle").resolve()
+
+
+def is_demo_body(body: Path | Mapping[str, np.ndarray]) -> bool:
+    """Whether a body, a file or its arrays, is the demo's, which is free. Its content decides, not its place.
+
+    False, too, where this installation has no demo to compare with, and for a file that cannot be read.
+    """
+    import numpy as np
+
+    shipped = _folder("checkpoint") / "body" / "smplh.npz"
+    try:
+        if isinstance(body, Path) and body.read_bytes() == shipped.read_bytes():
+            return True
+        with np.load(shipped, allow_pickle=False) as file:
+            own = {name: file[name] for name in ("v_template", "shapedirs", "posedirs", "J_regressor", "weights")}
+        if isinstance(body, Path):
+            with np.load(body, allow_pickle=False) as file:
+                body = {name: file[name] for name in own}
+        return all(np.array_equal(value, body[name]) for name, value in own.items())
+    except (KeyError, OSError, ValueError):
+        return False
 
 
 def _folder(name: str) -> Path:

@@ -203,6 +203,8 @@ def build(folder: str, backend: str, **values) -> int:  # type: ignore[no-untype
     """Builds the plans of the bundle FOLDER that are missing or stale."""
     path = shipped.resolve(folder, "bundle")
     build_with_progress(path, resolve_backend(backend), values)
+    if shipped.is_shipped(path):
+        console.print(f"The demo's plans are in {PlanStore(path).folder}, not in the installed package.")
     return 0
 
 

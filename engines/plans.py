@@ -9,7 +9,8 @@
     shelf = Shelf(manifest, folder, "openvino", "2026.4.1", cpu.target(), Options())
     path = shelf.find("unet", {"B": 1, "G": 2})     # verified, or None: then make it, and shelf.keep(...)
 
-What a run compiles by itself is kept in the user's cache, never beside the bundle: `hd-run` writes into no bundle.
+What a run compiles by itself is kept in the user's cache, never beside the bundle: `hd-run` writes into no bundle. The
+plans of the shipped demo are in that cache, too, in a folder of their own.
 
 `plans/` holds `<graph>.<sizes>.<key>.plan` and a `.json` of the same name, which is written last: a plan without it
 was never finished. Nothing is ever changed in place, so that two builds and a running server do not disturb each
@@ -35,6 +36,7 @@ from msgspec import Meta
 from ..contract import BRANCHES, Manifest, file_digest
 from ..errors import EngineError
 from ..schema import MisfitError, Sha256, Word, fit, read_json
+from ..shipped import is_shipped
 
 FOLDER = "plans"
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # the backends of built plans, and their modules
@@ -191,10 +193,11 @@ def key_of(wanted: Mapping[str, str]) -> str:
 
 
 class PlanStore:
-    """The plans of one engines folder."""
+    """The plans of one engines folder. Those of the shipped demo are in the user's cache: an installation is no place
+    to write to, and often read-only."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder) / FOLDER
+        self.folder = (_cache() / "demo" if is_shipped(folder) else Path(folder)) / FOLDER
 
     def __iter__(self) -> Iterator[Plan]:
         """Every finished plan. Records that cannot be read are passed over: `strays` says what is wrong with them."""
@@ -320,12 +323,17 @@ class PlanStore:
 
 
 def user_cache() -> PlanStore:
-    """What runs of this user have compiled, for any bundle: `$XDG_CACHE_HOME/handiffuser`, else `~/.cache/...`."""
+    """What runs of this user have compiled, for any bundle."""
+    return PlanStore(_cache())
+
+
+def _cache() -> Path:
+    """`$XDG_CACHE_HOME/handiffuser`, else `~/.cache/handiffuser`."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # a container's user who has no home
         home = Path(os.devnull)  # where nothing can be kept
-    return PlanStore(home / "handiffuser")
+    return home / "handiffuser"
 
 
 class Shelf:

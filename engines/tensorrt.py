@@ -702,6 +702,7 @@ def _out_of_memory(message: str) -> bool:
 
 
 def _write(path: Path, content: memoryview) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)

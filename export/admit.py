@@ -26,8 +26,9 @@ from ..engines import cpu
 from ..errors import EngineError
 from ..models.checkpoint import Checkpoint
 from ..runtime.admission import PSNR_MUST
-from .bundle import export_bundle
+from .bundle import make_bundle
 
+REFERENCE = "fp32"  # the folder beside a candidate; it is made in a workspace, where finished graphs stay
 # UNet parameters up to which both bundles are run on a CPU without being asked to: minutes, not hours.
 SMALL = 100_000_000
 QUANTIZED = ("unet", "image_decoder")  # what a picture's time goes into
@@ -58,11 +59,10 @@ def admit(
     Returns the report of what the candidate is now, and the names of the nodes that were put into float32, by graph.
     """
     kept: dict[str, list[str]] = {}
+    reference = candidate.with_name(REFERENCE)
+    make_bundle(checkpoint, reference, "fp32", body, opset, on_step=lambda graph, _: on_step(f"{graph} in float32"))
     with TemporaryDirectory(dir=candidate.parent) as folder:
-        reference, mended = Path(folder) / "fp32", Path(folder) / "mended"
-        export_bundle(
-            checkpoint, reference, "fp32", body, opset, on_step=lambda graph, _: on_step(f"{graph} in float32")
-        )
+        mended = Path(folder) / "mended"
         on_step("pictures")
         report = fidelity(reference, candidate)
         if not report.passes:
@@ -75,6 +75,7 @@ def admit(
                     report, kept = again, {graph: [node.name for node in nodes] for graph, nodes in found.items()}
                     shutil.rmtree(candidate)
                     mended.replace(candidate)
+    shutil.rmtree(reference)
     manifest = Manifest.load(candidate, verify=False)
     manifest.made_by["fidelity"] = report.to_json()
     if kept:
@@ -96,10 +97,11 @@ def quantize(
     compared, where one picture is not near it.
     """
     for_cpu = Manifest.load(candidate, verify=False).base == "fp32"
+    reference = candidate if for_cpu else candidate.with_name(REFERENCE)
+    if not for_cpu:
+        make_bundle(checkpoint, reference, "fp32", body, opset)
     with TemporaryDirectory(dir=candidate.parent) as folder:
-        reference, out = candidate if for_cpu else Path(folder) / "fp32", Path(folder) / "quantized"
-        if not for_cpu:
-            export_bundle(checkpoint, reference, "fp32", body, opset)
+        out = Path(folder) / "quantized"
         few: dict[str, Any] = {}
         if not compare:
             few = {"rows": 1, "steps": min(SHORT, Manifest.load(reference, verify=False).defaults["steps"])}
@@ -137,6 +139,8 @@ def quantize(
             manifest.save(out)
         shutil.rmtree(candidate)
         out.replace(candidate)
+    if not for_cpu:
+        shutil.rmtree(reference)
     return report, kept
 
 

@@ -17,7 +17,7 @@ import itertools
 import mmap
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,13 @@ from ..errors import CheckpointError, ExportError
 from ..files import open_to_others
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
+from ..shipped import is_demo_body
 from .attention import fuse_attention
 from .branches import share_branches
 from .check import forget_peak, peak_memory, run_apart
 from .check import version as onnxruntime_version
 from .graphs import PRECISIONS, Graph, graphs
+from .kept import Shelf, keys
 from .norms import write_out_norms
 from .upsampling import fold_upsampling
 from .workspace import install, workspace
@@ -75,12 +77,26 @@ class Exported:
     megabytes: float
     seconds: float
     peak: float = 0.0  # bytes of memory at most, this process and the one that checks together; 0: not known
+    kept: bool = False  # finished by an export that was stopped, and taken as it is
     emulated: bool = False  # bfloat16, of which ONNX Runtime's CPU has no kernels: rounded in a float32 graph instead
 
 
-def export_bundle(
+def export_bundle(checkpoint: Checkpoint, out: Path, *arguments: Any, **options: Any) -> list[Exported]:
+    """Exports a checkpoint into the folder `out`: `make_bundle` in a workspace, whose result is then moved.
+
+    Plans that were built from an older bundle in `out` stay: those that still fit are used again.
+    Raises ExportError, too, for a folder that is no bundle, or one that another process is exporting into.
+    """
+    check_target(out)
+    with workspace(out) as folder:
+        results = make_bundle(checkpoint, folder / "bundle", *arguments, **options)
+        install(folder / "bundle", out)
+    return results
+
+
+def make_bundle(
     checkpoint: Checkpoint,
-    out: Path,
+    folder: Path,
     precision: str = "fp32",
     body: Path | None = None,
     opset: int = OPSET,
@@ -88,14 +104,13 @@ def export_bundle(
     on_graph: Callable[[Exported], Any] = lambda _: None,
     on_step: Callable[[str, str], Any] = lambda *_: None,
 ) -> list[Exported]:
-    """Exports a checkpoint into the folder `out`.
+    """Makes a bundle of a checkpoint in a folder of a workspace. Graphs that are finished there are taken as they are.
 
     precision: of the networks, one of PRECISIONS; hand features and all state stay float32. body: an SMPL-H `.npz`;
     without it the checkpoint's own is used. source: what it is made from (see `source.py`), kept in the manifest.
     on_graph: called after each graph; on_step: called with a graph's name and what begins, "tracing" or "comparing".
-    Plans that were built from an older bundle in `out` stay: those that still fit are used again.
-    Raises CheckpointError without a body, ExportError for a graph over its tolerance, one that ONNX Runtime does not
-    run, a folder that is no bundle, or one that another process is exporting into.
+    Raises CheckpointError without a body, ExportError for a graph over its tolerance, or one that ONNX Runtime does
+    not run.
     """
     if precision not in PRECISIONS:
         raise ExportError(f"Precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}.")
@@ -105,81 +120,106 @@ def export_bundle(
             "This checkpoint has no body model of its own. Give the SMPL-H .npz that it was trained with: --body FILE."
         )
     smplh = SMPLH.load(path)
-    check_target(out)
-    with workspace(out) as folder:
-        work = folder / "bundle"
-        work.mkdir()
-        results: list[Exported] = []
-        specs: dict[str, GraphSpec] = {}
-        weights = sum(tensor.nbytes for tensor in checkpoint.unet.state_dict().values())
-        batch = 3 if weights < LARGE else 2
-        dtype = PRECISIONS[precision]
-        pairs = zip(graphs(checkpoint, smplh, dtype, batch), graphs(checkpoint, smplh, batch=batch), strict=True)
-        for graph, reference in pairs:
-            began, peaks = time.monotonic(), [0.0]
-            forget_peak()
-            on_step(graph.name, "tracing")
-            spec = export_graph(graph, work, opset)
-            on_step(graph.name, "comparing")
-            kind = "fp32" if graph.name == "hand_features" else precision
-            graph.module = nn.Identity()  # its weights are half of the memory in half precision
-            error, worst = parity(
-                graph,
-                reference.module,
-                work / spec.file,
-                kind,
-                peaks.append,
-                lambda: give_back(checkpoint.modules().values()),
-            )
-            spec.parity = {"error": float(f"{error:.3g}"), "tolerance": TOLERANCE[kind], "tensor": worst}
-            if kind == "bf16":
-                spec.parity["emulated"] = True
-            if not error <= TOLERANCE[kind]:
-                raise ExportError(
-                    f"{graph.name} is {error:.2g} from PyTorch in {worst!r} (tolerance {TOLERANCE[kind]:g}), so "
-                    "nothing was written. "
-                    + (
-                        "Export with --precision fp32."
-                        if kind != "fp32"
-                        else "Please report this with your versions of torch, onnx and onnxruntime."
-                    )
-                )
-            size = sum(file.stat().st_size for file in work.glob(f"{graph.name}.onnx*"))
-            seconds, emulated = time.monotonic() - began, "emulated" in spec.parity
-            results.append(Exported(graph.name, error, TOLERANCE[kind], size / 1e6, seconds, max(peaks), emulated))
-            specs[graph.name] = spec
-            on_graph(results[-1])
-        checkpoint.tokenizer.no_truncation()
-        checkpoint.tokenizer.no_padding()
-        checkpoint.tokenizer.save(str(work / TOKENIZER))
-        manifest = Manifest(
-            graphs=specs,
-            files={file.name: file_digest(file) for file in sorted(work.iterdir())},
-            precision=precision,
-            image_size=checkpoint.image_size,
-            latent_size=(checkpoint.unet.config.in_channels, *checkpoint.latent_size),
-            num_history=dict(NUM_HISTORY),
-            schedules={
-                "hand_prior": plain(checkpoint.hand_scheduler),
-                "unet": plain(checkpoint.scheduler),
-            },
-            defaults=dict(checkpoint.defaults),
-            tokenizer=dict(checkpoint.special_tokens),
-            params_mean=checkpoint.hand_prior.mean.tolist(),
-            params_std=checkpoint.hand_prior.std.tolist(),
-            words=checkpoint.words,
-            made_by={
-                "checkpoint": checkpoint.name,
-                "body": "the demo's own, licence-free" if body is None else "the user's: not for redistribution",
-                "opset": opset,
-                **({} if source is None else {"source": source}),
-                **{name: version(name) for name in ("handiffuser", "torch", "diffusers")},
-                "onnxruntime": onnxruntime_version(),
-            },
-        )
-        manifest.save(work)
-        install(work, out)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = sum(tensor.nbytes for tensor in checkpoint.unet.state_dict().values())
+    batch = 3 if weights < LARGE else 2
+    shelf = Shelf(folder, keys(checkpoint, smplh, precision=precision, opset=opset, batch=batch))
+    shelf.clear()
+    results: list[Exported] = []
+    specs: dict[str, GraphSpec] = {}
+    pairs = zip(graphs(checkpoint, smplh, PRECISIONS[precision], batch), graphs(checkpoint, smplh, batch=batch),
+                strict=True)  # fmt: skip
+    for graph, reference in pairs:
+        found = shelf.find(graph.name)
+        if found is None:
+            spec, result = export_and_check(checkpoint, graph, reference, folder, precision, opset, on_step)
+            shelf.note(graph.name, spec, asdict(result))
+        else:
+            spec, result = found[0], Exported(**{**found[1], "kept": True})
+        graph.module = reference.module = nn.Identity()
+        results.append(result)
+        specs[graph.name] = spec
+        on_graph(result)
+    checkpoint.tokenizer.no_truncation()
+    checkpoint.tokenizer.no_padding()
+    checkpoint.tokenizer.save(str(folder / TOKENIZER))
+    made_by = {
+        "checkpoint": checkpoint.name,
+        "body": "the demo's own, licence-free" if is_demo_body(path) else "the user's: not for redistribution",
+        "opset": opset,
+        **({} if source is None else {"source": source}),
+        **{name: version(name) for name in ("handiffuser", "torch", "diffusers")},
+        "onnxruntime": onnxruntime_version(),
+    }
+    manifest_of(checkpoint, folder, specs, precision, made_by).save(folder)
     return results
+
+
+def export_and_check(
+    checkpoint: Checkpoint,
+    graph: Graph,
+    reference: Graph,
+    folder: Path,
+    precision: str,
+    opset: int,
+    on_step: Callable[[str, str], Any],
+) -> tuple[GraphSpec, Exported]:
+    """One graph's files in `folder`, and how far they are from PyTorch. Raises ExportError where that is too far."""
+    began, peaks = time.monotonic(), [0.0]
+    forget_peak()
+    on_step(graph.name, "tracing")
+    spec = export_graph(graph, folder, opset)
+    on_step(graph.name, "comparing")
+    kind = "fp32" if graph.name == "hand_features" else precision
+    graph.module = nn.Identity()  # its weights are half of the memory in half precision
+    error, worst = parity(
+        graph,
+        reference.module,
+        folder / spec.file,
+        kind,
+        peaks.append,
+        lambda: give_back(checkpoint.modules().values()),
+    )
+    spec.parity = {"error": float(f"{error:.3g}"), "tolerance": TOLERANCE[kind], "tensor": worst}
+    if kind == "bf16":
+        spec.parity["emulated"] = True
+    if not error <= TOLERANCE[kind]:
+        raise ExportError(
+            f"{graph.name} is {error:.2g} from PyTorch in {worst!r} (tolerance {TOLERANCE[kind]:g}), so "
+            "nothing was written. "
+            + (
+                "Export with --precision fp32."
+                if kind != "fp32"
+                else "Please report this with your versions of torch, onnx and onnxruntime."
+            )
+        )
+    size = sum(file.stat().st_size for file in folder.glob(f"{graph.name}.onnx*"))
+    seconds, emulated = time.monotonic() - began, "emulated" in spec.parity
+    return spec, Exported(graph.name, error, TOLERANCE[kind], size / 1e6, seconds, max(peaks), emulated=emulated)
+
+
+def manifest_of(
+    checkpoint: Checkpoint, folder: Path, specs: dict[str, GraphSpec], precision: str, made_by: dict[str, Any]
+) -> Manifest:
+    """What is said of the graphs and the tokenizer in `folder`."""
+    return Manifest(
+        graphs=specs,
+        files={file.name: file_digest(file) for file in sorted(folder.iterdir()) if file.is_file()},
+        precision=precision,
+        image_size=checkpoint.image_size,
+        latent_size=(checkpoint.unet.config.in_channels, *checkpoint.latent_size),
+        num_history=dict(NUM_HISTORY),
+        schedules={
+            "hand_prior": plain(checkpoint.hand_scheduler),
+            "unet": plain(checkpoint.scheduler),
+        },
+        defaults=dict(checkpoint.defaults),
+        tokenizer=dict(checkpoint.special_tokens),
+        params_mean=checkpoint.hand_prior.mean.tolist(),
+        params_std=checkpoint.hand_prior.std.tolist(),
+        words=checkpoint.words,
+        made_by=made_by,
+    )
 
 
 def check_target(out: Path) -> None:

@@ -28,6 +28,7 @@ from ..shipped import resolve  # noqa: E402
 from .source import changed, fingerprint  # noqa: E402
 
 STOPPED = "Stopped. What is finished stays; the same command goes on."
+KEPT = "taken from the export that was stopped"
 STEPS = {"tracing": "tracing and writing", "comparing": "running beside PyTorch"}
 BACKENDS = ("onnxruntime", "auto", "openvino", *MODULES, "inductor")
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -148,7 +149,7 @@ def command(
         from ..serving.triton import write
 
         console.print(f"Triton's repository is {write(out, triton).parent}.")
-    if body is not None:
+    if Manifest.load(out, verify=False).made_by.get("body", "").startswith("the user's"):
         console.print(
             f"{out} now contains arrays of your SMPL-H body. Its licence forbids passing them on: keep this bundle, "
             "and every engine built from it, on your own machines.",
@@ -187,7 +188,7 @@ def load_checkpoint(folder: Path, adapters: tuple[tuple[Path, float], ...], size
 
     loaded = Checkpoint.load(folder, mapped=True)
     for path, scale in adapters:
-        lora.merge(loaded, path, scale)
+        console.print(lora.merge(loaded, path, scale))
     return loaded if size is None else at_image_size(loaded, *size)
 
 
@@ -233,7 +234,7 @@ def export(
     """The part that needs PyTorch. base: the precision of what is not quantised."""
     with console.status("reading the checkpoint"):
         from .admit import admit, is_small, quantize
-        from .bundle import check_target, export_bundle
+        from .bundle import check_target, make_bundle
         from .workspace import install, workspace
 
         import_module("onnxruntime")  # runs in another process, where it would be missed after minutes
@@ -250,14 +251,14 @@ def export(
             progress.advance(task)
             progress.console.print(
                 f"{result.name:18} {result.megabytes:8.1f} MB   {result.error:.1e} from PyTorch "
-                f"(tolerance {result.tolerance:g}{', emulated' if result.emulated else ''})   {result.seconds:.0f} s   "
-                f"{result.peak / 1e9:.1f} GB"
+                f"(tolerance {result.tolerance:g}{', emulated' if result.emulated else ''})   "
+                + (KEPT if result.kept else f"{result.seconds:.0f} s   {result.peak / 1e9:.1f} GB")
             )
 
         check_target(out)
         with workspace(out) as work:
             made = work / "bundle"
-            export_bundle(loaded, made, base, body, opset, source, on_graph, on_step)
+            make_bundle(loaded, made, base, body, opset, source, on_graph, on_step)
             compare = fidelity == "always" or (fidelity == "auto" and is_small(loaded))
             report, kept, other = None, {}, "float32"
 

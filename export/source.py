@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import contract, installed
 from ..contract import EIGHT_BITS, MANIFEST, Manifest
 from ..errors import BundleError
 
@@ -29,6 +29,7 @@ WORDS = {
 }
 REWRITES = ("graphs", "bundle", "attention", "branches", "norms", "upsampling")  # what makes a graph what it is
 PACKAGES = ("handiffuser", "torch", "diffusers", "transformers", "onnx", "onnxscript")
+CHECKERS = ("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")  # and what a finished graph was made and checked with
 
 
 def fingerprint(
@@ -40,19 +41,21 @@ def fingerprint(
     code = [*sorted((rooms / "models").glob("*.py")), *(rooms / "export" / f"{name}.py" for name in REWRITES)]
     if settings.get("precision") in EIGHT_BITS:
         code += [rooms / "export" / "admit.py", rooms / "calibration" / "quantize.py"]
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = ""
     return {
         "checkpoint": _digest([_stat(checkpoint, file) for file in sorted(checkpoint.rglob("*")) if file.is_file()]),
         "body": _digest([] if body is None or not body.exists() else _stat(body.parent, body)),
-        "adapters": _digest([[scale, *(_stat(p.parent, p) if p.exists() else [])] for p, scale in adapters]),
+        "adapters": _digest([[scale, *(_stat(p.parent, p) for p in _files(path))] for path, scale in adapters]),
         "settings": json.dumps(settings, sort_keys=True),
-        "code": _digest([versions, [hashlib.sha256(file.read_bytes()).hexdigest() for file in code]]),
+        "code": _digest([_versions(*PACKAGES), _contents(code)]),
     }
+
+
+def code_digest() -> str:
+    """Sixteen digits for all code that makes graphs, and for the versions of what makes and checks them."""
+    rooms = Path(__file__).resolve().parent.parent
+    code = [path for room in ("models", "export") for path in sorted((rooms / room).glob("*.py"))]
+    code.append(Path(contract.__file__))
+    return _digest([_versions(*PACKAGES, *CHECKERS), _contents(code)])
 
 
 def changed(bundle: Path, source: dict[str, str]) -> list[str]:
@@ -69,6 +72,19 @@ def changed(bundle: Path, source: dict[str, str]) -> list[str]:
     if not isinstance(before, dict):
         return ["it does not say what it was made from"]
     return [words for name, words in WORDS.items() if before.get(name) != source[name]]
+
+
+def _files(adapter: Path) -> list[Path]:
+    """An adapter, and where peft says beside it how strong it is."""
+    return [path for path in (adapter, adapter.with_name("adapter_config.json")) if path.is_file()]
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {package: installed.version(package) or "" for package in packages}
+
+
+def _contents(files: Iterable[Path]) -> list[str]:
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def _stat(root: Path, file: Path) -> list[Any]:

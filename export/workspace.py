@@ -4,7 +4,8 @@
         ...                                   # make folder / "new"
         install(folder / "new", Path("bundle"))
 
-What a killed process left there is cleared by the next one for the same target.
+An export that is stopped leaves the graphs that it finished, in a folder with records of them (see `kept.py`); the
+next one for the same target takes what still fits. All else goes, and all of it when an export ends.
 """
 
 from __future__ import annotations
@@ -16,27 +17,38 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..engines.plans import FOLDER as PLANS
-from ..errors import ExportError
+from ..errors import ExportError, HanDiffuserError
 
 OLD = "old"  # what stood in the target's place
+KEPT = ".kept"  # in a folder of graphs: records of those that are finished
 
 
 @contextmanager
 def workspace(out: Path) -> Iterator[Path]:
-    """The empty folder `.NAME.partial` beside `out`; it is removed with all that is in it.
+    """The folder `.NAME.partial` beside `out`, empty but for finished graphs; it is removed with all that is in it.
 
+    Where the work in it is stopped (Ctrl-C, a full disk; no refusal of ours) finished graphs stay there.
     Raises ExportError when another process works on the same target.
     """
     out = out.resolve()
     folder = out.with_name(f".{out.name}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder, out)
+    ended = True
     try:
         _take_over(folder / OLD, out)  # of a process that was killed in the middle of `install`
         _clear(folder)
         yield folder
+    except HanDiffuserError:
+        raise
+    except BaseException:
+        ended = False
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not ended:
+            _clear(folder)
+        if ended or not any(folder.iterdir()):
+            shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
@@ -64,7 +76,10 @@ def _lock(folder: Path, out: Path) -> int | None:
 
 
 def _clear(folder: Path) -> None:
+    """Removes all but folders with finished graphs."""
     for path in folder.iterdir():
+        if any((path / KEPT).glob("[!.]*.json")):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -74,6 +89,7 @@ def _clear(folder: Path) -> None:
 def install(made: Path, out: Path) -> None:
     """Puts a finished folder of a workspace of `out` into its place; an older bundle's plans stay."""
     out, old = out.resolve(), made.with_name(OLD)
+    shutil.rmtree(made / KEPT, ignore_errors=True)
     if out.exists():
         out.replace(old)
     made.replace(out)

@@ -7,7 +7,7 @@ Unpickling runs whatever the file says. So nothing of Python's is reachable here
 arrays, scipy's sparse matrices, chumpy's `Ch`) is answered with a stand-in below that only keeps what it is given, and
 any other name ends the reading. Neither scipy nor chumpy, which does not install on a current Python, is needed.
 
-The bodies are licensed by their makers and may not be passed on, in whichever format.
+The official bodies are licensed by their makers and may not be passed on, in whichever format. The demo's own is free.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ import numpy as np
 
 from ..commands import run
 from ..errors import CheckpointError
+from ..shipped import is_demo_body
 
 LARGEST = 1 << 30  # bytes of a file; the official ones are below 300 MB
 LICENCE = "SMPL-H and MANO are licensed by their makers (non-commercial, no passing on): keep this file to yourself."
+FREE = "This is the demo's own body, in SMPL-H's format: it is free (Apache-2.0), and may be passed on."
 
 # What each kind of body holds. J_regressor, weights and kintree_table tell the kinds apart by their number of joints.
 NEEDED = ("v_template", "shapedirs", "posedirs", "J_regressor", "kintree_table", "weights", "f")
@@ -249,7 +251,6 @@ def convert(source: Path, out: Path, hands: tuple[Path, ...]) -> int:
             arrays[name + side] = hand[name]
     write(out, arrays)
     describe(out, arrays)
-    click.echo(LICENCE)
     return 0
 
 
@@ -258,17 +259,18 @@ def convert(source: Path, out: Path, hands: tuple[Path, ...]) -> int:
 def show(file: Path) -> int:
     """Says what FILE is and which arrays it holds."""
     describe(file, read(file))
-    click.echo(LICENCE)
     return 0
 
 
 def describe(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Says what a body is, and whether it may be passed on: of the demo's own that is known by its content."""
     kind = kind_of(arrays)
     click.echo(f"{path}: {kind}, {len(arrays['v_template'])} vertices, {arrays['J_regressor'].shape[0]} joints")
     for name, array in sorted(arrays.items()):
         click.echo(f"  {name:20} {array.dtype.name:8} {' x '.join(map(str, array.shape)) or 'one number'}")
     if kind == "SMPL-H" and any(name not in arrays for name in HANDS):
         click.echo("It lacks MANO's hands_*, which smplx asks for and hd-export does not: see hd-body convert --hands.")
+    click.echo(FREE if is_demo_body(arrays) else LICENCE)
 
 
 def main() -> None:

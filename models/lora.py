@@ -12,15 +12,16 @@ whole; it lies in the same file under its own name. Files of others for Stable D
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files import open_to_others
+from .adapters import METADATA, WHOLE, Adapter, read
 from .checkpoint import Checkpoint
 
 # The layers that get ranks: the products of attention, as is usual (diffusers' and peft's own examples).
@@ -28,9 +29,6 @@ TARGETS = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
     "text_hand_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
-WHOLE = ("location.", "rotation.", "vertices.", "place", "side", "null")  # of the Text+Hand encoder: the hands' own
-METADATA = "lora_adapter_metadata"  # where diffusers keeps rank and alpha
-LAYER, DOWN, UP = ".base_layer", ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 def inject(checkpoint: Checkpoint, rank: int) -> list[nn.Parameter]:
@@ -74,90 +72,42 @@ def save(tensors: dict[str, Tensor], path: Path, rank: int) -> None:
 
 
 @torch.no_grad()
-def merge(checkpoint: Checkpoint, path: Path, scale: float = 1.0) -> None:
-    """Adds an adapter to the checkpoint's weights, `scale` times.
+def merge(checkpoint: Checkpoint, path: Path, scale: float = 1.0) -> str:
+    """Adds an adapter to the checkpoint's weights, `scale` times. Returns what was merged, in words.
 
-    Raises CheckpointError for a file that is none, or that is for another network, naming what does not fit.
+    Raises CheckpointError for what is no adapter for this checkpoint (see `adapters.read`), before anything is changed,
+    and for weights that would become infinite.
     """
-    ranks, whole, alphas = read(checkpoint, path)
     parts = _parts(checkpoint)
-    layers, parameters = dict(parts.named_modules()), dict(parts.named_parameters())
-    for layer, (down, up) in ranks.items():
-        weight: Tensor | None = getattr(layers.get(layer), "weight", None)
-        if weight is None or (up.shape[0], down.shape[1]) != tuple(weight.shape[:2]):
-            raise CheckpointError(
-                f"{path} does not fit this checkpoint: it has {layer} of {up.shape[0]} x {down.shape[1]}, where the "
-                f"checkpoint has {'nothing' if weight is None else ' x '.join(map(str, weight.shape[:2]))}."
-            )
-        rank = down.shape[0]
-        product = (up.flatten(1).float() @ down.flatten(1).float()).view(*up.shape[:1], *down.shape[1:])
-        weight.add_(product.reshape(weight.shape), alpha=scale * alphas.get(layer, rank) / rank)
-    for name, value in whole.items():
+    layers = {n: m for n, m in parts.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    parameters = dict(parts.named_parameters())
+    adapter = read(layers, path)
+    for name, value in adapter.whole.items():
         if name not in parameters or parameters[name].shape != value.shape:
-            raise CheckpointError(f"{path} does not fit this checkpoint: {name} is not in it, or of another shape.")
-        parameters[name].lerp_(value.float(), scale)
-
-
-def read(
-    checkpoint: Checkpoint, path: Path
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, float]]:
-    """An adapter's ranks by layer (A, B), its whole tensors by name, and alphas by layer."""
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
-    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path} is no .safetensors file, and nothing else is read: it could run code.")
-    try:
-        tensors = load_file(path)
-        with safe_open(path, "pt") as file:
-            notes = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-    except FileNotFoundError:
-        raise CheckpointError(f"There is no adapter {path}.") from None
-    except Exception as error:  # safetensors' own
-        raise CheckpointError(f"The adapter {path} cannot be read: {error}.") from error
-    own = (*(f"text_hand_encoder.{name}" for name in WHOLE), "position_kernel.", "text_hand_encoder.layers.")
-    whole = {name: value for name, value in tensors.items() if name.startswith(own) and ".lora_" not in name}
-    ours = {name: value for name, value in tensors.items() if name.startswith(own) and ".lora_" in name}
-    theirs = {name: value for name, value in tensors.items() if name not in whole and name not in ours}
-    alphas: dict[str, float] = {}
-    if theirs:
-        try:
-            theirs, networks = StableDiffusionLoraLoaderMixin.lora_state_dict(
-                theirs, unet_config=checkpoint.unet.config
+            raise CheckpointError(
+                f"{path} does not fit this checkpoint: {name} is not in it, or of another shape. Take the checkpoint "
+                "that the adapter was trained from."
             )
-
-            def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-                unet = {name: value for name, value in tensors.items() if name.startswith("unet.")}
-                rest = {name: value for name, value in tensors.items() if name not in unet}
-                return {**convert_unet_state_dict_to_peft(unet), **(convert_state_dict_to_peft(rest) if rest else {})}
-
-            theirs = renamed(theirs)
-            scales = {name.removesuffix(".alpha"): torch.tensor(value) for name, value in (networks or {}).items()}
-            alphas = {_home(name.partition(".lora_")[0]): float(value) for name, value in renamed(scales).items()}
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no adapter for Stable Diffusion 1.x or 2.x: {error}") from error
-    ranks: dict[str, tuple[Tensor, Tensor]] = {}
-    both = {_home(name): value for name, value in {**theirs, **ours}.items()}
-    for name, down in both.items():
-        layer, found, _ = name.partition(".lora_A.weight")
-        if found and f"{layer}.lora_B.weight" in both:
-            ranks[layer] = down, both[f"{layer}.lora_B.weight"]
-        elif not found and ".lora_B.weight" not in name:
-            raise CheckpointError(f"{path} does not fit this checkpoint: nothing is known of {name}.")
-    if not ranks and not whole:
-        raise CheckpointError(f"{path} holds no adapter: it has no .lora_A.weight.")
-    for layer, (down, _) in ranks.items():
-        part = layer.partition(".")[0]
-        alphas.setdefault(layer, float(notes.get(f"{part}.lora_alpha", down.shape[0])))
-    return ranks, whole, alphas
+    for layer, update in adapter.updates.items():
+        module, strength = layers[layer], scale * update.factor
+        module.weight.add_(update.delta().reshape(module.weight.shape), alpha=strength)
+        if (bias := update.parts.get("bias")) is not None and module.bias is not None:
+            module.bias.add_(bias.float(), alpha=strength)
+        if not all(value.isfinite().all() for value in module.parameters()):
+            raise CheckpointError(f"{path} makes {layer} infinite. Take an adapter from before its training diverged.")
+    for name, value in adapter.whole.items():
+        parameters[name].lerp_(value.float(), scale)
+    return _summary(path, adapter, scale)
 
 
-def _home(name: str) -> str:
-    """Where a layer of Stable Diffusion's text encoder is in ours."""
-    for prefix in ("text_encoder.text_model.encoder.", "text_encoder.encoder."):
-        if name.startswith(prefix):
-            return "text_hand_encoder." + name.removeprefix(prefix)
-    return name
+def _summary(path: Path, adapter: Adapter, scale: float) -> str:
+    counts = Counter(layer.partition(".")[0] for layer in adapter.updates)
+    found = [f"{count} layers of {part}" for part, count in sorted(counts.items(), reverse=True)]
+    if adapter.whole:
+        found.append(f"{len(adapter.whole)} whole tensors")
+    silent = adapter.updates and not all(update.stated for update in adapter.updates.values())
+    strength = " Its file gives no alpha, so that alpha is the rank, as in diffusers." if silent else ""
+    return f"Merged {path.name} at {scale:g}: {', '.join(found)}.{strength}"
 
 
 def _parts(checkpoint: Checkpoint) -> nn.ModuleDict:

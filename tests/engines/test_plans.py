@@ -7,12 +7,15 @@ import json
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 from handiffuser.contract import Manifest
 from handiffuser.engines.build import wanted_plans
-from handiffuser.engines.cli import stale
-from handiffuser.engines.plans import PlanStore, belongs, key_of, parts
+from handiffuser.engines.cli import commands, stale
+from handiffuser.engines.inspect import find_plans
+from handiffuser.engines.plans import PlanStore, belongs, key_of, parts, user_cache
 from handiffuser.engines.tensorrt import Options
 from handiffuser.errors import EngineError
+from handiffuser.shipped import bundle_path
 
 BASE = {"backend": "tensorrt", "version": "11.0", "target": "GPU A", "options": Options()}
 
@@ -213,3 +216,27 @@ def test_sizes_that_make_no_sense(manifest):
     for sizes in ((), (0,), (5000,)):
         with pytest.raises(EngineError, match="Batch sizes must be"):
             wanted_plans(manifest, sizes)
+
+
+def test_plans_of_the_shipped_demo_are_in_the_user_s_cache(tmp_path, monkeypatch):
+    """An installation is not written to, and may be read-only; all commands look where they are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shipped = bundle_path()
+    before = sorted(path.name for path in shipped.iterdir())
+    manifest = Manifest.load(shipped, verify=False)
+    wanted = parts(manifest, "unet", {"B": 4, "G": 2}, "tensorrt-rtx", "1.7", "any GPU", Options())
+    for named in (shipped, str(shipped), shipped.parent / "." / "bundle"):
+        assert PlanStore(named).folder == tmp_path / "handiffuser" / "demo" / "plans"
+    plan = PlanStore(shipped).add(wanted, b"a plan", {"layers": []}, 1.0)
+    assert plan.path.is_relative_to(tmp_path) and sorted(path.name for path in shipped.iterdir()) == before
+    run = CliRunner()
+    assert "unet" in run.invoke(commands, ["list", "demo"]).output
+    assert "and 1 plans are sound" in run.invoke(commands, ["verify", "demo"]).output
+    assert find_plans(shipped)[0].path == find_plans(plan.path)[0].path == plan.path
+    assert not list(user_cache()), "what runs compile by themselves, and clear by age, is apart"
+    plan.path.write_bytes(b"damaged")
+    assert run.invoke(commands, ["verify", "demo"], standalone_mode=False).return_value == 1
+    assert "removed unet" in run.invoke(commands, ["prune", "demo"]).output
+    assert not plan.path.exists() and not list(PlanStore(shipped))
+    own = tmp_path / "demo"
+    assert PlanStore(own).folder == own / "plans", "a user's folder of that name is the user's"

@@ -277,7 +277,7 @@ def all_end(leader: int) -> None:
 def test_a_killed_export_leaves_nothing_that_the_next_one_does_not_clear(tiny_checkpoint_folder, tmp_path):
     """Nor does its child go on."""
     process = start(tiny_checkpoint_folder, tmp_path / "b")
-    wait_for(".b.partial/.bundle.partial/bundle/.check-*", tmp_path, process)
+    wait_for(".b.partial/bundle/.check-*", tmp_path, process)
     process.kill()
     process.wait()
     assert [path.name for path in tmp_path.iterdir()] == [".b.partial"]
@@ -295,7 +295,7 @@ def test_one_signal_ends_an_export(where, numbers, tiny_checkpoint_folder, tmp_p
     if where == "at once":
         time.sleep(0.7)
     else:
-        wait_for(".b.partial/.bundle.partial" + ("/bundle/.check-*" if where == "comparing" else ""), tmp_path, process)
+        wait_for(".b.partial/bundle" + ("/.check-*" if where == "comparing" else ""), tmp_path, process)
     began = time.monotonic()
     for number in numbers:
         process.send_signal(number)

@@ -84,11 +84,26 @@ def test_convert_and_show_as_a_user_types_them(arrays, chumpy, tmp_path):
     source, out = tmp_path / "SMPLH_MALE.pkl", tmp_path / "male.npz"
     source.write_bytes(pickle.dumps(official(arrays, chumpy), 2))
     result = CliRunner().invoke(commands, ["convert", str(source), str(out)])
-    assert result.exit_code == 0 and "SMPL-H, 6890 vertices, 52 joints" in result.output and "licensed" in result.output
+    assert result.exit_code == 0 and "SMPL-H, 6890 vertices, 52 joints" in result.output
     SMPLH.load(out)
     assert [path.name for path in tmp_path.iterdir() if path not in (source, out)] == []
     result = CliRunner().invoke(commands, ["show", str(out)])
     assert "v_template" in result.output and "6890 x 3" in result.output
+
+
+def test_the_demo_s_body_is_free_and_others_are_licensed(arrays, tmp_path):
+    """By what is in the file, wherever it is and whatever it is called."""
+    copied, larger = tmp_path / "SMPLH_MALE.npz", tmp_path / "smplh_demo.npz"
+    np.savez(copied, **arrays)
+    np.savez(larger, **{**arrays, "v_template": 1.001 * arrays["v_template"]})
+    for path, free in {BODY: True, copied: True, larger: False}.items():
+        for line in (["show", str(path)], ["convert", str(path), str(tmp_path / "out.npz")]):
+            said = CliRunner().invoke(commands, line).output
+            assert ("free (Apache-2.0)" in said) == free and ("licensed by their makers" in said) != free, (line, said)
+        assert shipped.is_demo_body(path) == free
+    for name in ("v_template", "shapedirs", "posedirs", "J_regressor", "weights"):
+        assert not shipped.is_demo_body({key: value for key, value in arrays.items() if key != name})
+    assert not shipped.is_demo_body(tmp_path / "none.npz")
 
 
 def test_the_refusal_of_a_pickle_names_the_way():

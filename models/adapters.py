@@ -1,0 +1,431 @@
+"""Reads a LoRA file, ours or another program's: which layer each tensor is for, and how strong the update is.
+
+    adapter = read(checkpoint, Path("style.safetensors"))
+    adapter.updates["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].factor     # alpha / rank
+
+Names are looked up in a table made from the checkpoint's own layers, in the spellings of kohya's sd-scripts, diffusers
+(three generations of them), peft, and Stable Diffusion's first code. A key that the table does not know is never
+dropped: the file is refused, by the name of its kind where that is known.
+
+The strength follows peft's LoraConfig: alpha / rank, or alpha / sqrt(rank) with `use_rslora` (Kalajdzievski 2023).
+alpha is beside the layer (kohya), in the file's metadata (diffusers), in `adapter_config.json` beside the file (peft),
+or nowhere: then it equals the rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypedDict
+
+from msgspec import Meta
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..schema import TRUTH, MisfitError, fit, parse_json, read_json, shown, whole
+from .weights import first_line, listed
+
+METADATA = "lora_adapter_metadata"  # where diffusers keeps LoraConfig, each entry behind its part: "unet.lora_alpha"
+PEFT_CONFIG = "adapter_config.json"  # where peft keeps it, beside the weights
+WHOLE = ("location.", "rotation.", "vertices.", "place", "side", "null")  # of the Text+Hand encoder: the hands' own
+OWN = (*(f"text_hand_encoder.{name}" for name in WHOLE), "position_kernel.")  # trained whole, in our adapters
+LFS = b"version https://git-lfs"
+
+# One tensor's key: a layer, and what it is of that layer's update.
+_KEY = re.compile(
+    r"(?P<layer>.+?)(?:"
+    r"\.lora_(?P<new>A|B|down|up)(?:\.default)?\.(?P<what>weight|bias)"  # peft, kohya
+    r"|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<old>down|up)\.weight"  # diffusers
+    r"|\.(?P<alpha>alpha))"
+)
+_SLOTS = {"A": "down", "B": "up", "down": "down", "up": "up"}
+
+_MERGE = (
+    "Merge it into its Stable Diffusion weights with the program that trained it and run hd-train init on the result, "
+    "or take a plain LoRA."
+)
+_BASE = "Take an adapter that was trained for this checkpoint's kind of model, Stable Diffusion 1.x or 2.x."
+_INIT = "Give --lora an adapter; a Stable Diffusion folder becomes a checkpoint with hd-train init."
+# What a file is that has keys like these, and the way out. The first that fits counts.
+KINDS = tuple(
+    (re.compile(pattern), kind, advice)
+    for pattern, kind, advice in (
+        (r"\.hada_", "a LoHa adapter", _MERGE),
+        (r"\.lokr_", "a LoKr adapter", _MERGE),
+        (r"\bb?oft_", "an OFT adapter", _MERGE),
+        (r"\.dora_scale$|lora_magnitude_vector", "a DoRA adapter", _MERGE),
+        (r"\.lora_mid\.", "a LoCon adapter with Tucker decomposition", _MERGE),
+        (r"\.on_input$|\.ia3_l", "an (IA)3 adapter", _MERGE),
+        (r"\.[ab][12]\.weight$", "a GLoRA adapter", _MERGE),
+        (r"\.vera_lambda", "a VeRA adapter", _MERGE),
+        (r"\.lora_E\b|\.ranknum\b", "an AdaLoRA adapter", _MERGE),
+        (r"\.(diff|diff_b|w_norm|b_norm)$", "a LyCORIS adapter with whole weights", _MERGE),
+        (r"lora_controlnet|^control_model\.|controlnet_|input_hint_block", "a ControlNet", _INIT),
+        (r"^ip_adapter\.|^image_proj\.|\.to_[kv]_ip\.", "an IP-Adapter", _INIT),
+        (r"motion_modules", "a motion module", _INIT),
+        (r"single_transformer_blocks|(single|double)_blocks", "an adapter for Flux", _BASE),
+        (r"joint_blocks|^lora_te3_|^text_encoder_3\.", "an adapter for Stable Diffusion 3", _BASE),
+        (r"^lora_te2_|^text_encoder_2\.|add_embedding|label_emb", "an adapter for SDXL", _BASE),
+        (
+            r"(attentions|put_blocks_\d+|middle_block)[._]\d+[._]transformer_blocks[._][1-9]",
+            "an adapter for SDXL",
+            _BASE,
+        ),
+        (r"^(lora_)?transformer[._]", "an adapter for a transformer, such as Flux or Stable Diffusion 3", _BASE),
+        (r"^diffusion_model\.(?!input_blocks|middle_block|output_blocks)", "an adapter for a transformer", _BASE),
+        (r"^emb_params$|^clip_[lg]$|^<.+>$|^string_to_param", "a textual inversion", "Give it to hd-train init."),
+        (r"^model\.diffusion_model\.", "a whole checkpoint in one file", _INIT),
+        (r"^first_stage_model\.|^(encoder|decoder)\.(conv_in|mid|down|up)|^(post_)?quant_conv\.", "a VAE", _INIT),
+        (r"text_model\.(embeddings|final_layer_norm)\.|^cond_stage_model\.", "a text encoder", _INIT),
+        (r"^(unet\.)?(conv_in|conv_norm_out|time_embedding\.linear_1)\.(weight|bias)$", "a UNet", _INIT),
+    )
+)
+# What the header of kohya's and Stability's files calls the model that an adapter is for.
+NAMED = {
+    "xl": "an adapter for SDXL",
+    "flux": "an adapter for Flux",
+    "(sd|diffusion-)3": "an adapter for Stable Diffusion 3",
+    "v2": "an adapter for Stable Diffusion 2.x",
+    "v1": "an adapter for Stable Diffusion 1.x",
+}
+WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}  # of what cross-attention reads
+
+Number = Annotated[float, Meta(ge=-1e6, le=1e6, description="a number")]
+Rank = Annotated[int, whole(1, 65_536)]
+Pattern = Annotated[str, Meta(max_length=300)]
+
+
+class Strength(TypedDict, total=False):
+    """Of LoraConfig, what an update's size comes of."""
+
+    r: Rank
+    lora_alpha: Number
+    use_rslora: Annotated[bool, TRUTH]
+    rank_pattern: Annotated[dict[Pattern, Rank], Meta(max_length=10_000, description="ranks by layer")]
+    alpha_pattern: Annotated[dict[Pattern, Number], Meta(max_length=10_000, description="alphas by layer")]
+
+
+DEFAULTS = Strength(lora_alpha=8)  # of LoraConfig
+# Entries of LoraConfig that change nothing about a finished update: how it was trained, or where it was put. Tensors
+# that an entry brings (biases) are looked at as tensors.
+NO_SAY = {
+    *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"),
+    *("exclude_modules", "fan_in_fan_out", "inference_mode", "kasa_config", "layers_pattern", "layers_to_transform"),
+    *("loftq_config", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core"),
+    *("monteclora_config", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules"),
+    *("task_type", "velora_config"),
+}
+MOVES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the weights under an adapter
+
+
+@dataclass
+class Update:
+    """What a layer's weight gets: factor * up @ down, and its bias factor * bias."""
+
+    part: str  # as the file calls it: unet, text_encoder, text_hand_encoder, or "" where it names none
+    parts: dict[str, Tensor] = field(default_factory=dict)  # down [r, in, ...], up [out, r, ...], alpha [], bias [out]
+    factor: float = 1.0
+    stated: bool = False  # whether the file says how strong it is
+
+    @property
+    def rank(self) -> int:
+        return len(self.parts["down"])
+
+    def delta(self) -> Tensor:
+        """[out, in, ...] in float32, of a linear layer or a convolution."""
+        down, up = (self.parts[name].float() for name in ("down", "up"))
+        return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+
+
+@dataclass
+class Adapter:
+    """All that a file holds: updates by the layer of our modules, and tensors that were trained whole, by name."""
+
+    updates: dict[str, Update]
+    whole: dict[str, Tensor]
+
+
+def read(layers: Mapping[str, nn.Module], path: Path) -> Adapter:
+    """Reads an adapter for these layers, by their names: "unet.conv_in", "text_hand_encoder.layers.0.mlp.fc1".
+
+    Raises CheckpointError, in a sentence, for a file that is missing, damaged or no adapter, that is incomplete or of a
+    kind that is not merged here, that is for another network, and that holds NaN or infinity.
+    """
+    tensors, header = _open(path, layers)
+    homes = addresses(layers)
+    updates: dict[str, Update] = {}
+    kept: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        found = _KEY.fullmatch(key)
+        if found is None:
+            kept[key] = value
+            continue
+        address = _address(found["layer"])
+        slot = found["alpha"] or ("bias" if found["what"] == "bias" else _SLOTS[found["new"] or found["old"]])
+        update = updates.setdefault(homes[address], Update(_part(address)))
+        if slot in update.parts:
+            raise CheckpointError(
+                f"{path} has {slot} of {homes[address]} twice. Save each adapter in a file of its own."
+            )
+        update.parts[slot] = value
+    broken = [key for key, value in tensors.items() if not _is_sound(key, value)]
+    if broken:
+        raise CheckpointError(
+            f"{path} is broken: NaN, infinity or no floating-point numbers in {listed(broken)}. Take an adapter from "
+            "before its training diverged."
+        )
+    for layer, update in updates.items():
+        _check(path, layer, update, layers[layer])
+    _set_factors(path, updates, header)
+    return Adapter(updates, kept)
+
+
+def _is_sound(key: str, value: Tensor) -> bool:
+    """Whether a tensor is of finite numbers, which may be whole ones in an alpha alone."""
+    return bool(value.isfinite().all()) and (value.is_floating_point() or key.endswith(".alpha"))
+
+
+def addresses(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Every spelling of a layer's name that files use -> the layer."""
+    homes: dict[str, str] = {}
+    depth = sum(bool(re.fullmatch(r"unet\.down_blocks\.0\.resnets\.\d+\.conv1", name)) for name in layers)
+    for layer in layers:
+        part, _, name = layer.partition(".")
+        spellings = [layer]
+        if part == "unet":
+            spellings += [layer, name, f"lora_unet_{name.replace('.', '_')}"]
+            spellings += [spelling.removesuffix(".0") for spelling in spellings[:2] if spelling.endswith(".to_out.0")]
+            spellings.append(f"lora_unet_{_first_name(name, depth, layers).replace('.', '_')}")
+        elif name.startswith("layers."):
+            for clip in (f"text_model.encoder.{name}", f"encoder.{name}"):
+                old = re.sub(r"\b([qkv]|out)_proj$", r"to_\1", clip)
+                spellings += [clip, f"text_encoder.{clip}", f"text_encoder.{old}"]
+                spellings += [f"lora_te{number}_{clip.replace('.', '_')}" for number in ("", "1")]
+        homes.update(dict.fromkeys(spellings, layer))
+    return homes
+
+
+def _first_name(name: str, depth: int, layers: Iterable[str]) -> str:
+    """The name that Stable Diffusion's first code gave a layer of diffusers' UNet. depth: ResNets in a block."""
+
+    def place(found: re.Match[str]) -> str:
+        side, block, kind, number = found[1], int(found[2] or 0), found[3], int(found[4])
+        if side == "mid":
+            return f"middle_block.{1 if kind == 'attentions' else 2 * number}"
+        if side == "down":
+            first = f"input_blocks.{1 + block * (depth + 1) + (depth if kind == 'downsamplers' else number)}"
+        else:
+            first = f"output_blocks.{block * (depth + 1) + (depth if kind == 'upsamplers' else number)}"
+        attends = any(layer.startswith(f"unet.up_blocks.{block}.attentions.") for layer in layers)
+        second = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2 if attends else 1}[kind]
+        return f"{first}.{second}"
+
+    name = re.sub(r"^(down|mid|up)_block(?:s\.(\d+))?\.(\w+)\.(\d+)", place, name)
+    for new, old in {
+        "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2", ".conv1": ".in_layers.2", ".conv2": ".out_layers.3",
+        ".time_emb_proj": ".emb_layers.1", ".conv_shortcut": ".skip_connection",
+    }.items():  # fmt: skip
+        name = re.sub(rf"{re.escape(new)}$", old, name)
+    return re.sub(r"^(input_blocks\.\d+\.0)\.conv$", r"\1.op", name)
+
+
+def _open(path: Path, layers: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file whose every key has a place, and its header. Looks at names before it reads anything."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder. Name the .safetensors file in it that holds the adapter.")
+    if not path.exists():
+        raise CheckpointError(f"There is no adapter {path}. Nothing is downloaded: give the path of a file.")
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is no .safetensors file, and nothing else is read: it could run code.")
+    try:
+        with safe_open(path, "pt") as file:
+            names, header = list(file.keys()), file.metadata() or {}
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+            if not names:
+                raise CheckpointError(f"{path} holds no adapter: it has no tensor. Save or download it again.")
+            homes = addresses(layers)
+            unknown = [name for name in names if not name.startswith(OWN) or _KEY.fullmatch(name)]
+            unknown = [n for n in unknown if not (m := _KEY.fullmatch(n)) or _address(m["layer"]) not in homes]
+            if unknown:
+                _refuse(path, unknown, shapes, header)
+            return {name: file.get_tensor(name) for name in names}, header
+    except (SafetensorError, OSError) as error:
+        with open(path, "rb") as start:
+            content = start.read(len(LFS))
+        if content == LFS:
+            raise CheckpointError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull.") from None
+        what = "is empty" if not content else f"cannot be read: {first_line(error)}"
+        raise CheckpointError(f"The adapter {path} {what}. Save or download it again.") from None
+
+
+def _refuse(path: Path, unknown: list[str], shapes: Mapping[str, list[int]], header: Mapping[str, str]) -> NoReturn:
+    """Says in a sentence what a file is that has keys without a place."""
+    for pattern, kind, advice in KINDS:
+        if any(pattern.search(name) for name in unknown):
+            raise CheckpointError(f"{path} is {kind}, which is not merged here. {advice}")
+    if not any(_KEY.fullmatch(name) for name in shapes):
+        if len(shapes) == 1 and "." not in unknown[0]:  # its one key is the word
+            raise CheckpointError(f"{path} is a textual inversion, which is not merged here. Give it to hd-train init.")
+        raise CheckpointError(f"{path} is no adapter: it has no LoRA in it, and {listed(unknown)}. {_INIT}")
+    kind = _named(header)
+    raise CheckpointError(
+        f"{path} {f'is {kind} and ' if kind else ''}does not fit this checkpoint, which has no place for "
+        f"{listed(unknown)}. {_BASE}"
+    )
+
+
+def _named(header: Mapping[str, str]) -> str:
+    """What a file says that it is for; "" where it says nothing that is known."""
+    said = f"{header.get('ss_base_model_version', '')} {header.get('modelspec.architecture', '')}".lower()
+    return next((kind for word, kind in NAMED.items() if re.search(word, said)), "")
+
+
+def _address(layer: str) -> str:
+    """A layer's name without what names only how it was wrapped."""
+    return layer.replace("base_model.model.", "").replace(".processor", "")
+
+
+def _part(address: str) -> str:
+    """The part that a file names in a layer's address."""
+    found = re.match(r"(unet|text_encoder|text_hand_encoder)\.|lora_(unet|te)1?_", address)
+    return "" if not found else found[1] or {"unet": "unet", "te": "text_encoder"}[found[2]]
+
+
+def _check(path: Path, layer: str, update: Update, module: nn.Module) -> None:
+    """Raises CheckpointError where an update is incomplete, or not for a layer of this shape."""
+    parts, weight = update.parts, module.weight
+    assert isinstance(weight, Tensor)
+    lacking = [name for name in ("down (lora_A)", "up (lora_B)") if name.split()[0] not in parts]
+    if lacking:
+        raise CheckpointError(
+            f"{path} is incomplete: {layer} has no {' and no '.join(lacking)}. Save or download it again."
+        )
+    down, up = parts["down"], parts["up"]
+    alpha, bias = parts.get("alpha"), parts.get("bias")
+    if alpha is not None and alpha.numel() != 1:
+        raise CheckpointError(
+            f"{path} is damaged: alpha of {layer} must be one number, got {list(alpha.shape)}. Save it again."
+        )
+    fits = down.dim() >= 2 and up.dim() >= 2 and 0 < len(down) == up.shape[1] and up[0, 0].numel() == 1
+    if fits and (len(up), *_short(down.shape[1:])) == (weight.shape[0], *_short(weight.shape[1:])):
+        if bias is None:
+            return
+        own = module.bias
+        if isinstance(own, Tensor) and own.shape == bias.shape:
+            return
+        raise CheckpointError(
+            f"{path} does not fit this checkpoint: it has a bias for {layer}, where there "
+            "is none. Take an adapter that was trained without lora_bias."
+        )
+    reads = layer.endswith(("attn2.to_k", "attn2.to_v")) and down.dim() >= 2 and down.shape[1] != weight.shape[1]
+    theirs, ours = (WIDTHS.get(width.shape[1], "") for width in (down, weight)) if reads else ("", "")
+    raise CheckpointError(
+        f"{path} does not fit this checkpoint: {f'it is for {theirs}, ' if theirs else ''}its {layer} is of "
+        f"{' x '.join(map(str, up.shape))} and {' x '.join(map(str, down.shape))} for a weight of "
+        f"{' x '.join(map(str, weight.shape))}. Take an adapter for {ours or 'the same model'}."
+    )
+
+
+def _short(shape: Iterable[int]) -> tuple[int, ...]:
+    """A shape without ones at its end: a convolution of one pixel is a linear layer."""
+    out = tuple(shape)
+    while len(out) > 1 and out[-1] == 1:
+        out = out[:-1]
+    return out
+
+
+def _set_factors(path: Path, updates: Mapping[str, Update], header: Mapping[str, str]) -> None:
+    """Finds out how strong each update is, as diffusers and peft do."""
+    said = _config(path, header)
+    for part in dict.fromkeys(update.part for update in updates.values()):
+        own = {layer: update for layer, update in updates.items() if update.part == part}
+        config = {key[len(part) + 1 :]: value for key, value in said.items() if part and key.startswith(f"{part}.")}
+        config = config or {key: value for key, value in said.items() if "." not in key}
+        without = [layer for layer, update in own.items() if "alpha" not in update.parts]
+        if without and len(without) < len(own):
+            raise CheckpointError(
+                f"{path} gives alpha of some layers and not of {listed(without)}, on which programs disagree. "
+                "Save it again with alpha of each layer, or of none."
+            )
+        if not without and config:
+            raise CheckpointError(f"{path} gives its strength twice, as alpha and as {METADATA}. Remove one of them.")
+        strength = _strength(path, config)
+        for layer, update in own.items():
+            update.stated = not without or strength is not None
+            if not without:
+                update.factor = float(update.parts["alpha"]) / update.rank
+            elif strength is not None:
+                update.factor = _factor(path, layer, update, strength)
+
+
+def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """LoraConfig's entries, from the file's metadata or, as peft saves them, from a file beside it."""
+    where = f"The {METADATA} of {path}"
+    try:
+        value: Any = {}
+        if METADATA in header:
+            value = parse_json(header[METADATA].encode())
+        elif path.name == "adapter_model.safetensors" and (path.parent / PEFT_CONFIG).is_file():
+            where = str(path.parent / PEFT_CONFIG)
+            value = read_json(path.parent / PEFT_CONFIG)
+        return fit(value if value is not None else {}, dict[str, Any])
+    except (MisfitError, OSError) as error:
+        raise CheckpointError(f"{where} cannot be read: {error} Save the adapter again.") from None
+
+
+def _strength(path: Path, config: dict[str, Any]) -> Strength | None:
+    """What an update's size comes of; None where nothing is said. Raises CheckpointError for what is not done here."""
+    if not config:
+        return None
+    kind = config.pop("peft_type", None) or "LORA"
+    start = config.pop("init_lora_weights", None)
+    rest = {key: value for key, value in config.items() if key not in NO_SAY and key not in Strength.__annotations__}
+    other = [key for key, value in rest.items() if value]
+    if config.get("use_dora"):
+        raise CheckpointError(f"{path} is a DoRA adapter, which is not merged here. {_MERGE}")
+    if str(kind).upper() not in ("LORA", "PEFTTYPE.LORA"):
+        raise CheckpointError(f"{path} is an adapter of the kind {shown(kind)}, which is not merged here. {_MERGE}")
+    if isinstance(start, str) and start.lower().startswith(MOVES):
+        raise CheckpointError(
+            f"{path} is a {shown(start)} adapter, which changed the weights under it. Convert it to a plain LoRA "
+            "with peft (path_initial_model_for_weight_conversion) and save it again."
+        )
+    if other:
+        raise CheckpointError(f"{path} is a LoRA with {listed(other)}, which is not merged here. {_MERGE}")
+    try:
+        said = {key: value for key, value in config.items() if key in Strength.__annotations__ and value is not None}
+        return fit({**DEFAULTS, **said}, Strength)
+    except MisfitError as error:
+        raise CheckpointError(f"{path} does not say how strong it is: {error} Save the adapter again.") from None
+
+
+def _factor(path: Path, layer: str, update: Update, strength: Strength) -> float:
+    """alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
+    name = layer.partition(".")[2]
+    names = [name] if layer.startswith("unet.") else [name, f"encoder.{name}", f"text_model.encoder.{name}"]
+
+    def matched(patterns: Mapping[str, float], otherwise: float | None) -> float | None:
+        for pattern, value in patterns.items():  # as peft's get_pattern_key matches
+            try:
+                if any(re.match(rf"(.*\.)?({pattern})$", one) for one in names):
+                    return value
+            except re.error:
+                raise CheckpointError(
+                    f"{path} names layers by {shown(pattern)}, which is no pattern. Save it again."
+                ) from None
+        return otherwise
+
+    rank = matched(strength.get("rank_pattern", {}), strength.get("r"))
+    if rank is not None and rank != update.rank:
+        raise CheckpointError(
+            f"{path} is inconsistent: its metadata gives {layer} the rank {rank:g}, and its tensors have "
+            f"{update.rank}. Save the adapter again."
+        )
+    alpha = matched(strength.get("alpha_pattern", {}), strength["lora_alpha"])
+    assert alpha is not None
+    return alpha / (math.sqrt(update.rank) if strength.get("use_rslora") else update.rank)
