@@ -33,7 +33,7 @@ PATIENCE = 120.0  # seconds for a server to be ready
 BARE = """
 import json, sys, time
 from handiffuser import HanDiffuser, Request
-from handiffuser.serving.app import base64_of, encoded
+from handiffuser.serving.images import base64_of, encoded
 engines, device, threads, batch, backend = json.loads(sys.argv[1])
 requests = [Request(**values) for values in json.load(sys.stdin)]
 pipeline = HanDiffuser.load(engines, device, threads, batch, backend)

@@ -23,7 +23,14 @@ class ExportError(HanDiffuserError):
 
 
 class RequestError(HanDiffuserError):
-    """One request (a prompt and its settings) cannot be run; others are not affected."""
+    """One request (a prompt and its settings) cannot be run; others are not affected.
+
+    `field` names the setting that is wrong, such as "steps", or is None where no single one is.
+    """
+
+    def __init__(self, sentence: str, field: str | None = None) -> None:
+        super().__init__(sentence)
+        self.field = field
 
 
 class EngineError(HanDiffuserError):

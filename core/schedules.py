@@ -185,7 +185,8 @@ def ddim_early(schedule: NoiseSchedule, steps: int) -> Recurrence:
     t = (T * (1 - (np.arange(steps) / steps) ** 2)).round().astype(np.int64) - 1
     if np.any(np.diff(t) == 0):
         raise RequestError(
-            f"{steps} steps of ddim-early would visit a timestep twice. Choose {math.isqrt(T)} or fewer, or ddim."
+            f"{steps} steps of ddim-early would visit a timestep twice. Choose {math.isqrt(T)} or fewer, or ddim.",
+            "steps",
         )
     return _ddim(schedule, t, np.append(t[1:], -1))
 
@@ -212,7 +213,9 @@ def lcm(schedule: NoiseSchedule, steps: int) -> Recurrence:
     T = schedule.num_train_timesteps
     grid = np.arange(1, min(LCM_STEPS, T) + 1) * (T // min(LCM_STEPS, T)) - 1
     if steps > len(grid):
-        raise RequestError(f"{steps} steps of lcm are more than the {len(grid)} it was distilled on. Choose 1 to 8.")
+        raise RequestError(
+            f"{steps} steps of lcm are more than the {len(grid)} it was distilled on. Choose 1 to 8.", "steps"
+        )
     t = grid[::-1][np.floor(np.linspace(0, len(grid), steps, endpoint=False)).astype(np.int64)]
     abar, abar_prev = _abar(schedule, t), np.append(_abar(schedule, t[1:]), 1.0)
     x0 = _x0(schedule, np.sqrt(abar), np.sqrt(1 - abar))
@@ -280,9 +283,13 @@ def plms(schedule: NoiseSchedule, steps: int) -> Recurrence:
     As in diffusers, outputs are combined as the network gives them: v-predictions before they become noise.
     """
     if schedule.prediction_type == "sample":
-        raise RequestError("The solver plms cannot run a network that predicts the sample. Choose ddim or dpm++2m.")
+        raise RequestError(
+            "The solver plms cannot run a network that predicts the sample. Choose ddim or dpm++2m.", "solver"
+        )
     if schedule.rescale_betas_zero_snr:
-        raise RequestError("The solver plms cannot run a schedule with zero terminal SNR. Choose ddim or dpm++2m.")
+        raise RequestError(
+            "The solver plms cannot run a schedule with zero terminal SNR. Choose ddim or dpm++2m.", "solver"
+        )
     stride = schedule.num_train_timesteps // steps
     t = _spaced(schedule, steps)
     t = np.concatenate([t[:2], t[1:2], t[2:]])
@@ -353,14 +360,15 @@ def rows(
         runs = [name for name, (_, history) in SOLVERS.items() if history <= num_history]
         raise RequestError(
             f"The solver {solver} needs {needed} history tensors and the step graph has {num_history}. "
-            f"Choose {', '.join(runs)}, or export again with more history tensors."
+            f"Choose {', '.join(runs)}, or export again with more history tensors.",
+            "solver",
         )
     try:
         guidance = float(guidance)
     except (TypeError, ValueError):
         guidance = math.nan
     if not math.isfinite(guidance):
-        raise RequestError("The guidance must be a finite number; usual are 1 (off) to 10.")
+        raise RequestError("The guidance must be a finite number; usual are 1 (off) to 10.", "guidance")
     N = len(recurrence.timesteps)
     table = np.zeros((N, len(ROW_HEAD) + 2 * num_history))
     table[:, 0] = recurrence.timesteps
@@ -377,22 +385,23 @@ def rows(
         finite = np.isfinite(numbers).all() and np.isfinite(np.float32(recurrence.init_sigma))
     if not finite:
         what = f"{steps} steps of {solver} on this network's noise schedule"
-        raise RequestError(f"{what} are no finite numbers. Choose another solver.")
+        raise RequestError(f"{what} are no finite numbers. Choose another solver.", "solver")
     return Table(recurrence.timesteps, numbers, recurrence.init_sigma, stochastic)
 
 
 def solve(schedule: NoiseSchedule, solver: str, steps: int) -> Recurrence:
     """The float64 recurrence behind `rows`; raises RequestError for a solver or steps that cannot run."""
     if solver not in SOLVERS:
-        raise RequestError(f"There is no solver {solver!r}. Choose one of {', '.join(SOLVERS)}.")
+        raise RequestError(f"There is no solver {solver!r}. Choose one of {', '.join(SOLVERS)}.", "solver")
     try:
         steps = operator.index(steps)
     except TypeError:
-        raise RequestError(f"The number of steps is {steps!r}; it must be an integer.") from None
+        raise RequestError(f"The number of steps is {steps!r}; it must be an integer.", "steps") from None
     if not 1 <= steps <= schedule.num_train_timesteps:
         raise RequestError(
             f"The number of steps is {steps}; it must be from 1 to {schedule.num_train_timesteps}, "
-            "the timesteps that the network was trained with."
+            "the timesteps that the network was trained with.",
+            "steps",
         )
     with np.errstate(all="ignore"):  # what is not finite is refused
         recurrence = SOLVERS[solver][0](schedule, steps)
@@ -429,7 +438,8 @@ def _x0(schedule: NoiseSchedule, alpha: Array, sigma: Array) -> Array:
     if np.any(alpha == 0):
         raise RequestError(
             "This network predicts noise, and with zero terminal SNR the first timestep holds nothing else: "
-            "no sample can be told from it. Choose euler or dpm++2m, which start just below it."
+            "no sample can be told from it. Choose euler or dpm++2m, which start just below it.",
+            "solver",
         )
     return np.stack([1 / alpha, -sigma / alpha])
 
@@ -474,7 +484,9 @@ def _spaced_for_dpm(schedule: NoiseSchedule, steps: int) -> tuple[Array, Array]:
     else:
         t = _spaced(schedule, steps)
     if np.any(np.diff(t) == 0):
-        raise RequestError(f"{steps} steps of dpm++2m would visit a timestep twice. Choose {T // 2} steps or fewer.")
+        raise RequestError(
+            f"{steps} steps of dpm++2m would visit a timestep twice. Choose {T // 2} steps or fewer.", "steps"
+        )
     return t, schedule.sigmas()[t]
 
 
@@ -495,6 +507,7 @@ def _within(schedule: NoiseSchedule, t: Array) -> Array:
     if t[0] >= schedule.num_train_timesteps:
         raise RequestError(
             f"{len(t)} steps with steps_offset={schedule.steps_offset} would start at timestep {t[0]}; "
-            f"the last one trained is {schedule.num_train_timesteps - 1}. Choose fewer steps."
+            f"the last one trained is {schedule.num_train_timesteps - 1}. Choose fewer steps.",
+            "steps",
         )
     return t

@@ -33,7 +33,14 @@ _AT = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
 
 
 class MisfitError(ValueError):
-    """A value is not what it should be; the message is a sentence about the first thing that is wrong."""
+    """A value is not what it should be; the message is a sentence about the first thing that is wrong.
+
+    `entry` names the entry of the value that the sentence is about, where `fit` found one.
+    """
+
+    def __init__(self, sentence: str, entry: str | None = None) -> None:
+        super().__init__(sentence)
+        self.entry = entry
 
 
 def read_file(path: Path, limit: int) -> bytes:
@@ -90,7 +97,7 @@ def fit(value: Any, kind: type[T]) -> T:
         with _FITTING:
             return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise MisfitError(_explain(str(error), value, kind)) from None
+        raise MisfitError(_explain(str(error), value, kind), _entry(str(error))) from None
     except RecursionError:
         raise MisfitError("It is nested too deeply.") from None
 
@@ -128,6 +135,12 @@ def _explain(message: str, value: Any, kind: type) -> str:
         if described:
             return f"The {name} is {shown(value.get(name))}; it must be {described}."
     return f"In {path}: {_sentence(what)}"
+
+
+def _entry(message: str) -> str | None:
+    """The first name of the path in msgspec's message: "steps" of "... - at `$.steps`"."""
+    found = _AT.fullmatch(message)
+    return (re.split(r"[.\[]", found[2])[0] or None) if found else None
 
 
 def _description(hint: Any) -> str | None:

@@ -130,7 +130,12 @@ class Bundle:
             if solver is None or steps is None or guidance is None:
                 raise RequestError("The request has gaps. Fill them with HanDiffuser.prepare before it is run.")
             history = self.manifest.num_history[graph]
-            table = rows(self._schedules[graph], solver, steps, guidance, history, interval)
+            try:
+                table = rows(self._schedules[graph], solver, steps, guidance, history, interval)
+            except RequestError as error:
+                if stream == HANDS and error.field:
+                    error.field = f"hand_{error.field}"
+                raise
             keep(self._tables, key, table)
         return self._tables[key]
 
@@ -148,7 +153,11 @@ class Bundle:
         if request.hands is None:
             self.table(HANDS, request)
         else:
-            load_hands(request.hands)
+            try:
+                load_hands(request.hands)
+            except RequestError as error:
+                error.field = "hands"
+                raise
 
 
 def keep(cache: dict[Any, Any], key: Any, value: Any) -> None:

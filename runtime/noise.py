@@ -70,7 +70,7 @@ def check_seed(seed: int) -> int:
     except TypeError:
         value = -1
     if not 0 <= value <= MAX_SEED:
-        raise RequestError(f"The seed is {seed!r}; it must be a whole number from 0 to {MAX_SEED} (2^63 - 1).")
+        raise RequestError(f"The seed is {seed!r}; it must be a whole number from 0 to {MAX_SEED} (2^63 - 1).", "seed")
     return value
 
 

@@ -118,21 +118,23 @@ class Request:
         try:
             checked = fit(given, _fields())
         except MisfitError as error:
-            raise RequestError(str(error)) from None
+            raise RequestError(str(error), error.entry) from None
         for name in given:
             object.__setattr__(self, name, getattr(checked, name))  # 3 and 3.0 are the same picture
         if not self.prompt.strip():
-            raise RequestError("The prompt is empty. Say what the picture shows.")
+            raise RequestError("The prompt is empty. Say what the picture shows.", "prompt")
         for name in ("prompt", "negative_prompt", "hands"):
             try:
                 (getattr(self, name) or "").encode("utf-8")
             except UnicodeEncodeError:
-                raise RequestError(f"The {name} holds broken Unicode. Save it as UTF-8.") from None
+                raise RequestError(f"The {name} holds broken Unicode. Save it as UTF-8.", name) from None
         start, stop = self.guidance_interval
         if not 0 <= start < stop <= 1:
-            raise RequestError(f"The guidance_interval is {start:g} to {stop:g}; it must rise, from 0 to 1.")
+            raise RequestError(
+                f"The guidance_interval is {start:g} to {stop:g}; it must rise, from 0 to 1.", "guidance_interval"
+            )
         if self.id is not None and (self.id.split(".")[0].lower() in _DEVICES or self.id.lower().endswith(".hands")):
-            raise RequestError(f"The id {self.id!r} is reserved for other files. Choose another one.")
+            raise RequestError(f"The id {self.id!r} is reserved for other files. Choose another one.", "id")
 
     def noise(self, stream: str, table: Table) -> RequestNoise:
         """What a stage (HANDS or LATENTS) starts from, and what its steps add; of a request without gaps."""
@@ -311,7 +313,7 @@ def picture_key(request: Request, bundle: str = "") -> str:
             values["hands"] = hashlib.sha256(read_file(Path(request.hands), MAX_HANDS)).hexdigest()
         except (OSError, MisfitError) as error:
             why = getattr(error, "strerror", None) or error
-            raise RequestError(f"The hands file {request.hands} cannot be read: {why}.") from error
+            raise RequestError(f"The hands file {request.hands} cannot be read: {why}.", "hands") from error
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -28,11 +28,13 @@ from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError
 from ..runtime.bundle import Bundle
 from ..runtime.loading import BACKENDS
-from .app import Limits, Service, make_app, private_folder
+from .app import make_app
 from .dispatch import STUCK_AFTER, Dispatcher
 from .guard import Protocol
 from .keys import Keys
 from .metrics import Metrics
+from .proxy import checked_origin, checked_url
+from .service import Front, Limits, Service, private_folder
 from .worker import Options
 
 PATIENCE = 3.0  # seconds for a step to end after which the process ends without it
@@ -53,7 +55,16 @@ PATIENCE = 3.0  # seconds for a step to end after which the process ends without
 @click.option("--stuck-after", type=click.FloatRange(1, 86400), default=STUCK_AFTER, show_default=True,
               help="Seconds without a step, or 10 times the slowest step where that is more, after which a worker with "
               "requests is taken to hang: it is killed and started again.")  # fmt: skip
-@click.option("--cors", multiple=True, metavar="ORIGIN", help="Lets pages of this origin ask. May be repeated.")
+@click.option("--cors", multiple=True, metavar="ORIGIN",
+              help="Lets pages of this origin ask, such as https://example.org. May be repeated.")  # fmt: skip
+@click.option("--alias", multiple=True, metavar="NAME",
+              help="Another name that requests may give the model. May be repeated.")  # fmt: skip
+@click.option("--any-size", is_flag=True,
+              help="Scale pictures to the size that a request asks for, instead of refusing it.")  # fmt: skip
+@click.option("--response-format", type=click.Choice(["b64_json", "url"]), default="b64_json", show_default=True,
+              help="What pictures come as where a request does not say it.")  # fmt: skip
+@click.option("--public-url", metavar="URL",
+              help="Where clients reach this server through a proxy: the URLs in answers begin with it.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
@@ -95,10 +106,17 @@ def serve(engines: str, **options: Any) -> int:
     dispatcher = Dispatcher(each, own_processes, options["queue"], metrics.observe, _say, options["stuck_after"])
     name = options["name"] or ("demo" if engines == "demo" else Path(engines).resolve().name)
     limits = Limits(options["max_n"], options["max_steps"], options["timeout"])
+    front = Front(
+        options["alias"],
+        options["any_size"],
+        options["response_format"],
+        checked_url(options["public_url"]) if options["public_url"] else None,
+        tuple(checked_origin(origin) for origin in options["cors"]),
+    )
     failure: HanDiffuserError | None = None
     with private_folder() as private:
-        service = Service(bundle, dispatcher, name, limits, keys, metrics, Path(private))
-        app = make_app(service, options["cors"])
+        service = Service(bundle, dispatcher, name, limits, keys, metrics, Path(private), front)
+        app = make_app(service)
         try:
             code = asyncio.run(_serve(service, app, options["host"], options["port"], options["grace"]))
         except HanDiffuserError as error:
@@ -169,6 +187,7 @@ async def _serve(service: Service, app: Any, host: str, port: int, grace: float)
         ws="none",
         log_config=None,
         access_log=False,
+        proxy_headers=False,  # `proxy.Forwarded` reads them
         server_header=False,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=2,

@@ -1,7 +1,7 @@
 """What may be asked, field by field, and how it is answered: OpenAI's images API, what others add to it, and hands.
 
-The descriptions are what `/openapi.json` says. Types are strict: "3" is no number. A field that nobody knows is
-refused; one of OpenAI's that means nothing here is named in the answer's `warnings`.
+`/openapi.json` shows the descriptions. Types are strict: "3" is refused where a number is meant. An unknown field is
+refused; the answer's `warnings` name a field of OpenAI's that means nothing here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import RequestError
 from ..hands import CAMERA, LARGEST_CAMERA, SHAPES
@@ -36,8 +36,24 @@ def rows(length: int, each: Any) -> Any:
     return Annotated[list[each], Field(min_length=length, max_length=length)]
 
 
+def nullable(schema: dict[str, Any]) -> None:
+    """Has the JSON schema of an object say that every field that may be left out may be null."""
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            kind = {key: field.pop(key) for key in [*field] if key not in ("title", "description", "default")}
+            field["anyOf"] = [*(kept if (kept := kind.get("anyOf")) else [kind]), {"type": "null"}]
+
+
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    """An object whose fields are all known, and of their very types; null is as if a field were left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=nullable)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, given: Any) -> Any:
+        """OpenAI's clients send null for what the caller did not set, also for fields of other models."""
+        return {name: v for name, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 class HandsField(Strict):
@@ -64,7 +80,9 @@ class HandsField(Strict):
         given = {name: value for name, value in self.model_dump().items() if value is not None}
         arrays = {name: np.array(value, np.float32) for name, value in given.items()}
         if CAMERA in arrays and not arrays[CAMERA][0] > 0:
-            raise RequestError("The scale of the hands' camera must be above 0. Without camera, placement counts.")
+            raise RequestError(
+                "The scale of the hands' camera must be above 0. Without camera, placement counts.", "hands.camera"
+            )
         return arrays
 
 
@@ -73,12 +91,13 @@ class Generation(Strict):
 
     prompt: Prompt
     n: Annotated[int, Field(ge=1, le=1024, description="Pictures, with the seeds seed, seed + 1, ...")] = 1
-    size: Annotated[str, Field(max_length=20, description="The bundle's size, or auto.")] | None = None
+    size: Annotated[str, Field(max_length=20, description="WIDTHxHEIGHT of the bundle, or auto.")] | None = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: Annotated[int, Field(ge=0, le=100, description="Quality of jpeg and webp.")] | None = None
     model: Annotated[str, Field(max_length=200)] | None = None
     user: Annotated[str, Field(max_length=500, description="Whom the log's line names.")] | None = None
+    safety_identifier: Annotated[str, Field(max_length=500, description="What OpenAI calls user now.")] | None = None
     stream: bool = False
     partial_images: Annotated[
         int, Field(ge=0, le=MAX_PREVIEWS, description="While streaming: the skeleton, then previews.")
@@ -108,6 +127,7 @@ class Generation(Strict):
     quality: Annotated[str, Field(max_length=20)] | None = None
     style: Annotated[str, Field(max_length=20)] | None = None
     moderation: Annotated[str, Field(max_length=20)] | None = None
+    complexity: Annotated[str, Field(max_length=20)] | None = None
 
     def warnings(self) -> list[str]:
         """What was asked and does nothing."""
@@ -116,6 +136,7 @@ class Generation(Strict):
             "quality": "num_inference_steps and solver decide it",
             "style": "the prompt decides it",
             "moderation": "this server does not moderate",
+            "complexity": "the prompt decides it",
         }.items():
             if getattr(self, name) not in (None, "auto"):
                 said.append(f"The field {name} has no effect: {why}.")

@@ -17,11 +17,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .keys import Keys
 from .metrics import Metrics
+from .problems import problem
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -32,7 +32,6 @@ HEADER_SECONDS, BODY_SECONDS, READER_SECONDS = 10.0, 30.0, 60.0
 SECURITY = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
     (
         b"content-security-policy",
         b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -41,24 +40,20 @@ SECURITY = [
 ]
 
 
-def problem(
-    status: int, sentence: str, *, code: str | None = None, param: str | None = None, **headers: str
-) -> JSONResponse:
-    """An error in OpenAI's form."""
-    kind = "invalid_request_error"
-    if status == 429:
-        kind = "rate_limit_error"
-    elif status >= 500:
-        kind = "server_error"
-    body = {"error": {"message": sentence, "type": kind, "param": param, "code": code}}
-    return JSONResponse(body, status, headers={name.replace("_", "-"): value for name, value in headers.items()})
-
-
 class Guard:
-    """ASGI middleware. Paths below /v1/ need a key where there are any."""
+    """ASGI middleware. Paths below /v1/ need a key where there are any; `posts` are those that take a body of JSON."""
 
-    def __init__(self, app: Any, keys: Keys, metrics: Metrics, max_body: int, log: Any = sys.stderr) -> None:
+    def __init__(
+        self,
+        app: Any,
+        keys: Keys,
+        metrics: Metrics,
+        max_body: int,
+        posts: frozenset[str] = frozenset(),
+        log: Any = sys.stderr,
+    ) -> None:
         self.app, self.keys, self.metrics, self.max_body, self.log = app, keys, metrics, max_body, log
+        self.posts = posts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,7 +89,10 @@ class Guard:
         async def send_some(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 entry["status"] = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", entry["id"].encode()), *SECURITY]
+                # Pages of other origins may show a picture whose URL they were given. Its name is a secret.
+                whose = b"cross-origin" if scope["path"].startswith("/v1/files/") else b"same-origin"
+                own = [(b"x-request-id", entry["id"].encode()), (b"cross-origin-resource-policy", whose)]
+                message["headers"] = [*message["headers"], *own, *SECURITY]
             await asyncio.wait_for(send(message), READER_SECONDS)
 
         too_large = f"The body is larger than {self.max_body >> 10} kB, which no request needs to be."
@@ -102,7 +100,7 @@ class Guard:
             if scope["path"].startswith("/v1/") and self.keys.path is not None and scope["method"] != "OPTIONS":
                 kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
                 name = self.keys.who(key.strip()) if kind.lower() == "bearer" else None
-                if name is None and not scope["path"].startswith("/v1/files/"):  # whose names nobody guesses
+                if name is None and not scope["path"].startswith("/v1/files/"):  # whose names are secrets
                     sentence = "The API key is missing or wrong. Send it as the header Authorization: Bearer KEY."
                     await problem(401, sentence, code="invalid_api_key", www_authenticate="Bearer")(
                         scope, receive, send_some
@@ -114,13 +112,11 @@ class Guard:
                 if length.isdigit() and int(length[:20]) > PATIENCE * self.max_body:
                     await problem(413, too_large, code="too_large", connection="close")(scope, receive, send_some)
                     return
-                if not headers.get(b"content-type", b"").lower().startswith(b"application/json"):
-                    # Also what keeps other sites' forms from asking this server through somebody's browser.
-                    sentence = "The body must be JSON, with the header Content-Type: application/json."
-                    await problem(415, sentence)(scope, receive, send_some)
+                if scope["path"] in self.posts and (wrong := _foreign(headers)):
+                    await problem(415, wrong, code="unsupported_media_type")(scope, receive, send_some)
                     return
             await self.app(scope, receive_some, send_some)
-        except asyncio.TimeoutError:  # uvicorn cuts off whoever is not answered in full
+        except asyncio.TimeoutError:  # uvicorn closes a connection whose answer is not complete
             entry["note"] = "the reader was too slow"
         except Exception as error:
             entry["error"] = "".join(traceback.format_exception(error))[-4000:]
@@ -140,6 +136,16 @@ class Guard:
     def _say(self, entry: dict[str, Any]) -> None:
         with contextlib.suppress(OSError, ValueError):  # a log that is full or gone is no reason not to answer
             print(json.dumps(entry, ensure_ascii=True), file=self.log, flush=True)
+
+
+def _foreign(headers: dict[bytes, bytes]) -> str | None:
+    """What is wrong with the form of a body; it also stops other sites' forms, which browsers send without asking."""
+    if headers.get(b"content-type", b"").lower().partition(b";")[0].strip() != b"application/json":
+        return "The body must be JSON, with the header Content-Type: application/json."
+    coding = headers.get(b"content-encoding", b"identity").lower().strip()
+    if coding != b"identity":
+        return f"The body must not be compressed, got Content-Encoding: {coding.decode('latin-1')[:20]}."
+    return None
 
 
 class Protocol(H11Protocol):

@@ -81,13 +81,14 @@ def edit(hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str
     for name in ("camera", "joints", "joints_2d"):
         if name not in hands:
             raise RequestError(
-                f"The hands have no {name}. Send them as /v1/hands gives them, or have it complete them."
+                f"The hands have no {name}. Send them as /v1/hands gives them, or have it complete them.",
+                f"hands.{name}",
             )
     pose = Pose(hands)
     if gesture is not None:
         which, name = gesture
         if name not in gestures():
-            raise RequestError(f"There is no gesture {name!r}. There are {', '.join(gestures())}.")
+            raise RequestError(f"There is no gesture {name!r}. There are {', '.join(gestures())}.", "gesture.name")
         vectors = gestures()[name].reshape(15, 3)
         first = 22 + 15 * SIDES.index(which)
         pose.local[first : first + 15] = axis_angle_to_matrix(vectors * (FLIP if which == "right" else 1.0))

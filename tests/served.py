@@ -15,12 +15,13 @@ import httpx
 import uvicorn
 from handiffuser.contract import Manifest
 from handiffuser.runtime.bundle import Bundle
-from handiffuser.serving.app import Limits, Service, make_app
+from handiffuser.serving.app import make_app
 from handiffuser.serving.cli import Server, config_socket
 from handiffuser.serving.dispatch import Dispatcher
 from handiffuser.serving.guard import Protocol
 from handiffuser.serving.keys import Keys
 from handiffuser.serving.metrics import Metrics
+from handiffuser.serving.service import Front, Limits, Service
 from handiffuser.serving.worker import Options
 
 
@@ -47,8 +48,8 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    folder, tmp, workers=1, places=8, batch=4, limits=None, keys=None, cors=(), wait=True, warm_up=False, buffer=None,
-    second=None, stuck_after=60.0,
+    folder, tmp, workers=1, places=8, batch=4, limits=None, keys=None, front=None, wait=True, warm_up=False,
+    buffer=None, second=None, stuck_after=60.0,
 ):  # fmt: skip
     """A server in a thread of its own event loop. buffer: bytes that the system takes for a client. second: the options
     of the last worker, where they are others."""
@@ -59,15 +60,16 @@ def serving(
     said = []
     dispatcher = Dispatcher(options, workers > 1, places, metrics.observe, said.append, stuck_after)
     tmp.mkdir(exist_ok=True)
-    service = Service(bundle, dispatcher, "toy", limits or Limits(), Keys(keys), metrics, tmp)
+    service = Service(bundle, dispatcher, "toy", limits or Limits(), Keys(keys), metrics, tmp, front or Front())
     service.said = said
-    app = make_app(service, cors)
+    app = make_app(service)
     listening = config_socket("127.0.0.1", 0)
     if buffer:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     config = uvicorn.Config(
-        app, http=Protocol, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
-    )
+        app, http=Protocol, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1,
+        proxy_headers=False,
+    )  # fmt: skip
     server = Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
     thread.start()

@@ -121,7 +121,7 @@ def test_two_runs_at_once(tmp_path):
             "except Exception as error: print(error)"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert "Another hd-run is writing" in result.stdout and str(os.getpid()) in result.stdout
+        assert f"Another hd-run is writing into {tmp_path} (process {os.getpid()}). Wait" in result.stdout
     with OutputFolder(tmp_path):
         pass
 

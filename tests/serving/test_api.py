@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from handiffuser import HanDiffuser
-from handiffuser.serving.app import Limits
+from handiffuser.serving.service import Front, Limits
 from PIL import Image
 from served import serving
 
@@ -76,11 +76,15 @@ def test_the_official_client_streams(client):
 def test_errors_are_openais(client):
     import openai
 
-    with pytest.raises(openai.NotFoundError, match="There is no model 'gpt-image-1' here; there is toy"):
+    with pytest.raises(openai.NotFoundError, match=r"model must be toy, got 'gpt-image-1'.*--alias") as missing:
         client.images.generate(prompt="a", model="gpt-image-1")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.NotFoundError, match="There is no model 'org/x' here; there is toy") as missing:
+        client.models.retrieve("org/x")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a", size="1024x1024")
-    assert caught.value.param == "size" and "32x32" in caught.value.message
+    assert caught.value.param == "size" and "32x32" in caught.value.message and "--any-size" in caught.value.message
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a", extra_body={"sede": 3})
     assert caught.value.code == "unknown_field" and caught.value.param == "sede"
@@ -89,11 +93,13 @@ def test_errors_are_openais(client):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"prompt": " "}, "prompt"),
+        ({"prompt": " "}, "The prompt is empty"),
+        ({"prompt": ""}, "The prompt is empty"),
+        ({"prompt": None}, "prompt must be given"),
         ({"prompt": "a" * 4001}, "prompt"),
         ({"n": 9}, "at most 8"),
-        ({"n": "2"}, "n:"),
-        ({"n": True}, "n:"),
+        ({"n": "2"}, "n must be a valid integer, got '2'"),
+        ({"n": True}, "n must be a valid integer, got True"),
         ({"num_inference_steps": 101}, "100 or fewer"),
         ({"guidance_scale": -1}, "guidance_scale"),
         ({"guidance_interval": [0.5, 0.2]}, "rise"),
@@ -101,6 +107,8 @@ def test_errors_are_openais(client):
         ({"seed": 2**63}, "seed"),
         ({"hands": "../../etc/passwd"}, "no hands '../../etc/passwd'"),
         ({"hands": {"betas": [0]}}, "hands"),
+        ({"hands": 5}, "hands must be an object, got 5"),
+        ({"hands": "a" * 101}, "hands must have at most 100 characters, got 101"),
         ({"background": "transparent"}, "transparent"),
         ({"stream": True, "n": 2}, "n must be 1"),
         ({"stream": True, "response_format": "url"}, "b64_json"),
@@ -139,6 +147,8 @@ def test_what_means_nothing_is_named(served):
         (b'{"prompt": "a", "guidance_scale": NaN}', {"content-type": "application/json"}, 400),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", {"content-type": "application/json"}, 400),
         (b"\xff\xfe", {"content-type": "application/json"}, 400),
+        (b'{"\\ud800": 1}', {"content-type": "application/json"}, 400),
+        (b'{"prompt": "a"}', {"content-type": "application/jsonl"}, 415),
         (b'{"prompt": "' + b"a" * (1 << 20) + b'"}', {"content-type": "application/json"}, 413),
         (b'{"prompt": "a"}', {"content-type": "text/plain"}, 415),
         (b"prompt=a", {"content-type": "application/x-www-form-urlencoded"}, 415),
@@ -299,7 +309,7 @@ def test_the_address_in_the_url_is_the_one_that_was_asked(served):
 
 
 def test_pictures_are_kept_for_an_hour_and_so_many(served, monkeypatch):
-    from handiffuser.serving import app
+    from handiffuser.serving import service
 
     def asked():
         answer = served.generate(num_inference_steps=1, response_format="url").json()
@@ -308,10 +318,10 @@ def test_pictures_are_kept_for_an_hour_and_so_many(served, monkeypatch):
     first = asked()
     size = len(httpx.get(first).content)
     assert size > 100
-    monkeypatch.setattr(app, "KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(service, "KEPT_SECONDS", 0.0)
     assert httpx.get(first).status_code == 404  # also where nobody came since
-    monkeypatch.setattr(app, "KEPT_SECONDS", 3600.0)
-    monkeypatch.setattr(app, "KEPT_BYTES", 3 * size)
+    monkeypatch.setattr(service, "KEPT_SECONDS", 3600.0)
+    monkeypatch.setattr(service, "KEPT_BYTES", 3 * size)
     urls = [asked() for _ in range(6)]
     there = [httpx.get(url).status_code == 200 for url in (first, *urls)]
     assert not there[0] and there == sorted(there) and 1 <= sum(there) <= 4  # the youngest
@@ -321,7 +331,7 @@ def test_pictures_are_kept_for_an_hour_and_so_many(served, monkeypatch):
 def test_keys(toy_bundle, tmp_path):
     keys = tmp_path / "keys.txt"
     keys.write_text("# who may\nalice: secret-of-alice\nanother-secret\n")
-    with serving(toy_bundle, tmp_path / "s", keys=keys, cors=["http://page"]) as served:
+    with serving(toy_bundle, tmp_path / "s", keys=keys, front=Front(cors=("http://page",))) as served:
         assert served.generate().status_code == 401
         wrong = served.client.get("/v1/models", headers={"authorization": "Bearer secret-of-alicf"})
         assert wrong.status_code == 401 and wrong.json()["error"]["code"] == "invalid_api_key"
@@ -370,9 +380,9 @@ def test_a_full_disk_is_a_sentence(toy_bundle, tmp_path, monkeypatch):
 def test_hands_are_forgotten_but_not_while_somebody_waits(toy_bundle, tmp_path, monkeypatch, slow):
     from concurrent.futures import ThreadPoolExecutor
 
-    from handiffuser.serving import app
+    from handiffuser.serving import service
 
-    monkeypatch.setattr(app, "KEPT_HANDS", 2)
+    monkeypatch.setattr(service, "KEPT_HANDS", 2)
     slow(0.03)
     with serving(toy_bundle, tmp_path / "hands", batch=1) as served, ThreadPoolExecutor(1) as pool:
         made = served.client.post("/v1/hands", json={"prompt": "a", "seed": 1}).json()["data"][0]

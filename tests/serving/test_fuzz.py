@@ -6,7 +6,7 @@ import json
 from collections import Counter
 
 import pytest
-from handiffuser.serving.app import Limits
+from handiffuser.serving.service import Limits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import serving
@@ -55,7 +55,7 @@ def attack(served, method, path, examples):
 def test_the_schema_knows_this_server(small):
     parts = small.client.get("/openapi.json").json()["components"]["schemas"]
     fields = parts["Generation"]["properties"]
-    assert fields["n"]["maximum"] == 2 and fields["num_inference_steps"]["anyOf"][0]["maximum"] == 8
+    assert fields["n"]["anyOf"][0]["maximum"] == 2 and fields["num_inference_steps"]["anyOf"][0]["maximum"] == 8
     assert fields["model"]["anyOf"][0]["enum"] == ["toy"] and fields["size"]["anyOf"][0]["enum"] == ["32x32", "auto"]
     assert parts["HandsRequest"]["properties"]["model"]["anyOf"][0]["enum"] == ["toy"]
 

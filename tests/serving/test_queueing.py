@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from handiffuser.serving.app import Limits
+from handiffuser.serving.service import Limits
 from handiffuser.serving.worker import Options
 from served import command, serving
 

@@ -1,0 +1,149 @@
+"""What is wrong with a request, in OpenAI's form: one sentence, the field that it is about, and a code."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as Http
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from ..errors import HanDiffuserError, RequestError
+from ..schema import shown
+from .dispatch import BusyError
+from .service import Service, UnfinishedError
+
+LATE = "The time that this request allowed is over, and the picture is not done."
+CODES = {429: "queue_full", 504: "timeout"}
+# Fields of a Request -> what the API calls them.
+NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+SAID = {
+    400: "Something about the request is wrong; the message says what.",
+    401: "No key, or a wrong one.",
+    404: "No such model.",
+    408: "The body took too long.",
+    413: "The body is too large.",
+    415: "The body must be JSON that is not compressed.",
+    429: "The queue is full; see Retry-After.",
+    500: "The picture came to nothing.",
+    503: "Loading or stopping; see Retry-After.",
+    504: "The time that the request allowed is over.",
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": words,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    for status, words in SAID.items()
+}
+
+
+class ModelError(HanDiffuserError):
+    """A request names a model that the server does not have."""
+
+
+def problem(
+    status: int, sentence: str, *, code: str | None = None, param: str | None = None, **headers: str
+) -> JSONResponse:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    elif status >= 500:
+        kind = "server_error"
+    body = {"error": {"message": sentence, "type": kind, "param": param, "code": code}}
+    return JSONResponse(body, status, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def misfit(errors: list[Any]) -> JSONResponse:
+    """A 400 about the first thing that does not fit the description of a body. errors: pydantic's."""
+    error = errors[0]
+    if len(errors) > 1 and isinstance(errors[0]["input"], str) and error["type"].startswith("model"):
+        error = errors[1]  # of a field that takes an object or text
+    given, kind = error.get("input"), error["type"]
+    if kind == "json_invalid":
+        why = error.get("ctx", {}).get("error", error["msg"])
+        return problem(400, f"The body must be JSON: {why}, at character {error['loc'][-1]}.", code="invalid_json")
+    # The names of the branches of "an object or text" are no part of where it is.
+    parts = [
+        str(part) for part in error["loc"] if part != "body" and not re.match(r"HandsField|constrained-", str(part))
+    ]
+    where = ".".join(parts)[:60]
+    if kind == "missing" and not where:
+        return problem(400, "The body is empty. It must be JSON.", code="invalid_json")
+    if kind == "extra_forbidden":
+        return problem(400, f"The field {where} is unknown here.", code="unknown_field", param=where)
+    said = re.sub(r"^\w+ should (be|have) ", r"must \1 ", error["msg"].rstrip(".")).replace(" after validation", "")
+    if kind == "missing":
+        sentence = f"{where} must be given."
+    elif where == "prompt" and kind in ("string_too_short", "string_pattern_mismatch"):
+        sentence = "The prompt is empty. Say what the picture shows."
+    elif kind.startswith("model") and not where:
+        sentence = f'The body must be an object such as {{"prompt": "a fist"}}, got {shown(given)}.'
+    elif kind.startswith("model"):
+        sentence = f"{where} must be an object, got {shown(given)}."
+    elif kind == "string_unicode":
+        sentence = f"{where or 'The body'} must be text of valid Unicode, got half a surrogate pair in it."
+    elif kind == "string_too_long":
+        sentence = f"{where} {said}, got {len(given)}."
+    elif said.startswith("must"):
+        sentence = f"{where or 'The body'} {said}" + ("." if ", not " in said else f", got {shown(given)}.")
+    else:
+        sentence = f"{where or 'The body'}: {said}."
+    return problem(400, sentence, code="invalid_value", param=where or None)
+
+
+def unread(error: HTTPException, http: Http) -> JSONResponse:
+    """What Starlette and FastAPI refuse themselves, with a way out."""
+    path, cause = http.url.path[:60], error.__cause__
+    status, code, sentence = error.status_code, None, str(error.detail)
+    if isinstance(cause, UnicodeDecodeError):
+        code, sentence = "invalid_json", f"The body must be JSON in UTF-8; its byte {cause.start} is not."
+    elif isinstance(cause, RecursionError):
+        code, sentence = "invalid_json", "The body must be JSON that is nested less deeply."
+    elif status == 400 and cause is not None:
+        code, sentence = "invalid_json", "The body must be JSON, with numbers of at most 4300 digits."
+    elif sentence == "Not Found":
+        sentence = f"There is no {path} here. GET /openapi.json says what there is."
+    elif sentence == "Method Not Allowed":
+        sentence = f"{http.method} is not for {path}. GET /openapi.json says what is."
+    response = problem(status, sentence, code=code)
+    response.headers.update(error.headers or {})
+    return response
+
+
+def failed(error: HanDiffuserError, service: Service) -> JSONResponse:
+    """The answer to an error of ours."""
+    if isinstance(error, BusyError):
+        wait = str(min(3600, math.ceil(error.seconds)))
+        status, code = (503, "unavailable") if error.loading else (429, "queue_full")
+        return problem(status, str(error), code=code, retry_after=wait)
+    if isinstance(error, UnfinishedError):
+        response = problem(error.status, str(error), code=CODES.get(error.status))
+        if error.status == 429:
+            response.headers["retry-after"] = str(min(3600, math.ceil(service.dispatcher.wait_for_room())))
+        return response
+    if isinstance(error, ModelError):
+        return problem(404, str(error), code="model_not_found", param="model")
+    field = error.field if isinstance(error, RequestError) else None
+    return problem(400, str(error), code="invalid_value", param=NAMES.get(field or "", field))
+
+
+def add_handlers(app: FastAPI, service: Service) -> None:
+    """Has the application answer its errors in OpenAI's form."""
+
+    @app.exception_handler(RequestValidationError)
+    async def on_misfit(http: Http, error: RequestValidationError) -> JSONResponse:
+        return misfit(list(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def on_unread(http: Http, error: HTTPException) -> JSONResponse:
+        return unread(error, http)
+
+    @app.exception_handler(HanDiffuserError)
+    async def on_failed(http: Http, error: HanDiffuserError) -> JSONResponse:
+        return failed(error, service)

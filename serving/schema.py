@@ -1,0 +1,52 @@
+"""`/openapi.json`: what may be asked of this very server, with its bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from .service import Service
+
+TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": TEXT_OR_NULL,
+                "code": TEXT_OR_NULL,
+            },
+        }
+    },
+}
+
+
+def describe(app: FastAPI, service: Service) -> dict[str, Any]:
+    """The schema of the routes, bounded by the bundle and the limits."""
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schema["servers"] = [{"url": "./"}]  # relative to the schema itself: a proxy may put a path in front
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)  # what is wrong with a request is a 400 here
+    parts = schema["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        parts.pop(name, None)
+    sizes = {} if service.front.any_size else {"enum": [service.size, "auto"]}
+    for part, field, bounds in (
+        ("Generation", "model", {"enum": service.names}),
+        ("HandsRequest", "model", {"enum": service.names}),
+        ("Generation", "size", sizes),
+        ("Generation", "n", {"maximum": service.most}),
+        ("Generation", "num_inference_steps", {"maximum": service.limits.steps}),
+    ):
+        parts[part]["properties"][field]["anyOf"][0].update(bounds)
+    parts["Error"] = ERROR
+    schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return schema

@@ -1,0 +1,179 @@
+"""What all paths of the server share: the bundle, the dispatcher, and the hands and pictures that it keeps.
+
+service = Service(bundle, dispatcher, "demo", Limits(), keys, metrics, folder, Front(any_size=True))
+requests = service.prepare(Request("a fist", seed=1), count=2)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import HanDiffuserError, RequestError
+from ..hands import NO_HANDS, hands_file
+from ..runtime.bundle import Bundle
+from ..runtime.requests import MAX_SEED, Request
+from .dispatch import Dispatcher
+from .fields import HandsField
+from .hands import Arrays
+from .keys import Keys
+from .metrics import Metrics
+
+KEPT_HANDS = 1000  # files of hands that clients sent or were given
+KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # of pictures that wait to be fetched by URL
+SIDES = (16, 2048)  # pixels: the shortest and the longest side of a picture that is scaled
+
+
+@dataclass(frozen=True)
+class Front:
+    """What the server does for clients that always ask in the same way, and where they reach it."""
+
+    aliases: tuple[str, ...] = ()  # further names of the model
+    any_size: bool = False  # scale pictures to the size that a request asks for
+    response_format: str = "b64_json"  # where a request names none
+    public_url: str | None = None  # where clients reach /, without a slash at the end
+    cors: tuple[str, ...] = ()  # origins whose pages may ask
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    n: int = 8  # pictures
+    steps: int = 100
+    timeout: float = 300.0  # seconds, where a request names none, and at most
+    body: int = 1 << 20  # bytes
+
+
+class UnfinishedError(HanDiffuserError):
+    """A picture that came to nothing; `status` says whose fault it is."""
+
+    def __init__(self, sentence: str, status: int = 500) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Service:
+    """What the paths share: the bundle as the front knows it, the dispatcher, hands and pictures that are kept."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        dispatcher: Dispatcher,
+        name: str,
+        limits: Limits,
+        keys: Keys,
+        metrics: Metrics,
+        folder: Path,
+        front: Front | None = None,
+    ) -> None:
+        """folder: where hands that clients send are kept, a private one."""
+        self.bundle, self.dispatcher, self.name, self.limits = bundle, dispatcher, name, limits
+        self.keys, self.metrics = keys, metrics
+        self.folder, self.front = folder, front or Front()
+        self.names = list(dict.fromkeys((name, *self.front.aliases)))  # what `model` may be
+        self.most = min(limits.n, dispatcher.queue.places)  # pictures a request: more would be turned away every time
+        self.started = int(time.time())
+        self.hands: OrderedDict[str, Path] = OrderedDict()
+        self.pictures: OrderedDict[str, tuple[float, str, bytes]] = OrderedDict()
+        self.bytes = 0
+        self.lock = threading.Lock()  # requests are prepared, and pictures encoded, in threads
+
+    @property
+    def size(self) -> str:
+        height, width = self.bundle.manifest.image_size
+        return f"{width}x{height}"
+
+    def keep_hands(self, hands: Arrays, prompt: str = "") -> str:
+        """Writes hands into the private folder, under a name that says what they are. Raises RequestError, and
+        UnfinishedError where they cannot be written."""
+        content = hands_file({name: np.asarray(value, np.float32) for name, value in hands.items()}, prompt)
+        id = f"hands_{hashlib.sha256(content).hexdigest()[:32]}"
+        path, temporary = self.folder / f"{id}.npz", self.folder / f"{secrets.token_hex(8)}.tmp"
+        if id not in self.hands:
+            try:
+                temporary.write_bytes(content)
+                os.replace(temporary, path)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise UnfinishedError(f"The server cannot keep hands: {error.strerror or error}.", 503) from None
+        with self.lock:
+            self.hands[id] = path
+        return id
+
+    def forget_hands(self) -> None:
+        """Deletes the oldest, but keeps those that a waiting request needs."""
+        if len(self.hands) <= KEPT_HANDS:
+            return
+        dispatcher = self.dispatcher
+        waiting = [*dispatcher.queue, *(t for w in dispatcher.workers for t in w.has.values())]
+        needed = {ticket.request.hands for ticket in waiting}
+        with self.lock:
+            for id, path in list(self.hands.items())[: len(self.hands) - KEPT_HANDS]:
+                if str(path) not in needed:
+                    del self.hands[id]
+                    path.unlink(missing_ok=True)
+
+    def hands_path(self, hands: HandsField | str | None) -> str | None:
+        """What `Request.hands` takes; nothing but what this server wrote itself is ever opened."""
+        if isinstance(hands, HandsField):
+            hands = self.keep_hands(hands.arrays())
+        if hands is None or hands == NO_HANDS:
+            return hands
+        with self.lock:
+            if hands not in self.hands:
+                raise RequestError(
+                    f"There are no hands {hands[:60]!r} here (any more). Send the arrays themselves.", "hands"
+                )
+            self.hands.move_to_end(hands)
+            return str(self.hands[hands])
+
+    def prepare(self, request: Request, count: int = 1) -> list[Request]:
+        """Fills in the bundle's defaults, seeds and ids. Raises RequestError for what this bundle cannot run."""
+        gaps = {name: v for name, v in self.bundle.manifest.defaults.items() if getattr(request, name) is None}
+        assert request.seed is not None
+        filled = replace(request, **gaps)
+        if (filled.steps or 1) > self.limits.steps:
+            raise RequestError(
+                f"{filled.steps} steps are more than this server makes. Ask for {self.limits.steps} or fewer.",
+                "steps",
+            )
+        try:
+            with self.lock:  # the bundle keeps schedules that it has computed
+                self.bundle.check(filled)
+        except RequestError as error:
+            sentence = str(error).replace(f"The hands file {request.hands} has", "The hands have")
+            raise RequestError(sentence, error.field) from None
+        return [
+            replace(filled, seed=(request.seed + i) % (MAX_SEED + 1), id=f"img-{secrets.token_hex(12)}")
+            for i in range(count)
+        ]
+
+    def keep_picture(self, content: bytes, format: str) -> str:
+        """A name for a picture that is fetched by URL, within the hour."""
+        now = time.monotonic()
+        name = f"{secrets.token_urlsafe(24)}.{format}"
+        with self.lock:
+            self.pictures[name] = (now, format, content)
+            self.bytes += len(content)
+            while self.pictures:
+                first, (kept, _, old) = next(iter(self.pictures.items()))
+                if self.bytes <= KEPT_BYTES and now - kept < KEPT_SECONDS:
+                    break
+                del self.pictures[first]
+                self.bytes -= len(old)
+        return name
+
+
+def private_folder() -> tempfile.TemporaryDirectory[str]:
+    """Where hands that clients send are kept while the server runs."""
+    return tempfile.TemporaryDirectory(prefix="hd-serve-")

@@ -1,0 +1,365 @@
+"""Clients that others wrote, and the proxies before a server: what they send, and what they can make of the answer."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import gzip
+import io
+import json
+import re
+import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from handiffuser.errors import HanDiffuserError
+from handiffuser.serving.fields import Edit, Generation, HandsRequest
+from handiffuser.serving.proxy import checked_origin, checked_url
+from handiffuser.serving.service import Front
+from PIL import Image
+from served import serving
+
+PROMPT = {"prompt": "a fist", "num_inference_steps": 1}
+FRONT = Front(("dall-e-2", "org/dall-e-3"), True, "url", "https://pics.example/sd", ("http://page.example",))
+
+
+@pytest.fixture(scope="module")
+def told(toy_bundle, tmp_path_factory):
+    """A server that is told what its clients cannot be told."""
+    with serving(toy_bundle, tmp_path_factory.mktemp("told"), front=FRONT) as one:
+        yield one
+
+
+def error_of(answer, status=400):
+    assert answer.status_code == status, answer.text[:300]
+    return answer.json()["error"]
+
+
+# ---------------------------------------------------------------- null
+
+
+def test_null_is_as_if_the_field_were_left_out(served):
+    for name, field in Generation.model_fields.items():
+        if not field.is_required():
+            answer = served.generate(num_inference_steps=1, **({name: None} if name != "num_inference_steps" else {}))
+            assert answer.status_code == 200 and "warnings" not in answer.json(), (name, answer.text[:300])
+    every = dict.fromkeys(Generation.model_fields.keys() - {"prompt"})
+    assert served.generate(**every, frame_count=None).status_code == 200  # a field of OpenAI's newest models
+    every = dict.fromkeys(HandsRequest.model_fields)
+    made = served.client.post("/v1/hands", json=every).json()
+    assert "warnings" not in made
+    every = dict.fromkeys(Edit.model_fields.keys() - {"hands"})
+    hands = {**made["data"][0]["hands"], "visibility": None}
+    assert served.client.post("/v1/hands/edit", json={**every, "hands": hands}).status_code == 200
+
+
+def test_the_schema_allows_null_where_the_server_does(served):
+    parts = served.client.get("/openapi.json").json()["components"]["schemas"]
+    for part in ("Generation", "HandsRequest", "Edit", "HandsField"):
+        for name, field in parts[part]["properties"].items():
+            nullable = {"type": "null"} in field.get("anyOf", ())
+            assert nullable == (name not in parts[part].get("required", ())), (part, name)
+
+
+# ---------------------------------------------------------------- what is wrong, and where
+
+
+@pytest.mark.parametrize("name", sorted(Generation.model_fields))
+def test_every_field_is_named_when_it_is_wrong(served, name):
+    error = error_of(served.client.post("/v1/images/generations", json={**PROMPT, name: {"not": ["this"]}}))
+    assert error["param"] and error["param"].split(".")[0] == name and error["code"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 9}, "n"),
+        ({"n": 2, "stream": True}, "n"),
+        ({"stream": True, "response_format": "url"}, "response_format"),
+        ({"background": "transparent"}, "background"),
+        ({"size": "1x1"}, "size"),
+        ({"num_inference_steps": 101}, "num_inference_steps"),
+        ({"num_inference_steps": 60, "solver": "lcm"}, "num_inference_steps"),
+        ({"num_inference_steps": 99, "solver": "ddim-early"}, "num_inference_steps"),
+        ({"guidance_interval": [0.5, 0.2]}, "guidance_interval"),
+        ({"hands": "hands_0"}, "hands"),
+        ({"sede": 1}, "sede"),
+    ],
+)
+def test_what_only_the_bundle_refuses_is_named_too(served, fields, param):
+    error = error_of(served.client.post("/v1/images/generations", json={**PROMPT, **fields}))
+    assert error["param"] == param and error["code"] in ("invalid_value", "unknown_field")
+
+
+def test_wrong_hands_are_named(served):
+    made = served.client.post("/v1/hands", json={"prompt": "a", "seed": 1}).json()["data"][0]["hands"]
+    for path, body, param in (
+        ("images/generations", {**PROMPT, "hands": {**made, "camera": [0, 0, 0]}}, "hands.camera"),
+        ("images/generations", {**PROMPT, "hands": {**made, "betas": [0]}}, "hands.betas"),
+        ("hands", {"hands": "hands_0"}, "hands"),
+        ("hands/edit", {"hands": {**made, "camera": None}}, "hands.camera"),
+        ("hands/edit", {"hands": {**made, "joints": None}}, "hands.joints"),
+        ("hands/edit", {"hands": made, "gesture": {"hand": "left", "name": "none"}}, "gesture.name"),
+        ("hands/edit", {"hands": made, "drags": [{"hand": "left", "joint": 21, "x": 0, "y": 0}]}, "drags.0.joint"),
+    ):
+        assert error_of(served.client.post(f"/v1/{path}", json=body))["param"] == param
+
+
+@pytest.mark.parametrize("path", ["core/schedules.py", "runtime/noise.py", "serving"])
+def test_no_refusal_forgets_its_field(path):
+    """Every RequestError that a request over HTTP may meet says which field it is about."""
+    package = Path(__file__).parents[2]
+    for file in sorted((package / path).glob("*.py")) or [package / path]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "RequestError":
+                assert len(node.args) == 2 or node.keywords, f"{file.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "words"),
+    [
+        (gzip.compress(b"{}"), {"content-encoding": "gzip"}, 415, "must not be compressed, got Content-Encoding: gzip"),
+        (gzip.compress(b"{}"), {}, 400, "in UTF-8; its byte 1 is not"),
+        ('{"prompt": "caf\xe9"}'.encode("latin-1"), {}, 400, "in UTF-8; its byte 15 is not"),
+        (b"{}", {"content-encoding": "identity"}, 400, "prompt must be given"),
+        (b"[" * 100_000, {}, 400, "nested less deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", {}, 400, "at most 4300 digits"),
+        (b"[]", {}, 400, "must be an object such as"),
+    ],
+)
+def test_bodies_that_cannot_be_read_are_told_why(served, content, headers, status, words):
+    headers = {"content-type": "application/json", **headers}
+    error = error_of(served.client.post("/v1/images/generations", content=content, headers=headers), status)
+    assert words in error["message"] and error["code"]
+
+
+def test_a_form_to_a_path_that_is_not_there(served):
+    for path, status in (("/v1/images/edits", 404), ("/v1/models", 405), ("/v1/images/generations", 415)):
+        assert served.client.post(path, files={"image": b"a"}, data={"prompt": "a"}).status_code == status
+
+
+# ---------------------------------------------------------------- clients that cannot be told
+
+
+def test_aliases_and_a_default_for_url(told):
+    models = told.client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["toy", "dall-e-2", "org/dall-e-3"]
+    for model in models:
+        assert told.client.get(f"/v1/models/{model['id']}").json() == model
+        (entry,) = told.generate(model=model["id"], num_inference_steps=1).json()["data"]
+        assert entry["url"].startswith("https://pics.example/sd/v1/files/") and "b64_json" not in entry
+    assert told.client.post("/v1/hands", json={"model": "dall-e-2"}).status_code == 200
+    assert error_of(told.generate(model="dall-e-3"), 404)["code"] == "model_not_found"
+    # What is asked for comes before the default; a stream has no url.
+    assert "b64_json" in told.generate(response_format="b64_json", num_inference_steps=1).json()["data"][0]
+    last = told.generate(stream=True, num_inference_steps=1).text.rstrip().splitlines()[-1]
+    assert json.loads(last.removeprefix("data: "))["b64_json"]
+
+
+@pytest.mark.parametrize(("size", "bars"), [("64x64", False), ("96x48", True), ("48x96", True)])
+def test_any_size_is_scaled_and_said(told, size, bars):
+    width, height = (int(side) for side in size.split("x"))
+    fields = {"size": size, "response_format": "b64_json", "seed": 3, "num_inference_steps": 2, "return_hands": True}
+    answer = told.generate(**fields).json()
+    picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    assert picture.size == (width, height) and answer["size"] == size
+    sentence = answer["warnings"][0]
+    assert f"The engine paints 32x32. The picture was scaled to {size}." in sentence and ("bars" in sentence) == bars
+    assert len(answer["warnings"]) == 1 + bars  # of the hands' places
+    own = told.generate(**{**fields, "size": "32x32"}).json()
+    assert "warnings" not in own
+    # The picture itself is in the middle, whole and not stretched.
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    inner = picture.crop((left, top, left + side, top + side)).resize((32, 32), Image.Resampling.BOX)
+    plain = Image.open(io.BytesIO(base64.b64decode(own["data"][0]["b64_json"])))
+    difference = [abs(a - b) for a, b in zip(inner.tobytes(), plain.tobytes(), strict=True)]
+    assert sum(difference) / len(difference) < 20
+
+
+def test_a_stream_is_scaled_as_a_whole(told):
+    text = told.generate(stream=True, partial_images=3, size="64x48", num_inference_steps=6).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(event["b64_json"]))).size for event in events]
+    assert sizes == [(64, 48)] * 4 and events[-1]["size"] == "64x48" and "scaled to" in events[-1]["warnings"][0]
+
+
+@pytest.mark.parametrize("size", ["15x32", "4096x4096", "big", "32x", "32x32x32", "-32x32", ""])
+def test_sizes_that_are_none(told, size):
+    error = error_of(told.generate(size=size))
+    assert error["param"] == "size" and "from 16 to 2048" in error["message"]
+
+
+# ---------------------------------------------------------------- other origins
+
+
+def preflight(served, origin="http://page.example", **headers):
+    asked = {"origin": origin, "access-control-request-method": "POST", **headers}
+    return served.client.options("/v1/images/generations", headers=asked)
+
+
+def test_a_page_of_another_origin_may_ask_as_openais_client_does(told, served):
+    names = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-retry-count,x-stainless-timeout"
+    answer = preflight(told, **{"access-control-request-headers": names})
+    assert answer.status_code == 200 and answer.headers["access-control-allow-headers"] == names
+    assert answer.headers["access-control-allow-origin"] == "http://page.example"
+    assert preflight(told, "http://evil.example").status_code == 400
+    assert "access-control-allow-origin" not in preflight(served).headers
+    headers = {"origin": "http://page.example"}
+    for answer in (told.client.get("/nowhere", headers=headers), told.client.get("/v1/models", headers=headers)):
+        assert answer.headers["access-control-allow-origin"] == "http://page.example"
+
+
+def test_pictures_may_be_shown_on_other_pages_and_nothing_else(served):
+    url = served.generate(response_format="url", num_inference_steps=1).json()["data"][0]["url"]
+    assert httpx.get(url).headers["cross-origin-resource-policy"] == "cross-origin"
+    for path in ("/", "/page.js", "/v1/models", "/metrics"):
+        assert served.client.get(path).headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_origins_are_as_browsers_send_them():
+    for given, kept in (
+        ("http://page/", "http://page"),
+        ("HTTPS://Example.org:8443", "https://example.org:8443"),
+        ("https://example.org:443", "https://example.org"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("*", "*"),
+        ("tauri://localhost", "tauri://localhost"),
+    ):
+        assert checked_origin(given) == kept
+    for given in ("example.org", "http://", "http://a/b", "https://*.example.org", "http://a b", "http://[::1"):
+        with pytest.raises(HanDiffuserError, match="--cors must be an origin"):
+            checked_origin(given)
+
+
+# ---------------------------------------------------------------- behind a proxy
+
+
+def url_of(served, **headers):
+    body = {**PROMPT, "response_format": "url"}
+    answer = served.client.post("/v1/images/generations", json=body, headers=headers)
+    return answer.json()["data"][0]["url"].partition("/v1/files/")[0]
+
+
+def test_urls_begin_where_a_trusted_proxy_says(served, told, monkeypatch):
+    assert url_of(served) == served.url
+    said = {"x-forwarded-proto": "https", "x-forwarded-host": "pics.example:8443", "x-forwarded-prefix": "/sd/"}
+    assert url_of(served, **said) == "https://pics.example:8443/sd"
+    assert url_of(served, **{"x-forwarded-host": "a.example, b.example"}).endswith("//a.example")
+    for wrong in ({"x-forwarded-host": "a/b"}, {"x-forwarded-host": "u@h"}, {"x-forwarded-prefix": "//evil.example"}):
+        assert url_of(served, **wrong) == served.url
+    assert url_of(told, **said) == "https://pics.example/sd"  # --public-url comes before all
+
+
+def test_a_stranger_is_not_believed(toy_bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "10.0.0.1")
+    with serving(toy_bundle, tmp_path) as served:
+        said = {"x-forwarded-proto": "https", "x-forwarded-host": "evil", "x-forwarded-prefix": "/evil"}
+        assert url_of(served, **said) == served.url
+        assert served.client.get("/evil/healthz", headers=said).status_code == 404
+
+
+def test_a_path_in_front_is_taken_off(told, served):
+    assert told.client.get("/sd/healthz").status_code == told.client.get("/healthz").status_code == 200
+    assert told.client.get("/sd/v1/models/").json() == told.client.get("/v1/models").json()
+    assert told.client.get("/sdv1/models").status_code == 404
+    page = told.client.get("/sd")
+    assert page.is_redirect and httpx.URL(f"{told.url}/sd").join(page.headers["location"]).path == "/sd/"
+    prefix = {"x-forwarded-prefix": "/a/b"}
+    assert served.client.get("/a/b/healthz", headers=prefix).status_code == 200
+    assert served.client.get("/healthz", headers=prefix).status_code == 200
+    assert served.client.get("/a/b/healthz").status_code == 404
+
+
+def test_a_path_in_front_opens_no_door(toy_bundle, tmp_path):
+    keys = tmp_path / "keys.txt"
+    keys.write_text("alice: secret-of-alice\n")
+    with serving(toy_bundle, tmp_path / "s", keys=keys, front=Front(public_url="http://h/sd")) as served:
+        for path in ("/v1/models", "/sd/v1/models", "/v1/models/", "/sd/v1/models/x", "/x/v1/models"):
+            for prefix in ("", "/x", "/v1", "/sd"):
+                answer = served.client.get(path, headers={"x-forwarded-prefix": prefix})
+                assert answer.status_code in (401, 404) and "data" not in answer.json(), (path, prefix)
+
+
+def test_the_page_and_the_schema_are_relative(served):
+    page = Path(__file__).parents[2] / "serving" / "page"
+    texts = {path.name: path.read_text(encoding="utf-8") for path in page.iterdir()}
+    for name, text in texts.items():
+        assert not re.search(r"""(?:href|src)="/|[(`"']/v1|location\.origin""", text), name
+        path = "/" if name == "index.html" else f"/{name}"
+        assert served.client.get(path).text == text
+    assert served.client.get("/openapi.json").json()["servers"] == [{"url": "./"}]
+
+
+def test_public_urls():
+    for given, kept in (
+        ("https://example.org/", "https://example.org"),
+        ("http://h:8080/a/b/", "http://h:8080/a/b"),
+        ("http://[::1]:8000", "http://[::1]:8000"),
+    ):
+        assert checked_url(given) == kept
+    for given in (
+        "example.org/sd",
+        "ftp://h",
+        "http://h/?a=1",
+        "http://h/#a",
+        "http://u:p@h",
+        "http://h/a//b",
+        "http://[",
+    ):
+        with pytest.raises(HanDiffuserError, match="--public-url must be"):
+            checked_url(given)
+
+
+# ---------------------------------------------------------------- a browser
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
+# What OpenAI's client for JavaScript adds to a request.
+STAINLESS = ("lang", "package-version", "os", "arch", "runtime", "runtime-version", "retry-count", "timeout")
+SCRIPT = """
+const [url, key, names] = [%r, %r, %r];
+const said = (words) => { document.title += words + ";"; };
+const headers = { "Content-Type": "application/json", Authorization: `Bearer ${key}` };
+for (const name of names) headers[`x-stainless-${name}`] = "1";
+try {
+  const body = JSON.stringify({ prompt: "a fist", n: null, num_inference_steps: 1, response_format: "url" });
+  const answer = await fetch(`${url}/v1/images/generations`, { method: "POST", headers, body });
+  said(answer.status + (answer.headers.get("x-request-id") ? " id" : ""));
+  const picture = new Image();
+  picture.src = (await answer.json()).data[0].url;
+  await picture.decode();
+  said("picture " + picture.naturalWidth);
+} catch (error) { said(error.message); }
+said("end");
+"""
+
+
+@pytest.mark.slow
+def test_a_page_of_another_origin_in_a_browser(toy_bundle, tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    keys = tmp_path / "keys.txt"
+    keys.write_text("alice: secret-of-alice\n")
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    elsewhere = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(pages)))
+    threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+    port = elsewhere.server_port
+    front = Front(cors=(f"http://localhost:{port}",))
+    with serving(toy_bundle, tmp_path / "s", keys=keys, front=front) as served, playwright.sync_playwright() as driver:
+        script = SCRIPT % (served.url, "secret-of-alice", list(STAINLESS))
+        (pages / "index.html").write_text(f"<!doctype html><title></title><script type=module>{script}</script>")
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--no-proxy-server"])
+        # The same page under another name is another origin.
+        for host, words in (("localhost", "200 id;picture 32;end;"), ("127.0.0.1", "Failed to fetch;end;")):
+            page = browser.new_page()
+            page.goto(f"http://{host}:{port}/")
+            served.wait(lambda page=page: page.wait_for_timeout(20) or "end" in page.title())
+            assert page.title() == words
+        browser.close()
+    elsewhere.shutdown()
