@@ -34,12 +34,12 @@ from ..models.hand_features import MIN_IN_FRAME
 from ..models.smplh import SMPLH
 from ..schema import MisfitError
 from .augment import Hands
+from .conventions import conventions
 from .hands import joints_in_picture, present
 from .samples import GROUP, Bad, Entry, Sample, load, person, picture, scan, shards, split_name
 
 ASIDE = "aside"
 MIN_SIZE = 64  # pixels of a picture's shorter side
-APART = 0.1  # of the picture's height, between joints_2d and where the pose has the joints
 BATCH = 64
 
 _NAMED = re.compile(
@@ -181,13 +181,14 @@ def check_samples(
             found += _contradicted(sample)
     if people:
         joints, said = joints_in_picture(people, aspects, body)
+        wrong = conventions(people, joints, said, aspects, body)
         for i, number in enumerate(owners):
-            out[number] += _misplaced(joints[i], said[i], people[i].get("joints_2d"), aspects[i])
+            out[number] += _misplaced(joints[i], said[i]) + [("apart", sentence) for sentence in wrong[i]]
     return out
 
 
-def _misplaced(joints: np.ndarray, said: np.ndarray, given: np.ndarray | None, aspect: float) -> list[tuple[str, str]]:
-    """joints: [2, 21, 2] in [0, 1]; said: [2], which hands are to be seen; given: joints_2d."""
+def _misplaced(joints: np.ndarray, said: np.ndarray) -> list[tuple[str, str]]:
+    """joints: [2, 21, 2] in [0, 1]; said: [2], which hands are to be seen."""
     found = []
     for side, name in enumerate(("left", "right")):
         if not said[side]:
@@ -196,11 +197,6 @@ def _misplaced(joints: np.ndarray, said: np.ndarray, given: np.ndarray | None, a
         if inside < MIN_IN_FRAME:
             sentence = f"Its {name} hand is said to be seen, with {inside:.0%} of its joints in the picture."
             found.append(("outside", sentence))
-        if given is not None:
-            apart = (np.abs(joints[side] - given[side]) * (aspect, 1)).max(-1).mean()
-            if apart > APART:
-                sentence = f"Its {name} hand's pose and joints_2d lie {apart:.0%} of the picture's height apart."
-                found.append(("apart", sentence))
     return found
 
 
