@@ -14,6 +14,7 @@ checked besides, also where there is no joints_2d.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import torch
@@ -23,13 +24,12 @@ from ..models.smplh import SMPLH, TIP_VERTICES
 from ..runtime.hands import POSES, axis_angle_to_matrix
 from .augment import Hands
 
-AWAY = 1.0  # hand sizes between the centres of the pose's joints and of joints_2d
-FAR = 0.1  # the same as a share of the picture's height, for large hands
+AWAY = 0.6  # hand sizes between the centres of the pose's joints and of joints_2d
 LARGER = 1.7  # times as large as joints_2d, or as small
-UNLIKE = 0.45  # hand sizes, root mean square: annotators do not miss by so much
-NOISE = 0.2  # hand sizes, root mean square: what annotators and other people's bones explain
+UNLIKE = 0.5  # hand sizes, root mean square: annotators do not miss by so much
+NOISE = 0.22  # hand sizes, root mean square: what annotators and other people's bones explain
 BETTER = 1.35  # times closer to joints_2d, for a mistake to be named
-BENT = 1.5  # the same for bent fingers, which fit anything a little better
+BENT = 1.45  # the same for bent fingers, which fit anything a little better
 FLAT = np.radians(15)  # fingers that bend less on average are nearly flat
 BACKWARDS = np.radians(15)  # no fingers bend backwards by more on average
 SPREAD = 1.25  # times that noise makes joints_2d larger than the hand
@@ -39,9 +39,10 @@ FLEXION = np.array([[0.0, 0.0, -1.0], [0.0, 0.0, 1.0]])
 # Joint k of ours (wrist, thumb to little finger) is joint MANO[k] of MANO's 16 joints with the 5 tips behind them.
 MANO = np.array((0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20))
 THUMB_FIRST = (1, 2, 4, 3, 0)  # fingers from thumb to little finger, in MANO's order (index, middle, little, ring, thumb)
-BENDS = np.array((0.0, 0.3, 0.6, 0.9, 1.2, 1.5))  # radians of each joint of a finger
-_HALF = 0.5 * np.concatenate([np.zeros((1, 3)), np.eye(3), -np.eye(3)])
-THUMBS = axis_angle_to_matrix(_HALF)  # [7, 3, 3]: turns of a thumb that was not bent
+# Radians by which a finger's three joints may be bent: evenly, or all but the knuckle.
+BENDS = np.array([(b, b, b) for b in (0.0, 0.3, 0.6, 0.9, 1.2, 1.5)] + [(-0.2, b, 0.6 * b) for b in (0.8, 1.2, 1.6)])
+# Turns [27, 3, 3] of a thumb that was not bent.
+THUMBS = axis_angle_to_matrix(0.6 * np.array(list(product((-1.0, 0.0, 1.0), repeat=3))))
 
 MISTAKES = {
     "inverted": "once its fingers bend the other way: their rotations are inverted",
@@ -114,7 +115,7 @@ class Hand:
         own = self.posed(self.fingers)
         size = radius(own) * radius(joints) / max(radius(own[:, :2]), 1e-6)  # as if seen flat
         away = float(np.linalg.norm(joints.mean(0) - given.mean(0)))
-        if away > min(AWAY * size, FAR):
+        if away > AWAY * size:
             return f"lies {away / size:.1f} hand sizes away from joints_2d"
         larger = radius(joints) / max(radius(given), 1e-6)
         if not 1 / LARGER < larger < LARGER:
@@ -149,8 +150,8 @@ class Hand:
 
     def curled(self, own: np.ndarray, target: np.ndarray) -> float:
         """How near the hand comes when each finger bends as fits it best."""
-        axes = BENDS[:, None, None] * FLEXION[self.side]  # [6, 1, 3]
-        curls = axis_angle_to_matrix(np.repeat(axes, 12, 1).reshape(-1, 3)).reshape(-1, 12, 3, 3)
+        bends = np.tile(BENDS, 4)[..., None] * FLEXION[self.side]  # [9, 12, 3]
+        curls = axis_angle_to_matrix(bends.reshape(-1, 3)).reshape(-1, 12, 3, 3)
         bent = np.repeat(self.fingers[None], len(curls), 0)
         bent[:, :12] = curls @ bent[:, :12]
         thumbs = np.repeat(self.fingers[None], len(THUMBS), 0)
