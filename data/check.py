@@ -35,12 +35,18 @@ from ..models.smplh import SMPLH
 from ..schema import MisfitError
 from .augment import Hands
 from .conventions import conventions
+from .files import Bad, Entry, packed, scan, scattered, shards, split_name
 from .hands import joints_in_picture, present
-from .samples import GROUP, Bad, Entry, Sample, load, person, picture, scan, shards, split_name
+from .samples import GROUP, Sample, load, person, picture
 
 ASIDE = "aside"
 MIN_SIZE = 64  # pixels of a picture's shorter side
 BATCH = 64
+STAYS = ("packed", "scattered")  # what is wrong with how a shard is packed: its samples are right
+SCATTERED = (
+    "The members of its samples do not lie side by side. Training reads it; other readers of WebDataset do not. Unpack "
+    "it, and pack it again with tar --sort=name."
+)
 
 _NAMED = re.compile(
     r"(?<!on the )(?<!to the )(?<!at the )\b(left|right) (?:[\w-]+ ){0,3}?"
@@ -55,7 +61,7 @@ class Problem:
 
     key: str
     shard: str
-    kind: str  # unreadable, twice, no picture, small, outside, apart, words
+    kind: str  # unreadable, packed, scattered, twice, no picture, small, outside, apart, words
     sentence: str
     at: tuple[int, ...] = ()
 
@@ -65,7 +71,8 @@ class Problem:
 
 @dataclass
 class Report:
-    """problems, and how many of what there are: samples, pictures, hands 0, hands 1, hands 2, people."""
+    """problems, and how many of what there are: samples, pictures, people, dropped (people beside the most visible one,
+    whom training takes); hands 0, hands 1, ... (samples with so many hands to be seen), unknown (not annotated)."""
 
     problems: list[Problem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -135,7 +142,10 @@ def _check_shard(
     path, start, stop = job
     entries, bad = scan(path)
     entries = entries[start:stop]
-    problems = [Problem(b.key, b.shard, "unreadable", b.sentence) for b in bad] if not start else []
+    form = "packed" if path.is_file() and packed(path) else "unreadable"
+    problems = [Problem(b.key, b.shard, form, b.sentence) for b in bad] if not start else []
+    if path.is_file() and scattered(entries):
+        problems.append(Problem("", path.name, "scattered", SCATTERED))
     counts: Counter[str] = Counter(samples=len(entries))
     for first in range(0, len(entries), BATCH):
         part = entries[first : first + BATCH]
@@ -170,9 +180,10 @@ def check_samples(
                     found.append(("small", f"Its picture has {width} x {height} pixels, fewer than {min_size} a side."))
             except MisfitError as error:
                 found.append(("no picture", str(error)))
-        shown = 0 if sample.hands is None else int(present(sample.hands).reshape(-1, 2).sum(1).max())
-        counts[f"hands {shown}"] += 1
+        shown = 0 if sample.hands is None else int(present(sample.hands).sum())
+        counts[f"hands {shown}" if sample.annotated else "unknown"] += 1
         counts["people"] += sample.people
+        counts["dropped"] += max(sample.people - 1, 0)
         if sample.hands is not None:
             for i in range(sample.people):
                 people.append(person(sample.hands, i))
@@ -183,11 +194,11 @@ def check_samples(
         joints, said = joints_in_picture(people, aspects, body)
         wrong = conventions(people, joints, said, aspects, body)
         for i, number in enumerate(owners):
-            out[number] += _misplaced(joints[i], said[i]) + [("apart", sentence) for sentence in wrong[i]]
+            out[number] += _outside(joints[i], said[i]) + [("apart", sentence) for sentence in wrong[i]]
     return out
 
 
-def _misplaced(joints: np.ndarray, said: np.ndarray) -> list[tuple[str, str]]:
+def _outside(joints: np.ndarray, said: np.ndarray) -> list[tuple[str, str]]:
     """joints: [2, 21, 2] in [0, 1]; said: [2], which hands are to be seen."""
     found = []
     for side, name in enumerate(("left", "right")):
@@ -227,6 +238,8 @@ def set_aside(folder: str | Path, problems: Iterable[Problem]) -> int:
     moved = 0
     by_shard: dict[str, list[Problem]] = {}
     for problem in problems:
+        if problem.kind in STAYS:
+            continue
         by_shard.setdefault(problem.shard, []).append(problem)
     for shard, found in by_shard.items():
         try:

@@ -118,12 +118,13 @@ def latents(
     made = LatentCache.open(loaded, folder, **choice)  # type: ignore[arg-type]
     for bad in made.left_out:
         console.print(f"left out: {bad}")
-    console.print(f"{len(made.usable)} rows to train on, {len(made.left_out)} samples left out.")
+    left_out = sum(bool(bad.key) for bad in made.left_out)  # the others are shards
+    console.print(f"{len(made.usable)} rows to train on, {left_out} samples left out.")
     return 0
 
 
 @commands.command()
-@click.argument("form", metavar="FORMAT", type=click.Choice(["amass", "motion-x", "mano", "interhand"]))
+@click.argument("form", metavar="FORMAT", type=click.Choice(["amass", "motion-x", "mano", "interhand", "captions"]))
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--texts", type=click.Path(path_type=Path), help="Folder of captions, or HumanML3D's; beside by default.")
@@ -149,8 +150,10 @@ def convert(
     body: Path | None,
     per_shard: int,
 ) -> int:
-    """Converts SOURCE (amass, motion-x, mano: HaMeR and WiLoR, interhand) to the dataset OUT. It goes on if it was
-    stopped. What is wrong is named and left out. docs/data.md says what is expected where.
+    """Converts SOURCE to the dataset OUT. It goes on if it was stopped. What is wrong is named and left out.
+
+    mano: of HaMeR and WiLoR; captions: pictures with texts beside, as kohya's trainers take them. docs/data.md says
+    what is expected where.
     """
     with console.status("reading"):
         from .convert import FORMATS, Options
@@ -194,10 +197,17 @@ def check(folder: Path, body: Path | None, min_size: int, fix: bool, processes: 
     for problem in report.problems:
         click.echo(problem)
     counts = report.counts
+    more = sum(count for name, count in counts.items() if name.startswith("hands ") and int(name[6:]) > 2)
     console.print(
         f"{counts['samples']} samples, {counts['pictures']} pictures; with no hand {counts['hands 0']}, with one "
-        f"{counts['hands 1']}, with two {counts['hands 2']}; {counts['people']} people."
+        f"{counts['hands 1']}, with two {counts['hands 2']}, with more {more}; {counts['people']} people."
+        + (f" The hands of {counts['unknown']} are not annotated." if counts["unknown"] else "")
     )
+    if counts["dropped"]:
+        console.print(
+            f"Training takes the most visible person of each picture: {counts['dropped']} of {counts['people']} people "
+            "are dropped. hd-data latents --people each takes all."
+        )
     kinds = Counter(problem.kind for problem in report.problems)
     console.print("Problems: " + (", ".join(f"{kind} {n}" for kind, n in kinds.most_common()) or "none."))
     if fix and report.problems:

@@ -38,7 +38,13 @@ SPREAD = 1.25  # times that noise makes joints_2d larger than the hand
 FLEXION = np.array([[0.0, 0.0, -1.0], [0.0, 0.0, 1.0]])
 # Joint k of ours (wrist, thumb to little finger) is joint MANO[k] of MANO's 16 joints with the 5 tips behind them.
 MANO = np.array((0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20))
-THUMB_FIRST = (1, 2, 4, 3, 0)  # fingers from thumb to little finger, in MANO's order (index, middle, little, ring, thumb)
+THUMB_FIRST = (
+    1,
+    2,
+    4,
+    3,
+    0,
+)  # fingers from thumb to little finger, in MANO's order (index, middle, little, ring, thumb)
 # Radians by which a finger's three joints may be bent: evenly, or all but the knuckle.
 BENDS = np.array([(b, b, b) for b in (0.0, 0.3, 0.6, 0.9, 1.2, 1.5)] + [(-0.2, b, 0.6 * b) for b in (0.8, 1.2, 1.6)])
 # Turns [27, 3, 3] of a thumb that was not bent.
@@ -105,8 +111,8 @@ class Hand:
         return out @ self.turn.T
 
     def judge(self, bends: np.ndarray, joints: np.ndarray, given: np.ndarray | None) -> str:
-        """What is wrong, or "". bends: [12, 3], the fingers' axis-angles without the thumb's; joints, given (joints_2d):
-        [21, 2] in heights of the picture, y down."""
+        """What is wrong, or "". bends: [12, 3], the fingers' axis-angles, no thumb; joints, given (joints_2d): [21, 2] in
+        heights of the picture, y down."""
         backwards = -float((bends @ FLEXION[self.side]).mean())
         bent = f"has fingers that bend backwards by {np.degrees(backwards):.0f} degrees on average. "
         bent += "The sign of their rotations is wrong, or their side"

@@ -11,7 +11,8 @@ motion-x    `.npy` [N, 322]: pelvis, body, left and right hand, ..., y up, finge
             SMPL-X's, which mean nothing in SMPL-H: zeros. A .txt of the same name beside, or in --texts.
 mano        an `.npz` beside each picture with what HaMeR and WiLoR give: is_right, global_orient, hand_pose (matrices),
             pred_cam, box_center, box_size, pred_keypoints_3d; camera frame x right, y down, z away; a left hand as the
-            right hand of the mirrored crop; fingers relative to the flat hand. Captions in a .txt beside.
+            right hand of the mirrored crop (see `mano`); fingers relative to the flat hand. Captions in a .txt beside.
+captions    pictures with a .txt or .caption of captions beside, as kohya's trainers take them; no hands.
 interhand   InterHand2.6M's json: MANO pose in the world, fingers relative to MANO's mean hand (--hand-mean), joints in
             millimetres, pinhole cameras.
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,15 +36,20 @@ import torch
 from ..errors import DatasetError
 from ..models.smplh import HAND_JOINTS, SMPLH
 from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
-from .estimates import LEFT, MIRROR, RIGHT, HandEstimate, people
-from .samples import PICTURES, Bad, Sample, picture_size
+from ..schema import MisfitError
+from .captions import Caption, holding, read_captions, read_text
+from .estimates import LEFT, RIGHT, HandEstimate, people
+from .files import Bad
+from .mano import FLIP_YZ, in_picture, mano_estimates
+from .pictures import FOREIGN, PICTURES
+from .samples import Sample, picture_size
 
 FPS = 20.0  # HumanML3D's frames a second
 # Seconds that HumanML3D cuts off the beginning of these parts of AMASS before it counts frames.
 CUT = {"Eyes_Japan_Dataset": 3, "MPI_HDM05": 3, "TotalCapture": 1, "MPI_Limits": 1, "Transitions_mocap": 0.5}
 Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # (x, y, z) -> (x, z, -y)
-FLIP_YZ = np.diag([1.0, -1.0, -1.0])  # from a camera frame with y down and z away to ours
 FILL = 0.9  # of the picture's height, for a framed person
+OTHER_BODIES = {165: "SMPL-X's", 72: "SMPL's, without fingers"}  # by their numbers a frame
 STILL = 1e-3  # radians: fingers that move less were not captured
 
 
@@ -72,27 +79,41 @@ Converter = Callable[[Path, Options], Iterator[Sample | Bad]]
 
 def amass(source: Path, options: Options) -> Iterator[Sample | Bad]:
     """AMASS sequences, with HumanML3D's texts where `options.texts` holds its index.csv, or a .txt beside each."""
-    index = options.texts / "index.csv" if options.texts is not None else None
-    if index is not None and index.is_file():
-        assert options.texts is not None
+    index = _human_ml3d_index(options.texts) if options.texts is not None else None
+    if index is not None:
+        texts = _human_ml3d_texts(index.parent)
         for row in _rows(index):
-            yield from _human_ml3d(row, source, options.texts, options)
+            yield from _human_ml3d(row, source, texts, options)
         return
     for path in _files(source, ".npz"):
         if path.name in ("shape.npz", "neutral_stagei.npz", "male_stagei.npz", "female_stagei.npz"):
             continue
-        texts = _captions(path, source, options.texts)
         key = _key(path.relative_to(source).with_suffix(""))
-        if not texts:
-            yield _no_caption(key, path)
+        try:
+            captions = _captions(path, source, options.texts)
+            poses, betas, rate = _amass_poses(path)
+        except MisfitError as error:
+            yield Bad(key, str(path), str(error))
             continue
-        sequence = _amass_poses(path)
-        if isinstance(sequence, str):
-            yield Bad(key, str(path), sequence)
-            continue
-        poses, betas, rate = sequence
         frames = np.arange(0, len(poses), max(1, round(options.every * rate)))
-        yield from _framed(poses[frames], betas, frames, key, [texts] * len(frames), "AMASS", options, Z_UP)
+        said = [holding(captions, frame / rate) for frame in frames]
+        yield from _framed(poses[frames], betas, frames, key, said, "AMASS", options, Z_UP)
+
+
+def _human_ml3d_index(texts: Path) -> Path | None:
+    """HumanML3D's index.csv in a folder, or beside the HumanML3D or texts folder that was named."""
+    inner = texts.name in ("HumanML3D", "texts")
+    folders = (texts, *((texts.parent, texts.parent.parent) if inner else ()))
+    return next((folder / "index.csv" for folder in folders if (folder / "index.csv").is_file()), None)
+
+
+def _human_ml3d_texts(root: Path) -> Path:
+    """The folder of texts: its archive lies in HumanML3D/ and may be unpacked there, or beside index.csv."""
+    outer = (root / "texts", root / "HumanML3D/texts")
+    for folder in (*outer, *(folder / "texts" for folder in outer)):
+        if next(folder.glob("*.txt"), None) is not None:
+            return folder
+    raise DatasetError(f"{root} has an index.csv and no texts/*.txt. Unpack HumanML3D/texts.zip there.")
 
 
 def _human_ml3d(row: dict[str, str], source: Path, texts: Path, options: Options) -> Iterator[Sample | Bad]:
@@ -100,54 +121,67 @@ def _human_ml3d(row: dict[str, str], source: Path, texts: Path, options: Options
     name = Path(row["new_name"]).stem
     relative = Path(*[part for part in Path(row["source_path"]).parts if part not in (".", "..", "pose_data")])
     path, key = source / relative.with_suffix(".npz"), _key(Path("humanml3d") / name)
-    if "humanact12" in row["source_path"]:
-        return  # not of AMASS
     try:
-        lines = (texts / "texts" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        yield Bad(key, name, f"There is no {texts / 'texts' / name}.txt.")
+        if "humanact12" in row["source_path"]:
+            raise MisfitError("It is of HumanAct12, not of AMASS: it has no fingers.")
+        captions = read_captions(texts / f"{name}.txt")
+        poses, betas, rate = _amass_poses(path)
+        start, end = int(row["start_frame"]), int(row["end_frame"])
+    except MisfitError as error:
+        yield Bad(key, str(path), str(error))
         return
-    captions = [parsed for line in lines if (parsed := _caption_line(line)) is not None]
-    sequence = _amass_poses(path)
-    if isinstance(sequence, str) or not captions:
-        yield Bad(key, str(path), sequence if isinstance(sequence, str) else "It has no caption.")
+    except (TypeError, ValueError):
+        yield Bad(key, str(path), "Its start_frame and end_frame must be whole numbers.")
         return
-    poses, betas, rate = sequence
+    # HumanML3D keeps every int(rate / 20)-th frame, cuts some off the beginning, and counts what is left as if there
+    # were 20 a second.
+    step = max(1, int(rate / FPS))
     cut = next((seconds for part, seconds in CUT.items() if part in relative.parts), 0)
-    start, end = cut + int(row["start_frame"]) / FPS, cut + int(row["end_frame"]) / FPS
-    seconds = np.arange(start, min(end, len(poses) / rate), options.every)
-    frames = np.minimum((seconds * rate).round().astype(int), len(poses) - 1)
-
-    said = [[text for text, first, last in captions if last <= first or first <= at < last] for at in seconds - start]
+    counted = np.arange(0, len(poses), step)[int(cut * FPS) :][start:end]
+    chosen = np.arange(0, len(counted), max(1, round(options.every * rate / step)))
+    said = [holding(captions, number / FPS) for number in chosen]
+    frames = counted[chosen]
     yield from _framed(poses[frames], betas, frames, key, said, "AMASS, HumanML3D", options, Z_UP)
 
 
-def _amass_poses(path: Path) -> tuple[np.ndarray, np.ndarray, float] | str:
-    """poses [N, 156], betas [10], frames a second; or a sentence."""
+def _amass_poses(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """poses [N, 156], betas [10], frames a second. Raises MisfitError."""
     try:
         with np.load(path, allow_pickle=False) as archive:
+            rates = [name for name in ("mocap_framerate", "mocap_frame_rate") if name in archive]
+            missing = [name for name in ("poses", "betas") if name not in archive]
+            missing += [] if rates else ["mocap_framerate"]
+            if missing:
+                raise MisfitError(f"It is no AMASS sequence: it lacks {', '.join(missing)}.")
             poses, betas = archive["poses"].astype(np.float64), archive["betas"].astype(np.float64)
-            rate = next(float(archive[n]) for n in ("mocap_framerate", "mocap_frame_rate") if n in archive)
+            rate = float(archive[rates[0]])
+    except MisfitError:
+        raise
     except FileNotFoundError:
-        return f"There is no {path}."
-    except Exception as error:  # numpy, zipfile and zlib fail in many ways; StopIteration where the rate is missing
-        return f"It is no AMASS sequence with poses, betas and mocap_framerate ({type(error).__name__}: {error})."
+        raise MisfitError(f"There is no {path}.") from None
+    except Exception as error:  # numpy, zipfile and zlib fail in many ways
+        raise MisfitError(f"It is no AMASS sequence with poses, betas and mocap_framerate ({_why(error)}).") from None
     if poses.ndim != 2 or poses.shape[1] != 156 or not len(poses):
-        return f"Its poses have shape {list(poses.shape)}, not [N, 156] of SMPL-H."
+        other = OTHER_BODIES.get(poses.shape[-1] if poses.ndim else 0, "")
+        raise MisfitError(
+            f"Its poses have shape {list(poses.shape)}, not [N, 156] of SMPL-H. "
+            + (f"These are {other}: download AMASS's SMPL+H G." if other else "Download AMASS's SMPL+H G.")
+        )
     if betas.ndim != 1 or len(betas) < 10 or not 1 <= rate <= 1000:
-        return f"Its betas have shape {list(betas.shape)} and its frames a second are {rate}."
+        raise MisfitError(f"Its betas have shape {list(betas.shape)} and its frames a second are {rate}.")
     return poses, betas[:10], rate
 
 
 def motion_x(source: Path, options: Options) -> Iterator[Sample | Bad]:
     """Motion-X sequences of 322 numbers a frame, at 30 frames a second."""
     for path in _files(source, ".npy"):
-        key, texts = _key(path.relative_to(source).with_suffix("")), _captions(path, source, options.texts)
-        if not texts:
-            yield _no_caption(key, path)
-            continue
+        key = _key(path.relative_to(source).with_suffix(""))
         try:
+            captions = _captions(path, source, options.texts)
             motion = np.load(path, allow_pickle=False).astype(np.float64)
+        except MisfitError as error:
+            yield Bad(key, str(path), str(error))
+            continue
         except Exception as error:
             yield Bad(key, str(path), f"It cannot be read as plain numbers ({type(error).__name__}).")
             continue
@@ -156,9 +190,8 @@ def motion_x(source: Path, options: Options) -> Iterator[Sample | Bad]:
             continue
         frames = np.arange(0, len(motion), max(1, round(options.every * 30)))
         # The first 156 numbers are SMPL-H's own: pelvis, 21 body joints, 15 left, 15 right.
-        yield from _framed(
-            motion[frames, :156], np.zeros(10), frames, key, [texts] * len(frames), "Motion-X", options, np.eye(3)
-        )
+        said = [holding(captions, frame / 30) for frame in frames]
+        yield from _framed(motion[frames, :156], np.zeros(10), frames, key, said, "Motion-X", options, np.eye(3))
 
 
 def _framed(
@@ -175,6 +208,9 @@ def _framed(
     to y up), turned to the camera and framed."""
     if not np.isfinite(poses).all() or not len(poses):
         yield Bad(key, "", "Its poses hold NaN or infinity, or no frame.")
+        return
+    if not any(said):
+        yield Bad(key, "", "No caption holds at a frame that is taken. Take more of them: a smaller --every.")
         return
     fingers = poses[:, 66:].reshape(-1, 2, 45).copy()
     for side, mean in enumerate(hand_means(options.hand_mean)):
@@ -255,89 +291,44 @@ def hand_means(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
 def mano(source: Path, options: Options) -> Iterator[Sample | Bad]:
     """Pictures with an .npz of estimated hands beside each (HaMeR, WiLoR), and a .txt of captions, a line each."""
     means = hand_means(options.hand_mean)
-    for path in _files(source, *PICTURES):
-        key, texts = _key(path.relative_to(source).with_suffix("")), _captions(path, source, options.texts)
-        if not texts:
-            yield _no_caption(key, path)
-            continue
+    for sample, path in _pictures(source, options, "MANO estimates"):
         try:
-            sample = Sample(key, texts, None, path.read_bytes(), {"source": "MANO estimates"})
-            size = picture_size(sample)
-            assert size is not None
-            estimates = mano_estimates(path.with_suffix(".npz"), means)
-        except (OSError, ValueError) as error:
-            yield Bad(key, str(path), getattr(error, "strerror", None) or str(error))
-            continue
-        if estimates:
-            sample.hands = people([_in_picture(estimate, size) for estimate in estimates], size, options.body)
+            if isinstance(sample, Sample):
+                size = picture_size(sample)
+                assert size is not None
+                estimates = mano_estimates(path.with_suffix(".npz"), means, options.body)
+                if estimates:
+                    sample.hands = people([in_picture(one, size) for one in estimates], size, options.body)
+            yield sample
+        except ValueError as error:
+            yield Bad(sample.key, str(path), str(error))
+    pictures = {path.with_suffix("") for path in _files(source, *PICTURES, *FOREIGN)}
+    for path in sorted(source.rglob("*.npz")):
+        if path.with_suffix("") not in pictures:
+            yield Bad(_key(path.relative_to(source).with_suffix("")), str(path), "There is no picture beside it.")
+
+
+def captions(source: Path, options: Options) -> Iterator[Sample | Bad]:
+    """Pictures with a .txt or .caption beside each, as kohya's trainers take them; their hands are not annotated."""
+    for sample, _ in _pictures(source, options, "captioned pictures"):
+        if isinstance(sample, Sample):
+            sample.meta["annotated"] = False
         yield sample
 
 
-@dataclass
-class _Estimate:
-    """A hand as HaMeR gives it, in camera frame and of the right side once a left one is mirrored back."""
-
-    side: int
-    turn: np.ndarray  # [3, 3] in the camera's frame
-    fingers: np.ndarray  # [15, 3]
-    keypoints: np.ndarray  # [21, 3] metres, camera's frame
-    camera: np.ndarray  # [3] of the crop: s, tx, ty
-    centre: np.ndarray  # [2] pixels
-    box: float  # pixels
-
-
-def mano_estimates(path: Path, means: tuple[np.ndarray, np.ndarray]) -> list[_Estimate]:
-    """The hands in an .npz (H of them): is_right [H], global_orient [H, 3, 3], hand_pose [H, 15, 3, 3] (or axis-angle
-    [H, 3], [H, 45]), pred_cam [H, 3], box_center [H, 2], box_size [H], pred_keypoints_3d [H, 21, 3]. Raises
-    ValueError. A left hand is given as the right hand of the mirrored crop, and is mirrored back here."""
-    names = {
-        "is_right": (), "global_orient": (3, 3), "hand_pose": (15, 3, 3), "pred_cam": (3,), "box_center": (2,),
-        "box_size": (), "pred_keypoints_3d": (21, 3),
-    }  # fmt: skip
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            held = {name: archive[name].astype(np.float64) for name in names if name in archive}
-    except FileNotFoundError:
-        raise ValueError(
-            f"There is no {path.name} with its hands beside it. An empty one says that it has none."
-        ) from None
-    except Exception as error:
-        raise ValueError(f"{path.name} is no .npz of plain numbers ({type(error).__name__}).") from None
-    if not held:
-        return []
-    missing = [name for name in names if name not in held]
-    if missing:
-        raise ValueError(f"{path.name} lacks {', '.join(missing)}.")
-    count = held["is_right"].size
-    for name, joints in (("global_orient", 1), ("hand_pose", 15)):
-        if held[name].size == count * joints * 3:
-            held[name] = axis_angle_to_matrix(held[name].reshape(-1, 3))
-    for name, shape in names.items():
-        if held[name].size != count * int(np.prod(shape)):
-            raise ValueError(f"{path.name} has {name} of shape {list(held[name].shape)} for {count} hands.")
-        if not np.isfinite(held[name]).all():
-            raise ValueError(f"{path.name} has NaN or infinity in {name}.")
-        held[name] = held[name].reshape(count, *shape)
-    out = []
-    for i in range(count):
-        right = held["is_right"][i] > 0.5
-        mirror = np.eye(3) if right else MIRROR
-        camera = held["pred_cam"][i] * (1, 1 if right else -1, 1)
-        fingers = matrix_to_axis_angle(mirror @ held["hand_pose"][i] @ mirror) + means[int(right)].reshape(15, 3)
-        turn = mirror @ held["global_orient"][i] @ mirror
-        keypoints = held["pred_keypoints_3d"][i] @ mirror
-        out.append(
-            _Estimate(int(right), turn, fingers, keypoints, camera, held["box_center"][i], float(held["box_size"][i]))
-        )
-    return out
-
-
-def _in_picture(estimate: _Estimate, size: tuple[int, int]) -> HandEstimate:
-    """From the crop's weak-perspective camera to pixels of the picture: a point (X, Y) of the crop's frame is at
-    centre + box / 2 * s * (X + tx, Y + ty) (the near-affine limit of HaMeR's cam_crop_to_full)."""
-    s, tx, ty = estimate.camera
-    pixels = estimate.centre + estimate.box / 2 * s * (estimate.keypoints[:, :2] + (tx, ty))
-    return HandEstimate(estimate.side, FLIP_YZ @ estimate.turn, estimate.fingers, pixels)
+def _pictures(source: Path, options: Options, origin: str) -> Iterator[tuple[Sample | Bad, Path]]:
+    """All pictures below a folder with their captions, and where they lie."""
+    for path in _files(source, *PICTURES, *FOREIGN):
+        key = _key(path.relative_to(source).with_suffix(""))
+        try:
+            if path.suffix.lower() in FOREIGN:
+                raise MisfitError(f"{path.name} is neither PNG nor JPEG nor WebP. Convert it first.")
+            texts = [caption.text for caption in _captions(path, source, options.texts)]
+            yield Sample(key, texts, None, path.read_bytes(), {"source": origin}), path
+        except MisfitError as error:
+            yield Bad(key, str(path), str(error)), path
+        except OSError as error:
+            yield Bad(key, str(path), f"It cannot be read: {error.strerror or error}."), path
 
 
 # InterHand2.6M's joints of a hand (finger tips first, thumb to little finger, the wrist last) in our order.
@@ -360,6 +351,7 @@ def interhand(source: Path, options: Options) -> Iterator[Sample | Bad]:
             for name in ("data", "camera", "joint_3d", "MANO_NeuralAnnot")
         )
         kinds = {entry["image_id"]: entry["hand_type"] for entry in data["annotations"]}
+        bare = 0  # pictures of frames that were not fitted
         for image in data["images"]:
             capture, frame, camera = str(image["capture"]), str(image["frame_idx"]), str(image["camera"])
             key = _key(Path(split) / Path(image["file_name"]).with_suffix(""))
@@ -374,10 +366,11 @@ def interhand(source: Path, options: Options) -> Iterator[Sample | Bad]:
                     if parameters.get(name) is not None
                 ]
                 if not hands:
-                    continue  # fitted in few frames
+                    bare += 1
+                    continue
                 content = file.read_bytes()
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                yield Bad(key, split, f"Its annotations do not fit together ({type(error).__name__}: {error}).")
+                yield Bad(key, split, f"Its annotations do not fit together ({_why(error)}).")
                 continue
             except OSError as error:
                 yield Bad(key, split, f"{file} cannot be read: {error.strerror or error}.")
@@ -390,6 +383,8 @@ def interhand(source: Path, options: Options) -> Iterator[Sample | Bad]:
                 "labels": {"sequence": str(image["seq_name"])},
             }
             yield Sample(key, [prompt], people(hands, size, options.body), content, meta)
+        if bare:
+            yield Bad("", split, f"{bare} pictures have no fitted hands.")
 
 
 def _interhand_hand(
@@ -406,7 +401,13 @@ def _interhand_hand(
     return HandEstimate(side, orientation, pose[1:] + mean.reshape(15, 3), pixels)
 
 
-FORMATS: dict[str, Converter] = {"amass": amass, "motion-x": motion_x, "mano": mano, "interhand": interhand}
+FORMATS: dict[str, Converter] = {
+    "amass": amass,
+    "motion-x": motion_x,
+    "mano": mano,
+    "interhand": interhand,
+    "captions": captions,
+}
 
 
 # --- files ---
@@ -431,43 +432,33 @@ def _key(path: Path) -> str:
     return f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
-def _captions(path: Path, source: Path, texts: Path | None) -> list[str]:
-    """The lines of the .txt of the same name, beside a file or at the same place in the folder of texts."""
-    file = path.with_suffix(".txt") if texts is None else texts / path.relative_to(source).with_suffix(".txt")
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return []
-    return [caption[0] for line in lines if (caption := _caption_line(line)) is not None]
+def _captions(path: Path, source: Path, texts: Path | None) -> list[Caption]:
+    """Those of the .txt of the same name (or .caption), beside a file or at the same place in the folder of texts.
+    Raises MisfitError."""
+    base = path if texts is None else texts / path.relative_to(source)
+    kohya = base.with_suffix(".caption")
+    return read_captions(kohya if kohya.is_file() else base.with_suffix(".txt"))
 
 
-def _caption_line(line: str) -> tuple[str, float, float] | None:
-    """A line of HumanML3D's texts, `caption#tokens#from#to` in seconds (0, 0: all), or a plain caption."""
-    parts = line.strip().split("#")
-    try:
-        first, last = (float(part) for part in parts[2:4])
-    except ValueError:
-        first, last, parts = 0.0, 0.0, [line.strip()]
-    if not np.isfinite([first, last]).all():
-        first = last = 0.0
-    return (parts[0].strip(), first, last) if parts[0].strip() else None
-
-
-def _no_caption(key: str, path: Path) -> Bad:
-    return Bad(key, str(path), f"It has no caption: {path.stem}.txt, with a line each.")
+def _why(error: Exception) -> str:
+    """An error in a few words; some say nothing but their kind."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _rows(index: Path) -> Iterator[dict[str, str]]:
-    with open(index, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        wanted = {"source_path", "start_frame", "end_frame", "new_name"}
-        if not wanted <= set(rows.fieldnames or ()):
-            raise DatasetError(f"{index} is not HumanML3D's index.csv: it lacks {', '.join(sorted(wanted))}.")
-        yield from rows
+    try:
+        rows = csv.DictReader(io.StringIO(read_text(index), newline=""))
+    except (OSError, MisfitError) as error:
+        raise DatasetError(f"{index} cannot be read: {error}") from None
+    wanted = {"source_path", "start_frame", "end_frame", "new_name"}
+    missing = sorted(wanted - set(rows.fieldnames or ()))
+    if missing:
+        raise DatasetError(f"{index} is not HumanML3D's index.csv: it lacks {', '.join(missing)}.")
+    yield from rows
 
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{path} cannot be read: {error}.") from None

@@ -23,10 +23,11 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import DatasetError
-from .samples import GROUP, HANDS_NPZ, PICTURE, Bad, Entry, Sample, load, scan, shards
+from .files import HANDS_NPZ, PICTURE, Bad, Entry, scan, shards
+from .samples import GROUP, Sample, load
 
 INDEX = "index.npz"
-_FORMAT = 1
+_FORMAT = 2
 _COLUMNS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "offsets": (np.int64, (3,)),
     "sizes": (np.int64, (3,)),

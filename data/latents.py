@@ -38,7 +38,7 @@ from .dataset import Index
 from .hands import hand_rows, most_visible, plain_features
 from .samples import Bad, Sample, person, picture, picture_size
 
-FORMAT = 2  # of the files; raised when what is computed changes
+FORMAT = 3  # of the files; raised when what is computed changes
 HAND_ROWS = ("ids", "params", "joints", "rotations", "bps", "visibility", "labels")
 LATENT_ROWS = ("mean", "std")
 PEOPLE = ("most-visible", "each")
@@ -49,8 +49,10 @@ class LatentCache:
     """Rows of a dataset, ready to train on. Make one with `open` or `make_latents`.
 
     A row is a sample, or with people="each" a person of one: `len` is how many, `samples` [R] says of which sample.
-    usable: the rows that can be trained on (with `pictures`: whose picture could be encoded). left_out: a Bad for each
-    sample that is in none. labels: name -> its classes, in the order of the numbers of `rows()["labels"]`.
+    usable: the rows that can be trained on (with `pictures`: whose picture could be encoded). annotated: bool [R], of
+    which it is known what hands there are; stage 1 learns from these alone. left_out: a Bad for each sample that is in
+    no usable row, and for each damaged shard. labels: name -> its classes, in the order of the numbers of
+    `rows()["labels"]`.
     """
 
     def __init__(self, index: Index, hands: list[_File], latents: list[_File] | None) -> None:
@@ -65,7 +67,9 @@ class LatentCache:
         if latents is not None:
             valid = [have["valid"][file["sample"]].numpy() for have, file in zip(latents, hands, strict=True)]
         self.usable = np.flatnonzero(np.concatenate(valid))
-        self.left_out = list(dict.fromkeys(bad for file in (*hands, *(latents or ())) for bad in file.bad))
+        bad = (bad for file in (*hands, *(latents or ())) for bad in file.bad)
+        self.left_out = list(dict.fromkeys((*index.problems, *bad)))
+        self.annotated = np.concatenate([file["annotated"].numpy() for file in hands])
         self.wordings = max((file["ids"].shape[1] for file in hands if len(file["sample"])), default=1)
         self.labels = _merged(file.labels for file in hands)
 
@@ -315,6 +319,7 @@ class _Hands:
         self.of: list[int] = []
         self.words: list[list[str]] = []
         self.said: list[dict[str, str]] = []
+        self.annotated: list[bool] = []
 
     def add(self, first: int, samples: list[Sample | Bad]) -> None:
         people: list[Hands | None] = []
@@ -338,6 +343,7 @@ class _Hands:
                 self.of.append(number)
                 self.words.append(sample.prompts)
                 self.said.append(sample.meta.get("labels") or {})
+                self.annotated.append(sample.annotated)
         if people:
             self.parts.append(hand_rows(people, self.work.features))
 
@@ -365,6 +371,7 @@ class _Hands:
             "ids": ids.reshape(rows, width, -1),
             "labels": torch.tensor(numbers, dtype=torch.int16).reshape(rows, len(names)),
             "sample": torch.tensor(self.of, dtype=torch.int64),
+            "annotated": torch.tensor(self.annotated, dtype=torch.bool),
         }
 
 
@@ -385,8 +392,6 @@ class _Latents:
         for number, sample in enumerate(samples, first):
             if isinstance(sample, Bad):
                 self.bad.append(sample)
-                continue
-            if sample.image is None:
                 continue
             try:
                 image, _ = fit_picture(picture(sample), None, self.work.size)

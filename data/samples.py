@@ -10,9 +10,9 @@
 A dataset is a folder of WebDataset shards (`00000.tar`, ...) or, where there are none, of plain files, so that the
 output folder of `hd-run` is one as it is. A sample is what shares a key:
 
-    <key>.json                  prompt, or prompts: several wordings; perhaps source, licence, labels
+    <key>.json                  prompt, or prompts: several wordings; perhaps source, licence, labels, annotated
     <key>.hands.npz             SMPL-H: the arrays of HANDS; none where the picture shows no hands
-    <key>.jpg | .png | .webp    the picture, for stage 2
+    <key>.jpg | .png | .webp    the picture, for stage 2; endings may be in upper case
 
 Everything else (`<key>.hands.png`, `index.html`) is passed over. What is damaged or wrong is named and skipped, and the
 rest is read. docs/data.md has a complete example.
@@ -23,24 +23,23 @@ from __future__ import annotations
 import io
 import json
 import os
-import tarfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from msgspec import Meta
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DatasetError
 from ..hands import SHAPES
-from ..schema import MisfitError, fit, parse_json
+from ..schema import TRUTH, MisfitError, fit, parse_json
+from .files import HANDS_NPZ, JSON, PICTURE, Bad, Entry, scan, shards
+from .pictures import SPELLINGS, decode, kind_of, size_of
+from .pictures import encode_png as encode_png
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-JSON, HANDS_NPZ, PICTURE = range(3)  # a sample's members
 MAX_MEMBER = 1 << 28  # bytes: no picture comes near
 MAX_ARRAY = 1 << 24  # bytes of one array of hands, unpacked
 PER_SHARD = 1000
@@ -73,33 +72,16 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def annotated(self) -> bool:
+        """Whether it is known which hands there are. Without, stage 1 must not learn that there are none."""
+        return self.hands is not None or self.meta.get("annotated") is not False
+
+    @property
     def people(self) -> int:
         """How many people `hands` holds."""
         if self.hands is None:
             return 0
         return len(self.hands["global_orient"]) if self.hands["global_orient"].ndim == 2 else 1
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A sample (or, with an empty key, a shard) that cannot be read, and a sentence that says why."""
-
-    key: str
-    shard: str
-    sentence: str
-
-    def __str__(self) -> str:
-        return ": ".join(part for part in (self.shard, self.key, self.sentence) if part)
-
-
-class Entry(NamedTuple):
-    """Where a sample's members lie: offset and size of `.json`, `.hands.npz` and picture; -1 where there is none."""
-
-    key: str
-    shard: str  # "" for plain files, which have the time of their last change (ns) for an offset
-    offsets: tuple[int, int, int]
-    sizes: tuple[int, int, int]
-    suffix: int = -1  # of PICTURES
 
 
 Words = Annotated[str, Meta(min_length=1, max_length=100_000)]
@@ -111,16 +93,9 @@ class _Record(msgspec.Struct):
     prompt: Annotated[Words | None, Meta(description="text")] = None
     prompts: Annotated[list[Words] | None, Meta(description="a list of texts")] = None
     labels: Annotated[dict[str, str] | None, Meta(description="names with a word each")] = None
+    annotated: Annotated[bool | None, TRUTH] = None
     source: Annotated[str | None, Meta(description="text")] = None
     licence: Annotated[str | None, Meta(description="text")] = None
-
-
-def shards(folder: str | Path) -> list[Path]:
-    """The folder's tar shards by name; none where a dataset is plain files. Raises DatasetError for no folder."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DatasetError(f"There is no dataset folder {folder}.")
-    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
 def read(folder: str | Path) -> Iterator[Sample | Bad]:
@@ -138,11 +113,6 @@ def read(folder: str | Path) -> Iterator[Sample | Bad]:
         raise DatasetError(f"{folder} holds no samples: neither .tar shards nor <key>.json files.")
 
 
-def scan(path: Path) -> tuple[list[Entry], list[Bad]]:
-    """The samples of a tar shard, or of a folder of plain files, without reading them; and what is wrong with it."""
-    return _scan_folder(path) if path.is_dir() else _scan_tar(path)
-
-
 def load(folder: Path, entry: Entry) -> Sample | Bad:
     """Reads one sample and checks it; the picture is not decoded (see `picture`)."""
     try:
@@ -158,31 +128,15 @@ def load(folder: Path, entry: Entry) -> Sample | Bad:
 
 
 def picture(sample: Sample) -> np.ndarray:
-    """The decoded picture, uint8 [H, W, 3], upright. Raises MisfitError for one that is missing or damaged."""
+    """The decoded picture, uint8 [H, W, 3], upright. Raises MisfitError for one that is missing, damaged or refused."""
     if sample.image is None:
         raise MisfitError("It has no picture.")
-    try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:  # Pillow fails on bad files in many ways
-        raise _undecodable(error) from None
+    return decode(sample.image)
 
 
 def picture_size(sample: Sample) -> tuple[int, int] | None:
     """Height and width of the upright picture by its header alone; None without one. Raises MisfitError."""
-    if sample.image is None:
-        return None
-    try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # the camera lay on its side
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except Exception as error:
-        raise _undecodable(error) from None
-
-
-def _undecodable(error: Exception) -> MisfitError:
-    why = "it is none" if isinstance(error, UnidentifiedImageError) else str(error)[:200].rstrip(".")
-    return MisfitError(f"Its picture cannot be decoded: {why}.")
+    return None if sample.image is None else size_of(sample.image)
 
 
 def person(hands: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
@@ -202,7 +156,8 @@ def write_shards(
 
     A shard is written beside and renamed, so that each that is there is whole. Run again with the same samples, what
     shards hold already is skipped by its key, and the rest goes into new shards. progress: called with each key. What
-    no shard can hold (a key with dots, a picture of another format), and a key that comes twice, is returned as Bad.
+    no shard can hold (a key with dots, a picture of another format), hands that `load` would refuse, and a key that
+    comes twice, is returned as Bad.
     Raises DatasetError where the folder cannot be written.
     """
     folder = Path(folder)
@@ -223,7 +178,9 @@ def write_shards(
         try:
             shard_key(sample.key)
             if sample.image is not None:
-                picture_kind(sample.image)
+                kind_of(sample.image)
+            if sample.hands is not None:
+                check_hands(sample.hands)
             if sample.key in seen:
                 raise MisfitError("Another sample has this key. Give each its own.")
         except MisfitError as error:
@@ -287,26 +244,8 @@ def members(sample: Sample) -> dict[str, bytes]:
         np.savez(buffer, **arrays)
         out["hands.npz"] = buffer.getvalue()
     if sample.image is not None:
-        out[picture_kind(sample.image)] = sample.image
+        out[kind_of(sample.image)] = sample.image
     return out
-
-
-def picture_kind(image: bytes) -> str:
-    """ "png", "jpg" or "webp", by the first bytes. Raises MisfitError for another format."""
-    if image.startswith(b"\x89PNG"):
-        return "png"
-    if image.startswith(b"\xff\xd8"):
-        return "jpg"
-    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
-        return "webp"
-    raise MisfitError("Its picture is neither PNG nor JPEG nor WebP. Convert it first.")
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] -> the content of a .png."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 # --- reading, in detail ---
@@ -384,7 +323,7 @@ def _member(folder: Path, entry: Entry, member: int) -> bytes | None:
     if size > MAX_MEMBER:
         raise MisfitError(f"A file of it has {size >> 20} MB.")
     if not entry.shard:
-        suffix = (".json", ".hands.npz", PICTURES[entry.suffix] if entry.suffix >= 0 else "")[member]
+        suffix = (".json", ".hands.npz", SPELLINGS[entry.suffix] if entry.suffix >= 0 else "")[member]
         return (folder / (entry.key + suffix)).read_bytes()
     with open(folder / entry.shard, "rb") as file:
         file.seek(offset)
@@ -392,90 +331,3 @@ def _member(folder: Path, entry: Entry, member: int) -> bytes | None:
     if len(content) < size:
         raise MisfitError("Its shard ends before it does.")
     return content
-
-
-def split_name(name: str) -> tuple[str, int, int] | None:
-    """A file's key, which member it is, and which of PICTURES; None for what belongs to no sample."""
-    base = name.rpartition("/")[2]
-    if base.startswith((".", "__")) or base.endswith(".hands.png"):
-        return None
-    if base.endswith(".hands.npz"):
-        return name[: -len(".hands.npz")], HANDS_NPZ, -1
-    if base.endswith(".json"):
-        return name[: -len(".json")], JSON, -1
-    for number, suffix in enumerate(PICTURES):
-        if base.endswith(suffix):
-            return name[: -len(suffix)], PICTURE, number
-    return None
-
-
-class _Group:
-    """A sample in the making: the members found so far."""
-
-    def __init__(self, key: str, shard: str) -> None:
-        self.key, self.shard, self.suffix, self.twice = key, shard, -1, ""
-        self.offsets, self.sizes = [-1, -1, -1], [0, 0, 0]
-
-    def add(self, member: int, suffix: int, offset: int, size: int) -> None:
-        if self.offsets[member] >= 0:
-            self.twice = ("a .json", "a .hands.npz", "a picture")[member]
-        self.offsets[member], self.sizes[member] = offset, size
-        self.suffix = suffix if member == PICTURE else self.suffix
-
-    def close(self, entries: list[Entry], problems: list[Bad]) -> None:
-        if self.twice:
-            problems.append(Bad(self.key, self.shard, f"It has {self.twice} twice. Keep one."))
-        else:
-            entries.append(Entry(self.key, self.shard, tuple(self.offsets), tuple(self.sizes), self.suffix))  # type: ignore[arg-type]
-
-
-def _scan_tar(path: Path) -> tuple[list[Entry], list[Bad]]:
-    entries: list[Entry] = []
-    problems: list[Bad] = []
-    group: _Group | None = None
-    try:
-        length = path.stat().st_size
-        with tarfile.open(path, "r:") as archive:
-            for info in archive:
-                name = split_name(info.name)
-                if name is None or not info.isreg():
-                    continue
-                key, member, suffix = name
-                if info.offset_data + info.size > length:
-                    raise tarfile.ReadError(f"it ends within {info.name}")
-                if group is None or group.key != key:
-                    if group is not None:
-                        group.close(entries, problems)
-                    group = _Group(key, path.name)
-                group.add(member, suffix, info.offset_data, info.size)
-            end = archive.offset
-        with open(path, "rb") as file:  # tarfile takes a damaged header for the end
-            file.seek(end)
-            if file.read(512).strip(b"\0") or length < end + 512:
-                raise tarfile.ReadError(f"what follows byte {end} is damaged or missing")
-    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
-        why = str(getattr(error, "strerror", None) or error)[:200].rstrip(".")
-        problems.append(Bad("", path.name, f"The shard is damaged after {len(entries)} samples: {why}."))
-        if group is not None:  # what of it was not found may be the picture
-            problems.append(Bad(group.key, path.name, "It may be incomplete: its shard is damaged right after it."))
-        return entries, problems
-    if group is not None:
-        group.close(entries, problems)
-    return entries, problems
-
-
-def _scan_folder(folder: Path) -> tuple[list[Entry], list[Bad]]:
-    groups: dict[str, _Group] = {}
-    with os.scandir(folder) as files:
-        for file in sorted(files, key=lambda file: file.name):
-            name = split_name(file.name)
-            if name is not None and file.is_file():
-                key, member, suffix = name
-                groups.setdefault(key, _Group(key, "")).add(
-                    member, suffix, file.stat().st_mtime_ns, file.stat().st_size
-                )
-    entries: list[Entry] = []
-    problems: list[Bad] = []
-    for key in sorted(groups):
-        groups[key].close(entries, problems)
-    return entries, problems

@@ -239,6 +239,7 @@ class Run:
         for bad in cache.left_out[:BAD] if make else ():
             console.print(f"left out: {bad}", style="yellow")
         if name == "hand-prior":
+            common = {**common, **{part: self.known(cache, common[part]) for part in ("train", "held")}}
             prior = checkpoint.hand_prior
             if not prior.mean.any():  # never trained: a trained one knows its own
                 rows = cache.rows(common["train"][:MEASURED], ("params",))
@@ -276,6 +277,15 @@ class Run:
         stage.on_save = partial(self.show_pictures, checkpoint, cache, name, rows, empty)
         return stage
 
+    def known(self, cache: LatentCache, rows: np.ndarray) -> np.ndarray:
+        """The rows whose hands are annotated. Raises TrainingError where no sample's hands are."""
+        if not cache.annotated.any():
+            raise TrainingError(
+                f"{self.index.folder} says of no picture which hands it shows, and stage 1 learns just that. Train "
+                "stage 2 on it: hd-train pictures."
+            )
+        return rows[cache.annotated[rows]]
+
     def train(self, name: str, make: bool = True) -> None:
         """Trains a stage in this process, one of several perhaps."""
         if name in STUDENTS:
@@ -296,6 +306,7 @@ class Run:
             bank = PictureBank(self.folder / "bank", teacher, cache, rows, plan, self.digest)
             PictureLoss(teacher, plan).to(state.device)  # all of stage 2
         else:
+            rows = self.known(cache, rows)
             if not teacher.hand_prior.mean.any():
                 raise TrainingError("The hand prior of --start is untrained: train it first, hd-train hand-prior.")
             bank = HandBank(self.folder / "hand-bank", teacher, cache, rows, plan, self.digest)

@@ -100,7 +100,7 @@ def test_people_are_counted_and_each_is_checked(good, body):
     counts: Counter[str] = Counter()
     samples = [Sample("a", ["a"], both, one.image), Sample("b", ["b"]), one]
     assert check_samples(samples, body, counts=counts) == [[], [], []]
-    assert counts == {"pictures": 2, "hands 1": 2, "hands 0": 1, "people": 3}
+    assert counts == {"pictures": 2, "hands 2": 1, "hands 0": 1, "hands 1": 1, "people": 3, "dropped": 1}
     both["placement"][1, 1, 1] = 5
     assert kinds(samples[0], body) == ["outside", "apart"]
 

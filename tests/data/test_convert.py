@@ -16,9 +16,10 @@ from commands import run_command
 from datasets import made_sample
 from handiffuser.data.augment import flip_hands
 from handiffuser.data.check import check_samples
-from handiffuser.data.convert import FORMATS, Options, mano_estimates
+from handiffuser.data.convert import FORMATS, Options
 from handiffuser.data.estimates import LEFT, RIGHT, between
 from handiffuser.data.hands import joints_in_picture
+from handiffuser.data.mano import mano_estimates
 from handiffuser.data.samples import Bad, Sample, encode_png, person, read, write_shards
 from handiffuser.demo.render import demo_body
 from handiffuser.errors import DatasetError
@@ -164,7 +165,7 @@ def test_humanml3ds_texts_go_to_their_frames(tmp_path, body):
         "a person walks#a/DET person/NOUN walk/VERB#0.0#0.0\nhe waves#he/PRON wave/VERB#2.0#4.0\n"
     )
     (texts / "texts/000009.txt").write_text("x#x#0.0#0.0")
-    *samples, bad = convert("amass", tmp_path / "amass", body, texts=texts, every=1.0)
+    *samples, other, bad = convert("amass", tmp_path / "amass", body, texts=texts, every=1.0)
     frames = [round(sample.hands["left_hand_pose"][0] * 1000) for sample in samples]
     assert frames == [60 * second for second in (4, 5, 6, 7, 8)]  # 3 of the cut, 1 of start_frame 20, to 3 + 6
     assert [sample.prompts for sample in samples] == [
@@ -172,7 +173,7 @@ def test_humanml3ds_texts_go_to_their_frames(tmp_path, body):
         ["a person walks"],
     ]  # fmt: skip
     assert samples[0].meta["labels"] == {"fingers": "moving"}
-    assert isinstance(bad, Bad) and "gone_poses.npz" in bad.sentence
+    assert isinstance(bad, Bad) and "gone_poses.npz" in bad.sentence and "HumanAct12" in other.sentence
 
 
 def test_frames_may_be_of_the_hands(tmp_path, body):
@@ -422,7 +423,7 @@ def test_axis_angle_is_read_as_matrices_are(tmp_path, body):
     hamer(tmp_path / "a", [hand])
     hamer(tmp_path / "b", [vectors])
     none = (np.zeros(45), np.zeros(45))
-    (a,), (b,) = mano_estimates(tmp_path / "a.npz", none), mano_estimates(tmp_path / "b.npz", none)
+    (a,), (b,) = mano_estimates(tmp_path / "a.npz", none, body), mano_estimates(tmp_path / "b.npz", none, body)
     assert np.allclose(a.turn, b.turn) and np.allclose(a.fingers, b.fingers) and a.side == b.side == LEFT
 
 

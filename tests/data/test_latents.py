@@ -57,8 +57,10 @@ def test_latents_are_the_vaes_posterior(cache, tiny_checkpoint):
 
 
 def test_what_is_left_out_is_named(cache):
-    (bad,) = cache.left_out
-    assert (bad.key, bad.shard) == ("key-0005", "00001.tar") and "cannot be decoded" in bad.sentence
+    found = {bad.key: bad for bad in cache.left_out}
+    assert sorted(found) == ["key-0004", "key-0005"] and "no picture" in found["key-0004"].sentence
+    assert found["key-0005"].shard == "00001.tar" and "cannot be decoded" in found["key-0005"].sentence
+    assert len(cache.usable) + len(found) == 7  # rows and what is left out add up
 
 
 def test_ids_are_all_wordings_and_fewer_are_repeated(cache, tiny_checkpoint):

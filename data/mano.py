@@ -1,0 +1,168 @@
+"""Estimated hands in an .npz, as HaMeR, WiLoR and WiLoR-mini give them, and where they lie in the picture.
+
+    hands = [in_picture(one, size) for one in mano_estimates(Path("photo-0001.npz"), means, body)]
+
+A left hand is estimated as the right hand of the mirrored crop. It may have been mirrored back before it was saved, in
+part or in whole: HaMeR's demo negates tx in place, WiLoR's on a CPU the joints as well, and WiLoR-mini mirrors all of
+it. Forward kinematics tells whether pose and joints are mirrored: only one reading of them fits together. tx follows
+from the box, because a crop has its hand in the middle; `pred_cam_t` tells it for certain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..models.smplh import SMPLH, TIP_VERTICES
+from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
+from .conventions import Hand, radius
+from .estimates import MIRROR, RIGHT, HandEstimate
+
+FLIP_YZ = np.diag([1.0, -1.0, -1.0])  # from a camera frame with y down and z away to ours
+# Array -> shape of one hand's. Rotations may be axis-angles as well.
+ARRAYS: dict[str, tuple[int, ...]] = {
+    "is_right": (), "global_orient": (3, 3), "hand_pose": (15, 3, 3), "pred_cam": (3,), "box_center": (2,),
+    "box_size": (), "pred_keypoints_3d": (21, 3),
+}  # fmt: skip
+CAMERA_T = "pred_cam_t"  # optional, [3]: tx, ty of the crop's camera, which nobody changes in place
+ROTATION = 0.02  # how far a matrix may be from a rotation: half precision is within 0.005
+HAND = (0.01, 0.5)  # metres: a hand's size, see `radius`
+MIRRORED = 0.7  # times as near to the pose, for joints to count as mirrored
+BESIDE, CENTRED = 0.2, 0.4  # halves of the box: how far out of its middle a hand may be; where it should be
+
+
+@dataclass
+class Estimate:
+    """A hand in the camera's frame: x right, y down, z away. A left one is mirrored back."""
+
+    side: int
+    turn: np.ndarray  # [3, 3]
+    fingers: np.ndarray  # [15, 3] axis-angle
+    keypoints: np.ndarray  # [21, 3] metres
+    camera: np.ndarray  # [3] of the crop: s, tx, ty
+    centre: np.ndarray  # [2] pixels
+    box: float  # pixels
+
+
+def mano_estimates(path: Path, means: tuple[np.ndarray, np.ndarray], body: SMPLH) -> list[Estimate]:
+    """The hands in an .npz (H of them): is_right [H], global_orient [H, 3, 3], hand_pose [H, 15, 3, 3] (or axis-angle
+    [H, 3], [H, 45]), pred_cam [H, 3], box_center [H, 2], box_size [H], pred_keypoints_3d [H, 21, 3]; perhaps pred_cam_t
+    [H, 3]. means: added to the fingers, [45] of the left and the right hand. Raises ValueError with a sentence."""
+    held = _read(path)
+    if not held:
+        return []
+    out = []
+    for i in range(len(held["is_right"])):
+        side = int(held["is_right"][i])
+        one = Estimate(
+            RIGHT, held["global_orient"][i], held["hand_pose"][i], held["pred_keypoints_3d"][i], held["pred_cam"][i],
+            held["box_center"][i], float(held["box_size"][i]),
+        )  # fmt: skip
+        if side != RIGHT:
+            told = held[CAMERA_T][i, 0] if CAMERA_T in held else None
+            one = _left(one, told, body, f"{path.name}: hand {i + 1} (left)")
+        vectors = matrix_to_axis_angle(one.fingers) + means[side].reshape(15, 3)
+        out.append(replace(one, fingers=vectors))
+    return out
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays [H, ...], rotations as matrices; none of an empty file. Raises ValueError."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            held = {name: archive[name].astype(np.float64) for name in (*ARRAYS, CAMERA_T) if name in archive}
+    except FileNotFoundError:
+        raise ValueError(
+            f"There is no {path.name} with its hands beside it. An empty one says that it has none."
+        ) from None
+    except Exception as error:
+        raise ValueError(f"{path.name} is no .npz of plain numbers ({type(error).__name__}).") from None
+    if not held:
+        return {}
+    missing = [name for name in ARRAYS if name not in held]
+    if missing:
+        raise ValueError(f"{path.name} lacks {', '.join(missing)}.")
+    count = held["is_right"].size
+    if count == 1 < held["box_size"].size:
+        raise ValueError(
+            f"{path.name} has one is_right for {held['box_size'].size} hands: the loop of HaMeR's demo overwrites it. "
+            'Save batch["right"].'
+        )
+    for name, value in held.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"{path.name} has NaN or infinity in {name}.")
+    for name, joints in (("global_orient", 1), ("hand_pose", 15)):
+        if held[name].size == count * joints * 3:
+            held[name] = axis_angle_to_matrix(held[name].reshape(-1, 3))
+    for name, value in held.items():
+        shape = ARRAYS.get(name, (3,))
+        if value.size != count * int(np.prod(shape)):
+            raise ValueError(f"{path.name} has {name} of shape {list(value.shape)} for {count} hands.")
+        held[name] = value.reshape(count, *shape)
+    _make_sense(held, path.name)
+    return held
+
+
+def _make_sense(held: dict[str, np.ndarray], name: str) -> None:
+    """Raises ValueError for numbers that no estimate has."""
+    for array in ("global_orient", "hand_pose"):
+        matrices = held[array].reshape(-1, 3, 3)
+        off = np.abs(matrices @ matrices.swapaxes(1, 2) - np.eye(3)).max((1, 2))
+        if (off > ROTATION).any() or (np.linalg.det(matrices) < 0).any():
+            raise ValueError(f"{name} has a matrix in {array} that is no rotation.")
+    if not np.isin(held["is_right"], (0, 1)).all():
+        raise ValueError(f"{name} has an is_right that is neither 0 nor 1.")
+    for array, values in (("pred_cam", held["pred_cam"][:, 0]), ("box_size", held["box_size"])):
+        if (values <= 0).any():
+            raise ValueError(f"{name} has {values.min():g} for a scale in {array}; it must be above 0.")
+    sizes = radius(held["pred_keypoints_3d"])
+    for size in sizes[(sizes < HAND[0]) | (sizes > HAND[1])]:
+        raise ValueError(f"{name} has pred_keypoints_3d of a hand of {size:.3g} metres, which no hand has.")
+
+
+def _left(one: Estimate, told: float | None, body: SMPLH, name: str) -> Estimate:
+    """A left hand as it was saved, mirrored back where it was not. fingers: matrices [15, 3, 3]. told: tx in the
+    mirrored crop, if it is known. Raises ValueError."""
+    points = np.concatenate([body.j_template.numpy(), body.v_template[list(TIP_VERTICES)].numpy()]).astype(np.float64)
+    turns, fingers = ([x, MIRROR @ x @ MIRROR] for x in (one.turn, one.fingers))
+
+    def shape(joints: np.ndarray) -> np.ndarray:
+        return (joints - joints.mean(0)) / radius(joints)
+
+    # The pose as the right hand of the mirrored crop, and as one that was mirrored back already.
+    posed = [shape(Hand(RIGHT, fingers[back], turns[back], points).posed(fingers[back])) for back in (0, 1)]
+    apart = {
+        (pose, joints): float(radius_of(posed[pose] - shape(one.keypoints @ (MIRROR if joints else np.eye(3)))))
+        for pose in (0, 1)
+        for joints in (0, 1)
+    }
+    best = min(apart, key=apart.__getitem__)
+    pose, joints = best if apart[best] < MIRRORED * apart[0, 0] else (0, 0)
+    s, tx, ty = one.camera
+    # From here on as it is in the picture: the pose as a left hand's, the joints not mirrored.
+    keypoints = one.keypoints if joints else one.keypoints @ MIRROR
+    tx = -told if told is not None else tx if joints else -tx
+    middle = (keypoints[:, 0].min() + keypoints[:, 0].max()) / 2
+    beside, other = abs(s * (middle + tx)), abs(s * (middle - tx))
+    if told is None and other < CENTRED and beside > other + BESIDE:
+        raise ValueError(
+            f"{name} lies beside its box, and within it with the other sign of tx: the loop of HaMeR's demo negates it "
+            'in place. Save out["pred_cam"].clone() right after the model, and pred_cam_t.'
+        )
+    return replace(one, side=0, turn=turns[1 - pose], fingers=fingers[1 - pose], keypoints=keypoints,
+                   camera=np.array([s, tx, ty]))  # fmt: skip
+
+
+def radius_of(differences: np.ndarray) -> np.ndarray:
+    """Root mean square length of vectors [N, D]."""
+    return np.sqrt(np.square(differences).sum(-1).mean())
+
+
+def in_picture(estimate: Estimate, size: tuple[int, int]) -> HandEstimate:
+    """From the crop's weak-perspective camera to pixels of the picture: a point (X, Y) of the crop's frame is at
+    centre + box / 2 * s * (X + tx, Y + ty) (the near-affine limit of HaMeR's cam_crop_to_full)."""
+    s, tx, ty = estimate.camera
+    pixels = estimate.centre + estimate.box / 2 * s * (estimate.keypoints[:, :2] + (tx, ty))
+    return HandEstimate(estimate.side, FLIP_YZ @ estimate.turn, estimate.fingers, pixels)
