@@ -29,7 +29,7 @@ LARGER = 1.7  # times as large as joints_2d, or as small
 UNLIKE = 0.5  # hand sizes, root mean square: annotators do not miss by so much
 NOISE = 0.22  # hand sizes, root mean square: what annotators and other people's bones explain
 BETTER = 1.35  # times closer to joints_2d, for a mistake to be named
-BENT = 1.45  # the same for bent fingers, which fit anything a little better
+CURLED, BENT = 0.3, 1.45  # the same two for bent fingers, which fit any noise a little better
 FLAT = np.radians(15)  # fingers that bend less on average are nearly flat
 BACKWARDS = np.radians(15)  # no fingers bend backwards by more on average
 SPREAD = 1.25  # times that noise makes joints_2d larger than the hand
@@ -111,7 +111,7 @@ class Hand:
         return out @ self.turn.T
 
     def judge(self, bends: np.ndarray, joints: np.ndarray, given: np.ndarray | None) -> str:
-        """What is wrong, or "". bends: [12, 3], the fingers' axis-angles, no thumb; joints, given (joints_2d): [21, 2] in
+        """What is wrong, or "". bends: [12, 3], axis-angles without the thumb; joints, given (joints_2d): [21, 2] in
         heights of the picture, y down."""
         backwards = -float((bends @ FLEXION[self.side]).mean())
         bent = f"has fingers that bend backwards by {np.degrees(backwards):.0f} degrees on average. "
@@ -130,8 +130,8 @@ class Hand:
         apart = float(misfit(own, target))
         found = self.explained(own, target)
         best = min(found, key=found.__getitem__)
-        needed = BENT if best == "flat" else BETTER
-        explained = apart > NOISE and apart > needed * found[best]
+        least, times = (CURLED, BENT) if best == "flat" else (NOISE, BETTER)
+        explained = apart > least and apart > times * found[best]
         if explained or apart > UNLIKE:
             so = f" It fits ({found[best]:.2f}) {MISTAKES[best]}" if explained else " Their conventions differ"
             return f"does not fit joints_2d: they lie {apart:.2f} hand sizes apart.{so}"

@@ -172,7 +172,7 @@ def _scan_tar(path: Path) -> tuple[list[Entry], list[Bad]]:
     cut = [group] if damage and group is not None else []
     if damage and scattered(groups):
         most = max(map(_Group.members, groups))
-        cut = [one for one in groups if one is group or one.members() < most]
+        cut = [one for one in groups if one.members() < most]
     incomplete = set(map(id, cut))
     for one in groups:
         if id(one) not in incomplete:

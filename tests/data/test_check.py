@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from commands import run_command
 from datasets import made_hands, same
 from handiffuser.data.check import ASIDE, check, check_samples, set_aside
-from handiffuser.data.hands import joints_in_picture
-from handiffuser.data.samples import Sample, members, read, scan, write_shard
+from handiffuser.data.cli import commands
+from handiffuser.data.hands import joints_in_picture, rest
+from handiffuser.data.samples import Bad, Sample, members, read, scan, write_shard
 from handiffuser.demo.dataset import samples_of, scene_of
+from handiffuser.demo.gestures import NAMES, pose
 from handiffuser.demo.render import demo_body
 from handiffuser.errors import DatasetError
+from handiffuser.runtime.hands import axis_angle_to_matrix, matrix_to_axis_angle
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +225,155 @@ def test_the_command_says_it_and_mends_it(tmp_path, good):
     assert fixed.returncode == 0 and "7 files moved" in fixed.stderr, fixed.stderr
     nothing = run_command("data.cli", "check", tmp_path / "nothing")
     assert nothing.returncode == 1 and "There is no dataset folder" in nothing.stderr
+
+
+# --- conventions, in sizes of the hand ---
+
+MANO_JOINTS = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)  # ours, by MANO's numbers
+
+
+def annotated(body, rng, sizes: list[float]) -> list[tuple[Sample, int, np.ndarray]]:
+    """Hands as others annotate them, each with its side and its fingers [15, 3]. sizes: radii, of the picture's height.
+
+    joints_2d is that of another person, whose bones are 8 % longer or shorter each, and of an annotator, whose clicks
+    miss by 8 % of the hand's size each, 5 % more a finger and 8 % for all together, and one in twenty by 30 %."""
+    out, people = [], []
+    for size in sizes:
+        side = int(rng.integers(2))
+        fingers = matrix_to_axis_angle(pose(NAMES[rng.integers(len(NAMES))], side, rng)).astype(np.float64)
+        palm = [rng.choice([-1, 1]) * np.pi / 2, 0, 0]
+        tilt = [*rng.normal(0, 0.35, 2), 0]
+        spin, tilt, palm = axis_angle_to_matrix(np.array([[0, 0, rng.uniform(-np.pi, np.pi)], tilt, palm]))
+        hands = rest()
+        hands[f"{('left', 'right')[side]}_hand_pose"] = fingers.reshape(-1).astype(np.float32)
+        arms = hands["body_pose"].reshape(21, 3).copy()
+        arms[15 + side] = matrix_to_axis_angle((spin @ tilt @ palm)[None])[0]
+        place = np.zeros((2, 4), np.float32)
+        place[side] = [1, *rng.uniform(-0.3, 0.3, 2), np.log(2 * size)]
+        hands |= {"body_pose": arms.reshape(-1), "placement": place, "visibility": np.float32([1 - side, side])}
+        people.append(hands)
+        out.append((Sample("a", ["a"], hands), side, fingers))
+    joints, _ = joints_in_picture(people, [1.0] * len(people), body)
+    for (_, side, _), hands, both, size in zip(out, people, joints.astype(np.float64), sizes, strict=True):
+        true = both[side]
+        chains = np.concatenate([np.broadcast_to(true[0], (5, 1, 2)), true[1:].reshape(5, 4, 2)], 1)
+        bones = np.diff(chains, axis=1) * (1 + rng.normal(0, 0.08, (5, 4, 1)))
+        true[1:] = (true[0] + np.cumsum(bones, 1)).reshape(20, 2)
+        miss = rng.normal(0, 0.08, (21, 2)) + rng.normal(0, 0.08, 2)
+        miss[1:] += rng.normal(0, 0.05, (5, 2)).repeat(4, 0)
+        miss += rng.normal(0, 0.3, (21, 2)) * (rng.random((21, 1)) < 0.05)
+        both[side] = true + size * miss
+        hands["joints_2d"] = both.astype(np.float32)
+    return out
+
+
+def mistaken(kind: str, sample: Sample, side: int, fingers: np.ndarray) -> Sample:
+    joints = sample.hands["joints_2d"].copy()
+    middle = joints[side].mean(0)
+    if kind in ("inverted", "mirrored", "order", "flat"):
+        other = {
+            "inverted": -fingers,
+            "mirrored": fingers * (1, -1, -1),
+            "order": fingers.reshape(5, 3, 3)[[4, 0, 1, 3, 2]],
+            "flat": 0 * fingers,
+        }[kind]
+        name = f"{('left', 'right')[side]}_hand_pose"
+        return changed(sample, **{name: other.reshape(-1).astype(np.float32)})
+    if kind == "mirrored picture":
+        joints[side] = middle + (joints[side] - middle) * (-1, 1)
+    else:
+        joints[side, MANO_JOINTS] = joints[side].copy()
+    return changed(sample, joints_2d=joints)
+
+
+@pytest.mark.parametrize("size", [0.03, 0.08, 0.3])
+@pytest.mark.parametrize("kind", ["inverted", "mirrored", "mirrored picture", "MANO's joints", "order", "flat"])
+def test_mistakes_of_hands_of_any_size_are_found(body, kind, size):
+    rng = np.random.default_rng(1)
+    hands = annotated(body, rng, [size] * 60)
+    if kind == "flat":
+        hands = [one for one in hands if np.linalg.norm(one[2][:12], axis=1).mean() > np.radians(30)]
+    found = check_samples([mistaken(kind, *one) for one in hands[:30]], body)
+    assert len(found) == 30
+    assert sum(any(problem == "apart" for problem, _ in one) for one in found) >= 27
+
+
+def test_noise_of_annotators_is_no_mistake(body):
+    right = [sample for sample, *_ in annotated(body, np.random.default_rng(2), [0.03, 0.05, 0.08, 0.15, 0.3] * 60)]
+    assert [found for found in check_samples(right, body) if any(kind == "apart" for kind, _ in found)] == []
+
+
+def test_the_mistake_is_named(body):
+    bent = (one for one in annotated(body, np.random.default_rng(3), [0.08] * 20) if np.abs(one[2]).mean() > 0.4)
+    sample, side, fingers = next(bent)
+    words = {"inverted": "bend", "MANO's joints": "MANO's order", "mirrored picture": "mirrored", "flat": "nearly flat"}
+    for kind, word in words.items():
+        ((_, sentence),) = check_samples([mistaken(kind, sample, side, fingers)], body)[0]
+        assert word in sentence and f"Its {('left', 'right')[side]} hand" in sentence, sentence
+    name = f"{('left', 'right')[side]}_hand_pose"
+    bare = {array: value for array, value in sample.hands.items() if array != "joints_2d"}
+    inverted = Sample("a", ["a"], {**bare, name: -bare[name]})
+    assert "bend backwards by" in check_samples([inverted], body)[0][0][1]  # without a picture, too
+    assert check_samples([Sample("a", ["a"], bare)], body) == [[]]
+
+
+def test_hands_elsewhere_or_of_another_size_are_found(body):
+    ((sample, side, _),) = annotated(body, np.random.default_rng(4), [0.05])
+    joints = sample.hands["joints_2d"]
+    for other, word in ((joints + np.float32([0.05, 0]), "away"), (joints * 2 - joints[side].mean(0), "as large")):
+        ((kind, sentence),) = check_samples([changed(sample, joints_2d=other)], body)[0]
+        assert kind == "apart" and word in sentence
+
+
+# --- shards that are packed otherwise ---
+
+
+def packed_as(path: Path, names: list[str], files: dict[str, bytes], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(files[name])
+            archive.addfile(info, io.BytesIO(files[name]))
+
+
+def files_of(samples: list[Sample]) -> dict[str, bytes]:
+    return {f"{sample.key}.{name}": data for sample in samples for name, data in members(sample).items()}
+
+
+def test_members_that_are_scattered_are_read_named_and_not_moved(tmp_path, good, body):
+    files = files_of(good[:3])
+    packed_as(tmp_path / "00000.tar", sorted(files, key=lambda name: name.partition(".")[2]), files)
+    assert all(same(a, b) for a, b in zip(read(tmp_path), good[:3], strict=True))
+    (problem,) = check(tmp_path, body).problems
+    assert problem.kind == "scattered" and "tar --sort=name" in problem.sentence
+    assert set_aside(tmp_path, [problem]) == 0 and (tmp_path / "00000.tar").exists()
+
+
+def test_a_scattered_shard_that_is_cut_gives_no_half_samples(tmp_path, good):
+    files = files_of(good[:4])
+    packed_as(tmp_path / "00000.tar", sorted(files, key=lambda name: name.partition(".")[2]), files)
+    content = (tmp_path / "00000.tar").read_bytes()
+    (tmp_path / "00000.tar").write_bytes(content[: content.rindex(good[2].image)])
+    found = list(read(tmp_path))
+    assert all(same(a, b) for a, b in zip((s for s in found if isinstance(s, Sample)), good, strict=False))
+    assert {bad.key for bad in found if isinstance(bad, Bad)} == {"", "good-2", "good-3"}
+
+
+@pytest.mark.parametrize(("mode", "name"), [("w:gz", "00000.tar.gz"), ("w:gz", "00000.tgz"), ("w:gz", "00000.tar"),
+                                            ("w:bz2", "00000.tar.bz2"), ("w:xz", "00000.tar.xz")])  # fmt: skip
+def test_compressed_shards_are_named_and_not_moved(tmp_path, good, body, mode, name):
+    files = files_of(good[:2])
+    packed_as(tmp_path / name, list(files), files, mode)
+    write_shard(tmp_path / "00001.tar", good[2:3])
+    report = check(tmp_path, body)
+    ((problem),) = report.problems
+    assert problem.kind == "packed" and "Unpack it" in problem.sentence and report.counts["samples"] == 1
+    assert set_aside(tmp_path, report.problems) == 0 and (tmp_path / name).exists()
+
+
+def test_people_who_are_dropped_are_counted(tmp_path, good):
+    one = one_hand(good, "left")
+    three = Sample("three", ["a"], {name: np.stack([value] * 3) for name, value in one.hands.items()}, one.image)
+    write_shard(tmp_path / "00000.tar", [three])
+    result = CliRunner().invoke(commands, ["check", str(tmp_path)], standalone_mode=False)
+    assert "with more 1; 3 people." in result.stderr and "2 of 3 people are dropped" in result.stderr
