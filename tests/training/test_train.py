@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from commands import run_command
+from datasets import made_sample
 from handiffuser.contract import Manifest
 from handiffuser.data.samples import read, write_shards
 from handiffuser.models.checkpoint import Checkpoint
+from safetensors.torch import load_file
 
 TINY = """
 new = "tiny"
@@ -192,3 +194,32 @@ def test_the_encoder_needs_labels(trained, world, tmp_path):
     result = hd_train("encoder", "--data", tmp_path / "plain", "--start", trained[0] / "checkpoint",
                       "--run", tmp_path / "run", "--processes", 1)  # fmt: skip
     assert result.returncode == 1 and "needs samples with labels" in result.stderr, result.stderr
+
+
+def test_stage_2_learns_from_captions_alone_and_stage_1_does_not(tiny_checkpoint_folder, tmp_path):
+    """kohya's folder of pictures and texts, to an adapter that is not nothing."""
+    from handiffuser.data.cli import commands as data
+    from handiffuser.errors import TrainingError
+    from handiffuser.training.recipe import Recipe
+    from handiffuser.training.run import Run
+
+    folder = tmp_path / "img/10_style"
+    folder.mkdir(parents=True)
+    for i in range(6):
+        (folder / f"{i}.png").write_bytes(made_sample(i, (64, 64)).image)
+        (folder / f"{i}.txt").write_text(f"a hand, ink drawing {i}")
+    assert data.main(["convert", "captions", str(tmp_path / "img"), str(tmp_path / "set")], standalone_mode=False) == 0
+    plan = {"steps": 2, "batch": 2, "lora": 2, "precision": "fp32", "learning_rate": 1e-2, "warmup": 0, "accumulate": 1}
+    recipe = Recipe.load("sd15").changed("pictures", plan)
+    run = Run(tmp_path / "run", tmp_path / "set", recipe, tiny_checkpoint_folder)
+    run.prepare()
+    run.train("pictures")
+    run.save(tmp_path / "style.safetensors")
+    learned = load_file(tmp_path / "style.safetensors")
+    assert any(value.abs().max() > 0 for name, value in learned.items() if "lora_B" in name)
+    with pytest.raises(TrainingError, match="which hands it shows"):
+        run.train("hand-prior")
+    samples = [*read(tmp_path / "set"), *(made_sample(i, (64, 64)) for i in range(3))]
+    assert write_shards(samples, tmp_path / "mixed") == []
+    stage = Run(tmp_path / "run2", tmp_path / "mixed", recipe, tiny_checkpoint_folder).stage("hand-prior")
+    assert len(stage.train) + len(stage.held) == 3  # of nine: those whose hands are annotated
