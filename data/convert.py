@@ -40,7 +40,7 @@ from ..schema import MisfitError
 from .captions import Caption, holding, read_captions, read_text
 from .estimates import LEFT, RIGHT, HandEstimate, people
 from .files import Bad
-from .mano import FLIP_YZ, in_picture, mano_estimates
+from .mano import FLIP_YZ, MOST_ANGLE, are_rotations, in_picture, mano_estimates
 from .pictures import FOREIGN, PICTURES
 from .samples import Sample, picture_size
 
@@ -208,6 +208,10 @@ def _framed(
     to y up), turned to the camera and framed."""
     if not np.isfinite(poses).all() or not len(poses):
         yield Bad(key, "", "Its poses hold NaN or infinity, or no frame.")
+        return
+    most = np.abs(poses).max()
+    if most > MOST_ANGLE:
+        yield Bad(key, "", f"Its poses hold {most:g}; angles are in radians.")
         return
     if not any(said):
         yield Bad(key, "", "No caption holds at a frame that is taken. Take more of them: a smaller --every.")
@@ -392,11 +396,14 @@ def _interhand_hand(
 ) -> HandEstimate:
     pose = np.asarray(parameters["pose"], np.float64).reshape(16, 3)
     turn = np.asarray(cameras["camrot"][camera], np.float64).reshape(3, 3)
+    focal = np.asarray(cameras["focal"][camera], np.float64)
+    if not are_rotations(turn) or not (focal > 0).all():
+        raise ValueError("a camera whose matrix is no rotation, or whose focal length is not above 0")
     points = world.reshape(42, 3)[(21 if side == LEFT else 0) + np.array(INTERHAND_ORDER)]  # right first
     seen = (points - np.asarray(cameras["campos"][camera])) @ turn.T  # millimetres, y down, z away
     if (seen[:, 2] <= 0).any():
         raise ValueError("a hand behind the camera")
-    pixels = seen[:, :2] / seen[:, 2:] * np.asarray(cameras["focal"][camera]) + np.asarray(cameras["princpt"][camera])
+    pixels = seen[:, :2] / seen[:, 2:] * focal + np.asarray(cameras["princpt"][camera])
     orientation = FLIP_YZ @ turn @ axis_angle_to_matrix(pose[:1])[0]
     return HandEstimate(side, orientation, pose[1:] + mean.reshape(15, 3), pixels)
 

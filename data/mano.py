@@ -28,6 +28,7 @@ ARRAYS: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 CAMERA_T = "pred_cam_t"  # optional, [3]: tx, ty of the crop's camera, which nobody changes in place
 ROTATION = 0.02  # how far a matrix may be from a rotation: half precision is within 0.005
+MOST_ANGLE = 4 * np.pi  # radians of an axis-angle: more are degrees
 HAND = (0.01, 0.5)  # metres: a hand's size, see `radius`
 MIRRORED = 0.7  # times as near to the pose, for joints to count as mirrored
 BESIDE, CENTRED = 0.2, 0.4  # halves of the box: how far out of its middle a hand may be; where it should be
@@ -95,6 +96,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{path.name} has NaN or infinity in {name}.")
     for name, joints in (("global_orient", 1), ("hand_pose", 15)):
         if held[name].size == count * joints * 3:
+            most = np.abs(held[name]).max(initial=0)
+            if most > MOST_ANGLE:
+                raise ValueError(f"{path.name} has {most:g} in {name}; angles are in radians.")
             held[name] = axis_angle_to_matrix(held[name].reshape(-1, 3))
     for name, value in held.items():
         shape = ARRAYS.get(name, (3,))
@@ -108,9 +112,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 def _make_sense(held: dict[str, np.ndarray], name: str) -> None:
     """Raises ValueError for numbers that no estimate has."""
     for array in ("global_orient", "hand_pose"):
-        matrices = held[array].reshape(-1, 3, 3)
-        off = np.abs(matrices @ matrices.swapaxes(1, 2) - np.eye(3)).max((1, 2))
-        if (off > ROTATION).any() or (np.linalg.det(matrices) < 0).any():
+        if not are_rotations(held[array]):
             raise ValueError(f"{name} has a matrix in {array} that is no rotation.")
     if not np.isin(held["is_right"], (0, 1)).all():
         raise ValueError(f"{name} has an is_right that is neither 0 nor 1.")
@@ -120,6 +122,12 @@ def _make_sense(held: dict[str, np.ndarray], name: str) -> None:
     sizes = radius(held["pred_keypoints_3d"])
     for size in sizes[(sizes < HAND[0]) | (sizes > HAND[1])]:
         raise ValueError(f"{name} has pred_keypoints_3d of a hand of {size:.3g} metres, which no hand has.")
+
+
+def are_rotations(matrices: np.ndarray) -> bool:
+    """Whether all matrices [..., 3, 3] are rotations: not zero, not scaled, not reflections."""
+    off = np.abs(matrices @ matrices.swapaxes(-1, -2) - np.eye(3))
+    return bool((off <= ROTATION).all() and (np.linalg.det(matrices) > 0).all())
 
 
 def _left(one: Estimate, told: float | None, body: SMPLH, name: str) -> Estimate:

@@ -209,7 +209,16 @@ def test_stage_2_learns_from_captions_alone_and_stage_1_does_not(tiny_checkpoint
         (folder / f"{i}.png").write_bytes(made_sample(i, (64, 64)).image)
         (folder / f"{i}.txt").write_text(f"a hand, ink drawing {i}")
     assert data.main(["convert", "captions", str(tmp_path / "img"), str(tmp_path / "set")], standalone_mode=False) == 0
-    plan = {"steps": 2, "batch": 2, "lora": 2, "precision": "fp32", "learning_rate": 1e-2, "warmup": 0, "accumulate": 1}
+    plan = {
+        "steps": 2,
+        "batch": 2,
+        "lora": 2,
+        "precision": "fp32",
+        "learning_rate": 1e-2,
+        "warmup": 0,
+        "accumulate": 1,
+        "workers": 0,
+    }
     recipe = Recipe.load("sd15").changed("pictures", plan)
     run = Run(tmp_path / "run", tmp_path / "set", recipe, tiny_checkpoint_folder)
     run.prepare()
