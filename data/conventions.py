@@ -20,15 +20,16 @@ import numpy as np
 import torch
 
 from ..contract import HAND_JOINTS
+from ..hands import POSES
 from ..models.smplh import SMPLH, TIP_VERTICES
-from ..runtime.hands import POSES, axis_angle_to_matrix
+from ..rotations import axis_angle_to_matrix
 from .augment import Hands
 
 AWAY = 0.6  # hand sizes between the centres of the pose's joints and of joints_2d
 LARGER = 1.7  # times as large as joints_2d, or as small
 UNLIKE = 0.5  # hand sizes, root mean square: annotators do not miss by so much
-NOISE = 0.22  # hand sizes, root mean square: what annotators and other people's bones explain
-BETTER = 1.35  # times closer to joints_2d, for a mistake to be named
+NOISE = 0.18  # hand sizes, root mean square: what annotators and other people's bones explain
+BETTER = 1.2  # times closer to joints_2d, for a mistake to be named
 CURLED, BENT = 0.3, 1.45  # the same two for bent fingers, which fit any noise a little better
 FLAT = np.radians(15)  # fingers that bend less on average are nearly flat
 BACKWARDS = np.radians(15)  # no fingers bend backwards by more on average
@@ -129,11 +130,11 @@ class Hand:
         target = (given - given.mean(0)) * (1, -1)  # y up, as the pose has it
         apart = float(misfit(own, target))
         found = self.explained(own, target)
-        best = min(found, key=found.__getitem__)
-        least, times = (CURLED, BENT) if best == "flat" else (NOISE, BETTER)
-        explained = apart > least and apart > times * found[best]
+        limits = {name: (CURLED, BENT) if name == "flat" else (NOISE, BETTER) for name in found}
+        explained = [name for name, (least, times) in limits.items() if apart > max(least, times * found[name])]
         if explained or apart > UNLIKE:
-            so = f" It fits ({found[best]:.2f}) {MISTAKES[best]}" if explained else " Their conventions differ"
+            best = min(explained, key=found.__getitem__, default="")
+            so = f" It fits ({found[best]:.2f}) {MISTAKES[best]}" if best else " Their conventions differ"
             return f"does not fit joints_2d: they lie {apart:.2f} hand sizes apart.{so}"
         if backwards > BACKWARDS and found["inverted"] < BETTER * apart:  # the picture does not speak for it
             return bent

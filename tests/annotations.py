@@ -11,7 +11,7 @@ from handiffuser.data.estimates import LEFT
 from handiffuser.data.files import Bad
 from handiffuser.data.samples import Sample, encode_png
 from handiffuser.models.smplh import HAND_JOINTS, SMPLH
-from handiffuser.runtime.hands import axis_angle_to_matrix
+from handiffuser.rotations import axis_angle_to_matrix
 
 SIZE = (300, 400)  # height, width
 UPRIGHT = np.diag([1.0, -1.0, -1.0])  # the template in a camera's frame

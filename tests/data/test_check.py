@@ -20,7 +20,7 @@ from handiffuser.demo.dataset import samples_of, scene_of
 from handiffuser.demo.gestures import NAMES, pose
 from handiffuser.demo.render import demo_body
 from handiffuser.errors import DatasetError
-from handiffuser.runtime.hands import axis_angle_to_matrix, matrix_to_axis_angle
+from handiffuser.rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from handiffuser.data.samples import Sample, read, write_shards
 from handiffuser.demo.render import demo_body
 from handiffuser.errors import DatasetError
 from handiffuser.models.smplh import SMPLH
-from handiffuser.runtime.hands import matrix_to_axis_angle
+from handiffuser.rotations import matrix_to_axis_angle
 
 
 @pytest.fixture(scope="module")
