@@ -28,8 +28,8 @@ from .augment import Hands
 AWAY = 0.6  # hand sizes between the centres of the pose's joints and of joints_2d
 LARGER = 1.7  # times as large as joints_2d, or as small
 UNLIKE = 0.5  # hand sizes, root mean square: annotators do not miss by so much
-NOISE = 0.18  # hand sizes, root mean square: what annotators and other people's bones explain
-BETTER = 1.2  # times closer to joints_2d, for a mistake to be named
+NOISE = 0.2  # hand sizes, root mean square: what annotators and other people's bones explain
+BETTER = 1.25  # times closer to joints_2d, for a mistake to be named
 CURLED, BENT = 0.3, 1.45  # the same two for bent fingers, which fit any noise a little better
 FLAT = np.radians(15)  # fingers that bend less on average are nearly flat
 BACKWARDS = np.radians(15)  # no fingers bend backwards by more on average
