@@ -53,7 +53,8 @@ def keys(checkpoint: Checkpoint, body: SMPLH, **settings: Any) -> dict[str, str]
     rest = [code_digest(), checkpoint.special_tokens, checkpoint.image_size, settings]
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name, module in checkpoint.modules().items():
-        config = module.config.to_dict() if hasattr(module.config, "to_dict") else module.config  # type: ignore
+        config: Any = module.config  # transformers' is an object, diffusers' a dict
+        config = config.to_dict() if hasattr(config, "to_dict") else config
         settled = {key: str(value) for key, value in config.items() if not key.startswith("_")}  # not where it lay
         digest.update(f"{name} {json.dumps(settled, sort_keys=True)}\n".encode())
     found = {}
