@@ -77,7 +77,11 @@ KINDS = tuple(
         ),
         (r"^(lora_)?transformer[._]", "an adapter for a transformer, such as Flux or Stable Diffusion 3", _BASE),
         (r"^diffusion_model\.(?!input_blocks|middle_block|output_blocks)", "an adapter for a transformer", _BASE),
-        (r"^emb_params$|^clip_[lg]$|^<.+>$|^string_to_param", "a textual inversion", "Give it to hd-train init."),
+        (
+            r"^emb_params$|^clip_[lg]$|^<.+>$|^string_to_param",
+            "a textual inversion",
+            "Give it to hd-train init --embedding.",
+        ),
         (r"^model\.diffusion_model\.", "a whole checkpoint in one file", _INIT),
         (r"^first_stage_model\.|^(encoder|decoder)\.(conv_in|mid|down|up)|^(post_)?quant_conv\.", "a VAE", _INIT),
         (r"text_model\.(embeddings|final_layer_norm)\.|^cond_stage_model\.", "a text encoder", _INIT),
@@ -270,7 +274,9 @@ def _refuse(path: Path, unknown: list[str], shapes: Mapping[str, list[int]], hea
             raise CheckpointError(f"{path} is {kind}, which is not merged here. {advice}")
     if not any(_KEY.fullmatch(name) for name in shapes):
         if len(shapes) == 1 and "." not in unknown[0]:  # its one key is the word
-            raise CheckpointError(f"{path} is a textual inversion, which is not merged here. Give it to hd-train init.")
+            raise CheckpointError(
+                f"{path} is a textual inversion, which is not merged here. Give it to hd-train init --embedding."
+            )
         raise CheckpointError(f"{path} is no adapter: it has no LoRA in it, and {listed(unknown)}. {_INIT}")
     kind = _named(header)
     raise CheckpointError(
