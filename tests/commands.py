@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def run_command(
-    module: str, *arguments: object, cwd: Path | None = None, timeout: float = 300
+    module: str, *arguments: object, cwd: Path | None = None, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """run_command("runtime.cli", "demo", "a hand") is `hd-run demo "a hand"`."""
     command = [sys.executable, "-m", f"handiffuser.{module}", *map(str, arguments)]
