@@ -261,6 +261,7 @@ def _record(picture: Picture) -> dict[str, Any]:
         "height": height,
         "seconds": round(picture.seconds, 4),
         "warnings": picture.warnings,
+        "hand_draws": picture.hand_draws,
         "made_by": picture.made_by,
         "files": [picture.id + suffix for suffix in _SUFFIXES],
     }
@@ -281,7 +282,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 def png(image: np.ndarray, picture: Picture) -> bytes:
     """PNG with the settings as text, so that a picture alone still says how it was made."""
     info = PngInfo()
-    settings = {**asdict(picture.request), **picture.made_by}
+    settings = {**asdict(picture.request), "hand_draws": picture.hand_draws, **picture.made_by}
     for name, value in settings.items():
         if value is not None:
             info.add_itxt(name, str(value).replace("\0", " "))
