@@ -35,7 +35,10 @@ def clash(joints: np.ndarray, visibility: np.ndarray, params: np.ndarray) -> boo
 
 
 def overlap(joints: np.ndarray) -> float:
-    """The share of a hand's bones that lies over the other hand or its forearm; the larger of the two. [62, 3] -> 0..1"""
+    """The share of a hand's bones that lies over the other hand or its forearm; of the two hands the larger share.
+
+    joints: [62, 3] metres.
+    """
     points, arms = [], []
     for hand, elbow in zip(HAND_JOINTS, ELBOWS, strict=True):
         own = joints[list(hand), :2].astype(np.float64)

@@ -71,8 +71,8 @@ class DeviceSampler:
     """The step sampler's twin: `slots` jobs in flight, compacted to the front of the step graph's buffers.
 
     Not all of it: a job's result is where `take` puts it, and whether it is finite is known when the log has come.
-    times: what steps took, which decides how many jobs the next one advances; without it, all of them. lines: steps whose
-    finite flags are kept.
+    times: what steps took, which decides how many jobs the next one advances; without it, all of them. lines: of
+    how many steps it is kept whether rows were finite.
     """
 
     def __init__(
@@ -513,7 +513,7 @@ class DeviceLoop:
         textual = [work for work in works if work.request.id not in given]
         if textual:
             text = self._encode(np.stack([work.ids[1] for work in textual]))
-            for i, work in enumerate(textual):
+            for i in range(len(textual)):
                 side.copy(self.both[i][0], self.no_text)
                 side.copy(self.both[i][1], text[i])
         texts = {work.request.id: self.both[i] for i, work in enumerate(textual)}
