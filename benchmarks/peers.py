@@ -48,7 +48,8 @@ from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
 from ..models.text_hand_encoder import word_states
-from ..runtime.noise import HANDS, LATENTS, initial
+from ..runtime.clash import clash
+from ..runtime.noise import HANDS, LATENTS, drawn_again, initial
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request, Resolver, resolve
 from ..runtime.tokens import PromptTokenizer
@@ -146,12 +147,43 @@ class Eager:
         encoder = self.checkpoint.text_hand_encoder
         return encoder(ids[:, 0], **blank), encoder(ids[:, 1], **cues)
 
+    def hands(
+        self, requests: Sequence[Request], asked: Tensor, empty: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], list[int]]:
+        """Stage 1 of requests with the same settings: x [B, P], hand features, and how often each was drawn.
+
+        asked: ids of the prompts [B, 77]. empty: those of "" [1, 77].
+        """
+        first, prior = requests[0], self.checkpoint.hand_prior
+        assert first.hand_steps and first.hand_solver and first.hand_guidance is not None
+        given = self.text(asked)
+        without = self.text(empty).expand_as(given) if first.hand_guidance != 1 else given
+        mean, std = prior.mean.float().cpu(), prior.std.float().cpu()
+        x = torch.empty(len(requests), len(mean), device=self.device)
+        draws, drawing = [0] * len(requests), list(range(len(requests)))
+        while drawing:
+            streams = [drawn_again(HANDS, draws[row]) for row in drawing]
+            start = np.stack([initial(requests[row].seed or 0, stream, (len(mean),))
+                              for row, stream in zip(drawing, streams, strict=True)])  # fmt: skip
+            scheduler = scheduler_of(first.hand_solver, self.checkpoint.hand_scheduler, first.hand_steps)
+            noise = torch.from_numpy(start).to(self.device)
+            x[drawing] = solve(
+                scheduler, self.prior, noise, given[drawing], without[drawing], first.hand_guidance, lambda: None
+            )
+            features = self.features(x)
+            joints, seen = (features[name].float().cpu().numpy() for name in ("joints_3d", "visibility"))
+            params = (x.cpu() * std + mean).numpy()
+            for row in drawing:
+                draws[row] += 1
+            drawing = [row for row in drawing if draws[row] <= (requests[row].hand_redraws or 0)
+                       and clash(joints[row], seen[row], params[row])]  # fmt: skip
+        return x, features, draws
+
     @torch.no_grad()
     def __call__(self, requests: Sequence[Request], mark: Mark) -> np.ndarray:
         """Requests with the same settings but for prompt and seed -> their pictures, uint8 [B, H, W, 3]."""
         first, checkpoint, tokens = requests[0], self.checkpoint, self.tokenizer
-        assert first.steps and first.solver and first.hand_steps and first.hand_solver
-        assert first.guidance is not None and first.hand_guidance is not None
+        assert first.steps and first.solver and first.guidance is not None
         pairs = [[tokens.encode(text)[0] for text in (r.negative_prompt, r.prompt)] for r in requests]
         ids = torch.from_numpy(np.array(pairs)).to(self.device)  # [B, 2, 77]
 
@@ -159,12 +191,9 @@ class Eager:
             drawn = np.stack([initial(r.seed or 0, stream, shape, offset, r.prompt) for r in requests])
             return torch.from_numpy(drawn).to(self.device)
 
-        given, empty = self.text(ids[:, 1]), torch.from_numpy(tokens.encode("")[0])[None].to(self.device)
-        without = self.text(empty).expand_as(given) if first.hand_guidance != 1 else given
-        scheduler = scheduler_of(first.hand_solver, checkpoint.hand_scheduler, first.hand_steps)
-        start = noise(HANDS, len(checkpoint.hand_prior.mean))
-        x = solve(scheduler, self.prior, start, given, without, first.hand_guidance, lambda: None)
-        without, given = self.context(ids, self.features(x))
+        empty = torch.from_numpy(tokens.encode("")[0])[None].to(self.device)
+        _, features, _ = self.hands(requests, ids[:, 1], empty)
+        without, given = self.context(ids, features)
         scheduler = scheduler_of(first.solver, checkpoint.scheduler, first.steps)
         shape = (checkpoint.unet.config.in_channels, *checkpoint.latent_size)
         start = noise(LATENTS, *shape, offset=first.noise_offset or 0.0)

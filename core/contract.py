@@ -105,6 +105,8 @@ Side = Annotated[int, Meta(ge=1, le=16384)]
 Steps = Annotated[int, Meta(ge=1, le=1000)]
 Guidance = Annotated[float, Meta(ge=0, le=100)]
 Offset = Annotated[float, Meta(ge=0, le=1)]
+MAX_REDRAWS = 4
+Redraws = Annotated[int, Meta(ge=0, le=MAX_REDRAWS)]
 Solver = Annotated[str, Meta(max_length=30)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 FileName = Annotated[str, Meta(pattern=r"^(?!\.)[^/\\\0]{1,200}\Z", description="a plain file name")]
@@ -127,6 +129,7 @@ else:
         hand_solver: Solver
         hand_guidance: Guidance
         noise_offset: NotRequired[Offset]  # 0 where nothing is said
+        hand_redraws: NotRequired[Redraws]  # 0 where nothing is said
 
     class SpecialTokens(TypedDict):
         """Ids of the tokens that begin, end and fill a row of `length` ids (77)."""

@@ -1,11 +1,16 @@
-"""Whole files or none: write beside, then rename."""
+"""Whole files or none: write beside, then rename. And locks, so that two processes do not write into one folder."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+from weakref import WeakSet
+
+_held: WeakSet[IO[str]] = WeakSet()  # the locks of this process
 
 
 @contextlib.contextmanager
@@ -37,3 +42,45 @@ def open_to_others(*paths: Path) -> None:
     os.umask(umask)
     for path in paths:
         path.chmod(0o666 & ~umask)
+
+
+def lock(path: Path) -> IO[str]:
+    """Takes a lock, which the system releases when this process ends, however it ends, or when the file is closed.
+
+    Raises BlockingIOError when another process has it. The file stays: removing it would let two runs lock two files.
+    Processes that this one forks do not hold it: they may outlive it by seconds.
+    """
+    file = open(path, "a+", encoding="ascii")  # noqa: SIM115 (open as long as the lock is held)
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError as error:
+        file.seek(0)
+        owner = file.read(20).strip()
+        file.close()
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise BlockingIOError(errno.EAGAIN, f"process {owner}" if owner else "its lock is held") from None
+        raise
+    file.seek(0)
+    file.truncate()
+    file.write(str(os.getpid()))
+    file.flush()
+    _held.add(file)
+    return file
+
+
+def _let_go() -> None:
+    """In a forked process: closes its copies, which would hold the locks as long as it lives."""
+    for file in list(_held):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

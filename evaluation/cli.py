@@ -53,8 +53,8 @@ def evaluate() -> None:
 
 @evaluate.command()
 @click.argument("what")
-@click.option("--against", type=FILE, metavar="FOLDER", help="Pictures to compare with, for FID and KID; and whose "
-              "prompts are painted where WHAT is no folder of pictures.")  # fmt: skip
+@click.option("--against", type=FILE, metavar="FOLDER", help="Pictures to compare with, for FID and KID: plain "
+              "photographs do. Or samples, whose prompts are painted where WHAT is no folder of pictures.")  # fmt: skip
 @click.option("--reference", metavar="WHAT", help="A bundle or checkpoint that paints the same prompts: what did WHAT "
               "cost? The word demo is the shipped checkpoint here.")  # fmt: skip
 @click.option("--prompts", metavar="FILE", help="A .txt or .jsonl file of prompts to paint.")
@@ -82,6 +82,7 @@ def evaluate() -> None:
 @click.option("--report", type=FILE, metavar="FILE.html", help="A page with tables, plots and hands.")
 def measure(what: str, **options: Any) -> int:
     """Measures the pictures of WHAT: a folder in the sample format (what hd-run writes), a bundle, a checkpoint, demo.
+    A folder of plain photographs does for what needs no annotation: FID, KID and the confidence of hands.
 
     A bundle or a checkpoint paints first: the prompts of --against or of --prompts, each with a seed of its own.
     """

@@ -12,15 +12,18 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from ..errors import EvaluationError
+
+SMALL, WINDOW = 0.4, 0.6  # shares of a picture's sides
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,46 @@ def padded(image: np.ndarray, share: float, size: int) -> tuple[np.ndarray, np.n
     return resized, np.array([1 + 2 * dx / width, 1 + 2 * dy / height]), np.array([-dx / width, -dy / height])
 
 
+def windows(image: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Nine parts of a picture that overlap: (where it begins, [2] (x, y) in [0, 1] of the picture; the part)."""
+    height, width = image.shape[:2]
+    rows, columns = round(height * WINDOW), round(width * WINDOW)
+    for y in np.linspace(0, height - rows, 3).round().astype(int):
+        for x in np.linspace(0, width - columns, 3).round().astype(int):
+            yield np.array([x / width, y / height]), image[y : y + rows, x : x + columns]
+
+
+def distinct(found: Sequence[Found]) -> list[Found]:
+    """Of hands that lie on one another the surest one each; the surest first."""
+    kept: list[Found] = []
+    for hand in sorted(found, key=lambda hand: -hand.score):
+        apart = [np.linalg.norm(hand.joints - other.joints, axis=1).mean() for other in kept]
+        sizes = [max(_size(hand.joints), _size(other.joints)) for other in kept]
+        if all(way > size / 2 for way, size in zip(apart, sizes, strict=True)):
+            kept.append(hand)
+    return kept
+
+
+def _size(joints: np.ndarray) -> float:
+    """The longer side of the joints' box, in [0, 1] of the picture."""
+    return float(np.ptp(joints, axis=0).max())
+
+
 class MediaPipe:
     """MediaPipe Hands on single pictures. Small pictures of hands that fill them are not what it was made for, so they
     are continued by a quarter and enlarged. The score is its handedness score, the only one that it gives.
+
+    Of hands that are small in their picture it overlooks some. Where all that it finds are, it looks at `windows`, too.
 
     It names hands as in a mirror: what it calls left is the subject's right hand, unless the picture is mirrored.
     """
 
     name = "MediaPipe Hands"
 
-    def __init__(self, pad: float = 0.25, size: int = 768, hands: int = 2, confidence: float = 0.5) -> None:
-        """Raises EvaluationError where MediaPipe is missing, or is a version without these models."""
+    def __init__(self, pad: float = 0.25, size: int = 768, hands: int = 8, confidence: float = 0.5) -> None:
+        """hands: how many it looks for at first. Where it finds that many, it looks for twice as many, and so on.
+
+        Raises EvaluationError where MediaPipe is missing, or is a version without these models."""
         try:
             with silence():
                 import mediapipe
@@ -83,21 +115,41 @@ class MediaPipe:
             "version": mediapipe.__version__,
             "padded by": pad,
             "scaled to": size,
-            "most hands": hands,
+            "most hands": f"all: {hands}, doubled where so many are found",
+            "where hands are smaller than": f"{SMALL} of the picture: also in 9 windows of {WINDOW}",
             "min_detection_confidence": confidence,
             "static_image_mode": True,
         }
-        self.pad, self.size = pad, size
+        self.pad, self.size, self.hands = pad, size, hands
         warnings.filterwarnings("ignore", message="SymbolDatabase.GetPrototype")  # its protobuf talks of its future
-        with silence():
-            self._hands = mediapipe.solutions.hands.Hands(
-                static_image_mode=True, max_num_hands=hands, min_detection_confidence=confidence
-            )
-            self._hands.process(np.zeros((64, 64, 3), np.uint8))  # it talks while it loads
+        self._make = partial(
+            mediapipe.solutions.hands.Hands, static_image_mode=True, min_detection_confidence=confidence
+        )
+        self._models: dict[int, Any] = {}  # by how many hands they find at most
+        self._model(hands)
+
+    def _model(self, most: int) -> Any:
+        if most not in self._models:
+            with silence():
+                self._models[most] = self._make(max_num_hands=most)
+                self._models[most].process(np.zeros((64, 64, 3), np.uint8))  # it talks while it loads
+        return self._models[most]
 
     def __call__(self, image: np.ndarray) -> list[Found]:
+        found = self._look(image)
+        if found and max(_size(hand.joints) for hand in found) < SMALL:
+            for place, window in windows(image):
+                scale = np.array(window.shape[1::-1]) / image.shape[1::-1]
+                found += [replace(hand, joints=hand.joints * scale + place) for hand in self._look(window)]
+        return distinct(found)
+
+    def _look(self, image: np.ndarray) -> list[Found]:
         shown, scale, shift = padded(image, self.pad, self.size)
-        result = self._hands.process(shown)
+        most = self.hands
+        result = self._model(most).process(shown)
+        while len(result.multi_hand_landmarks or []) >= most:  # there may be more
+            most *= 2
+            result = self._model(most).process(shown)
         found = []
         for marks, sides in zip(result.multi_hand_landmarks or [], result.multi_handedness or [], strict=True):
             side = {"Left": "right", "Right": "left"}[sides.classification[0].label]
@@ -106,7 +158,8 @@ class MediaPipe:
         return found
 
     def close(self) -> None:
-        self._hands.close()
+        for model in self._models.values():
+            model.close()
 
 
 @contextmanager

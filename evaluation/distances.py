@@ -109,18 +109,20 @@ def resampled(rng: np.random.Generator, count: int, draws: int) -> np.ndarray:
     return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 
 
-def interval(value: float, draws: np.ndarray, spread: bool = False, covers: float = COVERS) -> dict[str, float]:
+def interval(
+    value: float, draws: np.ndarray, spread: bool = False, covers: float = COVERS, least: float = -math.inf
+) -> dict[str, float]:
     """A value with its interval, of 95 % unless `covers` says otherwise: {"value", "low", "high"}.
 
     spread: value ± 1.96 standard deviations, for FID: a set drawn with replacement has fewer different pictures, so the
-    draws themselves lie too high. Else the draws' quantiles.
+    draws themselves lie too high. Else the draws' quantiles. A distance, which is never negative, has `least` 0.
     """
     draws = draws[np.isfinite(draws)]
     if not len(draws):
         return {"value": value, "low": value, "high": value}
     if spread:
         around = NormalDist().inv_cdf((1 + covers) / 2) * float(draws.std())
-        return {"value": value, "low": value - around, "high": value + around}
+        return {"value": value, "low": max(value - around, least), "high": value + around}
     low, high = np.quantile(draws, [(1 - covers) / 2, (1 + covers) / 2])
     return {"value": value, "low": float(low), "high": float(high)}
 

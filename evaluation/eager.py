@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..hands import hand_arrays, keep_camera, load_hands
 from ..models.checkpoint import Checkpoint
 from ..models.smplh import SMPLH
-from ..runtime.noise import HANDS, LATENTS, initial
+from ..runtime.noise import LATENTS, initial
 from ..runtime.requests import Request, Resolver, resolve
 from ..runtime.results import Picture
 from .pictures import Painter
@@ -78,8 +78,7 @@ class Torch(Painter):
     @torch.no_grad()
     def _paint(self, requests: Sequence[Request]) -> list[Picture]:
         first, checkpoint, eager, start = requests[0], self.checkpoint, self.eager, time.perf_counter()
-        assert first.steps and first.solver and first.hand_steps and first.hand_solver
-        assert first.guidance is not None and first.hand_guidance is not None
+        assert first.steps and first.solver and first.guidance is not None
 
         def tokens(texts: Sequence[str]) -> Tensor:
             return encode_prompts(texts, checkpoint.tokenizer, checkpoint.special_tokens).to(eager.device)
@@ -93,13 +92,10 @@ class Torch(Painter):
         negative, asked = tokens([r.negative_prompt for r in requests]), tokens([r.prompt for r in requests])
         mean, std = checkpoint.hand_prior.mean.float().cpu(), checkpoint.hand_prior.std.float().cpu()
         if first.hands is None:
-            given = eager.text(asked)
-            without = eager.text(tokens([""])).expand_as(given)
-            scheduler = scheduler_of(first.hand_solver, checkpoint.hand_scheduler, first.hand_steps)
-            x = solve(scheduler, eager.prior, noise(HANDS, len(mean)), given, without, first.hand_guidance, _nothing)
+            x, features, draws = eager.hands(requests, asked, tokens([""]))
         else:
             x = torch.stack([self._given(str(request.hands), mean, std) for request in requests]).to(eager.device)
-        features = eager.features(x)
+            features, draws = eager.features(x), [0] * len(requests)
         without, given = eager.context(torch.stack([negative, asked], 1), features)
         scheduler = scheduler_of(first.solver, checkpoint.scheduler, first.steps)
         shape = (checkpoint.unet.config.in_channels, *checkpoint.latent_size)
@@ -113,8 +109,9 @@ class Torch(Painter):
             for name, called in (("joints", "joints_2d"), ("visibility", "visibility"), ("camera", "camera")):
                 hands[called] = features[name][row].float().cpu().numpy()
             made_by = {"bundle": self.digest, "torch": torch.__version__}
+            image = images[row].cpu().numpy()
             pictures.append(
-                Picture(str(request.id), request, images[row].cpu().numpy(), hands, seconds, made_by=made_by)
+                Picture(str(request.id), request, image, hands, seconds, made_by=made_by, hand_draws=draws[row])
             )
         return pictures
 

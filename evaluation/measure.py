@@ -268,10 +268,10 @@ def distances(seen: Seen, against: Seen) -> dict[str, Any]:
     ):
         same, rows = keys == others, own_rows(keys, others)
         if min(len(ours), len(theirs)) < 2:
-            continue
+            continue  # `run.lacking` says so
         n = {"n": len(ours), "n_against": len(theirs), "paired": same}
         draws = frechet_draws(ours, theirs, pairs=same)
-        out[f"fid{suffix}"] = {**interval(frechet(ours, theirs), draws, spread=True), **n}
+        out[f"fid{suffix}"] = {**interval(frechet(ours, theirs), draws, spread=True, least=0.0), **n}
         estimate = Kernel(ours, theirs, rows)
         out[f"kid{suffix}"] = {**interval(estimate.value(), estimate.draws()), **n}
     return out

@@ -20,7 +20,7 @@ import numpy as np
 from .. import shipped
 from ..contract import MANIFEST
 from ..data.dataset import Index
-from ..data.samples import Bad, Sample, members, person, picture
+from ..data.samples import PICTURES, Bad, Sample, members, person, picture
 from ..errors import EvaluationError, HanDiffuserError
 from ..models.foreign import MODEL_INDEX
 from ..runtime.outputs import OutputFolder
@@ -30,6 +30,7 @@ from ..schema import MisfitError
 from .hands import Asked
 
 SIDES = ("left", "right")
+PLAIN = (*PICTURES, ".bmp", ".tif", ".tiff")
 Say = Callable[[str], None]
 Show = Callable[[int, int], None]  # done, in all
 
@@ -63,6 +64,9 @@ def read_pictures(
     folder: Path, body: Path | None, say: Say, keys: Collection[str] | None = None
 ) -> Iterator[Shown | None]:
     """The folder's pictures one by one, or those of `keys` alone; None for what cannot be read, which is said."""
+    if plain := plain_pictures(folder):
+        yield from _read_plain(plain, say)
+        return
     index = Index.open(folder)
     for number in range(len(index)):
         if keys is not None and index.entry(number).key not in keys:
@@ -81,8 +85,27 @@ def read_pictures(
 
 
 def count_pictures(folder: Path) -> int:
-    """How many samples a folder holds. Raises DatasetError for none."""
-    return len(Index.open(folder))
+    """How many samples, or plain pictures, a folder holds. Raises DatasetError for none."""
+    return len(plain_pictures(folder)) or len(Index.open(folder))
+
+
+def plain_pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder that has neither shards nor a `.json`: photographs without any annotation."""
+    if not folder.is_dir():
+        return []
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    if any(path.suffix.lower() in (".json", ".tar") for path in files):
+        return []
+    return [path for path in files if path.suffix.lower() in PLAIN]
+
+
+def _read_plain(paths: Sequence[Path], say: Say) -> Iterator[Shown | None]:
+    for path in paths:
+        try:
+            yield Shown(path.stem, picture(Sample(path.stem, [""], None, path.read_bytes())), "", [], {})
+        except (OSError, MisfitError) as error:
+            say(f"left out: {path.name}: {getattr(error, 'strerror', None) or error}")
+            yield None
 
 
 def labels_of(sample: Sample) -> dict[str, str]:
@@ -131,6 +154,8 @@ def wanted(
                 requests.append(replace(line, id=line.id or f"prompt-{number:05d}", seed=own))
             else:
                 say(f"left out: {prompts}, line {number}: {line}")
+    elif against is not None and plain_pictures(against):
+        raise EvaluationError(f"{against} holds pictures without prompts. Say what to paint: --prompts FILE.")
     elif against is not None:
         requests, index = [], Index.open(against)
         for number in range(len(index) if count is None else min(count, len(index))):

@@ -112,18 +112,31 @@ def _look(
     return measure.look(shown, tools, pictures.count_pictures(folder) if keys is None else len(keys), show, **more)
 
 
+def lacking(what: str, thing: str, ours: int, theirs: int) -> list[str]:
+    """A sentence where there are too few for a distance."""
+    if min(ours, theirs) >= 2:
+        return []
+    one, other = (f"{count or 'no'} {thing}{'s' * (count > 1)}" for count in (ours, theirs))
+    return [f"{what} are missing: they need two of each, and there is {one} here and {other} in --against."]
+
+
 def remarks(tools: Instruments, seen: Seen, others: Seen | None) -> list[str]:
     """What every reader of the figures must know."""
     out = []
     if others is not None:
-        if tools.extractor.warning:
-            out.append(tools.extractor.warning)
         fewest, features = min(len(seen.features), len(others.features)), seen.features.shape[1]
-        if fewest <= 5 * features:
+        if fewest >= 2 and tools.extractor.warning:
+            out.append(tools.extractor.warning)
+        out += lacking("FID and KID", "picture", len(seen.features), len(others.features))
+        if 2 <= fewest <= 5 * features:
             out.append(
                 f"FID of {fewest} pictures and {features} features lies too high: read KID, or compare FIDs of equally "
                 "many pictures alone."
             )
+        crops = len(seen.crop_features), len(others.crop_features)
+        out += lacking("FID-H and KID-H", "hand whose place is known", *crops)
+        if min(crops) < 2 and tools.crops == "asked":
+            out[-1] += " With --crops found the detector says where hands are."
     if seen.detected and not seen.asked:
         out.append("The pictures do not say which hands they show: each counts by its surest hand.")
     if tools.detector is None:

@@ -81,6 +81,7 @@ class Config:
     hand_solver: str = "ddim"
     hand_guidance: float = 1.0
     noise_offset: float = 0.0
+    hand_redraws: int = 0
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -90,7 +91,8 @@ class Config:
 
 def default_settings(config: Config) -> dict[str, Any]:
     """What a request takes unless it says otherwise."""
-    names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance", "noise_offset")
+    names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance", "noise_offset",
+             "hand_redraws")  # fmt: skip
     return {name: getattr(config, name) for name in names}
 
 
@@ -123,6 +125,7 @@ CONFIGS = {
         hand_steps=8,
         hand_guidance=2.0,
         noise_offset=0.06,
+        hand_redraws=2,
     ),
     # The paper's scale: Stable Diffusion 1.5's UNet and VAE, CLIP ViT-L/14's text model, a prior of 512 x 8.
     "sd15": Config(

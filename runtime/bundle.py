@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..errors import RequestError
 from ..hands import Hands, hand_arrays, keep_camera, load_hands
 from ..installed import version
 from ..schedules import NoiseSchedule, Table, rows
+from .clash import clash
 from .noise import HANDS, LATENTS
 from .requests import Request
 from .results import Picture, Work
@@ -65,7 +66,9 @@ class Bundle:
         """What the user gets of finished work: its image [H, W, 3] (copied) and its hands."""
         seconds = time.perf_counter() - work.started
         hands = self.hands_of(work)
-        return Picture(str(work.request.id), work.request, image.copy(), hands, seconds, work.warnings, self.made_by)
+        return Picture(
+            str(work.request.id), work.request, image.copy(), hands, seconds, work.warnings, self.made_by, work.draws
+        )
 
     def hands_of(self, work: Work) -> dict[str, np.ndarray]:
         """What the user gets of work that has its hands; see `Picture`."""
@@ -83,6 +86,11 @@ class Bundle:
         if key not in self._placed:
             keep(self._placed, key, keep_camera(hands, joints_of(self.normalised(hands.params))))
         return self.normalised(self._placed[key])
+
+    def again(self, work: Work, x: np.ndarray, features: Mapping[str, np.ndarray]) -> bool:
+        """Whether hands that were drawn, x [P] with their row of `hand_features`, shall be drawn once more."""
+        more = work.request.hands is None and work.draws <= (work.request.hand_redraws or 0)
+        return more and clash(features["joints_3d"], features["visibility"], self.params(x))
 
     def normalised(self, params: np.ndarray) -> np.ndarray:
         """Hand parameters [P] as the hand prior knows them: mean 0, spread 1."""

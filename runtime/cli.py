@@ -22,7 +22,7 @@ import click
 
 from .. import commands, grammar, shipped
 from ..commands import INTERRUPTED
-from ..contract import MANIFEST, Manifest
+from ..contract import MANIFEST, MAX_REDRAWS, Manifest
 from ..engines.onnxruntime import DEVICES
 from ..errors import HanDiffuserError, RequestError
 from ..hands import NO_HANDS, load_hands
@@ -88,6 +88,11 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 )
 @click.option("--hand-steps", type=_STEPS, help="Steps of the hands.  [default: the bundle's]")
 @click.option("--hand-guidance", type=_GUIDANCE, help="Guidance of the hands.  [default: the bundle's]")
+@click.option(
+    "--hand-redraws",
+    type=click.IntRange(0, MAX_REDRAWS),
+    help="How often two hands are drawn again that lie over each other or leave the picture.  [default: the bundle's]",
+)
 @click.option(
     "--hand-params",
     metavar="FILE",
@@ -201,6 +206,7 @@ def settings_of(options: dict[str, Any]) -> dict[str, Any]:
         "hand_steps": options["hand_steps"],
         "hand_guidance": options["hand_guidance"],
         "noise_offset": options["noise_offset"],
+        "hand_redraws": options["hand_redraws"],
         "hands": NO_HANDS if options["no_hands"] else options["hand_params"],
     }
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ..contract import MAX_REDRAWS
 from ..errors import EngineError, RequestError
 from ..hands import load_hands
 from ..schedules import Table
@@ -40,8 +41,10 @@ from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finit
 from .sampler import GUIDANCE
 from .steptimes import StepTimes
 
+JUDGED = ("joints_3d", "visibility")  # what says whether two hands fit into one picture
 AHEAD = 3  # steps that the host enqueues beyond the one that runs: the device never waits, new requests hardly do
 LOG = 2 * MAX_STEPS  # steps whose finite flags are kept; more than a request may take
+HAND_LOG = (2 + MAX_REDRAWS) * MAX_STEPS  # the same of the hands of a batch, of which some are drawn again
 
 
 @dataclass
@@ -68,7 +71,8 @@ class DeviceSampler:
     """The step sampler's twin: `slots` jobs in flight, compacted to the front of the step graph's buffers.
 
     Not all of it: a job's result is where `take` puts it, and whether it is finite is known when the log has come.
-    times: what steps took, which decides how many jobs the next one advances; without it, all of them.
+    times: what steps took, which decides how many jobs the next one advances; without it, all of them. lines: of
+    how many steps it is kept whether rows were finite.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class DeviceSampler:
         slots: int,
         noise: DeviceNoise,
         times: StepTimes | None = None,
+        lines: int = LOG,
     ) -> None:
         self.graph, self.state_name, self.slots, self.noise = graph, state_name, slots, noise
         self.jobs: list[DeviceJob] = []
@@ -86,7 +91,7 @@ class DeviceSampler:
         self.state, self.moving = graph.inputs[state_name], moving
         self.tables = [name for name in ("row", "time") if name in graph.inputs]
         self.constants = [n for n in graph.inputs if n not in (*moving, *self.tables, "noise")]
-        self.log = cuda.zeros((LOG, graph.buckets[-1]), "float32")
+        self.log = cuda.zeros((lines, graph.buckets[-1]), "float32")
         self.advance = _advance([(graph.inputs[name], graph.outputs[name]) for name in moving])
         self.count = 0  # steps launched so far
         self.times = times
@@ -125,7 +130,7 @@ class DeviceSampler:
                 self.noise.step(stream, self.graph.inputs["noise"][i], job.noise, job.position)
         alone = all(unguided[:count])
         self.graph.launch(stream, count, self.advance, alone)
-        line = self.count % LOG
+        line = self.count % len(self.log)
         stream.copy(self.log[line][:count], self.graph.outputs["finite"][:count])
         self.count += 1
         if start is not None:
@@ -231,7 +236,7 @@ class DeviceLoop:
         self.overlap = self.side is not self.main
         self.staging = Staging(cuda)
         self.noise = DeviceNoise(cuda, self.staging)
-        self.hands_sampler = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.noise)
+        self.hands_sampler = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.noise, lines=HAND_LOG)
         times = StepTimes(graphs["unet"].buckets)
         self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.noise, times)
         latents = graphs["unet"].inputs["latents"]
@@ -502,23 +507,50 @@ class DeviceLoop:
             works.append(Work(request, started, *bundle.tokens(request)))
         rows: dict[Hashable, int] = {work.request.id: row for row, work in enumerate(works)}
         x = graphs["hand_features"].inputs["x"]
+        for key, value in given.items():
+            self.staging.upload(side, x[rows[key]], value)
         jobs: dict[Hashable, DeviceJob] = {}
         textual = [work for work in works if work.request.id not in given]
         if textual:
             text = self._encode(np.stack([work.ids[1] for work in textual]))
-            for i, work in enumerate(textual):
+            for i in range(len(textual)):
                 side.copy(self.both[i][0], self.no_text)
                 side.copy(self.both[i][1], text[i])
-                jobs[work.request.id] = self._job(work.request, HANDS, {"text": self.both[i]})
-                self.hands_sampler.submit(side, jobs[work.request.id])
+        texts = {work.request.id: self.both[i] for i, work in enumerate(textual)}
+        # First all of them; then those whose hands do not fit into a picture, from other noise.
+        drawing = works
+        while drawing:
+            for work in drawing:
+                if work.request.id in texts:
+                    constants = {"text": texts[work.request.id]}
+                    jobs[work.request.id] = self._job(work.request, HANDS, constants, work.draws)
+                    self.hands_sampler.submit(side, jobs[work.request.id])
+                    work.draws += 1
             while self.hands_sampler.jobs:
                 self.hands_sampler.step(side, lambda job, state: side.copy(x[rows[job.key]], state))
-        for key, value in given.items():
-            self.staging.upload(side, x[rows[key]], value)
-
-        if works:
             graphs["hand_features"].launch(side, len(works))
+            drawing = self._clashing(drawing, rows)
         return works, jobs, failures
+
+    def _clashing(self, works: list[Work], rows: Mapping[Hashable, int]) -> list[Work]:
+        """Those whose hands, in these rows, are to be drawn again. Where a request may want that the host waits."""
+        asked = [work for work in works if work.draws and work.draws <= (work.request.hand_redraws or 0)]
+        if not asked:
+            return []
+        outputs, side = self.graphs["hand_features"].outputs, self.side
+        sources = {"x": self.graphs["hand_features"].inputs["x"], **{name: outputs[name] for name in JUDGED}}
+        count = 1 + max(rows[work.request.id] for work in asked)
+        host = {name: self._read(side, source[:count]) for name, source in sources.items()}
+        side.record().synchronize()
+        again = []
+        for work in asked:
+            hands = {name: value[rows[work.request.id]] for name, value in host.items()}
+            finite = all(np.isfinite(value).all() for value in hands.values())  # what is not ends as a failure
+            if finite and self.bundle.again(work, hands["x"], hands):
+                again.append(work)
+        for array in host.values():
+            self.staging.give(array)
+        return again
 
     def _joints(self, x: np.ndarray) -> np.ndarray:
         """[P] -> [62, 3] metres. The host waits for it: once for each file of hands."""
@@ -543,11 +575,11 @@ class DeviceLoop:
         encoder.launch(side, len(ids))
         return encoder.outputs["text"][: len(ids)]
 
-    def _job(self, request: Request, stream: str, constants: Mapping[str, Any]) -> DeviceJob:
+    def _job(self, request: Request, stream: str, constants: Mapping[str, Any], draw: int = 0) -> DeviceJob:
         """A job whose noise is the request's own, as on the host."""
         device_table = self._table(stream, request)
         table = device_table.table
-        return DeviceJob(request.id, request.noise(stream, table), device_table, constants)
+        return DeviceJob(request.id, request.noise(stream, table, draw), device_table, constants)
 
     def _table(self, stream: str, request: Request) -> DeviceTable:
         """A schedule on the device, put there once."""

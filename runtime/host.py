@@ -163,54 +163,72 @@ class HostLoop:
         works = [Work(request, started, *self.bundle.tokens(request)) for request in requests]
         failures: list[Picture | Failure] = []
 
-        by_id: dict[Hashable, Work] = {work.request.id: work for work in works}
+        texts: dict[Hashable, np.ndarray] = {}
         textual = [work for work in works if work.request.hands is None]
         if textual:
             ids = np.stack([work.ids[1] for work in textual])  # [B, length]
-            for work, text in zip(textual, self.engines["text_encoder"]({"input_ids": ids})["text"], strict=True):
-                sampler.submit(self._hand_job(work.request, text))
-        while sampler.active:
-            for key, state, failed_step in sampler.step():
-                if state is None:
-                    failures.append(not_finite(by_id[key].request, f"hand_prior, step {failed_step}"))
-                by_id[key].x = state
+            encoded = self.engines["text_encoder"]({"input_ids": ids})["text"]
+            texts = {work.request.id: text for work, text in zip(textual, encoded, strict=True)}
         for work in works:
             if work.request.hands is not None:
                 try:
                     work.x = self.bundle.given(load_hands(work.request.hands), self._joints)
                 except RequestError as error:  # it was good when the run began
                     failures.append(Failure(str(work.request.id), work.request, str(error)))
+        # First all of them; then those whose hands do not fit into a picture, from other noise.
+        drawing = works
+        while drawing:
+            failures += self._draw([work for work in drawing if work.request.id in texts], texts, sampler)
+            drawing = [work for work in drawing if work.x is not None]
+            failures += self._pose(drawing)
+            drawing = [
+                work for work in drawing if work.x is not None and self.bundle.again(work, work.x, work.features)
+            ]
+        return [work for work in works if work.x is not None], failures
 
-        # From here on only those that have hands; then only those whose features are finite.
-        x = [work.x for work in works if work.x is not None]
-        works = [work for work in works if work.x is not None]
+    def _draw(
+        self, works: list[Work], texts: Mapping[Hashable, np.ndarray], sampler: StepSampler
+    ) -> list[Picture | Failure]:
+        """Sets x of these works, None where it is not finite; texts: [77, D] by id."""
+        failures: list[Picture | Failure] = []
+        by_id: dict[Hashable, Work] = {work.request.id: work for work in works}
+        for work in works:
+            sampler.submit(self._hand_job(work, texts[work.request.id]))
+            work.draws += 1
+        while sampler.active:
+            for key, state, failed_step in sampler.step():
+                if state is None:
+                    failures.append(not_finite(by_id[key].request, f"hand_prior, step {failed_step}"))
+                by_id[key].x = state
+        return failures
+
+    def _pose(self, works: list[Work]) -> list[Picture | Failure]:
+        """Sets params and features of works that have an x, which becomes None where these are not finite."""
         if not works:
-            return [], failures
-        features = self.engines["hand_features"]({"x": np.stack(x)})
-        fine = np.ones(len(works), bool)
-        for value in features.values():
-            fine &= np.isfinite(value).reshape(len(works), -1).all(1)
-        failures += [not_finite(work.request, "hand_features") for work, ok in zip(works, fine, strict=True) if not ok]
-        works = [work for work, ok in zip(works, fine, strict=True) if ok]
-        if not works:
-            return [], failures
-        features = {name: value[fine] for name, value in features.items()}
+            return []
+        features = self.engines["hand_features"]({"x": np.stack([work.x for work in works if work.x is not None])})
+        failures: list[Picture | Failure] = []
         for row, work in enumerate(works):
-            work.params = self.bundle.params(work.x)  # type: ignore[arg-type]
             work.features = {name: value[row] for name, value in features.items()}
-        return works, failures
+            if all(np.isfinite(value).all() for value in work.features.values()):
+                work.params = self.bundle.params(work.x)  # type: ignore[arg-type]
+            else:
+                work.x = None
+                failures.append(not_finite(work.request, "hand_features"))
+        return failures
 
     def _joints(self, x: np.ndarray) -> np.ndarray:
         """[P] -> [62, 3] metres."""
         return self.engines["hand_features"]({"x": x[None]})["joints_3d"][0]
 
-    def _hand_job(self, request: Request, text: np.ndarray) -> Job:
-        """Stage 1's job; text is what the text encoder says of the prompt [77, D]."""
+    def _hand_job(self, work: Work, text: np.ndarray) -> Job:
+        """Stage 1's next draw; text is what the text encoder says of the prompt [77, D]."""
         if self._no_text is None:
             ids = self.bundle.tokenizer.encode("")[0]
             self._no_text = self.engines["text_encoder"]({"input_ids": ids[None]})["text"][0]
         both = np.stack([self._no_text, text])  # [2, 77, D]
-        return _job(request, HANDS, self.bundle.table(HANDS, request), (NUM_PARAMS,), {"text": both})
+        table = self.bundle.table(HANDS, work.request)
+        return _job(work.request, HANDS, table, (NUM_PARAMS,), {"text": both}, draw=work.draws)
 
     def _job(self, work: Work) -> Job:
         """Stage 2's job."""
@@ -272,8 +290,9 @@ def _job(
     shape: tuple[int, ...],
     constants: Mapping[str, np.ndarray],
     steps: Mapping[str, np.ndarray] | None = None,
+    draw: int = 0,
 ) -> Job:
     """A job whose noise is the request's own."""
-    noise = request.noise(stream, table)
+    noise = request.noise(stream, table, draw)
     drawn = (lambda i: noise.step(i, shape)) if noise.stochastic else None
     return Job(request.id, noise.start(shape), table.rows, steps or {}, constants, drawn)

@@ -5,7 +5,8 @@ There is no generator whose state moves along. Philox (Salmon et al., "Parallel 
 the step, and Box-Muller turns the bits into normal numbers. Nothing else has a say: not the batch, not the
 machine, and not numpy's version, which promises to keep Philox's bits but not its own normal numbers.
 
-Streams in use are HANDS and LATENTS, and one of each prompt for the offset of its latents. Of each, step 0 is the
+Streams in use are HANDS and LATENTS, one for each time that hands are drawn again, and one of each prompt for the
+offset of its latents. Of each, step 0 is the
 initial noise and step 1 + i is what step i adds.
 
 Try it:
@@ -61,6 +62,11 @@ def initial(seed: int, stream: str, shape: Sequence[int], offset: float = 0.0, p
     if offset:
         start += np.float32(offset) * normal(seed, f"{stream}-offset {prompt}", 0, (shape[0], *[1] * (len(shape) - 1)))
     return start
+
+
+def drawn_again(stream: str, draw: int) -> str:
+    """The stream of a draw that is made again: of the first one (draw 0) the stream itself."""
+    return f"{stream}-{draw}" if draw else stream
 
 
 def check_seed(seed: int) -> int:

@@ -17,7 +17,6 @@ import errno
 import html
 import io
 import json
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -31,6 +30,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import HanDiffuserError, RequestError
+from ..files import lock
 from ..hands import hands_file
 from ..schema import MisfitError, read_json
 from ..skeleton import draw_skeleton
@@ -93,7 +93,7 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.shared:
             return
-        self._lock = _lock(self.path / _LOCK)
+        self._lock = lock(self.path / _LOCK)
         for leftover in self.path.glob(_TEMPORARY + "*"):
             leftover.unlink(missing_ok=True)
 
@@ -261,6 +261,7 @@ def _record(picture: Picture) -> dict[str, Any]:
         "height": height,
         "seconds": round(picture.seconds, 4),
         "warnings": picture.warnings,
+        "hand_draws": picture.hand_draws,
         "made_by": picture.made_by,
         "files": [picture.id + suffix for suffix in _SUFFIXES],
     }
@@ -281,40 +282,10 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 def png(image: np.ndarray, picture: Picture) -> bytes:
     """PNG with the settings as text, so that a picture alone still says how it was made."""
     info = PngInfo()
-    settings = {**asdict(picture.request), **picture.made_by}
+    settings = {**asdict(picture.request), "hand_draws": picture.hand_draws, **picture.made_by}
     for name, value in settings.items():
         if value is not None:
             info.add_itxt(name, str(value).replace("\0", " "))
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
-
-
-def _lock(path: Path) -> IO[str]:
-    """Takes the folder's lock, which the system releases when the process ends, however it ends.
-
-    Raises BlockingIOError when another process has it. The file stays: removing it would let two runs lock two files.
-    """
-    file = open(path, "a+", encoding="ascii")  # noqa: SIM115 (open as long as the lock is held)
-    try:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    except OSError as error:
-        file.seek(0)
-        owner = file.read(20).strip()
-        file.close()
-        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise BlockingIOError(errno.EAGAIN, f"process {owner}" if owner else "its lock is held") from None
-        raise
-    file.seek(0)
-    file.truncate()
-    file.write(str(os.getpid()))
-    file.flush()
-    return file

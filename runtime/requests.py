@@ -7,9 +7,9 @@
 
 A `.txt` file holds a prompt a line. A `.jsonl` (or `.ndjson`) file holds an object a line with the key `prompt` and,
 where a line differs from the rest, `seed`, `steps`, `solver`, `guidance`, `guidance_interval`, `negative_prompt`,
-`hand_steps`, `hand_solver`, `hand_guidance`, `noise_offset`, `id`, `hands` (a `.hands.npz`, relative to the file). A
-line that cannot be run is refused with a sentence, and the rest goes on. What a line may say is what the annotations of
-`Request` say.
+`hand_steps`, `hand_solver`, `hand_guidance`, `hand_redraws`, `noise_offset`, `id`, `hands` (a `.hands.npz`, relative to
+the file). A line that cannot be run is refused with a sentence, and the rest goes on. What a line may say is what the
+annotations of `Request` say.
 
 Seeds: without one a request takes `--seed`, which is 0 unless given, so that the same command makes the same pictures.
 A prompt that is repeated takes the next seed each time: three equal lines are three different pictures.
@@ -35,11 +35,12 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from ..contract import MAX_REDRAWS
 from ..errors import RequestError
 from ..hands import MAX_HANDS, NO_HANDS
 from ..schedules import SOLVERS, Table
 from ..schema import MisfitError, fit, one_of, parse_json, read_file, whole
-from .noise import LATENTS, RequestNoise
+from .noise import LATENTS, RequestNoise, drawn_again
 
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
@@ -73,6 +74,7 @@ Text = Annotated[str, Meta(max_length=100_000, description="text of at most 100,
 Steps = Annotated[int, whole(1, MAX_STEPS)]
 Seed = Annotated[int, whole(0, MAX_SEED)]
 Guidance = Annotated[float, Meta(ge=0, le=MAX_GUIDANCE, description=f"a number from 0 to {MAX_GUIDANCE:g}")]
+Redraws = Annotated[int, whole(0, MAX_REDRAWS)]
 Offset = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
 Solver = Annotated[str, one_of(*SOLVERS)]
 Id = Annotated[
@@ -94,6 +96,7 @@ class Request:
     seed: 0 to 2**63 - 1. steps, hand_steps: 1 to 1000. guidance, hand_guidance: 0 to 100, where 1 is none.
     guidance_interval: the part of the steps that is guided, 0 <= start < stop <= 1; see `rows`.
     noise_offset: 0 to 1: how much the picture's colours vary where the prompt leaves them open; see `noise.initial`.
+    hand_redraws: 0 to 4: how often stage 1 draws two hands again that do not fit into one picture; see `clash`.
     id: letters, digits, dots, dashes and underscores; the files of the picture are named after it.
     hands: a `.hands.npz` whose hands are taken instead of stage 1's; "none" for a picture without hands.
     """
@@ -111,6 +114,7 @@ class Request:
     hands: Hands | None = None
     guidance_interval: Interval = (0.0, 1.0)
     noise_offset: Offset | None = None
+    hand_redraws: Redraws | None = None
 
     def __post_init__(self) -> None:
         """Raises RequestError for anything that cannot be run."""
@@ -136,10 +140,15 @@ class Request:
         if self.id is not None and (self.id.split(".")[0].lower() in _DEVICES or self.id.lower().endswith(".hands")):
             raise RequestError(f"The id {self.id!r} is reserved for other files. Choose another one.", "id")
 
-    def noise(self, stream: str, table: Table) -> RequestNoise:
-        """What a stage (HANDS or LATENTS) starts from, and what its steps add; of a request without gaps."""
+    def noise(self, stream: str, table: Table, draw: int = 0) -> RequestNoise:
+        """What a stage (HANDS or LATENTS) starts from, and what its steps add; of a request without gaps.
+
+        draw: how often hands were drawn before. Each time they are drawn from another stream of the same seed.
+        """
         offset = (self.noise_offset or 0.0) if stream == LATENTS else 0.0
-        return RequestNoise(self.seed or 0, stream, table.init_sigma, table.stochastic, offset, self.prompt)
+        return RequestNoise(
+            self.seed or 0, drawn_again(stream, draw), table.init_sigma, table.stochastic, offset, self.prompt
+        )
 
 
 @cache
@@ -229,7 +238,8 @@ class RequestFile:
 class Resolver:
     """Fills in every None of requests, one after the other, and gives each an id of its own.
 
-    defaults: the manifest's: steps, solver, guidance, hand_steps, hand_solver, hand_guidance, perhaps noise_offset.
+    defaults: the manifest's: steps, solver, guidance, hand_steps, hand_solver, hand_guidance, perhaps noise_offset,
+    hand_redraws.
     bundle: the bundle's digest. It is part of the ids, so that another bundle's pictures do not pass for this one's.
     seed: of requests that name none. One that was there before (same prompt, same settings) takes the next.
     images: pictures of each request, with the seeds seed, seed + 1, ...; a given id becomes `<id>-<seed>` then.
@@ -255,7 +265,7 @@ class Resolver:
         if first is None:
             first = self.seed + self.images * self._seen[request]
             self._seen[request] += 1
-        defaults = {"noise_offset": 0.0, **self.defaults}
+        defaults = {"noise_offset": 0.0, "hand_redraws": 0, **self.defaults}
         gaps = {name: value for name, value in defaults.items() if getattr(request, name) is None}
         for seed in range(first, first + self.images):
             filled = replace(request, seed=seed, **gaps)
@@ -308,6 +318,8 @@ def picture_key(request: Request, bundle: str = "") -> str:
     The content of the hands file counts, not its name. Raises RequestError when that file cannot be read.
     """
     values: dict[str, Any] = {**vars(request), "id": None, "bundle": bundle}
+    if not values["hand_redraws"]:  # the pictures from before there was such a thing
+        del values["hand_redraws"]
     if request.hands is not None and request.hands != NO_HANDS:  # a name that stands for itself
         try:
             values["hands"] = hashlib.sha256(read_file(Path(request.hands), MAX_HANDS)).hexdigest()

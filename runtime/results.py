@@ -30,6 +30,7 @@ class Picture:
     seconds: float  # from the start of its stage 1 to its picture, shared with the rest of its batch
     warnings: list[str] = field(default_factory=list)
     made_by: dict[str, str] = field(default_factory=dict)  # versions, device, digest of the bundle
+    hand_draws: int = 0  # how often stage 1 drew the hands; 0 where they were given
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Work:
     params: np.ndarray = field(default_factory=lambda: np.empty(0))  # the same, not normalised
     features: dict[str, np.ndarray] = field(default_factory=dict)  # a row of every output of hand_features
     inputs: dict[str, np.ndarray] = field(default_factory=dict)  # a row of every output of unet_context
+    draws: int = 0  # how often stage 1 drew its hands so far
 
 
 def cancelled(request: Request) -> Failure:

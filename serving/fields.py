@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..contract import MAX_REDRAWS
 from ..errors import RequestError
 from ..hands import CAMERA, LARGEST_CAMERA, SHAPES
 from ..runtime.requests import MAX_GUIDANCE, MAX_SEED
@@ -108,6 +109,10 @@ class Generation(Strict):
     guidance_scale: Annotated[float, Field(ge=0, le=MAX_GUIDANCE, description="1 is off.")] | None = None
     solver: Literal[tuple(SOLVERS)] | None = None  # type: ignore[valid-type]
     noise_offset: Annotated[float, Field(ge=0, le=1, description="How much open colours vary.")] | None = None
+    hand_redraws: (
+        Annotated[int, Field(ge=0, le=MAX_REDRAWS, description="How often two hands that do not fit are drawn again.")]
+        | None
+    ) = None
     guidance_interval: (
         Annotated[
             list[Annotated[float, Field(ge=0, le=1)]],

@@ -112,6 +112,7 @@ class Painting:
             guidance=body.guidance_scale,
             negative_prompt=body.negative_prompt,
             noise_offset=body.noise_offset,
+            hand_redraws=body.hand_redraws,
             hands=self.service.hands_path(body.hands),
             guidance_interval=interval,
         )

@@ -41,9 +41,10 @@ import numpy as np
 import pytest
 from cuda.bindings import driver as real_driver
 from cuda.bindings import runtime as real
+from handiffuser.contract import MAX_REDRAWS
 from handiffuser.engines import cuda as product
 from handiffuser.engines.base import check_feeds
-from handiffuser.runtime.noise import HANDS, LATENTS, normal, stream_key
+from handiffuser.runtime.noise import HANDS, LATENTS, drawn_again, normal, stream_key
 
 CODES = real.cudaError_t
 OK = CODES.cudaSuccess
@@ -53,6 +54,7 @@ ALIGNED = 256
 GARBAGE = 0xFF  # what new memory holds: NaN, as float32
 POLLS = 20_000  # queries in a row that bring nothing: the host would ask for ever
 DEFAULT = 0  # the default stream
+STREAMS = (LATENTS, *(drawn_again(HANDS, draw) for draw in range(1 + MAX_REDRAWS)))  # of noise
 
 
 def call(results: int = 0, free: bool = False, captures: bool = True):
@@ -716,7 +718,7 @@ class FakeDriver:
             kind(value)  # as the bindings do: TypeError for what does not fit
         threads = gridDimX * blockDimX * 4
         assert threads >= count > threads - blockDimX * 4 and gridDimY == gridDimZ == blockDimY == blockDimZ == 1
-        (name,) = [name for name in (HANDS, LATENTS) if stream_key(name) == key]
+        (name,) = [name for name in STREAMS if stream_key(name) == key]
         view = self.runtime.view(pointer, 4 * count)
 
         def draw_noise() -> None:

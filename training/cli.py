@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from ..commands import run
 from ..errors import HanDiffuserError, TrainingError
+from ..files import lock
 from ..models.foreign import MODEL_INDEX, check_stable_diffusion
 from ..shipped import resolve
 from .loop import console, run_processes
 from .recipe import PLANS, STUDENTS, Recipe
 
+if TYPE_CHECKING:
+    from .run import Run
+
+LOCK = ".hd-train.lock"  # in the run folder
 HELP = {
     "vae": "Trains the autoencoder on DATA's pictures, for those who have none.",
     "hand-prior": "Trains stage 1: prompts to SMPL-H hands. Needs no pictures.",
@@ -151,6 +158,33 @@ def train(stage: str, **values: Any) -> int:
     folder = values["folder"] or Path("runs") / (output.stem if output is not None else stage)
     begin = resolve(start, "checkpoint") if start is not None else None
     made = Run(folder, values["data"], recipe, begin)
+    with alone(folder):
+        _train(made, stages, values)
+    return 0
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Meanwhile no other hd-train may use the run folder. Raises TrainingError where one does.
+
+    Of several processes the first one asks for all; what it starts ends with it.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = lock(folder / LOCK)
+    except BlockingIOError as error:
+        raise TrainingError(
+            f"Another hd-train is at work in {folder} ({error.strerror}). Wait for it, or name another --run."
+        ) from None
+    with held:
+        yield
+
+
+def _train(made: Run, stages: tuple[str, ...], values: dict[str, Any]) -> None:
+    recipe, folder, begin, output = made.recipe, made.folder, made.start, values["output"]
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1  # by torchrun or accelerate
     if launched:
         import torch
@@ -164,7 +198,7 @@ def train(stage: str, **values: Any) -> int:
         made.prepare()
     for name in stages:
         if made.done(name):
-            console.print(f"{name}: done already")
+            console.print(f"{name}: done already{made.otherwise(name)}")
             continue
         if launched:
             made.train(name, make=False)
@@ -176,7 +210,6 @@ def train(stage: str, **values: Any) -> int:
         console.print(
             f"{output} is written." if output.suffix else f"{output} is written. Export it: hd-export {output} BUNDLE"
         )
-    return 0
 
 
 def processes(asked: int | None) -> int:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from accelerate import Accelerator
 from rich.console import Console
@@ -134,6 +135,12 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
         return module.eval()
     if main and start:
         console.print(f"{stage.name}: goes on at step {start} of {plan.steps}")
+        if said := changes(folder, plan):
+            console.print(
+                f"{stage.name}: goes on with other settings than before: {said}. To go on as before, give those; to "
+                "keep both trainings apart, name another --run.",
+                style="yellow",
+            )
     log = Log(stage.name, folder, plan, start) if main else None
     on_gpu = accelerator.device.type == "cuda"
     steps = _Steps(stage, plan, rank, world, accelerator.device if plan.resident and on_gpu else None)
@@ -149,7 +156,8 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
             steps, batch_size=None, sampler=order, num_workers=workers, multiprocessing_context=how, pin_memory=on_gpu
         )
     scaler = accelerator.scaler if hasattr(accelerator, "scaler") else None
-    spoilt = torch.zeros((), device=accelerator.device)  # steps without a finite gradient, one after the other
+    # Steps that were left out, because loss or gradient is no number: one after the other, and all of them.
+    spoilt, left_out = (torch.zeros((), device=accelerator.device) for _ in range(2))
 
     for step, parts in zip(range(start, plan.steps), loader, strict=True):
         for group in optimizer.param_groups:
@@ -165,28 +173,32 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
         if scaler is not None:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
-        if scaler is not None:
+        bad = ~_full(norm).isfinite()
+        if scaler is not None:  # its first steps overflow by design, so that the loss alone says that one is bad
+            bad = ~accelerator.reduce(value, "mean").isfinite()
             scaler.step(optimizer)
             scaler.update()
-        else:
-            if not plan.shard:  # as a scaler does it: the fused kernel asks for itself, and nobody waits for the GPU
-                optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-                spoilt = (spoilt + 1) * optimizer.found_inf  # type: ignore[attr-defined]
+        elif plan.shard:
+            if not bad:
+                optimizer.step()
+        else:  # as a scaler does it: the fused kernel asks for itself, and nobody waits for the GPU
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             optimizer.step()
+        spoilt, left_out = (spoilt + 1) * bad, left_out + bad
         optimizer.zero_grad(set_to_none=True)
         average.update(min(plan.ema, (1 + step) / (10 + step)))
         done, last = step + 1, step + 1 == plan.steps
         if done % plan.log_every == 0 or last or step == start:
             mean = float(accelerator.reduce(value, "mean"))
-            left_out = float(spoilt)
-            if left_out >= PATIENCE or not (left_out or math.isfinite(mean)):
+            in_a_row = int(spoilt)
+            if in_a_row >= PATIENCE or not (in_a_row or math.isfinite(mean)):
                 what = "gradient became no number" if math.isfinite(mean) else f"loss became {mean}"
                 raise TrainingError(
-                    f"{stage.name}: the {what} at step {step}. Lower the --learning-rate; the last saved state in "
-                    f"{folder} is sound."
+                    f"{stage.name}: the {what} at step {step}{f' and {in_a_row - 1} before' if in_a_row > 1 else ''}. "
+                    f"Lower the --learning-rate; the last saved state in {folder} is sound."
                 )
             if log is not None:
-                log.step(done, mean, float(_full(norm)), plan.rate(step))
+                log.step(done, mean, float(_full(norm)), plan.rate(step), int(left_out))
         if len(stage.held) and (done % plan.validate_every == 0 or last):
             with average.in_place():
                 score = validate(stage, plan, module, accelerator)
@@ -317,15 +329,19 @@ class Log:
         except ImportError:
             self.board = None
 
-    def step(self, done: int, loss: float, norm: float, rate: float) -> None:
-        self.seen = loss if self.seen is None else 0.7 * self.seen + 0.3 * loss
+    def step(self, done: int, loss: float, norm: float, rate: float, left_out: int = 0) -> None:
+        """left_out: steps so far whose loss or gradient was no number; such a loss is not in the mean."""
+        if math.isfinite(loss):
+            self.seen = loss if self.seen is None else 0.7 * self.seen + 0.3 * loss
         if done - self.start < 2:  # the first step alone says nothing of the speed
             self.began = time.monotonic()
             return
         speed = (done - self.start - 1) / max(time.monotonic() - self.began, 1e-9)
         left = (self.plan.steps - done) / speed
+        seen = "unknown" if self.seen is None else f"{self.seen:.4f}"
+        gaps = f" ({left_out} step{'s' * (left_out > 1)} left out: no number)" if left_out else ""
         console.print(
-            f"{self.name}: step {done}/{self.plan.steps}  loss {self.seen:.4f}  {speed * self.plan.batch:.1f} samples/s"
+            f"{self.name}: step {done}/{self.plan.steps}  loss {seen}{gaps}  {speed * self.plan.batch:.1f} samples/s"
             f"  {duration(left)} left"
         )
         self.write(done, {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "samples_per_second":
@@ -337,7 +353,10 @@ class Log:
 
     def write(self, done: int, values: dict[str, float]) -> None:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": done, **values}) + "\n")
+            numbers = {
+                name: value if math.isfinite(value) else None for name, value in values.items()
+            }  # JSON has no NaN
+            file.write(json.dumps({"step": done, **numbers}) + "\n")
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, done)
@@ -352,6 +371,35 @@ def duration(seconds: float) -> str:
 
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+# What of a plan changes nothing but speed, memory and what is said.
+FREE = ("log_every", "save_every", "validate_every", "workers", "resident", "compile", "shard", "accumulate",
+        "gradient_checkpointing")  # fmt: skip
+
+
+def changes(folder: Path, plan: Plan) -> str:
+    """Which settings of a stage's saved state differ from the plan's, and what becomes of its learning rate; or "".
+
+    "steps 1000 (now 2000); the learning rate, 0 before, is 5e-05". States that name no plan are of an older version.
+    """
+    path = folder / STATE
+    if not path.exists():
+        return ""
+    with safe_open(path, "pt") as file:
+        known = file.metadata()
+    before = json.loads(known.get("plan", "{}"))
+    now = msgspec.to_builtins(plan)
+    other = [f"{name} {before[name]} (now {now[name]})" for name in now
+             if name in before and before[name] != now[name] and name not in FREE]  # fmt: skip
+    if not other:
+        return ""
+    step = int(known["step"])
+    names = before.keys() & {"steps", "learning_rate", "warmup", "schedule"}
+    rates = (msgspec.structs.replace(plan, **{name: before[name] for name in names}).rate(step), plan.rate(step))
+    if step < plan.steps and rates[0] != rates[1]:
+        other[-1] += "; the learning rate would be {:.3g} here and becomes {:.3g}".format(*rates)
+    return ", ".join(other)
 
 
 def identity(plan: Plan, stage: Stage) -> dict[str, str]:
@@ -394,7 +442,11 @@ def save_state(
         return
     temporary = folder / f"{STATE}.tmp"
     try:
-        save_file(tensors, temporary, metadata={"step": str(step), **identity(plan, stage)})
+        save_file(
+            tensors,
+            temporary,
+            metadata={"step": str(step), "plan": json.dumps(msgspec.to_builtins(plan)), **identity(plan, stage)},
+        )
         temporary.replace(folder / STATE)
     except Exception as error:  # safetensors' own for a full disk is no OSError
         temporary.unlink(missing_ok=True)

@@ -51,7 +51,7 @@ from .distill import (
     hand_jump_stage,
     jump_stage,
 )
-from .loop import Stage, averages, console, finished, fit
+from .loop import Stage, averages, changes, console, finished, fit
 from .recipe import PLANS, STUDENTS, Recipe
 from .sample import CUES, decode, encode, hands_of, image_grid, sample_hands, sample_pictures
 from .stages import (
@@ -209,6 +209,12 @@ class Run:
 
     def done(self, stage: str) -> bool:
         return all(finished(self.folder / part, self.recipe.plan(stage).steps) for part in self.parts(stage))
+
+    def otherwise(self, stage: str) -> str:
+        """Of a stage that is done: a sentence where it was trained with other settings than are asked for now."""
+        known = [changes(self.folder / part, self.recipe.plan(stage)) for part in self.parts(stage)]
+        said = next((words for words in known if words), "")
+        return f", with other settings: {said}. To train with those of now, name another --run." if said else ""
 
     def ready(self, stage: str) -> None:
         """Makes what is missing of latents and the like, before several processes read it."""

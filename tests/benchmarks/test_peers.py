@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from handiffuser import CheckpointError, HanDiffuser, RequestError
+from handiffuser import CheckpointError, HanDiffuser, Request, RequestError
 from handiffuser.benchmarks import measure, peers
 from handiffuser.contract import Manifest
 
@@ -42,6 +42,18 @@ def test_all_paint_the_same(pipeline, eager, plain, solver, guidance):
         assert len(marks) == 5
         assert peers.differences(expected, found)["max_difference"] <= 2
     assert (expected[0] != expected[1]).any()
+
+
+def test_all_draw_hands_again_alike(pipeline, eager, monkeypatch):
+    once = pipeline.prepare([Request("two hands", seed=seed, steps=2) for seed in range(6)])[0]
+    middle = np.median([picture.hands["params"][0] for picture in pipeline.run(once)])
+    for module in ("runtime.bundle", "benchmarks.peers"):
+        monkeypatch.setattr(f"handiffuser.{module}.clash", lambda joints, seen, params: bool(params[0] > middle))
+    requests = pipeline.prepare([Request("two hands", seed=seed, steps=2, hand_redraws=2) for seed in range(6)])[0]
+    made = {picture.id: picture for picture in pipeline.run(requests)}
+    assert len({picture.hand_draws for picture in made.values()}) > 1
+    ours = np.stack([made[str(request.id)].image for request in requests])
+    assert peers.differences(ours, eager(requests, lambda: None))["max_difference"] <= 2
 
 
 def test_openvino_paints_the_same(pipeline, plain):

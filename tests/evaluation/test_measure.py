@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from handiffuser.data.samples import Sample, encode_png, read
 from handiffuser.errors import EvaluationError
 from handiffuser.evaluation import measure, pictures, run
 from handiffuser.evaluation.cli import evaluate
-from handiffuser.evaluation.detect import Found, MediaPipe
+from handiffuser.evaluation.detect import Found, MediaPipe, distinct, windows
+from handiffuser.evaluation.distances import interval
 from handiffuser.evaluation.features import RandomFilters
 from handiffuser.evaluation.hands import Asked
 from handiffuser.evaluation.measure import Instruments, figures, look
@@ -322,3 +324,74 @@ def test_as_a_reference_the_word_demo_is_the_shipped_checkpoint(monkeypatch):
     monkeypatch.setattr(pictures, "Engines", lambda what, options, say: what)
     assert pictures.painter_of("demo", {}, print, checkpoint=True) == (shipped.checkpoint_path(), "demo")
     assert pictures.painter_of("demo", {}, print) == "demo"
+
+
+def photographs(folder, count=6):
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"IMG_{i}.{('PNG', 'png')[i % 2]}").write_bytes(made_sample(i + 20).image)
+    return folder
+
+
+def test_plain_photographs_need_no_annotation(tmp_path):
+    ours, photos = folder_of(tmp_path / "ours"), photographs(tmp_path / "photos")
+    (photos / "notes.txt").write_text("nothing")
+    (photos / "IMG_5.png").write_bytes(b"no picture")
+    document = invoke(ours, "--against", photos, "--no-detector")
+    assert document["metrics"]["fid"]["n_against"] == 5 and "kid" in document["metrics"]
+    assert "fid_h" not in document["metrics"] and any("FID-H and KID-H are missing" in n for n in document["notes"])
+    document = invoke(photos, "--against", ours, "--no-detector")
+    assert document["pictures"] == 5 and document["hands_asked_for"] == 0
+    with pytest.raises(EvaluationError, match=r"without prompts.*--prompts FILE"):
+        CliRunner().invoke(evaluate, ["demo", "--against", str(photos), "--no-detector"], catch_exceptions=False)
+
+
+def test_one_picture_has_no_fid_and_the_note_says_so(tmp_path):
+    document = invoke(folder_of(tmp_path / "ours", 1), "--against", folder_of(tmp_path / "theirs"), "--no-detector")
+    assert not {"fid", "kid"} & document["metrics"].keys()
+    (said,) = [note for note in document["notes"] if "FID and KID" in note]
+    assert "1 picture here" in said and not any("read KID" in note for note in document["notes"])
+
+
+def test_a_distance_is_never_negative():
+    """Sets that are alike, but not by their keys: 0, and resamplings that differ."""
+    shown, _ = world()
+    others = [Shown(f"other-{one.key}", one.image, one.prompt, one.hands, one.labels) for one in shown]
+    found = figures(seen_by(None, others), seen_by(None, shown))["metrics"]
+    for name in ("fid", "fid_h"):
+        assert found[name]["low"] == 0 < found[name]["high"]
+    assert interval(0.0, np.array([1.0, 3.0]), spread=True)["low"] < 0, "differences may be"
+
+
+def mediapipe_of(*places: float) -> MediaPipe:
+    """A MediaPipe whose model finds hands at these places of the whole picture, as many as it may."""
+    detector = MediaPipe.__new__(MediaPipe)
+    detector.pad, detector.size, detector.hands, detector._models = 0.25, 768, 8, {}
+
+    class Model:
+        def __init__(self, most: int) -> None:
+            self.most = most
+
+        def process(self, image: np.ndarray) -> Any:
+            marks = [SimpleNamespace(landmark=[SimpleNamespace(x=x + 0.04 * (k % 5), y=0.5) for k in range(21)])
+                     for x in places[: self.most]]  # fmt: skip
+            side = SimpleNamespace(classification=[SimpleNamespace(label="Left", score=0.9)])
+            return SimpleNamespace(multi_hand_landmarks=marks, multi_handedness=[side] * len(marks))
+
+    detector._make = lambda max_num_hands: Model(max_num_hands)
+    return detector
+
+
+def test_the_detector_has_no_limit_of_hands():
+    """It once looked for two, and counted all that were asked for: of four at most half were found."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    for count in (1, 4, 9, 20):
+        assert len(mediapipe_of(*np.linspace(-3, 3, count))._look(image)) == count
+
+
+def test_hands_that_lie_on_one_another_are_one():
+    joints = np.random.default_rng(0).uniform(0.4, 0.6, (21, 2))
+    sure, other, far = Found("left", 0.9, joints), Found("left", 0.6, joints + 0.02), Found("left", 0.5, joints + 0.3)
+    assert distinct([other, far, sure]) == [sure, far]
+    parts = list(windows(np.zeros((100, 50, 3), np.uint8)))
+    assert len(parts) == 9 and parts[-1][0] == pytest.approx([0.4, 0.4]) and parts[0][1].shape == (60, 30, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import ml_dtypes  # noqa: F401  makes bfloat16 a dtype of numpy's, for the fake GPU alone
 import numpy as np
@@ -116,6 +117,21 @@ def test_equals_the_host_in_any_order(device_loop, toy_bundle, seed, overlap):
         for request in requests  # PLMS takes one more than asked
     )
     assert sum(count for kind, count in events if kind == "hands") == 11
+
+
+def test_hands_are_drawn_again_as_on_the_host(device_loop, toy_bundle, monkeypatch, tmp_path):
+    """Beside requests that never do, and beside given hands, which have rows of their own."""
+    monkeypatch.setattr("handiffuser.runtime.bundle.clash", lambda joints, seen, params: bool(params[0] > -0.41))
+    loop = device_loop(toy_bundle, 1)
+    requests = [replace(request, hand_redraws=i % 4) for i, request in enumerate(mixed(13))]
+    requests = prepared(loop, [Request("none", hands="none", hand_redraws=2), *requests])
+    on_host = {picture.id: picture for picture in loop.pipeline.run(requests)}
+    on_device, _ = run(loop, requests)
+    same(on_device, on_host, levels=1)
+    draws = [on_host[request.id].hand_draws for request in requests]
+    assert {0, 1, 2} < set(draws) and draws == [on_device[request.id].hand_draws for request in requests]
+    for ours, theirs in zip(loop.hands(requests[:4]), loop.pipeline.hands(requests[:4]), strict=True):
+        np.testing.assert_allclose(ours["params"], theirs["params"], rtol=1e-5, atol=1e-5)
 
 
 class InBfloat16:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from handiffuser.errors import TrainingError
+from handiffuser.training.cli import LOCK, alone
 from handiffuser.training.draws import Draws, order, rows_of
-from handiffuser.training.loop import STATE, Average, Stage, _Steps, averages, finished, fit, load_state
+from handiffuser.training.loop import STATE, Average, Stage, _Steps, averages, changes, finished, fit, load_state
 from handiffuser.training.recipe import Plan
 from safetensors.torch import load_file
 from torch import nn
@@ -278,6 +280,62 @@ def test_a_step_without_a_gradient_is_left_out_and_many_end_the_run(tmp_path):
     steep = Stage("fit", Breaks(range(2, 100), infinite=True), read, inputs, range(100), data="d")
     with pytest.raises(TrainingError, match="the gradient became no number at step 5"):
         fit(steep, plan, tmp_path / "steep")
+
+
+def test_one_bad_step_is_counted_and_spoils_no_other_line(tmp_path, capsys):
+    plan = msgspec.structs.replace(PLAN, schedule="constant", log_every=1, steps=12)
+    fit(broken(3, 7), plan, tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "  loss " in line]
+    assert len(said) == 11 and not any("nan" in line for line in said)
+    assert "(1 step left out: no number)" in said[5] and "(2 steps left out: no number)" in said[-1]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if line.get("loss", 0) is None] == [None, None], "JSON has no NaN"
+
+
+def test_going_on_with_other_settings_is_said(tmp_path, capsys):
+    fit(stage(), msgspec.structs.replace(PLAN, steps=4), tmp_path)
+    capsys.readouterr()
+    fit(stage(), msgspec.structs.replace(PLAN, steps=6, save_every=3, log_every=1), tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "other settings than before: steps 4 (now 6); the learning rate would be 0 here and becomes 0.025" in said
+    fit(stage(), msgspec.structs.replace(PLAN, steps=8, learning_rate=0.5, clip=2.0), tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "learning_rate 0.05 (now 0.5)" in said and "clip 1.0 (now 2.0)" in said and "--run" in said
+    assert changes(tmp_path, PLAN) == "learning_rate 0.5 (now 0.05), clip 2.0 (now 1.0)", "of a run that is done"
+    fit(stage(), msgspec.structs.replace(PLAN, steps=9, learning_rate=0.5, clip=2.0, workers=0), tmp_path)
+    capsys.readouterr()
+    assert not changes(tmp_path, msgspec.structs.replace(PLAN, steps=9, learning_rate=0.5, clip=2.0, log_every=9))
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path):
+    """The lock is the process's own: killed, it is free at once, though what it forked lives on."""
+    script = f"""
+import os, time
+from pathlib import Path
+from handiffuser.files import lock
+held = lock(Path({str(tmp_path / LOCK)!r}))
+if os.fork() == 0:
+    time.sleep(30)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(TrainingError, match=f"Another hd-train is at work in .* \\(process {other.pid}\\)"),
+            alone(tmp_path),
+        ):
+            pass
+        other.kill()
+        other.wait()
+        with alone(tmp_path):
+            pass
+        with alone(tmp_path):
+            pass
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_a_state_goes_back_to_where_its_parameters_are(tmp_path):

@@ -98,6 +98,13 @@ def test_more_of_one_stage_goes_on(trained):
     assert result.returncode == 0 and "goes on at step 2 of 3" in result.stderr, result.stderr
 
 
+def test_a_stage_that_is_done_with_other_settings_says_so(trained):
+    arguments = trained[1]
+    result = hd_train("encoder", *arguments[1:7], "--learning-rate", 0.5, "--processes", 1)
+    assert result.returncode == 0, result.stderr
+    assert "done already, with other settings: learning_rate" in result.stderr and "(now 0.5)" in result.stderr
+
+
 def test_stage_1_needs_no_pictures(trained, world, tmp_path):
     """Also samples without hands, and prompts alone."""
     samples = list(read(world))
