@@ -20,7 +20,8 @@ import numpy as np
 from .. import shipped
 from ..contract import MANIFEST
 from ..data.dataset import Index
-from ..data.samples import PICTURES, Bad, Sample, members, person, picture
+from ..data.pictures import PICTURES
+from ..data.samples import Bad, Sample, members, person, picture
 from ..errors import EvaluationError, HanDiffuserError
 from ..models.foreign import MODEL_INDEX
 from ..runtime.outputs import OutputFolder
