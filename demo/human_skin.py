@@ -80,12 +80,17 @@ def _volume() -> Tensor:
 
 
 def noise(p: ndarray) -> ndarray:
+    """`noise_at` for arrays."""
+    return noise_at(torch.from_numpy(np.asarray(p, np.float32))).numpy()
+
+
+def noise_at(p: Tensor) -> Tensor:
     """Value noise [N] in 0..1 at places [N,3]: a random value at each corner of unit cubes, smooth between them."""
-    at = torch.from_numpy(np.asarray(p, np.float32)).remainder(64)
+    at = p.remainder(64)
     low = at.floor()
     t = at - low
     at = (low + t * t * (3 - 2 * t)) / 32 - 1
-    return F.grid_sample(_volume(), at[None, None, None], align_corners=True)[0, 0, 0, 0].numpy()
+    return F.grid_sample(_volume(), at[None, None, None], align_corners=True)[0, 0, 0, 0]
 
 
 def smoothstep(low: float, high: float, x: ndarray) -> ndarray:
