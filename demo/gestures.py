@@ -149,8 +149,13 @@ def pose(name: str, side: int = 0, rng: np.random.Generator | None = None) -> nd
         fingers = fingers + gesture.loose * noise
         bones = bones + gesture.loose * 0.045 * rng.normal(size=(3, 3)).clip(-2, 2)
         roll += gesture.loose * 4 * rng.normal()
-    turns = [r for finger in ORDER for r in _finger(fingers[finger - 1], finger)] + _thumb(bones, roll)
-    out = np.stack(turns)
+    return pose_of(fingers, bones, roll, side)
+
+
+def pose_of(fingers: ndarray, thumb: ndarray, roll: float, side: int = 0) -> ndarray:
+    """Finger rotations [15,3,3] float32 in SMPL-H's order from four fingers' angles [4,4] and the thumb's bones [3,3],
+    written for the left hand; mirrored for side 1."""
+    out = np.stack([r for finger in ORDER for r in _finger(fingers[finger - 1], finger)] + _thumb(thumb, roll))
     if side:
         out = out * np.array([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]])  # S R S with S = diag(-1, 1, 1)
     return out.astype(np.float32)

@@ -20,9 +20,9 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .human import CLOTHES, EYE, HAIR, HAND_CHART, HEAD_CHART, SKIN, load_human
+from .human import CLOTHES, EYE, HAIR, HAND_CHART, HEAD_CHART, NO_CHART, SKIN, load_human
 from .human_clothes import Look, cuts, eye_colour, hair_colour, mesh_of, rest_skin, shirt_colour, surface
-from .human_skin import CHANNELS, linear, textures
+from .human_skin import CHANNELS, linear, noise_at, textures
 
 FACE_BITS = 20  # of the 63 bits of a z-buffer key
 DEPTH_STEPS = 2**30
@@ -252,7 +252,7 @@ def _paint(
             mixed = sum(weights[mine, k, None] * table["paint"][corners[mine, k]] for k in range(3))
             rest = mixed[:, :3]
             if kind == SKIN:
-                channels = _skin_channels(table, face[mine], weights[mine], mixed[:, 3:], pixel)
+                channels = _skin_channels(table, face[mine], weights[mine], rest, mixed[:, 3:], pixel)
                 colour[mine], gloss[mine] = _skin_colour(channels, person.look)
                 height[mine] = channels[:, CHANNELS.index("height")] * 0.001 * person.look.wrinkles
             elif kind == CLOTHES:
@@ -267,7 +267,9 @@ def _paint(
     return colour, height, gloss
 
 
-def _skin_channels(table: dict[str, Tensor], face: Tensor, weights: Tensor, channels: Tensor, pixel: float) -> Tensor:
+def _skin_channels(
+    table: dict[str, Tensor], face: Tensor, weights: Tensor, rest: Tensor, channels: Tensor, pixel: float
+) -> Tensor:
     """[S,C]: textures where there is one, vertices elsewhere. The texture's level is that of the picture's scale."""
     chart = table["chart"][face]
     for which, levels, metres in zip((HAND_CHART, HEAD_CHART), textures(), (0.55, 0.37), strict=True):
@@ -279,6 +281,8 @@ def _skin_channels(table: dict[str, Tensor], face: Tensor, weights: Tensor, chan
         uv = (weights[mine][..., None] * table["uv"][face[mine]]).sum(1)
         got = F.grid_sample(level[None], uv[None, None] * 2 - 1, padding_mode="border", align_corners=False)
         channels[mine] = got[0, :, 0].T
+    bare = chart == NO_CHART
+    channels[bare, CHANNELS.index("height")] = 0.2 * noise_at(rest[bare] * 550) + 0.35 * noise_at(rest[bare] * 160)
     return channels
 
 

@@ -235,14 +235,14 @@ def eye_places() -> ndarray:
 
 
 def hairline(place: ndarray) -> ndarray:
-    """How far a rest place [N,3] of the head lies above and behind the hairline, metres; negative on the face."""
+    """How far a rest place [N,3] of the head lies above and behind the hairline, metres; negative on face and ears."""
     eye = eye_places()
-    front = place[:, 2] - (eye[2] - 0.005)
-    side = np.abs(place[:, 0])
-    line = eye[1] + 0.060 - 10 * np.clip(side - 0.030, 0, 0.02) ** 2 + 0.62 * front.clip(-0.03, 0.1)
-    line = np.where(front < -0.030, eye[1] + 0.041 - 1.05 * (-front - 0.03), line)  # down behind the temple
-    behind_ear = np.where(front < -0.075, -0.055, 0.0)
-    return place[:, 1] - np.maximum(line + behind_ear, eye[1] - 0.085)
+    side, up, front = np.abs(place[:, 0]), place[:, 1] - eye[1], place[:, 2] - eye[2]
+    line = 0.058 - 10 * (side - 0.030).clip(0, 0.02) ** 2 + 0.5 * (front + 0.005).clip(-0.03, 0.1)
+    temple = np.interp(-front, [0.030, 0.045, 0.060, 0.100, 0.130], [0.041, 0.000, -0.022, -0.055, -0.078])
+    above = up - np.where(front < -0.030, temple, line)
+    ear = np.sqrt(((up + 0.016) / 0.045) ** 2 + ((front + 0.078) / 0.036) ** 2)
+    return np.minimum(above, 0.04 * (ear - 1))
 
 
 def _bake_head(human: Human, size: int) -> tuple[ndarray, ndarray]:

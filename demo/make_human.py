@@ -366,7 +366,7 @@ def kept_quads(source: Source, mean: ndarray, owner: ndarray, neck: float) -> tu
     mine = owner[source.quads]
     shown = np.isin(mine, [12, 15, 16, 18, 20, *range(22, 37)]).any(1) | high
     uv = source.uv[source.quad_uv].mean(1)
-    inner = (uv[:, 0] > 0.755) & (uv[:, 1] < 0.14)  # the inside of the mouth
+    inner = (uv[:, 0] > 0.755) & (uv[:, 1] < 0.14) & (mine == 15).any(1)  # the inside of the mouth
     kind[body & (~shown | inner)] = -1
     kind[(kind == 1) & (centre[:, 1] > neck + 0.05)] = -1
     return source.quads[kind >= 0], np.flatnonzero(kind >= 0)

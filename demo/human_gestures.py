@@ -1,0 +1,136 @@
+"""Hand gestures of the demo's people: the demo's twenty-four on a real hand, and those that need one.
+
+Angles are `contacts.json`'s, which `contacts.py` solves on the mesh: what shall touch touches, and nothing passes through
+anything else. Each gesture has a few solutions, so that hands differ; fingers that touch nothing vary by some degrees.
+
+    hand_pose("ok_sign", side=0, rng=np.random.default_rng(0))   # [15,3,3], SMPL-H's finger joints 22-36
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+
+from .gestures import ACROSS, BESIDE, DOWN, GESTURES, OUT, OVER, TOUCH, UP, Gesture, pose_of
+from .gestures import _g as gesture
+
+FILE = Path(__file__).with_name("contacts.json")
+RELAXED = [(18, -2, 22, 12), (22, 0, 26, 14), (26, 3, 28, 15), (30, 6, 28, 15)]
+EASY = ((0.80, -0.36, 0.45), (0.90, -0.33, 0.22), (0.95, -0.25, 0.08))  # the thumb of a relaxed hand
+STRAIGHT = [(2, -5, 2, 1), (2, 0, 2, 1), (2, 4, 2, 1), (3, 9, 3, 2)]
+
+# Parts of a hand: finger (thumb, index, middle, ring, little: 0-4) and bone (0-2, from the palm), or the palm.
+PALM = (-1, 0)
+T, I, M, R, L = range(5)
+PAD, BACK, ANY = -1, 1, 0  # which side of a part: where the finger print is, where the nail is, either
+
+
+def _tip(finger: int, where: int = PAD) -> tuple[int, int, int]:
+    return finger, 2, where
+
+
+def _bone(finger: int, bone: int, where: int = BACK) -> tuple[int, int, int]:
+    return finger, bone, where
+
+
+PALM_ANY = (*PALM, ANY)
+FOLDED = {f: ((_tip(f, ANY), PALM_ANY),) for f in (I, M, R, L)}  # a folded finger's end lies on the palm
+
+
+def _folded(*fingers: int) -> tuple:
+    return tuple(pair for f in fingers for pair in FOLDED[f])
+
+
+NEW = {
+    g.name: g
+    for g in (
+        gesture("relaxed", "relaxed | hanging loosely", RELAXED, EASY),
+        gesture("flat", "held flat with straight fingers", STRAIGHT, BESIDE),
+        gesture("two_with_thumb",
+                "showing thumb and index finger | counting two with the thumb | making an L",
+                [(0, 4, 3, 2), *DOWN[1:]], OUT),
+        gesture("half_heart", "forming half a heart",
+                [(58, 0, 52, 30), (60, 0, 50, 30), (62, 2, 50, 30), (64, 5, 48, 30)],
+                ((0.72, -0.45, 0.52), (0.88, -0.42, 0.22), (0.97, -0.2, 0.1))),
+        gesture("grip", "holding something | gripping",
+                [(52, -3, 52, 28), (54, 0, 54, 30), (56, 3, 54, 30), (58, 6, 52, 30)],
+                ((0.55, -0.76, 0.32), (0.60, -0.78, -0.05), (0.72, -0.66, -0.2))),
+        gesture("finger_heart", "making a finger heart | making a Korean finger heart",
+                [(42, 4, 55, 25), *DOWN[1:]], ((0.68, -0.55, 0.48), (0.86, -0.42, 0.28), (0.93, 0.1, -0.1))),
+    )
+}  # fmt: skip
+HANDS: dict[str, Gesture] = {**GESTURES, **NEW}
+
+# What touches in a gesture: pairs of parts. In all gestures, nothing passes through anything else.
+CONTACTS: dict[str, tuple] = {
+    "fist": (*_folded(I, M, R, L), (_tip(T), _bone(M, 1))),
+    "pointing": (*_folded(M, R, L), (_tip(T), _bone(M, 1))),
+    "victory": (*_folded(R, L), (_tip(T), _bone(R, 1))),
+    "three_fingers": (*_folded(L), (_tip(T), _bone(L, 1))),
+    "four_fingers": ((_tip(T), PALM_ANY),),
+    "thumbs_up": _folded(I, M, R, L),
+    "thumbs_down": _folded(I, M, R, L),
+    "ok_sign": ((_tip(T), _tip(I)),),
+    "call_me": _folded(I, M, R),
+    "horns": (*_folded(M, R), (_tip(T), _bone(M, 1))),
+    "love_you": _folded(M, R),
+    "pinky_up": (*_folded(I, M, R), (_tip(T), _bone(M, 1))),
+    "finger_gun": _folded(M, R, L),
+    "pinch": (*_folded(M, R, L), (_tip(T), _tip(I))),
+    "crossed_fingers": (*_folded(R, L), (_tip(T), _bone(R, 1)), (_bone(M, 1, PAD), _bone(I, 1, BACK))),
+    "three_with_thumb": _folded(R, L),
+    "tucked_thumb": ((_tip(T), PALM_ANY),),
+    "pinched_fingers": ((_tip(T), _tip(I)), (_tip(T), _tip(M)), (_tip(M, ANY), _tip(R, ANY)),
+                        (_tip(R, ANY), _tip(L, ANY))),
+    "two_with_thumb": _folded(M, R, L),
+    "finger_heart": (*_folded(M, R, L), (_bone(T, 2, ANY), _bone(I, 2, ANY))),
+}  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def solved() -> dict[str, list[Gesture]]:
+    """The solutions of each gesture."""
+    out = {}
+    for name, rows in json.loads(FILE.read_text())["gestures"].items():
+        out[name] = [
+            replace(
+                HANDS[name],
+                fingers=tuple(tuple(f) for f in row["fingers"]),
+                thumb=tuple(tuple(b) for b in row["thumb"]),
+                roll=row["roll"],
+            )
+            for row in rows
+        ]
+    return out
+
+
+@lru_cache(maxsize=None)
+def touching(name: str) -> ndarray:
+    """Which fingers touch something in a gesture, [5] bool, thumb first."""
+    out = np.zeros(5, bool)
+    for pair in CONTACTS.get(name, ()):
+        for finger, *_ in pair:
+            if finger >= 0:
+                out[finger] = True
+    return out
+
+
+def hand_pose(name: str, side: int = 0, rng: np.random.Generator | None = None) -> ndarray:
+    """Finger rotations of a gesture, [15,3,3] float32 in SMPL-H's order, for side 0 (left) or 1 (right).
+
+    With `rng`: one of the solutions, its free fingers varied by a few degrees; else the first solution. Raises KeyError
+    for an unknown name."""
+    rows = solved()[name]
+    chosen = rows[0] if rng is None else rows[int(rng.integers(len(rows)))]
+    fingers, bones, roll = np.array(chosen.fingers, float), np.array(chosen.thumb, float), chosen.roll
+    if rng is not None:
+        free = ~touching(name)
+        noise = rng.normal(size=(4, 4)).clip(-2, 2) * (3.0, 1.2, 3.5, 2.5) + rng.normal(size=1) * (2, 0, 2, 1)
+        fingers = fingers + chosen.loose * noise * free[1:, None]
+        bones = bones + chosen.loose * free[0] * 0.04 * rng.normal(size=(3, 3)).clip(-2, 2)
+    return pose_of(fingers, bones, roll, side)
