@@ -30,7 +30,7 @@ from .human_gestures import CONTACTS, FILE, HANDS
 from .human_skin import rest_normals
 
 VARIANTS = 3  # solutions of each gesture
-STEPS = 220
+STEPS = 240
 NEAR = 0.013  # metres within which a vertex behind a surface counts as inside
 BLOCK = {0: 4, 1: 0, 2: 1, 3: 3, 4: 2}  # a finger's place in SMPL-H's order
 SPREAD = np.array([4.0, 2.0, 5.0, 4.0])  # degrees by which the starts of the solutions differ
@@ -317,23 +317,26 @@ def solve(name: str, seed: int = 0) -> dict:
     roll = torch.tensor(gesture.roll / 20, dtype=torch.float32, requires_grad=True)
     low, high = (torch.tensor([x[i] for x in LIMITS]) / 20 for i in range(2))
     best: tuple[float, dict] = (np.inf, {})
+    pull_in = push_out = 1.0
     adam = torch.optim.Adam([fingers, thumb, roll], lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS, 0.002)
     for step in range(STEPS):
         v, n = poser(turns_of(fingers * 20, thumb, roll * 20))
         keep = ((fingers - fingers0) ** 2).sum() + 12 * ((thumb - thumb0) ** 2).sum() + (roll - gesture.roll / 20) ** 2
         pull = 0.02 if step < STEPS // 2 else 0.005
-        loss = 60 * losses.contact(v, n) + 6 * losses.inside(v, n) + pull * keep
+        loss = 60 * pull_in * losses.contact(v, n) + 6 * push_out * losses.inside(v, n) + pull * keep
         loss = loss + ((low - fingers).clamp_min(0) ** 2 + (fingers - high).clamp_min(0) ** 2).sum()
         adam.zero_grad()
         loss.backward()
         adam.step()
         schedule.step()
-        if step % 20 == 19 and step > STEPS // 2:
+        if step % 20 == 19 and step > STEPS // 4:
             row = _row(name, (fingers * 20).detach().numpy(), thumb.detach().numpy(), 20 * roll.item())
-            score = max(row["gap_mm"] - 1.2, 0) + max(row["inside_mm"] - 1.2, 0) + 0.2 * keep.item()
+            score = max(row["gap_mm"] - 1.5, 0) + max(row["inside_mm"] - 1.6, 0) + 0.2 * keep.item()
             if score < best[0]:
                 best = score, row
+            push_out *= 1.5 if row["inside_mm"] > 1.5 else 1.0  # what the nearest vertices do not tell
+            pull_in *= 1.5 if row["gap_mm"] > 1.5 else 1.0
     return best[1]
 
 

@@ -16,7 +16,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from .human import CLOTHES, EYE, HAIR, NO_CHART, SKIN, load_human
-from .human_skin import eye_places, hairline, linear, noise, noise_at, vertex_skin
+from .human_skin import ITA_CLASSES, eye_places, hairline, linear, noise, noise_at, skin_tone, vertex_skin
 
 PATTERNS = ("plain", "stripes", "pinstripes", "checks", "dots", "two-tone", "heather")
 NECKS = ("round", "v", "wide", "high", "shirt", "jacket")
@@ -270,3 +270,54 @@ def eye_colour(rest: Tensor, look: Look) -> Tensor:
 def rest_skin() -> Tensor:
     """The skin's channels at the surface's vertices [N,C]."""
     return vertex_skin()[torch.from_numpy(surface().source)]
+
+
+# --- people as they come ---
+
+HAIR_COLOURS = ((0.07, 0.06, 0.055), (0.13, 0.09, 0.07), (0.25, 0.16, 0.10), (0.40, 0.27, 0.16), (0.62, 0.48, 0.30),
+                (0.45, 0.20, 0.10), (0.62, 0.61, 0.60))  # black to blond, red, grey  # fmt: skip
+IRISES = ((0.20, 0.12, 0.07), (0.30, 0.19, 0.10), (0.30, 0.36, 0.22), (0.28, 0.42, 0.52), (0.40, 0.44, 0.48))
+
+
+def sample_look(rng: np.random.Generator, skin: tuple[float, float, float] | None = None) -> Look:
+    """A random look. Skin tones are spread evenly over the classes of ITA, hair and eyes go with them."""
+    low, high = ITA_CLASSES[rng.integers(len(ITA_CLASSES))]
+    ita = rng.uniform(low, high)
+    tone = skin_tone(ita, rng) if skin is None else np.asarray(skin)
+    fair = ita > 28
+    weights = np.array([3, 4, 3, 2, 2, 1, 1.5]) if fair else np.array([6, 3, 0.6, 0.1, 0.05, 0.1, 1.0])
+    hair = np.array(HAIR_COLOURS[rng.choice(7, p=weights / weights.sum())]) * rng.uniform(0.85, 1.15)
+    eyes = np.array([2, 3, 1.5, 2, 1]) if fair else np.array([6, 3, 0.3, 0.1, 0.05])
+
+    def cloth() -> tuple[float, float, float]:
+        grey = rng.random() < 0.35
+        value = rng.uniform(0.12, 0.92)
+        colour = np.full(3, value) if grey else value * (1 - rng.uniform(0.25, 0.85) * (1 - _hue(rng)))
+        return tuple(np.clip(colour + rng.normal(0, 0.02, 3), 0.04, 0.95))
+
+    sleeve = list(SLEEVES.values())[rng.choice(5, p=[0.08, 0.34, 0.12, 0.12, 0.34])]
+    varnish = None
+    if rng.random() < 0.15:
+        varnish = ((0.7, 0.08, 0.12), (0.85, 0.45, 0.55), (0.15, 0.1, 0.15), (0.45, 0.12, 0.35))[rng.integers(4)]
+    return Look(
+        skin=tuple(tone),
+        hair=tuple(hair.clip(0.03, 0.9)),
+        haircut=HAIRCUTS[rng.choice(7, p=[0.06, 0.14, 0.24, 0.16, 0.18, 0.12, 0.10])],
+        iris=IRISES[rng.choice(5, p=eyes / eyes.sum())],
+        shirt=cloth(),
+        second=cloth(),
+        pattern=PATTERNS[rng.choice(7, p=[0.42, 0.16, 0.07, 0.12, 0.07, 0.07, 0.09])],
+        sleeve=float(np.clip(sleeve + rng.normal(0, 0.03), 0.03, 0.96)),
+        neck=NECKS[rng.choice(6, p=[0.32, 0.16, 0.10, 0.12, 0.18, 0.12])],
+        trousers=tuple(np.array(((0.16, 0.19, 0.28), (0.12, 0.12, 0.13), (0.42, 0.36, 0.28), (0.3, 0.32, 0.35)))
+                       [rng.integers(4)] * rng.uniform(0.8, 1.2)),  # fmt: skip
+        smile=float(rng.choice([0.0, rng.uniform(0.3, 1.0)])),
+        lipstick=float(rng.choice([0.0, rng.uniform(0.3, 0.9)], p=[0.8, 0.2])),
+        varnish=varnish,
+        wrinkles=float(rng.uniform(0.7, 1.3)),
+    )
+
+
+def _hue(rng: np.random.Generator) -> ndarray:
+    hue = rng.uniform(0, 6)
+    return np.clip([abs(hue - 3) - 1, 2 - abs(hue - 2), 2 - abs(hue - 4)], 0, 1)

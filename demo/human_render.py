@@ -209,7 +209,7 @@ def _shadow(
 ) -> Tensor:
     """How much of the lamp each sample sees, [S] in 0..1."""
     side = 400
-    to_lamp = F.normalize(torch.tensor(lamp.direction), dim=0)
+    to_lamp = F.normalize(torch.tensor(lamp.direction, dtype=torch.float32), dim=0)
     right = F.normalize(torch.linalg.cross(torch.tensor([0.0, 1.0, 0.0]), to_lamp), dim=0)
     axes = torch.stack([right, torch.linalg.cross(to_lamp, right), to_lamp])
     seen = where @ axes.T  # only what the picture shows receives shadows
@@ -337,7 +337,7 @@ def _shade(
     lit: Tensor, lamp: Lamp, side: int, pixel: float,
 ) -> Tensor:
     """The picture in light, [3,size,size]."""  # fmt: skip
-    to_lamp = F.normalize(torch.tensor(lamp.direction), dim=0)
+    to_lamp = F.normalize(torch.tensor(lamp.direction, dtype=torch.float32), dim=0)
     view = torch.tensor([0.0, 0.0, 1.0])
     half = F.normalize(to_lamp + view, dim=0)
     wrap = torch.where(skin[:, None], torch.tensor([0.28, 0.16, 0.12]), torch.tensor([0.1, 0.1, 0.1]))
@@ -346,9 +346,9 @@ def _shade(
     bleed = torch.where(skin, 0.25 * (1 - lit) * lit, torch.zeros_like(lit))
     through = torch.stack([lit + bleed, lit, lit], 1)
     up = 0.5 + 0.5 * n[:, 1:2]
-    sky, ground = torch.tensor(lamp.sky), torch.tensor(lamp.ground)
+    sky, ground = torch.tensor(lamp.sky, dtype=torch.float32), torch.tensor(lamp.ground, dtype=torch.float32)
     ambient = ground + up * (sky - ground) + (n[:, 2:] * 0.6 - facing * 0.7).clamp_min(0) * 0.14
-    direct = 0.95 * torch.tensor(lamp.colour) * diffuse * through
+    direct = 0.95 * torch.tensor(lamp.colour, dtype=torch.float32) * diffuse * through
 
     open_ = _occlusion(covered, where[:, 2], side, pixel)[:, None]
     tint = torch.cat([open_**0.75, open_**1.05, open_**1.1], 1)
