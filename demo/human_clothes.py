@@ -114,7 +114,7 @@ def _inside(rest: ndarray, look: Look) -> ndarray:
     side, y, z = np.abs(rest[:, 0]), rest[:, 1], rest[:, 2]
     neck = _landmarks()["neck"]
     depth = {"round": 0.030, "v": 0.028, "wide": 0.045, "high": -0.012, "shirt": -0.004, "jacket": 0.0}[look.neck]
-    collar = neck - depth - 0.25 * (z + 0.02).clip(0, 0.12) + 0.10 * (side - 0.075).clip(0, 0.05)
+    collar = neck - depth - 0.25 * (z + 0.02).clip(0, 0.12) + 0.7 * (side - 0.085).clip(0, 0.1)
     if look.neck in ("v", "shirt", "jacket"):
         slope = {"v": 0.75, "shirt": 1.3, "jacket": 0.3}[look.neck]
         width = {"v": 0.062, "shirt": 0.042, "jacket": 0.05}[look.neck]
@@ -142,7 +142,7 @@ def cuts(look: Look) -> tuple[ndarray, ndarray]:
         eye = eye_places()
         rest = mesh.rest[faces[mane]]
         face_free = np.maximum(rest[..., 1] - (eye[1] + 0.055), eye[2] - 0.045 - rest[..., 2])
-        lowest = rest[..., 1] - (_landmarks()["neck"] + (0.02 if look.haircut == "bob" else -0.16))
+        lowest = rest[..., 1] - (_landmarks()["neck"] + (0.03 if look.haircut == "bob" else -0.03))
         cut[mane] = np.minimum(face_free, lowest)
     else:
         shown &= ~mane
@@ -175,6 +175,9 @@ def _stand_off_of(haircut: str, sleeve: float) -> tuple[ndarray, Tensor]:
     lump = noise(rest * (28, 28, 28)) * 0.7 + noise(rest * (70, 40, 70)) * 0.3
     height = THICK[haircut] * (0.65 + 0.7 * lump) * np.clip(mesh.above / 0.022, 0.06, 1) ** 0.7
     top = np.clip((rest[:, 1] - (eye_places()[1] + 0.05)) / 0.06, 0, 1)
+    if haircut == "bun":
+        knot = rest - (0, eye_places()[1] + 0.045, rest[mesh.cap, 2].min())
+        height = height + 0.045 * np.exp(-((knot**2).sum(1) / 0.032**2) ** 2)
     out[mesh.cap] = (height * (0.75 + 0.5 * top) + 0.0012)[mesh.cap]
     return out, torch.from_numpy(mesh.source)
 
@@ -251,7 +254,7 @@ def hair_colour(rest: Tensor, look: Look) -> tuple[Tensor, Tensor]:
     strands = noise_at(rest * torch.tensor([650.0, 60.0, 650.0]))
     locks = noise_at(rest * torch.tensor([120.0, 22.0, 120.0]))
     shade = 0.45 + 0.6 * strands + 0.5 * locks
-    return _colour(look.hair) * shade[:, None], 0.0011 * strands + 0.0035 * locks
+    return _colour(look.hair) * shade[:, None], 0.0007 * strands + 0.0022 * locks
 
 
 def eye_colour(rest: Tensor, look: Look) -> Tensor:
@@ -312,6 +315,7 @@ def sample_look(rng: np.random.Generator, skin: tuple[float, float, float] | Non
         trousers=tuple(np.array(((0.16, 0.19, 0.28), (0.12, 0.12, 0.13), (0.42, 0.36, 0.28), (0.3, 0.32, 0.35)))
                        [rng.integers(4)] * rng.uniform(0.8, 1.2)),  # fmt: skip
         smile=float(rng.choice([0.0, rng.uniform(0.3, 1.0)])),
+        beard=float(rng.choice([0.0, rng.uniform(0.3, 0.95)], p=[0.75, 0.25])),
         lipstick=float(rng.choice([0.0, rng.uniform(0.3, 0.9)], p=[0.8, 0.2])),
         varnish=varnish,
         wrinkles=float(rng.uniform(0.7, 1.3)),

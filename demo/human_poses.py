@@ -21,6 +21,7 @@ from ..models.smplh import HAND_JOINTS, PARENTS
 from .gestures import between, rotation
 from .human import CLOTHES, HAIR, SKIN, human_body, load_human
 from .human_gestures import hand_pose
+from .human_render import Camera
 
 X, Y, Z = np.eye(3)
 MIRROR = np.array([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]])  # S R S with S = diag(-1, 1, 1), as a mask
@@ -248,15 +249,17 @@ def _hips(figure: Figure, sides: tuple[int, ...]) -> None:
 
 def _crossed(figure: Figure, sides: tuple[int, ...]) -> None:
     first = int(figure.rng.integers(2))
-    torso = body_ids(0, 3, 6, 9, 13, 14)
-    for side, low, out in ((first, 0.0, 0.0), (1 - first, -0.035, 0.05)):
-        figure.place(side, Arm((-0.27, -0.21 + low, 0.16 + out), (-0.95, 0.25, -0.12), (0.05, 0.35, 1),
-                               (0.75, -1, 0.25), "flat", 2))  # fmt: skip
-        mine = np.concatenate([hand_ids(side), body_ids(18 + side)])
-        other = body_ids(16 + 1 - first, 18 + 1 - first) if side != first else body_ids(16 + 1 - side)
-        arm = body_ids(18 + first, 20 + first) if side != first else np.zeros(0, int)
-        del other
-        figure.touch(side, Z, np.concatenate([torso, arm, hand_ids(first) if side != first else arm]), mine)
+    torso, low = body_ids(0, 3, 6, 9, 13, 14), figure.rng.uniform(-0.03, 0.02)
+    # The first arm lies on the body, the other one on both; its hand holds the first one's upper arm.
+    under = Arm((-0.20, -0.25 + low, 0.13), (-0.9, 0.42, -0.15), (-0.1, 0.1, 1), (0.8, -1, 0.2), "flat", 2)
+    over = Arm((-0.22, -0.20 + low, 0.16), (-0.85, 0.5, -0.25), (-0.2, 0.2, 1), (0.8, -1, 0.25), "relaxed", 2)
+    for side, arm, target in ((first, under, torso), (1 - first, over, np.concatenate([torso, _arm_ids(first)]))):
+        figure.place(side, arm)
+        figure.touch(side, Z, target, np.concatenate([hand_ids(side), body_ids(18 + side)]))
+
+
+def _arm_ids(side: int) -> ndarray:
+    return np.concatenate([body_ids(16 + side, 18 + side), hand_ids(side)])
 
 
 def _cheek(figure: Figure, sides: tuple[int, ...]) -> None:
@@ -265,9 +268,9 @@ def _cheek(figure: Figure, sides: tuple[int, ...]) -> None:
     figure.rotations[15] = rotation(Z, -out * figure.rng.uniform(2, 9)) @ rotation(X, figure.rng.uniform(-2, 6))
     _, places = figure.kinematics()
     head = figure.local(places[15][None])[0]
-    wrist = head + np.array([out * 0.115, -0.085, 0.045]) * figure.scale
-    arm = Arm((0, 0, 0), (-0.25, 1, 0.1), (0.9, 0.2, 0.35), (0.35, -1, 0.35), ("flat", "relaxed")[figure.rng.integers(2)], 3)
-    figure.place(side, arm, wrist)
+    wrist = head + np.array([out * 0.10, figure.rng.uniform(-0.15, -0.12), 0.06]) * figure.scale
+    gesture = ("flat", "relaxed", "open_hand")[figure.rng.integers(3)]
+    figure.place(side, Arm((0, 0, 0), (-0.08, 1, -0.12), (0.95, 0.1, 0.3), (0.3, -1, 0.35), gesture, 3), wrist)
     figure.touch(side, unit(np.array([out, -0.1, 0.3])), body_ids(15))
 
 
@@ -315,17 +318,17 @@ def _clapping(figure: Figure, sides: tuple[int, ...]) -> None:
 
 def _heart(figure: Figure, sides: tuple[int, ...]) -> None:
     figure.rotations[3:13:3] = np.eye(3)
-    neck = figure.rest[12]
-    wrist = neck + np.array([0.10, figure.rng.uniform(-0.22, 0.0), 0.26]) * figure.scale
-    low, high = -40.0, 60.0
-    for _ in range(7):  # the hand's tilt at which finger tips and thumb meet the other hand's alike
+    wrist = figure.rest[12] + np.array([0.10, figure.rng.uniform(-0.22, 0.0), 0.26]) * figure.scale
+    ids = hand_ids(LEFT)
+    thumb = np.isin(load_human().owner[ids], (34, 35, 36))
+    low, high = -25.0, 65.0
+    for _ in range(8):  # the hand's tilt at which fingers and thumb reach equally far
         tilt = 0.5 * (low + high)
-        fingers = rotation(Z, tilt) @ np.array([-0.25, 0.95, 0.15])
-        arm = Arm((0, 0, 0), tuple(fingers), (0.75, 0.2, -0.25), (0.9, -0.8, 0.1), "half_heart", 0)
+        fingers, back = rotation(Z, tilt)[:, 1], rotation(Z, tilt)[:, 0]
+        arm = Arm((0, 0, 0), tuple(fingers), tuple(back), (0.9, -0.8, 0.1), "half_heart", 0)
         figure.place(LEFT, arm, wrist, vary=False)
-        j = figure.local(figure.vertices()[1])
-        thumb, tips = j[52, 0], j[53:55, 0].mean()
-        low, high = (tilt, high) if thumb < tips else (low, tilt)
+        x = figure.local(figure.vertices()[0])[ids, 0]
+        low, high = (tilt, high) if x[thumb].min() < x[~thumb].min() else (low, tilt)
     _meet(figure, arm, wrist, 0.0)
 
 
@@ -347,6 +350,31 @@ BODY_POSES: dict[str, Callable[[Figure, tuple[int, ...]], None]] = {
     "holding": _holding,
 }
 TWO_HANDED = ("arms_crossed", "praying", "clapping", "heart")
+
+
+FRAMINGS = ("close-up", "bust", "half body", "whole")
+
+
+def frame(joints: ndarray, framing: str, rng: np.random.Generator, sides: tuple[int, ...] = (LEFT, RIGHT)) -> Camera:
+    """A camera that shows what a framing promises: the hands of `sides` ("close-up"), head and chest with these hands
+    ("bust"), down to the hips ("half body"), or all. joints [..., 62, 3] of one person or several, metres."""
+    joints = np.asarray(joints).reshape(-1, 62, 3)
+    hands = [joints[:, list(HAND_JOINTS[side])] for side in sides]
+    points = [h.reshape(-1, 3)[:, :2] for h in hands]
+    margin = 0.14
+    if framing != "close-up":
+        head = joints[:, 15, :2]
+        low = {"bust": 9, "half body": 0, "whole": 10}[framing]
+        points += [head + (0, 0.19), head + (0.11, 0), head - (0.11, 0), joints[:, low, :2]]
+        margin = 0.08
+    points = np.concatenate(points)
+    low, high = points.min(0), points.max(0)
+    size = max((high - low).max(), 0.17 if framing == "close-up" else 0.4)
+    fill = (1 - 2 * margin) * rng.uniform(0.78, 1.0)
+    s = 2 * fill / size
+    free = (2 / s - (high - low)) / 2 - 2 * margin / s / 2
+    centre = (low + high) / 2 + rng.uniform(-0.5, 0.5, 2) * free.clip(0, 0.2)
+    return Camera(float(s), float(-centre[0]), float(-centre[1]))
 
 
 def sample_pose(

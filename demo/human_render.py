@@ -260,7 +260,7 @@ def _paint(
                 gloss[mine] = torch.tensor([0.012, 0.8])
             elif kind == HAIR:
                 colour[mine], height[mine] = hair_colour(rest, person.look)
-                gloss[mine] = torch.tensor([0.035, 0.42])
+                gloss[mine] = torch.tensor([0.022, 0.5])
             elif kind == EYE:
                 colour[mine] = eye_colour(rest, person.look)
                 gloss[mine] = torch.tensor([0.06, 0.15])
@@ -288,7 +288,7 @@ def _skin_channels(
 
 def _skin_colour(channels: Tensor, look: Look) -> tuple[Tensor, Tensor]:
     """Colour [S,3] (light) and gloss [S,2] of skin from its channels [S,C]."""
-    tone, red, palm, crease, nail, lips, brow, lash, scalp, _ = (c[:, None] for c in channels.unbind(1))
+    tone, red, palm, crease, nail, lips, brow, lash, beard, scalp, _ = (c[:, None] for c in channels.unbind(1))
     skin, hair = (torch.from_numpy(linear(c)).float() for c in (look.skin, look.hair))
     base = skin + palm * (0.40 * (torch.tensor([0.66, 0.33, 0.245]) - skin))
     red = red + 1.1 * lips * (1 + look.lipstick)
@@ -301,6 +301,7 @@ def _skin_colour(channels: Tensor, look: Look) -> tuple[Tensor, Tensor]:
     base = base + nail * (varnish - base)
     base = base + 0.85 * brow * (hair * 0.8 - base)
     base = base * (1 - 0.8 * lash)
+    base = base + look.beard * beard * (hair * 0.9 - base)
     if look.haircut != "bald":
         base = base + (0.9 * ((scalp + 0.001) / 0.007).clamp(0, 1)) * (hair - base)
     gloss = torch.cat([0.035 + 0.03 * nail + 0.02 * lips, 0.46 - 0.2 * nail - 0.1 * lips], 1)

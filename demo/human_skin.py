@@ -1,7 +1,7 @@
 """Skin of the demo's people: what a hand and a face look like close by, baked once into small textures.
 
-A texture says nothing of a person. Its channels are lightness, redness, palm, crease, nail, lips, brow and lash, the
-scalp's place, and the height of the surface in millimetres; `albedo` mixes them with a skin tone when pixels are shaded.
+A texture says nothing of a person. Its channels are lightness, redness, palm, crease, nail, lips, brow, lash and beard,
+the scalp's place, and the height of the surface in millimetres; `albedo` mixes them with a skin tone when pixels are shaded.
 Everything is computed at rest places in millimetres, so left and right hands share a texture, and so do the face's
 halves.
 
@@ -24,7 +24,7 @@ from .body import FRAMES
 from .human import EYE, HAND_CHART, HEAD_CHART, SKIN, Human, load_human
 
 HAND_SIZE, HEAD_SIZE = 1024, 512  # texels a side
-CHANNELS = ("tone", "red", "palm", "crease", "nail", "lips", "brow", "lash", "scalp", "height")
+CHANNELS = ("tone", "red", "palm", "crease", "nail", "lips", "brow", "lash", "beard", "scalp", "height")
 ITA_CLASSES = ((55.0, 70.0), (41.0, 55.0), (28.0, 41.0), (10.0, 28.0), (-30.0, 10.0), (-62.0, -30.0))  # degrees
 
 
@@ -216,7 +216,7 @@ def _bake_hand(human: Human, size: int) -> tuple[ndarray, ndarray]:
     crease = np.clip(-height, 0, 0.8) * (1 - nail)
     height = height * (1 - nail) + 0.12 * nail
     zero = np.zeros_like(tone)
-    return ids, np.stack([tone, red, palm, crease, nail, zero, zero, zero, zero - 1, height])
+    return ids, np.stack([tone, red, palm, crease, nail, zero, zero, zero, zero, zero - 1, height])
 
 
 def _bilinear(picture: ndarray, row: ndarray, column: ndarray) -> ndarray:
@@ -264,10 +264,12 @@ def _bake_head(human: Human, size: int) -> tuple[ndarray, ndarray]:
     brow *= 0.55 + 0.6 * noise(p * (1.4, 0.8, 1.0))
     from_ball = np.linalg.norm(p - eye[:3], axis=1) - eye[3]
     lash = smoothstep(2.6, 0.6, from_ball) * front * np.where(y > -1, 1.0, 0.35)
+    line = np.interp(z, [-75, -40, 0, 25], [10, -22, -43, -40]) + 4 * (noise(p * 0.15) - 0.5)
+    beard = smoothstep(-1, 7, line - y) * smoothstep(-104, -84, y) * (1 - lips) * (0.5 + 0.6 * noise(p * (1.5, 0.9, 1.5)))
     height = 0.05 * noise(p * 1.3) + 0.08 * noise(p * 0.55) - 0.06
     zero = np.zeros_like(tone)
     scalp = hairline(place) + 0.006 * (noise(p * 0.12) - 0.5) + 0.003 * (noise(p * 0.6) - 0.5)
-    return ids, np.stack([tone, red, zero, zero, zero, lips, brow.clip(0, 1), lash, scalp, height])
+    return ids, np.stack([tone, red, zero, zero, zero, lips, brow.clip(0, 1), lash, beard.clip(0, 1), scalp, height])
 
 
 def _fill(ids: ndarray, values: ndarray, size: int) -> Tensor:
