@@ -22,15 +22,14 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.smplh import PARENTS
 from .body import CHAINS, FRAMES
 from .gestures import ORDER
 from .human import SKIN, load_human
-from .human_gestures import CONTACTS, FILE, HANDS
+from .human_gestures import CONTACTS, FILE, FOLDED, HANDS
 from .human_skin import rest_normals
 
 VARIANTS = 3  # solutions of each gesture
-STEPS = 160
+STEPS = 150
 NEAR = 0.013  # metres within which a vertex behind a surface counts as inside
 BLOCK = {0: 4, 1: 0, 2: 1, 3: 3, 4: 2}  # a finger's place in SMPL-H's order
 SPREAD = np.array([4.0, 2.0, 5.0, 4.0])  # degrees by which the starts of the solutions differ
@@ -124,13 +123,12 @@ def _between(a: Tensor, b: Tensor) -> Tensor:
 
 def turns_of(fingers: Tensor, thumb: Tensor, roll: Tensor) -> Tensor:
     """gestures.pose_of for the left hand with gradients: [4,4] degrees, [3,3], degrees -> [15,3,3]."""
-    frames = torch.tensor(FRAMES, dtype=torch.float32)
-    rad = torch.deg2rad(fingers)
-    out = []
-    for finger in ORDER:
-        back, side = frames[finger, 1], frames[finger, 2]
-        knuckle, spread, middle, end = rad[finger - 1]
-        out += [_rotate(back, -spread) @ _rotate(side, -knuckle), _rotate(side, -middle), _rotate(side, -end)]
+    frames = torch.tensor(FRAMES[list(ORDER)], dtype=torch.float32)
+    back, side = frames[:, 1], frames[:, 2]
+    knuckle, spread, middle, end = torch.deg2rad(fingers[[f - 1 for f in ORDER]]).unbind(1)
+    bends = _rotate(side.repeat(3, 1), -torch.cat([knuckle, middle, end])).view(3, 4, 3, 3)
+    first = _rotate(back, -spread) @ bends[0]
+    out = [torch.stack([first, bends[1], bends[2]], 1).view(12, 3, 3)]
     rest = F.normalize(torch.tensor(np.diff(CHAINS[0], axis=0), dtype=torch.float32), dim=1)
     world = torch.eye(3)
     for bone in range(3):
@@ -138,28 +136,32 @@ def turns_of(fingers: Tensor, thumb: Tensor, roll: Tensor) -> Tensor:
         turned = _between(world @ rest[bone], target) @ world
         if bone == 0:
             turned = _rotate(target, torch.deg2rad(roll)) @ turned
-        out.append(world.T @ turned)
+        out.append((world.T @ turned)[None])
         world = turned
-    return torch.stack(out)
+    return torch.cat(out)
 
 
 class Poser:
     """Linear blend skinning of the left hand: rotations [15,3,3] -> vertices and normals [N,3]."""
 
-    def __init__(self, hand: Hand, vertices: ndarray | None = None, joints: ndarray | None = None) -> None:
+    def __init__(self, hand: Hand) -> None:
         self.vertices, self.normals, self.weights, self.joints = (
-            torch.tensor(x, dtype=torch.float32)
-            for x in (hand.vertices if vertices is None else vertices, hand.normals, hand.weights,
-                      hand.joints if joints is None else joints)
-        )  # fmt: skip
+            torch.tensor(x, dtype=torch.float32) for x in (hand.vertices, hand.normals, hand.weights, hand.joints)
+        )
 
     def __call__(self, rotations: Tensor) -> tuple[Tensor, Tensor]:
-        turns, places = [torch.eye(3)], [self.joints[0]]
-        for j in range(1, 16):
-            parent = 0 if PARENTS[21 + j] == 20 else PARENTS[21 + j] - 21
-            places.append(places[parent] + turns[parent] @ (self.joints[j] - self.joints[parent]))
-            turns.append(turns[parent] @ rotations[j - 1])
-        turn, place = torch.stack(turns), torch.stack(places)
+        local = rotations.view(5, 3, 3, 3)
+        step = self.joints[1:].view(5, 3, 3)
+        step = torch.cat([step[:, :1], step[:, 1:] - step[:, :-1]], 1)  # from joint to joint
+        turn, place = torch.eye(3).expand(5, 3, 3), torch.zeros(5, 3)
+        turns, places = [], []
+        for bone in range(3):
+            place = place + (turn @ step[:, bone, :, None])[..., 0]
+            turn = turn @ local[:, bone]
+            turns.append(turn)
+            places.append(place)
+        turn = torch.cat([torch.eye(3)[None], torch.stack(turns, 1).view(15, 3, 3)])
+        place = torch.cat([torch.zeros(1, 3), torch.stack(places, 1).view(15, 3)])
         shift = place - (turn @ self.joints[..., None])[..., 0]
         blended = (self.weights @ turn.view(16, 9)).view(-1, 3, 3)
         moved = (blended @ self.vertices[..., None])[..., 0] + self.weights @ shift
@@ -272,13 +274,12 @@ class _Losses:
     def __init__(self, pairs: tuple) -> None:
         hand = left_hand()
         self.pairs = [(_patch(a), _patch(b)) for a, b in pairs]
-        part = torch.from_numpy(hand.part)
-        self.far = torch.from_numpy(related())[part][:, part]  # [N,N]
-        self.finger = (part > 0).nonzero()[:, 0]
-        self.palm = part == 0
+        self.parts = [torch.from_numpy(np.flatnonzero(hand.part == part)) for part in range(16)]
+        apart = ~related()
+        self.apart = [(a, b) for a in range(16) for b in range(16) if apart[a, b]]
 
     def contact(self, v: Tensor, n: Tensor) -> Tensor:
-        """Squared distance of each pair beyond half a millimetre, in cm²."""
+        """Squared distance of each pair beyond a third of a millimetre, in cm²."""
         total = v.new_zeros(())
         for a, b in self.pairs:
             with torch.no_grad():
@@ -292,24 +293,39 @@ class _Losses:
 
     def inside(self, v: Tensor, n: Tensor) -> Tensor:
         """Squared depth of vertices behind the nearest vertex of another part, in cm²."""
+        inner, outer = [], []
         with torch.no_grad():
-            far = torch.cdist(v, v).masked_fill(self.far, 9.0)
-            near, which = far.min(1)
-            mine = near < NEAR
-        a, b = mine.nonzero()[:, 0], which[mine]
+            boxes = [(v[ids].amin(0), v[ids].amax(0)) for ids in self.parts]
+            low, high = (torch.stack(x).numpy() for x in zip(*boxes, strict=True))
+            for a, b in self.apart:
+                if (low[a] > high[b]).any() or (low[b] > high[a]).any():
+                    continue
+                ids = self.parts[a]
+                ids = ids[((v[ids] > boxes[b][0]) & (v[ids] < boxes[b][1])).all(1)]
+                if len(ids):
+                    near, which = torch.cdist(v[ids], v[self.parts[b]]).min(1)
+                    inner.append(ids[near < NEAR])
+                    outer.append(self.parts[b][which[near < NEAR]])
+        if not inner:
+            return v.new_zeros(())
+        a, b = torch.cat(inner), torch.cat(outer)
         depth = -((v[a] - v[b]) * n[b]).sum(1)
         facing = (n[a].detach() * n[b].detach()).sum(1) < 0.5
         return ((depth + 0.0006).clamp(0, NEAR) ** 2 * facing).sum() * 1e4
 
 
-def solve(name: str, seed: int = 0) -> dict:
+def solve(name: str, seed: int = 0, fist: dict | None = None) -> dict:
     """One solution of a gesture: {"fingers", "thumb", "roll", "gap_mm", "inside_mm"}."""
     torch.manual_seed(0)
     rng = np.random.default_rng((seed, list(HANDS).index(name)))
     gesture, losses, poser = HANDS[name], _Losses(CONTACTS.get(name, ())), Poser(left_hand())
     start = np.array(gesture.fingers, float)
+    if name != "fist" and fist:  # its folded fingers serve all gestures
+        for finger in range(1, 5):
+            if FOLDED[finger][0] in CONTACTS.get(name, ()):
+                start[finger - 1] = fist["fingers"][finger - 1]
     if seed:
-        start = start + gesture.loose * rng.normal(size=(4, 4)).clip(-2, 2) * SPREAD
+        start = start + (0.4 if fist else 1.0) * gesture.loose * rng.normal(size=(4, 4)).clip(-2, 2) * SPREAD
     bones = np.array(gesture.thumb, float)
     bones = bones / np.linalg.norm(bones, axis=1, keepdims=True)
     written = _row(name, start, bones, gesture.roll)
@@ -363,7 +379,8 @@ def solve_all(names: list[str]) -> None:
     """Solves gestures, prints what was measured and writes it into the file."""
     rows = json.loads(FILE.read_text())["gestures"] if FILE.exists() else {}
     for name in names:
-        rows[name] = [solve(name, seed) for seed in range(VARIANTS if name in CONTACTS else 1)]
+        fists = rows.get("fist", [None] * VARIANTS)
+        rows[name] = [solve(name, seed, fists[seed]) for seed in range(VARIANTS if name in CONTACTS else 1)]
         gaps, depths = ([row[key] for row in rows[name]] for key in ("gap_mm", "inside_mm"))
         print(f"{name:20} gap {gaps} mm, inside {depths} mm", flush=True)
         FILE.write_text(json.dumps({"gestures": {n: rows[n] for n in HANDS if n in rows}}, indent=None) + "\n")

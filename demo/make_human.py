@@ -250,6 +250,24 @@ def skinning(source: Source) -> ndarray:
     return out / out.sum(1, keepdims=True)
 
 
+def soften_thumbs(source: Source, weights: ndarray, mean: ndarray, joints: ndarray) -> ndarray:
+    """Weights [19158,52] smoothed over the mesh around the thumbs' roots: there the skin folded into a spike when a
+    thumb was spread, and bulged when it lay across the palm."""
+    edges = np.concatenate([source.quads[:, [i, (i + 1) % 4]] for i in range(4)])
+    edges = np.unique(np.sort(edges, 1), axis=0)
+    count = np.bincount(edges.ravel(), minlength=VERTICES).clip(1)
+    owner, out = weights.argmax(1), weights.copy()
+    for side in range(2):
+        near = (0.075 - np.linalg.norm(mean - joints[35 + 15 * side], axis=1)) / 0.03
+        share = 0.6 * near.clip(0, 1) * np.isin(owner, [20 + side, 34 + 15 * side, 35 + 15 * side])
+        for _ in range(12):
+            around = np.zeros_like(out)
+            np.add.at(around, edges[:, 0], out[edges[:, 1]])
+            np.add.at(around, edges[:, 1], out[edges[:, 0]])
+            out += share[:, None] * (around / count[:, None] - out)
+    return out / out.sum(1, keepdims=True)
+
+
 def _other(joint: int) -> int:
     """The joint on the other side."""
     if joint >= 22:
@@ -411,6 +429,7 @@ def make(wheel: str | Path, path: str | Path) -> Path:
     weights = skinning(source)
     mean = meshes.mean(0).astype(np.float64)
     turns = straightening(source, mean, rows @ mean, end_rows @ mean, weights)
+    weights = soften_thumbs(source, weights, mean, rows @ mean)
     smile = source.moved({f"expression/units/{r}/{k}": w / 3 for k, w in SMILE.items()
                           for r in ("african", "asian", "caucasian")}) - source.base  # fmt: skip
     smile = (smile + smile[source.mirror] * (-1, 1, 1)) / 2
