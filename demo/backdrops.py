@@ -1,6 +1,6 @@
 """Backgrounds of the demo's pictures: walls, gradients, rooms, gardens and streets as simple shapes out of focus.
 
-    picture, lamp = backdrop("garden", np.random.default_rng(0))
+picture, lamp = backdrop("garden", np.random.default_rng(0))
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def _canvas(colour: tuple[int, int, int]) -> tuple[Image.Image, ImageDraw.ImageD
     return image, ImageDraw.Draw(image)
 
 
-def _box(draw: ImageDraw.ImageDraw, x: float, y: float, w: float, h: float, colour: tuple, round_: bool = False) -> None:
+def _box(
+    draw: ImageDraw.ImageDraw, x: float, y: float, w: float, h: float, colour: tuple, round_: bool = False
+) -> None:
     corners = [x * SIZE, y * SIZE, (x + w) * SIZE, (y + h) * SIZE]
     (draw.ellipse if round_ else draw.rectangle)(corners, fill=colour)
 
@@ -49,8 +51,8 @@ def _room(rng: np.random.Generator, base: ndarray) -> Image.Image:
     _box(draw, x + 0.16, 0.08, 0.02, 0.4, _colour(rng, (0.8, 0.78, 0.75), 0.02))
     for _ in range(rng.integers(2, 6)):  # furniture and pictures
         w, h = rng.uniform(0.1, 0.4), rng.uniform(0.1, 0.35)
-        _box(draw, rng.uniform(-0.1, 0.95), floor - h * rng.uniform(0.4, 1.2), w, h,
-             _colour(rng, ((0.5, 0.3, 0.2), (0.3, 0.36, 0.45), (0.6, 0.55, 0.45), (0.35, 0.45, 0.3))[rng.integers(4)]))  # fmt: skip
+        colour = ((0.5, 0.3, 0.2), (0.3, 0.36, 0.45), (0.6, 0.55, 0.45), (0.35, 0.45, 0.3))[rng.integers(4)]
+        _box(draw, rng.uniform(-0.1, 0.95), floor - h * rng.uniform(0.4, 1.2), w, h, _colour(rng, colour))
     _box(draw, rng.uniform(0, 0.9), floor - 0.35, 0.14, 0.2, _colour(rng, (0.25, 0.45, 0.22)), True)
     return image
 
@@ -87,7 +89,8 @@ def _street(rng: np.random.Generator, base: ndarray) -> Image.Image:
     while x < 1:  # houses
         w = rng.uniform(0.15, 0.4)
         top = rng.uniform(-0.1, 0.4)
-        _box(draw, x, top, w, 1, _colour(rng, ((0.6, 0.45, 0.36), (0.7, 0.66, 0.58), (0.5, 0.52, 0.55))[rng.integers(3)]))
+        front = ((0.6, 0.45, 0.36), (0.7, 0.66, 0.58), (0.5, 0.52, 0.55))[rng.integers(3)]
+        _box(draw, x, top, w, 1, _colour(rng, front))
         window = _colour(rng, (0.3, 0.36, 0.42), 0.04)
         for row in range(5):
             for column in range(int(w / 0.09)):

@@ -15,7 +15,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from .human import CLOTHES, EYE, HAIR, NO_CHART, SKIN, load_human
+from .human import CLOTHES, HAIR, NO_CHART, SKIN, load_human
 from .human_skin import ITA_CLASSES, eye_places, hairline, linear, noise, noise_at, skin_tone, vertex_skin
 
 PATTERNS = ("plain", "stripes", "pinstripes", "checks", "dots", "two-tone", "heather")
@@ -177,7 +177,7 @@ def _stand_off_of(haircut: str, sleeve: float) -> tuple[ndarray, Tensor]:
     top = np.clip((rest[:, 1] - (eye_places()[1] + 0.05)) / 0.06, 0, 1)
     if haircut == "bun":
         knot = rest - (0, eye_places()[1] + 0.045, rest[mesh.cap, 2].min())
-        height = height + 0.045 * np.exp(-((knot**2).sum(1) / 0.032**2) ** 2)
+        height = height + 0.045 * np.exp(-(((knot**2).sum(1) / 0.032**2) ** 2))
     out[mesh.cap] = (height * (0.75 + 0.5 * top) + 0.0012)[mesh.cap]
     return out, torch.from_numpy(mesh.source)
 
@@ -279,6 +279,7 @@ def rest_skin() -> Tensor:
 
 HAIR_COLOURS = ((0.07, 0.06, 0.055), (0.13, 0.09, 0.07), (0.25, 0.16, 0.10), (0.40, 0.27, 0.16), (0.62, 0.48, 0.30),
                 (0.45, 0.20, 0.10), (0.62, 0.61, 0.60))  # black to blond, red, grey  # fmt: skip
+TROUSERS = ((0.16, 0.19, 0.28), (0.12, 0.12, 0.13), (0.42, 0.36, 0.28), (0.3, 0.32, 0.35))
 IRISES = ((0.20, 0.12, 0.07), (0.30, 0.19, 0.10), (0.30, 0.36, 0.22), (0.28, 0.42, 0.52), (0.40, 0.44, 0.48))
 
 
@@ -312,8 +313,7 @@ def sample_look(rng: np.random.Generator, skin: tuple[float, float, float] | Non
         pattern=PATTERNS[rng.choice(7, p=[0.42, 0.16, 0.07, 0.12, 0.07, 0.07, 0.09])],
         sleeve=float(np.clip(sleeve + rng.normal(0, 0.03), 0.03, 0.96)),
         neck=NECKS[rng.choice(6, p=[0.32, 0.16, 0.10, 0.12, 0.18, 0.12])],
-        trousers=tuple(np.array(((0.16, 0.19, 0.28), (0.12, 0.12, 0.13), (0.42, 0.36, 0.28), (0.3, 0.32, 0.35)))
-                       [rng.integers(4)] * rng.uniform(0.8, 1.2)),  # fmt: skip
+        trousers=tuple(np.array(TROUSERS[rng.integers(4)]) * rng.uniform(0.8, 1.2)),
         smile=float(rng.choice([0.0, rng.uniform(0.3, 1.0)])),
         beard=float(rng.choice([0.0, rng.uniform(0.3, 0.95)], p=[0.75, 0.25])),
         lipstick=float(rng.choice([0.0, rng.uniform(0.3, 0.9)], p=[0.8, 0.2])),

@@ -1,7 +1,7 @@
 """Hand gestures of the demo's people: the demo's twenty-four on a real hand, and those that need one.
 
-Angles are `contacts.json`'s, which `contacts.py` solves on the mesh: what shall touch touches, and nothing passes through
-anything else. Each gesture has a few solutions, so that hands differ; fingers that touch nothing vary by some degrees.
+Angles are `contacts.json`'s, which `contacts.py` solves on the mesh: what shall touch touches, and nothing passes
+through anything else. Each gesture has a few solutions, so that hands differ; free fingers vary by some degrees.
 
     hand_pose("ok_sign", side=0, rng=np.random.default_rng(0))   # [15,3,3], SMPL-H's finger joints 22-36
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +116,7 @@ def solved() -> dict[str, list[Gesture]]:
     return out
 
 
-@lru_cache(maxsize=None)
+@cache
 def touching(name: str) -> ndarray:
     """Which fingers touch something in a gesture, [5] bool, thumb first."""
     out = np.zeros(5, bool)

@@ -1,8 +1,9 @@
 """Whole-body poses of the demo's people: where arms and hands go, for bodies of any shape.
 
-A pose says for each arm where the wrist is, where fingers and the back of the hand look, and where the elbow points; the
-arm follows by two-bone inverse kinematics. Hands that lie on something (hips, a cheek, each other) are moved until they
-touch it. Everything is written for the left arm in metres of a body of average height; the right one is its mirror image.
+A pose says for each arm where the wrist is, where fingers and the back of the hand look, and where the elbow points;
+the arm follows by two-bone inverse kinematics. Hands that lie on something (hips, a cheek, each other) are moved until
+they touch it. Everything is written for the left arm in metres of a body of average height; the right one is its mirror
+image.
 
     rotations = sample_pose("waving", betas, rng).rotations      # [52,3,3]
 """
@@ -19,7 +20,7 @@ from numpy import ndarray
 
 from ..models.smplh import HAND_JOINTS, PARENTS
 from .gestures import between, rotation
-from .human import CLOTHES, HAIR, SKIN, human_body, load_human
+from .human import CLOTHES, SKIN, human_body, load_human
 from .human_gestures import hand_pose
 from .human_render import Camera
 
@@ -33,7 +34,8 @@ LEFT, RIGHT = 0, 1
 @dataclass(frozen=True)
 class Arm:
     """Where a left arm goes. `wrist`: metres from the shoulder, scaled with the arm; `fingers` and `back`: where the
-    fingers and the back of the hand look; `elbow`: where the elbow points; `wobble`: degrees by which the hand varies."""
+    fingers and the back of the hand look; `elbow`: where the elbow points; `wobble`: degrees by which the hand
+    varies."""
 
     wrist: tuple[float, float, float]
     fingers: tuple[float, float, float]
@@ -363,9 +365,9 @@ def frame(joints: ndarray, framing: str, rng: np.random.Generator, sides: tuple[
     points = [h.reshape(-1, 3)[:, :2] for h in hands]
     margin = 0.14
     if framing != "close-up":
-        head = joints[:, 15, :2]
+        head, up, aside = joints[:, 15, :2], np.array([0, 0.19]), np.array([0.11, 0])
         low = {"bust": 9, "half body": 0, "whole": 10}[framing]
-        points += [head + (0, 0.19), head + (0.11, 0), head - (0.11, 0), joints[:, low, :2]]
+        points += [head + up, head + aside, head - aside, joints[:, low, :2]]
         margin = 0.08
     points = np.concatenate(points)
     low, high = points.min(0), points.max(0)
@@ -378,7 +380,12 @@ def frame(joints: ndarray, framing: str, rng: np.random.Generator, sides: tuple[
 
 
 def sample_pose(
-    name: str, betas: ndarray, rng: np.random.Generator, side: str = "left", view: str = "palm", yaw: float | None = None
+    name: str,
+    betas: ndarray,
+    rng: np.random.Generator,
+    side: str = "left",
+    view: str = "palm",
+    yaw: float | None = None,
 ) -> Pose:
     """A posed person: `name` is one of BODY_POSES, or a hand gesture that is held up and seen from `view`.
 

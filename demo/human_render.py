@@ -1,7 +1,7 @@
 """Draws the demo's people: whole persons, as many as a picture has, in plain torch on one CPU thread.
 
-A picture is drawn at twice its size: a z-buffer with keys of 64 bits says which triangle each sample shows, a second one,
-seen from the lamp, says what lies in shadow. Skin takes its colour and its wrinkles from baked textures
+A picture is drawn at twice its size: a z-buffer with keys of 64 bits says which triangle each sample shows, a second
+one, seen from the lamp, says what lies in shadow. Skin takes its colour and its wrinkles from baked textures
 (`human_skin.py`), clothes and hair are painted by their rest places (`human_clothes.py`). Light bleeds red within the
 skin, and what lies behind its neighbourhood is darkened.
 
@@ -237,7 +237,12 @@ def _shadow(
 
 
 def _paint(
-    people: Sequence[Person], table: dict[str, Tensor], owner: Tensor, face: Tensor, corners: Tensor, weights: Tensor,
+    people: Sequence[Person],
+    table: dict[str, Tensor],
+    owner: Tensor,
+    face: Tensor,
+    corners: Tensor,
+    weights: Tensor,
     pixel: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Colour [S,3] (light), height [S] (metres) and gloss [S,2] (strength, roughness) of samples."""  # fmt: skip
@@ -334,8 +339,17 @@ def _relief(n: Tensor, z: Tensor, height: Tensor, covered: Tensor, side: int, pi
 
 
 def _shade(
-    backdrop: Tensor, covered: Tensor, where: Tensor, n: Tensor, colour: Tensor, gloss: Tensor, skin: Tensor,
-    lit: Tensor, lamp: Lamp, side: int, pixel: float,
+    backdrop: Tensor,
+    covered: Tensor,
+    where: Tensor,
+    n: Tensor,
+    colour: Tensor,
+    gloss: Tensor,
+    skin: Tensor,
+    lit: Tensor,
+    lamp: Lamp,
+    side: int,
+    pixel: float,
 ) -> Tensor:
     """The picture in light, [3,size,size]."""  # fmt: skip
     to_lamp = F.normalize(torch.tensor(lamp.direction, dtype=torch.float32), dim=0)

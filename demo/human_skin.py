@@ -1,7 +1,7 @@
 """Skin of the demo's people: what a hand and a face look like close by, baked once into small textures.
 
 A texture says nothing of a person. Its channels are lightness, redness, palm, crease, nail, lips, brow, lash and beard,
-the scalp's place, and the height of the surface in millimetres; `albedo` mixes them with a skin tone when pixels are shaded.
+the scalp's place, and the height of the surface in millimetres; the renderer mixes them with a skin tone.
 Everything is computed at rest places in millimetres, so left and right hands share a texture, and so do the face's
 halves.
 
@@ -265,7 +265,8 @@ def _bake_head(human: Human, size: int) -> tuple[ndarray, ndarray]:
     from_ball = np.linalg.norm(p - eye[:3], axis=1) - eye[3]
     lash = smoothstep(2.6, 0.6, from_ball) * front * np.where(y > -1, 1.0, 0.35)
     line = np.interp(z, [-75, -40, 0, 25], [10, -22, -43, -40]) + 4 * (noise(p * 0.15) - 0.5)
-    beard = smoothstep(-1, 7, line - y) * smoothstep(-104, -84, y) * (1 - lips) * (0.5 + 0.6 * noise(p * (1.5, 0.9, 1.5)))
+    beard = smoothstep(-1, 7, line - y) * smoothstep(-104, -84, y) * (1 - lips)
+    beard *= 0.5 + 0.6 * noise(p * (1.5, 0.9, 1.5))
     height = 0.05 * noise(p * 1.3) + 0.08 * noise(p * 0.55) - 0.06
     zero = np.zeros_like(tone)
     scalp = hairline(place) + 0.006 * (noise(p * 0.12) - 0.5) + 0.003 * (noise(p * 0.6) - 0.5)

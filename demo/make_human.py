@@ -18,7 +18,7 @@ import io
 import json
 import sys
 import zipfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +100,7 @@ class Source:
     def read(self, name: str) -> bytes:
         return self.zip.read(DATA + name)
 
-    @lru_cache(maxsize=None)  # noqa: B019  (one Source a run)
+    @cache  # noqa: B019  (one Source a run)
     def target(self, name: str) -> tuple[ndarray, ndarray]:
         """Which vertices a target moves [N], and how far [N,3]; nothing for a target that the data lacks."""
         path = f"targets/{name}.target.gz"
@@ -319,9 +319,10 @@ def straightening(source: Source, mean: ndarray, joints: ndarray, ends: ndarray,
             hinge = _unit(_unit(plane) * np.sign(hinge @ plane) + hinge)
         wanted = _unit(np.diff(CHAINS[finger], axis=0))
         for b in range(3):
-            turns[first + b] = _frame(wanted[b], FRAMES[finger, 1]) @ _frame(
-                _unit(points[b + 1] - points[b]), np.cross(hinge, _unit(points[b + 1] - points[b]))
-            ).T
+            turns[first + b] = (
+                _frame(wanted[b], FRAMES[finger, 1])
+                @ _frame(_unit(points[b + 1] - points[b]), np.cross(hinge, _unit(points[b + 1] - points[b]))).T
+            )
     flip = np.diag([-1.0, 1, 1])
     for joint in (16, 18, 20, *range(22, 37)):
         turns[_other(joint)] = flip @ turns[joint] @ flip
