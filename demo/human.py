@@ -101,7 +101,8 @@ def load_human() -> Human:
         "hands_meanl": np.zeros(45, np.float32),
         "hands_meanr": np.zeros(45, np.float32),
     }
-    whole = np.concatenate([left[quads], right[quads][:, ::-1]])
+    turned = [0, 3, 2, 1]  # winds the other way round, with the same diagonal
+    whole = np.concatenate([left[quads], right[quads][:, turned]])
     arrays["f"] = np.concatenate([whole[:, [0, 1, 2]], whole[:, [0, 2, 3]]])
     return Human(
         arrays=arrays,
@@ -110,7 +111,7 @@ def load_human() -> Human:
         mirror=mirror,
         quads=whole,
         chart=np.concatenate([chart, chart]),
-        uv=np.concatenate([uv, uv[:, ::-1]]),
+        uv=np.concatenate([uv, uv[:, turned]]),
         nails=half["nails"].astype(np.float32) / 15,
         lips=half["lips"].astype(np.float32) / 15,
         smile=_both(total, left, right, smile, smile * flip).astype(np.float32),

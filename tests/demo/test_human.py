@@ -61,7 +61,7 @@ def test_the_body_is_its_own_mirror_image():
     assert np.allclose(arrays["weights"].sum(1), 1) and (arrays["weights"] * 2048 % 1 == 0).all()
     faces = {tuple(sorted(f)) for f in arrays["f"].tolist()}
     mirrored = {tuple(sorted(f)) for f in human.mirror[arrays["f"]].tolist()}
-    assert len(faces & mirrored) > 0.5 * len(faces)  # quads are cut along one diagonal or the other
+    assert faces == mirrored
 
 
 def test_finger_bones_at_rest_are_the_frames():
