@@ -163,4 +163,9 @@ def lamp_for(kind: str, rng: np.random.Generator) -> Lamp:
     sky = np.array([0.42, 0.43, 0.46]) if not outside else np.array([0.42, 0.46, 0.54])
     ground = {"garden": (0.21, 0.24, 0.17), "beach": (0.34, 0.31, 0.26)}.get(kind, (0.22, 0.21, 0.20))
     dim = (0.55 if kind == "night" else 1.0) * rng.uniform(0.85, 1.1)
-    return Lamp(direction, colour, tuple(dim * sky), tuple(dim * v for v in ground))
+    return Lamp(direction, colour, _three(dim * sky), _three(dim * np.array(ground)))
+
+
+def _three(values: ndarray) -> tuple[float, float, float]:
+    x, y, z = values.tolist()
+    return x, y, z

@@ -297,15 +297,15 @@ class _Losses:
         with torch.no_grad():
             boxes = [(v[ids].amin(0), v[ids].amax(0)) for ids in self.parts]
             low, high = (torch.stack(x).numpy() for x in zip(*boxes, strict=True))
-            for a, b in self.apart:
-                if (low[a] > high[b]).any() or (low[b] > high[a]).any():
+            for one, other in self.apart:
+                if (low[one] > high[other]).any() or (low[other] > high[one]).any():
                     continue
-                ids = self.parts[a]
-                ids = ids[((v[ids] > boxes[b][0]) & (v[ids] < boxes[b][1])).all(1)]
+                ids = self.parts[one]
+                ids = ids[((v[ids] > boxes[other][0]) & (v[ids] < boxes[other][1])).all(1)]
                 if len(ids):
-                    near, which = torch.cdist(v[ids], v[self.parts[b]]).min(1)
+                    near, which = torch.cdist(v[ids], v[self.parts[other]]).min(1)
                     inner.append(ids[near < NEAR])
-                    outer.append(self.parts[b][which[near < NEAR]])
+                    outer.append(self.parts[other][which[near < NEAR]])
         if not inner:
             return v.new_zeros(())
         a, b = torch.cat(inner), torch.cat(outer)
@@ -375,12 +375,21 @@ def measure(name: str, row: dict) -> tuple[float, float, tuple[int, int]]:
     return round(wide * 1000, 2), round(deep * 1000, 2), where
 
 
+def _good(row: dict) -> bool:
+    return row["gap_mm"] <= 1.9 and row["inside_mm"] <= 1.9
+
+
 def solve_all(names: list[str]) -> None:
     """Solves gestures, prints what was measured and writes it into the file."""
     rows = json.loads(FILE.read_text())["gestures"] if FILE.exists() else {}
     for name in names:
         fists = rows.get("fist", [None] * VARIANTS)
-        rows[name] = [solve(name, seed, fists[seed]) for seed in range(VARIANTS if name in CONTACTS else 1)]
+        wanted, found = VARIANTS if name in CONTACTS else 1, []
+        for seed in range(3 * wanted):  # a start that ends badly is left out
+            found.append(solve(name, seed, fists[seed % len(fists)]))
+            if sum(_good(row) for row in found) == wanted:
+                break
+        rows[name] = sorted(found, key=lambda row: not _good(row))[:wanted]
         gaps, depths = ([row[key] for row in rows[name]] for key in ("gap_mm", "inside_mm"))
         print(f"{name:20} gap {gaps} mm, inside {depths} mm", flush=True)
         FILE.write_text(json.dumps({"gestures": {n: rows[n] for n in HANDS if n in rows}}, indent=None) + "\n")

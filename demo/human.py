@@ -45,6 +45,7 @@ class Human:
     uv: ndarray  # [Q,4,2] float32 place in the chart, 0..1; left and right share it
     nails: ndarray  # [S,S] float32 in 0..1, in the hand's chart; row is v
     lips: ndarray  # [S,S] float32 in 0..1, in the head's chart
+    traits: ndarray  # [11,2] how male and how old a body is: of the mean one, then what each component adds
     smile: ndarray  # [V,3] metres that a smile moves each vertex at rest
 
     @property
@@ -114,6 +115,7 @@ def load_human() -> Human:
         uv=np.concatenate([uv, uv[:, turned]]),
         nails=half["nails"].astype(np.float32) / 15,
         lips=half["lips"].astype(np.float32) / 15,
+        traits=half["traits"],
         smile=_both(total, left, right, smile, smile * flip).astype(np.float32),
     )
 
@@ -152,6 +154,13 @@ def _regressor(half: dict[str, ndarray], left: ndarray, right: ndarray, total: i
             out[joint, left[ids]] = values
             out[OTHER[joint], right[ids]] = values
     return out
+
+
+def traits_of(betas: ndarray) -> tuple[float, float]:
+    """How male and how old a body looks, each 0 to 1 or a little beyond: what captions say of it."""
+    table = load_human().traits
+    male, old = table[0] + np.asarray(betas, float) @ table[1:]
+    return float(male), float(old)
 
 
 @lru_cache(maxsize=1)

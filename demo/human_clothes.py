@@ -15,7 +15,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from .human import CLOTHES, HAIR, NO_CHART, SKIN, load_human
+from .human import CLOTHES, HAIR, NO_CHART, SKIN, load_human, traits_of
 from .human_skin import ITA_CLASSES, eye_places, hairline, linear, noise, noise_at, skin_tone, vertex_skin
 
 PATTERNS = ("plain", "stripes", "pinstripes", "checks", "dots", "two-tone", "heather")
@@ -177,7 +177,7 @@ def _stand_off_of(haircut: str, sleeve: float) -> tuple[ndarray, Tensor]:
     top = np.clip((rest[:, 1] - (eye_places()[1] + 0.05)) / 0.06, 0, 1)
     if haircut == "bun":
         knot = rest - (0, eye_places()[1] + 0.045, rest[mesh.cap, 2].min())
-        height = height + 0.045 * np.exp(-(((knot**2).sum(1) / 0.032**2) ** 2))
+        height = height + 0.032 * np.exp(-(((knot**2).sum(1) / 0.036**2) ** 2))
     out[mesh.cap] = (height * (0.75 + 0.5 * top) + 0.0012)[mesh.cap]
     return out, torch.from_numpy(mesh.source)
 
@@ -262,7 +262,7 @@ def eye_colour(rest: Tensor, look: Look) -> Tensor:
     x, y, z, radius = eye_places()
     d = ((rest[:, 0].abs() - x) ** 2 + (rest[:, 1] - y) ** 2).sqrt()
     d = torch.where(rest[:, 2] > z, d, torch.ones_like(d))
-    white, iris = _colour((0.86, 0.84, 0.82)), _colour(look.iris)
+    white, iris = _colour((0.80, 0.78, 0.76)), _colour(look.iris)
     ring = ((d - 0.42 * radius) / 0.0008).clamp(0, 1)[:, None]
     colour = iris * (1 - 0.5 * ((d / radius - 0.33) / 0.08).clamp(0, 1))[:, None]
     colour = colour + (white - colour) * ring
@@ -280,16 +280,21 @@ def rest_skin() -> Tensor:
 HAIR_COLOURS = ((0.07, 0.06, 0.055), (0.13, 0.09, 0.07), (0.25, 0.16, 0.10), (0.40, 0.27, 0.16), (0.62, 0.48, 0.30),
                 (0.45, 0.20, 0.10), (0.62, 0.61, 0.60))  # black to blond, red, grey  # fmt: skip
 TROUSERS = ((0.16, 0.19, 0.28), (0.12, 0.12, 0.13), (0.42, 0.36, 0.28), (0.3, 0.32, 0.35))
+# Of HAIRCUTS, of women and of men.
+HAIRCUT_SHARES = ((0.01, 0.03, 0.10, 0.16, 0.32, 0.22, 0.16), (0.12, 0.26, 0.36, 0.17, 0.06, 0.02, 0.01))
 IRISES = ((0.20, 0.12, 0.07), (0.30, 0.19, 0.10), (0.30, 0.36, 0.22), (0.28, 0.42, 0.52), (0.40, 0.44, 0.48))
 
 
-def sample_look(rng: np.random.Generator, skin: tuple[float, float, float] | None = None) -> Look:
-    """A random look. Skin tones are spread evenly over the classes of ITA, hair and eyes go with them."""
+def sample_look(rng: np.random.Generator, betas: ndarray | None = None) -> Look:
+    """A random look. Skin tones are spread evenly over the classes of ITA; hair and eyes go with them, and haircut,
+    beard and grey hair with the body of `betas` [10]."""
     low, high = ITA_CLASSES[rng.integers(len(ITA_CLASSES))]
     ita = rng.uniform(low, high)
-    tone = skin_tone(ita, rng) if skin is None else np.asarray(skin)
+    tone = skin_tone(ita, rng)
+    male, old = (0.5, 0.3) if betas is None else traits_of(betas)
     fair = ita > 28
-    weights = np.array([3, 4, 3, 2, 2, 1, 1.5]) if fair else np.array([6, 3, 0.6, 0.1, 0.05, 0.1, 1.0])
+    weights = np.array([3, 4, 3, 2, 2, 1, 0]) if fair else np.array([6, 3, 0.6, 0.1, 0.05, 0.1, 0])
+    weights[6] = weights.sum() * np.clip(2.2 * old - 0.55, 0.02, 3)
     hair = np.array(HAIR_COLOURS[rng.choice(7, p=weights / weights.sum())]) * rng.uniform(0.85, 1.15)
     eyes = np.array([2, 3, 1.5, 2, 1]) if fair else np.array([6, 3, 0.3, 0.1, 0.05])
 
@@ -301,12 +306,12 @@ def sample_look(rng: np.random.Generator, skin: tuple[float, float, float] | Non
 
     sleeve = list(SLEEVES.values())[rng.choice(5, p=[0.08, 0.34, 0.12, 0.12, 0.34])]
     varnish = None
-    if rng.random() < 0.15:
+    if rng.random() < (0.3 if male < 0.5 else 0.02):
         varnish = ((0.7, 0.08, 0.12), (0.85, 0.45, 0.55), (0.15, 0.1, 0.15), (0.45, 0.12, 0.35))[rng.integers(4)]
     return Look(
         skin=tuple(tone),
         hair=tuple(hair.clip(0.03, 0.9)),
-        haircut=HAIRCUTS[rng.choice(7, p=[0.06, 0.14, 0.24, 0.16, 0.18, 0.12, 0.10])],
+        haircut=HAIRCUTS[rng.choice(7, p=HAIRCUT_SHARES[int(male > 0.5)])],
         iris=IRISES[rng.choice(5, p=eyes / eyes.sum())],
         shirt=cloth(),
         second=cloth(),
@@ -315,8 +320,8 @@ def sample_look(rng: np.random.Generator, skin: tuple[float, float, float] | Non
         neck=NECKS[rng.choice(6, p=[0.32, 0.16, 0.10, 0.12, 0.18, 0.12])],
         trousers=tuple(np.array(TROUSERS[rng.integers(4)]) * rng.uniform(0.8, 1.2)),
         smile=float(rng.choice([0.0, rng.uniform(0.3, 1.0)])),
-        beard=float(rng.choice([0.0, rng.uniform(0.3, 0.95)], p=[0.75, 0.25])),
-        lipstick=float(rng.choice([0.0, rng.uniform(0.3, 0.9)], p=[0.8, 0.2])),
+        beard=float(male > 0.6) * float(rng.choice([0.0, rng.uniform(0.3, 0.95)], p=[0.6, 0.4])),
+        lipstick=float(male < 0.5) * float(rng.choice([0.0, rng.uniform(0.3, 0.9)], p=[0.6, 0.4])),
         varnish=varnish,
         wrinkles=float(rng.uniform(0.7, 1.3)),
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from .gestures import BESIDE, DOWN, GESTURES, OUT, Gesture, pose_of
+from .gestures import BESIDE, DOWN, GESTURES, OUT, OVER, Gesture, pose_of
 from .gestures import _g as gesture
 
 FILE = Path(__file__).with_name("contacts.json")
@@ -54,6 +54,12 @@ NEW = {
         gesture("two_with_thumb",
                 "showing thumb and index finger | counting two with the thumb | making an L",
                 [(0, 4, 3, 2), *DOWN[1:]], OUT),
+        gesture(
+            "four_with_thumb",
+            "showing four fingers with the thumb | counting four with the thumb",
+            [(0, 8, 3, 2), (0, 2, 3, 2), (0, -6, 3, 2), DOWN[3]],
+            OUT,
+        ),
         gesture("half_heart", "forming half a heart",
                 [(34, 0, 66, 36), (36, 0, 66, 36), (38, 2, 66, 36), (42, 5, 64, 36)],
                 ((0.62, -0.66, 0.42), (0.42, -0.90, 0.10), (0.22, -0.97, 0.0))),
@@ -65,7 +71,8 @@ NEW = {
     )
 }  # fmt: skip
 # Starts that suit this hand better: the middle finger crosses behind the index, finger ends meet in one place.
-AMENDED = {
+AMENDED: dict[str, dict] = {
+    "horns": {"thumb": OVER, "roll": 35.0},
     "crossed_fingers": {"fingers": ((24, -10, 6, 4), (-8, 20, 26, 18), *DOWN[2:])},
     "pinched_fingers": {
         "fingers": ((60, -4, 38, 18), (63, 1, 36, 17), (62, 8, 36, 17), (60, 18, 34, 15)),
@@ -94,9 +101,17 @@ CONTACTS: dict[str, tuple] = {
     "three_with_thumb": _folded(R, L),
     "tucked_thumb": ((_tip(T), PALM_ANY),),
     "pinched_fingers": ((_tip(T), _tip(I)), (_tip(T), _tip(M)), (_tip(T, ANY), _tip(R)), (_tip(R, ANY), _tip(L, ANY))),
+    "four_with_thumb": _folded(L),
     "two_with_thumb": _folded(M, R, L),
     "finger_heart": (*_folded(M, R, L), (_bone(T, 2, ANY), _bone(I, 2, ANY))),
 }  # fmt: skip
+
+
+# One to five, as most people count: index finger first, or thumb first.
+COUNTING = (
+    ("pointing", "victory", "three_fingers", "four_fingers", "spread_fingers"),
+    ("thumbs_up", "two_with_thumb", "three_with_thumb", "four_with_thumb", "spread_fingers"),
+)
 
 
 @lru_cache(maxsize=1)

@@ -369,8 +369,8 @@ def frame(joints: ndarray, framing: str, rng: np.random.Generator, sides: tuple[
         low = {"bust": 9, "half body": 0, "whole": 10}[framing]
         points += [head + up, head + aside, head - aside, joints[:, low, :2]]
         margin = 0.08
-    points = np.concatenate(points)
-    low, high = points.min(0), points.max(0)
+    everything = np.concatenate(points)
+    low, high = everything.min(0), everything.max(0)
     size = max((high - low).max(), 0.17 if framing == "close-up" else 0.4)
     fill = (1 - 2 * margin) * rng.uniform(0.78, 1.0)
     s = 2 * fill / size

@@ -147,16 +147,16 @@ def render(
     [size,size,3]."""
     side = 2 * size
     table = _tables()
-    places, shown, cut = [], [], []
+    places, shown, edges = [], [], []
     for person in people:
         vertices = torch.from_numpy(np.asarray(person.vertices, np.float32))
         smile = table["smile"] @ torch.from_numpy(np.asarray(person.head, np.float32)).T
         places.append(mesh_of(vertices, _normals(vertices, table["body"]), person.look, smile))
-        seen, edges = _cuts(person.look)
-        shown.append(seen)
-        cut.append(edges)
+        visible, edge = _cuts(person.look)
+        shown.append(visible)
+        edges.append(edge)
     count, triangles = len(places[0]), len(table["faces"])
-    place, shown, cut = torch.cat(places), torch.cat(shown), torch.cat(cut)
+    place, seen, cut = torch.cat(places), torch.cat(shown), torch.cat(edges)
     faces = torch.cat([table["faces"] + i * count for i in range(len(people))])
     normal = _normals(place, faces)
 
@@ -166,7 +166,7 @@ def render(
     a, b, c = p.unbind(1)
     towards = (b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) - (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0]) < 0
     kind = table["kind"].repeat(len(people))
-    drawn = shown & (towards | (kind == CLOTHES) | (kind == HAIR))
+    drawn = seen & (towards | (kind == CLOTHES) | (kind == HAIR))
     near, far = place[:, 2].max(), place[:, 2].min()
     depth = (near - place[:, 2]) / (near - far).clamp_min(1e-6)
     covered, face, weights = rasterise(torch.stack([x, y], 1), depth, faces, cut, drawn, side, side)
@@ -174,11 +174,11 @@ def render(
     if len(covered):
         corners = faces[face]
         attributes = torch.cat([normal, place], 1)
-        at = sum(weights[:, k, None] * attributes[corners[:, k]] for k in range(3))
+        at = torch.einsum("sk,skc->sc", weights, attributes[corners])
         n, where = at[:, :3], at[:, 3:]
         n = torch.where(towards[face][:, None], n, -n)
         pixel = 2 / (camera.s * side)  # metres of a sample
-        lit = _shadow(place, faces, cut, shown, where, n, lamp, camera)
+        lit = _shadow(place, faces, cut, seen, where, n, lamp, camera)
         local = face % triangles
         colour, height, gloss = _paint(people, table, face // triangles, local, corners % count, weights, pixel)
         n = _relief(F.normalize(n, dim=1), where[:, 2], height, covered, side, pixel)
@@ -254,7 +254,7 @@ def _paint(
             mine = ((owner == number) & (kinds == kind)).nonzero()[:, 0]
             if len(mine) == 0:
                 continue
-            mixed = sum(weights[mine, k, None] * table["paint"][corners[mine, k]] for k in range(3))
+            mixed = torch.einsum("sk,skc->sc", weights[mine], table["paint"][corners[mine]])
             rest = mixed[:, :3]
             if kind == SKIN:
                 channels = _skin_channels(table, face[mine], weights[mine], rest, mixed[:, 3:], pixel)

@@ -41,6 +41,7 @@ HAND_WEIGHT, FACE_WEIGHT = 12.0, 8.0  # how much more a millimetre of hand or fa
 ATLAS = ((0.570, 0.011, 0.763, 0.196), (0.641, 0.4836, 0.9945, 0.8185))  # the left hand's and half head's place in UV
 MASK = (640, 384)  # pixels a side of the stored masks of nails and of lips
 
+ANCESTRY = ("macrodetails/african-", "macrodetails/asian-", "macrodetails/caucasian-")
 # What a person varies by, beside age, build and ancestry. Numbers are standard deviations of the targets' weights;
 # a name ends in the two directions of the target.
 HAND_TARGETS = {
@@ -185,14 +186,17 @@ def person(rng: np.random.Generator) -> dict[str, float]:
     return out
 
 
-def people(source: Source, count: int) -> ndarray:
-    """[N,19158,3] float32: random adults, made symmetric by their mirror images."""
+def people(source: Source, count: int) -> tuple[ndarray, ndarray]:
+    """Random adults, made symmetric, [N,19158,3] float32; and how male and how old each is, [N,2] in 0..1."""
     rng = np.random.default_rng(0)
-    out = np.empty((count, VERTICES, 3), np.float32)
+    out, traits = np.empty((count, VERTICES, 3), np.float32), np.empty((count, 2))
     for i in range(count):
-        mesh = source.moved(person(rng))
+        targets = person(rng)
+        mesh = source.moved(targets)
         out[i] = (mesh + mesh[source.mirror] * (-1, 1, 1)) / 2
-    return out
+        ancestry = {n: w for n, w in targets.items() if n.count("/") == 1 and n.startswith(ANCESTRY)}
+        traits[i] = [sum(w for n, w in ancestry.items() if key in n) for key in ("-male-", "-old")]
+    return out, traits
 
 
 # --- the rig as SMPL-H's ---
@@ -346,8 +350,9 @@ def posed(meshes: ndarray, joints: ndarray, weights: ndarray, turns: ndarray) ->
     return np.einsum("vab,nvb->nva", blended, meshes) + np.einsum("vj,njc->nvc", weights, shift)
 
 
-def components(meshes: ndarray, mean: ndarray, owner: ndarray, joints: ndarray) -> ndarray:
-    """The ten directions [10,V,3] that people vary by most, one standard deviation each.
+def components(meshes: ndarray, mean: ndarray, owner: ndarray, joints: ndarray) -> tuple[ndarray, ndarray]:
+    """The ten directions [10,V,3] that people vary by most, one standard deviation each, and where each person is
+    among them [N,10].
 
     What varies is measured on skin. Hand and face count more, each relative to its wrist or head joint: an arm's
     length must not hide what a hand looks like."""
@@ -368,7 +373,7 @@ def components(meshes: ndarray, mean: ndarray, owner: ndarray, joints: ndarray) 
         for what, part in (("vary by", away), ("are left with", left_over)):
             moved = part[:, which] - (0 if joint is None else np.einsum("v,nvc->nc", joints[joint], part)[:, None])
             print(name, what, round(float(np.sqrt((moved**2).sum(2).mean())) * 1000, 2), "mm rms")
-    return out
+    return out, scores
 
 
 # --- what is kept ---
@@ -425,7 +430,7 @@ def mask_of(source: Source, name: str, chart: tuple[float, float, float, float],
 def make(wheel: str | Path, path: str | Path) -> Path:
     """Writes the array file. Returns its path."""
     source = Source(wheel)
-    meshes = people(source, PEOPLE)
+    meshes, traits = people(source, PEOPLE)
     rows, end_rows = joint_rows(source)
     weights = skinning(source)
     mean = meshes.mean(0).astype(np.float64)
@@ -439,7 +444,10 @@ def make(wheel: str | Path, path: str | Path) -> Path:
         for part in np.array_split(meshes, 20)
     ])  # fmt: skip
     mean, owner = meshes.mean(0).astype(np.float64), weights.argmax(1)
-    dirs = components(meshes, mean, owner, rows)
+    dirs, scores = components(meshes, mean, owner, rows)
+    shown = np.linalg.lstsq(scores, traits - traits.mean(0), rcond=None)[0]
+    left_over = ((traits - traits.mean(0) - scores @ shown) ** 2).sum(0) / ((traits - traits.mean(0)) ** 2).sum(0)
+    print("share of sex and of age that the components tell:", (1 - left_over).round(3))
     joints, joint_dirs = rows @ mean, np.einsum("jv,kvc->kjc", rows, dirs)
 
     quads, faces = kept_quads(source, mean, owner, joints[12, 1])
@@ -481,15 +489,11 @@ def make(wheel: str | Path, path: str | Path) -> Path:
         quad_uv=uv_of.reshape(quads.shape).astype(np.uint16),
         nails=mask_of(source, "fingernails", ATLAS[0], MASK[0]),
         lips=mask_of(source, "lips", ATLAS[1], MASK[1]),
-        smile=np.round(posed_smile(smile, weights, turns)[order] / 2e-5).astype(np.int16),
+        traits=np.concatenate([traits.mean(0)[None], shown]).astype(np.float32),
+        smile=np.round((smile * weights[:, 15:16])[order] / 2e-5).astype(np.int16),
     )
     print(f"{path}: {Path(path).stat().st_size / 1e6:.3f} MB, {len(order)} vertices of the half, {len(quads)} quads")
     return Path(path)
-
-
-def posed_smile(smile: ndarray, weights: ndarray, turns: ndarray) -> ndarray:
-    """The smile's way of each vertex in the rest pose [19158,3], of the head alone."""
-    return smile * weights[:, 15:16]
 
 
 if __name__ == "__main__":
