@@ -349,11 +349,13 @@ def solve(name: str, seed: int = 0, fist: dict | None = None) -> dict:
         loss.backward()
         adam.step()
         schedule.step()
-        if step % 20 == 19 and step > 50:
+        if step % 20 == 19 and step > 60:
             row = _row(name, (fingers * 20).detach().numpy(), thumb.detach().numpy(), 20 * roll.item())
             score = max(row["gap_mm"] - 1.5, 0) + max(row["inside_mm"] - 1.6, 0) + 0.2 * keep.item()
             if score < best[0]:
                 best = score, row
+            if row["gap_mm"] <= 1.5 >= row["inside_mm"]:
+                break
             push_out *= 1.5 if row["inside_mm"] > 1.5 else 1.0  # what the nearest vertices do not tell
             pull_in *= 1.5 if row["gap_mm"] > 1.5 else 1.0
     return best[1]

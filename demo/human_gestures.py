@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from .gestures import BESIDE, DOWN, GESTURES, OUT, OVER, Gesture, pose_of
+from .gestures import ACROSS, BESIDE, DOWN, GESTURES, OUT, OVER, Gesture, pose_of
 from .gestures import _g as gesture
 
 FILE = Path(__file__).with_name("contacts.json")
@@ -70,16 +70,30 @@ NEW = {
                 [(42, 4, 55, 25), *DOWN[1:]], ((0.68, -0.55, 0.48), (0.86, -0.42, 0.28), (0.93, 0.1, -0.1))),
     )
 }  # fmt: skip
+# The thumb across the palm and over folded fingers: its first bone points into the palm more than in `gestures.py`, or
+# the knuckle at its root would stand out beside the hand.
+ACROSS_LOW = ((0.62, -0.76, 0.05), (0.60, -0.15, -0.78), (0.40, 0.10, -0.90))
+OVER_LOW = ((0.60, -0.78, 0.20), (0.62, -0.62, -0.45), (0.25, -0.30, -0.92))
+LOW = {ACROSS: (ACROSS_LOW, 45.0), OVER: (OVER_LOW, 35.0)}
 # Starts that suit this hand better: the middle finger crosses behind the index, finger ends meet in one place.
 AMENDED: dict[str, dict] = {
-    "horns": {"thumb": OVER, "roll": 35.0},
+    "horns": {"thumb": OVER_LOW, "roll": 35.0},
     "crossed_fingers": {"fingers": ((24, -10, 6, 4), (-8, 20, 26, 18), *DOWN[2:])},
     "pinched_fingers": {
         "fingers": ((60, -4, 38, 18), (63, 1, 36, 17), (62, 8, 36, 17), (60, 18, 34, 15)),
         "thumb": ((0.66, -0.72, 0.20), (0.80, -0.59, -0.06), (0.93, -0.35, -0.10)),
     },
 }
-HANDS: dict[str, Gesture] = {n: replace(g, **AMENDED.get(n, {})) for n, g in (GESTURES | NEW).items()}
+
+
+def _amended(name: str, gesture: Gesture) -> Gesture:
+    if gesture.thumb in LOW:
+        thumb, roll = LOW[gesture.thumb]
+        gesture = replace(gesture, thumb=thumb, roll=roll)
+    return replace(gesture, **AMENDED.get(name, {}))
+
+
+HANDS: dict[str, Gesture] = {name: _amended(name, g) for name, g in (GESTURES | NEW).items()}
 
 # What touches in a gesture: pairs of parts. In all gestures, nothing passes through anything else.
 CONTACTS: dict[str, tuple] = {
