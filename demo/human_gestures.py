@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from .gestures import ACROSS, BESIDE, DOWN, GESTURES, OUT, OVER, Gesture, pose_of
-from .gestures import _g as gesture
+from .gestures import ACROSS, BESIDE, DOWN, GESTURES, OUT, OVER, Bones, Gesture, pose_of
 
 FILE = Path(__file__).with_name("contacts.json")
 RELAXED = [(18, -2, 22, 12), (22, 0, 26, 14), (26, 3, 28, 15), (30, 6, 28, 15)]
@@ -46,27 +45,31 @@ def _folded(*fingers: int) -> tuple:
     return tuple(pair for f in fingers for pair in FOLDED[f])
 
 
+def _new(name: str, phrases: str, fingers: list[tuple[float, float, float, float]], thumb: Bones) -> Gesture:
+    return Gesture(name, tuple(phrase.strip() for phrase in phrases.split("|")), tuple(fingers), thumb)
+
+
 NEW = {
     g.name: g
     for g in (
-        gesture("relaxed", "relaxed | hanging loosely", RELAXED, EASY),
-        gesture("flat", "held flat with straight fingers", STRAIGHT, BESIDE),
-        gesture("two_with_thumb",
+        _new("relaxed", "relaxed | hanging loosely", RELAXED, EASY),
+        _new("flat", "held flat with straight fingers", STRAIGHT, BESIDE),
+        _new("two_with_thumb",
                 "showing thumb and index finger | counting two with the thumb | making an L",
                 [(0, 4, 3, 2), *DOWN[1:]], OUT),
-        gesture(
+        _new(
             "four_with_thumb",
             "showing four fingers with the thumb | counting four with the thumb",
             [(0, 8, 3, 2), (0, 2, 3, 2), (0, -6, 3, 2), DOWN[3]],
             OUT,
         ),
-        gesture("half_heart", "forming half a heart",
+        _new("half_heart", "forming half a heart",
                 [(34, 0, 66, 36), (36, 0, 66, 36), (38, 2, 66, 36), (42, 5, 64, 36)],
                 ((0.62, -0.66, 0.42), (0.42, -0.90, 0.10), (0.22, -0.97, 0.0))),
-        gesture("grip", "holding something | gripping",
+        _new("grip", "holding something | gripping",
                 [(52, -3, 52, 28), (54, 0, 54, 30), (56, 3, 54, 30), (58, 6, 52, 30)],
                 ((0.55, -0.76, 0.32), (0.60, -0.78, -0.05), (0.72, -0.66, -0.2))),
-        gesture("finger_heart", "making a finger heart | making a Korean finger heart",
+        _new("finger_heart", "making a finger heart | making a Korean finger heart",
                 [(42, 4, 55, 25), *DOWN[1:]], ((0.68, -0.55, 0.48), (0.86, -0.42, 0.28), (0.93, 0.1, -0.1))),
     )
 }  # fmt: skip

@@ -106,6 +106,7 @@ def test_the_written_body_agrees_with_smplx_and_can_be_shown(tmp_path):
     path = make_body(tmp_path / "smplh_human.npz")
     shown = CliRunner().invoke(commands, ["show", str(path)])
     assert shown.exit_code == 0 and "SMPL-H" in shown.output and "52 joints" in shown.output
+    assert "free (Apache-2.0)" in shown.output and "licensed by their makers" not in shown.output
     flat = {"use_pca": False, "flat_hand_mean": True}
     theirs = smplx.create(str(path), model_type="smplh", ext="npz", num_betas=10, batch_size=2, **flat)
     generator = torch.Generator().manual_seed(0)
@@ -196,7 +197,7 @@ def test_arms_reach_what_they_are_told():
     wanted, hand = np.array([-0.1, 0.2, 0.4]), np.stack([[0, 1.0, 0], [0, 0, 1.0], [1.0, 0, 0]], 1)
     figure.reach(RIGHT, wanted, hand, np.array([-0.5, -1, 0]))
     turns, places = figure.kinematics()
-    assert np.abs(places[21] - wanted).max() < 1e-6 and np.abs(turns[21] - hand).max() < 1e-6
+    assert np.abs(places[21] - wanted).max() < 5e-4 and np.abs(turns[21] - hand).max() < 1e-6
     figure.reach(LEFT, np.array([3.0, 0, 0]), hand, np.array([0, -1.0, 0]))  # too far: the arm is straight
     turns, places = figure.kinematics()
     assert PARENTS[20] == 18 and np.linalg.norm(places[20] - places[16]) < 0.6
