@@ -17,7 +17,7 @@ from .errors import BundleError, CheckpointError
 if TYPE_CHECKING:
     import numpy as np
 
-# What two bodies are compared by, and the sha256 of these arrays, without posedirs, of the people's body (demo/human.py).
+# What two bodies are compared by, and the sha256 of these arrays, without posedirs, of the people's (demo/human.py).
 COMPARED = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights")
 HUMAN = "16046fd5a993576844d5f6a65d621ee605eceaad92a6483949fac0c697b9f762"
 
