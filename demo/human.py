@@ -27,6 +27,8 @@ KINDS = ("skin", "clothes", "hair", "eye")
 SKIN, CLOTHES, HAIR, EYE = range(4)
 UNIT = 5e-5  # metres of one step of the stored template
 SMILE_UNIT = 2e-5
+# The left hand's and half the head's rectangles (u0, v0, u1, v1) in MakeHuman's UV square.
+ATLAS = ((0.570, 0.011, 0.763, 0.196), (0.641, 0.4836, 0.9945, 0.8185))
 HAND_CHART, HEAD_CHART, NO_CHART = range(3)  # where a face's texture is: the hand's picture, the head's, nowhere
 OTHER = np.array([0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20,
                   *range(37, 52), *range(22, 37)])  # fmt: skip
@@ -129,8 +131,6 @@ def _both(total: int, left: ndarray, right: ndarray, on_left: ndarray, on_right:
 def _charts(quads: ndarray, uv: ndarray, owner: ndarray, kind: ndarray) -> tuple[ndarray, ndarray]:
     """Chart of each quad and its corners' places in it: the hand's and the half head's parts of MakeHuman's UV
     square, each stretched to 0..1."""
-    from .make_human import ATLAS
-
     skin = kind[quads[:, 0]] == SKIN
     chart = np.full(len(quads), NO_CHART)
     out = np.zeros_like(uv)

@@ -9,6 +9,7 @@ through anything else. Each gesture has a few solutions, so that hands differ; f
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from .gestures import ACROSS, BESIDE, DOWN, GESTURES, OUT, OVER, Bones, Gesture, pose_of
+from .gestures import ACROSS, BESIDE, DOWN, GESTURES, OUT, OVER, Bones, Finger, Gesture, pose_of
 
 FILE = Path(__file__).with_name("contacts.json")
 RELAXED = [(18, -2, 22, 12), (22, 0, 26, 14), (26, 3, 28, 15), (30, 6, 28, 15)]
@@ -45,7 +46,7 @@ def _folded(*fingers: int) -> tuple:
     return tuple(pair for f in fingers for pair in FOLDED[f])
 
 
-def _new(name: str, phrases: str, fingers: list[tuple[float, float, float, float]], thumb: Bones) -> Gesture:
+def _new(name: str, phrases: str, fingers: Sequence[Finger], thumb: Bones) -> Gesture:
     return Gesture(name, tuple(phrase.strip() for phrase in phrases.split("|")), tuple(fingers), thumb)
 
 

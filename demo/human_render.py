@@ -190,7 +190,7 @@ def render(
     return ((picture + 0.005 * grain).clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def _cuts(look: Look) -> tuple[Tensor, Tensor]:
     shown, cut = cuts(look)
     return torch.from_numpy(shown), torch.from_numpy(cut)

