@@ -55,6 +55,9 @@ NEW = {
     for g in (
         _new("relaxed", "relaxed | hanging loosely", RELAXED, EASY),
         _new("flat", "held flat with straight fingers", STRAIGHT, BESIDE),
+        _new("prayer", "held straight, the thumb beside the palm",
+             [(-2, -5, 1, 1), (-2, 0, 1, 1), (-2, 4, 1, 1), (-2, 9, 1, 1)],
+             ((0.75, 0.22, 0.60), (0.93, 0.20, 0.30), (0.97, 0.15, 0.20))),
         _new("two_with_thumb",
                 "showing thumb and index finger | counting two with the thumb | making an L",
                 [(0, 4, 3, 2), *DOWN[1:]], OUT),

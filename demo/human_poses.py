@@ -288,50 +288,59 @@ def _chin(figure: Figure, sides: tuple[int, ...]) -> None:
     figure.touch(side, np.array([0, -1.0, 0.25]) / np.hypot(1, 0.25), body_ids(15))
 
 
-def _palms(figure: Figure, fingers: tuple[float, float, float], height: float, apart: float, gesture: str,
-           forward: float = 0.21) -> None:  # fmt: skip
-    """Both palms against each other before the chest, mirror images: they meet in the plane between them."""
-    arm = Arm((0, 0, 0), fingers, (1, 0, 0), (0.9, -0.7, -0.1), gesture, 0)
-    neck = figure.rest[12]
-    wrist = neck + np.array([0.035, height, forward]) * figure.scale
+def _mirrored(
+    figure: Figure,
+    arm: Arm,
+    height: float,
+    forward: float,
+    apart: float,
+    low: float,
+    high: float,
+    near: tuple[int, ...],
+) -> None:
+    """Both hands before the chest, mirror images that meet in the plane between them.
+
+    height, forward: metres from the neck to the wrists. The hands tilt towards each other, by `low` to `high` degrees,
+    until the joints `near` and the rest of the hand reach equally far."""
     figure.rotations[3:13:3] = np.eye(3)  # the middle must be the body's middle
-    _meet(figure, arm, wrist, apart)
-
-
-def _meet(figure: Figure, arm: Arm, wrist: ndarray, apart: float) -> None:
+    wrist = figure.rest[12] + np.array([0.06, height, forward]) * figure.scale
+    ids = hand_ids(LEFT)
+    first = np.isin(load_human().owner[ids], near)
+    fingers, back = unit(np.array(arm.fingers)), unit(np.array(arm.back))
+    for _ in range(8):
+        tilt = np.radians(0.5 * (low + high))
+        turned = np.cos(tilt) * fingers - np.sin(tilt) * back, np.cos(tilt) * back + np.sin(tilt) * fingers
+        arm = replace(arm, fingers=tuple(turned[0]), back=tuple(turned[1]))
+        figure.place(LEFT, arm, wrist, vary=False)
+        x = figure.local(figure.vertices()[0])[ids, 0]
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if x[first].min() < x[~first].min() else (low, middle)
     for _ in range(4):
         figure.place(LEFT, arm, wrist, vary=False)
-        v = figure.local(figure.vertices()[0])
-        wrist = wrist + np.array([apart / 2 - v[hand_ids(LEFT), 0].min(), 0, 0])
+        x = figure.local(figure.vertices()[0])[ids, 0]
+        wrist = wrist + np.array([apart / 2 - x.min(), 0, 0])
     for side in (LEFT, RIGHT):
         figure.place(side, arm, wrist * (FLIP if side else 1), vary=False)
 
 
+HEEL, THUMB = (20, 34, 35, 36), (34, 35, 36)  # the palm with the thumb, the thumb: joints of the left hand
+
+
 def _praying(figure: Figure, sides: tuple[int, ...]) -> None:
-    lean = figure.rng.uniform(0.1, 0.5)
-    _palms(figure, (0, 1, lean), figure.rng.uniform(-0.23, -0.13), 0.0, "flat")
+    arm = Arm((0, 0, 0), (0, 1, figure.rng.uniform(0.1, 0.5)), (1, 0, 0), (0.9, -0.7, -0.1), "prayer", 0)
+    _mirrored(figure, arm, figure.rng.uniform(-0.23, -0.13), 0.21, 0.0, -5, 30, HEEL)
     figure.rotations[15] = rotation(X, figure.rng.uniform(0, 14))
 
 
 def _clapping(figure: Figure, sides: tuple[int, ...]) -> None:
     apart = figure.rng.choice([0.0, figure.rng.uniform(0.05, 0.2)])
-    _palms(figure, (0, 0.8, 0.8), figure.rng.uniform(-0.24, -0.12), apart, "open_hand", 0.26)
+    arm = Arm((0, 0, 0), (0, 0.8, 0.8), (1, 0, 0), (0.9, -0.7, -0.1), "prayer", 0)
+    _mirrored(figure, arm, figure.rng.uniform(-0.24, -0.12), 0.26, apart, -5, 30, HEEL)
 
 
 def _heart(figure: Figure, sides: tuple[int, ...]) -> None:
-    figure.rotations[3:13:3] = np.eye(3)
-    wrist = figure.rest[12] + np.array([0.10, figure.rng.uniform(-0.22, 0.0), 0.26]) * figure.scale
-    ids = hand_ids(LEFT)
-    thumb = np.isin(load_human().owner[ids], (34, 35, 36))
-    low, high = -25.0, 65.0
-    for _ in range(8):  # the hand's tilt at which fingers and thumb reach equally far
-        tilt = 0.5 * (low + high)
-        fingers, back = rotation(Z, tilt)[:, 1], rotation(Z, tilt)[:, 0]
-        arm = Arm((0, 0, 0), tuple(fingers), tuple(back), (0.9, -0.8, 0.1), "half_heart", 0)
-        figure.place(LEFT, arm, wrist, vary=False)
-        x = figure.local(figure.vertices()[0])[ids, 0]
-        low, high = (tilt, high) if x[thumb].min() < x[~thumb].min() else (low, tilt)
-    _meet(figure, arm, wrist, 0.0)
+    arm = Arm((0, 0, 0), (0, 1, 0), (1, 0, 0), (0.9, -0.8, 0.1), "half_heart", 0)
+    _mirrored(figure, arm, figure.rng.uniform(-0.22, 0.0), 0.26, 0.0, -25, 65, THUMB)
 
 
 def _holding(figure: Figure, sides: tuple[int, ...]) -> None:
