@@ -32,6 +32,7 @@ from .fields import Edit, Generation, HandsRequest, as_json
 from .guard import Guard
 from .hands import Arrays
 from .images import MEDIA
+from .messages import HandsMade
 from .pictures import drawn_seed, paint, wait_for
 from .problems import RESPONSES, ModelError, add_handlers, problem
 from .proxy import Forwarded
@@ -108,18 +109,19 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         path = await asyncio.to_thread(service.hands_path, body.hands)
         (request,) = await asyncio.to_thread(service.prepare, Request(body.prompt, seed=seed, steps=1, hands=path))
         service.forget_hands()
-        entry = http.scope["handiffuser"]
+        logged = http.scope["handiffuser"]
         if body.user is not None:
-            entry["user"] = body.user
-        ticket = service.dispatcher.submit_hands(entry["owner"], request)
+            logged["user"] = body.user
+        ticket = service.dispatcher.submit_hands(logged["owner"], request)
         deadline = asyncio.get_running_loop().time() + service.limits.timeout
-        events = await wait_for(http, service, [ticket], deadline)
-        if events is None:
+        answers = await wait_for(http, service, [ticket], deadline)
+        if answers is None:
             return Response(status_code=499)
-        (hands,) = events[0].value
-        id = await asyncio.to_thread(service.keep_hands, hands, body.prompt)
-        made = {"id": id, "seed": seed, "hands": as_json(hands), "hands_id": id}
-        answer = {"created": int(time.time()), "data": [made]}
+        (made,) = answers
+        assert isinstance(made, HandsMade)
+        id = await asyncio.to_thread(service.keep_hands, made.hands, body.prompt)
+        entry = {"id": id, "seed": seed, "hands": as_json(made.hands), "hands_id": id}
+        answer = {"created": int(time.time()), "data": [entry]}
         return JSONResponse(answer | ({"warnings": body.warnings()} if body.warnings() else {}))
 
     @app.post("/v1/hands/edit", responses=RESPONSES)

@@ -29,7 +29,7 @@ from ..errors import HanDiffuserError
 from ..runtime.bundle import Bundle
 from ..runtime.loading import BACKENDS
 from .app import make_app
-from .dispatch import STUCK_AFTER, Dispatcher
+from .dispatch import STUCK_SECONDS, Dispatcher
 from .guard import Protocol
 from .keys import Keys
 from .metrics import Metrics
@@ -37,7 +37,7 @@ from .proxy import checked_origin, checked_url
 from .service import Front, Limits, Service, private_folder
 from .worker import Options
 
-PATIENCE = 3.0  # seconds for a step to end after which the process ends without it
+LOOP_EXIT_SECONDS = 3.0  # for a step to end, before the process ends without it
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -52,7 +52,7 @@ PATIENCE = 3.0  # seconds for a step to end after which the process ends without
 @click.option("--timeout", type=click.FloatRange(1, 3600), default=300, show_default=True, help="Seconds a request.")
 @click.option("--grace", type=click.FloatRange(0, 3600), default=30, show_default=True,
               help="Seconds in which SIGTERM lets requests finish.")  # fmt: skip
-@click.option("--stuck-after", type=click.FloatRange(1, 86400), default=STUCK_AFTER, show_default=True,
+@click.option("--stuck-after", type=click.FloatRange(1, 86400), default=STUCK_SECONDS, show_default=True,
               help="Seconds without a step, or 10 times the slowest step where that is more, after which a worker with "
               "requests is taken to hang: it is killed and started again.")  # fmt: skip
 @click.option("--cors", multiple=True, metavar="ORIGIN",
@@ -103,7 +103,7 @@ def serve(engines: str, **options: Any) -> int:
     ]
     metrics = Metrics()
     own_processes = len(each) > 1 or bool(gpus)
-    dispatcher = Dispatcher(each, own_processes, options["queue"], metrics.observe, _say, options["stuck_after"])
+    dispatcher = Dispatcher(each, own_processes, options["queue"], metrics, _say, options["stuck_after"])
     name = options["name"] or ("demo" if engines == "demo" else Path(engines).resolve().name)
     limits = Limits(options["max_n"], options["max_steps"], options["timeout"])
     front = Front(
@@ -121,7 +121,7 @@ def serve(engines: str, **options: Any) -> int:
             code = asyncio.run(_serve(service, app, options["host"], options["port"], options["grace"]))
         except HanDiffuserError as error:
             code, failure = 1, error
-    if dispatcher.left(PATIENCE):  # an ordinary exit would pull the interpreter away from it
+    if dispatcher.left(LOOP_EXIT_SECONDS):  # an ordinary exit would pull the interpreter away from it
         if failure is not None:
             _say(str(failure))
         sys.stderr.flush()

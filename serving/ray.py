@@ -26,7 +26,6 @@ import numpy as np
 
 from ..errors import EngineError, HanDiffuserError, RequestError
 from ..runtime.outputs import OutputError, open_folder
-from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure
 from .worker import Options as Options
@@ -60,14 +59,7 @@ class Painter:
         self.begin = begin
         self.broken = ""  # why nothing can be made here
         try:
-            self.pipeline = HanDiffuser.load(
-                options.engines,
-                options.device,
-                options.threads,
-                options.batch_size,
-                options.backend,
-                pictures=options.pictures,
-            )
+            self.pipeline = options.load()
             self.folder = open_folder(output, shared=True)
             self.folder.__enter__()
         except Exception as error:  # a driver, a library, memory, a path that is not shared: a matter of this machine

@@ -7,7 +7,6 @@ requests = service.prepare(Request("a fist", seed=1), count=2)
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import HanDiffuserError, RequestError
+from ..files import written
 from ..hands import NO_HANDS, hands_file
 from ..runtime.bundle import Bundle
 from ..runtime.requests import MAX_SEED, Request
@@ -30,7 +30,7 @@ from .metrics import Metrics
 
 KEPT_HANDS = 1000  # files of hands that clients sent or were given
 KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # of pictures that wait to be fetched by URL
-SIDES = (16, 2048)  # pixels: the shortest and the longest side of a picture that is scaled
+MIN_SIDE_PIXELS, MAX_SIDE_PIXELS = 16, 2048  # of a picture that is scaled
 
 
 @dataclass(frozen=True)
@@ -98,25 +98,21 @@ class Service:
         UnfinishedError where they cannot be written."""
         content = hands_file({name: np.asarray(value, np.float32) for name, value in hands.items()}, prompt)
         id = f"hands_{hashlib.sha256(content).hexdigest()[:32]}"
-        path, temporary = self.folder / f"{id}.npz", self.folder / f"{secrets.token_hex(8)}.tmp"
-        if id not in self.hands:
-            try:
-                temporary.write_bytes(content)
-                os.replace(temporary, path)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise UnfinishedError(f"The server cannot keep hands: {error.strerror or error}.", 503) from None
-        with self.lock:
-            self.hands[id] = path
+        with self.lock:  # two requests may bring the same hands
+            if id not in self.hands:
+                try:
+                    with written(self.folder / f"{id}.npz") as temporary:
+                        temporary.write_bytes(content)
+                except OSError as error:
+                    raise UnfinishedError(f"The server cannot keep hands: {error.strerror or error}.", 503) from None
+            self.hands[id] = self.folder / f"{id}.npz"
         return id
 
     def forget_hands(self) -> None:
         """Deletes the oldest, but keeps those that a waiting request needs."""
         if len(self.hands) <= KEPT_HANDS:
             return
-        dispatcher = self.dispatcher
-        waiting = [*dispatcher.queue, *(t for w in dispatcher.workers for t in w.has.values())]
-        needed = {ticket.request.hands for ticket in waiting}
+        needed = {ticket.request.hands for ticket in [*self.dispatcher.queue, *self.dispatcher.under_way]}
         with self.lock:
             for id, path in list(self.hands.items())[: len(self.hands) - KEPT_HANDS]:
                 if str(path) not in needed:

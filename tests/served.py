@@ -58,7 +58,7 @@ def serving(
     options = [Options(str(folder), "cpu", 1, batch, "onnxruntime", warm_up)] * workers
     options[-1] = second or options[-1]
     said = []
-    dispatcher = Dispatcher(options, workers > 1, places, metrics.observe, said.append, stuck_after)
+    dispatcher = Dispatcher(options, workers > 1, places, metrics, said.append, stuck_after)
     tmp.mkdir(exist_ok=True)
     service = Service(bundle, dispatcher, "toy", limits or Limits(), Keys(keys), metrics, tmp, front or Front())
     service.said = said

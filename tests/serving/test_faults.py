@@ -110,7 +110,7 @@ def test_everything_at_once(toy_bundle, tmp_path):
         killer.join()
         for one in held:
             one.close()
-        served.wait(lambda: not len(served.dispatcher.queue) and not any(w.has for w in served.dispatcher.workers), 60)
+        served.wait(lambda: served.dispatcher.idle, 60)
     print(counts, f"{len(killed)} workers killed")
     assert killed and counts["wrong"] == counts["errors"] == 0
     assert counts["right"] + counts["refused"] == counts["asked"] and counts["right"] > 50

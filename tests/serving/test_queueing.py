@@ -14,7 +14,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
+from handiffuser.serving.messages import Measured, PictureMade, Ready
 from handiffuser.serving.service import Limits
 from handiffuser.serving.worker import Options
 from served import command, serving
@@ -41,7 +43,7 @@ def ask(served, n, **fields):
 
 
 def idle(served):
-    return not len(served.dispatcher.queue) and not any(worker.has for worker in served.dispatcher.workers)
+    return served.dispatcher.idle
 
 
 def test_a_full_queue_says_when_to_come_again(busy):
@@ -155,7 +157,7 @@ def test_who_fills_the_queue_does_not_keep_others_out(toy_bundle, tmp_path, gate
             gate.set()
         turned = many[5].result()
         assert turned.status_code == 429 and turned.json()["error"]["code"] == "queue_full"
-        assert int(turned.headers["retry-after"]) >= 1 and "have fewer" in turned.json()["error"]["message"]
+        assert int(turned.headers["retry-after"]) >= 1 and "with fewer pictures" in turned.json()["error"]["message"]
         assert '"code": "queue_full"' in many[6].result().text.split("event: error")[1]
         assert few.result().status_code == 200 and [one.result().status_code for one in many[:5]] == [200] * 5
         assert idle(served)
@@ -450,7 +452,7 @@ def ask_while_signalled(served, number: int, most: int, apart: int, count: int):
 
     def send():
         while not stop.wait(0.005) and len(met) < most:
-            busiest = max(served.dispatcher.workers, key=lambda worker: len(worker.has))
+            busiest = max(served.dispatcher.workers, key=lambda worker: len(worker.tickets))
             if len(done) >= 20 + apart * len(met) and busiest.slots and busiest.pid not in met:
                 os.kill(busiest.pid, number)
                 met.append(busiest.pid)
@@ -484,7 +486,6 @@ def same_as_alone(folder, data, numbers):
     import base64
     import io
 
-    import numpy as np
     from handiffuser import HanDiffuser, Request
     from PIL import Image
 
@@ -517,23 +518,25 @@ def watched(monkeypatch):
         return len(killed)
 
     worker = dispatcher.workers[0]
-    dispatcher._take(worker, worker.round, ("ready", READY))
+    dispatcher._take(worker, worker.round, READY)
     (ticket,) = dispatcher.submit("a", [Request("a fist", id="one", seed=0, steps=4)])
     return dispatcher, worker, look, ticket
 
 
-READY = {"slots": 4, "pid": 1, "warnings": [], "rate": 10.0, "slowest": 0.5}
+READY = Ready(slots=4, pid=1, rate=10.0, slowest=0.5)
 
 
 def test_a_worker_that_says_nothing_has_hung(watched):
     dispatcher, worker, look, ticket = watched
-    assert worker.has and look(1, 59) == 0
-    assert look(1, 2) == 1 and not worker.has and worker.slots == 0 and len(dispatcher.queue) == 1 and not ticket.done
+    assert worker.tickets and look(1, 59) == 0
+    assert (
+        look(1, 2) == 1 and not worker.tickets and worker.slots == 0 and len(dispatcher.queue) == 1 and not ticket.done
+    )
     assert "has not reported a step for 6" in dispatcher.said[0] and "go to another" in dispatcher.said[1]
     # What it said before it was killed, and that it is gone, is not heard any more.
     round = worker.round - 1
-    dispatcher._take(worker, round, ("picture", "one", None, {}, []))
-    dispatcher._take(worker, round, ("gone",))
+    dispatcher._take(worker, round, PictureMade("one", np.zeros((8, 8, 3), np.uint8), {}))
+    dispatcher._take(worker, round, None)
     assert worker.deaths == 1 and not ticket.done and ticket.tries == 1
     assert look(1, 1000) == 1  # it has nothing to do now
 
@@ -544,15 +547,15 @@ def test_what_a_worker_had_that_hung_goes_to_another(watched):
     dispatcher, worker, look, ticket = watched
     hands = dispatcher.submit_hands("a", Request("a fist", id="hands", seed=0, steps=1))
     other = dispatcher.workers[1]
-    dispatcher._take(other, other.round, ("ready", READY))
-    assert set(worker.has) == {"one", "hands"} and look(1, 61) == 1
-    assert set(other.has) == {"one", "hands"} and not hands.done and not ticket.done
+    dispatcher._take(other, other.round, READY)
+    assert set(worker.tickets) == {"one", "hands"} and look(1, 61) == 1
+    assert set(other.tickets) == {"one", "hands"} and not hands.done and not ticket.done
     assert look(1, 61) == 2 and hands.done and not ticket.done  # nobody is left: hands alone do not wait
 
 
 def test_who_is_only_slow_has_not_hung(watched):
     dispatcher, worker, look, _ = watched
-    steps = ("steps", {1: 1}, {}, {}, None)
+    steps = Measured({1: 1}, {}, {})
     assert look(1, 20) == 0
     dispatcher._take(worker, worker.round, steps)
     assert look(1, 198) == 0  # ten times the slowest
@@ -569,7 +572,7 @@ def test_time_in_which_nobody_looked_does_not_count(watched):
 def test_engines_may_take_their_time_at_first(watched):
     dispatcher, worker, look, _ = watched
     worker.proven, worker.slowest = False, 0.0  # as without warm-up: engines are loaded in the midst of a request
-    dispatcher._take(worker, worker.round, ("steps", {1: 1}, {}, {}, None))
+    dispatcher._take(worker, worker.round, Measured({1: 1}, {}, {}))
     assert look(1, 599) == 0 and look(1, 2) == 1
     worker.start = lambda: None
     assert look(1, 5000) == 1  # and while it loads again, it has nothing
@@ -617,7 +620,7 @@ def test_workers_that_hang_lose_nothing(toy_bundle, tmp_path, monkeypatch):
     """As those that are killed: one is stopped, twice, and does not die by itself."""
     from handiffuser.serving import dispatch
 
-    monkeypatch.setattr(dispatch, "LOOK", 0.1)
+    monkeypatch.setattr(dispatch, "LOOK_SECONDS", 0.1)
     with serving(
         toy_bundle, tmp_path / "hands", workers=2, batch=2, places=400, warm_up=True, stuck_after=1.0
     ) as served:
