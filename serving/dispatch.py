@@ -29,6 +29,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from msgspec import MsgspecError
+
 from ..errors import HanDiffuserError
 from ..runtime.requests import Request
 from .messages import (
@@ -46,7 +48,7 @@ from .messages import (
     Stop,
     ToFront,
     ToWorker,
-    receive,
+    for_front,
     send,
 )
 from .metrics import Metrics
@@ -156,9 +158,9 @@ def _write(pipe: Connection, outbox: queue.SimpleQueue[ToWorker | None]) -> None
 
 
 def _read(pipe: Connection, outbox: queue.SimpleQueue[Any], hear: Callable[[ToFront | None], None]) -> None:
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError, MsgspecError):
         while True:
-            hear(receive(pipe, ToFront))
+            hear(for_front(pipe))
     hear(None)
     outbox.put(None)
     pipe.close()

@@ -1,7 +1,7 @@
 """What the front (`dispatch`) and a loop (`worker`) tell each other through a pipe: tagged structs, as msgpack.
 
     send(pipe, Cancel("img-1"))
-    message = receive(pipe, ToWorker)
+    message = for_worker(pipe)
 
 A request on its way to a picture has one name in each place:
 
@@ -15,7 +15,7 @@ Inside the loop, `runtime` has names of its own for a request between two graphs
 from __future__ import annotations
 
 from multiprocessing.connection import Connection
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -123,7 +123,6 @@ class Measured(Struct, tag=True):
 ToWorker: TypeAlias = Run | MakeHands | Cancel | Stop
 Answer: TypeAlias = HandsMade | Preview | PictureMade | Failed  # what arrives at a ticket
 ToFront: TypeAlias = Ready | Refused | Broken | Answer | Measured
-T = TypeVar("T")
 
 
 def send(pipe: Connection, message: ToWorker | ToFront) -> None:
@@ -131,10 +130,15 @@ def send(pipe: Connection, message: ToWorker | ToFront) -> None:
     pipe.send_bytes(_ENCODER.encode(message))
 
 
-def receive(pipe: Connection, kind: type[T]) -> T:
-    """The next message, one of `kind`. Raises EOFError or OSError where the other end is closed."""
-    message: T = _DECODERS[kind].decode(pipe.recv_bytes())
-    return message
+def for_worker(pipe: Connection) -> ToWorker:
+    """The next message from the front. Raises EOFError or OSError where the other end is closed."""
+    return _FOR_WORKER.decode(pipe.recv_bytes())
+
+
+def for_front(pipe: Connection) -> ToFront:
+    """The next message from a worker. Raises EOFError or OSError where the other end is closed, and
+    msgspec.ValidationError for a message of another kind."""
+    return _FOR_FRONT.decode(pipe.recv_bytes())
 
 
 def sentence(error: object) -> str:
@@ -157,6 +161,5 @@ def _array(kind: type, value: Any) -> np.ndarray:
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
 # Built on import, in one thread: msgspec 0.22 crashes where two threads meet a dataclass for the first time.
-_DECODERS: dict[Any, msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind, dec_hook=_array) for kind in (ToWorker, ToFront)
-}
+_FOR_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_FOR_FRONT: msgspec.msgpack.Decoder[ToFront] = msgspec.msgpack.Decoder(ToFront, dec_hook=_array)

@@ -37,8 +37,7 @@ from .messages import (
     Run,
     Stop,
     ToFront,
-    ToWorker,
-    receive,
+    for_worker,
     send,
     sentence,
 )
@@ -155,8 +154,7 @@ class Lane:
         """Takes all messages that have arrived."""
         while not self.stopped and self.pipe.poll(None if wait else 0):
             wait = False
-            message: ToWorker = receive(self.pipe, ToWorker)
-            match message:
+            match message := for_worker(self.pipe):
                 case Run(request):
                     self.in_flight[str(request.id)] = InFlight(message)
                     self.inbox.append(request)

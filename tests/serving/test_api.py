@@ -346,7 +346,7 @@ def test_keys(toy_bundle, tmp_path):
         keys.write_text("short\n")
         with pytest.raises(Exception, match="shorter than 8"):
             served.service.keys.load()
-        assert served.service.keys.who("other-secret") == "bob"
+        assert served.service.keys.owner("other-secret") == "bob"
         asked = httpx.options(
             f"{served.url}/v1/models", headers={"origin": "http://page", "access-control-request-method": "GET"}
         )
