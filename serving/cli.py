@@ -65,8 +65,8 @@ LOOP_EXIT_SECONDS = 3.0  # for a step to end, before the process ends without it
 @click.option("--grace", type=click.FloatRange(0, 3600), default=30, show_default=True,
               help="Seconds that requests have to finish after SIGTERM.")  # fmt: skip
 @click.option("--stuck-after", type=click.FloatRange(1, 86400), default=STUCK_SECONDS, show_default=True,
-              help="Seconds without a step after which a worker with requests counts as hanging: the server kills it and "
-              "starts it again. Ten times the slowest step, if that is longer.")  # fmt: skip
+              help="Seconds without a step after which a worker with requests hangs: the server kills it and starts it "
+              "again. Ten times the slowest step, if that is longer.")  # fmt: skip
 @click.option("--cors", multiple=True, metavar="ORIGIN",
               help="Origin whose pages may send requests, such as https://example.org. May be repeated.")  # fmt: skip
 @click.option("--alias", multiple=True, metavar="NAME",
@@ -105,7 +105,7 @@ def serve(engines: str, **options: Any) -> int:
     gpus = _gpus(options["devices"])
     if gpus and options["workers"] > 1:
         raise click.UsageError(
-            f"--workers must be 1 with --devices, got {options['workers']}. Each GPU gets one worker: leave --workers out."
+            f"--workers must be 1 with --devices, got {options['workers']}. Leave it out: each GPU gets one worker."
         )
     threads = options["threads"]
     if threads is None and options["workers"] > 1:

@@ -42,8 +42,8 @@ class Keys:
                 continue
             if len(key) < MIN_KEY_CHARACTERS:
                 raise HanDiffuserError(
-                    f"The key in line {number} of {self.path} must have at least {MIN_KEY_CHARACTERS} characters, got {len(key)}. "
-                    "Choose a longer one."
+                    f"The key in line {number} of {self.path} must have at least {MIN_KEY_CHARACTERS} characters, got "
+                    f"{len(key)}. Choose a longer one."
                 )
             digests.append((_digest(key), name or f"key {number}"))
         if not digests:
