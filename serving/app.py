@@ -172,7 +172,9 @@ def add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}", responses={401: RESPONSES[401], 404: RESPONSES[404]})
     async def one_model(name: str) -> Response:
         if name not in service.names:
-            raise ModelError(f"model must be {' or '.join(service.names)}, got {name[:60]!r}.")
+            raise ModelError(
+                f"model must be {' or '.join(service.names)}, got {name[:60]!r}. GET /v1/models lists them."
+            )
         return JSONResponse(model(name))
 
     @app.get("/v1/files/{name}", responses={404: RESPONSES[404]})

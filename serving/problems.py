@@ -104,7 +104,7 @@ def unread(error: HTTPException, http: Http) -> JSONResponse:
     path, cause = http.url.path[:60], error.__cause__
     status, code, sentence = error.status_code, None, str(error.detail)
     if isinstance(cause, UnicodeDecodeError):
-        code, sentence = "invalid_json", f"The body must be JSON in UTF-8, got another byte at {cause.start}."
+        code, sentence = "invalid_json", f"The body must be JSON in UTF-8, got an invalid byte at {cause.start}."
     elif isinstance(cause, RecursionError):
         code, sentence = "invalid_json", "The body must be JSON with less nesting."
     elif status == 400 and cause is not None:
