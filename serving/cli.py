@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,55 +41,34 @@ from .worker import Options
 LOOP_EXIT_SECONDS = 3.0  # for a step to end, before the process ends without it
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.argument("engines", metavar="ENGINES")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 means all.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    help="Port to listen on; 0 takes a free one.",
-)
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 means all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 takes a free one.")
 @click.option("--api-keys", metavar="FILE", help="File of API keys, one `name: key` a line. SIGHUP reads it again.")
 @click.option("--name", help="Name of the model.  [default: the folder's name]")
-@click.option(
-    "--queue", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Most pictures in the queue."
-)
-@click.option("--max-n", type=click.IntRange(1, 1024), default=8, show_default=True, help="Most pictures of a request.")
-@click.option(
-    "--max-steps", type=click.IntRange(1, 1000), default=100, show_default=True, help="Most steps of a picture."
-)
-@click.option(
-    "--timeout", type=click.FloatRange(1, 3600), default=300, show_default=True, help="Seconds until a request fails."
-)
-@click.option("--grace", type=click.FloatRange(0, 3600), default=30, show_default=True,
+@click.option("--queue", type=click.IntRange(1, 100_000), default=64, help="Most pictures in the queue.")
+@click.option("--max-n", type=click.IntRange(1, 1024), default=8, help="Most pictures of a request.")
+@click.option("--max-steps", type=click.IntRange(1, 1000), default=100, help="Most steps of a picture.")
+@click.option("--timeout", type=click.FloatRange(1, 3600), default=300, help="Seconds until a request fails.")
+@click.option("--grace", type=click.FloatRange(0, 3600), default=30,
               help="Seconds that requests have to finish after SIGTERM.")  # fmt: skip
-@click.option("--stuck-after", type=click.FloatRange(1, 86400), default=STUCK_SECONDS, show_default=True,
+@click.option("--stuck-after", type=click.FloatRange(1, 86400), default=STUCK_SECONDS,
               help="Seconds without a step after which a worker with requests hangs: the server kills it and starts it "
               "again. Ten times the slowest step, if that is longer.")  # fmt: skip
 @click.option("--cors", multiple=True, metavar="ORIGIN",
               help="Origin whose pages may send requests, such as https://example.org. May be repeated.")  # fmt: skip
-@click.option("--alias", multiple=True, metavar="NAME",
-              help="Another name of the model in requests. May be repeated.")  # fmt: skip
-@click.option("--any-size", is_flag=True,
-              help="Scale pictures to the size of the request instead of refusing it.")  # fmt: skip
-@click.option("--response-format", type=click.Choice(["b64_json", "url"]), default="b64_json", show_default=True,
+@click.option("--alias", multiple=True, metavar="NAME", help="Another name of the model in requests. May be repeated.")
+@click.option("--any-size", is_flag=True, help="Scale pictures to the size of the request instead of refusing it.")
+@click.option("--response-format", type=click.Choice(["b64_json", "url"]), default="b64_json",
               help="Form of pictures when a request does not name one.")  # fmt: skip
 @click.option("--public-url", metavar="URL",
               help="URL of this server behind a proxy: the URLs in answers begin with it.")  # fmt: skip
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1, 4096),
-    default=8,
-    show_default=True,
-    help="Pictures that a worker makes at once.",
-)
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
-@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=8, help="Pictures that a worker makes at once.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto")
+@click.option("--device", type=click.Choice(DEVICES), default="auto")
 @click.option("--devices", metavar="0,1,...", help="GPUs, with a worker process each, behind one port.")
-@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True,
-              help="Worker processes on a CPU.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1, 256), default=1, help="Worker processes on a CPU.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of each worker.  [default: an equal share]")
 @click.option("--no-warm-up", is_flag=True, help="Take requests before the engines have run once.")
 @click.version_option(package_name="handiffuser", prog_name="hd-serve")
@@ -110,18 +90,10 @@ def serve(engines: str, **options: Any) -> int:
     threads = options["threads"]
     if threads is None and options["workers"] > 1:
         threads = max(1, (os.cpu_count() or 1) // options["workers"])
-    each = [
-        Options(
-            engines,
-            "cuda" if gpus else options["device"],
-            threads,
-            options["batch_size"],
-            options["backend"],
-            not options["no_warm_up"],
-            gpu,
-        )
-        for gpu in (gpus or [None] * options["workers"])
-    ]
+    one = Options(
+        engines, options["device"], threads, options["batch_size"], options["backend"], not options["no_warm_up"]
+    )
+    each = [replace(one, device="cuda", gpu=gpu) for gpu in gpus] or [one] * options["workers"]
     metrics = Metrics()
     own_processes = len(each) > 1 or bool(gpus)
     dispatcher = Dispatcher(each, own_processes, options["queue"], metrics, _say, options["stuck_after"])
@@ -152,10 +124,10 @@ def serve(engines: str, **options: Any) -> int:
     return code
 
 
-def _gpus(text: str | None) -> list[str | None]:
+def _gpus(text: str | None) -> list[str]:
     if text is None:
         return []
-    names: list[str | None] = [name.strip() for name in text.split(",")]
+    names = [name.strip() for name in text.split(",")]
     if not all(names) or len(set(names)) < len(names):
         raise click.UsageError(f"--devices must be different GPUs such as 0,1, got {text!r}.")
     return names

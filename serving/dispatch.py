@@ -33,24 +33,7 @@ from msgspec import MsgspecError
 
 from ..errors import HanDiffuserError
 from ..runtime.requests import Request
-from .messages import (
-    Answer,
-    Broken,
-    Cancel,
-    Failed,
-    HandsMade,
-    MakeHands,
-    Measured,
-    PictureMade,
-    Ready,
-    Refused,
-    Run,
-    Stop,
-    ToFront,
-    ToWorker,
-    for_front,
-    send,
-)
+from . import messages
 from .metrics import Metrics
 from .queue import FairQueue
 from .worker import Options, work, work_alone
@@ -89,16 +72,17 @@ class Ticket:
     done: bool = False
     came: float = field(default_factory=time.monotonic)
     began: float = 0.0  # when a worker took it
-    inbox: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
+    inbox: asyncio.Queue[messages.Answer] = field(default_factory=asyncio.Queue)
 
     @property
     def id(self) -> str:
         return str(self.request.id)
 
-    def ends_with(self, message: Answer) -> bool:
-        return isinstance(message, PictureMade | Failed) or (self.hands_only and isinstance(message, HandsMade))
+    def ends_with(self, message: messages.Answer) -> bool:
+        made = messages.HandsMade if self.hands_only else messages.PictureMade
+        return isinstance(message, (made, messages.Failed))
 
-    async def result(self) -> Answer:
+    async def result(self) -> messages.Answer:
         """The last answer; skips those before it."""
         while True:
             message = await self.inbox.get()
@@ -128,7 +112,7 @@ class Worker:
         self.round += 1
         self.slots, self.silent, self.proven = 0, 0.0, False
         ours, theirs = multiprocessing.Pipe()
-        self.outbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[messages.ToWorker | None] = queue.SimpleQueue()
         self.process: Any = None
         if self.own_process:
             self.process = multiprocessing.get_context("spawn").Process(
@@ -143,7 +127,7 @@ class Worker:
         threading.Thread(target=_write, args=(ours, self.outbox), daemon=True).start()
         threading.Thread(target=_read, args=(ours, self.outbox, hear), daemon=True).start()
 
-    def send(self, message: ToWorker) -> None:
+    def send(self, message: messages.ToWorker) -> None:
         self.outbox.put(message)
 
     @property
@@ -151,16 +135,16 @@ class Worker:
         return self.slots + REQUESTS_AHEAD - len(self.tickets) if self.slots else 0
 
 
-def _write(pipe: Connection, outbox: queue.SimpleQueue[ToWorker | None]) -> None:
+def _write(pipe: Connection, outbox: queue.SimpleQueue[messages.ToWorker | None]) -> None:
     with contextlib.suppress(OSError):
         while (message := outbox.get()) is not None:
-            send(pipe, message)
+            messages.send(pipe, message)
 
 
-def _read(pipe: Connection, outbox: queue.SimpleQueue[Any], hear: Callable[[ToFront | None], None]) -> None:
+def _read(pipe: Connection, outbox: queue.SimpleQueue[Any], hear: Callable[[messages.ToFront | None], None]) -> None:
     with contextlib.suppress(EOFError, OSError, MsgspecError):
         while True:
-            hear(for_front(pipe))
+            hear(messages.for_front(pipe))
     hear(None)
     outbox.put(None)
     pipe.close()
@@ -236,7 +220,7 @@ class Dispatcher:
         self._check(waits=True)
         if len(requests) > self.queue.room:
             for ticket in self.queue.make_room(owner, len(requests)):
-                self._end(ticket, Failed(ticket.id, CROWDED, 429))
+                self._end(ticket, messages.Failed(ticket.id, CROWDED, 429))
         if len(requests) > self.queue.room:
             raise BusyError(
                 f"The queue is full: {len(self.queue)} pictures wait. Try again later.", self.wait_for_room()
@@ -266,7 +250,7 @@ class Dispatcher:
             if not self.queue.remove(ticket):
                 for worker in self.workers:
                     if ticket.id in worker.tickets:
-                        worker.send(Cancel(ticket.id))
+                        worker.send(messages.Cancel(ticket.id))
         self._pump()
 
     def fail_all(self, sentence: str) -> int:
@@ -274,7 +258,7 @@ class Dispatcher:
         left = [ticket for ticket in [*self.queue, *self.under_way] if not ticket.done]
         for ticket in left:
             self.queue.remove(ticket)
-            self._end(ticket, Failed(ticket.id, sentence, 503))
+            self._end(ticket, messages.Failed(ticket.id, sentence, 503))
         return len(left)
 
     async def drain(self, grace_seconds: float) -> int:
@@ -289,7 +273,7 @@ class Dispatcher:
         """Ends the workers; processes at once."""
         self.draining = self.stopped = True
         for worker in self.workers:
-            worker.send(Stop())
+            worker.send(messages.Stop())
             if worker.process is not None:
                 worker.process.terminate()
                 worker.process.kill()
@@ -325,16 +309,16 @@ class Dispatcher:
         ticket.began = time.monotonic()
         worker.tickets[ticket.id] = ticket
         if ticket.hands_only:
-            worker.send(MakeHands(ticket.request))
+            worker.send(messages.MakeHands(ticket.request))
         else:
-            worker.send(Run(ticket.request, frozenset(ticket.preview_steps), ticket.hands_first))
+            worker.send(messages.Run(ticket.request, frozenset(ticket.preview_steps), ticket.hands_first))
 
-    def _hear(self, worker: Worker, round: int, message: ToFront | None) -> None:
+    def _hear(self, worker: Worker, round: int, message: messages.ToFront | None) -> None:
         """From a worker's own thread."""
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             self.loop.call_soon_threadsafe(self._take, worker, round, message)
 
-    def _take(self, worker: Worker, round: int, message: ToFront | None) -> None:
+    def _take(self, worker: Worker, round: int, message: messages.ToFront | None) -> None:
         """A worker's message, or None when the worker has ended."""
         if round != worker.round:
             return
@@ -342,15 +326,16 @@ class Dispatcher:
         match message:
             case None:
                 self._gone(worker)
-            case Ready():
+            case messages.Ready():
                 self._ready(worker, message)
-            case Refused(sentence) | Broken(sentence):
+            case messages.Refused(sentence) | messages.Broken(sentence):
                 self.refused.add(worker.number)
                 self.say(f"worker {worker.number}: {sentence}")
-                if isinstance(message, Refused) and worker.round == 1 and len(self.refused) == len(self.workers):
+                at_first = isinstance(message, messages.Refused) and worker.round == 1
+                if at_first and len(self.refused) == len(self.workers):
                     self.fatal = sentence
                     self.changed.set()
-            case Measured():
+            case messages.Measured():
                 self.metrics.measured(worker.number, message)
             case _:
                 self._answered(worker, message)
@@ -358,7 +343,7 @@ class Dispatcher:
         if self.idle:
             self._busy_since = None
 
-    def _answered(self, worker: Worker, message: Answer) -> None:
+    def _answered(self, worker: Worker, message: messages.Answer) -> None:
         ticket = worker.tickets.get(message.id)
         if ticket is None:
             return
@@ -367,20 +352,20 @@ class Dispatcher:
                 ticket.inbox.put_nowait(message)
             return
         del worker.tickets[ticket.id]
-        if isinstance(message, PictureMade):
+        if isinstance(message, messages.PictureMade):
             worker.deaths, worker.proven = 0, True
             self._measure(ticket.cost)
             self.metrics.took("picture", time.monotonic() - ticket.began)
-        elif isinstance(message, HandsMade):
+        elif isinstance(message, messages.HandsMade):
             self.metrics.took("hands", time.monotonic() - ticket.began)
         if not ticket.done:
             self._end(ticket, message)
 
-    def _end(self, ticket: Ticket, message: Answer) -> None:
+    def _end(self, ticket: Ticket, message: messages.Answer) -> None:
         ticket.done = True
         ticket.inbox.put_nowait(message)
 
-    def _ready(self, worker: Worker, facts: Ready) -> None:
+    def _ready(self, worker: Worker, facts: messages.Ready) -> None:
         worker.slots, worker.pid = facts.slots, facts.pid
         self.refused.discard(worker.number)
         if facts.slowest is not None:
@@ -431,11 +416,12 @@ class Dispatcher:
                 continue
             ticket.tries += 1
             if ticket.tries >= MAX_TRIES:
-                self._end(ticket, Failed(ticket.id, f"{MAX_TRIES} workers ended while they made this picture."))
+                sentence = f"{MAX_TRIES} workers ended while they made this picture."
+                self._end(ticket, messages.Failed(ticket.id, sentence))
             elif ticket.hands_only and (others := [other for other in self.workers if other.slots]):
                 self._give(min(others, key=lambda other: len(other.tickets)), ticket)
             elif ticket.hands_only:
-                self._end(ticket, Failed(ticket.id, "The worker ended. Send the request again.", 503))
+                self._end(ticket, messages.Failed(ticket.id, "The worker ended. Send the request again.", 503))
             else:
                 self.queue.put_back(ticket.owner, ticket.cost, ticket)
         if self.fatal is None:

@@ -140,7 +140,7 @@ class Service:
         filled = replace(request, **gaps)
         if (filled.steps or 1) > self.limits.steps:
             raise RequestError(
-                f"num_inference_steps must be at most {self.limits.steps}, got {filled.steps}. Ask for fewer steps.",
+                f"{filled.steps} steps are more than this server makes. Ask for {self.limits.steps} or fewer.",
                 "steps",
             )
         try:

@@ -23,24 +23,7 @@ from ..runtime.loading import MANY
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure, Picture
-from .messages import (
-    Broken,
-    Cancel,
-    Failed,
-    HandsMade,
-    MakeHands,
-    Measured,
-    PictureMade,
-    Preview,
-    Ready,
-    Refused,
-    Run,
-    Stop,
-    ToFront,
-    for_worker,
-    send,
-    sentence,
-)
+from . import messages
 from .previews import Colours, InFlight
 
 WARM_UP = ("a right hand making a fist, blue background", "a dark left hand, red background",
@@ -91,19 +74,19 @@ def work(pipe: Connection, options: Options) -> None:
             with pipeline:
                 lane = Lane(pipe, pipeline)
                 rate, slowest = lane.warm_up() if options.warm_up else (0.0, None)
-                said = [sentence(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+                said = [messages.sentence(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
                 said += pipeline.loop.warnings()
-                send(pipe, Ready(pipeline.batch_size, os.getpid(), said, rate, slowest))
+                messages.send(pipe, messages.Ready(pipeline.batch_size, os.getpid(), said, rate, slowest))
                 lane.run()
         except HanDiffuserError as error:
-            send(pipe, Refused(sentence(error)))
+            messages.send(pipe, messages.Refused(messages.sentence(error)))
         except MemoryError:
-            send(pipe, Refused("There is not enough memory."))
+            messages.send(pipe, messages.Refused("There is not enough memory."))
     except (EOFError, OSError):  # the front is gone
         return
     except Exception as error:
         with suppress(OSError):
-            send(pipe, Broken(sentence(f"{type(error).__name__}: {error}")))
+            messages.send(pipe, messages.Broken(messages.sentence(f"{type(error).__name__}: {error}")))
     finally:
         pipe.close()
 
@@ -121,23 +104,23 @@ class Lane:
         self.laps = Laps(pipeline.timings)
         self.reported = 0.0
 
-    def tell(self, message: ToFront) -> None:
-        send(self.pipe, message)
+    def tell(self, message: messages.ToFront) -> None:
+        messages.send(self.pipe, message)
 
     def run(self) -> None:
         try:
             for result in self.pipeline.run(self.source(), self.on_event):
                 one = self.in_flight.pop(result.id, None)
                 if isinstance(result, Failure):
-                    self.tell(Failed(result.id, sentence(result.sentence)))
+                    self.tell(messages.Failed(result.id, messages.sentence(result.sentence)))
                     continue
                 self.laps.pictures += 1
                 if one is not None:
                     if one.latents is not None:
                         self.colours.learn(one.latents, result.image)
-                    self.tell(PictureMade(result.id, result.image, small(result.hands), result.warnings))
+                    self.tell(messages.PictureMade(result.id, result.image, small(result.hands), result.warnings))
         except HanDiffuserError as error:  # a graph that cannot run at all, for lack of memory for example
-            self.tell(Broken(sentence(error)))
+            self.tell(messages.Broken(messages.sentence(error)))
 
     def source(self) -> Iterator[Request | None]:
         """Where the loop asks for work. Waits while the loop has nothing to do."""
@@ -154,15 +137,15 @@ class Lane:
         """Takes all messages that have arrived."""
         while not self.stopped and self.pipe.poll(None if wait else 0):
             wait = False
-            match message := for_worker(self.pipe):
-                case Run(request):
+            match message := messages.for_worker(self.pipe):
+                case messages.Run(request):
                     self.in_flight[str(request.id)] = InFlight(message)
                     self.inbox.append(request)
-                case MakeHands(request):
+                case messages.MakeHands(request):
                     self.make_hands(request)
-                case Cancel(id):
+                case messages.Cancel(id):
                     self.cancel(id)
-                case Stop():
+                case messages.Stop():
                     self.stopped = True
                     for id in [*self.in_flight]:
                         self.cancel(id)
@@ -171,16 +154,16 @@ class Lane:
         (made,) = self.pipeline.hands([request])
         self.laps.take(*HANDS)
         if isinstance(made, Failure):
-            self.tell(Failed(made.id, sentence(made.sentence)))
+            self.tell(messages.Failed(made.id, messages.sentence(made.sentence)))
         else:
-            self.tell(HandsMade(str(request.id), small(made)))
+            self.tell(messages.HandsMade(str(request.id), small(made)))
 
     def cancel(self, id: str) -> None:
         for i, request in enumerate(self.inbox):
             if request.id == id:
                 del self.inbox[i]
                 self.in_flight.pop(id)
-                self.tell(Failed(id, "It was cancelled."))
+                self.tell(messages.Failed(id, "It was cancelled."))
                 return
         if id in self.in_flight:
             self.pipeline.cancel(id)
@@ -196,11 +179,11 @@ class Lane:
                 if not one.begun:
                     one.begun = True
                     if all(np.isfinite(value).all() for value in peek.hands.values()):
-                        self.tell(HandsMade(id, small(peek.hands)))
+                        self.tell(messages.HandsMade(id, small(peek.hands)))
                 if peek.latents is not None and one.preview_steps and peek.step != one.step:
                     if peek.step in one.preview_steps:
                         latents = one.clean(peek.step, peek.latents, self.pipeline.bundle)
-                        self.tell(Preview(id, peek.step, peek.steps, self.colours(latents)))
+                        self.tell(messages.Preview(id, peek.step, peek.steps, self.colours(latents)))
                     one.step, one.latents = peek.step, peek.latents
         if time.monotonic() - self.reported > REPORT_SECONDS:
             self.report()
@@ -210,7 +193,7 @@ class Lane:
         runs = self.laps.all()
         if self.batches or runs:
             memory = gpu_memory() if self.pipeline.on_gpu else None
-            self.tell(Measured(dict(self.batches), dict(self.pipeline.timings), runs, memory))
+            self.tell(messages.Measured(dict(self.batches), dict(self.pipeline.timings), runs, memory))
             self.batches.clear()
         self.reported = time.monotonic()
 

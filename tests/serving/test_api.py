@@ -100,7 +100,7 @@ def test_errors_have_openais_form(client):
         ({"n": 9}, "at most 8"),
         ({"n": "2"}, "n must be a valid integer, got '2'"),
         ({"n": True}, "n must be a valid integer, got True"),
-        ({"num_inference_steps": 101}, "num_inference_steps must be at most 100, got 101"),
+        ({"num_inference_steps": 101}, "100 or fewer"),
         ({"guidance_scale": -1}, "guidance_scale"),
         ({"guidance_interval": [0.5, 0.2]}, "rise"),
         ({"solver": "magic"}, "solver"),
@@ -361,7 +361,7 @@ def test_keys(toy_bundle, tmp_path):
 
 def test_default_steps_above_the_limit_are_refused(toy_bundle, tmp_path):
     with serving(toy_bundle, tmp_path, limits=Limits(steps=3)) as served:
-        assert "at most 3, got 6" in served.generate().json()["error"]["message"]
+        assert "3 or fewer" in served.generate().json()["error"]["message"]
         assert served.generate(num_inference_steps=3).status_code == 200
 
 
