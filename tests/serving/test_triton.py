@@ -80,5 +80,5 @@ def test_requests_share_batches_and_get_one_answer(toy_bundle, tmp_path, backend
         (picture,) = pipeline.generate(f"p {n}", seed=n, steps=4 + n)
         assert response.error is None and response.values["SEED"] == [n]
         assert np.abs(response.values["IMAGE"].astype(int) - picture.image).max() <= 1
-    with pytest.raises(ExportError, match="there already"):
+    with pytest.raises(ExportError, match="without the model handiffuser"):
         write(toy_bundle, tmp_path)
