@@ -193,7 +193,7 @@ async def _serve(service: Service, app: Any, host: str, port: int, grace_seconds
             f"The server cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port."
         ) from None
     server, dispatcher = Server(config), service.dispatcher
-    told = 0
+    signals = 0
     code = 0
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Task[None]] = []
@@ -208,9 +208,9 @@ async def _serve(service: Service, app: Any, host: str, port: int, grace_seconds
         server.should_exit = True
 
     def signalled(number: int) -> None:
-        nonlocal told, code
-        told += 1
-        if told == 1:
+        nonlocal signals, code
+        signals += 1
+        if signals == 1:
             _say(f"Stopping; requests have {grace_seconds:g} s to finish. The next signal stops at once.")
             stopping.append(loop.create_task(stop()))
         else:

@@ -1,7 +1,7 @@
 """The outermost layer: every request and every answer passes through it.
 
-`Guard` checks the key, limits the size of a body and the time of sending and reading it, and gives each request an id,
-a line in the log and a place in the metrics. `Protocol` limits the time of the headers, which only the server can.
+`Guard` checks the key, and limits the size of a body and the time of sending and reading it. It gives each request an
+id, a line in the log and a place in the metrics. `Protocol` limits the time of the headers, which only the server can.
 """
 
 from __future__ import annotations

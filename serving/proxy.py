@@ -37,8 +37,8 @@ class Forwarded(ProxyHeadersMiddleware):
             await self.app(scope, receive, send)
             return
         peer = (scope.get("client") or ("",))[0]
-        told = dict(scope["headers"]) if peer in self.trusted_hosts else {}
-        host, prefix = _first(told, b"x-forwarded-host"), _first(told, b"x-forwarded-prefix").rstrip("/")
+        trusted = dict(scope["headers"]) if peer in self.trusted_hosts else {}
+        host, prefix = _first(trusted, b"x-forwarded-host"), _first(trusted, b"x-forwarded-prefix").rstrip("/")
         if HOST.fullmatch(host):
             kept = [(name, value) for name, value in scope["headers"] if name != b"host"]
             scope["headers"] = [*kept, (b"host", host.encode())]

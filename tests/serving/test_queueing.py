@@ -72,9 +72,8 @@ def test_a_timeout_gives_504_and_frees_the_slot(busy):
 def test_clients_that_leave_do_not_change_the_other_pictures(toy_bundle, tmp_path, slow, monkeypatch, capfd, stream):
     from handiffuser.runtime.steptimes import StepTimes
 
-    monkeypatch.setattr(
-        StepTimes, "choose", lambda times, active, alone=False: 1
-    )  # without batches there is no rounding
+    # Batches of one: sizes of batches differ in rounding.
+    monkeypatch.setattr(StepTimes, "choose", lambda times, active, alone=False: 1)
     with serving(toy_bundle, tmp_path / "hands", batch=4, places=20) as served:
         alone = served.generate("stays", seed=1, num_inference_steps=12).json()["data"][0]["b64_json"]
         slow(0.02)
@@ -119,11 +118,11 @@ def test_a_fair_share(toy_bundle, tmp_path, gate):
     keys.write_text("many: secret-of-many\nfew: secret-of-few\n")
     with serving(toy_bundle, tmp_path / "hands", keys=keys, batch=1, places=60) as served:
 
-        def post(who, n):
-            headers = {"authorization": f"Bearer secret-of-{who}"}
-            body = {"prompt": f"{who} {n}", "num_inference_steps": 4}
+        def post(owner, n):
+            headers = {"authorization": f"Bearer secret-of-{owner}"}
+            body = {"prompt": f"{owner} {n}", "num_inference_steps": 4}
             answer = httpx.post(f"{served.url}/v1/images/generations", json=body, headers=headers, timeout=60)
-            order.append(who)
+            order.append(owner)
             return answer.status_code
 
         with ThreadPoolExecutor(32) as pool:
@@ -142,9 +141,9 @@ def test_a_full_queue_still_takes_other_clients(toy_bundle, tmp_path, gate):
     keys.write_text("many: secret-of-many\nfew: secret-of-few\n")
     with serving(toy_bundle, tmp_path / "hands", keys=keys, batch=1, places=4) as served, ThreadPoolExecutor(9) as pool:
 
-        def post(who, number, **fields):
-            headers = {"authorization": f"Bearer secret-of-{who}"}
-            body = {"prompt": f"{who} {number}", "num_inference_steps": 4, **fields}
+        def post(owner, number, **fields):
+            headers = {"authorization": f"Bearer secret-of-{owner}"}
+            body = {"prompt": f"{owner} {number}", "num_inference_steps": 4, **fields}
             return httpx.post(f"{served.url}/v1/images/generations", json=body, headers=headers, timeout=60)
 
         many = []
