@@ -12,11 +12,11 @@ FROM python:3.12-slim
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin serve
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
-# The libraries' reports to their makers are off; handiffuser.telemetry says which they are.
+# The libraries send no reports to their makers; handiffuser.telemetry lists these settings.
 ENV ORT_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0 HF_HUB_DISABLE_TELEMETRY=1
 USER 10001
 EXPOSE 8000
-# Alive, not ready: who is loading must not be killed for it. Readiness is /readyz.
+# Checks that the server is alive, so that Docker does not stop it while it loads. /readyz says when it is ready.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=2)"]
 STOPSIGNAL SIGTERM

@@ -1,10 +1,9 @@
-"""The HTTP application: OpenAI's images API over the dispatcher, hands beside it, and the page.
+"""The HTTP application: OpenAI's images API over the dispatcher, paths for hands, and the page.
 
     service = Service(bundle, dispatcher, "demo", Limits(), keys, metrics, folder)
     app = make_app(service)
 
-Nothing in here waits for a model: answers are awaited, and what takes more than a moment (encoding a picture, reading
-hands, the fingers' kinematics) runs in threads.
+The event loop never waits for a model. Slow work, such as encoding a picture or moving fingers, runs in threads.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from .fields import Edit, Generation, HandsRequest, as_json
 from .guard import Guard
 from .hands import Arrays
 from .images import MEDIA
+from .messages import HandsMade
 from .pictures import drawn_seed, paint, wait_for
 from .problems import RESPONSES, ModelError, add_handlers, problem
 from .proxy import Forwarded
@@ -57,7 +57,7 @@ def make_app(service: Service) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
         description=__doc__ or "",
-        redirect_slashes=False,  # to an address that a proxy's client may not reach; `Forwarded` drops the slash
+        redirect_slashes=False,  # a proxy's client may not reach the redirect; `Forwarded` drops the slash
     )
 
     def openapi() -> dict[str, Any]:
@@ -79,7 +79,7 @@ def make_app(service: Service) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(service.front.cors),
             allow_methods=["GET", "HEAD", "POST"],
-            allow_headers=["*"],  # OpenAI's client adds a dozen of its own
+            allow_headers=["*"],  # OpenAI's client adds a dozen
             expose_headers=["x-request-id", "Retry-After"],
         )
     app.add_middleware(Forwarded, public_url=service.front.public_url)
@@ -87,7 +87,7 @@ def make_app(service: Service) -> FastAPI:
 
 
 def add_pictures(app: FastAPI, service: Service) -> None:
-    """What runs a model, or edits hands."""
+    """Paths that run a model or edit hands."""
 
     def check_model(model: str | None) -> None:
         if model is not None and model not in service.names:
@@ -96,35 +96,36 @@ def add_pictures(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/images/generations", responses=RESPONSES)
     async def generations(body: Generation, http: Http) -> Response:
-        """Makes pictures of a prompt, as OpenAI's images API does; `stream` sends them as they come to be."""
+        """Makes pictures of a prompt, as OpenAI's images API does. `stream` sends previews on the way."""
         check_model(body.model)
         return await paint(service, body, http)
 
     @app.post("/v1/hands", responses=RESPONSES)
     async def make_hands(body: HandsRequest, http: Http) -> Response:
-        """The hands that a prompt and seed give, without a picture; or where the joints of given hands are."""
+        """Returns the hands of a prompt and seed without a picture, or the joints of given hands."""
         check_model(body.model)
         seed = drawn_seed(body.seed)
         path = await asyncio.to_thread(service.hands_path, body.hands)
         (request,) = await asyncio.to_thread(service.prepare, Request(body.prompt, seed=seed, steps=1, hands=path))
         service.forget_hands()
-        entry = http.scope["handiffuser"]
+        logged = http.scope["handiffuser"]
         if body.user is not None:
-            entry["user"] = body.user
-        ticket = service.dispatcher.submit_hands(entry["owner"], request)
+            logged["user"] = body.user
+        ticket = service.dispatcher.submit_hands(logged["owner"], request)
         deadline = asyncio.get_running_loop().time() + service.limits.timeout
-        events = await wait_for(http, service, [ticket], deadline)
-        if events is None:
+        answers = await wait_for(http, service, [ticket], deadline)
+        if answers is None:
             return Response(status_code=499)
-        (hands,) = events[0].value
-        id = await asyncio.to_thread(service.keep_hands, hands, body.prompt)
-        made = {"id": id, "seed": seed, "hands": as_json(hands), "hands_id": id}
-        answer = {"created": int(time.time()), "data": [made]}
+        (made,) = answers
+        assert isinstance(made, HandsMade)
+        id = await asyncio.to_thread(service.keep_hands, made.hands, body.prompt)
+        entry = {"id": id, "seed": seed, "hands": as_json(made.hands), "hands_id": id}
+        answer = {"created": int(time.time()), "data": [entry]}
         return JSONResponse(answer | ({"warnings": body.warnings()} if body.warnings() else {}))
 
     @app.post("/v1/hands/edit", responses=RESPONSES)
     async def edit_hands(body: Edit) -> Response:
-        """Drags joints, takes gestures, mirrors or swaps; no model runs."""
+        """Drags joints, applies a gesture, mirrors or swaps hands, without a model."""
 
         def make() -> Arrays:
             hands = body.hands.arrays()
@@ -135,7 +136,9 @@ def add_pictures(app: FastAPI, service: Service) -> None:
             if body.swap:
                 hands = editing.swapped(hands)
             if not all(np.isfinite(value).all() for value in hands.values()):
-                raise RequestError("These hands cannot be computed with. Start again from hands of /v1/hands.", "hands")
+                raise RequestError(
+                    "hands must give finite joints, got NaN or infinity. Start again from hands of /v1/hands.", "hands"
+                )
             return hands
 
         hands = await asyncio.to_thread(make)
@@ -143,11 +146,11 @@ def add_pictures(app: FastAPI, service: Service) -> None:
 
 
 def add_models(app: FastAPI, service: Service) -> None:
-    """What there is."""
+    """Lists of names, and kept pictures."""
 
     @app.get("/v1/gestures")
     async def gestures() -> Response:
-        """Names that /v1/hands/edit takes."""
+        """The gestures of /v1/hands/edit."""
         return JSONResponse({"data": list(editing.gestures())})
 
     def model(name: str) -> dict[str, Any]:
@@ -169,20 +172,22 @@ def add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}", responses={401: RESPONSES[401], 404: RESPONSES[404]})
     async def one_model(name: str) -> Response:
         if name not in service.names:
-            raise ModelError(f"There is no model {name[:60]!r} here; there is {', '.join(service.names)}.")
+            raise ModelError(
+                f"model must be {' or '.join(service.names)}, got {name[:60]!r}. GET /v1/models lists them."
+            )
         return JSONResponse(model(name))
 
     @app.get("/v1/files/{name}", responses={404: RESPONSES[404]})
     async def file(name: str) -> Response:
-        """A picture of the last hour that was asked for as a URL."""
+        """A picture of the last hour, for requests with response_format url."""
         kept, format, content = service.pictures.get(name, (-math.inf, "", b""))
         if time.monotonic() - kept > keeping.KEPT_SECONDS:
-            return problem(404, "There is no such picture (any more).")
+            return problem(404, "This picture is unknown or older than an hour. Make it again from its seed.")
         return Response(content, media_type=MEDIA[format], headers={"Cache-Control": "private, max-age=3600"})
 
 
 def add_health(app: FastAPI, service: Service) -> None:
-    """For who looks after the server."""
+    """Paths for the person and the programs that run the server."""
     dispatcher = service.dispatcher
 
     @app.head("/healthz", include_in_schema=False)
@@ -194,7 +199,7 @@ def add_health(app: FastAPI, service: Service) -> None:
     @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses={503: RESPONSES[503]})
     async def readyz() -> Response:
-        """200 while requests are taken: not while loading, and not while stopping."""
+        """200 while the server takes requests; 503 while it loads or stops."""
         if dispatcher.ready:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "stopping" if dispatcher.draining else "loading"}, 503)
@@ -205,7 +210,7 @@ def add_health(app: FastAPI, service: Service) -> None:
 
 
 def add_page(app: FastAPI) -> None:
-    """The page for people."""
+    """The page in the browser."""
     files = resources.files(__name__.rpartition(".")[0]).joinpath("page")
     for file in sorted(files.iterdir(), key=lambda file: file.name):
         name = file.name

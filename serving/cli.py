@@ -1,4 +1,4 @@
-"""`hd-serve ENGINES`: pictures over HTTP, as OpenAI's images API, and a page in the browser.
+"""`hd-serve ENGINES`: OpenAI's images API over HTTP, and a page in the browser.
 
 hd-serve demo
 hd-serve engines/ --host 0.0.0.0 --api-keys keys.txt --devices 0,1
@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..errors import HanDiffuserError
 from ..runtime.bundle import Bundle
 from ..runtime.loading import BACKENDS
 from .app import make_app
-from .dispatch import STUCK_AFTER, Dispatcher
+from .dispatch import STUCK_SECONDS, Dispatcher
 from .guard import Protocol
 from .keys import Keys
 from .metrics import Metrics
@@ -37,73 +38,65 @@ from .proxy import checked_origin, checked_url
 from .service import Front, Limits, Service, private_folder
 from .worker import Options
 
-PATIENCE = 3.0  # seconds for a step to end after which the process ends without it
+LOOP_EXIT_SECONDS = 3.0  # for a step to end, before the process ends without it
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.argument("engines", metavar="ENGINES")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of them.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--api-keys", metavar="FILE", help="Keys, one a line, `name: key`. Read again on SIGHUP.")
-@click.option("--name", help="What the model is called.  [default: the folder's name]")
-@click.option("--queue", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Pictures that may wait.")
-@click.option("--max-n", type=click.IntRange(1, 1024), default=8, show_default=True, help="Pictures a request.")
-@click.option("--max-steps", type=click.IntRange(1, 1000), default=100, show_default=True, help="Steps a picture.")
-@click.option("--timeout", type=click.FloatRange(1, 3600), default=300, show_default=True, help="Seconds a request.")
-@click.option("--grace", type=click.FloatRange(0, 3600), default=30, show_default=True,
-              help="Seconds in which SIGTERM lets requests finish.")  # fmt: skip
-@click.option("--stuck-after", type=click.FloatRange(1, 86400), default=STUCK_AFTER, show_default=True,
-              help="Seconds without a step, or 10 times the slowest step where that is more, after which a worker with "
-              "requests is taken to hang: it is killed and started again.")  # fmt: skip
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 means all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 takes a free one.")
+@click.option("--api-keys", metavar="FILE", help="File of API keys, one `name: key` a line. SIGHUP reads it again.")
+@click.option("--name", help="Name of the model.  [default: the folder's name]")
+@click.option("--queue", type=click.IntRange(1, 100_000), default=64, help="Most pictures in the queue.")
+@click.option("--max-n", type=click.IntRange(1, 1024), default=8, help="Most pictures of a request.")
+@click.option("--max-steps", type=click.IntRange(1, 1000), default=100, help="Most steps of a picture.")
+@click.option("--timeout", type=click.FloatRange(1, 3600), default=300, help="Seconds until a request fails.")
+@click.option("--grace", type=click.FloatRange(0, 3600), default=30,
+              help="Seconds that requests have to finish after SIGTERM.")  # fmt: skip
+@click.option("--stuck-after", type=click.FloatRange(1, 86400), default=STUCK_SECONDS,
+              help="Seconds without a step after which a worker with requests hangs: the server kills it and starts it "
+              "again. Ten times the slowest step, if that is longer.")  # fmt: skip
 @click.option("--cors", multiple=True, metavar="ORIGIN",
-              help="Lets pages of this origin ask, such as https://example.org. May be repeated.")  # fmt: skip
-@click.option("--alias", multiple=True, metavar="NAME",
-              help="Another name that requests may give the model. May be repeated.")  # fmt: skip
-@click.option("--any-size", is_flag=True,
-              help="Scale pictures to the size that a request asks for, instead of refusing it.")  # fmt: skip
-@click.option("--response-format", type=click.Choice(["b64_json", "url"]), default="b64_json", show_default=True,
-              help="What pictures come as where a request does not say it.")  # fmt: skip
+              help="Origin whose pages may send requests, such as https://example.org. May be repeated.")  # fmt: skip
+@click.option("--alias", multiple=True, metavar="NAME", help="Another name of the model in requests. May be repeated.")
+@click.option("--any-size", is_flag=True, help="Scale pictures to the size of the request instead of refusing it.")
+@click.option("--response-format", type=click.Choice(["b64_json", "url"]), default="b64_json",
+              help="Form of pictures when a request does not name one.")  # fmt: skip
 @click.option("--public-url", metavar="URL",
-              help="Where clients reach this server through a proxy: the URLs in answers begin with it.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
-@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
-@click.option("--devices", metavar="0,1,...", help="GPUs: one worker process each, behind one port.")
-@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True,
-              help="On a CPU: so many worker processes.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of each worker.  [default: its share]")
-@click.option("--no-warm-up", is_flag=True, help="Take requests before engines have run once.")
+              help="URL of this server behind a proxy: the URLs in answers begin with it.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=8, help="Pictures that a worker makes at once.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto")
+@click.option("--device", type=click.Choice(DEVICES), default="auto")
+@click.option("--devices", metavar="0,1,...", help="GPUs, with a worker process each, behind one port.")
+@click.option("--workers", type=click.IntRange(1, 256), default=1, help="Worker processes on a CPU.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads of each worker.  [default: an equal share]")
+@click.option("--no-warm-up", is_flag=True, help="Take requests before the engines have run once.")
 @click.version_option(package_name="handiffuser", prog_name="hd-serve")
 def serve(engines: str, **options: Any) -> int:
     """Serves ENGINES, a bundle folder that hd-export made or the word `demo`, over HTTP.
 
-    The API is OpenAI's images API with hands beside it; / is a page for people. SIGTERM and Ctrl-C let requests finish
-    for --grace seconds; the second one stops at once. What is said of requests goes to stderr, a line of JSON each.
+    The API is OpenAI's images API, with more paths for hands; / is a page for the browser. After SIGTERM or Ctrl-C
+    requests have --grace seconds to finish; a second signal stops at once. The log on stderr has a line of JSON for
+    each request.
     """
     folder = shipped.resolve(engines, "bundle")
     bundle = Bundle.load(folder, Manifest.load(folder, verify=False))
     keys = Keys(options["api_keys"])
     gpus = _gpus(options["devices"])
     if gpus and options["workers"] > 1:
-        raise click.UsageError("--devices starts a worker a GPU: leave --workers out.")
+        raise click.UsageError(
+            f"--workers must be 1 with --devices, got {options['workers']}. Leave it out: each GPU gets one worker."
+        )
     threads = options["threads"]
     if threads is None and options["workers"] > 1:
         threads = max(1, (os.cpu_count() or 1) // options["workers"])
-    each = [
-        Options(
-            engines,
-            "cuda" if gpus else options["device"],
-            threads,
-            options["batch_size"],
-            options["backend"],
-            not options["no_warm_up"],
-            gpu,
-        )
-        for gpu in (gpus or [None] * options["workers"])
-    ]
+    one = Options(
+        engines, options["device"], threads, options["batch_size"], options["backend"], not options["no_warm_up"]
+    )
+    each = [replace(one, device="cuda", gpu=gpu) for gpu in gpus] or [one] * options["workers"]
     metrics = Metrics()
     own_processes = len(each) > 1 or bool(gpus)
-    dispatcher = Dispatcher(each, own_processes, options["queue"], metrics.observe, _say, options["stuck_after"])
+    dispatcher = Dispatcher(each, own_processes, options["queue"], metrics, _say, options["stuck_after"])
     name = options["name"] or ("demo" if engines == "demo" else Path(engines).resolve().name)
     limits = Limits(options["max_n"], options["max_steps"], options["timeout"])
     front = Front(
@@ -121,7 +114,7 @@ def serve(engines: str, **options: Any) -> int:
             code = asyncio.run(_serve(service, app, options["host"], options["port"], options["grace"]))
         except HanDiffuserError as error:
             code, failure = 1, error
-    if dispatcher.left(PATIENCE):  # an ordinary exit would pull the interpreter away from it
+    if dispatcher.left(LOOP_EXIT_SECONDS):  # an ordinary exit would take the interpreter away from the loop
         if failure is not None:
             _say(str(failure))
         sys.stderr.flush()
@@ -131,22 +124,22 @@ def serve(engines: str, **options: Any) -> int:
     return code
 
 
-def _gpus(text: str | None) -> list[str | None]:
+def _gpus(text: str | None) -> list[str]:
     if text is None:
         return []
-    names: list[str | None] = [name.strip() for name in text.split(",")]
+    names = [name.strip() for name in text.split(",")]
     if not all(names) or len(set(names)) < len(names):
-        raise click.UsageError(f"--devices is {text!r}; name different GPUs, such as 0,1.")
+        raise click.UsageError(f"--devices must be different GPUs such as 0,1, got {text!r}.")
     return names
 
 
 def _say(sentence: str) -> None:
-    with suppress(OSError, ValueError):  # a log that is full or gone is no reason not to serve
+    with suppress(OSError, ValueError):  # the server goes on without its log when the disk is full
         click.echo(f"hd-serve: {sentence}", err=True)
 
 
 def more_files() -> None:
-    """As many open files as this process may ask for: a connection is one, and the usual limit is 1024."""
+    """Raises the limit on open files as far as allowed: each connection is one, and the usual limit is 1024."""
     with suppress(ImportError, OSError, ValueError):  # not on Windows
         import resource
 
@@ -155,7 +148,7 @@ def more_files() -> None:
 
 
 class Trouble:
-    """What the event loop tells of its own. Of too many connections those were thousands of lines a second."""
+    """Handles errors of the event loop itself. Too many connections would log thousands of lines a second."""
 
     said = -math.inf
 
@@ -165,19 +158,19 @@ class Trouble:
             loop.default_exception_handler(context)
         elif time.monotonic() - self.said > 60:
             self.said = time.monotonic()
-            _say("There are as many connections as this process may have open files (ulimit -n). The next ones wait.")
+            _say("The connections reach the limit on open files (ulimit -n). New ones wait.")
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its own idea of signals."""
+    """uvicorn without its own handlers of signals."""
 
     @contextmanager
     def capture_signals(self):  # type: ignore[no-untyped-def]
         yield
 
 
-async def _serve(service: Service, app: Any, host: str, port: int, grace: float) -> int:
-    """Serves until it is told to stop; the exit code."""
+async def _serve(service: Service, app: Any, host: str, port: int, grace_seconds: float) -> int:
+    """Serves until a signal stops it. Returns the exit code."""
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     config = Config(
         app,
@@ -197,28 +190,28 @@ async def _serve(service: Service, app: Any, host: str, port: int, grace: float)
         listening = config_socket(host, port)
     except OSError as error:
         raise HanDiffuserError(
-            f"{host}:{port} cannot be listened on: {error.strerror or error}. Take another --port."
+            f"The server cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port."
         ) from None
     server, dispatcher = Server(config), service.dispatcher
-    told = 0
+    signals = 0
     code = 0
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Task[None]] = []
 
     async def stop() -> None:
         nonlocal code
-        left = await dispatcher.drain(grace)
+        left = await dispatcher.drain(grace_seconds)
         if left:
-            _say(f"{left} pictures were not finished.")
+            _say(f"{left} pictures are not finished.")
             code = 1
-            await asyncio.sleep(0.2)  # their answers go out
+            await asyncio.sleep(0.2)  # for their answers to go out
         server.should_exit = True
 
     def signalled(number: int) -> None:
-        nonlocal told, code
-        told += 1
-        if told == 1:
-            _say(f"Stopping; requests have {grace:g} s to finish. The next signal stops at once.")
+        nonlocal signals, code
+        signals += 1
+        if signals == 1:
+            _say(f"Stopping; requests have {grace_seconds:g} s to finish. The next signal stops at once.")
             stopping.append(loop.create_task(stop()))
         else:
             code = 1 if dispatcher.fail_all("The server was stopped. Send the request again.") else code
@@ -227,7 +220,7 @@ async def _serve(service: Service, app: Any, host: str, port: int, grace: float)
     def reload() -> None:
         try:
             service.keys.load()
-            _say("The keys were read again.")
+            _say("The server has read the keys again.")
         except HanDiffuserError as error:
             _say(f"{error} The old keys stay.")
 
@@ -257,13 +250,13 @@ async def _serve(service: Service, app: Any, host: str, port: int, grace: float)
 
 
 def config_socket(host: str, port: int) -> Any:
-    """A socket that is bound, so that a port that is taken is a sentence."""
+    """A bound socket. Raises OSError if the port is taken."""
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Clients whose machines are gone without a word are found out within a minute, not after the system's two hours.
+    # The system drops clients whose machines have vanished within a minute, not after its usual two hours.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("KEEPIDLE", 30), ("KEEPINTVL", 10), ("KEEPCNT", 3), ("USER_TIMEOUT", 60_000)):
         if hasattr(socket, f"TCP_{name}"):
@@ -278,7 +271,7 @@ def config_socket(host: str, port: int) -> Any:
 
 
 def main() -> None:
-    """Entry point: one sentence and an exit code instead of a traceback."""
+    """Entry point."""
     commands.run("hd-serve", serve)
 
 

@@ -1,7 +1,7 @@
-"""What may be asked, field by field, and how it is answered: OpenAI's images API, what others add to it, and hands.
+"""The bodies of requests, field by field: OpenAI's images API, common additions to it, and hands.
 
-`/openapi.json` shows the descriptions. Types are strict: "3" is refused where a number is meant. An unknown field is
-refused; the answer's `warnings` name a field of OpenAI's that means nothing here.
+`/openapi.json` shows the descriptions. Types are strict: a number must not be "3". The server refuses unknown fields.
+The answer's `warnings` name fields of OpenAI's that have no effect.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..runtime.requests import MAX_GUIDANCE, MAX_SEED
 from ..schedules import SOLVERS
 from .hands import Arrays, Drag
 
-MAX_PROMPT = 4000  # characters; the tokenizer takes some 75 words of them and says what it cut
+MAX_PROMPT = 4000  # characters; the tokenizer reads some 75 words of them and warns about the rest
 MAX_PREVIEWS = 16
-LONGEST = 3600.0  # seconds of `timeout`
+MAX_TIMEOUT_SECONDS = 3600.0
 
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, pattern=r"\S", description="What to paint.")]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, description="Without one it is drawn, and named in the answer.")]
@@ -38,7 +38,7 @@ def rows(length: int, each: Any) -> Any:
 
 
 def nullable(schema: dict[str, Any]) -> None:
-    """Has the JSON schema of an object say that every field that may be left out may be null."""
+    """Makes every optional field of an object nullable in its JSON schema."""
     for name, field in schema.get("properties", {}).items():
         if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
             kind = {key: field.pop(key) for key in [*field] if key not in ("title", "description", "default")}
@@ -46,19 +46,19 @@ def nullable(schema: dict[str, Any]) -> None:
 
 
 class Strict(BaseModel):
-    """An object whose fields are all known, and of their very types; null is as if a field were left out."""
+    """An object of known fields with exact types. null counts as a missing field."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=nullable)
 
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, given: Any) -> Any:
-        """OpenAI's clients send null for what the caller did not set, also for fields of other models."""
+        """OpenAI's clients send null for every field that the caller did not set."""
         return {name: v for name, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 class HandsField(Strict):
-    """SMPL-H hands: axis-angle in radians, a flat hand is 0. The last four are for looking at; a camera is kept."""
+    """SMPL-H hands: axis-angle in radians, 0 for a flat hand. joints and visibility serve display and editing."""
 
     global_orient: vector(3, SHAPES["global_orient"][1])  # type: ignore[valid-type]
     body_pose: vector(63, SHAPES["body_pose"][1])  # type: ignore[valid-type]
@@ -67,7 +67,7 @@ class HandsField(Strict):
     betas: vector(10, SHAPES["betas"][1])  # type: ignore[valid-type]
     placement: Annotated[
         list[vector(4, LARGEST_CAMERA)],  # type: ignore[valid-type, misc]
-        Field(min_length=2, max_length=2, description="Left, right: is it there, centre x and y, log of the size."),
+        Field(min_length=2, max_length=2, description="Left, right: visibility, centre x and y, log of the size."),
     ]
     camera: (
         Annotated[list[Coordinate], Field(min_length=3, max_length=3, description="Scale, shift x and y.")] | None
@@ -77,12 +77,12 @@ class HandsField(Strict):
     visibility: vector(2, 10.0) | None = None  # type: ignore[valid-type]
 
     def arrays(self) -> Arrays:
-        """As in a Picture, float32. Raises RequestError for what no body has."""
+        """float32 arrays as in a Picture. Raises RequestError for an impossible camera."""
         given = {name: value for name, value in self.model_dump().items() if value is not None}
         arrays = {name: np.array(value, np.float32) for name, value in given.items()}
         if CAMERA in arrays and not arrays[CAMERA][0] > 0:
             raise RequestError(
-                "The scale of the hands' camera must be above 0. Without camera, placement counts.", "hands.camera"
+                "hands.camera must have a scale above 0. Correct it, or leave the camera out.", "hands.camera"
             )
         return arrays
 
@@ -91,17 +91,17 @@ class Generation(Strict):
     """`POST /v1/images/generations`."""
 
     prompt: Prompt
-    n: Annotated[int, Field(ge=1, le=1024, description="Pictures, with the seeds seed, seed + 1, ...")] = 1
+    n: Annotated[int, Field(ge=1, le=1024, description="Number of pictures, with the seeds seed, seed + 1, ...")] = 1
     size: Annotated[str, Field(max_length=20, description="WIDTHxHEIGHT of the bundle, or auto.")] | None = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: Annotated[int, Field(ge=0, le=100, description="Quality of jpeg and webp.")] | None = None
     model: Annotated[str, Field(max_length=200)] | None = None
-    user: Annotated[str, Field(max_length=500, description="Whom the log's line names.")] | None = None
-    safety_identifier: Annotated[str, Field(max_length=500, description="What OpenAI calls user now.")] | None = None
+    user: Annotated[str, Field(max_length=500, description="A name for the log.")] | None = None
+    safety_identifier: Annotated[str, Field(max_length=500, description="OpenAI's newer name of user.")] | None = None
     stream: bool = False
     partial_images: Annotated[
-        int, Field(ge=0, le=MAX_PREVIEWS, description="While streaming: the skeleton, then previews.")
+        int, Field(ge=0, le=MAX_PREVIEWS, description="With stream: the skeleton and previews.")
     ] = 0
     seed: Seed | None = None
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT)] = ""
@@ -126,8 +126,10 @@ class Generation(Strict):
         | None
     ) = None
     return_hands: Annotated[bool, Field(description="SMPL-H arrays and joints with each picture.")] = False
-    timeout: Annotated[float, Field(gt=0, le=LONGEST, description="Seconds until it is given up.")] | None = None
-    # OpenAI's, which have no meaning here.
+    timeout: (
+        Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS, description="Seconds until the request fails.")] | None
+    ) = None
+    # Fields of OpenAI's without effect.
     background: Literal["auto", "opaque", "transparent"] | None = None
     quality: Annotated[str, Field(max_length=20)] | None = None
     style: Annotated[str, Field(max_length=20)] | None = None
@@ -135,7 +137,7 @@ class Generation(Strict):
     complexity: Annotated[str, Field(max_length=20)] | None = None
 
     def warnings(self) -> list[str]:
-        """What was asked and does nothing."""
+        """A sentence for each field without effect."""
         said = []
         for name, why in {
             "quality": "num_inference_steps and solver decide it",
@@ -146,36 +148,36 @@ class Generation(Strict):
             if getattr(self, name) not in (None, "auto"):
                 said.append(f"The field {name} has no effect: {why}.")
         if self.output_compression is not None and self.output_format == "png":
-            said.append("The field output_compression has no effect on png, which loses nothing.")
+            said.append("The field output_compression has no effect on png, which is lossless.")
         if self.partial_images and not self.stream:
             said.append("The field partial_images has no effect without stream.")
         return said
 
     def unguided(self) -> list[str]:
-        """What was asked and does nothing where the guidance is 1, asked for or the bundle's own."""
+        """A sentence for each field without effect when the guidance is 1."""
         asked = {"negative_prompt": bool(self.negative_prompt), "guidance_interval": self.guidance_interval is not None}
         why = "the guidance_scale is 1, which is off"
         return [f"The field {name} has no effect: {why}." for name, there in asked.items() if there]
 
 
 class HandsRequest(Strict):
-    """`POST /v1/hands`: the hands of a prompt without a picture; or, with `hands`, where the joints of those are."""
+    """`POST /v1/hands`: the hands of a prompt without a picture, or the joints of the given hands."""
 
     prompt: Prompt = "hands"
     seed: Seed | None = None
     model: Annotated[str, Field(max_length=200)] | None = None
-    user: Annotated[str, Field(max_length=500, description="Whom the log's line names.")] | None = None
+    user: Annotated[str, Field(max_length=500, description="A name for the log.")] | None = None
     hands: HandsField | Annotated[str, Field(max_length=100)] | None = None
 
     def warnings(self) -> list[str]:
-        """What was asked and does nothing."""
+        """A sentence for each field without effect."""
         idle = sorted(self.model_fields_set & {"prompt", "seed"}) if self.hands is not None else []
-        return [f"The field {name} has no effect on hands that are given." for name in idle]
+        return [f"The field {name} has no effect with hands." for name in idle]
 
 
 class DragField(Strict):
     hand: Side
-    joint: Annotated[int, Field(ge=0, le=20, description="Wrist 0, then four a finger, thumb first.")]
+    joint: Annotated[int, Field(ge=0, le=20, description="0 is the wrist; then four for each finger, from the thumb.")]
     x: Unit
     y: Unit
 
@@ -186,7 +188,7 @@ class GestureField(Strict):
 
 
 class Edit(Strict):
-    """`POST /v1/hands/edit`: hands as /v1/hands gives them, and what shall become of them."""
+    """`POST /v1/hands/edit`: hands as /v1/hands returns them, and the changes."""
 
     hands: HandsField
     drags: Annotated[list[DragField], Field(max_length=42)] = []
@@ -199,7 +201,7 @@ class Edit(Strict):
 
 
 def as_json(hands: Arrays) -> dict[str, Any]:
-    """Arrays as lists of numbers that are read back as the same float32."""
+    """Arrays as lists of numbers, exact for float32."""
     return {name: _listed(np.asarray(value, np.float32)) for name, value in hands.items()}
 
 

@@ -1,7 +1,7 @@
-"""What every request passes before it reaches the application, and what every answer passes on its way out.
+"""The outermost layer: every request and every answer passes through it.
 
-Bearer keys, limits on the body's size and on how long its sender may take, on how long a reader may take, an id, one
-line in the log, and the metrics. `Protocol` is the limit that only the server itself can keep: on the headers' time.
+`Guard` checks the key, and limits the size of a body and the time of sending and reading it. It gives each request an
+id, a line in the log and a place in the metrics. `Protocol` limits the time of the headers, which only the server can.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .keys import Keys
@@ -27,8 +28,9 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-PATIENCE = 16  # times the largest body that are read before a connection is cut
-HEADER_SECONDS, BODY_SECONDS, READER_SECONDS = 10.0, 30.0, 60.0
+DISCARDED_BODIES = 16  # times the largest body: the guard reads so much of a body that is too large
+HEADER_SECONDS, BODY_SECONDS = 10.0, 30.0  # for a client to send the headers and the body
+READER_SECONDS = 60.0  # for a client to read a part of the answer
 SECURITY = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -41,7 +43,7 @@ SECURITY = [
 
 
 class Guard:
-    """ASGI middleware. Paths below /v1/ need a key where there are any; `posts` are those that take a body of JSON."""
+    """ASGI middleware. Paths below /v1/ need a key if the server has keys. posts: paths that take a body of JSON."""
 
     def __init__(
         self,
@@ -64,64 +66,59 @@ class Guard:
         entry: dict[str, Any] = {"id": f"req_{secrets.token_hex(12)}", "status": 0}
         scope["handiffuser"] = entry
         headers = dict(scope["headers"])
-        client = (scope.get("client") or ("", 0))[0]
-        entry["owner"] = owner = client
+        entry["owner"] = (scope.get("client") or ("", 0))[0]
         got, late = 0, started + BODY_SECONDS
         ended = False
 
         async def receive_some() -> MutableMapping[str, Any]:
             nonlocal got, ended
-            if ended:  # from here on it is only said that the client has gone
+            if ended:  # the only message left says that the client has gone
                 return await receive()
             while True:
                 try:
                     message = await asyncio.wait_for(receive(), max(0.0, late - time.monotonic()))
                 except asyncio.TimeoutError:
-                    raise HTTPException(408, "The body took too long to come.", {"connection": "close"}) from None
+                    raise HTTPException(
+                        408,
+                        f"The body must arrive within {BODY_SECONDS:g} seconds. Send it again.",
+                        {"connection": "close"},
+                    ) from None
                 got += len(message.get("body", b""))
                 ended = not message.get("more_body", False)
                 if got <= self.max_body:
                     return message
-                # Who is still sending does not read the answer: a little more is taken, and thrown away.
-                if ended or got > PATIENCE * self.max_body:
+                # A client that is still sending does not read the answer: the guard reads on and discards.
+                if ended or got > DISCARDED_BODIES * self.max_body:
                     raise HTTPException(413, too_large, {"connection": "close"})
 
         async def send_some(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 entry["status"] = message["status"]
-                # Pages of other origins may show a picture whose URL they were given. Its name is a secret.
-                whose = b"cross-origin" if scope["path"].startswith("/v1/files/") else b"same-origin"
-                own = [(b"x-request-id", entry["id"].encode()), (b"cross-origin-resource-policy", whose)]
+                # The name of a picture is secret, so pages of other origins that know it may show it.
+                policy = b"cross-origin" if scope["path"].startswith("/v1/files/") else b"same-origin"
+                own = [(b"x-request-id", entry["id"].encode()), (b"cross-origin-resource-policy", policy)]
                 message["headers"] = [*message["headers"], *own, *SECURITY]
             await asyncio.wait_for(send(message), READER_SECONDS)
 
-        too_large = f"The body is larger than {self.max_body >> 10} kB, which no request needs to be."
+        too_large = f"The body must have at most {self.max_body >> 10} kB."
         try:
-            if scope["path"].startswith("/v1/") and self.keys.path is not None and scope["method"] != "OPTIONS":
-                kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-                name = self.keys.who(key.strip()) if kind.lower() == "bearer" else None
-                if name is None and not scope["path"].startswith("/v1/files/"):  # whose names are secrets
-                    sentence = "The API key is missing or wrong. Send it as the header Authorization: Bearer KEY."
-                    await problem(401, sentence, code="invalid_api_key", www_authenticate="Bearer")(
-                        scope, receive, send_some
-                    )
-                    return
-                entry["owner"] = owner = name or client
-            if scope["method"] == "POST":
+            refusal = self._check_key(scope, headers, entry)
+            if refusal is None and scope["method"] == "POST":
                 length = headers.get(b"content-length", b"0")
-                if length.isdigit() and int(length[:20]) > PATIENCE * self.max_body:
-                    await problem(413, too_large, code="too_large", connection="close")(scope, receive, send_some)
-                    return
-                if scope["path"] in self.posts and (wrong := _foreign(headers)):
-                    await problem(415, wrong, code="unsupported_media_type")(scope, receive, send_some)
-                    return
-            await self.app(scope, receive_some, send_some)
+                if length.isdigit() and int(length[:20]) > DISCARDED_BODIES * self.max_body:
+                    refusal = problem(413, too_large, code="too_large", connection="close")
+                elif scope["path"] in self.posts and (wrong := _wrong_form(headers)):
+                    refusal = problem(415, wrong, code="unsupported_media_type")
+            if refusal is not None:
+                await refusal(scope, receive, send_some)
+            else:
+                await self.app(scope, receive_some, send_some)
         except asyncio.TimeoutError:  # uvicorn closes a connection whose answer is not complete
             entry["note"] = "the reader was too slow"
         except Exception as error:
             entry["error"] = "".join(traceback.format_exception(error))[-4000:]
             if not entry["status"]:
-                await problem(500, "The server made an error. Its log says which.")(scope, receive, send_some)
+                await problem(500, "The server made an error. Its log has the details.")(scope, receive, send_some)
         finally:
             seconds = time.monotonic() - started
             path = getattr(scope.get("route"), "path", "other")
@@ -130,16 +127,29 @@ class Guard:
                 self.metrics.latency.labels(path).observe(seconds)
             if path not in ("/healthz", "/readyz", "/metrics") or entry["status"] >= 500:
                 said = scope["path"][:200] if path == "other" else path
-                self._say({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **entry, "owner": owner,
+                self._say({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **entry,
                            "method": scope["method"], "path": said, "seconds": round(seconds, 4)})  # fmt: skip
 
+    def _check_key(self, scope: Scope, headers: dict[bytes, bytes], entry: dict[str, Any]) -> JSONResponse | None:
+        """A refusal, or None; notes the key's owner in the entry."""
+        path = scope["path"]
+        if not path.startswith("/v1/") or self.keys.path is None or scope["method"] == "OPTIONS":
+            return None
+        kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        owner = self.keys.owner(key.strip()) if kind.lower() == "bearer" else None
+        if owner is None and not path.startswith("/v1/files/"):  # the names of files are secret
+            sentence = "The API key is missing or wrong. Send it as the header Authorization: Bearer KEY."
+            return problem(401, sentence, code="invalid_api_key", www_authenticate="Bearer")
+        entry["owner"] = owner or entry["owner"]
+        return None
+
     def _say(self, entry: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a log that is full or gone is no reason not to answer
+        with contextlib.suppress(OSError, ValueError):  # the server answers even when the disk of its log is full
             print(json.dumps(entry, ensure_ascii=True), file=self.log, flush=True)
 
 
-def _foreign(headers: dict[bytes, bytes]) -> str | None:
-    """What is wrong with the form of a body; it also stops other sites' forms, which browsers send without asking."""
+def _wrong_form(headers: dict[bytes, bytes]) -> str | None:
+    """A sentence if the body is not JSON. This also stops forms of other sites, which browsers send without asking."""
     if headers.get(b"content-type", b"").lower().partition(b";")[0].strip() != b"application/json":
         return "The body must be JSON, with the header Content-Type: application/json."
     coding = headers.get(b"content-encoding", b"identity").lower().strip()
@@ -149,9 +159,9 @@ def _foreign(headers: dict[bytes, bytes]) -> str | None:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's own, and whoever does not finish headers in time, or reads nothing of an answer, is cut off.
+    """uvicorn's protocol, which also cuts off clients that do not finish their headers or do not read their answer.
 
-    A connection that is closed while its client does not read stays, with all that is still to be sent, until it does.
+    Without this, a closed connection keeps the rest of its answer in memory until its client reads.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -190,7 +200,7 @@ class Protocol(H11Protocol):
             self.transport.close()
 
     def _follow(self) -> None:
-        """From now on, looks whether what is still to be sent becomes less."""
+        """From now on, checks that the client reads: the bytes to be sent become fewer."""
         if self._reading is not None:
             self._reading.cancel()
         left = self.transport.get_write_buffer_size()

@@ -1,15 +1,14 @@
-"""Hands that a person edits: a joint is dragged in the picture, and the fingers' rotations follow.
+"""Edited hands: a person drags a joint in the picture, and the rotations of the finger follow.
 
     hands = edit(hands, drags=[Drag("right", 8, 0.4, 0.3)])       # the tip of the right index finger
     hands = edit(hands, gesture=("left", "fist"))
     hands = mirrored(hands)
 
-`hands` are a picture's (see `runtime.results.Picture`): arrays of SMPL-H, its camera, and where its joints are. The
-body itself is not needed: a joint lies in its parent's frame where it lay before, so that bones and frames are read off
-the joints and rotations that came with the hands. Nothing here runs an engine, and all of it is numpy.
+`hands` are those of a picture (see `runtime.results.Picture`): arrays of SMPL-H, the camera, and the joints' places.
+The code needs no body model: the length of each bone follows from the joints and rotations that come with the hands. It
+runs without an engine, in numpy.
 
-Joints of a hand are numbered as everywhere: the wrist, then thumb, index, middle, ring and little finger from the root
-to the tip.
+A hand's joints are the wrist, then thumb, index, middle, ring and little finger, each from its root to its tip.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18,
            20, 22, 23, 20, 25, 26, 20, 28, 29, 20, 31, 32, 20, 34, 35,
            21, 37, 38, 21, 40, 41, 21, 43, 44, 21, 46, 47, 21, 49, 50,
            36, 24, 27, 33, 30, 51, 39, 42, 48, 45)  # fmt: skip
-# Left and right change places in a mirror.
+# The joint at each place of the mirror image.
 MIRROR = np.array([0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20,
                    *range(37, 52), *range(22, 37), *range(57, 62), *range(52, 57)])  # fmt: skip
-FLIP = np.array([1.0, -1.0, -1.0])  # what a mirror at x = 0 does to a rotation's vector
+FLIP = np.array([1.0, -1.0, -1.0])  # multiplies a rotation vector in a mirror at x = 0
 
 # How far a finger's joints turn, in degrees: bent towards the palm (from, to), to the side, and about the bone. After
 # Lin, Wu and Huang, "Modeling the constraints of human hand motion" (2000), a little wider; thumbs turn more freely.
-LIMITS = {
+LIMITS_DEGREES = {
     "root": ((-30, 95), 25, 12),
     "middle": ((-8, 115), 6, 6),
     "end": ((-12, 90), 6, 6),
@@ -49,16 +48,13 @@ LIMITS = {
     "thumb middle": ((-40, 70), 25, 20),
     "thumb end": ((-25, 95), 12, 12),
 }
-STEPS, DAMPING, REST = (
-    30,
-    1e-3,
-    2e-3,
-)  # of the solver: rounds, and how strongly it holds to small turns, to the old pose
+# Of the solver: rounds at most, the first damping, and the weight of the old pose.
+MAX_ROUNDS, DAMPING, REST = 30, 1e-3, 2e-3
 
 
 @dataclass(frozen=True)
 class Drag:
-    """A joint of a hand and where it should go, in [0, 1] of the picture's width and height."""
+    """A joint of a hand and its new place, in [0, 1] of the picture's width and height."""
 
     side: str
     joint: int  # 0 ... 20
@@ -74,21 +70,21 @@ def gestures() -> dict[str, np.ndarray]:
 
 
 def edit(hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str] | None = None) -> Arrays:
-    """New hands, with `joints` and `joints_2d` where they are then. The camera stays.
+    """New hands, with new `joints` and `joints_2d`. The camera changes only if a wrist is dragged.
 
-    Raises RequestError where a side, joint or gesture is none, or the hands came without camera or joints.
+    Raises RequestError if the gesture is unknown, or the hands come without camera or joints.
     """
     for name in ("camera", "joints", "joints_2d"):
         if name not in hands:
             raise RequestError(
-                f"The hands have no {name}. Send them as /v1/hands gives them, or have it complete them.",
+                f"hands.{name} must be given. Send hands as /v1/hands returns them, or send yours through it first.",
                 f"hands.{name}",
             )
     pose = Pose(hands)
     if gesture is not None:
         which, name = gesture
         if name not in gestures():
-            raise RequestError(f"There is no gesture {name!r}. There are {', '.join(gestures())}.", "gesture.name")
+            raise RequestError(f"gesture.name must be one of {', '.join(gestures())}, got {name!r}.", "gesture.name")
         vectors = gestures()[name].reshape(15, 3)
         first = 22 + 15 * SIDES.index(which)
         pose.local[first : first + 15] = axis_angle_to_matrix(vectors * (FLIP if which == "right" else 1.0))
@@ -105,7 +101,7 @@ def edit(hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str
 
 
 def mirrored(hands: Arrays) -> Arrays:
-    """The picture's mirror image: a right hand becomes a left one. Needs a body that is symmetrical."""
+    """The mirror image: a right hand becomes a left one. Exact for a symmetric body."""
     out = dict(hands)
     vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES])[MIRROR[:NUM_JOINTS]] * FLIP
     out.update({name: vectors[joints].reshape(-1) for name, joints in POSES.items()})
@@ -124,7 +120,7 @@ def mirrored(hands: Arrays) -> Arrays:
 
 
 def swapped(hands: Arrays) -> Arrays:
-    """The two hands stay where they are, and each does what the other did."""
+    """Both hands keep their places and exchange their finger poses."""
     left, right = (np.reshape(hands[f"{side}_hand_pose"], (-1, 3)) for side in SIDES)
     changed = {"left_hand_pose": (right * FLIP).reshape(-1), "right_hand_pose": (left * FLIP).reshape(-1)}
     pose = Pose(hands)
@@ -151,7 +147,7 @@ class Pose:
         self.to_image = _image_map(joints, self.camera, np.asarray(hands["joints_2d"], np.float64))
 
     def frames(self) -> np.ndarray:
-        """[52, 3, 3]: the joints' frames in the world."""
+        """The joints' frames in the world, [52, 3, 3]."""
         frames = np.empty_like(self.local)
         for joint, parent in enumerate(PARENTS[:NUM_JOINTS]):
             frames[joint] = self.local[joint] if parent < 0 else frames[parent] @ self.local[joint]
@@ -165,22 +161,22 @@ class Pose:
         return joints
 
     def seen(self, joints: np.ndarray) -> np.ndarray:
-        """[..., 3] metres -> [..., 2] of the picture, as the camera sees them."""
+        """[..., 3] metres -> [..., 2] in [0, 1] of the picture."""
         scale, shift = self.to_image
         return scale * joints[..., :2] + shift
 
     def move(self, side: int, to: np.ndarray) -> None:
-        """Moves the picture's hands so that a wrist is at `to`: the camera is one for both, and shifts."""
+        """Shifts the camera, and with it both hands, so that a wrist is at `to`."""
         scale, shift = self.to_image
         off = to - self.seen(self.joints()[HAND_JOINTS[side][0]])
         self.to_image = (scale, shift + off)
         self.camera = self.camera + np.array([0.0, *(off / scale)])
 
     def reach(self, side: int, finger: int, drags: list[Drag]) -> None:
-        """Turns a finger's three joints so that its dragged joints come to where they should, as far as LIMITS let.
+        """Turns a finger's three joints so that the dragged joints get as close to their targets as LIMITS_DEGREES let.
 
-        Damped least squares (Buss 2004) over three angles a joint: bend, side, twist. Those of them that change nothing
-        in the picture stay as they were.
+        Damped least squares (Buss 2004) over three angles of each joint: bend, side, twist. Angles that do not change
+        the picture keep their values.
         """
         hand = HAND_JOINTS[side]
         chain = hand[1 + 4 * finger : 5 + 4 * finger]  # three joints and the tip
@@ -192,15 +188,15 @@ class Pose:
             [axis @ v for axis, v in zip(axes, matrix_to_axis_angle(self.local[list(turning)]), strict=True)]
         )
         before = angles.copy()
-        low, high = np.minimum(low, before), np.maximum(high, before)  # what a picture has is possible
+        low, high = np.minimum(low, before), np.maximum(high, before)  # the present angles are always allowed
         targets = {(drag.joint - 1) % 4: np.array([drag.x, drag.y]) for drag in drags}
-        targets = {joint: to for joint, to in targets.items() if joint > 0}  # a finger's root sits in the palm
+        targets = {joint: to for joint, to in targets.items() if joint > 0}  # a finger's root does not move in the palm
         size = abs(self.to_image[0][0]) * np.linalg.norm(self.bones[list(chain[1:])], axis=-1).sum()
-        if not targets or size < 1e-6:  # nothing to do, or nothing to see
+        if not targets or size < 1e-6:  # no target, or a finger too small to see
             return
 
         def forward(angles: np.ndarray) -> np.ndarray:
-            """[J, 2] of the picture, in lengths of the finger."""
+            """Places of the dragged joints, [J, 2], in lengths of the finger."""
             at, frame, points = origin, base, []
             for i in range(3):
                 frame = frame @ axis_angle_to_matrix((angles[3 * i : 3 * i + 3] @ axes[i])[None])[0]
@@ -210,14 +206,14 @@ class Pose:
             return np.stack(points) / size
 
         goal = np.stack([targets[joint] for joint in sorted(targets)]) / size
-        weights = np.tile([1.0, 3.0, 6.0], 3)  # a finger bends first
+        weights = np.tile([1.0, 3.0, 6.0], 3)  # bending costs least
 
         def worth(angles: np.ndarray) -> float:
             return float(np.square(goal - forward(angles)).sum() + REST * np.square(weights * (angles - before)).sum())
 
         def solve(angles: np.ndarray) -> np.ndarray:
             damping = DAMPING
-            for _ in range(STEPS):
+            for _ in range(MAX_ROUNDS):
                 now = forward(angles)
                 jacobian = np.stack(
                     [(forward(angles + 1e-4 * unit) - now).reshape(-1) / 1e-4 for unit in np.eye(9)], -1
@@ -235,18 +231,18 @@ class Pose:
                     damping *= 5
             return angles
 
-        # A finger seen straight from before gets shorter whichever way it bends: it is tried the right way, too.
+        # A straight finger, seen from the front, gets shorter whichever way it bends: also start from a bent one.
         bent = (before + np.radians([35, 0, 0, 40, 0, 0, 20, 0, 0])).clip(low, high)
         angles = min((solve(before), solve(bent)), key=worth)
         for i, joint in enumerate(turning):
             self.local[joint] = axis_angle_to_matrix((angles[3 * i : 3 * i + 3] @ axes[i])[None])[0]
 
     def _axes(self, side: int, finger: int, joint: int) -> np.ndarray:
-        """[3, 3]: the axes of bend, side and twist of a finger's joint, in its frame; at rest all frames are one."""
+        """The axes of bend, side and twist of a finger's joint in its frame, [3, 3]. At rest all frames are equal."""
         hand = HAND_JOINTS[side]
         bone = _unit(self.bones[hand[2 + 4 * finger + joint]])
         index, little = self.bones[hand[5]], self.bones[hand[17]]
-        out = _unit(np.cross(little, index)) * (1 if side == 0 else -1)  # of the back of the hand
+        out = _unit(np.cross(little, index)) * (1 if side == 0 else -1)  # away from the back of the hand
         bend = np.cross(bone, out) if finger else np.cross(_unit(index - little), bone)
         bend = _unit(bend)
         return np.stack([bend, np.cross(bone, bend), bone])
@@ -262,14 +258,18 @@ class Pose:
 
 
 def _limits(finger: int) -> np.ndarray:
-    """[9, 2] degrees: bend, side and twist of a finger's three joints."""
+    """Lowest and highest bend, side and twist of a finger's three joints, [9, 2] degrees."""
     names = ("root", "middle", "end") if finger else ("thumb root", "thumb middle", "thumb end")
-    return np.array([pair for n in names for pair in (LIMITS[n][0], *((-x, x) for x in LIMITS[n][1:]))], float)
+    return np.array(
+        [pair for n in names for pair in (LIMITS_DEGREES[n][0], *((-x, x) for x in LIMITS_DEGREES[n][1:]))], float
+    )
 
 
 def _image_map(joints: np.ndarray, camera: np.ndarray, joints_2d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(scale [2], shift [2]): picture = scale * (X, Y) + shift. The camera says it for the height; how much wider than
-    high the picture is shows in the joints that came with the hands."""
+    """(scale [2], shift [2]): picture = scale * (X, Y) + shift.
+
+    The camera gives the scale of the height. The width follows from the joints that come with the hands.
+    """
     s, tx, ty = camera
     scale = np.array([s / 2, -s / 2])
     shift = np.array([0.5 + s / 2 * tx, 0.5 - s / 2 * ty])

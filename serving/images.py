@@ -1,4 +1,4 @@
-"""Pictures as clients get them: encoded, scaled, and what is seen of them before they are done."""
+"""Pictures as clients get them: encoded, scaled, as skeletons and as previews."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..skeleton import draw_skeleton
 from .hands import Arrays
 
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-PNG_LEVEL = 4  # of zlib: in less than half of the usual level's time, 4 % larger
+PNG_LEVEL = 4  # of zlib: less than half the time of the usual level, for files that are 4 % larger
 
 
 def encoded(image: np.ndarray, format: str = "png", quality: int | None = None) -> bytes:
-    """uint8 [H, W, 3] as a file's content."""
+    """uint8 [H, W, 3] -> the content of a file. quality: 0 to 100, of jpeg and webp."""
     buffer = io.BytesIO()
     if format == "png":
         Image.fromarray(image).save(buffer, "PNG", compress_level=PNG_LEVEL)
@@ -26,20 +26,22 @@ def encoded(image: np.ndarray, format: str = "png", quality: int | None = None) 
 
 
 def skeleton(hands: Arrays, size: tuple[int, int]) -> np.ndarray:
-    """The bones of a request's hands on grey, as large as the picture or 256. size: height, width."""
+    """The bones of a request's hands on grey, in the picture's size or 256 pixels. size: height, width."""
     ground = np.full((*size, 3), 40, np.uint8)
     return draw_skeleton(ground, hands["joints_2d"], hands["visibility"])
 
 
 def preview(colours: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A small picture, uint8 [h, w, 3], in the picture's size."""
+    """uint8 [h, w, 3] -> uint8 [H, W, 3]. size: height, width."""
     return np.asarray(Image.fromarray(colours).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def preview_steps(steps: int, previews: int) -> list[int]:
-    """After which of a request's steps previews are taken: `previews` of them, evenly, neither first nor last."""
+    """The steps after which previews follow: `previews` of them, evenly spaced, without the first and the last."""
     wanted = {round(steps * i / (previews + 1)) for i in range(1, previews + 1)}
-    return sorted({max(step, min(2, steps - 1)) for step in wanted if 0 < step < steps})  # two tell what is noise
+    return sorted(
+        {max(step, min(2, steps - 1)) for step in wanted if 0 < step < steps}
+    )  # an estimate of the noise needs two
 
 
 def base64_of(content: bytes) -> str:
@@ -47,9 +49,9 @@ def base64_of(content: bytes) -> str:
 
 
 def fitted(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """A picture, uint8 [h, w, 3], scaled to `size` (height, width); the same where that is None.
+    """A picture, uint8 [h, w, 3], scaled to `size` (height, width); unchanged if that is None.
 
-    A picture of another shape is not stretched: it gets bars in the mean colour of its border.
+    A picture of another shape gets bars in the mean colour of its border.
     """
     if size is None:
         return image

@@ -1,4 +1,4 @@
-"""`POST /v1/images/generations`: a request becomes tickets, and what comes of them an answer or a stream."""
+"""`POST /v1/images/generations`: a request becomes tickets, and their answers become one answer or a stream."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ..errors import RequestError
 from ..runtime.requests import Request
-from .dispatch import Event, Ticket
+from .dispatch import Ticket
 from .fields import Generation, as_json
 from .images import base64_of, encoded, fitted, preview, preview_steps, skeleton
+from .messages import Answer, Failed, HandsMade, PictureMade, Preview
 from .problems import CODES, LATE
 from .proxy import base_url
-from .service import SIDES, Service, UnfinishedError
+from .service import MAX_SIDE_PIXELS, MIN_SIDE_PIXELS, Service, UnfinishedError
 
-PING = 15.0  # seconds of silence after which a stream says that it is alive
-DRAWN_SEEDS = 2**31  # seeds that are drawn, so that every client can hold them
+PING_SECONDS = 15.0  # of silence, after which a stream says that it is alive
+DRAWN_SEEDS = 2**31  # the server draws smaller seeds, which fit any client's integers
 
 
 class Stream(StreamingResponse):
-    """Server-sent events; `at_end` is called whatever happens, also when the client goes before the first one."""
+    """Server-sent events. Calls `at_end` in every case, even if the client leaves before the first event."""
 
     def __init__(self, events: AsyncIterator[str], at_end: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -42,9 +43,9 @@ class Stream(StreamingResponse):
 
 
 class Painting:
-    """A request that has been checked, and what becomes of its pictures.
+    """A request for pictures that has been checked.
 
-    size: (height, width) that they are scaled to, or None; warnings: sentences that the answer brings.
+    size: (height, width) that the pictures are scaled to, or None. warnings: sentences of the answer.
     """
 
     def __init__(self, service: Service, body: Generation, http: Http) -> None:
@@ -77,7 +78,7 @@ class Painting:
         return self._size()
 
     def _size(self) -> tuple[int, int] | None:
-        """What pictures are scaled to; None where they stay as they are painted."""
+        """The size that pictures are scaled to; None if they keep their own."""
         asked, own = self.body.size, self.service.size
         if asked in (None, "auto", own):
             return None
@@ -87,21 +88,22 @@ class Painting:
             )
         found = re.fullmatch(r"(\d{1,4})x(\d{1,4})", asked)
         width, height = (int(side) for side in found.groups()) if found else (0, 0)
-        least, most = SIDES
-        if not (least <= width <= most and least <= height <= most):
+        if not all(MIN_SIDE_PIXELS <= side <= MAX_SIDE_PIXELS for side in (width, height)):
             raise RequestError(
-                f"size must be WIDTHxHEIGHT, each from {least} to {most}, or auto, got {asked!r}.", "size"
+                f"size must be auto, or WIDTHxHEIGHT with sides from {MIN_SIDE_PIXELS} to {MAX_SIDE_PIXELS} pixels, "
+                f"got {asked!r}.",
+                "size",
             )
         painted = self.service.bundle.manifest.image_size
         self.warnings.append(f"The engine paints {own}. The picture was scaled to {asked}.")
         if painted[0] * width != painted[1] * height:
-            self.warnings[-1] += " It has bars, because its shape is another one."
+            self.warnings[-1] += " It has bars, because its shape is different."
             if self.body.return_hands:
-                self.warnings.append("The places of the hands are those in the picture without its bars.")
+                self.warnings.append("The joints' places are those in the picture without bars.")
         return height, width
 
     def requests(self, seed: int) -> list[Request]:
-        """Of each picture one. Raises RequestError for what the bundle cannot run."""
+        """One for each picture. Raises RequestError for what the bundle cannot run."""
         body = self.body
         interval: Any = tuple(body.guidance_interval or (0.0, 1.0))
         request = Request(
@@ -118,20 +120,19 @@ class Painting:
         )
         return self.service.prepare(request, body.n)
 
-    async def finished(self, ticket: Ticket, event: Event) -> dict[str, Any]:
+    async def finished(self, ticket: Ticket, made: PictureMade) -> dict[str, Any]:
         """An entry of `data`."""
-        image, hands, said = event.value
-        self.warnings.extend(sentence for sentence in said if sentence not in self.warnings)
-        return await asyncio.to_thread(self._entry, ticket, image, hands)
+        self.warnings.extend(sentence for sentence in made.warnings if sentence not in self.warnings)
+        return await asyncio.to_thread(self._entry, ticket, made)
 
-    def _entry(self, ticket: Ticket, image: Any, hands: Any) -> dict[str, Any]:
+    def _entry(self, ticket: Ticket, made: PictureMade) -> dict[str, Any]:
         body, service = self.body, self.service
         started = time.perf_counter()
-        content = encoded(fitted(image, self.size), body.output_format, body.output_compression)
-        service.metrics.observe("encoding_time", time.perf_counter() - started)
+        content = encoded(fitted(made.image, self.size), body.output_format, body.output_compression)
+        service.metrics.took("encoding", time.perf_counter() - started)
         entry: dict[str, Any] = {"id": ticket.id, "seed": ticket.request.seed}
         if body.return_hands:
-            entry |= {"hands": as_json(hands), "hands_id": service.keep_hands(hands, body.prompt)}
+            entry |= {"hands": as_json(made.hands), "hands_id": service.keep_hands(made.hands, body.prompt)}
         if self.format == "url":
             name = service.keep_picture(content, body.output_format)
             return entry | {"url": f"{self.base}/v1/files/{name}"}
@@ -146,49 +147,54 @@ async def paint(service: Service, body: Generation, http: Http) -> Response:
     seed = drawn_seed(body.seed)
     requests = await asyncio.to_thread(painting.requests, seed)
     service.forget_hands()
-    entry = http.scope["handiffuser"]
-    entry.update(n=body.n, steps=requests[0].steps, ids=[request.id for request in requests])
+    logged = http.scope["handiffuser"]
+    logged.update(n=body.n, steps=requests[0].steps, ids=[request.id for request in requests])
     if (user := body.safety_identifier or body.user) is not None:
-        entry["user"] = user
+        logged["user"] = user
     if requests[0].guidance == 1:
         painting.warnings += body.unguided()
-    follow = preview_steps(requests[0].steps or 1, body.partial_images - 1) if body.partial_images > 1 else []
-    tickets = dispatcher.submit(entry["owner"], requests, follow, whole=body.stream and body.partial_images > 0)
+    partial_images = body.partial_images if body.stream else 0
+    steps = preview_steps(requests[0].steps or 1, partial_images - 1) if partial_images > 1 else []
+    tickets = dispatcher.submit(logged["owner"], requests, steps, hands_first=partial_images > 0)
     if body.stream:
         return Stream(_stream(painting, tickets[0], deadline), lambda: dispatcher.cancel(tickets))
-    events = await wait_for(http, service, tickets, deadline)
-    if events is None:
+    answers = await wait_for(http, service, tickets, deadline)
+    if answers is None:
         return Response(status_code=499)
-    data = [await painting.finished(ticket, event) for ticket, event in zip(tickets, events, strict=True)]
-    entry["queue_seconds"] = round(max(ticket.began - ticket.came for ticket in tickets), 4)
+    data = [
+        await painting.finished(ticket, made)
+        for ticket, made in zip(tickets, answers, strict=True)
+        if isinstance(made, PictureMade)
+    ]
+    logged["queue_seconds"] = round(max(ticket.began - ticket.came for ticket in tickets), 4)
     answer: dict[str, Any] = {"created": int(time.time()), "data": data, **painting.about}
     return JSONResponse(answer | ({"warnings": painting.warnings} if painting.warnings else {}))
 
 
 def drawn_seed(seed: int | None) -> int:
-    """The seed that was asked for, or one that is drawn."""
+    """The seed of the request, or a random one."""
     return secrets.randbelow(DRAWN_SEEDS) if seed is None else seed
 
 
-def value_of(event: Event) -> Event:
-    """The event, if it is what was asked for. Raises UnfinishedError."""
-    if event.kind == "failure":
-        raise UnfinishedError(*event.value)
-    return event
+def checked(answer: Answer) -> HandsMade | Preview | PictureMade:
+    """Raises UnfinishedError for a failure."""
+    if isinstance(answer, Failed):
+        raise UnfinishedError(answer.sentence, answer.status)
+    return answer
 
 
-async def wait_for(http: Http, service: Service, tickets: list[Ticket], deadline: float) -> list[Event] | None:
-    """The last event of each ticket; None when the client has gone. Raises UnfinishedError.
+async def wait_for(http: Http, service: Service, tickets: list[Ticket], deadline: float) -> list[Answer] | None:
+    """The last answer of each ticket; None when the client has gone. Raises UnfinishedError.
 
-    In every case the loop drops what the client no longer waits for.
+    In every case the loop then drops the tickets that are not done.
     """
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    async def all_of() -> list[Event]:
-        return [value_of(await ticket.result()) for ticket in tickets]
+    async def all_of() -> list[Answer]:
+        return [checked(await ticket.result()) for ticket in tickets]
 
     answer, left = asyncio.create_task(all_of()), asyncio.create_task(gone())
     try:
@@ -213,36 +219,34 @@ async def _stream(painting: Painting, ticket: Ticket, deadline: float) -> AsyncI
     def sent(kind: str, values: dict[str, Any]) -> str:
         return f"event: {kind}\ndata: {json.dumps({'type': kind, **values})}\n\n"
 
-    def seen(event: Event) -> dict[str, Any]:
-        """What a partial image shows and says; in a thread."""
-        if event.kind == "hands":
-            (hands,) = event.value
-            image = skeleton(hands, size)
-            values = {"kind": "hands", "step": 0, "steps": ticket.cost, "hands": as_json(hands)}
+    def partial(answer: HandsMade | Preview) -> dict[str, Any]:
+        """The fields of a partial image. Runs in a thread."""
+        if isinstance(answer, HandsMade):
+            image = skeleton(answer.hands, size)
+            values = {"kind": "hands", "step": 0, "steps": ticket.cost, "hands": as_json(answer.hands)}
         else:
-            step, steps, colours = event.value
-            image = preview(colours, size)
-            values = {"kind": "preview", "step": step, "steps": steps}
+            image = preview(answer.colours, size)
+            values = {"kind": "preview", "step": answer.step, "steps": answer.steps}
         return values | {"b64_json": base64_of(encoded(fitted(image, painting.size)))}
 
     try:
         while True:
             left = deadline - loop.time()
             try:
-                event = value_of(await asyncio.wait_for(ticket.inbox.get(), min(PING, max(0.0, left))))
+                answer = checked(await asyncio.wait_for(ticket.inbox.get(), min(PING_SECONDS, max(0.0, left))))
             except asyncio.TimeoutError:
-                if left <= PING:
+                if left <= PING_SECONDS:
                     raise UnfinishedError(LATE, 504) from None
                 yield ": still here\n\n"
                 continue
             now = {"created_at": int(time.time()), **painting.about}
-            if event.kind == "picture":
-                values = await painting.finished(ticket, event) | now
+            if isinstance(answer, PictureMade):
+                values = await painting.finished(ticket, answer) | now
                 warnings = {"warnings": painting.warnings} if painting.warnings else {}
                 yield sent("image_generation.completed", values | warnings)
                 return
             values = {"partial_image_index": index, **now, "output_format": "png"}
-            yield sent("image_generation.partial_image", values | await asyncio.to_thread(seen, event))
+            yield sent("image_generation.partial_image", values | await asyncio.to_thread(partial, answer))
             index += 1
     except UnfinishedError as error:
         kind = {"message": str(error), "type": "server_error", "param": None}

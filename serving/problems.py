@@ -1,4 +1,4 @@
-"""What is wrong with a request, in OpenAI's form: one sentence, the field that it is about, and a code."""
+"""Errors in OpenAI's form: one sentence, the field, and a code."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ..schema import shown
 from .dispatch import BusyError
 from .service import Service, UnfinishedError
 
-LATE = "The time that this request allowed is over, and the picture is not done."
+LATE = "The time of this request is over, and the picture is not done. Ask for fewer steps or a longer timeout."
 CODES = {429: "queue_full", 504: "timeout"}
 # Fields of a Request -> what the API calls them.
 NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 SAID = {
-    400: "Something about the request is wrong; the message says what.",
-    401: "No key, or a wrong one.",
-    404: "No such model.",
+    400: "A field of the request is wrong; the message says which.",
+    401: "The key is missing or wrong.",
+    404: "The model or path is unknown.",
     408: "The body took too long.",
     413: "The body is too large.",
     415: "The body must be JSON that is not compressed.",
     429: "The queue is full; see Retry-After.",
-    500: "The picture came to nothing.",
-    503: "Loading or stopping; see Retry-After.",
-    504: "The time that the request allowed is over.",
+    500: "The server could not make the picture.",
+    503: "The server is loading or stopping; see Retry-After.",
+    504: "The time of the request is over.",
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {
@@ -43,7 +43,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class ModelError(HanDiffuserError):
-    """A request names a model that the server does not have."""
+    """A request names an unknown model."""
 
 
 def problem(
@@ -60,23 +60,25 @@ def problem(
 
 
 def misfit(errors: list[Any]) -> JSONResponse:
-    """A 400 about the first thing that does not fit the description of a body. errors: pydantic's."""
+    """A 400 about the first field that does not fit the description of the body. errors: pydantic's."""
     error = errors[0]
     if len(errors) > 1 and isinstance(errors[0]["input"], str) and error["type"].startswith("model"):
-        error = errors[1]  # of a field that takes an object or text
+        error = errors[1]  # for a field that takes an object or text
     given, kind = error.get("input"), error["type"]
     if kind == "json_invalid":
         why = error.get("ctx", {}).get("error", error["msg"])
         return problem(400, f"The body must be JSON: {why}, at character {error['loc'][-1]}.", code="invalid_json")
-    # The names of the branches of "an object or text" are no part of where it is.
+    # The names of the branches of "an object or text" are not part of the field's path.
     parts = [
         str(part) for part in error["loc"] if part != "body" and not re.match(r"HandsField|constrained-", str(part))
     ]
     where = ".".join(parts)[:60]
     if kind == "missing" and not where:
-        return problem(400, "The body is empty. It must be JSON.", code="invalid_json")
+        return problem(400, "The body must be JSON, got an empty body.", code="invalid_json")
     if kind == "extra_forbidden":
-        return problem(400, f"The field {where} is unknown here.", code="unknown_field", param=where)
+        return problem(
+            400, f"The field {where} is unknown. GET /openapi.json lists the fields.", code="unknown_field", param=where
+        )
     said = re.sub(r"^\w+ should (be|have) ", r"must \1 ", error["msg"].rstrip(".")).replace(" after validation", "")
     if kind == "missing":
         sentence = f"{where} must be given."
@@ -87,7 +89,7 @@ def misfit(errors: list[Any]) -> JSONResponse:
     elif kind.startswith("model"):
         sentence = f"{where} must be an object, got {shown(given)}."
     elif kind == "string_unicode":
-        sentence = f"{where or 'The body'} must be text of valid Unicode, got half a surrogate pair in it."
+        sentence = f"{where or 'The body'} must be text of valid Unicode, got half a surrogate pair."
     elif kind == "string_too_long":
         sentence = f"{where} {said}, got {len(given)}."
     elif said.startswith("must"):
@@ -98,26 +100,26 @@ def misfit(errors: list[Any]) -> JSONResponse:
 
 
 def unread(error: HTTPException, http: Http) -> JSONResponse:
-    """What Starlette and FastAPI refuse themselves, with a way out."""
+    """The refusals of Starlette and FastAPI, with what to do."""
     path, cause = http.url.path[:60], error.__cause__
     status, code, sentence = error.status_code, None, str(error.detail)
     if isinstance(cause, UnicodeDecodeError):
-        code, sentence = "invalid_json", f"The body must be JSON in UTF-8; its byte {cause.start} is not."
+        code, sentence = "invalid_json", f"The body must be JSON in UTF-8, got an invalid byte at {cause.start}."
     elif isinstance(cause, RecursionError):
-        code, sentence = "invalid_json", "The body must be JSON that is nested less deeply."
+        code, sentence = "invalid_json", "The body must be JSON with less nesting."
     elif status == 400 and cause is not None:
         code, sentence = "invalid_json", "The body must be JSON, with numbers of at most 4300 digits."
     elif sentence == "Not Found":
-        sentence = f"There is no {path} here. GET /openapi.json says what there is."
+        sentence = f"The path {path} is unknown. GET /openapi.json lists the paths."
     elif sentence == "Method Not Allowed":
-        sentence = f"{http.method} is not for {path}. GET /openapi.json says what is."
+        sentence = f"{path} does not take {http.method}. GET /openapi.json lists its methods."
     response = problem(status, sentence, code=code)
     response.headers.update(error.headers or {})
     return response
 
 
 def failed(error: HanDiffuserError, service: Service) -> JSONResponse:
-    """The answer to an error of ours."""
+    """The answer to an error of this package."""
     if isinstance(error, BusyError):
         wait = str(min(3600, math.ceil(error.seconds)))
         status, code = (503, "unavailable") if error.loading else (429, "queue_full")
@@ -134,7 +136,7 @@ def failed(error: HanDiffuserError, service: Service) -> JSONResponse:
 
 
 def add_handlers(app: FastAPI, service: Service) -> None:
-    """Has the application answer its errors in OpenAI's form."""
+    """Makes the application answer errors in OpenAI's form."""
 
     @app.exception_handler(RequestValidationError)
     async def on_misfit(http: Http, error: RequestValidationError) -> JSONResponse:

@@ -1,8 +1,8 @@
-"""Where clients see this server: behind a proxy that adds a path, ends TLS, or changes the host.
+"""The server behind a proxy that adds a path, ends TLS or changes the host: which URLs its clients see.
 
-Headers of a proxy count from a trusted peer alone: 127.0.0.1, or the addresses in FORWARDED_ALLOW_IPS. Without
---public-url, X-Forwarded-Proto, -Host and -Prefix are the beginning of the URLs in answers, and nothing else: a client
-that slips its own through a proxy changes its own answer.
+The server believes the headers of trusted peers only: 127.0.0.1, or the addresses in FORWARDED_ALLOW_IPS. Without
+--public-url, X-Forwarded-Proto, -Host and -Prefix begin the URLs in answers. They decide nothing else: a client that
+gets its own headers through a proxy changes its own answer only.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
 class Forwarded(ProxyHeadersMiddleware):
-    """ASGI middleware: uvicorn's, for X-Forwarded-For and -Proto, and the same for -Host and -Prefix.
+    """ASGI middleware: uvicorn's for X-Forwarded-For and -Proto, extended by -Host and -Prefix.
 
-    A proxy may leave its path in front of ours or take it off: both are understood, so that what follows sees paths
-    without it.
+    A proxy may keep its path in front of the server's or remove it. This middleware removes it if it is there.
     """
 
     def __init__(self, app: Any, public_url: str | None = None) -> None:
@@ -38,15 +37,15 @@ class Forwarded(ProxyHeadersMiddleware):
             await self.app(scope, receive, send)
             return
         peer = (scope.get("client") or ("",))[0]
-        told = dict(scope["headers"]) if peer in self.trusted_hosts else {}
-        host, prefix = _first(told, b"x-forwarded-host"), _first(told, b"x-forwarded-prefix").rstrip("/")
+        trusted = dict(scope["headers"]) if peer in self.trusted_hosts else {}
+        host, prefix = _first(trusted, b"x-forwarded-host"), _first(trusted, b"x-forwarded-prefix").rstrip("/")
         if HOST.fullmatch(host):
             kept = [(name, value) for name, value in scope["headers"] if name != b"host"]
             scope["headers"] = [*kept, (b"host", host.encode())]
         scope["prefix"] = prefix = prefix if PREFIX.fullmatch(prefix) else ""
         path = scope["path"]
         for front in {self.public_path, prefix} - {""}:
-            if path == front:  # the page's own links are relative to a path that ends with a slash
+            if path == front:  # the page's links are relative to a path that ends with a slash
                 await RedirectResponse(f"{front.rpartition('/')[2]}/")(scope, receive, send)
                 return
             if path.startswith(f"{front}/"):
@@ -57,12 +56,12 @@ class Forwarded(ProxyHeadersMiddleware):
 
 
 def _first(headers: dict[bytes, bytes], name: bytes) -> str:
-    """The first entry of a header: what the proxy next to the client says."""
+    """The first entry of a header, from the proxy next to the client."""
     return headers.get(name, b"").decode("latin-1").partition(",")[0].strip()
 
 
 def base_url(http: Request) -> str:
-    """Where the client sees /, as far as its request and a trusted proxy tell; without a slash at the end."""
+    """The URL of / for the client, from its request and a trusted proxy, without a slash at the end."""
     return str(http.base_url).rstrip("/") + str(http.scope.get("prefix", ""))
 
 
@@ -77,12 +76,12 @@ def checked_url(url: str) -> str:
     except ValueError:
         good, path = None, ""
     if not good or (path and not PREFIX.fullmatch(path)):
-        raise HanDiffuserError(f"--public-url must be such as https://example.org/sd, got {url!r}.")
+        raise HanDiffuserError(f"--public-url must be a URL such as https://example.org/sd, got {url!r}.")
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
 def checked_origin(origin: str) -> str:
-    """A --cors as browsers send it: in lower case, without the scheme's own port. Raises HanDiffuserError."""
+    """A --cors as browsers send it: in lower case, without the scheme's usual port. Raises HanDiffuserError."""
     plain = origin.lower().rstrip("/")
     if plain != "*":
         try:

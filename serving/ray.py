@@ -2,11 +2,10 @@
 
     for row in paint(requests, Options("demo"), "out", workers=2): print(row["id"], row["state"])
 
-Ray Data's `map_batches` with one actor a GPU, or a core, each with its own loop. What crosses the cluster are requests
-and what became of them; pictures go from the actor to the output folder, which all machines must reach. A row that
-fails is a sentence; an actor that dies is started again, and its rows run again, but for those whose pictures are
-there: what the ledger has is never made twice. What no row is to blame for, a full disk, engines that do not load, ends
-the run with a sentence: each picture more would be made in vain.
+Ray Data's `map_batches` with one actor for each GPU or core, each with its own loop. The cluster carries requests and
+their results; each actor writes its pictures into the output folder, which all machines must reach. A row that fails
+has a sentence. Ray starts a dead actor again and repeats its rows; the actor skips those whose pictures the ledger has.
+An error of the machine rather than of a row, such as a full disk or engines that do not load, ends the run.
 """
 
 from __future__ import annotations
@@ -26,20 +25,21 @@ import numpy as np
 
 from ..errors import EngineError, HanDiffuserError, RequestError
 from ..runtime.outputs import OutputError, open_folder
-from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure
 from .worker import Options as Options
 
-BLOCK = 16  # requests that an actor takes at once, at most: enough to keep its slots full
+MAX_BLOCK_REQUESTS = 16  # that an actor takes at once: enough to keep its slots full
 COLUMNS = ("id", "state", "sentence", "warnings")
-TRIES = 4  # actors that may die over such a block
-GIVEN_UP = f"{TRIES} actors ended while they made this picture, or one of those that they make at once."
+MAX_TRIES = 4  # actors that may die while they have a block, before its requests fail
+GIVEN_UP = f"{MAX_TRIES} actors ended while they made this picture or another one of its batch."
 
 
 class Tries:
-    """How often a block was begun, on any machine. Ray runs it again for ever, also where no actor survives it; what it
-    counts itself are deaths of machines, too, on which the block only waited."""
+    """Counts how often any machine began a block. Ray repeats a block for ever, even if no actor survives it.
+
+    Ray's own count includes deaths of machines where the block only waited.
+    """
 
     def __init__(self) -> None:
         self.begun: Counter[str] = Counter()
@@ -52,31 +52,24 @@ class Tries:
 class Painter:
     """The actor: a loaded bundle and the output folder.
 
-    Ray starts an actor that fails as it begins again and again, for ever. So this one never does: what went wrong is
-    what it says of every row. begin: says how often a block, by its first row's id, was begun so far.
+    Ray restarts for ever an actor that fails when it begins. So this one does not fail: it reports the error for every
+    row. begin: takes the id of a block's first row, and returns how often actors have begun the block.
     """
 
     def __init__(self, options: Options, output: str, begin: Callable[[str], int] = lambda block: 1) -> None:
         self.begin = begin
-        self.broken = ""  # why nothing can be made here
+        self.broken = ""  # why this actor cannot make pictures
         try:
-            self.pipeline = HanDiffuser.load(
-                options.engines,
-                options.device,
-                options.threads,
-                options.batch_size,
-                options.backend,
-                pictures=options.pictures,
-            )
+            self.pipeline = options.load()
             self.folder = open_folder(output, shared=True)
             self.folder.__enter__()
-        except Exception as error:  # a driver, a library, memory, a path that is not shared: a matter of this machine
+        except Exception as error:  # a driver, a library, memory, a path that is not shared
             said = str(error) if isinstance(error, HanDiffuserError) else f"{type(error).__name__}: {error}"
             self.broken = f"On {socket.gethostname()}: {said}"
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """{"request": JSON} -> {"id", "state", "sentence", "warnings": JSON}. state: "made", "there", "failed", or
-        "stopped" where the next ones would come to nothing either."""
+        "stopped" if the next rows would fail too."""
         requests = [Request(**_tupled(json.loads(text))) for text in batch["request"]]
         rows: dict[str, dict[str, str]] = {}
 
@@ -86,11 +79,11 @@ class Painter:
         state, why = "stopped", self.broken
         if not self.broken:
             try:
-                hopeless = self.begin(str(requests[0].id)) > TRIES
+                hopeless = self.begin(str(requests[0].id)) > MAX_TRIES
                 self._paint(requests, row, GIVEN_UP if hopeless else "")
-            except OutputError as error:  # a disk that is full
+            except OutputError as error:  # the disk is full
                 self.broken = why = str(error)
-            except HanDiffuserError as error:  # out of memory, say: others may need less
+            except HanDiffuserError as error:  # out of memory, for example: other rows may need less
                 state, why = "failed", str(error)
             except Exception as error:
                 state, why = "failed", f"{type(error).__name__}: {error}"
@@ -102,11 +95,11 @@ class Painter:
         return {name: [each[name] for each in ordered] for name in COLUMNS}
 
     def _paint(self, requests: Sequence[Request], row: Callable[..., None], hopeless: str) -> None:
-        """Makes what is not there, or says why not. Raises OutputError and other HanDiffuserErrors, no row's own."""
+        """Makes the pictures that are not there yet. Raises HanDiffuserError for errors that are not a row's own."""
         todo = []
         for request in requests:
             try:
-                if self.folder.done(request, self.pipeline.digest):  # an earlier life of this actor was that far
+                if self.folder.done(request, self.pipeline.digest):  # made before this actor died and started again
                     row(str(request.id), "there")
                 elif hopeless:
                     row(str(request.id), "failed", hopeless)
@@ -122,7 +115,7 @@ class Painter:
                     self.folder.save(result)
                     row(result.id, "made", warnings=result.warnings)
         finally:
-            self.folder.flush()  # so that what is said of a row is so
+            self.folder.flush()  # before this actor reports the rows as made
 
     def _there(self, request: Request) -> bool:
         with contextlib.suppress(HanDiffuserError):
@@ -135,8 +128,8 @@ def _tupled(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def connect(address: str) -> int:
-    """Joins the cluster at `address`, or starts one here for "local"; how many actors it has room for, with a GPU each
-    where there are any. Raises EngineError when there is none at that address."""
+    """Joins the cluster at `address`, or starts one here for "local". Returns how many actors fit, with a GPU each if
+    the cluster has GPUs. Raises EngineError if no cluster answers at that address."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
@@ -148,7 +141,7 @@ def connect(address: str) -> int:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **kind)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise EngineError(
-            f"There is no Ray at {address} ({str(error).splitlines()[0].rstrip('.')}). Start one."
+            f"No Ray cluster answers at {address} ({str(error).splitlines()[0].rstrip('.')}). Start one."
         ) from None
     finally:
         for number, handler in handlers.items():
@@ -158,20 +151,20 @@ def connect(address: str) -> int:
 
 
 def paint(requests: Sequence[Request], options: Options, output: str, workers: int) -> Iterator[dict[str, Any]]:
-    """Makes what is prepared on `workers` actors, and yields what became of each request, as it is known.
+    """Makes prepared requests on `workers` actors, and yields the result of each: id, state, sentence, warnings.
 
-    Raises HanDiffuserError where that ends before its time: no more can be written, or the cluster is in trouble.
+    Raises HanDiffuserError if the run ends early: the disk is full, or the cluster fails.
     """
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
-    for name in ("ray", "ray.data"):  # what became of each row is said by whoever asked
+    for name in ("ray", "ray.data"):  # the caller reports each row
         logging.getLogger(name).setLevel(logging.CRITICAL)
     rows = [{"request": json.dumps(asdict(request))} for request in requests]
-    # Small enough that all have work to the end, large enough that slots stay full.
-    block = max(1, min(BLOCK, len(rows) // (2 * workers)))
+    # Small enough that all actors have work to the end, large enough that their slots stay full.
+    block = max(1, min(MAX_BLOCK_REQUESTS, len(rows) // (2 * workers)))
     blocks = -(-len(rows) // block)
     on_gpu = ray.cluster_resources().get("GPU", 0) >= 1 and options.device != "cpu"
     tries: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tries).remote()
@@ -207,5 +200,5 @@ def _trouble(error: Exception) -> str:
     said = lines[-1].rstrip(".")[:300] if lines else ""
     return (
         f"Ray gave up ({type(error).__name__}: {said}). The pictures finished so far are kept: run the same command "
-        "again, it goes on from there."
+        "again to make the rest."
     )

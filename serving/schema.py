@@ -1,4 +1,4 @@
-"""`/openapi.json`: what may be asked of this very server, with its bounds."""
+"""`/openapi.json`: the requests that this server takes, with its own bounds."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ ERROR = {
 
 
 def describe(app: FastAPI, service: Service) -> dict[str, Any]:
-    """The schema of the routes, bounded by the bundle and the limits."""
+    """The schema of the routes, with the bounds of the bundle and the limits."""
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schema["servers"] = [{"url": "./"}]  # relative to the schema itself: a proxy may put a path in front
     for path in schema["paths"].values():
         for operation in path.values():
-            operation["responses"].pop("422", None)  # what is wrong with a request is a 400 here
+            operation["responses"].pop("422", None)  # this server answers 400
     parts = schema["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         parts.pop(name, None)

@@ -1,4 +1,4 @@
-"""What all paths of the server share: the bundle, the dispatcher, and the hands and pictures that it keeps.
+"""What all paths share: the bundle, the dispatcher, and the hands and pictures that the server keeps.
 
 service = Service(bundle, dispatcher, "demo", Limits(), keys, metrics, folder, Front(any_size=True))
 requests = service.prepare(Request("a fist", seed=1), count=2)
@@ -7,7 +7,6 @@ requests = service.prepare(Request("a fist", seed=1), count=2)
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import HanDiffuserError, RequestError
+from ..files import written
 from ..hands import NO_HANDS, hands_file
 from ..runtime.bundle import Bundle
 from ..runtime.requests import MAX_SEED, Request
@@ -28,34 +28,34 @@ from .hands import Arrays
 from .keys import Keys
 from .metrics import Metrics
 
-KEPT_HANDS = 1000  # files of hands that clients sent or were given
-KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # of pictures that wait to be fetched by URL
-SIDES = (16, 2048)  # pixels: the shortest and the longest side of a picture that is scaled
+KEPT_HANDS = 1000  # files of hands from clients or for clients
+KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # pictures that clients may fetch by URL
+MIN_SIDE_PIXELS, MAX_SIDE_PIXELS = 16, 2048  # of a picture that is scaled
 
 
 @dataclass(frozen=True)
 class Front:
-    """What the server does for clients that always ask in the same way, and where they reach it."""
+    """Settings for clients that cannot change their requests, and the URL where they reach the server."""
 
     aliases: tuple[str, ...] = ()  # further names of the model
     any_size: bool = False  # scale pictures to the size that a request asks for
-    response_format: str = "b64_json"  # where a request names none
-    public_url: str | None = None  # where clients reach /, without a slash at the end
-    cors: tuple[str, ...] = ()  # origins whose pages may ask
+    response_format: str = "b64_json"  # if a request names none
+    public_url: str | None = None  # the URL of / for clients, without a slash at the end
+    cors: tuple[str, ...] = ()  # origins whose pages may send requests
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for."""
+    """The most that one request may ask for."""
 
     n: int = 8  # pictures
-    steps: int = 100
-    timeout: float = 300.0  # seconds, where a request names none, and at most
+    steps: int = 100  # of a picture
+    timeout: float = 300.0  # seconds; also the default
     body: int = 1 << 20  # bytes
 
 
 class UnfinishedError(HanDiffuserError):
-    """A picture that came to nothing; `status` says whose fault it is."""
+    """The server could not make a picture. `status` is for HTTP."""
 
     def __init__(self, sentence: str, status: int = 500) -> None:
         super().__init__(sentence)
@@ -63,7 +63,7 @@ class UnfinishedError(HanDiffuserError):
 
 
 class Service:
-    """What the paths share: the bundle as the front knows it, the dispatcher, hands and pictures that are kept."""
+    """The state that the paths share."""
 
     def __init__(
         self,
@@ -76,17 +76,17 @@ class Service:
         folder: Path,
         front: Front | None = None,
     ) -> None:
-        """folder: where hands that clients send are kept, a private one."""
+        """folder: a private one, for the hands that the server keeps."""
         self.bundle, self.dispatcher, self.name, self.limits = bundle, dispatcher, name, limits
         self.keys, self.metrics = keys, metrics
         self.folder, self.front = folder, front or Front()
         self.names = list(dict.fromkeys((name, *self.front.aliases)))  # what `model` may be
-        self.most = min(limits.n, dispatcher.queue.places)  # pictures a request: more would be turned away every time
+        self.most = min(limits.n, dispatcher.queue.places)  # pictures of a request: the queue never has room for more
         self.started = int(time.time())
         self.hands: OrderedDict[str, Path] = OrderedDict()
         self.pictures: OrderedDict[str, tuple[float, str, bytes]] = OrderedDict()
         self.bytes = 0
-        self.lock = threading.Lock()  # requests are prepared, and pictures encoded, in threads
+        self.lock = threading.Lock()  # threads prepare requests and encode pictures
 
     @property
     def size(self) -> str:
@@ -94,29 +94,25 @@ class Service:
         return f"{width}x{height}"
 
     def keep_hands(self, hands: Arrays, prompt: str = "") -> str:
-        """Writes hands into the private folder, under a name that says what they are. Raises RequestError, and
-        UnfinishedError where they cannot be written."""
+        """Writes hands into the private folder and returns their id, a digest. Raises RequestError, and UnfinishedError
+        if the disk is full."""
         content = hands_file({name: np.asarray(value, np.float32) for name, value in hands.items()}, prompt)
         id = f"hands_{hashlib.sha256(content).hexdigest()[:32]}"
-        path, temporary = self.folder / f"{id}.npz", self.folder / f"{secrets.token_hex(8)}.tmp"
-        if id not in self.hands:
-            try:
-                temporary.write_bytes(content)
-                os.replace(temporary, path)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise UnfinishedError(f"The server cannot keep hands: {error.strerror or error}.", 503) from None
-        with self.lock:
-            self.hands[id] = path
+        with self.lock:  # two requests may bring the same hands
+            if id not in self.hands:
+                try:
+                    with written(self.folder / f"{id}.npz") as temporary:
+                        temporary.write_bytes(content)
+                except OSError as error:
+                    raise UnfinishedError(f"The server cannot keep hands: {error.strerror or error}.", 503) from None
+            self.hands[id] = self.folder / f"{id}.npz"
         return id
 
     def forget_hands(self) -> None:
-        """Deletes the oldest, but keeps those that a waiting request needs."""
+        """Deletes the oldest hands, except those of requests on their way."""
         if len(self.hands) <= KEPT_HANDS:
             return
-        dispatcher = self.dispatcher
-        waiting = [*dispatcher.queue, *(t for w in dispatcher.workers for t in w.has.values())]
-        needed = {ticket.request.hands for ticket in waiting}
+        needed = {ticket.request.hands for ticket in [*self.dispatcher.queue, *self.dispatcher.under_way]}
         with self.lock:
             for id, path in list(self.hands.items())[: len(self.hands) - KEPT_HANDS]:
                 if str(path) not in needed:
@@ -124,7 +120,7 @@ class Service:
                     path.unlink(missing_ok=True)
 
     def hands_path(self, hands: HandsField | str | None) -> str | None:
-        """What `Request.hands` takes; nothing but what this server wrote itself is ever opened."""
+        """The path for `Request.hands`. The server opens only files that it wrote itself."""
         if isinstance(hands, HandsField):
             hands = self.keep_hands(hands.arrays())
         if hands is None or hands == NO_HANDS:
@@ -132,7 +128,7 @@ class Service:
         with self.lock:
             if hands not in self.hands:
                 raise RequestError(
-                    f"There are no hands {hands[:60]!r} here (any more). Send the arrays themselves.", "hands"
+                    f"hands must be an id that this server keeps, got {hands[:60]!r}. Send the arrays instead.", "hands"
                 )
             self.hands.move_to_end(hands)
             return str(self.hands[hands])
@@ -148,7 +144,7 @@ class Service:
                 "steps",
             )
         try:
-            with self.lock:  # the bundle keeps schedules that it has computed
+            with self.lock:  # the bundle caches its schedules
                 self.bundle.check(filled)
         except RequestError as error:
             sentence = str(error).replace(f"The hands file {request.hands} has", "The hands have")
@@ -159,7 +155,7 @@ class Service:
         ]
 
     def keep_picture(self, content: bytes, format: str) -> str:
-        """A name for a picture that is fetched by URL, within the hour."""
+        """Keeps a picture for an hour and returns the name in its URL."""
         now = time.monotonic()
         name = f"{secrets.token_urlsafe(24)}.{format}"
         with self.lock:
@@ -175,5 +171,5 @@ class Service:
 
 
 def private_folder() -> tempfile.TemporaryDirectory[str]:
-    """Where hands that clients send are kept while the server runs."""
+    """For the hands that the server keeps while it runs."""
     return tempfile.TemporaryDirectory(prefix="hd-serve-")

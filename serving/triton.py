@@ -1,4 +1,4 @@
-"""A model repository for NVIDIA Triton: its Python backend around our loop, decoupled, so that requests share batches.
+"""A model repository for NVIDIA Triton: its Python backend, decoupled, so that requests share the loop's batches.
 
     hd-export CHECKPOINT engines --triton repository
     tritonserver --model-repository repository          # with handiffuser in its Python
@@ -63,14 +63,16 @@ parameters {{ key: "backend" value {{ string_value: "auto" }} }}
 
 
 def write(engines: Path, repository: Path) -> Path:
-    """Writes `repository`/handiffuser with a copy of the engines, and returns that folder.
+    """Writes `repository`/handiffuser, or nothing, with a copy of the engines. Returns that folder.
 
-    Written beside and renamed. Raises ExportError where there is one already.
+    Raises ExportError if the folder exists.
     """
     manifest = Manifest.load(engines, verify=False)
     folder, temporary = repository / NAME, repository / f".{NAME}.tmp"
     if folder.exists():
-        raise ExportError(f"{folder} is there already. Remove it, or name another folder with --triton.")
+        raise ExportError(
+            f"--triton must be a repository without the model {NAME}, got {repository}. Remove {folder} first."
+        )
     shutil.rmtree(temporary, ignore_errors=True)
     version = temporary / "1"
     version.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Triton's Python backend over the loop: `model.py` of the repository that `hd-export --triton` writes.
 
-`execute` puts requests into a queue and returns; one thread runs the loop, which takes them at any step, and answers
-each through its own response sender (decoupled) when its picture is done.
+`execute` puts requests into a queue and returns. One thread runs the loop, which takes requests at any step. It answers
+each request through its own response sender (decoupled) when the picture is done.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TritonPythonModel:
         )
         self.pipeline.warm_up()
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()
-        self.senders = {}  # id -> (request of Triton's, its response sender)
+        self.senders = {}  # id -> (Triton's request, its response sender)
         self.thread = threading.Thread(target=self._run, name="handiffuser")
         self.thread.start()
 
@@ -93,7 +93,7 @@ class TritonPythonModel:
                     self._fail(sender, result.sentence)
                 else:
                     self._answer(sender, result)
-        except HanDiffuserError as error:  # Triton restarts a model that it unloads and loads
+        except HanDiffuserError as error:  # Triton can unload and load the model to start it again
             for _, sender in self.senders.values():
                 self._fail(sender, str(error))
 

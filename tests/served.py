@@ -1,4 +1,4 @@
-"""A server in this process, on a port of its own, over the toy bundle; and hd-serve as a user starts it."""
+"""A server in this process over the toy bundle, on a port of its own; and hd-serve as a process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from handiffuser.serving.worker import Options
 
 
 class Served:
-    """The service, its dispatcher, and a client that is sent to it."""
+    """The service, its dispatcher, and an HTTP client of it."""
 
     def __init__(self, service, server, url):
         self.service, self.server, self.dispatcher, self.url = service, server, service.dispatcher, url
@@ -42,7 +42,7 @@ class Served:
     def wait(self, condition, seconds=20.0):
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, "it did not happen"
+            assert time.monotonic() < end, "the condition did not become true"
             time.sleep(0.005)
 
 
@@ -51,14 +51,14 @@ def serving(
     folder, tmp, workers=1, places=8, batch=4, limits=None, keys=None, front=None, wait=True, warm_up=False,
     buffer=None, second=None, stuck_after=60.0,
 ):  # fmt: skip
-    """A server in a thread of its own event loop. buffer: bytes that the system takes for a client. second: the options
-    of the last worker, where they are others."""
+    """A server in a thread of its own event loop. buffer: bytes that the system buffers for a client. second: other
+    options for the last worker."""
     bundle = Bundle.load(folder, Manifest.load(folder, verify=False))
     metrics = Metrics()
     options = [Options(str(folder), "cpu", 1, batch, "onnxruntime", warm_up)] * workers
     options[-1] = second or options[-1]
     said = []
-    dispatcher = Dispatcher(options, workers > 1, places, metrics.observe, said.append, stuck_after)
+    dispatcher = Dispatcher(options, workers > 1, places, metrics, said.append, stuck_after)
     tmp.mkdir(exist_ok=True)
     service = Service(bundle, dispatcher, "toy", limits or Limits(), Keys(keys), metrics, tmp, front or Front())
     service.said = said
@@ -87,7 +87,7 @@ def serving(
 
 @contextlib.contextmanager
 def command(*arguments, ready=True, preexec_fn=None):
-    """hd-serve in a process of its own; `said` is what it wrote so far, `url` where it listens."""
+    """hd-serve in a process of its own. `said` has its lines on stderr so far, `url` its address."""
     line = [sys.executable, "-m", "handiffuser.serving.cli", "--backend", "onnxruntime", *map(str, arguments)]
     line += ["--port", "0"]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn)

@@ -1,17 +1,17 @@
-// The page: asks hd-serve for pictures and shows what comes in. Nothing in here comes from elsewhere.
+// The page: asks hd-serve for pictures and shows its answers. It loads nothing from other hosts.
 
 import { $, ask, curlLine, picture } from "./server.js";
 import { GESTURES, announce, draw, failed, note, say, setHands, setState, show, state, toStage, undo } from "./stage.js";
 
 const PREVIEWS = 9;
-const PATIENCE = 4000; // ms without a word from the server, after which the page says that it waits
+const NOTICE_MS = 4000; // without an answer from the server, after which the page says that it waits
 const past = { entries: [], current: -1 };
 
 // ---------------------------------------------------------------- painting
 
 const drawn = () => Math.floor(Math.random() * 1e6);
 
-// Whether the form can be sent; where not, the browser says what is wrong beside the field.
+// Returns whether the form is valid. If not, the browser shows the error beside the field.
 function valid() {
   $("prompt").setCustomValidity($("prompt").value.trim() ? "" : "Say what the picture shows.");
   return $("form").reportValidity();
@@ -27,7 +27,7 @@ function wanted(hands, seed) {
   return body;
 }
 
-// What the stage shows, so that it can come back where a picture does not come.
+// What the stage shows, so that it can come back if the next picture fails.
 const scene = () => ({ image: state.image, request: state.request, hands: state.hands, undo: state.undo });
 
 function restore({ image, request, hands, undo }) {
@@ -48,8 +48,8 @@ function start(words) {
   setState(words);
   $("picture").classList.add("old");
   $("progress").removeAttribute("value");
-  run.waiting = setTimeout(() => setState("Waiting for the server. It may be busy with other pictures …"), PATIENCE);
-  if (matchMedia("(pointer: coarse)").matches) document.activeElement?.blur(); // the telephone's keyboard goes away
+  run.waiting = setTimeout(() => setState("Waiting for the server. It may be busy with other pictures …"), NOTICE_MS);
+  if (matchMedia("(pointer: coarse)").matches) document.activeElement?.blur(); // hides the telephone's keyboard
   toStage();
   return run;
 }
@@ -63,10 +63,10 @@ function end(run) {
   return true;
 }
 
-// hands: those to paint, or null where the prompt decides.
+// hands: those to paint, or null if the prompt decides.
 async function paint(hands = null) {
   if (!valid()) return;
-  // Edited hands are painted from the noise of the picture they were in, so that the rest of it stays.
+  // Edited hands keep the seed of their picture, so that the rest of it stays.
   const kept = hands && state.request ? state.request.seed : drawn();
   const seed = $("seed").value ? Number($("seed").value) : kept;
   const count = Number($("count").value);
@@ -76,7 +76,7 @@ async function paint(hands = null) {
   if (!hands) setHands(null);
   Object.assign(run, { hands, seen: state.hands, count, done: 0, parts: Array(count).fill(0), notes: [] });
   const ends = await Promise.allSettled(bodies.map((body, i) => follow(body, i, run)));
-  if (!end(run)) return; // stopped, or another one began
+  if (!end(run)) return; // the person stopped it, or started another one
   const wrong = ends.find((end) => end.status === "rejected")?.reason;
   if (ends[0].status === "rejected") restore(run.before);
   note(run.notes);
@@ -90,7 +90,7 @@ async function paint(hands = null) {
   if (wrong) failed(wrong);
 }
 
-// Paints one of a run's pictures. The first is followed on the stage; the others come into the history.
+// Paints one of a run's pictures. The stage shows the first; the others go to the history.
 async function follow(body, i, run) {
   const sent = { ...body, stream: true, partial_images: i ? 0 : PREVIEWS, return_hands: true };
   for await (const event of picture(sent, run.signal)) {
@@ -117,7 +117,7 @@ async function follow(body, i, run) {
         state.request = entry.request;
         show(image);
         showSeed();
-        if (state.hands === run.seen) setHands(event.hands, false); // else somebody edits them already
+        if (state.hands === run.seen) setHands(event.hands, false); // else the person is editing them already
       }
       if (run.count > 1) setState(`${run.done} of ${run.count} pictures`);
     }
@@ -138,7 +138,7 @@ async function onlyHands() {
     showSeed();
     note(warnings ?? []);
     setState("Hands without a picture");
-    announce("The hands are there.");
+    announce("The hands are done.");
   } catch (error) {
     if (!end(run)) return;
     restore(run.before);
@@ -239,13 +239,13 @@ async function copyCurl() {
     announce("Copied.");
   } catch (error) {
     if (error.status) return failed(error);
-    $("line").hidden = false; // browsers keep the clipboard from pages without https
+    $("line").hidden = false; // browsers deny the clipboard to pages without https
     $("line").select();
     setState("Copy the line below");
   }
 }
 
-// ---------------------------------------------------------------- what outlives a reload
+// ---------------------------------------------------------------- what a reload keeps
 
 const STORED = "handiffuser";
 const KEPT = ["prompt", "negative", "seed", "count", "key"];
@@ -290,7 +290,7 @@ $("form").addEventListener("input", () => {
   $("prompt").setCustomValidity("");
   settled();
 });
-// A field that is wrong must be seen to say so.
+// The browser can show its message only beside a visible field.
 $("more").addEventListener("invalid", () => ($("more").open = true), true);
 $("more").addEventListener("toggle", store);
 $("again").addEventListener("click", () => paint(state.hands));
@@ -299,7 +299,7 @@ $("stop").addEventListener("click", stop);
 $("dice").addEventListener("click", () => {
   $("seed").value = "";
   settled();
-  $("seed").focus(); // the button is off now, and a keyboard's focus would be lost
+  $("seed").focus(); // the button is disabled now and would lose the focus
 });
 $("reuse").addEventListener("click", () => {
   $("seed").value = state.request.seed;
@@ -361,7 +361,7 @@ async function begin() {
     say("");
     note([]);
   } catch (error) {
-    // Without a key nothing has gone wrong yet.
+    // A missing key is a note, not an error.
     if (error.status !== 401 || $("key").value.trim()) return failed(error);
     $("keybox").open = true;
     note([error.message]);

@@ -1,16 +1,16 @@
-// Asks hd-serve, and turns what goes wrong into sentences for the person at the page.
+// Asks hd-serve, and turns errors into sentences for the person at the page.
 
 export const $ = (id) => document.getElementById(id);
 
 const GONE = "The server does not answer. Check that it runs and that you are online, then try again.";
-// The API's names of fields, as the page calls them.
+// The API's names of fields -> the page's names.
 const FIELDS = {
   num_inference_steps: "steps", guidance_scale: "guidance", negative_prompt: "negative prompt",
   guidance_interval: "guidance interval",
 };
 const PATH = "v1/images/generations";
 
-// A sentence of the server's, with the names of fields that stand on the page.
+// A sentence of the server with the page's names of fields.
 export function plain(sentence) {
   return Object.entries(FIELDS).reduce((text, [name, words]) => text.replaceAll(name, words), sentence);
 }
@@ -24,7 +24,7 @@ export class Trouble extends Error {
 
 function headers() {
   const key = $("key").value.trim();
-  if (/[^\x20-\x7e]/.test(key)) throw new Trouble("The API key holds a character that no key has. Copy it again.", 401);
+  if (/[^\x20-\x7e]/.test(key)) throw new Trouble("The API key must have letters, digits and signs only, got another character. Copy it again.", 401);
   return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
@@ -34,7 +34,7 @@ function seconds(answer) {
   return after < 90 ? `in about ${after} second${after > 1 ? "s" : ""}` : `in about ${Math.round(after / 60)} minutes`;
 }
 
-// error: the server's own { message, ... }, or null where a proxy answered.
+// error: the server's { message, ... }, or null if a proxy answered.
 function sentence(answer, error) {
   switch (answer.status) {
     case 401:
@@ -74,12 +74,12 @@ export async function ask(path, body, signal) {
   try {
     ({ error } = await answer.json());
   } catch {
-    // no JSON: a proxy answered
+    // not JSON: a proxy answered
   }
   throw new Trouble(sentence(answer, error), answer.status);
 }
 
-// One picture, as server-sent events: partial pictures, then the picture. Raises Trouble where it does not come.
+// One picture, as server-sent events: partial pictures, then the picture. Raises Trouble if it fails.
 export async function* picture(body, signal) {
   const answer = await ask(PATH, body, signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -105,7 +105,7 @@ export async function* picture(body, signal) {
   }
 }
 
-// A line for bash that sends `body`. Single quotes keep everything as it is; a quote itself stands between two of them.
+// A line for bash that sends `body`. Single quotes keep every character but themselves.
 export function curlLine(body) {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const given = Object.entries(headers()).map(([name, value]) => `-H ${quoted(`${name}: ${value}`)}`);

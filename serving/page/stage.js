@@ -1,4 +1,4 @@
-// The stage: the picture, and the hands on it, which can be dragged. The server computes where the fingers go.
+// The stage: the picture, with hands that a person can drag. The server computes where the fingers go.
 
 import { $, ask, plain } from "./server.js";
 
@@ -6,7 +6,7 @@ const COLOURS = ["#e63c3c", "#dcbe1e", "#3cbe46", "#2896e6", "#be50dc"]; // thum
 const NAMES = ["thumb", "index finger", "middle finger", "ring finger", "little finger"];
 const PARTS = ["root", "middle joint", "end joint", "tip"];
 const SIDES = ["left", "right"];
-// The server's gestures, in the words that the demo's prompts have for them.
+// The server's gestures -> their names in the demo's prompts.
 export const GESTURES = {
   fist: "fist", open_hand: "open hand", spread_fingers: "spread fingers", pointing: "pointing", victory: "peace sign",
   three_fingers: "three fingers", four_fingers: "four fingers", thumbs_up: "thumbs up", thumbs_down: "thumbs down",
@@ -17,17 +17,17 @@ export const GESTURES = {
 };
 
 export const state = {
-  model: null, // what v1/models says
-  hands: null, // those on the stage, as the server gives them
+  model: null, // the answer of v1/models
+  hands: null, // on the stage, as the server sends them
   undo: [],
   image: null, // data URL of the picture on the stage
-  request: null, // what asks for the picture on the stage
-  running: null, // the run that the page waits for
+  request: null, // the body that asks for the picture on the stage
+  running: null, // the run of the page, or null
 };
 
 // ---------------------------------------------------------------- hands
 
-// The joints are buttons over the picture: they can be reached with Tab, moved with arrow keys, and dragged.
+// The joints are buttons over the picture: Tab reaches them, arrow keys and the mouse move them.
 const joints = SIDES.map((side, s) =>
   Array.from({ length: 21 }, (_, j) => {
     const joint = document.createElement("button");
@@ -42,7 +42,7 @@ const joints = SIDES.map((side, s) =>
     joint.setAttribute("aria-label", name);
     joint.title = name;
     if (!j) joint.dataset.letter = side === "left" ? "L" : "R";
-    // A finger's root sits in the palm and does not move by itself; the thumb's does not either.
+    // The root of a finger or thumb does not move by itself.
     if ((j - 1) % 4 === 0 && j) joint.tabIndex = -1;
     joint.addEventListener("pointerdown", (event) => hold(event, s, j));
     joint.addEventListener("keydown", (event) => nudge(event, s, j));
@@ -99,7 +99,7 @@ export function draw() {
   });
 }
 
-// One edit is under way at a time; of those that come meanwhile only the last counts.
+// One edit runs at a time. Of the edits that come meanwhile only the last one counts.
 let editing = false;
 let waiting = null;
 
@@ -151,7 +151,7 @@ function hold(event, s, j) {
     if (!moved) keepForUndo();
     moved = true;
     const [x, y] = place(event);
-    // From where the hand was when the drag began: a drag there and back changes nothing.
+    // Starts from the hand before the drag: a drag there and back changes nothing.
     edit({ drags: [{ hand: SIDES[s], joint: j, x, y }] }, base);
   };
   const drop = () => {
@@ -184,7 +184,7 @@ export function undo() {
   setHands(state.undo.pop(), false);
 }
 
-// ---------------------------------------------------------------- what is seen
+// ---------------------------------------------------------------- the view
 
 export function show(image, waiting = false) {
   state.image = image;
@@ -199,7 +199,7 @@ export function show(image, waiting = false) {
   draw();
 }
 
-// On a telephone the stage may lie above what is seen.
+// On a telephone the stage may be above the visible part of the page.
 export function toStage() {
   const box = $("stage").getBoundingClientRect();
   const result = $("result").getBoundingClientRect();
@@ -212,7 +212,7 @@ export function setState(words) {
   $("state").textContent = words;
 }
 
-// What a screen reader says; steps would be too many.
+// Text for screen readers, without every step.
 export function announce(words) {
   $("announce").textContent = words;
 }

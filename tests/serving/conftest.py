@@ -1,4 +1,4 @@
-"""A server over the toy bundle, whose steps take as long as a test wants."""
+"""A server over the toy bundle. Tests set how long a step takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _toy = util.module_from_spec(_spec)
 _spec.loader.exec_module(_toy)
 toy_bundle = _toy.toy_bundle
 
-# Without the extra `serve` there is nothing to try.
+# These tests need the extra `serve`.
 if any(util.find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client", "httpx")):
     collect_ignore_glob = ["test_*.py"]
 
@@ -29,7 +29,7 @@ def served(toy_bundle, tmp_path_factory):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """slow(seconds): a step of either stage takes so long from now on."""
+    """slow(seconds): from now on a step of either stage takes so long."""
     from handiffuser.runtime.sampler import StepSampler
 
     step = StepSampler.step

@@ -1,4 +1,4 @@
-"""OpenAI's images API as its own client speaks it, and what others add to it."""
+"""OpenAI's images API with OpenAI's own client, and the fields that this server adds."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def test_the_official_client_streams(client):
     assert off[1] < off[0] + 8 and (first != second).any()
 
 
-def test_errors_are_openais(client):
+def test_errors_have_openais_form(client):
     import openai
 
     with pytest.raises(openai.NotFoundError, match=r"model must be toy, got 'gpt-image-1'.*--alias") as missing:
         client.images.generate(prompt="a", model="gpt-image-1")
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.NotFoundError, match="There is no model 'org/x' here; there is toy") as missing:
+    with pytest.raises(openai.NotFoundError, match="model must be toy, got 'org/x'") as missing:
         client.models.retrieve("org/x")
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError) as caught:
@@ -105,7 +105,7 @@ def test_errors_are_openais(client):
         ({"guidance_interval": [0.5, 0.2]}, "rise"),
         ({"solver": "magic"}, "solver"),
         ({"seed": 2**63}, "seed"),
-        ({"hands": "../../etc/passwd"}, "no hands '../../etc/passwd'"),
+        ({"hands": "../../etc/passwd"}, "hands must be an id that this server keeps, got '../../etc/passwd'"),
         ({"hands": {"betas": [0]}}, "hands"),
         ({"hands": 5}, "hands must be an object, got 5"),
         ({"hands": "a" * 101}, "hands must have at most 100 characters, got 101"),
@@ -116,14 +116,14 @@ def test_errors_are_openais(client):
         ({"timeout": 0}, "timeout"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(served, fields, words):
+def test_refusals_name_the_field(served, fields, words):
     answer = served.generate(**{"prompt": "a", **fields})
     error = answer.json()["error"]
     assert answer.status_code == 400 and words in error["message"] and error["type"] == "invalid_request_error"
     assert "Traceback" not in answer.text and "/tmp" not in answer.text
 
 
-def test_what_means_nothing_is_named(served):
+def test_warnings_name_fields_without_effect(served):
     answer = served.generate(
         quality="high", style="vivid", moderation="low", partial_images=2, output_compression=3, timeout=3000
     )
@@ -159,7 +159,7 @@ def test_bodies(served, content, headers, status):
     assert answer.status_code == status and answer.json()["error"]["message"], answer.text[:300]
 
 
-def test_a_body_without_end_is_cut_off(served):
+def test_an_endless_body_is_refused(served):
     answer = served.client.post(
         "/v1/images/generations",
         content=(b"a" * 65536 for _ in range(100)),
@@ -168,14 +168,14 @@ def test_a_body_without_end_is_cut_off(served):
     assert answer.status_code == 413
 
 
-def test_the_same_seed_is_the_same_picture_and_seeds_are_drawn_and_told(served):
+def test_a_seed_repeats_its_picture_and_a_missing_seed_is_random(served):
     one, two = served.generate().json()["data"][0], served.generate().json()["data"][0]
     assert one["seed"] != two["seed"] and one["b64_json"] != two["b64_json"]
     again = served.generate(seed=one["seed"]).json()["data"][0]
     assert again["b64_json"] == one["b64_json"] and again["id"] != one["id"]
 
 
-def test_hands_alone_edited_and_painted(served):
+def test_hands_are_made_edited_and_painted(served):
     made = served.client.post("/v1/hands", json={"prompt": "a fist", "seed": 4}).json()["data"][0]
     picture = served.generate("a fist", seed=4, return_hands=True).json()["data"][0]
     for name in ("right_hand_pose", "camera", "joints_2d"):
@@ -187,7 +187,7 @@ def test_hands_alone_edited_and_painted(served):
     assert by_id == arrays and len({plain, by_id, none}) == 3
     given = served.client.post("/v1/hands", json={"hands": made["hands"]}).json()["data"][0]
     np.testing.assert_allclose(given["hands"]["left_hand_pose"], made["hands"]["left_hand_pose"], atol=1e-5)
-    edge = {**made["hands"], "body_pose": [4 * np.pi] * 63}  # the most that the schema has
+    edge = {**made["hands"], "body_pose": [4 * np.pi] * 63}  # the largest value of the schema
     assert served.client.post("/v1/hands", json={"hands": edge}).status_code == 200
     wrong = {**made["hands"], "camera": [0, 0, 0]}
     assert "camera" in served.generate(hands=wrong).json()["error"]["message"]
@@ -209,14 +209,18 @@ def test_health_metrics_and_headers(served):
     assert served.client.put("/v1/models").status_code == 405
 
 
-def test_what_a_stranger_tries_first(served):
+def test_first_tries_of_a_newcomer(served):
     for path in ("/", "/page.js", "/healthz", "/readyz"):
         head, get = served.client.head(path), served.client.get(path)
         assert head.status_code == get.status_code == 200 and not head.content
         assert head.headers["content-type"] == get.headers["content-type"]
     nowhere, put = served.client.get("/docs"), served.client.put("/v1/models")
-    assert nowhere.status_code == 404 and "no /docs here" in nowhere.json()["error"]["message"]
-    assert put.status_code == 405 and put.headers["allow"] == "GET" and "PUT is not" in put.json()["error"]["message"]
+    assert nowhere.status_code == 404 and "path /docs is unknown" in nowhere.json()["error"]["message"]
+    assert (
+        put.status_code == 405
+        and put.headers["allow"] == "GET"
+        and "does not take PUT" in put.json()["error"]["message"]
+    )
     headers = {"content-type": "application/json"}
     for body, where in ((b'{"prompt":', "10"), (b"", "empty"), (b'{"prompt": "a",}', "15")):
         broken = served.client.post("/v1/images/generations", content=body, headers=headers)
@@ -242,21 +246,23 @@ def test_metrics_say_how_long_each_stage_took(served):
         return {line.removeprefix(head).split('"')[0]: float(line.split()[-1]) for line in lines}
 
     served.generate(num_inference_steps=2)
-    served.wait(lambda: found("count").get("image_decoder") == served.metric("pictures_total"))  # also when idle
+    served.wait(
+        lambda: found("count").get("image_decoder") == served.metric("pictures_total")
+    )  # the worker reports before it waits
     before, spent, total = found("count"), found("sum"), served.metric("stage_seconds_total")
     served.generate(n=3, num_inference_steps=4)
     served.wait(lambda: found("count")["image_decoder"] == before["image_decoder"] + 3)
     more = {stage: count - before.get(stage, 0) for stage, count in found("count").items()}
     assert more["encoding"] == more["picture"] == more["queue"] == 3
-    assert 4 <= more["unet"] <= 12  # a step advances one to three of them
+    assert 4 <= more["unet"] <= 12  # a step advances one to three pictures
     assert 1 <= more["hand_prior"] == more["text_encoder"] == more["hand_features"] == more["unet_context"] <= 3
-    # All that the loop counts of these graphs is in one of them.
+    # The runs add up to at most what the loop counts.
     assert set(stages) <= set(more)
     seconds = sum(found("sum")[stage] - spent[stage] for stage in stages)
     assert 0 < seconds <= served.metric("stage_seconds_total") - total + 1e-6
 
 
-def test_metrics_bear_the_names_that_others_agreed_on(served):
+def test_metrics_have_the_usual_names(served):
     served.generate(num_inference_steps=2)
     served.client.post("/v1/hands", json={"prompt": "a", "seed": 1})
     served.client.get("/nowhere")
@@ -280,7 +286,7 @@ def test_metrics_bear_the_names_that_others_agreed_on(served):
         assert line in text, line
 
 
-def test_each_request_is_a_line_of_json(served, monkeypatch):
+def test_the_log_has_a_line_of_json_for_each_request(served, monkeypatch):
     from handiffuser.serving import guard
 
     lines = []
@@ -294,8 +300,8 @@ def test_each_request_is_a_line_of_json(served, monkeypatch):
     assert first["seconds"] > 0 and first["path"] == "/v1/images/generations" and second["user"] == "somebody else"
 
 
-def test_the_address_in_the_url_is_the_one_that_was_asked(served):
-    """Whatever a client says its host is: nothing breaks, and it is told to nobody else."""
+def test_urls_repeat_the_host_of_the_request(served):
+    """Any host header is harmless: only the client that sends it gets it back."""
     for host in ("pictures.example", "[::1", "a b", "x" * 3000, "a:99999999", "\xff".encode().decode("latin-1"), ""):
         body = {"prompt": "a", "num_inference_steps": 1, "response_format": "url"}
         answer = served.client.post("/v1/images/generations", json=body, headers={"host": host.encode("latin-1")})
@@ -303,12 +309,12 @@ def test_the_address_in_the_url_is_the_one_that_was_asked(served):
         url = answer.json()["data"][0]["url"]
         name = url.rpartition("/v1/files/")[2]
         assert served.client.get(f"/v1/files/{name}").status_code == 200 and len(name) > 32
-    assert url.startswith("http://127.0.0.1")  # without a host, the server's own
+    assert url.startswith("http://127.0.0.1")  # without a host header, the server's address
     for other in ("..%2f..%2fetc%2fpasswd", "%00", "a" * 4000, name[:-5]):
         assert served.client.get(f"/v1/files/{other}").status_code == 404
 
 
-def test_pictures_are_kept_for_an_hour_and_so_many(served, monkeypatch):
+def test_kept_pictures_have_limits_of_time_and_size(served, monkeypatch):
     from handiffuser.serving import service
 
     def asked():
@@ -319,18 +325,18 @@ def test_pictures_are_kept_for_an_hour_and_so_many(served, monkeypatch):
     size = len(httpx.get(first).content)
     assert size > 100
     monkeypatch.setattr(service, "KEPT_SECONDS", 0.0)
-    assert httpx.get(first).status_code == 404  # also where nobody came since
+    assert httpx.get(first).status_code == 404  # even before the next picture is kept
     monkeypatch.setattr(service, "KEPT_SECONDS", 3600.0)
     monkeypatch.setattr(service, "KEPT_BYTES", 3 * size)
     urls = [asked() for _ in range(6)]
     there = [httpx.get(url).status_code == 200 for url in (first, *urls)]
-    assert not there[0] and there == sorted(there) and 1 <= sum(there) <= 4  # the youngest
+    assert not there[0] and there == sorted(there) and 1 <= sum(there) <= 4  # the newest
     assert 0 < served.service.bytes <= 3 * size
 
 
 def test_keys(toy_bundle, tmp_path):
     keys = tmp_path / "keys.txt"
-    keys.write_text("# who may\nalice: secret-of-alice\nanother-secret\n")
+    keys.write_text("# keys\nalice: secret-of-alice\nanother-secret\n")
     with serving(toy_bundle, tmp_path / "s", keys=keys, front=Front(cors=("http://page",))) as served:
         assert served.generate().status_code == 401
         wrong = served.client.get("/v1/models", headers={"authorization": "Bearer secret-of-alicf"})
@@ -338,28 +344,28 @@ def test_keys(toy_bundle, tmp_path):
         served.client.headers["authorization"] = "Bearer secret-of-alice"
         answer = served.generate(response_format="url")
         assert answer.status_code == 200
-        assert httpx.get(answer.json()["data"][0]["url"]).status_code == 200  # its name is the key to it
+        assert httpx.get(answer.json()["data"][0]["url"]).status_code == 200  # the secret name is enough
         assert httpx.get(f"{served.url}/").status_code == httpx.get(f"{served.url}/healthz").status_code == 200
         keys.write_text("bob: other-secret\n")
         served.service.keys.load()
         assert served.generate().status_code == 401
         keys.write_text("short\n")
-        with pytest.raises(Exception, match="shorter than 8"):
+        with pytest.raises(Exception, match="at least 8 characters, got 5"):
             served.service.keys.load()
-        assert served.service.keys.who("other-secret") == "bob"
+        assert served.service.keys.owner("other-secret") == "bob"
         asked = httpx.options(
             f"{served.url}/v1/models", headers={"origin": "http://page", "access-control-request-method": "GET"}
         )
         assert asked.headers["access-control-allow-origin"] == "http://page"
 
 
-def test_too_large_steps_of_the_bundle_are_said(toy_bundle, tmp_path):
+def test_default_steps_above_the_limit_are_refused(toy_bundle, tmp_path):
     with serving(toy_bundle, tmp_path, limits=Limits(steps=3)) as served:
         assert "3 or fewer" in served.generate().json()["error"]["message"]
         assert served.generate(num_inference_steps=3).status_code == 200
 
 
-def test_a_full_disk_is_a_sentence(toy_bundle, tmp_path, monkeypatch):
+def test_a_full_disk_gives_503(toy_bundle, tmp_path, monkeypatch):
     import errno
     from pathlib import Path
 
@@ -374,10 +380,10 @@ def test_a_full_disk_is_a_sentence(toy_bundle, tmp_path, monkeypatch):
         assert answer.status_code == 503 and "No space left" in answer.json()["error"]["message"]
         monkeypatch.undo()
         assert served.generate("a", hands=made).status_code == 200
-        assert not list((tmp_path / "hands").glob("*.tmp"))
+        assert not list((tmp_path / "hands").glob("*.tmp*"))
 
 
-def test_hands_are_forgotten_but_not_while_somebody_waits(toy_bundle, tmp_path, monkeypatch, slow):
+def test_old_hands_are_deleted_unless_a_request_needs_them(toy_bundle, tmp_path, monkeypatch, slow):
     from concurrent.futures import ThreadPoolExecutor
 
     from handiffuser.serving import service
@@ -395,4 +401,4 @@ def test_hands_are_forgotten_but_not_while_somebody_waits(toy_bundle, tmp_path, 
         for seed in range(7, 10):
             served.client.post("/v1/hands", json={"prompt": "a", "seed": seed})
         gone = served.generate("a", hands=made["hands_id"])
-        assert gone.status_code == 400 and "any more" in gone.json()["error"]["message"]
+        assert gone.status_code == 400 and "that this server keeps" in gone.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""Clients that others wrote, and the proxies before a server: what they send, and what they can make of the answer."""
+"""Third-party clients and proxies: what they send, and what they can do with the answer."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ FRONT = Front(("dall-e-2", "org/dall-e-3"), True, "url", "https://pics.example/s
 
 
 @pytest.fixture(scope="module")
-def told(toy_bundle, tmp_path_factory):
-    """A server that is told what its clients cannot be told."""
-    with serving(toy_bundle, tmp_path_factory.mktemp("told"), front=FRONT) as one:
+def configured(toy_bundle, tmp_path_factory):
+    """A server with all options for clients that cannot change their requests."""
+    with serving(toy_bundle, tmp_path_factory.mktemp("configured"), front=FRONT) as one:
         yield one
 
 
@@ -42,7 +42,7 @@ def error_of(answer, status=400):
 # ---------------------------------------------------------------- null
 
 
-def test_null_is_as_if_the_field_were_left_out(served):
+def test_null_means_a_missing_field(served):
     for name, field in Generation.model_fields.items():
         if not field.is_required():
             answer = served.generate(num_inference_steps=1, **({name: None} if name != "num_inference_steps" else {}))
@@ -65,7 +65,7 @@ def test_the_schema_allows_null_where_the_server_does(served):
             assert nullable == (name not in parts[part].get("required", ())), (part, name)
 
 
-# ---------------------------------------------------------------- what is wrong, and where
+# ---------------------------------------------------------------- errors name their field
 
 
 @pytest.mark.parametrize("name", sorted(Generation.model_fields))
@@ -90,7 +90,7 @@ def test_every_field_is_named_when_it_is_wrong(served, name):
         ({"sede": 1}, "sede"),
     ],
 )
-def test_what_only_the_bundle_refuses_is_named_too(served, fields, param):
+def test_refusals_of_the_bundle_name_their_field(served, fields, param):
     error = error_of(served.client.post("/v1/images/generations", json={**PROMPT, **fields}))
     assert error["param"] == param and error["code"] in ("invalid_value", "unknown_field")
 
@@ -110,8 +110,8 @@ def test_wrong_hands_are_named(served):
 
 
 @pytest.mark.parametrize("path", ["core/schedules.py", "runtime/noise.py", "serving"])
-def test_no_refusal_forgets_its_field(path):
-    """Every RequestError that a request over HTTP may meet says which field it is about."""
+def test_every_refusal_has_a_field(path):
+    """Every RequestError that a request over HTTP may cause names its field."""
     package = Path(__file__).parents[2]
     for file in sorted((package / path).glob("*.py")) or [package / path]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -123,56 +123,56 @@ def test_no_refusal_forgets_its_field(path):
     ("content", "headers", "status", "words"),
     [
         (gzip.compress(b"{}"), {"content-encoding": "gzip"}, 415, "must not be compressed, got Content-Encoding: gzip"),
-        (gzip.compress(b"{}"), {}, 400, "in UTF-8; its byte 1 is not"),
-        ('{"prompt": "caf\xe9"}'.encode("latin-1"), {}, 400, "in UTF-8; its byte 15 is not"),
+        (gzip.compress(b"{}"), {}, 400, "in UTF-8, got an invalid byte at 1"),
+        ('{"prompt": "caf\xe9"}'.encode("latin-1"), {}, 400, "in UTF-8, got an invalid byte at 15"),
         (b"{}", {"content-encoding": "identity"}, 400, "prompt must be given"),
-        (b"[" * 100_000, {}, 400, "nested less deeply"),
+        (b"[" * 100_000, {}, 400, "with less nesting"),
         (b'{"seed": ' + b"9" * 5000 + b"}", {}, 400, "at most 4300 digits"),
         (b"[]", {}, 400, "must be an object such as"),
     ],
 )
-def test_bodies_that_cannot_be_read_are_told_why(served, content, headers, status, words):
+def test_unreadable_bodies_get_a_reason(served, content, headers, status, words):
     headers = {"content-type": "application/json", **headers}
     error = error_of(served.client.post("/v1/images/generations", content=content, headers=headers), status)
     assert words in error["message"] and error["code"]
 
 
-def test_a_form_to_a_path_that_is_not_there(served):
+def test_a_form_to_an_unknown_path(served):
     for path, status in (("/v1/images/edits", 404), ("/v1/models", 405), ("/v1/images/generations", 415)):
         assert served.client.post(path, files={"image": b"a"}, data={"prompt": "a"}).status_code == status
 
 
-# ---------------------------------------------------------------- clients that cannot be told
+# ---------------------------------------------------------------- clients that cannot change
 
 
-def test_aliases_and_a_default_for_url(told):
-    models = told.client.get("/v1/models").json()["data"]
+def test_aliases_and_url_by_default(configured):
+    models = configured.client.get("/v1/models").json()["data"]
     assert [model["id"] for model in models] == ["toy", "dall-e-2", "org/dall-e-3"]
     for model in models:
-        assert told.client.get(f"/v1/models/{model['id']}").json() == model
-        (entry,) = told.generate(model=model["id"], num_inference_steps=1).json()["data"]
+        assert configured.client.get(f"/v1/models/{model['id']}").json() == model
+        (entry,) = configured.generate(model=model["id"], num_inference_steps=1).json()["data"]
         assert entry["url"].startswith("https://pics.example/sd/v1/files/") and "b64_json" not in entry
-    assert told.client.post("/v1/hands", json={"model": "dall-e-2"}).status_code == 200
-    assert error_of(told.generate(model="dall-e-3"), 404)["code"] == "model_not_found"
-    # What is asked for comes before the default; a stream has no url.
-    assert "b64_json" in told.generate(response_format="b64_json", num_inference_steps=1).json()["data"][0]
-    last = told.generate(stream=True, num_inference_steps=1).text.rstrip().splitlines()[-1]
+    assert configured.client.post("/v1/hands", json={"model": "dall-e-2"}).status_code == 200
+    assert error_of(configured.generate(model="dall-e-3"), 404)["code"] == "model_not_found"
+    # A request's own format comes first. A stream cannot use url.
+    assert "b64_json" in configured.generate(response_format="b64_json", num_inference_steps=1).json()["data"][0]
+    last = configured.generate(stream=True, num_inference_steps=1).text.rstrip().splitlines()[-1]
     assert json.loads(last.removeprefix("data: "))["b64_json"]
 
 
 @pytest.mark.parametrize(("size", "bars"), [("64x64", False), ("96x48", True), ("48x96", True)])
-def test_any_size_is_scaled_and_said(told, size, bars):
+def test_any_size_scales_and_warns(configured, size, bars):
     width, height = (int(side) for side in size.split("x"))
     fields = {"size": size, "response_format": "b64_json", "seed": 3, "num_inference_steps": 2, "return_hands": True}
-    answer = told.generate(**fields).json()
+    answer = configured.generate(**fields).json()
     picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
     assert picture.size == (width, height) and answer["size"] == size
     sentence = answer["warnings"][0]
     assert f"The engine paints 32x32. The picture was scaled to {size}." in sentence and ("bars" in sentence) == bars
-    assert len(answer["warnings"]) == 1 + bars  # of the hands' places
-    own = told.generate(**{**fields, "size": "32x32"}).json()
+    assert len(answer["warnings"]) == 1 + bars  # also about the joints' places
+    own = configured.generate(**{**fields, "size": "32x32"}).json()
     assert "warnings" not in own
-    # The picture itself is in the middle, whole and not stretched.
+    # The whole picture is in the middle, not stretched.
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     inner = picture.crop((left, top, left + side, top + side)).resize((32, 32), Image.Resampling.BOX)
@@ -181,17 +181,17 @@ def test_any_size_is_scaled_and_said(told, size, bars):
     assert sum(difference) / len(difference) < 20
 
 
-def test_a_stream_is_scaled_as_a_whole(told):
-    text = told.generate(stream=True, partial_images=3, size="64x48", num_inference_steps=6).text
+def test_a_stream_scales_all_its_pictures(configured):
+    text = configured.generate(stream=True, partial_images=3, size="64x48", num_inference_steps=6).text
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
     sizes = [Image.open(io.BytesIO(base64.b64decode(event["b64_json"]))).size for event in events]
     assert sizes == [(64, 48)] * 4 and events[-1]["size"] == "64x48" and "scaled to" in events[-1]["warnings"][0]
 
 
 @pytest.mark.parametrize("size", ["15x32", "4096x4096", "big", "32x", "32x32x32", "-32x32", ""])
-def test_sizes_that_are_none(told, size):
-    error = error_of(told.generate(size=size))
-    assert error["param"] == "size" and "from 16 to 2048" in error["message"]
+def test_invalid_sizes(configured, size):
+    error = error_of(configured.generate(size=size))
+    assert error["param"] == "size" and "from 16 to 2048 pixels" in error["message"]
 
 
 # ---------------------------------------------------------------- other origins
@@ -202,26 +202,29 @@ def preflight(served, origin="http://page.example", **headers):
     return served.client.options("/v1/images/generations", headers=asked)
 
 
-def test_a_page_of_another_origin_may_ask_as_openais_client_does(told, served):
+def test_cors_allows_the_headers_of_openais_client(configured, served):
     names = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-retry-count,x-stainless-timeout"
-    answer = preflight(told, **{"access-control-request-headers": names})
+    answer = preflight(configured, **{"access-control-request-headers": names})
     assert answer.status_code == 200 and answer.headers["access-control-allow-headers"] == names
     assert answer.headers["access-control-allow-origin"] == "http://page.example"
-    assert preflight(told, "http://evil.example").status_code == 400
+    assert preflight(configured, "http://evil.example").status_code == 400
     assert "access-control-allow-origin" not in preflight(served).headers
     headers = {"origin": "http://page.example"}
-    for answer in (told.client.get("/nowhere", headers=headers), told.client.get("/v1/models", headers=headers)):
+    for answer in (
+        configured.client.get("/nowhere", headers=headers),
+        configured.client.get("/v1/models", headers=headers),
+    ):
         assert answer.headers["access-control-allow-origin"] == "http://page.example"
 
 
-def test_pictures_may_be_shown_on_other_pages_and_nothing_else(served):
+def test_other_pages_may_show_pictures_only(served):
     url = served.generate(response_format="url", num_inference_steps=1).json()["data"][0]["url"]
     assert httpx.get(url).headers["cross-origin-resource-policy"] == "cross-origin"
     for path in ("/", "/page.js", "/v1/models", "/metrics"):
         assert served.client.get(path).headers["cross-origin-resource-policy"] == "same-origin"
 
 
-def test_origins_are_as_browsers_send_them():
+def test_origins_take_the_form_that_browsers_send():
     for given, kept in (
         ("http://page/", "http://page"),
         ("HTTPS://Example.org:8443", "https://example.org:8443"),
@@ -245,17 +248,17 @@ def url_of(served, **headers):
     return answer.json()["data"][0]["url"].partition("/v1/files/")[0]
 
 
-def test_urls_begin_where_a_trusted_proxy_says(served, told, monkeypatch):
+def test_urls_begin_where_a_trusted_proxy_says(served, configured, monkeypatch):
     assert url_of(served) == served.url
     said = {"x-forwarded-proto": "https", "x-forwarded-host": "pics.example:8443", "x-forwarded-prefix": "/sd/"}
     assert url_of(served, **said) == "https://pics.example:8443/sd"
     assert url_of(served, **{"x-forwarded-host": "a.example, b.example"}).endswith("//a.example")
     for wrong in ({"x-forwarded-host": "a/b"}, {"x-forwarded-host": "u@h"}, {"x-forwarded-prefix": "//evil.example"}):
         assert url_of(served, **wrong) == served.url
-    assert url_of(told, **said) == "https://pics.example/sd"  # --public-url comes before all
+    assert url_of(configured, **said) == "https://pics.example/sd"  # --public-url comes first
 
 
-def test_a_stranger_is_not_believed(toy_bundle, tmp_path, monkeypatch):
+def test_headers_of_untrusted_peers_are_ignored(toy_bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "10.0.0.1")
     with serving(toy_bundle, tmp_path) as served:
         said = {"x-forwarded-proto": "https", "x-forwarded-host": "evil", "x-forwarded-prefix": "/evil"}
@@ -263,19 +266,19 @@ def test_a_stranger_is_not_believed(toy_bundle, tmp_path, monkeypatch):
         assert served.client.get("/evil/healthz", headers=said).status_code == 404
 
 
-def test_a_path_in_front_is_taken_off(told, served):
-    assert told.client.get("/sd/healthz").status_code == told.client.get("/healthz").status_code == 200
-    assert told.client.get("/sd/v1/models/").json() == told.client.get("/v1/models").json()
-    assert told.client.get("/sdv1/models").status_code == 404
-    page = told.client.get("/sd")
-    assert page.is_redirect and httpx.URL(f"{told.url}/sd").join(page.headers["location"]).path == "/sd/"
+def test_the_path_of_a_proxy_is_removed(configured, served):
+    assert configured.client.get("/sd/healthz").status_code == configured.client.get("/healthz").status_code == 200
+    assert configured.client.get("/sd/v1/models/").json() == configured.client.get("/v1/models").json()
+    assert configured.client.get("/sdv1/models").status_code == 404
+    page = configured.client.get("/sd")
+    assert page.is_redirect and httpx.URL(f"{configured.url}/sd").join(page.headers["location"]).path == "/sd/"
     prefix = {"x-forwarded-prefix": "/a/b"}
     assert served.client.get("/a/b/healthz", headers=prefix).status_code == 200
     assert served.client.get("/healthz", headers=prefix).status_code == 200
     assert served.client.get("/a/b/healthz").status_code == 404
 
 
-def test_a_path_in_front_opens_no_door(toy_bundle, tmp_path):
+def test_the_path_of_a_proxy_does_not_avoid_the_key(toy_bundle, tmp_path):
     keys = tmp_path / "keys.txt"
     keys.write_text("alice: secret-of-alice\n")
     with serving(toy_bundle, tmp_path / "s", keys=keys, front=Front(public_url="http://h/sd")) as served:
@@ -318,7 +321,7 @@ def test_public_urls():
 # ---------------------------------------------------------------- a browser
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
-# What OpenAI's client for JavaScript adds to a request.
+# Headers that OpenAI's JavaScript client adds.
 STAINLESS = ("lang", "package-version", "os", "arch", "runtime", "runtime-version", "retry-count", "timeout")
 SCRIPT = """
 const [url, key, names] = [%r, %r, %r];
@@ -341,7 +344,7 @@ said("end");
 @pytest.mark.slow
 def test_a_page_of_another_origin_in_a_browser(toy_bundle, tmp_path):
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
+        pytest.skip("Chromium is missing: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api")
     keys = tmp_path / "keys.txt"
     keys.write_text("alice: secret-of-alice\n")
@@ -355,7 +358,7 @@ def test_a_page_of_another_origin_in_a_browser(toy_bundle, tmp_path):
         script = SCRIPT % (served.url, "secret-of-alice", list(STAINLESS))
         (pages / "index.html").write_text(f"<!doctype html><title></title><script type=module>{script}</script>")
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--no-proxy-server"])
-        # The same page under another name is another origin.
+        # The same page under another host name has another origin.
         for host, words in (("localhost", "200 id;picture 32;end;"), ("127.0.0.1", "Failed to fetch;end;")):
             page = browser.new_page()
             page.goto(f"http://{host}:{port}/")

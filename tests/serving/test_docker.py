@@ -1,4 +1,4 @@
-"""The container recipes and the Kubernetes example: what can be said of them without either."""
+"""The container recipes and the Kubernetes example, checked without Docker or Kubernetes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def instructions(path):
 
 
 def takes(words):
-    """hd-serve has these options."""
+    """hd-serve takes these arguments."""
     context = click.Context(serve, info_name="hd-serve")
     serve.make_context("hd-serve", list(words), parent=context)
 
@@ -52,7 +52,7 @@ def test_recipes(name):
     project = (DOCKER.parent / "pyproject.toml").read_text()
     assert all(re.search(rf"^{re.escape(extra)} = \[", project, re.M) for extra in extras.split(","))
     takes(re.findall(r'"([^"]*)"', last["CMD"]))
-    for line in path.read_text().splitlines():  # the commands in its head
+    for line in path.read_text().splitlines():  # the commands in the head of the file
         if line.startswith("#   docker run"):
             words = shlex.split(line.lstrip("# "))
             image = next(i for i, word in enumerate(words) if word.startswith("handiffuser:"))

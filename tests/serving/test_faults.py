@@ -1,4 +1,4 @@
-"""Ten minutes of everything that goes wrong at once: nothing is lost, doubled or another picture, and memory is flat.
+"""Ten minutes of all faults at once: no picture is lost, doubled or wrong, and memory stays flat.
 
 HD_SECONDS=60 makes it shorter.
 """
@@ -26,7 +26,7 @@ from served import serving
 
 SECONDS = float(os.environ.get("HD_SECONDS", "600"))
 KILL_EVERY = 20.0
-SEEDS = 40  # different pictures, made by a lone loop first
+SEEDS = 40  # different pictures; a single loop makes them first
 
 
 def memory(pid: int) -> float:
@@ -65,17 +65,17 @@ def test_everything_at_once(toy_bundle, tmp_path):
                 while time.monotonic() < end:
                     seed, kind = chance.randrange(SEEDS), chance.random()
                     asked = json.dumps({**body, "seed": seed}).encode()
-                    if kind < 0.3:  # vanishes, sooner or later
+                    if kind < 0.3:  # the client vanishes
                         with raw(served.url, asked):
                             time.sleep(chance.random() * 0.05)
                         count("vanished")
-                    elif kind < 0.32:  # reads a byte at a time
+                    elif kind < 0.32:  # the client reads a byte at a time
                         with raw(served.url, asked) as slow:
                             for _ in range(20):
                                 slow.recv(1)
                                 time.sleep(0.01)
                         count("slow")
-                    elif kind < 0.322 and len(held) < 20:  # neither reads nor goes
+                    elif kind < 0.322 and len(held) < 20:  # the client neither reads nor leaves
                         held.append(raw(served.url, asked))
                         count("half-open")
                     else:
@@ -110,7 +110,7 @@ def test_everything_at_once(toy_bundle, tmp_path):
         killer.join()
         for one in held:
             one.close()
-        served.wait(lambda: not len(served.dispatcher.queue) and not any(w.has for w in served.dispatcher.workers), 60)
+        served.wait(lambda: served.dispatcher.idle, 60)
     print(counts, f"{len(killed)} workers killed")
     assert killed and counts["wrong"] == counts["errors"] == 0
     assert counts["right"] + counts["refused"] == counts["asked"] and counts["right"] > 50

@@ -1,4 +1,4 @@
-"""Whatever comes over HTTP: an answer that the schema knows, and never an error of the server's own."""
+"""Random requests: every answer is one of the schema's, and none is an error of the server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPERATIONS = [
 
 @pytest.fixture(scope="module")
 def small(toy_bundle, tmp_path_factory):
-    """Two pictures and eight steps at most: it is about what is asked."""
+    """A server of two pictures and eight steps at most: these tests are about requests."""
     with serving(toy_bundle, tmp_path_factory.mktemp("hands"), limits=Limits(n=2, steps=8, timeout=20)) as served:
         yield served
 
@@ -36,7 +36,7 @@ def attack(served, method, path, examples):
     seen = Counter()
 
     modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
-    for mode in modes[: 1 if method == "GET" else 2]:  # any text is a name
+    for mode in modes[: 1 if method == "GET" else 2]:  # every text is a valid name
 
         @settings(CHECKS, max_examples=examples // 2)
         @given(case=operation.as_strategy(generation_mode=mode))
@@ -72,7 +72,7 @@ def test_a_few_hundred_of_each(small, method, path):
 def test_thousands_of_each(small, method, path):
     seen = attack(small, method, path, 2000)
     print(method, path, dict(seen))
-    assert seen[200] > 100 or method == "GET" or path == "/v1/hands/edit"  # what is asked well is done
+    assert seen[200] > 100 or method == "GET" or path == "/v1/hands/edit"  # valid requests succeed
     assert small.generate(num_inference_steps=2).status_code == 200
 
 
@@ -99,7 +99,7 @@ def test_any_json(small):
 
 
 def test_any_hands(small):
-    """Numbers that no body has, within the bounds: edited or painted, or refused; finite in every case."""
+    """Hands of random numbers within the bounds: the server edits, paints or refuses them, with finite values."""
     made = small.client.post("/v1/hands", json={"prompt": "a", "seed": 1}).json()["data"][0]["hands"]
     number = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -119,7 +119,7 @@ def test_any_hands(small):
             ("/v1/images/generations", {"prompt": "a", "hands": hands, "num_inference_steps": 1}),
         ):
             answer = small.client.post(path, json=body)
-            # A bundle may paint nothing finite of such hands; that is said, and is nobody's crash.
+            # A bundle may give NaN for such hands. The error says so.
             assert answer.status_code in KNOWN or "NaN" in answer.text, (path, answer.text[:500])
             assert "NaN" not in answer.text or answer.status_code == 500
 

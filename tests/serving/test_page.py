@@ -30,34 +30,36 @@ CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
 PAGE = Path(__file__).parents[2] / "serving" / "page"
-SHOTS = os.environ.get("HD_SCREENSHOTS")  # a folder, for who wants to look
+SHOTS = os.environ.get("HD_SCREENSHOTS")  # a folder for screenshots
 
 
-def test_nothing_comes_from_elsewhere():
+def test_the_page_loads_nothing_from_other_hosts():
     for path in PAGE.iterdir():
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), path.name
         assert "innerHTML" not in text and "eval(" not in text
     html = (PAGE / "index.html").read_text(encoding="utf-8")
-    assert not re.search(r"<script(?![^>]*src=)|\son\w+=|\sstyle=|<style", html)  # what the policy would refuse
+    assert not re.search(
+        r"<script(?![^>]*src=)|\son\w+=|\sstyle=|<style", html
+    )  # the content security policy would refuse these
 
 
 def texts(pattern):
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(PAGE.glob(pattern)))
 
 
-def test_every_element_that_the_scripts_name_is_there():
+def test_the_html_has_every_element_that_the_scripts_use():
     html = texts("index.html")
     assert set(re.findall(r'\$\("(\w+)"\)', texts("*.js"))) <= set(re.findall(r'id="(\w+)"', html))
     assert set(re.findall(r'(?:for|aria-describedby)="(\w+)"', html)) <= set(re.findall(r'id="(\w+)"', html))
 
 
 def test_every_path_is_relative():
-    """Behind a proxy the page may lie below a path."""
+    """A proxy may put the page below a path."""
     assert not re.search(r'(?:href|src)="/|ask\("/|"/v1', texts("*"))
 
 
-def test_gestures_are_named_as_prompts_name_them():
+def test_gestures_have_the_names_of_the_prompts():
     block = re.search(r"GESTURES = \{(.*?)\};", texts("stage.js"), re.DOTALL).group(1)
     names = dict(re.findall(r'(\w+): "([^"]+)"', block))
     assert set(names) == set(gestures())
@@ -84,9 +86,9 @@ def server():
 
 @contextmanager
 def browse(url, **context):
-    """A page of the server in Chromium; `problems` is what its console complains of."""
+    """A page of the server in Chromium. `problems` has the errors of its console."""
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
+        pytest.skip("Chromium is missing: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -112,7 +114,7 @@ def loaded(page):
 
 
 def until(page, condition, seconds=60):
-    """The policy of the page lets no driver evaluate strings in it."""
+    """Polls: the policy of the page forbids the driver's own wait, which evaluates strings."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, (page.inner_text("#state"), page.inner_text("#message"), page.problems)
@@ -136,7 +138,7 @@ def on_stage(page):
 
 
 def at(page, side, joint):
-    """Where a joint is on the stage, in pixels of the screen."""
+    """A joint's place on the stage, in pixels of the screen."""
     box = page.locator(f".joint[data-side={side}][data-joint='{joint}']").bounding_box()
     stage = page.locator("#canvas").bounding_box()
     return box["x"] + box["width"] / 2 - stage["x"], box["y"] + box["height"] / 2 - stage["y"]
@@ -148,7 +150,7 @@ def test_a_finger_is_dragged_and_the_picture_follows(page):
     page.fill("#prompt", "a right hand with spread fingers, blue background")
     page.fill("#seed", "5")
     page.click("#more summary")
-    page.fill("#steps", "40")  # long enough for who looks on to see previews
+    page.fill("#steps", "40")  # long enough to see previews
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".joint:not([hidden])", timeout=60_000)
     shot(page, "skeleton")
@@ -175,14 +177,14 @@ def test_a_finger_is_dragged_and_the_picture_follows(page):
     page.wait_for_selector("#stop:not([hidden])")
     second = picture(page)
     shot(page, "again")
-    # Where the finger was there is no finger now; the rest of the picture is what it was.
+    # The finger has left its place; the rest of the picture stays.
     changed = np.abs(first - second).mean(-1) > 40
     tx, ty = round(x / stage["width"] * 128), round(y / stage["height"] * 128)
     near = changed[max(0, ty - 5) : ty + 14, max(0, tx - 8) : tx + 8]
     assert near.mean() > 0.25, near.mean()
     assert changed.mean() < 0.2
     assert page.locator("#history li").count() == 2
-    # The line that is copied asks for the same picture.
+    # The copied line asks for the same picture.
     page.click("#curl")
     line = page.input_value("#line")
     asked = json.loads(line[line.index("--data-raw '") + 12 : -1])
@@ -211,7 +213,7 @@ def test_gesture_mirror_undo_and_keys(page):
     page.wait_for_timeout(400)
     assert np.hypot(*np.subtract(tip(), start)) > 30
     page.click("#undo")
-    # With the keyboard alone.
+    # The keyboard alone moves a joint too.
     page.focus(".joint[data-side=right][data-joint='12']")
     page.keyboard.press("Shift+ArrowDown")
     page.wait_for_timeout(400)
@@ -220,7 +222,7 @@ def test_gesture_mirror_undo_and_keys(page):
 
 
 @pytest.mark.slow
-def test_it_looks_well_in_the_dark_on_a_telephone_and_says_what_is_wrong(page):
+def test_dark_mode_a_narrow_screen_and_an_error(page):
     page.emulate_media(color_scheme="dark")
     page.set_viewport_size({"width": 390, "height": 844})
     page.fill("#prompt", "a left hand giving a thumbs up, green background")
@@ -239,8 +241,8 @@ def test_it_looks_well_in_the_dark_on_a_telephone_and_says_what_is_wrong(page):
     page.fill("#steps", "5000")
     page.click("#paint")
     assert "steps" in message(page) and "num_inference_steps" not in message(page)
-    assert page.get_attribute("#picture", "class") == "" and page.is_visible("#save")  # what was there is there again
-    page.problems.clear()  # the browser itself tells of the 400
+    assert page.get_attribute("#picture", "class") == "" and page.is_visible("#save")  # the former picture is back
+    page.problems.clear()  # the browser itself logs the 400
 
 
 def message(page):
@@ -259,7 +261,7 @@ def test_the_copied_line_paints_the_same_picture_in_bash(tmp_path):
         page.fill("#key", "wrong-wrong")
         page.press("#key", "Enter")
         assert "does not accept this API key" in message(page)
-        page.problems.clear()  # the browser itself tells of the 401
+        page.problems.clear()  # the browser itself logs the 401
         page.fill("#key", key)
         page.press("#key", "Enter")
         loaded(page)
@@ -274,7 +276,7 @@ def test_the_copied_line_paints_the_same_picture_in_bash(tmp_path):
         assert str(answer["data"][0]["seed"]) == page.inner_text("#seen")
         image = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).convert("RGB")
         assert np.abs(np.asarray(image).astype(int) - painted).max() <= 1
-        # A reload keeps what was typed, and the key is in this tab's storage alone.
+        # A reload keeps the fields. The key is in this tab's storage only.
         page.reload()
         loaded(page)
         assert page.input_value("#prompt") == prompt and page.input_value("#key") == key
@@ -303,7 +305,7 @@ def test_seeds_stay_random_until_one_is_reused(page):
 
 
 @pytest.mark.slow
-def test_several_pictures_and_what_is_to_be_noted(page):
+def test_several_pictures_and_warnings(page):
     page.fill("#prompt", "a zebra making a fist, blue background")
     page.fill("#seed", "7")
     page.fill("#count", "3")
@@ -321,7 +323,7 @@ def test_several_pictures_and_what_is_to_be_noted(page):
     page.fill("#guidance", "2")
     assert page.is_hidden("#unguided")
     page.fill("#count", "99")
-    page.click("#paint")  # the browser says what is wrong, beside the field
+    page.click("#paint")  # the browser says beside the field what is wrong
     assert page.locator("#history li").count() == 3 and page.is_hidden("#stop")
     page.fill("#count", "1")
     page.click("#more summary")
@@ -331,7 +333,7 @@ def test_several_pictures_and_what_is_to_be_noted(page):
 
 
 @pytest.mark.slow
-def test_a_telephone_shows_what_is_painted(server):
+def test_a_telephone_scrolls_to_the_picture(server):
     with browse(server, viewport={"width": 390, "height": 700}, has_touch=True, is_mobile=True) as page:
         loaded(page)
         page.fill("#prompt", "a right hand pointing up, white background")
@@ -350,7 +352,7 @@ def test_a_telephone_shows_what_is_painted(server):
 
 
 @pytest.mark.slow
-def test_a_full_queue_a_proxy_and_a_server_that_is_gone(toy_bundle, tmp_path, slow):
+def test_a_full_queue_a_proxy_and_a_dead_server(toy_bundle, tmp_path, slow):
     slow(0.2)
     with serving(toy_bundle, tmp_path / "served", places=1, batch=1) as served, browse(served.url) as page:
         loaded(page)
@@ -371,7 +373,7 @@ def test_a_full_queue_a_proxy_and_a_server_that_is_gone(toy_bundle, tmp_path, sl
         said = message(page)
         shot(page, "full")
         assert "queue is full" in said and "Try again in" in said and "Retry" not in said
-        # What was there before is there again, hands and all.
+        # The former picture and its hands are back.
         assert np.array_equal(on_stage(page), before) and page.is_visible("#save") and page.is_enabled("#again")
         page.route("**/v1/images/generations", lambda route: route.fulfill(status=502, body="<html>nginx</html>"))
         page.click("#paint")
@@ -384,14 +386,14 @@ def test_a_full_queue_a_proxy_and_a_server_that_is_gone(toy_bundle, tmp_path, sl
         )
         page.click("#paint")
         until(page, lambda: "stopped before the picture was done" in page.inner_text("#message"))
-        page.problems.clear()  # the browser itself tells of each
+        page.problems.clear()  # the browser itself logs each
         served.server.force_exit = True
         for other in others:
             other.join()
 
 
 @pytest.mark.slow
-def test_everything_can_be_reached_and_has_a_name(page):
+def test_every_control_has_a_name(page):
     page.click("[data-prompt]")
     picture(page)
     names = page.evaluate("""

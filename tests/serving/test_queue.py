@@ -1,4 +1,4 @@
-"""The queue: oldest first, a fair share for everyone, nothing lost."""
+"""The queue: oldest first, a fair share for every owner, nothing lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from handiffuser.serving.queue import FairQueue
 
 
-def test_one_owner_is_served_in_the_order_of_arrival():
+def test_one_owner_keeps_the_order_of_arrival():
     queue = FairQueue(10)
     for n in range(10):
         queue.put("a", 1 + n % 3, n)
@@ -17,7 +17,7 @@ def test_one_owner_is_served_in_the_order_of_arrival():
     assert [queue.pop() for _ in range(10)] == list(range(10)) and queue.pop() is None
 
 
-def test_a_thousand_requests_of_one_hold_another_up_by_one():
+def test_a_thousand_items_delay_another_owner_by_one():
     queue = FairQueue(2000)
     for n in range(1000):
         queue.put("many", 20, ("many", n))
@@ -28,7 +28,7 @@ def test_a_thousand_requests_of_one_hold_another_up_by_one():
     assert order.count("few") == 2 and "few" in order[:2]
 
 
-def test_shares_count_steps_not_requests():
+def test_shares_count_steps_not_items():
     queue = FairQueue(1000)
     for n in range(300):
         queue.put("long", 40, ("long", n))
@@ -37,7 +37,7 @@ def test_shares_count_steps_not_requests():
     assert served["short"] == pytest.approx(80, abs=2)
 
 
-def test_who_was_away_saves_nothing_up():
+def test_an_absent_owner_does_not_save_up_a_share():
     queue = FairQueue(100)
     for n in range(20):
         queue.put("a", 1, ("a", n))
@@ -54,12 +54,12 @@ def test_put_back_comes_first_and_in_order():
     for n in range(4):
         queue.put("a", 5, n)
     first, second = queue.pop(), queue.pop()
-    for item in (second, first):  # the youngest first, as a worker's are put back
+    for item in (second, first):  # the newest first, as the dispatcher does
         queue.put_back("a", 5, item)
     assert [queue.pop() for _ in range(4)] == [0, 1, 2, 3]
 
 
-def test_who_has_most_places_gives_up_the_youngest_for_who_has_fewer():
+def test_the_owner_with_most_places_loses_its_newest():
     queue = FairQueue(10)
     for n in range(10):
         queue.put("many", 1, ("many", n))
@@ -67,7 +67,7 @@ def test_who_has_most_places_gives_up_the_youngest_for_who_has_fewer():
     assert queue.make_room("few", 2) == [("many", 8), ("many", 9)] and queue.room == 2
     for n in range(2):
         queue.put("few", 1, ("few", n))
-    assert queue.make_room("few", 5) == [] and queue.room == 0  # it would have more than the other
+    assert queue.make_room("few", 5) == [] and queue.room == 0  # "few" would have more than "many"
     assert queue.make_room("few", 3) == [("many", n) for n in (5, 6, 7)]
     for n in range(2, 5):
         queue.put("few", 1, ("few", n))
@@ -76,7 +76,7 @@ def test_who_has_most_places_gives_up_the_youngest_for_who_has_fewer():
     assert FairQueue(3).make_room("a", 4) == []
 
 
-def test_who_was_taken_from_a_worker_is_no_youngest():
+def test_an_item_that_was_put_back_is_not_the_newest():
     queue = FairQueue(3)
     for n in range(3):
         queue.put("a", 5, n)
@@ -85,8 +85,8 @@ def test_who_was_taken_from_a_worker_is_no_youngest():
     assert queue.make_room("b", 1) == [2]
 
 
-def test_what_was_not_served_is_nobody_s_share():
-    """Who gave up a hundred requests, or was turned away, is served as often as the other one."""
+def test_removed_items_do_not_count_as_a_share():
+    """An owner that removes a hundred items gets the same share as another owner."""
     queue = FairQueue(500)
     for n in range(100):
         queue.put("a", 10, ("a", n))

@@ -1,4 +1,4 @@
-"""Full, late, gone, dead and stopping: nobody is lost or answered twice, and slots are free at the next step."""
+"""Full queues, late and absent clients, dead workers, shutdown: every request gets one answer, slots become free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
+from handiffuser.serving.messages import Measured, PictureMade, Ready
 from handiffuser.serving.service import Limits
 from handiffuser.serving.worker import Options
 from served import command, serving
@@ -41,22 +43,22 @@ def ask(served, n, **fields):
 
 
 def idle(served):
-    return not len(served.dispatcher.queue) and not any(worker.has for worker in served.dispatcher.workers)
+    return served.dispatcher.idle
 
 
-def test_a_full_queue_says_when_to_come_again(busy):
-    futures = ask(busy, 6, num_inference_steps=10)  # one runs, two are ahead of it, three wait
+def test_a_full_queue_gives_retry_after(busy):
+    futures = ask(busy, 6, num_inference_steps=10)  # one runs, the worker holds two more, three wait
     refused = busy.generate("one too many")
     assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
     assert 1 <= int(refused.headers["retry-after"]) <= 60
-    assert busy.client.post("/v1/hands", json={"prompt": "a"}).status_code == 200  # hands go by
+    assert busy.client.post("/v1/hands", json={"prompt": "a"}).status_code == 200  # hands do not wait in the queue
     assert [future.result().status_code for future in futures] == [200] * 6
     assert busy.generate("now there is room", n=3, num_inference_steps=2).status_code == 200
-    never = busy.generate("never so many", n=4)  # three can wait: to try again is no help
+    never = busy.generate("never so many", n=4)  # the queue has three places: a retry would not help
     assert never.status_code == 400 and "at most 3" in never.json()["error"]["message"]
 
 
-def test_who_is_late_gets_504_and_the_slot_is_free(busy):
+def test_a_timeout_gives_504_and_frees_the_slot(busy):
     slow_one = ask(busy, 1, num_inference_steps=100, timeout=0.4)[0]
     started = time.monotonic()
     answer = busy.generate("quick", num_inference_steps=2, seed=3)
@@ -67,10 +69,11 @@ def test_who_is_late_gets_504_and_the_slot_is_free(busy):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_is_gone_leaves_and_the_others_are_the_same_bits(toy_bundle, tmp_path, slow, monkeypatch, capfd, stream):
+def test_clients_that_leave_do_not_change_the_other_pictures(toy_bundle, tmp_path, slow, monkeypatch, capfd, stream):
     from handiffuser.runtime.steptimes import StepTimes
 
-    monkeypatch.setattr(StepTimes, "choose", lambda times, active, alone=False: 1)  # of batches only rounding is left
+    # Batches of one: sizes of batches differ in rounding.
+    monkeypatch.setattr(StepTimes, "choose", lambda times, active, alone=False: 1)
     with serving(toy_bundle, tmp_path / "hands", batch=4, places=20) as served:
         alone = served.generate("stays", seed=1, num_inference_steps=12).json()["data"][0]["b64_json"]
         slow(0.02)
@@ -92,12 +95,12 @@ def test_who_is_gone_leaves_and_the_others_are_the_same_bits(toy_bundle, tmp_pat
         served.wait(lambda: served.dispatcher.running + len(served.dispatcher.queue) <= 2, 5)
         assert stays.result().json()["data"][0]["b64_json"] == alone
         served.wait(lambda: idle(served))
-        assert '"error"' not in capfd.readouterr().err  # nobody's leaving is an error of the server's
+        assert '"error"' not in capfd.readouterr().err  # a client that leaves is not an error of the server
 
 
 @pytest.fixture
 def gate(monkeypatch):
-    """No step is taken before it is set."""
+    """Steps wait until this event is set."""
     from handiffuser.runtime.sampler import StepSampler
 
     gate, step = threading.Event(), StepSampler.step
@@ -115,11 +118,11 @@ def test_a_fair_share(toy_bundle, tmp_path, gate):
     keys.write_text("many: secret-of-many\nfew: secret-of-few\n")
     with serving(toy_bundle, tmp_path / "hands", keys=keys, batch=1, places=60) as served:
 
-        def post(who, n):
-            headers = {"authorization": f"Bearer secret-of-{who}"}
-            body = {"prompt": f"{who} {n}", "num_inference_steps": 4}
+        def post(owner, n):
+            headers = {"authorization": f"Bearer secret-of-{owner}"}
+            body = {"prompt": f"{owner} {n}", "num_inference_steps": 4}
             answer = httpx.post(f"{served.url}/v1/images/generations", json=body, headers=headers, timeout=60)
-            order.append(who)
+            order.append(owner)
             return answer.status_code
 
         with ThreadPoolExecutor(32) as pool:
@@ -129,22 +132,22 @@ def test_a_fair_share(toy_bundle, tmp_path, gate):
             served.wait(lambda: served.dispatcher.running + len(served.dispatcher.queue) == 31)
             gate.set()
         assert [future.result() for future in futures] == [200] * 31
-    assert order.index("few") < 10  # three were under way, one was before it; threads end in any order
+    assert order.index("few") < 10  # three are under way and one comes first; threads end in any order
 
 
-def test_who_fills_the_queue_does_not_keep_others_out(toy_bundle, tmp_path, gate):
-    """A thousand requests of one: when another comes, the youngest of them is turned away, and the newcomer is not."""
+def test_a_full_queue_still_takes_other_clients(toy_bundle, tmp_path, gate):
+    """When a second client comes, the first one's newest requests get 429, and the second one's are served."""
     keys = tmp_path / "keys"
     keys.write_text("many: secret-of-many\nfew: secret-of-few\n")
     with serving(toy_bundle, tmp_path / "hands", keys=keys, batch=1, places=4) as served, ThreadPoolExecutor(9) as pool:
 
-        def post(who, number, **fields):
-            headers = {"authorization": f"Bearer secret-of-{who}"}
-            body = {"prompt": f"{who} {number}", "num_inference_steps": 4, **fields}
+        def post(owner, number, **fields):
+            headers = {"authorization": f"Bearer secret-of-{owner}"}
+            body = {"prompt": f"{owner} {number}", "num_inference_steps": 4, **fields}
             return httpx.post(f"{served.url}/v1/images/generations", json=body, headers=headers, timeout=60)
 
         many = []
-        for n in range(7):  # one runs, two are ahead of it, four wait
+        for n in range(7):  # one runs, the worker holds two more, four wait
             many.append(pool.submit(post, "many", n, stream=n == 6))
             served.wait(lambda n=n: served.dispatcher.running + len(served.dispatcher.queue) == n + 1)
         assert post("many", 7).status_code == 429
@@ -153,15 +156,15 @@ def test_who_fills_the_queue_does_not_keep_others_out(toy_bundle, tmp_path, gate
             served.wait(lambda: many[5].done() and many[6].done())
         finally:
             gate.set()
-        turned = many[5].result()
-        assert turned.status_code == 429 and turned.json()["error"]["code"] == "queue_full"
-        assert int(turned.headers["retry-after"]) >= 1 and "have fewer" in turned.json()["error"]["message"]
+        refused = many[5].result()
+        assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+        assert int(refused.headers["retry-after"]) >= 1 and "with fewer pictures" in refused.json()["error"]["message"]
         assert '"code": "queue_full"' in many[6].result().text.split("event: error")[1]
         assert few.result().status_code == 200 and [one.result().status_code for one in many[:5]] == [200] * 5
         assert idle(served)
 
 
-def test_what_is_not_done_when_the_grace_is_over_is_told(busy):
+def test_after_the_grace_period_requests_get_503(busy):
     futures = ask(busy, 5, num_inference_steps=100)
     stream = ThreadPoolExecutor(1).submit(busy.generate, "s", num_inference_steps=100, stream=True)
     busy.wait(lambda: len(busy.dispatcher.queue) + busy.dispatcher.running == 6)
@@ -176,8 +179,8 @@ def test_what_is_not_done_when_the_grace_is_over_is_told(busy):
     assert "Send it again" in stream.result().text.split("event: error")[1]
 
 
-def test_clocks_that_jump_change_nothing(busy, monkeypatch):
-    """Deadlines, queue times, the measured rate and how long pictures are kept go by a clock that nobody can set."""
+def test_changes_of_the_clock_have_no_effect(busy, monkeypatch):
+    """Deadlines, queue times, the measured rate and the age of pictures use a monotonic clock."""
     clock, ahead = time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
     kept = busy.generate("kept", num_inference_steps=2, response_format="url").json()
@@ -186,7 +189,9 @@ def test_clocks_that_jump_change_nothing(busy, monkeypatch):
     late = busy.generate("late", num_inference_steps=100, timeout=0.3)
     assert late.status_code == 504 and [future.result().status_code for future in futures] == [200] * 3
     after = busy.generate("after", num_inference_steps=2).json()
-    assert abs(after["created"] - kept["created"] - 1e7) < 60  # that one is the wall clock's, as in OpenAI's API
+    assert (
+        abs(after["created"] - kept["created"] - 1e7) < 60
+    )  # this field has the wall clock's time, as in OpenAI's API
     futures = ask(busy, 6, num_inference_steps=3)
     ahead[0] = -1e7
     refused = busy.generate("one too many")
@@ -197,12 +202,12 @@ def test_clocks_that_jump_change_nothing(busy, monkeypatch):
     assert 0 <= busy.metric("request_latency_seconds_sum") < 120
 
 
-def test_who_does_not_read_is_cut_off_and_who_reads_slowly_is_not(toy_bundle, tmp_path, monkeypatch):
+def test_a_client_that_does_not_read_is_cut_off_but_a_slow_one_is_not(toy_bundle, tmp_path, monkeypatch):
     from handiffuser.serving import guard
 
     monkeypatch.setattr(guard, "READER_SECONDS", 0.4)
     with serving(toy_bundle, tmp_path / "hands", places=40, buffer=4096) as served:
-        body = b'{"prompt": "a", "n": 8, "return_hands": true, "num_inference_steps": 1}'  # some 50 kB come of it
+        body = b'{"prompt": "a", "n": 8, "return_hands": true, "num_inference_steps": 1}'  # an answer of some 50 kB
         head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 
         def connect():
@@ -224,13 +229,13 @@ def test_who_does_not_read_is_cut_off_and_who_reads_slowly_is_not(toy_bundle, tm
         whole = len(read(connect()))
         assert whole > 40_000
         never, slowly = connect(), connect()
-        assert len(read(slowly, 0.05)) > 0.9 * whole  # a second and more: each time a little
-        served.wait(lambda: len(served.server.server_state.connections) == 0)  # the other's is gone
+        assert len(read(slowly, 0.05)) > 0.9 * whole  # a little at a time, over a second in all
+        served.wait(lambda: len(served.server.server_state.connections) == 0)  # the other connection is gone too
         assert len(read(never)) < 0.9 * whole
         assert served.generate().status_code == 200
 
 
-def test_loading_is_503_and_what_cannot_load_is_said(toy_copy_broken, toy_bundle, tmp_path):
+def test_loading_gives_503_and_broken_engines_end_the_server(toy_copy_broken, toy_bundle, tmp_path):
     with serving(toy_bundle, tmp_path / "hands", wait=False) as served:
         answer = served.client.get("/readyz")
         if answer.status_code == 503:
@@ -251,7 +256,7 @@ def toy_copy_broken(toy_bundle, tmp_path):
     return folder
 
 
-def test_a_stream_that_is_late_says_so(busy):
+def test_a_late_stream_ends_with_an_error(busy):
     body = {"prompt": "a", "num_inference_steps": 100, "timeout": 0.5, "stream": True, "partial_images": 2}
     with busy.client.stream("POST", "/v1/images/generations", json=body) as answer:
         said = answer.read().decode()
@@ -262,8 +267,8 @@ def test_a_stream_that_is_late_says_so(busy):
 
 
 @pytest.mark.slow
-def test_one_of_two_workers_cannot_load(toy_bundle, toy_copy_broken, tmp_path):
-    """The other one serves, and what is wrong is said."""
+def test_one_worker_serves_if_the_other_cannot_load(toy_bundle, toy_copy_broken, tmp_path):
+    """The server says what is wrong with the other."""
     broken = Options(str(toy_copy_broken), "cpu", 1, 4, "auto", False)
     with serving(toy_bundle, tmp_path / "hands", workers=2, places=30, second=broken) as served:
         served.wait(lambda: any("damaged" in sentence for sentence in served.service.said), 60)
@@ -289,7 +294,7 @@ def test_two_hundred_connections_at_once(toy_bundle, tmp_path):
         assert sorted(pictures) == list(range(200))
 
 
-def test_headers_that_do_not_come_are_not_waited_for(toy_bundle, tmp_path, monkeypatch):
+def test_late_headers_and_bodies_are_cut_off(toy_bundle, tmp_path, monkeypatch):
     from handiffuser.serving import guard
 
     monkeypatch.setattr(guard, "HEADER_SECONDS", 0.3)
@@ -365,18 +370,18 @@ def test_sighup_reads_the_keys_again(toy_bundle, tmp_path):
         assert process.wait(20) == 0
 
 
-def test_a_port_that_is_taken_is_a_sentence(toy_bundle):
+def test_a_taken_port_is_a_sentence(toy_bundle):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         line = [sys.executable, "-m", "handiffuser.serving.cli", str(toy_bundle), "--port", str(taken.getsockname()[1])]
         result = subprocess.run(line, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1 and "cannot be listened on" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 1 and "cannot listen on" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of files")
 def test_more_connections_than_open_files(toy_bundle):
-    """They wait, and whoever listens is told once, not with a disk full of tracebacks."""
+    """The connections wait, and the log says so once, without tracebacks."""
     import resource
 
     limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # noqa: E731
@@ -394,8 +399,8 @@ def test_more_connections_than_open_files(toy_bundle):
     assert sum("open files" in line for line in process.said) == 1 and len(process.said) < 20, process.said[:20]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
-def test_a_log_on_a_full_disk_is_no_reason_not_to_serve(toy_bundle):
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_the_server_works_with_its_log_on_a_full_disk(toy_bundle):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -415,7 +420,7 @@ def test_a_log_on_a_full_disk_is_no_reason_not_to_serve(toy_bundle):
         assert process.wait(20) == 0
 
 
-def test_nan_is_one_request_s_matter(toy_bundle, tmp_path, monkeypatch):
+def test_nan_fails_one_request_only(toy_bundle, tmp_path, monkeypatch):
     from handiffuser.runtime.host import _Timed
 
     call, decoded = _Timed.__call__, []
@@ -437,11 +442,11 @@ def test_nan_is_one_request_s_matter(toy_bundle, tmp_path, monkeypatch):
 
 
 def ask_while_signalled(served, number: int, most: int, apart: int, count: int):
-    """The answers to `count` requests, and the workers that were sent the signal meanwhile, `most` of them.
+    """Sends `count` requests, and the signal to at most `most` workers. Returns the answers and the workers' pids.
 
-    By what is done, not by the clock: whoever is at work is met after 20 pictures, and after each `apart` more.
+    The busiest worker gets the signal after 20 pictures, and again after each `apart` more.
     """
-    stop, met, done = threading.Event(), [], []
+    stop, signalled, done = threading.Event(), [], []
 
     def ask_one(i):
         answer = served.generate(f"p {i}", seed=i, num_inference_steps=60, solver="ddpm")
@@ -449,11 +454,11 @@ def ask_while_signalled(served, number: int, most: int, apart: int, count: int):
         return answer
 
     def send():
-        while not stop.wait(0.005) and len(met) < most:
-            busiest = max(served.dispatcher.workers, key=lambda worker: len(worker.has))
-            if len(done) >= 20 + apart * len(met) and busiest.slots and busiest.pid not in met:
+        while not stop.wait(0.005) and len(signalled) < most:
+            busiest = max(served.dispatcher.workers, key=lambda worker: len(worker.tickets))
+            if len(done) >= 20 + apart * len(signalled) and busiest.slots and busiest.pid not in signalled:
                 os.kill(busiest.pid, number)
-                met.append(busiest.pid)
+                signalled.append(busiest.pid)
 
     sender = threading.Thread(target=send)
     sender.start()
@@ -461,13 +466,13 @@ def ask_while_signalled(served, number: int, most: int, apart: int, count: int):
         answers = list(pool.map(ask_one, range(count)))
     stop.set()
     sender.join()
-    return answers, met
+    return answers, signalled
 
 
 @pytest.mark.slow
-def test_workers_that_are_killed_lose_nothing(toy_bundle, tmp_path):
-    """Two processes behind one port; one is killed again and again while 300 requests run: each is answered once, with
-    the picture that a lone loop makes."""
+def test_killed_workers_lose_nothing(toy_bundle, tmp_path):
+    """Two processes behind one port, killed again and again during 300 requests: each request gets one answer, with the
+    picture that a single loop makes."""
     with serving(toy_bundle, tmp_path / "hands", workers=2, batch=2, places=400) as served:
         served.wait(lambda: all(worker.slots for worker in served.dispatcher.workers), 60)
         answers, killed = ask_while_signalled(served, signal.SIGKILL, most=4, apart=70, count=300)
@@ -480,11 +485,10 @@ def test_workers_that_are_killed_lose_nothing(toy_bundle, tmp_path):
 
 
 def same_as_alone(folder, data, numbers):
-    """Whether entries of `data`, made as above, are the pictures that a lone loop makes."""
+    """Asserts that entries of `data` have the pictures that a single loop makes."""
     import base64
     import io
 
-    import numpy as np
     from handiffuser import HanDiffuser, Request
     from PIL import Image
 
@@ -497,8 +501,11 @@ def same_as_alone(folder, data, numbers):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """A dispatcher of two workers that only seem to be there, of which the first is ready and has a request; and
-    look(seconds, times): it looks at them as time goes by, and says how many it has killed so far."""
+    """A dispatcher with two fake workers: the first is ready and has a request.
+
+    look(seconds, times): the dispatcher looks at its workers so many times, so many seconds apart. Returns the number
+    of workers that it has killed so far.
+    """
     from types import SimpleNamespace
 
     from handiffuser import Request
@@ -517,62 +524,64 @@ def watched(monkeypatch):
         return len(killed)
 
     worker = dispatcher.workers[0]
-    dispatcher._take(worker, worker.round, ("ready", READY))
+    dispatcher._take(worker, worker.round, READY)
     (ticket,) = dispatcher.submit("a", [Request("a fist", id="one", seed=0, steps=4)])
     return dispatcher, worker, look, ticket
 
 
-READY = {"slots": 4, "pid": 1, "warnings": [], "rate": 10.0, "slowest": 0.5}
+READY = Ready(slots=4, pid=1, rate=10.0, slowest=0.5)
 
 
-def test_a_worker_that_says_nothing_has_hung(watched):
+def test_a_silent_worker_hangs(watched):
     dispatcher, worker, look, ticket = watched
-    assert worker.has and look(1, 59) == 0
-    assert look(1, 2) == 1 and not worker.has and worker.slots == 0 and len(dispatcher.queue) == 1 and not ticket.done
+    assert worker.tickets and look(1, 59) == 0
+    assert (
+        look(1, 2) == 1 and not worker.tickets and worker.slots == 0 and len(dispatcher.queue) == 1 and not ticket.done
+    )
     assert "has not reported a step for 6" in dispatcher.said[0] and "go to another" in dispatcher.said[1]
-    # What it said before it was killed, and that it is gone, is not heard any more.
+    # The dispatcher drops the last messages of the killed worker, and the news of its end.
     round = worker.round - 1
-    dispatcher._take(worker, round, ("picture", "one", None, {}, []))
-    dispatcher._take(worker, round, ("gone",))
+    dispatcher._take(worker, round, PictureMade("one", np.zeros((8, 8, 3), np.uint8), {}))
+    dispatcher._take(worker, round, None)
     assert worker.deaths == 1 and not ticket.done and ticket.tries == 1
-    assert look(1, 1000) == 1  # it has nothing to do now
+    assert look(1, 1000) == 1  # it has no tickets now
 
 
-def test_what_a_worker_had_that_hung_goes_to_another(watched):
+def test_tickets_of_a_hanging_worker_go_to_another(watched):
     from handiffuser import Request
 
     dispatcher, worker, look, ticket = watched
     hands = dispatcher.submit_hands("a", Request("a fist", id="hands", seed=0, steps=1))
     other = dispatcher.workers[1]
-    dispatcher._take(other, other.round, ("ready", READY))
-    assert set(worker.has) == {"one", "hands"} and look(1, 61) == 1
-    assert set(other.has) == {"one", "hands"} and not hands.done and not ticket.done
-    assert look(1, 61) == 2 and hands.done and not ticket.done  # nobody is left: hands alone do not wait
+    dispatcher._take(other, other.round, READY)
+    assert set(worker.tickets) == {"one", "hands"} and look(1, 61) == 1
+    assert set(other.tickets) == {"one", "hands"} and not hands.done and not ticket.done
+    assert look(1, 61) == 2 and hands.done and not ticket.done  # no worker is left, and requests for hands do not wait
 
 
-def test_who_is_only_slow_has_not_hung(watched):
+def test_a_slow_worker_does_not_hang(watched):
     dispatcher, worker, look, _ = watched
-    steps = ("steps", {1: 1}, {}, {}, None)
+    steps = Measured({1: 1}, {}, {})
     assert look(1, 20) == 0
     dispatcher._take(worker, worker.round, steps)
-    assert look(1, 198) == 0  # ten times the slowest
+    assert look(1, 198) == 0  # ten times the slowest step
     dispatcher._take(worker, worker.round, steps)
     assert look(1, 1970) == 0 and look(1, 20) == 1
 
 
-def test_time_in_which_nobody_looked_does_not_count(watched):
-    """The machine was suspended, or this process stood still: what the worker said is not read yet."""
+def test_time_without_a_look_does_not_count(watched):
+    """The machine was suspended, or this process stood still: the worker's messages are not read yet."""
     _, _, look, _ = watched
     assert look(1, 50) == 0 and look(86400, 4) == 0 and look(1, 10) == 1
 
 
-def test_engines_may_take_their_time_at_first(watched):
+def test_the_first_request_may_take_longer(watched):
     dispatcher, worker, look, _ = watched
-    worker.proven, worker.slowest = False, 0.0  # as without warm-up: engines are loaded in the midst of a request
-    dispatcher._take(worker, worker.round, ("steps", {1: 1}, {}, {}, None))
+    worker.proven, worker.slowest = False, 0.0  # as without warm-up: the first request prepares the engines
+    dispatcher._take(worker, worker.round, Measured({1: 1}, {}, {}))
     assert look(1, 599) == 0 and look(1, 2) == 1
     worker.start = lambda: None
-    assert look(1, 5000) == 1  # and while it loads again, it has nothing
+    assert look(1, 5000) == 1  # it has no tickets while it loads again
 
 
 HANGING = """
@@ -589,8 +598,8 @@ main()
 """
 
 
-def test_a_loop_that_hangs_in_the_server_s_own_process_ends_it(toy_bundle):
-    """Nobody can end a thread: the server ends, with a sentence, for whoever started it to start it again."""
+def test_a_hanging_loop_in_the_servers_process_ends_the_server(toy_bundle):
+    """A thread cannot be killed, so the server ends with a sentence, for its supervisor to start it again."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -613,11 +622,11 @@ def test_a_loop_that_hangs_in_the_server_s_own_process_ends_it(toy_bundle):
 
 
 @pytest.mark.slow
-def test_workers_that_hang_lose_nothing(toy_bundle, tmp_path, monkeypatch):
-    """As those that are killed: one is stopped, twice, and does not die by itself."""
+def test_hanging_workers_lose_nothing(toy_bundle, tmp_path, monkeypatch):
+    """SIGSTOP stops two workers one after the other; a stopped process does not end by itself."""
     from handiffuser.serving import dispatch
 
-    monkeypatch.setattr(dispatch, "LOOK", 0.1)
+    monkeypatch.setattr(dispatch, "LOOK_SECONDS", 0.1)
     with serving(
         toy_bundle, tmp_path / "hands", workers=2, batch=2, places=400, warm_up=True, stuck_after=1.0
     ) as served:

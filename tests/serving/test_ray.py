@@ -1,4 +1,4 @@
-"""hd-run --ray: any number of kills loses nothing and makes nothing twice."""
+"""hd-run --ray: kills lose no picture and repeat none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 200  # of the toy: some 60 ms
 
 
 def actors(tag: str) -> list[int]:
-    """Processes of this run's actors: of all that Ray calls so, those that know the folder `tag` in their session."""
+    """Processes of this run's actors: those with `tag` in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -38,7 +38,7 @@ def start(toy_bundle, prompts, out, tag):
 
 
 def ledger(out):
-    """What is complete. A file that is being written, or was when its writer was killed, begins with a dot."""
+    """The complete pictures. Names of unfinished files begin with a dot."""
     done = (path for path in out.glob("*.json") if not path.name.startswith("."))
     return {path.stem: (path.stat().st_mtime_ns, path.stat().st_ino) for path in done}
 
@@ -73,7 +73,7 @@ def test_actors_and_the_driver_are_killed(toy_bundle, tmp_path):
     end = time.monotonic() + 60
     while actors(tag) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not actors(tag)  # nothing of a dead driver goes on
+    assert not actors(tag)  # actors end with their driver
     before = ledger(out)
     assert 90 <= len(before) < 200
     again = start(toy_bundle, prompts, out, tag)
@@ -81,7 +81,7 @@ def test_actors_and_the_driver_are_killed(toy_bundle, tmp_path):
     assert again.returncode == 0, said
     after = ledger(out)
     assert sorted(after) == sorted(f"p{n}" for n in range(200))
-    assert all(after[name] == mark for name, mark in before.items())  # made once
+    assert all(after[name] == mark for name, mark in before.items())  # not made again
     assert f"{200 - len(before)} pictures" in said and f"{len(before)} skipped" in said and "1 refused" in said
     assert "line 51" in said and "Traceback" not in said
     pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
@@ -93,7 +93,7 @@ def test_actors_and_the_driver_are_killed(toy_bundle, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(toy_bundle, tmp_path, small_disk):
+def test_a_full_disk_ends_the_run_and_the_next_run_continues(toy_bundle, tmp_path, small_disk):
     pytest.importorskip("ray")
     out, count = small_disk / "out", 40
     prompts = tmp_path / "prompts.jsonl"
@@ -106,25 +106,25 @@ def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(toy_bundle, tmp_path,
     assert "same command again" in first.stderr and "Traceback" not in first.stderr and "failed" not in first.stderr
     before = ledger(out)
     assert 0 < len(before) < count
-    again = run_command("runtime.cli", *line[:-3])  # without Ray, and as full as before
+    again = run_command("runtime.cli", *line[:-3])  # without Ray, on the same full disk
     assert again.returncode == 1 and again.stderr.count("is full") == 1 and ledger(out).items() >= before.items()
     before = ledger(out)
     filler.unlink()
     last = run_command("runtime.cli", *line)
     assert last.returncode == 0 and f"{len(before)} skipped" in last.stderr, last.stderr
     after = ledger(out)
-    assert sorted(after) == sorted(f"p{n}" for n in range(count))  # none lost
-    assert all(after[name] == mark for name, mark in before.items())  # none made twice
+    assert sorted(after) == sorted(f"p{n}" for n in range(count))  # no picture is lost
+    assert all(after[name] == mark for name, mark in before.items())  # no picture is made twice
     pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
     for picture in pipeline.generate([Request("a", seed=n, steps=4) for n in range(0, count, 3)]):
         image = np.asarray(Image.open(out / f"p{picture.request.seed}.png"))
-        assert np.abs(image.astype(int) - picture.image).max() <= 1  # none another
+        assert np.abs(image.astype(int) - picture.image).max() <= 1  # no picture is wrong
     assert not list(out.glob(".hd-run.tmp.*"))
 
 
 @pytest.mark.nightly
 def test_a_machine_dies(toy_bundle, tmp_path, monkeypatch):
-    """Two of a cluster's, on this one; the one that is left makes what the other had."""
+    """A cluster of two nodes on this machine: the node that is left makes the pictures of the other."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -147,7 +147,7 @@ def test_a_machine_dies(toy_bundle, tmp_path, monkeypatch):
     assert process.returncode == 0 and "failed" not in said and "Traceback" not in said, said
     after = ledger(out)
     assert sorted(after) == sorted(f"p{n}" for n in range(count))
-    assert all(after[name] == mark for name, mark in before.items())  # none made twice
+    assert all(after[name] == mark for name, mark in before.items())  # no picture is made twice
 
 
 POISON = """
@@ -168,7 +168,7 @@ cli.main()
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
-def test_a_request_that_no_actor_survives_is_given_up(toy_bundle, tmp_path):
+def test_a_request_that_kills_its_actors_fails(toy_bundle, tmp_path):
     pytest.importorskip("ray")
     (tmp_path / "poisoned.py").write_text(POISON)
     line = [sys.executable, str(tmp_path / "poisoned.py"), str(toy_bundle), *"abc", "poison", *"defghijklmnop"]
@@ -177,18 +177,18 @@ def test_a_request_that_no_actor_survives_is_given_up(toy_bundle, tmp_path):
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     assert "actors ended while they made this picture" in result.stderr
     made, failed = len(ledger(tmp_path / "out")), int(result.stderr.split(" failed")[0].split()[-1])
-    assert made + failed == 17 and 1 <= failed <= 4  # those that were made at once with it
+    assert made + failed == 17 and 1 <= failed <= 4  # the request and others of its batch
     assert f"{made} pictures in" in result.stderr
 
 
-def test_there_is_no_ray_at_that_address(toy_bundle, tmp_path):
+def test_no_cluster_at_that_address(toy_bundle, tmp_path):
     pytest.importorskip("ray")
     result = run_command("runtime.cli", toy_bundle, "a fist", "-o", tmp_path / "out", "--ray", "nonsense://here")
     assert result.returncode == 1 and "Traceback" not in result.stderr and "nonsense" in result.stderr
 
 
-def test_an_actor_makes_what_is_not_there(toy_bundle, tmp_path):
-    """Without Ray: the actor's own work, with a row that fails."""
+def test_an_actor_makes_missing_pictures(toy_bundle, tmp_path):
+    """The actor without Ray, with a row that fails."""
     from dataclasses import asdict
 
     from handiffuser.serving.ray import Painter
@@ -205,8 +205,8 @@ def test_an_actor_makes_what_is_not_there(toy_bundle, tmp_path):
     assert other["state"] == ["failed", "made"] and "gone.npz" in other["sentence"][0]
 
 
-def test_an_actor_on_a_full_disk_or_without_engines_says_so_of_every_row(toy_bundle, tmp_path, monkeypatch):
-    """And the driver stops at the first such row: whatever it made more would be lost."""
+def test_an_actor_reports_a_full_disk_or_missing_engines_for_every_row(toy_bundle, tmp_path, monkeypatch):
+    """The driver stops at the first such row."""
     import errno
     from dataclasses import asdict
 
@@ -220,7 +220,7 @@ def test_an_actor_on_a_full_disk_or_without_engines_says_so_of_every_row(toy_bun
 
     def full(path, data):
         files.append(path)
-        if len(files) > 6:  # a picture is four
+        if len(files) > 6:  # a picture has four files
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, data)
 
@@ -236,6 +236,6 @@ def test_an_actor_on_a_full_disk_or_without_engines_says_so_of_every_row(toy_bun
     assert Painter(options, str(tmp_path / "out"))({"request": rows[:3]})["state"] == kept
     lost = Painter(Options(str(tmp_path / "nowhere"), "cpu", 1, 1), str(tmp_path / "out"))({"request": rows})
     assert lost["state"] == ["stopped"] * 6 and all("nowhere" in said for said in lost["sentence"])
-    monkeypatch.setattr(HanDiffuser, "load", lambda *_, **__: 1 / 0)  # a library's own error
+    monkeypatch.setattr(HanDiffuser, "load", lambda *_, **__: 1 / 0)  # an error of a library
     lost = Painter(options, str(tmp_path / "out"))({"request": rows[:1]})
     assert lost["state"] == ["stopped"] and "ZeroDivisionError" in lost["sentence"][0]

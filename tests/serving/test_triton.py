@@ -1,4 +1,4 @@
-"""The repository for Triton: what its configuration says, and its model under a stand-in for Triton's own module."""
+"""The repository for Triton: its configuration, and its model with a fake of Triton's module."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def backend(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
 
 
-def test_requests_share_batches_and_are_answered_once(toy_bundle, tmp_path, backend):
+def test_requests_share_batches_and_get_one_answer(toy_bundle, tmp_path, backend):
     folder = write(toy_bundle, tmp_path)
     text = (folder / "config.pbtxt").read_text()
     assert text.count("{") == text.count("}") and "decoupled: true" in text and "dims: [32, 32, 3]" in text
@@ -80,5 +80,5 @@ def test_requests_share_batches_and_are_answered_once(toy_bundle, tmp_path, back
         (picture,) = pipeline.generate(f"p {n}", seed=n, steps=4 + n)
         assert response.error is None and response.values["SEED"] == [n]
         assert np.abs(response.values["IMAGE"].astype(int) - picture.image).max() <= 1
-    with pytest.raises(ExportError, match="there already"):
+    with pytest.raises(ExportError, match="without the model handiffuser"):
         write(toy_bundle, tmp_path)
