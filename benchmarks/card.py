@@ -22,14 +22,10 @@ import numpy as np
 
 from ..contract import GraphSpec, TensorSpec
 from ..engines import cpu, openvino
+from ..engines.cpu import usable_cores
 from ..engines.cuda import Cuda
-from ..engines.onnxruntime import (
-    OnnxRuntimeDeviceEngine,
-    OnnxRuntimeEngine,
-    has_cuda_provider,
-    session_options,
-    usable_cores,
-)
+from ..engines.onnxruntime import has_cuda_provider, session_options
+from ..engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, OnnxRuntimeDeviceEngine
 from ..errors import EngineError, HanDiffuserError
 from ..installed import version
 from ..runtime.loading import DRIVER
@@ -191,7 +187,7 @@ def _product_on_gpu(cuda: Cuda, model: bytes, n: int, dtype: str, clock: Callabl
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "product.onnx"
         file.write_bytes(model)
-        engine = OnnxRuntimeEngine(file, GraphSpec(file.name, [a, b], [c]), "cuda", stream=int(stream.handle))
+        engine = OnnxRuntimeCudaEngine(file, GraphSpec(file.name, [a, b], [c]), stream=int(stream.handle))
     arrays = {name: cuda.zeros((n, n), dtype) for name in "abc"}
     numbers = cuda.pinned((n, n), dtype)
     numbers[...] = np.random.default_rng(0).standard_normal((n, n), np.float32)

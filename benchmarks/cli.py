@@ -25,11 +25,10 @@ from rich.console import Console
 from .. import commands, shipped
 from ..commands import INTERRUPTED
 from ..contract import MANIFEST, Manifest
+from ..engines.backends import CHOICES, DEVICES
 from ..engines.cuda import Cuda
-from ..engines.onnxruntime import DEVICES
 from ..errors import EngineError, HanDiffuserError
 from ..runtime.device import DeviceLoop
-from ..runtime.loading import BACKENDS
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import MAX_GUIDANCE, MAX_STEPS
 from ..schedules import SOLVERS
@@ -82,7 +81,7 @@ def numbers(most: int) -> Any:
     "--repeats", type=click.IntRange(1, MOST_REPEATS), default=5, show_default=True, help="Samples of each figure."
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--backend", type=click.Choice(CHOICES), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option(
     "--cpu-clock", is_flag=True, help="Times are CPU seconds, of one thread: for machines that others keep busy."

@@ -40,8 +40,10 @@ from torch import Tensor, nn
 
 from .. import shipped
 from ..contract import TOKENIZER, GraphSpec, Manifest, TensorSpec
-from ..engines import Engine, cpu, openvino
-from ..engines.onnxruntime import OnnxRuntimeEngine, session_options, usable_cores
+from ..engines import Engine, OnnxRuntimeEngine, cpu, openvino
+from ..engines.backends import BACKENDS
+from ..engines.cpu import usable_cores
+from ..engines.onnxruntime import session_options
 from ..errors import CheckpointError, EngineError, RequestError
 from ..export.graphs import PRECISIONS, encode_text
 from ..models.checkpoint import Checkpoint
@@ -265,10 +267,15 @@ def plain_session(file: Path, spec: GraphSpec, threads: int) -> Network:
 class FreeShapes:
     """A graph in OpenVINO as it is compiled by default."""
 
+    device, batches = "cpu", None
+
     def __init__(self, file: Path, spec: GraphSpec, threads: int) -> None:
         self.spec = spec
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
         self.request = openvino.shared_core().compile_model(file, "CPU", options).create_infer_request()
+
+    def prepare(self, sizes: Mapping[str, int]) -> None:
+        """Nothing: it takes every size."""
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = self.request.infer(dict(feeds), share_inputs=True, share_outputs=True)
@@ -306,7 +313,7 @@ class PlainOnnx(Eager):
     def in_onnxruntime(self) -> PlainOnnx:
         """The files in ONNX Runtime."""
         out = copy.copy(self)
-        out.take(lambda file, spec: OnnxRuntimeEngine(file, spec, "cpu", self.threads))
+        out.take(lambda file, spec: OnnxRuntimeEngine(file, spec, self.threads))
         out.words, out.prior, out.unet = (
             plain_session(self.work / self.plain[name].file, self.plain[name], self.threads)
             for name in ("text_encoder", "hand_prior", "unet")
@@ -452,16 +459,18 @@ def compare(
                 skipped["plain ONNX Runtime"] = "--leave-out onnxruntime."
             else:
                 ways["plain ONNX Runtime"] = plain.in_onnxruntime
-            if "openvino" in options["leave_out"] or not openvino.is_installed():
+            if "openvino" in options["leave_out"] or not BACKENDS["openvino"].installed():
                 skipped["OpenVINO"] = (
-                    "--leave-out openvino." if openvino.is_installed() else f"Install it: {openvino.INSTALL}."
+                    "--leave-out openvino."
+                    if BACKENDS["openvino"].installed()
+                    else f"Install it: {BACKENDS['openvino'].install}."
                 )
             else:
                 ways["OpenVINO"] = plain.in_openvino
                 ways["OpenVINO f32"] = lambda: plain.in_openvino("fp32")
                 if cpu.has_bf16():
                     ways["OpenVINO bf16"] = lambda: plain.in_openvino("bf16")
-        if pipeline.made_by.get("backend") == openvino.BACKEND:
+        if pipeline.made_by.get("backend") == "openvino":
             ways["ours in float32"] = lambda: ours(
                 HanDiffuser.load(folder, "cpu", threads, pipeline.batch_size, "onnxruntime")
             )

@@ -24,9 +24,11 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from ..contract import Manifest
+from ..engines.backends import GPU_PLANNED
 from ..engines.cuda import Cuda
-from ..engines.plans import KERNELS, MODULES, Plan, PlanStore
-from ..engines.tensorrt import Backend, Scratch, TensorRTEngine
+from ..engines.plans import KERNELS, Plan, PlanStore
+from ..engines.tensorrt import Scratch, TensorRT, TensorRTEngine
+from ..engines.tensorrt_loading import usable_plans
 from ..errors import EngineError, HanDiffuserError
 from .emulate import emulate
 from .graphs import HALF, label, save_model, widen
@@ -79,7 +81,7 @@ def widened(model: ModelProto) -> ModelProto:
 class PlanRunner(BaseRunner):
     """A plan of ours for Polygraphy: bound to arrays on the GPU, run once a call."""
 
-    def __init__(self, plan: Plan, store: PlanStore, manifest: Manifest, backend: Backend, cuda: Cuda) -> None:
+    def __init__(self, plan: Plan, store: PlanStore, manifest: Manifest, backend: TensorRT, cuda: Cuda) -> None:
         super().__init__(name=backend.name, prefix="plan")
         self.plan, self.store, self.backend, self.cuda = plan, store, backend, cuda
         self.spec = manifest.graphs[plan.graph]
@@ -150,13 +152,11 @@ def compare(
         yield from compare_graph(folder, manifest, name, inputs[name], out / name, plans)
 
 
-def plans_here(folder: Path, manifest: Manifest, name: str) -> tuple[Backend, Cuda, dict[str, dict[int, Plan]]] | None:
+def plans_here(folder: Path, manifest: Manifest, name: str) -> tuple[TensorRT, Cuda, dict[str, dict[int, Plan]]] | None:
     """The backend, GPU and plans of a folder that run on this machine; None without a GPU.
 
     Raises EngineError where there is a GPU and no plan for it.
     """
-    from ..runtime.device_loading import usable_plans
-
     try:
         cuda = Cuda()
     except EngineError:
@@ -164,9 +164,9 @@ def plans_here(folder: Path, manifest: Manifest, name: str) -> tuple[Backend, Cu
             raise
         return None
     store, problem = PlanStore(folder), EngineError(f"{folder} has no plans. Build some: hd-engines build {folder}.")
-    for one in MODULES if name == "auto" else [name]:
+    for one in GPU_PLANNED if name == "auto" else [name]:
         try:
-            module = Backend(one)
+            module = TensorRT(one)
             return module, cuda, usable_plans(store, manifest, module, cuda)
         except EngineError as error:
             problem = error
@@ -179,7 +179,7 @@ def compare_graph(
     name: str,
     calls: list[Feeds],
     out: Path,
-    plans: tuple[Backend, Cuda, dict[str, dict[int, Plan]]] | None,
+    plans: tuple[TensorRT, Cuda, dict[str, dict[int, Plan]]] | None,
 ) -> Iterator[Comparison]:
     """One graph: leaves reference.onnx, candidate.onnx, inputs.json, outputs.json and commands.sh in `out`."""
     out.mkdir(parents=True, exist_ok=True)

@@ -20,18 +20,18 @@ from typing import Any
 import numpy as np
 
 from ..contract import EIGHT_BITS, Manifest
-from ..engines import Engine, OnnxRuntimeEngine, load_engines, openvino
+from ..engines import Engine, load_engines
+from ..engines.backends import BACKENDS
+from ..engines.loading import open_engine
+from ..engines.verdict import EQUAL, PSNR_MUST, RMS_MAY, Verdict, psnr
 from ..errors import BundleError, EngineError
-from ..runtime.admission import PSNR_MUST, Admission, asked, measure, psnr, timed
 from ..runtime.bundle import Bundle
+from ..runtime.comparing import asked, load_host_loop, measure, timed
 from ..runtime.host import HostLoop
-from ..runtime.loading import load_openvino_loop
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.results import Failure, Picture
 from .record import PROMPTS, Feeds, record, run_all
 
-# Of each graph's outputs, relative; bfloat16 has 3 bits less, and eight bits fewer still. The pictures decide.
-RMS_MAY = {"fp16": 1e-2, "bf16": 5e-2, "fp8": 5e-2, "int8": 5e-2}
 # What both bundles must agree on to be of one checkpoint.
 SHARED = ("image_size", "latent_size", "num_history", "schedules", "tokenizer", "params_mean", "params_std")
 
@@ -74,7 +74,7 @@ class Report:
 
     @property
     def psnr_mean(self) -> float:
-        """dB over the pictures that differ, lest an equal one makes up for any other; infinite if none does."""
+        """dB over the pictures that differ, so that an equal one does not hide another; infinite if all are equal."""
         values = [picture.psnr for picture in self.pictures if picture.psnr < math.inf]
         return sum(values) / len(values) if values else math.inf
 
@@ -143,7 +143,7 @@ def fidelity(
     *,
     emulated: bool | None = None,
     threads: int | None = None,
-    inference: str = "",
+    backend: str = "",
     **settings: Any,
 ) -> Report:
     """Compares a bundle with the float32 bundle of the same checkpoint, on every prompt with every seed.
@@ -151,20 +151,21 @@ def fidelity(
     judge: reads labels from pictures; the report says how often it reads both bundles' alike.
     emulated: round half precision as a GPU stores it, see `emulate`; by default on the CPU, which would not, and in
     bfloat16, which numpy cannot feed to a graph.
-    inference: "bf16" has OpenVINO compute the candidate's UNet and decoder so; it may then be the reference itself.
+    backend: runs the candidate, if not ONNX Runtime. Where it lowers float32, the candidate may be the reference.
     settings: steps, solver, guidance, ... as in `Request`.
     Raises BundleError when the bundles are not of one checkpoint, EngineError when the reference itself fails.
     """
     reference, candidate = Path(reference), Path(candidate)
     ours, theirs = Manifest.load(reference), Manifest.load(candidate)
     _check_same(ours, theirs)
-    if inference:
+    lowers = BACKENDS[backend].lowers if backend else ""
+    if backend:
         emulated = False
     emulated = device == "cpu" or theirs.precision == "bf16" if emulated is None else emulated
-    precision = theirs.precision if theirs.precision in EIGHT_BITS else inference or theirs.precision
+    precision = theirs.precision if theirs.precision in EIGHT_BITS else lowers or theirs.precision
 
     def others(manifest: Manifest) -> dict[str, Engine]:
-        return openvino.load_openvino(Path(candidate), manifest, inference, threads) if inference else {}
+        return dict(BACKENDS[backend].on_host().host_engines(candidate, manifest, threads, 1, 1)) if backend else {}
 
     inputs, expected = record(reference, prompts, seeds, device, threads=threads, **settings)
     for result in expected:
@@ -182,7 +183,7 @@ def fidelity(
         results = run_all(pipeline, [result.request for result in expected])
         graphs = {}
         for name, spec in ours.graphs.items():
-            exact = OnnxRuntimeEngine(reference / spec.file, spec, device, threads)
+            exact = open_engine(reference / spec.file, spec, device, threads)
             graphs[name] = compare(exact, engines[name], inputs[name])
     pairs = [(a, b) for a, b in zip(expected, results, strict=True) if isinstance(a, Picture)]
     agreement = []
@@ -267,21 +268,20 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def one_of(folder: Path) -> tuple[Picture, float]:
-    """A picture of a bundle with OpenVINO, and the CPU seconds that it took."""
-    loop = load_openvino_loop(folder, 1, 1, 1)
-    return timed(loop, asked(loop.bundle, 1)[0])
+def beside_bfloat16(exact: Path, quantized: Path, count: int, backend: str = "openvino") -> Verdict:
+    """Compares pictures of a quantised bundle with those of its float32 bundle in bfloat16, by one backend, in turns.
 
-
-def beside_bfloat16(exact: Path, quantized: Path, count: int) -> Admission:
-    """Pictures of a float32 bundle in bfloat16 and of a quantised one, both with OpenVINO, turn by turn; a single one
-    of each with one loaded after the other, which is how large models fit.
-
-    Returns what `measure` does, with bfloat16 for the exact one.
+    A single picture of each is made with one bundle loaded after the other, which is how large models fit.
     """
     if count == 1:
-        (exactly, slow), (eight, fast) = (one_of(folder) for folder in (exact, quantized))
-        return Admission(min(psnr(exactly.image, eight.image), 1000.0), slow, fast, ready=0.0)
-    ours, theirs = (load_openvino_loop(folder, 1, 1, 1) for folder in (exact, quantized))
+        (exactly, slow), (eight, fast) = (_one_of(folder, backend) for folder in (exact, quantized))
+        return Verdict(min(psnr(exactly.image, eight.image), EQUAL), slow, fast)
+    ours, theirs = (load_host_loop(folder, backend, threads=1) for folder in (exact, quantized))
     engines = [{name: timed.engine for name, timed in loop.engines.items()} for loop in (ours, theirs)]
-    return measure(ours.bundle, engines[0], engines[1], ready=0.0, count=count)
+    return measure(ours.bundle, engines[0], engines[1], count=count)
+
+
+def _one_of(folder: Path, backend: str) -> tuple[Picture, float]:
+    """A picture of a bundle, and the CPU seconds that it took."""
+    loop = load_host_loop(folder, backend, threads=1)
+    return timed(loop, asked(loop.bundle, 1)[0])

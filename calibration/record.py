@@ -42,7 +42,7 @@ class Recorder:
 
     def __init__(self, engine: Engine, calls: int = 8, rows: int = 4) -> None:
         self.engine, self.spec = engine, engine.spec
-        self.device = getattr(engine, "device", "unknown")
+        self.device, self.batches, self.prepare = engine.device, engine.batches, engine.prepare
         self._calls, self._rows = calls, rows
         self._count, self._stride = 0, 1
         self._kept: dict[int, Feeds] = {}  # by the number of the call: every _stride-th

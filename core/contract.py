@@ -180,6 +180,16 @@ class GraphSpec:
         """Inputs that hold one entry per guidance branch and may hold the conditional one alone (see BRANCHES)."""
         return frozenset(tensor.name for tensor in self.inputs if BRANCHES in tensor.shape)
 
+    @property
+    def steps(self) -> bool:
+        """Whether it is a step graph, which runs again and again with a row of the schedule."""
+        return any(tensor.name == "row" for tensor in self.inputs)
+
+    @property
+    def dominant(self) -> bool:
+        """Whether most of a picture's time goes into it: the UNet, the step graph of the latents."""
+        return self.steps and any(tensor.name == "latents" for tensor in self.inputs)
+
 
 @dataclass
 class Manifest:

@@ -1,13 +1,14 @@
-"""What an engine is, and the check of its inputs.
+"""What an engine is, what a backend gives to the loop on a GPU, and the check of an engine's inputs.
 
-A backend's own complaint about a wrong tensor is a riddle ("Got invalid dimensions for input"), or there is none and
-the picture is black. So every backend calls `check_feeds` first: it names the graph, the tensor, what came, what is
-allowed and what to do. It costs about a microsecond a tensor.
+Backends explain a wrong tensor badly ("Got invalid dimensions for input"), or say nothing and make a black picture. So
+every engine calls `check_feeds` first. It names the graph, the tensor, what came, what is allowed and what to do. It
+costs about a microsecond a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +22,24 @@ FIRST_GPU = {"bf16": ("8.0", "bfloat16", "fp16"), "fp8": ("8.9", "fp8", "int8"),
 
 
 class Engine(Protocol):
-    """One graph, ready to run. `spec` says which tensors it takes and gives."""
+    """One graph, ready to run.
 
-    spec: GraphSpec
+    spec: the tensors that it takes and gives. device: "cpu" or "cuda". batches: the batch sizes that are worth asking
+    for, the smallest first, where others must be compiled first; None where every size is as good.
+    """
+
+    @property
+    def spec(self) -> GraphSpec: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def batches(self) -> Sequence[int] | None: ...
+
+    def prepare(self, sizes: Mapping[str, int]) -> None:
+        """Makes it ready for these sizes of its free axes, such as {"B": 1, "G": 2}, where that takes time."""
+        ...
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Runs the graph on arrays of the dtypes and shapes in `spec.inputs`; returns its outputs by name.
@@ -34,10 +50,15 @@ class Engine(Protocol):
 
 
 class DeviceEngine(Protocol):
-    """One graph on a GPU, for one bucket: told once where its tensors are, then enqueued again and again."""
+    """One graph on a GPU for one bucket. The loop binds it to its tensors once, then enqueues it for every run."""
 
-    spec: GraphSpec
-    own_graph: bool  # whether what it enqueues is a CUDA graph of its own making already
+    @property
+    def spec(self) -> GraphSpec: ...
+
+    @property
+    def own_graph(self) -> bool:
+        """Whether it enqueues a CUDA graph that it captured itself."""
+        ...
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Says where tensors lie; arrays have `dtype`, `shape` and `pointer`. Raises EngineError for wrong ones."""
@@ -52,10 +73,42 @@ class DeviceEngine(Protocol):
         ...
 
 
-def check_host(manifest: Manifest, folder: str | Path) -> None:
-    """Raises EngineError for a bundle that only a GPU runs: one in bfloat16, of which numpy knows nothing.
+Load = Callable[[str, int, int], DeviceEngine]  # (graph, bucket, guidance branches) -> engine
 
-    ONNX Runtime's CPU provider has no kernels for it either: it would complain of the first operator.
+
+def nothing() -> None:
+    """What a backend does after a run and at the end, unless it says otherwise."""
+
+
+@dataclass
+class DeviceEngines:
+    """What a backend gives to the loop on a GPU.
+
+    load: makes an engine when the loop first needs it. buckets: batch sizes, rising. single: graph -> buckets that also
+    have an engine of the conditional branch alone. sentences: what the user should know. after_run, close: the loop
+    calls them after each run and at its end.
+    """
+
+    load: Load
+    buckets: list[int]
+    single: Mapping[str, Collection[int]]
+    sentences: list[str] = field(default_factory=list)
+    after_run: Callable[[], None] = nothing
+    close: Callable[[], None] = nothing
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4 ... up to the first that is at least `most`."""
+    out = [1]
+    while out[-1] < most:
+        out.append(2 * out[-1])
+    return out
+
+
+def check_host(manifest: Manifest, folder: str | Path) -> None:
+    """Raises EngineError for a bundle in bfloat16, which only a GPU runs.
+
+    numpy has no bfloat16, and ONNX Runtime has no CPU kernels for it.
     """
     specs = manifest.graphs.values()
     if any(tensor.dtype == "bfloat16" for spec in specs for tensor in (*spec.inputs, *spec.outputs)):
@@ -66,23 +119,23 @@ def check_host(manifest: Manifest, folder: str | Path) -> None:
 
 
 def check_gpu(manifest: Manifest, cuda: Any) -> None:
-    """Raises EngineError for a bundle in a precision that came with a later GPU than this one.
+    """Raises EngineError for a bundle in a precision that this GPU lacks.
 
-    cuda: whatever has a `name` and a `compute_capability`, such as "8.9".
+    cuda: has a `name` and a `compute_capability`, such as "8.9".
     """
     first, name, instead = FIRST_GPU.get(manifest.precision, ("0.0", "", ""))
     if tuple(map(int, cuda.compute_capability.split("."))) < tuple(map(int, first.split("."))):
         raise EngineError(
-            f"The bundle computes in {name}, which this GPU does not ({cuda.name}, compute capability "
-            f"{cuda.compute_capability}). Export it again: hd-export CHECKPOINT OUT --precision {instead}."
+            f"This GPU ({cuda.name}, compute capability {cuda.compute_capability}) lacks {name}, in which the bundle "
+            f"computes. Export it again: hd-export CHECKPOINT OUT --precision {instead}."
         )
 
 
 def check_feeds(spec: GraphSpec, feeds: Mapping[str, Any]) -> None:
     """Raises EngineError unless `feeds` holds exactly the tensors that `spec.inputs` asks for.
 
-    A free dimension ("B") may have any size from 1 on, but the same one in every tensor of the call. Values need a
-    `dtype` and a `shape`: numpy arrays, or device tensors that mimic them.
+    A free dimension ("B") may have any size from 1 on, the same in every tensor of the call. Values have a `dtype` and
+    a `shape`: numpy arrays or device arrays.
     """
     sizes: dict[str, tuple[int, str]] = {}  # free dimension -> its size, and the tensor that fixed it
     for want in spec.inputs:

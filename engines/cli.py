@@ -1,7 +1,8 @@
-"""`hd-engines`: what is in an engines folder, whether it is sound, and building or removing plans. Needs no torch."""
+"""`hd-engines`: lists, verifies, builds and removes the plans of an engines folder. Needs no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from .. import shipped
 from ..commands import run
 from ..contract import EIGHT_BITS, Manifest
 from ..errors import EngineError
-from . import cpu, inspect, openvino, timing
-from .build import Built, build_openvino, build_plans, choose_backend, gpu
-from .openvino import BACKEND as OPENVINO
-from .plans import MODULES, Plan, PlanStore, Sizes, belongs, size_text
-from .tensorrt import TILING, Backend, Options
+from . import inspect, timing, verdict
+from .backends import BACKENDS, GPU_PLANNED, PLANNED
+from .build import choose_builder, gpu
+from .plans import Built, Plan, PlanStore, Sizes, Wanted, belongs, size_text
+from .tensorrt import TILING, Options
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -31,12 +32,12 @@ def parse_batch_sizes(_: click.Context, __: click.Parameter, value: str | None) 
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1:
-        raise click.BadParameter(f"{value!r} is no list of batch sizes; write 1,2,4,8.")
+        raise click.BadParameter(f"--batch-sizes must be a list such as 1,2,4,8, got {value!r}.")
     return sizes
 
 
 def build_options(command):  # type: ignore[no-untyped-def]
-    """The options of a build, for `hd-engines build` and `hd-export` alike."""
+    """Adds the options of a build, for `hd-engines build` and `hd-export` alike."""
     for option in reversed(
         [
             click.option("--batch-sizes", callback=parse_batch_sizes, metavar="N,N,...",
@@ -51,39 +52,45 @@ def build_options(command):  # type: ignore[no-untyped-def]
             click.option("--aux-streams", type=click.IntRange(0, 8), help="Additional streams inside a graph."),
             click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Scratch memory of one kernel."),
             click.option("--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",
-                         help="TensorRT-RTX: only for these GPUs, such as 8.9; 7.5 must be named, and alone. "
+                         help="TensorRT-RTX: only for these GPUs, such as 8.9. A plan for 7.5 serves no other GPU. "
                          "[default: all from 8.0 on that it supports]"),
             click.option("--faster-than", metavar="FOLDER", type=click.Path(path_type=Path),
                          help="Engines of the same model in fp16: fp8 and int8 are refused where they take longer on "
-                         "this GPU. [default: fp16 plans that are in the folder still]"),
+                         "this GPU. [default: fp16 plans that the folder still has]"),
         ]
     ):  # fmt: skip
         command = option(command)
     return command
 
 
-def options_of(values: dict) -> Options:
-    return Options(
+def wanted_of(values: dict) -> Wanted:
+    """What the options of `build_options` ask for."""
+    options = Options(
         values["build_level"],
         values["tiling"],
         values["aux_streams"],
         values["workspace"],
         tuple(values["compute_capabilities"]),
     )
+    return Wanted(
+        values["batch_sizes"] or (), values["dynamic"], values["shared_weights"], values["guidance_free"], options
+    )
 
 
 def resolve_backend(backend: str) -> str:
-    """What "auto" means on this machine; says it."""
+    """The backend that "auto" means on this machine, which is printed."""
     if backend != "auto":
         return backend
-    backend, sentence = choose_backend(gpu())
+    backend, sentence = choose_builder(gpu())
     console.print(sentence)
     return backend
 
 
-def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]:
-    """Builds what is missing, with a line and a true bar for each plan."""
-    batch_sizes = values["batch_sizes"] or ((1,) if backend == OPENVINO else (1, 2, 4, 8))
+def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than: Path | None = None) -> list[Built]:
+    """Builds what is missing, with a line and a true bar for each plan. Raises EngineError where it is not worth it.
+
+    faster_than: see `judge_on_gpu`.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     done: list[Built] = []
     with Progress(*columns, console=console, transient=True) as progress:
@@ -94,20 +101,7 @@ def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]
             progress.update(task, description=text, completed=fraction, visible=True)
             return True
 
-        if backend == OPENVINO:
-            plans = build_openvino(folder, batch_sizes, values["guidance_free"], on_build)
-        else:
-            plans = build_plans(
-                folder,
-                backend,
-                batch_sizes,
-                values["dynamic"],
-                options_of(values),
-                on_build=on_build,
-                guidance_free=values["guidance_free"],
-                shared=values["shared_weights"],
-            )
-        for built in plans:
+        for built in BACKENDS[backend].builder().build(backend, folder, wanted, on_build):
             done.append(built)
             if built.why:
                 cpu_types = "bfloat16" if built.plan.parts["precision"] == "fp32" else "int8 and bfloat16"
@@ -122,50 +116,50 @@ def build_with_progress(folder: Path, backend: str, values: dict) -> list[Built]
         console.print(f"Built {new} of {len(done)} plans in {seconds:.0f} s; the others were there.")
     else:
         console.print(f"All {len(done)} plans are there and current: nothing was built.")
-    if backend == OPENVINO:
-        admit_bfloat16(folder)
+    if BACKENDS[backend].lowers:
+        judge_on_cpu(folder, backend)
     else:
-        time_eight_bits(folder, backend, values["faster_than"])
+        judge_on_gpu(folder, backend, faster_than)
     return done
 
 
-def admit_bfloat16(folder: Path) -> None:
-    """Says how true and how fast a folder's pictures are in bfloat16 on this processor, and notes it for `hd-run`.
+def judge_on_cpu(folder: Path, backend: str) -> None:
+    """Prints the verdict on a backend that lowers the folder's precision on this processor, and keeps it for `hd-run`.
 
-    Raises EngineError where they are not true enough, or not faster: then what was compiled is removed.
+    Raises EngineError where the pictures are not near enough or not faster, and removes what was compiled.
     """
-    with console.status("comparing bfloat16 with float32"):
+    lowers = BACKENDS[backend].lowers
+    with console.status(f"comparing {lowers} with float32"):
         from ..calibration.fidelity import fidelity
-        from ..runtime.admission import read
-        from ..runtime.loading import admit_openvino
+        from ..runtime.comparing import compare_backend
 
         manifest = Manifest.load(folder, verify=False)
-        shelf = openvino.shelf_of(folder, manifest, "bf16")
-        small, admission = shelf.keeps("unet"), read(shelf)
-        # What int8 costs was measured when it was exported.
-        compare = small and admission is None and manifest.precision == "fp32"
-        report = fidelity(folder, folder, inference="bf16") if compare else None
-        admission = admission or admit_openvino(folder, 2 if small else 1)
+        shelf = BACKENDS[backend].on_host().shelf_of(folder, manifest, lowers)
+        small, found = shelf.keeps("unet"), verdict.read(shelf)
+        # hd-export measured already how near int8 is.
+        compare = small and found is None and manifest.precision == "fp32"
+        report = fidelity(folder, folder, backend=backend) if compare else None
+        found = found or compare_backend(folder, backend, 2 if small else 1)
     if report is not None:
         console.print(report.summary())
-    if admission.passes and (report is None or report.passes):
-        from_on = "always" if admission.pays == 1 else f"from {admission.pays} pictures on"
-        console.print(f"On this processor it is {admission}; hd-run takes it {from_on}.")
+    if found.passes and (report is None or report.passes):
+        from_on = "always" if found.pays == 1 else f"from {found.pays} pictures on"
+        console.print(f"On this processor it is {found}; hd-run takes it {from_on}.")
         return
     store = PlanStore(folder)
     for plan in list(store):
-        if plan.parts["backend"] == OPENVINO and belongs(plan, manifest):
+        if plan.parts["backend"] == backend and belongs(plan, manifest):
             store.remove(plan)
     raise EngineError(
-        f"OpenVINO is {admission}. {' '.join(report.sentences()) if report is not None else ''} Nothing "
-        "compiled was kept; run it with --backend onnxruntime."
+        f"{backend} is {found}. {' '.join(report.sentences()) if report is not None else ''} Nothing compiled was "
+        "kept; run it with --backend onnxruntime."
     )
 
 
-def time_eight_bits(folder: Path, backend: str, other: Path | None) -> None:
-    """Says how much faster than float16 a folder in eight bits is here. Raises EngineError where it is not faster.
+def judge_on_gpu(folder: Path, backend: str, other: Path | None) -> None:
+    """Prints how much faster than float16 a folder in eight bits is here. Raises EngineError where it is not faster.
 
-    other: engines of the same model in float16. Says why where it cannot be told.
+    other: engines of the same model in float16. Prints why where it cannot measure.
     """
     precision = Manifest.load(folder, verify=False).precision
     if precision not in EIGHT_BITS:
@@ -175,9 +169,9 @@ def time_eight_bits(folder: Path, backend: str, other: Path | None) -> None:
         console.print(f"{unknown}a GPU is measured where there is one: hd-engines build {folder} --faster-than FOLDER.")
         return
     with console.status(f"timing the UNet in {precision} and {timing.OTHER}"):
-        steps = timing.compare(folder, other or folder, backend)
-    if steps:
-        console.print(timing.report(steps, precision))
+        found = timing.compare(folder, other or folder, backend)
+    if found:
+        console.print(timing.report(found, precision))
     elif other is not None:
         raise EngineError(
             f"{other} has no {timing.OTHER} plan of the UNet for {backend}, this GPU and a batch size that {folder} "
@@ -195,14 +189,14 @@ def commands() -> None:
 
 @commands.command()
 @click.argument("folder")
-@click.option("--backend", type=click.Choice(["auto", OPENVINO, *MODULES]), default="auto",
+@click.option("--backend", type=click.Choice(["auto", *PLANNED]), default="auto",
               show_default=True, help="auto: TensorRT-RTX where it runs on this machine's GPU, else TensorRT. "
               "openvino: for this CPU.")  # fmt: skip
 @build_options
 def build(folder: str, backend: str, **values) -> int:  # type: ignore[no-untyped-def]
     """Builds the plans of the bundle FOLDER that are missing or stale."""
     path = shipped.resolve(folder, "bundle")
-    build_with_progress(path, resolve_backend(backend), values)
+    build_with_progress(path, resolve_backend(backend), wanted_of(values), values["faster_than"])
     if shipped.is_shipped(path):
         console.print(f"The demo's plans are in {PlanStore(path).folder}, not in the installed package.")
     return 0
@@ -245,7 +239,7 @@ def inspect_plans(path: str, graph: str | None, as_json: bool) -> int:
 @commands.command()
 @click.argument("folder")
 @click.option("--graph", help="Only this one.")
-@click.option("--backend", type=click.Choice(["auto", *MODULES]), default="auto", show_default=True)
+@click.option("--backend", type=click.Choice(["auto", *GPU_PLANNED]), default="auto", show_default=True)
 @click.option("--output", "-o", type=click.Path(path_type=Path),
               help="Where Polygraphy's files go.  [default: FOLDER's name and -compare]")  # fmt: skip
 def compare(folder: str, graph: str | None, backend: str, output: Path | None) -> int:
@@ -317,18 +311,15 @@ def prune(folder: str, everything: bool, dry_run: bool) -> int:
 def installed_versions() -> dict[str, str]:
     """Versions of the backends that are installed here."""
     found = {}
-    for name in MODULES:
-        try:
-            found[name] = Backend(name).version
-        except EngineError:
-            continue
-    if openvino.is_installed():
-        found[OPENVINO] = openvino.version()
+    for name in PLANNED:
+        with contextlib.suppress(EngineError):
+            if BACKENDS[name].installed():
+                found[name] = BACKENDS[name].builder().version(name)
     return found
 
 
 def stale(plan: Plan, manifest: Manifest, versions: dict[str, str]) -> str:
-    """Why a plan is of no use any more; "" while it is. Plans of a backend that is not installed here are kept."""
+    """Why a plan is outdated, or "". Plans of a backend that is not installed here are kept."""
     backend, version = plan.parts["backend"], plan.parts["version"]
     if plan.parts.get("tf32") != "off":
         return "stale: built when float32 was computed in TF32"
@@ -336,11 +327,8 @@ def stale(plan: Plan, manifest: Manifest, versions: dict[str, str]) -> str:
         return "stale: the bundle changed"
     if versions.get(backend, version) != version:
         return f"stale: {backend} is {versions[backend]} now"
-    if backend == "tensorrt" and (here := gpu()) is not None and here.name not in plan.parts["target"]:
-        return "for another GPU"
-    if backend == OPENVINO and plan.parts["target"] != cpu.target():
-        return "for another processor"
-    return ""
+    elsewhere: str = BACKENDS[backend].builder().elsewhere(backend, plan.parts["target"]) if backend in PLANNED else ""
+    return elsewhere
 
 
 def main() -> None:

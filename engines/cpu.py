@@ -7,6 +7,7 @@ target()          # "x86_64 avx2 avx512_bf16 ...": part of the key of what is co
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from pathlib import Path
 
@@ -44,3 +45,27 @@ def has_bf16() -> bool:
 def target() -> str:
     """What compiled code runs on; where the system does not tell features, the processor's name."""
     return " ".join((platform.machine(), *(features() or (cpu_name(),))))
+
+
+def usable_cores() -> int:
+    """Physical cores this process may use: its CPU affinity, without hyperthreads, within its cgroup's quota."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    cores = set()
+    for number in cpus:
+        siblings = _read(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        cores.add(siblings or str(number))
+    count = len(cores)
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdigit() and period.isdigit():
+        count = min(count, -(-int(quota) // int(period)))
+    return max(1, count)
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

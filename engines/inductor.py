@@ -4,15 +4,15 @@ engine = InductorEngine("engines/unet.pt2", manifest.graphs["unet"], device="cud
 outputs = engine(feeds)                 # numpy in, numpy out
 on_gpu = InductorDeviceEngine(engine)   # bound to device arrays, enqueued on a stream
 
-A `.pt2` file holds native code, and loading it runs that code: it is as trusted as a program. Load only what you
-compiled yourself, and only after the file's SHA-256 was found to be the one that was noted when it was written, as
-`load_inductor` does. Such a file is bound to the kind of processor and to the PyTorch that compiled it.
+A `.pt2` file holds native code, and loading it runs that code: trust it as you trust a program. Load only what you
+compiled yourself, and only after you verified the SHA-256 that was noted when it was written, as `host_engines` does.
+Such a file is bound to the kind of processor and to the PyTorch that compiled it.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import zip_longest
 from pathlib import Path
@@ -23,8 +23,9 @@ import numpy as np
 from ..commands import imported
 from ..contract import LARGEST, GraphSpec, Manifest, TensorSpec
 from ..errors import EngineError
-from .base import Engine, check_feeds, check_host
-from .onnxruntime import usable_cores
+from .base import DeviceEngine, DeviceEngines, Engine, check_feeds, powers_of_two
+from .cpu import usable_cores
+from .cuda import Cuda
 from .plans import Plan, PlanStore, belongs
 
 REMEDY = "Compile it again on this machine: hd-export CHECKPOINT OUT --backend inductor."
@@ -35,6 +36,8 @@ class InductorEngine:
 
     device: "cpu" or "cuda", which the file was compiled for. batch: the only batch size that it takes, or None.
     """
+
+    batches: Sequence[int] | None = None
 
     def __init__(
         self,
@@ -98,6 +101,9 @@ class InductorEngine:
                     f"{path} was compiled from another graph than {self.spec.file}: it has {theirs or 'nothing'} where "
                     f"the bundle has {ours or 'nothing'}. {REMEDY}"
                 )
+
+    def prepare(self, sizes: Mapping[str, int]) -> None:
+        """Nothing: the file holds code for every size that it takes."""
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Arrays in, arrays out, whatever the device.
@@ -215,18 +221,46 @@ def find_compiled(folder: Path, manifest: Manifest, device: str = "auto") -> tup
     raise EngineError(f"{folder} has no compiled {missing[0]} for PyTorch {version} on {tried[0]}. {REMEDY}")
 
 
-def load_inductor(
-    folder: Path, manifest: Manifest, device: str = "auto", threads: int | None = None
-) -> dict[str, Engine]:
-    """The compiled graphs of a folder, verified. Raises EngineError when one is missing or does not run here."""
-    check_host(manifest, folder)
-    device, plans = find_compiled(folder, manifest, device)
+def device_for(folder: Path, device: str) -> str:
+    """The device that the folder's graphs are compiled for. Raises EngineError where one is missing."""
+    return find_compiled(folder, Manifest.load(folder, verify=False), device)[0]
+
+
+def host_engines(folder: Path, manifest: Manifest, threads: int | None, *_: int) -> dict[str, Engine]:
+    """The compiled graphs of a folder for the CPU, verified."""
+    plans = find_compiled(folder, manifest, "cpu")[1]
     store = PlanStore(folder)
     engines: dict[str, Engine] = {}
     for name, spec in manifest.graphs.items():
         store.read(plans[name])
-        engines[name] = InductorEngine(plans[name].path, spec, device, threads)
+        engines[name] = InductorEngine(plans[name].path, spec, "cpu", threads)
     return engines
+
+
+def device_engines(
+    name: str,
+    folder: Path,
+    manifest: Manifest,
+    cuda: Cuda,
+    stream_of: Callable[[str], Any],
+    slots: int,
+    replay: bool = False,
+) -> DeviceEngines:
+    """One compiled file a graph, and one binding a bucket.
+
+    A file is verified and loaded when the loop first uses it, on the thread and for the stream that it stays with.
+    """
+    _, plans = find_compiled(folder, manifest, "cuda")
+    store, loaded = PlanStore(folder), dict[str, InductorEngine]()
+
+    def load(graph: str, bucket: int, branches: int) -> DeviceEngine:
+        if graph not in loaded:
+            store.read(plans[graph])
+            loaded[graph] = InductorEngine(plans[graph].path, manifest.graphs[graph], "cuda", asynchronous=True)
+        return InductorDeviceEngine(loaded[graph])
+
+    buckets = powers_of_two(slots)
+    return DeviceEngines(load, buckets, {graph: buckets for graph, spec in manifest.graphs.items() if spec.steps})
 
 
 def origin(device: str) -> dict[str, str]:

@@ -3,13 +3,13 @@
     engines = load_openvino(folder, manifest, "bf16", threads=4)
     outputs = engines["unet"](feeds)                # numpy in, numpy out
 
-Only what a picture's time goes into is computed so: UNet and decoder. The small graphs of stage 1 stay with ONNX
-Runtime in float32, because bfloat16 moves the hands. What the UNet's graph does with latents, history and rows before
-its first and after its last convolution stays float32, too: OpenVINO lowers no node that stands behind the last layer
-with weights, and a test holds it to that.
+It runs UNet and decoder, which take most of a picture's time. ONNX Runtime runs the small graphs of stage 1 in float32,
+because bfloat16 moves the hands. What the UNet's graph does with latents, history and rows before its first and after
+its last convolution stays float32, too: OpenVINO lowers no node behind the last layer with weights, and a test holds it
+to that.
 
-A graph is compiled for each size of its free axes that is asked for: dynamic shapes cost half as much again. What was
-compiled is kept, see `plans.Shelf`.
+OpenVINO compiles a graph for each size of its free axes: dynamic shapes cost half as much again. `plans.Shelf` keeps
+the compiled graphs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import io
 import mmap
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,18 @@ from .. import installed
 from ..commands import imported
 from ..contract import BRANCHES, GraphSpec, Manifest
 from ..errors import BundleError, EngineError, HanDiffuserError
-from . import cpu
-from .base import Engine, check_feeds
-from .onnxruntime import usable_cores
+from .backends import BACKENDS
+from .base import check_feeds, powers_of_two
+from .cpu import cpu_name, target, usable_cores
+from .cpu import has_bf16 as cpu_has_bf16
 from .openvino_rewrites import REWRITES, rewrite
-from .plans import Shelf
+from .plans import Built, OnBuild, PlanStore, Shelf, Wanted, size_text, usual
 
-BACKEND = "openvino"
-LOWERED = ("unet", "image_decoder")  # what runs in OpenVINO
-TYPES = {"bf16": "bf16", "fp32": "f32"}  # our names of what it computes in -> its own
+LOWERED = ("unet", "image_decoder")  # the graphs that OpenVINO runs
+TYPES = {"bf16": "bf16", "fp32": "f32"}  # our name of a precision -> OpenVINO's
 CONVERTER = "openvino.tools.ovc"
-INSTALL = 'pip install "handiffuser[openvino]"'
+LONG = 64  # pictures of a run that make it worth compiling the UNet for larger batches, too
+BATCHES = (1, 2, 4)  # the sizes that such a run tries
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,7 @@ class Options:
 
 
 class OpenVinoEngine:
-    """One graph, compiled for each size that it is called with. See `Engine` for calling it.
-
-    batches: the batch sizes that are worth asking for, the smallest first; others work and are compiled when they come.
-    """
+    """One graph, compiled for each size that it is called with. See `Engine` for calling it."""
 
     device = "cpu"
 
@@ -72,46 +70,50 @@ class OpenVinoEngine:
     ) -> None:
         """precision: "bf16", which raises EngineError where the CPU has none, or "fp32". shelf: of compiled graphs.
         check: called before the graph's file is read; raises BundleError for a damaged one."""
-        self.path, self.spec, self.precision, self.shelf, self.batches = Path(path), spec, precision, shelf, batches
+        self.path, self.spec, self.precision, self.shelf = Path(path), spec, precision, shelf
+        self.batches: Sequence[int] | None = batches
         self._check = check
         if precision == "bf16" and not has_bf16():
             raise EngineError(
-                f"This processor ({cpu.cpu_name()}) has no instructions for bfloat16, so that OpenVINO would gain "
-                "nothing. Take --backend onnxruntime."
+                f"This processor ({cpu_name()}) has no instructions for bfloat16, so OpenVINO gains nothing. Take "
+                "--backend onnxruntime."
             )
         self.threads = threads or usable_cores()
         self.axes = sorted({size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)})
-        self._mapped: list[mmap.mmap] = []  # files that what was imported reads its weights from
+        self._mapped: list[mmap.mmap] = []  # files from which imported graphs read their weights
         self._requests: dict[tuple[int, ...], Any] = {}
-        self._bound: dict[tuple[int, ...], dict[str, np.ndarray]] = {}  # of each request: its inputs
+        self._bound: dict[tuple[int, ...], dict[str, np.ndarray]] = {}  # the inputs of each request
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         check_feeds(self.spec, feeds)
         sizes = self._sizes(feeds)
-        request, bound = self.prepare(sizes), self._bound[self._key(sizes)]
+        request, bound = self._request(sizes), self._bound[self._key(sizes)]
         try:
             for name, value in feeds.items():
                 array = np.require(value, requirements=("C", "W"))
-                # Most arrays are where they were at the last step: telling so anew takes a twentieth of one. What is
-                # bound is kept, so that no other array can be there.
+                # Most arrays stay in place from step to step, and binding them again takes a twentieth of a step. The
+                # engine keeps what it bound, so another array cannot be in the same place.
                 if name not in bound or _place(bound[name]) != _place(array):
                     request.set_tensor(name, _import().Tensor(array, shared_memory=True))
                     bound[name] = array
             request.start_async()
             request.wait()
-        except Exception as error:  # OpenVINO raises RuntimeError for all there is
+        except Exception as error:  # OpenVINO raises RuntimeError for everything
             raise self._failure(error) from error
         # Copies: the request writes its next outputs into the same memory.
         return {
             tensor.name: request.get_output_tensor(index).data.copy() for index, tensor in enumerate(self.spec.outputs)
         }
 
-    def prepare(self, sizes: Mapping[str, int], beside: bool = False) -> Any:
-        """The graph for these sizes, such as {"B": 1, "G": 2}, compiled or found.
+    def prepare(self, sizes: Mapping[str, int], beside: bool = False) -> None:
+        """Finds or compiles the graph for these sizes, such as {"B": 1, "G": 2}.
 
-        beside: keep it beside the bundle, or raise EngineError. Raises BundleError for a graph that OpenVINO does not
+        beside: keep it beside the bundle, or raise EngineError. Raises BundleError for a graph that OpenVINO cannot
         read.
         """
+        self._request(sizes, beside)
+
+    def _request(self, sizes: Mapping[str, int], beside: bool = False) -> Any:
         key = self._key(sizes)
         if key not in self._requests:
             try:
@@ -133,11 +135,11 @@ class OpenVinoEngine:
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
-            "ENABLE_CPU_PINNING": False,  # others may use the cores, too
+            "ENABLE_CPU_PINNING": False,  # other processes may use the cores, too
         }
         kept = shelf.find(name, sizes) if shelf is not None and not beside else None
         if kept is not None:
-            with contextlib.suppress(RuntimeError, OSError, ValueError):  # what another build of the same version wrote
+            with contextlib.suppress(RuntimeError, OSError, ValueError):  # another build of the same version wrote it
                 return self._imported(kept, options)
         if self._check is not None:
             self._check()
@@ -153,19 +155,19 @@ class OpenVinoEngine:
         model.reshape({t.name: [sizes[n] if isinstance(n, str) else n for n in t.shape] for t in self.spec.inputs})
         rewrite(model)
         compiled = core.compile_model(model, "CPU", options)
-        if shelf is not None and (beside or shelf.keeps(name)):  # what is not kept need not be copied: gigabytes
+        if shelf is not None and (beside or shelf.keeps(name)):  # a copy takes gigabytes
             exported = compiled.export_model()
             content = exported.getbuffer() if isinstance(exported, io.BytesIO) else exported
             shelf.keep(name, sizes, content, time.monotonic() - started, beside)
         return compiled
 
     def _imported(self, path: Path, options: Mapping[str, Any]) -> Any:
-        """What was kept, mapped: read into memory, a large UNet would be there three times and take ten times as long.
+        """A kept graph, mapped into memory: a large UNet that is read is there three times and takes ten times as long.
 
-        OpenVINO packs weights anew for its kernels; pages that it has read them from need not stay in memory.
+        OpenVINO packs the weights again for its kernels, so the pages that it read need not stay in memory.
         """
         with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # it takes none that cannot be written to
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # OpenVINO refuses a read-only one
         content = _import().Tensor(np.frombuffer(mapped, np.uint8), shared_memory=True)
         compiled = shared_core().import_model(content, "CPU", options)
         self._mapped.append(mapped)
@@ -188,33 +190,52 @@ class OpenVinoEngine:
         return EngineError(f"OpenVINO failed in {name}: {_sentence(error)} Take --backend onnxruntime.")
 
 
+def host_engines(
+    folder: Path, manifest: Manifest, threads: int | None, slots: int, pictures: int
+) -> dict[str, OpenVinoEngine]:
+    """UNet and decoder in bfloat16, ready for one picture. Raises EngineError where OpenVINO cannot run here."""
+    has_bf16()  # says what is missing, before anything is loaded
+    engines = load_openvino(folder, manifest, "bf16", threads, batches_for(folder, manifest, slots, pictures))
+    for engine in engines.values():  # before the other graphs are loaded: compiling takes twice the memory
+        engine.prepare(usual(engine.spec, manifest))
+    return engines
+
+
+def worth_trying() -> bool:
+    """Whether the processor has bfloat16; does not import OpenVINO."""
+    return cpu_has_bf16()
+
+
+def batches_for(folder: Path, manifest: Manifest, slots: int, pictures: int) -> list[int]:
+    """Batch sizes of the UNet to try: 1, compiled ones, and BATCHES in a long run of a small model."""
+    shelf, unet = shelf_of(folder, manifest, "bf16"), manifest.graphs["unet"]
+    long = pictures >= LONG and shelf.keeps("unet")
+    sizes = [size for size in powers_of_two(slots) if size <= slots]
+    kept = {size: shelf.plan("unet", usual(unet, manifest, size)) is not None for size in sizes}
+    return [size for size in sizes if size == 1 or (long and size in BATCHES) or kept[size]]
+
+
 def load_openvino(
     folder: Path,
     manifest: Manifest,
     precision: str = "bf16",
     threads: int | None = None,
     batches: Sequence[int] = (1,),
-) -> dict[str, Engine]:
-    """Engines for LOWERED. A graph's files are verified when it is compiled; of one that was, they are not read."""
+) -> dict[str, OpenVinoEngine]:
+    """Engines for LOWERED. Compiling a graph verifies its files; a compiled graph does not read them."""
     shelf = shelf_of(folder, manifest, precision)
-    engines: dict[str, Engine] = {}
+    engines: dict[str, OpenVinoEngine] = {}
     for name in LOWERED:
         spec = manifest.graphs[name]
         check = functools.partial(manifest.check_files, folder, manifest.files_of(name))
-        sizes = batches if name == "unet" else (1,)
+        sizes = batches if spec.dominant else (1,)
         engines[name] = OpenVinoEngine(folder / spec.file, spec, precision, threads, shelf, sizes, check)
     return engines
 
 
-def usual(spec: GraphSpec, manifest: Manifest, batch: int = 1) -> dict[str, int]:
-    """The sizes that a graph has when a request says nothing else: with both branches of guidance, or without it."""
-    branches = 1 if manifest.defaults["guidance"] == 1 else 2
-    return {"B": batch, BRANCHES: branches} if spec.branched else {"B": batch}
-
-
 def shelf_of(folder: Path, manifest: Manifest, precision: str) -> Shelf:
     """Where graphs that OpenVINO compiled for this processor are kept."""
-    return Shelf(manifest, folder, BACKEND, version(), cpu.target(), Options(precision))
+    return Shelf(manifest, folder, "openvino", version(), target(), Options(precision))
 
 
 def wanted_sizes(
@@ -227,11 +248,40 @@ def wanted_sizes(
     return sizes + [size | {BRANCHES: 1} for size in sizes if guidance_free and size[BRANCHES] != 1]
 
 
-def is_installed() -> bool:
-    """Whether OpenVINO could be imported; does not import it."""
-    from importlib.util import find_spec
+def build(_: str, folder: Path, wanted: Wanted, on_build: OnBuild | None = None) -> Iterator[Built]:
+    """Yields what OpenVINO is to compile of a folder for this processor, in bfloat16, compiling what is missing.
 
-    return find_spec("openvino") is not None
+    Raises BundleError for a damaged folder, EngineError where OpenVINO is missing or the processor has no bfloat16.
+    """
+    manifest = Manifest.load(folder)
+    if manifest.base != "fp32":
+        raise EngineError(
+            f"{folder} is in {manifest.precision}, and made for TensorRT; OpenVINO rounds a float32 bundle to bfloat16 "
+            "itself. Export it with --backend openvino."
+        )
+    store, shelf = PlanStore(folder), shelf_of(folder, manifest, "bf16")
+    batches = sorted(set(wanted.batch_sizes or (1,)))
+    jobs = [
+        (name, engine, sizes)
+        for name, engine in load_openvino(folder, manifest).items()
+        for sizes in wanted_sizes(engine.spec, manifest, batches, wanted.guidance_free)
+    ]
+    for number, (name, engine, sizes) in enumerate(jobs):
+        parts = shelf.parts(name, sizes)
+        plan, why = store.find(parts, verify=True), ""
+        if plan is None:
+            why = store.why(parts)
+            if on_build is not None:
+                on_build(number, len(jobs), name, sizes, why, 0.0)
+            engine.prepare(sizes, beside=True)
+            plan = store.find(parts)
+            assert plan is not None, f"{name} {size_text(sizes)} was compiled and is not there"
+        yield Built(plan, why)
+
+
+def elsewhere(_: str, made_for: str) -> str:
+    """Why a plan for this target does not serve this machine; "" where it does."""
+    return "" if made_for == target() else "for another processor"
 
 
 @functools.cache
@@ -240,32 +290,33 @@ def has_bf16() -> bool:
     return "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def version() -> str:
-    """Of the installed package, such as "2026.4.1"; importing it would take a tenth of a second."""
+def version(_: str = "") -> str:
+    """The installed package's, such as "2026.4.1". Importing it would take a tenth of a second."""
     return installed.version("openvino") or str(_import().__version__).partition("-")[0]
 
 
 @functools.cache
 def shared_core() -> Any:
-    """The process's one `openvino.Core`, for whoever uses OpenVINO.
+    """The process's only `openvino.Core`.
 
-    Never another one: each gives the thread that makes it a stack for signal handlers, and takes it away when it is
-    gone, also where it is gone in another thread, or where a later one keeps it to give back. The next signal, such as
-    Ctrl-C or the end of a child, ends the process then (segmentation fault).
+    A second Core ends the process at the next signal, such as Ctrl-C or a child's end (segmentation fault). Each Core
+    gives the thread that makes it a stack for signal handlers, and takes it away at its own end, even from another
+    thread or from under a later Core.
     """
     return _import().Core()
 
 
 @functools.cache
 def _import() -> Any:
-    # OpenVINO imports its converter, too, which is of no use here and takes time. It can do without: while this entry
-    # says that there is none, it does. (`handiffuser.telemetry` keeps what the converter reports from its makers.)
+    # OpenVINO imports its converter, too, which takes time and is unused here. While this entry says that it is
+    # missing, OpenVINO does without. (`handiffuser.telemetry` keeps the converter from reporting to its makers.)
     alone = sys.modules.setdefault(CONVERTER, None) is None  # type: ignore[arg-type]
     try:
         return imported("openvino")
     except ImportError as error:
         raise EngineError(
-            f"OpenVINO cannot be imported ({error}). Install it with `{INSTALL}`, or take --backend onnxruntime."
+            f"OpenVINO cannot be imported ({error}). Install it with `{BACKENDS['openvino'].install}`, or take "
+            "--backend onnxruntime."
         ) from error
     finally:
         if alone:

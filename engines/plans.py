@@ -26,24 +26,24 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from msgspec import Meta
 
-from ..contract import BRANCHES, Manifest, file_digest
+from ..contract import BRANCHES, GraphSpec, Manifest, file_digest
 from ..errors import EngineError
+from ..files import written
 from ..schema import MisfitError, Sha256, Word, fit, read_json
 from ..shipped import is_shipped
 
 FOLDER = "plans"
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # the backends of built plans, and their modules
 LAYERS = ".layers"  # beside a plan: what it consists of, see `inspect.py`
 KEPT = 256 * 2**20  # bytes of a graph up to which a run keeps in the user's cache what it compiled by itself
 LARGEST_CACHE = 2 * 2**30  # bytes of that cache; what was not used for longest goes first
-ADMITTED = ".admitted"  # beside a UNet's plan in bfloat16: what measuring it came to, see `runtime/admission.py`
+VERDICT = ".verdict"  # beside a UNet's plan of lower precision: whether it is good enough, see `verdict.py`
 KERNELS = ".kernels"  # beside a plan: what TensorRT-RTX compiled of it for this machine's GPU
 # What a plan depends on, and how a miss is put into words.
 WORDS = {
@@ -130,6 +130,33 @@ class Plan:
         return 1 if f"{BRANCHES}=1" in self.parts["sizes"].split(",") else 2
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What to build. batch_sizes: empty for the backend's default. options: of the backend (`tensorrt.Options`).
+
+    dynamic: one plan for all sizes up to the largest. shared: one plan that is compiled for each size. guidance_free:
+    also UNets that run the conditional branch alone.
+    """
+
+    batch_sizes: tuple[int, ...] = ()
+    dynamic: bool = False
+    shared: bool = False
+    guidance_free: bool = False
+    options: Any = None
+
+
+@dataclass
+class Built:
+    """A plan of a build. why: the reason for building it, or "" where it was there."""
+
+    plan: Plan
+    why: str
+
+
+# Called before and while a plan is built: (number of the plan, of so many, graph, sizes, why, done 0..1) -> go on?
+OnBuild = Callable[[int, int, str, Sizes, str, float], bool]
+
+
 def parts(
     manifest: Manifest, graph: str, sizes: Sizes, backend: str, version: str, target: str, options: Any
 ) -> dict[str, str]:
@@ -145,6 +172,12 @@ def parts(
         "options": json.dumps({k: v for k, v in asdict(options).items() if v not in (None, (), [])}, sort_keys=True),
         "tf32": "off",
     }
+
+
+def usual(spec: GraphSpec, manifest: Manifest, batch: int = 1) -> dict[str, int]:
+    """A graph's sizes with the bundle's default guidance: both branches, or the conditional one alone."""
+    branches = 1 if manifest.defaults["guidance"] == 1 else 2
+    return {"B": batch, BRANCHES: branches} if spec.branched else {"B": batch}
 
 
 def graph_digest(manifest: Manifest, graph: str) -> str:
@@ -252,9 +285,11 @@ class PlanStore:
         record = {name: value for name, value in asdict(entry).items() if name != "path"}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, plan)
-            _write(path.with_suffix(LAYERS), json.dumps(layers, separators=(",", ":")).encode())
-            _write(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
+            whole = json.dumps(record, indent=1).encode()  # last: a plan without its record is unfinished
+            kept = json.dumps(layers, separators=(",", ":")).encode()
+            for target, content in ((path, plan), (path.with_suffix(LAYERS), kept), (path.with_suffix(".json"), whole)):
+                with written(target) as temporary:
+                    temporary.write_bytes(content)
         except OSError as error:
             why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
             raise EngineError(
@@ -318,7 +353,7 @@ class PlanStore:
         """Deletes a plan, its record first, so that an interruption leaves a stray and no lie."""
         plan.path.with_suffix(".json").unlink(missing_ok=True)
         plan.path.unlink(missing_ok=True)
-        for suffix in (KERNELS, LAYERS, ADMITTED):
+        for suffix in (KERNELS, LAYERS, VERDICT):
             plan.path.with_suffix(suffix).unlink(missing_ok=True)
 
 
@@ -392,14 +427,3 @@ class Shelf:
 
 def _part(plan: Plan, name: str) -> str:
     return plan.parts.get(name, BEFORE.get(name, ""))
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    """Writes beside and renames, so that a name only ever belongs to a whole file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,17 +1,16 @@
-"""Whether a plan in eight bits is worth having: a step of the UNet, timed beside float16's on the GPU that is there.
+"""Times a step of the UNet in eight bits beside float16 on this machine's GPU: see `verdict.py`.
 
-    steps = compare("engines-fp8", "engines-fp16", "tensorrt")
-    print(report(steps, "fp8"))                 # or EngineError: not faster
+    found = compare("engines-fp8", "engines-fp16", "tensorrt")
+    print(report(found, "fp8"))                 # or EngineError: not faster
 
-Eight bits are not faster for being fewer: quantising costs kernels of its own, and a GPU may lack the fused ones. So it
-is measured, with the graphs that a run replays, turn by turn, lest a clock that rises or falls favours one of the two.
+Eight bits can be slower: quantising costs kernels of its own, and a GPU may lack the fused ones. The two are measured
+with the graphs that a run replays, in turns, so that a clock that rises or falls favours neither.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,30 +18,22 @@ from ..contract import GraphSpec, Manifest
 from ..errors import EngineError
 from .cuda import Cuda
 from .plans import Plan, PlanStore, belongs
-from .tensorrt import Backend, Scratch, TensorRTEngine
+from .tensorrt import Scratch, TensorRT, TensorRTEngine
+from .verdict import EQUAL, Verdict
 
 GRAPH = "unet"  # most of a picture's time
 OTHER = "fp16"  # what eight bits must beat
 ROUNDS, LAUNCHES = 7, 10  # the median of so many rounds counts, each of so many launches in a row
 
 
-@dataclass
-class Step:
-    """The step of one batch size in seconds: the folder's own, and the other's."""
+def compare(folder: str | Path, other: str | Path, backend_name: str) -> list[Verdict]:
+    """A verdict for each batch size that both folders have a static plan for, by this backend for this GPU.
 
-    sizes: str  # as in a plan's parts, "B=4,G=2"
-    seconds: float
-    others: float
-
-
-def compare(folder: str | Path, other: str | Path, backend_name: str) -> list[Step]:
-    """A step for each batch size that both folders have a plan of its own for, this backend's and for this GPU.
-
-    folder: engines in eight bits. other: engines of the same model in float16; or the same folder, whose plans from
-    before it was exported again are still there. Empty when the two have no size in common.
-    Raises EngineError without a GPU, when a plan does not run here, or when the two are not of one model.
+    folder: engines in eight bits. other: engines of the same model in float16, or the same folder, which keeps its
+    plans from an earlier export. Empty when the two have no size in common.
+    Raises EngineError without a GPU, when a plan does not run here, or when the two are of different models.
     """
-    manifest, backend, cuda = Manifest.load(Path(folder), verify=False), Backend(backend_name), Cuda()
+    manifest, backend, cuda = Manifest.load(Path(folder), verify=False), TensorRT(backend_name), Cuda()
     stores = PlanStore(folder), PlanStore(other)
     ours = _plans(stores[0], backend, cuda, lambda plan: belongs(plan, manifest))
     theirs = _plans(stores[1], backend, cuda, lambda plan: plan.parts["precision"] == OTHER)
@@ -50,14 +41,15 @@ def compare(folder: str | Path, other: str | Path, backend_name: str) -> list[St
     for sizes in sorted(ours.keys() & theirs.keys(), key=lambda sizes: (ours[sizes].batch, sizes)):
         pair = [(store, plans[sizes]) for store, plans in zip(stores, (ours, theirs), strict=True)]
         try:
-            steps.append(Step(sizes, *_seconds(pair, manifest.graphs[GRAPH], backend, cuda)))
+            ours_took, theirs_took = _seconds(pair, manifest.graphs[GRAPH], backend, cuda)
+            steps.append(Verdict(EQUAL, theirs_took, ours_took, sizes=sizes))
         finally:
-            cuda.close()  # graphs go before what they run
+            cuda.close()  # frees the graphs before their engines
             backend.close()
     return steps
 
 
-def _plans(store: PlanStore, backend: Backend, cuda: Cuda, wanted: Callable[[Plan], bool]) -> dict[str, Plan]:
+def _plans(store: PlanStore, backend: TensorRT, cuda: Cuda, wanted: Callable[[Plan], bool]) -> dict[str, Plan]:
     """Sizes -> the UNet's plan, of those for one size that run here; the newest of equals."""
     found = [
         plan
@@ -72,8 +64,8 @@ def _plans(store: PlanStore, backend: Backend, cuda: Cuda, wanted: Callable[[Pla
     return {plan.parts["sizes"]: plan for plan in sorted(found, key=lambda plan: plan.path.stat().st_mtime)}
 
 
-def _seconds(pair: list[tuple[PlanStore, Plan]], spec: GraphSpec, backend: Backend, cuda: Cuda) -> list[float]:
-    """Of one launch of each plan."""
+def _seconds(pair: list[tuple[PlanStore, Plan]], spec: GraphSpec, backend: TensorRT, cuda: Cuda) -> list[float]:
+    """Seconds of one launch of each plan."""
     stream, scratch = cuda.stream(), Scratch(cuda)
     engines, graphs = [], []  # an engine must live as long as its graph
     for store, plan in pair:
@@ -104,13 +96,10 @@ def _seconds(pair: list[tuple[PlanStore, Plan]], spec: GraphSpec, backend: Backe
     return [statistics.median(seconds) for seconds in taken]
 
 
-def report(steps: list[Step], precision: str) -> str:
-    """The figures in one sentence. Raises EngineError where eight bits are not faster: then they are no gain."""
-    text = ", ".join(
-        f"{step.seconds * 1e3:.2f} ms a step in {precision} against {step.others * 1e3:.2f} in {OTHER} at {step.sizes}"
-        for step in steps
-    )
-    slow = [step.sizes for step in steps if step.seconds >= step.others]
+def report(found: list[Verdict], precision: str) -> str:
+    """The figures in one sentence. Raises EngineError where eight bits are not faster."""
+    text = ", ".join(one.timing(precision, OTHER) for one in found)
+    slow = [one.sizes for one in found if not one.passes]
     if slow:
         raise EngineError(
             f"{precision} is not faster than {OTHER} on this GPU at {' and '.join(slow)}: {text}. Leave those "

@@ -22,8 +22,7 @@ from rich.table import Table
 
 from .. import commands
 from ..data.cli import progress
-from ..engines.onnxruntime import DEVICES
-from ..runtime.loading import BACKENDS
+from ..engines.backends import CHOICES, DEVICES
 
 FORMAT = 1  # of the JSON document
 FILE = click.Path(path_type=Path)
@@ -74,7 +73,7 @@ def evaluate() -> None:
     "--min-crop", type=click.IntRange(1), default=32, show_default=True, help="Pixels of a crop's side at least."
 )
 @click.option("--body", type=FILE, help="SMPL-H .npz; the checkpoint's or the demo's by default.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--backend", type=click.Choice(CHOICES), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True)

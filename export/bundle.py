@@ -255,15 +255,16 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     DeduplicateInitializersPass(size_limit=ONCE)(program.model)
     compact(program.model)
     fuse_attention(program.model)
-    if graph.name == "unet":  # the hand prior takes the text at once, and has nothing of weight to share
-        share_branches(program.model)
-    save_model(program.model, folder / f"{graph.name}.onnx")
-    # What it gives is read off the graph: to run it would take minutes in half, for which PyTorch's CPU is not made.
-    return GraphSpec(
+    # The outputs' types are read off the graph: running it in half precision takes PyTorch's CPU minutes.
+    spec = GraphSpec(
         f"{graph.name}.onnx",
         [graph.spec(name, value) for name, value in graph.inputs.items()],
         [output_spec(graph, *pair) for pair in zip(graph.outputs, program.model.graph.outputs, strict=True)],
     )
+    if spec.dominant:  # the hand prior takes the text at once, and shares little between branches
+        share_branches(program.model)
+    save_model(program.model, folder / spec.file)
+    return spec
 
 
 def output_spec(graph: Graph, name: str, value: ir.Value) -> TensorSpec:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# PyTorch's threads spin beside ONNX Runtime's; and the exporter's remarks are no news to a user.
+# A user has no use for the exporter's remarks.
 os.environ.setdefault("TORCH_LOGS", "-all")
 warnings.filterwarnings("ignore")
 
@@ -18,19 +19,19 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from .. import commands  # noqa: E402
 from ..contract import EIGHT_BITS, GRAPHS, MANIFEST, Manifest  # noqa: E402
-from ..engines import openvino  # noqa: E402
-from ..engines.build import check_backend  # noqa: E402
-from ..engines.cli import build_options, build_with_progress, options_of, resolve_backend  # noqa: E402
-from ..engines.plans import MODULES  # noqa: E402
+from ..engines.backends import BACKENDS, CHOICES, DEFAULT, PRECISIONS, Backend  # noqa: E402
+from ..engines.build import check_builder  # noqa: E402
+from ..engines.cli import build_options, build_with_progress, resolve_backend, wanted_of  # noqa: E402
+from ..engines.cpu import has_bf16  # noqa: E402
+from ..engines.plans import Wanted  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
 from ..models.layout import read_layout  # noqa: E402
 from ..shipped import resolve  # noqa: E402
 from .source import changed, fingerprint  # noqa: E402
 
 STOPPED = "Stopped. What is finished stays; the same command goes on."
-KEPT = "taken from the export that was stopped"
+KEPT = "finished by the export that was stopped"
 STEPS = {"tracing": "tracing and writing", "comparing": "running beside PyTorch"}
-BACKENDS = ("onnxruntime", "auto", "openvino", *MODULES, "inductor")
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -43,7 +44,7 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
     except ValueError:
         sides = []
     if len(sides) not in (1, 2) or min(sides) < 8:
-        raise click.BadParameter(f"{value!r} is no size; write 512, or 512x768 for height x width.")
+        raise click.BadParameter(f"--image-size must be 512, or 512x768 for height x width, got {value!r}.")
     return sides[0], sides[-1]
 
 
@@ -57,8 +58,70 @@ def parse_adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...
         except ValueError:  # the colon is the path's own
             found.append((Path(value), 1.0))
         if not -10 <= found[-1][1] <= 10:
-            raise click.BadParameter(f"{value!r}: a scale is a number from -10 to 10, most often 0.5 to 1.")
+            raise click.BadParameter(
+                f"The scale of --lora must be from -10 to 10, got {value!r}. Most often it is 0.5 to 1."
+            )
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks of hd-export. `checkpoint` is its folder, `out` the bundle's."""
+
+    checkpoint: Path
+    out: Path
+    backend: Backend
+    precision: str
+    body: Path | None
+    adapters: tuple[tuple[Path, float], ...]
+    image_size: tuple[int, int] | None
+    opset: int
+    fidelity: str
+    accept_low_fidelity: bool
+    wanted: Wanted
+
+    @property
+    def base(self) -> str:
+        """The precision of layers that are not quantised: float32 where the backend itself lowers it."""
+        if self.precision not in EIGHT_BITS:
+            return self.precision
+        return "fp32" if self.backend.lowers else "fp16"
+
+    def source(self) -> dict[str, str]:
+        """What the bundle is made from: see `source.py`."""
+        for_cpu = {"base": self.base} if self.precision in EIGHT_BITS and self.base == "fp32" else {}
+        return fingerprint(
+            self.checkpoint, self.body, self.adapters, precision=self.precision, image_size=self.image_size,
+            opset=self.opset, **for_cpu,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Raises HanDiffuserError for what cannot work, before minutes of exporting."""
+        read_layout(self.checkpoint)
+        name = self.backend.name
+        if self.precision not in self.backend.precisions:
+            allowed = ", ".join(self.backend.precisions)
+            raise HanDiffuserError(
+                f"--precision must be one of {allowed} for {name}, got {self.precision}. Choose one of them, or "
+                "another --backend."
+            )
+        if self.backend.lowers == "bf16" and not has_bf16():
+            raise HanDiffuserError(
+                f"This processor has no bfloat16, so {name} gains nothing. Take --backend {DEFAULT}."
+            )
+        if self.backend.plans and self.backend.gpu:
+            check_builder(name, self.wanted.options)
+
+    def load(self) -> Any:
+        """The checkpoint with its adapters merged, for pictures of the size asked for."""
+        from ..models import lora
+        from ..models.checkpoint import Checkpoint
+        from .bundle import at_image_size
+
+        loaded = Checkpoint.load(self.checkpoint, mapped=True)
+        for path, scale in self.adapters:
+            console.print(lora.merge(loaded, path, scale))
+        return loaded if self.image_size is None else at_image_size(loaded, *self.image_size)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,15 +129,15 @@ def parse_adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--backend",
-    type=click.Choice(BACKENDS),
-    default="onnxruntime",
+    type=click.Choice(CHOICES),
+    default=DEFAULT,
     show_default=True,
-    help="What the pictures will be made with. TensorRT and OpenVINO get plans built for it; auto: the one for this "
-    "machine's GPU.",
+    help="What will run the bundle. Plans are built for TensorRT and OpenVINO. auto: the TensorRT for this machine's "
+    "GPU.",
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", *EIGHT_BITS]),
+    type=click.Choice(PRECISIONS),
     help="Of the networks; hand features, latents and solver state stay float32. fp8 and int8: convolutions and "
     "products of UNet and decoder, for TensorRT, or int8 for OpenVINO; the rest is fp16 or fp32. "
     "[default: fp16 for TensorRT, else fp32]",
@@ -101,55 +164,43 @@ def parse_adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...
 @click.option("--triton", type=click.Path(path_type=Path), metavar="FOLDER", help="A model repository for Triton, too.")
 @build_options
 def command(
-    checkpoint: str,
-    out: Path,
-    backend: str,
-    precision: str | None,
-    body: Path | None,
-    adapters: tuple[tuple[Path, float], ...],
-    image_size: tuple[int, int] | None,
-    opset: int,
-    fidelity: str,
-    accept_low_fidelity: bool,
-    triton: Path | None,
-    **values: Any,
+    checkpoint: str, out: Path, backend: str, precision: str | None, triton: Path | None, **values: Any
 ) -> None:
     """Exports CHECKPOINT (a folder in Hugging Face layout, or the word demo) into the bundle OUT.
 
     Each graph is run in ONNX Runtime right away and compared with PyTorch; one over its tolerance is not written.
-    With a TensorRT backend, plans are then built for each batch size. The same command again does only what is not
-    done yet. On another machine, `hd-engines build OUT` builds plans from the bundle, without PyTorch.
+    With TensorRT and OpenVINO, plans are then built. The same command again does only what is not done yet. On another
+    machine, `hd-engines build OUT` builds plans from the bundle, without PyTorch.
     """
-    if backend == "auto":
-        backend = resolve_backend(backend)
-    precision = precision or ("fp16" if backend in MODULES else "fp32")
+    chosen = BACKENDS[resolve_backend(backend)]
+    asked = {name: values[name] for name in ("body", "adapters", "image_size", "opset", "fidelity",
+                                             "accept_low_fidelity")}  # fmt: skip
     folder = resolve(checkpoint, "checkpoint")
-    read_layout(folder)  # before PyTorch is loaded
-    if backend in MODULES:
-        check_backend(backend, options_of(values))  # before minutes of exporting
-    if backend == "openvino":
-        check_openvino(precision)
-    base = precision
-    if precision in EIGHT_BITS:
-        base = "fp32" if backend == "openvino" else "fp16"
-    for_cpu = {"base": base} if precision in EIGHT_BITS and base == "fp32" else {}
-    source = fingerprint(folder, body, adapters, precision=precision, image_size=image_size, opset=opset, **for_cpu)
+    options = Options(folder, out, chosen, precision or chosen.precisions[0], **asked, wanted=wanted_of(values))
+    options.check()
+    source = options.source()
     why = changed(out, source)
     if why:
         if (out / MANIFEST).exists():
             console.print(f"Exporting again: {', '.join(why)}.")
-        export(folder, out, precision, base, body, adapters, image_size, opset, source, fidelity, accept_low_fidelity)
+        export(options, source)
     else:
         console.print(f"The bundle in {out} is current: nothing was exported.")
-    if backend in (*MODULES, "openvino"):
-        build_with_progress(out, backend, values)
-    if backend == "inductor":
-        compile_with_inductor(folder, out, body, adapters, image_size)
+    if chosen.plans:
+        build_with_progress(out, chosen.name, options.wanted, values["faster_than"])
+    if chosen.compiles:
+        compile_graphs(options)
     if triton is not None:
         from ..serving.triton import write
 
         console.print(f"Triton's repository is {write(out, triton).parent}.")
-    if Manifest.load(out, verify=False).made_by.get("body", "").startswith("the user's"):
+    say_what_it_is(options)
+
+
+def say_what_it_is(options: Options) -> None:
+    """Prints what a user should know about the bundle that is made."""
+    out, precision, made_by = options.out, options.precision, Manifest.load(options.out, verify=False).made_by
+    if made_by.get("body", "").startswith("the user's"):
         console.print(
             f"{out} now contains arrays of your SMPL-H body. Its licence forbids passing them on: keep this bundle, "
             "and every engine built from it, on your own machines.",
@@ -157,9 +208,9 @@ def command(
         )
     if precision == "bf16":
         console.print("It computes in bfloat16, which runs on NVIDIA GPUs only, best with TensorRT.")
-    if backend == "openvino" and precision == "int8":
-        gain = Manifest.load(out, verify=False).made_by["beside_bfloat16"]
-        console.print(f"With OpenVINO on this processor int8 is {gain:.2f} times as fast as bfloat16.")
+    if precision in EIGHT_BITS and options.backend.lowers:
+        gain = made_by["beside_bfloat16"]
+        console.print(f"With OpenVINO on this processor {precision} is {gain:.2f} times as fast as bfloat16.")
     elif precision in EIGHT_BITS:
         console.print(
             f"It computes in {precision} with TensorRT, on GPUs of compute capability "
@@ -169,46 +220,17 @@ def command(
     console.print(f'The bundle is in {out}. Try it: hd-run {out} "a right hand making a fist"')
 
 
-def check_openvino(precision: str) -> None:
-    """Raises HanDiffuserError unless OpenVINO computes bfloat16 on this processor, and this precision is one of its."""
-    if precision not in ("fp32", "int8"):
-        raise HanDiffuserError(
-            f"OpenVINO rounds a float32 bundle to bfloat16 itself: leave out --precision {precision}, or take int8, or "
-            "TensorRT."
-        )
-    if not openvino.has_bf16():
-        raise HanDiffuserError("This processor has no bfloat16, so that OpenVINO gains nothing: take onnxruntime.")
-
-
-def load_checkpoint(folder: Path, adapters: tuple[tuple[Path, float], ...], size: tuple[int, int] | None) -> Any:
-    """The checkpoint with its adapters merged, for pictures of that size."""
-    from ..models import lora
-    from ..models.checkpoint import Checkpoint
-    from .bundle import at_image_size
-
-    loaded = Checkpoint.load(folder, mapped=True)
-    for path, scale in adapters:
-        console.print(lora.merge(loaded, path, scale))
-    return loaded if size is None else at_image_size(loaded, *size)
-
-
-def compile_with_inductor(
-    folder: Path,
-    out: Path,
-    body: Path | None,
-    adapters: tuple[tuple[Path, float], ...],
-    image_size: tuple[int, int] | None,
-) -> None:
-    """Compiles what has no current plan, for the GPU if PyTorch finds one."""
+def compile_graphs(options: Options) -> None:
+    """Compiles what has no current plan with PyTorch, for the GPU if PyTorch finds one."""
     import torch
 
     from .inductor import compile_bundle
 
     with console.status("compiling; a minute or two a graph"):
         count = compile_bundle(
-            lambda: load_checkpoint(folder, adapters, image_size),
-            out,
-            body,
+            options.load,
+            options.out,
+            options.body,
             "cuda" if torch.cuda.is_available() else "cpu",
             lambda plan, why: console.print(
                 f"{plan.graph:18} {plan.size / 1e6:8.1f} MB   compiled in {plan.seconds:.0f} s   ({why})"
@@ -218,28 +240,15 @@ def compile_with_inductor(
         console.print("All graphs are compiled and current: nothing was compiled.")
 
 
-def export(
-    folder: Path,
-    out: Path,
-    precision: str,
-    base: str,
-    body: Path | None,
-    adapters: tuple[tuple[Path, float], ...],
-    image_size: tuple[int, int] | None,
-    opset: int,
-    source: dict[str, str],
-    fidelity: str,
-    accept_low_fidelity: bool,
-) -> None:
-    """The part that needs PyTorch. base: the precision of what is not quantised."""
+def export(options: Options, source: dict[str, str]) -> None:
+    """The part that needs PyTorch. source: see `Options.source`."""
     with console.status("reading the checkpoint"):
-        from .admit import admit, is_small, quantize
         from .bundle import check_target, make_bundle
+        from .lower import is_small
         from .workspace import install, workspace
 
-        import_module("onnxruntime")  # runs in another process, where it would be missed after minutes
-
-        loaded = load_checkpoint(folder, adapters, image_size)
+        import_module("onnxruntime")  # another process runs it, minutes from now
+        loaded = options.load()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("exporting", total=len(GRAPHS))
@@ -255,40 +264,50 @@ def export(
                 + (KEPT if result.kept else f"{result.seconds:.0f} s   {result.peak / 1e9:.1f} GB")
             )
 
-        check_target(out)
-        with workspace(out) as work:
+        check_target(options.out)
+        with workspace(options.out) as work:
             made = work / "bundle"
-            make_bundle(loaded, made, base, body, opset, source, on_graph, on_step)
-            compare = fidelity == "always" or (fidelity == "auto" and is_small(loaded))
-            report, kept, other = None, {}, "float32"
+            make_bundle(loaded, made, options.base, options.body, options.opset, source, on_graph, on_step)
+            compare = options.fidelity == "always" or (options.fidelity == "auto" and is_small(loaded))
+            if options.precision != "fp32":
+                lower(options, loaded, made, compare, progress, task)
+            install(made, options.out)
 
-            def say(step: str) -> None:
-                progress.update(task, description=f"comparing: {step}")
 
-            if precision in EIGHT_BITS:
-                progress.update(task, description=f"quantizing to {precision}", total=None)
-                report, kept, other = *quantize(loaded, made, precision, body, opset, compare), base
-                for graph, noted in Manifest.load(made, verify=False).made_by["quantized"].items():
-                    size = sum(file.stat().st_size for file in made.glob(f"{graph}.onnx*")) / 1e6
-                    progress.console.print(
-                        f"{graph:18} {size:8.1f} MB   {noted['quantized']} of {noted['layers']} layers in {precision}"
-                    )
-            elif precision != "fp32" and compare:
-                progress.update(task, description=f"comparing {precision} with float32", total=None)
-                report, kept = admit(loaded, made, body, opset, say)
-            if report is not None:
-                progress.console.print(report.summary())
-                for graph, nodes in kept.items():
-                    progress.console.print(f"{graph}: kept in {other} for that: {', '.join(nodes)}")
-                if not report.passes and not accept_low_fidelity:
-                    raise HanDiffuserError(
-                        f"{' '.join(report.sentences())} Nothing was written. Export with --precision "
-                        f"{base if precision in EIGHT_BITS else 'fp32'}, or with --accept-low-fidelity if this is "
-                        "good enough for you."
-                    )
-            elif precision != "fp32":
-                progress.console.print(f"{precision} was not compared with float32 in whole runs (--fidelity always).")
-            install(made, out)
+def lower(options: Options, loaded: Any, made: Path, compare: bool, progress: Progress, task: Any) -> None:
+    """Quantises the bundle that is made, compares it with float32, and mends it. Raises HanDiffuserError where it
+    fails nevertheless, unless the user accepts that."""
+    from ..calibration.fidelity import Report
+    from .lower import mend, quantize
+
+    precision, say = options.precision, progress.console.print
+    report: Report | None = None
+    kept: dict[str, list[str]] = {}
+    if precision in EIGHT_BITS:
+        progress.update(task, description=f"quantizing to {precision}", total=None)
+        report, kept = quantize(loaded, made, precision, options.body, options.opset, compare)
+        for graph, noted in Manifest.load(made, verify=False).made_by["quantized"].items():
+            size = sum(file.stat().st_size for file in made.glob(f"{graph}.onnx*")) / 1e6
+            say(f"{graph:18} {size:8.1f} MB   {noted['quantized']} of {noted['layers']} layers in {precision}")
+    elif compare:
+        progress.update(task, description=f"comparing {precision} with float32", total=None)
+
+        def on_step(step: str) -> None:
+            progress.update(task, description=f"comparing: {step}")
+
+        report, kept = mend(loaded, made, options.body, options.opset, on_step)
+    if report is None:
+        say(f"{precision} was not compared with float32 in whole runs (--fidelity always).")
+        return
+    say(report.summary())
+    for graph, nodes in kept.items():
+        say(f"{graph}: kept in {options.base if precision in EIGHT_BITS else 'float32'} for that: {', '.join(nodes)}")
+    if not report.passes and not options.accept_low_fidelity:
+        raise HanDiffuserError(
+            f"{' '.join(report.sentences())} Nothing was written. Export with --precision "
+            f"{options.base if precision in EIGHT_BITS else 'fp32'}, or with --accept-low-fidelity if this is good "
+            "enough for you."
+        )
 
 
 def main() -> None:

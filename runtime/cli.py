@@ -23,12 +23,11 @@ import click
 from .. import commands, grammar, shipped
 from ..commands import INTERRUPTED
 from ..contract import MANIFEST, MAX_REDRAWS, Manifest
-from ..engines.onnxruntime import DEVICES
+from ..engines.backends import CHOICES, DEVICES
 from ..errors import HanDiffuserError, RequestError
 from ..hands import NO_HANDS, load_hands
 from ..schedules import SOLVERS
 from .bundle import Bundle
-from .loading import BACKENDS
 from .outputs import OutputError, OutputFolder, open_folder
 from .pipeline import HanDiffuser
 from .reporting import Reporter
@@ -101,9 +100,7 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 )
 @click.option("--no-hands", is_flag=True, help="Nobody's hands are to be seen: the prompt alone paints.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
-@click.option(
-    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the engines."
-)
+@click.option("--backend", type=click.Choice(CHOICES), default="auto", show_default=True, help="What runs the engines.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 @click.option("--no-overlap", is_flag=True, help="On a GPU: one thing after the other, on one stream.")

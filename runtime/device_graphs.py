@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..contract import BRANCHES, GRAPHS, GraphSpec, Manifest, TensorSpec
-from ..engines.base import DeviceEngine
+from ..engines.base import DeviceEngine, Load
 from ..errors import EngineError
 from .requests import MAX_STEPS
 
-Load = Callable[[str, int, int], DeviceEngine]  # (graph, bucket, guidance branches) -> engine
 After = Callable[[Any, int], None]  # enqueues on a stream what follows a run of a bucket
 
 

@@ -41,11 +41,9 @@ class HostLoop:
         self.bundle, self.slots = bundle, slots
         self.timings: dict[str, float] = dict.fromkeys([*engines, "total"], 0.0)
         self.engines = {name: _Timed(name, engine, self.timings) for name, engine in engines.items()}
-        bundle.made_by["device"] = getattr(engines.get("unet"), "device", "unknown")
+        bundle.made_by["device"] = engines["unet"].device
         self._times: dict[bytes, np.ndarray] = {}  # timesteps -> rows of unet_time
-        self._step_times = {
-            name: StepTimes(only=getattr(engines.get(name), "batches", None)) for name in ("hand_prior", "unet")
-        }
+        self._step_times = {name: StepTimes(only=engines[name].batches) for name in ("hand_prior", "unet")}
         self._no_text: np.ndarray | None = None  # text_encoder of "", [77, D]
         self._cancelled: set[Hashable] = set()
         self._ready: deque[Work] = deque()  # has its context, waits for a slot

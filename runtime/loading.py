@@ -1,32 +1,39 @@
-"""From a folder to a loop that runs: which backend, on what, and where each backend's engines come from.
+"""From a folder to a loop that runs: which backend, and on which device.
 
 loop, sentences = load_loop(folder, backend="auto", device="auto", slots=8)
 """
 
 from __future__ import annotations
 
-import time
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..contract import Manifest
-from ..engines import Engine, cpu, load_engines, openvino
+from ..engines import verdict
+from ..engines.backends import BACKENDS, CHOICES, DEFAULT, DEVICES, GPU_PLANNED, Backend
 from ..engines.cuda import Cuda
-from ..engines.onnxruntime import DEVICES, NO_CUDA, has_cuda_provider
-from ..engines.plans import MODULES, PlanStore
+from ..engines.onnxruntime import NO_CUDA, has_cuda_provider
+from ..engines.plans import PlanStore
 from ..errors import EngineError
-from .admission import FIRST, Admission, measure, read, write
 from .bundle import Bundle
+from .comparing import compare_backend, load_host_loop
 from .host import HostLoop
 
 if TYPE_CHECKING:
     from .device import DeviceLoop
 
-BACKENDS = ("auto", "onnxruntime", "openvino", *MODULES, "inductor")
-LONG = 64  # pictures of a run from which on it is worth to compile the UNet for larger batches, too
 MANY = 1 << 30  # pictures of a server, which does not know how many it will make
-BATCHES = (1, 2, 4)  # which are tried then
-DRIVER = Path("/proc/driver/nvidia/version")  # there where an NVIDIA driver is loaded
+FIRST = 16  # pictures of a run that make it worth compiling, and measuring whether bfloat16 is good enough
+DRIVER = Path("/proc/driver/nvidia/version")  # exists where an NVIDIA driver is loaded
+
+
+class Choice(NamedTuple):
+    """What runs a bundle: a backend of the table, "cpu" or "cuda", and what the user should know about it."""
+
+    backend: str
+    device: str
+    sentences: list[str]
 
 
 def load_loop(
@@ -44,142 +51,108 @@ def load_loop(
     See `HanDiffuser.load` for the arguments. Raises BundleError for a missing or damaged bundle, EngineError when it
     cannot run here.
     """
-    if backend not in BACKENDS:
-        raise EngineError(f"There is no backend {backend!r}. Choose one of {', '.join(BACKENDS)}.")
-    chosen = choose_backend(folder, backend, device)
-    if chosen == "inductor":
-        from ..engines import inductor
+    chosen = choose(folder, backend, device, threads, pictures)
+    if chosen.device == "cuda":
+        from .device_loading import load_device_loop  # a run on a CPU does without, and starts sooner
 
-        if inductor.find_compiled(folder, Manifest.load(folder, verify=False), device)[0] == "cpu":
-            bundle = Bundle.load(folder)
-            return HostLoop(bundle, inductor.load_inductor(folder, bundle.manifest, device, threads), slots), []
-    if chosen == "openvino":
-        if device == "cuda":
-            raise EngineError("openvino runs on CPUs only here. Leave out --device cuda, or take another --backend.")
-        return load_openvino_loop(folder, slots, threads, pictures), []
-    if chosen == "onnxruntime" and not on_gpu(device):
-        sentences = idle_gpu() if device == "auto" else []
-        loop = None
-        if backend == "auto":
-            loop, said = try_openvino(folder, slots, threads, pictures)
-            sentences += said
-        if loop is None:
-            manifest, engines = load_engines(folder, "cpu", threads)
-            loop = HostLoop(Bundle.load(folder, manifest), engines, slots)
-        return loop, sentences
-    from .device_loading import load_device_loop  # which a run on a CPU has no use for, and would wait for
-
-    return load_device_loop(Bundle.load(folder), folder, chosen, slots, overlap, onnxruntime_graphs)
+        loop, sentences = load_device_loop(
+            Bundle.load(folder), folder, chosen.backend, slots, overlap, onnxruntime_graphs
+        )
+        return loop, chosen.sentences + sentences
+    try:
+        return load_host_loop(folder, chosen.backend, slots, threads, pictures), chosen.sentences
+    except EngineError as error:
+        if backend != "auto" or chosen.backend == DEFAULT:
+            raise
+        instead = f"ONNX Runtime is used instead of {chosen.backend}. {error}"
+        return load_host_loop(folder, DEFAULT, slots, threads, pictures), [*chosen.sentences[:-1], instead]
 
 
-def load_openvino_loop(folder: Path, slots: int, threads: int | None, pictures: int) -> HostLoop:
-    """UNet and decoder in bfloat16 with OpenVINO, the rest with ONNX Runtime. Raises EngineError where it cannot be."""
-    openvino.has_bf16()  # says what is missing, before anything is loaded
+def choose(folder: Path, backend: str, device: str, threads: int | None = None, pictures: int = 1) -> Choice:
+    """What `--backend` and `--device` mean for a folder on this machine, for a run of so many pictures.
 
-    def others(manifest: Manifest) -> dict[str, Engine]:
-        batches = batches_for(folder, manifest, slots, pictures)
-        engines = openvino.load_openvino(folder, manifest, "bf16", threads, batches)
-        for engine in engines.values():  # before the rest is there: it takes twice what it then keeps
-            engine.prepare(openvino.usual(engine.spec, manifest))  # type: ignore[attr-defined]
-        return engines
-
-    manifest, engines = load_engines(folder, "cpu", threads, others=others)
-    loop = HostLoop(Bundle.load(folder, manifest), engines, slots)
-    loop.bundle.made_by |= {"backend": "openvino", "inference": "bf16"}
-    return loop
-
-
-def batches_for(folder: Path, manifest: Manifest, slots: int, pictures: int) -> list[int]:
-    """Batch sizes of the UNet to try: 1, those that were compiled, and BATCHES in a long run of a small model."""
-    shelf, unet = openvino.shelf_of(folder, manifest, "bf16"), manifest.graphs["unet"]
-    long = pictures >= LONG and shelf.keeps("unet")
-    sizes = [size for size in powers_of_two(slots) if size <= slots]
-    kept = {size: shelf.plan("unet", openvino.usual(unet, manifest, size)) is not None for size in sizes}
-    return [size for size in sizes if size == 1 or (long and size in BATCHES) or kept[size]]
-
-
-def try_openvino(folder: Path, slots: int, threads: int | None, pictures: int) -> tuple[HostLoop | None, list[str]]:
-    """The loop with OpenVINO where that is installed, true enough, and pays for a run of so many pictures; else None.
-
-    Whether it is true enough is measured once, on a few pictures, and noted beside what was compiled.
+    "auto" takes a backend of the GPU whose plans the folder has, else ONNX Runtime on a GPU, else a backend of the CPU
+    that is measured to be faster and near enough, else ONNX Runtime on the CPU.
+    Raises EngineError for names that are not in the table, and for a device that the backend cannot use.
     """
-    if not (openvino.is_installed() and cpu.has_bf16()):
-        return None, []
+    if backend not in CHOICES:
+        raise EngineError(f"backend must be one of {', '.join(CHOICES)}, got {backend!r}.")
+    if device not in DEVICES:
+        raise EngineError(f"device must be one of {', '.join(DEVICES)}, got {device!r}.")
+    name = backend
+    if backend == "auto":
+        name = (backend_of_plans(folder) if device != "cpu" else None) or DEFAULT
+    one = BACKENDS[name]
+    if refusal := one.refusal(device):
+        raise EngineError(refusal)
+    target = one.devices[0] if len(one.devices) == 1 else one.on_host().device_for(folder, device)
+    if target == "cuda" or name != DEFAULT:
+        return Choice(name, target, [])
+    sentences = idle_gpu() if device == "auto" else []
+    for other in BACKENDS.values() if backend == "auto" else ():
+        if other.auto and other.host and other.installed():
+            takes, said = worth_it(other, folder, threads, pictures)
+            sentences += said
+            if takes:
+                return Choice(other.name, "cpu", sentences)
+    return Choice(DEFAULT, "cpu", sentences)
+
+
+def backend_of_plans(folder: Path) -> str | None:
+    """The first backend whose plans in the folder run on this machine's GPU. Warns where plans do not run."""
+    made_for = {plan.parts["backend"] for plan in PlanStore(folder)}
+    names = [name for name in GPU_PLANNED if name in made_for and BACKENDS[name].auto]
+    if not names:
+        return None
+    try:
+        cuda, manifest = Cuda(), Manifest.load(folder, verify=False)
+    except EngineError as error:
+        warnings.warn(f"The plans in {folder} are not used. {error}", RuntimeWarning, stacklevel=3)
+        return None
+    for name in names:
+        try:
+            BACKENDS[name].on_gpu().check_plans(name, folder, manifest, cuda)
+            return name
+        except EngineError as error:
+            warnings.warn(f"ONNX Runtime is used instead of {name}. {error}", RuntimeWarning, stacklevel=3)
+    return None
+
+
+def worth_it(one: Backend, folder: Path, threads: int | None, pictures: int) -> tuple[bool, list[str]]:
+    """Whether a run of so many pictures should take this backend of the CPU, and a sentence that says why.
+
+    A backend that lowers is measured once, on a few pictures. The verdict is kept beside the compiled UNet.
+    """
+    if not one.lowers:
+        return True, []
+    module = one.on_host()
+    if not module.worth_trying():
+        return False, []
     manifest = Manifest.load(folder, verify=False)
-    shelf = openvino.shelf_of(folder, manifest, "bf16")
-    admission = read(shelf)
-    if manifest.base != "fp32" or pictures < (admission.pays if admission else FIRST):
-        return None, []
-    if admission is None and not shelf.keeps("unet"):
-        return None, [
-            "OpenVINO may make these pictures in less time, and was not compiled for this bundle: "
-            f"hd-engines build {folder} --backend openvino --batch-sizes 1."
+    shelf = module.shelf_of(folder, manifest, one.lowers)
+    found = verdict.read(shelf)
+    if manifest.base != "fp32" or pictures < (found.pays if found else FIRST):
+        return False, []
+    if found is None and not shelf.keeps("unet"):
+        return False, [
+            f"{one.name} may make these pictures in less time, and was not compiled for this bundle: "
+            f"hd-engines build {folder} --backend {one.name} --batch-sizes 1."
         ]
     try:
-        admission = admission or admit_openvino(folder, threads=threads)
-        loop = load_openvino_loop(folder, slots, threads, pictures) if admission.passes else None
+        found = found or compare_backend(folder, one.name, threads=threads)
     except EngineError as error:
-        return None, [f"ONNX Runtime is used instead of OpenVINO. {error}"]
-    if loop is None:
-        return None, [f"ONNX Runtime makes these pictures: OpenVINO was {admission}."]
+        return False, [f"ONNX Runtime is used instead of {one.name}. {error}"]
+    if not found.passes:
+        return False, [f"ONNX Runtime makes these pictures: {one.name} was {found}."]
     if manifest.precision != "fp32":
-        return loop, [f"OpenVINO makes these pictures in {manifest.precision} and bfloat16, {admission}."]
-    return loop, [
-        f"OpenVINO makes these pictures in bfloat16, {admission}. --backend onnxruntime makes the exact ones."
+        return True, [f"{one.name} makes these pictures in {manifest.precision} and {one.lowers}, {found}."]
+    return True, [
+        f"{one.name} makes these pictures in {one.lowers}, {found}. --backend {DEFAULT} makes the exact ones."
     ]
 
 
-def admit_openvino(folder: Path, count: int = 2, threads: int | None = None) -> Admission:
-    """Makes `count` pictures with OpenVINO and with ONNX Runtime, and notes the outcome where the UNet is kept."""
-    load_engines(folder, "cpu", threads)  # makes what is missing, which later runs find; and so does the next line
-    load_openvino_loop(folder, 1, threads, 1)
-    started = time.process_time()
-    loop = load_openvino_loop(folder, 1, threads, 1)
-    between = time.process_time()
-    manifest, exact = load_engines(folder, "cpu", threads)
-    ready = max(0.0, (between - started) - (time.process_time() - between))
-    fast = {name: timed.engine for name, timed in loop.engines.items()}
-    admission = measure(loop.bundle, exact, fast, ready, count)
-    write(openvino.shelf_of(folder, manifest, "bf16"), admission)
-    return admission
-
-
-def choose_backend(folder: Path, backend: str, device: str) -> str:
-    """The backend that "auto" means: that of the folder's plans where there is a GPU, else ONNX Runtime."""
-    if backend != "auto" and not (backend in MODULES and device == "cpu"):
-        return backend
-    # Not "inductor": it needs PyTorch, which nothing is to import unasked.
-    made_for = sorted({plan.parts["backend"] for plan in PlanStore(folder)} & set(MODULES))
-    if backend in MODULES:
-        raise EngineError(f"{backend} runs on NVIDIA GPUs only. Leave out --device cpu, or take --backend onnxruntime.")
-    if not made_for or device == "cpu":
-        return "onnxruntime"
-    from .device_loading import first_usable
-
-    return first_usable(folder, made_for)
-
-
-def on_gpu(device: str) -> bool:
-    """Whether ONNX Runtime is to run on a GPU. Raises EngineError when it must and cannot."""
-    if device not in DEVICES:
-        raise EngineError(f"There is no device {device!r}. Choose one of {', '.join(DEVICES)}.")
-    if device != "cpu" and not has_cuda_provider():
-        if device == "cuda":
-            raise EngineError(NO_CUDA)
-        return False
-    if device == "cpu":
-        return False
-    try:
-        Cuda()
-    except EngineError:
-        if device == "cuda":
-            raise
-        return False
-    return True
-
-
 def idle_gpu() -> list[str]:
-    """A sentence about a GPU of this machine that is left out, if there is one: nobody owns it for that."""
+    """A sentence about a GPU of this machine that stays unused, if there is one."""
     if not DRIVER.exists():
         return []
     why = NO_CUDA.replace(" Or take --device cpu.", "")
@@ -191,11 +164,3 @@ def idle_gpu() -> list[str]:
     return [
         f"The NVIDIA GPU of this machine is not used, the CPU is. {why.rstrip('.')}. --device cpu says it is meant."
     ]
-
-
-def powers_of_two(most: int) -> list[int]:
-    """1, 2, 4 ... up to the first that holds `most`."""
-    out = [1]
-    while out[-1] < most:
-        out.append(2 * out[-1])
-    return out

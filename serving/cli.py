@@ -25,10 +25,9 @@ from uvicorn.config import Config
 
 from .. import commands, shipped
 from ..contract import Manifest
-from ..engines.onnxruntime import DEVICES
+from ..engines.backends import CHOICES, DEVICES
 from ..errors import HanDiffuserError
 from ..runtime.bundle import Bundle
-from ..runtime.loading import BACKENDS
 from .app import make_app
 from .dispatch import STUCK_SECONDS, Dispatcher
 from .guard import Protocol
@@ -65,7 +64,7 @@ LOOP_EXIT_SECONDS = 3.0  # for a step to end, before the process ends without it
 @click.option("--public-url", metavar="URL",
               help="URL of this server behind a proxy: the URLs in answers begin with it.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, help="Pictures that a worker makes at once.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto")
+@click.option("--backend", type=click.Choice(CHOICES), default="auto")
 @click.option("--device", type=click.Choice(DEVICES), default="auto")
 @click.option("--devices", metavar="0,1,...", help="GPUs, with a worker process each, behind one port.")
 @click.option("--workers", type=click.IntRange(1, 256), default=1, help="Worker processes on a CPU.")

@@ -27,12 +27,13 @@ import click
 import numpy as np
 from handiffuser import shipped
 from handiffuser.commands import run
+from handiffuser.engines.backends import BACKENDS as TABLE
+from handiffuser.engines.backends import GPU_PLANNED
 from handiffuser.engines.build import gpu
-from handiffuser.engines.plans import MODULES
 from handiffuser.errors import EngineError
 from handiffuser.installed import version
 
-BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt", "inductor")
+BACKENDS = tuple(name for name, one in TABLE.items() if one.gpu)
 NAMES = (
     "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings",
     "numpy", "handiffuser",
@@ -142,17 +143,6 @@ def measure(found: Sequence[Step], out: Path, runner: Runner = run_step, say: Ca
     return len(failed)
 
 
-def installed(backend: str) -> bool:
-    """Whether a backend's package is there."""
-    if backend == "onnxruntime":
-        return True
-    try:
-        __import__("torch" if backend == "inductor" else MODULES[backend])
-    except ImportError:
-        return False
-    return True
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def commands() -> None:
     """Proves and measures this toolkit on a GPU; see `all`. The other commands are its steps."""
@@ -168,7 +158,7 @@ def commands() -> None:
 def everything(size: str, backends: str | None, out: Path | None, work: Path | None, quick: bool, listed: bool) -> int:
     """Runs every step that is not done yet."""
     cuda = gpu()
-    chosen = backends.split(",") if backends else [name for name in BACKENDS if installed(name)]
+    chosen = backends.split(",") if backends else [name for name in BACKENDS if TABLE[name].installed()]
     if wrong := set(chosen) - set(BACKENDS):
         raise EngineError(f"There is no backend {sorted(wrong)[0]!r}; there are {', '.join(BACKENDS)}.")
     name = "CPU" if cuda is None else cuda.name.replace(" ", "-").replace("/", "-")
@@ -224,7 +214,7 @@ def same(folder: Path, backend: str, device: str, count: int) -> int:
     settings = {"seed": 5, "steps": count}
     with HanDiffuser.load(folder, device="cpu", backend="onnxruntime", batch_size=1) as on_cpu:
         expected = on_cpu.generate(PROMPTS, **settings)
-    backend_device = "auto" if backend in MODULES else device
+    backend_device = "auto" if backend in GPU_PLANNED else device
     with HanDiffuser.load(folder, device=backend_device, backend=backend, batch_size=1) as pipeline:
         found = pipeline.generate(PROMPTS, **settings)
     decibels = []

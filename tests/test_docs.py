@@ -15,7 +15,8 @@ from pathlib import Path
 
 import click
 import pytest
-from handiffuser.engines import cpu, openvino
+from handiffuser.engines import cpu
+from handiffuser.engines.backends import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -103,7 +104,7 @@ def run_in_order(chosen: list[str], folder: Path) -> None:
     """As a newcomer would: one line after the other, in bash, in a folder that was empty before."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for line in chosen:
-        if "openvino" in line and not (cpu.has_bf16() and openvino.is_installed()):
+        if "openvino" in line and not (cpu.has_bf16() and BACKENDS["openvino"].installed()):
             continue
         result = subprocess.run(
             ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=600

@@ -12,7 +12,8 @@ import pytest
 from handiffuser.calibration import graphs
 from handiffuser.calibration.emulate import emulate
 from handiffuser.calibration.quantize import calibrate, quantize, scale_for, to_eight_bits
-from handiffuser.engines.tensorrt import Backend, Options, prove_kernels
+from handiffuser.engines.tensorrt import Options, TensorRT
+from handiffuser.engines.tensorrt_build import build_plan, prove_kernels
 from handiffuser.errors import BundleError, EngineError
 from onnx import ModelProto, TensorProto, helper, numpy_helper, shape_inference
 
@@ -216,7 +217,7 @@ def build(folder: Path, kind: str, x: np.ndarray, options: Options) -> dict:
         x = np.concatenate([x] * 4, 1)
         model = quantize(model, calibrate(model, [{"x": x}], kind), kind)
     onnx.save(model, folder / "unet.onnx")
-    return Backend("tensorrt-rtx").build(folder / "unet.onnx", {"B": 2}, kind, options)[1]
+    return build_plan(TensorRT("tensorrt-rtx"), folder / "unet.onnx", {"B": 2}, kind, options)[1]
 
 
 @pytest.mark.parametrize(("kind", "target"), [("fp8", "8.9"), ("fp8", "12.0"), ("int8", "8.0"), ("int8", "8.9")])

@@ -17,11 +17,15 @@ from handiffuser import BundleError, EngineError
 from handiffuser.contract import GraphSpec, Manifest, TensorSpec
 from handiffuser.engines import OnnxRuntimeEngine, check_feeds, load_engines
 from handiffuser.engines import onnxruntime as backend
+from handiffuser.engines.cpu import usable_cores
 from handiffuser.engines.cuda import Cuda, DeviceArray
-from handiffuser.engines.onnxruntime import OnnxRuntimeDeviceEngine
+from handiffuser.engines.onnxruntime_cuda import (
+    OnnxRuntimeCudaEngine,
+    OnnxRuntimeDeviceEngine,
+    _element_type,
+    device_engines,
+)
 from handiffuser.engines.plans import user_cache
-from handiffuser.runtime.device_graphs import Streams
-from handiffuser.runtime.device_loading import onnxruntime_loader
 from onnx import parser
 
 SPEC = GraphSpec(
@@ -75,8 +79,8 @@ def test_device_arrays_know_bfloat16():
     for other in ("float16", np.float32):
         with pytest.raises(EngineError, match=r"x as float.*bfloat16\[B, 3\]"):
             check_feeds(spec, {"x": DeviceArray(1000, (4, 3), other)})
-    assert backend._element_type(array) == onnx.TensorProto.BFLOAT16
-    assert backend._element_type(DeviceArray(0, (1,), "uint8")) is np.uint8
+    assert _element_type(array) == onnx.TensorProto.BFLOAT16
+    assert _element_type(DeviceArray(0, (1,), "uint8")) is np.uint8
 
 
 def test_bfloat16_without_a_kernel_is_one_sentence(tmp_path):
@@ -84,7 +88,7 @@ def test_bfloat16_without_a_kernel_is_one_sentence(tmp_path):
     onnx.save(parser.parse_model(text), str(tmp_path / "toy.onnx"))
     tensors = [TensorSpec(name, "bfloat16", ("B", 3)) for name in ("x", "y")]
     with pytest.raises(EngineError, match=r"lacks a kernel .* in bfloat16: .*Exp.*--precision fp16\.$"):
-        OnnxRuntimeEngine(tmp_path / "toy.onnx", GraphSpec("toy.onnx", tensors[:1], tensors[1:]), device="cpu")
+        OnnxRuntimeEngine(tmp_path / "toy.onnx", GraphSpec("toy.onnx", tensors[:1], tensors[1:]))
 
 
 def test_check_is_cheap_enough_for_every_step():
@@ -102,7 +106,7 @@ def _seconds(call) -> float:
 
 
 def test_runs_any_batch_and_maps_state_outputs(toy):
-    engine = OnnxRuntimeEngine(toy, SPEC, device="cpu")
+    engine = OnnxRuntimeEngine(toy, SPEC)
     for batch in (1, 5):
         (name, value), *rest = engine(feeds(batch)).items()
         assert name == "x" and not rest
@@ -120,7 +124,7 @@ def test_runs_any_batch_and_maps_state_outputs(toy):
 )
 def test_a_file_that_differs_from_the_manifest_is_refused(toy, spec):
     with pytest.raises(BundleError, match=r"manifest says .* Export the bundle again"):
-        OnnxRuntimeEngine(toy, spec, device="cpu")
+        OnnxRuntimeEngine(toy, spec)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an onnx file", b"\x08\x0a\x12\x07"])
@@ -128,12 +132,12 @@ def test_a_broken_file_is_one_sentence(tmp_path, content):
     path = tmp_path / "toy.onnx"
     path.write_bytes(content)
     with pytest.raises(BundleError, match="cannot load") as caught:
-        OnnxRuntimeEngine(path, SPEC, device="cpu")
+        OnnxRuntimeEngine(path, SPEC)
     assert "\n" not in str(caught.value)
 
 
 def test_loads_a_bundle(toy_bundle):
-    manifest, engines = backend.load_engines(toy_bundle, "cpu", threads=1)
+    manifest, engines = load_engines(toy_bundle, "cpu", threads=1)
     assert set(engines) == set(manifest.graphs)
     text = engines["text_encoder"]({"input_ids": np.zeros((3, 77), np.int64)})["text"]
     assert text.shape == (3, 4)
@@ -145,16 +149,16 @@ def test_a_flipped_byte_and_a_missing_file_are_found(toy_copy):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(BundleError, match=r"unet\.onnx is damaged"):
-        backend.load_engines(toy_copy)
+        load_engines(toy_copy)
     path.unlink()
     with pytest.raises(BundleError, match=r"unet\.onnx is missing"):
-        backend.load_engines(toy_copy)
+        load_engines(toy_copy)
 
 
-@pytest.mark.parametrize(("device", "threads", "words"), [("tpu", None, "tpu"), ("cpu", 0, "0 threads")])
+@pytest.mark.parametrize(("device", "threads", "words"), [("tpu", None, "tpu"), ("cpu", 0, "at least 1, got 0")])
 def test_impossible_settings(toy_bundle, device, threads, words):
     with pytest.raises(EngineError, match=words):
-        backend.load_engines(toy_bundle, device, threads)
+        load_engines(toy_bundle, device, threads)
 
 
 def test_cuda_without_a_provider_says_how_to_get_one(toy):
@@ -162,7 +166,7 @@ def test_cuda_without_a_provider_says_how_to_get_one(toy):
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(EngineError, match=r"handiffuser\[cuda\]"):
-        OnnxRuntimeEngine(toy, SPEC, device="cuda")
+        OnnxRuntimeCudaEngine(toy, SPEC)
 
 
 def test_both_packages_installed_is_a_warning(toy_bundle, tmp_path, monkeypatch):
@@ -174,7 +178,7 @@ def test_both_packages_installed_is_a_warning(toy_bundle, tmp_path, monkeypatch)
         )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.warns(RuntimeWarning, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
-        backend.load_engines(toy_bundle, "cpu")
+        load_engines(toy_bundle, "cpu")
 
 
 def test_without_onnxruntime_the_message_says_what_to_install(toy_bundle):
@@ -190,7 +194,7 @@ def test_without_onnxruntime_the_message_says_what_to_install(toy_bundle):
 
 
 def test_memory_and_other_failures_while_running(toy):
-    engine = OnnxRuntimeEngine(toy, SPEC, device="cpu")
+    engine = OnnxRuntimeEngine(toy, SPEC)
 
     class Broken:
         def run(self, *_):
@@ -221,13 +225,13 @@ def fake_ort(monkeypatch):
 def test_a_session_may_capture_a_graph_of_its_own(toy, fake_ort):
     """For one size, with our own capture keeping out of it."""
     stream = int(Cuda().stream().handle)
-    engine = OnnxRuntimeEngine(toy, SPEC, "cuda", stream=stream, capture={"B": 4})
+    engine = OnnxRuntimeCudaEngine(toy, SPEC, stream=stream, capture={"B": 4})
     ((_, choices),) = fake_ort.sessions
     assert choices["enable_cuda_graph"] == "1" and choices["user_compute_stream"] == str(stream)
     assert [tensor.shape for tensor in engine.session.get_inputs()] == [[4, 3], [4, 2]]
     on_device = OnnxRuntimeDeviceEngine(engine)
     assert on_device.own_graph and not on_device.capturable(None)
-    plain = OnnxRuntimeDeviceEngine(OnnxRuntimeEngine(toy, SPEC, "cuda", stream=stream))
+    plain = OnnxRuntimeDeviceEngine(OnnxRuntimeCudaEngine(toy, SPEC, stream=stream))
     assert not plain.own_graph and "enable_cuda_graph" not in fake_ort.sessions[1][1]
 
 
@@ -235,7 +239,7 @@ def test_a_session_ends_after_its_last_run(toy, fake_ort):
     """Else its host buffers are freed in a callback of the stream, which CUDA forbids: the process ends."""
     cuda = Cuda()
     stream = cuda.stream()
-    engine = OnnxRuntimeDeviceEngine(OnnxRuntimeEngine(toy, SPEC, "cuda", stream=int(stream.handle)))
+    engine = OnnxRuntimeDeviceEngine(OnnxRuntimeCudaEngine(toy, SPEC, stream=int(stream.handle)))
     engine.bind(
         {tensor.name: cuda.zeros((4, *tensor.shape[1:]), tensor.dtype) for tensor in SPEC.inputs},
         {tensor.name: cuda.zeros((4, *tensor.shape[1:]), tensor.dtype) for tensor in SPEC.outputs},
@@ -245,21 +249,25 @@ def test_a_session_ends_after_its_last_run(toy, fake_ort):
 
 
 def test_only_steps_replay_and_a_refusal_runs_without(toy_bundle, fake_ort):
-    manifest, streams = Manifest.load(toy_bundle), Streams.make(Cuda(), True)
+    manifest, cuda = Manifest.load(toy_bundle), Cuda()
+    stream = cuda.stream()
     fake_ort.refuse = ("hand_prior",)
-    load = onnxruntime_loader(manifest, toy_bundle, streams, graphs=True)
+    load = device_engines("onnxruntime", toy_bundle, manifest, cuda, lambda _: stream, 4, replay=True).load
     own = {name: load(name, 4, 2).own_graph for name in manifest.graphs}
     assert own == {name: name == "unet" for name in manifest.graphs}
     a, b, c = load("unet", 2, 2), load("unet", 4, 2), load("image_decoder", 2, 2)
     assert a.own_graph and a.engine is not b.engine and c.engine is load("image_decoder", 4, 2).engine
-    assert not onnxruntime_loader(manifest, toy_bundle, streams)("unet", 4, 2).own_graph
+    found = device_engines("onnxruntime", toy_bundle, manifest, cuda, lambda _: stream, 3)
+    assert not found.load("unet", 4, 2).own_graph
+    assert found.buckets == [1, 2, 4] == found.single["hand_prior"] and len(found.single) == 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_half_precision_may_use_tensor_cores_and_float32_is_no_tf32(toy_bundle, fake_ort, precision):
     """use_tf32=0 forbids cuDNN every tensor core: in half precision it tries all convolutions twice."""
-    manifest, streams = replace(Manifest.load(toy_bundle), precision=precision), Streams.make(Cuda(), True)
-    load = onnxruntime_loader(manifest, toy_bundle, streams)
+    manifest, cuda = replace(Manifest.load(toy_bundle), precision=precision), Cuda()
+    stream = cuda.stream()
+    load = device_engines("onnxruntime", toy_bundle, manifest, cuda, lambda _: stream, 2).load
     for name in manifest.graphs:
         load(name, 2, 2)
         half = precision == "fp16" and name != "hand_features"
@@ -269,10 +277,10 @@ def test_half_precision_may_use_tensor_cores_and_float32_is_no_tf32(toy_bundle, 
 def test_a_gpu_that_fails_is_not_the_bundle_s_fault(toy, fake_ort):
     """ONNX Runtime says what failed behind half a kilobyte of C++."""
     stream = Cuda().stream()
-    engine = OnnxRuntimeEngine(toy, SPEC, "cuda", stream=int(stream.handle))
+    engine = OnnxRuntimeCudaEngine(toy, SPEC, stream=int(stream.handle))
     fake_ort.gpu.broken = fake_ort.gpu.cudaError_t.cudaErrorIllegalAddress
     with pytest.raises(EngineError, match=r"^The GPU failed while .*toy\.onnx: CUDA failure 700: \w+\. .*nvidia-smi"):
-        OnnxRuntimeEngine(toy, SPEC, "cuda", stream=int(stream.handle))
+        OnnxRuntimeCudaEngine(toy, SPEC, stream=int(stream.handle))
     error = engine.failure(RuntimeError("cuda_call.cc:114 onnxruntime::CudaCall CUBLAS failure 13: EXECUTION ; GPU=0"))
     assert str(error) == "ONNX Runtime failed in toy: CUBLAS failure 13: EXECUTION."
     error = engine.failure(RuntimeError("CudaCall CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0"))
@@ -280,7 +288,7 @@ def test_a_gpu_that_fails_is_not_the_bundle_s_fault(toy, fake_ort):
 
 
 def test_usable_cores_is_sane():
-    assert 1 <= backend.usable_cores() <= 4096
+    assert 1 <= usable_cores() <= 4096
 
 
 @pytest.mark.parametrize("kind", ["fake", pytest.param("real", marks=pytest.mark.gpu)])
@@ -291,8 +299,8 @@ def test_cuda_agrees_with_the_cpu(toy, kind, request):
         pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
     cuda = Cuda()
     stream = cuda.stream()
-    engine = OnnxRuntimeDeviceEngine(OnnxRuntimeEngine(toy, SPEC, device="cuda", stream=int(stream.handle)))
-    given, results = feeds(), OnnxRuntimeEngine(toy, SPEC, device="cpu")(feeds())
+    engine = OnnxRuntimeDeviceEngine(OnnxRuntimeCudaEngine(toy, SPEC, stream=int(stream.handle)))
+    given, results = feeds(), OnnxRuntimeEngine(toy, SPEC)(feeds())
     inputs = {name: cuda.zeros(value.shape, value.dtype) for name, value in given.items()}
     outputs = {name: cuda.zeros(value.shape, value.dtype) for name, value in results.items()}
     engine.bind(inputs, outputs)

@@ -18,6 +18,7 @@ pytest.importorskip("cuda.bindings.runtime")
 from fake_runtime import Op, fake_cuda
 from handiffuser import EngineError, ExportError
 from handiffuser.contract import GRAPHS, GraphSpec, Manifest
+from handiffuser.engines import inductor
 from handiffuser.engines.inductor import InductorDeviceEngine, InductorEngine, find_compiled
 from handiffuser.engines.plans import PlanStore, parts
 from handiffuser.engines.tensorrt import Options
@@ -26,7 +27,6 @@ from handiffuser.export.bundle import run_module
 from handiffuser.export.graphs import Graph, graphs
 from handiffuser.export.inductor import compile_graph
 from handiffuser.models.smplh import SMPLH
-from handiffuser.runtime import device_loading
 from torch import Tensor, nn
 from torch._inductor import config
 
@@ -301,8 +301,8 @@ def test_what_is_compiled_is_found_by_device_and_version(toy_bundle, tmp_path, m
             self.path, self.spec = path, spec
             made.append((spec.file, device, asynchronous))
 
-    monkeypatch.setattr(device_loading, "InductorEngine", Loaded)
-    load = device_loading.inductor_loader(manifest, tmp_path)
+    monkeypatch.setattr(inductor, "InductorEngine", Loaded)
+    load = inductor.device_engines("inductor", tmp_path, manifest, None, lambda _: None, 4).load
     engines = [load(name, bucket, 2) for name, bucket in (("unet", 1), ("unet", 4), ("hand_prior", 1))]
     assert len(set(map(id, engines))) == 3 and [engine.spec.file for engine in engines[1:]] == [
         "unet.onnx",

@@ -12,7 +12,8 @@ from handiffuser import shipped
 from handiffuser.contract import Manifest
 from handiffuser.engines import inspect
 from handiffuser.engines.plans import LAYERS, PlanStore, parts
-from handiffuser.engines.tensorrt import Backend, Options
+from handiffuser.engines.tensorrt import Options, TensorRT
+from handiffuser.engines.tensorrt_build import build_plan
 from handiffuser.errors import EngineError
 
 REPORT = """Layers:
@@ -51,9 +52,9 @@ def folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("inspect")
     bundle = shipped.resolve("demo", "bundle")
     shutil.copy(bundle / "manifest.json", out)
-    manifest, backend, options = Manifest.load(out, verify=False), Backend("tensorrt-rtx"), Options()
+    manifest, backend, options = Manifest.load(out, verify=False), TensorRT("tensorrt-rtx"), Options()
     spec = manifest.graphs["unet_context"]
-    plan, proof = backend.build(bundle / spec.file, {"B": 2, "G": 2}, "fp32", options)
+    plan, proof = build_plan(backend, bundle / spec.file, {"B": 2, "G": 2}, "fp32", options)
     target = backend.target(options, None)
     wanted = parts(manifest, "unet_context", {"B": 2, "G": 2}, backend.name, backend.version, target, options)
     PlanStore(out).add(wanted, plan, proof, 1.0)

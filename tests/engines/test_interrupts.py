@@ -14,7 +14,8 @@ import pytest
 from commands import listen
 from handiffuser import shipped
 from handiffuser.engines.plans import PlanStore
-from handiffuser.engines.tensorrt import Backend, Options
+from handiffuser.engines.tensorrt import Options, TensorRT
+from handiffuser.engines.tensorrt_build import build_plan
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -60,4 +61,4 @@ def test_a_callback_that_fails_is_no_crash_and_no_loss():
 
     graph = shipped.resolve("demo", "bundle") / "unet_context.onnx"
     with pytest.raises(ZeroDivisionError, match="in the callback"):
-        Backend("tensorrt-rtx").build(graph, {"B": 1, "G": 2}, "fp32", Options(), fail)
+        build_plan(TensorRT("tensorrt-rtx"), graph, {"B": 1, "G": 2}, "fp32", Options(), fail)

@@ -12,13 +12,14 @@ import pytest
 from handiffuser import HanDiffuser, Request
 from handiffuser.calibration import fidelity
 from handiffuser.contract import ROW_HEAD, Manifest
-from handiffuser.engines import cli, cpu, openvino
-from handiffuser.engines.build import build_plans
+from handiffuser.engines import build as tensorrt
+from handiffuser.engines import cli, cpu, openvino, verdict
 from handiffuser.engines.onnxruntime import OnnxRuntimeEngine
-from handiffuser.engines.plans import PlanStore, user_cache
+from handiffuser.engines.plans import PlanStore, Wanted, user_cache
+from handiffuser.engines.verdict import Verdict
 from handiffuser.errors import BundleError, EngineError
-from handiffuser.export import admit
-from handiffuser.runtime import admission, loading
+from handiffuser.export import lower
+from handiffuser.runtime import comparing, loading
 
 pytest.importorskip("openvino")
 bf16 = pytest.mark.skipif(not cpu.has_bf16(), reason="this processor has no bfloat16")
@@ -51,7 +52,7 @@ def feeds_of(spec, **sizes) -> dict:
 def test_every_graph_gives_what_onnx_runtime_gives(tiny_bundle, name):
     spec = Manifest.load(tiny_bundle, verify=False).graphs[name]
     engine = openvino.OpenVinoEngine(tiny_bundle / spec.file, spec, "fp32", threads=1)
-    reference = OnnxRuntimeEngine(tiny_bundle / spec.file, spec, "cpu", threads=1)
+    reference = OnnxRuntimeEngine(tiny_bundle / spec.file, spec, threads=1)
     for sizes in ({"B": 2, "G": 2, "S": 3}, {"B": 1, "G": 1, "S": 1}):
         feeds = feeds_of(spec, **sizes)
         exact, got = reference(feeds), engine(feeds)
@@ -78,7 +79,7 @@ def test_latents_and_history_are_float32_in_bfloat16(tiny_bundle):
     expected = row[:, head::2, None, None, None] * x[:, None] + next_h
     np.testing.assert_allclose(got["history"], expected, rtol=0, atol=1e-6)
     feeds["row"] = row + 1
-    exact = OnnxRuntimeEngine(tiny_bundle / spec.file, spec, "cpu", threads=1)(feeds)["latents"]
+    exact = OnnxRuntimeEngine(tiny_bundle / spec.file, spec, threads=1)(feeds)["latents"]
     error = np.abs(engine(feeds)["latents"] - exact).max() / np.abs(exact).max()
     assert 1e-5 < error < 5e-2  # it does round the network
 
@@ -155,7 +156,7 @@ def test_what_was_compiled_is_kept_proven_and_made_again_when_damaged(folder, mo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load()
-    monkeypatch.setattr(cpu, "target", lambda: "another processor")
+    monkeypatch.setattr(openvino, "target", lambda: "another processor")
     assert openvino.shelf_of(folder, Manifest.load(folder), "bf16").plan("unet", {"B": 1, "G": 2}) is None
 
 
@@ -167,35 +168,35 @@ def test_auto_takes_it_for_long_runs_where_it_was_measured_to_be_true(folder, mo
             with HanDiffuser.load(folder, threads=1, pictures=pictures) as pipeline:
                 return pipeline.made_by.get("backend", "onnxruntime"), " ".join(str(one.message) for one in said)
 
-    noted = admission.Admission(psnr=50.0, exact=2.0, fast=1.0, ready=2.5)
+    noted = Verdict(psnr=50.0, exact=2.0, fast=1.0, ready=2.5)
     measured = []
-    monkeypatch.setattr(loading, "measure", lambda *_: measured.append(1) or noted)
-    assert device(1) == device(admission.FIRST - 1) == ("onnxruntime", "")
-    taken, said = device(admission.FIRST)
+    monkeypatch.setattr(comparing, "measure", lambda *_: measured.append(1) or noted)
+    assert device(1) == device(loading.FIRST - 1) == ("onnxruntime", "")
+    taken, said = device(loading.FIRST)
     assert taken == "openvino" and "2.00 times as fast" in said and "50 dB" in said and "--backend onnxruntime" in said
     assert noted.pays == 3 and device(2)[0] == "onnxruntime" and device(3)[0] == "openvino"
     assert measured == [1]
 
     shelf = openvino.shelf_of(folder, Manifest.load(folder), "bf16")
-    for worse in (admission.Admission(34.0, 2.0, 1.0, 1.0), admission.Admission(50.0, 1.0, 1.1, 1.0)):
-        admission.write(shelf, worse)
-        assert admission.read(shelf) == worse and device(1000)[0] == "onnxruntime"
+    for worse in (Verdict(34.0, 2.0, 1.0, 1.0), Verdict(50.0, 1.0, 1.1, 1.0)):
+        verdict.write(shelf, worse)
+        assert verdict.read(shelf) == worse and device(1000)[0] == "onnxruntime"
 
 
 @bf16
-def test_admission_measures_both(tiny_bundle):
-    _, exact = loading.load_engines(tiny_bundle, "cpu", 1)
-    fast = loading.load_openvino_loop(tiny_bundle, 1, 1, 1)
+def test_both_are_measured(tiny_bundle):
+    _, exact = comparing.load_engines(tiny_bundle, "cpu", 1)
+    fast = comparing.load_host_loop(tiny_bundle, "openvino", threads=1)
     engines = {name: timed.engine for name, timed in fast.engines.items()}
-    found = admission.measure(fast.bundle, exact, engines, 1.0)
+    found = comparing.measure(fast.bundle, exact, engines, 1.0)
     assert 20 < found.psnr < 999 and found.exact > 0 and found.fast > 0
-    assert admission.measure(fast.bundle, exact, exact, 1.0).psnr == 1000
+    assert comparing.measure(fast.bundle, exact, exact, 1.0).psnr == 1000
 
 
 @bf16
 def test_built_beside_a_bundle_for_where_nothing_can_be_compiled(folder, monkeypatch, capsys):
     # Of a model so small the faster one is a matter of chance.
-    monkeypatch.setattr(loading, "measure", lambda *_: admission.Admission(50.0, 2.0, 1.0, 0.5))
+    monkeypatch.setattr(comparing, "measure", lambda *_: Verdict(50.0, 2.0, 1.0, 0.5))
     assert cli.build.main([str(folder), "--backend", "openvino"], standalone_mode=False) == 0
     said = capsys.readouterr().err
     assert "bf16 beside float32, 6 pictures" in said or "Nothing" in said
@@ -207,7 +208,7 @@ def test_built_beside_a_bundle_for_where_nothing_can_be_compiled(folder, monkeyp
     monkeypatch.setattr(openvino.shared_core(), "read_model", lambda path: pytest.fail("compiled again"))
     with HanDiffuser.load(folder, threads=1, backend="openvino") as pipeline:
         assert pipeline.generate("a fist", steps=1)
-    monkeypatch.setattr(cpu, "target", lambda: "another processor")
+    monkeypatch.setattr(openvino, "target", lambda: "another processor")
     assert cli.list_plans.main([str(folder)], standalone_mode=False) == 0
     assert capsys.readouterr().out.count("for another processor") == 2
 
@@ -217,15 +218,15 @@ def test_int8_is_kept_where_it_is_faster_than_bfloat16(tiny_bundle, folder, tmp_
     seen = []
 
     def gain(faster: float):
-        return lambda exact, quantized, count: seen.append(quantized) or admission.Admission(50.0, faster, 1.0, 0.0)
+        return lambda exact, quantized, count: seen.append(quantized) or Verdict(50.0, faster, 1.0, 0.0)
 
-    monkeypatch.setattr(admit, "beside_bfloat16", gain(0.5))
-    with pytest.raises(EngineError, match=r"int8 takes 1000 ms.*bfloat16 500. Nothing was written"):
-        admit.quantize(None, folder, "int8", None, 23)
+    monkeypatch.setattr(lower, "beside_bfloat16", gain(0.5))
+    with pytest.raises(EngineError, match=r"int8 takes 1000 ms.*bfloat16 500 ms.*Nothing was written"):
+        lower.quantize(None, folder, "int8", None, 23)
     assert Manifest.load(folder).precision == "fp32" and not seen[0].exists()
 
-    monkeypatch.setattr(admit, "beside_bfloat16", gain(2.0))
-    report, kept = admit.quantize(None, folder, "int8", None, 23)
+    monkeypatch.setattr(lower, "beside_bfloat16", gain(2.0))
+    report, kept = lower.quantize(None, folder, "int8", None, 23)
     manifest = Manifest.load(folder)
     assert (manifest.precision, manifest.base) == ("int8", "fp32") and manifest.made_by["beside_bfloat16"] == 2.0
     assert report.passes and report.precision == "int8" and not kept
@@ -238,9 +239,9 @@ def test_int8_is_kept_where_it_is_faster_than_bfloat16(tiny_bundle, folder, tmp_
     exact, eight = pictures
     for name, value in exact.hands.items():  # which float32 computes in both
         np.testing.assert_array_equal(value, eight.hands[name])
-    assert 25 < admission.psnr(exact.image, eight.image) < 70
+    assert 25 < verdict.psnr(exact.image, eight.image) < 70
     with pytest.raises(EngineError, match="in int8 for OpenVINO"):
-        next(build_plans(folder, "tensorrt-rtx"))
+        next(tensorrt.build("tensorrt-rtx", folder, Wanted()))
 
 
 @bf16
@@ -251,11 +252,11 @@ def test_int8_of_a_large_model_is_tried_until_one_picture_is_near(folder, monkey
     def gain(exact, quantized, count):
         assert count == 1
         seen.append(Manifest.load(quantized, verify=False).made_by["smooth"])
-        return admission.Admission(next(psnr, 30.0), 2.0, 1.0, 0.0)
+        return Verdict(next(psnr, 30.0), 2.0, 1.0, 0.0)
 
-    monkeypatch.setattr(admit, "beside_bfloat16", gain)
-    report, kept = admit.quantize(None, folder, "int8", None, 23, compare=False)
-    assert report is None and kept["unet"] and seen == [smooth for smooth, _ in admit.ATTEMPTS[:3]]
+    monkeypatch.setattr(lower, "beside_bfloat16", gain)
+    report, kept = lower.quantize(None, folder, "int8", None, 23, compare=False)
+    assert report is None and kept["unet"] and seen == [smooth for smooth, _ in lower.ATTEMPTS[:3]]
     noted = Manifest.load(folder).made_by
     assert noted["beside_bfloat16"] == 2.0 and noted["quantized"]["unet"]["kept"] == kept["unet"]
 
@@ -263,10 +264,10 @@ def test_int8_of_a_large_model_is_tried_until_one_picture_is_near(folder, monkey
 @bf16
 def test_int8_of_a_large_model_that_never_comes_near_is_refused(folder, monkeypatch):
     seen = []
-    monkeypatch.setattr(admit, "beside_bfloat16", lambda *_: seen.append(1) or admission.Admission(30.0, 2.0, 1.0, 0.0))
-    with pytest.raises(EngineError, match=r"30 dB from that in bfloat16, and 35 must be.*0.50 of the time"):
-        admit.quantize(None, folder, "int8", None, 23, compare=False)
-    assert len(seen) == len(admit.ATTEMPTS) and Manifest.load(folder).precision == "fp32"
+    monkeypatch.setattr(lower, "beside_bfloat16", lambda *_: seen.append(1) or Verdict(30.0, 2.0, 1.0, 0.0))
+    with pytest.raises(EngineError, match=r"at least 35 dB from those in bfloat16, got 30 dB, in 0.50 of the time"):
+        lower.quantize(None, folder, "int8", None, 23, compare=False)
+    assert len(seen) == len(lower.ATTEMPTS) and Manifest.load(folder).precision == "fp32"
 
 
 @bf16

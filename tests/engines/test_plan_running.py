@@ -13,13 +13,12 @@ pytest.importorskip("cuda.bindings.runtime")
 from fake_runtime import fake_cuda
 from handiffuser.contract import GRAPHS, GraphSpec, Manifest, TensorSpec
 from handiffuser.engines import build
-from handiffuser.engines.base import check_gpu
+from handiffuser.engines.base import check_gpu, powers_of_two
 from handiffuser.engines.build import options_for, wanted_plans
-from handiffuser.engines.plans import PlanStore, parts
-from handiffuser.engines.tensorrt import EVERYWHERE, Backend, LoadedPlan, Options, Scratch, TensorRTEngine
+from handiffuser.engines.plans import PlanStore, Wanted, parts
+from handiffuser.engines.tensorrt import EVERYWHERE, LoadedPlan, Options, Scratch, TensorRT, TensorRTEngine
+from handiffuser.engines.tensorrt_loading import enough, usable_plans
 from handiffuser.errors import EngineError
-from handiffuser.runtime.device_loading import enough, usable_plans
-from handiffuser.runtime.loading import powers_of_two
 
 SPEC = GraphSpec(
     "toy.onnx",
@@ -70,8 +69,8 @@ class FakePlan:
 
 
 def backend(rtx=False, valid=True, loads=True):
-    """A Backend without its module."""
-    fake = Backend.__new__(Backend)
+    """A TensorRT without its module."""
+    fake = TensorRT.__new__(TensorRT)
     fake.name, fake.version, fake.rtx = ("tensorrt-rtx" if rtx else "tensorrt"), "11.0", rtx
     fake.messages, fake.loaded, fake.logger = [], weakref.WeakSet(), None
     runtime = SimpleNamespace(
@@ -216,7 +215,7 @@ def test_a_driver_that_refuses_is_one_sentence(kind):
     one = backend()
     setattr(one.module, kind, refuse)
     with pytest.raises(EngineError, match=r"tensorrt 11\.0 does not start \(CUDA initialization failure.*nvidia-smi"):
-        one._made(kind)
+        one.made(kind)
 
 
 def test_contexts_of_a_plan_share_one_cache_of_kernels_that_is_written_once(tmp_path):
@@ -321,7 +320,7 @@ def on(capability):
         (("tensorrt",), on("12.0"), "tensorrt", "12.0"),
         (("tensorrt-rtx",), on("10.0"), None, r"does not run on this GPU \(Fake GPU.*10\.0.*--backend tensorrt"),
         (("tensorrt-rtx", "tensorrt"), None, "tensorrt-rtx", "8.x or 12.x"),
-        (("tensorrt",), None, None, "no GPU here.*handiffuser\\[tensorrt-rtx\\]"),
+        (("tensorrt",), None, None, "no usable GPU.*handiffuser\\[tensorrt-rtx\\]"),
         ((), on("8.9"), None, "cannot be imported"),
     ],
 )
@@ -331,12 +330,12 @@ def test_the_backend_follows_from_the_gpu(monkeypatch, installed, cuda, chosen, 
             raise EngineError(f"{name} cannot be imported")
         return backend(rtx=name == "tensorrt-rtx")
 
-    monkeypatch.setattr(build, "Backend", stand_in)
+    monkeypatch.setattr(build, "TensorRT", stand_in)
     if chosen is None:
         with pytest.raises(EngineError, match=words):
-            build.choose_backend(cuda)
+            build.choose_builder(cuda)
     else:
-        name, sentence = build.choose_backend(cuda)
+        name, sentence = build.choose_builder(cuda)
         assert name == chosen and words in sentence
 
 
@@ -348,7 +347,7 @@ def test_plans_without_named_gpus_are_for_the_gpu_that_is_there():
     assert rtx.for_gpu(for_others, on("7.5")) == rtx.for_gpu(for_others, on("9.0")) == for_others
     with pytest.raises(EngineError, match=r"does not run on this GPU.*--backend tensorrt.*--compute-capability 8\.9"):
         rtx.for_gpu(plain, on("9.0"))
-    with pytest.raises(EngineError, match=r"7\.5 is for no other: build twice"):
+    with pytest.raises(EngineError, match=r"7\.5 serves no other GPU: build twice"):
         rtx.for_gpu(Options(compute_capabilities=("7.5", "8.9")), None)
     assert backend().for_gpu(plain, on("9.0")) == plain
 
@@ -363,7 +362,7 @@ def test_plans_are_picked_by_bundle_backend_version_and_gpu(toy_bundle, tmp_path
     everywhere = f"compute capability {EVERYWHERE}"
 
     def add(version, target, sizes, dynamic=False):
-        for name, batch in wanted_plans(manifest, sizes, dynamic):
+        for name, batch in wanted_plans(manifest, Wanted(tuple(sizes), dynamic)):
             store.add(parts(manifest, name, batch, module.name, version, target, Options()), b"plan", {}, 1.0)
 
     with pytest.raises(
@@ -377,7 +376,7 @@ def test_plans_are_picked_by_bundle_backend_version_and_gpu(toy_bundle, tmp_path
     add("11.0", everywhere, [4])
     found = usable_plans(store, manifest, module, cuda)
     assert set(found) == set(GRAPHS) and list(found["unet"]) == [4]
-    for name, batch in wanted_plans(manifest, [1, 3], shared=True):
+    for name, batch in wanted_plans(manifest, Wanted((1, 3), shared=True)):
         store.add(parts(manifest, name, batch, module.name, "11.0", everywhere, Options()), b"plan", {}, 1.0)
     found = usable_plans(store, manifest, module, cuda)
     assert sorted(found["unet"]) == [1, 3, 4] and found["unet"][1] is found["unet"][3]

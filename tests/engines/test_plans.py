@@ -12,7 +12,7 @@ from handiffuser.contract import Manifest
 from handiffuser.engines.build import wanted_plans
 from handiffuser.engines.cli import commands, stale
 from handiffuser.engines.inspect import find_plans
-from handiffuser.engines.plans import PlanStore, belongs, key_of, parts, user_cache
+from handiffuser.engines.plans import PlanStore, Wanted, belongs, key_of, parts, user_cache
 from handiffuser.engines.tensorrt import Options
 from handiffuser.errors import EngineError
 from handiffuser.shipped import bundle_path
@@ -26,12 +26,12 @@ def manifest(toy_bundle):
 
 
 def all_parts(manifest, sizes=(1, 4), dynamic=False, shared=False, **changes):
-    plans = wanted_plans(manifest, sizes, dynamic, shared=shared)
+    plans = wanted_plans(manifest, Wanted(tuple(sizes), dynamic, shared))
     return [parts(manifest, name, batch, **{**BASE, **changes}) for name, batch in plans]
 
 
 def build(store, wanted):
-    """What build_plans does, without a backend: returns {(graph, sizes): why} of what had to be built."""
+    """What building does, without a backend: returns {(graph, sizes): why} of what had to be built."""
     built = {}
     for one in wanted:
         if store.find(one) is None:
@@ -90,13 +90,13 @@ def test_another_batch_size_builds_only_that(manifest, tmp_path):
     assert {sizes for _, sizes in shared} == {"B=1+8", "B=1+8,G=2", "B=1+8,G=1"}
     assert {tuple(plan.batches) for plan in store if "+" in plan.parts["sizes"]} == {(1, 8)}
     with pytest.raises(EngineError, match="leave out --dynamic or --shared-weights"):
-        wanted_plans(manifest, [1, 8], dynamic=True, shared=True)
+        wanted_plans(manifest, Wanted((1, 8), dynamic=True, shared=True))
     assert {sizes for _, sizes in dynamic} == {"B=1-8-8", "B=1-8-8,G=2", "B=1-8-8,G=1"}
 
 
 def test_without_guidance_the_unet_is_built_on_request(manifest):
     def single(**options):
-        return {name for name, sizes in wanted_plans(manifest, [1, 4], **options) if sizes.get("G") == 1}
+        return {name for name, sizes in wanted_plans(manifest, Wanted((1, 4), **options)) if sizes.get("G") == 1}
 
     assert single() == {"hand_prior"} and single(guidance_free=True) == {"hand_prior", "unet"}
 
@@ -213,9 +213,9 @@ def test_a_wrong_record_is_a_stray_with_a_sentence(manifest, tmp_path, wrong):
 
 
 def test_sizes_that_make_no_sense(manifest):
-    for sizes in ((), (0,), (5000,)):
-        with pytest.raises(EngineError, match="Batch sizes must be"):
-            wanted_plans(manifest, sizes)
+    for sizes in ((0,), (5000,)):
+        with pytest.raises(EngineError, match="batch_sizes must be 1 to 4096, got"):
+            wanted_plans(manifest, Wanted(sizes))
 
 
 def test_plans_of_the_shipped_demo_are_in_the_user_s_cache(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ import pytest
 from commands import run_command
 from handiffuser.contract import GRAPHS, Manifest
 from handiffuser.engines.build import gpu, wanted_plans
-from handiffuser.engines.plans import PlanStore
-from handiffuser.engines.tensorrt import Backend, Options
+from handiffuser.engines.plans import PlanStore, Wanted
+from handiffuser.engines.tensorrt import Options, TensorRT
+from handiffuser.engines.tensorrt_build import build_plan
 from handiffuser.errors import EngineError
 
 pytest.importorskip("tensorrt_rtx")
@@ -17,7 +18,7 @@ pytest.importorskip("tensorrt_rtx")
 
 @pytest.fixture(scope="module")
 def backend():
-    return Backend("tensorrt-rtx")
+    return TensorRT("tensorrt-rtx")
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +49,24 @@ def test_float32_and_dynamic_plans_build_too(backend, tiny_bundle):
     manifest = Manifest.load(tiny_bundle)
     for name in GRAPHS:
         sizes = {"S": (1, 20, 1000)} if name == "unet_time" else {"B": (1, 2, 4), "G": 2}
-        plan, proof = backend.build(tiny_bundle / manifest.graphs[name].file, sizes, "fp32", Options(level=0))
+        plan, proof = build_plan(backend, tiny_bundle / manifest.graphs[name].file, sizes, "fp32", Options(level=0))
         assert plan and set(proof["types"]) <= {"FLOAT"}
 
 
 def test_float32_is_never_tf32(backend, tiny_bundle, monkeypatch):
     graph = tiny_bundle / "unet_context.onnx"
-    _, proof = backend.build(graph, {"B": 1, "G": 2}, "fp32", Options(level=0))
+    _, proof = build_plan(backend, graph, {"B": 1, "G": 2}, "fp32", Options(level=0))
     assert proof["tf32"] is False
     # What TensorRT does unless told otherwise is found out and refused.
     monkeypatch.setattr(backend.module.IBuilderConfig, "clear_flag", lambda config, flag: None)
     with pytest.raises(EngineError, match=r"float32 layers of unet_context in TF32"):
-        backend.build(graph, {"B": 1, "G": 2}, "fp32", Options(level=0))
+        build_plan(backend, graph, {"B": 1, "G": 2}, "fp32", Options(level=0))
 
 
 def test_bfloat16_is_built_as_bfloat16(backend, tiny_bf16):
     manifest = Manifest.load(tiny_bf16)
-    for name, sizes in wanted_plans(manifest, [2]):
-        plan, proof = backend.build(tiny_bf16 / manifest.graphs[name].file, sizes, "bf16", Options(level=0))
+    for name, sizes in wanted_plans(manifest, Wanted((2,))):
+        plan, proof = build_plan(backend, tiny_bf16 / manifest.graphs[name].file, sizes, "bf16", Options(level=0))
         wanted = "FLOAT" if name == "hand_features" else "BF16"
         assert plan and set(proof["types"]) == {wanted}, name
         for spec in (*manifest.graphs[name].inputs, *manifest.graphs[name].outputs):
@@ -76,42 +77,44 @@ def test_bfloat16_is_built_as_bfloat16(backend, tiny_bf16):
 def test_bfloat16_for_a_gpu_without_it(backend, tiny_bf16):
     graph = tiny_bf16 / "unet_context.onnx"
     with pytest.raises(EngineError, match=r"7\.5 do not compute in bfloat16.*--precision fp16"):
-        backend.build(graph, {"B": 1, "G": 2}, "bf16", Options(compute_capabilities=("7.5", "8.9")))
-    plan, _ = backend.build(graph, {"B": 1, "G": 2}, "bf16", Options(compute_capabilities=("8.0",)))
+        build_plan(backend, graph, {"B": 1, "G": 2}, "bf16", Options(compute_capabilities=("7.5", "8.9")))
+    plan, _ = build_plan(backend, graph, {"B": 1, "G": 2}, "bf16", Options(compute_capabilities=("8.0",)))
     assert plan
 
 
 def test_float32_instead_of_bfloat16_is_an_error(backend, tiny_bundle):
-    with pytest.raises(EngineError, match=r"unet_context was to be bf16.*in FLOAT.*--precision bf16"):
-        backend.build(tiny_bundle / "unet_context.onnx", {"B": 1, "G": 2}, "bf16", Options())
+    with pytest.raises(EngineError, match=r"unet_context that compute must be in bf16.*in FLOAT.*--precision bf16"):
+        build_plan(backend, tiny_bundle / "unet_context.onnx", {"B": 1, "G": 2}, "bf16", Options())
 
 
 def test_another_precision_than_asked_is_an_error(backend, built):
-    with pytest.raises(EngineError, match=r"unet was to be fp32.*in HALF.*--precision fp32"):
-        backend.build(built / "unet.onnx", {"B": 1, "G": 2}, "fp32", Options())
+    with pytest.raises(EngineError, match=r"unet that compute must be in fp32.*in HALF.*--precision fp32"):
+        build_plan(backend, built / "unet.onnx", {"B": 1, "G": 2}, "fp32", Options())
 
 
 def test_progress_is_true_and_can_stop(backend, built):
     seen = []
-    backend.build(built / "image_decoder.onnx", {"B": 1}, "fp16", Options(), lambda _, done: seen.append(done) or True)
+    build_plan(
+        backend, built / "image_decoder.onnx", {"B": 1}, "fp16", Options(), lambda _, done: seen.append(done) or True
+    )
     assert len(seen) > 10 and seen == sorted(seen) and 0 <= seen[0] < 0.5 < seen[-1] <= 1
     with pytest.raises(KeyboardInterrupt):
-        backend.build(built / "image_decoder.onnx", {"B": 1}, "fp16", Options(), lambda *_: False)
+        build_plan(backend, built / "image_decoder.onnx", {"B": 1}, "fp16", Options(), lambda *_: False)
 
 
 def test_chosen_gpus(backend, built):
     graph = built / "unet_context.onnx"
-    everywhere, _ = backend.build(graph, {"B": 1, "G": 2}, "fp16", Options())
-    one, _ = backend.build(graph, {"B": 1, "G": 2}, "fp16", Options(compute_capabilities=("8.9",)))
+    everywhere, _ = build_plan(backend, graph, {"B": 1, "G": 2}, "fp16", Options())
+    one, _ = build_plan(backend, graph, {"B": 1, "G": 2}, "fp16", Options(compute_capabilities=("8.9",)))
     assert one and everywhere
     with pytest.raises(EngineError, match=r"compute capability 9\.0.*7\.5, 8\.0"):
-        backend.build(graph, {"B": 1, "G": 2}, "fp16", Options(compute_capabilities=("9.0",)))
+        build_plan(backend, graph, {"B": 1, "G": 2}, "fp16", Options(compute_capabilities=("9.0",)))
 
 
 def test_what_is_no_graph(backend, tmp_path):
     (tmp_path / "junk.onnx").write_bytes(b"hello")
     with pytest.raises(EngineError, match=r"cannot read junk\.onnx"):
-        backend.build(tmp_path / "junk.onnx", {"B": 1}, "fp16", Options())
+        build_plan(backend, tmp_path / "junk.onnx", {"B": 1}, "fp16", Options())
 
 
 def test_the_same_command_again_does_nothing(built, tiny_checkpoint_folder):
@@ -156,8 +159,8 @@ def test_engines_command(built):
         (("build", "nowhere"), 1, "does not exist"),
         (("list", "nowhere"), 1, "does not exist"),
         (("build", "{}", "--backend", "tensorrt"), 1, "cannot be imported"),
-        (("build", "{}", "--batch-sizes", "1,x"), 2, "no list of batch sizes"),
-        (("build", "{}", "--batch-sizes", "0"), 2, "no list of batch sizes"),
+        (("build", "{}", "--batch-sizes", "1,x"), 2, "must be a list such as 1,2,4,8"),
+        (("build", "{}", "--batch-sizes", "0"), 2, "must be a list such as 1,2,4,8"),
         (("build", "{}", "--build-level", "9"), 2, "0<=x<=5"),
         (("build", "{}", "--compute-capability", "9.0"), 1, "9.0"),
     ],

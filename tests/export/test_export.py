@@ -116,7 +116,7 @@ def test_half_precision_that_fails_its_bar_is_refused(tiny_checkpoint_folder, tm
     report = Report("fp16", "cpu", True, 1e-2, {}, [PictureError("a fist", 0, 20.0, 0.0)])
     report.graphs["unet"] = GraphError(0.5, 0.5, "latents")
     assert not report.passes
-    monkeypatch.setattr("handiffuser.export.admit.admit", lambda *_: (report, {"unet": ["node_conv2d"]}))
+    monkeypatch.setattr("handiffuser.export.lower.mend", lambda *_: (report, {"unet": ["node_conv2d"]}))
     monkeypatch.setattr("handiffuser.export.bundle.parity", lambda *_: (0.0, "text"))
     command = [str(tiny_checkpoint_folder), str(tmp_path / "out"), "--precision", "fp16"]
     refused = CliRunner().invoke(export_command, command)

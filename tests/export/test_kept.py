@@ -180,7 +180,7 @@ def test_stopped_while_precisions_are_compared(made, tiny_checkpoint_folder, tmp
             raise KeyboardInterrupt
         return Report("fp16", "cpu", False, 1e-3, {}, [])
 
-    monkeypatch.setattr("handiffuser.export.admit.fidelity", fidelity)
+    monkeypatch.setattr("handiffuser.export.lower.fidelity", fidelity)
     monkeypatch.setattr(Report, "passes", property(lambda _: True))
     monkeypatch.setattr(Report, "summary", lambda _: "")
     monkeypatch.setattr(Report, "to_json", lambda _: {})

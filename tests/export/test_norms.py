@@ -9,7 +9,8 @@ import onnxruntime
 import pytest
 import torch
 from handiffuser.calibration.emulate import emulate
-from handiffuser.engines.tensorrt import Backend, Options
+from handiffuser.engines.tensorrt import Options, TensorRT
+from handiffuser.engines.tensorrt_build import build_plan
 from handiffuser.export.norms import LARGEST_GROUP, write_out_norms
 from torch import nn
 
@@ -88,7 +89,7 @@ def test_a_plan_has_fewer_kernels(tmp_path):
         assert not written or write_out_norms(model) == 1
         path = tmp_path / f"block_{written}.onnx"
         ir.save(model, path)
-        _, proof = Backend("tensorrt-rtx").build(path, {"B": 2}, "fp16", Options())
+        _, proof = build_plan(TensorRT("tensorrt-rtx"), path, {"B": 2}, "fp16", Options())
         layers[written] = [layer["kernel"] for layer in proof["layers"]]
     assert any("Gnor" in kernel for kernel in layers[False])
     assert not any("Gnor" in kernel for kernel in layers[True])

@@ -11,7 +11,8 @@ import onnxruntime
 import pytest
 import torch
 from handiffuser.calibration.emulate import emulate
-from handiffuser.engines.tensorrt import Backend, Options
+from handiffuser.engines.tensorrt import Options, TensorRT
+from handiffuser.engines.tensorrt_build import build_plan
 from handiffuser.export.upsampling import NARROW, fold_upsampling
 from torch import nn
 
@@ -97,5 +98,5 @@ def test_tensorrt_builds_it(tmp_path):
     path = tmp_path / "block.onnx"
     ir.save(model, path)
     axis = onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    content, _ = Backend("tensorrt-rtx").build(path, {axis: 2}, "fp16", Options())
+    content, _ = build_plan(TensorRT("tensorrt-rtx"), path, {axis: 2}, "fp16", Options())
     assert content

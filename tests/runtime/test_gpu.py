@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from handiffuser import HanDiffuser, Request
-from handiffuser.engines.build import build_plans
+from handiffuser.engines.backends import GPU_PLANNED
+from handiffuser.engines.build import build
 from handiffuser.engines.cuda import Cuda
-from handiffuser.engines.plans import MODULES, PlanStore
+from handiffuser.engines.plans import PlanStore, Wanted
 from handiffuser.errors import EngineError, ExportError, HanDiffuserError
 from handiffuser.runtime.device_graphs import Staging
 from handiffuser.runtime.device_noise import DeviceNoise
@@ -30,8 +31,8 @@ def on_gpu(request, tiny_bundle, tiny_checkpoint, tmp_path_factory):
     backend, _, graphs = request.param.partition(" ")
     folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp(backend) / "engines")
     try:
-        if backend in MODULES:
-            list(build_plans(folder, backend, [1, 2, 4]))
+        if backend in GPU_PLANNED:
+            list(build(backend, folder, Wanted((1, 2, 4))))
         elif backend == "inductor":
             compile_bundle(lambda: tiny_checkpoint, folder, None, "cuda")
     except (EngineError, ExportError) as error:
@@ -82,14 +83,14 @@ def test_steps_are_captured(on_gpu):
     if on_gpu.graphs:  # ONNX Runtime's own, of the steps alone
         refused = {name for name, graph in gpu.loop.graphs.items() if graph.refused}
         assert not refused & {"hand_prior", "unet"} and "text_encoder" in refused
-    elif on_gpu.backend not in MODULES:
+    elif on_gpu.backend not in GPU_PLANNED:
         assert gpu.loop.warnings()
     else:
         assert not gpu.loop.warnings()
 
 
 def test_engines_of_a_stream_share_scratch(on_gpu):
-    if on_gpu.backend not in MODULES:
+    if on_gpu.backend not in GPU_PLANNED:
         pytest.skip("ONNX Runtime and PyTorch keep their own")
     gpu = on_gpu()
     list(gpu.run(requests(gpu)))
@@ -118,7 +119,7 @@ def test_nan_is_reported_not_saved(on_gpu):
 
 
 def test_plans_that_are_damaged_or_foreign(on_gpu):
-    if on_gpu.backend not in MODULES:
+    if on_gpu.backend not in GPU_PLANNED:
         pytest.skip("it has no plans for a batch size")
     store = PlanStore(on_gpu.folder)
     plan = next(p for p in store if p.graph == "unet" and p.batch == (4, 4))

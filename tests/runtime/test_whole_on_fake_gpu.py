@@ -25,11 +25,12 @@ from fake_tensorrt import FakeTensorRT
 from handiffuser import HanDiffuser, shipped
 from handiffuser.contract import GRAPHS, Manifest, file_digest
 from handiffuser.engines import cli as engines_cli
+from handiffuser.engines import tensorrt_loading
 from handiffuser.engines.cuda import Cuda, Event, Stream
 from handiffuser.engines.plans import PlanStore
 from handiffuser.engines.tensorrt import Scratch, TensorRTEngine
 from handiffuser.errors import EngineError, HanDiffuserError
-from handiffuser.runtime import device, device_loading
+from handiffuser.runtime import device
 from whole import hd_run, mixed, pictures, run, same
 
 pytestmark = pytest.mark.usefixtures("all_at_once")
@@ -280,7 +281,7 @@ def freed_scratch(patch):
 
 def shared_scratch(patch):
     """Engines of several streams have one scratch memory."""
-    patch.setattr(device_loading, "Scratch", lambda cuda: cuda.__dict__.setdefault("one", Scratch(cuda)))
+    patch.setattr(tensorrt_loading, "Scratch", lambda cuda: cuda.__dict__.setdefault("one", Scratch(cuda)))
 
 
 def allocating_engine(patch):

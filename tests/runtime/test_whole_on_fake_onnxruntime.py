@@ -16,7 +16,7 @@ from fake_onnxruntime import FakeOnnxRuntime
 from fake_runtime import FakeRuntime
 from handiffuser import HanDiffuser
 from handiffuser.contract import GRAPHS
-from handiffuser.engines.onnxruntime import OnnxRuntimeDeviceEngine, OnnxRuntimeEngine
+from handiffuser.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, OnnxRuntimeDeviceEngine
 from handiffuser.errors import EngineError
 from whole import hd_run, mixed, pictures, run, same
 
@@ -96,8 +96,8 @@ def test_a_node_of_the_unet_on_the_cpu_is_named(toy_bundle, gpu, ort, tmp_path, 
 
 # Tests of the test: mistakes that the engine could make, and what is said of them.
 def no_stream(patch):
-    make = OnnxRuntimeEngine.__init__
-    patch.setattr(OnnxRuntimeEngine, "__init__", lambda self, *a, **k: make(self, *a, **{**k, "stream": 0}))
+    make = OnnxRuntimeCudaEngine.__init__
+    patch.setattr(OnnxRuntimeCudaEngine, "__init__", lambda self, *a, **k: make(self, *a, **{**k, "stream": 0}))
 
 
 def captured_by_us(patch):
@@ -106,7 +106,7 @@ def captured_by_us(patch):
 
 def one_session_for_several_sets_of_arrays(patch):
     """Sessions that replay are shared by all batch sizes."""
-    made, make = {}, OnnxRuntimeEngine.__init__
+    made, make = {}, OnnxRuntimeCudaEngine.__init__
 
     def shared(self, path, *arguments, capture=None, **more):
         if capture and path in made:
@@ -115,7 +115,7 @@ def one_session_for_several_sets_of_arrays(patch):
         make(self, path, *arguments, capture=capture and {"G": 2}, **more)
         made[path] = self
 
-    patch.setattr(OnnxRuntimeEngine, "__init__", shared)
+    patch.setattr(OnnxRuntimeCudaEngine, "__init__", shared)
 
 
 MISTAKES = {

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from handiffuser import EngineError
-from handiffuser.runtime.loading import LONG, MANY
+from handiffuser.engines.openvino import LONG
+from handiffuser.runtime.loading import MANY
 from handiffuser.serving import ray, worker
 
 ASKED: list[dict[str, Any]] = []

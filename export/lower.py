@@ -1,12 +1,12 @@
-"""Whether a bundle of lower precision is true enough to float32; what does not hold is kept in higher precision.
+"""Makes a bundle of lower precision near enough to float32: parts that lose too much keep a higher precision.
 
-    report, kept = admit(checkpoint, Path("work/candidate"), body=None, opset=23)
+    report, kept = mend(checkpoint, Path("work/candidate"), body=None, opset=23)
     report, kept = quantize(checkpoint, Path("work/candidate"), "int8", body=None, opset=23)
 
-The candidate is run beside a float32 bundle of the same checkpoint: every graph on what it sees in a real run, and the
-pictures of the same seeds. When it fails, the nodes that overflow or lose too much are put into float32, and it is
-measured again. Quantised layers that lose most are left as they are likewise. The report goes into the candidate's
-manifest.
+The candidate runs beside a float32 bundle of the same checkpoint: every graph on the inputs of a real run, and pictures
+of the same seeds. When it fails, the nodes that overflow or lose too much go into float32, and it is measured again.
+Likewise the quantised layers that lose most stay unquantised. The candidate's manifest gets the report. The bars are in
+`engines/verdict.py`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,20 @@ from ..calibration.mixed import keep_sensitive
 from ..calibration.quantize import Group, calibrate, quantize_bundle
 from ..calibration.record import record
 from ..contract import Manifest
-from ..engines import cpu
+from ..engines.cpu import cpu_name
 from ..errors import EngineError
 from ..models.checkpoint import Checkpoint
-from ..runtime.admission import PSNR_MUST
 from .bundle import make_bundle
 
 REFERENCE = "fp32"  # the folder beside a candidate; it is made in a workspace, where finished graphs stay
-# UNet parameters up to which both bundles are run on a CPU without being asked to: minutes, not hours.
-SMALL = 100_000_000
-QUANTIZED = ("unet", "image_decoder")  # what a picture's time goes into
+SMALL = 100_000_000  # UNet parameters up to which a CPU compares both bundles by default: minutes, not hours
+QUANTIZED = ("unet", "image_decoder")  # most of a picture's time
 CALIBRATION_SEEDS = (1,)  # scales come from other runs than the report, whose seed is 0
-# Steps of the runs that scales come from where nothing is compared, a row of each call: of large models more steps take
-# hours, and more rows gigabytes.
+# Steps of the runs that give the scales where nothing is compared, with a row of each call. More steps of a large model
+# take hours, and more rows gigabytes.
 SHORT = 10
-# What is tried in turn until a report passes: (how much of the activations' unevenness is moved into the weights, the
-# share of layers that stay in float16). With more of them in float16 there is nothing to gain.
+# Tried in turn until a report passes: (how much of the activations' unevenness moves into the weights, the share of
+# layers that stay in float16). With more layers in float16 there is nothing to gain.
 ATTEMPTS = ((0.0, 0.0), (0.5, 0.0), (0.5, 0.25), (0.5, 0.5))
 
 
@@ -46,17 +44,17 @@ def is_small(checkpoint: Checkpoint) -> bool:
     return sum(parameter.numel() for parameter in checkpoint.unet.parameters()) <= SMALL
 
 
-def admit(
+def mend(
     checkpoint: Checkpoint,
     candidate: Path,
     body: Path | None,
     opset: int,
     on_step: Callable[[str], Any] = lambda _: None,
 ) -> tuple[Report, dict[str, list[str]]]:
-    """Compares, mends if it must, and notes the outcome in the candidate's manifest.
+    """Compares a candidate, mends it where it fails, and writes the report into its manifest.
 
     on_step: called with what begins, in words.
-    Returns the report of what the candidate is now, and the names of the nodes that were put into float32, by graph.
+    Returns the report on the candidate as it is now, and the names of the nodes that went into float32, by graph.
     """
     kept: dict[str, list[str]] = {}
     reference = candidate.with_name(REFERENCE)
@@ -87,14 +85,14 @@ def admit(
 def quantize(
     checkpoint: Checkpoint, candidate: Path, kind: str, body: Path | None, opset: int, compare: bool = True
 ) -> tuple[Report | None, dict[str, list[str]]]:
-    """Quantises a candidate, compares, and leaves as they are the layers that must be for the report to pass.
+    """Quantises a candidate and compares it. Layers that the report cannot do without stay unquantised.
 
     candidate: in float16, for TensorRT; or in float32, for OpenVINO, which then makes the report's pictures, too.
-    kind: "fp8" or "int8". compare: else the first attempt is taken as it is, from shorter runs, and there is no report.
-    Returns the report of what the candidate is now, and the names of the layers that stay as they are, by graph.
+    kind: "fp8" or "int8". compare: without it the first attempt counts, from shorter runs, and there is no report.
+    Returns the report on the candidate as it is now, and the names of the unquantised layers, by graph.
 
-    Raises EngineError where int8 is not faster with OpenVINO on this processor than bfloat16 is, and, where nothing is
-    compared, where one picture is not near it.
+    Raises EngineError where int8 is not faster with OpenVINO on this processor than bfloat16. Without a comparison it
+    also raises where one picture is not near enough.
     """
     for_cpu = Manifest.load(candidate, verify=False).base == "fp32"
     reference = candidate if for_cpu else candidate.with_name(REFERENCE)
@@ -115,25 +113,18 @@ def quantize(
             manifest.made_by["smooth"] = smooth
             kept = {name: sorted(nodes) for name, nodes in keep.items() if nodes}
             if compare:
-                report = fidelity(reference, out, inference="bf16" if for_cpu else "")
+                report = fidelity(reference, out, backend="openvino" if for_cpu else "")
                 manifest.made_by["fidelity"] = report.to_json()
             manifest.save(out)
             gain = beside_bfloat16(reference, out, 1) if for_cpu and not compare else None
-            if report.passes if report else gain is None or gain.psnr >= PSNR_MUST or not gain.faster:
+            if report.passes if report else gain is None or gain.near or not gain.faster:
                 break
         if for_cpu:
             gain = gain or beside_bfloat16(reference, out, 4)
-            if not gain.faster:
+            if not gain.faster or not (compare or gain.near):
                 raise EngineError(
-                    f"With OpenVINO on this processor ({cpu.cpu_name()}) {kind} takes {gain.fast * 1e3:.0f} ms of CPU "
-                    f"time a picture and bfloat16 {gain.exact * 1e3:.0f}. Nothing was written. Export without "
-                    "--precision."
-                )
-            if not compare and gain.psnr < PSNR_MUST:
-                raise EngineError(
-                    f"In {kind} a picture is {gain.psnr:.0f} dB from that in bfloat16, and {PSNR_MUST:.0f} must be, "
-                    f"though with OpenVINO it takes {gain.fast / gain.exact:.2f} of the time. Nothing was written. "
-                    "Export without --precision."
+                    f"{' '.join(gain.sentences(kind, 'bfloat16'))} That is with OpenVINO on this processor "
+                    f"({cpu_name()}). Nothing was written. Export without --precision."
                 )
             manifest.made_by["beside_bfloat16"] = round(gain.exact / gain.fast, 3)
             manifest.save(out)
@@ -145,7 +136,7 @@ def quantize(
 
 
 def most_lost(groups: dict[str, list[Group]], share: float) -> dict[str, list[str]]:
-    """The layers, by graph, whose products lose most: so large a share of each graph's, and what shares their input."""
+    """The layers of each graph whose products lose most, up to a share of them. Those of one input go together."""
     kept: dict[str, list[str]] = {}
     for graph, found in groups.items():
         most = share * sum(len(group.nodes) for group in found)

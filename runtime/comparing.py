@@ -1,0 +1,105 @@
+"""Measures on this machine what a backend that lowers float32 bundles costs and gains: see `engines/verdict.py`.
+
+verdict = compare_backend(folder, "openvino")            # measured, and kept beside the compiled UNet
+if verdict.passes: ...                                   # near enough, and faster
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..contract import Manifest
+from ..engines import Engine, load_engines
+from ..engines.backends import BACKENDS
+from ..engines.verdict import Verdict, mean_psnr, psnr, write
+from ..errors import EngineError
+from .bundle import Bundle
+from .host import HostLoop
+from .requests import Request, Resolver, resolve
+from .results import Failure, Picture
+
+STEPS = 4  # of a picture at most: more come no farther from float32, and a large model's step takes half a minute
+PROMPTS = (
+    "a right hand making a fist, blue background",
+    "two open hands",
+    "a left hand giving a thumbs up",
+    "a right hand pointing",
+)
+
+
+def load_host_loop(
+    folder: Path, backend: str, slots: int = 1, threads: int | None = None, pictures: int = 1
+) -> HostLoop:
+    """The loop of a backend of the CPU. ONNX Runtime runs the graphs that the backend leaves out.
+
+    Raises BundleError for a damaged bundle, EngineError where the backend cannot run it.
+    """
+    one = BACKENDS[backend]
+
+    def others(manifest: Manifest) -> Mapping[str, Engine]:
+        found: Mapping[str, Engine] = one.on_host().host_engines(folder, manifest, threads, slots, pictures)
+        return found
+
+    manifest, engines = load_engines(folder, "cpu", threads, others=others)
+    loop = HostLoop(Bundle.load(folder, manifest), engines, slots)
+    if one.lowers:
+        loop.bundle.made_by |= {"backend": backend, "inference": one.lowers}
+    return loop
+
+
+def compare_backend(folder: Path, backend: str, count: int = 2, threads: int | None = None) -> Verdict:
+    """Makes `count` pictures with a backend that lowers and with ONNX Runtime. Keeps the verdict beside the UNet."""
+    load_engines(folder, "cpu", threads)  # makes what is missing, which later runs find; and so does the next line
+    load_host_loop(folder, backend, threads=threads)
+    started = time.process_time()
+    loop = load_host_loop(folder, backend, threads=threads)
+    between = time.process_time()
+    manifest, exact = load_engines(folder, "cpu", threads)
+    ready = max(0.0, (between - started) - (time.process_time() - between))
+    fast = {name: timed.engine for name, timed in loop.engines.items()}
+    verdict = measure(loop.bundle, exact, fast, ready, count)
+    one = BACKENDS[backend]
+    write(one.on_host().shelf_of(folder, manifest, one.lowers), verdict)
+    return verdict
+
+
+def measure(
+    bundle: Bundle, exact: Mapping[str, Engine], fast: Mapping[str, Engine], ready: float = 0.0, count: int = 2
+) -> Verdict:
+    """Makes `count` pictures with both, in alternation; of several, one more to warm up. Raises EngineError where one
+    fails.
+
+    Times are CPU seconds, which other processes on this machine change least.
+    """
+    loops = [HostLoop(bundle, engines, 1) for engines in (exact, fast)]
+    requests = asked(bundle, count)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    distances = []
+    warm_up = requests[:1] if count > 1 else []  # pays for memory and kernels; a large model's picture takes minutes
+    for request in (*warm_up, *requests):
+        pair = []
+        for loop, taken in zip(loops, seconds, strict=True):
+            picture, spent = timed(loop, request)
+            pair.append(picture)
+            taken.append(spent)
+        distances.append(psnr(*(picture.image for picture in pair)))
+    exactly, fastly = (min(taken[len(warm_up) :]) for taken in seconds)
+    return Verdict(mean_psnr(distances[len(warm_up) :]), exactly, fastly, ready)
+
+
+def asked(bundle: Bundle, count: int) -> list[Request]:
+    """`count` requests of a few steps, with the bundle's defaults for the rest."""
+    steps = min(STEPS, bundle.manifest.defaults["steps"])
+    some = [Request(prompt, seed=seed, steps=steps) for seed, prompt in enumerate(PROMPTS[:count])]
+    return resolve(some, Resolver(bundle.manifest.defaults))[0]
+
+
+def timed(loop: HostLoop, request: Request) -> tuple[Picture, float]:
+    """A picture, and the CPU seconds that it took. Raises EngineError where it fails."""
+    started = time.process_time()
+    (result,) = loop.run([request], lambda kind, count: None)
+    if isinstance(result, Failure):
+        raise EngineError(f"{request.prompt!r}: {result.sentence}")
+    return result, time.process_time() - started
