@@ -1,11 +1,11 @@
-"""A plan beside float32, graph by graph, with Polygraphy; and what its own debugging tools need to go on.
+"""Compares plans with float32, graph by graph, with Polygraphy, and leaves what its debugging tools need.
 
     hd-engines compare FOLDER --graph unet
 
 The inputs come from a real run of the bundle. The reference is ONNX Runtime on the same graph with everything in
-float32 (the same weights, so that only arithmetic differs); the candidate is the plan of this machine's GPU, or,
-without a GPU, ONNX Runtime on a graph that rounds wherever a GPU stores half precision. Inputs, graphs and outputs are
-left in a folder in Polygraphy's formats, with the commands that take a graph which goes wrong apart.
+float32 (the same weights, so only the arithmetic differs). The candidate is the plan of this machine's GPU; without a
+GPU it is ONNX Runtime on a graph that rounds wherever a GPU stores half precision. A folder gets inputs, graphs and
+outputs in Polygraphy's formats, with the commands that find the nodes of a graph that go wrong.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ MAY = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1, "fp8": 2e-1, "int8": 2e-1}  # e
 
 @dataclass
 class Comparison:
-    """One output of one graph: the largest error by the reference's largest value, and what is not finite."""
+    """One output of one graph: its largest error relative to the reference's largest value, and what is not finite."""
 
     graph: str
     output: str
     error: float
     may: float
     not_finite: int
-    first: str = ""  # the first node whose output is not finite, where that was looked for
+    first: str = ""  # the first node whose output is not finite, if any
 
     @property
     def passes(self) -> bool:
@@ -63,7 +63,7 @@ class Comparison:
 
 
 def widened(model: ModelProto) -> ModelProto:
-    """The graph with all that is half precision in float32: inputs, outputs, weights and what lies between."""
+    """The graph with everything in half precision turned into float32: inputs, outputs, weights and values between."""
     out = ModelProto()
     out.CopyFrom(model)
     for tensor in out.graph.initializer:
@@ -79,7 +79,7 @@ def widened(model: ModelProto) -> ModelProto:
 
 
 class PlanRunner(BaseRunner):
-    """A plan of ours for Polygraphy: bound to arrays on the GPU, run once a call."""
+    """A plan as a runner of Polygraphy: bound to arrays on the GPU, run once a call."""
 
     def __init__(self, plan: Plan, store: PlanStore, manifest: Manifest, backend: TensorRT, cuda: Cuda) -> None:
         super().__init__(name=backend.name, prefix="plan")
@@ -135,17 +135,17 @@ def compare(
     """Yields a comparison for each output of one graph, or of all.
 
     folder: a bundle, with plans where a GPU is to be compared. out: where Polygraphy's files go, a folder a graph.
-    Raises EngineError where there is nothing to compare or no such graph, and what `record` raises.
+    Raises EngineError for an unknown graph or where there is nothing to compare, and what `record` raises.
     """
     G_LOGGER.module_severity = G_LOGGER.ERROR
     manifest = Manifest.load(folder)
     if graph is not None and graph not in manifest.graphs:
-        raise EngineError(f"There is no graph {graph!r}; there are {', '.join(manifest.graphs)}.")
+        raise EngineError(f"graph must be one of {', '.join(manifest.graphs)}, got {graph!r}.")
     plans = plans_here(folder, manifest, backend)
     if plans is None and manifest.precision == "fp32":
         raise EngineError(
-            f"{folder} computes in float32, and without a GPU there is nothing to compare it with. Run this where the "
-            "plans run, or on a bundle in fp16."
+            f"{folder} computes in float32, which needs a GPU to compare it with. Run this where the plans run, or "
+            "on a bundle in fp16."
         )
     inputs = record(folder, calls=calls, rows=1)[0]
     for name in [graph] if graph is not None else manifest.graphs:
@@ -155,7 +155,7 @@ def compare(
 def plans_here(folder: Path, manifest: Manifest, name: str) -> tuple[TensorRT, Cuda, dict[str, dict[int, Plan]]] | None:
     """The backend, GPU and plans of a folder that run on this machine; None without a GPU.
 
-    Raises EngineError where there is a GPU and no plan for it.
+    Raises EngineError where a GPU is there without a plan for it.
     """
     try:
         cuda = Cuda()
@@ -212,7 +212,7 @@ def compare_graph(
 
 
 def _rows(feeds: Feeds, count: int, branched: frozenset[str]) -> Feeds:
-    """The same row as often as a plan takes, with both guidance branches, of which a run may need one only."""
+    """Repeats a row as often as a plan takes, with both guidance branches where a call has one."""
 
     def fill(name: str, value: np.ndarray) -> np.ndarray:
         value = np.repeat(value[:1], count, 0)
@@ -222,16 +222,16 @@ def _rows(feeds: Feeds, count: int, branched: frozenset[str]) -> Feeds:
 
 
 def _judge(name: str, results: RunResults, may: float, candidate: Path, calls: list[Feeds]) -> Iterator[Comparison]:
-    """Polygraphy's largest difference of each output, by the largest value of the reference."""
+    """Polygraphy's largest difference of each output, relative to the largest value of the reference."""
     (_, exact), (_, got) = results
     measured = CompareFunc.simple(atol=np.inf, rtol=0, check_error_stat="max")
-    with warnings.catch_warnings(), np.errstate(all="ignore"):  # zeros and infinities are what is looked for
+    with warnings.catch_warnings(), np.errstate(all="ignore"):  # zeros and infinities are expected
         warnings.simplefilter("ignore")
         (compared,) = Comparator.compare_accuracy(results, compare_func=measured)
     ((_, iterations),) = compared.items()
     for output in exact[0]:
         largest = max(float(np.abs(one[output].astype(np.float64)).max(initial=0)) for one in exact)
-        # Pixels cannot be NaN: what was lost in making them shows in the row's `finite`.
+        # Pixels cannot be NaN: the row's `finite` tells of a loss before them.
         pairs = [
             (np.asarray(a[output], np.float64), np.asarray(b[output], np.float64))
             for a, b in zip(exact, got, strict=True)
@@ -243,12 +243,12 @@ def _judge(name: str, results: RunResults, may: float, candidate: Path, calls: l
 
 
 def first_not_finite(path: Path, calls: list[Feeds]) -> str:
-    """The first node of a graph, in its order, whose output is not finite in some call; "" where none is."""
+    """The first node of a graph, in its order, whose output is not finite in some call; "" where all are finite."""
     import onnxruntime
 
     model = onnx.load(path)
     kept = {value.name for value in model.graph.output}
-    # Where half precision is rounded to (see `emulate`), it is the node before that gave too much.
+    # Where values are rounded to half precision (see `emulate`), the node before gave too much.
     givers = {
         name.removesuffix("/computed"): label(node)
         for node in model.graph.node
@@ -268,7 +268,7 @@ def first_not_finite(path: Path, calls: list[Feeds]) -> str:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     if model.ByteSize() > 1 << 30:
-        return "not looked for: the graph is too large"
+        return "unknown: the graph is too large to search"
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
     for feeds in calls:

@@ -1,10 +1,9 @@
-"""Half precision as a GPU stores it, on any device.
+"""Emulates on any device how a GPU stores half precision.
 
-ONNX Runtime's CPU has half-precision kernels for a few operators only. The others it runs in float32, and between them
-it leaves the rounding out: a graph that overflows on a GPU looks perfect there. bfloat16 it does not run at all. An
-emulated graph is float32 throughout, and every tensor that was half is rounded to it where its node stores it. Products
-are summed in float32 meanwhile, as tensor cores do. What happens within a fused kernel (the scores of attention) is
-not rounded.
+ONNX Runtime's CPU has half-precision kernels for a few operators only. It runs the others in float32 without rounding
+between them, so a graph that overflows on a GPU looks perfect there. It does not run bfloat16 at all. An emulated graph
+is float32 throughout, and rounds every half tensor where its node stores it. Products are summed in float32, as tensor
+cores do. Values within a fused kernel (the scores of attention) are not rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 from ..contract import Manifest
 from .graphs import HALF, cast, element_types, rewrite_bundle, widen
 
-# Operators that only move numbers: what they give is rounded already.
+# Operators that only move numbers, which are rounded already.
 MOVES = {
     "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice",
     "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
@@ -27,7 +26,7 @@ def emulate(model: ModelProto) -> ModelProto:
     """A float32 graph that rounds where `model` stores half precision. Its inputs and outputs are float32 instead."""
     half = {name: kind for name, kind in element_types(model).items() if kind in HALF}
     if half.keys() <= {tensor.name for tensor in model.graph.initializer}:
-        return model  # weights may be stored in half, but nothing is computed in it
+        return model  # only weights are stored in half
     nodes: list[NodeProto] = []
 
     def store(computed: str, name: str) -> None:
@@ -38,7 +37,7 @@ def emulate(model: ModelProto) -> ModelProto:
     graph = out.graph
     del graph.node[:], graph.value_info[:]
     for tensor in graph.initializer:
-        if tensor.name in half:  # stays as small as it is; the cast is folded when the graph is loaded
+        if tensor.name in half:  # the file stays small, and loading folds the cast
             nodes.append(cast(f"{tensor.name}/half", tensor.name, TensorProto.FLOAT))
             tensor.name += "/half"
     rounded = {}

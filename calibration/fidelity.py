@@ -4,8 +4,8 @@
     if not report.passes:
         print(*report.sentences(), sep="\\n")
 
-Every graph alone, on what it sees in a real run of the reference; and the whole of both stages with the same seeds,
-which shows what the errors of all graphs and steps come to in the picture.
+It compares every graph alone, on its inputs in a real run of the reference. It also runs both stages with the same
+seeds, which shows the effect of all errors on the picture. The bars are in `engines/verdict.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..runtime.pipeline import HanDiffuser
 from ..runtime.results import Failure, Picture
 from .record import PROMPTS, Feeds, record, run_all
 
-# What both bundles must agree on to be of one checkpoint.
+# Entries in which two bundles of one checkpoint agree.
 SHARED = ("image_size", "latent_size", "num_history", "schedules", "tokenizer", "params_mean", "params_std")
 
 Judge = Callable[[np.ndarray], Any]  # uint8 pictures [N, H, W, 3] -> labels [N] or [N, L]
@@ -45,7 +45,7 @@ class GraphError:
     rms: float  # root mean square of the differences, relative to that of the values
     max: float  # largest difference, relative to the largest value
     tensor: str
-    not_finite: int = 0  # NaN and infinite numbers in its outputs, and rows that it says are not finite
+    not_finite: int = 0  # NaN and infinite numbers in its outputs, and rows that it reports as not finite
 
 
 @dataclass
@@ -54,9 +54,9 @@ class PictureError:
 
     prompt: str
     seed: int
-    psnr: float  # dB; infinite for equal pictures, 0 where the candidate made none
-    joints: float  # pixels: the farthest that a finger joint of a hand in the picture has moved
-    failure: str = ""  # what the candidate said instead of making a picture
+    psnr: float  # dB; infinite for equal pictures, 0 where the candidate failed
+    joints: float  # pixels: the largest distance that a finger joint of a hand in the picture moved
+    failure: str = ""  # why the candidate made no picture
 
 
 @dataclass
@@ -65,11 +65,13 @@ class Report:
 
     precision: str  # of the candidate
     device: str
-    emulated: bool  # half precision was rounded as a GPU does it, see `emulate`
+    emulated: bool  # half precision was rounded as on a GPU, see `emulate`
     rms_may: float  # the bar for every graph's `rms`
     graphs: dict[str, GraphError]
     pictures: list[PictureError]
-    agreement: list[float] = field(default_factory=list)  # by label: share of pictures that the judge reads alike
+    agreement: list[float] = field(
+        default_factory=list
+    )  # by label: share of pictures that get the same label from both
     psnr_must: float = PSNR_MUST
 
     @property
@@ -107,13 +109,13 @@ class Report:
                 )
         if failed := [picture for picture in self.pictures if picture.failure]:
             found.append(
-                f"{len(failed)} of {len(self.pictures)} requests came to no picture, the first of them "
-                f"{failed[0].prompt!r} with seed {failed[0].seed}: {failed[0].failure}"
+                f"{len(failed)} of {len(self.pictures)} requests failed, the first of them {failed[0].prompt!r} with "
+                f"seed {failed[0].seed}: {failed[0].failure}"
             )
         if not self.psnr_mean >= self.psnr_must:
             found.append(
-                f"The pictures are {self.psnr_mean:.1f} dB from the reference's on average "
-                f"({self.psnr_min:.1f} dB at worst); they must be {self.psnr_must:g} dB."
+                f"Pictures must be at least {self.psnr_must:g} dB from the reference's on average, got "
+                f"{self.psnr_mean:.1f} dB ({self.psnr_min:.1f} dB at worst)."
             )
         return found
 
@@ -148,9 +150,9 @@ def fidelity(
 ) -> Report:
     """Compares a bundle with the float32 bundle of the same checkpoint, on every prompt with every seed.
 
-    judge: reads labels from pictures; the report says how often it reads both bundles' alike.
-    emulated: round half precision as a GPU stores it, see `emulate`; by default on the CPU, which would not, and in
-    bfloat16, which numpy cannot feed to a graph.
+    judge: reads labels from pictures; the report says how often both bundles get the same ones.
+    emulated: round half precision as a GPU stores it, see `emulate`; by default on the CPU, which does not round, and
+    in bfloat16, which numpy cannot feed to a graph.
     backend: runs the candidate, if not ONNX Runtime. Where it lowers float32, the candidate may be the reference.
     settings: steps, solver, guidance, ... as in `Request`.
     Raises BundleError when the bundles are not of one checkpoint, EngineError when the reference itself fails.
@@ -173,7 +175,7 @@ def fidelity(
             raise EngineError(f"The reference {reference} itself fails at {result.request.prompt!r}: {result.sentence}")
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if emulated:
-            from .emulate import emulate_bundle  # wants the onnx package
+            from .emulate import emulate_bundle  # needs the onnx package
 
             emulate_bundle(candidate, Path(folder) / "emulated")
             candidate = Path(folder) / "emulated"
@@ -203,7 +205,7 @@ def fidelity(
 
 
 def compare(reference: Engine, candidate: Engine, calls: Iterable[Feeds]) -> GraphError:
-    """Both engines of one graph on the same inputs, which are cast to what the candidate takes."""
+    """Compares both engines of one graph on the same inputs, cast to the candidate's types."""
     sums = {tensor.name: np.zeros(4) for tensor in reference.spec.outputs}
     not_finite = 0
     for feeds in calls:
@@ -214,7 +216,7 @@ def compare(reference: Engine, candidate: Engine, calls: Iterable[Feeds]) -> Gra
             difference = np.abs(value - other)
             bad = ~np.isfinite(difference)
             difference[bad] = np.inf
-            # Pixels cannot be NaN: what was lost in making them shows in the row's `finite`.
+            # Pixels cannot be NaN: the row's `finite` tells of a loss before them.
             not_finite += int((other < value).sum() if name == "finite" else bad.sum())
             total[:2] = np.maximum(total[:2], [difference.max(), np.abs(value).max()])
             total[2:] += np.square(difference).sum(), np.square(value).sum()
@@ -226,7 +228,7 @@ def compare(reference: Engine, candidate: Engine, calls: Iterable[Feeds]) -> Gra
 
 
 def relative(difference: float, value: float) -> float:
-    """difference / value; 0 where nothing differs, infinite where something differs from nothing."""
+    """difference / value; 0 where nothing differs, infinite where the value is 0 and something differs."""
     if difference == 0:
         return 0.0
     return float(difference / value) if value else math.inf
@@ -238,7 +240,7 @@ def _compare_pictures(expected: Picture, result: Picture | Failure) -> PictureEr
         return PictureError(request.prompt, request.seed or 0, 0.0, 0.0, result.sentence)
     height, width = expected.image.shape[:2]
     ours, theirs = expected.hands, result.hands
-    # Only hands that either of the two shows: the joints of one that is nowhere are anywhere.
+    # Only hands that either picture shows: an absent hand's joints mean nothing.
     shown = np.maximum(ours["visibility"], theirs["visibility"]) > 0.5
     moved = np.linalg.norm((theirs["joints_2d"] - ours["joints_2d"])[shown] * (width, height), axis=-1)
     return PictureError(
@@ -251,13 +253,16 @@ def _check_same(ours: Manifest, theirs: Manifest) -> None:
     for name in SHARED:
         if getattr(ours, name) != getattr(theirs, name):
             raise BundleError(
-                f"The bundles are not of one checkpoint: they differ in {name}. Export both from the same one."
+                f"Both bundles must come from one checkpoint, and they differ in {name}. Export both from the same one."
             )
     for name in ours.graphs:
         for kind in ("inputs", "outputs"):
             sides = [{(tensor.name, tensor.shape) for tensor in getattr(m.graphs[name], kind)} for m in (ours, theirs)]
             if sides[0] != sides[1]:
-                raise BundleError(f"The bundles are not of one checkpoint: {name} has other {kind}. Export both again.")
+                raise BundleError(
+                    f"Both bundles must come from one checkpoint, and they differ in the {kind} of {name}. Export both "
+                    "again."
+                )
 
 
 def _plain(value: Any) -> Any:

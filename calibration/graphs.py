@@ -1,6 +1,6 @@
-"""ONNX graphs and bundles of them, read and rewritten: what the rest of the room shares.
+"""Reads and rewrites ONNX graphs and bundles, for the rest of the room.
 
-Graphs here have no subgraphs and no functions; ours never do.
+It expects graphs without subgraphs and functions.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from ..files import open_to_others
 
 # Element types that are half as wide as float32 -> the largest number they hold.
 HALF: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895e38}
-SHAPES = 1 << 10  # bytes up to which an initializer may be a shape, which the types of what follows hang on
+SHAPES = 1 << 10  # bytes up to which an initializer may be a shape, which type inference needs
 
 
 def label(node: NodeProto) -> str:
-    """What a node is called: its name, or its first output's where it has none."""
+    """A node's name, or its first output's where it is unnamed."""
     return node.name or node.output[0]
 
 
 def element_types(model: ModelProto) -> dict[str, int]:
-    """Tensor -> ONNX element type, for every tensor of the graph. Raises BundleError where one cannot be told."""
+    """Tensor -> ONNX element type, for every tensor of the graph. Raises BundleError where one is unknown."""
     types = _known_types(model)
     outputs = [name for node in model.graph.node for name in node.output if name]
     if not all(map(types.get, outputs)):
-        inferred = shape_inference.infer_shapes(without_weights(model))  # protobuf sends no more than 2 GB through it
+        inferred = shape_inference.infer_shapes(without_weights(model))  # protobuf takes up to 2 GB
         types = _known_types(inferred) | types
     for name in outputs:
         if not types.get(name):
-            raise BundleError(f"The graph {model.graph.name} does not say of what type {name} is. Export it again.")
+            raise BundleError(f"The graph {model.graph.name} lacks the type of {name}. Export it again.")
     return types
 
 
@@ -69,7 +69,7 @@ def _known_types(model: ModelProto) -> dict[str, int]:
 
 def numpy_name(element_type: int) -> str:
     """An ONNX element type as the contract names it: "float32", "bfloat16"."""
-    # Before onnx 1.19, onnx says float32 for it.
+    # onnx before 1.19 returns float32 for it.
     bfloat16 = element_type == TensorProto.BFLOAT16
     return "bfloat16" if bfloat16 else helper.tensor_dtype_to_np_dtype(element_type).name
 
@@ -83,12 +83,12 @@ def value_info(name: str, element_type: int, shape: TensorShapeProto | None = No
 
 
 def cast(source: str, target: str, element_type: int) -> NodeProto:
-    """Unnamed, because names must differ; it can be told by its output."""
+    """A Cast node. It is unnamed, because names must differ; its output identifies it."""
     return helper.make_node("Cast", [source], [target], to=element_type)
 
 
 def widen(node: NodeProto) -> None:
-    """Where a node says itself that it gives half precision (Cast, Constant), has it say float32 instead."""
+    """Changes a node's own half-precision type (of Cast, Constant) to float32."""
     for attribute in node.attribute:
         if node.op_type == "Cast" and attribute.name == "to" and attribute.i in HALF:
             attribute.i = TensorProto.FLOAT
@@ -106,12 +106,12 @@ def save_model(model: ModelProto, path: Path) -> None:
 def rewrite_bundle(folder: Path, out: Path, change: Callable[[str, ModelProto], ModelProto]) -> Manifest:
     """Writes a bundle's copy as the new folder `out`, every graph changed by `change(name, model)`.
 
-    Inputs and outputs keep their names; their types are taken from the changed graph. It is written beside `out` and
-    moved when it is complete. Raises BundleError when `out` is there already.
+    Inputs and outputs keep their names and get the types of the changed graph. It is written beside `out` and moved
+    when it is complete. Raises BundleError when `out` exists.
     """
     manifest = Manifest.load(folder)
     if out.exists():
-        raise BundleError(f"{out} exists. Choose another folder, or remove that one.")
+        raise BundleError(f"{out} must not exist. Choose another folder, or remove this one.")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(out.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
@@ -126,7 +126,7 @@ def rewrite_bundle(folder: Path, out: Path, change: Callable[[str, ModelProto], 
             save_model(model, work / spec.file)
             given = {value.name: value for value in model.graph.input}
             spec.inputs = [_retyped(tensor, given[tensor.name]) for tensor in spec.inputs]
-            # By order: an output may not bear an input's name in the file, but does in the contract.
+            # By order: in the file an output cannot have an input's name, and in the contract it may.
             spec.outputs = [_retyped(*pair) for pair in zip(spec.outputs, model.graph.output, strict=True)]
         manifest.files = {file.name: file_digest(file) for file in sorted(work.iterdir())}
         manifest.save(work)

@@ -1,10 +1,10 @@
-"""Mixed precision: the nodes of a half-precision graph that overflow or lose too much stay in float32.
+"""Mixed precision: nodes of a half-precision graph that overflow or lose too much stay in float32.
 
     found = find_sensitive("bundle/unet.onnx", "bundle_fp16/unet.onnx", inputs["unet"])
     keep_float32("bundle_fp16/unet.onnx", "unet.onnx", {node.name for node in found})
 
-Every node is tried alone, on the values that the float32 graph really gives it. So a node is blamed for what it does
-itself: not for an error that came down to it, and not for the infinity of a node before it.
+Every node is tried alone, on the values of the float32 graph. So a node counts for its own error only, not for the
+errors and infinities of nodes before it.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Sensitive:
 
     name: str
     op: str
-    reason: str  # "overflow", "error", or "feeds NAME": what it gives must come unrounded to the node NAME
-    largest: float  # largest magnitude that the float32 graph has in its inputs and outputs that are half
-    error: float  # its own, root mean square relative to the values, over those that are finite
+    reason: str  # "overflow", "error", or "feeds NAME": the node NAME needs its output unrounded
+    largest: float  # largest magnitude in float32 of those of its inputs and outputs that are half
+    error: float  # its own, root mean square relative to the values, over the finite ones
 
 
 def keep_float32(model_path: str | Path, out_path: str | Path, names: Iterable[str]) -> None:
     """Writes a half-precision graph in which the nodes called `names` compute in float32.
 
-    Their weights stay stored in half behind a Cast. Between two such nodes, and to what is in float32 anyhow, values
-    pass in float32, unrounded; elsewhere they are cast. The graph's own inputs and outputs keep their types.
-    Raises BundleError when a node is not there.
+    Their weights stay stored in half behind a Cast. Between two such nodes, and to others that compute in float32, values
+    pass in float32, unrounded; elsewhere they are cast. The graph's inputs and outputs keep their types.
+    Raises BundleError when a node is missing.
     """
     save_model(_keep(onnx.load(model_path), set(names)), Path(out_path))
 
@@ -82,8 +82,8 @@ def find_sensitive(
     reference: the float32 graph of the same export. inputs: calls to it, as `record` keeps them.
     limit: largest error that a node may add of its own, root mean square relative to its values; default: LIMIT.
     chunk: nodes whose values are in memory at a time, beside those that later nodes need.
-    An overflow is NaN or infinity where float32 has none, or a value above half of the largest number. What makes the
-    input of a node that loses too much is kept with it, because the loss is in the rounding between the two.
+    An overflow is NaN or infinity where float32 is finite, or a value above half of the largest number. A node that
+    loses too much keeps the nodes that make its inputs in float32, too: the loss is in the rounding between them.
     Raises BundleError when the graphs are not two precisions of one.
     """
     exact, halves = Pieces(reference), Pieces(half)
@@ -93,7 +93,7 @@ def find_sensitive(
     if not tried or not inputs:
         return []
     found = {label(b): Sensitive(label(b), b.op_type, "", 0.0, 0.0) for _, b in tried}
-    # Of each node that is tried: its inputs, and what they are called in the float32 graph.
+    # The inputs of each node that is tried, and their names in the float32 graph.
     sources = {label(b): {name: halves.source(name) for name in halves.dynamic(b)} for _, b in tried}
     sources = {node: {name: counterpart.get(s, s) for name, s in names.items()} for node, names in sources.items()}
 
@@ -134,7 +134,7 @@ def _measure(
     feeds: dict[str, np.ndarray],
     got: dict[str, np.ndarray],
 ) -> None:
-    """Notes how a node did in one call: what it was fed and gave in half, and `values` of the float32 graph."""
+    """Notes a node's errors in one call. feeds, got: its inputs and outputs in half; values: of the float32 graph."""
     a, b = pair
     for name in halves.dynamic(b):
         if halves.types[name] in HALF:
@@ -173,7 +173,7 @@ def _largest(value: np.ndarray) -> float:
 
 
 class Pieces:
-    """A graph whose nodes can be run a few at a time, or each alone."""
+    """A graph whose nodes can run a few at a time, or each alone."""
 
     def __init__(self, model: str | Path | ModelProto) -> None:
         model = model if isinstance(model, ModelProto) else onnx.load(model)
@@ -217,8 +217,8 @@ class Pieces:
 
         Half precision is emulated: such values are float32.
 
-        users: nodes, and the tensors that they, or whoever waits for them, need: `values` has those until the piece of
-        their last user is done, and everything that this piece gave.
+        users: nodes, and further tensors that the caller needs with them. `values` has a tensor until the piece of its
+        last user is done, and everything that this piece gave.
         """
         self.piece_of = {label(node): i // chunk for i, node in enumerate(self.nodes)}
         needed_until: dict[str, int] = {}
@@ -237,8 +237,8 @@ class Pieces:
     def cut(self, nodes: list[NodeProto], apart: bool) -> ModelProto:
         """A graph of some nodes, every output of theirs an output.
 
-        apart: a computed tensor NAME that a node takes is the input `NAME/in`, also where another of the nodes gives
-        it; else only what none of them gives is an input, and bears its name.
+        apart: every computed tensor NAME that a node takes becomes the input `NAME/in`, even where another of the nodes
+        gives it. Otherwise only tensors from outside are inputs, under their own names.
         """
         copies, inputs = [], {}
         made = {name for node in nodes for name in node.output}
@@ -268,8 +268,7 @@ class Pieces:
 def _pair(exact: Pieces, halves: Pieces) -> list[tuple[NodeProto, NodeProto]]:
     """The nodes of two precisions of one graph, side by side, without Casts.
 
-    By their order, which the exporter keeps. Their names say nothing: where a precision has a Cast more, the numbers
-    in them shift, and the same name is another node's.
+    The exporter keeps their order. Names do not match: an additional Cast in one precision shifts the numbers in them.
     """
     a = [node for node in exact.nodes if node.op_type != "Cast"]
     b = [node for node in halves.nodes if node.op_type != "Cast"]
@@ -282,7 +281,7 @@ def _pair(exact: Pieces, halves: Pieces) -> list[tuple[NodeProto, NodeProto]]:
 
 
 def runner(model: ModelProto, threads: int | None) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
-    """A model as a function; it picks its inputs out of what it is given."""
+    """A model as a function, which picks its inputs out of a mapping."""
     import onnxruntime
 
     options = session_options(threads)
@@ -306,20 +305,20 @@ def _keep(model: ModelProto, names: set[str]) -> ModelProto:
     unrounded = {name for node in graph.node if label(node) in names for name in node.output if types.get(name) in HALF}
 
     def takes_twin(node: NodeProto) -> bool:
-        """Whether a node casts to float32 what is there in float32: rounded to half in between, it could overflow."""
+        """Whether a node casts to float32 a value that exists in float32. Rounding it to half first could overflow."""
         goal = [attribute.i for attribute in node.attribute if attribute.name == "to"]
         return node.op_type == "Cast" and node.input[0] in unrounded and goal == [TensorProto.FLOAT]
 
-    # Tensors that some other node, or the caller, takes in half.
+    # Tensors that another node, or the caller, takes in half.
     wanted = {value.name for value in graph.output}
     others = [node for node in graph.node if label(node) not in names and not takes_twin(node)]
     wanted.update(name for node in others for name in node.input)
     nodes: list[NodeProto] = []
-    # Half tensor -> its float32 twin. What was in float32 just before is taken from there.
+    # Half tensor -> its float32 twin, which a Cast before may already have as its input.
     casts = [node for node in graph.node if node.op_type == "Cast"]
     wide = {node.output[0]: node.input[0] for node in casts if types[node.input[0]] == TensorProto.FLOAT}
     suffix = "/float32"
-    while any(name.endswith(suffix) for name in types):  # the graph is mixed already
+    while any(name.endswith(suffix) for name in types):  # the graph is already mixed
         suffix += "+"
 
     def declare(name: str) -> str:
@@ -350,7 +349,9 @@ def _keep(model: ModelProto, names: set[str]) -> ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     made = {name for node in nodes for name in node.output}
-    declared = [value for value in graph.value_info if value.name in made]  # not what is there in float32 only
+    declared = [
+        value for value in graph.value_info if value.name in made
+    ]  # without tensors that now exist in float32 only
     del graph.value_info[:]
     graph.value_info.extend(declared)
     return model

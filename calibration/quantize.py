@@ -3,16 +3,16 @@
     groups = calibrate("bundle_fp16/unet.onnx", inputs["unet"], "fp8")        # scales, from recorded inputs
     save_model(quantize("bundle_fp16/unet.onnx", groups, "fp8"), "unet.onnx")
 
-Only convolutions and products with weights are quantised; what surrounds them stays as it is: float16 for TensorRT,
-float32 for OpenVINO, which rounds that to bfloat16 itself. Weights are stored in eight bits with a scale for each
-output channel; activations get one scale a tensor, by which the largest just fits. Some channels of the activations may
-be far larger than others: a factor for each input channel moves a part of that into the weights, which changes nothing
-in exact arithmetic (SmoothQuant, arXiv 2211.10438, equation 4).
+Only convolutions and products with weights are quantised. The rest stays in float16 for TensorRT, and in float32 for
+OpenVINO, which rounds it to bfloat16 itself. Weights are stored in eight bits with a scale for each output channel;
+activations get one scale a tensor, with which the largest just fits. Where some channels of the activations are far
+larger than others, a factor for each input channel moves a part of that into the weights, which changes nothing in
+exact arithmetic (SmoothQuant, arXiv 2211.10438, equation 4).
 
-What looks better layer by layer may be worse in the pictures. An activation's rounding differs from step to step and
-evens out; a weight's, or a clipped activation's, is the same in all steps and adds up. On the demo int8 comes to 49.6
-dB as it is, 46.5 with half the unevenness moved (although the UNet's error is a third less), 45.9 with activations
-clipped where a layer loses least. So nothing is clipped, and smoothing is for what fails without it.
+A better layer may make worse pictures. An activation's rounding differs from step to step and evens out; a weight's, or
+a clipped activation's, is the same in all steps and adds up. On the demo int8 gives 49.6 dB plainly, 46.5 with half the
+unevenness moved (although the UNet's error is a third less), 45.9 with activations clipped where a layer loses least.
+So nothing is clipped, and only what fails without smoothing gets it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ ROWS = 64  # pixels or tokens that are kept of a call
 
 @dataclass
 class Group:
-    """Layers that take the same tensor, and so share its scale."""
+    """Layers that take the same tensor and share its scale."""
 
     tensor: str
     channels_first: bool  # convolutions have their channels on axis 1, products on the last
     nodes: list[str]  # labels
     scale: float = 1.0  # of the activations
-    smooth: np.ndarray | None = None  # float32 [channels] that activations are multiplied by; None: by nothing
+    smooth: np.ndarray | None = None  # float32 [channels], factors of the activations; None: no smoothing
     error: float = 0.0  # of the sampled products, root mean square relative to their values
 
 
@@ -81,7 +81,7 @@ def calibrate(
     largest, samples = _sample(Pieces(model), list(groups.values()), inputs, threads)
     for group in groups.values():
         name = group.nodes[0]
-        # Again: all at once they would take as much memory as the graph.
+        # Read again: all at once they take as much memory as the graph.
         matrices = [matrix for node in layers[name] if (matrix := _matrix(node, weights)) is not None]
         _settle(group, samples[name], largest[name], matrices, kind, smooth)
     return list(groups.values())
@@ -98,7 +98,7 @@ def quantize(
     real = helper.tensor_dtype_to_np_dtype(_base(model, element_types(model)))
     made = helper.make_graph([], model.graph.name, model.graph.input, model.graph.output)
     out = helper.make_model(made, opset_imports=model.opset_import, ir_version=model.ir_version)
-    graph = out.graph  # weights are copied last, and only those that it needs: most are quantised
+    graph = out.graph  # it gets the weights last, and only those that are not quantised
     graph.value_info.extend(model.graph.value_info)
     group_of = {name: group for group in groups for name in group.nodes if name not in keep}
     nodes: list[NodeProto] = []
@@ -134,7 +134,7 @@ def quantize(
         weight = numpy_helper.to_array(weights[node.input[1]]).astype(np.float32)
         into, out_of = _axes(node)
         if group.smooth is not None:
-            # What the graph divides by is rounded to float16; so is what it is made up for with.
+            # The graph's factor is rounded to float16, so the weights must match the rounded one.
             rounded = group.smooth.astype(np.float16).astype(np.float32)
             weight = weight / rounded.reshape([-1 if axis == into else 1 for axis in range(weight.ndim)])
         others = tuple(axis for axis in range(weight.ndim) if axis != out_of)
@@ -157,7 +157,7 @@ def quantize(
 
 
 def scale_for(largest: np.ndarray, kind: str) -> np.ndarray:
-    """The scales with which `largest` just fits, as float32 values that float16 holds: rounded up, lest it clips."""
+    """The scales with which `largest` just fits, as float32 values that float16 holds, rounded up against clipping."""
     exact = np.maximum(np.asarray(largest, np.float32) / LARGEST[kind], SMALLEST)
     scale = exact.astype(np.float16)
     scale = np.where(scale.astype(np.float32) < exact, np.nextafter(scale, np.float16(np.inf)), scale)
@@ -165,13 +165,13 @@ def scale_for(largest: np.ndarray, kind: str) -> np.ndarray:
 
 
 def to_eight_bits(value: np.ndarray, kind: str) -> np.ndarray:
-    """Rounds to the nearest number that eight bits hold, to even between two; what is too large becomes the largest."""
+    """Rounds to the nearest number that eight bits hold, ties to even; larger numbers become the largest."""
     clipped = np.clip(value, -LARGEST[kind], LARGEST[kind])
     return clipped.astype(ml_dtypes.float8_e4m3fn) if kind == "fp8" else np.rint(clipped).astype(np.int8)
 
 
 def _weights(model: ModelProto) -> dict[str, TensorProto]:
-    """Weights by the names that layers know them by: one that is stored in half stands behind a Cast."""
+    """Weights by the names that layers use. A weight that is stored in half stands behind a Cast."""
     found = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Cast" and node.input[0] in found:
@@ -192,7 +192,7 @@ def _axes(node: NodeProto) -> tuple[int, int]:
 
 
 def _matrix(node: NodeProto, weights: Mapping[str, TensorProto]) -> np.ndarray | None:
-    """A layer's weight as float32 [channels in, channels out, taps]; None for what is no layer of ours."""
+    """A layer's weight as float32 [channels in, channels out, taps]; None for other nodes."""
     if node.op_type not in ("Conv", "MatMul", "Gemm") or node.input[1] not in weights:
         return None
     plain = {"transA": 0, "alpha": 1.0, "beta": 1.0, "group": 1}
@@ -212,7 +212,7 @@ def _matrix(node: NodeProto, weights: Mapping[str, TensorProto]) -> np.ndarray |
 def _sample(
     pieces: Pieces, groups: Sequence[Group], inputs: Sequence[Mapping[str, np.ndarray]], threads: int | None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Of each group, under its first node's label: the channels' largest magnitudes, and some activations [N, C]."""
+    """The largest magnitude of each group's channels, and some activations [N, C], by its first node's label."""
     largest: dict[str, np.ndarray] = {}
     samples: dict[str, list[np.ndarray]] = {}
     users = [(group.nodes[0], (group.tensor,)) for group in groups]
@@ -233,14 +233,14 @@ def _sample(
 def _settle(
     group: Group, sample: np.ndarray, largest: np.ndarray, matrices: Sequence[np.ndarray], kind: str, smooth: float
 ) -> None:
-    """Sets a group's scale and smoothing, and what its products lose of the sample; the taps of a kernel are apart."""
+    """Sets a group's scale, smoothing and error on the sample, for each tap of a kernel on its own."""
     joined = np.concatenate([matrix.transpose(0, 2, 1) for matrix in matrices], -1)
     weight = joined.astype(np.float32)  # [in, taps, out]
     factor = np.ones_like(largest)
     if smooth:
         heaviest = np.maximum(np.abs(weight).max((1, 2)), 1e-8)
         factor = heaviest ** (1 - smooth) / np.maximum(largest, 1e-8) ** smooth
-        # Of a factor common to all channels nothing is left after scaling: the mean is 1, for float16's sake.
+        # Scaling cancels a factor common to all channels, so the mean is 1, which fits float16.
         factor = np.exp(np.log(factor) - np.log(factor).mean()).clip(2.0**-8, 2.0**8)
         factor = group.smooth = factor.astype(np.float16).astype(np.float32)
     scale = scale_for(np.max(largest * factor), kind)
@@ -262,7 +262,7 @@ def quantize_bundle(
 ) -> Manifest:
     """Writes the bundle `base` into the folder `out`, its graphs quantised as `groups` says, by graph.
 
-    keep: labels of the nodes that stay as they are, by graph. The manifest notes how many layers were quantised.
+    keep: labels of the nodes that stay unquantised, by graph. The manifest notes how many layers were quantised.
     """
     keep = keep or {}
     noted = {}

@@ -1,4 +1,4 @@
-"""What every graph sees in a real run: its inputs at early, middle and late steps, kept for calibration.
+"""Records every graph's inputs in a real run, at early, middle and late steps, for calibration.
 
     inputs, pictures = record("bundle", ["a right hand making a fist"], seeds=(0, 1))
     save_inputs("inputs.npz", inputs)
@@ -23,7 +23,7 @@ from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure, Picture
 
-# Both stages are asked for each thing that a model may find hard: each side, both hands, near and spread fingers.
+# The prompts cover what a model may find hard: each side, both hands, near and spread fingers.
 PROMPTS = (
     "a right hand making a fist, blue background",
     "a left hand, open, palm to the viewer, white background",
@@ -38,7 +38,7 @@ Inputs = dict[str, list[Feeds]]  # graph -> the calls that were kept, in the ord
 
 
 class Recorder:
-    """An engine that keeps some of what it is given: at most `calls` calls, and `rows` rows of each."""
+    """An engine that keeps some of its inputs: at most `calls` calls, and `rows` rows of each."""
 
     def __init__(self, engine: Engine, calls: int = 8, rows: int = 4) -> None:
         self.engine, self.spec = engine, engine.spec
@@ -50,7 +50,7 @@ class Recorder:
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         batch = len(next(iter(feeds.values())))
-        # Not the same rows each time: a batch of many prompts then shows them all.
+        # Rows change from call to call, so that every prompt of a batch appears.
         rows = (self._count + np.arange(min(self._rows, batch)) * batch // min(self._rows, batch)) % batch
         self._last = {name: np.asarray(value)[rows] for name, value in feeds.items()}
         if self._count % self._stride == 0:
@@ -84,8 +84,8 @@ def record(
 ) -> tuple[Inputs, list[Picture | Failure]]:
     """Runs every prompt with every seed, and keeps for each graph at most `calls` calls of at most `rows` rows.
 
-    settings: steps, solver, guidance, ... as in `Request`. Returns the inputs by graph, and what became of the
-    requests, in order: seeds within prompts. Raises BundleError, EngineError or RequestError when nothing can be run.
+    settings: steps, solver, guidance, ... as in `Request`. Returns the inputs by graph, and the results of
+    the requests in order: seeds within prompts. Raises BundleError, EngineError or RequestError when nothing can run.
     """
     folder = Path(bundle)
     manifest, engines = load_engines(folder, device, threads)
@@ -111,7 +111,7 @@ def requests_for(pipeline: HanDiffuser, prompts: Iterable[str], seeds: Iterable[
 
 
 def run_all(pipeline: HanDiffuser, requests: Sequence[Request]) -> list[Picture | Failure]:
-    """What became of prepared requests, in their order."""
+    """The results of prepared requests, in their order."""
     results = {result.id: result for result in pipeline.run(requests)}
     return [results[str(request.id)] for request in requests]
 
@@ -124,7 +124,7 @@ def save_inputs(path: str | Path, inputs: Inputs) -> None:
         for number, feeds in enumerate(calls)
         for name, value in feeds.items()
     }
-    with open(path, "wb") as file:  # given a path, numpy would add .npz to it
+    with open(path, "wb") as file:  # numpy adds .npz to a path
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
@@ -140,5 +140,5 @@ def load_inputs(path: str | Path) -> Inputs:
                     calls.append({})
                 calls[int(number)][name] = arrays[key]
     except Exception as error:  # a damaged zip raises many kinds
-        raise HanDiffuserError(f"{path} is no recording of inputs ({error}). Make it with save_inputs.") from error
+        raise HanDiffuserError(f"{path} must be a file of save_inputs ({error}).") from error
     return inputs

@@ -70,7 +70,10 @@ class Verdict:
         """A sentence for each bar that it fails."""
         found = []
         if not self.faster:
-            found.append(f"{precision} takes {_ms(self.fast)} {self._unit} and {other} {_ms(self.exact)}.")
+            found.append(
+                f"{precision} takes {self.fast * 1e3:.0f} ms of CPU time a picture and {other} "
+                f"{self.exact * 1e3:.0f} ms."
+            )
         if not self.near:
             found.append(
                 f"Pictures in {precision} must be at least {PSNR_MUST:.0f} dB from those in {other}, got "
@@ -78,22 +81,10 @@ class Verdict:
             )
         return found
 
-    def timing(self, precision: str, other: str) -> str:
-        """Both times in words."""
-        return f"{_ms(self.fast)} {self._unit} in {precision} against {_ms(self.exact)} in {other}"
-
-    @property
-    def _unit(self) -> str:
-        return f"a step at {self.sizes}" if self.sizes else "of CPU time a picture"
-
     def __str__(self) -> str:
         return (
             f"{self.exact / self.fast:.2f} times as fast as ONNX Runtime here and {self.psnr:.0f} dB from its pictures"
         )
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.{0 if seconds >= 0.1 else 2}f} ms"
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,10 +1,9 @@
-"""Self-attention as one node that ONNX Runtime has a memory-saving kernel for.
+"""Writes self-attention as one node for which ONNX Runtime has a memory-saving kernel.
 
-ONNX's own Attention keeps the whole table of scores in ONNX Runtime's CPU provider: 2 GB where 4096 pixels look at each
-other with two guidance branches. The contributed MultiHeadAttention works through it in tiles that fit a cache, as
-flash attention (Dao et al. 2022) does, and takes tokens as they are, [B, N, H D], without transposing them first. It is
-written together with its definition in standard operators, a function of the model: what does not know the node, such
-as TensorRT, puts the definition in its place.
+For ONNX's own Attention, ONNX Runtime's CPU provider keeps the whole table of scores: 2 GB for 4096 pixels with two
+guidance branches. The contributed MultiHeadAttention works in tiles that fit a cache, as flash attention (Dao et al.
+2022) does, and takes tokens as they are, [B, N, H D], without a transpose. The model also holds its definition in
+standard operators as a function, which TensorRT and others use in its place.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ DOMAIN, NAME = "com.microsoft", "MultiHeadAttention"
 def fuse_attention(model: ir.Model) -> int:
     """Replaces self-attention without a mask, in place; returns how many nodes were replaced.
 
-    What is looked for: Reshape and Transpose to heads, of query, key and value; Attention; Transpose and Reshape back.
+    It looks for Reshape and Transpose to heads of query, key and value; Attention; Transpose and Reshape back.
     """
     graph, fused = model.graph, 0
     for node in list(graph):
@@ -57,7 +56,7 @@ def _definition(opset: int) -> ir.Function:
 
 
 def _tokens(value: ir.Value | None) -> ir.Value | None:
-    """[B, N, H D] of which a value is the heads [B, H, N, D], if it is made so."""
+    """The tokens [B, N, H D] behind a value of heads [B, H, N, D], if it comes from such tokens."""
     transpose = value.producer() if value is not None else None
     if transpose is None or transpose.op_type != "Transpose" or not _swaps_heads(transpose):
         return None

@@ -1,9 +1,8 @@
-"""What both branches of guidance have in common, computed once.
+"""Computes once what both branches of guidance have in common.
 
-Up to the first cross-attention the unconditional and the conditional branch see the same numbers: the latents and the
-step's time. The exported graph doubles the rows at its very beginning; here the doubling moves behind everything that
-treats rows one by one and has seen nothing else, so that this part is computed for B rows and not for 2 B. Exact: the
-same operators on the same numbers.
+Up to the first cross-attention, both branches see the same numbers: the latents and the step's time. The exported graph
+doubles the rows at its beginning. Here the doubling moves behind all operators that treat rows one by one and see only
+these numbers, so this part runs for B rows instead of 2 B. The result is exact: the same operators on the same numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-# Operators that give each row from that row alone, whatever their other inputs, as long as these are constants.
+# Operators that compute each row from that row alone, as long as their other inputs are constants.
 ROW_BY_ROW = frozenset(
     (
         "Add Sub Mul Div Sqrt Neg Erf Sigmoid Tanh Gelu Cast Conv MatMul Gemm GroupNormalization LayerNormalization "
@@ -24,12 +23,12 @@ ROW_BY_ROW = frozenset(
     ).split()
 )
 MOVES = frozenset(("Slice", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Split"))
-AXES = {"Concat": "axis", "Split": "axis"}  # operators that leave rows apart where this axis is not the first
-LISTS = {"Slice": 3, "Unsqueeze": 1, "Squeeze": 1, "ReduceMean": 1}  # and where this input does not name it
+AXES = {"Concat": "axis", "Split": "axis"}  # operators that keep rows apart where this axis is not the first
+LISTS = {"Slice": 3, "Unsqueeze": 1, "Squeeze": 1, "ReduceMean": 1}  # and where this input does not name the first axis
 
 
 def share_branches(model: ir.Model) -> int:
-    """Moves the doubling of rows, in place, as far down as it goes; returns how many nodes see single rows now."""
+    """Moves the doubling of rows, in place, as far down as possible; returns how many nodes then see single rows."""
     graph = model.graph
     pattern: ir.Node | None = None
     shared: dict[ir.Value, None] = {}  # values that are the same in both branches, in order
@@ -40,7 +39,7 @@ def share_branches(model: ir.Model) -> int:
         elif any(value in shared for value in node.inputs) and _row_by_row(node, shared):
             moved[node] = None
             shared |= dict.fromkeys(node.outputs)
-    # What only moves numbers, and only for those who see both branches, stays where it was: doubling costs a copy.
+    # Nodes that only move numbers for users of both branches stay in place: doubling costs a copy.
     for node in reversed(list(moved)):
         users = [use.node for value in node.outputs for use in value.uses()]
         if node.op_type in MOVES and not any(user in moved for user in users):
@@ -49,7 +48,7 @@ def share_branches(model: ir.Model) -> int:
                 del shared[value]
     if not moved or pattern is None:
         return 0
-    single: dict[ir.Value, ir.Value] = {}  # value of doubled rows -> the same of single ones
+    single: dict[ir.Value, ir.Value] = {}  # value of doubled rows -> its value of single rows
     for value in shared:
         maker = value.producer()
         assert maker is not None
@@ -66,7 +65,7 @@ def share_branches(model: ir.Model) -> int:
 
 
 def _once(graph: ir.Graph, node: ir.Node, single: dict[ir.Value, ir.Value]) -> dict[ir.Value, ir.Value]:
-    """A copy of a node for single rows, before it; its outputs -> the copy's."""
+    """Inserts a copy of a node for single rows before it; returns its outputs -> the copy's."""
     copy = ir.Node(
         node.domain,
         node.op_type,
@@ -85,7 +84,7 @@ def _once(graph: ir.Graph, node: ir.Node, single: dict[ir.Value, ir.Value]) -> d
 
 
 def _doubled(node: ir.Node) -> ir.Value | None:
-    """x, where a node is the end of x [B, ...] -> [B, 1, ...] -> [B, G, ...] -> [G B, ...] and G comes from outside."""
+    """x, where a node ends x [B, ...] -> [B, 1, ...] -> [B, G, ...] -> [G B, ...] and G is not a constant."""
     expand = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] is not None else None
     if expand is None or expand.op_type != "Expand":
         return None
@@ -100,7 +99,7 @@ def _doubled(node: ir.Node) -> ir.Value | None:
 
 
 def _row_by_row(node: ir.Node, shared: Container[ir.Value]) -> bool:
-    """Whether a node gives each row from that row of shared values, and from constants."""
+    """Whether a node computes each row from that row of shared values, and from constants."""
     if not all(value is None or value in shared or _constant(value) for value in node.inputs):
         return False
     if node.op_type in ROW_BY_ROW:
@@ -124,7 +123,7 @@ def _row_by_row(node: ir.Node, shared: Container[ir.Value]) -> bool:
 
 
 def _same_rows(before: ir.Shape, after: ir.Shape | None) -> bool:
-    """Whether a Reshape regroups what is in a row, and no rows."""
+    """Whether a Reshape keeps rows apart."""
     if after is None:
         return False
     sizes = [list(shape)[1:] for shape in (before, after)]
@@ -134,7 +133,7 @@ def _same_rows(before: ir.Shape, after: ir.Shape | None) -> bool:
 
 
 def _constant(value: ir.Value) -> bool:
-    """Whether a value is a weight, or one that is only cast."""
+    """Whether a value is a weight, or a cast of one."""
     node = value.producer()
     if node is None:
         return value.const_value is not None
@@ -148,7 +147,7 @@ def _numbers(value: ir.Value | None) -> list[int] | None:
 
 
 def _double(graph: ir.Graph, pattern: ir.Node, old: ir.Value, new: ir.Value, uses: list[Any]) -> None:
-    """Doubles the rows of `new` right behind it, for those uses of `old` that need them so."""
+    """Doubles the rows of `new` right behind it, for these uses of `old`."""
     expand = pattern.inputs[0].producer()  # type: ignore[union-attr]
     unsqueeze, sizes = expand.inputs[0].producer(), expand.inputs[1].producer()  # type: ignore[union-attr]
     one, branches = sizes.inputs[:2]  # type: ignore[union-attr]
@@ -182,6 +181,6 @@ def _double(graph: ir.Graph, pattern: ir.Node, old: ir.Value, new: ir.Value, use
 
 
 def _later(graph: ir.Graph, *values: ir.Value) -> ir.Node:
-    """Of the nodes that make these values, the one that stands last."""
+    """The node that stands last among those that make these values."""
     makers = {value.producer() for value in values}
     return [node for node in graph if node in makers][-1]

@@ -1,10 +1,10 @@
-"""Writes a bundle: exports every graph, runs it in ONNX Runtime right away, and keeps how far it is from PyTorch.
+"""Writes a bundle: exports every graph, runs it in ONNX Runtime right away, and notes how far it is from PyTorch.
 
     export_bundle(Checkpoint.load("checkpoint"), Path("bundle"))
 
-A graph over its tolerance is not written, and then neither is the bundle: everything goes into a workspace beside the
-target and is moved when it is complete, so that a failed export leaves an older bundle as it was. ONNX Runtime runs in
-a process of its own: where it crashes, the export says so.
+A graph over its tolerance is not written, and neither is the bundle. Everything goes into a workspace beside the target
+and moves there when it is complete, so a failed export leaves an older bundle unchanged. ONNX Runtime runs in a process
+of its own, and the export reports its crash.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ from .norms import write_out_norms
 from .upsampling import fold_upsampling
 from .workspace import install, workspace
 
-# Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output: an error in the
-# graph is larger, and the fidelity report judges the precision. bfloat16 has 8 bits where float16 has 11, so that every
-# rounding is 8 times as large. It is also emulated, which rounds after every node, as a GPU does; float16 is run by
-# ONNX Runtime's CPU, which does not. Together 20 times (measured on the demo's encoder of random words: 7.3e-2 at the
-# worst number, 5.9e-3 root mean square; float16 with all its roundings 6.0e-3 and 6.9e-4).
+# Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output. An error in the
+# graph is larger; `engines/verdict.py` judges the precision. bfloat16 has 8 bits where float16 has 11, so a rounding is
+# 8 times as large. Its emulation also rounds after every node, as a GPU does, and ONNX Runtime's CPU does not for
+# float16. Together that is 20 times (measured on the demo's encoder of random words: 7.3e-2 at the worst number, 5.9e-3
+# root mean square; float16 with all its roundings 6.0e-3 and 6.9e-4).
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 1e-1}
 OPSET = 23  # keeps GroupNormalization and Attention whole; ONNX Runtime >= 1.23 runs it
-LARGE = 1 << 30  # bytes of weights above which a graph is checked with fewer rows: its own take gigabytes
+LARGE = 1 << 30  # bytes of weights above which the check takes fewer rows, to save gigabytes
 PAGE_OUT, WORTH = 21, 1 << 20  # MADV_PAGEOUT, and bytes of a tensor from which on it is called
 ONCE = 1 << 16  # elements up to which tensors are compared with each other, and equal ones stored once
 COMPACT = 1024  # elements from which a tensor is worth storing in half
@@ -69,23 +69,23 @@ COMPACT = 1024  # elements from which a tensor is worth storing in half
 
 @dataclass
 class Exported:
-    """What one graph's export came to."""
+    """The outcome of one graph's export."""
 
     name: str
     error: float  # largest difference to PyTorch relative to the largest value, over all outputs
     tolerance: float
     megabytes: float
     seconds: float
-    peak: float = 0.0  # bytes of memory at most, this process and the one that checks together; 0: not known
-    kept: bool = False  # finished by an export that was stopped, and taken as it is
-    emulated: bool = False  # bfloat16, of which ONNX Runtime's CPU has no kernels: rounded in a float32 graph instead
+    peak: float = 0.0  # bytes of memory at most, of this process and the one that checks; 0: unknown
+    kept: bool = False  # finished by an export that was stopped
+    emulated: bool = False  # bfloat16, rounded in a float32 graph: ONNX Runtime's CPU lacks it
 
 
 def export_bundle(checkpoint: Checkpoint, out: Path, *arguments: Any, **options: Any) -> list[Exported]:
-    """Exports a checkpoint into the folder `out`: `make_bundle` in a workspace, whose result is then moved.
+    """Exports a checkpoint into the folder `out`: `make_bundle` in a workspace, whose result then moves to `out`.
 
-    Plans that were built from an older bundle in `out` stay: those that still fit are used again.
-    Raises ExportError, too, for a folder that is no bundle, or one that another process is exporting into.
+    Plans of an older bundle in `out` stay, and those that still fit are used again.
+    Also raises ExportError for a folder that is not a bundle, or that another process exports into.
     """
     check_target(out)
     with workspace(out) as folder:
@@ -104,7 +104,7 @@ def make_bundle(
     on_graph: Callable[[Exported], Any] = lambda _: None,
     on_step: Callable[[str, str], Any] = lambda *_: None,
 ) -> list[Exported]:
-    """Makes a bundle of a checkpoint in a folder of a workspace. Graphs that are finished there are taken as they are.
+    """Makes a bundle of a checkpoint in a folder of a workspace. It keeps the finished graphs that it finds there.
 
     precision: of the networks, one of PRECISIONS; hand features and all state stay float32. body: an SMPL-H `.npz`;
     without it the checkpoint's own is used. source: what it is made from (see `source.py`), kept in the manifest.
@@ -113,7 +113,7 @@ def make_bundle(
     not run.
     """
     if precision not in PRECISIONS:
-        raise ExportError(f"Precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}.")
+        raise ExportError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
     path = body or checkpoint.body
     if path is None:
         raise CheckpointError(
@@ -164,14 +164,14 @@ def export_and_check(
     opset: int,
     on_step: Callable[[str, str], Any],
 ) -> tuple[GraphSpec, Exported]:
-    """One graph's files in `folder`, and how far they are from PyTorch. Raises ExportError where that is too far."""
+    """Exports one graph into `folder` and compares it with PyTorch. Raises ExportError where it is too far off."""
     began, peaks = time.monotonic(), [0.0]
     forget_peak()
     on_step(graph.name, "tracing")
     spec = export_graph(graph, folder, opset)
     on_step(graph.name, "comparing")
     kind = "fp32" if graph.name == "hand_features" else precision
-    graph.module = nn.Identity()  # its weights are half of the memory in half precision
+    graph.module = nn.Identity()  # frees its weights
     error, worst = parity(
         graph,
         reference.module,
@@ -201,7 +201,7 @@ def export_and_check(
 def manifest_of(
     checkpoint: Checkpoint, folder: Path, specs: dict[str, GraphSpec], precision: str, made_by: dict[str, Any]
 ) -> Manifest:
-    """What is said of the graphs and the tokenizer in `folder`."""
+    """The manifest of the graphs and the tokenizer in `folder`."""
     return Manifest(
         graphs=specs,
         files={file.name: file_digest(file) for file in sorted(folder.iterdir()) if file.is_file()},
@@ -223,9 +223,9 @@ def manifest_of(
 
 
 def check_target(out: Path) -> None:
-    """Raises ExportError for a folder that holds something else than a bundle."""
+    """Raises ExportError for a folder that holds anything but a bundle."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())):
-        raise ExportError(f"{out} exists and is no bundle. Choose another folder, or empty that one.")
+        raise ExportError(f"{out} must be a bundle or an empty folder. Choose another folder, or empty this one.")
 
 
 def plain(schedule: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def plain(schedule: dict[str, Any]) -> dict[str, Any]:
 def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     """Exports one module with its free axes into `<name>.onnx` and returns its contract."""
     names = list(graph.inputs)
-    # The graph's own outputs may not bear an input's name; the contract's order is what counts.
+    # An output cannot have an input's name in ONNX, so outputs are known by their order.
     outputs = [f"next_{name}" if name in names else name for name in graph.outputs]
     program = torch.onnx.export(
         graph.module,
@@ -283,7 +283,7 @@ def run_module(module: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 def compact(model: ir.Model) -> None:
     """Stores float32 weights that are exactly representable in half precision as such, behind a Cast.
 
-    A checkpoint that ships in half precision so gives a float32 bundle of half the size, bit for bit the same; ONNX
+    So a checkpoint in half precision gives a float32 bundle of half the size with exactly the same numbers. ONNX
     Runtime and TensorRT fold the casts when they load the graph.
     """
     graph = model.graph
@@ -314,7 +314,7 @@ def compact(model: ir.Model) -> None:
 def save_model(model: ir.Model, path: Path) -> None:
     """Writes the graph; more weights than EXTERNAL go into `<name>.onnx.data`."""
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    for node in model.graph:  # traces of our source files would only name folders of the machine that exported
+    for node in model.graph:  # traces of source files would name folders of this machine
         node.metadata_props.clear()
         node.doc_string = None
     model.metadata_props.clear()
@@ -324,8 +324,8 @@ def save_model(model: ir.Model, path: Path) -> None:
 
 
 def give_back(modules: Iterable[nn.Module] = ()) -> None:
-    """Returns to the system what was freed, which the C library keeps, and pages of weights that lie in files: another
-    process is to have the memory. They are read again when they are used."""
+    """Returns memory to the system for another process: what the C library keeps of freed memory, and pages of weights
+    that lie in files, which are read again when they are used."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # Linux's, with glibc
         libc = ctypes.CDLL(None)
@@ -347,9 +347,9 @@ def parity(
 ) -> tuple[float, str]:
     """Largest difference between the file in ONNX Runtime and float32 PyTorch, relative to each output's largest value.
 
-    Two sizes of every free axis are tried, so that one that was baked in is found. on_peak: is told bytes of memory, of
-    this process while PyTorch runs, then of both. between: is called before ONNX Runtime begins. Returns the error and
-    the worst tensor. Raises ExportError where either gives NaN or infinity, or where ONNX Runtime crashes.
+    It tries two sizes of every free axis, to find one that the export fixed. on_peak: gets bytes of memory, of this
+    process while PyTorch runs, then of both. between: called before ONNX Runtime begins. Returns the error and the
+    worst tensor. Raises ExportError where either gives NaN or infinity, or where ONNX Runtime crashes.
     """
     calls, exact = [], []
     for smallest in (False, True):
@@ -365,7 +365,7 @@ def parity(
     on_peak(peak_memory())
     between()
     forget_peak()
-    # What overflows shows in an image only as this flag: NaN has no place in 8 bits.
+    # An overflow in an image shows only in this flag: 8 bits cannot hold NaN.
     for name, theirs in zip(graph.outputs * 2, itertools.chain(*exact), strict=True):
         if not np.isfinite(theirs).all() or (name == "finite" and not theirs.all()):
             raise ExportError(
@@ -381,7 +381,7 @@ def parity(
         for name, ours, theirs in zip(graph.outputs, got, wanted, strict=True):
             if ours.shape != theirs.shape:
                 raise ExportError(
-                    f"{graph.name}'s {name!r} is of shape {list(ours.shape)}, of {list(theirs.shape)} in PyTorch, so "
+                    f"{graph.name}'s {name!r} has shape {list(ours.shape)}, and {list(theirs.shape)} in PyTorch, so "
                     "nothing was written. Please report this with your versions of torch, onnx and onnxruntime."
                 )
             if not np.isfinite(ours).all() or (name == "finite" and not ours.all()):
@@ -400,10 +400,10 @@ def parity(
 
 
 def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest difference of two finite arrays, relative to the largest value; of pixels, in parts of their range."""
+    """Largest difference of two finite arrays relative to the largest value, or of pixels relative to their range."""
     difference = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
     if ours.dtype == np.uint8:
-        # Rounding to 8 bits may fall to either side: one level is no error, what counts is the mean.
+        # Rounding to 8 bits may go either way: a difference of one level counts by its mean alone.
         return float(difference.mean() if difference.max() <= 1 else difference.max()) / 255
     return float(difference.max() / max(np.abs(theirs).max(), 1e-12))
 

@@ -69,9 +69,9 @@ def run_apart(
 def _sentence(graph: str, precision: str, code: int, said: str) -> str:
     another = f"Export with another --opset{'' if precision == 'fp32' else ', or with --precision fp32'}"
     if code == FAILED:
-        reason = (said.splitlines() or ["it gave no reason"])[-1].rstrip(".")
+        reason = (said.splitlines() or ["no reason was given"])[-1].rstrip(".")
         return f"ONNX Runtime {version()} does not run {graph}, so nothing was written: {reason}. {another}."
-    if code == -9:  # SIGKILL, which Windows has not
+    if code == -9:  # SIGKILL, which Windows lacks
         return f"The check of {graph} was killed, most often because memory ran out; nothing was written."
     how = signal.Signals(-code).name if code < 0 else f"exit code {code:#x}"
     return (
@@ -81,19 +81,19 @@ def _sentence(graph: str, precision: str, code: int, said: str) -> str:
 
 
 def version() -> str:
-    """Of ONNX Runtime, under either name of its package; empty where there is none."""
+    """ONNX Runtime's version, under either name of its package; empty where it is not installed."""
     return installed.version("onnxruntime") or installed.version("onnxruntime-gpu") or ""
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:
-    """The graph on the CPU; the emulation of one that computes in bfloat16, of which it has no kernels."""
+    """The graph on the CPU; the emulation of one that computes in bfloat16, which lacks CPU kernels."""
     import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Packed copies of the weights pay off over many runs; this one runs twice. Nor is there one arena that grows by
-    # doubling, nor, of large graphs, a second copy of the weights in the layout that convolutions like best.
+    # Packed copies of the weights pay off over many runs, and this graph runs twice. It also does without an arena,
+    # which grows by doubling. Large graphs do without a second copy of the weights in the layout of convolutions.
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     if sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) > LARGE:
@@ -122,7 +122,7 @@ def peak_memory() -> int:
 
 
 def forget_peak() -> None:
-    """Has `peak_memory` begin anew."""
+    """Makes `peak_memory` start over."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -154,7 +154,7 @@ def main() -> None:
     else:
         code = 0
     sys.stderr.flush()
-    os._exit(code)  # a thread waits on stdin, which a proper end would wait for
+    os._exit(code)  # a normal exit would wait for the thread that reads stdin
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A step graph does the whole step: input scaling, both guidance branches in one batch, the network, the guidance
 combine and the solver update with the row's numbers. Latents, history and rows are float32; only the network's input
-is cast to the network's precision. What depends on the timestep alone (`unet_time`) or on the prompt alone
-(`unet_context`) has left the loop.
+is cast to the network's precision. `unet_time` depends on the timestep alone and `unet_context` on the prompt alone, so
+both run outside the loop.
 
     for graph in graphs(checkpoint, body, PRECISIONS["fp16"]): ...
 """
@@ -75,7 +75,7 @@ def finite(x: Tensor) -> Tensor:
 
 
 class TextEncoderGraph(nn.Module):
-    """The prompt, as far as the hand prior reads it: once, not at each of its steps."""
+    """What the hand prior reads of a prompt, computed once and not at each of its steps."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class HandFeaturesGraph(nn.Module):
 
 
 class TextHandEncoderGraph(nn.Module):
-    """Both branches in one call, the negative (or empty) prompt without hands and the prompt with its hands; or the
+    """Both branches in one call: the negative (or empty) prompt without hands, and the prompt with its hands. Or the
     prompt alone."""
 
     def __init__(self, encoder: TextHandEncoder) -> None:
@@ -130,7 +130,7 @@ class TextHandEncoderGraph(nn.Module):
         if not hands:
             return self.encoder(input_ids.flatten(0, 1)).unflatten(0, (-1, branches))
         named = {name: branched(value, branches) for name, value in zip((*self.cues, "visibility"), hands, strict=True)}
-        # Of each pair of rows the first is the unconditional one: no hands there.
+        # The first of each pair of rows is the unconditional branch, which has no hands.
         shown = (torch.arange(branches, device=input_ids.device) == branches - 1).float()
         visibility = (hands[-1][:, None] * shown[:, None]).flatten(0, 1)
         cues = {name: named[name].to(dtype) for name in self.cues if name != "joints"}
@@ -150,7 +150,7 @@ class UNetContext(nn.Module):
             processor = layer.processor
             assert isinstance(processor, CrossAttention)
             key, value = processor.keys_values(layer, flat)
-            # TensorRT's fused attention wants keys and values of one width: the position code's channels are filled up.
+            # TensorRT's fused attention needs keys and values of one width: zeros stand beside the position code.
             value = nn.functional.pad(value, (0, key.shape[-1] - value.shape[-1]))
             out += [tensor.unflatten(0, (-1, context.shape[1])) for tensor in (key, value)]
         return tuple(out)
@@ -191,7 +191,7 @@ class TimeSlice(nn.Module):
 
 
 class UNetStep(nn.Module):
-    """One sampling step over latents. Takes the UNet over: its time projections are replaced by slices."""
+    """One sampling step over latents. It changes the UNet: slices replace its time projections."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class UNetStep(nn.Module):
         self.row.value = branched(time, branches)
         flat = [tensor.flatten(0, 1) for tensor in keys_values]
         context = list(zip(flat[::2], flat[1::2], strict=True))
-        # The timestep feeds only the projections that were replaced; it falls out of the graph.
+        # Only the replaced projections used the timestep, so the exporter drops it.
         output = self.unet(sample, torch.zeros(1, device=sample.device), context).sample
         latents, history = update(row, latents, guided(output, row), history, noise)
         return latents, history, finite(latents)
@@ -247,8 +247,8 @@ class Graph:
         return TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(shape))
 
     def dynamic_shapes(self, rows: int | None = None) -> tuple[Any, ...]:
-        """The free axes of every input as `torch.export` wants them: nested like the arguments of `forward`, so what
-        goes into *args in a tuple. rows: fixes the first axis."""
+        """The free axes of every input as `torch.export` takes them: nested like the arguments of `forward`, with *args
+        as a tuple. rows: fixes the first axis."""
         first = {} if rows is not None else {0: Dim(self.free, min=1, max=LARGEST)}
         second = {1: Dim(BRANCHES, min=1, max=2)}
         axes = [first | second if name in self.branched else first for name in self.inputs]
@@ -259,8 +259,8 @@ class Graph:
 
 
 def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a module for inference whose weights are of `dtype`; those that are so already it shares."""
-    own: dict[int, Any] = {}  # what deepcopy is to take for copied
+    """A copy of a module for inference with weights of `dtype`. It shares weights that are of `dtype` already."""
+    own: dict[int, Any] = {}  # what deepcopy takes as copied
     for tensor in (*module.parameters(), *module.buffers()):
         value = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
         own[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
@@ -273,9 +273,9 @@ def graphs(
 ) -> Iterator[Graph]:
     """Every graph of the contract with example inputs, in the order in which data flows.
 
-    dtype: of the networks, see PRECISIONS. The examples are what the float32 stages before them really give, so that
-    the check against PyTorch sees values of the right size. Nothing is computed in half: PyTorch's CPU kernels for it
-    are slow. Each module is a copy, which shares the checkpoint's weights where they are of `dtype`; drop it after use.
+    dtype: of the networks, see PRECISIONS. The examples come from the float32 stages before, so the check against
+    PyTorch sees values of the right size. Nothing is computed in half, which is slow on PyTorch's CPU. Each module is a
+    copy that shares the checkpoint's weights where they are of `dtype`; drop it after use.
     """
     generator = torch.Generator().manual_seed(seed)
 

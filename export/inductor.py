@@ -1,4 +1,4 @@
-"""Graphs compiled ahead of time by PyTorch itself: torch.export, then AOTInductor, into one `.pt2` file a graph.
+"""Compiles graphs ahead of time with PyTorch: torch.export, then AOTInductor, into one `.pt2` file a graph.
 
     for graph in graphs(checkpoint, body):
         compile_graph(graph, Path("engines") / f"{graph.name}.pt2", device="cuda")
@@ -40,21 +40,21 @@ def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | No
     """Compiles one graph into `path`, a `.pt2` file; an older file stays until the new one is complete.
 
     device: "cpu" or "cuda". batch: compile for this size of the first axis alone; None: for any from 1 to 4096.
-    A graph whose free axis is no batch (unet_time: S) takes any size in both cases. The module is left where it is.
+    A graph whose free axis is not a batch (unet_time: S) takes any size in both cases. The module is left where it is.
 
-    Raises ExportError when there is no C++ compiler or no such GPU, or when the graph cannot be compiled.
+    Raises ExportError without a C++ compiler or the GPU, and when the graph cannot be compiled.
     """
     check_tools(device)
     forbid_tf32()  # the choice is compiled in
     if graph.free != "B":
         batch = None
-    # 0 and 1 are special to the exporter: from an example of one row it would conclude that rows are broadcast.
+    # 0 and 1 are special to the exporter: an example of one row makes it broadcast rows.
     rows = batch or max(2, len(next(iter(graph.inputs.values()))))
     inputs = {name: value[torch.arange(rows) % len(value)] for name, value in graph.inputs.items()}
     specs = [graph.spec(name, value) for name, value in inputs.items()]
     options = {
-        "compile_threads": 1,  # with more it forks a pool of workers, which hangs where threads are running already
-        # Else this process's threads are baked in. How finely loops are cut still goes by a number of threads.
+        "compile_threads": 1,  # with more it forks workers, which hang where threads run already
+        # Otherwise the number of this process's threads is fixed. Loops are still cut for a number of threads.
         "cpp.dynamic_threads": True,
         "cpp.threads": usable_cores(),
         "aot_inductor.precompile_headers": False,  # saves 3 s a graph, leaves 0.4 GB in /tmp
@@ -67,8 +67,7 @@ def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | No
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The compiler's own files are several times the weights: beside the target there is room for them, in /tmp often
-    # not, and there it would leave them.
+    # The compiler's files take several times the weights' size, for which /tmp often lacks room.
     with TemporaryDirectory(prefix=f".{graph.name}-", dir=path.parent) as work:
         written = Path(work) / f"{graph.name}.pt2"
         try:
@@ -76,15 +75,15 @@ def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | No
                 program = torch.export.export(
                     graph.module, tuple(inputs.values()), dynamic_shapes=graph.dynamic_shapes(batch)
                 )
-            # Moving the program leaves the module alone (three graphs share the UNet) and takes along what is no
-            # part of the module: the kernels of the attention processors.
-            program = move_to_device_pass(program, "cuda:0" if device == "cuda" else device)  # what tensors there say
+            # Moving the program leaves the module in place (three graphs share the UNet), and also moves the kernels of
+            # the attention processors, which are not part of the module.
+            program = move_to_device_pass(program, "cuda:0" if device == "cuda" else device)  # as tensors there name it
             with torch.no_grad(), fresh_cache(dir=work):
                 aoti_compile_and_package(program, package_path=str(written), inductor_configs=options)
         except Exception as error:  # of the exporter, the compiler or the C++ compiler: no common base class
             raise ExportError(
                 f"{graph.name} could not be compiled for {device}: {sentence(error)} Please report this with your "
-                "version of torch; the bundle's ONNX graphs are not concerned."
+                "version of torch; the bundle's ONNX graphs still work."
             ) from error
         written.replace(path)
 
@@ -96,9 +95,9 @@ def compile_bundle(
     device: str,
     on_graph: Callable[[Plan, str], Any] = lambda *_: None,
 ) -> int:
-    """Compiles the graphs of a bundle that have no current plan; returns how many that were.
+    """Compiles the graphs of a bundle that have no current plan; returns how many.
 
-    load: gives the checkpoint that the bundle was exported from; called only if something is to be compiled.
+    load: gives the checkpoint that the bundle was exported from; called only if a graph must be compiled.
     on_graph: called with each plan and why it was compiled.
     """
     manifest, store = Manifest.load(bundle, verify=False), PlanStore(bundle)
@@ -128,16 +127,16 @@ def compile_bundle(
 
 
 def check_tools(device: str) -> None:
-    """Raises ExportError when something that compiling for `device` needs is not there."""
+    """Raises ExportError without a GPU or a C++ compiler, as compiling for `device` needs them."""
     if device not in ("cpu", "cuda"):
-        raise ExportError(f"There is no device {device!r}. Choose cpu or cuda.")
+        raise ExportError(f"device must be cpu or cuda, got {device!r}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ExportError("PyTorch finds no usable GPU to compile for. Check `nvidia-smi`, or take --device cpu.")
     try:
         get_cpp_compiler()
     except Exception as error:
         raise ExportError(
-            "Compiling needs a C++ compiler, and there is none. Install one (`apt install g++` on Debian and Ubuntu, "
+            "Compiling needs a C++ compiler, and none was found. Install one (`apt install g++` on Debian and Ubuntu, "
             "`xcode-select --install` on a Mac), or name yours in the variable CXX."
         ) from error
 
@@ -145,8 +144,8 @@ def check_tools(device: str) -> None:
 def upsample(self: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
     """`Upsample2D.forward` for any batch: [N, C, h, w] -> [N, C', 2 h, 2 w], or of `output_size`.
 
-    diffusers copies big batches first, for the sake of old versions of PyTorch. Its question whether a batch is big
-    would bind the free axis to the example's answer (the UNet: at most 31).
+    diffusers first copies big batches, for old versions of PyTorch. Its test for a big batch would bind the free axis
+    to the example's answer (the UNet: at most 31).
     """
     assert self.interpolate and self.norm is None and self.name == "conv"
     size = {"scale_factor": 2.0} if output_size is None else {"size": output_size}

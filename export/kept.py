@@ -1,14 +1,14 @@
-"""The graphs that an export has finished: one that was stopped, also by kill -9, goes on with what is left.
+"""The finished graphs of an export, with which a stopped one (even by kill -9) continues.
 
     shelf = Shelf(folder, keys(checkpoint, body, precision="fp16", opset=23))
-    shelf.clear()                                   # what is half-written, was changed, or is of another export
+    shelf.clear()                                   # removes half-written, changed and foreign graphs
     if (found := shelf.find("unet")) is None:
         ...                                         # export it into `folder` and check it
         shelf.note("unet", spec, {"error": 1e-7})
 
-A finished graph has a record beside it, in the folder KEPT, which is written last: its key, the SHA-256 of its files,
-and what the manifest will say. The key is a hash of all that could change the graph: its weights and those before it
-in the flow of data (with adapters merged), every configuration, this package's code, the libraries' versions and the
+A finished graph has a record in the folder KEPT, which is written last: its key, the SHA-256 of its files, and its
+entry in the manifest. The key is a hash of everything that could change the graph: its weights and those before it in
+the flow of data (with adapters merged), every configuration, this package's code, the libraries' versions and the
 settings.
 """
 
@@ -33,8 +33,7 @@ from ..schema import MisfitError, fit, read_json
 from .source import code_digest
 from .workspace import KEPT
 
-# Graph -> the parts that first have a say in it. A part that had a say in a graph has one in all later ones: their
-# example inputs come from it.
+# Graph -> the parts that first affect it. A part affects all later graphs, too: their example inputs come from it.
 FIRST: dict[str, tuple[str, ...]] = {
     "text_encoder": ("text_encoder", "hand_prior"),
     "hand_prior": (),
@@ -48,7 +47,7 @@ FIRST: dict[str, tuple[str, ...]] = {
 
 
 def keys(checkpoint: Checkpoint, body: SMPLH, **settings: Any) -> dict[str, str]:
-    """For each graph 64 hexadecimal digits that stand for all that could change it. Reads all weights once."""
+    """For each graph 64 hexadecimal digits for everything that could change it. Reads all weights once."""
     modules: dict[str, nn.Module] = {**checkpoint.modules(), "body": body}
     rest = [code_digest(), checkpoint.special_tokens, checkpoint.image_size, settings]
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
@@ -66,7 +65,7 @@ def keys(checkpoint: Checkpoint, body: SMPLH, **settings: Any) -> dict[str, str]
 
 
 def _digest(module: nn.Module) -> str:
-    """SHA-256 of a module's tensors, with the buffers that no state_dict has."""
+    """SHA-256 of a module's tensors, with the buffers that its state_dict leaves out."""
     digest = hashlib.sha256()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -81,7 +80,7 @@ class Shelf:
         self.folder, self.keys = folder, keys
 
     def clear(self) -> None:
-        """Leaves nothing in the folder but graphs that are finished, unchanged and of these keys."""
+        """Removes all but finished, unchanged graphs of these keys from the folder."""
         good: set[str] = set()
         for graph in self.keys:
             record = self._record(graph)
@@ -102,12 +101,12 @@ class Shelf:
                 path.unlink()
 
     def find(self, graph: str) -> tuple[GraphSpec, dict[str, Any]] | None:
-        """The contract of a graph that `clear` left, and what was noted of it."""
+        """The contract of a graph that `clear` left, and its note."""
         record = self._record(graph)
         return (fit(record["spec"], GraphSpec), record["noted"]) if record else None
 
     def note(self, graph: str, spec: GraphSpec, noted: dict[str, Any]) -> None:
-        """Notes that a graph is finished. noted: what `find` shall give."""
+        """Notes that a graph is finished. noted: what `find` returns with it."""
         files = {path.name: file_digest(path) for path in sorted(self.folder.glob(f"{spec.file}*"))}
         record = {"key": self.keys[graph], "files": files, "spec": asdict(spec), "noted": noted}
         record = json.loads(json.dumps(record))
@@ -117,7 +116,7 @@ class Shelf:
             temporary.write_text(json.dumps({**record, "sha256": _hash(record)}), encoding="utf-8")
 
     def _record(self, graph: str) -> dict[str, Any]:
-        """Empty where there is none that is as `note` wrote it."""
+        """A record as `note` wrote it; empty where it is missing or changed."""
         try:
             record = fit(read_json(self._path(graph)), dict[str, Any])
         except (OSError, MisfitError):

@@ -1,11 +1,11 @@
-"""What an export was made from, so that the same command again exports nothing. Imports neither torch nor ONNX.
+"""Notes what an export was made from, so that the same command again exports nothing. Imports neither torch nor ONNX.
 
     source = fingerprint(Path("checkpoint"), body=None, precision="fp16", image_size=None, opset=23)
     changed(Path("bundle"), source)          # [] when the bundle is current, else what changed, in words
 
-Files are known by name, size and time of their last change, as git and make know them: hashing a Stable Diffusion
-checkpoint takes longer than anyone waits for "nothing to do". What is exported again without need gives the same
-graphs, byte for byte, and so the same engines.
+It tells files apart by name, size and time of their last change, as git and make do: hashing a Stable Diffusion
+checkpoint takes too long for "nothing to do". A needless export gives the same graphs, byte for byte, and so the same
+engines.
 """
 
 from __future__ import annotations
@@ -27,9 +27,16 @@ WORDS = {
     "settings": "the settings changed",
     "code": "this package or one that exports changed",
 }
-REWRITES = ("graphs", "bundle", "attention", "branches", "norms", "upsampling")  # what makes a graph what it is
+REWRITES = (
+    "graphs",
+    "bundle",
+    "attention",
+    "branches",
+    "norms",
+    "upsampling",
+)  # modules that decide what a graph computes
 PACKAGES = ("handiffuser", "torch", "diffusers", "transformers", "onnx", "onnxscript")
-CHECKERS = ("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")  # and what a finished graph was made and checked with
+CHECKERS = ("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")  # and packages that make and check a graph
 
 
 def fingerprint(
@@ -40,7 +47,7 @@ def fingerprint(
     rooms = Path(__file__).resolve().parent.parent
     code = [*sorted((rooms / "models").glob("*.py")), *(rooms / "export" / f"{name}.py" for name in REWRITES)]
     if settings.get("precision") in EIGHT_BITS:
-        code += [rooms / "export" / "admit.py", rooms / "calibration" / "quantize.py"]
+        code += [rooms / "export" / "lower.py", rooms / "calibration" / "quantize.py"]
     return {
         "checkpoint": _digest([_stat(checkpoint, file) for file in sorted(checkpoint.rglob("*")) if file.is_file()]),
         "body": _digest([] if body is None or not body.exists() else _stat(body.parent, body)),
@@ -51,7 +58,7 @@ def fingerprint(
 
 
 def code_digest() -> str:
-    """Sixteen digits for all code that makes graphs, and for the versions of what makes and checks them."""
+    """Sixteen digits for the code that makes graphs, and for the versions of the packages that make and check them."""
     rooms = Path(__file__).resolve().parent.parent
     code = [path for room in ("models", "export") for path in sorted((rooms / room).glob("*.py"))]
     code.append(Path(contract.__file__))
@@ -59,9 +66,9 @@ def code_digest() -> str:
 
 
 def changed(bundle: Path, source: dict[str, str]) -> list[str]:
-    """Why `bundle` must be made (again), in words; empty when it is there, whole, and made from `source`."""
+    """Why `bundle` must be exported, in words; empty when it is whole and made from `source`."""
     if not (bundle / MANIFEST).exists():
-        return ["there is none yet"]
+        return ["it does not exist yet"]
     try:
         manifest = Manifest.load(bundle, verify=False)
     except BundleError as error:
@@ -75,7 +82,7 @@ def changed(bundle: Path, source: dict[str, str]) -> list[str]:
 
 
 def _files(adapter: Path) -> list[Path]:
-    """An adapter, and where peft says beside it how strong it is."""
+    """An adapter, and the file beside it in which peft keeps its scale."""
     return [path for path in (adapter, adapter.with_name("adapter_config.json")) if path.is_file()]
 
 

@@ -1,14 +1,14 @@
-"""Upsampling and the convolution behind it, as four small convolutions.
+"""Turns upsampling and the convolution behind it into four small convolutions.
 
-A 3 x 3 convolution over a picture whose every pixel was doubled sees each of them twice in most of its taps. Of the
-four pixels that come from one, each is a 2 x 2 convolution of the small picture, with taps summed: 4 instead of 9
-multiplications, and DepthToSpace puts the four in their places. Exact but for the rounding of the sums. (The sub-pixel
-convolution of Shi et al. 2016, arXiv 1609.05158, read backwards.)
+After nearest-neighbour upsampling by 2, most taps of a 3 x 3 convolution see the same pixel twice. So each of the four
+pixels that come from one is a 2 x 2 convolution of the small picture, with summed taps: 4 multiplications instead of 9.
+DepthToSpace puts the four in place. The result is exact but for the rounding of the sums. (The sub-pixel convolution of
+Shi et al. 2016, arXiv 1609.05158, read backwards.)
 
-On a CPU in float32 it takes half the time of these layers. One transposed convolution of 4 x 4 taps is the same and was
-slower everywhere. In bfloat16 on matrix units the products of small layers cost less than DepthToSpace does, and sums
-of taps do not fit into weights that are stored in half: layers of fewer than NARROW channels stay as they are. OpenVINO
-folds those, too, where it compiles for a processor without matrix units, see `engines.openvino_rewrites`.
+On a CPU in float32 this halves the time of these layers. One transposed convolution of 4 x 4 taps computes the same and
+was slower everywhere. Layers of fewer than NARROW channels stay as they are: in bfloat16 on matrix units their products
+cost less than DepthToSpace, and sums of taps do not fit into weights that are stored in half. OpenVINO folds them, too,
+where it compiles for a processor without matrix units, see `engines.openvino_rewrites`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _doubles(node: ir.Node) -> bool:
     scales = node.inputs[2] if len(node.inputs) > 2 else None
     if scales is None or scales.const_value is None or scales.const_value.numpy().tolist() != [1, 1, 2, 2]:
         return False
-    # Other roundings would take another pixel for some: these two agree for doubling.
+    # Only these two settings repeat each pixel exactly twice.
     return (
         node.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "asymmetric"
         and node.attributes.get_string("nearest_mode", "round_prefer_floor") == "floor"

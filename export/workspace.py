@@ -1,11 +1,11 @@
-"""Where a folder is made before it takes its place: beside its target, in a folder that is one process's alone.
+"""A folder beside a bundle's place, which belongs to one process while it makes the bundle.
 
     with workspace(Path("bundle")) as folder:
         ...                                   # make folder / "new"
         install(folder / "new", Path("bundle"))
 
-An export that is stopped leaves the graphs that it finished, in a folder with records of them (see `kept.py`); the
-next one for the same target takes what still fits. All else goes, and all of it when an export ends.
+A stopped export leaves its finished graphs there, with records of them (see `kept.py`). The next export for the same
+target takes those that still fit. Everything else is removed, and the whole folder when an export ends.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 from ..engines.plans import FOLDER as PLANS
 from ..errors import ExportError, HanDiffuserError
 
-OLD = "old"  # what stood in the target's place
+OLD = "old"  # the bundle that was in the target's place
 KEPT = ".kept"  # in a folder of graphs: records of those that are finished
 
 
 @contextmanager
 def workspace(out: Path) -> Iterator[Path]:
-    """The folder `.NAME.partial` beside `out`, empty but for finished graphs; it is removed with all that is in it.
+    """The folder `.NAME.partial` beside `out`, empty but for finished graphs. It is removed at the end.
 
-    Where the work in it is stopped (Ctrl-C, a full disk; no refusal of ours) finished graphs stay there.
+    When Ctrl-C or a full disk stops the work, finished graphs stay there; after a refusal of ours they do not.
     Raises ExportError when another process works on the same target.
     """
     out = out.resolve()
@@ -36,7 +36,7 @@ def workspace(out: Path) -> Iterator[Path]:
     lock = _lock(folder, out)
     ended = True
     try:
-        _take_over(folder / OLD, out)  # of a process that was killed in the middle of `install`
+        _take_over(folder / OLD, out)  # after a kill in the middle of `install`
         _clear(folder)
         yield folder
     except HanDiffuserError:
@@ -54,7 +54,7 @@ def workspace(out: Path) -> Iterator[Path]:
 
 
 def _lock(folder: Path, out: Path) -> int | None:
-    """Makes the folder and locks it until its file descriptor is closed, by a kill at the latest."""
+    """Makes the folder and locks it until its file descriptor is closed, at the latest by the process's end."""
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -67,7 +67,7 @@ def _lock(folder: Path, out: Path) -> int | None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
                 return lock
-            os.close(lock)  # its last owner removed it in between
+            os.close(lock)  # its last owner removed it meanwhile
         except BlockingIOError:
             os.close(lock)
             raise ExportError(
@@ -87,7 +87,7 @@ def _clear(folder: Path) -> None:
 
 
 def install(made: Path, out: Path) -> None:
-    """Puts a finished folder of a workspace of `out` into its place; an older bundle's plans stay."""
+    """Moves a finished folder of the workspace to `out`. An older bundle's plans stay."""
     out, old = out.resolve(), made.with_name(OLD)
     shutil.rmtree(made / KEPT, ignore_errors=True)
     if out.exists():
@@ -98,7 +98,7 @@ def install(made: Path, out: Path) -> None:
 
 
 def _take_over(old: Path, out: Path) -> None:
-    """What an older bundle still has to give: itself, if its successor never came, or its plans."""
+    """Restores an older bundle whose successor never came, or moves its plans to the successor."""
     if old.exists() and not out.exists():
         old.replace(out)
     elif (old / PLANS).exists() and not (out / PLANS).exists():

@@ -332,7 +332,7 @@ def test_a_graph_that_cannot_be_compiled_leaves_the_older_file(tmp_path):
 
 def test_what_compiling_needs_is_asked_for_first(tmp_path, monkeypatch):
     graph = Graph("toy", nn.Identity(), {"x": torch.zeros(2, 3)}, ("x",))
-    with pytest.raises(ExportError, match="no device 'tpu'"):
+    with pytest.raises(ExportError, match="device must be cpu or cuda, got 'tpu'"):
         compile_graph(graph, tmp_path / "toy.pt2", device="tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ExportError, match=r"no usable GPU.*nvidia-smi"):

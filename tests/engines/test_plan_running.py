@@ -401,8 +401,8 @@ def test_plans_are_picked_by_bundle_backend_version_and_gpu(toy_bundle, tmp_path
         ("int8", "7.5", ""),
         ("fp8", "8.9", ""),
         ("fp8", "10.0", ""),
-        ("bf16", "7.5", r"bfloat16.*Fake GPU, compute capability 7\.5.*--precision fp16"),
-        ("fp8", "8.6", r"fp8.*Fake GPU, compute capability 8\.6.*--precision int8"),
+        ("bf16", "7.5", r"Fake GPU, compute capability 7\.5.*bfloat16.*--precision fp16"),
+        ("fp8", "8.6", r"Fake GPU, compute capability 8\.6.*fp8.*--precision int8"),
     ],
 )
 def test_a_precision_needs_a_gpu_that_has_it(toy_bundle, precision, capability, refusal):
