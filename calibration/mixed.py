@@ -44,8 +44,8 @@ class Sensitive:
 def keep_float32(model_path: str | Path, out_path: str | Path, names: Iterable[str]) -> None:
     """Writes a half-precision graph in which the nodes called `names` compute in float32.
 
-    Their weights stay stored in half behind a Cast. Between two such nodes, and to others that compute in float32, values
-    pass in float32, unrounded; elsewhere they are cast. The graph's inputs and outputs keep their types.
+    Their weights stay stored in half behind a Cast. Between two such nodes, and to others in float32, values pass in
+    float32, unrounded; elsewhere they are cast. The graph's inputs and outputs keep their types.
     Raises BundleError when a node is missing.
     """
     save_model(_keep(onnx.load(model_path), set(names)), Path(out_path))
