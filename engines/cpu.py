@@ -1,4 +1,4 @@
-"""The processor: its name, what it computes in, and what code compiled for it depends on. Imports nothing heavy.
+"""The processor: its name, its instructions, and how many cores this process may use. Imports nothing heavy.
 
 cpu_name()        # "AMD EPYC 9B14"
 target()          # "x86_64 avx2 avx512_bf16 ...": part of the key of what is compiled for this processor
@@ -13,12 +13,12 @@ from pathlib import Path
 
 # Instructions that compilers choose kernels by, as Linux spells them on x86 and on Arm.
 KINDS = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "sme", "bf16", "i8mm")
-BF16 = frozenset(("avx512_bf16", "amx_bf16"))  # either of them makes bfloat16 faster than float32
+BF16 = frozenset(("avx512_bf16", "amx_bf16"))  # with either of them bfloat16 is faster than float32
 
 
 @functools.cache
 def _info() -> dict[str, str]:
-    """What the system says of its first processor; empty where it does not tell."""
+    """The system's entries about its first processor; empty where it has none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     except OSError:
@@ -38,12 +38,12 @@ def features() -> tuple[str, ...]:
 
 
 def has_bf16() -> bool:
-    """Whether bfloat16 is worth computing in: the processor multiplies it faster than float32."""
+    """Whether the processor multiplies bfloat16 faster than float32."""
     return bool(BF16 & set(features()))
 
 
 def target() -> str:
-    """What compiled code runs on; where the system does not tell features, the processor's name."""
+    """The processor that compiled code is for: its features, or its name where the system hides them."""
     return " ".join((platform.machine(), *(features() or (cpu_name(),))))
 
 

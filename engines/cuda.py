@@ -8,10 +8,10 @@
     graph.launch(stream)
     stream.record().synchronize()
 
-Everything is asynchronous but `synchronize`. Streams do not wait for the default stream, so only the order within a
-stream and `Stream.wait` say what comes first. The calls are the CUDA runtime's through `cuda-bindings`.
+Everything but `synchronize` is asynchronous. Streams do not wait for the default stream, so only the order within a
+stream and `Stream.wait` decide what comes first. `cuda-bindings` makes the calls of the CUDA runtime.
 
-What is made here is freed when it is no longer used, or earlier by its `close`, or all at once by `Cuda.close`.
+Each object is freed when it is no longer used, or earlier by its `close`, or with all others by `Cuda.close`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ DRIVERS = {12: "driver 525 or newer", 13: "driver 580 or newer"}
 
 
 class Cuda:
-    """One GPU. Raises EngineError where there is none, or no package to reach it."""
+    """One GPU. Raises EngineError without a usable GPU, or without the package to reach it."""
 
     def __init__(self, device: int = 0) -> None:
         self.api = _bindings()
-        self._made: weakref.WeakSet[Any] = weakref.WeakSet()  # what `close` is to free
+        self._made: weakref.WeakSet[Any] = weakref.WeakSet()  # objects that `close` frees
         error, count = self.api.cudaGetDeviceCount()
         if error != self.api.cudaError_t.cudaSuccess or not count:
             raise EngineError(
@@ -56,7 +56,7 @@ class Cuda:
         if error != self.api.cudaError_t.cudaSuccess:
             if error == self.api.cudaError_t.cudaErrorMemoryAllocation:
                 raise EngineError(
-                    "The GPU has not enough free memory. Take a smaller --batch-size, or end what else is on it."
+                    "The GPU lacks free memory. Take a smaller --batch-size, or end other programs on it."
                 )
             raise EngineError(f"CUDA failed in {name}: {self._text(error)}.")
         return values[0] if len(values) == 1 else tuple(values)
@@ -64,17 +64,17 @@ class Cuda:
     def close(self) -> None:
         """Waits for the device, then frees all arrays, streams, events and graphs that were made here.
 
-        None of them may be used afterwards. Pinned arrays go with their last view. A second call does nothing.
+        Do not use them afterwards. Pinned arrays are freed with their last view. A second call does nothing.
         """
         if not self._made:
             return
-        self.api.cudaDeviceSynchronize()  # what failed before is no reason to keep memory
+        self.api.cudaDeviceSynchronize()  # frees memory even after an earlier failure
         for one in list(self._made):
             one.close()
         self._made.clear()
 
     def keep(self, one: Any, free: Callable[[Any], Any], handle: Any) -> Callable[[], Any]:
-        """Has `free(handle)` called once: by what is returned, by `close`, or when `one` is no longer used."""
+        """Arranges for one call of `free(handle)`: by the function returned, by `close`, or when `one` is unused."""
         self._made.add(one)
         return weakref.finalize(one, free, handle)
 
@@ -83,14 +83,14 @@ class Cuda:
         return text.decode() if isinstance(text, bytes) else str(text)
 
     def _why_none(self, error: Any) -> str:
-        """Why there is no GPU, in one sentence with its remedy."""
+        """Why no GPU is usable, in one sentence with its remedy."""
         codes = self.api.cudaError_t
         driver, needed = self.api.cudaDriverGetVersion()[1] or 0, self.api.cudaRuntimeGetVersion()[1] or 0
         if error == codes.cudaErrorInsufficientDriver and not driver:
-            return "there is no NVIDIA driver. Check that `nvidia-smi` lists a GPU."
+            return "the NVIDIA driver is missing. Check that `nvidia-smi` lists a GPU."
         if error == codes.cudaErrorInsufficientDriver:
             return (
-                f"its driver knows CUDA {_version(driver)}, and cuda-bindings needs {needed // 1000}.0 or newer "
+                f"its driver supports CUDA {_version(driver)}, and cuda-bindings needs {needed // 1000}.0 or newer "
                 f"({DRIVERS.get(needed // 1000, 'a newer driver')}). Update the driver, or "
                 f'`pip install "cuda-bindings<{needed // 1000}"`.'
             )
@@ -99,17 +99,17 @@ class Cuda:
         return f"{self._text(error)}. Check that `nvidia-smi` lists one."
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-        """A new array on the device. Zeros, because rows that no request uses must hold something harmless."""
+        """A new array of zeros on the device: rows that no request uses must hold harmless numbers."""
         array = DeviceArray(0, shape, dtype)
         pointer = self.call("cudaMalloc", max(array.nbytes, 1))
         array.pointer = int(pointer)
         array.free = self.keep(array, self.api.cudaFree, pointer)
         self.call("cudaMemset", pointer, 0, array.nbytes)
-        self.call("cudaStreamSynchronize", 0)  # our streams do not wait for the default stream, which did that
+        self.call("cudaStreamSynchronize", 0)  # our streams do not wait for the default stream, which sets the zeros
         return array
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """An array in page-locked host memory: only from such can copies be asynchronous."""
+        """An array in page-locked host memory, which asynchronous copies need."""
         count = math.prod(shape)
         size = max(count * itemsize(dtype), 1)
         pointer = self.call("cudaMallocHost", size)
@@ -125,7 +125,7 @@ class Cuda:
         return Kernel(self, code, name, types)
 
     def free_memory(self) -> int:
-        """Bytes."""
+        """Free bytes on the device."""
         return int(self.call("cudaMemGetInfo")[0])
 
 
@@ -138,7 +138,7 @@ class Kernel:
         library = cuda.call("cudaLibraryLoadData", code + b"\0", [], [], 0, [], [], 0)
         self.close = cuda.keep(self, cuda.api.cudaLibraryUnload, library)
         kernel = cuda.call("cudaLibraryGetKernel", library, name.encode())
-        self.handle = self.driver.CUkernel(int(kernel))  # the runtime's and the driver's name for the same thing
+        self.handle = self.driver.CUkernel(int(kernel))  # the same kernel for the driver
 
     def launch(self, stream: Stream, blocks: int, threads: int, *arguments: Any) -> None:
         """Runs it in blocks x threads; arguments: numbers, and pointers of device arrays."""
@@ -160,7 +160,7 @@ class DeviceArray:
         self.free: Callable[[], Any] | None = None  # of an array that owns its memory
 
     def close(self) -> None:
-        """Frees the memory, of a view's owner too; it may not be used afterwards. A second call does nothing."""
+        """Frees the memory, of a view's owner too; do not use it afterwards. A second call does nothing."""
         array = self.owner or self
         if array.free is not None:
             array.free()
@@ -172,7 +172,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """How PyTorch, CuPy and Numba see the same memory; bfloat16, which it has no word for, as int16."""
+        """How PyTorch, CuPy and Numba see the same memory; they get bfloat16 as int16, as the protocol lacks it."""
         typestr = "<i2" if self.dtype == "bfloat16" else np.dtype(self.dtype).str
         return {"shape": self.shape, "typestr": typestr, "data": (self.pointer, False), "version": 3}
 
@@ -200,7 +200,8 @@ class Stream:
         """Copies between device arrays and pinned arrays of equal size. Host arrays must live until it is done."""
         if target.nbytes != source.nbytes or dtype_name(target.dtype) != dtype_name(source.dtype):
             raise EngineError(
-                f"A copy from {source.dtype}{list(source.shape)} to {target.dtype}{list(target.shape)} would not fit."
+                f"Both sides of a copy must be of equal size, got {source.dtype}{list(source.shape)} and "
+                f"{target.dtype}{list(target.shape)}."
             )
         kind = self.cuda.api.cudaMemcpyKind.cudaMemcpyDefault
         self.cuda.call("cudaMemcpyAsync", _address(target), _address(source), source.nbytes, kind, self.handle)
@@ -209,7 +210,7 @@ class Stream:
         self.cuda.call("cudaMemsetAsync", target.pointer, 0, target.nbytes, self.handle)
 
     def record(self, timed: bool = False) -> Event:
-        """An event that comes to pass when all work so far is done; timed: and knows when."""
+        """An event that happens when all work so far is done. timed: it also notes the time."""
         return Event(self, timed)
 
     def wait(self, event: Event) -> None:
@@ -220,14 +221,14 @@ class Stream:
         self.cuda.call("cudaStreamSynchronize", self.handle)
 
     def capture(self, function: Callable[[], None]) -> Graph | None:
-        """Records what `function` enqueues on this stream, without running it. None when something in it cannot be.
+        """Records what `function` enqueues on this stream, without running it. None where CUDA refuses to record it.
 
-        Whatever `function` raises, the stream is out of the capture afterwards: EngineError is the refusal, all else
-        (Ctrl-C) is passed on. The graph is on the device when the stream has come to it.
+        The stream leaves the capture whatever `function` raises. EngineError counts as the refusal; other exceptions
+        (Ctrl-C) pass on. The stream uploads the graph to the device.
         """
         cuda = self.cuda
         mode = cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        # A collection could free device memory, which nobody may during a capture, and which breaks it.
+        # A garbage collection could free device memory, which breaks a capture.
         collects, captured = gc.isenabled(), None
         gc.disable()
         try:
@@ -238,7 +239,7 @@ class Stream:
                 error, captured = cuda.api.cudaStreamEndCapture(self.handle)
                 if error != cuda.api.cudaError_t.cudaSuccess:
                     captured = None
-                    cuda.api.cudaGetLastError()  # what a refusal leaves behind is not the next call's
+                    cuda.api.cudaGetLastError()  # clears the error, which the next call would return
             if captured is None:
                 return None
             graph = Graph(cuda, captured)
@@ -265,7 +266,7 @@ class Event:
         self.cuda.call("cudaEventRecord", self.handle, stream.handle)
 
     def done(self) -> bool:
-        """Whether it has come to pass, without waiting."""
+        """Whether it happened, without waiting."""
         (error,) = self.cuda.api.cudaEventQuery(self.handle)
         if error == self.cuda.api.cudaError_t.cudaErrorNotReady:
             return False
@@ -277,7 +278,7 @@ class Event:
         self.cuda.call("cudaEventSynchronize", self.handle)
 
     def seconds_since(self, earlier: Event) -> float:
-        """Between two timed events that have come to pass."""
+        """Seconds between two timed events that happened."""
         return float(self.cuda.call("cudaEventElapsedTime", earlier.handle, self.handle)) / 1000
 
 
@@ -285,13 +286,13 @@ class Graph:
     """Captured work: one call launches it all."""
 
     def __init__(self, cuda: Cuda, graph: Any) -> None:
-        """graph: what a capture gave; the caller destroys it."""
+        """graph: the result of a capture; the caller destroys it."""
         self.cuda = cuda
         self.handle = cuda.call("cudaGraphInstantiate", graph, 0)
         self.close = cuda.keep(self, cuda.api.cudaGraphExecDestroy, self.handle)
 
     def upload(self, stream: Stream) -> None:
-        """Puts the graph on the device, so that its first launch need not."""
+        """Puts the graph on the device before its first launch."""
         self.cuda.call("cudaGraphUpload", self.handle, stream.handle)
 
     def launch(self, stream: Stream) -> None:
@@ -299,7 +300,7 @@ class Graph:
 
 
 def dtype_name(dtype: Any) -> str:
-    """What the contract calls a dtype: numpy's own name, or "bfloat16"."""
+    """The contract's name of a dtype: numpy's own, or "bfloat16"."""
     return "bfloat16" if str(dtype) == "bfloat16" else np.dtype(dtype).name
 
 
@@ -317,7 +318,7 @@ def _address(array: DeviceArray | np.ndarray) -> int:
     if isinstance(array, DeviceArray):
         return array.pointer
     if not array.flags.c_contiguous:
-        raise EngineError("Only contiguous host arrays can be copied to or from the device.")
+        raise EngineError("Host arrays must be contiguous to be copied to or from the device.")
     return array.ctypes.data
 
 

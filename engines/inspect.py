@@ -1,10 +1,10 @@
-"""What a compiled plan consists of: its layers by kind and kernel, the types they compute in, and its memory.
+"""Shows what a compiled plan consists of: its layers by kind and kernel, the types they compute in, and its memory.
 
-TensorRT's own inspector answers only where the plan can be loaded, on a GPU that it is for. But when a plan is built
-with detailed profiling verbosity, the builder writes the same report, line by line, into its verbose log, GPU or not:
-`Backend.build` picks it out, `PlanStore` keeps it beside the plan, and `hd-engines inspect` reads it there. A layer is
-a kernel, so that their number is what a step costs in launches. TensorRT-RTX leaves the choice of some kernels (its
-`__myelin_CASK_STUB`: convolutions and matrix products) to the GPU that runs the plan.
+TensorRT's own inspector needs a GPU that can load the plan. With detailed profiling verbosity the builder writes the
+same report into its verbose log, even without a GPU. `build_plan` picks it out, `PlanStore` keeps it beside the plan,
+and `hd-engines inspect` reads it there. A layer is a kernel, so a step costs as many launches as there are layers.
+TensorRT-RTX leaves the choice of some kernels (its `__myelin_CASK_STUB`: convolutions and matrix products) to the GPU
+that runs the plan.
 
     hd-engines inspect bundle --graph unet
     hd-engines inspect bundle/plans/unet.B1.G2.<key>.plan --json | jq '.layers[] | select(.kernel == "__myl_Move")'
@@ -26,7 +26,7 @@ from ..schema import MisfitError, fit, read_json
 from .plans import LAYERS, Plan, PlanStore, belongs
 
 LARGEST = 1 << 28  # bytes of a file of layers
-# Messages of the builder that are worth keeping: its report, and how many bytes the plan will take on the GPU.
+# Messages of the builder to keep: its report, and how many bytes the plan will take on the GPU.
 REPORT = "Layers:"
 MEMORY = {"Total Weights Memory: ": "weights", "Total Activation Memory: ": "scratch"}
 
@@ -42,7 +42,7 @@ _MANY = Meta(max_length=1_000_000)
 
 
 class Tensor(TypedDict):
-    """What a layer takes or gives."""
+    """An input or output of a layer."""
 
     name: str
     shape: Annotated[list[int], _MANY]
@@ -50,7 +50,7 @@ class Tensor(TypedDict):
 
 
 class Layer(TypedDict):
-    """One kernel of a plan; nodes: of the ONNX graph, that it came from."""
+    """One kernel of a plan. nodes: of the ONNX graph, from which it was compiled."""
 
     name: str
     kind: str
@@ -63,12 +63,12 @@ class Layer(TypedDict):
 
 
 def wanted(message: str) -> bool:
-    """Whether a message of the builder is one that `read_log` reads."""
+    """Whether `read_log` reads a message of the builder."""
     return message.startswith((REPORT, *MEMORY))
 
 
 def read_log(messages: Iterable[str]) -> dict[str, Any]:
-    """The builder's messages -> {"layers": what the plan runs, in order, "memory": bytes of weights and scratch}."""
+    """The builder's messages -> {"layers": of the plan, in order, "memory": bytes of weights and scratch}."""
     layers: list[Layer] = []
     memory: dict[str, int] = {}
     for message in messages:
@@ -95,7 +95,7 @@ def _layer(name: str, kind: str, rest: str) -> Layer:
     return {
         "name": name,
         "kind": kind,
-        "kernel": _HASH.sub("", tactic) or _NUMBER.sub("", name),  # fusions that the GPU compiles have no tactic
+        "kernel": _HASH.sub("", tactic) or _NUMBER.sub("", name),  # fusions that the GPU compiles lack a tactic
         "tactic": tactic or fields.get("TacticValue", ""),
         "inputs": tensors("Inputs"),
         "weights": tensors("Constants"),
@@ -105,18 +105,20 @@ def _layer(name: str, kind: str, rest: str) -> Layer:
 
 
 def find_plans(path: Path, graph: str | None = None) -> list[Plan]:
-    """The plan at a path; those of a folder that were built from it as it is now, of one graph or of all.
+    """The plan at a path, or the current plans of a folder, for one graph or for all.
 
-    Raises EngineError where there is none.
+    Raises EngineError where it finds none.
     """
     if path.suffix == ".plan":
         found = [plan for plan in PlanStore(path.parent.parent) if plan.path.name == path.name]
         if not found:
-            raise EngineError(f"{path} is no finished plan: it, or the .json of the same name, is missing or damaged.")
+            raise EngineError(
+                f"{path} must be a finished plan: it, or the .json of the same name, is missing or damaged."
+            )
         return found
     manifest = Manifest.load(path, verify=False)
     if graph is not None and graph not in manifest.graphs:
-        raise EngineError(f"There is no graph {graph!r}; there are {', '.join(manifest.graphs)}.")
+        raise EngineError(f"graph must be one of {', '.join(manifest.graphs)}, got {graph!r}.")
     found = [plan for plan in PlanStore(path) if belongs(plan, manifest) and graph in (None, plan.graph)]
     if not found:
         raise EngineError(f"{path} has no plans{f' of {graph}' if graph else ''}. Build some: hd-engines build {path}.")
@@ -124,20 +126,20 @@ def find_plans(path: Path, graph: str | None = None) -> list[Plan]:
 
 
 def layers_of(plan: Plan) -> list[Layer]:
-    """The layers of a plan, in the order in which they run. Raises EngineError where they were not kept."""
+    """The layers of a plan, in the order in which they run. Raises EngineError where their file is missing."""
     try:
         layers: list[Layer] = fit(read_json(plan.path.with_suffix(LAYERS), LARGEST), list[Layer])
     except (OSError, MisfitError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise EngineError(
-            f"The layers of {plan.path} are not beside it ({why.rstrip('.')}). Build it again: hd-engines prune FOLDER "
-            "--all, then hd-engines build FOLDER."
+            f"The file of {plan.path}'s layers cannot be read ({why.rstrip('.')}). Build it again: hd-engines prune "
+            "FOLDER --all, then hd-engines build FOLDER."
         ) from error
     return layers
 
 
 def types_of(layer: Layer) -> str:
-    """What a layer gives, such as "Half" or "Float, Half"."""
+    """The types of a layer's outputs, such as "Half" or "Float, Half"."""
     return ", ".join(sorted({tensor["type"] for tensor in layer["outputs"]}))
 
 
@@ -158,7 +160,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 
 def text(counts: dict[str, Any], most: int = 40) -> str:
-    """A summary for a reader; of its kernels, those that run most often."""
+    """A summary as text, with the kernels that run most often."""
     memory = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in counts["bytes"].items())
     lines = [
         f"{counts['graph']} {counts['sizes']}, {counts['precision']}: {counts['count']} layers; {memory}",

@@ -188,8 +188,8 @@ def _kept_session(path: str | Path, spec: GraphSpec, options: Any, shelf: Shelf)
 def _say_not_kept() -> None:
     """Warns once in a process."""
     warnings.warn(
-        f"The temporary folder {gettempdir()} cannot hold an optimised graph: it may be full. The graphs run, and are "
-        "optimised again at the next start. Free some space, or set TMPDIR to another folder.",
+        f"The temporary folder {gettempdir()} cannot hold an optimised graph: it may be full. The graphs run, and the "
+        "next start optimises them again. Free some space, or set TMPDIR to another folder.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -201,12 +201,12 @@ def session_options(threads: int | None = None) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only; they reach the user as exceptions
-    # No busy waiting. On cores that something else uses too (a second run, a training job, a container's share) idle
-    # threads that spin starve the one that works: measured on 2 busy cores, spinning doubles the time of a picture.
+    options.log_severity_level = 3  # errors only, which also come as exceptions
+    # No busy waiting. On cores with other work (a second run, a training job, a container's share) idle threads that
+    # spin starve the one that works: on 2 busy cores, spinning doubled the time of a picture.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # No plan of a whole run's memory: it is made for each batch size anew, and costs 0.9 GB for Stable Diffusion's UNet
-    # beside what the arena holds already, for no gain in speed.
+    # No plan of a whole run's memory: each batch size gets its own, which costs 0.9 GB for Stable Diffusion's UNet
+    # beside the arena, and gains no speed.
     options.enable_mem_pattern = False
     _share_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
@@ -215,7 +215,7 @@ def session_options(threads: int | None = None) -> Any:
 
 @functools.cache
 def _share_arena() -> None:
-    """One pool of memory for all sessions of the process: graphs run one after the other, and each pool keeps its peak.
+    """One pool of memory for all sessions of the process, whose graphs run in turns, instead of a peak for each.
 
     Eight of the demo's pictures at once take 250 MB instead of 350.
     """
@@ -232,14 +232,14 @@ def has_cuda_provider() -> bool:
 def both_installed() -> str | None:
     """A sentence when onnxruntime and onnxruntime-gpu are both installed, else None.
 
-    They write the same files: whichever came last wins, most often the one without CUDA.
+    They write the same files: the last one installed wins, most often the one without CUDA.
     """
     if not (version("onnxruntime") and version("onnxruntime-gpu")):
         return None
     return (
         "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. Mend it with "
-        "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install onnxruntime-gpu` where there is an "
-        "NVIDIA GPU or `pip install onnxruntime` where there is none."
+        "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install onnxruntime-gpu` with an NVIDIA GPU or "
+        "`pip install onnxruntime` without one."
     )
 
 
@@ -257,8 +257,8 @@ def _check_contract(
     path: str | Path, spec: GraphSpec, inputs: list[Any], outputs: list[Any], sizes: Mapping[str, int]
 ) -> None:
     """Raises BundleError unless a session takes and gives what the manifest says. sizes: of fixed axes."""
-    # ONNX gives a name to one value only. So where an output bears the name of an input (x, latents, history of a
-    # step graph), the file calls it otherwise, and outputs are known by their order.
+    # In ONNX, only one value has a name. Where an output has the name of an input (x, latents, history of a step
+    # graph), its name in the file differs, so outputs are known by their order.
     taken = {tensor.name for tensor in spec.inputs}
     by_name = {tensor.name: tensor for tensor in inputs}
     found_outputs = [tensor.name for tensor in outputs]
@@ -275,7 +275,7 @@ def _check_contract(
     pairs += zip(spec.outputs, outputs, strict=True)
     for want, tensor in pairs:
         dtype, shape = _DTYPES.get(tensor.type, tensor.type), tensor.shape
-        # ONNX Runtime may know less of a size than the manifest does, but must not know it otherwise.
+        # ONNX Runtime may lack a size that the manifest has, but must not contradict it.
         same = len(shape) == len(want.shape) and all(
             not isinstance(size, int) or size == (sizes.get(allowed) if isinstance(allowed, str) else allowed)
             for size, allowed in zip(shape, want.shape, strict=True)
@@ -291,7 +291,7 @@ def _sentence(error: Exception) -> str:
     """The first line of ONNX Runtime's message, without its error code, ended like a sentence."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     line = line.split(" : ", 3)[-1] if line.startswith("[ONNXRuntimeError]") else line
-    if failure := _gpu_failure(error):  # it stands behind half a kilobyte of C++, and before as much
+    if failure := _gpu_failure(error):  # it stands in the middle of a kilobyte of C++
         line = failure
     return line[:300].rstrip(" .") + "."
 
@@ -304,6 +304,6 @@ def _is_memory(error: Exception) -> bool:
 
 
 def _gpu_failure(error: Exception) -> str:
-    """What a library on the GPU said, "CUDA failure 719: unspecified launch failure", or "" if none did."""
+    """A GPU library's own words, such as "CUDA failure 719: unspecified launch failure", or ""."""
     found = re.search(r"\b(CUDA|CUDNN|CUBLAS) failure \d[^;]*", str(error))
     return found[0].strip() if found else ""

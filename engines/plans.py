@@ -9,12 +9,11 @@
     shelf = Shelf(manifest, folder, "openvino", "2026.4.1", cpu.target(), Options())
     path = shelf.find("unet", {"B": 1, "G": 2})     # verified, or None: then make it, and shelf.keep(...)
 
-What a run compiles by itself is kept in the user's cache, never beside the bundle: `hd-run` writes into no bundle. The
+A run keeps what it compiles in the user's cache, never beside the bundle: `hd-run` does not write into bundles. The
 plans of the shipped demo are in that cache, too, in a folder of their own.
 
-`plans/` holds `<graph>.<sizes>.<key>.plan` and a `.json` of the same name, which is written last: a plan without it
-was never finished. Nothing is ever changed in place, so that two builds and a running server do not disturb each
-other.
+`plans/` holds `<graph>.<sizes>.<key>.plan` and a `.json` of the same name, which is written last: a plan without it is
+unfinished. Files never change in place, so two builds and a running server do not disturb each other.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ from ..schema import MisfitError, Sha256, Word, fit, read_json
 from ..shipped import is_shipped
 
 FOLDER = "plans"
-LAYERS = ".layers"  # beside a plan: what it consists of, see `inspect.py`
-KEPT = 256 * 2**20  # bytes of a graph up to which a run keeps in the user's cache what it compiled by itself
-LARGEST_CACHE = 2 * 2**30  # bytes of that cache; what was not used for longest goes first
+LAYERS = ".layers"  # beside a plan: its layers, see `inspect.py`
+KEPT = 256 * 2**20  # bytes of a graph up to which a run keeps its compiled form in the user's cache
+LARGEST_CACHE = 2 * 2**30  # bytes of that cache; the least recently used plan goes first
 VERDICT = ".verdict"  # beside a UNet's plan of lower precision: whether it is good enough, see `verdict.py`
-KERNELS = ".kernels"  # beside a plan: what TensorRT-RTX compiled of it for this machine's GPU
-# What a plan depends on, and how a miss is put into words.
+KERNELS = ".kernels"  # beside a plan: the kernels that TensorRT-RTX compiled for this machine's GPU
+# What a plan depends on, and the words for a miss.
 WORDS = {
     "graph": "the bundle's graph or its weights changed",
     "sizes": "the sizes changed",
@@ -56,7 +55,7 @@ WORDS = {
     "options": "the build options changed",
     "tf32": "TF32 in float32 layers changed",
 }
-# What a part was before it was noted: the default of all backends.
+# What a part was in plans from before it was noted: the default of all backends.
 BEFORE = {"tf32": "on"}
 # Of free axes: one size, a range (least, best, most), or several sizes. "B=4", "B=1-4-8", "B=1+2+4".
 Sizes = Mapping[str, "int | tuple[int, int, int] | list[int]"]
@@ -72,7 +71,7 @@ if TYPE_CHECKING:  # made and read as a plain dict
 else:
 
     class Needed(TypedDict):
-        """All that could make a plan stale; see WORDS."""
+        """Everything that could make a plan stale; see WORDS."""
 
         name: Word
         graph: Word
@@ -84,13 +83,13 @@ else:
         options: Text
 
     class Parts(Needed, total=False):
-        """And what came later: see BEFORE."""
+        """With later additions: see BEFORE."""
 
         tf32: Word
 
 
 class Proof(TypedDict, total=False):
-    """Of what is known of a plan's insides, what others count with."""
+    """Entries of a plan's proof that other modules read."""
 
     types: Counts
     memory: Counts
@@ -98,14 +97,14 @@ class Proof(TypedDict, total=False):
 
 @dataclass
 class Plan:
-    """What is known of one compiled plan: its record, whose annotations are what that may say."""
+    """The record of one compiled plan. Its annotations are the limits of what a record may contain."""
 
     graph: Word
     key: Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
     parts: Parts
     sha256: Sha256
     size: Bytes
-    seconds: Annotated[float, Meta(ge=0, le=1e9, description="a time in seconds")]  # that building took
+    seconds: Annotated[float, Meta(ge=0, le=1e9, description="a time in seconds")]  # of building
     proof: dict[Word, Any]
     path: Path = Path()  # of the plan; not stored
 
@@ -117,7 +116,7 @@ class Plan:
 
     @property
     def batches(self) -> list[int]:
-        """The sizes of its first axis that it was compiled for one by one; of a range none."""
+        """The sizes of its first axis that it was compiled for one by one; empty for a range."""
         return [] if "-" in self._first else [int(n) for n in self._first.split("+")]
 
     @property
@@ -188,7 +187,7 @@ def graph_digest(manifest: Manifest, graph: str) -> str:
 
 
 def belongs(plan: Plan, manifest: Manifest) -> bool:
-    """Whether a plan was built from the bundle as it is now, and as plans are built now."""
+    """Whether a plan was built from the bundle in its present state, and in the present way."""
     return (
         plan.graph in manifest.graphs
         and plan.parts["graph"] == graph_digest(manifest, plan.graph)
@@ -198,7 +197,7 @@ def belongs(plan: Plan, manifest: Manifest) -> bool:
 
 
 def read_record(record: Path) -> Plan:
-    """The plan that a record speaks of. Raises OSError, or MisfitError for one that is not as `add` writes it."""
+    """The plan of a record. Raises OSError, or MisfitError for a record that `add` did not write so."""
     value = read_json(record)
     plan = fit(value, Plan)
     if unknown := sorted(set(value) - {entry.name for entry in fields(Plan)}):
@@ -226,14 +225,14 @@ def key_of(wanted: Mapping[str, str]) -> str:
 
 
 class PlanStore:
-    """The plans of one engines folder. Those of the shipped demo are in the user's cache: an installation is no place
-    to write to, and often read-only."""
+    """The plans of one engines folder. Those of the shipped demo are in the user's cache, because an installation is
+    often read-only."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = (_cache() / "demo" if is_shipped(folder) else Path(folder)) / FOLDER
 
     def __iter__(self) -> Iterator[Plan]:
-        """Every finished plan. Records that cannot be read are passed over: `strays` says what is wrong with them."""
+        """Every finished plan. It skips unreadable records; `strays` says what is wrong with them."""
         for record in sorted(self.folder.glob("*.json")):
             try:
                 yield read_record(record)
@@ -252,7 +251,7 @@ class PlanStore:
         return None
 
     def why(self, wanted: Mapping[str, str]) -> str:
-        """Why there is no plan for these parts: what differs from the nearest that there is."""
+        """Why a plan for these parts is missing: how they differ from the nearest plan."""
         key = key_of(wanted)
         near = [plan for plan in self if plan.graph == wanted["name"]]
         for plan in near:
@@ -272,9 +271,9 @@ class PlanStore:
         return ", ".join(changes)
 
     def add(self, wanted: Mapping[str, str], plan: bytes | memoryview, proof: dict[str, Any], seconds: float) -> Plan:
-        """Writes a plan. Raises EngineError when the disk is full; nothing half-written stays.
+        """Writes a plan. Raises EngineError when the disk is full, and leaves no half-written file.
 
-        proof: what `Backend.build` says of it; its layers go into a file of their own.
+        proof: what `build_plan` says of it; its layers go into a file of their own.
         """
         proof = dict(proof)
         layers = proof.pop("layers", [])
@@ -299,7 +298,7 @@ class PlanStore:
         return entry
 
     def problem(self, plan: Plan, verify: bool) -> str:
-        """What is wrong with a plan's file, in words; "" if nothing."""
+        """What is wrong with a plan's file, in words, or ""."""
         try:
             size = plan.path.stat().st_size
         except OSError:
@@ -311,7 +310,7 @@ class PlanStore:
         return ""
 
     def read(self, plan: Plan) -> bytes:
-        """A plan's content, verified. Raises EngineError for a damaged one: a plan is code, and is never run so."""
+        """A plan's content, verified. Raises EngineError for a damaged one, because a plan is code."""
         try:
             content = plan.path.read_bytes()
         except OSError as error:
@@ -325,7 +324,7 @@ class PlanStore:
         return content
 
     def strays(self) -> dict[Path, str]:
-        """Files in the folder that belong to no finished plan, and why: leftovers of builds, records that are wrong."""
+        """Files in the folder without a finished plan, and why: leftovers of builds, and wrong records."""
         known = {path for plan in self for path in (plan.path, plan.path.with_suffix(".json"))}
         found = {}
         for path in sorted(self.folder.glob("*")):
@@ -336,11 +335,11 @@ class PlanStore:
                 try:
                     read_record(path)
                 except (OSError, MisfitError) as error:
-                    found[path] = f"it is no record of a plan: {str(error).rstrip('.')}"
+                    found[path] = f"its record of a plan is wrong: {str(error).rstrip('.')}"
         return found
 
     def shrink(self, most: int) -> None:
-        """Removes plans until they take `most` bytes at most, those first that were not used for longest."""
+        """Removes plans until they take at most `most` bytes, the least recently used first."""
         plans = [(plan.path.stat().st_mtime, plan) for plan in self if plan.path.exists()]
         total = sum(plan.size for _, plan in plans)
         for _, plan in sorted(plans, key=lambda pair: pair[0]):
@@ -350,7 +349,7 @@ class PlanStore:
             total -= plan.size
 
     def remove(self, plan: Plan) -> None:
-        """Deletes a plan, its record first, so that an interruption leaves a stray and no lie."""
+        """Deletes a plan, its record first, so that an interruption leaves a stray at worst."""
         plan.path.with_suffix(".json").unlink(missing_ok=True)
         plan.path.unlink(missing_ok=True)
         for suffix in (KERNELS, LAYERS, VERDICT):
@@ -358,7 +357,7 @@ class PlanStore:
 
 
 def user_cache() -> PlanStore:
-    """What runs of this user have compiled, for any bundle."""
+    """The plans that this user's runs compiled, for any bundle."""
     return PlanStore(_cache())
 
 
@@ -366,16 +365,16 @@ def _cache() -> Path:
     """`$XDG_CACHE_HOME/handiffuser`, else `~/.cache/handiffuser`."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a container's user who has no home
-        home = Path(os.devnull)  # where nothing can be kept
+    except RuntimeError:  # a container's user without a home
+        home = Path(os.devnull)  # keeps nothing
     return home / "handiffuser"
 
 
 class Shelf:
-    """Where what a backend compiles of a bundle is found and kept: beside the bundle, or in the user's cache."""
+    """Finds and keeps what a backend compiles of a bundle: beside the bundle, or in the user's cache."""
 
     def __init__(self, manifest: Manifest, folder: Path, backend: str, version: str, target: str, options: Any) -> None:
-        """options: a dataclass of what else it depends on."""
+        """options: a dataclass of everything else that the compiled graphs depend on."""
         self.manifest, self.folder = manifest, folder
         self._stores = (PlanStore(folder), user_cache())
         self._made_by = (backend, version, target, options)
@@ -384,14 +383,13 @@ class Shelf:
         return parts(self.manifest, graph, sizes, *self._made_by)
 
     def plan(self, graph: str, sizes: Sizes) -> tuple[PlanStore, Plan] | None:
-        """The record of what was compiled for these sizes, and the store that has it."""
+        """The plan for these sizes, and the store that has it."""
         wanted = self.parts(graph, sizes)
         found = ((store, store.find(wanted)) for store in self._stores)
         return next(((store, plan) for store, plan in found if plan is not None), None)
 
     def find(self, graph: str, sizes: Sizes) -> Path | None:
-        """The file of what was compiled for these sizes, verified; None where there is none. Of a damaged one it is
-        said that it is damaged."""
+        """The file of the plan for these sizes, verified; None where it is missing. Warns of a damaged one."""
         found = self.plan(graph, sizes)
         if found is None:
             return None
@@ -411,8 +409,10 @@ class Shelf:
     def keep(
         self, graph: str, sizes: Sizes, content: bytes | memoryview, seconds: float, beside: bool = False
     ) -> Plan | None:
-        """Keeps what was compiled: beside the bundle, or in the user's cache, where that can be written to and the
-        graph is not too large. Raises EngineError where it cannot be kept beside the bundle."""
+        """Keeps a compiled graph beside the bundle, or in the user's cache if it is writable and the graph is small.
+
+        Raises EngineError where it cannot write beside the bundle.
+        """
         if beside:
             return self._stores[0].add(self.parts(graph, sizes), content, {}, seconds)
         if not self.keeps(graph):
@@ -421,7 +421,7 @@ class Shelf:
             plan = self._stores[1].add(self.parts(graph, sizes), content, {}, seconds)
             self._stores[1].shrink(LARGEST_CACHE)
         except (EngineError, OSError):
-            return None  # a cache is no must: a home that is full or read-only
+            return None  # caching is optional: the home may be full or read-only
         return plan
 
 

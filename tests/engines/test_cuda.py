@@ -114,8 +114,12 @@ def test_an_array_can_be_closed_alone(driver):
 @pytest.mark.parametrize(
     ("code", "driver_version", "words"),
     [
-        (CODES.cudaErrorInsufficientDriver, 0, "there is no NVIDIA driver"),
-        (CODES.cudaErrorInsufficientDriver, 12040, r"knows CUDA 12\.4.*13\.0 or newer \(driver 580.*cuda-bindings<13"),
+        (CODES.cudaErrorInsufficientDriver, 0, "the NVIDIA driver is missing"),
+        (
+            CODES.cudaErrorInsufficientDriver,
+            12040,
+            r"supports CUDA 12\.4.*13\.0 or newer \(driver 580.*cuda-bindings<13",
+        ),
         (CODES.cudaErrorNoDevice, 13000, "CUDA_VISIBLE_DEVICES"),
         (SUCCESS, 13000, "CUDA_VISIBLE_DEVICES"),
         (CODES.cudaErrorUnknown, 13000, "something is wrong"),

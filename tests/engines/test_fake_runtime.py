@@ -300,7 +300,7 @@ def test_memory_has_an_end(gpu):
     cuda = Cuda()
     gpu.memory = gpu.used + 1000
     kept = cuda.zeros((900,), "uint8")
-    with pytest.raises(EngineError, match="not enough free memory"):
+    with pytest.raises(EngineError, match="lacks free memory"):
         cuda.zeros((101,), "uint8")
     kept.close()
     cuda.zeros((1000,), "uint8")

@@ -208,7 +208,7 @@ def test_a_wrong_record_is_a_stray_with_a_sentence(manifest, tmp_path, wrong):
     else:
         record.write_bytes({"deep": b"[" * 100_000, "large": b" " * (17 << 20), "bytes": b"\xff\xfe\0"}[wrong])
     assert plan.graph not in {plan.graph for plan in store}
-    assert "it is no record of a plan" in store.strays()[record] and "\n" not in store.strays()[record]
+    assert "its record of a plan is wrong" in store.strays()[record] and "\n" not in store.strays()[record]
     assert list(build(store, wanted)) == [("image_decoder", "B=1")] and not store.strays()
 
 

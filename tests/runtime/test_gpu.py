@@ -170,5 +170,5 @@ def test_cuda_layer():
     stream.copy(back, b)
     stream.synchronize()
     np.testing.assert_array_equal(back[:2], [[0, 0, 0], [9, 10, 11]])
-    with pytest.raises(EngineError, match="would not fit"):
+    with pytest.raises(EngineError, match="must be of equal size"):
         stream.copy(a, b[1:])
