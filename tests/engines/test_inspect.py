@@ -79,7 +79,7 @@ def test_command_prints_what_a_plan_consists_of(folder):
 def test_what_is_not_there(folder, tmp_path):
     with pytest.raises(EngineError, match=r"no plans of unet.*hd-engines build"):
         inspect.find_plans(folder, "unet")
-    with pytest.raises(EngineError, match="graph must be one of .*unet.*, got 'unets'"):
+    with pytest.raises(EngineError, match=r"graph must be one of .*unet.*, got 'unets'"):
         inspect.find_plans(folder, "unets")
     with pytest.raises(EngineError, match="must be a finished plan"):
         inspect.find_plans(tmp_path / "plans" / "unet.plan")
