@@ -292,7 +292,7 @@ def test_what_is_missing_is_said_in_a_sentence(toy_bundle, monkeypatch):
 def test_the_command_end_to_end_without_a_framework(tiny_bundle, tmp_path):
     code = (
         "import sys\nfrom handiffuser.runtime.cli import main\ntry: main()\n"
-        "finally: print([n for n in ('torch', 'diffusers', 'onnx', 'openvino_telemetry') if n in sys.modules])"
+        "finally: print([n for n in ('torch', 'diffusers', 'onnx', 'openvino_telemetry') if sys.modules.get(n)])"
     )
     command = [sys.executable, "-c", code, str(tiny_bundle), "a fist", "two hands", "-o", str(tmp_path / "out")]
     result = subprocess.run([*command, "--backend", "openvino"], capture_output=True, text=True, timeout=300)
