@@ -24,10 +24,9 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from ..contract import Manifest
-from ..engines.backends import GPU_PLANNED
 from ..engines.cuda import Cuda
 from ..engines.plans import KERNELS, Plan, PlanStore
-from ..engines.tensorrt import Scratch, TensorRT, TensorRTEngine
+from ..engines.tensorrt import NAMES, Scratch, TensorRT, TensorRTEngine
 from ..engines.tensorrt_loading import usable_plans
 from ..errors import EngineError, HanDiffuserError
 from .emulate import emulate
@@ -164,7 +163,7 @@ def plans_here(folder: Path, manifest: Manifest, name: str) -> tuple[TensorRT, C
             raise
         return None
     store, problem = PlanStore(folder), EngineError(f"{folder} has no plans. Build some: hd-engines build {folder}.")
-    for one in GPU_PLANNED if name == "auto" else [name]:
+    for one in NAMES if name == "auto" else [name]:
         try:
             module = TensorRT(one)
             return module, cuda, usable_plans(store, manifest, module, cuda)

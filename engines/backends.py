@@ -17,6 +17,7 @@ both `host=` and `gpu=`, in the module of the host:
     worth_trying() -> bool, quickly; shelf_of(folder, manifest, precision) -> Shelf, where the UNet and its verdict are
 `plans=` a backend with compiled plans beside a bundle:
     build(name, folder, wanted, on_build) -> Iterator[Built]
+    check_build(name, options), which raises EngineError where that cannot work here
     version(name) -> str, of the installed package; elsewhere(name, target) -> why a plan is not for this machine, or ""
 `auto=` and `gpu=` together:
     check_plans(name, folder, manifest, cuda), which raises EngineError where the folder has no plan that runs here

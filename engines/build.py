@@ -17,11 +17,11 @@ from pathlib import Path
 
 from ..contract import BRANCHES, GRAPHS, LARGEST, Manifest
 from ..errors import EngineError
-from .backends import BACKENDS, GPU_PLANNED
+from .backends import BACKENDS
 from .base import check_gpu
 from .cuda import Cuda
 from .plans import Built, OnBuild, PlanStore, Sizes, Wanted, parts
-from .tensorrt import EVERYWHERE, TURING, Options, TensorRT
+from .tensorrt import EVERYWHERE, NAMES, TURING, Options, TensorRT
 from .tensorrt_build import OnProgress, build_plan
 
 BATCH_SIZES = (1, 2, 4, 8)  # unless others are asked for
@@ -132,7 +132,7 @@ def choose_builder(cuda: Cuda | None) -> tuple[str, str]:
     Raises EngineError where that backend is not installed.
     """
     found, problem = {}, ""
-    for name in GPU_PLANNED:
+    for name in NAMES:
         try:
             found[name] = TensorRT(name)
         except EngineError as error:
@@ -153,7 +153,7 @@ def choose_builder(cuda: Cuda | None) -> tuple[str, str]:
     raise EngineError(found["tensorrt-rtx"].refusal(cuda) if found else problem)
 
 
-def check_builder(name: str, options: Options) -> None:
+def check_build(name: str, options: Options) -> None:
     """Raises EngineError unless this backend builds plans on this machine with these options."""
     backend, cuda = TensorRT(name), gpu()
     backend.target(backend.for_gpu(options, cuda), cuda)

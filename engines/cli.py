@@ -15,10 +15,10 @@ from ..commands import run
 from ..contract import EIGHT_BITS, Manifest
 from ..errors import EngineError
 from . import inspect, timing, verdict
-from .backends import BACKENDS, GPU_PLANNED, PLANNED
+from .backends import BACKENDS, PLANNED
 from .build import choose_builder, gpu
 from .plans import Built, Plan, PlanStore, Sizes, Wanted, belongs, size_text
-from .tensorrt import TILING, Options
+from .tensorrt import NAMES, TILING, Options
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -239,7 +239,7 @@ def inspect_plans(path: str, graph: str | None, as_json: bool) -> int:
 @commands.command()
 @click.argument("folder")
 @click.option("--graph", help="Only this one.")
-@click.option("--backend", type=click.Choice(["auto", *GPU_PLANNED]), default="auto", show_default=True)
+@click.option("--backend", type=click.Choice(["auto", *NAMES]), default="auto", show_default=True)
 @click.option("--output", "-o", type=click.Path(path_type=Path),
               help="Where Polygraphy's files go.  [default: FOLDER's name and -compare]")  # fmt: skip
 def compare(folder: str, graph: str | None, backend: str, output: Path | None) -> int:

@@ -279,6 +279,14 @@ def build(_: str, folder: Path, wanted: Wanted, on_build: OnBuild | None = None)
         yield Built(plan, why)
 
 
+def check_build(_: str, options: Any = None) -> None:
+    """Raises EngineError where OpenVINO is not installed, or gains nothing on this processor."""
+    if not has_bf16():
+        raise EngineError(
+            f"This processor ({cpu_name()}) has no bfloat16, so OpenVINO gains nothing. Take --backend onnxruntime."
+        )
+
+
 def elsewhere(_: str, made_for: str) -> str:
     """Why a plan for this target does not serve this machine; "" where it does."""
     return "" if made_for == target() else "for another processor"

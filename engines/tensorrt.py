@@ -26,6 +26,7 @@ from .backends import BACKENDS
 from .base import check_feeds
 from .cuda import DRIVERS, Cuda, DeviceArray, Stream
 
+NAMES = ("tensorrt", "tensorrt-rtx")
 TILING = ("none", "fast", "moderate", "full")
 # Compute capabilities that TensorRT-RTX runs on: not 9.0 and 10.0, Hopper and B200. A plan that names none is for those
 # from 8.0 on; 7.5 (Turing), which has no bfloat16, must be named and needs a plan of its own.

@@ -20,9 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from .. import commands  # noqa: E402
 from ..contract import EIGHT_BITS, GRAPHS, MANIFEST, Manifest  # noqa: E402
 from ..engines.backends import BACKENDS, CHOICES, DEFAULT, PRECISIONS, Backend  # noqa: E402
-from ..engines.build import check_builder  # noqa: E402
 from ..engines.cli import build_options, build_with_progress, resolve_backend, wanted_of  # noqa: E402
-from ..engines.cpu import has_bf16  # noqa: E402
 from ..engines.plans import Wanted  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
 from ..models.layout import read_layout  # noqa: E402
@@ -105,12 +103,8 @@ class Options:
                 f"--precision must be one of {allowed} for {name}, got {self.precision}. Choose one of them, or "
                 "another --backend."
             )
-        if self.backend.lowers == "bf16" and not has_bf16():
-            raise HanDiffuserError(
-                f"This processor has no bfloat16, so {name} gains nothing. Take --backend {DEFAULT}."
-            )
-        if self.backend.plans and self.backend.gpu:
-            check_builder(name, self.wanted.options)
+        if self.backend.plans:
+            self.backend.builder().check_build(name, self.wanted.options)
 
     def load(self) -> Any:
         """The checkpoint with its adapters merged, for pictures of the size asked for."""

@@ -59,10 +59,10 @@ class HanDiffuser:
         """Loads a bundle or an engines folder, or the word "demo" for the shipped one.
 
         device: "auto", "cpu" or "cuda". threads: CPU threads; by default all cores. batch_size: slots, the largest
-        number of requests that run at once. backend: one of `loading.BACKENDS`; "auto" takes TensorRT plans where the
-        folder has some for this GPU, else ONNX Runtime; on a CPU with bfloat16, OpenVINO where it is installed, true
-        enough and worth its compiling for a run of `pictures` pictures (a server says `loading.MANY`). overlap: on a
-        GPU, run the hands of the next requests and the decoder of the last ones beside the steps of the current ones.
+        number of requests that run at once. backend: a name of `engines.backends.CHOICES`; "auto" takes TensorRT plans
+        where the folder has some for this GPU, else ONNX Runtime; on a CPU with bfloat16, OpenVINO where it is
+        installed, near enough and worth its compiling for a run of `pictures` pictures (a server says `loading.MANY`).
+        overlap: on a GPU, run the hands of the next requests and the decoder of the last ones beside the current steps.
         onnxruntime_graphs: with ONNX Runtime on a GPU, replay the steps as its own CUDA graphs (the host then waits for
         each).
         Raises BundleError for a missing or damaged bundle, EngineError when it cannot run here. Warns where something

@@ -11,13 +11,14 @@ import pytest
 from click import Command
 from handiffuser import HanDiffuser
 from handiffuser.engines import backends
-from handiffuser.engines.backends import BACKENDS, CHOICES, GPU_PLANNED, PLANNED, Backend
+from handiffuser.engines.backends import BACKENDS, CHOICES, PLANNED, Backend
 from handiffuser.engines.loading import open_engine
+from handiffuser.engines.tensorrt import NAMES
 from handiffuser.errors import EngineError
 from handiffuser.runtime.loading import choose
 
 HOST, GPU = ("host_engines",), ("device_engines",)
-BUILD = ("build", "version", "elsewhere")
+BUILD = ("build", "check_build", "version", "elsewhere")
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -45,7 +46,7 @@ def test_every_command_offers_the_table():
         choices = [p.type.choices for one in commands for p in one.params if p.name == "backend"]
         assert choices == [CHOICES], name
     engines = import_module("handiffuser.engines.cli")
-    for command, names in ((engines.build, PLANNED), (engines.compare, GPU_PLANNED)):
+    for command, names in ((engines.build, PLANNED), (engines.compare, NAMES)):
         assert next(p.type.choices for p in command.params if p.name == "backend") == ("auto", *names)
 
 
