@@ -185,4 +185,4 @@ def all_at_once(monkeypatch):
     """Every step advances all jobs in flight, whatever was measured: rounding in a batch depends on its size."""
     from handiffuser.runtime.steptimes import StepTimes
 
-    monkeypatch.setattr(StepTimes, "choose", lambda times, active, alone=False: active)
+    monkeypatch.setattr(StepTimes, "choose", lambda times, active, unguided=(): active)

@@ -315,7 +315,7 @@ def test_what_is_remembered_of_schedules_is_bounded(toy_bundle):
 @pytest.mark.parametrize("rows", [1, 4])
 def test_who_is_cancelled_leaves_at_the_next_step_and_the_others_stay_the_same_bits(pipeline, monkeypatch, rows):
     """rows: how many a step advances; who has the same company sees the same numbers, whoever left before."""
-    monkeypatch.setattr(StepTimes, "choose", lambda times, active, alone=False: min(rows, active))
+    monkeypatch.setattr(StepTimes, "choose", lambda times, active, unguided=(): min(rows, active))
     requests, _ = pipeline.prepare([Request(f"prompt {n}", seed=n, steps=4 + n % 3) for n in range(8)])
     alone = {request.id: next(pipeline.run([request])) for request in requests}
     for gone in range(8):

@@ -45,7 +45,7 @@ class Fixed(StepTimes):
         super().__init__(buckets)
         self.rows = rows
 
-    def choose(self, active, alone=False):
+    def choose(self, active, unguided=()):
         return min(self.rows, active)
 
 

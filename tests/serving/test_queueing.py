@@ -73,7 +73,7 @@ def test_clients_that_leave_do_not_change_the_other_pictures(toy_bundle, tmp_pat
     from handiffuser.runtime.steptimes import StepTimes
 
     # Batches of one: sizes of batches differ in rounding.
-    monkeypatch.setattr(StepTimes, "choose", lambda times, active, alone=False: 1)
+    monkeypatch.setattr(StepTimes, "choose", lambda times, active, unguided=(): 1)
     with serving(toy_bundle, tmp_path / "hands", batch=4, places=20) as served:
         alone = served.generate("stays", seed=1, num_inference_steps=12).json()["data"][0]["b64_json"]
         slow(0.02)
