@@ -110,7 +110,7 @@ def test_rows_of_a_larger_batch_are_as_they_are_alone(tiny_bundle):
 
 
 @bf16
-def test_arrays_are_read_anew_at_every_call(tiny_bundle):
+def test_arrays_are_read_again_at_every_call(tiny_bundle):
     """An array that lies where the last one lay is not bound again; what is in it counts all the same."""
     spec = Manifest.load(tiny_bundle, verify=False).graphs["unet_time"]
     engine = openvino.OpenVinoEngine(tiny_bundle / spec.file, spec, "fp32", threads=1)

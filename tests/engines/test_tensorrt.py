@@ -1,4 +1,4 @@
-"""TensorRT-RTX builds engines where there is no GPU: every graph, its precision proven, and what is refused."""
+"""TensorRT-RTX builds engines without a GPU: every graph, its precision proven, and what it refuses."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_parity_sees_a_lost_axis(tmp_path):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x[:1] + 1, x
 
-    with pytest.raises(ExportError, match=r"'y' is of shape \[3, 2\], of \[1, 2\] in PyTorch"):
+    with pytest.raises(ExportError, match=r"'y' has shape \[3, 2\], and \[1, 2\] in PyTorch"):
         bundle.parity(graph, OneRow(1.0), path)
 
 

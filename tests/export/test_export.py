@@ -112,7 +112,7 @@ def test_bf16_is_refused_where_it_cannot_run(tiny_bf16, tmp_path):
 
 @pytest.mark.slow
 def test_half_precision_that_fails_its_bar_is_refused(tiny_checkpoint_folder, tmp_path, monkeypatch):
-    """Unless told otherwise; and an older bundle stays."""
+    """Unless the user accepts it. An older bundle stays."""
     report = Report("fp16", "cpu", True, 1e-2, {}, [PictureError("a fist", 0, 20.0, 0.0)])
     report.graphs["unet"] = GraphError(0.5, 0.5, "latents")
     assert not report.passes
@@ -121,7 +121,7 @@ def test_half_precision_that_fails_its_bar_is_refused(tiny_checkpoint_folder, tm
     command = [str(tiny_checkpoint_folder), str(tmp_path / "out"), "--precision", "fp16"]
     refused = CliRunner().invoke(export_command, command)
     said = " ".join(refused.output.split())
-    assert "must be 35 dB" in str(refused.exception) and "--accept-low-fidelity" in str(refused.exception)
+    assert "must be at least 35 dB" in str(refused.exception) and "--accept-low-fidelity" in str(refused.exception)
     assert "kept in float32 for that: node_conv2d" in said
     assert not list(tmp_path.iterdir())
     accepted = CliRunner().invoke(export_command, [*command, "--accept-low-fidelity"])
@@ -252,7 +252,7 @@ def test_a_graph_over_its_tolerance_is_not_written(tiny_checkpoint, tmp_path, mo
 
 
 def test_parity_sees_a_wrong_graph(tiny_checkpoint, tmp_path):
-    """The check is no formality: a graph with other weights is found out."""
+    """It finds a graph with other weights."""
     wanted = next(iter(bundle.graphs(tiny_checkpoint, bundle.SMPLH.load(tiny_checkpoint.body))))
     spec = bundle.export_graph(wanted, tmp_path, 23)
     other = copy.deepcopy(wanted.module)  # its weights are those of all other tests
@@ -264,10 +264,10 @@ def test_parity_sees_a_wrong_graph(tiny_checkpoint, tmp_path):
     ("arguments", "says"),
     [
         (("nowhere", "out"), "does not exist"),
-        (("CHECKPOINT", "full"), "is no bundle"),
+        (("CHECKPOINT", "full"), "must be a bundle or an empty folder"),
         (("CHECKPOINT", "out", "--body", "none.npz"), "no body model"),
         (("CHECKPOINT", "out", "--image-size", "30"), "multiples of"),
-        (("CHECKPOINT", "out", "--image-size", "big"), "is no size"),
+        (("CHECKPOINT", "out", "--image-size", "big"), "--image-size must be 512"),
         (("CHECKPOINT", "file/out"), "file"),
     ],
 )
@@ -289,7 +289,7 @@ def test_a_checkpoint_without_a_body_asks_for_one(tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("where", ["--body", "in the checkpoint", "the demo's as --body", "the demo's"])
 def test_a_licensed_body_is_marked(where, tiny_checkpoint_folder, body_path, tmp_path, monkeypatch):
-    """By its content: a user's body in a checkpoint's folder is no free one, and the demo's is free as --body, too."""
+    """Its content decides: a user's body is licensed in a checkpoint's folder, too, and the demo's is free as --body."""
     with np.load(body_path) as file:
         arrays = {name: file[name] for name in file.files}
     np.savez(tmp_path / "larger.npz", **{**arrays, "v_template": 1.01 * arrays["v_template"]})
@@ -309,7 +309,7 @@ def test_a_licensed_body_is_marked(where, tiny_checkpoint_folder, body_path, tmp
 
 
 def stand_in(graph, folder, opset):
-    """Of a graph its contract alone, without the seconds that tracing takes."""
+    """A graph's contract alone, without the seconds of tracing."""
     (folder / f"{graph.name}.onnx").touch()
     named = {name: graph.inputs.get(name) for name in graph.outputs}
     outputs = [graph.spec(name, value) for name, value in named.items() if value is not None]

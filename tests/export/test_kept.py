@@ -191,7 +191,7 @@ def test_stopped_while_precisions_are_compared(made, tiny_checkpoint_folder, tmp
     made.clear()
     result = CliRunner().invoke(command, line, standalone_mode=False)
     assert result.exit_code == 0, result.output
-    assert not made and result.output.count("taken from the export that was stopped") == 8
+    assert not made and result.output.count("finished by the export that was stopped") == 8
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert Manifest.load(tmp_path / "b").precision == "fp16"
 
@@ -211,7 +211,7 @@ def test_a_real_export_that_was_stopped_after_its_fourth_graph(number, tiny_chec
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     result = run_command("export.cli", tiny_checkpoint_folder, tmp_path / "b")
     assert result.returncode == 0, result.stderr
-    taken = [line.split()[0] for line in result.stderr.splitlines() if "taken from the export" in line]
+    taken = [line.split()[0] for line in result.stderr.splitlines() if "finished by the export" in line]
     assert taken == list(GRAPHS[:4])
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     ours, undisturbed = content(tmp_path / "b"), content(tiny_bundle)
