@@ -289,7 +289,7 @@ def test_a_checkpoint_without_a_body_asks_for_one(tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("where", ["--body", "in the checkpoint", "the demo's as --body", "the demo's"])
 def test_a_licensed_body_is_marked(where, tiny_checkpoint_folder, body_path, tmp_path, monkeypatch):
-    """Its content decides: a user's body is licensed in a checkpoint's folder, too, and the demo's is free as --body."""
+    """Its content decides: a user's body in a checkpoint is licensed, and the demo's is free even as --body."""
     with np.load(body_path) as file:
         arrays = {name: file[name] for name in file.files}
     np.savez(tmp_path / "larger.npz", **{**arrays, "v_template": 1.01 * arrays["v_template"]})
