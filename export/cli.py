@@ -100,6 +100,7 @@ def parse_adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...
 @click.option("--accept-low-fidelity", is_flag=True, help="Write the bundle even if it fails that comparison.")
 @click.option("--triton", type=click.Path(path_type=Path), metavar="FOLDER", help="A model repository for Triton, too.")
 @build_options
+@click.version_option(package_name="handiffuser", prog_name="hd-export")
 def command(
     checkpoint: str,
     out: Path,

@@ -117,6 +117,14 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 )
 @click.option("--ray-workers", type=click.IntRange(1, 100_000), help="Actors.  [default: one a GPU, or a core]")
 @click.option("--quiet", "-q", is_flag=True, help="Only warnings and errors.")
+@click.option(
+    "--check",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, _, asked: asked and check(context),
+    help="Show what is installed and what runs on this machine, then exit: 0 where pictures can be made, else 1.",
+)
 @click.version_option(package_name="handiffuser", prog_name="hd-run")
 def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output: str, **options: Any) -> int:
     """Makes a picture of every PROMPT, with the hands it speaks of.
@@ -193,6 +201,15 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         seconds = time.perf_counter() - started
         folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk
         return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code, options["strict"])
+
+
+def check(context: click.Context) -> None:
+    """Prints what is installed and what runs here; see `check.report`."""
+    from .check import report
+
+    lines, code = report()
+    click.echo("\n".join(lines))
+    context.exit(code)
 
 
 def settings_of(options: dict[str, Any]) -> dict[str, Any]:
