@@ -264,7 +264,7 @@ def test_parity_sees_a_wrong_graph(tiny_checkpoint, tmp_path):
     ("arguments", "says"),
     [
         (("nowhere", "out"), "does not exist"),
-        (("CHECKPOINT", "full"), "is no bundle"),
+        (("CHECKPOINT", "full"), "is not a bundle"),
         (("CHECKPOINT", "out", "--body", "none.npz"), "no body model"),
         (("CHECKPOINT", "out", "--image-size", "30"), "multiples of"),
         (("CHECKPOINT", "out", "--image-size", "big"), "is no size"),
