@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 
-from ..engines import cpu, inductor, onnxruntime, openvino, tensorrt
+from ..engines import cpu, onnxruntime, openvino, tensorrt
 from ..engines.cuda import Cuda
 from ..engines.plans import user_cache
 from ..errors import HanDiffuserError
@@ -132,8 +132,9 @@ def backends(gpu: bool) -> dict[str, Callable[[], str]]:
         return f"yes ({found.version}): cuda"
 
     def on_inductor() -> str:
-        torch = inductor._import_torch()
-        return f"yes (torch {torch.__version__}): {'cpu and cuda' if torch.cuda.is_available() else 'cpu'}"
+        if not (number := version("torch")):
+            raise HanDiffuserError('torch is not installed. Install it: pip install "handiffuser[export]".')
+        return f"yes (torch {number}): cpu{' and cuda' if gpu else ''}"
 
     return {
         "onnxruntime": on_onnxruntime,
