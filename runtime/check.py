@@ -60,7 +60,7 @@ def find_gpu() -> tuple[str | None, str]:
     try:
         cuda = Cuda()
     except HanDiffuserError as error:
-        return None, f"no. {error}"
+        return None, str(error)
     return f"{cuda.name}, compute capability {cuda.compute_capability}", ""
 
 
