@@ -41,6 +41,16 @@ _STEPS = click.IntRange(1, MAX_STEPS)
 _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 
 
+def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    """Prints what is installed and what runs here; see `check.report`."""
+    if asked:
+        from .check import report
+
+        lines, code = report()
+        click.echo("\n".join(lines))
+        context.exit(code)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("engines", metavar="ENGINES")
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
@@ -122,7 +132,7 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
     is_flag=True,
     is_eager=True,
     expose_value=False,
-    callback=lambda context, _, asked: asked and check(context),
+    callback=check,
     help="Show what is installed and what runs on this machine, then exit: 0 where pictures can be made, else 1.",
 )
 @click.version_option(package_name="handiffuser", prog_name="hd-run")
@@ -201,15 +211,6 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         seconds = time.perf_counter() - started
         folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk
         return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code, options["strict"])
-
-
-def check(context: click.Context) -> None:
-    """Prints what is installed and what runs here; see `check.report`."""
-    from .check import report
-
-    lines, code = report()
-    click.echo("\n".join(lines))
-    context.exit(code)
 
 
 def settings_of(options: dict[str, Any]) -> dict[str, Any]:
