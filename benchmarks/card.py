@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from ..engines.onnxruntime import has_cuda_provider, session_options
 from ..engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, OnnxRuntimeDeviceEngine
 from ..errors import EngineError, HanDiffuserError
 from ..installed import version
-from ..runtime.loading import DRIVER
+from ..runtime.check import driver_version
 
 PACKAGES = (
     "handiffuser", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "cuda-bindings",
@@ -81,15 +80,6 @@ def gpu_card(device: str) -> dict[str, Any]:
         "driver_cuda": f"{driver // 1000}.{driver % 1000 // 10}",
         "driver": driver_version(),
     }
-
-
-def driver_version() -> str | None:
-    """Of NVIDIA's kernel module, such as "580.95.05"; None where the system does not tell."""
-    try:
-        found = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", DRIVER.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return None
-    return found[1] if found else None
 
 
 def matmul_ceiling(

@@ -53,7 +53,7 @@ _LAZY = {"HanDiffuser": "pipeline", "Picture": "results", "Failure": "results", 
 
 
 def __getattr__(name: str) -> Any:
-    # The contract and the errors must stay cheap to import: what needs numpy and an engine comes when it is asked for.
+    # The contract and the errors must stay cheap to import, so names that need numpy and engines load on first use.
     if name in _LAZY:
         from importlib import import_module
 

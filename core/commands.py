@@ -1,14 +1,20 @@
-"""Where the commands begin. Each loads its libraries late, so that Ctrl-C while they load is a sentence, too."""
+"""Where the commands begin: signals, closed streams, and errors as sentences with an exit code.
+
+Each command loads its libraries late, so that Ctrl-C while they load ends in a sentence, too. The first Ctrl-C is
+KeyboardInterrupt, and the command cleans up. The second ends the process at once.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
 import time
+from functools import partial
 from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,57 +28,97 @@ if TYPE_CHECKING:
     import click
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-PATIENCE = 3.0  # seconds from Ctrl-C until the process ends, although its main thread does not come to `ending`
-ONCE = 3.0  # seconds in which Ctrl-C pressed again is the same Ctrl-C
+PATIENCE_SECONDS = 3.0  # from Ctrl-C until the process ends, although its main thread does not come to `ending`
+BOUNCE_SECONDS = 0.5  # a second signal this soon is the same Ctrl-C: launchers pass on what the terminal sends as well
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # `kill` and `docker stop` end a command as Ctrl-C does
 
-_ending = threading.Event()
-_lost = threading.Event()  # KeyboardInterrupt came where Python drops what is raised
-_signalled = 0  # the signal that came last
-_last = -ONCE
+_signalled = False  # whether a signal came
 _held = _waiting = False  # whether Ctrl-C is to wait, and whether one does
-_sentence = ""  # what is said of the command when it is interrupted; empty: nobody looks on yet
+_ending = False  # whether the command caught KeyboardInterrupt and finishes its work
+_sentence = ""  # what the command says when it is interrupted; empty until `hear_interrupts`
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt, and none while the last one is being cleaned up after."""
-    global _last, _signalled, _waiting
-    now = time.monotonic()
-    if now - _last >= ONCE or _lost.is_set():  # later ones count again: a library may have swallowed the first
-        _last, _signalled = now, number
-        _lost.clear()
-        if _held:
-            _waiting = True
-        else:
-            raise KeyboardInterrupt
+    """The first signal raises KeyboardInterrupt. `_watch` sees the second, and ends the process."""
+    global _signalled, _waiting
+    if _signalled:
+        return
+    _signalled = True
+    if _held:
+        _waiting = True
+    else:
+        raise KeyboardInterrupt
 
 
 def _dropped(unraisable: sys.UnraisableHookArgs) -> None:
-    """Python's hook for what a destructor or a callback of a weak reference raised: it would print that, and go on."""
-    if _signalled and issubclass(unraisable.exc_type, KeyboardInterrupt):
-        _lost.set()
+    """Python drops what a destructor or a callback of a weak reference raises. KeyboardInterrupt is raised again."""
+    global _signalled
+    if _signalled and issubclass(unraisable.exc_type, KeyboardInterrupt) and hasattr(signal, "pthread_kill"):
+        _signalled = False
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(unraisable)
 
 
-def listen() -> None:
-    """From here on SIGNALS raise KeyboardInterrupt, once. A shell's background jobs ignore Ctrl-C, and still do."""
+def _watch(reader: int) -> None:
+    """Ends the process on a second signal, and PATIENCE_SECONDS after the first where that has no effect.
+
+    Python raises KeyboardInterrupt when its main thread is next in Python. A build or a run of a large graph delays
+    that by minutes. A library may swallow it, or wait for ever for a lock on the way out.
+
+    reader: the end of a pipe to which Python writes the number of each signal as it comes.
+    """
+    first, patience = None, None
+    while True:
+        if select.select([reader], (), (), patience)[0]:
+            came = bool(set(os.read(reader, 64)) & set(SIGNALS))
+            if came and first is None:
+                first = time.monotonic()
+            over = came and time.monotonic() - (first or 0) > BOUNCE_SECONDS
+        else:
+            over = not _ending
+        if over:
+            if not _ending:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{_sentence}\n".encode())
+            os._exit(INTERRUPTED)
+        patience = None if first is None or _ending else max(0.0, first + PATIENCE_SECONDS - time.monotonic())
+
+
+def hear_interrupts(sentence: str) -> None:
+    """From here on the first Ctrl-C raises KeyboardInterrupt, and the second ends the process with this sentence.
+
+    A shell's background jobs ignore Ctrl-C, and still do.
+    """
+    global _ending, _sentence
+    if threading.current_thread() is not threading.main_thread():
+        return
+    begun, _sentence, _ending = bool(_sentence), sentence, False  # first: Ctrl-C may come with the next line
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _interrupt)
+    if begun:
+        return
+    atexit.register(_ignore)  # what is registered first is called last: until then Ctrl-C ends what an exit waits for
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    sys.unraisablehook = _dropped
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, wherever the main thread is
+    threading.Thread(target=_watch, args=(reader,), name="interrupts", daemon=True).start()
 
 
 def ending() -> None:
-    """Says that KeyboardInterrupt was caught, and that what is still to do is meant and may take its time."""
-    _ending.set()
+    """Says that the command caught KeyboardInterrupt and takes the time it needs to finish. A second Ctrl-C ends it."""
+    global _ending
+    _ending = True
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Meanwhile Ctrl-C waits: a process whose start it cut short would end with a traceback of its own.
+    """Ctrl-C waits while this block starts processes: one whose start it cut short would end with a traceback.
 
-    Those that are started begin with it blocked. That alone holds back nothing: whichever thread a signal comes to, it
-    is the main one that hears of it.
+    The new processes inherit a mask that blocks SIGINT. The mask alone does not suffice here: any thread may receive
+    the signal, and the main thread then raises KeyboardInterrupt.
     """
     global _held, _waiting
     can_block = hasattr(signal, "pthread_sigmask")
@@ -82,7 +128,7 @@ def undisturbed() -> Iterator[None]:
         if can_block:
             from multiprocessing import resource_tracker
 
-            resource_tracker.ensure_running()  # it comes with the first of them, and unblocks when it has been started
+            resource_tracker.ensure_running()  # starting it unblocks SIGINT, so it starts first
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
@@ -94,9 +140,9 @@ def undisturbed() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """For processes that multiprocessing started: from here on this one ends when the first one does, also by kill -9.
+    """Has a process that multiprocessing started end when its parent ends, also by kill -9.
 
-    A worker waits for work at a pipe whose other end its neighbours hold, too, and would wait for ever.
+    Its neighbours hold the other end of the pipe at which it waits for work, so the pipe alone would never close.
     """
     import multiprocessing
 
@@ -111,7 +157,7 @@ def end_with_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-# What a module that is not installed comes with: the name of an extra, or of two to choose from.
+# Module -> the extra that installs it.
 EXTRAS = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "accelerate", "safetensors"), "[export]"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript"), "[export]"),
@@ -128,13 +174,13 @@ TRAINING = ("hd-train", "hd-data")
 
 
 def lacking(error: ImportError, command: str) -> str:
-    """A sentence for a module that is not installed. Raises the error again when that is none of EXTRAS."""
+    """A sentence that names the extra of a missing module. Raises the error again when EXTRAS lacks the module."""
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS or not isinstance(error, ModuleNotFoundError):
         raise error
     extra = EXTRAS[module]
     if command in TRAINING and extra == "[export]":
-        extra = "[train]"  # which brings the other
+        extra = "[train]"  # it includes [export]
     if command == "hd-eval" and module in ("torch", "safetensors", "matplotlib"):
         extra = "[eval]"
     return f"This needs {module}, which is not installed. It comes with handiffuser{extra}."
@@ -168,7 +214,7 @@ def run(name: str, command: click.Command, sentence: str = "Interrupted.") -> No
 
     try:
         code = command.main(standalone_mode=False)
-    except SystemExit as error:  # click's, where the reader of stdout left
+    except SystemExit as error:  # click raises it when the reader of stdout left
         code = error.code
     except (Exception, KeyboardInterrupt) as error:
         code = 1
@@ -182,7 +228,7 @@ def run(name: str, command: click.Command, sentence: str = "Interrupted.") -> No
         elif isinstance(error, HanDiffuserError):
             click.echo(f"{name}: {error}", err=True)
         elif isinstance(error, OSError) and streams.stdout_error() is not None:
-            pass  # `leave` says so
+            pass  # `give_up_stdout` says so below
         elif isinstance(error, OSError):
             where = f" ({error.filename})" if error.filename is not None else ""
             click.echo(f"{name}: {error.strerror or error}{where}.", err=True)
@@ -198,14 +244,13 @@ def run(name: str, command: click.Command, sentence: str = "Interrupted.") -> No
 
 
 def interrupted(error: BaseException) -> bool:
-    """Whether it is Ctrl-C that this comes of. Also in disguise: a module's initialisation in native code makes an
-    ImportError of it, and Python 3.11 a RuntimeError where it comes while a class is made."""
-    return bool(_signalled) or isinstance(error, KeyboardInterrupt)
+    """Whether Ctrl-C caused this error. Native code that initialises a module turns it into an ImportError, and Python
+    3.11 turns it into a RuntimeError while it makes a class."""
+    return _signalled or isinstance(error, KeyboardInterrupt)
 
 
 def imported(name: str) -> Any:
-    """The module of this name. For libraries that one can do without: Ctrl-C while one is loaded stays Ctrl-C, and does
-    not become an ImportError after which something else is taken."""
+    """Imports an optional library. Ctrl-C meanwhile raises KeyboardInterrupt: the library does not look missing."""
     try:
         return import_module(name)
     except Exception as error:
@@ -215,9 +260,11 @@ def imported(name: str) -> Any:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process. After Ctrl-C without ceremony: a thread may still be in native code (TensorRT's builder) that
-    nothing stops, and that an ordinary exit would pull the interpreter away from. Otherwise all is done: a signal that
-    comes now ends the process at once, with the exit code that it has earned."""
+    """Ends the process with this exit code.
+
+    After Ctrl-C it ends at once: a thread may still be in native code (TensorRT's builder), which an ordinary exit
+    would crash. Otherwise the work is done: a signal that comes now ends the process with the same exit code.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -230,80 +277,17 @@ def leave(code: int) -> NoReturn:
 
 
 def _ignore() -> None:
-    """What an exit does last: when the interpreter has let go of its handlers, it would die of a signal."""
+    """Ignores signals at the end of an exit: the interpreter removes its handlers, and a signal would kill it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def hear_interrupts(sentence: str) -> None:
-    """Has Ctrl-C end the process with this sentence even where KeyboardInterrupt does not come through.
-
-    Python raises it in its main thread when that is in Python next: after a build, a compilation or a run of a large
-    graph that may be minutes. A library may swallow it, and where it came between the lines that take a lock, the
-    way out may wait for that lock forever. So a thread looks on, and does not wait longer than PATIENCE. Where Python
-    dropped it (`_dropped`), the thread has it raised once more.
-    """
-    global _sentence
-    if threading.current_thread() is not threading.main_thread():
-        return
-    begun, _sentence = bool(_sentence), sentence  # before anybody listens: Ctrl-C may come with the next line
-    listen()
-    _ending.clear()
-    if begun:
-        return
-    atexit.register(_ignore)  # what is registered first is called last: until then Ctrl-C ends what an exit waits for
-    main = threading.get_ident()
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def look_on() -> None:
-        while not set(os.read(reader, 64)) & set(SIGNALS):
-            pass
-        until = time.monotonic() + PATIENCE
-        while not _ending.wait(0.1):
-            if time.monotonic() > until:
-                with contextlib.suppress(OSError):
-                    os.write(2, f"{_sentence}\n".encode())
-                os._exit(INTERRUPTED)
-            if _lost.is_set() and hasattr(signal, "pthread_kill"):
-                signal.pthread_kill(main, _signalled)
-
-    sys.unraisablehook = _dropped
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, wherever the main thread is
-    threading.Thread(target=look_on, name="interrupts", daemon=True).start()
-
-
-def hd_run() -> None:
-    start("hd-run", ".runtime.cli")
-
-
-def hd_serve() -> None:
-    start("hd-serve", ".serving.cli")
-
-
-def hd_export() -> None:
-    start("hd-export", ".export.cli")
-
-
-def hd_engines() -> None:
-    start("hd-engines", ".engines.cli")
-
-
-def hd_body() -> None:
-    start("hd-body", ".models.body")
-
-
-def hd_data() -> None:
-    start("hd-data", ".data.cli")
-
-
-def hd_train() -> None:
-    start("hd-train", ".training.cli")
-
-
-def hd_bench() -> None:
-    start("hd-bench", ".benchmarks.cli")
-
-
-def hd_eval() -> None:
-    start("hd-eval", ".evaluation.cli")
+hd_run = partial(start, "hd-run", ".runtime.cli")
+hd_serve = partial(start, "hd-serve", ".serving.cli")
+hd_export = partial(start, "hd-export", ".export.cli")
+hd_engines = partial(start, "hd-engines", ".engines.cli")
+hd_body = partial(start, "hd-body", ".models.body")
+hd_data = partial(start, "hd-data", ".data.cli")
+hd_train = partial(start, "hd-train", ".training.cli")
+hd_bench = partial(start, "hd-bench", ".benchmarks.cli")
+hd_eval = partial(start, "hd-eval", ".evaluation.cli")

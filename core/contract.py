@@ -1,9 +1,9 @@
 """The contract between the rooms: what a bundle holds, and what every graph takes and gives.
 
-Export writes it, engines check tensors against it, the runtime reads it. It imports neither torch nor ONNX.
+Export writes it, engines check tensors against it, and the runtime reads it. It imports neither torch nor ONNX.
 
-A bundle is a folder: `manifest.json`, one ONNX graph per stage, `tokenizer.json`. The manifest names every file with
-its SHA-256, so that a flipped byte is found before anything runs.
+A bundle is a folder: `manifest.json`, one ONNX graph for each stage, `tokenizer.json`. The manifest has every file's
+SHA-256, so a check finds a flipped byte before anything runs.
 
 Axes: B rows of a batch, S steps of a schedule, K history tensors of a step graph, P hand parameters, D text width,
 L tokens of the context, W width of the context, T width of a time row, V mesh vertices, h w latent size,
@@ -21,10 +21,10 @@ unet               latents[B,4,h,w] history[B,K,4,h,w] noise time[B,T] row[B,R] 
 image_decoder      latents[B,4,h,w]                                         -> image[B,H,W,3] uint8, finite[B]
 
 `joints` are image coordinates in [0, 1] of width and height, y down. `x` is normalised with the manifest's mean and
-standard deviation. `text` holds what the hand prior reads of a prompt's words, and from its end on of the sentence;
-in bundles from before it looked at words it is the sentence's alone, text[B,D] and text[B,2,D]. `finite` is 1 for rows
-without NaN or infinity, else 0: the check of what runs on a device. A graph names only the inputs that it uses: a
-configuration without a hand cue lacks that input.
+standard deviation. `text` holds a vector for each word of the prompt, for the hand prior; from the end token on, the
+vectors are the sentence's. Older bundles have the sentence's vector alone: text[B,D] and text[B,2,D]. `finite` is 1 for
+rows without NaN or infinity, else 0, so that a loop on a device can check its rows. A graph names only the inputs that
+it uses: a configuration without a hand cue lacks that input.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def row_columns(num_history: int) -> tuple[str, ...]:
     return ROW_HEAD + tuple(f"{name}{k}" for k in range(1, num_history + 1) for name in ("p", "q"))
 
 
-# The free axis of what a graph takes once per guidance branch: 2 (unconditional, conditional), or 1, the conditional
-# branch alone, which is half the work and all that rows of guidance 1 need.
+# The free axis of inputs with an entry for each guidance branch. Its size is 2 (unconditional, conditional), or 1 (the
+# conditional branch alone): half the work, and enough for rows with guidance 1.
 BRANCHES = "G"
 FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever a bundle's precision
 EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16 or float32
-EXTERNAL = 1 << 26  # bytes of weights above which they go into a file beside the graph, which can be mapped
+EXTERNAL = 1 << 26  # bytes: larger weights go into a file beside the graph, which can be mapped
 LARGEST = 4096  # rows of a batch that any compiled graph allows
 
 # The hand parameters, P = 330: rot6d of 52 joints, 10 betas, and per hand where it is in the image:
@@ -90,13 +90,14 @@ ROTATIONS = slice(0, 6 * NUM_JOINTS)
 BETAS = slice(312, 322)
 PLACEMENT = slice(322, 330)  # (presence, x, y, log size) of the left hand, then of the right
 NUM_PARAMS = 330
-# A hand's 21 of the 62 `joints_3d` (SMPL-H's 52, then ten finger tips, thumb to little finger of the left hand, then of
-# the right): the wrist, then thumb, index, middle, ring and little finger from the root to the tip. Left, right.
+# Left, right: each hand's 21 of the 62 `joints_3d`. The wrist comes first, then thumb, index, middle, ring and little
+# finger, each from root to tip. `joints_3d` are SMPL-H's 52 joints, then ten finger tips: five left, thumb first, then
+# five right.
 HAND_JOINTS = (
     (20, 34, 35, 36, 52, 22, 23, 24, 53, 25, 26, 27, 54, 31, 32, 33, 55, 28, 29, 30, 56),
     (21, 49, 50, 51, 57, 37, 38, 39, 58, 40, 41, 42, 59, 46, 47, 48, 60, 43, 44, 45, 61),
 )
-LARGEST_PARAMETER = 1e6  # of their means and standard deviations
+LARGEST_PARAMETER = 1e6  # bound of the parameters' means and standard deviations
 
 
 _FEW, _MANY, _PARAMS = Meta(max_length=8), Meta(max_length=10_000), Meta(min_length=NUM_PARAMS, max_length=NUM_PARAMS)
@@ -157,8 +158,8 @@ class TensorSpec:
     """Name, dtype and shape of one input or output. A string in the shape is a free dimension ("B", "G", "S")."""
 
     name: Word
-    # numpy's name; or "bfloat16", which numpy lacks: such a tensor passes from graph to graph on a GPU and is never
-    # seen by the host.
+    # numpy's name, or "bfloat16", which numpy lacks: such a tensor passes from graph to graph on a GPU, and the host
+    # never sees it.
     dtype: Annotated[str, Meta(pattern=r"^(float32|float16|bfloat16|int64|uint8)\Z")]
     shape: Annotated[tuple[Annotated[int, Meta(ge=0, lt=2**31)] | Annotated[str, Meta(max_length=20)], ...], _FEW]
 
@@ -197,8 +198,8 @@ class Manifest:
 
     graphs: Annotated[dict[Word, GraphSpec], _MANY]
     files: Annotated[dict[FileName, Sha256], _MANY]  # everything in the bundle but the manifest
-    # Of the networks; or one of EIGHT_BITS, for the layers that calibration quantised, and `base` around them. State
-    # and kinematics are float32 always.
+    # The networks' precision. With one of EIGHT_BITS, calibration quantised some layers, and the others have the
+    # precision `base`. State and kinematics are always float32.
     precision: Precision
     image_size: tuple[Side, Side]  # H, W in pixels
     latent_size: tuple[Side, Side, Side]  # channels, h, w
@@ -208,7 +209,7 @@ class Manifest:
     tokenizer: SpecialTokens
     params_mean: Annotated[list[Annotated[float, Meta(ge=-LARGEST_PARAMETER, le=LARGEST_PARAMETER)]], _PARAMS]  # [P]
     params_std: Annotated[list[Annotated[float, Meta(gt=0, le=LARGEST_PARAMETER)]], _PARAMS]  # [P]
-    # Of the prompts it was trained on, where that is all it knows: others are named to the user. None: CLIP knows them.
+    # All words of the training prompts: a warning names any other word. Empty for models with CLIP, which know all.
     words: Annotated[list[Word], _MANY] = field(default_factory=list)
     made_by: dict[str, Any] = field(default_factory=dict)  # versions, opset, name of the checkpoint, body's origin
     format: Annotated[int, Meta(ge=1, le=BUNDLE_FORMAT)] = BUNDLE_FORMAT
@@ -226,7 +227,7 @@ class Manifest:
     def load(cls, folder: str | Path, verify: bool = True, files: bool = True) -> Manifest:
         """Reads a bundle's manifest and, with `verify`, hashes it and, with `files`, every file (about 1 s a GB).
 
-        Raises BundleError when the folder is no bundle, is of a newer format, lacks a file or holds a changed one.
+        Raises BundleError when the folder is not a bundle, has a newer format, lacks a file or holds a changed one.
         """
         folder = Path(folder)
         if folder.is_file():
@@ -236,9 +237,9 @@ class Manifest:
             value = read_json(path)
         except FileNotFoundError:
             hint = (
-                "is a checkpoint: make a bundle of it first with `hd-export CHECKPOINT OUT`"
+                "is a checkpoint, not a bundle. Make a bundle of it first with `hd-export CHECKPOINT OUT`"
                 if (folder / "model_index.json").exists()
-                else "is no bundle: it has no manifest.json. `hd-export CHECKPOINT OUT` makes one"
+                else "is not a bundle: it lacks manifest.json. `hd-export CHECKPOINT OUT` makes one"
             )
             if not folder.exists():
                 hint = (
@@ -251,14 +252,14 @@ class Manifest:
         newest = value.get("format") if isinstance(value, dict) else None
         if isinstance(newest, int) and BUNDLE_FORMAT < newest < 1000:
             raise BundleError(
-                f"{folder} is a bundle of format {newest}; this version reads up to {BUNDLE_FORMAT}. "
+                f"The bundle's format must be at most {BUNDLE_FORMAT}, got {newest} in {folder}. "
                 "Update handiffuser, or export the checkpoint again with this version."
             )
         try:
             manifest = fit(value, cls)
             unknown = sorted(set(value) - {field.name for field in fields(cls)})
             if unknown or "format" not in value:
-                raise MisfitError(f"The entry {unknown[0][:60]!r} is unknown." if unknown else "It has no format.")
+                raise MisfitError(f"The entry {unknown[0][:60]!r} is unknown." if unknown else "It lacks 'format'.")
             manifest.check()
         except MisfitError as error:
             raise BundleError(f"{path} is not a bundle's manifest: {error} {_AGAIN}") from error
@@ -276,33 +277,33 @@ class Manifest:
             raise MisfitError(f"It lacks the graphs {', '.join(missing)}.")
         unhashed = [graph.file for graph in self.graphs.values() if graph.file not in self.files]
         if unhashed:
-            raise MisfitError(f"It gives no hash for {', '.join(unhashed)}.")
+            raise MisfitError(f"It lacks the hash of {', '.join(unhashed)}.")
         sizes = {"latents": self.latent_size, "image": (*self.image_size, 3)}
         decoder = self.graphs["image_decoder"]
         for tensor in (*decoder.inputs, *decoder.outputs):
             if tensor.name in sizes and tensor.shape[1:] != sizes[tensor.name]:
                 raise MisfitError(
-                    f"Its image_size and latent_size are {self.image_size} and {self.latent_size}, and the decoder has "
+                    f"image_size {self.image_size} and latent_size {self.latent_size} must fit the decoder, which has "
                     f"{tensor}."
                 )
 
     @property
     def base(self) -> str:
-        """The precision of what is not quantised: "fp32" for OpenVINO, "fp16" for TensorRT."""
+        """The precision of the layers that are not quantised: "fp32" for OpenVINO, "fp16" for TensorRT."""
         return str(self.made_by.get("base", "fp16")) if self.precision in EIGHT_BITS else self.precision
 
     def files_of(self, graph: str) -> list[str]:
-        """The files of a graph: itself, and its weights where they are in a file of their own."""
+        """The files of a graph: the graph, and its weights where these have their own file."""
         file = self.graphs[graph].file
         return [name for name in (file, f"{file}.data") if name in self.files]
 
     def check_files(self, folder: Path, names: Iterable[str] | None = None) -> None:
-        """Raises BundleError for the first file, of all or of these, that is missing or differs from its hash."""
+        """Raises BundleError for the first file that is missing or differs from its hash. names: checks only these."""
         for problem in self.problems(folder, names):
             raise BundleError(f"{problem} {_AGAIN}")
 
     def problems(self, folder: Path, names: Iterable[str] | None = None) -> Iterator[str]:
-        """Yields a sentence for each file that is missing or differs from its hash. names: of these files alone."""
+        """Yields a sentence for each file that is missing or differs from its hash. names: checks only these."""
         for name in self.files if names is None else names:
             digest = self.files[name]
             if not (folder / name).is_file():
@@ -312,14 +313,14 @@ class Manifest:
 
 
 def _not_a_folder(file: Path) -> str:
-    """A sentence about a file that was given as a bundle."""
+    """The error where the user gave a file as a bundle."""
     if (file.parent / MANIFEST).is_file():
         return f"A bundle must be a folder, got the file {file}. Give the folder it is in: {file.parent}."
     return f"A bundle must be a folder with a manifest.json, got the file {file}. hd-export CHECKPOINT OUT makes one."
 
 
 def _own_digest(value: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's JSON value without its own digest, whatever its layout on disk."""
+    """SHA-256 of a manifest's JSON value without its own digest. Its layout on disk does not matter."""
     rest = {key: entry for key, entry in value.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

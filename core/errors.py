@@ -6,7 +6,7 @@ from __future__ import annotations
 class HanDiffuserError(Exception):
     """Something the user can mend: a bad file, a bad setting, a missing package.
 
-    The commands print the message alone and exit with 1; from Python it is an ordinary exception.
+    Commands print the message alone and exit with 1. In Python it is an ordinary exception.
     """
 
 
@@ -15,15 +15,15 @@ class CheckpointError(HanDiffuserError):
 
 
 class BundleError(HanDiffuserError):
-    """A bundle is missing, damaged, or of a format this version does not read."""
+    """A bundle is missing or damaged, or this version does not read its format."""
 
 
 class ExportError(HanDiffuserError):
-    """A stage could not be exported, or its graph is not close enough to PyTorch."""
+    """A stage cannot be exported, or its graph differs too much from PyTorch."""
 
 
 class RequestError(HanDiffuserError):
-    """One request (a prompt and its settings) cannot be run; others are not affected.
+    """One request (a prompt and its settings) cannot run. It does not affect others.
 
     `field` names the setting that is wrong, such as "steps", or is None where no single one is.
     """
@@ -34,11 +34,11 @@ class RequestError(HanDiffuserError):
 
 
 class EngineError(HanDiffuserError):
-    """An engine was given something it does not accept, or its backend is missing or broken."""
+    """An engine got a wrong input, or its backend is missing or broken."""
 
 
 class TrainingError(HanDiffuserError):
-    """Training cannot begin, go on or be saved as it was asked to."""
+    """Training cannot start, resume or save with these arguments."""
 
 
 class DatasetError(HanDiffuserError):
@@ -46,4 +46,4 @@ class DatasetError(HanDiffuserError):
 
 
 class EvaluationError(HanDiffuserError):
-    """Pictures cannot be judged as asked: a package, a file or a folder is missing or unfit."""
+    """Pictures cannot be judged: a package, a file or a folder is missing or unfit."""

@@ -15,14 +15,15 @@ _held: WeakSet[IO[str]] = WeakSet()  # the locks of this process
 
 @contextlib.contextmanager
 def written(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Yields a temporary name beside `path` that becomes `path` when the block ends. When the block raises, both the
-    temporary file and the change are gone.
+    """Yields a temporary name beside `path` that becomes `path` when the block ends.
+
+    When the block raises, `path` stays as it was, and the temporary file is removed.
 
         with written(folder / "weights.safetensors") as temporary:
             save_file(tensors, temporary)
 
-    The file gets the mode that the umask says: safetensors and ONNX's external data leave theirs to the owner alone.
-    durable: the content is on the disk before the name is.
+    The file gets the mode that the umask says; safetensors and ONNX would let the owner alone read it.
+    durable: the content reaches the disk before the new name does.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,7 +38,7 @@ def written(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def open_to_others(*paths: Path) -> None:
-    """Gives files the mode that the umask says, so that a server of another user can read them."""
+    """Gives files the mode that the umask says, so that a server can read them as another user."""
     umask = os.umask(0)
     os.umask(umask)
     for path in paths:

@@ -1,4 +1,4 @@
-"""What the demo's world can be asked for: words and phrases of its prompts. `demo.prompts` writes sentences of them.
+"""The words and phrases of the demo's prompts. `demo.prompts` writes sentences of them.
 
 is_demo(manifest.words)                              # whether a bundle was trained on this world alone
 unknown_uses("a right hand holding a cup")           # {"curved as if holding a cup": ["holding", "cup"]}
@@ -85,7 +85,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Gestures that also have a name as an adjective, or as a noun of its own.
+# Gestures with an adjective: the adjective, and the noun that it goes with.
 ADJECTIVES = {"open_hand": ("open", "hand"), "fist": ("clenched", "fist"), "cupped_hand": ("cupped", "hand")}
 
 # Nouns that can stand for a hand and what it does.
@@ -104,7 +104,7 @@ SAMPLES = (
     "a peace sign with a pale right hand, palm to the viewer, on a green background",
     "a left hand pointing and a right fist",
 )
-# Words that join others, and words that mean enough alone, so that they may stand anywhere.
+# Words that join others, and words that mean enough alone: both may stand anywhere.
 JOINING = frozenset(re.findall(r"\w+", "a an the and of in on with to for from as if like into all"))
 FILLING = JOINING.union(
     re.findall(
@@ -113,16 +113,16 @@ FILLING = JOINING.union(
         "hand hands skin toned very medium",
     )
 )
-MOST = 12  # words that a sentence names
-NEAR = 0.8  # how alike two words are (difflib's ratio) from which on one may be meant by the other
+MOST = 12  # words that a warning names
+NEAR = 0.8  # difflib's ratio from which on one word may be a slip for the other
 LETTERS = re.compile(r"[^\W\d_]+")
 
 
 def strangers(
     prompt: str, known: Collection[str], is_demo: bool = False, end: int | None = None
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """The words of a prompt that are not `known`, and of a demo's `unknown_uses`. end: characters that are read; a word
-    that was cut there is left out."""
+    """The words of a prompt that are not `known`, and for the demo its `unknown_uses`. end: the model reads so many
+    characters; a word that the end cuts is left out."""
     if end is not None:
         ends = [found.end() for found in LETTERS.finditer(prompt) if found.end() <= end]
         prompt = prompt[: max(ends, default=0)]
@@ -130,7 +130,7 @@ def strangers(
 
 
 def sentence(new: list[str], uses: dict[str, list[str]], known: Collection[str]) -> str:
-    """What to say of `strangers`; "" where there are none."""
+    """The warning about `strangers`; "" without any."""
 
     def shown(word: str) -> str:
         near = get_close_matches(word, known, 1, NEAR)
@@ -181,7 +181,7 @@ def _phrases() -> Iterator[str]:
 
 
 def unknown_uses(prompt: str) -> dict[str, list[str]]:
-    """Words that the grammar holds in phrases only of which the prompt has none: such a phrase -> these words.
+    """Words that the grammar knows only in phrases that the prompt lacks: such a phrase -> these words.
 
     The words of a phrase may stand in any order, with JOINING words and at most one other between them.
     """

@@ -7,9 +7,9 @@ The arrays are smplx's: axis-angle in radians with `flat_hand_mean=True`, so
 `smplx.create(..., model_type="smplh", use_pca=False, flat_hand_mean=True, num_betas=10)` poses them as they are.
 
 Where the hands are in the picture is said twice. `camera` (s, tx, ty) sees a point at s (metres + t), x to the right
-and y up, +-1 over the picture's height. Who bends a finger expects the wrist and the other fingers to stay, so a file
-with a camera keeps it. Without one `placement` counts, which says of each hand where its middle is and how large it is:
-bending a finger then moves the whole hand a little. Which hands are there is in `placement` always.
+and y up, +-1 over the picture's height. Bending a finger must leave the wrist and the other fingers in place, so a file
+with a camera keeps it. Without a camera, `placement` says where each hand's middle is and how large the hand is.
+Bending a finger then moves the whole hand a little. `placement` always says which hands are there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CAMERA = "camera"  # may be left out
 LARGEST_CAMERA = 1e6  # of s, in half heights of the picture a metre, and of tx and ty, in metres
 MAX_HANDS, MAX_ARRAY = 1 << 24, 1 << 16  # bytes of a .hands.npz, and of an array in it that is read
 
-NO_HANDS = "none"  # instead of a file's name: nobody's hands are to be seen (a file that is called so is ./none)
+NO_HANDS = "none"  # instead of a file's name: a picture without hands (./none is a file of this name)
 
 
 def hand_arrays(params: np.ndarray) -> dict[str, np.ndarray]:
@@ -94,10 +94,10 @@ class Hands(NamedTuple):
 
 
 def load_hands(path: str | Path) -> Hands:
-    """Reads the SMPL-H arrays of a `.hands.npz`, and its camera where it has one. NO_HANDS: nobody's.
+    """Reads the SMPL-H arrays of a `.hands.npz`, and its camera where it has one. NO_HANDS gives absent hands.
 
-    Raises RequestError when the file is missing, is no `.npz` of plain numbers, lacks an array, or holds one of
-    another shape, with NaN or infinity, or with values no body has.
+    Raises RequestError when the file is missing or is not an `.npz` of plain numbers. Raises it also when an array is
+    missing, has another shape, NaN or infinity, or values that no body has.
     """
     if str(path) == NO_HANDS:
         arrays = {name: np.zeros(shape, np.float32) for name, (shape, _) in SHAPES.items()}
@@ -105,7 +105,7 @@ def load_hands(path: str | Path) -> Hands:
         return Hands(hand_params(arrays))
     path = Path(path)
     wanted = ", ".join(f"{name}{list(shape)}" for name, (shape, _) in SHAPES.items())
-    advice = f"Wanted: an .npz as hd-run writes it, with {wanted}."
+    advice = f"Give an .npz as hd-run writes it, with {wanted}."
     try:
         with zipfile.ZipFile(io.BytesIO(read_file(path, MAX_HANDS))) as archive:
             there = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -114,7 +114,7 @@ def load_hands(path: str | Path) -> Hands:
                 raise RequestError(f"The hands file {path} lacks {', '.join(missing)}. {advice}")
             arrays = {name: _array(archive, name) for name in (*SHAPES, CAMERA) if name in there}
     except FileNotFoundError:
-        raise RequestError(f"There is no hands file {path}.") from None
+        raise RequestError(f"The hands file {path} does not exist. Check the path.") from None
     except MisfitError as error:
         raise RequestError(f"The hands file {path} cannot be read: {error} {advice}") from None
     except RequestError:
@@ -123,7 +123,7 @@ def load_hands(path: str | Path) -> Hands:
         raise RequestError(f"The hands file {path} cannot be read as plain arrays. {advice}") from error
     for name, value in arrays.items():
         shape, limit = SHAPES.get(name, ((3,), LARGEST_CAMERA))
-        if name == "placement" and CAMERA in arrays:  # which counts instead, and may see a hand far off the picture
+        if name == "placement" and CAMERA in arrays:  # the camera counts, and may see a hand far off the picture
             limit = LARGEST_CAMERA
         if value.shape != shape:
             raise RequestError(f"The hands file {path} has {name} of shape {list(value.shape)}. {advice}")
@@ -132,23 +132,23 @@ def load_hands(path: str | Path) -> Hands:
         value = value.astype(np.float64)  # an integer's magnitude may not fit into its own type
         if not np.isfinite(value).all():
             raise RequestError(f"The hands file {path} has NaN or infinity in {name}. Mend or remove it.")
-        if np.abs(value).max() > np.float32(limit):  # as a file of float32 has it
+        if np.abs(value).max() > np.float32(limit):  # a file of float32 rounds the limit, too
             most = float(np.abs(value).max())
             raise RequestError(
-                f"The hands file {path} has {most:g} in {name}, and more than {limit:.4g} makes no "
-                "sense there. Angles are in radians, places in [-1, 1] of the image."
+                f"{name} must be at most {limit:.4g} in magnitude, got {most:g} in the hands file {path}. "
+                "Angles are in radians, places in [-1, 1] of the image."
             )
     camera = arrays.get(CAMERA)
     if camera is not None and not camera[0] > 0:
         raise RequestError(
-            f"The hands file {path} has {camera[0]:g} as the scale of its camera, which must be above 0. Mend it, or "
-            "take camera out: then placement counts."
+            f"The scale of the camera must be above 0, got {camera[0]:g} in the hands file {path}. Mend it, or remove "
+            "camera: then placement counts."
         )
     return Hands(hand_params(arrays), None if camera is None else camera.astype(np.float64))
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of an .npz. Not by numpy's own reader of archives, which unpacks whatever is in there, of any size."""
+    """An array of an .npz. numpy's own reader of archives would unpack members of any size."""
     member = archive.getinfo(f"{name}.npy")
     if member.file_size > MAX_ARRAY:
         raise MisfitError(f"Its {name} is larger than {MAX_ARRAY >> 10} KB.")
@@ -159,10 +159,10 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def keep_camera(hands: Hands, joints: np.ndarray) -> np.ndarray:
-    """params [330] whose placement is what the camera of `hands` sees, so that the same camera follows from it.
+    """params [330] with the placement that the camera of `hands` sees, so that the same camera follows from it.
 
-    joints: [62, 3] metres, of `hand_features` for these params; where they are in the picture does not matter to it.
-    The opposite of `HandFeatures.camera`, to which sizes from 1/400 to 20 half heights of the picture count.
+    joints: [62, 3] metres, what `hand_features` gives for these params; their place in the picture does not matter.
+    The inverse of `HandFeatures.camera`, which clips sizes to 1/400 to 20 half heights of the picture.
     """
     assert hands.camera is not None
     params, scale, shift = hands.params.copy(), hands.camera[0], hands.camera[1:]
@@ -174,7 +174,7 @@ def keep_camera(hands: Hands, joints: np.ndarray) -> np.ndarray:
     placement[~present, 1:] = placement[~present, 1:].clip(-10, 10)
     placement[present, 1:3] = (scale * (centre + shift))[present]
     placement[present, 3] = np.log(scale * radius)[present]
-    # An absent hand has a say of one in ten thousand, which the one that is there makes up for.
+    # An absent hand has a weight of one in ten thousand. The present hand makes up for it.
     share = present + 1e-4
     share = share / share.sum()
     ours = share[present].sum()

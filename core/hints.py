@@ -1,4 +1,4 @@
-"""What to type here instead of an option that other programs have: diffusers, kohya's scripts, vLLM.
+"""Options of other programs (diffusers, kohya's scripts, vLLM), and what to type here instead.
 
 hint("--num-inference-steps", "hd-run", ["--steps", "--guidance"])     # "It is --steps here."
 """
@@ -40,7 +40,7 @@ OTHERS = {
     "threads": "num-threads cpu-threads intra-op-threads",
     "body": "smplh smpl smplh-path model-path",
 }
-# Where we have no such option: what to do instead, by command.
+# Options that we lack: what to do instead, by command.
 _BUNDLE_FIRST = "The bundle comes first, without an option: hd-run BUNDLE PROMPT."
 _SIZE = (
     "A bundle makes pictures of one size. Export one of another size: "
@@ -84,7 +84,7 @@ INSTEAD: dict[str, dict[str, str]] = {
 
 
 def hint(name: str, command: str, options: Iterable[str]) -> str:
-    """A sentence on what `name` is called here, or what to do instead; "" where nothing is known.
+    """A sentence that says what `name` is called here, or what to do instead; "" for an unknown name.
 
     name: as typed, with or without dashes. command: such as "hd-run"; "request" for settings in Python. options: what
     the command has, as typed.
@@ -104,7 +104,7 @@ def hint(name: str, command: str, options: Iterable[str]) -> str:
 
 
 def explained(error: click.ClickException) -> click.ClickException:
-    """An error about an option that the command does not have, with its hint; any other error as it is."""
+    """Adds the hint to an error about an unknown option. Returns any other error as it is."""
     import click
 
     if not isinstance(error, click.NoSuchOption) or error.ctx is None:
@@ -117,7 +117,7 @@ def explained(error: click.ClickException) -> click.ClickException:
 
 
 def _of_a_command(error: click.NoSuchOption, program: str) -> str:
-    """A sentence where an option was given to `hd-train` that belongs to `hd-train pictures`."""
+    """A sentence where the user gave an option of `hd-train pictures` to `hd-train`."""
     import click
 
     context = error.ctx

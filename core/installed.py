@@ -1,7 +1,6 @@
 """Which packages are installed, by the names of the folders in which installers note them (PEP 376 and 427).
 
-`importlib.metadata` says the same and more: it reads mail headers for it, and to import it takes as long as to import
-ONNX Runtime.
+`importlib.metadata` says the same and more, but it reads mail headers, and its import takes as long as ONNX Runtime's.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ NOTED = ".dist-info"
 
 
 def version(package: str) -> str | None:
-    """Of an installed package, such as "1.27.0"; None where there is none."""
+    """The version of an installed package, such as "1.27.0"; None for a package that is not installed."""
     return _versions(tuple(sys.path)).get(_normal(package))
 
 

@@ -3,9 +3,8 @@
     table = runs(tokenizer)            # {49408: [49408, 49409]} for <cat> and <cat>_1
     spread([320, 49408], table)        # [320, 49408, 49409]
 
-diffusers' `load_textual_inversion` names the further vectors `<cat>_1`, `<cat>_2`, and puts them all in the place of
-`<cat>` when it reads a prompt. So do we, in `hd-run` and in training. `<Cat>` means the same here, as with one vector;
-diffusers takes the first vector alone there.
+diffusers' `load_textual_inversion` names the further vectors `<cat>_1`, `<cat>_2`, and replaces `<cat>` in a prompt by
+all of them. `hd-run` and training do the same. Here `<Cat>` means `<cat>`; diffusers takes its first vector alone.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def runs(tokenizer: Tokenizer) -> dict[int, list[int]]:
-    """Id of a placeholder of several vectors -> the ids of all of them, its own first."""
+    """Id of a placeholder with several vectors -> the ids of all its vectors, its own first."""
     added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
     found: dict[int, list[int]] = {}
     for content, number in added.items():

@@ -179,7 +179,7 @@ def ddim(schedule: NoiseSchedule, steps: int) -> Recurrence:
 def ddim_early(schedule: NoiseSchedule, steps: int) -> Recurrence:
     """DDIM whose steps lean towards noise, where few steps lose most: timesteps T (1 - (i / N)²) - 1 of N.
 
-    With a distilled or a well-trained network four such steps do what six even ones do. Not of a paper.
+    With a distilled or a well-trained network four such steps do what six even ones do. Ours, not from a paper.
     """
     T = schedule.num_train_timesteps
     t = (T * (1 - (np.arange(steps) / steps) ** 2)).round().astype(np.int64) - 1
@@ -199,8 +199,8 @@ def _ddim(schedule: NoiseSchedule, t: Array, t_prev: Array) -> Recurrence:
     return Recurrence(t, A[None], B[None], np.zeros(len(t)), np.ones(len(t)), 1.0)
 
 
-LCM_STEPS = 50  # of the grid that an LCM was distilled on, as in diffusers
-LCM_DATA, LCM_TIME = 0.5, 10.0  # σ_data of the boundary condition, and what timesteps are multiplied with in it
+LCM_STEPS = 50  # steps of the grid that an LCM was distilled on, as in diffusers
+LCM_DATA, LCM_TIME = 0.5, 10.0  # the boundary condition's σ_data and its factor of timesteps
 
 
 def lcm(schedule: NoiseSchedule, steps: int) -> Recurrence:
@@ -347,12 +347,13 @@ def rows(
     """The table of a request, for a step graph with `num_history` history tensors.
 
     solver: a key of SOLVERS. steps: 1 ... num_train_timesteps. guidance: finite; 1 is the conditional output
-    alone. guidance_interval: the part of the steps, from 0 to 1, that is guided; outside of it guidance is 1, and the
-    unconditional branch need not run (Kynkäänniemi et al. 2024). plms does not run "sample" prediction or zero terminal
-    SNR; ddim, ddpm and lcm do not run "epsilon" prediction from a timestep without signal, where x0 cannot be told from
-    it. All else runs with all else.
+    alone. guidance_interval: the part of the steps, from 0 to 1, that is guided. Outside of it guidance is 1, and the
+    unconditional branch need not run (Kynkäänniemi et al. 2024).
 
-    Raises RequestError, with what is allowed; also where a schedule is so extreme that its rows are not finite.
+    plms does not run "sample" prediction or zero terminal SNR. ddim, ddpm and lcm do not run "epsilon" prediction from
+    a timestep without signal, which does not determine x0. All other combinations run.
+
+    Raises RequestError, with the allowed values, also where a schedule is so extreme that its rows are not finite.
     """
     recurrence = solve(schedule, solver, steps)
     needed = SOLVERS[solver][1]
@@ -368,7 +369,7 @@ def rows(
     except (TypeError, ValueError):
         guidance = math.nan
     if not math.isfinite(guidance):
-        raise RequestError("The guidance must be a finite number; usual are 1 (off) to 10.", "guidance")
+        raise RequestError(f"guidance must be a finite number, got {guidance}. Usual are 1 (off) to 10.", "guidance")
     N = len(recurrence.timesteps)
     table = np.zeros((N, len(ROW_HEAD) + 2 * num_history))
     table[:, 0] = recurrence.timesteps
@@ -385,7 +386,7 @@ def rows(
         finite = np.isfinite(numbers).all() and np.isfinite(np.float32(recurrence.init_sigma))
     if not finite:
         what = f"{steps} steps of {solver} on this network's noise schedule"
-        raise RequestError(f"{what} are no finite numbers. Choose another solver.", "solver")
+        raise RequestError(f"{what} are not finite numbers. Choose another solver.", "solver")
     return Table(recurrence.timesteps, numbers, recurrence.init_sigma, stochastic)
 
 
@@ -403,27 +404,9 @@ def solve(schedule: NoiseSchedule, solver: str, steps: int) -> Recurrence:
             "the timesteps that the network was trained with.",
             "steps",
         )
-    with np.errstate(all="ignore"):  # what is not finite is refused
+    with np.errstate(all="ignore"):  # `rows` refuses numbers that are not finite
         recurrence = SOLVERS[solver][0](schedule, steps)
     return recurrence._replace(timesteps=recurrence.timesteps.astype(np.float64))
-
-
-def reference_step(row: Array, x: Array, history: Array, m: Array, noise: Array | None = None) -> tuple[Array, Array]:
-    """What a step graph does after the network, in numpy: the form of a row, and the oracle for graphs.
-
-    row [B, 6 + 2 K], x [B, ...], history [B, K, ...], m [B, ...] guided, noise [B, ...] or None for zeros.
-    Returns the next x and history, of the same shapes.
-    """
-    row = np.asarray(row)
-    K = history.shape[1]
-    column = row.reshape(*row.shape, *[1] * (x.ndim - 1))  # [B, R, 1 ...]
-    a, b, d = column[:, 3], column[:, 4], column[:, 5]
-    shifted = np.concatenate([history, np.zeros_like(x)[:, None]], axis=1)  # h_1 ... h_K, 0
-    x_next = a * x + b * m + shifted[:, 0]
-    if noise is not None:
-        x_next = x_next + d * noise
-    later = [column[:, 4 + 2 * k] * x + column[:, 5 + 2 * k] * m + shifted[:, k] for k in range(1, K + 1)]
-    return x_next, np.stack(later, axis=1) if K else history
 
 
 # What the solvers share.
@@ -437,8 +420,8 @@ def _x0(schedule: NoiseSchedule, alpha: Array, sigma: Array) -> Array:
         return np.stack([alpha, -sigma])
     if np.any(alpha == 0):
         raise RequestError(
-            "This network predicts noise, and with zero terminal SNR the first timestep holds nothing else: "
-            "no sample can be told from it. Choose euler or dpm++2m, which start just below it.",
+            "This network predicts noise, and with zero terminal SNR the first timestep is noise alone, which does not "
+            "determine a sample. Choose euler or dpm++2m, which start just below it.",
             "solver",
         )
     return np.stack([1 / alpha, -sigma / alpha])

@@ -5,8 +5,8 @@
 
 A description is a class with annotated fields: a dataclass, a TypedDict or a msgspec.Struct. Bounds stand in the
 annotation, `Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")]`; where a field has a
-description the sentence says it, else it says what msgspec expected. What msgspec does not know (that two entries fit
-together) is checked by whoever owns the class.
+description the sentence says it, else it says what msgspec expected. Each class checks what msgspec does not know, such
+as that two entries fit together.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ T = TypeVar("T")
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Word = Annotated[str, Meta(max_length=200)]
 TRUTH = Meta(description="true or false")
-# msgspec (0.22, too) keeps what it knows of a dataclass or a TypedDict while it is still finding out: a second thread
-# that fits the same for the first time reads a null pointer, and the process is gone.
+# msgspec (0.22, too) stores what it knows of a class before it has found out everything. A second thread that fits the
+# same class for the first time then reads a null pointer, which kills the process.
 _FITTING = threading.RLock()
 _AT = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
 
@@ -44,26 +44,26 @@ class MisfitError(ValueError):
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """The content of a plain file of at most `limit` bytes. Raises OSError, or MisfitError when it is no such file."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for, a device never end
-        raise MisfitError("It is no plain file.")
+    """The content of a regular file of at most `limit` bytes. Raises OSError; MisfitError for any other file."""
+    if path.exists() and not path.is_file():  # a pipe may never answer, and a device never ends
+        raise MisfitError("It is not a regular file.")
     with open(path, "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise MisfitError(f"It is larger than {limit >> 20} MB, which no such file is.")
+        raise MisfitError(f"It must be at most {limit >> 20} MB, got a larger file.")
     return content
 
 
 def read_json(path: Path, limit: int = LARGEST_JSON) -> Any:
-    """The JSON value of a plain file. Raises OSError, or MisfitError when it is none."""
+    """The JSON value of a regular file. Raises OSError, or MisfitError when the file is not JSON."""
     return parse_json(read_file(path, limit))
 
 
 def read_python_json(path: Path) -> Any:
-    """The JSON value of a plain file as Python writes it: NaN and infinity are numbers in it.
+    """The JSON value of a regular file as Python writes it, where NaN and infinity are numbers.
 
-    diffusers writes `"lambda_min_clipped": -Infinity` into schedulers. Fit the value to bounds that both ends have:
-    they refuse NaN and infinity where a number counts. Raises OSError, or MisfitError when it is no JSON.
+    diffusers writes `"lambda_min_clipped": -Infinity` into schedulers. Fit the value to bounds at both ends:
+    they refuse NaN and infinity. Raises OSError, or MisfitError when the file is not JSON.
     """
     content = read_file(path, LARGEST_JSON)
     try:
@@ -77,7 +77,7 @@ def read_python_json(path: Path) -> Any:
 
 
 def parse_json(content: bytes) -> Any:
-    """A JSON value; without NaN, infinity and numbers beyond float64. Raises MisfitError."""
+    """A JSON value. Raises MisfitError, also for NaN, infinity and numbers beyond float64."""
     try:
         return msgspec.json.decode(content.removeprefix(b"\xef\xbb\xbf"))
     except UnicodeDecodeError:

@@ -45,7 +45,7 @@ def checkpoint_path() -> Path:
 
 
 def resolve(name: str | Path, kind: str) -> Path:
-    """The folder that a user means: the shipped one for the word "demo", else the path itself.
+    """The folder that a user names: the shipped one for the word "demo", else the path itself.
 
     kind: "bundle" or "checkpoint".
     """

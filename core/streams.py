@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, or that no one reads any more.
+"""Standard streams that are closed or full, or whose reader left.
 
 A command's result goes to stdout: if it cannot be written, the command fails. What a command says goes to stderr: if
 that cannot be written, the work goes on.

@@ -30,14 +30,14 @@ def off() -> None:
     for name, value in OFF.items():
         os.environ.setdefault(name, value)
     if not openvino_is_wanted():
-        # `import openvino` sends an event to Google Analytics, and no variable stops it. Without this package, which
-        # cannot be imported while its entry is None, it takes a stub of its own.
+        # `import openvino` sends an event to Google Analytics, and no variable stops it. While this entry is None, the
+        # package cannot be imported, and OpenVINO uses its own stub.
         sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
 
 
 def openvino_is_wanted() -> bool:
     """Whether the user said yes to OpenVINO's reports, with its own command: `opt_in_out --opt_in`."""
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a container's user who has no home
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the user has no home, as in a container
         if os.name == "nt":
             folder = Path(os.environ.get("LOCALAPPDATA", "")) / "Intel Corporation"
         else:

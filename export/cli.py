@@ -157,6 +157,7 @@ class Options:
 @click.option("--accept-low-fidelity", is_flag=True, help="Write the bundle even if it fails that comparison.")
 @click.option("--triton", type=click.Path(path_type=Path), metavar="FOLDER", help="A model repository for Triton, too.")
 @build_options
+@click.version_option(package_name="handiffuser", prog_name="hd-export")
 def command(
     checkpoint: str, out: Path, backend: str, precision: str | None, triton: Path | None, **values: Any
 ) -> None:

@@ -40,6 +40,16 @@ _STEPS = click.IntRange(1, MAX_STEPS)
 _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 
 
+def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    """Prints what is installed and what runs here; see `check.report`."""
+    if asked:
+        from .check import report
+
+        lines, code = report()
+        click.echo("\n".join(lines))
+        context.exit(code)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("engines", metavar="ENGINES")
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
@@ -114,6 +124,14 @@ _GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 )
 @click.option("--ray-workers", type=click.IntRange(1, 100_000), help="Actors.  [default: one a GPU, or a core]")
 @click.option("--quiet", "-q", is_flag=True, help="Only warnings and errors.")
+@click.option(
+    "--check",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=check,
+    help="Show what is installed and what runs on this machine, then exit: 0 where pictures can be made, else 1.",
+)
 @click.version_option(package_name="handiffuser", prog_name="hd-run")
 def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output: str, **options: Any) -> int:
     """Makes a picture of every PROMPT, with the hands it speaks of.

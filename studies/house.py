@@ -41,7 +41,7 @@ PATTERNS = {
     "lest": r"\blest\b",
     "of which, of whom": r"\bof (?:which|whom)\b",
 }
-LONG_SENTENCE = 30  # words
+LONG_SENTENCE = 25  # words
 READ = (".py", ".md", ".js", ".html", ".css", ".toml", ".yaml", ".yml", ".sh")
 SELF = {"house.py", "test_house.py"}  # they name the patterns
 
@@ -184,10 +184,11 @@ def stumbles() -> dict[str, int]:
 
 
 def long_sentences() -> dict[str, list[str]]:
-    """Page -> its sentences of more than LONG_SENTENCE words, code and tables left out."""
+    """Page -> its sentences of more than LONG_SENTENCE words. Tables do not count, and inline code is one word."""
     found = defaultdict(list)
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         text = re.sub(r"```.*?```", "\n\n", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        text = re.sub(r"`[^`]+`", "code", text)
         text = re.sub(r"^\s*(\||#|<).*$", "", text, flags=re.MULTILINE)
         for paragraph in re.split(r"\n\s*\n|\n\s*[-*] |\n\s*\d+\. ", text):
             for sentence in re.split(r"(?<=[.!?:;])\s+", " ".join(paragraph.split())):

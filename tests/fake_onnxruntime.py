@@ -262,7 +262,7 @@ class FakeOnnxRuntime:
             return real.InferenceSession(path, options, providers=providers)
         (first, choices), *others = providers
         assert first == "CUDAExecutionProvider" and others == ["CPUExecutionProvider"]
-        assert self.preloaded, "where CUDA's libraries are pip packages, nobody finds them without preload_dlls"
+        assert self.preloaded, "CUDA's libraries from pip packages load only after preload_dlls"
         return InferenceSession(self, path, options, choices)
 
 

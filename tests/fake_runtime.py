@@ -49,7 +49,7 @@ from handiffuser.runtime.noise import HANDS, LATENTS, drawn_again, normal, strea
 CODES = real.cudaError_t
 OK = CODES.cudaSuccess
 BASE = 0x7_0000_0000_0000  # where the device's addresses begin; nothing of the host is there
-SIZE = 1 << 30  # of the device's addresses; pages that nobody touches cost nothing
+SIZE = 1 << 30  # bytes of the device's addresses; untouched pages cost nothing
 ALIGNED = 256
 GARBAGE = 0xFF  # what new memory holds: NaN, as float32
 POLLS = 20_000  # queries in a row that bring nothing: the host would ask for ever
@@ -133,7 +133,7 @@ class Memory:
             keep,
         )
         self.bounds = [start, self.end]
-        # (last write (stream, time, name), stream -> last read (time, name)); what the host writes nobody sees
+        # (last write (stream, time, name), stream -> last read (time, name)); the device does not see the host's writes
         self.touches: list[tuple] = [((DEFAULT, 0, "the host") if pinned else None, {})]
         self.pending = 0  # operations that were enqueued and did not run yet
 
@@ -161,7 +161,7 @@ class Memory:
             else:
                 reads[stream] = (mine, name)
                 if write is None:
-                    wrong = f"{name} reads what nobody wrote"
+                    wrong = f"{name} reads memory that was never written"
         if writes:
             self.bounds[first + 1 : last] = []
             self.touches[first:last] = [((stream, mine, name), {})]
@@ -256,7 +256,7 @@ class FakeRuntime:
         self.find(pointer).touches = [((DEFAULT, 0, "the library that loaded them"), {})]
 
     def live(self) -> int:
-        """Device allocations that nobody freed."""
+        """Device allocations that are not freed."""
         return sum(not memory.freed for memory in self.device)
 
     # -- memory -------------------------------------------------------------------------------------------------------
@@ -493,7 +493,7 @@ class FakeRuntime:
         if memory is None or memory.freed:
             self.problem("cudaFreeHost of what is not allocated (any more)")
             raise CallError(CODES.cudaErrorInvalidValue)
-        if memory.pending and not self.failed:  # after an error nobody may have waited; freeing waits in fact
+        if memory.pending and not self.failed:  # after an error the program may not have waited; freeing does wait
             self.problem("pinned memory is freed before the copies that use it are done")
         memory.freed = True
         return (OK,)

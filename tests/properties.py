@@ -118,7 +118,7 @@ def request_lines(check: Counted, folder: Path) -> Any:
         path.write_bytes(content)
         file = check(lambda: RequestFile(path))
         if file is None:
-            assert 4 * content[:4096].count(0) > len(content[:4096]), "a bad line is no reason to refuse the file"
+            assert 4 * content[:4096].count(0) > len(content[:4096]), "one bad line must not refuse the whole file"
             return
         resolver, prompts = Resolver(manifest.defaults, bundle="b", seed=0, images=1, check=lambda request: None), []
         for _, request in file:

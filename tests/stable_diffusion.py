@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from handiffuser.models.checkpoint import BOS, EOS, make_tokenizer
 from handiffuser.runtime.noise import LATENTS, normal
 from handiffuser.runtime.tokens import PromptTokenizer
-from handiffuser.schedules import NoiseSchedule, reference_step, rows
+from handiffuser.schedules import NoiseSchedule, rows
+from reference import reference_step
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SIZE = 32

@@ -14,12 +14,14 @@ from importlib import import_module
 from pathlib import Path
 
 import click
+import house
 import pytest
 from handiffuser.engines import cpu
 from handiffuser.engines.backends import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+GUIDES = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]  # for people who change the code
 MODULES = {
     "hd-run": ("runtime.cli", "run"),
     "hd-serve": ("serving.cli", "serve"),
@@ -80,6 +82,8 @@ def test_the_pages_have_commands():
 def test_options_are_those_that_there_are(line):
     try:
         context(line)
+    except click.exceptions.Exit as done:  # --check, which reads no other argument
+        assert done.exit_code == 0
     except click.MissingParameter:  # a sentence that names a command, and no line to type
         assert not re.search(r" -\w| --", line)
 
@@ -138,7 +142,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_links_lead_somewhere():
-    for page in PAGES:
+    for page in (*PAGES, *GUIDES):
         for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
             if link.startswith("http"):
                 continue
@@ -150,6 +154,24 @@ def test_links_lead_somewhere():
 def test_every_page_is_in_the_readme():
     text = PAGES[0].read_text(encoding="utf-8")
     assert all(f"](docs/{page.name})" in text for page in PAGES[1:])
+
+
+def test_the_guides_name_files_that_there_are():
+    for page in GUIDES:
+        for name in re.findall(r"`((?:\w+/)+[\w.]*|\w+\.(?:toml|md))`", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists() or "NAME" in name, (page.name, name)
+
+
+def test_the_drawing_of_the_rooms_is_what_the_house_allows():
+    text = GUIDES[0].read_text(encoding="utf-8")
+    drawn = {room: set(rest.split()) for room, rest in re.findall(r"^   (\w+) ─+► (.+)$", text, re.MULTILINE)}
+    assert set(drawn) == set(house.MAY_IMPORT)
+    for room, allowed in house.MAY_IMPORT.items():
+        if room == "benchmarks":  # "all rooms below, but ..."
+            assert set(house.MAY_IMPORT) - allowed - {"benchmarks", "core"} <= drawn[room]
+        else:
+            assert drawn[room] - {"(core)", "nothing", "of", "ours"} == allowed, room
+    assert set(re.findall(r"^\| `(\w+)/`", text, re.MULTILINE)) == set(house.MAY_IMPORT)
 
 
 def test_extras_are_those_that_there_are():

@@ -43,7 +43,7 @@ def test_the_example_runs(tmp_path):
 
 @pytest.mark.parametrize("line", [line for line in LINES if " convert " in line])
 def test_conversions_have_these_options(line):
-    """They need data that nobody may pass on."""
+    """They need data whose licences forbid to pass it on."""
     convert = commands.commands["convert"]
     convert.make_context("convert", shlex.split(line)[2:], resilient_parsing=False)
 

@@ -144,6 +144,8 @@ def test_without_onnx_runtime_the_message_names_it(wheel, tmp_path, tiny_checkpo
     assert run(bin / "pip", "install", "-q", wheel).returncode == 0
     result = run(bin / "hd-run", "demo", "a fist", cwd=tmp_path)
     assert result.returncode == 1 and "[cpu]" in result.stderr and "Traceback" not in result.stderr
+    result = run(bin / "hd-run", "--check", cwd=tmp_path)
+    assert result.returncode == 1 and "[cpu]" in result.stdout and "Traceback" not in result.stderr
     result = run(bin / "hd-export", tiny_checkpoint_folder, tmp_path / "out", cwd=tmp_path)
     assert result.returncode == 1 and "[export]" in result.stderr and "Traceback" not in result.stderr
     result = run(bin / "hd-train", "init", "nowhere", tmp_path / "out", cwd=tmp_path)

@@ -151,7 +151,7 @@ def test_a_server(house, patience, workers):
 
 @pytest.mark.slow
 def test_ray(house, patience):
-    """Its processes look up the machine's own name, which is no report."""
+    """Its processes look up the machine's own name, which does not count as a report."""
     house.run("-m", "handiffuser.runtime.cli", "demo", "a fist", "--steps", 1, "--ray", "--ray-workers", 1)
     reports = [name for name in house.names if "ray.io" in name or "microsoft" in name]
     assert not house.files and not reports, (house.files, house.names)

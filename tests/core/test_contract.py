@@ -78,12 +78,12 @@ def test_a_changed_manifest_is_found(bundle):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda v: v.update(format=2), "format 2"),
-        (lambda v: v.pop("format"), "not a bundle's manifest.*no format"),
+        (lambda v: v.update(format=2), "format must be at most 1, got 2"),
+        (lambda v: v.pop("format"), "not a bundle's manifest.*lacks 'format'"),
         (lambda v: v["graphs"].pop("unet"), "lacks the graphs unet"),
         (lambda v: v.pop("defaults"), "missing required field defaults"),
         (lambda v: v.update(colour="red"), "'colour' is unknown"),
-        (lambda v: v["files"].pop("unet.onnx"), "no hash for unet.onnx"),
+        (lambda v: v["files"].pop("unet.onnx"), "lacks the hash of unet.onnx"),
         (lambda v: v["files"].update({"../evil": "0" * 64}), "In files"),
     ],
 )
@@ -152,7 +152,7 @@ def test_what_is_no_manifest(bundle, content):
 def test_a_pipe_is_not_waited_for(bundle):
     (bundle / "manifest.json").unlink()
     os.mkfifo(bundle / "manifest.json")
-    with pytest.raises(BundleError, match="no plain file"):
+    with pytest.raises(BundleError, match="not a regular file"):
         Manifest.load(bundle)
 
 

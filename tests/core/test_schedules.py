@@ -14,7 +14,8 @@ import pytest
 from handiffuser import schedules
 from handiffuser.contract import row_columns
 from handiffuser.errors import BundleError, RequestError
-from handiffuser.schedules import NoiseSchedule, reference_step, rows, solve
+from handiffuser.schedules import NoiseSchedule, rows, solve
+from reference import reference_step
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

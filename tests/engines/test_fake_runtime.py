@@ -163,7 +163,7 @@ def test_memory_that_nobody_wrote(gpu):
     gpu.cudaMemcpyAsync(a.pointer, pointer, 32, device_to_device, stream.handle)
     assert not gpu.problems
     gpu.cudaMemcpyAsync(a.pointer, pointer, 33, device_to_device, stream.handle)
-    assert gpu.problems == ["a copy to the device from the device reads what nobody wrote"]
+    assert gpu.problems == ["a copy to the device from the device reads memory that was never written"]
 
 
 @pytest.mark.parametrize("to_device", [True, False])

@@ -272,7 +272,7 @@ SCHEDULES = [
     ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start <= beta_end"),
     ({"timestep_spacing": "leading", "steps_offset": 999}, "fewer steps"),
     ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "zero terminal SNR"),
-    ({"beta_schedule": "linear", "beta_start": 1e-300, "beta_end": 1e-300}, "no finite numbers"),
+    ({"beta_schedule": "linear", "beta_start": 1e-300, "beta_end": 1e-300}, "not finite numbers"),
 ]
 
 

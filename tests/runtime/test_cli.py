@@ -254,7 +254,7 @@ def test_text_file_and_prompts_together(toy_bundle, tmp_path):
         (["--guidance", "nan"], 1, "guidance"),
         (["--seed", "-1"], 2, "--seed"),
         (["--prompts", "missing.txt"], 1, "missing.txt cannot be read"),
-        (["--hand-params", "missing.npz"], 1, "no hands file"),
+        (["--hand-params", "missing.npz"], 1, "missing.npz does not exist"),
     ],
 )
 def test_bad_options(toy_bundle, tmp_path, options, code, words):

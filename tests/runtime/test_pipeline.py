@@ -120,7 +120,7 @@ def test_any_text_makes_a_picture(pipeline, prompt):
         ({"height": 512}, "hd-export CHECKPOINT OUT --image-size"),
         ({"num_inference_steps": 4}, "It is steps here."),
         ({"num_images_per_prompt": 4}, "It is images_per_prompt here."),
-        ({"hands": "missing.npz"}, "no hands file"),
+        ({"hands": "missing.npz"}, "does not exist"),
         ({"seed": -1}, "seed"),
     ],
 )
@@ -369,7 +369,7 @@ def test_hands_alone(pipeline, tmp_path):
     np.testing.assert_allclose(again["right_hand_pose"], hands["right_hand_pose"], atol=1e-5)
     (tmp_path / "a.hands.npz").unlink()
     (gone,) = pipeline.hands(given)
-    assert isinstance(gone, Failure) and "no hands file" in gone.sentence
+    assert isinstance(gone, Failure) and "does not exist" in gone.sentence
     assert pipeline.hands([]) == []
     with pytest.raises(RequestError, match="more than a batch of 4"):
         pipeline.hands(requests * 2)

@@ -8,7 +8,8 @@ from handiffuser.errors import EngineError, RequestError
 from handiffuser.runtime.noise import normal
 from handiffuser.runtime.sampler import Job, StepSampler
 from handiffuser.runtime.steptimes import StepTimes
-from handiffuser.schedules import NoiseSchedule, reference_step, rows
+from handiffuser.schedules import NoiseSchedule, rows
+from reference import reference_step
 
 SHAPE = (2, 3)
 K = 4

@@ -1,0 +1,144 @@
+"""`hd-run --check`: what is installed, what runs here, and what to install for the rest.
+
+It needs nothing beyond the base dependencies, starts no model, and downloads nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+
+from ..engines import cpu, onnxruntime, openvino, tensorrt
+from ..engines.cuda import Cuda
+from ..engines.plans import user_cache
+from ..errors import HanDiffuserError
+from ..installed import version
+from .loading import DRIVER
+
+HIDDEN = {"test"}  # extras for developers
+PYTHON = re.compile(r"python_version\s*(<|>=)\s*[\"'](\d+)\.(\d+)")
+
+
+def report() -> tuple[list[str], int]:
+    """The lines to print, and the exit code: 0 where at least one backend makes pictures here, else 1."""
+    gpu, why_not = find_gpu()
+    lines = [
+        f"handiffuser {version('handiffuser') or '(not installed)'}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}",
+        f"CPU: {cpu.cpu_name()}, {onnxruntime.usable_cores()} usable cores, "
+        f"{'fast' if cpu.has_bf16() else 'no fast'} bfloat16",
+        f"GPU: {gpu or why_not}",
+        f"NVIDIA driver: {driver_version() or 'not loaded'}",
+        f"Cache: {cache_size()}",
+        "",
+        "Backends (--backend):",
+    ]
+    works = False
+    for name, probe in backends(gpu is not None).items():
+        try:
+            words, good = probe(), True
+        except HanDiffuserError as error:
+            words, good = f"no. {error}", False
+        works = works or good
+        lines.append(f"  {name:13} {words}")
+    lines += ["", "Extras:"]
+    for extra, lacking in extras().items():
+        first = "pip uninstall -y onnxruntime && " if extra == "cuda" and version("onnxruntime") else ""
+        remedy = f'lacks {", ".join(lacking)}: {first}pip install "handiffuser[{extra}]"'
+        lines.append(f"  {extra:13} {remedy if lacking else 'complete'}")
+    if not works:
+        lines += ["", 'No backend makes pictures here. Install one: pip install "handiffuser[cpu]".']
+    return lines, 0 if works else 1
+
+
+def find_gpu() -> tuple[str | None, str]:
+    """(name and compute capability, "") of the first NVIDIA GPU, or (None, why there is none)."""
+    try:
+        cuda = Cuda()
+    except HanDiffuserError as error:
+        return None, str(error)
+    return f"{cuda.name}, compute capability {cuda.compute_capability}", ""
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's kernel module, such as "580.95.05"; None where the system does not tell."""
+    try:
+        found = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", DRIVER.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def cache_size() -> str:
+    """Where runs of this user keep what they compile, and how much that is."""
+    folder = user_cache().folder.parent
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    return f"{folder}, {size / 1e6:.0f} MB"
+
+
+def extras() -> dict[str, list[str]]:
+    """Each extra of this package -> its packages that are not installed, as the package's own metadata lists them."""
+    try:
+        wanted = metadata.requires("handiffuser") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in wanted:
+        requirement, _, marker = line.partition(";")
+        extra = re.search(r"extra == [\"']([\w-]+)", marker)
+        if extra is None or extra[1] in HIDDEN or not applies(marker):
+            continue
+        lacking = found.setdefault(extra[1], [])
+        package = re.match(r"[\w.-]+", requirement)
+        assert package is not None
+        if package[0] == "handiffuser":
+            for name in re.findall(r"[\w-]+", requirement.partition("[")[2]):
+                lacking += found.get(name, [])
+        elif version(package[0]) is None:
+            lacking.append(package[0])
+    return found
+
+
+def applies(marker: str) -> bool:
+    """Whether a requirement is for this Python, such as `python_version < "3.13" and extra == "eval"`."""
+    for sign, major, minor in PYTHON.findall(marker):
+        older = sys.version_info[:2] < (int(major), int(minor))
+        if older != (sign == "<"):
+            return False
+    return True
+
+
+def backends(gpu: bool) -> dict[str, Callable[[], str]]:
+    """Backend -> what says where it runs here. That raises HanDiffuserError where it does not, with what to do."""
+
+    def on_onnxruntime() -> str:
+        provider = onnxruntime.has_cuda_provider()
+        package = version("onnxruntime-gpu") if provider else version("onnxruntime")
+        return f"yes ({package}): {'cpu and cuda' if provider and gpu else 'cpu'}"
+
+    def on_openvino() -> str:
+        fast = openvino.has_bf16()
+        return f"yes ({openvino.version()}): cpu{', in bfloat16' if fast else ', slower than onnxruntime here'}"
+
+    def on_tensorrt(name: str) -> str:
+        found = tensorrt.Backend(name)
+        if not gpu:
+            builds = "builds engines here, but " if found.rtx else ""
+            raise HanDiffuserError(f"{name} {found.version} {builds}needs an NVIDIA GPU to run them.")
+        return f"yes ({found.version}): cuda"
+
+    def on_inductor() -> str:
+        if not (number := version("torch")):
+            raise HanDiffuserError('torch is not installed. Install it: pip install "handiffuser[export]".')
+        return f"yes (torch {number}): cpu{' and cuda' if gpu else ''}"
+
+    return {
+        "onnxruntime": on_onnxruntime,
+        "openvino": on_openvino,
+        **{name: partial(on_tensorrt, name) for name in ("tensorrt", "tensorrt-rtx")},
+        "inductor": on_inductor,
+    }

@@ -1,0 +1,67 @@
+"""`hd-run --check`: what it says of a machine, with everything installed and with nothing but the base dependencies."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from click.testing import CliRunner
+from handiffuser.runtime import check
+from handiffuser.runtime.cli import run
+
+NOT_BASE = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "torch", "cuda", "cuda.bindings")
+
+
+def checked():
+    return CliRunner().invoke(run, ["--check"])
+
+
+def test_onnx_runtime_works_here():
+    result = checked()
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].startswith("handiffuser ") and sys.version.split()[0] in lines[0]
+    for name in ("CPU: ", "GPU: ", "NVIDIA driver: ", "Cache: "):
+        assert any(line.startswith(name) for line in lines), name
+    assert any(line.split()[:2] == ["onnxruntime", "yes"] for line in lines)
+    assert any(line.split() == ["export", "complete"] for line in lines)
+
+
+def test_with_the_base_dependencies_alone(monkeypatch):
+    """It names the extra for everything that is missing, and the exit code says that no picture can be made."""
+    from handiffuser.engines import onnxruntime, openvino
+
+    for cached in (onnxruntime._import_onnxruntime, openvino._import, openvino.shared_core, openvino.has_bf16):
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
+    for name in NOT_BASE:
+        monkeypatch.setitem(sys.modules, name, None)
+    base = {"handiffuser", "numpy", "click", "msgspec", "rich", "pillow", "tokenizers"}
+    monkeypatch.setattr(check, "version", lambda package: "1.0" if package in base else None)
+    result = checked()
+    assert result.exit_code == 1, result.output
+    assert result.output.count('pip install "handiffuser[') >= 13
+    assert result.output.rstrip().endswith('Install one: pip install "handiffuser[cpu]".')
+    assert "Traceback" not in result.output and " yes " not in result.output
+
+
+@pytest.mark.parametrize(
+    ("marker", "version", "expected"),
+    [
+        (' python_version < "3.13" and extra == "eval"', (3, 12), True),
+        (' python_version < "3.13" and extra == "eval"', (3, 13), False),
+        (' python_version >= "3.11" and extra == "cuda"', (3, 10), False),
+        (' extra == "eval"', (3, 13), True),
+    ],
+)
+def test_requirements_of_other_pythons_do_not_count(monkeypatch, marker, version, expected):
+    monkeypatch.setattr(check.sys, "version_info", (*version, 0))
+    assert check.applies(marker) is expected
+
+
+def test_the_driver_is_read_from_its_own_file(monkeypatch, tmp_path):
+    file = tmp_path / "version"
+    monkeypatch.setattr(check, "DRIVER", file)
+    assert check.driver_version() is None
+    file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n")
+    assert check.driver_version() == "580.95.05"
