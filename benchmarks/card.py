@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from .. import cpu
 from ..contract import GraphSpec, TensorSpec
-from ..engines import cpu, openvino
-from ..engines.cpu import usable_cores
+from ..cpu import usable_cores
+from ..engines import openvino
 from ..engines.cuda import Cuda
 from ..engines.onnxruntime import has_cuda_provider, session_options
 from ..engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, OnnxRuntimeDeviceEngine

@@ -38,11 +38,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import shipped
+from .. import cpu, shipped
 from ..contract import TOKENIZER, GraphSpec, Manifest, TensorSpec
-from ..engines import Engine, OnnxRuntimeEngine, cpu, openvino
+from ..cpu import usable_cores
+from ..engines import Engine, OnnxRuntimeEngine, openvino
 from ..engines.backends import BACKENDS
-from ..engines.cpu import usable_cores
 from ..engines.onnxruntime import session_options
 from ..errors import CheckpointError, EngineError, RequestError
 from ..export.graphs import PRECISIONS, encode_text
@@ -54,7 +54,7 @@ from ..runtime.clash import clash
 from ..runtime.noise import HANDS, LATENTS, drawn_again, initial
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request, Resolver, resolve
-from ..runtime.tokens import PromptTokenizer
+from ..tokens import PromptTokenizer
 from ..training.sample import CUES, decode
 from . import measure
 

@@ -22,9 +22,9 @@ import numpy as np
 
 from ..commands import imported
 from ..contract import LARGEST, GraphSpec, Manifest, TensorSpec
+from ..cpu import usable_cores
 from ..errors import EngineError
 from .base import DeviceEngine, DeviceEngines, Engine, check_feeds, powers_of_two
-from .cpu import usable_cores
 from .cuda import Cuda
 from .plans import Plan, PlanStore, belongs
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..contract import GraphSpec, Manifest
+from ..cpu import usable_cores
 from ..errors import EngineError
 from .backends import DEVICES
 from .base import Engine, check_host
-from .cpu import usable_cores
 from .onnxruntime import OnnxRuntimeEngine, both_installed, device_for, import_onnxruntime, shelf_of
 
 

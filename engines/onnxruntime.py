@@ -21,10 +21,10 @@ import numpy as np
 
 from ..commands import imported
 from ..contract import BRANCHES, LARGEST, GraphSpec, Manifest
+from ..cpu import target, usable_cores
 from ..errors import BundleError, EngineError
 from ..installed import version
 from .base import Engine, check_feeds
-from .cpu import target, usable_cores
 from .cuda import Cuda
 from .plans import Shelf
 

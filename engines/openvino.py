@@ -30,11 +30,11 @@ import numpy as np
 from .. import installed
 from ..commands import imported
 from ..contract import BRANCHES, GraphSpec, Manifest
+from ..cpu import cpu_name, target, usable_cores
+from ..cpu import has_bf16 as cpu_has_bf16
 from ..errors import BundleError, EngineError, HanDiffuserError
 from .backends import BACKENDS
 from .base import check_feeds, powers_of_two
-from .cpu import cpu_name, target, usable_cores
-from .cpu import has_bf16 as cpu_has_bf16
 from .openvino_rewrites import REWRITES, rewrite
 from .plans import Built, OnBuild, PlanStore, Shelf, Wanted, size_text, usual
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cpu
+from .. import cpu
 
 REWRITES = "norms by channel, folded upsampling"  # part of the key of what was compiled
 # Of a doubled row 2 i + phase: which taps fall on the same small row, the upper of the two first; and where they begin.

@@ -26,7 +26,7 @@ from torch._inductor.utils import fresh_cache
 from torch.export.passes import move_to_device_pass
 
 from ..contract import GRAPHS, LARGEST, Manifest
-from ..engines.cpu import usable_cores
+from ..cpu import usable_cores
 from ..engines.inductor import forbid_tf32, origin, tensors
 from ..engines.plans import Plan, PlanStore, parts
 from ..engines.tensorrt import Options

@@ -22,7 +22,7 @@ from ..calibration.mixed import keep_sensitive
 from ..calibration.quantize import Group, calibrate, quantize_bundle
 from ..calibration.record import record
 from ..contract import Manifest
-from ..engines.cpu import cpu_name
+from ..cpu import cpu_name
 from ..errors import EngineError
 from ..models.checkpoint import Checkpoint
 from .bundle import make_bundle

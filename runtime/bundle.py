@@ -20,11 +20,11 @@ from ..errors import RequestError
 from ..hands import Hands, hand_arrays, keep_camera, load_hands
 from ..installed import version
 from ..schedules import NoiseSchedule, Table, rows
+from ..tokens import PromptTokenizer
 from .clash import clash
 from .noise import HANDS, LATENTS
 from .requests import Request
 from .results import Picture, Work
-from .tokens import PromptTokenizer
 
 TABLES = 64  # schedules that are kept
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 
-from ..engines import cpu, onnxruntime, openvino, tensorrt
+from .. import cpu
+from ..engines import onnxruntime, openvino, tensorrt
 from ..engines.cuda import Cuda
 from ..engines.plans import user_cache
 from ..errors import HanDiffuserError
@@ -29,8 +30,7 @@ def report() -> tuple[list[str], int]:
     lines = [
         f"handiffuser {version('handiffuser') or '(not installed)'}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}",
-        f"CPU: {cpu.cpu_name()}, {onnxruntime.usable_cores()} usable cores, "
-        f"{'fast' if cpu.has_bf16() else 'no fast'} bfloat16",
+        f"CPU: {cpu.cpu_name()}, {cpu.usable_cores()} usable cores, {'fast' if cpu.has_bf16() else 'no fast'} bfloat16",
         f"GPU: {gpu or why_not}",
         f"NVIDIA driver: {driver_version() or 'not loaded'}",
         f"Cache: {cache_size()}",

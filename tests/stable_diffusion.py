@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from handiffuser.models.checkpoint import BOS, EOS, make_tokenizer
 from handiffuser.runtime.noise import LATENTS, normal
-from handiffuser.runtime.tokens import PromptTokenizer
 from handiffuser.schedules import NoiseSchedule, rows
+from handiffuser.tokens import PromptTokenizer
 from reference import reference_step
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import house
 import pytest
-from handiffuser.engines import cpu
+from handiffuser import cpu
 from handiffuser.engines.backends import BACKENDS
 
 ROOT = Path(__file__).parent.parent

@@ -216,7 +216,7 @@ def processes(asked: int | None) -> int:
     """One on a GPU; on a CPU one for each core, of one thread: far faster than one of several threads."""
     import torch
 
-    from ..engines.cpu import usable_cores
+    from ..cpu import usable_cores
 
     if torch.cuda.is_available():
         return 1

@@ -6,12 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from handiffuser import EngineError, HanDiffuser
+from handiffuser import EngineError, HanDiffuser, cpu
 from handiffuser.benchmarks import measure, soak
 from handiffuser.benchmarks.card import Others, bf16_ceiling, card
 from handiffuser.benchmarks.flops import count
 from handiffuser.contract import GRAPHS
-from handiffuser.engines import cpu, load_engines
+from handiffuser.engines import load_engines
 from handiffuser.engines.cuda import Cuda
 from handiffuser.runtime.device import DeviceLoop
 from handiffuser.runtime.device_graphs import Streams, connect

@@ -15,9 +15,9 @@ import onnxruntime
 import pytest
 from handiffuser import BundleError, EngineError
 from handiffuser.contract import GraphSpec, Manifest, TensorSpec
+from handiffuser.cpu import usable_cores
 from handiffuser.engines import OnnxRuntimeEngine, check_feeds, load_engines
 from handiffuser.engines import onnxruntime as backend
-from handiffuser.engines.cpu import usable_cores
 from handiffuser.engines.cuda import Cuda, DeviceArray
 from handiffuser.engines.onnxruntime_cuda import (
     OnnxRuntimeCudaEngine,

@@ -9,11 +9,11 @@ import warnings
 
 import numpy as np
 import pytest
-from handiffuser import HanDiffuser, Request
+from handiffuser import HanDiffuser, Request, cpu
 from handiffuser.calibration import fidelity
 from handiffuser.contract import ROW_HEAD, Manifest
 from handiffuser.engines import build as tensorrt
-from handiffuser.engines import cli, cpu, openvino, verdict
+from handiffuser.engines import cli, openvino, verdict
 from handiffuser.engines.onnxruntime import OnnxRuntimeEngine
 from handiffuser.engines.plans import PlanStore, Wanted, user_cache
 from handiffuser.engines.verdict import Verdict

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("openvino")
-from handiffuser.engines import cpu, openvino, openvino_rewrites
+from handiffuser import cpu
+from handiffuser.engines import openvino, openvino_rewrites
 from openvino import Model
 from openvino import opset13 as ov
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from handiffuser import BundleError
 from handiffuser.grammar import words_of
-from handiffuser.runtime.tokens import PromptTokenizer
+from handiffuser.tokens import PromptTokenizer
 from tokenizers import AddedToken, Tokenizer
 
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from handiffuser.errors import CheckpointError
 from handiffuser.models.checkpoint import Checkpoint
 from handiffuser.models.layout import SCHEDULERS, read_layout
-from handiffuser.runtime.tokens import PromptTokenizer
+from handiffuser.tokens import PromptTokenizer
 from handiffuser.training import init
 from handiffuser.training.cli import commands
 from stable_diffusion import change, our_picture, stable_diffusion, their_picture, write

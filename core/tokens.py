@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..errors import BundleError
-from ..placeholders import runs
+from .errors import BundleError
+from .placeholders import runs
 
 
 class PromptTokenizer:
