@@ -162,7 +162,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "accelerate", "safetensors"), "[export]"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript"), "[export]"),
     "onnxruntime": "[cpu]; [cuda] instead for NVIDIA GPUs",
-    **dict.fromkeys(("smplx", "webdataset", "peft", "tensorboard"), "[train]"),
+    **dict.fromkeys(("smplx", "peft", "tensorboard"), "[train]"),
     "matplotlib": "[bench]",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "[serve]"),
     "ray": "[ray]",

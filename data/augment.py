@@ -4,8 +4,8 @@
     image, hands = fit_picture(picture(sample), sample.hands, (512, 512))   # centre crop, then resize
 
 A mirror image of a left hand is a right hand, so hands, joints and the words left and right are swapped, rotations are
-mirrored, and places change sign. A crop changes the camera or the placement; a resize alone changes neither, because
-both are told in halves of the picture's height.
+mirrored, and places change sign. A crop changes the camera or the placement; a resize changes neither, because both are
+in halves of the picture's height.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def flip_hands(hands: Hands) -> Hands:
 def flip_words(text: str) -> str:
     """Swaps left and right, also in leftmost, right-handed, Right: not in copyright, upright or bright.
 
-    Words are all it knows: "the right way" becomes "the left way".
+    It knows words alone: "the right way" becomes "the left way".
     """
 
     def other(found: re.Match[str]) -> str:
@@ -93,7 +93,7 @@ def centre_box(size: Size, wanted: Size) -> Box:
 
 
 def crop_hands(hands: Hands, size: Size, box: Box) -> Hands:
-    """Hands [..., shape] of a picture of this size (height, width), in a box of it (which may reach beyond it).
+    """Hands [..., shape] of a picture of this size (height, width), in a box that may reach beyond the picture.
 
     With H the picture's height and h the box's, a point at view coordinate v (y up, +-1 over the height) is at
     k v + d in the box, k = H / h; a camera s (X + t) becomes k s (X + t + d / (k s)).

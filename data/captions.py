@@ -1,9 +1,9 @@
-"""Captions beside pictures and motions: one a line, in UTF-8, perhaps with the seconds in which they hold.
+"""Captions beside pictures and motions: one a line, in UTF-8, with optional seconds in which they hold.
 
     captions = read_captions(Path("texts/000007.txt"))
     holding(captions, 2.5)        # ["a person walks", "he waves"]
 
-A line is a plain caption, or HumanML3D's `caption#tokens#from#to` in seconds, where 0 and 0 stand for all of it.
+A line is a plain caption, or HumanML3D's `caption#tokens#from#to` in seconds; 0 and 0 mean the whole motion.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..schema import MisfitError
 
-# What a text may begin with, and how it is then encoded. UTF-32's mark begins with UTF-16's.
+# Byte order marks and their encodings. UTF-32's begins with UTF-16's.
 MARKS = (
     (b"\xef\xbb\xbf", "utf-8"),
     (b"\xff\xfe\0\0", "utf-32-le"),
@@ -41,10 +41,10 @@ def read_text(path: Path) -> str:
         text = content[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         raise MisfitError(
-            f"{path.name} is not {encoding.upper()} (byte {len(mark) + error.start + 1}). Save it as UTF-8."
+            f"{path.name} must be {encoding.upper()}, fails at byte {len(mark) + error.start + 1}. Save it as UTF-8."
         ) from None
     if "\0" in text:
-        raise MisfitError(f"{path.name} holds NUL bytes, as UTF-16 without a mark does. Save it as UTF-8.")
+        raise MisfitError(f"{path.name} must be UTF-8, got NUL bytes, as in UTF-16 without a mark. Save it as UTF-8.")
     return text
 
 
@@ -58,7 +58,7 @@ def read_captions(path: Path) -> list[Caption]:
         raise MisfitError(f"{path.name} cannot be read: {error.strerror or error}.") from None
     captions = [caption for line in lines if (caption := _caption(line)).text]
     if not captions:
-        raise MisfitError(f"It has no caption: {path.name}, with a line each.")
+        raise MisfitError(f"It has no caption. Write one or more into {path.name}, one a line.")
     return captions
 
 

@@ -1,12 +1,12 @@
-"""What is wrong with which sample of a dataset, and how to move it out of the way.
+"""Finds the problems of a dataset's samples, and moves these samples aside.
 
     report = check("photos", body)
     report.problems      # Problem(key, shard, kind, sentence)
     set_aside("photos", report.problems)        # into photos/aside/
 
-Reading finds what is damaged, missing, misshapen or not finite. On top of that: keys that come twice, pictures that
-cannot be decoded or are small, hands whose joints lie outside the picture, annotations that contradict themselves, and
-captions that name the other hand.
+Reading finds damaged files and arrays that are missing, misshapen or not finite. `check` also finds keys that come
+twice, pictures that cannot be decoded or are small, hands with joints outside the picture, poses that contradict
+joints_2d, and captions that name the other hand.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from .samples import GROUP, Sample, load, person, picture
 ASIDE = "aside"
 MIN_SIZE = 64  # pixels of a picture's shorter side
 BATCH = 64
-STAYS = ("packed", "scattered")  # what is wrong with how a shard is packed: its samples are right
+STAYS = ("packed", "scattered")  # problems of a shard's packing: its samples are right
 SCATTERED = (
-    "The members of its samples do not lie side by side. Training reads it; other readers of WebDataset do not. Unpack "
-    "it, and pack it again with tar --sort=name."
+    "The members of its samples must lie side by side for other readers of WebDataset; training reads it as it is. "
+    "Unpack it, and pack it again with tar --sort=name."
 )
 
 _NAMED = re.compile(
@@ -57,7 +57,7 @@ _NAMED = re.compile(
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. at: offsets of the sample's members in its shard, by which it is moved."""
+    """One problem. at: offsets of the sample's members in its shard, by which `set_aside` finds it."""
 
     key: str
     shard: str
@@ -71,8 +71,9 @@ class Problem:
 
 @dataclass
 class Report:
-    """problems, and how many of what there are: samples, pictures, people, dropped (people beside the most visible one,
-    whom training takes); hands 0, hands 1, ... (samples with so many hands to be seen), unknown (not annotated)."""
+    """The problems, and counts: samples, pictures, people, dropped (all people but the most visible one of a picture,
+    the one that training takes), hands 0, hands 1, ... (samples that show this number of hands), unknown (samples
+    whose hands are not annotated)."""
 
     problems: list[Problem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -86,7 +87,7 @@ def check(
     processes: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Reads and checks every sample. body: by which joints are placed. on_progress: (shards done, shards in all)."""
+    """Reads and checks every sample. body: places the joints. on_progress: called with (shards done, shards in all)."""
     folder = Path(folder)
     jobs = [(path, 0, None) for path in shards(folder)] or _plain_jobs(folder)
     total, report = len(jobs), Report()
@@ -96,7 +97,7 @@ def check(
         parts: Iterable[tuple[list[Problem], Counter[str], list[Entry]]] = map(work, jobs)
         pool = None
     else:
-        # Not multiprocessing's Pool, which waits for ever for a process that was killed.
+        # multiprocessing's Pool waits for ever for a process that was killed.
         pool = ProcessPoolExecutor(min(processes, total), get_context("spawn"), _begin)
         with undisturbed():
             parts = pool.map(work, jobs)
@@ -115,7 +116,7 @@ def check(
                 on_progress(done, total)
     except BrokenProcessPool:
         raise DatasetError(
-            "A process that reads was killed, most often because memory ran out. Check with fewer --processes."
+            "The system killed a process that reads, most often for lack of memory. Take fewer --processes."
         ) from None
     finally:
         if pool is not None:
@@ -131,7 +132,7 @@ def _plain_jobs(folder: Path) -> list[tuple[Path, int, int | None]]:
 
 
 def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to hear
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process handles Ctrl-C
     end_with_parent()
     torch.set_num_threads(1)
 
@@ -158,7 +159,7 @@ def _check_shard(
 def check_samples(
     samples: list[Sample | Bad], body: SMPLH, min_size: int = MIN_SIZE, counts: Counter[str] | None = None
 ) -> list[list[tuple[str, str]]]:
-    """(kind, sentence) of all that is wrong with each sample. counts: where what they hold is added up."""
+    """(kind, sentence) of each problem of each sample. counts: the function adds to it, see `Report`."""
     counts = Counter() if counts is None else counts
     out: list[list[tuple[str, str]]] = []
     people: list[Hands] = []
@@ -177,7 +178,7 @@ def check_samples(
                 aspect = width / height
                 counts["pictures"] += 1
                 if min(height, width) < min_size:
-                    found.append(("small", f"Its picture has {width} x {height} pixels, fewer than {min_size} a side."))
+                    found.append(("small", f"Its picture must have {min_size} pixels a side, got {width} x {height}."))
             except MisfitError as error:
                 found.append(("no picture", str(error)))
         shown = 0 if sample.hands is None else int(present(sample.hands).sum())
@@ -199,20 +200,20 @@ def check_samples(
 
 
 def _outside(joints: np.ndarray, said: np.ndarray) -> list[tuple[str, str]]:
-    """joints: [2, 21, 2] in [0, 1]; said: [2], which hands are to be seen."""
+    """joints: [2, 21, 2] in [0, 1]; said: [2], which hands the sample claims to show."""
     found = []
     for side, name in enumerate(("left", "right")):
         if not said[side]:
             continue
         inside = ((joints[side] >= 0) & (joints[side] <= 1)).all(-1).mean()
         if inside < MIN_IN_FRAME:
-            sentence = f"Its {name} hand is said to be seen, with {inside:.0%} of its joints in the picture."
+            sentence = f"Its {name} hand is annotated as visible, but has {inside:.0%} of its joints in the picture."
             found.append(("outside", sentence))
     return found
 
 
 def _contradicted(sample: Sample) -> list[tuple[str, str]]:
-    """A caption that names one hand, of a picture in which only the other one is to be seen."""
+    """A caption that names one hand, where the picture shows only the other one."""
     assert sample.hands is not None
     left, right = (bool(shown) for shown in present(sample.hands).reshape(-1, 2).max(0))
     if left == right:
@@ -221,7 +222,7 @@ def _contradicted(sample: Sample) -> list[tuple[str, str]]:
     for prompt in sample.prompts:
         named = {word.lower() for word in _NAMED.findall(prompt)}
         if named == {other} and not re.search(rf"\b{seen}\b", prompt, re.IGNORECASE):
-            return [("words", f'It says "{prompt[:80]}", and only a {seen} hand is annotated.')]
+            return [("words", f'Its caption says "{prompt[:80]}", but only a {seen} hand is annotated.')]
     return []
 
 
@@ -229,10 +230,10 @@ def _contradicted(sample: Sample) -> list[tuple[str, str]]:
 
 
 def set_aside(folder: str | Path, problems: Iterable[Problem]) -> int:
-    """Moves the samples that have problems into FOLDER/aside, and returns how many files moved.
+    """Moves the samples that have problems into FOLDER/aside, and returns the number of files moved.
 
-    Nothing is lost: a shard is written again without them, then takes the old one's name; of a damaged shard the whole
-    file is moved, and what could be read of it stays.
+    Nothing is lost: a new shard without these samples replaces the old one. A damaged shard moves as a whole, and a new
+    one keeps its readable samples.
     """
     folder = Path(folder)
     moved = 0
@@ -251,7 +252,7 @@ def set_aside(folder: str | Path, problems: Iterable[Problem]) -> int:
 
 
 def _free(path: Path) -> Path:
-    """The path, or with a number where it is taken."""
+    """The path, with a number if it is taken."""
     number, free = 1, path
     while free.exists():
         number += 1
@@ -283,7 +284,7 @@ def _from_shard(path: Path, problems: list[Problem]) -> int:
             tarfile.open(path, "r:") as source,
             tarfile.open(kept, "w") as good,
             tarfile.open(bad, "w") as other,
-            contextlib.suppress(tarfile.TarError),  # of a damaged shard, as far as it goes
+            contextlib.suppress(tarfile.TarError),  # a damaged shard is read up to its damage
         ):
             for info in source:
                 name = split_name(info.name)

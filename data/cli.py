@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
-LOG_EVERY = 30.0  # seconds between lines where there is no terminal
+LOG_EVERY = 30.0  # seconds between lines, without a terminal
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how many of how many are done, and the time left: a bar, or a line now and then where output is a file."""
+    """Shows the share done and the time left: a bar on a terminal, else a line every LOG_EVERY seconds."""
     if not console.is_terminal:
         last = [-LOG_EVERY]
 
@@ -60,11 +60,11 @@ def commands() -> None:
     type=click.FloatRange(0, 0.9),
     default=0.05,
     show_default=True,
-    help="How often a wording says nothing of view, skin or background; 0.3 for stage 1.",
+    help="Share of wordings that leave out view, skin or background; 0.3 for stage 1.",
 )
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="One thread each.")
 def demo(out: Path, scenes: int, size: int, seed: int, both: float, leave_out: float, processes: int) -> int:
-    """Renders SCENES scenes of the demo world into the dataset OUT. The same command again goes on."""
+    """Renders scenes of the demo world into the dataset OUT. Run it again to go on."""
     from ..demo.dataset import make
 
     with progress("scenes") as show:
@@ -77,12 +77,12 @@ def demo(out: Path, scenes: int, size: int, seed: int, both: float, leave_out: f
 @click.argument("checkpoint")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the checkpoint's own by default.")
-@click.option("--no-pictures", is_flag=True, help="Only what stage 1 takes: prompts and hands.")
-@click.option("--flipped", is_flag=True, help="Of the mirror images, beside the others.")
+@click.option("--no-pictures", is_flag=True, help="Only prompts and hands, for stage 1.")
+@click.option("--flipped", is_flag=True, help="Of the mirror images, in a cache of their own.")
 @click.option("--bf16", is_flag=True, help="Encode in bfloat16: fast on GPUs, and on CPUs with AMX.")
 @click.option("--people", type=click.Choice(["most-visible", "each"]), default="most-visible", show_default=True,
-              help="Who is taken of several people in a picture.")  # fmt: skip
-@click.option("--cache", type=click.Path(path_type=Path), help="Keep them here instead of in FOLDER.")
+              help="The people to train on, of several in a picture.")  # fmt: skip
+@click.option("--cache", type=click.Path(path_type=Path), help="Keep the cache here, not in FOLDER.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 def latents(
     checkpoint: str,
@@ -97,7 +97,7 @@ def latents(
 ) -> int:
     """Computes latents, token ids and hand features of FOLDER for CHECKPOINT (or the word demo), once.
 
-    They are kept in FOLDER, by content: another VAE, tokenizer, body or size is another cache.
+    The cache lies in FOLDER. Another VAE, tokenizer, body or size has another cache.
     """
     with console.status("reading"):
         from ..models.checkpoint import Checkpoint
@@ -118,7 +118,7 @@ def latents(
     made = LatentCache.open(loaded, folder, **choice)  # type: ignore[arg-type]
     for bad in made.left_out:
         console.print(f"left out: {bad}")
-    left_out = sum(bool(bad.key) for bad in made.left_out)  # the others are shards
+    left_out = sum(bool(bad.key) for bad in made.left_out)  # the rest are shards
     console.print(f"{len(made.usable)} rows to train on, {left_out} samples left out.")
     return 0
 
@@ -127,15 +127,17 @@ def latents(
 @click.argument("form", metavar="FORMAT", type=click.Choice(["amass", "motion-x", "mano", "interhand", "captions"]))
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--texts", type=click.Path(path_type=Path), help="Folder of captions, or HumanML3D's; beside by default.")
+@click.option(
+    "--texts", type=click.Path(path_type=Path), help="Folder of captions, or HumanML3D's.  [default: beside the files]"
+)
 @click.option("--every", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
-              help="Seconds between the frames that are taken of a sequence.")  # fmt: skip
+              help="Seconds between the frames to take of a sequence.")  # fmt: skip
 @click.option("--frame", type=click.Choice(["person", "hands"]), default="person", show_default=True,
-              help="What is framed where there is no picture.")  # fmt: skip
+              help="What fills the frame, without pictures.")  # fmt: skip
 @click.option("--turn", type=click.FloatRange(0, 180), default=30.0, show_default=True,
-              help="Degrees by which people are turned from the camera at most, without a picture.")  # fmt: skip
+              help="Largest turn of people from the camera in degrees, without pictures.")  # fmt: skip
 @click.option("--hand-mean", type=click.Path(path_type=Path),
-              help=".npz with hands_meanl, hands_meanr: of fingers relative to MANO's mean hand.")  # fmt: skip
+              help=".npz with hands_meanl, hands_meanr: for fingers relative to MANO's mean hand.")  # fmt: skip
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the demo's by default.")
 @click.option("--per-shard", type=click.IntRange(1), default=1000, show_default=True)
 def convert(
@@ -150,10 +152,10 @@ def convert(
     body: Path | None,
     per_shard: int,
 ) -> int:
-    """Converts SOURCE to the dataset OUT. It goes on if it was stopped. What is wrong is named and left out.
+    """Converts SOURCE to the dataset OUT. Run it again to go on. It names bad samples and leaves them out.
 
-    mano: of HaMeR and WiLoR; captions: pictures with texts beside, as kohya's trainers take them. docs/data.md says
-    what is expected where.
+    mano: of HaMeR and WiLoR; captions: pictures with texts beside, as for kohya's trainers. docs/data.md says where
+    files must lie.
     """
     with console.status("reading"):
         from .convert import FORMATS, Options
@@ -179,13 +181,13 @@ def convert(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the demo's by default.")
 @click.option("--min-size", type=click.IntRange(0), default=64, show_default=True, help="Pixels of the shorter side.")
-@click.option("--fix", is_flag=True, help="Move what fails into FOLDER/aside; nothing is deleted.")
+@click.option("--fix", is_flag=True, help="Move bad samples into FOLDER/aside; deletes nothing.")
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="One thread each.")
 def check(folder: Path, body: Path | None, min_size: int, fix: bool, processes: int) -> int:
-    """Says what is wrong with which sample of FOLDER: a line each on standard output. Exit code 1 if anything is.
+    """Prints a line for each problem in FOLDER. Exit code 1 if it finds any.
 
-    Unreadable samples and pictures, missing or misshapen arrays, NaN, keys that come twice, small pictures, hands
-    outside the picture, poses that contradict joints_2d, and captions that name the other hand.
+    It finds unreadable samples and pictures, missing or misshapen arrays, NaN, keys that come twice, small pictures,
+    hands outside the picture, poses that contradict joints_2d, and captions that name the other hand.
     """
     with console.status("reading"):
         from .check import check as look_through
@@ -221,7 +223,9 @@ def check(folder: Path, body: Path | None, min_size: int, fix: bool, processes: 
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The page, .html.")
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the demo's by default.")
 @click.option("--shown", type=click.IntRange(1), default=60, show_default=True, help="Random samples on the sheet.")
-@click.option("--counted", type=click.IntRange(1), default=2000, show_default=True, help="In the histograms.")
+@click.option(
+    "--counted", type=click.IntRange(1), default=2000, show_default=True, help="Random samples in the histograms."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other samples.")
 def look(folder: Path, output: Path, body: Path | None, shown: int, counted: int, seed: int) -> int:
     """Writes a page that shows FOLDER: skeletons over pictures, captions, and histograms of sizes, bends and skin."""
@@ -237,7 +241,7 @@ def look(folder: Path, output: Path, body: Path | None, shown: int, counted: int
 
 
 def _body(path: Path | None) -> SMPLH:
-    """The user's body, or the demo's: joints of another body lie nearly where the same placement puts its own."""
+    """The user's body, or the demo's: with the same placement, joints of all bodies nearly coincide."""
     from ..models.smplh import SMPLH
 
     if path is not None:
@@ -248,7 +252,7 @@ def _body(path: Path | None) -> SMPLH:
 
 
 def main() -> None:
-    run("hd-data", commands, "Stopped. The same command goes on from what is done.")
+    run("hd-data", commands, "Stopped. Run the same command again to go on.")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Do a hand's pose and its annotated joints follow one convention? Measured in sizes of the hand.
+"""Checks that a hand's pose and its annotated joints follow one convention, in units of the hand's own size.
 
     sentences = conventions(people, joints, seen, aspects, body)     # [N] lists: "Its left hand ..."
 
 A wrong convention moves the fingers of a small hand by less than any fixed share of the picture. So the unit is the
-hand's own size: the root mean square distance of its 21 joints from their centre, in space. The pose is compared with
-`joints_2d` as it is, and as each usual mistake would have left it: fingers inverted or mirrored, fingers or joints in
-another order, a mirrored picture, fingers without their bend. A mistake that explains the joints much better is named.
+hand's own size: the root mean square distance of its 21 joints from their centre, in space. The check compares the pose
+with `joints_2d` as it is and with each usual mistake undone: fingers inverted or mirrored, fingers or joints in another
+order, a mirrored picture, fingers without their bend. It names a mistake that explains the joints much better.
 
-Seen along the palm's normal, a bend forwards looks like a bend backwards. Fingers do not bend backwards, so that is
-checked besides, also where there is no joints_2d.
+Seen along the palm's normal, a bend forwards looks like a bend backwards. Fingers do not bend backwards: the check
+tests that by the pose alone, also without joints_2d.
 """
 
 from __future__ import annotations
@@ -26,29 +26,24 @@ from ..rotations import axis_angle_to_matrix
 from .augment import Hands
 
 AWAY = 0.6  # hand sizes between the centres of the pose's joints and of joints_2d
-LARGER = 1.7  # times as large as joints_2d, or as small
-UNLIKE = 0.5  # hand sizes, root mean square: annotators do not miss by so much
-NOISE = 0.2  # hand sizes, root mean square: what annotators and other people's bones explain
-BETTER = 1.25  # times closer to joints_2d, for a mistake to be named
+LARGER = 1.7  # ratio to joints_2d, either way
+UNLIKE = 0.5  # hand sizes, root mean square: more than annotators miss by
+NOISE = 0.2  # hand sizes, root mean square: annotators' errors and other people's bones explain this
+BETTER = 1.25  # a named mistake must bring the hand this many times closer to joints_2d
 CURLED, BENT = 0.3, 1.45  # the same two for bent fingers, which fit any noise a little better
 FLAT = np.radians(15)  # fingers that bend less on average are nearly flat
-BACKWARDS = np.radians(15)  # no fingers bend backwards by more on average
+BACKWARDS = np.radians(15)  # fingers bend backwards by less on average
 SPREAD = 1.25  # times that noise makes joints_2d larger than the hand
 
 # A finger bends about this axis of the template (left hand, right hand), where fingers lie along x, palms down.
 FLEXION = np.array([[0.0, 0.0, -1.0], [0.0, 0.0, 1.0]])
 # Joint k of ours (wrist, thumb to little finger) is joint MANO[k] of MANO's 16 joints with the 5 tips behind them.
 MANO = np.array((0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20))
-THUMB_FIRST = (
-    1,
-    2,
-    4,
-    3,
-    0,
-)  # fingers from thumb to little finger, in MANO's order (index, middle, little, ring, thumb)
-# Radians by which a finger's three joints may be bent: evenly, or all but the knuckle.
+# Fingers from thumb to little finger, in MANO's order (index, middle, little, ring, thumb).
+THUMB_FIRST = (1, 2, 4, 3, 0)
+# Radians that bend a finger's three joints: evenly, or all but the knuckle.
 BENDS = np.array([(b, b, b) for b in (0.0, 0.3, 0.6, 0.9, 1.2, 1.5)] + [(-0.2, b, 0.6 * b) for b in (0.8, 1.2, 1.6)])
-# Turns [27, 3, 3] of a thumb that was not bent.
+# Turns [27, 3, 3] of a straight thumb.
 THUMBS = axis_angle_to_matrix(0.6 * np.array(list(product((-1.0, 0.0, 1.0), repeat=3))))
 
 MISTAKES = {
@@ -66,10 +61,10 @@ MISTAKES = {
 def conventions(
     people: Sequence[Hands], joints: np.ndarray, seen: np.ndarray, aspects: Sequence[float], body: SMPLH
 ) -> list[list[str]]:
-    """What is wrong with the conventions of some people, a list of sentences each.
+    """The problems of some people's conventions, a list of sentences for each person.
 
-    joints: [N, 2, 21, 2], where their poses put them, in [0, 1] of the picture; seen: bool [N, 2], which hands are to
-    be seen; aspects: [N], width / height of the pictures. joints_2d is optional in each of people.
+    joints: [N, 2, 21, 2], where their poses put them, in [0, 1] of the picture; seen: bool [N, 2], the visible
+    hands; aspects: [N], width / height of the pictures. joints_2d is optional in each of people.
     """
     vectors = np.stack([np.concatenate([one[name].reshape(-1, 3) for name in POSES]) for one in people])
     matrices = axis_angle_to_matrix(vectors.reshape(-1, 3).astype(np.float64)).reshape(-1, 52, 3, 3)
@@ -91,7 +86,7 @@ def conventions(
 
 
 class Hand:
-    """One posed hand as a rig of its own, to be posed otherwise."""
+    """One posed hand as a rig of its own, which takes other poses."""
 
     def __init__(self, side: int, fingers: np.ndarray, turn: np.ndarray, points: np.ndarray) -> None:
         """fingers: [15, 3, 3]; turn: [3, 3] of the wrist; points: [62, 3] metres at rest."""
@@ -112,7 +107,7 @@ class Hand:
         return out @ self.turn.T
 
     def judge(self, bends: np.ndarray, joints: np.ndarray, given: np.ndarray | None) -> str:
-        """What is wrong, or "". bends: [12, 3], axis-angles without the thumb; joints, given (joints_2d): [21, 2] in
+        """The problem, or "". bends: [12, 3], axis-angles without the thumb; joints, given (joints_2d): [21, 2] in
         heights of the picture, y down."""
         backwards = -float((bends @ FLEXION[self.side]).mean())
         bent = f"has fingers that bend backwards by {np.degrees(backwards):.0f} degrees on average. "
@@ -136,12 +131,12 @@ class Hand:
             best = min(explained, key=found.__getitem__, default="")
             so = f" It fits ({found[best]:.2f}) {MISTAKES[best]}" if best else " Their conventions differ"
             return f"does not fit joints_2d: they lie {apart:.2f} hand sizes apart.{so}"
-        if backwards > BACKWARDS and found["inverted"] < BETTER * apart:  # the picture does not speak for it
+        if backwards > BACKWARDS and found["inverted"] < BETTER * apart:  # the picture does not explain the bend
             return bent
         return ""
 
     def explained(self, own: np.ndarray, target: np.ndarray) -> dict[str, float]:
-        """How far the hand is from joints_2d [21, 2] (centred, y up), had each of MISTAKES not been made."""
+        """The hand's distance from joints_2d [21, 2] (centred, y up) with each of MISTAKES undone."""
         inverse = self.fingers.swapaxes(-1, -2)
         mirror = np.array([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]])  # S R S with S = diag(-1, 1, 1)
         order = self.fingers.reshape(5, 3, 3, 3)[list(THUMB_FIRST)].reshape(15, 3, 3)
@@ -156,7 +151,7 @@ class Hand:
         return found
 
     def curled(self, own: np.ndarray, target: np.ndarray) -> float:
-        """How near the hand comes when each finger bends as fits it best."""
+        """The hand's distance from joints_2d with each finger bent as fits it best."""
         bends = np.tile(BENDS, 4)[..., None] * FLEXION[self.side]  # [9, 12, 3]
         curls = axis_angle_to_matrix(bends.reshape(-1, 3)).reshape(-1, 12, 3, 3)
         bent = np.repeat(self.fingers[None], len(curls), 0)
@@ -164,7 +159,7 @@ class Hand:
         thumbs = np.repeat(self.fingers[None], len(THUMBS), 0)
         thumbs[:, 12] = THUMBS @ thumbs[:, 12]
         fingers, thumb, best = self.posed(bent), self.posed(thumbs), own
-        for finger in (0, 1, 2, 3, 4) * 2:  # each twice: they share a centre
+        for finger in (0, 1, 2, 3, 4) * 2:  # twice: the fingers share a centre
             tried = thumb if finger == 0 else fingers
             part = slice(1 + 4 * finger, 5 + 4 * finger)
             others = np.repeat(best[None], len(tried), 0)
@@ -180,7 +175,7 @@ def radius(points: np.ndarray) -> np.ndarray:
 
 def misfit(joints: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Root mean square distance [...] in hand sizes of joints [..., 21, 3] (metres) from target [21, 2] (centred), both
-    brought to one centre and one scale. Noise only ever makes the target larger than the hand."""
+    moved to one centre and one scale. Noise only makes the target larger than the hand."""
     flat = (joints - joints.mean(-2, keepdims=True))[..., :2]
     square = np.maximum(np.square(flat).sum((-1, -2)), 1e-12)
     most = radius(target) / np.sqrt(square / flat.shape[-2])

@@ -1,14 +1,14 @@
-"""From others' annotations to the sample format. docs/data.md says what lies where; `hd-data convert` runs it.
+"""From others' annotations to the sample format. docs/data.md says where files lie; `hd-data convert` runs it.
 
     write_shards(FORMATS["amass"](Path("AMASS"), Options(body, texts=Path("HumanML3D"))), "out")
 
-What each format says, and what becomes of it:
+What each format holds, and what it becomes:
 
 amass       `.npz` with poses [N, 156] (axis-angle: pelvis, 21 body joints, 15 left, 15 right), betas; z up, metres;
             fingers relative to the flat hand. Texts as HumanML3D has them (index.csv at 20 frames a second,
-            texts/*.txt), or a .txt of the same name beside. No picture: the person is turned to the camera and framed.
+            texts/*.txt), or a .txt of the same name beside. Without a picture, the person turns to the camera, framed.
 motion-x    `.npy` [N, 322]: pelvis, body, left and right hand, ..., y up, fingers relative to the flat hand. Betas are
-            SMPL-X's, which mean nothing in SMPL-H: zeros. A .txt of the same name beside, or in --texts.
+            SMPL-X's, which SMPL-H cannot use: zeros. A .txt of the same name beside, or in --texts.
 mano        an `.npz` beside each picture with what HaMeR and WiLoR give: is_right, global_orient, hand_pose (matrices),
             pred_cam, box_center, box_size, pred_keypoints_3d; camera frame x right, y down, z away; a left hand as the
             right hand of the mirrored crop (see `mano`); fingers relative to the flat hand. Captions in a .txt beside.
@@ -16,7 +16,7 @@ captions    pictures with a .txt or .caption of captions beside, as kohya's trai
 interhand   InterHand2.6M's json: MANO pose in the world, fingers relative to MANO's mean hand (--hand-mean), joints in
             millimetres, pinhole cameras.
 
-Read from public descriptions; no data of any of them was at hand. The mathematics is tested on made cases.
+The readers follow public descriptions; tests check their mathematics on made cases, not on these datasets.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ FPS = 20.0  # HumanML3D's frames a second
 CUT = {"Eyes_Japan_Dataset": 3, "MPI_HDM05": 3, "TotalCapture": 1, "MPI_Limits": 1, "Transitions_mocap": 0.5}
 Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # (x, y, z) -> (x, z, -y)
 FILL = 0.9  # of the picture's height, for a framed person
-OTHER_BODIES = {165: "SMPL-X's", 72: "SMPL's, without fingers"}  # by their numbers a frame
-STILL = 1e-3  # radians: fingers that move less were not captured
+OTHER_BODIES = {165: "SMPL-X's", 72: "SMPL's, without fingers"}  # numbers a frame -> body
+STILL = 1e-3  # radians: fingers that move less count as not captured
 
 
 @dataclass
 class Options:
-    """What a converter may be told.
+    """A converter's options.
 
-    texts: a folder of captions, if they are not beside. every: seconds between frames of a sequence that are taken.
-    frame: "person" or "hands", what is framed where there is no camera. turn: degrees by which a person is turned away
-    from the camera at most, at random. hand_mean: an .npz with hands_meanl and hands_meanr [45], added to fingers that
-    are relative to MANO's mean hand. body: by which people are framed and arms are reached.
+    texts: a folder of captions, if they do not lie beside the files. every: seconds between two samples of a sequence.
+    frame: "person" or "hands", the content of the frame in data without a camera. turn: largest random turn of a person
+    away from the camera, in degrees. hand_mean: an .npz with hands_meanl and hands_meanr [45], added to fingers that
+    are relative to MANO's mean hand. body: frames people and places their arms.
     """
 
     body: SMPLH
@@ -101,19 +101,19 @@ def amass(source: Path, options: Options) -> Iterator[Sample | Bad]:
 
 
 def _human_ml3d_index(texts: Path) -> Path | None:
-    """HumanML3D's index.csv in a folder, or beside the HumanML3D or texts folder that was named."""
+    """HumanML3D's index.csv in a folder, or beside it if the folder is HumanML3D/ or texts/."""
     inner = texts.name in ("HumanML3D", "texts")
     folders = (texts, *((texts.parent, texts.parent.parent) if inner else ()))
     return next((folder / "index.csv" for folder in folders if (folder / "index.csv").is_file()), None)
 
 
 def _human_ml3d_texts(root: Path) -> Path:
-    """The folder of texts: its archive lies in HumanML3D/ and may be unpacked there, or beside index.csv."""
+    """The folder of texts. Users unpack its archive in HumanML3D/, where it lies, or beside index.csv."""
     outer = (root / "texts", root / "HumanML3D/texts")
     for folder in (*outer, *(folder / "texts" for folder in outer)):
         if next(folder.glob("*.txt"), None) is not None:
             return folder
-    raise DatasetError(f"{root} has an index.csv and no texts/*.txt. Unpack HumanML3D/texts.zip there.")
+    raise DatasetError(f"{root} has an index.csv, but lacks texts/*.txt. Unpack HumanML3D/texts.zip there.")
 
 
 def _human_ml3d(row: dict[str, str], source: Path, texts: Path, options: Options) -> Iterator[Sample | Bad]:
@@ -123,7 +123,7 @@ def _human_ml3d(row: dict[str, str], source: Path, texts: Path, options: Options
     path, key = source / relative.with_suffix(".npz"), _key(Path("humanml3d") / name)
     try:
         if "humanact12" in row["source_path"]:
-            raise MisfitError("It is of HumanAct12, not of AMASS: it has no fingers.")
+            raise MisfitError("It must be of AMASS, got HumanAct12, which has no fingers.")
         captions = read_captions(texts / f"{name}.txt")
         poses, betas, rate = _amass_poses(path)
         start, end = int(row["start_frame"]), int(row["end_frame"])
@@ -133,8 +133,7 @@ def _human_ml3d(row: dict[str, str], source: Path, texts: Path, options: Options
     except (TypeError, ValueError):
         yield Bad(key, str(path), "Its start_frame and end_frame must be whole numbers.")
         return
-    # HumanML3D keeps every int(rate / 20)-th frame, cuts some off the beginning, and counts what is left as if there
-    # were 20 a second.
+    # HumanML3D keeps every int(rate / 20)-th frame, cuts some off the beginning, and counts the rest as 20 a second.
     step = max(1, int(rate / FPS))
     cut = next((seconds for part, seconds in CUT.items() if part in relative.parts), 0)
     counted = np.arange(0, len(poses), step)[int(cut * FPS) :][start:end]
@@ -152,23 +151,25 @@ def _amass_poses(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
             missing = [name for name in ("poses", "betas") if name not in archive]
             missing += [] if rates else ["mocap_framerate"]
             if missing:
-                raise MisfitError(f"It is no AMASS sequence: it lacks {', '.join(missing)}.")
+                raise MisfitError(f"It must be an AMASS sequence, but lacks {', '.join(missing)}.")
             poses, betas = archive["poses"].astype(np.float64), archive["betas"].astype(np.float64)
             rate = float(archive[rates[0]])
     except MisfitError:
         raise
     except FileNotFoundError:
-        raise MisfitError(f"There is no {path}.") from None
+        raise MisfitError(f"{path} does not exist.") from None
     except Exception as error:  # numpy, zipfile and zlib fail in many ways
-        raise MisfitError(f"It is no AMASS sequence with poses, betas and mocap_framerate ({_why(error)}).") from None
+        raise MisfitError(
+            f"It must be an AMASS sequence with poses, betas and mocap_framerate, got {_why(error)}."
+        ) from None
     if poses.ndim != 2 or poses.shape[1] != 156 or not len(poses):
         other = OTHER_BODIES.get(poses.shape[-1] if poses.ndim else 0, "")
         raise MisfitError(
-            f"Its poses have shape {list(poses.shape)}, not [N, 156] of SMPL-H. "
-            + (f"These are {other}: download AMASS's SMPL+H G." if other else "Download AMASS's SMPL+H G.")
+            f"Its poses must be SMPL-H's of shape [N, 156], got {list(poses.shape)}{f', {other}' if other else ''}. "
+            "Download AMASS's SMPL+H G."
         )
     if betas.ndim != 1 or len(betas) < 10 or not 1 <= rate <= 1000:
-        raise MisfitError(f"Its betas have shape {list(betas.shape)} and its frames a second are {rate}.")
+        raise MisfitError(f"It must have 10 betas and 1 to 1000 frames a second, got {list(betas.shape)} and {rate}.")
     return poses, betas[:10], rate
 
 
@@ -183,10 +184,10 @@ def motion_x(source: Path, options: Options) -> Iterator[Sample | Bad]:
             yield Bad(key, str(path), str(error))
             continue
         except Exception as error:
-            yield Bad(key, str(path), f"It cannot be read as plain numbers ({type(error).__name__}).")
+            yield Bad(key, str(path), f"It must hold plain numbers, got {type(error).__name__}.")
             continue
         if motion.ndim != 2 or motion.shape[1] != 322 or not len(motion):
-            yield Bad(key, str(path), f"It has shape {list(motion.shape)}, not [N, 322].")
+            yield Bad(key, str(path), f"It must be of shape [N, 322], got {list(motion.shape)}.")
             continue
         frames = np.arange(0, len(motion), max(1, round(options.every * 30)))
         # The first 156 numbers are SMPL-H's own: pelvis, 21 body joints, 15 left, 15 right.
@@ -204,17 +205,19 @@ def _framed(
     options: Options,
     upright: np.ndarray,
 ) -> Iterator[Sample | Bad]:
-    """Samples of axis-angle poses [N, 156], said: captions of each. They are stood upright (`upright`: from their world
-    to y up), turned to the camera and framed."""
+    """Samples of axis-angle poses [N, 156], upright, turned to the camera and framed.
+
+    said: captions of each. upright: [3, 3], from the poses' world to y up.
+    """
     if not np.isfinite(poses).all() or not len(poses):
-        yield Bad(key, "", "Its poses hold NaN or infinity, or no frame.")
+        yield Bad(key, "", "Its poses must be finite and have a frame.")
         return
     most = np.abs(poses).max()
     if most > MOST_ANGLE:
-        yield Bad(key, "", f"Its poses hold {most:g}; angles are in radians.")
+        yield Bad(key, "", f"Its poses must be in radians, got {most:g}.")
         return
     if not any(said):
-        yield Bad(key, "", "No caption holds at a frame that is taken. Take more of them: a smaller --every.")
+        yield Bad(key, "", "No caption holds at any frame taken. Take more frames: a smaller --every.")
         return
     fingers = poses[:, 66:].reshape(-1, 2, 45).copy()
     for side, mean in enumerate(hand_means(options.hand_mean)):
@@ -245,7 +248,7 @@ def _framed(
 
 
 def _facing(turn: np.ndarray, angle: float) -> np.ndarray:
-    """A pelvis' orientation, turned about the vertical so that it faces the camera but for `angle` radians."""
+    """A pelvis' orientation, turned about the vertical to face the camera up to `angle` radians."""
     forward = turn[:, 2]
     away = np.arctan2(forward[0], forward[2]) if np.hypot(forward[0], forward[2]) > 1e-6 else 0.0
     c, s = np.cos(angle - away), np.sin(angle - away)
@@ -260,7 +263,7 @@ def _angle(key: str, most: float) -> float:
 
 @torch.no_grad()
 def _camera(rotations: np.ndarray, betas: np.ndarray, options: Options) -> np.ndarray:
-    """(s, tx, ty) that puts the person, or the hands, into the middle of the picture."""
+    """(s, tx, ty) that centres the person, or the hands, in the picture."""
     _, joints = options.body(torch.from_numpy(rotations).float()[None], torch.from_numpy(betas).float()[None])
     points = joints[0, :, :2].numpy()
     if options.frame == "hands":
@@ -270,12 +273,12 @@ def _camera(rotations: np.ndarray, betas: np.ndarray, options: Options) -> np.nd
 
 
 def wrapped(vectors: np.ndarray) -> np.ndarray:
-    """Axis-angles with angles of at most half a turn, whatever they were."""
+    """The same rotations with angles of at most half a turn."""
     return matrix_to_axis_angle(axis_angle_to_matrix(vectors.reshape(-1, 3))).reshape(-1)
 
 
 def hand_means(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """MANO's mean left and right hand [45], from a body file of the user's; zeros without one."""
+    """MANO's mean left and right hand [45], from the user's body file; zeros without one."""
     if path is None:
         return np.zeros(45), np.zeros(45)
     try:
@@ -283,8 +286,8 @@ def hand_means(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
             left, right = (archive[f"hands_mean{side}"].astype(np.float64).reshape(45) for side in "lr")
     except Exception as error:
         raise DatasetError(
-            f"{path} holds no hands_meanl and hands_meanr of 45 numbers ({type(error).__name__}). "
-            "hd-body convert SMPLH.pkl OUT.npz makes such a file."
+            f"{path} must hold hands_meanl and hands_meanr of 45 numbers, got {type(error).__name__}. "
+            "Make it: hd-body convert SMPLH.pkl OUT.npz"
         ) from None
     return left, right
 
@@ -309,7 +312,11 @@ def mano(source: Path, options: Options) -> Iterator[Sample | Bad]:
     pictures = {path.with_suffix("") for path in _files(source, *PICTURES, *FOREIGN)}
     for path in sorted(source.rglob("*.npz")):
         if path.with_suffix("") not in pictures:
-            yield Bad(_key(path.relative_to(source).with_suffix("")), str(path), "There is no picture beside it.")
+            yield Bad(
+                _key(path.relative_to(source).with_suffix("")),
+                str(path),
+                "It lacks a picture of the same name beside it.",
+            )
 
 
 def captions(source: Path, options: Options) -> Iterator[Sample | Bad]:
@@ -326,7 +333,7 @@ def _pictures(source: Path, options: Options, origin: str) -> Iterator[tuple[Sam
         key = _key(path.relative_to(source).with_suffix(""))
         try:
             if path.suffix.lower() in FOREIGN:
-                raise MisfitError(f"{path.name} is neither PNG nor JPEG nor WebP. Convert it first.")
+                raise MisfitError(f"{path.name} must be PNG, JPEG or WebP. Convert it first.")
             texts = [caption.text for caption in _captions(path, source, options.texts)]
             yield Sample(key, texts, None, path.read_bytes(), {"source": origin}), path
         except MisfitError as error:
@@ -341,7 +348,7 @@ INTERHAND_ORDER = (20, *(4 * finger + 3 - joint for finger in range(5) for joint
 
 def interhand(source: Path, options: Options) -> Iterator[Sample | Bad]:
     """InterHand2.6M: SOURCE/annotations/SPLIT/InterHand2.6M_SPLIT_{data,camera,joint_3d,MANO_NeuralAnnot}.json and
-    SOURCE/images/SPLIT/. Captions say which hands there are; the sequence's name is a label."""
+    SOURCE/images/SPLIT/. Captions name the hands; the sequence's name is a label."""
     means = hand_means(options.hand_mean)
     if options.hand_mean is None:
         raise DatasetError("InterHand2.6M's fingers are relative to MANO's mean hand: name --hand-mean SMPLH.npz.")
@@ -355,7 +362,7 @@ def interhand(source: Path, options: Options) -> Iterator[Sample | Bad]:
             for name in ("data", "camera", "joint_3d", "MANO_NeuralAnnot")
         )
         kinds = {entry["image_id"]: entry["hand_type"] for entry in data["annotations"]}
-        bare = 0  # pictures of frames that were not fitted
+        bare = 0  # pictures of frames without fitted hands
         for image in data["images"]:
             capture, frame, camera = str(image["capture"]), str(image["frame_idx"]), str(image["camera"])
             key = _key(Path(split) / Path(image["file_name"]).with_suffix(""))
@@ -374,7 +381,7 @@ def interhand(source: Path, options: Options) -> Iterator[Sample | Bad]:
                     continue
                 content = file.read_bytes()
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                yield Bad(key, split, f"Its annotations do not fit together ({_why(error)}).")
+                yield Bad(key, split, f"Its annotations contradict each other: {_why(error)}.")
                 continue
             except OSError as error:
                 yield Bad(key, split, f"{file} cannot be read: {error.strerror or error}.")
@@ -398,7 +405,7 @@ def _interhand_hand(
     turn = np.asarray(cameras["camrot"][camera], np.float64).reshape(3, 3)
     focal = np.asarray(cameras["focal"][camera], np.float64)
     if not are_rotations(turn) or not (focal > 0).all():
-        raise ValueError("a camera whose matrix is no rotation, or whose focal length is not above 0")
+        raise ValueError("a camera must have a rotation and a focal length above 0")
     points = world.reshape(42, 3)[(21 if side == LEFT else 0) + np.array(INTERHAND_ORDER)]  # right first
     seen = (points - np.asarray(cameras["campos"][camera])) @ turn.T  # millimetres, y down, z away
     if (seen[:, 2] <= 0).any():
@@ -421,9 +428,9 @@ FORMATS: dict[str, Converter] = {
 
 
 def _files(source: Path, *suffixes: str) -> list[Path]:
-    """All files below a folder that end so, sorted. Raises DatasetError where there is none."""
+    """All files below a folder with these endings, sorted. Raises DatasetError where none exists."""
     if not source.is_dir():
-        raise DatasetError(f"There is no folder {source}.")
+        raise DatasetError(f"The folder {source} does not exist.")
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not found:
         raise DatasetError(f"{source} holds no {' or '.join(suffixes)} files.")
@@ -431,7 +438,7 @@ def _files(source: Path, *suffixes: str) -> list[Path]:
 
 
 def _key(path: Path) -> str:
-    """A path as a key: without dots, which end a WebDataset key, and not longer than a shard takes."""
+    """A path as a key: without dots, which end a WebDataset key, and short enough for a shard."""
     name = path.as_posix().replace(".", "_")
     if len(name.encode()) <= 80:
         return name
@@ -440,15 +447,15 @@ def _key(path: Path) -> str:
 
 
 def _captions(path: Path, source: Path, texts: Path | None) -> list[Caption]:
-    """Those of the .txt of the same name (or .caption), beside a file or at the same place in the folder of texts.
-    Raises MisfitError."""
+    """The captions in the .txt (or .caption) of the same name, beside a file or at the same place in the folder of
+    texts. Raises MisfitError."""
     base = path if texts is None else texts / path.relative_to(source)
     kohya = base.with_suffix(".caption")
     return read_captions(kohya if kohya.is_file() else base.with_suffix(".txt"))
 
 
 def _why(error: Exception) -> str:
-    """An error in a few words; some say nothing but their kind."""
+    """An error in a few words: its kind, and its message if it has one."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

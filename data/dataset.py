@@ -5,16 +5,16 @@
     for step, rows in batches(index, seed=0, batch=64, rank=1, world=2, start=5000):
         ...                                                    # global step, this process's 32 samples
 
-The order is one for all: position p of the training is sample p % N of the permutation that (seed, p // N) gives, step
-i takes positions i B ... (i + 1) B, and process r of R takes every R-th of them from r on. So each sample comes once an
-epoch, and a run goes on from (step) alone, on any number of processes. That needs random access, which tar files allow
-once it is known where their members lie: `index.npz` keeps that, some 80 bytes a sample, made once.
+All processes share one order: position p of the training is sample p % N of the permutation of (seed, p // N). Step i
+takes positions i B ... (i + 1) B, and process r of R takes every R-th of them from r on. So each sample comes once an
+epoch, and a run goes on from its step alone, on any number of processes. That needs random access to tar files:
+`index.npz` keeps where their members lie, some 80 bytes a sample, made once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import DatasetError
+from ..files import written
 from .files import HANDS_NPZ, PICTURE, Bad, Entry, scan, shards
 from .samples import GROUP, Sample, load
 
@@ -39,15 +40,14 @@ _COLUMNS: dict[str, tuple[Any, tuple[int, ...]]] = {
 class Index:
     """Where each sample of a dataset lies. Make one with `open`.
 
-    groups: (name, first sample, one after the last) of each shard, or of each GROUP plain files. problems: what the
-    shards themselves have wrong. The pictures stay on disk.
+    groups: (name, first sample, one after the last) of each shard, or of each GROUP plain files. problems: of the
+    shards themselves. The pictures stay on disk.
     """
 
     def __init__(self, folder: Path, parts: list[_Part]) -> None:
         self.folder = folder
         self.problems = [bad for part in parts for bad in part.problems]
         self.groups: list[tuple[str, int, int]] = []
-        self._shards: list[str] = []
         self._parts = parts
         first = 0
         for part in parts:
@@ -58,9 +58,9 @@ class Index:
 
     @classmethod
     def open(cls, folder: str | Path) -> Index:
-        """Reads the folder's index, and makes what is missing or out of date (about a second a GB).
+        """Reads the folder's index, and indexes shards that are new or changed (about a second a GB).
 
-        Raises DatasetError where there is no such folder or no sample in it.
+        Raises DatasetError where the folder is missing or holds no sample.
         """
         folder = Path(folder)
         tars = shards(folder)
@@ -165,7 +165,7 @@ class _Part:
 
 
 def _write(path: Path, parts: list[_Part]) -> None:
-    """Keeps the index, unless the folder cannot be written: it is made again then."""
+    """Keeps the index. In a folder that cannot be written, `Index.open` makes it again each time."""
     arrays: dict[str, Any] = {column: np.concatenate([getattr(part, column) for part in parts]) for column in _COLUMNS}
     arrays["format"] = np.array(_FORMAT)
     arrays["names"] = np.array([part.stamp[0] for part in parts])
@@ -175,20 +175,12 @@ def _write(path: Path, parts: list[_Part]) -> None:
     arrays["problems"] = np.array(
         [(b.key, b.shard, b.sentence) for part in parts for b in part.problems] or [("",) * 3]
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(path)
-    except OSError:
-        pass
-    finally:
-        if temporary.exists():
-            temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), written(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def _read(path: Path) -> list[_Part]:
-    """The parts of a kept index; none where it is missing, damaged or of another version."""
+    """The parts of a kept index; an empty list where it is missing, damaged or of another version."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             held = {name: archive[name] for name in archive.files}
@@ -211,7 +203,7 @@ def _read(path: Path) -> list[_Part]:
             out.append(_Part(name, arrays, own, (name, *stamp), problems.get(name, [])))
             first, byte = first + count, byte + length
         return out
-    except Exception:  # it is made again
+    except Exception:  # `Index.open` makes the index again
         return []
 
 
@@ -221,7 +213,7 @@ def _read(path: Path) -> list[_Part]:
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: int64 [count], the same on every machine and with every numpy.
 
-    Sorted by SplitMix64 (Steele et al. 2014) of (seed, epoch, number), for shuffles of numpy may change with it.
+    Sorted by SplitMix64 (Steele et al. 2014) of (seed, epoch, number): numpy's own shuffles change between versions.
     """
     key = _mix(_mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch % 2**64))
     with np.errstate(over="ignore"):
@@ -248,14 +240,16 @@ def batches(
     """Yields (global step, this process's sample numbers) for all steps from `start` on, without end.
 
     batch: samples a step, of all processes together. rank, world: which process of how many. among: the samples to
-    draw from (a LatentCache's `usable`, or a part without the held-out ones); all by default. A batch at the end of an
-    epoch is filled from the next one. Raises DatasetError where there is nothing to draw from.
+    draw from (a LatentCache's `usable`, or a part without the held-out ones); all by default. The last batch of an
+    epoch takes its missing samples from the next epoch. Raises DatasetError where `among` is empty.
     """
     rows = np.arange(len(index)) if among is None else np.asarray(among, np.int64)
     if not len(rows):
-        raise DatasetError("There is no sample to train on: all were left out. hd-data check says why.")
+        raise DatasetError(
+            "The dataset must have one sample to train on, got 0: all were left out. hd-data check says why."
+        )
     if batch < world or not 0 <= rank < world:
-        raise DatasetError(f"A batch of {batch} cannot be shared by {world} processes. Make it at least as large.")
+        raise DatasetError(f"batch must be at least {world}, one sample for each process, got {batch}.")
     orders: dict[int, np.ndarray] = {}
     step = start
     while True:
@@ -272,8 +266,8 @@ class Samples(IterableDataset):
 
         DataLoader(Samples(index, 0, 64, prepare=prepare), batch_size=None, num_workers=4)
 
-    Yields (global step, prepare(samples)). What cannot be read is left out of its batch and given as Bad instead:
-    `prepare` gets both kinds and says what is done about it. It runs in the workers.
+    Yields (global step, prepare(samples)). An unreadable sample comes as a Bad in its place in the batch: `prepare`
+    decides what to do with it, and runs in the workers.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
-"""From hands that were estimated one by one (MANO, in a picture) to a person in SMPL-H who shows them.
+"""From hands estimated one by one (MANO, in a picture) to a person in SMPL-H who shows them.
 
     arrays = people([HandEstimate(LEFT, turn, fingers, joints_2d), ...], (height, width), body)
 
-A hand alone says nothing of its arm. One hand: the arm is stretched in the forearm's direction, with a straight wrist.
-A left and a right hand of about one size, near enough for two arms: one person, whose wrists are brought where the
-picture has them by inverse kinematics, bent as little as can be. All other hands become people of one hand each. The
-torso stands upright and faces the camera; it is a guess, and only its hands are to be believed.
+A hand alone does not determine its arm. One hand: the arm is stretched in the forearm's direction, with a straight
+wrist. A left and a right hand of similar size, within reach, become one person: inverse kinematics moves
+the wrists to their places in the picture and bends them least. Other hands become people of one hand each. The torso
+stands upright and faces the camera; it is a guess, and only the hands are data.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .hands import ABSENT
 LEFT, RIGHT = 0, 1
 MIRROR = np.diag([-1.0, 1.0, 1.0])
 SHOULDER, ELBOW, WRIST = (16, 17), (18, 19), (20, 21)
-SIZES = 1.6  # two hands whose sizes differ by more are two people's
+SIZES = 1.6  # ratio of sizes from which two hands belong to two people
 REACH = 0.97  # of an arm's length, at most
-AHEAD = 0.3  # metres in front of the shoulders where two wrists are held
-SWIVELS = 36  # directions of the elbow that are tried
+AHEAD = 0.3  # metres from the shoulders forward to two wrists
+SWIVELS = 36  # directions of the elbow to try
 
 
 @dataclass
@@ -58,7 +58,7 @@ def people(hands: Sequence[HandEstimate], size: Size, body: SMPLH) -> Hands:
 
 
 def person_of(hands: Sequence[HandEstimate], size: Size, body: SMPLH) -> Hands | None:
-    """One hand, or a left and a right one, as a person; None where two cannot be one person's."""
+    """One hand, or a left and a right one, as a person; None where one person cannot have both."""
     rotations = np.tile(np.eye(3), (52, 1, 1))
     placement, joints_2d = ABSENT.copy(), np.zeros((2, 21, 2), np.float32)
     for hand in hands:
@@ -93,7 +93,7 @@ def place(joints_2d: np.ndarray, size: Size) -> np.ndarray:
 def _reach(
     rotations: np.ndarray, placement: np.ndarray, turns: Sequence[np.ndarray], rest: np.ndarray, body: SMPLH
 ) -> bool:
-    """Writes both arms' rotations so that one camera sees both hands where they are placed; False where it cannot."""
+    """Writes both arms' rotations so that one camera sees both hands in their places; False if none can."""
     relative = [_from_wrist(rotations, side, turns[side], body) for side in (LEFT, RIGHT)]  # [21, 3] metres
     means = [points[:, :2].mean(0) for points in relative]
     radii = [np.sqrt(np.square(p[:, :2] - m).sum(-1).mean()) for p, m in zip(relative, means, strict=True)]
@@ -124,7 +124,7 @@ def _reach(
 
 @torch.no_grad()
 def _from_wrist(rotations: np.ndarray, side: int, turn: np.ndarray, body: SMPLH) -> np.ndarray:
-    """A hand's joints [21, 3] from its wrist, in metres, turned as given."""
+    """A hand's joints [21, 3] relative to its wrist, in metres, turned by `turn`."""
     alone = np.tile(np.eye(3), (52, 1, 1))
     alone[22:] = rotations[22:]
     _, joints = body(torch.from_numpy(alone).float()[None], torch.zeros(1, body.shape_dirs.shape[0]))
@@ -133,7 +133,7 @@ def _from_wrist(rotations: np.ndarray, side: int, turn: np.ndarray, body: SMPLH)
 
 
 def _arm(upper: np.ndarray, fore: np.ndarray, target: np.ndarray, turn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Orientations of upper arm and forearm that bring the wrist to `target` (from the shoulder) and bend it least.
+    """Orientations of upper arm and forearm that move the wrist to `target` (from the shoulder) and bend it least.
 
     upper, fore: the bones at rest; turn: the hand's orientation. Two bones and two lengths: the elbow lies on a circle.
     """
@@ -159,7 +159,7 @@ def _arm(upper: np.ndarray, fore: np.ndarray, target: np.ndarray, turn: np.ndarr
 def between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The smallest rotation [3, 3] that takes unit vector a to unit vector b."""
     axis, cosine = np.cross(a, b), float(a @ b)
-    square = float(axis @ axis)  # (1 + cosine) (1 - cosine), exact where the first nearly cancels
+    square = float(axis @ axis)  # (1 + cosine) (1 - cosine), exact near cosine = -1
     if cosine < 0 and square < 1e-14:  # half a turn about anything across
         across = np.cross(a, np.eye(3)[np.abs(a).argmin()])
         across /= np.linalg.norm(across)

@@ -1,4 +1,4 @@
-"""Where the samples of a dataset lie: in tar shards, or in a folder of plain files. Nothing is decoded here.
+"""Where the samples of a dataset lie: in tar shards, or in a folder of plain files. This module decodes nothing.
 
 for path in shards("photos") or [Path("photos")]:
     entries, problems = scan(path)
@@ -17,13 +17,13 @@ from typing import NamedTuple
 from ..errors import DatasetError
 from .pictures import FOREIGN, PICTURES, SPELLINGS
 
-JSON, HANDS_NPZ, PICTURE, UNREAD = range(4)  # a sample's members, and a picture that is not read
+JSON, HANDS_NPZ, PICTURE, UNREAD = range(4)  # a sample's members, and a picture of a format we do not read
 PACKED = {".gz": b"\x1f\x8b", ".tgz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample (or, with an empty key, a shard) that cannot be read, and a sentence that says why."""
+    """A sample that cannot be read (with an empty key: a shard), and a sentence that says why."""
 
     key: str
     shard: str
@@ -34,23 +34,23 @@ class Bad:
 
 
 class Entry(NamedTuple):
-    """Where a sample's members lie: offset and size of `.json`, `.hands.npz` and picture; -1 where there is none."""
+    """Where a sample's members lie: offset and size of `.json`, `.hands.npz` and picture; -1 for a missing member."""
 
     key: str
-    shard: str  # "" for plain files, which have the time of their last change (ns) for an offset
+    shard: str  # "" for plain files; their offsets are the times of their last changes (ns)
     offsets: tuple[int, int, int]
     sizes: tuple[int, int, int]
     suffix: int = -1  # of SPELLINGS
 
 
 def shards(folder: str | Path) -> list[Path]:
-    """The folder's tar shards by name; none where a dataset is plain files. Raises DatasetError for no folder.
+    """The folder's tar shards by name; an empty list for plain files. Raises DatasetError for a missing folder.
 
-    Compressed shards are among them, to be refused by name.
+    The list includes compressed shards: `scan` refuses them by name.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DatasetError(f"There is no dataset folder {folder}.")
+        raise DatasetError(f"The dataset folder {folder} does not exist.")
     files = [path for path in folder.iterdir() if not path.name.startswith(".")]
     found = [path for path in files if path.suffix == ".tar"]
     if found or not any(path.suffix.lower() == ".json" for path in files):
@@ -59,19 +59,19 @@ def shards(folder: str | Path) -> list[Path]:
 
 
 def packed(path: Path) -> str:
-    """How a shard is compressed, as the ending of a file's name; "" where it is not."""
+    """A shard's compression as the ending of a file's name, such as ".gz"; "" for a plain one."""
     with open(path, "rb") as file:
         start = file.read(8)
     return next((name for name, mark in PACKED.items() if start.startswith(mark)), "")
 
 
 def scan(path: Path) -> tuple[list[Entry], list[Bad]]:
-    """The samples of a tar shard, or of a folder of plain files, without reading them; and what is wrong with it."""
+    """The samples of a tar shard or of a folder of plain files, by their names alone; and the problems found."""
     return _scan_folder(path) if path.is_dir() else _scan_tar(path)
 
 
 def split_name(name: str) -> tuple[str, int, int] | None:
-    """A file's key, which member it is, and which of SPELLINGS (-1: none); None for what belongs to no sample."""
+    """A file's key, member and number in SPELLINGS (-1: not in it); None for a file outside all samples."""
     base = name.rpartition("/")[2].lower()
     if base.startswith((".", "__")) or base.endswith(".hands.png"):
         return None
@@ -88,14 +88,14 @@ def split_name(name: str) -> tuple[str, int, int] | None:
 
 
 class _Group:
-    """A sample in the making: the members found so far."""
+    """The members of one sample that the scan has found so far."""
 
     def __init__(self, key: str, shard: str) -> None:
         self.key, self.shard, self.suffix, self.wrong = key, shard, -1, ""
         self.offsets, self.sizes, self.unread = [-1, -1, -1], [0, 0, 0], ""
 
     def add(self, member: int, suffix: int, offset: int, size: int, name: str) -> None:
-        """name: of the file, for the sentences."""
+        """name: of the file, for error messages."""
         if member == UNREAD:
             self.unread = name
             return
@@ -103,23 +103,23 @@ class _Group:
             self.wrong = f"It has {('a .json', 'a .hands.npz', 'a picture')[member]} twice. Keep one."
         self.offsets[member], self.sizes[member] = offset, size
         self.suffix = suffix if member == PICTURE else self.suffix
-        # Of plain files the key and the ending make the name again.
+        # `load` joins the key and the ending to the name of a plain file.
         spelling = (".json", ".hands.npz", SPELLINGS[suffix] if suffix >= 0 else "")[member]
         if not self.shard and not (spelling and name.endswith(spelling)):
-            self.wrong = f"The ending of {name} is not read as it is written. Rename it in lower case."
+            self.wrong = f"The ending of {name} must be spelt as usual. Rename it in lower case."
 
     def has(self, member: int) -> bool:
         return member != UNREAD and self.offsets[member] >= 0
 
     def members(self) -> int:
-        """How many have been found."""
+        """The number of members found."""
         return sum(offset >= 0 for offset in self.offsets)
 
     def close(self, entries: list[Entry], problems: list[Bad]) -> None:
         if not self.members():
-            return  # a picture that is not read, and nothing else
+            return  # only a picture of a format we do not read
         if self.unread and not self.has(PICTURE):
-            self.wrong = f"Its picture {self.unread} is neither PNG nor JPEG nor WebP. Convert it first."
+            self.wrong = f"Its picture {self.unread} must be PNG, JPEG or WebP. Convert it first."
         if self.wrong:
             problems.append(Bad(self.key, self.shard, self.wrong))
         else:
@@ -127,8 +127,8 @@ class _Group:
 
 
 def scattered(samples: Iterable[Entry | _Group]) -> bool:
-    """Whether members of a shard's samples do not lie side by side: readers of WebDataset take each run of them for a
-    sample of its own. `scan` finds them all the same."""
+    """Whether the members of some sample do not lie side by side. `scan` finds them; WebDataset's own readers take each
+    run of them for a sample."""
     found = [[offset for offset in one.offsets if offset >= 0] for one in samples]
     spans = sorted((min(offsets), max(offsets)) for offsets in found if offsets)
     return any(after[0] < before[1] for before, after in pairwise(spans))
@@ -136,13 +136,13 @@ def scattered(samples: Iterable[Entry | _Group]) -> bool:
 
 def _scan_tar(path: Path) -> tuple[list[Entry], list[Bad]]:
     groups: list[_Group] = []
-    latest: dict[str, _Group] = {}  # where members do not lie side by side, an earlier one may go on
+    latest: dict[str, _Group] = {}  # members of scattered samples join an earlier group
     group: _Group | None = None
     damage = ""
     try:
         form = packed(path)
         if form:
-            sentence = f"The shard is compressed ({form}), and training reads it at random. Unpack it to a plain .tar."
+            sentence = f"The shard must be a plain .tar, got {form}: training reads it at random. Unpack it."
             return [], [Bad("", path.name, sentence)]
         length = path.stat().st_size
         with tarfile.open(path, "r:") as archive:
@@ -160,7 +160,7 @@ def _scan_tar(path: Path) -> tuple[list[Entry], list[Bad]]:
                         groups.append(group)
                 group.add(member, suffix, info.offset_data, info.size, info.name)
             end = archive.offset
-        with open(path, "rb") as file:  # tarfile takes a damaged header for the end
+        with open(path, "rb") as file:  # tarfile stops at a damaged header, as at the end
             file.seek(end)
             if file.read(512).strip(b"\0") or length < end + 512:
                 raise tarfile.ReadError(f"what follows byte {end} is damaged or missing")
@@ -168,7 +168,7 @@ def _scan_tar(path: Path) -> tuple[list[Entry], list[Bad]]:
         damage = str(getattr(error, "strerror", None) or error)[:200].rstrip(".") or type(error).__name__
     entries: list[Entry] = []
     problems: list[Bad] = []
-    # What was not found of the last sample may be its picture; of scattered ones, of any that has less than another.
+    # The last sample may lack its picture; in a scattered shard, every sample with fewer members than another may.
     cut = [group] if damage and group is not None else []
     if damage and scattered(groups):
         most = max(map(_Group.members, groups))

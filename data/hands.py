@@ -3,8 +3,8 @@
     features = HandFeatures(body, zeros, ones, basis, aspect)
     rows = hand_rows([sample.hands], features)       # params, joints, rotations, bps, visibility
 
-Where a sample has a camera and no placement, the placement follows by forward kinematics. A hand counts as absent where
-`visibility` or its presence says so, or where more than half of its joints lie outside the picture.
+Where a sample has a camera instead of a placement, forward kinematics computes the placement. A hand counts as absent
+where `visibility` or its presence says so, or where more than half of its joints lie outside the picture.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def plain_features(body: SMPLH, basis: Tensor, aspect: float = 1.0) -> HandFeatu
 
 
 def present(hands: Hands) -> np.ndarray:
-    """Which hands are to be seen: bool [..., 2]. `visibility` says it; else the placement; else both are."""
+    """The visible hands: bool [..., 2], by `visibility` and `placement`; without either, both hands."""
     shown = np.ones((*hands["global_orient"].shape[:-1], 2), bool)
     if "placement" in hands:
         shown &= hands["placement"][..., 0] > 0.5
@@ -44,7 +44,7 @@ def present(hands: Hands) -> np.ndarray:
 
 @torch.no_grad()
 def params_of(hands: Sequence[Hands | None], body: SMPLH) -> Tensor:
-    """Parameters [N, 330] float32, not normalised, of one person each. None: at rest, with no hand to be seen."""
+    """Parameters [N, 330] float32, not normalised, of one person each. None: at rest, without visible hands."""
     people = [one if one is not None else rest() for one in hands]
     shown = np.stack([present(one) for one in people])  # [N, 2]
     out = torch.from_numpy(np.stack([hand_params({"placement": ABSENT, **one}) for one in people]))
@@ -73,13 +73,13 @@ def rest() -> Hands:
 
 @torch.no_grad()
 def hand_rows(hands: Sequence[Hands | None], features: HandFeatures) -> dict[str, Tensor]:
-    """What both stages are told of some people: params [N, 330], joints [N, 2, 21, 2], rotations [N, 2, 16, 6],
+    """The inputs of both stages for some people: params [N, 330], joints [N, 2, 21, 2], rotations [N, 2, 16, 6],
     bps [N, 2, 512], visibility [N, 2], float32. features: of `plain_features`."""
     params = params_of(hands, features.body)
     found = features(params)
     place = params[:, PLACEMENT].unflatten(1, (2, 4))
     off = (place[..., 0] > 0.5) & (found["visibility"] < 0.5)
-    if off.any():  # a hand off the picture is no hand of it, and no longer shares the camera
+    if off.any():  # a hand off the picture counts as absent, and must not share the camera
         place = placement(place[..., 1:], (place[..., 0] > 0.5) & ~off)
         params = torch.cat([params[:, : PLACEMENT.start], place.flatten(1)], 1)
         found = features(params)
@@ -87,7 +87,7 @@ def hand_rows(hands: Sequence[Hands | None], features: HandFeatures) -> dict[str
 
 
 def most_visible(hands: Hands, body: SMPLH) -> int:
-    """The number of the person whose hands are largest in the picture, both together; 0 where nobody's are."""
+    """The number of the person with the largest hands in the picture, both together; 0 without visible hands."""
     if hands["global_orient"].ndim == 1:
         return 0
     people = [person(hands, number) for number in range(len(hands["global_orient"]))]
@@ -98,7 +98,7 @@ def most_visible(hands: Hands, body: SMPLH) -> int:
 @torch.no_grad()
 def joints_in_picture(hands: Sequence[Hands], aspects: Sequence[float], body: SMPLH) -> tuple[np.ndarray, np.ndarray]:
     """Where forward kinematics puts the joints of some people: [N, 2, 21, 2] in [0, 1] of their pictures (width /
-    height: aspects), and which hands are said to be there: bool [N, 2]."""
+    height: aspects), and the annotated hands: bool [N, 2]."""
     params = params_of(hands, body)
     place = params[:, PLACEMENT].unflatten(1, (2, 4))
     rotations = rotation_6d_to_matrix(params[:, ROTATIONS].unflatten(1, (NUM_JOINTS, 6)))

@@ -1,21 +1,20 @@
-"""What training needs of each sample, computed once: latents, token ids, hand features. Kept in shards beside the
-pictures, read through the page cache, so that memory stays flat however many samples there are.
+"""Latents, token ids and hand features of each sample, computed once and kept in shards beside the pictures.
+
+Training reads them through the page cache, so that its memory does not grow with the dataset.
 
     make_latents(checkpoint, "photos")                            # hd-data latents CHECKPOINT photos
     cache = LatentCache.open(checkpoint, "photos")
     rows = cache.rows([7, 3])                                     # mean, std, ids, joints, rotations, ...
 
 Two caches lie in the dataset's folder, each a safetensors file a shard: `hands-KEY/` (ids, parameters, features) and
-`latents-KEY/` (the VAE's posterior). The keys are hashes of all that they depend on (tokenizer, body, basis, size; VAE,
-size): another VAE is another cache, and `key.json` says what of. A file is written beside and renamed, so that an
-interrupted run goes on at its shard.
+`latents-KEY/` (the VAE's posterior). KEY hashes everything the rows depend on (tokenizer, body, basis, size; VAE,
+size): another VAE has another cache, and `key.json` lists the inputs. An interrupted run goes on at its shard.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from ..contract import file_digest
 from ..errors import CheckpointError, DatasetError
+from ..files import written
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
@@ -38,7 +38,7 @@ from .dataset import Index
 from .hands import hand_rows, most_visible, plain_features
 from .samples import Bad, Sample, person, picture, picture_size
 
-FORMAT = 3  # of the files; raised when what is computed changes
+FORMAT = 3  # of the files; raise it when the rows change
 HAND_ROWS = ("ids", "params", "joints", "rotations", "bps", "visibility", "labels")
 LATENT_ROWS = ("mean", "std")
 PEOPLE = ("most-visible", "each")
@@ -48,11 +48,10 @@ BATCH = 16  # pictures, or people, at a time
 class LatentCache:
     """Rows of a dataset, ready to train on. Make one with `open` or `make_latents`.
 
-    A row is a sample, or with people="each" a person of one: `len` is how many, `samples` [R] says of which sample.
-    usable: the rows that can be trained on (with `pictures`: whose picture could be encoded). annotated: bool [R], of
-    which it is known what hands there are; stage 1 learns from these alone. left_out: a Bad for each sample that is in
-    no usable row, and for each damaged shard. labels: name -> its classes, in the order of the numbers of
-    `rows()["labels"]`.
+    A row is a sample, or with people="each" one person of a sample. `len` counts the rows; samples [R]: each row's
+    sample. usable: the rows to train on (with `pictures`: those whose picture could be encoded). annotated: bool [R],
+    rows whose hands the data states; stage 1 learns from these alone. left_out: a Bad for each sample without a usable
+    row, and for each damaged shard. labels: name -> its classes, in the order of the numbers of `rows()["labels"]`.
     """
 
     def __init__(self, index: Index, hands: list[_File], latents: list[_File] | None) -> None:
@@ -88,9 +87,9 @@ class LatentCache:
     ) -> LatentCache:
         """The cache of this checkpoint's VAE, tokenizer and body (`body`: a file of yours) for a dataset.
 
-        pictures: with latents; without, for stage 1, only what the prompts and hands give. flipped: of the mirror
-        images. bf16: encoded in bfloat16 (on CPUs with AMX and GPUs several times as fast). cache: the folder it lies
-        in, if not the dataset's own. Raises DatasetError where it is not complete.
+        pictures: with latents; without them the cache serves stage 1. flipped: of the mirror images. bf16: encoded in
+        bfloat16, several times as fast on GPUs and on CPUs with AMX. cache: its folder, if not the dataset's own.
+        Raises DatasetError where the cache is incomplete.
         """
         work = _Work(checkpoint, folder, pictures, body, people, flipped, bf16, cache)
         files = {kind: [work.valid(kind, number) for number in range(len(work.index.groups))] for kind in work.kinds}
@@ -101,8 +100,8 @@ class LatentCache:
         ]
         if missing:
             raise DatasetError(
-                f"{folder} has no latents of this checkpoint for {len(missing)} of its {len(work.index.groups)} shards "
-                f"(such as {missing[0]}): hd-data latents CHECKPOINT {folder} makes them."
+                f"{folder} lacks this checkpoint's latents for {len(missing)} of its {len(work.index.groups)} shards "
+                f"(such as {missing[0]}). Run: hd-data latents CHECKPOINT {folder}"
             )
         found = {kind: [file for file in files[kind] if file is not None] for kind in work.kinds}
         return cls(work.index, found["hands"], found.get("latents"))
@@ -113,7 +112,7 @@ class LatentCache:
     def rows(self, rows: Sequence[int] | np.ndarray, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Some rows: mean, std float16 [N, 4, h, w] (not scaled), ids int64 [N, W, 77] (W wordings; fewer are
         repeated), joints [N, 2, 21, 2], rotations [N, 2, 16, 6], bps [N, 2, 512], visibility [N, 2], params [N, 330]
-        (all float32), labels int64 [N, len(labels)] (-1: none). names: these alone.
+        (all float32), labels int64 [N, len(labels)] (-1: unlabelled). names: these alone.
         """
         wanted = list(names) if names is not None else [*HAND_ROWS, *(LATENT_ROWS if self.pictures else ())]
         rows = np.asarray(rows, np.int64)
@@ -134,7 +133,9 @@ class LatentCache:
         file = self._hands[group]
         if name in LATENT_ROWS:
             if self._latents is None:
-                raise DatasetError("This cache was opened without pictures: it has no latents.")
+                raise DatasetError(
+                    "This cache was opened without pictures: it has no latents. Open it with pictures=True."
+                )
             return self._latents[group][name][file["sample"][local]]
         value = file[name][local]
         if name == "ids":
@@ -159,11 +160,10 @@ def make_latents(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Fills the cache that `LatentCache.open` opens, where it is not complete.
+    """Fills what is missing of the cache that `LatentCache.open` opens.
 
-    on_progress: called with (samples done, samples in all). rank, world: of several processes each does its share of
-    the shards; they must meet before they open it. A sample that cannot be read is left out, see
-    `LatentCache.left_out`.
+    on_progress: called with (samples done, samples in all). rank, world: each of several processes makes its share of
+    the shards; all must finish before any opens the cache. Unreadable samples: see `LatentCache.left_out`.
     """
     work = _Work(checkpoint, folder, pictures, body, people, flipped, bf16, cache)
     missing = [number for number in range(len(work.index.groups)) if work.lacking(number)][rank::world]
@@ -183,7 +183,7 @@ def make_latents(
 
 
 class _File:
-    """Tensors of a safetensors file, mapped: what is not looked at is not in memory."""
+    """Tensors of a safetensors file, mapped: memory holds only the pages that are read."""
 
     def __init__(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
@@ -212,10 +212,10 @@ class _Work:
         cache: Path | None,
     ) -> None:
         if people not in PEOPLE:
-            raise DatasetError(f"people is {people!r}; it must be one of {', '.join(PEOPLE)}.")
+            raise DatasetError(f"people must be one of {', '.join(PEOPLE)}, got {people!r}.")
         path = body or checkpoint.body
         if path is None:
-            raise CheckpointError("The checkpoint has no body of its own. Name your SMPL-H file: --body SMPLH.npz.")
+            raise CheckpointError("This checkpoint comes without a body. Name your SMPL-H file: --body SMPLH.npz.")
         self.index, self.checkpoint = Index.open(folder), checkpoint
         self.people, self.flipped, self.bf16 = people, flipped, bf16
         self.size = checkpoint.image_size
@@ -249,11 +249,11 @@ class _Work:
         return self.folders[kind] / (Path(self.index.groups[group][0]).stem + ".safetensors")
 
     def lacking(self, group: int) -> list[str]:
-        """Which of the kinds have no file, or one of another state of the shard."""
+        """The kinds whose file is missing, or was made of another state of the shard."""
         return [kind for kind in self.kinds if self.valid(kind, group) is None]
 
     def valid(self, kind: str, group: int) -> _File | None:
-        """The file of a group, if it was made of this very shard."""
+        """The file of a group, if it was made of this shard as it is."""
         try:
             file = _File(self.file(kind, group))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
@@ -261,13 +261,13 @@ class _Work:
         if file.layout != self._layouts[group]:
             return None
         shard = self.index.path(group)
-        # Where the shard is another file than then (a copy, perhaps), its content decides.
+        # A copy of the shard has another time: its content decides.
         if shard is None or file.content["mtime"] == shard.stat().st_mtime_ns:
             return file
         return file if file.content["sha256"] == file_digest(shard) else None
 
     def make(self, kind: str, group: int, device: str | torch.device) -> Iterator[float]:
-        """Computes and writes one group's file; yields the share that is done."""
+        """Computes and writes one group's file; yields the share done so far."""
         _, first, last = self.index.groups[group]
         shard = self.index.path(group)
         content = {} if shard is None else {"mtime": shard.stat().st_mtime_ns, "sha256": file_digest(shard)}
@@ -285,18 +285,15 @@ class _Work:
         }
         self.folders[kind].mkdir(parents=True, exist_ok=True)
         path = self.file(kind, group)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             (self.folders[kind] / "key.json").write_text(json.dumps(self.says[kind], indent=1) + "\n")
-            temporary.write_bytes(save(tensors, said))  # save_file would make it unreadable for others
-            temporary.replace(path)
+            with written(path) as temporary:
+                temporary.write_bytes(save(tensors, said))  # whose OSError save_file would hide
         except OSError as error:
             raise DatasetError(
-                f"{path} cannot be written: {error.strerror or error}. What is done is kept: the "
-                "same command goes on from there."
+                f"{path} cannot be written: {error.strerror or error}. Finished files are kept. Run the same command "
+                "again to go on."
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def sample(self, i: int) -> Sample | Bad:
         sample = self.index.sample(i)
@@ -348,7 +345,7 @@ class _Hands:
             self.parts.append(hand_rows(people, self.work.features))
 
     def framed(self, sample: Sample) -> Hands | None:
-        """The hands in the picture as it will be cropped."""
+        """The hands in the cropped picture."""
         size = picture_size(sample)
         if sample.hands is None or size is None:
             return sample.hands

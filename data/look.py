@@ -1,10 +1,10 @@
-"""One page that shows whether a dataset's annotations fit, and how diverse it is.
+"""One page that shows how well a dataset's annotations fit, and how diverse it is.
 
     look("photos", Path("page.html"), body)
 
-A contact sheet of random samples with their skeletons over the pictures and their captions, and histograms of what does
-not depend on gestures: hands in a picture, their size in pixels, how far fingers are bent, and the tone of their skin
-as its individual typology angle. The page needs nothing from elsewhere.
+The page has a contact sheet of random samples: captions, and skeletons over the pictures. Its histograms count hands in
+a picture, their size in pixels, the bend of their fingers, and the tone of their skin as its individual typology angle.
+It is one file that loads nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DatasetError
+from ..files import written
 from ..models.smplh import SMPLH
 from ..schema import MisfitError
 from ..skeleton import draw_skeleton
@@ -35,13 +36,13 @@ BATCH = 32
 
 # Names of skin tones by their individual typology angle in degrees (Chardon et al. 1991, Del Bino and Bernerd 2013).
 TONES = ((55, "very light"), (41, "light"), (28, "intermediate"), (10, "tan"), (-30, "brown"), (-90, "dark"))
-# Joints inside a hand, where its skin is seen if anything is: knuckles and the middle joints of the fingers.
+# Joints inside a hand, most likely to show its skin: knuckles and the middle joints of the fingers.
 ON_SKIN = (1, 2, 5, 6, 9, 10, 13, 14, 17, 18)
 
 
 @dataclass
 class Facts:
-    """What is counted: one entry a picture, or a hand."""
+    """What the page counts: one entry a picture, or a hand."""
 
     hands: list[int] = field(default_factory=list)  # a picture
     pixels: list[float] = field(default_factory=list)  # a hand's longer side
@@ -62,7 +63,7 @@ def look(
     body_name: str = "the demo's body",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Facts:
-    """Writes the page and returns what was counted. shown, counted: how many random samples (of `seed`)."""
+    """Writes the page and returns its counts. shown, counted: numbers of random samples (of `seed`)."""
     index = Index.open(folder)
     rows = permutation(len(index), seed, 0)[: max(shown, counted)].tolist()
     facts = Facts()
@@ -80,10 +81,9 @@ def look(
             on_progress(min(start + BATCH, len(rows)), len(rows))
     text = page(Path(folder).resolve().name, len(index), facts, figures, body_name)
     output = Path(output)
-    temporary = output.with_name(output.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(output)
+        with written(output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DatasetError(f"{output} cannot be written: {error.strerror or error}. Name another --output.") from error
     return facts
@@ -195,8 +195,8 @@ figcaption {{ overflow-wrap: anywhere; margin-top: .4rem; }}
 .bar b {{ font-weight: normal; text-align: right; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
 </style>
 <h1>{title}: {count} samples</h1>
-<p>Counted: {len(facts.hands)} random ones. Skeletons are drawn where {html.escape(body_name)} has its joints: what
-training is told. {"What cannot be read:" if wrong else ""}</p>
+<p>Counted: {len(facts.hands)} random ones. Skeletons show the joints of {html.escape(body_name)}, which training
+uses. {"Unreadable samples:" if wrong else ""}</p>
 <ul>{wrong}{more}</ul>
 <section>
 {"".join(charts)}

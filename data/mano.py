@@ -1,11 +1,11 @@
-"""Estimated hands in an .npz, as HaMeR, WiLoR and WiLoR-mini give them, and where they lie in the picture.
+"""Estimated hands in an .npz, as HaMeR, WiLoR and WiLoR-mini give them, and their places in the picture.
 
     hands = [in_picture(one, size) for one in mano_estimates(Path("photo-0001.npz"), means, body)]
 
-A left hand is estimated as the right hand of the mirrored crop. It may have been mirrored back before it was saved, in
-part or in whole: HaMeR's demo negates tx in place, WiLoR's on a CPU the joints as well, and WiLoR-mini mirrors all of
-it. Forward kinematics tells whether pose and joints are mirrored: only one reading of them fits together. tx follows
-from the box, because a crop has its hand in the middle; `pred_cam_t` tells it for certain.
+These programs estimate a left hand as the right hand of the mirrored crop. Some mirror it back before they save it, in
+part or in whole: HaMeR's demo negates tx in place, WiLoR's on a CPU the joints as well, and WiLoR-mini mirrors all.
+Forward kinematics shows whether pose and joints are mirrored: only one reading of them fits together. tx follows from
+the box, because a crop has its hand in the middle; `pred_cam_t` states it exactly.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ARRAYS: dict[str, tuple[int, ...]] = {
     "is_right": (), "global_orient": (3, 3), "hand_pose": (15, 3, 3), "pred_cam": (3,), "box_center": (2,),
     "box_size": (), "pred_keypoints_3d": (21, 3),
 }  # fmt: skip
-CAMERA_T = "pred_cam_t"  # optional, [3]: tx, ty of the crop's camera, which nobody changes in place
-ROTATION = 0.02  # how far a matrix may be from a rotation: half precision is within 0.005
+CAMERA_T = "pred_cam_t"  # optional, [3]: tx, ty of the crop's camera, which the demos do not change in place
+ROTATION = 0.02  # largest error of a rotation matrix: half precision is within 0.005
 MOST_ANGLE = 4 * np.pi  # radians of an axis-angle: more are degrees
 HAND = (0.01, 0.5)  # metres: a hand's size, see `radius`
-MIRRORED = 0.7  # times as near to the pose, for joints to count as mirrored
-BESIDE, CENTRED = 0.2, 0.4  # halves of the box: how far out of its middle a hand may be; where it should be
+MIRRORED = 0.7  # joints count as mirrored if mirroring reduces their distance from the pose to this share
+BESIDE, CENTRED = 0.2, 0.4  # halves of the box: a hand's allowed and usual distance from its middle
 
 
 @dataclass
@@ -75,11 +75,11 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             held = {name: archive[name].astype(np.float64) for name in (*ARRAYS, CAMERA_T) if name in archive}
     except FileNotFoundError:
-        raise ValueError(
-            f"There is no {path.name} with its hands beside it. An empty one says that it has none."
-        ) from None
+        raise ValueError(f"It lacks {path.name} with its hands. Write an empty .npz if it shows no hands.") from None
     except Exception as error:
-        raise ValueError(f"{path.name} is no .npz of plain numbers ({type(error).__name__}).") from None
+        raise ValueError(
+            f"{path.name} must be an .npz of plain numbers, got {type(error).__name__}. Save it again."
+        ) from None
     if not held:
         return {}
     missing = [name for name in ARRAYS if name not in held]
@@ -88,58 +88,61 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     count = held["is_right"].size
     if count == 1 < held["box_size"].size:
         raise ValueError(
-            f"{path.name} has one is_right for {held['box_size'].size} hands: the loop of HaMeR's demo overwrites it. "
+            f"{path.name} must have an is_right for each of {held['box_size'].size} hands, got 1: the loop of HaMeR's "
+            "demo overwrites it. "
             'Save batch["right"].'
         )
     for name, value in held.items():
         if not np.isfinite(value).all():
-            raise ValueError(f"{path.name} has NaN or infinity in {name}.")
+            raise ValueError(f"{name} in {path.name} must be finite, got NaN or infinity.")
     for name, joints in (("global_orient", 1), ("hand_pose", 15)):
         if held[name].size == count * joints * 3:
             most = np.abs(held[name]).max(initial=0)
             if most > MOST_ANGLE:
-                raise ValueError(f"{path.name} has {most:g} in {name}; angles are in radians.")
+                raise ValueError(f"{name} in {path.name} must be in radians, got {most:g}.")
             held[name] = axis_angle_to_matrix(held[name].reshape(-1, 3))
     for name, value in held.items():
         shape = ARRAYS.get(name, (3,))
         if value.size != count * int(np.prod(shape)):
-            raise ValueError(f"{path.name} has {name} of shape {list(value.shape)} for {count} hands.")
+            raise ValueError(f"{name} in {path.name} must be of shape {[count, *shape]}, got {list(value.shape)}.")
         held[name] = value.reshape(count, *shape)
     _make_sense(held, path.name)
     return held
 
 
 def _make_sense(held: dict[str, np.ndarray], name: str) -> None:
-    """Raises ValueError for numbers that no estimate has."""
+    """Raises ValueError for numbers that cannot be estimates."""
     for array in ("global_orient", "hand_pose"):
         if not are_rotations(held[array]):
-            raise ValueError(f"{name} has a matrix in {array} that is no rotation.")
+            raise ValueError(f"{array} in {name} must hold rotations, got another matrix.")
     if not np.isin(held["is_right"], (0, 1)).all():
-        raise ValueError(f"{name} has an is_right that is neither 0 nor 1.")
+        raise ValueError(f"is_right in {name} must be 0 or 1.")
     for array, values in (("pred_cam", held["pred_cam"][:, 0]), ("box_size", held["box_size"])):
         if (values <= 0).any():
-            raise ValueError(f"{name} has {values.min():g} for a scale in {array}; it must be above 0.")
+            raise ValueError(f"The scale in {array} of {name} must be above 0, got {values.min():g}.")
     sizes = radius(held["pred_keypoints_3d"])
     for size in sizes[(sizes < HAND[0]) | (sizes > HAND[1])]:
-        raise ValueError(f"{name} has pred_keypoints_3d of a hand of {size:.3g} metres, which no hand has.")
+        raise ValueError(
+            f"pred_keypoints_3d in {name} must be of a hand of {HAND[0]} to {HAND[1]} metres, got {size:.3g}."
+        )
 
 
 def are_rotations(matrices: np.ndarray) -> bool:
-    """Whether all matrices [..., 3, 3] are rotations: not zero, not scaled, not reflections."""
+    """Whether all matrices [..., 3, 3] are rotations: neither zero nor scaled nor reflections."""
     off = np.abs(matrices @ matrices.swapaxes(-1, -2) - np.eye(3))
     return bool((off <= ROTATION).all() and (np.linalg.det(matrices) > 0).all())
 
 
 def _left(one: Estimate, told: float | None, body: SMPLH, name: str) -> Estimate:
-    """A left hand as it was saved, mirrored back where it was not. fingers: matrices [15, 3, 3]. told: tx in the
-    mirrored crop, if it is known. Raises ValueError."""
+    """A saved left hand, mirrored back where its program did not. fingers: matrices [15, 3, 3]. told: tx in the
+    mirrored crop, if the file states it. Raises ValueError."""
     points = np.concatenate([body.j_template.numpy(), body.v_template[list(TIP_VERTICES)].numpy()]).astype(np.float64)
     turns, fingers = ([x, MIRROR @ x @ MIRROR] for x in (one.turn, one.fingers))
 
     def shape(joints: np.ndarray) -> np.ndarray:
         return (joints - joints.mean(0)) / radius(joints)
 
-    # The pose as the right hand of the mirrored crop, and as one that was mirrored back already.
+    # The pose read as the right hand of the mirrored crop, and as one already mirrored back.
     posed = [shape(Hand(RIGHT, fingers[back], turns[back], points).posed(fingers[back])) for back in (0, 1)]
     apart = {
         (pose, joints): float(radius_of(posed[pose] - shape(one.keypoints @ (MIRROR if joints else np.eye(3)))))
@@ -149,15 +152,15 @@ def _left(one: Estimate, told: float | None, body: SMPLH, name: str) -> Estimate
     best = min(apart, key=apart.__getitem__)
     pose, joints = best if apart[best] < MIRRORED * apart[0, 0] else (0, 0)
     s, tx, ty = one.camera
-    # From here on as it is in the picture: the pose as a left hand's, the joints not mirrored.
+    # From here on as in the picture: a left hand's pose, joints not mirrored.
     keypoints = one.keypoints if joints else one.keypoints @ MIRROR
     tx = -told if told is not None else tx if joints else -tx
     middle = (keypoints[:, 0].min() + keypoints[:, 0].max()) / 2
     beside, other = abs(s * (middle + tx)), abs(s * (middle - tx))
     if told is None and other < CENTRED and beside > other + BESIDE:
         raise ValueError(
-            f"{name} lies beside its box, and within it with the other sign of tx: the loop of HaMeR's demo negates it "
-            'in place. Save out["pred_cam"].clone() right after the model, and pred_cam_t.'
+            f"{name} must lie within its box; it does with the other sign of tx, which HaMeR's demo negates in "
+            'place. Save out["pred_cam"].clone() right after the model, and pred_cam_t.'
         )
     return replace(one, side=0, turn=turns[1 - pose], fingers=fingers[1 - pose], keypoints=keypoints,
                    camera=np.array([s, tx, ty]))  # fmt: skip

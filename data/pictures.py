@@ -1,11 +1,11 @@
-"""Pictures of all kinds to plain RGB: each of Pillow's modes is converted on purpose, or refused by name.
+"""Pictures of all kinds to plain RGB: the module converts each of Pillow's modes on purpose, or refuses it by name.
 
     decode(content)      # uint8 [H, W, 3], upright
     size_of(content)     # (H, W) of the same, by the header alone
 
-Grey, palettes, YCbCr, HSV and CMYK (without its colour profile) become RGB. What is transparent is laid on white. Of
-16-bit grey the upper byte is taken. A camera's EXIF orientation is applied. Refused: 32-bit and floating-point numbers,
-which say nothing of where white is; LAB, which needs a profile; animations, for which frame would it be?
+Grey, palettes, YCbCr, HSV and CMYK (without its colour profile) become RGB. Transparent pixels are laid on white.
+16-bit grey keeps its upper byte. A camera's EXIF orientation is applied. Refused: 32-bit and floating-point numbers,
+which do not define white; LAB, which needs a profile; animations, whose frame is ambiguous.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..schema import MisfitError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-# As they are written; a camera writes .JPG.
+# Cameras write .JPG.
 SPELLINGS = tuple(spelling for name in PICTURES for spelling in (name, name.upper(), "." + name[1:].capitalize()))
-# Pictures that are not read: they are named, not passed over.
+# Formats that we do not read: their files are reported, not ignored.
 FOREIGN = (".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".jfif", ".tga", ".dng")
 PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
-SEVERAL = ("MPO",)  # a JPEG of a telephone, with further pictures behind the first
+SEVERAL = ("MPO",)  # a phone's JPEG with more pictures behind the first
 
 
 def decode(content: bytes) -> np.ndarray:
@@ -47,12 +47,14 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(content)) as image:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format not in SEVERAL:
-                raise MisfitError(f"Its picture is an animation of {frames} frames. Save one of them.")
+                raise MisfitError(
+                    f"Its picture must have one frame, got an animation of {frames} frames. Save one of them."
+                )
             yield image
     except MisfitError:
         raise
-    except Exception as error:  # Pillow fails on bad files in many ways
-        why = "it is none" if isinstance(error, UnidentifiedImageError) else str(error)[:200].rstrip(".")
+    except Exception as error:  # Pillow raises many kinds
+        why = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)[:200].rstrip(".")
         raise MisfitError(f"Its picture cannot be decoded: {why}.") from None
 
 
@@ -64,7 +66,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     if image.mode in PLAIN:
         return image.convert("RGB")
-    raise MisfitError(f"Its picture has Pillow's mode {image.mode}, which is not read. Save it as 8-bit RGB.")
+    raise MisfitError(f"Its picture must be 8-bit RGB or alike, got Pillow's mode {image.mode}. Save it as 8-bit RGB.")
 
 
 def kind_of(content: bytes) -> str:
@@ -75,7 +77,7 @@ def kind_of(content: bytes) -> str:
         return "jpg"
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return "webp"
-    raise MisfitError("Its picture is neither PNG nor JPEG nor WebP. Convert it first.")
+    raise MisfitError("Its picture must be PNG, JPEG or WebP. Convert it first.")
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -7,22 +7,22 @@
             sample.prompts, sample.hands["right_hand_pose"], picture(sample)
     write_shards(samples, "photos")               # photos/00000.tar, ...
 
-A dataset is a folder of WebDataset shards (`00000.tar`, ...) or, where there are none, of plain files, so that the
-output folder of `hd-run` is one as it is. A sample is what shares a key:
+A dataset is a folder of WebDataset shards (`00000.tar`, ...), or of plain files: the output folder of `hd-run` is one.
+The files of a sample share a key:
 
     <key>.json                  prompt, or prompts: several wordings; perhaps source, licence, labels, annotated
-    <key>.hands.npz             SMPL-H: the arrays of HANDS; none where the picture shows no hands
+    <key>.hands.npz             SMPL-H: the arrays of HANDS; no such file where the picture shows no hands
     <key>.jpg | .png | .webp    the picture, for stage 2; endings may be in upper case
 
-Everything else (`<key>.hands.png`, `index.html`) is passed over. What is damaged or wrong is named and skipped, and the
-rest is read. docs/data.md has a complete example.
+The reader ignores all other files (`<key>.hands.png`, `index.html`). It names and skips a sample that is damaged or
+wrong, and reads the rest. docs/data.md has a complete example.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
+import tarfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -34,20 +34,21 @@ import numpy as np
 from msgspec import Meta
 
 from ..errors import DatasetError
+from ..files import written
 from ..hands import SHAPES
 from ..schema import TRUTH, MisfitError, fit, parse_json
 from .files import HANDS_NPZ, JSON, PICTURE, Bad, Entry, scan, shards
 from .pictures import SPELLINGS, decode, kind_of, size_of
 from .pictures import encode_png as encode_png
 
-MAX_MEMBER = 1 << 28  # bytes: no picture comes near
+MAX_MEMBER = 1 << 28  # bytes: far above any picture
 MAX_ARRAY = 1 << 24  # bytes of one array of hands, unpacked
 PER_SHARD = 1000
-GROUP = 1000  # plain files, so many samples of which count as a shard
+GROUP = 1000  # samples in plain files that count as one shard
 
-# What is read of a `.hands.npz`: array -> shape, largest magnitude that makes sense. Of `placement` and `camera` (weak
-# perspective s, tx, ty: image = s (metres + t), y up, +-1 over the picture's height) one is needed, and placement wins.
-# `visibility` says which hands (left, right) are to be seen. With several people each array has an axis in front.
+# The arrays of a `.hands.npz`: name -> shape, largest magnitude. A sample needs `placement` or `camera` (weak
+# perspective s, tx, ty: image = s (metres + t), y up, +-1 over the picture's height); `placement` wins.
+# `visibility` says which hands (left, right) the picture shows. With several people each array has an axis in front.
 HANDS: dict[str, tuple[tuple[int, ...], float]] = {
     **SHAPES,
     "camera": ((3,), 1e4),
@@ -61,8 +62,9 @@ POSE = ("global_orient", "body_pose", "left_hand_pose", "right_hand_pose", "beta
 class Sample:
     """One picture to learn from, or one prompt with its hands.
 
-    prompts: at least one wording. hands: the arrays of HANDS, float32 (each [N, ...] with N people), or None where
-    there are none. image: the picture's file. meta: the other entries of `<key>.json`: source, licence, labels, ...
+    prompts: at least one wording. hands: the arrays of HANDS, float32 (each [N, ...] with N people), or None for a
+    picture without hands. image: the picture's file. meta: the other entries of `<key>.json`, such as source, licence
+    and labels.
     """
 
     key: str
@@ -73,7 +75,7 @@ class Sample:
 
     @property
     def annotated(self) -> bool:
-        """Whether it is known which hands there are. Without, stage 1 must not learn that there are none."""
+        """Whether the data says which hands the picture shows. If not, stage 1 must not learn that it shows no hand."""
         return self.hands is not None or self.meta.get("annotated") is not False
 
     @property
@@ -99,8 +101,10 @@ class _Record(msgspec.Struct):
 
 
 def read(folder: str | Path) -> Iterator[Sample | Bad]:
-    """All samples, shard by shard, one in memory at a time; a Bad for each that cannot be read, and for a damaged
-    shard. Raises DatasetError where there is no such folder or nothing in it."""
+    """All samples, shard by shard, one in memory at a time; a Bad for each unreadable sample and each damaged shard.
+
+    Raises DatasetError where the folder is missing or empty.
+    """
     folder = Path(folder)
     found = False
     for path in shards(folder) or [folder]:
@@ -118,7 +122,7 @@ def load(folder: Path, entry: Entry) -> Sample | Bad:
     try:
         record, hands, image = (_member(folder, entry, member) for member in (JSON, HANDS_NPZ, PICTURE))
         if record is None:
-            raise MisfitError(f"It lacks its {entry.key}.json, which says what it shows.")
+            raise MisfitError(f"It lacks its {entry.key}.json, which holds its prompts.")
         prompts, meta = _read_record(record)
         return Sample(entry.key, prompts, None if hands is None else read_hands(hands), image, meta)
     except MisfitError as error:
@@ -152,18 +156,17 @@ def person(hands: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
 def write_shards(
     samples: Iterable[Sample | Bad], folder: str | Path, per_shard: int = PER_SHARD, progress: Any = None
 ) -> list[Bad]:
-    """Writes samples as shards `00000.tar`, ... of `per_shard` samples; returns what came as Bad.
+    """Writes samples as shards `00000.tar`, ... of `per_shard` samples each, and returns a Bad for each it leaves out.
 
-    A shard is written beside and renamed, so that each that is there is whole. Run again with the same samples, what
-    shards hold already is skipped by its key, and the rest goes into new shards. progress: called with each key. What
-    no shard can hold (a key with dots, a picture of another format), hands that `load` would refuse, and a key that
-    comes twice, is returned as Bad.
+    Every shard in the folder is whole. A second call with the same samples skips keys that the shards hold and writes
+    the rest into new shards. progress: called with each key. Left out are: each Bad among the samples, a key with dots,
+    a key that comes twice, a picture of another format, and hands that `load` refuses.
     Raises DatasetError where the folder cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tar.tmp"):
-        if leftover.stat().st_mtime < time.time() - 3600:  # a younger one may be another run's
+    for leftover in folder.glob(".*.tar.*.tmp"):
+        if leftover.stat().st_mtime < time.time() - 3600:  # another run may still write a younger one
             leftover.unlink(missing_ok=True)
     present = shards(folder)
     done = {entry.key for path in present for entry in scan(path)[0]}
@@ -201,35 +204,35 @@ def write_shards(
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Writes one shard beside and renames it. The same samples give the same bytes. Raises DatasetError, or MisfitError
-    for a sample that no shard can hold."""
-    from webdataset import TarWriter
+    """Writes one whole shard; the same samples give the same bytes.
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tar.tmp")
+    Raises DatasetError, or MisfitError for a sample that a shard cannot hold.
+    """
     try:
-        with open(temporary, "wb") as file:
-            with TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
-                for sample in samples:
-                    writer.write({"__key__": shard_key(sample.key), **members(sample)})
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with (
+            written(path, durable=True) as temporary,
+            tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive,
+        ):
+            for sample in samples:
+                key = shard_key(sample.key)
+                for suffix, content in sorted(members(sample).items()):
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size, info.mode = len(content), 0o444
+                    archive.addfile(info, io.BytesIO(content))
     except OSError as error:
         raise DatasetError(
-            f"{path} cannot be written: {error.strerror or error}. The shards before it are kept: the same command "
-            "goes on from there."
+            f"{path} cannot be written: {error.strerror or error}. Earlier shards are complete. Run the same command "
+            "again to go on."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def shard_key(key: str) -> str:
-    """The key, if a shard can hold it: readers of WebDataset end a key at its first dot. Raises MisfitError."""
+    """The key, if a shard can hold it: WebDataset ends a key at its first dot. Raises MisfitError."""
     name = key.rpartition("/")[2]
     if not name or "." in name or key.startswith(("/", "__")) or len(key.encode()) > 90 or "\0" in key:
         raise MisfitError(
-            f"The key {key[:100]!r} does not fit into a shard: give up to 90 bytes without dots (a reader of "
-            "WebDataset ends it at the first one)."
+            f"The key must be 1 to 90 bytes without dots, got {key[:100]!r}. WebDataset ends a key at its first dot: "
+            "rename the sample."
         )
     return key
 
@@ -262,42 +265,42 @@ def read_hands(content: bytes) -> dict[str, np.ndarray]:
             found = [name for name in HANDS if name in held]
             large = [name for name in found if held[name] > MAX_ARRAY]
             if large:
-                raise MisfitError(f"Its hands hold {large[0]} of {held[large[0]] >> 20} MB.")
+                raise MisfitError(
+                    f"Its {large[0]} must be at most {MAX_ARRAY >> 20} MB, got {held[large[0]] >> 20} MB."
+                )
             arrays = {name: np.asarray(archive[name]) for name in found}
     except MisfitError:
         raise
-    except Exception as error:  # a bad file fails numpy, zipfile and zlib in many ways; pickles are not opened
-        raise MisfitError(f"Its hands are no .npz of plain arrays: {str(error)[:200].rstrip('.')}.") from None
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds; pickles stay closed
+        raise MisfitError(f"Its .hands.npz must hold plain arrays, got: {str(error)[:200].rstrip('.')}.") from None
     return check_hands(arrays)
 
 
 def check_hands(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays in float32. Raises MisfitError where one is missing, misshapen, not finite or senseless."""
+    """The arrays in float32. Raises MisfitError where one is missing, misshapen, not finite or out of range."""
     missing = [name for name in POSE if name not in arrays]
     if missing:
         raise MisfitError(f"Its hands lack {', '.join(missing)}.")
     if "placement" not in arrays and "camera" not in arrays:
-        raise MisfitError("Its hands lack placement or camera: where they are in the picture.")
+        raise MisfitError("Its hands lack placement and camera. One of them must say where they are in the picture.")
     lead = arrays["global_orient"].shape[:-1]
     if len(lead) > 1 or 0 in lead:
-        raise MisfitError(f"Its hands have global_orient of shape {list(arrays['global_orient'].shape)}, not [3].")
+        raise MisfitError(f"Its global_orient must be of shape [3], got {list(arrays['global_orient'].shape)}.")
     out = {}
     for name, value in arrays.items():
         shape, limit = HANDS[name]
         if value.shape != (*lead, *shape):
-            raise MisfitError(f"Its hands have {name} of shape {list(value.shape)}, not {[*lead, *shape]}.")
+            raise MisfitError(f"Its {name} must be of shape {[*lead, *shape]}, got {list(value.shape)}.")
         if value.dtype.kind not in "fiub":
-            raise MisfitError(f"Its hands have {name} as {value.dtype}, not as numbers.")
+            raise MisfitError(f"Its {name} must hold numbers, got {value.dtype}.")
         value = value.astype(np.float32)
         if not np.isfinite(value).all():
-            raise MisfitError(f"Its hands have NaN or infinity in {name}.")
+            raise MisfitError(f"Its {name} must be finite, got NaN or infinity.")
         if value.size and np.abs(value).max() > limit + 1e-3:
-            raise MisfitError(
-                f"Its hands have {np.abs(value).max():g} in {name}; more than {limit:.4g} makes no sense there."
-            )
+            raise MisfitError(f"Its {name} must be at most {limit:.4g} in size, got {np.abs(value).max():g}.")
         out[name] = value
     if "camera" in out and "placement" not in out and (out["camera"][..., 0] <= 0).any():
-        raise MisfitError("Its hands have a camera whose scale is not above 0.")
+        raise MisfitError("Its camera's scale must be above 0.")
     return out
 
 
@@ -305,7 +308,7 @@ def _read_record(content: bytes) -> tuple[list[str], dict[str, Any]]:
     """Prompts and everything else of a `<key>.json`. Raises MisfitError."""
     value = parse_json(content)
     if not isinstance(value, dict):
-        raise MisfitError("Its .json is no object.")
+        raise MisfitError("Its .json must be an object.")
     try:
         record = fit(value, _Record)
     except MisfitError as error:
@@ -321,7 +324,7 @@ def _member(folder: Path, entry: Entry, member: int) -> bytes | None:
     if offset < 0:
         return None
     if size > MAX_MEMBER:
-        raise MisfitError(f"A file of it has {size >> 20} MB.")
+        raise MisfitError(f"Its files must be at most {MAX_MEMBER >> 20} MB, got {size >> 20} MB.")
     if not entry.shard:
         suffix = (".json", ".hands.npz", SPELLINGS[entry.suffix] if entry.suffix >= 0 else "")[member]
         return (folder / (entry.key + suffix)).read_bytes()
@@ -329,5 +332,5 @@ def _member(folder: Path, entry: Entry, member: int) -> bytes | None:
         file.seek(offset)
         content = file.read(size)
     if len(content) < size:
-        raise MisfitError("Its shard ends before it does.")
+        raise MisfitError("Its shard ends within it. Copy the shard again.")
     return content

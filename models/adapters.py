@@ -1,15 +1,15 @@
-"""Reads a LoRA file, ours or another program's: which layer each tensor is for, and how strong the update is.
+"""Reads a LoRA file, ours or another program's: finds each tensor's layer and each update's strength.
 
     adapter = read(checkpoint, Path("style.safetensors"))
     adapter.updates["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].factor     # alpha / rank
 
-Names are looked up in a table made from the checkpoint's own layers, in the spellings of kohya's sd-scripts, diffusers
-(three generations of them), peft, and Stable Diffusion's first code. A key that the table does not know is never
-dropped: the file is refused, by the name of its kind where that is known.
+A table made from the checkpoint's own layers holds their names in the spellings of kohya's sd-scripts, diffusers (three
+generations), peft, and Stable Diffusion's first code. A file with an unknown key is refused, by its kind if that is
+known: the reader never drops a tensor.
 
 The strength follows peft's LoraConfig: alpha / rank, or alpha / sqrt(rank) with `use_rslora` (Kalajdzievski 2023).
-alpha is beside the layer (kohya), in the file's metadata (diffusers), in `adapter_config.json` beside the file (peft),
-or nowhere: then it equals the rank.
+alpha is beside the layer (kohya), in the file's metadata (diffusers), or in `adapter_config.json` beside it (peft). A
+missing alpha equals the rank.
 """
 
 from __future__ import annotations
@@ -29,13 +29,23 @@ from ..errors import CheckpointError
 from ..schema import TRUTH, MisfitError, fit, parse_json, read_json, shown, whole
 from .weights import first_line, listed
 
-METADATA = "lora_adapter_metadata"  # where diffusers keeps LoraConfig, each entry behind its part: "unet.lora_alpha"
-PEFT_CONFIG = "adapter_config.json"  # where peft keeps it, beside the weights
-WHOLE = ("location.", "rotation.", "vertices.", "place", "side", "null")  # of the Text+Hand encoder: the hands' own
-OWN = (*(f"text_hand_encoder.{name}" for name in WHOLE), "position_kernel.")  # trained whole, in our adapters
+METADATA = "lora_adapter_metadata"  # diffusers' key for LoraConfig, each entry prefixed by its part: "unet.lora_alpha"
+PEFT_CONFIG = "adapter_config.json"  # peft's file for LoraConfig, beside the weights
+WHOLE = (
+    "location.",
+    "rotation.",
+    "vertices.",
+    "place",
+    "side",
+    "null",
+)  # the Text+Hand encoder's own tensors for hands
+OWN = (
+    *(f"text_hand_encoder.{name}" for name in WHOLE),
+    "position_kernel.",
+)  # our adapters train these as whole tensors
 LFS = b"version https://git-lfs"
 
-# One tensor's key: a layer, and what it is of that layer's update.
+# One tensor's key: a layer, and the tensor's role in that layer's update.
 _KEY = re.compile(
     r"(?P<layer>.+?)(?:"
     r"\.lora_(?P<new>A|B|down|up)(?:\.default)?\.(?P<what>weight|bias)"  # peft, kohya
@@ -50,7 +60,7 @@ _MERGE = (
 )
 _BASE = "Take an adapter that was trained for this checkpoint's kind of model, Stable Diffusion 1.x or 2.x."
 _INIT = "Give --lora an adapter; a Stable Diffusion folder becomes a checkpoint with hd-train init."
-# What a file is that has keys like these, and the way out. The first that fits counts.
+# Pattern of a key -> the kind of file, and the way out. The first match counts.
 KINDS = tuple(
     (re.compile(pattern), kind, advice)
     for pattern, kind, advice in (
@@ -88,7 +98,7 @@ KINDS = tuple(
         (r"^(unet\.)?(conv_in|conv_norm_out|time_embedding\.linear_1)\.(weight|bias)$", "a UNet", _INIT),
     )
 )
-# What the header of kohya's and Stability's files calls the model that an adapter is for.
+# Pattern of the model's name in the header of kohya's and Stability's files -> kind of adapter.
 NAMED = {
     "xl": "an adapter for SDXL",
     "flux": "an adapter for Flux",
@@ -96,7 +106,7 @@ NAMED = {
     "v2": "an adapter for Stable Diffusion 2.x",
     "v1": "an adapter for Stable Diffusion 1.x",
 }
-WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}  # of what cross-attention reads
+WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}  # of cross-attention's input
 
 Number = Annotated[float, Meta(ge=-1e6, le=1e6, description="a number")]
 Rank = Annotated[int, whole(1, 65_536)]
@@ -104,7 +114,7 @@ Pattern = Annotated[str, Meta(max_length=300)]
 
 
 class Strength(TypedDict, total=False):
-    """Of LoraConfig, what an update's size comes of."""
+    """The entries of LoraConfig that decide an update's strength."""
 
     r: Rank
     lora_alpha: Number
@@ -114,8 +124,8 @@ class Strength(TypedDict, total=False):
 
 
 DEFAULTS = Strength(lora_alpha=8)  # of LoraConfig
-# Entries of LoraConfig that change nothing about a finished update: how it was trained, or where it was put. Tensors
-# that an entry brings (biases) are looked at as tensors.
+# Entries of LoraConfig that do not change a finished update: how it was trained, or where. The reader checks tensors
+# that an entry adds (biases) by themselves.
 NO_SAY = {
     *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"),
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "kasa_config", "layers_pattern", "layers_to_transform"),
@@ -128,12 +138,12 @@ MOVES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that 
 
 @dataclass
 class Update:
-    """What a layer's weight gets: factor * up @ down, and its bias factor * bias."""
+    """Adds factor * up @ down to a layer's weight, and factor * bias to its bias."""
 
-    part: str  # as the file calls it: unet, text_encoder, text_hand_encoder, or "" where it names none
+    part: str  # by the file: unet, text_encoder, text_hand_encoder, or "" if it names no part
     parts: dict[str, Tensor] = field(default_factory=dict)  # down [r, in, ...], up [out, r, ...], alpha [], bias [out]
     factor: float = 1.0
-    stated: bool = False  # whether the file says how strong it is
+    stated: bool = False  # whether the file states its strength
 
     @property
     def rank(self) -> int:
@@ -147,7 +157,7 @@ class Update:
 
 @dataclass
 class Adapter:
-    """All that a file holds: updates by the layer of our modules, and tensors that were trained whole, by name."""
+    """A file's content: updates by the layer of our modules, and whole tensors by name."""
 
     updates: dict[str, Update]
     whole: dict[str, Tensor]
@@ -156,8 +166,8 @@ class Adapter:
 def read(layers: Mapping[str, nn.Module], path: Path) -> Adapter:
     """Reads an adapter for these layers, by their names: "unet.conv_in", "text_hand_encoder.layers.0.mlp.fc1".
 
-    Raises CheckpointError, in a sentence, for a file that is missing, damaged or no adapter, that is incomplete or of a
-    kind that is not merged here, that is for another network, and that holds NaN or infinity.
+    Raises CheckpointError for a file that is missing, damaged, incomplete, not an adapter, of a kind that we do not
+    merge, for another network, or that holds NaN or infinity.
     """
     tensors, header = _open(path, layers)
     homes = addresses(layers)
@@ -173,13 +183,13 @@ def read(layers: Mapping[str, nn.Module], path: Path) -> Adapter:
         update = updates.setdefault(homes[address], Update(_part(address)))
         if slot in update.parts:
             raise CheckpointError(
-                f"{path} has {slot} of {homes[address]} twice. Save each adapter in a file of its own."
+                f"{path} must have {slot} of {homes[address]} once, got two. Save each adapter in a file of its own."
             )
         update.parts[slot] = value
     broken = [key for key, value in tensors.items() if not _is_sound(key, value)]
     if broken:
         raise CheckpointError(
-            f"{path} is broken: NaN, infinity or no floating-point numbers in {listed(broken)}. Take an adapter from "
+            f"{path} must hold finite floating-point numbers, got others in {listed(broken)}. Take an earlier adapter, "
             "before its training diverged."
         )
     for layer, update in updates.items():
@@ -189,7 +199,7 @@ def read(layers: Mapping[str, nn.Module], path: Path) -> Adapter:
 
 
 def _is_sound(key: str, value: Tensor) -> bool:
-    """Whether a tensor is of finite numbers, which may be whole ones in an alpha alone."""
+    """Whether a tensor holds finite floating-point numbers; an alpha may be an integer."""
     return bool(value.isfinite().all()) and (value.is_floating_point() or key.endswith(".alpha"))
 
 
@@ -214,7 +224,7 @@ def addresses(layers: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _first_name(name: str, depth: int, layers: Iterable[str]) -> str:
-    """The name that Stable Diffusion's first code gave a layer of diffusers' UNet. depth: ResNets in a block."""
+    """The name in Stable Diffusion's first code of a layer of diffusers' UNet. depth: ResNets in a block."""
 
     def place(found: re.Match[str]) -> str:
         side, block, kind, number = found[1], int(found[2] or 0), found[3], int(found[4])
@@ -239,19 +249,23 @@ def _first_name(name: str, depth: int, layers: Iterable[str]) -> str:
 
 
 def _open(path: Path, layers: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file whose every key has a place, and its header. Looks at names before it reads anything."""
+    """The tensors of a file and its header. It checks that every key has a place before it reads a tensor."""
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder. Name the .safetensors file in it that holds the adapter.")
+        raise CheckpointError(
+            f"{path} must be a file, got a folder. Name the .safetensors file in it that holds the adapter."
+        )
     if not path.exists():
-        raise CheckpointError(f"There is no adapter {path}. Nothing is downloaded: give the path of a file.")
+        raise CheckpointError(
+            f"The adapter {path} does not exist. Give the path of a file; the command does not download."
+        )
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path} is no .safetensors file, and nothing else is read: it could run code.")
+        raise CheckpointError(f"{path} must be a .safetensors file: others can run code when opened.")
     try:
         with safe_open(path, "pt") as file:
             names, header = list(file.keys()), file.metadata() or {}
             shapes = {name: file.get_slice(name).get_shape() for name in names}
             if not names:
-                raise CheckpointError(f"{path} holds no adapter: it has no tensor. Save or download it again.")
+                raise CheckpointError(f"{path} must hold an adapter, got no tensor. Save or download it again.")
             homes = addresses(layers)
             unknown = [name for name in names if not name.startswith(OWN) or _KEY.fullmatch(name)]
             unknown = [n for n in unknown if not (m := _KEY.fullmatch(n)) or _address(m["layer"]) not in homes]
@@ -262,37 +276,39 @@ def _open(path: Path, layers: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor
         with open(path, "rb") as start:
             content = start.read(len(LFS))
         if content == LFS:
-            raise CheckpointError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull.") from None
+            raise CheckpointError(
+                f"{path} is a Git LFS pointer: fetch the file itself. Run there: git lfs pull"
+            ) from None
         what = "is empty" if not content else f"cannot be read: {first_line(error)}"
         raise CheckpointError(f"The adapter {path} {what}. Save or download it again.") from None
 
 
 def _refuse(path: Path, unknown: list[str], shapes: Mapping[str, list[int]], header: Mapping[str, str]) -> NoReturn:
-    """Says in a sentence what a file is that has keys without a place."""
+    """Raises CheckpointError that names the kind of a file with unknown keys."""
     for pattern, kind, advice in KINDS:
         if any(pattern.search(name) for name in unknown):
-            raise CheckpointError(f"{path} is {kind}, which is not merged here. {advice}")
+            raise CheckpointError(f"{path} must be a LoRA, got {kind}. {advice}")
     if not any(_KEY.fullmatch(name) for name in shapes):
         if len(shapes) == 1 and "." not in unknown[0]:  # its one key is the word
             raise CheckpointError(
                 f"{path} is a textual inversion, which is not merged here. Give it to hd-train init --embedding."
             )
-        raise CheckpointError(f"{path} is no adapter: it has no LoRA in it, and {listed(unknown)}. {_INIT}")
+        raise CheckpointError(f"{path} must hold a LoRA, got {listed(unknown)}. {_INIT}")
     kind = _named(header)
     raise CheckpointError(
-        f"{path} {f'is {kind} and ' if kind else ''}does not fit this checkpoint, which has no place for "
+        f"{path} {f'is {kind} and ' if kind else ''}does not fit this checkpoint, which lacks layers for "
         f"{listed(unknown)}. {_BASE}"
     )
 
 
 def _named(header: Mapping[str, str]) -> str:
-    """What a file says that it is for; "" where it says nothing that is known."""
+    """The kind of adapter by the file's header; "" if the header names no known model."""
     said = f"{header.get('ss_base_model_version', '')} {header.get('modelspec.architecture', '')}".lower()
     return next((kind for word, kind in NAMED.items() if re.search(word, said)), "")
 
 
 def _address(layer: str) -> str:
-    """A layer's name without what names only how it was wrapped."""
+    """A layer's name without the names of wrappers."""
     return layer.replace("base_model.model.", "").replace(".processor", "")
 
 
@@ -309,13 +325,13 @@ def _check(path: Path, layer: str, update: Update, module: nn.Module) -> None:
     lacking = [name for name in ("down (lora_A)", "up (lora_B)") if name.split()[0] not in parts]
     if lacking:
         raise CheckpointError(
-            f"{path} is incomplete: {layer} has no {' and no '.join(lacking)}. Save or download it again."
+            f"{path} is incomplete: {layer} lacks {' and '.join(lacking)}. Save or download it again."
         )
     down, up = parts["down"], parts["up"]
     alpha, bias = parts.get("alpha"), parts.get("bias")
     if alpha is not None and alpha.numel() != 1:
         raise CheckpointError(
-            f"{path} is damaged: alpha of {layer} must be one number, got {list(alpha.shape)}. Save it again."
+            f"{path} must give alpha of {layer} as one number, got shape {list(alpha.shape)}. Save it again."
         )
     fits = down.dim() >= 2 and up.dim() >= 2 and 0 < len(down) == up.shape[1] and up[0, 0].numel() == 1
     if fits and (len(up), *_short(down.shape[1:])) == (weight.shape[0], *_short(weight.shape[1:])):
@@ -325,8 +341,8 @@ def _check(path: Path, layer: str, update: Update, module: nn.Module) -> None:
         if isinstance(own, Tensor) and own.shape == bias.shape:
             return
         raise CheckpointError(
-            f"{path} does not fit this checkpoint: it has a bias for {layer}, where there "
-            "is none. Take an adapter that was trained without lora_bias."
+            f"{path} does not fit this checkpoint: it has a bias for {layer}, which lacks one or has another size. "
+            "Take an adapter trained without lora_bias."
         )
     reads = layer.endswith(("attn2.to_k", "attn2.to_v")) and down.dim() >= 2 and down.shape[1] != weight.shape[1]
     theirs, ours = (WIDTHS.get(width.shape[1], "") for width in (down, weight)) if reads else ("", "")
@@ -346,7 +362,7 @@ def _short(shape: Iterable[int]) -> tuple[int, ...]:
 
 
 def _set_factors(path: Path, updates: Mapping[str, Update], header: Mapping[str, str]) -> None:
-    """Finds out how strong each update is, as diffusers and peft do."""
+    """Sets each update's strength, by the rules of diffusers and peft."""
     said = _config(path, header)
     for part in dict.fromkeys(update.part for update in updates.values()):
         own = {layer: update for layer, update in updates.items() if update.part == part}
@@ -355,11 +371,11 @@ def _set_factors(path: Path, updates: Mapping[str, Update], header: Mapping[str,
         without = [layer for layer, update in own.items() if "alpha" not in update.parts]
         if without and len(without) < len(own):
             raise CheckpointError(
-                f"{path} gives alpha of some layers and not of {listed(without)}, on which programs disagree. "
-                "Save it again with alpha of each layer, or of none."
+                f"{path} must give alpha of each layer or of no layer, but lacks {listed(without)}. Programs differ on "
+                "these. Save it again."
             )
         if not without and config:
-            raise CheckpointError(f"{path} gives its strength twice, as alpha and as {METADATA}. Remove one of them.")
+            raise CheckpointError(f"{path} must give its strength once, got alpha and {METADATA}. Remove one of them.")
         strength = _strength(path, config)
         for layer, update in own.items():
             update.stated = not without or strength is not None
@@ -385,7 +401,7 @@ def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _strength(path: Path, config: dict[str, Any]) -> Strength | None:
-    """What an update's size comes of; None where nothing is said. Raises CheckpointError for what is not done here."""
+    """An update's strength; None for an empty config. Raises CheckpointError for a kind that we do not merge."""
     if not config:
         return None
     kind = config.pop("peft_type", None) or "LORA"
@@ -393,21 +409,21 @@ def _strength(path: Path, config: dict[str, Any]) -> Strength | None:
     rest = {key: value for key, value in config.items() if key not in NO_SAY and key not in Strength.__annotations__}
     other = [key for key, value in rest.items() if value]
     if config.get("use_dora"):
-        raise CheckpointError(f"{path} is a DoRA adapter, which is not merged here. {_MERGE}")
+        raise CheckpointError(f"{path} must be a LoRA, got a DoRA adapter. {_MERGE}")
     if str(kind).upper() not in ("LORA", "PEFTTYPE.LORA"):
-        raise CheckpointError(f"{path} is an adapter of the kind {shown(kind)}, which is not merged here. {_MERGE}")
+        raise CheckpointError(f"{path} must be a LoRA, got an adapter of the kind {shown(kind)}. {_MERGE}")
     if isinstance(start, str) and start.lower().startswith(MOVES):
         raise CheckpointError(
-            f"{path} is a {shown(start)} adapter, which changed the weights under it. Convert it to a plain LoRA "
+            f"{path} must be a plain LoRA, got {shown(start)}, which also changes the weights under it. Convert it "
             "with peft (path_initial_model_for_weight_conversion) and save it again."
         )
     if other:
-        raise CheckpointError(f"{path} is a LoRA with {listed(other)}, which is not merged here. {_MERGE}")
+        raise CheckpointError(f"{path} must be a plain LoRA, got one with {listed(other)}. {_MERGE}")
     try:
         said = {key: value for key, value in config.items() if key in Strength.__annotations__ and value is not None}
         return fit({**DEFAULTS, **said}, Strength)
     except MisfitError as error:
-        raise CheckpointError(f"{path} does not say how strong it is: {error} Save the adapter again.") from None
+        raise CheckpointError(f"{path} does not state its strength: {error} Save the adapter again.") from None
 
 
 def _factor(path: Path, layer: str, update: Update, strength: Strength) -> float:
@@ -422,15 +438,14 @@ def _factor(path: Path, layer: str, update: Update, strength: Strength) -> float
                     return value
             except re.error:
                 raise CheckpointError(
-                    f"{path} names layers by {shown(pattern)}, which is no pattern. Save it again."
+                    f"{path} must name layers by regular expressions, got {shown(pattern)}. Save it again."
                 ) from None
         return otherwise
 
     rank = matched(strength.get("rank_pattern", {}), strength.get("r"))
     if rank is not None and rank != update.rank:
         raise CheckpointError(
-            f"{path} is inconsistent: its metadata gives {layer} the rank {rank:g}, and its tensors have "
-            f"{update.rank}. Save the adapter again."
+            f"{path} must have rank {rank:g} in {layer}, as in its metadata, got {update.rank}. Save the adapter again."
         )
     alpha = matched(strength.get("alpha_pattern", {}), strength["lora_alpha"])
     assert alpha is not None

@@ -1,20 +1,19 @@
-"""`hd-body`: what a body file holds, and the official pickles of SMPL-H and MANO made safe `.npz` files.
+"""`hd-body`: shows body files, and converts the official pickles of SMPL-H and MANO to safe `.npz` files.
 
     hd-body convert SMPLH_MALE.pkl smplh_male.npz
     hd-body show smplh_male.npz
 
-Unpickling runs whatever the file says. So nothing of Python's is reachable here: each name that such files use (numpy's
-arrays, scipy's sparse matrices, chumpy's `Ch`) is answered with a stand-in below that only keeps what it is given, and
-any other name ends the reading. Neither scipy nor chumpy, which does not install on a current Python, is needed.
+A plain unpickler runs any code a file asks for. This one reaches no Python object: a stand-in replaces each name that
+such files use (numpy's arrays, scipy's sparse matrices, chumpy's `Ch`) and only keeps its arguments. Any other name
+ends the reading. It needs neither scipy nor chumpy, which does not install on a current Python.
 
-The official bodies are licensed by their makers and may not be passed on, in whichever format. The demo's own is free.
+The makers of the official bodies license them and forbid passing them on, in any format. The demo's own is free.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,21 @@ import numpy as np
 
 from ..commands import run
 from ..errors import CheckpointError
+from ..files import written
 from ..shipped import is_demo_body
 
 LARGEST = 1 << 30  # bytes of a file; the official ones are below 300 MB
-LICENCE = "SMPL-H and MANO are licensed by their makers (non-commercial, no passing on): keep this file to yourself."
-FREE = "This is the demo's own body, in SMPL-H's format: it is free (Apache-2.0), and may be passed on."
+LICENCE = "Keep this file to yourself: the licences of SMPL-H and MANO are non-commercial and forbid passing it on."
+FREE = "This is the demo's own body, in SMPL-H's format: free (Apache-2.0), and you may pass it on."
 
-# What each kind of body holds. J_regressor, weights and kintree_table tell the kinds apart by their number of joints.
+# The arrays of every body; the number of joints tells the kinds apart.
 NEEDED = ("v_template", "shapedirs", "posedirs", "J_regressor", "kintree_table", "weights", "f")
 HANDS = ("hands_componentsl", "hands_componentsr", "hands_meanl", "hands_meanr")
 KINDS = {16: "MANO (one hand)", 24: "SMPL", 52: "SMPL-H", 55: "SMPL-X"}
 
 
 class _Kept:
-    """Keeps what a pickle gives an object: its arguments, then its state."""
+    """Keeps an object's arguments and state from a pickle."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments, self.state = arguments, None
@@ -47,10 +47,12 @@ class _Kept:
 
 
 def read_pickle(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an official body pickle. Raises CheckpointError for anything else; nothing of it is ever run."""
+    """The arrays of an official body pickle, without running its code. Raises CheckpointError for another file."""
     if path.stat().st_size > LARGEST:
-        raise CheckpointError(f"{path} is larger than any body model ({path.stat().st_size >> 20} MiB).")
-    # New classes for every file: a pickle may write attributes to what it is given.
+        raise CheckpointError(
+            f"{path} must be at most {LARGEST >> 20} MiB, as body models are, got {path.stat().st_size >> 20} MiB."
+        )
+    # New classes for every file: a pickle may set attributes on them.
     names = ("dtype", "array", "scalar", "sparse", "chumpy", "text")
     kinds: dict[str, type[_Kept]] = {name: type(name, (_Kept,), {}) for name in names}
 
@@ -71,7 +73,7 @@ def read_pickle(path: Path) -> dict[str, np.ndarray]:
         known[module, "_reconstruct"] = lambda *_: kinds["array"]()
         known[module, "scalar"] = kinds["scalar"]
 
-    # The one in Python, not the one in C: what a damaged file says of its size takes no memory there.
+    # The reader in Python, not the one in C: that allocates any size a damaged file states.
     class Reader(pickle._Unpickler):  # type: ignore[name-defined]
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in known:
@@ -91,13 +93,13 @@ def read_pickle(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # a damaged pickle raises many kinds
         raise CheckpointError(
-            f"{path} is no pickle of an official SMPL-H or MANO body ({error}). Nothing in it was run. Get the file "
-            "from its makers' page again, or give an .npz."
+            f"{path} must be a pickle of an official SMPL-H or MANO body, or an .npz ({error}). None of its code ran. "
+            "Get the file from its makers' page again."
         ) from None
 
 
 def _arrays(value: dict[Any, Any], kinds: dict[str, type[_Kept]]) -> dict[str, np.ndarray]:
-    """Plain arrays of a body's entries; what is no number (names, settings) is left out."""
+    """Plain arrays of a body's entries, without those that are not numbers (names, settings)."""
     out: dict[str, np.ndarray] = {}
     for name, entry in value.items():
         array = _array(entry, kinds)
@@ -128,7 +130,7 @@ def _array(entry: Any, kinds: dict[str, type[_Kept]], depth: int = 0) -> np.ndar
                 raise ValueError(f"chumpy's {type(entry).__name__} lacks its source")
             shape = state.get("preferred_shape") or index.shape
             return source.ravel()[index.astype(np.int64).ravel()].reshape(tuple(int(n) for n in shape))
-        raise ValueError(f"chumpy's {type(entry).__name__} is not among what body models are made of")
+        raise ValueError(f"body models do not use chumpy's {type(entry).__name__}")
     return None
 
 
@@ -142,7 +144,7 @@ def _dtype(kept: Any, kinds: dict[str, type[_Kept]]) -> np.dtype:
     name, state = str(kept.arguments[0]), kept.state or (3, "<")
     order = _bytes(state[1]).decode() if len(state) > 1 else "<"
     if name[:1] not in "fiub" or not name[1:].isdigit():
-        raise ValueError(f"an array is of type {name[:20]!r}; only numbers are read")
+        raise ValueError(f"an array must hold numbers, got type {name[:20]!r}")
     return np.dtype(("" if order in "|=" else order) + name)
 
 
@@ -192,31 +194,26 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 def read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a body file, by its ending."""
     if not path.exists():
-        raise CheckpointError(f"There is no body model at {path}.")
+        raise CheckpointError(f"The body model {path} does not exist.")
     return read_npz(path) if path.suffix == ".npz" else read_pickle(path)
 
 
 def kind_of(arrays: dict[str, np.ndarray]) -> str:
-    """ "SMPL-H", "MANO (one hand)", ... Raises CheckpointError for what is no body."""
+    """ "SMPL-H", "MANO (one hand)", ... Raises CheckpointError for other arrays."""
     missing = [name for name in NEEDED if name not in arrays]
     if missing:
-        raise CheckpointError(f"This is no body model: it lacks {', '.join(missing)}.")
+        raise CheckpointError(f"A body model must have {', '.join(NEEDED)}; this file lacks {', '.join(missing)}.")
     regressor = arrays["J_regressor"]
     joints = regressor.shape[0] if regressor.ndim == 2 else 0
     if joints not in KINDS:
-        raise CheckpointError(f"This is no body model that is known: it has {joints} joints.")
+        raise CheckpointError(f"A body model must have {', '.join(map(str, KINDS))} joints, got {joints}.")
     return KINDS[joints]
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes beside and renames, so that the name only ever belongs to a whole file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a whole `.npz`, or leaves the old one."""
+    with written(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -233,10 +230,10 @@ def commands() -> None:
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="MANO_LEFT, and again MANO_RIGHT: for SMPL-H files without hands_*, as AMASS gives them.",
+    help="MANO_LEFT, then again MANO_RIGHT: for SMPL-H files without hands_*, such as AMASS's.",
 )
 def convert(source: Path, out: Path, hands: tuple[Path, ...]) -> int:
-    """Converts SOURCE (.pkl or .npz) to OUT (.npz). No code in a pickle is run."""
+    """Converts SOURCE (.pkl or .npz) to OUT (.npz). Runs no code of a pickle."""
     if out.suffix != ".npz":
         raise CheckpointError(f"{out} must end in .npz.")
     if len(hands) not in (0, 2):
@@ -247,7 +244,7 @@ def convert(source: Path, out: Path, hands: tuple[Path, ...]) -> int:
         hand = read(path)
         for name in ("hands_components", "hands_mean"):
             if kind != "SMPL-H" or name not in hand:
-                raise CheckpointError(f"--hands adds MANO's hands_* to an SMPL-H body; {path} or {source} is another.")
+                raise CheckpointError(f"--hands must be two MANO files for an SMPL-H body, got {path} for {source}.")
             arrays[name + side] = hand[name]
     write(out, arrays)
     describe(out, arrays)
@@ -257,19 +254,19 @@ def convert(source: Path, out: Path, hands: tuple[Path, ...]) -> int:
 @commands.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def show(file: Path) -> int:
-    """Says what FILE is and which arrays it holds."""
+    """Prints the kind of body in FILE and its arrays."""
     describe(file, read(file))
     return 0
 
 
 def describe(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Says what a body is, and whether it may be passed on: of the demo's own that is known by its content."""
+    """Prints a body's kind, arrays and licence; its content identifies the demo's own."""
     kind = kind_of(arrays)
     click.echo(f"{path}: {kind}, {len(arrays['v_template'])} vertices, {arrays['J_regressor'].shape[0]} joints")
     for name, array in sorted(arrays.items()):
         click.echo(f"  {name:20} {array.dtype.name:8} {' x '.join(map(str, array.shape)) or 'one number'}")
     if kind == "SMPL-H" and any(name not in arrays for name in HANDS):
-        click.echo("It lacks MANO's hands_*, which smplx asks for and hd-export does not: see hd-body convert --hands.")
+        click.echo("It lacks MANO's hands_*, which smplx needs and hd-export does not: see hd-body convert --hands.")
     click.echo(FREE if is_demo_body(arrays) else LICENCE)
 
 

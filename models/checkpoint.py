@@ -3,8 +3,8 @@
     model_index.json  tokenizer/  text_encoder/  hand_prior/  text_hand_encoder/  unet/  position_kernel/  vae/
     scheduler/  hand_scheduler/  [body/smplh.npz: the demo's own, licence-free body]
 
-Each part is what its library's `from_pretrained` reads; `position_kernel/` is missing where the UNet's cross-attention
-is plain. Weights are safetensors only. Nothing is ever fetched.
+The library of each part reads it with `from_pretrained`. A UNet with plain cross-attention has no `position_kernel/`.
+Weights are safetensors only. The module never downloads.
 
     checkpoint = Checkpoint.load("checkpoint")
     random_checkpoint(CONFIGS["tiny"]).save("checkpoint")
@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..contract import LARGEST_PARAMETER
 from ..errors import CheckpointError
-from ..files import open_to_others
+from ..files import open_to_others, written
 from ..schema import read_file
 from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config, default_settings
 from .foreign import MODEL_INDEX
@@ -42,7 +42,7 @@ from .position_kernel import PositionKernel, attach, cross_attentions
 from .text_hand_encoder import TextHandEncoder
 from .weights import first_line, load_part
 
-# Our own commands show progress; the libraries' bars and remarks would only break it up.
+# The libraries' bars and remarks would interrupt our commands' own progress.
 diffusers_logging.set_verbosity_error()
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -58,13 +58,13 @@ CLASSES = {
 }
 MAX_TOKENIZER = 1 << 27  # bytes of a tokenizer's files
 PROMPTS = ("", "a photo of a cat", "A right hand, making a FIST!!", "it's 2 ✌️ hands  on café tables", "手を開く")
-# What transformers reads beside tokenizer.json and tokenizer_config.json, from before tokenizer.json held everything.
-OLDER = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+# Other files of a tokenizer that transformers reads. Stable Diffusion's folders have them, some without tokenizer.json.
+PARTIAL = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 
 
 @dataclass
 class Checkpoint:
-    """The trained stages and what belongs to them. All modules are float32 and in evaluation mode."""
+    """The trained stages, their tokenizer, schedules and defaults. All modules are float32 and in evaluation mode."""
 
     tokenizer: Tokenizer
     special_tokens: dict[str, int]  # bos, eos, pad (ids), length
@@ -81,15 +81,15 @@ class Checkpoint:
     body: Path | None = None  # the body that came with the checkpoint
     name: str = "checkpoint"
     notes: dict[str, Any] = field(default_factory=dict)  # how it was trained and what it scored
-    words: list[str] = field(default_factory=list)  # all that its text encoders ever read, where no CLIP came before
+    words: list[str] = field(default_factory=list)  # all training words, if its text encoders did not start as CLIP
 
     def modules(self) -> dict[str, torch.nn.Module]:
-        """The trained parts by name; without the kernel where there is none."""
+        """The trained parts by name; position_kernel only where the checkpoint has one."""
         parts = {name: getattr(self, name) for name in PARTS}
         return {name: module for name, module in parts.items() if module is not None}
 
     def attach_kernel(self) -> None:
-        """Lets the UNet's cross-attention use the positional kernel, or none, at the checkpoint's image size."""
+        """Sets the UNet's cross-attention up for the checkpoint's kernel (if any) and image size."""
         attach(self.unet, self.position_kernel, self.latent_size)
 
     @property
@@ -98,7 +98,7 @@ class Checkpoint:
         return self.image_size[0] // factor, self.image_size[1] // factor
 
     def save(self, folder: str | Path, half: bool = False) -> None:
-        """Writes the folder; `half` stores the weights in float16 (the demo's way to stay small)."""
+        """Writes the folder. half: stores the weights in float16."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         index: dict[str, Any] = {"_class_name": "HanDiffuserPipeline", "_image_size": list(self.image_size)}
@@ -128,19 +128,18 @@ class Checkpoint:
         if self.body is not None and self.body.resolve() != (folder / BODY).resolve():
             (folder / BODY).parent.mkdir(exist_ok=True)
             shutil.copyfile(self.body, folder / BODY)
-        temporary = folder / (MODEL_INDEX + ".tmp")
-        temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder / MODEL_INDEX)
+        with written(folder / MODEL_INDEX) as temporary:
+            temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, mapped: bool = False) -> Checkpoint:
         """Reads a checkpoint folder; weights become float32. mapped: see `load_part`.
 
-        Raises CheckpointError for a missing part, a pickle, weights that are damaged, not finite or not what the
-        configuration says, or parts that do not fit together.
+        Raises CheckpointError for a missing part, a pickle, weights that are damaged, not finite or unlike their
+        configuration, or parts that do not fit together.
         """
         folder = Path(folder)
-        layout = read_layout(folder)  # what could not be used is known before weights are read
+        layout = read_layout(folder)  # refuses a bad checkpoint before it reads weights
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a typo in a path must not become a download
         tokenizer, special_tokens = load_tokenizer(folder / "tokenizer")
         parts = {
@@ -164,8 +163,8 @@ class Checkpoint:
         mean, std = checkpoint.hand_prior.mean, checkpoint.hand_prior.std
         if mean.abs().max() > LARGEST_PARAMETER or not 0 < std.min() <= std.max() <= LARGEST_PARAMETER:
             raise CheckpointError(
-                f"The mean and std in {folder / 'hand_prior'}, which hand parameters are normalised with, make no "
-                f"sense: std must be above 0, and both at most {LARGEST_PARAMETER:g}."
+                f"std in {folder / 'hand_prior'} must be above 0, and mean and std at most {LARGEST_PARAMETER:g}, got "
+                f"std {std.min():g} to {std.max():g} and mean up to {mean.abs().max():g}. Train the hand prior again."
             )
         for module in checkpoint.modules().values():
             module.eval().requires_grad_(False)
@@ -196,32 +195,32 @@ class Checkpoint:
             pairs.append(("position_kernel's heads", list(self.position_kernel.config.heads), "unet's", heads))
         for name, value, other, wanted in pairs:
             if value != wanted:
-                raise CheckpointError(f"The parts do not fit together: {name} is {value}, {other} is {wanted}.")
+                raise CheckpointError(f"The parts must fit together: {name} is {value}, {other} is {wanted}.")
         places = self.text_encoder.config.max_position_embeddings
         if self.special_tokens["length"] > places:
             raise CheckpointError(
-                f"The tokenizer's model_max_length is {self.special_tokens['length']}, and text_encoder has {places} "
-                "positions."
+                f"The tokenizer's model_max_length must be at most text_encoder's {places} positions, got "
+                f"{self.special_tokens['length']}."
             )
         largest = max(self.tokenizer.get_vocab().values(), default=0)
         if largest >= encoder.config.vocab_size:
             raise CheckpointError(
-                f"The tokenizer's ids go up to {largest}, and the text models know {encoder.config.vocab_size} tokens."
+                f"The tokenizer's ids must be below the text models' {encoder.config.vocab_size}, got {largest}."
             )
         multiple = 2 ** (len(self.vae.config.block_out_channels) + len(unet.config.block_out_channels) - 2)
         if any(side % multiple for side in self.image_size):
             raise CheckpointError(
-                f"Pictures of {self.image_size[0]}x{self.image_size[1]} do not fit: "
-                f"both sides must be multiples of {multiple} for this VAE and UNet."
+                f"_image_size must be multiples of {multiple} for this VAE and UNet, got "
+                f"{self.image_size[0]}x{self.image_size[1]}."
             )
 
 
 def trained_size(unet: UNet2DConditionModel, vae: AutoencoderKL) -> tuple[int, int]:
-    """H, W of the pictures that a UNet was trained on, in pixels."""
+    """H, W of a UNet's training pictures, in pixels. Raises CheckpointError."""
     sample = unet.config.sample_size
     if sample is None:
         raise CheckpointError(
-            "The checkpoint does not say how large its pictures are. Write _image_size into its model_index.json: "
+            "The checkpoint must state the size of its pictures. Write it into its model_index.json: "
             '"_image_size": [512, 512].'
         )
     height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
@@ -232,15 +231,15 @@ def trained_size(unet: UNet2DConditionModel, vae: AutoencoderKL) -> tuple[int, i
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
     """The tokenizer of a folder, with its special tokens' ids.
 
-    Without older files, tokenizer.json says it all, as `Checkpoint.save` writes it; else see `clip_tokenizer`.
-    Raises CheckpointError for files that are missing or no tokenizer, and for one without its special tokens.
+    A folder that `Checkpoint.save` wrote has tokenizer.json alone; for others see `clip_tokenizer`.
+    Raises CheckpointError for files that are missing or damaged, and for a tokenizer without its special tokens.
     """
     config = read_tokenizer_config(folder)
-    if any((folder / name).is_file() for name in OLDER):
+    if any((folder / name).is_file() for name in PARTIAL):
         return plain_tokenizer(clip_tokenizer(folder))
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no tokenizer.json, nor a vocab.json and merges.txt.")
+        raise CheckpointError(f"{folder} must have a tokenizer.json, or a vocab.json and merges.txt.")
     try:
         tokenizer = Tokenizer.from_buffer(read_file(path, MAX_TOKENIZER))
         ids = {name: tokenizer.token_to_id(config[name]) for name in ("bos", "eos", "pad")}
@@ -248,33 +247,33 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
         raise CheckpointError(f"{path} cannot be read as a tokenizer: {first_line(error)}") from None
     for name, number in ids.items():
         if number is None:
-            raise CheckpointError(f"The tokenizer in {folder} has no {name} token {config[name]!r}.")
+            raise CheckpointError(f"The tokenizer in {folder} lacks its {name} token {config[name]!r}.")
     return tokenizer, {**ids, "length": config["length"]}
 
 
 def clip_tokenizer(folder: Path) -> CLIPTokenizer:
-    """What transformers makes of all files of a tokenizer's folder, as diffusers' pipelines take it.
+    """transformers' tokenizer of all files in a folder, as diffusers' pipelines use it.
 
-    The pad token of Stable Diffusion 2.x stands in special_tokens_map.json, placeholders of textual inversion in
-    added_tokens.json. Raises CheckpointError.
+    special_tokens_map.json holds the pad token of Stable Diffusion 2.x, added_tokens.json the placeholders of textual
+    inversion. Raises CheckpointError.
     """
     read_tokenizer_config(folder)
-    names = [name for name in ("tokenizer.json", *OLDER) if (folder / name).is_file()]
+    names = [name for name in ("tokenizer.json", *PARTIAL) if (folder / name).is_file()]
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
-        raise CheckpointError(f"{folder} has no tokenizer.json, nor a vocab.json and merges.txt.")
+        raise CheckpointError(f"{folder} must have a tokenizer.json, or a vocab.json and merges.txt.")
     try:
         for name in names:
             read_file(folder / name, MAX_TOKENIZER)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers fail on bad files in many ways
+    except Exception as error:  # transformers and tokenizers raise many kinds
         raise CheckpointError(f"{folder} cannot be read as a tokenizer: {first_line(error)}") from None
     return tokenizer
 
 
 def plain_tokenizer(tokenizer: CLIPTokenizer) -> tuple[Tokenizer, dict[str, int]]:
-    """The same without transformers, and its special tokens' ids: what a checkpoint keeps.
+    """The same tokenizer without transformers, and its special tokens' ids: a checkpoint keeps these.
 
-    Raises CheckpointError where the two read a prompt differently.
+    Raises CheckpointError where the two split a prompt differently.
     """
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.no_truncation()
@@ -282,7 +281,7 @@ def plain_tokenizer(tokenizer: CLIPTokenizer) -> tuple[Tokenizer, dict[str, int]
     for prompt in (*PROMPTS, *(f"a {token}, {token}" for token in tokenizer.get_added_vocab())):
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if plain.encode(prompt, add_special_tokens=False).ids != ids:
-            raise CheckpointError(f"The tokenizer reads {prompt!r} differently without transformers. Please report it.")
+            raise CheckpointError(f"The tokenizer splits {prompt!r} otherwise without transformers. Please report it.")
     length = tokenizer.model_max_length
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return plain, {**special, "length": int(length) if length < NO_LENGTH else 77}
@@ -303,7 +302,7 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE like CLIP's, trained on `texts`. Bytes are in its alphabet, so that any script is readable."""
+    """A byte-level BPE like CLIP's, trained on `texts`. Its alphabet is all bytes, so it reads any script."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = _normalizer(), _pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
@@ -322,10 +321,10 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def learn_merges(words: Mapping[tuple[str, ...], int], most: int) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al. 2016): at most `most` merges, the commonest pair first; of equals the first
-    in the alphabet, so that it repeats from process to process, which the trainer of `tokenizers` does not.
+    """Byte-pair encoding (Sennrich et al. 2016): at most `most` merges, the commonest pair first, ties by alphabet.
 
-    words: a word as symbols -> how often it comes.
+    So every process finds the same merges; the trainer of `tokenizers` does not guarantee that.
+    words: a word as symbols -> its count.
     """
     words = dict(words)
     merges: list[tuple[str, str]] = []
@@ -370,8 +369,7 @@ def random_checkpoint(
 ) -> Checkpoint:
     """An untrained checkpoint of any size, for training to start from, for tests and for benchmarks.
 
-    texts: what the tokenizer is trained on, where none is given. The amplitudes of the positional kernel start at
-    zero, as they must.
+    texts: train the tokenizer, where none is given. The amplitudes of the positional kernel start at zero.
     """
     torch.manual_seed(seed)
     if tokenizer is None:
@@ -443,9 +441,9 @@ def random_checkpoint(
 
 
 def _clean(path: Path) -> None:
-    """Takes out where a part was loaded from, which names folders of the machine that saved it, and what is not JSON.
+    """Removes the folder that a part was loaded from, and entries that are not JSON (NaN and infinity).
 
-    A NaN or infinity here has no say: `read_config` refuses it where it has.
+    `read_config` refuses such a number where it matters.
     """
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {name: value for name, value in config.items() if name != "_name_or_path" and _is_json(value)}

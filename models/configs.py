@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-CUES = ("joints", "rotations", "vertices")  # what the Text+Hand encoder may be told of the hands
-ROTATION_FRAMES = ("parent", "camera")  # what rotations of finger joints are relative to
+CUES = ("joints", "rotations", "vertices")  # the Text+Hand encoder's possible inputs about the hands
+ROTATION_FRAMES = ("parent", "camera")  # frames of finger joints' rotations
 
 # Noise schedules in diffusers' words. Stage 1 predicts x0; stage 2 of the demo predicts v with zero terminal SNR
 # (Lin et al. 2024), so that the last step of training is pure noise, as the first step of sampling is.
@@ -43,7 +43,7 @@ SD_SCHEDULE = {
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers that fix every stage's shape. Names follow diffusers and transformers."""
+    """The sizes of every stage. Names follow diffusers and transformers."""
 
     image_size: tuple[int, int] = (128, 128)  # H, W in pixels
     # Text: both the text encoder of stage 1 and the Text+Hand encoder
@@ -60,7 +60,7 @@ class Config:
     prior_width: int = 128
     prior_layers: int = 4
     prior_heads: int = 4
-    # UNet; a level has cross-attention or not, and self-attention beside it or cross-attention twice
+    # UNet: per level, whether it has cross-attention, and whether a second one replaces its self-attention
     unet_channels: tuple[int, ...] = (64, 96, 128)
     unet_attention: tuple[bool, ...] = (False, True, True)
     unet_only_cross: tuple[bool, ...] | bool = False
@@ -73,7 +73,7 @@ class Config:
     vae_layers: int = 1
     vae_groups: int = 16
     schedule: str = "demo"  # "demo" or "sd"
-    # What a request takes unless it says otherwise
+    # A request's defaults
     steps: int = 12
     solver: str = "ddim"
     guidance: float = 1.5
@@ -90,14 +90,14 @@ class Config:
 
 
 def default_settings(config: Config) -> dict[str, Any]:
-    """What a request takes unless it says otherwise."""
+    """A request's defaults."""
     names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance", "noise_offset",
              "hand_redraws")  # fmt: skip
     return {name: getattr(config, name) for name in names}
 
 
 CONFIGS = {
-    # For tests: seconds to make, export and run. Not square, unlike any other in widths, heads and layers.
+    # For tests: made, exported and run in seconds. Its height, width, heads and layers all differ, to expose mix-ups.
     "tiny": Config(
         image_size=(32, 48),
         vocab_size=600,
@@ -117,7 +117,7 @@ CONFIGS = {
         hand_steps=3,
         noise_offset=0.1,
     ),
-    # The finest level looks at hands and words, too; its 1024 pixels at each other would cost as much as all the rest.
+    # The finest level attends to hands and words, too; self-attention of its 1024 pixels would double the cost.
     "demo": Config(
         rotation_frame="camera",
         unet_attention=(True, True, True),

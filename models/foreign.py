@@ -1,9 +1,9 @@
-"""What a user gives in the place of a checkpoint or of a Stable Diffusion folder: each refused with the way out.
+"""Refuses what a user gives instead of a checkpoint or a Stable Diffusion folder, each with the way out.
 
     refuse_foreign(Path("model.safetensors"), "hd-export")     # CheckpointError: "... is a single file ..."
     check_stable_diffusion(Path("inpainting"))                 # CheckpointError: "... is an inpainting UNet ..."
 
-It needs no PyTorch and reads only small files, so that a command answers at once.
+It needs no PyTorch and reads only small files: a command answers at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_POINTER = 1024  # bytes, as Git LFS says
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 STABLE_DIFFUSION = (*CLASSES, "tokenizer", "scheduler")
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # a prompt alone never reaches them
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that a prompt alone does not use
 CHANNELS = {  # of a UNet's input, where latents have 4
     5: "a depth-to-image UNet",
     7: "an upscaler's UNet",
@@ -33,47 +33,47 @@ TAKES = "hd-train init takes Stable Diffusion 1.x and 2.x for text to image"
 
 
 def refuse_foreign(path: Path, command: str) -> None:
-    """Raises CheckpointError unless `path` is a folder with a model_index.json whose files are really there.
+    """Raises CheckpointError unless `path` is a folder with a model_index.json and without Git LFS pointers.
 
-    command: "hd-train init" or "hd-export", which tells bundles from checkpoints.
+    command: "hd-train init" or "hd-export", for the advice.
     """
     if not path.exists():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise CheckpointError(
-                f"There is no folder {path}, and nothing is downloaded. If it is a model on a hub, fetch it first: "
+                f"The folder {path} does not exist, and {command} never downloads. Fetch a model on a hub first: "
                 f"hf download {path} --local-dir {path.name}"
             )
         raise CheckpointError(f"{path} does not exist. Give the folder that holds model_index.json.")
     if path.is_file():
         refuse_pointer(path)
         raise CheckpointError(
-            f"{path} is a single file, and {command} takes a folder in diffusers' layout. If it is Stable Diffusion, "
+            f"{path} must be a folder in diffusers' layout, got a single file. If it is Stable Diffusion, "
             'convert it (diffusers fetches the configuration): python -c "from diffusers import '
             f"StableDiffusionPipeline as P; P.from_single_file('{path}').save_pretrained('{path.stem}')\" "
             f"and then: hd-train init {path.stem} start"
         )
     if (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path} is a bundle, exported already. Paint with it: hd-run {path} PROMPT")
+        raise CheckpointError(
+            f"{path} must be a checkpoint, got an exported bundle. Paint with it: hd-run {path} PROMPT"
+        )
     for file in sorted([*path.glob("*"), *path.glob("*/*")]):
         if file.is_file():
             refuse_pointer(file)
     if not (path / MODEL_INDEX).exists():
-        raise CheckpointError(f"{path} is not a checkpoint: it has no model_index.json. {_instead(path)}")
+        raise CheckpointError(f"{path} must have a model_index.json. {_instead(path)}")
 
 
 def refuse_pointer(file: Path) -> None:
-    """Raises CheckpointError for what Git LFS leaves in the place of a file that it did not fetch."""
+    """Raises CheckpointError for a Git LFS pointer, which stands for a file not fetched."""
     if file.stat().st_size > LARGEST_POINTER:
         return
     with open(file, "rb") as content:
         if content.read(len(POINTER)) == POINTER:
-            raise CheckpointError(
-                f"{file} is a Git LFS pointer: the file itself was not fetched. Run there: git lfs pull"
-            )
+            raise CheckpointError(f"{file} is a Git LFS pointer: fetch the file itself. Run there: git lfs pull")
 
 
 def refuse_pickles(folder: Path, part: str) -> None:
-    """Raises CheckpointError where the weights of a part come as a pickle only."""
+    """Raises CheckpointError for a part whose weights are a pickle only."""
     files = [path for path in sorted((folder / part).glob("*")) if path.is_file()]
     pickles = [path for path in files if path.suffix in PICKLES]
     if not pickles or any(path.suffix == ".safetensors" for path in files):
@@ -130,7 +130,7 @@ def check_stable_diffusion(folder: Path) -> dict[str, Any]:
 
 
 def _check_class(folder: Path, part: str) -> None:
-    """Raises CheckpointError for a part of another class than `hd-train init` takes."""
+    """Raises CheckpointError for a part of a class that `hd-train init` does not take."""
     config = read_object(folder / part / "config.json")
     architectures = config.get("architectures")
     found = config.get("_class_name") or (
@@ -178,10 +178,10 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = read_python_json(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}.") from None
+        raise CheckpointError(f"{path.parent} must have a {path.name}.") from None
     except (OSError, MisfitError) as error:
         why = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path} cannot be read: {str(why).rstrip('.')}.") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} cannot be used: it must be a JSON object.")
+        raise CheckpointError(f"{path} must hold a JSON object.")
     return value

@@ -1,7 +1,7 @@
-"""From sampled hand parameters to what the Text+Hand encoder is told: forward kinematics, camera, hand cues.
+"""From sampled hand parameters to the Text+Hand encoder's inputs: forward kinematics, camera, hand cues.
 
-The parameters say where each hand is in the image and how large (see `PLACEMENT` in the contract); the camera is
-derived from that. A camera that is predicted raw, beside the pose, puts hands off the frame.
+The parameters give each hand's place and size in the image (see `PLACEMENT` in the contract), which decide the camera.
+A camera that a network predicts beside the pose puts hands off the frame.
 
     features = HandFeatures(body, mean, std, basis)(x)
     features["joints"]  # [B, 2, 21, 2], in [0, 1] of the image's width and height
@@ -28,7 +28,7 @@ from .smplh import (
 # Each hand's rotations as MANO orders them: the wrist (in the camera's frame), then index, middle, little, ring
 # finger and thumb, three joints each, relative to their parents.
 HAND_ROTATIONS = ((LEFT_WRIST, *range(22, 37)), (RIGHT_WRIST, *range(37, 52)))
-# Where the basis points lie: a ball around the hand, in the wrist's frame of the left hand (the right is mirrored).
+# The ball of basis points around the hand, in the wrist's frame of the left hand (the right is mirrored).
 BASIS_CENTRE, BASIS_RADIUS = (0.09, 0.0, 0.0), 0.15  # metres
 MIN_IN_FRAME = 0.5  # a hand counts as visible when at least this share of its joints is inside the image
 
@@ -49,7 +49,7 @@ def pack(rotations: Tensor, betas: Tensor, placement: Tensor) -> Tensor:
 
 
 def placement_of(joints: Tensor, camera: Tensor, present: Tensor) -> Tensor:
-    """Where a camera puts the hands: the inverse of the derived camera, for making training data.
+    """The placement of hands that a camera sees: the inverse of `HandFeatures.camera`, to make training data.
 
     joints: [B, 62, 3]; camera: [B, 3] (s, tx, ty); present: [B, 2] in {0, 1}.
     Returns [B, 2, 4], see `placement`.
@@ -62,10 +62,10 @@ def placement_of(joints: Tensor, camera: Tensor, present: Tensor) -> Tensor:
 
 
 def placement(places: Tensor, shown: Tensor) -> Tensor:
-    """Presence, centre x, y and log size [B, 2, 4] of hands at places [B, 2, 3], of which `shown` bool [B, 2] are seen.
+    """Presence, centre x, y and log size [B, 2, 4] of hands at places [B, 2, 3]. shown: bool [B, 2], visible hands.
 
-    An absent hand stands where the other one is, so that nothing but the presences depends on a side that a prompt
-    leaves open; with no hand at all, at the neutral (0, 0, log 0.5).
+    An absent hand takes the other one's place, so that only the presences depend on a side that a prompt leaves open.
+    Without hands both take the neutral place (0, 0, log 0.5).
     """
     neutral = torch.tensor([0.0, 0.0, -0.6931], dtype=places.dtype, device=places.device)
     shown = shown[..., None]
@@ -74,9 +74,9 @@ def placement(places: Tensor, shown: Tensor) -> Tensor:
 
 
 def presence(placement: Tensor) -> Tensor:
-    """Which hands [B, 2] (0 or 1) a placement [B, 2, 4] shows: as many as its presences say together, likelier first.
+    """The hands [B, 2] (0 or 1) that a placement [B, 2, 4] shows: the rounded sum of its presences, likelier first.
 
-    A prompt that leaves the side open may leave half a presence to each hand: that is one hand, not none.
+    A prompt that leaves the side open may give half a presence to each hand: together they are one hand.
     """
     left, right = placement[..., 0].unbind(-1)
     one, two, first = left + right > 0.5, left + right > 1.5, left >= right
@@ -102,7 +102,7 @@ class HandFeatures(nn.Module):
         self.register_buffer("mean", mean.detach().float().clone())
         self.register_buffer("std", std.detach().float().clone())
         self.register_buffer("basis", basis.detach().float().clone())
-        # A hand's vertices: those that follow a wrist or finger joint of that hand most.
+        # A hand's vertices have their largest weight at one of its wrist or finger joints.
         strongest = body.weights.argmax(1)
         self.hand_vertices = [
             torch.isin(strongest, torch.tensor(joints)).nonzero()[:, 0].tolist() for joints in HAND_ROTATIONS
@@ -140,12 +140,12 @@ class HandFeatures(nn.Module):
 
     @staticmethod
     def camera(hands: Tensor, placement: Tensor, present: Tensor) -> Tensor:
-        """The weak-perspective camera (s, tx, ty) [B, 3] that puts the hands where `placement` wants them.
+        """The weak-perspective camera (s, tx, ty) [B, 3] that puts the hands at their `placement`.
 
-        image = s * (metres + t), y up. One hand decides it exactly; two hands share it in the least-squares sense.
+        image = s * (metres + t), y up. It is exact for one hand, and least squares for two.
         hands: [B, 2, 21, 2] metres; placement: [B, 2, 4]; present: [B, 2].
         """
-        share = present + 1e-4  # no hand at all: both count alike, and the hands are reported as not visible
+        share = present + 1e-4  # without hands both count alike, and both stay invisible
         share = share / share.sum(1, keepdim=True)
         centre = hands.mean(2)  # [B, 2, 2]
         radius = (hands - centre[:, :, None]).square().sum(-1).mean(-1).clamp_min(1e-8).sqrt()

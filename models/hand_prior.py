@@ -1,13 +1,12 @@
 """The hand prior (Text-to-Hand-Params): a transformer that denoises SMPL-H parameters for a prompt.
 
-It predicts the clean parameters x0 (as MDM does, Tevet et al. 2022). The parameters are cut into 17 tokens along the
-body: a token a finger, an arm, the trunk, the legs, the shape, and each hand's place in the image. The sentence as a
-whole is added to all of them, and each of them may look at the prompt's words: which gesture is the left hand's and
-which the right's is hard to read out of one vector.
+It predicts the clean parameters x0 (as MDM does, Tevet et al. 2022). The parameters form 17 tokens along the body: one
+for each finger and arm, the trunk, the legs, the shape, and each hand's place in the image. The sentence's vector is
+added to all tokens, and each token attends to the prompt's words: one vector blurs which hand makes which gesture.
 
     x0 = prior(x, timestep, text)        # x [B, 330] normalised, timestep [B] in [0, 999], text [B, L, D]
 
-Of the text it reads keys, values and a summand, which no step changes: `read` computes them once, `denoise` uses them.
+The text gives keys, values and a summand, the same at every step: `read` computes them once, `denoise` uses them.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ TOKENS: tuple[tuple[int, ...], ...] = (
     tuple(range(PLACEMENT.start, PLACEMENT.start + 4)),
     tuple(range(PLACEMENT.start + 4, PLACEMENT.stop)),
 )
-# Tokens hold the parameters in another order; RESTORE undoes it.
+# The tokens' order of the parameters, and back.
 ORDER = [index for token in TOKENS for index in token]
 RESTORE = sorted(range(NUM_PARAMS), key=ORDER.__getitem__)
 
@@ -51,7 +50,7 @@ def timestep_features(timestep: Tensor, width: int) -> Tensor:
 
 
 class WordAttention(nn.Module):
-    """Cross-attention to the prompt's words. Its last layer starts at zero: untrained it adds nothing."""
+    """Cross-attention to the prompt's words. Its last layer starts at zero, so that it begins without effect."""
 
     def __init__(self, width: int, heads: int, text_width: int) -> None:
         super().__init__()
@@ -63,7 +62,7 @@ class WordAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, key_value: Tensor) -> Tensor:
-        """[B, N, width] and the words' keys and values [B, L, 2 * width] -> what is added to x, [B, N, width]."""
+        """x [B, N, width], keys and values of the words [B, L, 2 * width] -> the summand for x, [B, N, width]."""
         query = self.query(self.norm(x)).unflatten(-1, (self.heads, -1))
         key, value = key_value.unflatten(-1, (2, self.heads, -1)).unbind(2)
         mixed = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
@@ -84,7 +83,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, key_value: Tensor | None) -> Tensor:
-        """x: [B, N, width] -> the same. key_value: of the words, [B, L, 2 * width], where it looks at them."""
+        """x: [B, N, width] -> the same shape. key_value: of the words, [B, L, 2 * width], if it attends to them."""
         query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         mixed = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
@@ -96,7 +95,7 @@ class Block(nn.Module):
 class HandPrior(ModelMixin, ConfigMixin):
     """A transformer diffusion model over SMPL-H parameters. The paper's size is width 512, 8 layers.
 
-    words: whether it looks at the prompt's words. Checkpoints from before it could do not say so, and do not.
+    words: whether it attends to the prompt's words.
     """
 
     mean: Tensor
@@ -117,7 +116,7 @@ class HandPrior(ModelMixin, ConfigMixin):
         # Normalisation of the parameters, saved with the weights: x = (params - mean) / std.
         self.register_buffer("mean", torch.zeros(NUM_PARAMS))
         self.register_buffer("std", torch.ones(NUM_PARAMS))
-        # Where the tokens' parameters are from, and back. On the device: a list would be carried there at every step.
+        # The order of the tokens' parameters, and back. Buffers: a list would be copied to the device at every step.
         self.register_buffer("order", torch.tensor(ORDER), persistent=False)
         self.register_buffer("restore", torch.tensor(RESTORE), persistent=False)
         self.encode = nn.ModuleList(nn.Linear(len(token), width) for token in TOKENS)
@@ -131,11 +130,11 @@ class HandPrior(ModelMixin, ConfigMixin):
             self.read_words()
 
     def read_words(self) -> None:
-        """Gives every block its attention to the words, where there is none yet; what x0 is does not change by it."""
+        """Adds attention to the words to every block that lacks it; x0 stays the same."""
         for index, block in enumerate(self.blocks):
             if block.words is None:
                 with torch.random.fork_rng(devices=()):
-                    torch.manual_seed(index)  # whoever goes on from one checkpoint starts from the same numbers
+                    torch.manual_seed(index)  # every process that trains on starts from the same numbers
                     new = WordAttention(self.config.width, self.config.num_heads, self.config.text_width)
                 block.words = new.to(block.out.weight)
         self.register_to_config(words=True)
@@ -148,8 +147,10 @@ class HandPrior(ModelMixin, ConfigMixin):
         return self.denoise(x, timestep, self.read(text))
 
     def read(self, text: Tensor) -> Tensor:
-        """What every step reads of text [B, L, D]: [B, L, width * (1 + 2 * blocks that look at words)], of which the
-        first part counts in the last row alone."""
+        """The input of every step from text [B, L, D]: [B, L, width * (1 + 2 * blocks that attend to words)].
+
+        Only the last row of its first `width` columns counts: the sentence.
+        """
         return torch.cat([reader(text) for reader in self.readers()], -1)
 
     def readers(self) -> list[nn.Module]:
@@ -158,13 +159,13 @@ class HandPrior(ModelMixin, ConfigMixin):
         return [self.text, *(words.key_value for words in looking)]
 
     def denoise(self, x: Tensor, timestep: Tensor, read: Tensor) -> Tensor:
-        """x0 [B, P] of x [B, P] at timestep [B], for a text that was read."""
+        """x0 [B, P] of x [B, P] at timestep [B]. read: from `read`."""
         width = self.config.width
         sentence, *words = read.split([width] + [2 * width] * ((read.shape[-1] // width - 1) // 2), -1)
         time = self.time(timestep_features(timestep, self.config.width).to(x.dtype))
         parts = x.index_select(1, self.order).split([len(token) for token in TOKENS], 1)
         tokens = [layer(part) for layer, part in zip(self.encode, parts, strict=True)]
-        # Side by side, then cut: a graph stacks by unsqueezing each of them.
+        # Concatenated, then cut: stack would export one Unsqueeze a token.
         sequence = torch.cat([time, sentence[:, -1], *tokens], 1).unflatten(1, (-1, width)) + self.place
         told, body = sequence.split([2, len(TOKENS)], 1)
         sequence = torch.cat([told, body + told[:, :1] + told[:, 1:]], 1)

@@ -1,10 +1,9 @@
-"""What the files of a checkpoint say beside its weights: each described once, by its annotations, and read first.
+"""The schemas of a checkpoint's small files, and their check, which runs before anything large is read.
 
-    layout = read_layout(Path("checkpoint"))        # CheckpointError in milliseconds, before anything large is read
+    layout = read_layout(Path("checkpoint"))        # CheckpointError in milliseconds
 
-It needs no PyTorch, so that `hd-export` refuses at once what could never run: a part that is missing, a configuration
-that is none, a network that is not supported here, a noise schedule or default settings that no bundle could sample
-with.
+It needs no PyTorch, so that `hd-export` answers at once. It refuses a missing part, a damaged configuration, a network
+that the export does not support, and a noise schedule or default settings that a bundle cannot sample with.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .configs import CUES, ROTATION_FRAMES, Config, default_settings
 from .foreign import MODEL_INDEX, read_object, refuse_foreign, refuse_pickles
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-NO_LENGTH = 10_000  # from here on `model_max_length` says that there is none
+NO_LENGTH = 10_000  # a `model_max_length` from here on means: not stated
 
 # Part -> (library, class), as diffusers writes them into model_index.json.
 PARTS = {
@@ -34,10 +33,10 @@ PARTS = {
     "position_kernel": ("handiffuser", "PositionKernel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
-SCHEDULES = {"scheduler": "unet", "hand_scheduler": "hand_prior"}  # folder -> the step graph that it is for
+SCHEDULES = {"scheduler": "unet", "hand_scheduler": "hand_prior"}  # folder -> its step graph
 
-# diffusers' schedulers of networks that were trained as Stable Diffusion was: betas, and a prediction of noise or v.
-# They differ in how they sample, which a request chooses, and in what they take where a file is silent.
+# diffusers' schedulers of networks trained like Stable Diffusion: betas, and a prediction of noise or v. They differ in
+# sampling, which a request chooses, and in their defaults for missing entries.
 SCHEDULERS = (
     "DDIMScheduler",
     "DDIMParallelScheduler",
@@ -142,7 +141,7 @@ class PositionKernel(TypedDict, total=False):
 
 
 class UNet2DConditionModel(TypedDict, total=False):
-    """Of the UNet, in diffusers' words: all that changes its shape. What is not supported stands in ONLY."""
+    """Of the UNet, in diffusers' words: all that changes its shape. ONLY limits the rest."""
 
     sample_size: Sample | None
     in_channels: Width
@@ -179,7 +178,7 @@ class UNet2DConditionModel(TypedDict, total=False):
 
 
 class AutoencoderKL(TypedDict, total=False):
-    """Of the VAE, in diffusers' words: all that changes its shape. What is not supported stands in ONLY."""
+    """Of the VAE, in diffusers' words: all that changes its shape. ONLY limits the rest."""
 
     in_channels: Width
     down_block_types: Annotated[
@@ -208,8 +207,8 @@ CONFIGS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (CLIPTextModel, HandPrior, TextHandEncoder, UNet2DConditionModel, PositionKernel, AutoencoderKL)
 }
-# What diffusers' networks can be beyond what the exported graphs do -> the values that they may have. Time rows and
-# keys are computed outside the loop (see export/graphs.py), where other embeddings and attentions would be lost.
+# Entries beyond the exported graphs -> the values that the graphs support. The export computes time rows and keys
+# outside the loop (see export/graphs.py) and would lose other embeddings and attentions.
 ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "CLIPTextModel": {"use_attention_mask": (None, False)},
     "UNet2DConditionModel": {
@@ -238,7 +237,7 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 class Index(TypedDict, total=False):
-    """Of model_index.json: what it says beside diffusers' list of parts."""
+    """Of model_index.json: our entries beside diffusers' list of parts."""
 
     _image_size: Sides
     _defaults: dict[Word, Any]
@@ -266,7 +265,7 @@ class TokenizerConfig(TypedDict, total=False):
 
 @dataclass
 class Layout:
-    """What a checkpoint says of itself."""
+    """A checkpoint's size, defaults, notes, words and schedules."""
 
     image_size: tuple[int, int] | None  # H, W; None: as the UNet was trained
     defaults: dict[str, Any]  # steps, solver, guidance, hand_steps, hand_solver, hand_guidance, noise_offset
@@ -278,8 +277,8 @@ class Layout:
 def read_layout(folder: Path) -> Layout:
     """Reads and checks everything but weights and tokens.
 
-    Raises CheckpointError for a folder that is none, a missing part, a pickle, a configuration that is not what it
-    should be, and a schedule or default settings that the exported bundle could not sample with.
+    Raises CheckpointError for a folder that is not a checkpoint, a missing part, a pickle, a bad configuration, and a
+    schedule or default settings that the exported bundle cannot sample with.
     """
     refuse_foreign(folder, "hd-export")
     index = _read(folder / MODEL_INDEX, Index)
@@ -287,7 +286,7 @@ def read_layout(folder: Path) -> Layout:
     missing = [name for name in needed if not (folder / name).is_dir()]
     if missing and "hand_prior" not in read_object(folder / MODEL_INDEX):
         raise CheckpointError(
-            f"{folder} is not a HanDiffuser checkpoint: it lacks {', '.join(missing)}. If it is Stable Diffusion 1.x "
+            f"{folder} must be a HanDiffuser checkpoint, but lacks {', '.join(missing)}. If it is Stable Diffusion 1.x "
             f"or 2.x, make a checkpoint of it: hd-train init {folder} start"
         )
     if missing:
@@ -307,27 +306,26 @@ def read_layout(folder: Path) -> Layout:
 
 
 def read_config(kind: str, folder: Path) -> dict[str, Any]:
-    """A part's configuration, without what has no say in its network. kind: a key of CONFIGS."""
+    """A part's configuration, reduced to the entries that shape its network. kind: a key of CONFIGS."""
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json.")
+        raise CheckpointError(f"{folder} must have a config.json.")
     value = _read(path, dict[Word, Any])
     for name, allowed in ONLY.get(kind, {}).items():
         if name in value and value[name] not in allowed:
             raise CheckpointError(
-                f"{path} asks for what is not supported here: its {name} is {shown(value[name])}, and only "
-                f"{allowed[0]!r} is."
+                f"{name} in {path} must be {allowed[0]!r}, got {shown(value[name])}. The export supports no other."
             )
     config: dict[str, Any] = _fit(path, value, CONFIGS[kind])
     names = ("width", "num_heads") if kind == "HandPrior" else ("hidden_size", "num_attention_heads")
     width, heads = (config.get(name) for name in names)
     if width and heads and (width % heads or width % 2):
-        raise CheckpointError(f"{path} cannot be used: a width of {width} is not an even multiple of {heads} heads.")
+        raise CheckpointError(f"The width in {path} must be even and a multiple of its {heads} heads, got {width}.")
     return config
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """`bos`, `eos` and `pad` (tokens) and `length`, as tokenizer_config.json has them, or as CLIP does."""
+    """`bos`, `eos` and `pad` (tokens) and `length`, from tokenizer_config.json, or else CLIP's."""
     config = _read(folder / "tokenizer_config.json", TokenizerConfig)
     found: dict[str, Any] = {}
     for name, usual in (("bos", BOS), ("eos", EOS), ("pad", EOS)):
@@ -338,25 +336,25 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def check_scheduler(path: Path, kind: Any, config: dict[str, Any] | None = None) -> None:
-    """Raises CheckpointError for a scheduler whose noise schedule is not one of ours: by its class, not by its keys.
+    """Raises CheckpointError for a scheduler of another kind of noise schedule, by its class.
 
-    config: where given, it must state all that another class than DDIMScheduler has other defaults for.
+    config: where given, it must state each entry for which its class has other defaults than DDIMScheduler.
     """
     if kind not in SCHEDULERS:
         raise CheckpointError(
-            f"{path} must be a scheduler of Stable Diffusion 1.x or 2.x, got {shown(kind)}, which is for networks that "
-            "were trained otherwise. If this one was not, copy scheduler/ from the model that it was tuned from."
+            f"{path} must be a scheduler of Stable Diffusion 1.x or 2.x, got {shown(kind)}, which is for networks "
+            "of other training. If this network was tuned from Stable Diffusion, copy scheduler/ from there."
         )
     absent = [name for name in STATED if name not in config] if config is not None and kind != "DDIMScheduler" else []
     if absent:
         raise CheckpointError(
-            f"{path} must state {', '.join(absent)}, which {kind} has defaults of its own for. Save it again with "
-            "diffusers, which writes them."
+            f"{path} must state {', '.join(absent)}: {kind} has its own defaults. Save it again with diffusers, which "
+            "writes them."
         )
 
 
 def check_sampling(folder: Path, schedules: dict[str, dict[str, Any]], defaults: dict[str, Any]) -> None:
-    """Raises CheckpointError where a bundle could not sample as its defaults say, on its own noise schedules."""
+    """Raises CheckpointError where a bundle cannot sample with its defaults on its own noise schedules."""
     for name, graph in SCHEDULES.items():
         of = "hand_" if graph == "hand_prior" else ""
         solver, steps, guidance = (defaults[of + setting] for setting in ("solver", "steps", "guidance"))
@@ -371,7 +369,7 @@ def _read(path: Path, kind: Any) -> Any:
     try:
         value = read_python_json(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}.") from None
+        raise CheckpointError(f"{path.parent} must have a {path.name}.") from None
     except (OSError, MisfitError) as error:
         why = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path} cannot be read: {str(why).rstrip('.')}.") from None

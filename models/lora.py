@@ -1,12 +1,12 @@
 """LoRA (Hu et al. 2022): a few trained ranks beside frozen weights, in a file of their own.
 
-    adapters = inject(checkpoint, rank=16)             # peft's layers in UNet and Text+Hand encoder; what to train
-    save(checkpoint, Path("adapter.safetensors"), rank=16)
+    parameters = inject(checkpoint, rank=16)           # peft's layers in UNet and Text+Hand encoder, to train
+    save(trained(checkpoint), Path("adapter.safetensors"), rank=16)
     merge(checkpoint, Path("adapter.safetensors"), scale=0.8)
 
 The file is in diffusers' layout: `unet.<layer>.lora_A.weight` and `lora_B.weight`, so that its UNet part loads with
-`load_lora_weights` anywhere. What only our models have (hand tokens, positional kernel) starts untrained and is trained
-whole; it lies in the same file under its own name. Files of others for Stable Diffusion are read too, kohya's included.
+`load_lora_weights` anywhere. Our models' own parts (hand tokens, positional kernel) start untrained, so they train as
+whole tensors, in the same file under their names. `merge` also reads other programs' files, such as kohya's.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files import open_to_others
+from ..files import written
 from .adapters import METADATA, WHOLE, Adapter, read
 from .checkpoint import Checkpoint
 
-# The layers that get ranks: the products of attention, as is usual (diffusers' and peft's own examples).
+# The layers that get ranks: attention's products, as in diffusers' and peft's own examples.
 TARGETS = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
     "text_hand_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -32,9 +32,9 @@ TARGETS = {
 
 
 def inject(checkpoint: Checkpoint, rank: int) -> list[nn.Parameter]:
-    """Puts ranks beside the attention layers of UNet and Text+Hand encoder; they begin at zero effect.
+    """Adds ranks with zero effect to the attention layers of UNet and Text+Hand encoder.
 
-    Everything else is frozen but the hand tokens and the positional kernel. Returns what is to be trained.
+    Freezes everything else but the hand tokens and the positional kernel. Returns the parameters to train.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -52,7 +52,7 @@ def inject(checkpoint: Checkpoint, rank: int) -> list[nn.Parameter]:
 
 
 def trained(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """What `inject` left to be trained, by its name in the file."""
+    """The tensors that `inject` left trainable, by their names in the file."""
     return {
         name.replace(".default.weight", ".weight"): parameter.detach()
         for name, parameter in _parts(checkpoint).named_parameters()
@@ -61,22 +61,20 @@ def trained(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def save(tensors: dict[str, Tensor], path: Path, rank: int) -> None:
-    """Writes what `trained` gave."""
+    """Writes the tensors of `trained`."""
     notes = {f"{part}.{key}": rank for part in TARGETS for key in ("r", "lora_alpha")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     whole = {name: value.float().cpu().contiguous() for name, value in tensors.items()}
-    save_file(whole, temporary, metadata={"format": "pt", METADATA: json.dumps(notes)})
-    open_to_others(temporary)
-    temporary.replace(path)
+    with written(path) as temporary:
+        save_file(whole, temporary, metadata={"format": "pt", METADATA: json.dumps(notes)})
 
 
 @torch.no_grad()
 def merge(checkpoint: Checkpoint, path: Path, scale: float = 1.0) -> str:
-    """Adds an adapter to the checkpoint's weights, `scale` times. Returns what was merged, in words.
+    """Adds an adapter to the checkpoint's weights, `scale` times. Returns a summary in words.
 
-    Raises CheckpointError for what is no adapter for this checkpoint (see `adapters.read`), before anything is changed,
-    and for weights that would become infinite.
+    Raises CheckpointError for a file that `adapters.read` refuses, before it changes a weight, and for a merge that
+    makes a weight infinite.
     """
     parts = _parts(checkpoint)
     layers = {n: m for n, m in parts.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
@@ -85,8 +83,8 @@ def merge(checkpoint: Checkpoint, path: Path, scale: float = 1.0) -> str:
     for name, value in adapter.whole.items():
         if name not in parameters or parameters[name].shape != value.shape:
             raise CheckpointError(
-                f"{path} does not fit this checkpoint: {name} is not in it, or of another shape. Take the checkpoint "
-                "that the adapter was trained from."
+                f"{path} does not fit this checkpoint: it lacks {name} or has it in another shape. Take the checkpoint "
+                "of the adapter's training."
             )
     for layer, update in adapter.updates.items():
         module, strength = layers[layer], scale * update.factor
@@ -94,7 +92,9 @@ def merge(checkpoint: Checkpoint, path: Path, scale: float = 1.0) -> str:
         if (bias := update.parts.get("bias")) is not None and module.bias is not None:
             module.bias.add_(bias.float(), alpha=strength)
         if not all(value.isfinite().all() for value in module.parameters()):
-            raise CheckpointError(f"{path} makes {layer} infinite. Take an adapter from before its training diverged.")
+            raise CheckpointError(
+                f"{path} makes {layer} infinite. Take an earlier adapter, before its training diverged."
+            )
     for name, value in adapter.whole.items():
         parameters[name].lerp_(value.float(), scale)
     return _summary(path, adapter, scale)
@@ -106,7 +106,7 @@ def _summary(path: Path, adapter: Adapter, scale: float) -> str:
     if adapter.whole:
         found.append(f"{len(adapter.whole)} whole tensors")
     silent = adapter.updates and not all(update.stated for update in adapter.updates.values())
-    strength = " Its file gives no alpha, so that alpha is the rank, as in diffusers." if silent else ""
+    strength = " Its file lacks alpha, so alpha is the rank, as in diffusers." if silent else ""
     return f"Merged {path.name} at {scale:g}: {', '.join(found)}.{strength}"
 
 

@@ -1,4 +1,4 @@
-"""The positional kernel in cross-attention: pixels look at the joints that lie near them.
+"""The positional kernel in cross-attention: pixels attend to the joints near them.
 
 Every cross-attention logit between a latent pixel at p and a token at position q gets
 
@@ -6,9 +6,8 @@ Every cross-attention logit between a latent pixel at p and a token at position 
 
 with one learned amplitude a_f per head and layer. Because cos(p - q) = cos p cos q + sin p sin q, this equals
 concatenating `a * code(p)` to the queries and `code(q)` to the keys: it stays plain dot-product attention. With a = 0
-nothing changes, so that a pretrained UNet starts as it was. It is ours, not the paper's; without it the small models
-never learned to put a finger where the joints are. A UNet without it (`position_kernel` missing in the checkpoint) is
-the paper's plain mechanism.
+a pretrained UNet starts unchanged. The kernel is ours, not the paper's; without it our small models never learned to
+draw fingers at their joints. A checkpoint without `position_kernel` uses the paper's plain mechanism.
 
     kernel = PositionKernel.for_unet(unet, frequencies=(1, 2, 4, 8))
     attach(unet, kernel, latent_size=(64, 64))
@@ -27,17 +26,17 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-# After the code of its position, a token says of what kind it is; tokens without a position get a learned constant.
+# After its position's code, a token has a channel for its kind; tokens without a position get a learned constant.
 TOKEN_KINDS = ("text", "vertices")
-# Then come two channels that cost nothing, because the width is filled up to a multiple of 8 anyway: whether the token
-# is to be seen by nobody, and whether it passes the hands' gate.
+# Two more channels: whether the token is hidden from all pixels, and whether it passes the hands' gate. They are free:
+# the width is padded to a multiple of 8 anyway.
 HIDDEN, GATED = len(TOKEN_KINDS), len(TOKEN_KINDS) + 1
 BLIND = -1e4  # added to the logits of hidden tokens: their weight is 0, in float16 too
-# Where the gate begins: a hand's 44 tokens together weigh 0.2 % of one text token's. So a UNet that knows text alone
-# starts as it was, and learns from there, as ControlNet's zero convolutions have it (Zhang et al. 2023).
+# The gate's start: 44 hand tokens together weigh 0.2 % of one text token. So a UNet that knows text alone starts nearly
+# unchanged, as with ControlNet's zero convolutions (Zhang et al. 2023).
 CLOSED = -10.0
 # Stored amplitudes are a tenth of the effective ones. Adam moves a weight by about its learning rate a step, and these
-# must reach the order of one in a few hundred steps, or the kernel stays too flat to be of use.
+# must reach the order of one in a few hundred steps, or the kernel stays flat.
 SCALE = 10.0
 
 
@@ -58,7 +57,7 @@ class PositionKernel(ModelMixin, ConfigMixin):
     """The amplitudes of all cross-attention layers; saved as a folder of its own beside the UNet.
 
     They start at zero, so that a pretrained UNet starts unchanged. gated: hand tokens pass a learned gate, one a head,
-    that starts closed, and hidden ones are seen by nobody.
+    that starts closed, and pixels ignore hidden tokens.
     """
 
     @register_to_config
@@ -72,7 +71,7 @@ class PositionKernel(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def focus(self) -> None:
-        """For a UNet that is trained from scratch: heads from blind (0) to sharp (1.5), instead of all blind."""
+        """Starts the heads from blind (0) to sharp (1.5), for a UNet trained from scratch."""
         for amplitude in self.amplitudes:
             sharpness = torch.linspace(0, 1.5, len(amplitude), device=amplitude.device)
             amplitude.copy_((sharpness / SCALE)[:, None].expand_as(amplitude))
@@ -85,7 +84,7 @@ class PositionKernel(ModelMixin, ConfigMixin):
         return cls(heads=heads, frequencies=list(frequencies), gated=gated)
 
     def query_code(self, layer: int, height: int, width: int) -> Tensor:
-        """What is concatenated to the queries of a layer over a height x width grid: [heads, height * width, C]."""
+        """The code of a layer's queries over a height x width grid: [heads, height * width, C]."""
         amplitude, constant = SCALE * self.amplitudes[layer], SCALE * self.constants[layer]
         frequencies = torch.tensor(self.config.frequencies, dtype=torch.float32, device=amplitude.device)
         y = (torch.arange(height, device=amplitude.device) + 0.5) / height
@@ -109,8 +108,8 @@ def cross_attentions(unet: UNet2DConditionModel) -> list[Attention]:
 class CrossAttention:
     """Attention processor for one cross-attention layer, with or without the kernel.
 
-    `encoder_hidden_states` is the context [N, L, W + code], or the list of all layers' (key, value) pairs as
-    `keys_values` made them, for a loop in which the context does not change.
+    `encoder_hidden_states` is the context [N, L, W + code], or the list of all layers' (key, value) pairs from
+    `keys_values`, for a loop with a constant context.
     """
 
     def __init__(self, layer: int, kernel: PositionKernel | None, latent_size: tuple[int, int]) -> None:
@@ -155,8 +154,8 @@ def attach(unet: UNet2DConditionModel, kernel: PositionKernel | None, latent_siz
     layers = cross_attentions(unet)
     if kernel is not None and [layer.heads for layer in layers] != list(kernel.config.heads):
         raise ValueError(
-            f"The kernel was made for cross-attention layers of {list(kernel.config.heads)} heads; "
-            f"this UNet has {[layer.heads for layer in layers]}."
+            f"The kernel's heads must be the UNet's, {[layer.heads for layer in layers]}, got "
+            f"{list(kernel.config.heads)}."
         )
     for index, layer in enumerate(layers):
         layer.set_processor(CrossAttention(index, kernel, latent_size))

@@ -1,8 +1,8 @@
 """SMPL-H forward kinematics: joint rotations and shape -> a posed mesh and its joints.
 
 The arithmetic is linear blend skinning as in SMPL (Loper et al. 2015) with the hands of MANO (Romero et al. 2017).
-It is written for tracing: the parents are Python integers, rotations come in as matrices, nothing is written in
-place, and the joint regression is folded into two small tables. `smplx` stays the oracle in the tests.
+The code is written for tracing: the parents are Python integers, rotations are matrices, no operation is in place, and
+two small tables hold the joint regression. Tests compare it with `smplx`.
 
     body = SMPLH.load("body.npz")
     vertices, joints = body(torch.eye(3).expand(1, 52, 3, 3), torch.zeros(1, 10))
@@ -27,8 +27,8 @@ PARENTS = (
     *(21, 37, 38, 21, 40, 41, 21, 43, 44, 21, 46, 47, 21, 49, 50),
 )
 NUM_JOINTS = len(PARENTS)  # 52
-# The tree by depth: joints [n] of each level, which are turned together. A product a joint is 51 tiny steps after each
-# other, of which a device does nothing but begin and end them.
+# The tree by depth: `kinematics` turns the joints [n] of a level together. One joint at a time would be 51 tiny kernels
+# in a row.
 LEVELS = [[0]]
 while deeper := [joint for joint, parent in enumerate(PARENTS) if parent in LEVELS[-1]]:
     LEVELS.append(deeper)
@@ -65,7 +65,7 @@ class SMPLH(nn.Module):
         pose_dirs = np.asarray(arrays["posedirs"], np.float64).reshape(len(template) * 3, -1).T
 
         def keep(name: str, value: np.ndarray) -> None:
-            # Not part of any state_dict: the body may be licensed, so weights are saved without it.
+            # Outside the state_dict: the body may be licensed, so saved weights must not hold it.
             self.register_buffer(name, torch.tensor(np.ascontiguousarray(value, np.float32)), persistent=False)
 
         keep("v_template", template)
@@ -88,17 +88,17 @@ class SMPLH(nn.Module):
         path = Path(path)
         if path.suffix != ".npz":
             raise CheckpointError(
-                f"{path} is not an .npz file. Pickled body models can run code when opened and are refused: "
-                f"convert it safely first, hd-body convert {path.name} {path.stem}.npz."
+                f"{path} must be an .npz file: a pickle can run code when opened. Convert it safely: "
+                f"hd-body convert {path.name} {path.stem}.npz"
             )
         try:
             with np.load(path, allow_pickle=False) as archive:
                 missing = [name for name in REQUIRED if name not in archive]
                 if missing:
-                    raise CheckpointError(f"{path} is no SMPL-H body: it lacks {', '.join(missing)}.")
+                    raise CheckpointError(f"{path} must be an SMPL-H body, but lacks {', '.join(missing)}.")
                 arrays = {name: archive[name] for name in REQUIRED}
         except FileNotFoundError:
-            raise CheckpointError(f"There is no body model at {path}.") from None
+            raise CheckpointError(f"The body model {path} does not exist.") from None
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read as an .npz of plain arrays: {error}.") from error
         vertices = len(arrays["v_template"])
@@ -112,17 +112,19 @@ class SMPLH(nn.Module):
         for name, shape in wanted.items():
             if arrays[name].shape != shape:
                 raise CheckpointError(
-                    f"{path} is no SMPL-H body: {name} has shape {arrays[name].shape}, not {shape}. "
+                    f"{name} in {path} must be SMPL-H's of shape {shape}, got {arrays[name].shape}. "
                     "SMPL (24 joints) and SMPL-X (55 joints) bodies have other shapes."
                 )
         if arrays["shapedirs"].ndim != 3 or arrays["shapedirs"].shape[2] < num_betas:
             raise CheckpointError(
-                f"{path} has shapedirs of shape {arrays['shapedirs'].shape}; {num_betas} betas are needed."
+                f"shapedirs in {path} must have {num_betas} betas or more, got shape {arrays['shapedirs'].shape}."
             )
         # The root's parent is stored as 2**32 - 1 (an unsigned -1).
         parents = arrays["kintree_table"][0].astype(np.int64)[1:]
         if vertices <= max(TIP_VERTICES) or tuple(parents) != PARENTS[1:]:
-            raise CheckpointError(f"{path} is no SMPL-H body: its kinematic tree or vertex count ({vertices}) differs.")
+            raise CheckpointError(
+                f"{path} must have SMPL-H's kinematic tree and vertices, got another tree or {vertices} vertices."
+            )
         return cls(arrays, num_betas)
 
     def kinematics(self, rotations: Tensor, betas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,7 +156,7 @@ class SMPLH(nn.Module):
         # A vertex moves by the weighted mean of the joints' rigid motions.
         shifts = places - (turns * rest[..., None, :]).sum(-1)
         blended = (self.weights @ turns.reshape(batch, NUM_JOINTS, 9)).reshape(batch, -1, 3, 3)
-        turned = (blended * shaped[..., None, :]).sum(-1)  # a product of matrices a vertex is slow
+        turned = (blended * shaped[..., None, :]).sum(-1)  # one matrix product per vertex would be slow
         return turned + self.weights @ shifts
 
     def forward(self, rotations: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +172,7 @@ class SMPLH(nn.Module):
 
 
 def take(x: Tensor, which: Sequence[int]) -> Tensor:
-    """x[:, which]. In a graph that is one step, where a list between brackets becomes three."""
+    """x[:, which] as one step of a graph; indexing with a list becomes three."""
     return x.index_select(1, torch.tensor(which, device=x.device))
 
 

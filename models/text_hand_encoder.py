@@ -1,10 +1,9 @@
 """The Text+Hand encoder: a CLIP text transformer over the prompt's tokens and the hands' tokens together.
 
-Sequence: 77 text tokens exactly as Stable Diffusion has them, then for each hand 21 joint tokens (the sum of the
-joint's place in the image and its rotation) and one vertex token (the basis point set). Text looks back only, as in
-CLIP, so its 77 outputs are plain CLIP's whatever the hands do; hand tokens look at all text and all hand tokens. A
-hand that is absent or off the frame is replaced by a learned null token. The paper does not publish its layout; this
-one is ours.
+Sequence: Stable Diffusion's 77 text tokens, then for each hand 21 joint tokens (the sum of the joint's place in the
+image and its rotation) and one vertex token (the basis point set). Text attends back only, as in CLIP: its 77 outputs
+equal CLIP's for any hands; hand tokens attend to all text and all hand tokens. A learned null token replaces the tokens
+of a hand that is absent or off the frame. The paper does not publish its layout; this one is ours.
 
     encoder = TextHandEncoder.from_clip(CLIPTextModel.from_pretrained(...))
     context = encoder(input_ids, joints=joints, rotations=rotations, bps=bps, visibility=visibility)
@@ -33,10 +32,10 @@ NUM_HAND_JOINTS, NUM_HAND_ROTATIONS = 21, 16
 ROTATED_JOINTS = (0, 1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19)
 ROTATION_OF_JOINT = (0, 13, 14, 15, 1, 2, 3, 4, 5, 6, 10, 11, 12, 7, 8, 9)
 PARENT_OF_JOINT = (0, 0, 1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 0, 13, 14, 15, 0, 17, 18, 19)
-BPS_SCALE = 10.0  # distances are centimetres to decimetres: bring them to the order of one
+BPS_SCALE = 10.0  # brings distances of centimetres to the order of one
 LOCATION_OCTAVES = 6  # Fourier features of a joint's place, down to 1/32 of the image
 
-# What a CLIP text model is made from; the names are transformers'.
+# The configuration of a CLIP text model, in transformers' names.
 CLIP_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -54,9 +53,9 @@ CLIP_KEYS = (
 def word_states(hidden: Tensor, input_ids: Tensor, eos_token_id: int, length: int) -> Tensor:
     """A text model's states of a prompt's words [N, length, W], from its outputs [N, L, W] for token ids [N, L].
 
-    In the place of the first end-of-text token and in all that follow stands that token's state, which is the sentence
-    vector of CLIP's pooler: padding says nothing of its own, nothing need be masked, and `[:, -1]` is the sentence.
-    length: of the whole prompt, L or more; the ids may be cut after the last end of a text.
+    The state of the first end-of-text token, CLIP's sentence vector, also replaces all states after it: padding adds
+    nothing, no mask is needed, and `[:, -1]` is the sentence.
+    length: of the whole prompt, L or more; the ids may end after the last end of a text.
     """
     end = (input_ids == eos_token_id).to(torch.int32).argmax(-1)
     sentence = hidden[torch.arange(hidden.shape[0], device=hidden.device), end]
@@ -67,16 +66,16 @@ def word_states(hidden: Tensor, input_ids: Tensor, eos_token_id: int, length: in
 
 
 def causal_mask(length: int, free_from: int, device: torch.device) -> Tensor:
-    """[1, 1, L, L] booleans, True where a token may look: back only, but freely among tokens >= free_from."""
+    """[1, 1, L, L] booleans, True where a token may attend: back only, but freely from row free_from on."""
     place = torch.arange(length, device=device)
     return ((place[None] <= place[:, None]) | (place[:, None] >= free_from))[None, None]
 
 
 def take(rows: Tensor, order: Sequence[int]) -> Tensor:
-    """[N, 2, R, ...] -> [N, 2, len(order), ...]: rows of each hand in another order.
+    """[N, 2, R, ...] -> [N, 2, len(order), ...]: rows of each hand in another order, as one Gather.
 
-    `rows[:, :, order]` would export as GatherND between two Transposes; in half precision, before a matrix product,
-    ONNX Runtime 1.32 dies of that while it loads the graph. This is one Gather.
+    `rows[:, :, order]` exports as GatherND between two Transposes. In half precision, before a matrix product, ONNX
+    Runtime 1.32 crashes on that while it loads the graph.
     """
     return rows.index_select(2, torch.tensor(order, device=rows.device))
 
@@ -106,14 +105,13 @@ def encode_text(clip: CLIPTextModel, input_ids: Tensor) -> Tensor:
 class TextHandEncoder(ModelMixin, ConfigMixin):
     """CLIP's text transformer over text and hand tokens.
 
-    cues: which hand cues are used, any subset of ("joints", "rotations", "vertices"); without any, the hands are cut
-    off and this is CLIP. frequencies: of the position codes that are appended to the context for the UNet's
-    positional kernel; empty for the paper's plain cross-attention. hide: tokens of absent hands are seen by no pixel,
-    and those of present ones pass the kernel's gate; without it absent hands are learned null tokens, which pixels see.
-    joint: hand tokens go through the transformer with the text; without it they are put behind its output as they are.
-    rotation_frame: "parent", each finger joint's rotation relative to its parent, as MANO has it; or "camera", as the
-    camera sees it: then every token says by itself how its bone is turned and whether it comes nearer, which otherwise
-    three rotations must be multiplied for, and a tip has its bone's rotation.
+    cues: the hand cues, any subset of ("joints", "rotations", "vertices"); with an empty set this is CLIP.
+    frequencies: of the position codes appended to the context for the UNet's positional kernel; empty for the paper's
+    plain cross-attention. hide: pixels ignore tokens of absent hands, and those of present ones pass the kernel's gate;
+    otherwise pixels attend to learned null tokens of absent hands. joint: hand tokens go through the transformer with
+    the text; otherwise they follow its output unchanged. rotation_frame: "parent", each finger joint's rotation
+    relative to its parent, as in MANO; or "camera", in the camera's frame: then each token alone gives the turn of its
+    bone, without a product of three rotations, and a tip has its bone's rotation.
     """
 
     basis: Tensor
@@ -140,12 +138,12 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if rotation_frame not in ROTATION_FRAMES:
-            raise ValueError(f"Unknown rotation_frame {rotation_frame!r}; there are {', '.join(ROTATION_FRAMES)}.")
+            raise ValueError(f"rotation_frame must be one of {', '.join(ROTATION_FRAMES)}, got {rotation_frame!r}.")
         unknown = set(cues) - set(CUES)
         if unknown:
-            raise ValueError(f"Unknown hand cues {sorted(unknown)}; there are {', '.join(CUES)}.")
+            raise ValueError(f"cues must be among {', '.join(CUES)}, got {sorted(unknown)}.")
         if hide and not frequencies:
-            raise ValueError("Hands can be hidden by the positional kernel only: give it frequencies.")
+            raise ValueError("frequencies must not be empty with hide: the positional kernel hides the hands.")
         text = CLIPTextModel(CLIPTextConfig(**{key: getattr(self.config, key) for key in CLIP_KEYS}))
         inner = getattr(text, "text_model", text)
         self.embeddings, self.layers, self.final_layer_norm = (
@@ -164,7 +162,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
             self.vertices = nn.Sequential(nn.Linear(num_basis, width), nn.GELU(), nn.Linear(width, width))
         self.register_buffer("basis", make_basis(num_basis))  # [2, N, 3], saved with the weights
         if self.tokens_per_hand:
-            # New rows start with the spread of CLIP's own embeddings, so that its first layers see nothing strange.
+            # New rows start with the spread of CLIP's own embeddings, as its first layers expect.
             spread = self.embeddings.token_embedding.weight.detach().std()
             self.place = nn.Parameter(torch.randn(self.tokens_per_hand, width) * spread)
             self.side = nn.Parameter(torch.randn(2, width) * spread)
@@ -218,7 +216,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
             if camera:
                 rotations = camera_rotations(rotations.float()).to(rotations.dtype)
             turned = self.rotation(take(rotations, ROTATION_OF_JOINT))  # [N, 2, 16, W], in the joints' order
-            # The five tips have no rotation of their own: a zero row stands in for them, or their bone's.
+            # The five tips lack a rotation of their own: they take a zero row, or their bone's.
             padded = torch.cat([turned, torch.zeros_like(turned[:, :, :1])], 2)
             at = {joint: row for row, joint in enumerate(ROTATED_JOINTS)}
             row = [at.get(j, at[PARENT_OF_JOINT[j]] if camera else 16) for j in range(NUM_HAND_JOINTS)]
@@ -232,7 +230,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         return tokens.flatten(1, 2)
 
     def position_codes(self, joints: Tensor | None, visibility: Tensor) -> Tensor:
-        """[N, L, C]: of each token its position's code and its kind; zero for hidden hands, so the kernel is off."""
+        """[N, L, C]: each token's position code and kind; zero for hidden hands, which switches the kernel off."""
         batch, text = visibility.shape[0], self.config.max_position_embeddings
         channels, located = code_width(self.config.frequencies), 4 * len(self.config.frequencies)
         seen = visibility[:, :, None, None].to(torch.float32)
@@ -272,7 +270,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         """Encodes prompts and hands.
 
         input_ids: [N, 77]; joints: [N, 2, 21, 2] in [0, 1]; rotations: [N, 2, 16, 6]; bps: [N, 2, 512] metres;
-        visibility: [N, 2], 1 for a hand that is to be seen (None: no hands, the unconditional case).
+        visibility: [N, 2], 1 for a visible hand (None: without hands, the unconditional case).
         Returns the context [N, L, W + code].
         """
         batch = input_ids.shape[0]

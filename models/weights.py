@@ -2,8 +2,8 @@
 
     unet = load_part(UNet2DConditionModel, Path("checkpoint/unet"))
 
-The libraries' `from_pretrained` builds the modules; what they would pass over in silence (a missing tensor stays
-random, a number beyond float32 becomes infinity) or answer with pages is looked for here.
+The libraries' `from_pretrained` builds the modules. This module finds what they ignore (a missing tensor stays random,
+a number beyond float32 becomes infinity) or answer with pages of text.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ..schema import MisfitError, fit, read_json
 from .layout import read_config
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # in the words of safetensors
-SPARE = 1 << 20  # elements: a network that wants more than twice what is there and this is not even made
-VARIANTS = (None, "fp16", "bf16")  # of files, the first that is there
-SHOWN = 3  # names in a sentence; the others are counted
+SPARE = 1 << 20  # elements: a network larger than twice its file plus this is refused before it is built
+VARIANTS = (None, "fp16", "bf16")  # of files; the first that exists is read
+SHOWN = 3  # names in a sentence; it counts the rest
 
 
 class Index(Struct):
@@ -39,10 +39,10 @@ class Index(Struct):
 def load_part(kind: Any, folder: Path, mapped: bool = False) -> Any:
     """A module of the class `kind` in float32, from its folder in Hugging Face layout.
 
-    mapped: weights that are float32 in the file stay there, and are read from it as they are used; the file must not be
-    written to meanwhile. What is changed in memory is changed there alone.
-    Raises CheckpointError for files that are missing or damaged, and for tensors that are missing, left over, of
-    another shape or type than the configuration says, or not finite.
+    mapped: float32 weights stay in the file, which must not change meanwhile; the system reads their pages on demand.
+    Changes in memory never reach the file.
+    Raises CheckpointError for files that are missing or damaged, and for tensors that are missing, left over, not
+    finite, or of another shape or type than the configuration says.
     """
     config = read_config(kind.__name__, folder)
     files, variant = weight_files(kind, folder)
@@ -50,8 +50,8 @@ def load_part(kind: Any, folder: Path, mapped: bool = False) -> Any:
     other = [f"{name} ({held})" for name, (held, _) in stored.items() if held not in FLOATS and not _unread(name)]
     if other:
         raise CheckpointError(
-            f"The weights in {folder} are of a type that is not read here: {listed(other)}. "
-            "Save them as float32, float16 or bfloat16."
+            f"The weights in {folder} must be float32, float16 or bfloat16, got {listed(other)}. Save them again as "
+            "one of these."
         )
     held = sum(size for _, size in stored.values())
     try:
@@ -60,18 +60,18 @@ def load_part(kind: Any, folder: Path, mapped: bool = False) -> Any:
         if wanted <= 2 * held + SPARE:
             arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
             arguments["variant"] = variant
-            arguments["ignore_mismatched_sizes"] = True  # they are reported then, and refused below
+            arguments["ignore_mismatched_sizes"] = True  # the library reports them, and the code below refuses them
             if issubclass(kind, PreTrainedModel):
                 arguments |= {"dtype": torch.float32, "config": CLIPTextConfig(**config)}
             else:
                 arguments |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
             module, info = kind.from_pretrained(folder, **arguments)
-    except Exception as error:  # configurations fail in the libraries in many ways
-        raise CheckpointError(f"No network can be made from {folder / 'config.json'}: {first_line(error)}") from None
+    except Exception as error:  # the libraries raise many kinds
+        raise CheckpointError(f"{folder / 'config.json'} must describe a network, got: {first_line(error)}") from None
     if wanted > 2 * held + SPARE:
         raise CheckpointError(
-            f"The weights in {folder} do not fit its config.json: that describes {wanted:,} numbers, and there are "
-            f"{held:,}. Save both again together, with save_pretrained()."
+            f"The weights in {folder} must be the {wanted:,} numbers of its config.json, got {held:,}. Save both again "
+            "together, with save_pretrained()."
         )
     wrong = [
         f"{what} {listed(names)}"
@@ -84,8 +84,8 @@ def load_part(kind: Any, folder: Path, mapped: bool = False) -> Any:
     ]
     if wrong:
         raise CheckpointError(
-            f"The weights in {folder} do not fit its config.json, which {' and '.join(wrong)}. "
-            "Save both again together, with save_pretrained()."
+            f"The weights in {folder} must fit its config.json, but the file {' and '.join(wrong)}. Save both again "
+            "together, with save_pretrained()."
         )
     if mapped:
         map_weights(module, files)
@@ -94,7 +94,7 @@ def load_part(kind: Any, folder: Path, mapped: bool = False) -> Any:
 
 
 def map_weights(module: nn.Module, files: Iterable[Path]) -> None:
-    """Puts tensors that lie in files in the place of a module's own, where they are the same: of name, type and shape.
+    """Replaces a module's tensors by those of files with the same name, type and shape.
 
     The system may drop their pages when memory is short, and read them again.
     """
@@ -102,7 +102,7 @@ def map_weights(module: nn.Module, files: Iterable[Path]) -> None:
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                there = tensors.get_tensor(name) if name in own else None  # mapped, copied only when it is written to
+                there = tensors.get_tensor(name) if name in own else None  # mapped; a write copies it
                 if there is not None and (there.dtype, there.shape) == (own[name].dtype, own[name].shape):
                     own[name].data = there
 
@@ -110,7 +110,7 @@ def map_weights(module: nn.Module, files: Iterable[Path]) -> None:
 def weight_files(kind: Any, folder: Path) -> tuple[list[Path], str | None]:
     """The files that `from_pretrained` will read (one, or the shards that an index names), and their variant.
 
-    Where there is nothing else, half precision is read: `*.fp16.safetensors`, as diffusers' `variant="fp16"` saves it.
+    Without float32 files it takes half precision: `*.fp16.safetensors`, as diffusers' `variant="fp16"` saves it.
     """
     stem = "model" if issubclass(kind, PreTrainedModel) else "diffusion_pytorch_model"
     for variant in VARIANTS:
@@ -122,7 +122,7 @@ def weight_files(kind: Any, folder: Path) -> tuple[list[Path], str | None]:
             return _shards(index), variant
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     raise CheckpointError(
-        f"{folder} has no {stem}.safetensors."
+        f"{folder} must have a {stem}.safetensors."
         + (f" If its weights are in {others[0]}, give that file this name." if others else "")
     )
 
@@ -132,16 +132,16 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = fit(read_json(index), Index).weight_map
     except (OSError, MisfitError) as error:
-        raise CheckpointError(f"{index} is no index of weights: {first_line(error)}") from None
+        raise CheckpointError(f"{index} must be an index of weights, got: {first_line(error)}") from None
     shards = sorted({index.parent / name for name in names.values()})
     for shard in shards:
         if not shard.is_file():
-            raise CheckpointError(f"{index.parent} has no {shard.name}, which {index.name} names.")
+            raise CheckpointError(f"{index.parent} lacks {shard.name}, which {index.name} names. Copy it again.")
     return shards
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, tuple[str, int]]:
-    """Tensor -> its type and number of elements. Only headers are read; safetensors checks them against the file."""
+    """Tensor -> its type and number of elements, by the headers alone; safetensors checks them against the file."""
     found = {}
     for file in files:
         try:
@@ -163,7 +163,7 @@ def build(kind: Any, config: dict[str, Any]) -> nn.Module:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says, as the end of a sentence. A model hub is none of our users' business."""
+    """A library's message, as the end of a sentence; its type alone if it speaks of a model hub, which we never use."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(" .:")
     return (
         f"{type(error).__name__}." if any(word in said.lower() for word in ("hub", "hugging", "http")) else f"{said}."
@@ -171,12 +171,14 @@ def first_line(error: BaseException) -> str:
 
 
 def _unread(name: str) -> bool:
-    return name.endswith("position_ids")  # a buffer in older CLIP files, which is not read
+    return name.endswith("position_ids")  # a buffer in CLIP files of transformers before 4.31, which the model ignores
 
 
 def check_finite(module: nn.Module, folder: Path) -> None:
-    """Raises CheckpointError for NaN or infinity in a weight. One pass at the speed of memory: a sum is finite if all
-    its terms are, unless they are huge, and those are looked at one by one."""
+    """Raises CheckpointError for NaN or infinity in a weight.
+
+    One pass at the speed of memory: finite terms have a finite sum unless they are huge; then it checks each term.
+    """
     broken = [
         name
         for name, tensor in module.state_dict().items()
@@ -184,13 +186,13 @@ def check_finite(module: nn.Module, folder: Path) -> None:
     ]
     if broken:
         raise CheckpointError(
-            f"The weights in {folder} are broken: NaN or infinity in {listed(broken)}. "
-            "Take a checkpoint from before the training diverged."
+            f"The weights in {folder} must be finite, got NaN or infinity in {listed(broken)}. "
+            "Take an earlier checkpoint, before the training diverged."
         )
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, and the number of the rest."""
     names = sorted(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

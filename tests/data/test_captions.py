@@ -18,13 +18,13 @@ def test_encodings_that_tell_themselves_are_read(tmp_path, encoding):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (TEXT.encode("cp1252"), r"a.txt is not UTF-8 \(byte 3\). Save it as UTF-8"),
+        (TEXT.encode("cp1252"), r"a.txt must be UTF-8, fails at byte 3. Save it as UTF-8"),
         ("a hand".encode("utf-16-le"), "NUL bytes"),
-        ("手".encode("gbk"), "is not UTF-8"),
-        (b"\xff\xfea", "is not UTF-16-LE"),
-        (b"", "no caption: a.txt"),
-        (b" \n\n", "no caption: a.txt"),
-        (None, "no caption: a.txt"),
+        ("手".encode("gbk"), "must be UTF-8"),
+        (b"\xff\xfea", "must be UTF-16-LE"),
+        (b"", "into a.txt"),
+        (b" \n\n", "into a.txt"),
+        (None, "into a.txt"),
     ],
 )
 def test_others_are_named(tmp_path, content, words):

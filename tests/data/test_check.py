@@ -224,7 +224,7 @@ def test_the_command_says_it_and_mends_it(tmp_path, good):
     fixed = run_command("data.cli", "check", tmp_path / "set", "--fix")
     assert fixed.returncode == 0 and "7 files moved" in fixed.stderr, fixed.stderr
     nothing = run_command("data.cli", "check", tmp_path / "nothing")
-    assert nothing.returncode == 1 and "There is no dataset folder" in nothing.stderr
+    assert nothing.returncode == 1 and "does not exist" in nothing.stderr
 
 
 # --- conventions, in sizes of the hand ---

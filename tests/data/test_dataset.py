@@ -69,9 +69,9 @@ def test_among_draws_from_those_alone():
 
 
 def test_nothing_to_draw_from_is_a_sentence():
-    with pytest.raises(DatasetError, match="no sample to train on"):
+    with pytest.raises(DatasetError, match="one sample to train on, got 0"):
         next(batches(range(10), 0, 4, among=[]))
-    with pytest.raises(DatasetError, match="cannot be shared by 3"):
+    with pytest.raises(DatasetError, match="batch must be at least 3"):
         next(batches(range(10), 0, 2, world=3))
 
 

@@ -93,22 +93,22 @@ def test_a_tx_that_was_negated_in_place_is_named(tmp_path, body):
 
 
 DEGENERATE = {
-    "zero orientation": ({"global_orient": np.zeros((1, 3, 3))}, "global_orient that is no rotation"),
-    "zero fingers": ({"hand_pose": np.zeros((15, 3, 3))}, "hand_pose that is no rotation"),
-    "a reflection": ({"global_orient": np.diag([1.0, 1, -1])[None]}, "global_orient that is no rotation"),
-    "a scaled matrix": ({"global_orient": 2 * np.eye(3)[None]}, "global_orient that is no rotation"),
-    "quaternions": ({"hand_pose": np.zeros((15, 4))}, "hand_pose of shape [1, 15, 4]"),
-    "negative scale": ({"pred_cam": np.array([-7.0, 0, 0])}, "-7 for a scale in pred_cam"),
-    "scale 0": ({"pred_cam": np.zeros(3)}, "0 for a scale in pred_cam"),
-    "box 0": ({"box_size": np.float64(0)}, "0 for a scale in box_size"),
-    "NaN": ({"box_center": np.array([np.nan, 0])}, "NaN or infinity in box_center"),
-    "infinity": ({"pred_cam": np.array([np.inf, 0, 0])}, "NaN or infinity in pred_cam"),
-    "infinite angles": ({"hand_pose": np.full(45, np.inf)}, "NaN or infinity in hand_pose"),
-    "degrees": ({"hand_pose": np.full(45, 90.0)}, "90 in hand_pose; angles are in radians"),
-    "one point": ({"pred_keypoints_3d": np.zeros((21, 3))}, "hand of 0 metres"),
-    "millimetres": ({"pred_keypoints_3d": 90 * np.eye(21, 3)}, "metres, which no hand has"),
-    "no side": ({"is_right": np.float64(2)}, "neither 0 nor 1"),
-    "far away": ({"box_center": np.array([1e9, 0])}, "no sense there"),
+    "zero orientation": ({"global_orient": np.zeros((1, 3, 3))}, "must hold rotations"),
+    "zero fingers": ({"hand_pose": np.zeros((15, 3, 3))}, "hand_pose in b.npz must hold rotations"),
+    "a reflection": ({"global_orient": np.diag([1.0, 1, -1])[None]}, "must hold rotations"),
+    "a scaled matrix": ({"global_orient": 2 * np.eye(3)[None]}, "must hold rotations"),
+    "quaternions": ({"hand_pose": np.zeros((15, 4))}, "of shape [1, 15, 3, 3], got [15, 4]"),
+    "negative scale": ({"pred_cam": np.array([-7.0, 0, 0])}, "above 0, got -7"),
+    "scale 0": ({"pred_cam": np.zeros(3)}, "above 0, got 0"),
+    "box 0": ({"box_size": np.float64(0)}, "above 0, got 0"),
+    "NaN": ({"box_center": np.array([np.nan, 0])}, "box_center in b.npz must be finite"),
+    "infinity": ({"pred_cam": np.array([np.inf, 0, 0])}, "pred_cam in b.npz must be finite"),
+    "infinite angles": ({"hand_pose": np.full(45, np.inf)}, "hand_pose in b.npz must be finite"),
+    "degrees": ({"hand_pose": np.full(45, 90.0)}, "hand_pose in b.npz must be in radians, got 90"),
+    "one point": ({"pred_keypoints_3d": np.zeros((21, 3))}, "metres, got 0"),
+    "millimetres": ({"pred_keypoints_3d": 90 * np.eye(21, 3)}, "must be of a hand of"),
+    "no side": ({"is_right": np.float64(2)}, "must be 0 or 1"),
+    "far away": ({"box_center": np.array([1e9, 0])}, "placement must be at most"),
 }
 
 
@@ -132,7 +132,7 @@ def test_an_is_right_that_the_loop_overwrote_is_named(tmp_path, body):
         held = dict(archive)
     np.savez(tmp_path / "a.npz", **{**held, "is_right": np.float32(1)})
     (bad,) = convert("mano", tmp_path, body)
-    assert "one is_right for 2 hands" in bad.sentence and 'batch["right"]' in bad.sentence
+    assert "each of 2 hands, got 1" in bad.sentence and 'batch["right"]' in bad.sentence
 
 
 def test_the_pages_snippet_is_safe_from_the_loop(tmp_path, body):
@@ -237,7 +237,7 @@ def test_pictures_with_captions_are_samples_whose_hands_are_unknown(tmp_path, bo
     (folder / "b.caption").write_text("two hands\n")
     a, b, c, d = convert("captions", tmp_path / "img", body)
     assert (a.key, a.prompts, a.hands, a.annotated) == ("10_style/a", ["a hand, ink drawing"], None, False)
-    assert b.prompts == ["two hands"] and "no caption: c.txt" in c.sentence and "d.bmp is neither" in d.sentence
+    assert b.prompts == ["two hands"] and "into c.txt" in c.sentence and "d.bmp must be" in d.sentence
     assert write_shards([a, b], tmp_path / "out") == []
     assert [sample.annotated for sample in read(tmp_path / "out")] == [False, False]
 
@@ -251,4 +251,4 @@ def test_files_and_samples_add_up(tmp_path, body):
     np.savez(tmp_path / "d.npz")
     a, b, c, d = convert("mano", tmp_path, body)
     assert isinstance(a, Sample) and isinstance(b, Sample)
-    assert "c.heic is neither" in c.sentence and "no picture beside" in d.sentence
+    assert "c.heic must be" in c.sentence and "lacks a picture" in d.sentence

@@ -177,7 +177,7 @@ def files(folder: Path) -> dict[str, int]:
 
 def test_a_cache_is_made_once_and_goes_on_after_a_kill(tmp_path, tiny_checkpoint):
     write_shards([made_sample(i, SIZE) for i in range(9)], tmp_path, per_shard=3)
-    with pytest.raises(DatasetError, match="no latents of this checkpoint for 3 of its 3 shards"):
+    with pytest.raises(DatasetError, match="lacks this checkpoint's latents for 3 of its 3 shards"):
         LatentCache.open(tiny_checkpoint, tmp_path)
 
     def stop(done: int, total: int) -> None:
@@ -188,7 +188,7 @@ def test_a_cache_is_made_once_and_goes_on_after_a_kill(tmp_path, tiny_checkpoint
         make_latents(tiny_checkpoint, tmp_path, stop)
     some = files(tmp_path)
     assert 2 <= len(some) < 6
-    with pytest.raises(DatasetError, match="no latents"):
+    with pytest.raises(DatasetError, match="lacks this checkpoint's latents"):
         LatentCache.open(tiny_checkpoint, tmp_path)
     shown = []
     make_latents(tiny_checkpoint, tmp_path, lambda done, total: shown.append((done, total)))
@@ -255,7 +255,7 @@ def test_a_copied_dataset_keeps_its_cache_and_a_changed_one_does_not(tmp_path, t
     at = content.index(b"a left hand")
     content[at : at + 6] = b"a loft"
     (tmp_path / "00000.tar").write_bytes(content)  # the same size, the same places, another word
-    with pytest.raises(DatasetError, match="no latents"):
+    with pytest.raises(DatasetError, match="lacks this checkpoint's latents"):
         LatentCache.open(tiny_checkpoint, tmp_path)
 
 

@@ -91,9 +91,9 @@ def test_pictures_are_upright(orientation):
 
 FRAMES = [Image.new("RGB", (8, 4), (value, 0, 0)) for value in (0, 99, 200)]
 REFUSED = {
-    "I": (content(Image.new("I", (4, 4), 70_000), "TIFF"), "mode I,"),
-    "F": (content(Image.new("F", (4, 4), 0.5), "TIFF"), "mode F,"),
-    "LAB": (content(Image.new("LAB", (4, 4)), "TIFF"), "mode LAB,"),
+    "I": (content(Image.new("I", (4, 4), 70_000), "TIFF"), "mode I. "),
+    "F": (content(Image.new("F", (4, 4), 0.5), "TIFF"), "mode F. "),
+    "LAB": (content(Image.new("LAB", (4, 4)), "TIFF"), "mode LAB. "),
     "GIF": (content(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "animation of 3 frames"),
     "APNG": (content(FRAMES[0], save_all=True, append_images=FRAMES[1:]), "animation of 3 frames"),
     "animated WebP": (content(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "animation of 3 frames"),
@@ -132,8 +132,8 @@ def test_endings_are_read_as_cameras_write_them(tmp_path, ending):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (("a.json", "a.heic"), "a.heic is neither PNG nor JPEG nor WebP"),
-        (("a.json", "a.TIF"), "a.TIF is neither"),
+        (("a.json", "a.heic"), "a.heic must be PNG, JPEG or WebP"),
+        (("a.json", "a.TIF"), "a.TIF must be"),
         (("a.json", "a.jPg"), "Rename it in lower case"),
         (("a.JSON", "a.jpg"), "Rename it in lower case"),
         (("a.json", "a.jpg", "a.JPEG"), "a picture twice"),

@@ -347,26 +347,26 @@ REFUSED = {
     "Wan": (lambda make: keys("diffusion_model.blocks.0.self_attn.q.lora_A.weight"), {}, "for a transformer"),
     "ControlNet LoRA": (lambda make: keys("lora_controlnet", "input_blocks.0.0.down"), {}, "a ControlNet"),
     "IP-Adapter": (lambda make: keys("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), {}, "an IP-Adapter"),
-    "no lora_B": (lambda make: without(of_unet(make), "lora_B"), {}, r"incomplete: unet\S+ has no up \(lora_B\)"),
-    "no lora_A": (lambda make: without(of_unet(make), "lora_A"), {}, r"incomplete: unet\S+ has no down \(lora_A\)"),
+    "no lora_B": (lambda make: without(of_unet(make), "lora_B"), {}, r"incomplete: unet\S+ lacks up \(lora_B\)"),
+    "no lora_A": (lambda make: without(of_unet(make), "lora_A"), {}, r"incomplete: unet\S+ lacks down \(lora_A\)"),
     "alpha alone": (
         lambda make: without(without(make.kohya("lora_unet_", "unet", ("to_q",)), "lora_up"), "lora_down"),
-        {}, r"no down \(lora_A\) and no up"),
+        {}, r"lacks down \(lora_A\) and up"),
     "some alphas": (
-        lambda make: without(make.kohya("lora_unet_", "unet", ATTENTION), "alpha"), {}, "alpha of some layers"),
-    "two strengths": (lambda make: make.kohya("lora_unet_", "unet", ATTENTION), OF_UNET, "its strength twice"),
-    "two alphas": (lambda make: beside(make, alpha=torch.ones(2)), {}, "alpha of .* must be one number"),
+        lambda make: without(make.kohya("lora_unet_", "unet", ATTENTION), "alpha"), {}, "alpha of each layer or of no layer"),
+    "two strengths": (lambda make: make.kohya("lora_unet_", "unet", ATTENTION), OF_UNET, "its strength once"),
+    "two alphas": (lambda make: beside(make, alpha=torch.ones(2)), {}, "alpha of .* as one number"),
     "twice": (
-        lambda make: {**of_unet(make), **renamed(of_unet(make), ("A.weight", "A.default.weight"))}, {}, "twice"),
+        lambda make: {**of_unet(make), **renamed(of_unet(make), ("A.weight", "A.default.weight"))}, {}, "once, got two"),
     "a strange layer": (
         lambda make: {**of_unet(make), **keys(f"{STRANGE}.lora_A.weight", f"{STRANGE}.lora_B.weight")},
-        {}, "has no place for unet.down_blocks.7"),
-    "a strange tensor": (lambda make: {**of_unet(make), **keys("something.else")}, {}, "no place for something.else"),
-    "NaN": (lambda make: changed(of_unet(make), "lora_B", lambda t: t * float("nan")), {}, "NaN, infinity"),
-    "infinity": (lambda make: changed(of_unet(make), "lora_A", lambda t: t / 0), {}, "NaN, infinity"),
+        {}, "lacks layers for unet.down_blocks.7"),
+    "a strange tensor": (lambda make: {**of_unet(make), **keys("something.else")}, {}, "lacks layers for something.else"),
+    "NaN": (lambda make: changed(of_unet(make), "lora_B", lambda t: t * float("nan")), {}, "must hold finite"),
+    "infinity": (lambda make: changed(of_unet(make), "lora_A", lambda t: t / 0), {}, "must hold finite"),
     "NaN alpha": (
         lambda make: changed(make.kohya("lora_unet_", "unet", ATTENTION), "alpha", lambda t: t * float("nan")),
-        {}, "NaN, infinity"),
+        {}, "must hold finite"),
     "whole numbers": (lambda make: changed(of_unet(make), "lora_A", lambda t: t.to(torch.int8)), {}, "floating-point"),
     "huge": (lambda make: {name: value * 1e30 for name, value in of_unet(make).items()}, {}, "infinite"),
     "another width": (
@@ -375,9 +375,9 @@ REFUSED = {
         lambda make: changed(of_unet(make), "attn2.to_k.lora_A", lambda t: torch.ones(4, 2048)), {}, "it is for SDXL"),
     "ranks that differ": (
         lambda make: changed(of_unet(make), "lora_B", lambda t: torch.ones(32, 5)), {}, "for a weight of 32 x 32"),
-    "another rank": (of_unet, {**OF_UNET, "unet.r": 8}, "the rank 8, and its tensors have 4"),
+    "another rank": (of_unet, {**OF_UNET, "unet.r": 8}, "must have rank 8 in .*, got 4"),
     "no number": (of_unet, {**OF_UNET, "unet.lora_alpha": "much"}, "The lora_alpha is 'much'; it must be a number"),
-    "no pattern": (of_unet, {**OF_UNET, "unet.alpha_pattern": {"to_q(": 1}}, "which is no pattern"),
+    "no pattern": (of_unet, {**OF_UNET, "unet.alpha_pattern": {"to_q(": 1}}, "regular expressions"),
     "a bias without one": (
         lambda make: {**of_unet(make), f"{UNET}.lora_B.bias": torch.ones(32)}, {}, "a bias for unet"),
     "a checkpoint": (
@@ -389,8 +389,8 @@ REFUSED = {
     "a textual inversion": (lambda make: keys("<my-cat>", shape=(768,)), {}, "a textual inversion"),
     "one of a plain word": (lambda make: keys("sks", shape=(2, 768)), {}, "a textual inversion"),
     "one of A1111": (lambda make: keys("emb_params", shape=(2, 768)), {}, "a textual inversion"),
-    "anything": (lambda make: keys("layer.weight", "layer.bias"), {}, "is no adapter: .* layer.bias, layer.weight"),
-    "nothing": (lambda make: {}, {}, "has no tensor"),
+    "anything": (lambda make: keys("layer.weight", "layer.bias"), {}, "must hold a LoRA, got layer.bias, layer.weight"),
+    "nothing": (lambda make: {}, {}, "got no tensor"),
 }  # fmt: skip
 
 
@@ -418,10 +418,10 @@ def test_files_that_are_none(plain, tmp_path):
     for name, words in {
         "empty.safetensors": "is empty",
         "half.safetensors": "cannot be read",
-        "lfs.safetensors": "a pointer of Git LFS",
-        "no.bin": "no .safetensors file",
-        "someone/style": "There is no adapter",
-        ".": "is a folder",
+        "lfs.safetensors": "a Git LFS pointer",
+        "no.bin": "must be a .safetensors file",
+        "someone/style": "does not exist",
+        ".": "got a folder",
     }.items():
         with pytest.raises(CheckpointError, match=words):
             merged(plain, tmp_path / name)

@@ -212,18 +212,18 @@ def test_other_floats_are_read(copy, dtype):
 def test_missing_files_are_one_sentence(copy, part):
     weights = next((copy / part).glob("*.safetensors"))
     config = (copy / part / "config.json").rename(copy / "config.json")
-    assert f"{copy / part} has no config.json" in sentence_of(copy)
+    assert f"{copy / part} must have a config.json" in sentence_of(copy)
     config.rename(copy / part / "config.json")
     other = weights.rename(weights.with_suffix(".non_ema.safetensors"))
-    assert f"has no {weights.name}" in (said := sentence_of(copy)) and other.name in said
+    assert f"must have a {weights.name}" in (said := sentence_of(copy)) and other.name in said
     variant = other.rename(weights.with_suffix(".fp16.safetensors"))
     Checkpoint.load(copy)
     variant.unlink()
-    assert f"has no {weights.name}" in sentence_of(copy)
+    assert f"must have a {weights.name}" in sentence_of(copy)
     (copy / part / f"{weights.name}.index.json").write_text('{"weight_map": []}')
-    assert "is no index of weights" in sentence_of(copy)
+    assert "must be an index of weights" in sentence_of(copy)
     (copy / part / f"{weights.name}.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    assert "has no gone.safetensors" in sentence_of(copy)
+    assert "lacks gone.safetensors" in sentence_of(copy)
 
 
 def change(folder: Path, file: str, **entries) -> None:
@@ -257,7 +257,7 @@ def test_a_configuration_that_is_none(copy, file, content, monkeypatch):
 def test_a_configuration_that_is_missing(copy, file, monkeypatch):
     monkeypatch.setattr("handiffuser.models.checkpoint.load_part", None)
     (copy / file).unlink()
-    assert f"has no {Path(file).name}" in sentence_of(copy)
+    assert f"must have a {Path(file).name}" in sentence_of(copy)
 
 
 SCHEDULES = [
@@ -330,12 +330,12 @@ def test_an_index_that_makes_no_sense(copy, entries, words, monkeypatch):
     [
         ("text_encoder", {"hidden_size": "wide"}, "hidden_size is 'wide'; it must be a whole number"),
         ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
-        ("text_encoder", {"num_attention_heads": 3}, "multiple of 3 heads"),
+        ("text_encoder", {"num_attention_heads": 3}, "multiple of its 3 heads"),
         ("text_encoder", {"hidden_act": "nothing"}, "config.json"),
         ("text_encoder", {"max_position_embeddings": 50}, "differs in the shape of"),
-        ("text_encoder", {"hidden_size": 65536, "intermediate_size": 65536}, "numbers, and there are"),
+        ("text_encoder", {"hidden_size": 65536, "intermediate_size": 65536}, "must be the"),
         ("hand_prior", {"width": 0}, "width is 0"),
-        ("hand_prior", {"num_heads": 5}, "multiple of 5 heads"),
+        ("hand_prior", {"num_heads": 5}, "multiple of its 5 heads"),
         ("text_hand_encoder", {"cues": ["joints", "smell"]}, "cues"),
         ("text_hand_encoder", {"cues": "joints"}, "cues"),
         ("text_hand_encoder", {"frequencies": [0]}, "frequencies"),
@@ -345,13 +345,13 @@ def test_an_index_that_makes_no_sense(copy, entries, words, monkeypatch):
         ("unet", {"block_out_channels": [10, 20]}, "config.json"),
         ("unet", {"layers_per_block": 10**6}, "layers_per_block"),
         ("unet", {"down_block_types": ["DownBlock2D", "MagicBlock2D"]}, "down_block_types"),
-        ("unet", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep', and only None is"),
-        ("unet", {"act_fn": "gelu"}, "act_fn is 'gelu'"),
+        ("unet", {"class_embed_type": "timestep"}, "must be None, got 'timestep'"),
+        ("unet", {"act_fn": "gelu"}, "must be 'silu', got 'gelu'"),
         ("unet", {"resnet_skip_time_act": True}, "resnet_skip_time_act"),
         ("unet", {"cross_attention_dim": [32, 32]}, "cross_attention_dim"),
         ("position_kernel", {"heads": 2}, "heads"),
         ("vae", {"scaling_factor": 0}, "scaling_factor"),
-        ("vae", {"out_channels": 4}, "out_channels is 4, and only 3 is"),
+        ("vae", {"out_channels": 4}, "must be 3, got 4"),
         ("vae", {"latents_mean": [0, 0, 0, 0]}, "latents_mean"),
         ("vae", {"sample_size": [1]}, "sample_size"),
     ],
@@ -364,7 +364,12 @@ def test_a_network_that_is_none_of_ours(copy, part, entries, words):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"{}", "cannot be read as a tokenizer"), (b"", "cannot be read"), (b"[1]", "cannot be read"), (None, "has no")],
+    [
+        (b"{}", "cannot be read as a tokenizer"),
+        (b"", "cannot be read"),
+        (b"[1]", "cannot be read"),
+        (None, "must have a"),
+    ],
 )
 def test_a_tokenizer_that_is_none(copy, content, words):
     path = copy / "tokenizer/tokenizer.json"
@@ -382,7 +387,7 @@ def test_a_tokenizer_that_is_none(copy, content, words):
         ({"model_max_length": 50}, "model_max_length is 50"),
         ({"model_max_length": -1}, "model_max_length is -1"),
         ({"model_max_length": "77"}, "model_max_length is '77'"),
-        ({"bos_token": "<nobody>"}, "no bos token '<nobody>'"),
+        ({"bos_token": "<stranger>"}, "lacks its bos token '<stranger>'"),
         ({"bos_token": 5}, "bos_token"),
         ({"eos_token": {"text": "x"}}, "eos_token"),
     ],
@@ -426,7 +431,7 @@ def test_older_tokenizers_are_as_transformers_has_them(copy):
     (folder / "merges.txt").write_bytes(b"\xff")
     assert "cannot be read as a tokenizer" in sentence_of(copy)
     (folder / "merges.txt").unlink()
-    assert "has no tokenizer.json, nor a vocab.json and merges.txt" in sentence_of(copy)
+    assert "must have a tokenizer.json, or a vocab.json and merges.txt" in sentence_of(copy)
 
 
 def test_the_command_says_so_before_anything_large_is_loaded(copy, tmp_path):

@@ -130,10 +130,10 @@ def test_presence_is_what_placement_says():
 
 
 def test_bad_bodies_are_refused(tmp_path, body_path):
-    with pytest.raises(CheckpointError, match="no body model"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         SMPLH.load(tmp_path / "none.npz")
     (tmp_path / "body.pkl").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="Pickled"):
+    with pytest.raises(CheckpointError, match="a pickle can run code"):
         SMPLH.load(tmp_path / "body.pkl")
     (tmp_path / "junk.npz").write_bytes(b"not a zip")
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -144,5 +144,5 @@ def test_bad_bodies_are_refused(tmp_path, body_path):
         SMPLH.load(tmp_path / "short.npz")
     arrays["posedirs"] = arrays["posedirs"][:, :, :207]
     np.savez(tmp_path / "smpl.npz", **arrays)
-    with pytest.raises(CheckpointError, match="posedirs has shape"):
+    with pytest.raises(CheckpointError, match="posedirs in .* must be SMPL-H's"):
         SMPLH.load(tmp_path / "smpl.npz")

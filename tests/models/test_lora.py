@@ -100,12 +100,16 @@ def test_a_kohya_file_is_read(load, tmp_path):
         (
             {"unet.none.lora_A.weight": (2, 4), "unet.none.lora_B.weight": (4, 2)},
             "a.safetensors",
-            "has no place for unet.none",
+            "lacks layers for unet.none",
         ),
-        ({"text_hand_encoder.place": (3, 3)}, "a.safetensors", "does not fit this checkpoint: text_hand_encoder.place"),
-        ({"conv.weight": (3, 3)}, "a.safetensors", "is no adapter"),
-        ({}, "a.bin", "no .safetensors"),
-        (None, "missing.safetensors", "There is no adapter"),
+        (
+            {"text_hand_encoder.place": (3, 3)},
+            "a.safetensors",
+            "does not fit this checkpoint: it lacks text_hand_encoder.place",
+        ),
+        ({"conv.weight": (3, 3)}, "a.safetensors", "must hold a LoRA"),
+        ({}, "a.bin", "must be a .safetensors file"),
+        (None, "missing.safetensors", "does not exist"),
     ],
 )
 def test_what_does_not_fit_is_a_sentence(load, tmp_path, tensors, name, words):

@@ -181,7 +181,7 @@ def test_torchrun_starts_it_on_several_processes(trained, world, tmp_path):
     ("arguments", "words"),
     [
         (("pictures", "--data", "nowhere"), "--start CHECKPOINT"),
-        (("pictures", "--data", "nowhere", "--recipe", "demo"), "no dataset folder nowhere"),
+        (("pictures", "--data", "nowhere", "--recipe", "demo"), "nowhere does not exist"),
         (("pictures", "--data", "nowhere", "--recipe", "huge"), "no recipe huge"),
         (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--set", "speed=3"), "no speed in the recipe"),
         (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--batch", "0"), "batch is 0; it must be"),
