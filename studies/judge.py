@@ -19,9 +19,10 @@ from handiffuser.data.samples import Sample, picture
 from handiffuser.demo.dataset import LABELS, class_numbers
 from handiffuser.errors import EvaluationError
 from handiffuser.training.draws import Draws
-from handiffuser.training.loop import Stage, averages, fit
+from handiffuser.training.loop import Stage, fit
 from handiffuser.training.recipe import Plan
 from handiffuser.training.stages import images_to_float
+from handiffuser.training.state import averages
 from torch import Tensor, nn
 
 PLAN = Plan(steps=4000, batch=128, learning_rate=2e-3, precision="bf16")

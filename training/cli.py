@@ -16,7 +16,8 @@ from ..errors import HanDiffuserError, TrainingError
 from ..files import lock
 from ..models.foreign import MODEL_INDEX, check_stable_diffusion
 from ..shipped import resolve
-from .loop import console, run_processes
+from .loop import console
+from .processes import run_processes
 from .recipe import PLANS, STUDENTS, Recipe
 
 if TYPE_CHECKING:

@@ -51,7 +51,7 @@ from .distill import (
     hand_jump_stage,
     jump_stage,
 )
-from .loop import Stage, averages, changes, console, finished, fit
+from .loop import Stage, console, fit
 from .recipe import PLANS, STUDENTS, Recipe
 from .sample import CUES, decode, encode, hands_of, image_grid, sample_hands, sample_pictures
 from .stages import (
@@ -67,6 +67,7 @@ from .stages import (
     picture_inputs,
     vae_inputs,
 )
+from .state import averages, changes, finished
 
 ADAPTER = "adapter.safetensors"
 MEASURED = 4096  # samples from which means and deviations are computed

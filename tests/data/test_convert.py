@@ -168,12 +168,12 @@ def test_frames_may_be_of_the_hands(tmp_path, body):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"poses": np.zeros((3, 72))}, "[3, 72], not [N, 156]"),
+        ({"poses": np.zeros((3, 72))}, "[N, 156], got [3, 72]"),
         ({"poses": np.zeros((0, 156))}, "[0, 156]"),
-        ({"poses": np.full((2, 156), np.nan)}, "NaN"),
-        ({"betas": np.zeros(4)}, "betas have shape [4]"),
-        ({"mocap_framerate": 0.0}, "frames a second are 0"),
-        ({"poses": np.array([None])}, "no AMASS sequence"),
+        ({"poses": np.full((2, 156), np.nan)}, "must be finite"),
+        ({"betas": np.zeros(4)}, "10 betas and 1 to 1000 frames a second, got [4]"),
+        ({"mocap_framerate": 0.0}, "and 0.0"),
+        ({"poses": np.array([None])}, "must be an AMASS sequence"),
     ],
 )
 def test_a_wrong_sequence_is_named_and_the_rest_goes_on(tmp_path, body, change, words):

@@ -353,15 +353,16 @@ REFUSED = {
         lambda make: without(without(make.kohya("lora_unet_", "unet", ("to_q",)), "lora_up"), "lora_down"),
         {}, r"lacks down \(lora_A\) and up"),
     "some alphas": (
-        lambda make: without(make.kohya("lora_unet_", "unet", ATTENTION), "alpha"), {}, "alpha of each layer or of no layer"),
+        lambda make: without(make.kohya("lora_unet_", "unet", ATTENTION), "alpha"), {}, "alpha of each layer or of no"),
     "two strengths": (lambda make: make.kohya("lora_unet_", "unet", ATTENTION), OF_UNET, "its strength once"),
     "two alphas": (lambda make: beside(make, alpha=torch.ones(2)), {}, "alpha of .* as one number"),
     "twice": (
-        lambda make: {**of_unet(make), **renamed(of_unet(make), ("A.weight", "A.default.weight"))}, {}, "once, got two"),
+        lambda make: {**of_unet(make), **renamed(of_unet(make), ("A.weight", "A.default.weight"))}, {}, "got two"),
     "a strange layer": (
         lambda make: {**of_unet(make), **keys(f"{STRANGE}.lora_A.weight", f"{STRANGE}.lora_B.weight")},
         {}, "lacks layers for unet.down_blocks.7"),
-    "a strange tensor": (lambda make: {**of_unet(make), **keys("something.else")}, {}, "lacks layers for something.else"),
+    "a strange tensor": (
+        lambda make: {**of_unet(make), **keys("something.else")}, {}, "lacks layers for something.else"),
     "NaN": (lambda make: changed(of_unet(make), "lora_B", lambda t: t * float("nan")), {}, "must hold finite"),
     "infinity": (lambda make: changed(of_unet(make), "lora_A", lambda t: t / 0), {}, "must hold finite"),
     "NaN alpha": (

@@ -144,5 +144,5 @@ def test_bad_bodies_are_refused(tmp_path, body_path):
         SMPLH.load(tmp_path / "short.npz")
     arrays["posedirs"] = arrays["posedirs"][:, :, :207]
     np.savez(tmp_path / "smpl.npz", **arrays)
-    with pytest.raises(CheckpointError, match="posedirs in .* must be SMPL-H's"):
+    with pytest.raises(CheckpointError, match=r"posedirs in .* must be SMPL-H's"):
         SMPLH.load(tmp_path / "smpl.npz")

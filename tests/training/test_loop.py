@@ -17,8 +17,9 @@ import torch
 from handiffuser.errors import TrainingError
 from handiffuser.training.cli import LOCK, alone
 from handiffuser.training.draws import Draws, order, rows_of
-from handiffuser.training.loop import STATE, Average, Stage, _Steps, averages, changes, finished, fit, load_state
+from handiffuser.training.loop import Stage, _Steps, fit
 from handiffuser.training.recipe import Plan
+from handiffuser.training.state import STATE, Average, averages, changes, finished, load_state
 from safetensors.torch import load_file
 from torch import nn
 
@@ -132,8 +133,8 @@ def test_a_row_draws_the_same_whoever_computes_it():
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        (msgspec.structs.replace(PLAN, batch=6), "another batch"),
-        (msgspec.structs.replace(PLAN, seed=2), "another seed"),
+        (msgspec.structs.replace(PLAN, batch=6), "batch must stay"),
+        (msgspec.structs.replace(PLAN, seed=2), "seed must stay"),
         (msgspec.structs.replace(PLAN, accumulate=5), "multiple of 5"),
     ],
 )
@@ -145,7 +146,7 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, plan, words):
 
 def test_other_data_and_damaged_states_are_refused(tmp_path):
     fit(stage(), msgspec.structs.replace(PLAN, steps=2), tmp_path)
-    with pytest.raises(TrainingError, match="another data"):
+    with pytest.raises(TrainingError, match="data must stay"):
         fit(stage(data="other"), PLAN, tmp_path)
     path = tmp_path / STATE
     path.write_bytes(path.read_bytes()[:100])
@@ -162,7 +163,7 @@ def test_a_diverging_run_says_so(tmp_path):
 
 
 def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
-    from handiffuser.training import loop
+    from handiffuser.training import state
 
     fit(stage(), msgspec.structs.replace(PLAN, steps=4), tmp_path)
     before = load_file(tmp_path / STATE)
@@ -170,7 +171,7 @@ def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop, "save_file", full)
+    monkeypatch.setattr(state, "save_file", full)
     with pytest.raises(TrainingError, match="No space left"):
         fit(stage(), PLAN, tmp_path)
     monkeypatch.undo()
@@ -187,7 +188,8 @@ SCRIPT = textwrap.dedent(
     sys.path.insert(0, sys.argv[1])
     import test_loop
 
-    from handiffuser.training.loop import fit, run_processes
+    from handiffuser.training.loop import fit
+    from handiffuser.training.processes import run_processes
 
     def go(folder, steps, batch, shard):
         import msgspec
@@ -278,7 +280,7 @@ def test_a_step_without_a_gradient_is_left_out_and_many_end_the_run(tmp_path):
     with pytest.raises(TrainingError, match="the loss became nan at step 5"):
         fit(broken(*range(2, 100)), plan, tmp_path / "many")
     steep = Stage("fit", Breaks(range(2, 100), infinite=True), read, inputs, range(100), data="d")
-    with pytest.raises(TrainingError, match="the gradient became no number at step 5"):
+    with pytest.raises(TrainingError, match="the gradient became infinite or NaN at step 5"):
         fit(steep, plan, tmp_path / "steep")
 
 
@@ -287,7 +289,7 @@ def test_one_bad_step_is_counted_and_spoils_no_other_line(tmp_path, capsys):
     fit(broken(3, 7), plan, tmp_path)
     said = [line for line in capsys.readouterr().err.splitlines() if "  loss " in line]
     assert len(said) == 11 and not any("nan" in line for line in said)
-    assert "(1 step left out: no number)" in said[5] and "(2 steps left out: no number)" in said[-1]
+    assert "(1 step left out: not finite)" in said[5] and "(2 steps left out: not finite)" in said[-1]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if line.get("loss", 0) is None] == [None, None], "JSON has no NaN"
 
