@@ -1,9 +1,9 @@
-"""The demo world as a dataset: scenes rendered into shards, by one-thread processes, resumable.
+"""The demo world as a dataset: one-thread processes render scenes into shards, and go on after a stop.
 
     hd-data demo demo-data --scenes 24000
     make("demo-data", scenes=24_000, seed=1, processes=2)
 
-Scene i is the same whatever the number of scenes. Held-out prompts (prompts.is_held_out) never enter it.
+Scene i does not depend on the number of scenes. Held-out prompts (prompts.is_held_out) never enter the dataset.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .prompts import BACKGROUNDS, SIDES, SKINS, VIEWS, Spec, is_held_out, sample
 from .render import demo_body, render_scenes
 from .scenes import Scene, sample_scene
 
-# What a picture can be judged by, and the classes of each. "gesture" is that of the one hand, or of the left; "other"
-# is the right hand's where there are two.
+# A picture's labels and their classes. "gesture" is of the one hand, or of the left one; "other" is of the right hand
+# of two.
 LABELS = {
     "gesture": NAMES,
     "side": SIDES,
@@ -43,8 +43,8 @@ LABELS = {
     "other": NAMES,
 }
 SHARD = 500  # scenes
-WORDINGS = 4  # prompts for each picture: words are learned from what changes while the picture stays
-BATCH = 32  # scenes that are rendered together
+WORDINGS = 4  # prompts for each picture: training learns words from those that change while the picture stays
+BATCH = 32  # scenes rendered together
 
 
 def make(
@@ -58,11 +58,11 @@ def make(
     processes: int = 2,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes `scenes` scenes as shards; what is there already is kept.
+    """Writes `scenes` scenes as shards; keeps the shards that the folder has.
 
-    size: pixels a side. both: share of two-hand scenes. leave_out: how often the further wordings of a scene say
-    nothing of view, skin or background; of the side half as often. on_progress: called with (scenes done, scenes in
-    all). Raises DatasetError where the folder holds another dataset, or cannot be written.
+    size: pixels a side. both: share of two-hand scenes. leave_out: share of a scene's further wordings without view,
+    skin or background; half of that share is without the side. on_progress: called with (scenes done, scenes in all).
+    Raises DatasetError where the folder holds another dataset, or cannot be written.
     """
     folder = Path(folder)
     try:
@@ -92,7 +92,7 @@ def make(
         for job in todo:
             tell(_shard(job))
         return
-    # Not multiprocessing's Pool, which waits for ever for a process that was killed.
+    # multiprocessing's Pool waits for ever for a process that was killed.
     with ProcessPoolExecutor(processes, get_context("spawn"), _begin) as pool:
         try:
             with undisturbed():
@@ -101,8 +101,8 @@ def make(
                 tell(made.result())
         except BrokenProcessPool:
             raise DatasetError(
-                "A process that renders was killed, most often because memory ran out. What is done stays; the same "
-                "command goes on, with fewer --processes perhaps."
+                "The system killed a process that renders, most often for lack of memory. Run the command again to "
+                "go on, with fewer --processes."
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -110,8 +110,8 @@ def make(
 
 
 def labels_of(spec: Spec) -> dict[str, str]:
-    """What can be said of a picture, in the words of LABELS; nothing of another hand where there is none, and no view
-    where two hands are seen differently."""
+    """A picture's labels in the words of LABELS, without "other" for one hand and without "view" for two hands with
+    different views."""
     labels = {key: value for key, value in asdict(spec).items() if value}
     if spec.side == "both":
         labels["other"] = spec.gesture_of(1)
@@ -123,20 +123,20 @@ def labels_of(spec: Spec) -> dict[str, str]:
 
 
 def class_numbers(labels: Mapping[str, str]) -> list[int]:
-    """Class numbers in the order of LABELS, -1 where nothing is said."""
+    """Class numbers in the order of LABELS, -1 for a missing label."""
     return [list(names).index(labels[label]) if label in labels else -1 for label, names in LABELS.items()]
 
 
 def scene_of(seed: int, number: int, both: float = 0.15, leave_out: float = 0.05) -> tuple[Scene, list[str]]:
     """Scene `number` of a seed, and WORDINGS prompts for it, its own first, none of them held out.
 
-    The others say nearly all: what a prompt leaves out teaches nothing about words, and its colour, which nobody can
-    predict, drowns what could be learned. For stage 1, which sees no colours, they may leave out as much as people do.
+    The other prompts state nearly all: a colour that a prompt leaves out teaches no word, and its error, which training
+    cannot reduce, drowns the rest. Stage 1 sees no colours: there they may leave out as much as people do.
     """
     rng = np.random.default_rng((seed, number))
     scene = None
     while scene is None:
-        with contextlib.suppress(RuntimeError):  # a few, of two hands, cannot be framed
+        with contextlib.suppress(RuntimeError):  # a few scenes of two hands cannot be framed
             scene = sample_scene(rng, sample_spec(rng, both))
     while is_held_out(scene.prompt):
         scene = replace(scene, prompt=write_prompt(scene.spec, rng))
@@ -182,7 +182,7 @@ def samples_of(
 @torch.no_grad()
 def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]:
     """Rendered scenes for a judge: images uint8 [N, size, size, 3], params [N, 330], labels [N, 6] as in LABELS, -1
-    where nothing is said."""
+    for a missing label."""
     body = demo_body()
 
     def stack(name: str) -> torch.Tensor:
@@ -203,7 +203,7 @@ def _key(seed: int, number: int) -> str:
 
 
 def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to hear
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process handles Ctrl-C
     end_with_parent()
     torch.set_num_threads(1)
 
@@ -221,13 +221,13 @@ def _shard(job: tuple[Path, int, range, int, float, float]) -> int:
 
 
 def _done(path: Path, seed: int, numbers: range, size: int, both: float, leave_out: float) -> bool:
-    """Whether a shard is there with at least these scenes. Raises DatasetError for another dataset's."""
+    """Whether a shard exists with at least these scenes. Raises DatasetError for another dataset's shard."""
     if not path.exists():
         return False
     entries, problems = scan(path)
     if problems or not entries:
-        return False  # damaged: made again
+        return False  # damaged: `make` renders it again
     first = load(path.parent, entries[0])
     if not isinstance(first, Bad) and (first.key, picture_size(first)) != (_key(seed, numbers[0]), (size, size)):
-        raise DatasetError(f"{path.parent} holds another dataset ({first.key} is in it). Name another folder.")
+        raise DatasetError(f"{path.parent} must be empty or hold this dataset, got {first.key}. Name another folder.")
     return not isinstance(first, Bad) and len(entries) >= len(numbers)

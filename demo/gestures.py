@@ -1,8 +1,8 @@
 """Twenty-four hand gestures as finger joint rotations, with names and English phrases.
 
-A finger is four angles in degrees (knuckle flexion, spread towards the thumb, middle and end joint flexion);
-the thumb is the directions of its three bones in the hand's frame (along the fingers, out of the back,
-towards the thumb). Poses are written for the left hand and mirrored for the right.
+A finger is four angles in degrees (knuckle flexion, spread towards the thumb, middle and end joint flexion); the thumb
+is the directions of its three bones in the hand's frame (along the fingers, out of the back, towards the thumb). Poses
+are of the left hand; the right hand mirrors them.
 
     pose("victory", side=0, rng=np.random.default_rng(0))   # [15, 3, 3], SMPL-H's finger joints 22-36
 """
@@ -21,17 +21,12 @@ from .body import CHAINS, FRAMES
 Finger = tuple[float, float, float, float]
 Bones = tuple[tuple[float, float, float], ...]
 
-DOWN: list[Finger] = [
-    (82, -3, 100, 55),
-    (84, 0, 100, 55),
-    (84, 3, 98, 55),
-    (82, 8, 95, 55),
-]  # a fist's four fingers
+DOWN: list[Finger] = [(82, -3, 100, 55), (84, 0, 100, 55), (84, 3, 98, 55), (82, 8, 95, 55)]  # a fist's four fingers
 TOGETHER: list[Finger] = [(3, -6, 3, 2), (3, 0, 3, 2), (3, 5, 3, 2), (4, 11, 4, 3)]
 SPREAD: list[Finger] = [(-3, 9, 3, 2), (-4, 2, 3, 2), (-3, -6, 3, 2), (-3, -13, 4, 3)]
 
-# The thumb's bones: beside the palm, far out, straight up from a fist, across the palm, at the index finger's
-# tip (solved so that the pads touch), over folded fingers.
+# The thumb's bones: beside the palm, far out, straight up from a fist, across the palm, at the index finger's tip (the
+# pads touch), over folded fingers.
 BESIDE: Bones = ((0.84, -0.20, 0.50), (0.95, -0.10, 0.28), (0.98, -0.08, 0.15))
 OUT: Bones = ((0.58, -0.15, 0.80), (0.50, -0.08, 0.86), (0.42, 0.02, 0.90))
 UP: Bones = ((0.62, -0.22, 0.75), (0.18, -0.12, 0.98), (-0.06, 0.0, 1.0))
@@ -42,10 +37,12 @@ OVER: Bones = ((0.66, -0.55, 0.50), (0.62, -0.62, -0.40), (0.25, -0.30, -0.92))
 
 @dataclass(frozen=True)
 class Gesture:
-    """One gesture. `spin`: degrees by which the picture turns so that the thumb rises; `turn`: degrees by
-    which the hand turns about its long axis, bringing what thumb and fingers enclose before the background;
-    `tip`: degrees by which the fingers lean to the viewer. `loose`: how much it may vary (1: a few degrees;
-    less where fingers must touch). `views`: where it can be told."""
+    """One gesture.
+
+    spin: degrees that turn the picture so that the thumb rises. turn: degrees of the hand about its long axis, so that
+    the opening between thumb and fingers shows the background. tip: degrees that the fingers lean to the viewer.
+    loose: its variation (1: a few degrees; less where fingers must touch). views: those that show the gesture.
+    """
 
     name: str
     phrases: tuple[str, ...]
@@ -112,7 +109,7 @@ def rotation(axis: ndarray, degrees: float) -> ndarray:
 
 
 def between(a: ndarray, b: ndarray) -> ndarray:
-    """[3,3] smallest rotation that takes unit vector a to unit vector b (not defined for opposite ones)."""
+    """[3, 3] smallest rotation from unit vector a to unit vector b (undefined for opposite ones)."""
     v, c = np.cross(a, b), a @ b
     k = np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
     return np.eye(3) + k + k @ k / max(1 + c, 1e-6)
@@ -139,9 +136,10 @@ def _thumb(bones: ndarray, roll: float) -> list[ndarray]:
 
 
 def pose(name: str, side: int = 0, rng: np.random.Generator | None = None) -> ndarray:
-    """Finger rotations of a gesture, [15,3,3] float32 in SMPL-H's order, for side 0 (left) or 1 (right).
+    """Finger rotations of a gesture, [15, 3, 3] float32 in SMPL-H's order, for side 0 (left) or 1 (right).
 
-    With `rng` the pose varies by a few degrees. Raises KeyError for an unknown name."""
+    With `rng` the pose varies by a few degrees. Raises KeyError for an unknown name.
+    """
     gesture = GESTURES[name]
     fingers, bones, roll = np.array(gesture.fingers, float), np.array(gesture.thumb, float), gesture.roll
     if rng is not None:

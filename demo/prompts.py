@@ -1,7 +1,6 @@
-"""What the demo world can be asked for, in many wordings.
+"""The pictures of the demo world, in many wordings.
 
-A `Spec` says which hand, gesture, view, skin and background; `write_prompt` puts it into one of many English
-forms.
+A `Spec` gives hand, gesture, view, skin and background; `write_prompt` words it in one of many English forms.
 
     write_prompt(Spec("left", "victory", "palm", "dark", "blue"), np.random.default_rng(0))
 """
@@ -16,18 +15,21 @@ import numpy as np
 from ..grammar import ADJECTIVES, BACKGROUNDS, NOUNS, SIDES, SKINS, VIEWS
 from .gestures import GESTURES, NAMES
 
-# How much more often gestures are drawn whose fingers hide each other, or that are mistaken for one another.
+# Relative frequency of gestures whose fingers hide each other, or that resemble one another.
 HARD = {"fist": 1.5, "thumbs_up": 2.0, "thumbs_down": 2.0, "claw": 1.5, "cupped_hand": 1.5, "c_shape": 1.5,
         "pinched_fingers": 1.5, "ok_sign": 1.5, "pinch": 1.5}  # fmt: skip
 
-EITHER = ("thumbs_up", "thumbs_down")  # whose nouns say nothing of how many hands
+EITHER = ("thumbs_up", "thumbs_down")  # gestures whose nouns fit one hand or two
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a picture shows: side in SIDES, gesture in gestures.NAMES, view in VIEWS (or empty: of none of them,
-    and no prompt says one), skin in SKINS, background in BACKGROUNDS. `other`: what the right hand does where two
-    hands differ; `gesture` is then the left's."""
+    """The content of a picture.
+
+    side: in SIDES. gesture: in gestures.NAMES. view: in VIEWS, or empty for another view, which prompts leave out.
+    skin: in SKINS. background: in BACKGROUNDS. other: the right hand's gesture where two hands differ; `gesture` is
+    then the left hand's.
+    """
 
     side: str
     gesture: str
@@ -37,18 +39,18 @@ class Spec:
     other: str = ""
 
     def gesture_of(self, side: int) -> str:
-        """What the left (0) or the right hand (1) does."""
+        """The gesture of the left (0) or the right hand (1)."""
         return self.other if side and self.other else self.gesture
 
     def view_of(self, side: int) -> str:
-        """How the left (0) or the right hand (1) is seen: as the picture is, or the one way its gesture can be held."""
+        """The view of the left (0) or the right hand (1): the picture's, or the only one its gesture allows."""
         views = allowed_views(self.gesture_of(side), self.side)
         return self.view if self.view in views else views[0]
 
 
 def allowed_views(gesture: str, side: str) -> tuple[str, ...]:
-    """Views from which a gesture can be told. Two hands with the thumbs up or down, or pointing at each
-    other, can only be held so that the forearms come from outside."""
+    """The views that show a gesture. Two hands with the thumbs up or down, or that point at each other, have only the
+    view whose forearms come from outside."""
     views = GESTURES[gesture].views
     if side == "both":
         spin = GESTURES[gesture].spin
@@ -65,10 +67,10 @@ def is_held_out_pair(one: str, other: str) -> bool:
 
 
 def sample_spec(rng: np.random.Generator, both: float = 0.15, differ: float = 0.5, even: bool = False) -> Spec:
-    """A random Spec; `both` is the share of two-hand pictures, `differ` of those whose hands do different things.
+    """A random Spec. both: share of two-hand pictures; differ: share of those with two different gestures.
 
-    even: every gesture equally often, and every view; otherwise what is hard to draw comes more often. Pairs that are
-    held out never come.
+    even: every gesture and every view comes equally often; otherwise gestures that are hard to draw come more often.
+    Held-out pairs never come.
     """
     side = "both" if rng.random() < both else SIDES[rng.integers(2)]
     weights = np.array([1.0 if even else HARD.get(name, 1.0) for name in NAMES])
@@ -104,7 +106,7 @@ def _one_hand(gesture: str, side: str, tone: str, rng: np.random.Generator) -> s
 def _two_hands(spec: Spec, tone: str, rng: np.random.Generator) -> str:
     """Two hands that differ: "a left fist and a right peace sign", "two hands, one open, one pointing".
 
-    Some wordings leave open which hand does what.
+    Some wordings do not assign the gestures to the hands.
     """
     pairs = [("left", spec.gesture), ("right", spec.other)]
     if rng.random() < 0.5:
@@ -122,9 +124,9 @@ def _two_hands(spec: Spec, tone: str, rng: np.random.Generator) -> str:
 
 
 def _subject(spec: Spec, tone: str, rng: np.random.Generator, side: bool = True) -> str:
-    """The hand and what it does: "a tan left hand making a fist", "a peace sign with both hands".
+    """The hand and its gesture: "a tan left hand making a fist", "a peace sign with both hands".
 
-    side: whether it is said; else "a fist", "a tan hand pointing", and "thumbs up", which one hand can give or two.
+    side: whether to state it; else "a fist", "a tan hand pointing", or "thumbs up", which fits one hand or two.
     """
     if spec.other:
         return _two_hands(spec, tone, rng)
@@ -159,8 +161,8 @@ def _subject(spec: Spec, tone: str, rng: np.random.Generator, side: bool = True)
 
 
 def write_prompt(spec: Spec, rng: np.random.Generator, leave_out: float = 0.35) -> str:
-    """One wording of `spec`. View, skin and background are each left out with probability `leave_out`, the side half as
-    often; the gesture is always said."""
+    """One wording of `spec`, always with the gesture. leave_out: probability to leave out each of view, skin and
+    background; half of it for the side."""
     side = rng.random() >= leave_out / 2
     view, skin, background = (rng.random(3) >= leave_out).tolist()
     tone = _pick(rng, SKINS[spec.skin][1]) if skin else ""
@@ -168,7 +170,7 @@ def write_prompt(spec: Spec, rng: np.random.Generator, leave_out: float = 0.35) 
     if skin and rng.random() < 0.4:
         extras.append(_pick(rng, (f"{tone} skin", f"with {tone} skin")))
         tone = ""
-    # Two hands may be held so that one shows the palm and the other its back: nothing is said of that.
+    # Prompts leave out the view where one of two hands shows its palm and the other its back.
     if view and spec.view and spec.view_of(0) == spec.view_of(1):
         words = _pick(rng, VIEWS[spec.view])
         extras.append(words.replace("of the hand", "of the hands") if spec.side == "both" else words)

@@ -1,10 +1,8 @@
-"""A small renderer for hands: a z-buffer in plain torch, deterministic, a few milliseconds a picture on one
-CPU thread.
+"""A small renderer for hands: a z-buffer in plain torch, deterministic, a few milliseconds a picture on one CPU thread.
 
-Only hands and forearms are drawn. Triangles are sorted into size classes, each class is rasterised as dense
-little blocks of pixels, and the nearest triangle wins by an integer minimum over (depth, triangle). Shading
-happens once per covered pixel. Creases are darkened by how far a pixel lies behind its neighbourhood, so that
-the fingers of a fist part.
+It draws only hands and forearms. It sorts triangles into size classes and rasterises each class as dense blocks of
+pixels; an integer minimum over (depth, triangle) finds the nearest triangle. It shades each covered pixel once. A pixel
+is darker the farther it lies behind its neighbourhood, which separates the fingers of a fist.
 
     python -m handiffuser.demo.render sheet.png [SIZE [SEED]]     # every gesture, view and side
 """
@@ -40,8 +38,8 @@ _demo_body = lru_cache(maxsize=1)(demo_body)
 
 
 def hand_faces(body: SMPLH) -> tuple[Tensor, Tensor]:
-    """Faces of hands and forearms [F,3] and the side each belongs to [F] (0 left, 1 right): those whose three
-    vertices follow the elbow, the wrist or a finger joint of that side most."""
+    """Faces of hands and forearms [F, 3] and their sides [F] (0 left, 1 right): all three vertices have their largest
+    weight at the elbow, the wrist or a finger joint of that side."""
     owner = body.weights.argmax(1)
     left = (owner == 18) | (owner == 20) | ((owner >= 22) & (owner < 37))
     right = (owner == 19) | (owner == 21) | (owner >= 37)
@@ -68,7 +66,7 @@ def _rasterise(xy: Tensor, z: Tensor, faces: Tensor, visible: Tensor, side: int)
     barycentric weights."""
     batch, count = len(xy), len(faces)
     if count > 2**FACE_BITS:
-        raise ValueError(f"{count} faces; at most {2**FACE_BITS} can be drawn")
+        raise ValueError(f"faces must be at most {2**FACE_BITS}, got {count}.")
     p = xy[:, faces]  # [B,F,3,2]
     a, b, c = p.unbind(2)
     area = (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (c[..., 0] - a[..., 0])
@@ -123,10 +121,10 @@ def _blur(x: Tensor, radius: int) -> Tensor:
 
 
 def _occlusion(layers: Tensor, image: Tensor, row: Tensor, column: Tensor, depth: Tensor) -> Tensor:
-    """How far covered pixels lie behind the mean of their covered neighbours, near and wide: [N], 0 in the
-    open to 1.
+    """The depth of covered pixels behind the mean of their covered neighbours, near and wide: [N], 0 in the open to 1.
 
-    layers [2,B,S,S]: depth (0 where nothing is) and coverage, at half the resolution of rows and columns."""
+    layers: [2, B, S, S], depth (0 for the background) and coverage, at half the resolution of rows and columns.
+    """
     size = layers.shape[-1]
     out = torch.zeros_like(depth)
     for shift, radius, metres, strength in (
@@ -142,15 +140,14 @@ def _occlusion(layers: Tensor, image: Tensor, row: Tensor, column: Tensor, depth
 
 
 def _light(normals: Tensor, colours: Tensor, light: Tensor) -> Tensor:
-    """Lit vertex colours [B,V,3]: sky, a lamp whose light bleeds around the skin, a dark outline, a little
-    gloss."""
+    """Lit vertex colours [B, V, 3]: sky, a lamp whose light bleeds around the skin, a dark outline, a little gloss."""
     lamp = light[:, None]
     facing = (normals * lamp).sum(-1, keepdim=True)
     wrap = torch.tensor([0.42, 0.28, 0.24])  # red bleeds the farthest
     diffuse = ((facing + wrap) / (1 + wrap)).clamp_min(0)
     half = F.normalize(lamp + torch.tensor([0.0, 0.0, 1.0]), dim=-1)
     gloss = 0.10 * (normals * half).sum(-1, keepdim=True).clamp_min(0) ** 24
-    outline = 0.70 + 0.30 * normals[..., 2:].clamp(0, 1).sqrt()  # sets a finger off from the one behind it
+    outline = 0.70 + 0.30 * normals[..., 2:].clamp(0, 1).sqrt()  # separates a finger from the one behind it
     return colours * (0.40 + 0.08 * normals[..., 1:2] + 0.66 * diffuse) * outline + gloss
 
 
@@ -212,8 +209,7 @@ def render(
 
 
 def render_scenes(scenes: Sequence[Scene], body: SMPLH | None = None, size: int = 128, batch: int = 32) -> Tensor:
-    """Poses and draws scenes -> uint8 [N,size,size,3]. `body`: the demo's own by default (its skin is
-    painted)."""
+    """Poses and draws scenes -> uint8 [N, size, size, 3]. body: the demo's own by default, with its painted skin."""
     body = body or _demo_body()
     faces, side = hand_faces(body)
     used, faces = faces.unique(return_inverse=True)
@@ -229,18 +225,8 @@ def render_scenes(scenes: Sequence[Scene], body: SMPLH | None = None, size: int 
             colours = torch.from_numpy(vertex_colours(gather("skin").numpy(), used))
             visible = gather("present")[:, side]
             vertices = vertices[:, used]
-            out.append(
-                render(
-                    vertices,
-                    faces,
-                    colours,
-                    gather("camera"),
-                    gather("background"),
-                    gather("light"),
-                    size,
-                    visible,
-                )
-            )
+            view = gather("camera"), gather("background"), gather("light")
+            out.append(render(vertices, faces, colours, *view, size, visible))
     return torch.cat(out)
 
 
@@ -252,10 +238,7 @@ def contact_sheet(path: str, size: int = 128, seed: int = 0) -> None:
     from .prompts import BACKGROUNDS, SKINS, Spec, allowed_views
     from .scenes import sample_scene
 
-    columns = [(s, v) for v in ("palm", "back", "side") for s in ("left", "right")] + [
-        ("both", ""),
-        ("both", ""),
-    ]
+    columns = [*((s, v) for v in ("palm", "back", "side") for s in ("left", "right")), ("both", ""), ("both", "")]
     rng = np.random.default_rng(seed)
     scenes, cells = [], []
     for row, gesture in enumerate(NAMES):

@@ -1,8 +1,7 @@
 """Scenes of the demo world: a prompt, a posed body and a camera that frames the hands.
 
-Arms are solved from the hands: a scene first decides how a hand stands in the picture, then the forearm
-follows with a small bend of the wrist, and shoulder and elbow take what is left. Close-ups show no torso, so
-nothing else matters.
+The hands decide the arms: a scene first places a hand in the picture, then the forearm follows with a small bend of the
+wrist, and shoulder and elbow complete the arm. Close-ups do not show the torso.
 
     scene = sample_scene(np.random.default_rng(0))
     scene.prompt, scene.rotations.shape      # "a left hand making a fist", (52, 3, 3)
@@ -23,7 +22,7 @@ from .prompts import BACKGROUNDS, SKINS, Spec, is_held_out, sample_spec, write_p
 
 X, Y, Z = np.eye(3)
 MIRROR = np.array([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]])  # S R S, S = diag(-1, 1, 1), written as a mask
-MARGIN = 0.06  # of the frame, kept free around the hand joints
+MARGIN = 0.06  # free share of the frame around the hand joints
 UPPER_ARM, FOREARM, WRIST = (16, 17), (18, 19), (20, 21)
 LEFT_ARM, RIGHT_ARM = ([13, 16, 18, 20, *range(22, 37)], [14, 17, 19, 21, *range(37, 52)])
 FLESH = 0.012  # metres of finger around a joint
@@ -31,7 +30,7 @@ FLESH = 0.012  # metres of finger around a joint
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture to be: arrays are float32 (present: bool), colours 0..1, lengths metres."""
+    """One picture to render. Arrays are float32 (present: bool), colours 0..1, lengths in metres."""
 
     prompt: str
     spec: Spec
@@ -59,8 +58,7 @@ TREE = (*PARENTS, *TIP_PARENTS)
 
 
 def forward_joints(rotations: ndarray, betas: ndarray) -> ndarray:
-    """Joints of the demo body and its finger tips, [52,3,3], [10] -> [62,3] (a tip follows its last joint
-    alone)."""
+    """Joints of the demo body and its finger tips, [52, 3, 3], [10] -> [62, 3]. A tip follows its last joint alone."""
     joints, moves = _rest()
     rest = joints + moves @ betas
     turns, places = [rotations[0]], [rest[0]]
@@ -79,8 +77,7 @@ def _wobble(rng: np.random.Generator, degrees: float) -> ndarray:
 
 
 def _stand(spec: Spec, side: int, rng: np.random.Generator) -> tuple[ndarray, ndarray]:
-    """How hand and forearm stand in the picture: two global rotations [3,3] of the left hand, mirrored for
-    the right."""
+    """Global rotations [3, 3] of hand and forearm, of the left side or mirrored for the right."""
     gesture, view = GESTURES[spec.gesture_of(side)], spec.view_of(side)
     # Columns: where the fingers, the back of the hand and the thumb point.
     facing = {"palm": (Y, -Z, -X), "back": (Y, Z, X), "side": (Y, -X, Z)}[view]
@@ -111,8 +108,7 @@ def _global(rotations: ndarray, joint: int) -> ndarray:
 
 
 def _raise_arm(rotations: ndarray, side: int, hand: ndarray, forearm: ndarray, upper: ndarray) -> None:
-    """Writes shoulder, elbow and wrist of one arm: the upper arm along unit vector `upper`, the others as
-    given."""
+    """Writes shoulder, elbow and wrist of one arm. upper: unit vector of the upper arm; hand, forearm: [3, 3]."""
     out = (1.0, -1.0)[side] * X
     above = between(out, upper)
     rotations[UPPER_ARM[side]] = _global(rotations, PARENTS[UPPER_ARM[side]]).T @ above
@@ -121,8 +117,10 @@ def _raise_arm(rotations: ndarray, side: int, hand: ndarray, forearm: ndarray, u
 
 
 def sample_scene(rng: np.random.Generator, spec: Spec | None = None, close_up: bool = True) -> Scene:
-    """A random scene. `spec`: what it shows, random if None. `close_up` False: the hand at about half the
-    size."""
+    """A random scene. spec: its content, random if None. close_up: False for a hand of about half the size.
+
+    Raises RuntimeError where no camera frames both hands.
+    """
     spec = spec or sample_spec(rng)
     present = np.array([spec.side in ("left", "both"), spec.side in ("right", "both")])
     for _ in range(50):
@@ -132,14 +130,14 @@ def sample_scene(rng: np.random.Generator, spec: Spec | None = None, close_up: b
         for side in range(2):
             first = 22 + 15 * side
             if not present[side]:
-                _wobble(rng, 0.7)  # keeps the scenes of a seed as they were when it was posed on its own
+                _wobble(rng, 0.7)  # keeps the random numbers of a seed's scenes
                 continue
             rotations[first : first + 15] = pose(spec.gesture_of(side), side, rng)
             hand, forearm = _stand(spec, side, rng)
             upper = np.array([(0.35, -0.35)[side], -0.75, 0.55]) + 0.05 * rng.normal(size=3)
             _raise_arm(rotations, side, hand, forearm, upper / np.linalg.norm(upper))
             solved.append((side, hand, forearm))
-        if spec.side != "both":  # the arm that is not seen mirrors the other: which side it is decides nothing else
+        if spec.side != "both":  # the hidden arm mirrors the other: the side changes nothing else
             shown, unseen = (LEFT_ARM, RIGHT_ARM) if present[0] else (RIGHT_ARM, LEFT_ARM)
             rotations[unseen] = rotations[shown] * MIRROR
         else:
@@ -159,8 +157,8 @@ def sample_scene(rng: np.random.Generator, spec: Spec | None = None, close_up: b
 
 
 def _side_by_side(rotations: ndarray, joints: ndarray, solved: list, rng: np.random.Generator) -> None:
-    """Moves two raised hands next to each other by turning the upper arms: the picture's left half is the
-    subject's right hand's."""
+    """Moves two raised hands next to each other by turning the upper arms: the subject's right hand fills the picture's
+    left half."""
     gap = rng.uniform(0.004, 0.02)
     middles = []
     for side, _, _ in solved:
@@ -170,7 +168,7 @@ def _side_by_side(rotations: ndarray, joints: ndarray, solved: list, rng: np.ran
     for (side, hand, forearm), middle in zip(solved, middles, strict=True):
         sign = (1.0, -1.0)[side]
         wrist, elbow, shoulder = joints[WRIST[side]], joints[FOREARM[side]], joints[UPPER_ARM[side]]
-        # Everything of this hand that must stay on its side: joints, and the first half of the forearm.
+        # The joints and the first half of the forearm must stay on their side.
         x = np.append(sign * joints[list(HAND_JOINTS[side]), 0] - FLESH, [sign * wrist[0] - 0.03,
                       sign * (wrist[0] + 0.5 * (elbow[0] - wrist[0])) - 0.042])  # fmt: skip
         shift = np.array([sign * (gap / 2 - x.min()), level - middle + rng.uniform(-0.008, 0.008)])
@@ -186,7 +184,7 @@ def _side_by_side(rotations: ndarray, joints: ndarray, solved: list, rng: np.ran
 def frame(
     rotations: ndarray, betas: ndarray, present: ndarray, rng: np.random.Generator, close_up: bool = True
 ) -> ndarray | None:
-    """A camera (s, tx, ty) with all joints of the present hands inside the frame, or None if they cannot be framed."""
+    """A camera (s, tx, ty) with all joints of the present hands inside the frame; None if there is none."""
     joints = forward_joints(rotations, betas)
     points = [joints[list(HAND_JOINTS[side]), :2] for side in range(2) if present[side]]
     elbows = [joints[FOREARM[side], :2] for side in range(2) if present[side]]
@@ -217,10 +215,10 @@ def frame(
 def sample_scenes(
     n: int, seed: int = 0, close_up: bool = True, both: float = 0.15, held_out: bool | None = None
 ) -> list[Scene]:
-    """`n` random scenes, the same ones for the same arguments; scene i is the same whatever n is.
+    """`n` random scenes, the same for the same arguments; scene i does not depend on n.
 
-    `both`: share of two-hand scenes. `held_out`: only prompts on that side of the split (see
-    prompts.is_held_out)."""
+    both: share of two-hand scenes. held_out: only prompts on that side of the split, see prompts.is_held_out.
+    """
     out = []
     for i in range(n):
         rng = np.random.default_rng((seed, i))

@@ -1,4 +1,4 @@
-"""`hd-train`: checkpoints from Stable Diffusion, and every stage trained on a dataset in the format of `hd-run`."""
+"""`hd-train`: makes checkpoints from Stable Diffusion, and trains every stage on a dataset in `hd-run`'s format."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 LOCK = ".hd-train.lock"  # in the run folder
 HELP = {
-    "vae": "Trains the autoencoder on DATA's pictures, for those who have none.",
+    "vae": "Trains the autoencoder on DATA's pictures, for a checkpoint without a trained one.",
     "hand-prior": "Trains stage 1: prompts to SMPL-H hands. Needs no pictures.",
-    "encoder": "Trains the Text+Hand encoder alone on DATA's labels, where no CLIP is at hand.",
-    "pictures": "Trains stage 2: prompts and hands to pictures; whole, or as an adapter with --lora.",
-    "distill": "Trains stage 2 to paint in few runs of its network, guidance included: --start is the teacher.",
+    "encoder": "Trains the Text+Hand encoder alone on DATA's labels, for a checkpoint without CLIP.",
+    "pictures": "Trains stage 2: prompts and hands to pictures; all weights, or an adapter with --lora.",
+    "distill": "Trains stage 2 to paint in few runs of its network, without guidance: --start is the teacher.",
     "distill-hands": "Trains stage 1 to find hands in few runs of its network: --start is the teacher.",
     "all": "Trains the recipe's stages, one after the other.",
 }
@@ -49,7 +49,7 @@ def _embeddings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
     found: list[tuple[Path, str | None]] = []
     for value in values:
         path, colon, token = value.rpartition(":")
-        whole = not colon or Path(value).exists()  # a colon may be the path's own
+        whole = not colon or Path(value).exists()  # a path may contain a colon
         found.append((Path(value), None) if whole else (Path(path), token or None))
     return found
 
@@ -65,17 +65,19 @@ def _embeddings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
     metavar="FILE[:TOKEN]",
     help="Textual inversion (.safetensors or .pt), under the placeholder TOKEN or its own; repeatable.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of what starts at random: hand prior, hand tokens.")
+@click.option("--seed", default=0, show_default=True, help="Of the random start of hand prior and hand tokens.")
 def init(source: Path, out: Path, added: list[tuple[Path, str | None]], seed: int) -> int:
     """Makes the checkpoint OUT from Stable Diffusion 1.x or 2.x (SD_FOLDER, in diffusers' layout), untrained.
 
-    Without hands (hd-run --no-hands) it makes the pictures that SD_FOLDER makes; hands enter as training opens their
-    gate. Nothing is fetched. The body is the demo's, a free one; hd-export --body takes yours.
+    Without hands (hd-run --no-hands) it makes the same pictures as SD_FOLDER; training opens the gate for hands. It
+    downloads nothing. The body is the demo's free one; hd-export --body takes yours.
     """
     if (out / MODEL_INDEX).exists():
-        raise HanDiffuserError(f"{out} is a checkpoint already. Name another folder, or remove it first.")
+        raise HanDiffuserError(
+            f"{out} must be a new folder, got a checkpoint. Name another folder, or remove it first."
+        )
     with console.status("reading"):
-        check_stable_diffusion(source)  # before PyTorch is loaded
+        check_stable_diffusion(source)  # before PyTorch loads
         from .init import from_stable_diffusion, read_back
 
         checkpoint = from_stable_diffusion(source, seed=seed, added=added)
@@ -94,24 +96,24 @@ def init(source: Path, out: Path, added: list[tuple[Path, str | None]], seed: in
 
 OPTIONS = [
     click.option("--data", required=True, type=click.Path(path_type=Path), help="The dataset; see hd-data."),
-    click.option("--start", help="Checkpoint to train on from, or the word demo.  [default: the recipe's new one]"),
+    click.option("--start", help="Checkpoint to start from, or the word demo.  [default: the recipe's new one]"),
     click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER|FILE.safetensors",
-                 help="Write the checkpoint here at the end; or, of --lora, the adapter alone."),
-    click.option("--recipe", default="sd15", show_default=True, help="demo, sd15, or a .toml file of yours."),
+                 help="Write the checkpoint here at the end; a FILE gets the --lora adapter alone."),
+    click.option("--recipe", default="sd15", show_default=True, help="demo, sd15, or your .toml file."),
     click.option("--run", "folder", type=click.Path(path_type=Path),
-                 help="States, logs and samples; the same command goes on.  [default: runs/ and the output's name]"),
-    click.option("--processes", type=click.IntRange(1), help="On a CPU, of one thread each.  [default: one a core]"),
+                 help="States, logs and samples; run again to go on.  [default: runs/ and the output's name]"),
+    click.option("--processes", type=click.IntRange(1), help="On a CPU, with one thread each.  [default: one a core]"),
     click.option("--half", is_flag=True, help="Write the checkpoint's weights in float16."),
-    click.option("--steps", type=int, help="How many."),
-    click.option("--batch", type=int, help="Samples a step, of all processes together."),
-    click.option("--learning-rate", type=float, help="The highest."),
+    click.option("--steps", type=int, help="Steps of the optimizer."),
+    click.option("--batch", type=int, help="Samples a step, for all processes together."),
+    click.option("--learning-rate", type=float, help="The highest rate."),
     click.option("--precision", help="fp32, bf16 or fp16."),
-    click.option("--accumulate", type=int, help="Parts of a batch, worked through one after the other."),
+    click.option("--accumulate", type=int, help="Parts of a batch, computed one after the other."),
     click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory, more time."),
     click.option("--compile", is_flag=True, default=None, help="torch.compile."),
     click.option("--shard", is_flag=True, default=None, help="Spread weights and optimizer over processes (FSDP2)."),
     click.option("--workers", type=int, help="Processes that read samples ahead."),
-    click.option("--seed", type=int, help="Of order and noise."),
+    click.option("--seed", type=int, help="Of the order and the noise."),
     click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Another entry of the stage's recipe."),
 ]  # fmt: skip
 
@@ -123,26 +125,26 @@ FLAGS = (
 
 
 def changed(recipe: Recipe, stages: tuple[str, ...], values: dict[str, Any]) -> Recipe:
-    """The recipe with what the flags say, for each of these stages."""
+    """The recipe with the flags' values, for each of these stages."""
     given = {name: values[name] for name in FLAGS if values.get(name) is not None}
     for entry in values["others"]:
         name, equals, text = entry.partition("=")
         if not equals:
-            raise TrainingError(f"--set {entry} is no NAME=VALUE.")
+            raise TrainingError(f"--set must be NAME=VALUE, got {entry}.")
         try:
             given[name.strip()] = msgspec.toml.decode(f"value = {text}")["value"]
         except msgspec.DecodeError:
             given[name.strip()] = text
     unknown = [name for name in given if not any(hasattr(recipe.plan(stage), name) for stage in stages)]
     if unknown:
-        raise TrainingError(f"There is no {unknown[0]} in the recipe of {', '.join(stages)}.")
+        raise TrainingError(f"--set must name an entry of the recipe of {', '.join(stages)}, got {unknown[0]}.")
     for stage in stages:
         recipe = recipe.changed(stage, {name: v for name, v in given.items() if hasattr(recipe.plan(stage), name)})
     return recipe
 
 
 def work(folder: Path, data: Path, recipe: Recipe, start: Path | None, stage: str) -> None:
-    """One process's part of a stage."""
+    """One process's share of a stage."""
     from .run import Run
 
     Run(folder, data, recipe, start).train(stage, make=False)
@@ -166,9 +168,9 @@ def train(stage: str, **values: Any) -> int:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Meanwhile no other hd-train may use the run folder. Raises TrainingError where one does.
+    """Inside the block, no other hd-train can use the run folder. Raises TrainingError where one does.
 
-    Of several processes the first one asks for all; what it starts ends with it.
+    The first of several processes holds the lock for all; the processes that it starts end with it.
     """
     if int(os.environ.get("RANK", "0")):
         yield
@@ -178,7 +180,7 @@ def alone(folder: Path) -> Iterator[None]:
         held = lock(folder / LOCK)
     except BlockingIOError as error:
         raise TrainingError(
-            f"Another hd-train is at work in {folder} ({error.strerror}). Wait for it, or name another --run."
+            f"Another hd-train uses {folder} ({error.strerror}). Wait for it, or name another --run."
         ) from None
     with held:
         yield
@@ -214,7 +216,7 @@ def _train(made: Run, stages: tuple[str, ...], values: dict[str, Any]) -> None:
 
 
 def processes(asked: int | None) -> int:
-    """One on a GPU; on a CPU one for each core, of one thread: far faster than one of several threads."""
+    """One on a GPU; on a CPU one for each core with one thread: far faster than one process of several threads."""
     import torch
 
     from ..cpu import usable_cores
@@ -230,7 +232,9 @@ def _runs(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     try:
         return [int(part) for part in value.split(",")]
     except ValueError:
-        raise click.BadParameter("give numbers, as in 4,2", ctx, parameter) from None
+        raise click.BadParameter(
+            f"must be whole numbers with commas, such as 4,2; got {value}", ctx, parameter
+        ) from None
 
 
 def _command(stage: str) -> None:
@@ -243,7 +247,7 @@ def _command(stage: str) -> None:
         command = option(command)
     if stage in STUDENTS:
         runs = click.option(
-            "--runs", callback=_runs, metavar="N,...", help="Of the network, one student after the other."
+            "--runs", callback=_runs, metavar="N,...", help="Runs of the network, one student for each number."
         )
         command = runs(command)
     if stage in ("pictures", "distill", "all"):
@@ -257,7 +261,7 @@ for _stage in (*PLANS, "all"):
 
 
 def main() -> None:
-    run("hd-train", commands, "Stopped. The same command goes on from the last saved step.")
+    run("hd-train", commands, "Stopped. Run the same command again to go on from the last saved step.")
 
 
 if __name__ == "__main__":

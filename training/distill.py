@@ -1,21 +1,20 @@
-"""Distillation into few steps: the student jumps where its teacher arrives after several steps, guidance included.
+"""Distillation into few steps: the student jumps to where its guided teacher arrives after several steps.
 
     bank = PictureBank(Path("runs/fast/bank"), teacher, cache, rows, plan, digest)    # or HandBank, of stage 1
     bank.make(rank, world)
     stage = jump_stage(student, bank, plan, 4, "distill-4")                           # or hand_jump_stage
 
-A bank holds trajectories of the teacher: from pure noise, guided, with the words (and hands) of the data, of which it
-keeps each state where a jump begins or ends. The student learns the output whose one DDIM step leads from one kept
-state to the next (progressive distillation, Salimans & Ho 2022, arXiv 2202.00512, with states of the teacher's own
-instead of noised samples), and needs neither guidance nor the unconditional branch any more. Both walk the same grid:
-"trailing" timesteps, of which few are a part of many.
+A bank holds the teacher's guided trajectories from pure noise, with the words (and hands) of the data. It keeps each
+state where a jump begins or ends. The student learns the output whose one DDIM step leads from one kept state to the
+next (progressive distillation, Salimans & Ho 2022, arXiv 2202.00512, with the teacher's own states instead of noised
+samples). It needs neither guidance nor the unconditional branch. Both walk the same "trailing" timesteps: those of few
+steps are among those of many.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from ..data.latents import LatentCache, encode_prompts
 from ..errors import TrainingError
+from ..files import written
 from ..models.checkpoint import Checkpoint
 from ..schedules import NoiseSchedule, solve
 from .draws import Draws, generator_for, order
@@ -40,22 +40,22 @@ from .sample import CUES, Network, initial_noise
 from .stages import HandJumpLoss, Inputs, PictureLoss, edges, states_of_words
 
 FILE = 64  # trajectories of a file
-BATCH = 8  # trajectories that are painted together on a CPU
-TOGETHER = 8  # files, on a GPU
-HELD = 64  # trajectories that validate
+BATCH = 8  # trajectories computed together on a CPU
+TOGETHER = 8  # files computed together on a GPU
+HELD = 64  # trajectories to validate on
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def grid(plan: DistillPlan | DistillHandsPlan) -> list[int]:
-    """After how many of the teacher's steps a state is kept: where any of the students jumps from or to.
+    """The teacher's steps whose states the bank keeps: where any of the students jumps from or to.
 
-    Raises TrainingError where a student's runs are no part of the teacher's steps.
+    Raises TrainingError where a student's runs do not divide the teacher's steps.
     """
     kept: set[int] = set()
     for runs in plan.runs:
         if plan.teacher_steps % runs:
             raise TrainingError(
-                f"{runs} runs are no part of the teacher's {plan.teacher_steps} steps: take runs that divide them, or "
+                f"runs must divide the teacher's {plan.teacher_steps} steps, got {runs}. Take others, or "
                 f"--set teacher_steps={-(-plan.teacher_steps // runs) * runs}."
             )
         kept |= set(range(0, plan.teacher_steps + 1, plan.teacher_steps // runs))
@@ -68,20 +68,20 @@ def few_steps(schedule: dict[str, Any]) -> dict[str, Any]:
 
 
 def becomes_student(checkpoint: Checkpoint, runs: int) -> None:
-    """What a checkpoint takes unless asked otherwise: so many DDIM steps of its conditional branch alone."""
+    """Makes `runs` DDIM steps without guidance the defaults of a checkpoint's stage 2."""
     checkpoint.scheduler = few_steps(checkpoint.scheduler)
     checkpoint.defaults = {**checkpoint.defaults, "steps": runs, "solver": "ddim", "guidance": 1.0}
 
 
 def becomes_hand_student(checkpoint: Checkpoint, runs: int) -> None:
-    """The same of stage 1."""
+    """Makes `runs` DDIM steps without guidance the defaults of a checkpoint's stage 1."""
     checkpoint.hand_scheduler = few_steps(checkpoint.hand_scheduler)
     few = {"hand_steps": runs, "hand_solver": "ddim", "hand_guidance": 1.0}
     checkpoint.defaults = {**checkpoint.defaults, **few}
 
 
 def weights_digest(*modules: nn.Module) -> str:
-    """Of networks' weights."""
+    """A hash of networks' weights."""
     digest = hashlib.sha256()
     for module in modules:
         for name, value in sorted(module.state_dict().items()):
@@ -90,7 +90,7 @@ def weights_digest(*modules: nn.Module) -> str:
 
 
 class Bank(ABC):
-    """Trajectories of a teacher, in files of FILE each. A file that is there is whole: what is missing is made."""
+    """Trajectories of a teacher, in whole files of FILE each. `make` adds missing files."""
 
     def __init__(
         self,
@@ -101,9 +101,9 @@ class Bank(ABC):
         plan: DistillPlan | DistillHandsPlan,
         what: dict[str, Any],
     ) -> None:
-        """rows: of the cache, from which the conditions are taken. what: all else that trajectories depend on.
+        """rows: of the cache, for the conditions. what: all else that trajectories depend on.
 
-        Raises TrainingError where the folder is the bank of another teacher, or of other settings.
+        Raises TrainingError where the folder holds the bank of another teacher, or of other settings.
         """
         self.folder, self.teacher, self.cache = folder, teacher, cache
         self.kept = grid(plan)
@@ -117,10 +117,10 @@ class Bank(ABC):
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         path = folder / "key.json"
         if path.exists() and json.loads(path.read_text()).get("key") != key:
-            raise TrainingError(f"{folder} holds trajectories of another teacher or grid. Name another --run.")
+            raise TrainingError(f"{folder} must be this teacher's and grid's bank, got another. Name another --run.")
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _written(path, lambda temporary: temporary.write_text(json.dumps({"key": key, **what}, indent=1) + "\n"))
+            _write(path, lambda temporary: temporary.write_text(json.dumps({"key": key, **what}, indent=1) + "\n"))
 
     def __len__(self) -> int:
         return self.files * FILE
@@ -131,7 +131,7 @@ class Bank(ABC):
     def make(
         self, rank: int = 0, world: int = 1, on_progress: Callable[[int, int], None] | None = None, device: str = "cpu"
     ) -> None:
-        """Paints the files that are missing; of several processes each makes every world-th."""
+        """Computes the missing files; each of several processes makes every world-th."""
         mine = [number for number in range(rank, self.files, world) if not self.path(number).exists()]
         together = 1 if device == "cpu" else TOGETHER
         for begin in range(0, len(mine), together):
@@ -142,9 +142,9 @@ class Bank(ABC):
             whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             for turn, number in enumerate(files):
                 own = {name: value[turn * FILE : (turn + 1) * FILE].contiguous() for name, value in whole.items()}
-                _written(self.path(number), partial(save_file, own))
+                _write(self.path(number), partial(save_file, own))
             left = len(mine) - begin - len(files)
-            if on_progress is not None:  # the others are about as far
+            if on_progress is not None:  # as if the other processes were as far
                 on_progress(max(1, self.files - world * left), self.files)
 
     @abstractmethod
@@ -153,10 +153,10 @@ class Bank(ABC):
 
     @abstractmethod
     def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Some trajectories, with all that a student is told."""
+        """Some trajectories, with all inputs of a student."""
 
     def _walk(self, schedule: dict[str, Any], x: Tensor, network: Network) -> Tensor:
-        """The states [n, K, ...] that DDIM comes through from noise x [n, ...], of the steps that are kept."""
+        """The states [n, K, ...] of DDIM from noise x [n, ...] at the kept steps."""
         scheduler = DDIMScheduler.from_config(few_steps(schedule))
         scheduler.set_timesteps(self.kept[-1])
         states = [x]
@@ -171,7 +171,7 @@ class Bank(ABC):
         return torch.stack([ids[i, torch.randint(ids.shape[1], (), generator=g)] for i, g in enumerate(chance)])
 
     def _kept(self, numbers: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
-        """What files hold of some trajectories."""
+        """Tensors of some trajectories from their files."""
         wanted = torch.tensor(list(numbers))
         out: dict[str, Tensor] = {}
         for number in (wanted // FILE).unique().tolist():
@@ -179,12 +179,12 @@ class Bank(ABC):
             try:
                 with safe_open(self.path(number), "pt") as file:
                     for name in names:
-                        part = file.get_slice(name)  # of which no more is read than is asked for
+                        part = file.get_slice(name)  # reads only the wanted rows
                         value = torch.cat([part[at : at + 1] for at in (wanted[places] % FILE).tolist()])
                         out.setdefault(name, value.new_empty(len(wanted), *value.shape[1:]))[places] = value
             except (OSError, SafetensorError) as error:
                 raise TrainingError(
-                    f"{self.path(number)} cannot be read ({error}). Remove it: the same command makes it again."
+                    f"{self.path(number)} cannot be read ({error}). Remove it and run the same command again."
                 ) from None
         return out
 
@@ -216,12 +216,8 @@ class PictureBank(Bank):
         hands["visibility"] = torch.where(bare[:, None].to(device), 0.0, hands["visibility"])
         blank = {**hands, "visibility": torch.zeros_like(hands["visibility"])}
         empty = encode_prompts([""], teacher.tokenizer, teacher.special_tokens)[0]
-        context = torch.cat(
-            [
-                teacher.text_hand_encoder(empty.to(device).expand(count, -1), **blank),
-                teacher.text_hand_encoder(ids.to(device), **hands),
-            ]
-        )
+        encoder = teacher.text_hand_encoder
+        context = torch.cat([encoder(empty.to(device).expand(count, -1), **blank), encoder(ids.to(device), **hands)])
         shape = (teacher.unet.config.in_channels, *teacher.latent_size)
         x = torch.cat([initial_noise(1, shape, teacher.defaults["noise_offset"], g) for g in chance]).to(device)
         half = torch.autocast(torch.device(device).type, HALVES.get(plan.precision), enabled=plan.precision in HALVES)
@@ -281,24 +277,21 @@ class HandBank(Bank):
         return self._kept(numbers, ("states", "ids"))
 
 
-def _written(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
     try:
-        write(temporary)
-        temporary.replace(path)
+        with written(path) as temporary:
+            write(temporary)
     except OSError as error:
         raise TrainingError(
-            f"{path} cannot be written: {error.strerror or error}. Free some space; it goes on."
+            f"{path} cannot be written: {error.strerror or error}. Free some space and run the same command again."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def jumps(schedule: dict[str, Any], bank: Bank, stride: int, runs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each of so many jumps [runs]: the timestep where it begins, the coefficients of its DDIM step
-    x' = a x + b m, and which of the bank's kept states it begins in (and, at the end, where the last one ends).
+    """For each jump [runs]: its first timestep, the coefficients of its DDIM step x' = a x + b m, and the bank's kept
+    state where it begins; the last entry [runs + 1] is the state where the last jump ends.
 
-    stride: the teacher's steps in each. So m = (x' - a x) / b is what the network should say, whatever it predicts.
+    stride: the teacher's steps in each jump. The network's wanted output is m = (x' - a x) / b, whatever it predicts.
     """
     recurrence = solve(NoiseSchedule.from_config(few_steps(schedule)), "ddim", runs)
     a, b = (torch.from_numpy(np.asarray(value[0])).float() for value in (recurrence.A, recurrence.B))
@@ -309,14 +302,14 @@ def jumps(schedule: dict[str, Any], bank: Bank, stride: int, runs: int) -> tuple
 def jump_inputs(schedule: dict[str, Any], bank: Bank, plan: DistillPlan, runs: int) -> Inputs:
     """A kept state of each picture, and the output whose DDIM step leads to the next one.
 
-    rows: as `PictureBank.read` gives them.
+    rows: from `PictureBank.read`.
     """
     times, a, b, places = jumps(schedule, bank, plan.teacher_steps // runs, runs)
 
     def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
         u = draws.uniform()
         device = u.device
-        # The first jump, from pure noise, holds nearly all the loss: it comes as often as the plan says.
+        # The first jump, from pure noise, has nearly all the loss: the plan sets its share.
         later = 1 + ((u - plan.first) / (1 - plan.first) * (runs - 1)).long().clamp(0, max(runs - 2, 0))
         jump = torch.where(u < plan.first, 0, later) if runs > 1 else torch.zeros_like(u, dtype=torch.long)
         states, at, kept = rows["states"].float(), torch.arange(len(u), device=device), places.to(device)
@@ -331,7 +324,7 @@ def jump_inputs(schedule: dict[str, Any], bank: Bank, plan: DistillPlan, runs: i
 
 
 def jump_stage(student: Checkpoint, bank: PictureBank, plan: DistillPlan, runs: int, name: str) -> Stage:
-    """What a student of `runs` runs is trained on: its UNet alone, contexts and positions stay the teacher's."""
+    """The stage of a student of `runs` runs: it trains the UNet alone; contexts and positions stay the teacher's."""
     painter = PictureLoss(student, plan)
     if not plan.lora:
         painter.unet.requires_grad_(True)
@@ -342,9 +335,9 @@ def jump_stage(student: Checkpoint, bank: PictureBank, plan: DistillPlan, runs: 
 
 
 def hand_jump_inputs(schedule: dict[str, Any], bank: Bank, plan: DistillHandsPlan, runs: int) -> Inputs:
-    """All jumps of each trajectory: where they begin, and the outputs whose DDIM steps lead to where they end.
+    """All jumps of each trajectory: their first states, and the outputs whose DDIM steps lead to their last states.
 
-    rows: as `HandBank.read` gives them. All at once, because to read the words costs more than to denoise.
+    rows: from `HandBank.read`. All at once, because reading the words costs more than denoising.
     """
     times, a, b, places = jumps(schedule, bank, plan.teacher_steps // runs, runs)
 
@@ -358,7 +351,7 @@ def hand_jump_inputs(schedule: dict[str, Any], bank: Bank, plan: DistillHandsPla
 
 
 def hand_jump_stage(student: Checkpoint, bank: HandBank, plan: DistillHandsPlan, runs: int, name: str) -> Stage:
-    """What a student of `runs` runs is trained on: the prior alone, and what it reads of the words stays as it was."""
+    """The stage of a student of `runs` runs: it trains the prior alone, without the layers that read the words."""
     module = HandJumpLoss(student)
     module.hand_prior.requires_grad_(True)
     return Stage(
@@ -368,7 +361,7 @@ def hand_jump_stage(student: Checkpoint, bank: HandBank, plan: DistillHandsPlan,
 
 
 def _split(bank: Bank) -> tuple[np.ndarray, np.ndarray]:
-    """A bank's trajectories: those to train on, and some that validate."""
+    """A bank's trajectories: those to train on, and some to validate on."""
     numbers = np.arange(len(bank))
     held = min(HELD, len(numbers) // 10)
     return numbers[: len(numbers) - held], numbers[len(numbers) - held :]

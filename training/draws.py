@@ -1,11 +1,11 @@
-"""Which samples a step sees and what chance adds to them: functions of numbers alone, for any number of processes.
+"""A step's samples and random numbers: functions of numbers alone, the same for any number of processes.
 
     rows = rows_of(step=7, count=len(index), batch=48, seed=0)        # sample numbers [48] of the whole step
     draws = Draws(seed=0, step=7, batch=48, places=range(rank, 48, world))
     draws.normal(4, 32, 32)                                            # [len(places), 4, 32, 32]
 
-So a run that was stopped goes on as if it had not been, also on more or fewer processes: a step's rows and their noise
-depend on (seed, step, place in the batch), never on who computes them.
+So a run that was stopped goes on unchanged, also on more or fewer processes: a step's rows and their noise depend on
+(seed, step, place in the batch), never on the process.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def rows_of(step: int, count: int, batch: int, seed: int) -> list[int]:
-    """The samples of a step [batch]: the next ones of endless epochs, in each of which every sample comes once."""
+    """The samples of a step [batch]: the next ones of endless epochs; every sample comes once an epoch."""
     first = step * batch
     return [int(order(seed, at // count, count)[at % count]) for at in range(first, first + batch)]
 
 
 def generator_for(*parts: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator whose state depends on all parts alone."""
+    """A generator whose state depends on the parts alone."""
     seed = 0
     for part in parts:
         seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
@@ -40,9 +40,9 @@ def generator_for(*parts: int, device: str | torch.device = "cpu") -> torch.Gene
 
 
 class Draws:
-    """The random numbers of some rows of a step's batch. Everyone who has a part of it must ask in the same order.
+    """The random numbers of some rows of a step's batch. All processes of a batch must draw in the same order.
 
-    places: which rows of the whole batch these are. device: where they are drawn; a GPU draws other numbers than a CPU.
+    places: the rows of the whole batch. device: draws the numbers; a GPU draws others than a CPU.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Draws:
         self._rows = [generator_for(seed, step, place + 1) for place in self.places] if on_host else []
 
     def _of_all(self, draw: Callable[..., Tensor], *size: Any) -> Tensor:
-        """What `draw` makes for the whole batch, of which these rows are taken."""
+        """These rows of a draw for the whole batch."""
         whole = draw(*size, generator=self._whole, device=self.device)
         return whole if self.places == list(range(self.batch)) else whole[self.places]
 
@@ -64,7 +64,7 @@ class Draws:
         return self._of_all(torch.rand, self.batch)
 
     def spread(self) -> Tensor:
-        """[n] in [0, 1), of which the whole batch has one in every batch-th: less noise than `uniform`."""
+        """[n] in [0, 1), one in every batch-th part over the whole batch: less noise than `uniform`."""
         return (self._of_all(torch.randperm, self.batch) + self._of_all(torch.rand, self.batch)) / self.batch
 
     def integers(self, high: int) -> Tensor:
@@ -72,12 +72,12 @@ class Draws:
         return self._of_all(torch.randint, high, (self.batch,))
 
     def one(self, high: int) -> int:
-        """Of 0..high - 1, the same for the whole batch."""
+        """A number of 0..high - 1, the same for the whole batch."""
         return int(torch.randint(high, (), generator=self._host))
 
     def normal(self, *shape: int) -> Tensor:
-        """[n, *shape], standard normal. On a CPU every row has a generator of its own, so that nobody draws for
-        others; a GPU would start a kernel for each."""
+        """[n, *shape], standard normal. On a CPU every row has its own generator, so that a process draws only its
+        rows; a GPU would start a kernel for each row."""
         if not self._rows:
             return self._of_all(torch.randn, self.batch, *shape)
         return torch.stack([torch.randn(shape, generator=row) for row in self._rows])

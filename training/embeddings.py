@@ -28,7 +28,7 @@ UNNAMED = "emb_params"  # AUTOMATIC1111's key in safetensors: the file's name is
 def add(path: Path, token: str | None, tokenizer: CLIPTokenizer, clip: CLIPTextModel) -> list[str]:
     """Gives the vectors of a file to the placeholder `token`; None: the file's own. Returns the tokens added.
 
-    Raises CheckpointError for a file that is none, vectors of another width, and a placeholder that is taken.
+    Raises CheckpointError for another kind of file, vectors of another width, and a placeholder that is taken.
     """
     named, vectors = read(path)
     token = token or named
@@ -45,7 +45,7 @@ def add(path: Path, token: str | None, tokenizer: CLIPTokenizer, clip: CLIPTextM
     taken = [name for name in (*tokens, f"{token}_1") if name in vocabulary]
     if taken:
         raise CheckpointError(
-            f"The placeholder {taken[0]} of {path} is in the tokenizer already. "
+            f"The placeholder of {path} must be new to the tokenizer, got {taken[0]}. "
             f"Give another: --embedding '{path}:<name>'"
         )
     tokenizer.add_tokens(tokens)
@@ -58,14 +58,18 @@ def add(path: Path, token: str | None, tokenizer: CLIPTokenizer, clip: CLIPTextM
 
 
 def read(path: Path) -> tuple[str, Tensor]:
-    """The placeholder that a file names, and its vectors [N, width] in float32. Raises CheckpointError."""
+    """A file's placeholder, and its vectors [N, width] in float32. Raises CheckpointError."""
     if not path.is_file():
-        raise CheckpointError(f"There is no embedding {path}. Give a .safetensors or .pt file, and :<name> after it.")
+        raise CheckpointError(
+            f"The embedding {path} does not exist. Give a .safetensors or .pt file, and :<name> after it."
+        )
     refuse_pointer(path)
     if path.suffix not in (".safetensors", *PICKLES):
         raise CheckpointError(f"{path} must be a .safetensors or .pt file. Give the file that the training wrote.")
     if path.stat().st_size > LARGEST:
-        raise CheckpointError(f"{path} must be at most {LARGEST >> 20} MB: a larger file is no textual inversion.")
+        raise CheckpointError(
+            f"{path} must be at most {LARGEST >> 20} MB, as a textual inversion is. Give another file."
+        )
     try:
         held: Any = (
             load_file(path)
@@ -76,7 +80,7 @@ def read(path: Path) -> tuple[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read as an embedding: {first_line(error)}") from None
     named, vectors = _find(path, held)
     if not isinstance(vectors, Tensor) or not vectors.is_floating_point() or not 1 <= vectors.dim() <= 2:
-        raise CheckpointError(f"{path} is no textual inversion: it must hold vectors, one a row.")
+        raise CheckpointError(f"{path} must be a textual inversion: vectors, one a row. Give another file.")
     vectors = vectors.detach().float().reshape(-1, vectors.shape[-1])
     if not len(vectors) or not vectors.isfinite().all():
         raise CheckpointError(f"{path} must hold one vector or more, of finite numbers. Train it again.")
@@ -88,9 +92,11 @@ def _find(path: Path, held: Any) -> tuple[str, Any]:
     if isinstance(held, Tensor):
         return "", held
     if not isinstance(held, dict):
-        raise CheckpointError(f"{path} is no textual inversion: it must hold vectors by name.")
+        raise CheckpointError(f"{path} must be a textual inversion: vectors by name. Give another file.")
     if "clip_g" in held or "clip_l" in held:
-        raise CheckpointError(f"{path} is for SDXL: it has vectors for two text encoders. Take one for 1.x or 2.x.")
+        raise CheckpointError(
+            f"{path} must be for Stable Diffusion 1.x or 2.x, got vectors for SDXL's two text encoders. Take another."
+        )
     if "string_to_param" in held:
         parameters = held["string_to_param"]
         vectors = parameters.get("*") if isinstance(parameters, dict) else None
@@ -99,5 +105,5 @@ def _find(path: Path, held: Any) -> tuple[str, Any]:
         name, vectors = next(iter(held.items()))
         return path.stem if name == UNNAMED else str(name), vectors
     raise CheckpointError(
-        f"{path} is no textual inversion: it must hold one tensor, got {len(held)}. A LoRA goes to hd-export --lora."
+        f"{path} must be a textual inversion with one tensor, got {len(held)}. Give a LoRA to hd-export --lora."
     )

@@ -1,11 +1,11 @@
-"""A checkpoint from Stable Diffusion, for training to begin with: what it knew of text, it still knows.
+"""A checkpoint from Stable Diffusion to start training from: it keeps all that Stable Diffusion learned.
 
     checkpoint = from_stable_diffusion(Path("stable-diffusion-v1-5"))
     checkpoint.save("start")
 
 The UNet, the VAE, the tokenizer and the noise schedule are the folder's own. The Text+Hand encoder starts as its CLIP
-text model, the positional kernel at zero, the hands' gate closed. So without hands this *is* that Stable Diffusion: the
-same latents give the same picture. The hand prior is untrained.
+text model, the positional kernel at zero, the hands' gate closed. So without hands the same latents give the same
+picture as in Stable Diffusion. The hand prior is untrained.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FREQUENCIES = (1, 2, 4, 8)
 PRIOR = (512, 8, 8)  # width, layers and heads of the hand prior: the paper's size
 
 
-STUDENTS = ("LCMScheduler", "TCDScheduler")  # of networks that were distilled: four steps without guidance
+STUDENTS = ("LCMScheduler", "TCDScheduler")  # of distilled networks: four steps without guidance
 FEW_STEPS = {"solver": "lcm", "steps": 4, "guidance": 1.0}
 
 
@@ -51,10 +51,9 @@ def from_stable_diffusion(
 ) -> Checkpoint:
     """Reads a Stable Diffusion 1.x or 2.x folder in diffusers' layout.
 
-    cues: see `TextHandEncoder`. seed: of what starts at random. added: files of textual inversion with their
-    placeholders, or None for the files' own.
-    The body is the demo's, which is free: `hd-export --body` takes another one. Raises CheckpointError for a folder
-    that is something else, or whose weights are pickles.
+    cues: see `TextHandEncoder`. seed: of the random start. added: files of textual inversion with their placeholders,
+    or None for the files' own. The body is the demo's free one; `hd-export --body` takes another.
+    Raises CheckpointError for another kind of folder, or for weights that are pickles.
     """
     index = check_stable_diffusion(folder)
     name, schedule = read_schedule(folder, index)
@@ -67,7 +66,7 @@ def from_stable_diffusion(
     placeholders = [token for path, token in added for token in embeddings.add(path, token, words, clip)]
     torch.manual_seed(seed)
     tokenizer, special = plain_tokenizer(words)
-    # The first end-of-text token ends a sentence. CLIP's own configuration often names another number for it.
+    # The first end-of-text token ends a sentence. CLIP's own configuration often names another id for it.
     clip.config.bos_token_id, clip.config.eos_token_id, clip.config.pad_token_id = (
         special[name] for name in ("bos", "eos", "pad")
     )
@@ -98,25 +97,25 @@ def from_stable_diffusion(
 
 
 def read_back(out: Path, tokenizer: Tokenizer, special_tokens: dict[str, int]) -> Checkpoint:
-    """What was written, as `hd-export` reads it; its weights stay in their files.
+    """The written checkpoint, as `hd-export` reads it; its weights stay in their files.
 
-    tokenizer, special_tokens: of the checkpoint that was written. Raises CheckpointError where it does not come back.
-    The folder then has no model_index.json: it is no checkpoint, and the command can be given again.
+    tokenizer, special_tokens: of the checkpoint in memory. Raises CheckpointError where the folder differs or cannot be
+    read, and removes its model_index.json, so that the command can run again.
     """
     try:
         again = Checkpoint.load(out, mapped=True)
         if again.special_tokens != special_tokens or again.tokenizer.to_str() != tokenizer.to_str():
-            raise CheckpointError("Its tokenizer does not come back as it was.")
+            raise CheckpointError("Its tokenizer differs from the one in memory. Please report it.")
     except BaseException as error:
         (out / MODEL_INDEX).unlink(missing_ok=True)
         if isinstance(error, CheckpointError):
-            raise CheckpointError(f"The checkpoint that was written cannot be exported: {error}") from None
+            raise CheckpointError(f"hd-export cannot read the written checkpoint: {error}") from None
         raise
     return again
 
 
 def check_vocabulary(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPTextModel) -> None:
-    """Raises CheckpointError where tokens lack their vectors, or vectors their tokens."""
+    """Raises CheckpointError for tokens without vectors, and for vectors without tokens."""
     tokens, rows = max(tokenizer.get_vocab().values()) + 1, clip.config.vocab_size
     if tokens > rows:
         raise CheckpointError(
@@ -126,16 +125,16 @@ def check_vocabulary(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPTextModel
     if rows > tokens:
         raise CheckpointError(
             f"{folder / 'tokenizer'} must have a token for each of the text encoder's {rows} vectors, got {tokens}. "
-            "Copy all of its files, added_tokens.json too, from where the text encoder was trained."
+            "Copy all of its files, added_tokens.json too, from the text encoder's origin."
         )
 
 
 def read_schedule(folder: Path, index: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The class of a folder's scheduler, and its noise schedule in DDIMScheduler's words.
 
-    index: of model_index.json, whose class diffusers takes. What the configuration leaves out is as this class has it;
-    then `StableDiffusionPipeline` sets `steps_offset` to 1 and `clip_sample` to false. Raises CheckpointError for
-    schedulers of other kinds of networks.
+    index: of model_index.json, whose class diffusers takes. Missing entries take this class's defaults; then
+    `StableDiffusionPipeline` sets `steps_offset` to 1 and `clip_sample` to false. Raises CheckpointError for schedulers
+    of other kinds of networks.
     """
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_object(path)
@@ -144,18 +143,18 @@ def read_schedule(folder: Path, index: dict[str, Any]) -> tuple[str, dict[str, A
     check_scheduler(path, name)
     mended = {"clip_sample": False, "steps_offset": 1}
     try:
-        NoiseSchedule.from_config({**config, **mended})  # what the file says has its bounds
+        NoiseSchedule.from_config({**config, **mended})  # checks the file's own entries
         full = dict(getattr(diffusers, name).from_config(config).config)
         full |= {key: value for key, value in mended.items() if key in full}
         return name, {**asdict(NoiseSchedule.from_config(full)), "clip_sample": False}
     except BundleError as error:
         raise CheckpointError(f"{path} cannot be sampled with: {error}") from None
-    except Exception as error:  # schedulers fail in many ways
+    except Exception as error:  # schedulers raise many kinds
         raise CheckpointError(f"{path} cannot be used as {name}: {first_line(error)}") from None
 
 
 def mend_size(unet: UNet2DConditionModel) -> None:
-    """Sets the size of UNets from before diffusers 0.9 to 64, as `StableDiffusionPipeline` does: theirs is not true."""
+    """Sets the size of UNets of diffusers below 0.9 to 64, as `StableDiffusionPipeline` does: theirs is wrong."""
     version = tuple(int(part) for part in re.findall(r"\d+", str(unet.config.get("_diffusers_version", "1")))[:2])
     if version < (0, 9) and isinstance(unet.config.sample_size, int) and unet.config.sample_size < 64:
         unet.register_to_config(sample_size=64)

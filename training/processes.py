@@ -46,9 +46,7 @@ def spread(module: nn.Module, world: int) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     if world == 1:
-        raise TrainingError(
-            "--shard needs several processes, got 1. Start them with torchrun or accelerate launch."
-        )
+        raise TrainingError("--shard needs several processes, got 1. Start them with torchrun or accelerate launch.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (world,))
     module.to(device)

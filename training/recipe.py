@@ -1,8 +1,8 @@
-"""A recipe: how each stage is trained. A small TOML file, one table a stage; what it leaves out is as written here.
+"""A recipe: the settings of each stage's training. A small TOML file, one table a stage, with the defaults below.
 
 recipe = Recipe.load("demo")                     # of this folder, or the path of a file
 recipe = recipe.changed("pictures", {"steps": 100})
-recipe.save(Path("runs/demo/recipe.toml"))       # what was really used
+recipe.save(Path("runs/demo/recipe.toml"))       # all settings, defaults too
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from ..errors import TrainingError
+from ..files import written
 from ..models.configs import CONFIGS
 from ..schema import LARGEST_JSON, MisfitError, fit, read_file
 
@@ -35,10 +36,10 @@ def _words(*words: str) -> Meta:
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What all stages have. `warmup` steps rise linearly; then the rate stays, or falls to zero in a half cosine."""
+    """Settings of all stages. The rate rises linearly for `warmup` steps, then stays or falls in a half cosine."""
 
     steps: Count = 1000
-    batch: Count = 32  # samples a step, of all processes together
+    batch: Count = 32  # samples a step, for all processes together
     learning_rate: Rate = 1e-4
     warmup: Zero = 100
     schedule: Annotated[str, _words("cosine", "constant")] = "cosine"
@@ -47,12 +48,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     ema: Decay = 0.995
     seed: Zero = 0
     precision: Annotated[str, _words("fp32", "bf16", "fp16")] = "fp32"
-    accumulate: Count = 1  # parts that a process works through one after the other, to save memory
+    accumulate: Count = 1  # parts of a batch, one after the other, to save memory
     gradient_checkpointing: bool = False
     compile: bool = False
     shard: bool = False  # weights, optimizer and average spread over the processes (FSDP2)
     workers: Zero = 0  # processes that read samples ahead, for each that trains
-    resident: bool = False  # all rows are held on the GPU and noise is drawn there: for small models and data that fits
+    resident: bool = False  # keeps all rows and draws noise on the GPU: for small models and data
     log_every: Count = 50
     save_every: Count = 500
     validate_every: Count = 500
@@ -68,11 +69,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class VaePlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The autoencoder, for those who have none."""
+    """The autoencoder, for a checkpoint without a trained one."""
 
     crop: Count = 64  # pixels; a VAE is nearly local, and a crop costs a part of the picture
     kl_weight: Weight = 1e-3  # per latent value, against L1 per pixel value
-    decoder_only: bool = False  # the encoder stays, for a checkpoint whose UNet knows its latents
+    decoder_only: bool = False  # keeps the encoder, for a UNet trained on its latents
 
 
 class HandPriorPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -83,7 +84,7 @@ class HandPriorPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 
 class EncoderPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What stands in for CLIP's pre-training where no CLIP is at hand. Needs samples with labels."""
+    """The encoder alone, in place of CLIP's pre-training. Needs samples with labels."""
 
     drop_text: Share = 0.1
     drop_hands: Share = 0.1
@@ -93,23 +94,21 @@ class EncoderPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class PicturesPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Stage 2: text and hands to pictures."""
 
-    drop_text: Share = 0.1  # of text alone, of hands alone, and of both: what guidance needs
+    drop_text: Share = 0.1  # of text alone, of hands alone, and of both: guidance needs these
     drop_hands: Share = 0.1
     drop_both: Share = 0.1
     weighting: Annotated[str, _words("plain", "min-snr")] = "plain"
     min_snr: Rate = 5.0  # gamma of Hang et al. 2023
     timestep_shift: Rate = 1.0  # above 1 leans towards noise (Esser et al. 2024, equation 23)
-    finger_weight: Weight = 0.0  # how much more an error on a joint of a hand counts than one on the background
-    edge_weight: Weight = 0.0  # how much more an error counts where the latents change from pixel to pixel, at most
+    finger_weight: Weight = 0.0  # extra weight of an error at a hand's joint, against the background
+    edge_weight: Weight = 0.0  # largest extra weight of an error where latents change between pixels
     colour_weight: Weight = 0.0  # of the mean error over blocks of 8 x 8 latent pixels
-    posterior: Annotated[str, _words("sample", "mean")] = (
-        "sample"  # what of the VAE's posterior is the picture's latent
-    )
+    posterior: Annotated[str, _words("sample", "mean")] = "sample"  # of the VAE's posterior: the picture's latent
     lora: Annotated[int, Meta(ge=0, le=1024, description="a rank from 0 (no LoRA) to 1024")] = 0
 
 
 class DistillPlan(PicturesPlan, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Stage 2 in few runs of the network: see distill.py. `steps` are the optimizer's, of each student."""
+    """Stage 2 in few runs of the network: see distill.py. `steps` counts each student's optimizer."""
 
     weight_decay: Weight = 0.0
     ema: Decay = 0.99
@@ -141,20 +140,20 @@ PLANS: dict[str, type[Plan]] = {
     "distill": DistillPlan,
     "distill-hands": DistillHandsPlan,
 }
-STUDENTS = ("distill", "distill-hands")  # stages that train one network after the other, of fewer and fewer runs
+STUDENTS = ("distill", "distill-hands")  # stages that train one network after the other, each with fewer runs
 
 
 class Recipe(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename=lambda n: n.replace("_", "-")
 ):
-    """The stages' plans, and what is no stage's own."""
+    """The stages' plans, and the settings of the whole run."""
 
-    new: Annotated[str, Meta(max_length=20)] | None = None  # sizes of an untrained checkpoint, where none is given
+    new: Annotated[str, Meta(max_length=20)] | None = None  # sizes of the checkpoint to begin with, without --start
     held_out: Annotated[float, Meta(ge=0, le=0.5, description="a share from 0 to 0.5")] = (
         0.02  # of samples, to validate
     )
     prompts: Annotated[tuple[Annotated[str, Meta(max_length=1000)], ...], Meta(max_length=64)] = ()  # of sample grids
-    stages: tuple[Annotated[str, _words(*PLANS)], ...] = ("hand-prior", "pictures")  # what "all" means, in this order
+    stages: tuple[Annotated[str, _words(*PLANS)], ...] = ("hand-prior", "pictures")  # of `hd-train all`, in this order
     vae: VaePlan = VaePlan()
     hand_prior: HandPriorPlan = HandPriorPlan()
     encoder: EncoderPlan = EncoderPlan()
@@ -164,30 +163,30 @@ class Recipe(
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
-        """Reads one of ours by name ("demo", "sd15"), or a file. Raises TrainingError with what is wrong in it."""
+        """Reads one of ours by name ("demo", "sd15"), or a file. Raises TrainingError that names a wrong entry."""
         path = RECIPES / f"{name}.toml" if (RECIPES / f"{name}.toml").exists() else Path(name)
         try:
             value = msgspec.toml.decode(read_file(path, LARGEST_JSON))
-            for stage, kind in PLANS.items():  # first, for a sentence that names the entry
+            for stage, kind in PLANS.items():  # first, for an error that names the entry
                 if isinstance(value.get(stage), dict):
                     fit(value[stage], kind)
             recipe = fit(value, cls)
         except FileNotFoundError:
             ours = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml")))
-            raise TrainingError(f"There is no recipe {name}: name a .toml file, or one of ours ({ours}).") from None
+            raise TrainingError(f"--recipe must be a .toml file or one of {ours}, got {name}.") from None
         except OSError as error:
             raise TrainingError(f"The recipe {path} cannot be read: {error.strerror}.") from error
         except (MisfitError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise TrainingError(f"The recipe {path} is wrong. {error}") from None
         if recipe.new is not None and recipe.new not in CONFIGS:
-            raise TrainingError(f"The recipe {path} says new = {recipe.new!r}; there are {', '.join(CONFIGS)}.")
+            raise TrainingError(f"new in the recipe {path} must be one of {', '.join(CONFIGS)}, got {recipe.new!r}.")
         return recipe
 
     def plan(self, stage: str) -> Any:
         return getattr(self, stage.replace("-", "_"))
 
     def changed(self, stage: str, values: Mapping[str, Any]) -> Recipe:
-        """The recipe with other values in a stage's plan. Raises TrainingError for what that plan cannot be."""
+        """The recipe with other values in a stage's plan. Raises TrainingError for a value out of range."""
         plan = self.plan(stage)
         try:
             new = fit({**msgspec.to_builtins(plan), **values}, type(plan))
@@ -196,17 +195,16 @@ class Recipe(
         return msgspec.structs.replace(self, **{stage.replace("-", "_"): new})
 
     def save(self, path: Path) -> None:
-        """Writes it whole, so that later defaults change nothing."""
+        """Writes all settings, so that later defaults change nothing."""
         value = msgspec.to_builtins(self)
         tables = {name: part for name, part in value.items() if isinstance(part, dict)}
         lines = [f"{name} = {_toml(part)}" for name, part in value.items() if name not in tables and part is not None]
         for name, table in tables.items():
             lines += ["", f"[{name}]", *(f"{key} = {_toml(part)}" for key, part in table.items())]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with written(path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _toml(value: Any) -> str:
-    """Text, numbers, booleans and lists of text are in TOML what they are in JSON."""
+    """TOML spells text, numbers, booleans and lists of text as JSON does."""
     return json.dumps(value, ensure_ascii=False)

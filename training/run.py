@@ -1,4 +1,4 @@
-"""A run: a folder in which a checkpoint is trained from a dataset, stage by stage.
+"""A run: a folder that trains a checkpoint from a dataset, stage by stage.
 
     run = Run(Path("runs/demo"), Path("world"), Recipe.load("demo"))
     run.train("hand-prior")
@@ -8,8 +8,8 @@
     vae/ hand-prior/ encoder/ pictures/ distill-N/ distill-hands-N/    state.safetensors  log.jsonl  tensorboard/
     bank/ hand-bank/ (of the teachers)                                 [adapter.safetensors]
 
-A stage reads what the others left in the folder, never their memory, so that stages can be trained apart, and any of
-them may be interrupted.
+A stage reads the other stages' results from the folder, never from memory: each stage can train by itself, and any can
+be interrupted.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ..data.dataset import Index
 from ..data.latents import LatentCache, encode_prompts, make_latents
 from ..data.samples import Sample, picture
 from ..errors import DatasetError, TrainingError
+from ..files import written
 from ..grammar import words_of
 from ..models import lora
 from ..models.checkpoint import BODY, Checkpoint, make_tokenizer, random_checkpoint
@@ -70,27 +71,27 @@ from .stages import (
 from .state import averages, changes, finished
 
 ADAPTER = "adapter.safetensors"
-MEASURED = 4096  # samples from which means and deviations are computed
+MEASURED = 4096  # samples for means and deviations
 SHOWN = 16  # held-out samples of a sample grid
-BAD = 20  # samples that are left out of which it is said why
-MOST_WORDS = 10_000  # that a checkpoint lists; of more, none: it has read widely
-VOCABULARY = 20_000  # samples whose words make the tokenizer of a new checkpoint
+BAD = 20  # left-out samples to report
+MOST_WORDS = 10_000  # a checkpoint with more lists none: its vocabulary is broad
+VOCABULARY = 20_000  # samples that train a new checkpoint's tokenizer
 HELD_BITS = 1 << 32
 
 
 class Run:
-    """A run folder and what it is made from."""
+    """A run folder with its dataset, recipe and start."""
 
     def __init__(self, folder: Path, data: Path, recipe: Recipe, start: Path | None = None) -> None:
-        """start: the checkpoint folder to train on from; else the recipe says what is new.
+        """start: the checkpoint folder to start from; else the recipe's `new` gives the sizes.
 
-        Raises TrainingError where neither does, or where the folder is the run of another start.
+        Raises TrainingError without either.
         """
         self.folder, self.recipe, self.start = folder, recipe, start
         if start is None and recipe.new is None:
             raise TrainingError(
-                "This recipe begins with a checkpoint: --start CHECKPOINT, which `hd-train init` makes from Stable "
-                "Diffusion."
+                "This recipe must start from a checkpoint. Give --start CHECKPOINT; `hd-train init` makes one from "
+                "Stable Diffusion."
             )
         self.index = Index.open(data)
         self.digest = hashlib.sha256("".join(self.index.digests()).encode()).hexdigest()[:16]
@@ -99,7 +100,7 @@ class Run:
         self.held = np.fromiter((int.from_bytes(d[:4], "big") < limit for d in digests), bool, len(self.index))
 
     def prepare(self) -> None:
-        """Writes what a run begins with; before several processes read it."""
+        """Writes a run's first files, before several processes read them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "tokenizer.json"
         if self.start is None and not path.exists():
@@ -110,7 +111,7 @@ class Run:
         self.recipe.save(self.folder / "recipe.toml")
 
     def begin(self) -> Checkpoint:
-        """What training begins with."""
+        """The checkpoint before training."""
         if self.start is not None:
             return Checkpoint.load(self.start)
         assert self.recipe.new is not None
@@ -127,9 +128,9 @@ class Run:
         return checkpoint
 
     def checkpoint(self, students: bool = True) -> Checkpoint:
-        """The checkpoint with every stage that has been trained so far. students: also what was distilled from it."""
+        """The checkpoint with every stage trained so far. students: also the distilled ones."""
         checkpoint = self.begin()
-        # Made only where something was learned: a hand prior that nobody trains stays the network that it was.
+        # A module is made only for a trained stage: making HandPriorLoss would change an untrained hand prior.
         modules: dict[str, Callable[[], nn.Module]] = {
             "vae": lambda: VaeLoss(checkpoint, self.recipe.vae),
             "hand-prior": lambda: HandPriorLoss(checkpoint),
@@ -141,15 +142,17 @@ class Run:
             modules |= dict.fromkeys(self.parts("distill-hands"), lambda: HandJumpLoss(checkpoint))
         for name, make in modules.items():
             learned = averages(self.folder / name)
-            if name == "encoder":  # what it read off the tokens with is of no use any more
+            if name == "encoder":  # without the linear heads
                 learned = {key: value for key, value in learned.items() if key.startswith("encoder.")}
             if any(".lora_A." in key for key in learned):
                 lora.merge(checkpoint, self.write_adapter(name))
             elif learned:
                 module = make()
-                known = module.state_dict()  # parts that were held fixed are not among what was learned
+                known = module.state_dict()  # the state lacks frozen parts
                 if any(key not in known or known[key].shape != value.shape for key, value in learned.items()):
-                    raise TrainingError(f"{self.folder / name} is of another network. Name another --run.")
+                    raise TrainingError(
+                        f"{self.folder / name} must be of this network, got another. Name another --run."
+                    )
                 module.load_state_dict(learned, strict=False)
             stage, _, runs = name.rpartition("-")
             if learned and stage in STUDENTS:
@@ -163,7 +166,7 @@ class Run:
         return checkpoint
 
     def write_adapter(self, stage: str = "pictures") -> Path:
-        """What a stage has learned with LoRA, as a file of its own."""
+        """Writes a stage's LoRA as a file of its own, and returns its path."""
         path = self.folder / stage / ADAPTER
         learned = averages(self.folder / stage)
         rank = next(len(value) for name, value in learned.items() if ".lora_A." in name)
@@ -172,7 +175,7 @@ class Run:
         return path
 
     def latents(self, checkpoint: Checkpoint, pictures: bool, make: bool = True) -> LatentCache:
-        """Latents, token ids and hand features of the data for this checkpoint; made where they are missing."""
+        """Latents, token ids and hand features of the data for this checkpoint. make: adds missing ones."""
         folder, device = self.index.folder, "cuda" if torch.cuda.is_available() else "cpu"
         if make:
             columns = (TextColumn("latents"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -186,10 +189,10 @@ class Run:
         try:
             return LatentCache.open(checkpoint, folder, pictures=pictures, bf16=True)
         except DatasetError as error:
-            raise TrainingError(f"{error} Or begin with one process, which makes them.") from None
+            raise TrainingError(f"{error} Or start with one process, which makes them.") from None
 
     def images(self, numbers: Sequence[int], size: tuple[int, int]) -> Tensor:
-        """Pictures of some samples, uint8 [n, H, W, 3]. One that cannot be read is replaced by the next that can."""
+        """Pictures of some samples, uint8 [n, H, W, 3]. The next readable picture replaces an unreadable one."""
         images = []
         for number in numbers:
             for turn in range(len(self.index)):
@@ -201,7 +204,9 @@ class Run:
                 except MisfitError:
                     continue
             else:
-                raise TrainingError(f"{self.index.folder} holds no picture that can be read.")
+                raise TrainingError(
+                    f"{self.index.folder} must hold a readable picture. hd-data check names the problems."
+                )
         return torch.from_numpy(np.stack(images))
 
     def parts(self, stage: str) -> list[str]:
@@ -212,21 +217,21 @@ class Run:
         return all(finished(self.folder / part, self.recipe.plan(stage).steps) for part in self.parts(stage))
 
     def otherwise(self, stage: str) -> str:
-        """Of a stage that is done: a sentence where it was trained with other settings than are asked for now."""
+        """Of a finished stage: a sentence if its settings differ from the plan's, else ""."""
         known = [changes(self.folder / part, self.recipe.plan(stage)) for part in self.parts(stage)]
         said = next((words for words in known if words), "")
-        return f", with other settings: {said}. To train with those of now, name another --run." if said else ""
+        return f", with other settings: {said}. To train with the new ones, name another --run." if said else ""
 
     def ready(self, stage: str) -> None:
-        """Makes what is missing of latents and the like, before several processes read it."""
+        """Makes missing latents and the like, before several processes read them."""
         if stage in STUDENTS:
-            grid(self.recipe.plan(stage))  # what is wrong with it is said first
+            grid(self.recipe.plan(stage))  # refuses a bad plan first
             self.latents(self.checkpoint(), False)
         else:
             self.stage(stage)
 
     def stage(self, name: str, make: bool = True) -> Stage:
-        """What a stage trains, on what. make: latents that are missing; else TrainingError says how to."""
+        """A stage's module and data. make: adds missing latents; otherwise they raise TrainingError."""
         recipe, checkpoint = self.recipe, self.checkpoint()
         empty = encode_prompts([""], checkpoint.tokenizer, checkpoint.special_tokens)[0]
         common: dict[str, Any] = {"data": self.digest}
@@ -248,7 +253,7 @@ class Run:
         if name == "hand-prior":
             common = {**common, **{part: self.known(cache, common[part]) for part in ("train", "held")}}
             prior = checkpoint.hand_prior
-            if not prior.mean.any():  # never trained: a trained one knows its own
+            if not prior.mean.any():  # an untrained prior lacks its normalisation
                 rows = cache.rows(common["train"][:MEASURED], ("params",))
                 mean, std = normalisation(rows["params"].float())
                 prior.mean.copy_(mean)
@@ -262,8 +267,8 @@ class Run:
             classes = [len(values) for values in cache.labels.values()]
             if not classes:
                 raise TrainingError(
-                    "The stage encoder needs samples with labels, and this data has none. A checkpoint from Stable "
-                    "Diffusion does without that stage: its encoder is CLIP."
+                    "The stage encoder must have samples with labels, got none. A checkpoint from Stable Diffusion "
+                    "does not need that stage: its encoder is CLIP."
                 )
             read = lambda rows: cache.rows(rows, ("ids", "labels", *CUES))  # noqa: E731
             torch.manual_seed(recipe.encoder.seed)
@@ -285,16 +290,16 @@ class Run:
         return stage
 
     def known(self, cache: LatentCache, rows: np.ndarray) -> np.ndarray:
-        """The rows whose hands are annotated. Raises TrainingError where no sample's hands are."""
+        """The rows whose hands are annotated. Raises TrainingError without any."""
         if not cache.annotated.any():
             raise TrainingError(
-                f"{self.index.folder} says of no picture which hands it shows, and stage 1 learns just that. Train "
-                "stage 2 on it: hd-train pictures."
+                f"{self.index.folder} must have annotated hands for stage 1, got pictures alone. Train stage 2 on it: "
+                "hd-train pictures."
             )
         return rows[cache.annotated[rows]]
 
     def train(self, name: str, make: bool = True) -> None:
-        """Trains a stage in this process, one of several perhaps."""
+        """Trains a stage in this process, alone or as one of several."""
         if name in STUDENTS:
             self.distill(name, make)
         else:
@@ -307,7 +312,9 @@ class Run:
         cache = self.latents(teacher, False, make)
         rows = cache.usable[~self.held[cache.samples[cache.usable]]]
         if not len(rows):
-            raise TrainingError(f"{self.index.folder} has no sample to make trajectories of.")
+            raise TrainingError(
+                f"{self.index.folder} must have one sample to make trajectories of, got 0. Add data: see hd-data."
+            )
         bank: Bank
         if name == "distill":
             bank = PictureBank(self.folder / "bank", teacher, cache, rows, plan, self.digest)
@@ -315,7 +322,7 @@ class Run:
         else:
             rows = self.known(cache, rows)
             if not teacher.hand_prior.mean.any():
-                raise TrainingError("The hand prior of --start is untrained: train it first, hd-train hand-prior.")
+                raise TrainingError("The hand prior of --start must be trained. Train it first: hd-train hand-prior.")
             bank = HandBank(self.folder / "hand-bank", teacher, cache, rows, plan, self.digest)
             HandJumpLoss(teacher).to(state.device)
         said = [-1]
@@ -347,15 +354,14 @@ class Run:
             fit(stage, plan, self.folder / part)
 
     def measure_vae(self, checkpoint: Checkpoint, cache: LatentCache, rows: Sequence[int]) -> None:
-        """Of a VAE that was trained here: brings its latents to mean 0 and deviation 1, and notes how."""
+        """Scales and shifts the latents of a VAE trained here to mean 0 and deviation 1, and keeps both numbers."""
         path = self.folder / "vae.json"
         if path.exists() or not averages(self.folder / "vae") or self.recipe.vae.decoder_only:
             return
         mean = cache.rows(rows[:MEASURED], ("mean",))["mean"].float()
         found = {"scaling_factor": float(1 / mean.std()), "shift_factor": float(mean.mean())}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found) + "\n")
-        temporary.replace(path)
+        with written(path) as temporary:
+            temporary.write_text(json.dumps(found) + "\n")
         checkpoint.vae.register_to_config(**found)
 
     def show_vae(self, checkpoint: Checkpoint, step: int) -> None:
@@ -368,7 +374,7 @@ class Run:
     def show_pictures(
         self, checkpoint: Checkpoint, cache: LatentCache, stage: str, samples: np.ndarray, empty: Tensor, step: int
     ) -> None:
-        """Some samples with their own hands, then the recipe's prompts with the hand prior's."""
+        """Draws some samples with their own hands, then the recipe's prompts with the hand prior's."""
         if self.recipe.plan(stage.partition("-")[0]).lora:
             self.write_adapter(stage)
         device = next(checkpoint.unet.parameters()).device
@@ -391,15 +397,17 @@ class Run:
         Image.fromarray(image_grid(images, 8).numpy()).save(folder / f"{name}-{step:06d}.png")
 
     def save(self, output: Path, half: bool = False) -> None:
-        """Writes the checkpoint folder; or, of a name that ends in .safetensors, the adapter alone."""
+        """Writes the checkpoint folder, or the adapter alone to a name that ends in .safetensors."""
         if output.suffix == ".safetensors":
             if not self.recipe.pictures.lora:
-                raise TrainingError(f"{output} would be an adapter, and none was trained: train with --lora RANK.")
+                raise TrainingError(
+                    f"{output} must be a folder, got an adapter's name. Or train an adapter with --lora RANK."
+                )
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_bytes(self.write_adapter().read_bytes())
             return
         checkpoint = self.checkpoint()
-        if self.start is None or checkpoint.words:  # no CLIP came before: these are all the words it knows
+        if self.start is None or checkpoint.words:  # without CLIP it knows only its training words
             samples = (self.index.sample(i) for i in range(len(self.index)))
             prompts = (prompt for sample in samples if isinstance(sample, Sample) for prompt in sample.prompts)
             words = {word for prompt in prompts for word in words_of(prompt)} | set(checkpoint.words)
@@ -414,6 +422,6 @@ class Run:
 
 
 def _stages(notes: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's notes say of the stages that were trained before."""
+    """The trained stages in a checkpoint's notes."""
     before = notes.get("trained")
     return before if isinstance(before, dict) else {}

@@ -1,6 +1,6 @@
-"""Sampling with PyTorch and diffusers' own scheduler, for training's sample grids and its report.
+"""Sampling with PyTorch and diffusers' own scheduler, for training's sample grids.
 
-The product's sampler is in runtime/ and knows no PyTorch; this is the plain loop that it must agree with.
+The product's sampler in runtime/ does without PyTorch; tests compare it with this plain loop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
 
 @torch.no_grad()
 def ddim(network: Network, x: Tensor, schedule: dict[str, Any], steps: int) -> Tensor:
-    """Deterministic DDIM from noise x; network(x, timestep [B]) gives the (guided) output."""
+    """Deterministic DDIM from noise x. network: (x, timestep [B]) -> the output, guidance included."""
     scheduler = DDIMScheduler.from_config(schedule)
     scheduler.set_timesteps(steps)
     for timestep in scheduler.timesteps:
@@ -46,7 +46,7 @@ def sample_hands(
 ) -> Tensor:
     """Stage 1, as the checkpoint's defaults have it: token ids [N, 77] -> normalised parameters [N, P].
 
-    noise: to begin with [N, P], instead of the seed's.
+    noise: [N, P] to start from, instead of the seed's.
     """
 
     def words(ids: Tensor) -> Tensor:
@@ -91,28 +91,22 @@ def sample_pictures(
     guidance = checkpoint.defaults["guidance"] if guidance is None else guidance
     cues = {name: hands[name].float() for name in CUES}
     blank = {**cues, "visibility": torch.zeros_like(cues["visibility"])}
-    context = torch.cat(
-        [
-            checkpoint.text_hand_encoder(empty.expand(len(ids), -1), **blank),
-            checkpoint.text_hand_encoder(ids, **cues),
-        ]
-    )
+    encoder = checkpoint.text_hand_encoder
+    context = torch.cat([encoder(empty.expand(len(ids), -1), **blank), encoder(ids, **cues)])
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
         both = checkpoint.unet(torch.cat([x, x]), torch.cat([timestep, timestep]), context).sample
         without, given = both.chunk(2)
         return without + guidance * (given - without)
 
-    shape, generator = (
-        (checkpoint.unet.config.in_channels, *checkpoint.latent_size),
-        torch.Generator().manual_seed(seed),
-    )
+    shape = (checkpoint.unet.config.in_channels, *checkpoint.latent_size)
+    generator = torch.Generator().manual_seed(seed)
     noise = initial_noise(len(ids), shape, checkpoint.defaults["noise_offset"], generator).to(ids.device)
     return decode(checkpoint, ddim(network, noise, checkpoint.scheduler, steps))
 
 
 def initial_noise(count: int, shape: tuple[int, ...], offset: float, generator: torch.Generator) -> Tensor:
-    """[count, C, h, w]: what pictures start from; as `runtime.noise.initial`, but PyTorch's numbers."""
+    """[count, C, h, w]: the noise that pictures start from; as `runtime.noise.initial`, with PyTorch's numbers."""
     noise = torch.randn(count, *shape, generator=generator)
     return noise + offset * torch.randn(count, shape[0], 1, 1, generator=generator) if offset else noise
 
@@ -121,7 +115,7 @@ def initial_noise(count: int, shape: tuple[int, ...], offset: float, generator: 
 def decode(checkpoint: Checkpoint, latents: Tensor) -> Tensor:
     """Latents -> uint8 pictures [N, H, W, 3]."""
     config = checkpoint.vae.config
-    latents = latents.to(next(checkpoint.vae.parameters()).device)  # which no stage but its own moves to the GPU
+    latents = latents.to(next(checkpoint.vae.parameters()).device)  # only the VAE's own stage moves it to the GPU
     image = checkpoint.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 

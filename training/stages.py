@@ -1,11 +1,10 @@
-"""What each stage learns: the module that is trained, whose `forward` is its loss, and what chance adds to its inputs.
+"""Each stage's module, whose `forward` is its loss, and the functions that make its inputs with random numbers.
 
     stage = Stage("pictures", PictureLoss(checkpoint, plan), cache.rows, picture_inputs(checkpoint, plan), train)
 
-The stages are trained independently of each other, as in the paper: the VAE on pictures, the hand prior with its
-text encoder on (prompt, SMPL-H parameters), the Text+Hand encoder with the UNet on (prompt, hands, picture), after
-a pre-training of the encoder alone that stands in for CLIP's where there is none. Each loss is a mean over its rows, so
-that a batch may be shared out and cut in parts.
+The stages train independently, as in the paper: the VAE on pictures, the hand prior with its text encoder on (prompt,
+SMPL-H parameters), the Text+Hand encoder with the UNet on (prompt, hands, picture). Without CLIP, the encoder first
+trains alone. Each loss is a mean over its rows, so that processes and parts can share a batch.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def timesteps(draws: Draws, length: int, shift: float = 1.0) -> Tensor:
 
 def wording(ids: Tensor, draws: Draws, which: str = "any") -> Tensor:
     """One of each sample's prompts: [n, W, 77] -> [n, 77]."""
-    choice = draws.integers(ids.shape[1])  # drawn always: what follows must not depend on the setting
+    choice = draws.integers(ids.shape[1])  # drawn always, so that later numbers do not depend on the setting
     return ids[:, 0] if which == "first" else ids[torch.arange(len(ids), device=ids.device), choice]
 
 
@@ -67,9 +66,9 @@ class VaeLoss(nn.Module):
         posterior = self.vae.encode(images).latent_dist
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
         error = decoded - images
-        # Differences between neighbours: what a plain pixel loss blurs, edges between fingers above all.
+        # Differences between neighbours: a plain pixel loss blurs edges, above all between fingers.
         edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3))
-        # Block means: small errors of colour, which edges outweigh, make one tone of skin another.
+        # Block means: edges outweigh small errors of colour, which change the tone of skin.
         colours = F.avg_pool2d(error, 8).abs().mean()
         return error.abs().mean() + edges + 2 * colours + self.kl_weight * posterior.kl().mean() / noise[0].numel()
 
@@ -91,7 +90,7 @@ def vae_inputs(checkpoint: Checkpoint, plan: VaePlan) -> Inputs:
 
 
 class HandPriorLoss(nn.Module):
-    """The hand prior and the text encoder that conditions it. A prior that does not look at the words yet learns to."""
+    """The hand prior and its text encoder. A prior that does not attend to the words learns to."""
 
     weight: Tensor
 
@@ -108,7 +107,7 @@ class HandPriorLoss(nn.Module):
 
 
 class HandJumpLoss(nn.Module):
-    """The hand prior at several places of each prompt's trajectory. Its text encoder stays as it is."""
+    """The hand prior at several places of each prompt's trajectory. Its text encoder is frozen."""
 
     weight: Tensor
 
@@ -119,7 +118,7 @@ class HandJumpLoss(nn.Module):
         self.register_buffer("weight", parameter_weights(), persistent=False)
 
     def forward(self, ids: Tensor, x: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
-        """ids: [n, 77]; x, target: [n, R, P], what the network is shown and should say; timestep: [n, R]."""
+        """ids: [n, 77]; x, target: [n, R, P], the network's inputs and wanted outputs; timestep: [n, R]."""
         read = self.hand_prior.read(states_of_words(self.text_encoder, ids, self.eos))
         read = read.repeat_interleave(x.shape[1], 0)
         predicted = self.hand_prior.denoise(x.flatten(0, 1), timestep.flatten(), read)
@@ -127,7 +126,7 @@ class HandJumpLoss(nn.Module):
 
 
 def parameter_weights() -> Tensor:
-    """How much an error of each of a hand prior's parameters counts [P], 1 on average."""
+    """The weights of errors in a hand prior's parameters [P], 1 on average."""
     # Fingers and places decide the picture; legs and trunk hardly move.
     weight = torch.full((PLACEMENT.stop,), 0.2)
     weight[ROTATIONS.start + 6 * 16 : ROTATIONS.stop] = 1.0
@@ -137,11 +136,11 @@ def parameter_weights() -> Tensor:
 
 
 def states_of_words(text_encoder: nn.Module, ids: Tensor, eos: int) -> Tensor:
-    """What the hand prior reads of token ids [n, 77]: the text encoder's states [n, 77, D]; see `word_states`."""
+    """The hand prior's text input from token ids [n, 77]: the text encoder's states [n, 77, D]; see `word_states`."""
     length = ids.shape[1]
     if ids.device.type == "cpu":
-        # The encoder looks back only, so what follows the last end-of-text token costs time and changes nothing.
-        # A GPU would lose more: it would be waited for at every step.
+        # The encoder attends back only: tokens after the last end of text cost time and change nothing. On a GPU, the
+        # cut would wait for the device at every step.
         ids = ids[:, : int((ids == eos).int().argmax(1).max()) + 1]
     return word_states(text_encoder(ids).last_hidden_state, ids, eos, length)
 
@@ -171,7 +170,7 @@ def normalisation(params: Tensor, floor: float = 0.02) -> tuple[Tensor, Tensor]:
 def conditions(
     rows: dict[str, Tensor], draws: Draws, empty: Tensor, plan: EncoderPlan | PicturesPlan
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Prompts [n, 77] and hands; text, hands or both are dropped as often as the plan says."""
+    """Prompts [n, 77] and hands, with the plan's shares of dropped text, hands or both."""
     ids = wording(rows["ids"], draws)
     hands = {name: rows[name].float() for name in CUES}
     fate = draws.uniform()
@@ -183,16 +182,16 @@ def conditions(
 
 
 class EncoderLoss(nn.Module):
-    """The Text+Hand encoder with linear heads that read off its tokens what the picture shows.
+    """The Text+Hand encoder with linear heads that read the picture's content off its tokens.
 
-    It stands in for CLIP's pre-training. From an untrained text transformer the UNet would have to learn what words
-    mean through 77 tokens of which one says "dark" and sixty are padding; that took longer than all the drawing. After
-    this, every token that follows the end of the text, and every token of a visible hand, tells the sample's labels;
-    hand tokens also tell how their hand is turned and where they are.
+    It replaces CLIP's pre-training. With an untrained text transformer the UNet must learn words from 77 tokens, one
+    "dark" and sixty of padding; that took longer than learning to draw. After this stage every token after the end of
+    the text, and every token of a visible hand, encodes the sample's labels; hand tokens also encode their place and
+    their hand's turn.
     """
 
     def __init__(self, encoder: TextHandEncoder, classes: Sequence[int]) -> None:
-        """classes: how many there are of each label."""
+        """classes: the number of classes of each label."""
         super().__init__()
         self.encoder, self.classes = encoder, list(classes)
         self.labels = nn.Linear(encoder.config.hidden_size, sum(classes))
@@ -200,7 +199,7 @@ class EncoderLoss(nn.Module):
         self.place = nn.Linear(encoder.config.hidden_size, 2)
 
     def forward(self, ids: Tensor, hands: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """labels: [n, len(classes)], -1 where a sample has none."""
+        """labels: [n, len(classes)], -1 for a missing label."""
         config, length = self.encoder.config, ids.shape[1]
         tokens = self.encoder(ids, **hands)[..., : config.hidden_size]
         after = (ids == config.eos_token_id).int().cummax(1).values  # from the end of the text on
@@ -222,7 +221,7 @@ class EncoderLoss(nn.Module):
         of_hand = tokens[:, length:]
         error = (self.wrist(of_hand).float() - turn).square().mean(-1)
         joints = hands["joints"].new_zeros(*seen.shape, 2).unflatten(1, (2, -1))
-        joints[:, :, : hands["joints"].shape[2]] = hands["joints"]  # the vertex token has no place of its own
+        joints[:, :, : hands["joints"].shape[2]] = hands["joints"]  # the vertex token lacks a place of its own
         error = error + 4 * (self.place(of_hand).float() - joints.flatten(1, 2)).square().mean(-1)
         return total + (error * share[:, length:]).sum()
 
@@ -237,10 +236,10 @@ def encoder_inputs(plan: EncoderPlan, empty: Tensor) -> Inputs:
 
 
 def emphasis(joints: Tensor, visibility: Tensor, height: int, width: int, fingers: float, reach: float = 1.2) -> Tensor:
-    """How much each latent pixel counts [N, h, w], 1 on average: more around the joints of visible hands.
+    """The weights of latent pixels [N, h, w], 1 on average: larger around the joints of visible hands.
 
-    A finger of a small hand is one or two latent pixels wide, and a plain mean lets the background outvote it.
-    joints: [N, 2, J, 2] in 0..1; visibility: [N, 2]; fingers: how much more; reach: latent pixels.
+    A finger of a small hand is one or two latent pixels wide; in a plain mean the background outweighs it.
+    joints: [N, 2, J, 2] in 0..1; visibility: [N, 2]; fingers: extra weight; reach: latent pixels.
     """
     device = joints.device
     y = (torch.arange(height, device=device) + 0.5)[:, None] - joints[..., 1, None, None] * height
@@ -251,9 +250,9 @@ def emphasis(joints: Tensor, visibility: Tensor, height: int, width: int, finger
 
 
 def edges(clean: Tensor) -> Tensor:
-    """Where a picture's latents change [N, h, w], 0..1: outlines, and the lines between fingers inside of them.
+    """The edges of a picture's latents [N, h, w], 0..1: outlines, and the lines between fingers inside them.
 
-    clean: [N, C, h, w]. The largest difference to a neighbour, against the picture's largest but a few.
+    clean: [N, C, h, w]. The difference to neighbours, relative to the picture's 98th percentile.
     """
     padded = F.pad(clean, (1, 1, 1, 1), mode="replicate")
     across, down = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2], padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
@@ -282,7 +281,7 @@ class PictureLoss(nn.Module):
         weight: Tensor,
         lines: Tensor,
     ) -> Tensor:
-        """told: [n], 1 where there is a prompt. weight: [n], of the samples. lines: [n, h, w], the pictures' edges."""
+        """told: [n], 1 for a sample with a prompt. weight: [n], of samples. lines: [n, h, w], the pictures' edges."""
         context = self.text_hand_encoder(ids, **hands)
         error = self.unet(noisy, timestep, context).sample.float() - target
         squares = error.square()
@@ -295,15 +294,15 @@ class PictureLoss(nn.Module):
             squares = squares * (drawn / drawn.mean((1, 2), keepdim=True))[:, None]
         loss = weight * squares.mean((1, 2, 3))
         if self.plan.colour_weight:
-            # A wrong colour is a small error everywhere, which plain mean squares leave for last: count block means,
-            # too (as the multiscale loss of Hoogeboom et al. 2023, simple diffusion). The optimum stays the same. Not
-            # without a prompt, where colours are anyone's guess.
+            # A wrong colour is a small error everywhere, which plain mean squares correct last: add block means (as the
+            # multiscale loss of Hoogeboom et al. 2023, simple diffusion). The optimum stays the same. Without a prompt
+            # the colour is unknown, so those samples do not count.
             loss = loss + self.plan.colour_weight * told * F.avg_pool2d(error, 8).square().mean((1, 2, 3))
         return loss.mean()
 
 
 def picture_inputs(checkpoint: Checkpoint, plan: PicturesPlan, empty: Tensor) -> Inputs:
-    """Noise to be told from the picture, as the checkpoint's schedule has it (v or epsilon).
+    """Noisy latents and the network's wanted output, by the checkpoint's schedule (v or epsilon).
 
     rows: mean, std [n, 4, h, w] of the VAE's posterior, ids [n, W, 77], joints, rotations, bps, visibility.
     """
@@ -330,7 +329,7 @@ def picture_inputs(checkpoint: Checkpoint, plan: PicturesPlan, empty: Tensor) ->
 
 
 def snr_weight(alpha: Tensor, kind: str, gamma: float) -> Tensor:
-    """Min-SNR weights [n] (Hang et al. 2023, section 3.4): min(snr, gamma), for what the network is asked for."""
+    """Min-SNR weights [n] (Hang et al. 2023, section 3.4): min(snr, gamma), for the network's kind of output."""
     snr = alpha / (1 - alpha).clamp_min(1e-8)
     least = snr.clamp_max(gamma)
     return {"v_prediction": least / (snr + 1), "sample": least}.get(kind, least / snr.clamp_min(1e-8))

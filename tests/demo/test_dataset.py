@@ -112,7 +112,7 @@ def test_it_is_made_once_and_grows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("other", [{"seed": 5, "size": 48}, {"seed": SEED, "size": 32}])
 def test_another_dataset_is_not_mixed_in(folder, other):
-    with pytest.raises(DatasetError, match="holds another dataset"):
+    with pytest.raises(DatasetError, match="or hold this dataset, got"):
         make(folder, 24, processes=1, **other)
 
 

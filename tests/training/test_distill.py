@@ -189,13 +189,13 @@ def test_an_unguided_prior_is_its_own_student_and_reads_as_before(small, teacher
     plain.hand_prior.requires_grad_(False)
 
 
-def test_a_bank_of_hands_is_the_same_whoever_makes_it(small, teacher, cache, tmp_path):
+def test_a_bank_of_hands_is_the_same_from_any_process(small, teacher, cache, tmp_path):
     whole = hand_bank(tmp_path / "one", teacher, cache).read(range(8))
     for rank in (1, 0):
         hand_bank(tmp_path / "two", teacher, cache, rank=rank, world=2)
     two = hand_bank(tmp_path / "two", teacher, cache).read(range(8))
     assert all(torch.equal(value, two[name]) for name, value in whole.items())
-    with pytest.raises(TrainingError, match="another teacher or grid"):
+    with pytest.raises(TrainingError, match="this teacher's and grid's bank"):
         hand_bank(tmp_path / "one", teacher, cache, msgspec.structs.replace(HANDS, teacher_guidance=7.0))
 
 
@@ -208,7 +208,7 @@ def test_an_untrained_prior_has_nothing_to_teach(teacher, world, tmp_path):
         run.train("distill-hands")
 
 
-def test_a_bank_is_the_same_whoever_makes_it_and_goes_on(small, teacher, cache, tmp_path):
+def test_a_bank_is_the_same_from_any_process_and_goes_on(small, teacher, cache, tmp_path):
     whole = bank_of(tmp_path / "one", teacher, cache).read(range(8))
     for rank in (1, 0):
         bank_of(tmp_path / "two", teacher, cache, rank=rank, world=2)
@@ -224,9 +224,9 @@ def test_a_bank_is_the_same_whoever_makes_it_and_goes_on(small, teacher, cache, 
 
 def test_a_bank_is_of_one_teacher_and_damage_is_named(small, teacher, cache, tmp_path):
     bank = bank_of(tmp_path / "bank", teacher, cache)
-    with pytest.raises(TrainingError, match="another teacher or grid"):
+    with pytest.raises(TrainingError, match="this teacher's and grid's bank"):
         PictureBank(tmp_path / "bank", teacher, cache, cache.usable, PLAN, "another digest")
-    with pytest.raises(TrainingError, match="another teacher or grid"):
+    with pytest.raises(TrainingError, match="this teacher's and grid's bank"):
         PictureBank(
             tmp_path / "bank", teacher, cache, cache.usable, msgspec.structs.replace(PLAN, runs=(4,)), "a digest"
         )

@@ -68,20 +68,20 @@ class Evil:
     ("name", "content", "token", "words"),
     [
         ("a.safetensors", {"<a>": torch.zeros(768)}, None, "vectors of 32 numbers, as wide as this .* got 768"),
-        ("a.safetensors", {"clip_g": ONE, "clip_l": ONE.clone()}, None, "is for SDXL"),
+        ("a.safetensors", {"clip_g": ONE, "clip_l": ONE.clone()}, None, "SDXL's two text encoders"),
         ("a.safetensors", {"a": ONE, "b": ONE.clone()}, None, "must hold one tensor, got 2"),
         ("a.safetensors", {"<a>": torch.full((WIDTH,), torch.nan)}, None, "of finite numbers"),
         ("a.safetensors", {"<a>": torch.zeros(0, WIDTH)}, None, "one vector or more"),
-        ("a.safetensors", {"<a>": torch.zeros(WIDTH).int()}, None, "no textual inversion"),
-        ("a.safetensors", {"<a>": ONE}, "<|endoftext|>", "is in the tokenizer already"),
+        ("a.safetensors", {"<a>": torch.zeros(WIDTH).int()}, None, "must be a textual inversion"),
+        ("a.safetensors", {"<a>": ONE}, "<|endoftext|>", "must be new to the tokenizer"),
         ("a.safetensors", b"no such file", None, "cannot be read as an embedding"),
         ("a.pt", {"x": Evil()}, None, "cannot be read as an embedding"),
         ("a.pt", ONE, None, "must come with its placeholder"),
-        ("a.pt", {"string_to_param": 3}, None, "no textual inversion"),
+        ("a.pt", {"string_to_param": 3}, None, "must be a textual inversion"),
         ("a.pt", [1], None, "by name"),
         ("a.txt", b"x", None, r"must be a .safetensors or .pt file"),
         ("a.pt", b"version https://git-lfs.github.com/spec/v1\noid", None, "Git LFS pointer"),
-        ("a.pt", None, None, "There is no embedding"),
+        ("a.pt", None, None, "does not exist"),
     ],
 )
 def test_other_files_are_one_sentence(folder, tmp_path, name, content, token, words, monkeypatch):
@@ -104,7 +104,7 @@ def test_other_files_are_one_sentence(folder, tmp_path, name, content, token, wo
 def test_one_file_twice_needs_another_placeholder(folder, tmp_path):
     file = tmp_path / "toy.safetensors"
     save_file({"<toy>": THREE}, file)
-    with pytest.raises(CheckpointError, match=r"<toy> of .* is in the tokenizer already"):
+    with pytest.raises(CheckpointError, match=r"must be new to the tokenizer, got <toy>"):
         init.from_stable_diffusion(folder, added=[(file, None), (file, None)])
     made = init.from_stable_diffusion(folder, added=[(file, None), (file, "<other>")])
     assert made.notes["placeholders"] == [f"{n}{k}" for n in ("<toy>", "<other>") for k in ("", "_1", "_2")]

@@ -123,4 +123,4 @@ def test_hands_enter_through_a_gate_that_starts_closed(folders):
 
 def test_a_second_init_overwrites_nothing(folders):
     result = CliRunner().invoke(commands, ["init", str(folders[0]), str(folders[1])])
-    assert result.exit_code == 1 and "is a checkpoint already" in str(result.exception)
+    assert result.exit_code == 1 and "got a checkpoint" in str(result.exception)

@@ -114,7 +114,7 @@ def test_every_sample_comes_once_in_an_epoch():
     assert not np.array_equal(order(0, 0, 100), order(0, 1, 100))
 
 
-def test_a_row_draws_the_same_whoever_computes_it():
+def test_a_row_draws_the_same_in_any_process():
     whole = Draws(1, 5, 6, range(6))
     parts = [Draws(1, 5, 6, range(rank, 6, 3)) for rank in range(3)]
     for ask in (
@@ -252,7 +252,7 @@ def test_killed_anywhere_it_ends_with_the_same_weights(tmp_path):
 
 
 class Breaks(Fitted):
-    """Whose loss is no number in some steps, counted from the first."""
+    """Its loss is NaN or infinite in some steps, counted from the first."""
 
     def __init__(self, steps, infinite=False) -> None:
         super().__init__()
@@ -326,7 +326,7 @@ time.sleep(60)
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with (
-            pytest.raises(TrainingError, match=f"Another hd-train is at work in .* \\(process {other.pid}\\)"),
+            pytest.raises(TrainingError, match=f"Another hd-train uses .* \\(process {other.pid}\\)"),
             alone(tmp_path),
         ):
             pass

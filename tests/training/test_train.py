@@ -128,7 +128,7 @@ def test_stage_1_needs_no_pictures(trained, world, tmp_path):
         assert all(torch.equal(one[key], other[key]) for key in one), name
     result = hd_train("pictures", "--data", tmp_path / "texts", "--start", trained[0] / "checkpoint",
                       "--run", tmp_path / "run", "--processes", 1)  # fmt: skip
-    assert result.returncode == 1 and "no sample to train pictures on" in result.stderr, result.stderr
+    assert result.returncode == 1 and "pictures must have one sample to train on" in result.stderr, result.stderr
 
 
 @pytest.mark.slow
@@ -200,7 +200,7 @@ def test_the_encoder_needs_labels(trained, world, tmp_path):
     write_shards(samples, tmp_path / "plain")
     result = hd_train("encoder", "--data", tmp_path / "plain", "--start", trained[0] / "checkpoint",
                       "--run", tmp_path / "run", "--processes", 1)  # fmt: skip
-    assert result.returncode == 1 and "needs samples with labels" in result.stderr, result.stderr
+    assert result.returncode == 1 and "must have samples with labels" in result.stderr, result.stderr
 
 
 def test_stage_2_learns_from_captions_alone_and_stage_1_does_not(tiny_checkpoint_folder, tmp_path):
