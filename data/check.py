@@ -98,7 +98,7 @@ def check(
         pool = None
     else:
         # multiprocessing's Pool waits for ever for a process that was killed.
-        pool = ProcessPoolExecutor(min(processes, total), get_context("spawn"), _begin)
+        pool = ProcessPoolExecutor(min(processes, total), get_context("spawn"), begin_worker)
         with undisturbed():
             parts = pool.map(work, jobs)
     try:
@@ -131,7 +131,8 @@ def _plain_jobs(folder: Path) -> list[tuple[Path, int, int | None]]:
     return [(folder, start, start + GROUP) for start in range(0, max(count, 1), GROUP)]
 
 
-def _begin() -> None:
+def begin_worker() -> None:
+    """Prepares a process of a pool: one thread, deaf to Ctrl-C, ended with the first process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process handles Ctrl-C
     end_with_parent()
     torch.set_num_threads(1)

@@ -9,7 +9,6 @@ Scene i does not depend on the number of scenes. Held-out prompts (prompts.is_he
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..commands import end_with_parent, undisturbed
+from ..commands import undisturbed
+from ..data.check import begin_worker
 from ..data.samples import Bad, Sample, encode_png, load, picture_size, scan, write_shard
 from ..errors import DatasetError
 from ..hands import POSES
@@ -93,7 +93,7 @@ def make(
             tell(_shard(job))
         return
     # multiprocessing's Pool waits for ever for a process that was killed.
-    with ProcessPoolExecutor(processes, get_context("spawn"), _begin) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), begin_worker) as pool:
         try:
             with undisturbed():
                 shards = [pool.submit(_shard, job) for job in todo]
@@ -200,12 +200,6 @@ def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]
 
 def _key(seed: int, number: int) -> str:
     return f"demo-{seed}-{number:07d}"
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process handles Ctrl-C
-    end_with_parent()
-    torch.set_num_threads(1)
 
 
 def _shard(job: tuple[Path, int, range, int, float, float]) -> int:

@@ -414,9 +414,7 @@ def random_checkpoint(
         tokenizer=tokenizer,
         special_tokens=special,
         text_encoder=CLIPTextModel(clip),
-        hand_prior=HandPrior(
-            config.prior_width, config.prior_layers, config.prior_heads, config.text_width, words=True
-        ),
+        hand_prior=HandPrior(config.prior_width, config.prior_layers, config.prior_heads, config.text_width),
         text_hand_encoder=TextHandEncoder.from_clip(
             CLIPTextModel(clip),
             cues=list(config.cues),

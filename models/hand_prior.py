@@ -72,31 +72,27 @@ class WordAttention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    words: WordAttention | None
-
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, text_width: int, seed: int) -> None:
         super().__init__()
         self.heads = heads
-        self.words = None
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        with torch.random.fork_rng(devices=()):  # other weights of a seeded checkpoint do not depend on these
+            torch.manual_seed(seed)
+            self.words = WordAttention(width, heads, text_width)
 
-    def forward(self, x: Tensor, key_value: Tensor | None) -> Tensor:
-        """x: [B, N, width] -> the same shape. key_value: of the words, [B, L, 2 * width], if it attends to them."""
+    def forward(self, x: Tensor, key_value: Tensor) -> Tensor:
+        """x: [B, N, width] -> the same shape. key_value: of the words, [B, L, 2 * width]."""
         query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         mixed = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        if self.words is not None:
-            x = x + self.words(x, key_value)
+        x = x + self.words(x, key_value)
         return x + self.mlp(self.norm2(x))
 
 
 class HandPrior(ModelMixin, ConfigMixin):
-    """A transformer diffusion model over SMPL-H parameters. The paper's size is width 512, 8 layers.
-
-    words: whether it attends to the prompt's words.
-    """
+    """A transformer diffusion model over SMPL-H parameters. The paper's size is width 512, 8 layers."""
 
     mean: Tensor
     std: Tensor
@@ -110,7 +106,6 @@ class HandPrior(ModelMixin, ConfigMixin):
         num_layers: int = 8,
         num_heads: int = 8,
         text_width: int = 768,
-        words: bool = False,
     ) -> None:
         super().__init__()
         # Normalisation of the parameters, saved with the weights: x = (params - mean) / std.
@@ -124,20 +119,8 @@ class HandPrior(ModelMixin, ConfigMixin):
         self.place = nn.Parameter(torch.randn(2 + len(TOKENS), width) * 0.02)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.text = nn.Linear(text_width, width)
-        self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(width, num_heads, text_width, seed) for seed in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        if words:
-            self.read_words()
-
-    def read_words(self) -> None:
-        """Adds attention to the words to every block that lacks it; x0 stays the same."""
-        for index, block in enumerate(self.blocks):
-            if block.words is None:
-                with torch.random.fork_rng(devices=()):
-                    torch.manual_seed(index)  # every process that trains on starts from the same numbers
-                    new = WordAttention(self.config.width, self.config.num_heads, self.config.text_width)
-                block.words = new.to(block.out.weight)
-        self.register_to_config(words=True)
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """x0 [B, P] of noisy normalised parameters x [B, P] at timestep [B].
@@ -147,7 +130,7 @@ class HandPrior(ModelMixin, ConfigMixin):
         return self.denoise(x, timestep, self.read(text))
 
     def read(self, text: Tensor) -> Tensor:
-        """The input of every step from text [B, L, D]: [B, L, width * (1 + 2 * blocks that attend to words)].
+        """The input of every step from text [B, L, D]: [B, L, width * (1 + 2 * blocks)].
 
         Only the last row of its first `width` columns counts: the sentence.
         """
@@ -155,13 +138,12 @@ class HandPrior(ModelMixin, ConfigMixin):
 
     def readers(self) -> list[nn.Module]:
         """The layers that `read` the text."""
-        looking = [block.words for block in self.blocks if isinstance(block.words, WordAttention)]
-        return [self.text, *(words.key_value for words in looking)]
+        return [self.text, *(block.words.key_value for block in self.blocks)]
 
     def denoise(self, x: Tensor, timestep: Tensor, read: Tensor) -> Tensor:
         """x0 [B, P] of x [B, P] at timestep [B]. read: from `read`."""
         width = self.config.width
-        sentence, *words = read.split([width] + [2 * width] * ((read.shape[-1] // width - 1) // 2), -1)
+        sentence, *words = read.split([width] + [2 * width] * len(self.blocks), -1)
         time = self.time(timestep_features(timestep, self.config.width).to(x.dtype))
         parts = x.index_select(1, self.order).split([len(token) for token in TOKENS], 1)
         tokens = [layer(part) for layer, part in zip(self.encode, parts, strict=True)]
@@ -169,8 +151,8 @@ class HandPrior(ModelMixin, ConfigMixin):
         sequence = torch.cat([time, sentence[:, -1], *tokens], 1).unflatten(1, (-1, width)) + self.place
         told, body = sequence.split([2, len(TOKENS)], 1)
         sequence = torch.cat([told, body + told[:, :1] + told[:, 1:]], 1)
-        for block in self.blocks:
-            sequence = block(sequence, words.pop(0) if block.words is not None else None)
+        for block, key_value in zip(self.blocks, words, strict=True):
+            sequence = block(sequence, key_value)
         parts = self.norm(sequence)[:, 2:].flatten(1).split(width, 1)
         out = [layer(part) for layer, part in zip(self.decode, parts, strict=True)]
         return torch.cat(out, 1).index_select(1, self.restore)

@@ -17,7 +17,7 @@ from msgspec import Meta
 from ..contract import NUM_HISTORY, Settings, Side, Word
 from ..errors import CheckpointError, HanDiffuserError
 from ..schedules import NoiseSchedule, rows
-from ..schema import TRUTH, MisfitError, fit, one_of, read_python_json, shown, whole
+from ..schema import TRUTH, MisfitError, fit, one_of, shown, whole
 from .configs import CUES, ROTATION_FRAMES, Config, default_settings
 from .foreign import MODEL_INDEX, read_object, refuse_foreign, refuse_pickles
 
@@ -129,7 +129,6 @@ class HandPrior(TypedDict, total=False):
     num_layers: Count
     num_heads: Heads
     text_width: Width
-    words: Yes
 
 
 class PositionKernel(TypedDict, total=False):
@@ -366,14 +365,7 @@ def check_sampling(folder: Path, schedules: dict[str, dict[str, Any]], defaults:
 
 
 def _read(path: Path, kind: Any) -> Any:
-    try:
-        value = read_python_json(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} must have a {path.name}.") from None
-    except (OSError, MisfitError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path} cannot be read: {str(why).rstrip('.')}.") from None
-    return _fit(path, value, kind)
+    return _fit(path, read_object(path), kind)
 
 
 def _fit(path: Path, value: Any, kind: Any) -> Any:

@@ -76,7 +76,7 @@ def from_stable_diffusion(
         tokenizer=tokenizer,
         special_tokens=special,
         text_encoder=clip,
-        hand_prior=HandPrior(*PRIOR, clip.config.hidden_size, words=True),
+        hand_prior=HandPrior(*PRIOR, clip.config.hidden_size),
         text_hand_encoder=TextHandEncoder.from_clip(clip, cues=list(cues), frequencies=list(FREQUENCIES), hide=True),
         unet=unet,
         position_kernel=PositionKernel.for_unet(unet, FREQUENCIES, gated=True),

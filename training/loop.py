@@ -122,7 +122,7 @@ class Trainer:
             self.parameters.values(), weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=not plan.shard
         )
         self.average = Average(self.parameters)
-        self.start = load_state(folder, plan, stage, self.parameters, self.average, self.optimizer)
+        self.start = load_state(folder, plan, stage, self.average, self.optimizer)
         self.scaler = getattr(self.accelerator, "scaler", None)
         # Steps left out because loss or gradient is not finite: in a row, and in all.
         self.in_a_row, self.left_out = (torch.zeros((), device=self.device) for _ in range(2))
@@ -228,7 +228,7 @@ class Trainer:
 
     def checkpoint(self, done: int) -> None:
         """Saves the state after `done` steps, and calls the stage's `on_save` with the average in place."""
-        save_state(self.folder, self.plan, self.stage, self.parameters, self.average, self.optimizer, done, self.main)
+        save_state(self.folder, self.plan, self.stage, self.average, self.optimizer, done, self.main)
         if self.stage.on_save is not None:
             with self.average.in_place():
                 self.module.eval()

@@ -130,7 +130,6 @@ class Run:
     def checkpoint(self, students: bool = True) -> Checkpoint:
         """The checkpoint with every stage trained so far. students: also the distilled ones."""
         checkpoint = self.begin()
-        # A module is made only for a trained stage: making HandPriorLoss would change an untrained hand prior.
         modules: dict[str, Callable[[], nn.Module]] = {
             "vae": lambda: VaeLoss(checkpoint, self.recipe.vae),
             "hand-prior": lambda: HandPriorLoss(checkpoint),

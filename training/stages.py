@@ -90,13 +90,12 @@ def vae_inputs(checkpoint: Checkpoint, plan: VaePlan) -> Inputs:
 
 
 class HandPriorLoss(nn.Module):
-    """The hand prior and its text encoder. A prior that does not attend to the words learns to."""
+    """The hand prior and its text encoder."""
 
     weight: Tensor
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
-        checkpoint.hand_prior.read_words()
         self.text_encoder, self.hand_prior = checkpoint.text_encoder, checkpoint.hand_prior
         self.eos = checkpoint.special_tokens["eos"]
         self.register_buffer("weight", parameter_weights(), persistent=False)

@@ -98,7 +98,6 @@ def save_state(
     folder: Path,
     plan: Plan,
     stage: Stage,
-    parameters: dict[str, nn.Parameter],
     average: Average,
     optimizer: torch.optim.Optimizer,
     step: int,
@@ -115,7 +114,7 @@ def save_state(
         if main:
             tensors[name] = whole.cpu().contiguous().clone()
 
-    for name, parameter in parameters.items():
+    for name, parameter in average.parameters.items():
         keep(f"model.{name}", parameter)
         keep(f"ema.{name}", average.values[name])
         for moment in MOMENTS:
@@ -144,7 +143,6 @@ def load_state(
     folder: Path,
     plan: Plan,
     stage: Stage,
-    parameters: dict[str, nn.Parameter],
     average: Average,
     optimizer: torch.optim.Optimizer,
 ) -> int:
@@ -166,7 +164,7 @@ def load_state(
                 f"{name} must stay {known.get(name)} in {folder}, got {wanted}. Take the same as before, or name "
                 "another --run."
             )
-    for name, parameter in parameters.items():
+    for name, parameter in average.parameters.items():
         if f"model.{name}" not in tensors:
             raise TrainingError(f"{path} is of another network: it lacks {name}. Name another --run.")
         put(parameter.detach(), tensors[f"model.{name}"])

@@ -301,7 +301,7 @@ for folder in sys.argv[2:]:
     while next(stream)[0] * 16 < max(len(cache), 500):
         cache.rows(next(stream)[1])
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back: it is some MB more or less, and nobody's
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system, which varies by some MB
     held = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     print(len(cache), held.split()[1])
 """

@@ -173,7 +173,7 @@ def test_gestures_differ_more_than_they_vary():
 
 
 def test_prompts_say_the_gesture_and_mostly_the_side():
-    """One hand of which no side is said is still one: "a fist". Only "thumbs up" may be one or two."""
+    """One hand without a stated side is still one: "a fist". Only "thumbs up" may be one or two."""
     unsaid = Counter()
     rng = np.random.default_rng(0)
     adjectives = {"open_hand": "open", "fist": "fist", "cupped_hand": "cupped"}

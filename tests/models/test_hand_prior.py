@@ -1,4 +1,4 @@
-"""The hand prior: a sentence, its words, and checkpoints from before it looked at them."""
+"""The hand prior reads a sentence and its words."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ WIDTH = 48
 
 
 @pytest.fixture
-def plain() -> HandPrior:
-    """As all were before they looked at words."""
+def prior() -> HandPrior:
     torch.manual_seed(0)
     return HandPrior(width=32, num_layers=2, num_heads=2, text_width=WIDTH).eval()
 
@@ -32,24 +31,7 @@ def others(text: torch.Tensor) -> torch.Tensor:
     return torch.cat([text[:, :-1].flip(1), text[:, -1:]], 1)
 
 
-@torch.no_grad()
-def test_a_prior_from_before_goes_on_as_it_was_when_it_learns_to_read(plain):
-    x, timestep, text = inputs()
-    before = plain(x, timestep, text)
-    assert torch.equal(plain(x, timestep, others(text)), before), "it knows the sentence only"
-    names = set(plain.state_dict())
-    plain.read_words()
-    torch.testing.assert_close(plain(x, timestep, text), before, atol=0, rtol=0)
-    new = set(plain.state_dict()) - names
-    assert new and all(".words." in name for name in new)
-    again = HandPrior(**{**plain.config, "words": False})
-    again.read_words()
-    assert all(torch.equal(again.state_dict()[name], plain.state_dict()[name]) for name in new)
-
-
-def test_gradients_reach_the_words():
-    torch.manual_seed(0)
-    prior = HandPrior(width=32, num_layers=2, num_heads=2, text_width=WIDTH, words=True)
+def test_gradients_reach_the_words(prior):
     x, timestep, text = inputs()
     prior(x, timestep, text).square().mean().backward()
     for block in prior.blocks:
@@ -59,36 +41,36 @@ def test_gradients_reach_the_words():
     prior.zero_grad()
     out = prior(x, timestep, text)
     out.square().mean().backward()
-    assert (text.grad.abs().sum(-1) > 0).all(), "every word has a say"
+    assert (text.grad.abs().sum(-1) > 0).all(), "every word has an effect"
     assert all(parameter.grad.abs().sum() > 0 for parameter in prior.blocks.parameters())
-    # Words are told apart by what their states say, which the text encoder gave them their places in.
+    # The states of words hold their places, which the text encoder gave them.
     torch.testing.assert_close(prior(x, timestep, others(text)), out)
 
 
 @torch.no_grad()
-def test_what_is_saved_is_what_is_loaded(plain, tmp_path):
+def test_words_start_without_effect(prior):
     x, timestep, text = inputs()
-    for name in ("before", "after"):
-        plain.save_pretrained(tmp_path / name)
-        loaded = load_part(HandPrior, tmp_path / name)
-        assert loaded.config.words == (name == "after")
-        assert torch.equal(loaded(x, timestep, text), plain(x, timestep, text))
-        plain.read_words()
-        for block in plain.blocks:
-            torch.nn.init.normal_(block.words.out.weight)
-    file = tmp_path / "after" / "diffusion_pytorch_model.safetensors"
+    changed = torch.cat([torch.randn_like(text[:, :-1]), text[:, -1:]], 1)
+    assert torch.equal(prior(x, timestep, changed), prior(x, timestep, text)), "it reads the sentence alone"
+
+
+@torch.no_grad()
+def test_what_is_saved_is_what_is_loaded(prior, tmp_path):
+    given = inputs()
+    for block in prior.blocks:
+        torch.nn.init.normal_(block.words.out.weight)
+    prior.save_pretrained(tmp_path)
+    assert torch.equal(load_part(HandPrior, tmp_path)(*given), prior(*given))
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     del weights["blocks.1.words.out.weight"]
     save_file(weights, file)
     with pytest.raises(CheckpointError, match=r"lacks blocks\.1\.words\.out\.weight"):
-        load_part(HandPrior, tmp_path / "after")
+        load_part(HandPrior, tmp_path)
 
 
 @torch.no_grad()
-def test_the_demos_prior_starts_training_as_it_is():
+def test_the_demos_prior_reads_words():
     prior = load_part(HandPrior, shipped.checkpoint_path() / "hand_prior").eval()
-    given = inputs(prior.config.text_width)
-    before = prior(*given)
-    prior.read_words()
-    assert torch.equal(prior(*given), before)
-    assert prior.config.words and all(block.words is not None for block in prior.blocks)
+    x, timestep, text = inputs(prior.config.text_width)
+    assert not torch.equal(prior(x, timestep, torch.cat([-text[:, :-1], text[:, -1:]], 1)), prior(x, timestep, text))

@@ -183,9 +183,8 @@ def test_an_unguided_prior_is_its_own_student_and_reads_as_before(small, teacher
     for part in stage.fixed:
         part.requires_grad_(False)
     learned = {name for name, p in stage.module.named_parameters() if p.requires_grad}
-    assert not any("text" in name or "key_value" in name for name in learned) and any(
-        "query" in n for n in learned
-    ) == (plain.hand_prior.config.words)
+    assert not any("text" in name or "key_value" in name for name in learned)
+    assert any("query" in name for name in learned)
     plain.hand_prior.requires_grad_(False)
 
 
@@ -204,7 +203,7 @@ def test_an_untrained_prior_has_nothing_to_teach(teacher, world, tmp_path):
     random_checkpoint(CONFIGS["tiny"], seed=3, body=body).save(tmp_path / "start")
     run = Run(tmp_path / "run", world, Recipe.load("demo"), tmp_path / "start")
     run.prepare()
-    with pytest.raises(TrainingError, match="untrained: train it first"):
+    with pytest.raises(TrainingError, match=r"must be trained\. Train it first"):
         run.train("distill-hands")
 
 
@@ -265,7 +264,7 @@ def test_the_command_makes_a_checkpoint_of_few_runs(teacher, world, tmp_path):
     again = run_command("training.cli", *common, "--runs", "2,1", "--steps", 2, "--output", out)
     assert again.returncode == 0 and "distill: done already" in again.stderr, again.stderr
     wrong = run_command("training.cli", *common, "--runs", "3")
-    assert wrong.returncode == 1 and "no part of the teacher's 4 steps" in wrong.stderr, wrong.stderr
+    assert wrong.returncode == 1 and "must divide the teacher's 4 steps" in wrong.stderr, wrong.stderr
     hands = ("distill-hands", "--data", world, "--start", out, "--run", tmp_path / "hands", "--processes", 2, "--batch",
              4, "--runs", "2", "--steps", 2, "--set", "teacher_steps=4", "--set", "trajectories=64")  # fmt: skip
     result = run_command("training.cli", *hands, "--output", tmp_path / "faster", timeout=600)

@@ -349,7 +349,7 @@ def test_a_state_goes_back_to_where_its_parameters_are(tmp_path):
     for fused in (True, False):
         optimizer = torch.optim.AdamW(parameters.values(), foreach=False)
         optimizer.defaults["fused"] = fused
-        assert load_state(tmp_path, PLAN, elsewhere, parameters, Average(parameters), optimizer) == PLAN.steps
+        assert load_state(tmp_path, PLAN, elsewhere, Average(parameters), optimizer) == PLAN.steps
         for parameter in parameters.values():
             state = optimizer.state[parameter]
             assert state["exp_avg"].device == parameter.device

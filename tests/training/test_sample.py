@@ -20,7 +20,7 @@ def test_timesteps_go_where_the_noise_is():
 
 
 def test_latents_go_to_the_decoder(tiny_checkpoint_folder):
-    """A stage moves what it trains to the GPU, and the VAE is no part of the pictures' stage."""
+    """A stage moves its own modules to the GPU; the pictures' stage does not train the VAE."""
     checkpoint = Checkpoint.load(tiny_checkpoint_folder)  # its own: it is spoilt
     latents = torch.zeros(2, 4, *checkpoint.latent_size)
     here = decode(checkpoint, latents)

@@ -172,7 +172,7 @@ def test_errors_near_joints_of_visible_hands_count_more():
     assert weight.shape == (3, 16, 16) and (weight.mean((1, 2)) - 1).abs().max() < 1e-5
     assert weight[0].argmax() == 14 * 16 + 14  # pixel 14 reaches from 0.875 to 0.9375
     assert weight[0].max() / weight[0].min() > 0.9 * 5
-    assert (weight[1] == 1).all()  # nobody to be seen
+    assert (weight[1] == 1).all()  # without visible hands
     assert weight[2, :5, :5].mean() > 2 * weight[2, 8:, 8:].mean()
 
 

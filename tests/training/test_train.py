@@ -182,10 +182,10 @@ def test_torchrun_starts_it_on_several_processes(trained, world, tmp_path):
     [
         (("pictures", "--data", "nowhere"), "--start CHECKPOINT"),
         (("pictures", "--data", "nowhere", "--recipe", "demo"), "nowhere does not exist"),
-        (("pictures", "--data", "nowhere", "--recipe", "huge"), "no recipe huge"),
-        (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--set", "speed=3"), "no speed in the recipe"),
+        (("pictures", "--data", "nowhere", "--recipe", "huge"), "got huge"),
+        (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--set", "speed=3"), "got speed"),
         (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--batch", "0"), "batch is 0; it must be"),
-        (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--set", "speed"), "no NAME=VALUE"),
+        (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--set", "speed"), "must be NAME=VALUE"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(arguments, words, tmp_path):
@@ -233,7 +233,7 @@ def test_stage_2_learns_from_captions_alone_and_stage_1_does_not(tiny_checkpoint
     run.save(tmp_path / "style.safetensors")
     learned = load_file(tmp_path / "style.safetensors")
     assert any(value.abs().max() > 0 for name, value in learned.items() if "lora_B" in name)
-    with pytest.raises(TrainingError, match="which hands it shows"):
+    with pytest.raises(TrainingError, match="must have annotated hands"):
         run.train("hand-prior")
     samples = [*read(tmp_path / "set"), *(made_sample(i, (64, 64)) for i in range(3))]
     assert write_shards(samples, tmp_path / "mixed") == []
