@@ -98,7 +98,7 @@ def test_the_demo_s_body_is_free_and_others_are_licensed(arrays, tmp_path):
     np.savez(larger, **{**arrays, "v_template": 1.001 * arrays["v_template"]})
     for path, free in {BODY: True, copied: True, larger: False}.items():
         said = CliRunner().invoke(commands, ["show", str(path)]).output
-        assert ("free (Apache-2.0)" in said) == free and ("licensed by their makers" in said) != free, (path, said)
+        assert ("free (Apache-2.0)" in said) == free and ("Keep this file to yourself" in said) != free, (path, said)
         assert shipped.is_demo_body(path) == free
     for name in ("v_template", "shapedirs", "posedirs", "J_regressor", "weights"):
         assert not shipped.is_demo_body({key: value for key, value in arrays.items() if key != name})

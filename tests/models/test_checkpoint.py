@@ -250,9 +250,8 @@ def test_a_configuration_that_is_none(copy, file, content, monkeypatch):
     monkeypatch.setattr("handiffuser.models.checkpoint.load_part", None)
     (copy / file).write_bytes(content)
     said = sentence_of(copy)
-    assert str(copy / file) in said and any(
-        words in said for words in ("cannot be read", "cannot be used", "must hold a JSON object")
-    )
+    assert str(copy / file) in said
+    assert any(words in said for words in ("cannot be read", "cannot be used", "must hold a JSON object"))
 
 
 @pytest.mark.parametrize("file", CONFIGURATIONS)
@@ -295,7 +294,7 @@ def test_schedulers_are_known_by_their_class(copy, name):
         change(copy, file, _class_name=kind)
         assert f"got {kind!r}" in sentence_of(copy)
     change(copy, file, _class_name="PNDMScheduler", timestep_spacing=None)
-    assert "must state timestep_spacing, which PNDMScheduler" in sentence_of(copy)
+    assert "must state timestep_spacing: PNDMScheduler" in sentence_of(copy)
     scheduler = DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     scheduler.save_pretrained(copy / name)
     assert "-Infinity" in (copy / file).read_text()
