@@ -97,7 +97,7 @@ DEGENERATE = {
     "zero fingers": ({"hand_pose": np.zeros((15, 3, 3))}, "hand_pose in b.npz must hold rotations"),
     "a reflection": ({"global_orient": np.diag([1.0, 1, -1])[None]}, "must hold rotations"),
     "a scaled matrix": ({"global_orient": 2 * np.eye(3)[None]}, "must hold rotations"),
-    "quaternions": ({"hand_pose": np.zeros((15, 4))}, "of shape [1, 15, 3, 3], got [15, 4]"),
+    "quaternions": ({"hand_pose": np.zeros((15, 4))}, "of shape [1, 15, 3, 3], got [1, 15, 4]"),
     "negative scale": ({"pred_cam": np.array([-7.0, 0, 0])}, "above 0, got -7"),
     "scale 0": ({"pred_cam": np.zeros(3)}, "above 0, got 0"),
     "box 0": ({"box_size": np.float64(0)}, "above 0, got 0"),
@@ -212,11 +212,11 @@ def test_humanml3d_is_found_as_it_is_unpacked(tmp_path, body, unpacked, named):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"poses": np.zeros((3, 165))}, "These are SMPL-X's: download AMASS's SMPL+H G."),
-        ({"poses": np.zeros((3, 72))}, "These are SMPL's"),
-        ({"poses": np.full((2, 156), 90.0)}, "90; angles are in radians"),
-        ({"mocap_framerate": None}, "it lacks mocap_framerate."),
-        ({"poses": None, "betas": None}, "it lacks poses, betas."),
+        ({"poses": np.zeros((3, 165))}, "SMPL-X's. Download AMASS's SMPL+H G."),
+        ({"poses": np.zeros((3, 72))}, "SMPL's, without fingers"),
+        ({"poses": np.full((2, 156), 90.0)}, "must be in radians, got 90"),
+        ({"mocap_framerate": None}, "but lacks mocap_framerate."),
+        ({"poses": None, "betas": None}, "but lacks poses, betas."),
     ],
 )
 def test_other_bodies_and_what_is_missing_are_named(tmp_path, body, change, words):

@@ -265,7 +265,7 @@ def test_parity_sees_a_wrong_graph(tiny_checkpoint, tmp_path):
     [
         (("nowhere", "out"), "does not exist"),
         (("CHECKPOINT", "full"), "must be a bundle or an empty folder"),
-        (("CHECKPOINT", "out", "--body", "none.npz"), "no body model"),
+        (("CHECKPOINT", "out", "--body", "none.npz"), "does not exist"),
         (("CHECKPOINT", "out", "--image-size", "30"), "multiples of"),
         (("CHECKPOINT", "out", "--image-size", "big"), "--image-size must be 512"),
         (("CHECKPOINT", "file/out"), "file"),

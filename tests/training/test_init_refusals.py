@@ -82,7 +82,7 @@ def pointer(name):
 
 
 CASES = {
-    "model_index is missing": (lambda f: (f / "model_index.json").unlink(), ["no model_index.json"]),
+    "model_index is missing": (lambda f: (f / "model_index.json").unlink(), ["must have a model_index.json"]),
     "a part is missing": (lambda f: shutil.rmtree(f / "unet"), ["lacks unet/", "whole pipeline"]),
     "sdxl": (sdxl, ["StableDiffusionXLPipeline", "SDXL", "1.x and 2.x"]),
     "flux": (flux, ["FluxPipeline", "transformer", "lacks unet/"]),
@@ -162,11 +162,11 @@ def test_what_is_no_folder(tmp_path, command, monkeypatch):
     file.write_text(POINTER)
     assert "Git LFS pointer" in said(file)
     hub = said("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    assert "nothing is downloaded" in hub and "hf download stable-diffusion-v1-5/stable-diffusion-v1-5" in hub
+    assert "never downloads" in hub and "hf download stable-diffusion-v1-5/stable-diffusion-v1-5" in hub
     assert "does not exist" in said(tmp_path / "nowhere")
     (tmp_path / "bundle").mkdir()
     write(tmp_path / "bundle/manifest.json", {})
-    assert "is a bundle" in said(tmp_path / "bundle") and "hd-run" in said(tmp_path / "bundle")
+    assert "got an exported bundle" in said(tmp_path / "bundle") and "hd-run" in said(tmp_path / "bundle")
     (tmp_path / "files").mkdir()
     (tmp_path / "files/v1-5-pruned.safetensors").touch()
     assert "v1-5-pruned.safetensors" in said(tmp_path / "files")
