@@ -138,7 +138,8 @@ class HandPrior(ModelMixin, ConfigMixin):
 
     def readers(self) -> list[nn.Module]:
         """The layers that `read` the text."""
-        return [self.text, *(block.words.key_value for block in self.blocks)]
+        blocks = (block for block in self.blocks if isinstance(block, Block))
+        return [self.text, *(block.words.key_value for block in blocks)]
 
     def denoise(self, x: Tensor, timestep: Tensor, read: Tensor) -> Tensor:
         """x0 [B, P] of x [B, P] at timestep [B]. read: from `read`."""
