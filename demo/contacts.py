@@ -22,8 +22,8 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .body import CHAINS, FRAMES
 from .gestures import ORDER
+from .hand_mesh import CHAINS, FRAMES
 from .human import SKIN, load_human
 from .human_gestures import CONTACTS, FILE, FOLDED, HANDS
 from .human_skin import rest_normals

@@ -16,7 +16,7 @@ import numpy as np
 from numpy import ndarray
 
 from ..grammar import PHRASES
-from .body import CHAINS, FRAMES
+from .hand_mesh import CHAINS, FRAMES
 
 Finger = tuple[float, float, float, float]
 Bones = tuple[tuple[float, float, float], ...]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.smplh import TIP_VERTICES
-from .body import FRAMES
+from .hand_mesh import FRAMES
 from .human import EYE, HAND_CHART, HEAD_CHART, SKIN, Human, load_human
 
 HAND_SIZE, HEAD_SIZE = 1024, 512  # texels a side

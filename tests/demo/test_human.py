@@ -13,8 +13,8 @@ import torch
 from click.testing import CliRunner
 from handiffuser.demo import human_skin
 from handiffuser.demo.backdrops import KINDS, backdrop
-from handiffuser.demo.body import CHAINS, FRAMES
 from handiffuser.demo.contacts import gap, left_hand, measure, penetration
+from handiffuser.demo.hand_mesh import CHAINS, FRAMES
 from handiffuser.demo.human import CLOTHES, FILE, OTHER, SKIN, human_body, load_human, make_body
 from handiffuser.demo.human_clothes import HAIRCUTS, NECKS, PATTERNS, SLEEVES, Look, sample_look
 from handiffuser.demo.human_gestures import CONTACTS, HANDS, hand_pose, solved

@@ -69,7 +69,7 @@ class Evil:
     [
         ("a.safetensors", {"<a>": torch.zeros(768)}, None, "vectors of 32 numbers, as wide as this .* got 768"),
         ("a.safetensors", {"clip_g": ONE, "clip_l": ONE.clone()}, None, "SDXL's two text encoders"),
-        ("a.safetensors", {"a": ONE, "b": ONE.clone()}, None, "must hold one tensor, got 2"),
+        ("a.safetensors", {"a": ONE, "b": ONE.clone()}, None, "with one tensor, got 2"),
         ("a.safetensors", {"<a>": torch.full((WIDTH,), torch.nan)}, None, "of finite numbers"),
         ("a.safetensors", {"<a>": torch.zeros(0, WIDTH)}, None, "one vector or more"),
         ("a.safetensors", {"<a>": torch.zeros(WIDTH).int()}, None, "must be a textual inversion"),
