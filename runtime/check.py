@@ -8,12 +8,11 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from collections.abc import Callable
-from functools import partial
 from importlib import metadata
 
-from .. import cpu
-from ..engines import onnxruntime, openvino, tensorrt
+from ..commands import imported
+from ..engines import cpu, onnxruntime
+from ..engines.backends import BACKENDS, DEFAULT, Backend
 from ..engines.cuda import Cuda
 from ..engines.plans import user_cache
 from ..errors import HanDiffuserError
@@ -38,13 +37,10 @@ def report() -> tuple[list[str], int]:
         "Backends (--backend):",
     ]
     works = False
-    for name, probe in backends(gpu is not None).items():
-        try:
-            words, good = probe(), True
-        except HanDiffuserError as error:
-            words, good = f"no. {error}", False
+    for one in BACKENDS.values():
+        words, good = state(one, gpu is not None)
         works = works or good
-        lines.append(f"  {name:13} {words}")
+        lines.append(f"  {one.name:13} {words}")
     lines += ["", "Extras:"]
     for extra, lacking in extras().items():
         first = "pip uninstall -y onnxruntime && " if extra == "cuda" and version("onnxruntime") else ""
@@ -112,33 +108,20 @@ def applies(marker: str) -> bool:
     return True
 
 
-def backends(gpu: bool) -> dict[str, Callable[[], str]]:
-    """Backend -> what says where it runs here. That raises HanDiffuserError where it does not, with what to do."""
-
-    def on_onnxruntime() -> str:
-        provider = onnxruntime.has_cuda_provider()
-        package = version("onnxruntime-gpu") if provider else version("onnxruntime")
-        return f"yes ({package}): {'cpu and cuda' if provider and gpu else 'cpu'}"
-
-    def on_openvino() -> str:
-        fast = openvino.has_bf16()
-        return f"yes ({openvino.version()}): cpu{', in bfloat16' if fast else ', slower than onnxruntime here'}"
-
-    def on_tensorrt(name: str) -> str:
-        found = tensorrt.Backend(name)
-        if not gpu:
-            builds = "builds engines here, but " if found.rtx else ""
-            raise HanDiffuserError(f"{name} {found.version} {builds}needs an NVIDIA GPU to run them.")
-        return f"yes ({found.version}): cuda"
-
-    def on_inductor() -> str:
-        if not (number := version("torch")):
-            raise HanDiffuserError('torch is not installed. Install it: pip install "handiffuser[export]".')
-        return f"yes (torch {number}): cpu{' and cuda' if gpu else ''}"
-
-    return {
-        "onnxruntime": on_onnxruntime,
-        "openvino": on_openvino,
-        **{name: partial(on_tensorrt, name) for name in ("tensorrt", "tensorrt-rtx")},
-        "inductor": on_inductor,
-    }
+def state(one: Backend, gpu: bool) -> tuple[str, bool]:
+    """What a line says of a backend, and whether it makes pictures here."""
+    if not one.installed():
+        return f"no. Install it: {one.install}", False
+    number = version(one.package)
+    if not one.compiles:  # PyTorch, which takes seconds to import
+        try:
+            module = imported(one.package)
+            number = number or getattr(module, "__version__", None)
+        except Exception as error:  # a missing library of the system fails in many ways
+            return f"no. {one.package} cannot be imported ({error}). Install it again: {one.install}", False
+    devices = [device for device in one.devices if device == "cpu" or gpu]
+    if one.name == DEFAULT and not onnxruntime.has_cuda_provider():
+        devices = ["cpu"]
+    if not devices:
+        return f"no. {one.package} {number} is installed, and needs an NVIDIA GPU.", False
+    return f"yes ({number}): {' and '.join(devices)}", True

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from handiffuser.engines import backends
 from handiffuser.runtime import check
 from handiffuser.runtime.cli import run
 
@@ -29,13 +30,9 @@ def test_onnx_runtime_works_here():
 
 def test_with_the_base_dependencies_alone(monkeypatch):
     """It names the extra for everything that is missing, and the exit code says that no picture can be made."""
-    from handiffuser.engines import onnxruntime, openvino
-
-    for cached in (onnxruntime._import_onnxruntime, openvino._import, openvino.shared_core, openvino.has_bf16):
-        if hasattr(cached, "cache_clear"):
-            cached.cache_clear()
     for name in NOT_BASE:
         monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(backends, "find_spec", lambda package: None)
     base = {"handiffuser", "numpy", "click", "msgspec", "rich", "pillow", "tokenizers"}
     monkeypatch.setattr(check, "version", lambda package: "1.0" if package in base else None)
     result = checked()
@@ -43,6 +40,28 @@ def test_with_the_base_dependencies_alone(monkeypatch):
     assert result.output.count('pip install "handiffuser[') >= 13
     assert result.output.rstrip().endswith('Install one: pip install "handiffuser[cpu]".')
     assert "Traceback" not in result.output and " yes " not in result.output
+
+
+def test_every_backend_of_the_table_has_a_line():
+    lines = checked().output.partition("Backends")[2].partition("Extras")[0].splitlines()
+    assert [line.split()[0] for line in lines[1:] if line] == list(backends.BACKENDS)
+
+
+def test_a_package_that_is_broken_is_named(monkeypatch):
+    def broken(package):
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(check, "imported", broken)
+    words, works = check.state(backends.BACKENDS["openvino"], gpu=False)
+    assert not works and "libcudart.so.13" in words and words.endswith('pip install "handiffuser[openvino]"')
+
+
+@pytest.mark.parametrize(("gpu", "works"), [(False, False), (True, True)])
+def test_a_backend_of_gpus_needs_one(monkeypatch, gpu, works):
+    monkeypatch.setattr(check, "imported", lambda package: None)
+    monkeypatch.setattr(backends, "find_spec", lambda package: True)
+    words, good = check.state(backends.BACKENDS["tensorrt"], gpu)
+    assert good is works and words.endswith("cuda" if gpu else "needs an NVIDIA GPU.")
 
 
 @pytest.mark.parametrize(
