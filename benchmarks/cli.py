@@ -30,8 +30,7 @@ from ..engines.cuda import Cuda
 from ..errors import EngineError, HanDiffuserError
 from ..runtime.device import DeviceLoop
 from ..runtime.pipeline import HanDiffuser
-from ..runtime.requests import MAX_GUIDANCE, MAX_STEPS
-from ..schedules import SOLVERS
+from ..settings import MAX_GUIDANCE, MAX_STEPS, SOLVERS
 from . import load as load_test
 from . import measure, tables
 from .card import Others, bf16_ceiling, card
@@ -364,7 +363,7 @@ def load(pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: 
     result: dict[str, Any] = {
         "requests": len(requests),
         "runs": [],
-        "steps": list(load_test.STEPS),
+        "steps": list(load_test.LOAD_STEPS),
         "guidance": list(load_test.GUIDANCE),
         "batch": pipeline.batch_size,
         "clock": document["clock"],

@@ -26,7 +26,7 @@ from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from .measure import PROMPTS, finish, make_requests
 
-STEPS = (5, 50)  # of a request: any number from 5 to 50, all as likely
+LOAD_STEPS = (5, 50)  # of a request: any number from 5 to 50, all as likely
 GUIDANCE = (1.0, 1.5, 2.0, 4.0)
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
@@ -65,7 +65,7 @@ class CpuClock:
 
 
 def mixed_requests(
-    pipeline: HanDiffuser, count: int, seed: int = 0, solver: str | None = None, steps: tuple[int, int] = STEPS
+    pipeline: HanDiffuser, count: int, seed: int = 0, solver: str | None = None, steps: tuple[int, int] = LOAD_STEPS
 ) -> list[Request]:
     """`count` requests with steps and guidance drawn at random, the same for the same seed."""
     random = np.random.default_rng(seed)

@@ -32,10 +32,10 @@ from ..engines.base import Engine
 from ..errors import EngineError
 from ..runtime.device import DeviceLoop
 from ..runtime.host import HostLoop
-from ..runtime.outputs import png as encode
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure, Picture
+from ..runtime.results import png as encode
 
 POLL = 0.01  # seconds between two looks at a fresh process
 WARM_UP = 1  # runs before the first sample: they load kernels, fill caches and schedules

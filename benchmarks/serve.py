@@ -29,7 +29,7 @@ from ..runtime.requests import Request
 from .load import arrival_times, row
 
 OURS = {"hd-serve": ("-m", "handiffuser.serving.cli")}  # name -> what Python runs
-PATIENCE = 120.0  # seconds for a server to be ready
+READY_SECONDS = 120.0  # until a server must be ready
 BARE = """
 import json, sys, time
 from handiffuser import HanDiffuser, Request
@@ -70,7 +70,7 @@ def server(way: str, line: Sequence[str], engines: str, how: dict[str, Any]) -> 
     try:
         import httpx
 
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + READY_SECONDS
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:

@@ -33,7 +33,7 @@ from .graphs import element_types, label, rewrite_bundle
 from .mixed import Pieces
 
 KINDS = {"fp8": TensorProto.FLOAT8E4M3FN, "int8": TensorProto.INT8}
-LARGEST = {"fp8": 448.0, "int8": 127.0}
+MAX_VALUES = {"fp8": 448.0, "int8": 127.0}
 OPSET = 19  # from which QuantizeLinear knows fp8 and float16
 # Channels in and out must be multiples of this: matrix units take operands of 16 bytes. So the first and the last
 # convolution, which see latents of 4 channels, are never quantised.
@@ -158,7 +158,7 @@ def quantize(
 
 def scale_for(largest: np.ndarray, kind: str) -> np.ndarray:
     """The scales with which `largest` just fits, as float32 values that float16 holds, rounded up against clipping."""
-    exact = np.maximum(np.asarray(largest, np.float32) / LARGEST[kind], SMALLEST)
+    exact = np.maximum(np.asarray(largest, np.float32) / MAX_VALUES[kind], SMALLEST)
     scale = exact.astype(np.float16)
     scale = np.where(scale.astype(np.float32) < exact, np.nextafter(scale, np.float16(np.inf)), scale)
     return scale.astype(np.float32)
@@ -166,7 +166,7 @@ def scale_for(largest: np.ndarray, kind: str) -> np.ndarray:
 
 def to_eight_bits(value: np.ndarray, kind: str) -> np.ndarray:
     """Rounds to the nearest number that eight bits hold, ties to even; larger numbers become the largest."""
-    clipped = np.clip(value, -LARGEST[kind], LARGEST[kind])
+    clipped = np.clip(value, -MAX_VALUES[kind], MAX_VALUES[kind])
     return clipped.astype(ml_dtypes.float8_e4m3fn) if kind == "fp8" else np.rint(clipped).astype(np.int8)
 
 

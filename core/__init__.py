@@ -3,7 +3,7 @@
 from handiffuser import HanDiffuser
 
 pictures = HanDiffuser.load("demo").generate(["a right hand making a fist, blue background"], seed=7)
-pictures[0].image  # uint8 [H, W, 3]
+pictures[0].save("fist.png")  # .image is uint8 [H, W, 3], .hands are SMPL-H arrays
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .errors import (
     EvaluationError,
     ExportError,
     HanDiffuserError,
+    OutputError,
     RequestError,
     TrainingError,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Failure",
     "HanDiffuser",
     "HanDiffuserError",
+    "OutputError",
     "Picture",
     "Request",
     "RequestError",

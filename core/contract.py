@@ -34,13 +34,14 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from msgspec import Meta
 
 from .errors import BundleError
 from .files import written
 from .schema import MisfitError, Sha256, Word, fit, read_json
+from .settings import Defaults
 
 BUNDLE_FORMAT = 1
 MANIFEST = "manifest.json"
@@ -103,34 +104,15 @@ LARGEST_PARAMETER = 1e6  # bound of the parameters' means and standard deviation
 _FEW, _MANY, _PARAMS = Meta(max_length=8), Meta(max_length=10_000), Meta(min_length=NUM_PARAMS, max_length=NUM_PARAMS)
 Precision = Annotated[str, Meta(pattern=r"^(fp32|fp16|bf16|fp8|int8)\Z", description="fp32, fp16, bf16, fp8 or int8")]
 Side = Annotated[int, Meta(ge=1, le=16384)]
-Steps = Annotated[int, Meta(ge=1, le=1000)]
-Guidance = Annotated[float, Meta(ge=0, le=100)]
-Offset = Annotated[float, Meta(ge=0, le=1)]
-MAX_REDRAWS = 4
-Redraws = Annotated[int, Meta(ge=0, le=MAX_REDRAWS)]
-Solver = Annotated[str, Meta(max_length=30)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 FileName = Annotated[str, Meta(pattern=r"^(?!\.)[^/\\\0]{1,200}\Z", description="a plain file name")]
 
 
 if TYPE_CHECKING:  # all rooms make and read them as plain dicts
-    Settings = dict[str, Any]
     SpecialTokens = dict[str, int]
     Histories = dict[str, int]
     Schedules = dict[str, dict[str, Any]]
 else:
-
-    class Settings(TypedDict):
-        """What a request takes unless it says otherwise."""
-
-        steps: Steps
-        solver: Solver
-        guidance: Guidance
-        hand_steps: Steps
-        hand_solver: Solver
-        hand_guidance: Guidance
-        noise_offset: NotRequired[Offset]  # 0 where nothing is said
-        hand_redraws: NotRequired[Redraws]  # 0 where nothing is said
 
     class SpecialTokens(TypedDict):
         """Ids of the tokens that begin, end and fill a row of `length` ids (77)."""
@@ -205,7 +187,7 @@ class Manifest:
     latent_size: tuple[Side, Side, Side]  # channels, h, w
     num_history: Histories
     schedules: Schedules
-    defaults: Settings
+    defaults: Defaults
     tokenizer: SpecialTokens
     params_mean: Annotated[list[Annotated[float, Meta(ge=-LARGEST_PARAMETER, le=LARGEST_PARAMETER)]], _PARAMS]  # [P]
     params_std: Annotated[list[Annotated[float, Meta(gt=0, le=LARGEST_PARAMETER)]], _PARAMS]  # [P]

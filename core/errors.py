@@ -25,12 +25,17 @@ class ExportError(HanDiffuserError):
 class RequestError(HanDiffuserError):
     """One request (a prompt and its settings) cannot run. It does not affect others.
 
-    `field` names the setting that is wrong, such as "steps", or is None where no single one is.
+    `param` names the setting that is wrong, such as "steps", or is None where no single one is. `code` says in a word
+    for programs what is wrong with it.
     """
 
-    def __init__(self, sentence: str, field: str | None = None) -> None:
+    def __init__(self, sentence: str, param: str | None = None, code: str = "invalid_value") -> None:
         super().__init__(sentence)
-        self.field = field
+        self.param, self.code = param, code
+
+
+class OutputError(HanDiffuserError):
+    """Pictures cannot be written: the folder is read-only, full, in use by another run, or not a folder."""
 
 
 class EngineError(HanDiffuserError):

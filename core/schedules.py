@@ -282,14 +282,12 @@ def plms(schedule: NoiseSchedule, steps: int) -> Recurrence:
 
     As in diffusers, outputs are combined as the network gives them: v-predictions before they become noise.
     """
-    if schedule.prediction_type == "sample":
-        raise RequestError(
-            "The solver plms cannot run a network that predicts the sample. Choose ddim or dpm++2m.", "solver"
-        )
-    if schedule.rescale_betas_zero_snr:
-        raise RequestError(
-            "The solver plms cannot run a schedule with zero terminal SNR. Choose ddim or dpm++2m.", "solver"
-        )
+    for unfit, what in (
+        (schedule.prediction_type == "sample", "a network that predicts the sample"),
+        (schedule.rescale_betas_zero_snr, "a schedule with zero terminal SNR"),
+    ):
+        if unfit:
+            raise RequestError(f"The solver plms cannot run {what}. Choose ddim or dpm++2m.", "solver")
     stride = schedule.num_train_timesteps // steps
     t = _spaced(schedule, steps)
     t = np.concatenate([t[:2], t[1:2], t[2:]])
@@ -393,17 +391,14 @@ def rows(
 def solve(schedule: NoiseSchedule, solver: str, steps: int) -> Recurrence:
     """The float64 recurrence behind `rows`; raises RequestError for a solver or steps that cannot run."""
     if solver not in SOLVERS:
-        raise RequestError(f"There is no solver {solver!r}. Choose one of {', '.join(SOLVERS)}.", "solver")
+        raise RequestError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.", "solver")
     try:
         steps = operator.index(steps)
     except TypeError:
-        raise RequestError(f"The number of steps is {steps!r}; it must be an integer.", "steps") from None
+        raise RequestError(f"steps must be a whole number, got {steps!r}.", "steps") from None
     if not 1 <= steps <= schedule.num_train_timesteps:
-        raise RequestError(
-            f"The number of steps is {steps}; it must be from 1 to {schedule.num_train_timesteps}, "
-            "the timesteps that the network was trained with.",
-            "steps",
-        )
+        most = f"{schedule.num_train_timesteps}, the timesteps that the network was trained with"
+        raise RequestError(f"steps must be from 1 to {most}, got {steps}.", "steps")
     with np.errstate(all="ignore"):  # `rows` refuses numbers that are not finite
         recurrence = SOLVERS[solver][0](schedule, steps)
     return recurrence._replace(timesteps=recurrence.timesteps.astype(np.float64))

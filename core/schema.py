@@ -1,7 +1,7 @@
 """What comes from outside, checked: JSON of bounded size, fitted to one typed description of what it may be.
 
     value = read_json(Path("manifest.json"), LARGEST_JSON)
-    manifest = fit(value, Manifest)        # MisfitError: "The steps is 0; it must be a whole number from 1 to 1000."
+    manifest = fit(value, Manifest)        # MisfitError: "steps must be a whole number from 1 to 1000, got 0."
 
 A description is a class with annotated fields: a dataclass, a TypedDict or a msgspec.Struct. Bounds stand in the
 annotation, `Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")]`; where a field has a
@@ -133,7 +133,7 @@ def _explain(message: str, value: Any, kind: type) -> str:
     if name and isinstance(value, dict):
         described = _description(get_type_hints(kind, include_extras=True).get(name))
         if described:
-            return f"The {name} is {shown(value.get(name))}; it must be {described}."
+            return f"{name} must be {described}, got {shown(value.get(name))}."
     return f"In {path}: {_sentence(what)}"
 
 

@@ -20,7 +20,7 @@ class PromptTokenizer:
     """The bundle's tokenizer. `special` is the manifest's `tokenizer`: bos, eos, pad (ids) and length (77)."""
 
     def __init__(self, path: str | Path, special: Mapping[str, int]) -> None:
-        """Raises BundleError when the file is missing or no tokenizer."""
+        """Raises BundleError when the file is missing or not a tokenizer."""
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
             self.bos, self.eos, self.pad = special["bos"], special["eos"], special["pad"]

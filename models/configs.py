@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..settings import SETTINGS
+
 CUES = ("joints", "rotations", "vertices")  # the Text+Hand encoder's possible inputs about the hands
 ROTATION_FRAMES = ("parent", "camera")  # frames of finger joints' rotations
 
@@ -91,9 +93,7 @@ class Config:
 
 def default_settings(config: Config) -> dict[str, Any]:
     """A request's defaults."""
-    names = ("steps", "solver", "guidance", "hand_steps", "hand_solver", "hand_guidance", "noise_offset",
-             "hand_redraws")  # fmt: skip
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name, setting in SETTINGS.items() if setting.bundle}
 
 
 CONFIGS = {

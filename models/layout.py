@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta
 
-from ..contract import NUM_HISTORY, Settings, Side, Word
+from ..contract import NUM_HISTORY, Side, Word
 from ..errors import CheckpointError, HanDiffuserError
 from ..schedules import NoiseSchedule, rows
 from ..schema import TRUTH, MisfitError, fit, one_of, shown, whole
+from ..settings import Defaults
 from .configs import CUES, ROTATION_FRAMES, Config, default_settings
 from .foreign import MODEL_INDEX, read_object, refuse_foreign, refuse_pickles
 
@@ -295,7 +296,7 @@ def read_layout(folder: Path) -> Layout:
             refuse_pickles(folder, name)
             read_config(kind, folder / name)
     read_tokenizer_config(folder / "tokenizer")
-    defaults = _fit(folder / MODEL_INDEX, {**default_settings(Config()), **index.get("_defaults", {})}, Settings)
+    defaults = _fit(folder / MODEL_INDEX, {**default_settings(Config()), **index.get("_defaults", {})}, Defaults)
     schedules = {name: _read(folder / name / "scheduler_config.json", dict[Word, Any]) for name in SCHEDULES}
     for name, config in schedules.items():
         check_scheduler(folder / name / "scheduler_config.json", config.get("_class_name", "DDIMScheduler"), config)

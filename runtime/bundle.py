@@ -1,7 +1,4 @@
-"""What both loops know of a bundle: how a request becomes tokens and schedules, and numbers become a picture.
-
-Nothing in here runs a graph.
-"""
+"""The part of a bundle that both loops share: tokens, schedules and pictures. It runs no graph."""
 
 from __future__ import annotations
 
@@ -26,9 +23,9 @@ from .noise import HANDS, LATENTS
 from .requests import Request
 from .results import Picture, Work
 
-TABLES = 64  # schedules that are kept
+TABLES = 64  # schedules in a cache
 
-# Outputs of hand_features that a picture keeps -> what they are called beside the SMPL-H arrays.
+# Outputs of hand_features that a picture keeps -> their names in `Picture.hands`.
 _FEATURE_NAMES = {
     "joints_3d": "joints",
     "joints": "joints_2d",
@@ -39,7 +36,7 @@ _FEATURE_NAMES = {
 
 
 class Bundle:
-    """A bundle's manifest and tokenizer. `made_by` is what the metadata of its pictures says of their origin."""
+    """A bundle's manifest and tokenizer. `made_by` is the origin in the metadata of its pictures."""
 
     def __init__(self, manifest: Manifest, tokenizer: PromptTokenizer) -> None:
         self.manifest, self.tokenizer = manifest, tokenizer
@@ -55,15 +52,15 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest | None = None) -> Bundle:
-        """Reads a bundle; its files are hashed, unless `manifest` comes from where that was done.
+        """Reads a bundle, and hashes its files unless a checked `manifest` is given.
 
-        Raises BundleError for a missing or damaged one.
+        Raises BundleError for a missing or damaged bundle.
         """
         manifest = manifest or Manifest.load(folder)
         return cls(manifest, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer))
 
     def picture(self, work: Work, image: np.ndarray) -> Picture:
-        """What the user gets of finished work: its image [H, W, 3] (copied) and its hands."""
+        """The Picture of finished work; image: [H, W, 3], copied."""
         seconds = time.perf_counter() - work.started
         hands = self.hands_of(work)
         return Picture(
@@ -71,15 +68,14 @@ class Bundle:
         )
 
     def hands_of(self, work: Work) -> dict[str, np.ndarray]:
-        """What the user gets of work that has its hands; see `Picture`."""
+        """The hands of work whose hands are made, as in `Picture.hands`."""
         hands = {"params": work.params, **hand_arrays(work.params)}
         hands.update((ours, work.features[name]) for name, ours in _FEATURE_NAMES.items() if name in work.features)
         return hands
 
     def given(self, hands: Hands, joints_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Normalised parameters [P] of hands from a file. Where they come with a camera, they are placed so that it is
-        what follows from them: joints_of, which runs `hand_features` on one row, x [P] -> joints_3d [62, 3], says where
-        the joints are."""
+        """Normalised parameters [P] of hands from a file. Where the file has a camera, they are placed so that this
+        camera follows from them. joints_of: runs `hand_features` on one row, x [P] -> joints_3d [62, 3] metres."""
         if hands.camera is None:
             return self.normalised(hands.params)
         key = hands.params.tobytes() + hands.camera.tobytes()
@@ -88,21 +84,21 @@ class Bundle:
         return self.normalised(self._placed[key])
 
     def again(self, work: Work, x: np.ndarray, features: Mapping[str, np.ndarray]) -> bool:
-        """Whether hands that were drawn, x [P] with their row of `hand_features`, shall be drawn once more."""
+        """Whether stage 1 draws these hands again: x [P] and their row of `hand_features`."""
         more = work.request.hands is None and work.draws <= (work.request.hand_redraws or 0)
         return more and clash(features["joints_3d"], features["visibility"], self.params(x))
 
     def normalised(self, params: np.ndarray) -> np.ndarray:
-        """Hand parameters [P] as the hand prior knows them: mean 0, spread 1."""
+        """Hand parameters [P] in the units of the hand prior: mean 0, standard deviation 1."""
         return (params - self._mean) / self._std
 
     def params(self, x: np.ndarray) -> np.ndarray:
-        """The opposite of `normalised`."""
+        """The inverse of `normalised`."""
         return x * self._std + self._mean
 
     def tokens(self, request: Request) -> tuple[np.ndarray, list[str]]:
-        """int64 [2, length]: the negative prompt, then the prompt. And sentences on what was cut off, as diffusers says
-        it, and one on words that mean nothing to this bundle, of those that were not cut off."""
+        """int64 [2, length]: the negative prompt, then the prompt. And warnings: text that was cut off, and words that
+        this bundle was not trained on."""
         rows, warnings = [], []
         new: list[str] = []
         uses: dict[str, list[str]] = {}
@@ -125,7 +121,8 @@ class Bundle:
         return np.stack(rows), warnings
 
     def table(self, stream: str, request: Request) -> Table:
-        """The schedule of one stage of a request; raises RequestError for a solver or steps it cannot do."""
+        """The schedule of one stage of a filled request. Raises RequestError for a solver or steps that it cannot
+        run."""
         if stream == HANDS:
             graph, chosen = "hand_prior", (request.hand_solver, request.hand_steps, request.hand_guidance)
             interval = (0.0, 1.0)
@@ -136,20 +133,20 @@ class Bundle:
         if key not in self._tables:
             solver, steps, guidance = chosen
             if solver is None or steps is None or guidance is None:
-                raise RequestError("The request has gaps. Fill them with HanDiffuser.prepare before it is run.")
+                raise RequestError("The request must have all its settings. Call HanDiffuser.prepare first.")
             history = self.manifest.num_history[graph]
             try:
                 table = rows(self._schedules[graph], solver, steps, guidance, history, interval)
             except RequestError as error:
-                if stream == HANDS and error.field:
-                    error.field = f"hand_{error.field}"
+                if stream == HANDS and error.param:
+                    error.param = f"hand_{error.param}"
                 raise
             keep(self._tables, key, table)
         return self._tables[key]
 
     def levels(self, request: Request) -> np.ndarray:
-        """[N, 3]: of each step of a filled request, the parts of picture and noise (α, σ) in scale * latents, and that
-        scale."""
+        """[N, 3], a row for each step of a filled request: the shares of picture and noise (α, σ) in scale * latents,
+        and that scale."""
         table = self.table(LATENTS, request)
         abar = self._schedules["unet"].alphas_cumprod()
         abar = np.interp(table.timesteps, np.arange(len(abar)), abar)  # Karras' timesteps are fractional
@@ -164,21 +161,21 @@ class Bundle:
             try:
                 load_hands(request.hands)
             except RequestError as error:
-                error.field = "hands"
+                error.param = "hands"
                 raise
 
 
 def keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
-    """Adds to a cache, and lets its oldest entry go when it is full: a server sees ever new guidances."""
+    """Adds to a cache. A full cache drops its oldest entry: requests bring ever new guidances."""
     if len(cache) >= TABLES:
         cache.pop(next(iter(cache)))
     cache[key] = value
 
 
 def _digest(manifest: Manifest) -> str:
-    """16 hexadecimal digits that stand for the bundle in ids and metadata: all that has a say in a picture.
+    """16 hexadecimal digits that name the bundle in ids and metadata: a hash of all that determines a picture.
 
-    Not when and by what it was exported, and not its defaults: a request carries their values itself.
+    The date and versions of the export and the defaults are left out: requests carry the values of the defaults.
     """
     names = ("files", "schedules", "num_history", "latent_size", "tokenizer", "params_mean", "params_std")
     values = {name: getattr(manifest, name) for name in names}
@@ -186,7 +183,7 @@ def _digest(manifest: Manifest) -> str:
 
 
 def _made_by(bundle: str) -> dict[str, str]:
-    """What a picture's metadata says of its origin; the loop adds what it runs on."""
+    """The origin in the metadata of pictures; the loop adds its device."""
     packages = ("handiffuser", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
     found = {package: version(package) for package in packages}
     return {"bundle": bundle} | {package: number for package, number in found.items() if number}

@@ -3,11 +3,11 @@
     clash(features["joints_3d"], features["visibility"], params)     # one row of each
 
 A prompt that leaves the number of hands open ("thumbs up") allows one hand or two. In few steps stage 1 may end between
-the two: both hands are there, but at one place, and stage 2 paints arms that have grown into each other. Or no camera
-sees both hands where they should be, and one of them leaves the picture.
+the two: both hands are at one place, and stage 2 paints arms that have grown into each other. Or the camera cannot show
+both hands where they should be, and one of them leaves the picture.
 
-Two hands clash where, as the camera sees them, one lies over the other by more than OVERLAP of its bones. Depth has no
-say: a hand before another one looks no better to a stage 2 that saw hands side by side only. Finger tips may touch.
+Two hands clash where, in the camera's view, more than OVERLAP of the bones of one lie over the other. Depth does not
+count: stage 2 saw hands side by side only, and paints a hand before another one no better. Finger tips may touch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ OVERLAP = 0.05  # share of a hand's bones: two finger tips that touch are less, 
 
 
 def clash(joints: np.ndarray, visibility: np.ndarray, params: np.ndarray) -> bool:
-    """Whether stage 1 wants two hands that lie over each other, or of which one is not to be seen.
+    """Whether stage 1 wants two hands and they lie over each other, or the camera does not show one of them.
 
-    joints: [62, 3] metres, x and y as the camera sees them. visibility: [2]. params: [330], not normalised.
+    joints: [62, 3] metres, x and y in the camera's view. visibility: [2]. params: [330], not normalised.
     """
     presence = params[PLACEMENT].reshape(2, 4)[:, 0]
     if presence.sum() <= 1.5:  # as `HandFeatures` decides it: one hand, or none
@@ -35,7 +35,7 @@ def clash(joints: np.ndarray, visibility: np.ndarray, params: np.ndarray) -> boo
 
 
 def overlap(joints: np.ndarray) -> float:
-    """The share of a hand's bones that lies over the other hand or its forearm; of the two hands the larger share.
+    """The share of a hand's bones that lie over the other hand or its forearm: the larger share of the two hands.
 
     joints: [62, 3] metres.
     """
@@ -45,7 +45,7 @@ def overlap(joints: np.ndarray) -> float:
         palm = float(np.linalg.norm(joints[hand[9]] - joints[hand[0]]))
         starts, ends = own[[a for a, _ in BONES]], own[[b for _, b in BONES]]
         points.append((starts[:, None] + SAMPLES * (ends - starts)[:, None]).reshape(-1, 2))
-        # Of the forearm the half at the wrist: the other one is outside of most pictures.
+        # The half of the forearm at the wrist: most pictures do not show the other half.
         half = (own[0] + joints[elbow, :2]) / 2
         width = np.append(np.full(len(BONES), FLESH), FOREARM) * palm
         arms.append((np.vstack([starts, own[:1]]), np.vstack([ends, half]), width))

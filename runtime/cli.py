@@ -22,22 +22,21 @@ import click
 
 from .. import commands, grammar, shipped
 from ..commands import INTERRUPTED
-from ..contract import MANIFEST, MAX_REDRAWS, Manifest
+from ..contract import MANIFEST, Manifest
 from ..engines.backends import CHOICES, DEVICES
-from ..errors import HanDiffuserError, RequestError
+from ..errors import HanDiffuserError, OutputError, RequestError
 from ..hands import NO_HANDS, load_hands
-from ..schedules import SOLVERS
 from .bundle import Bundle
-from .outputs import OutputError, OutputFolder, open_folder
+from .options import given, setting_options
+from .outputs import OutputFolder
 from .pipeline import HanDiffuser
+from .remote import open_folder
 from .reporting import Reporter
-from .requests import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Request, RequestFile, Resolver
+from .requests import Request, RequestFile, Resolver
 from .results import Failure
 
 # What Ray takes as an address.
 ADDRESS = re.compile(r"auto|local|(ray://)?\S+:\d+")
-_STEPS = click.IntRange(1, MAX_STEPS)
-_GUIDANCE = click.FloatRange(0, MAX_GUIDANCE)
 
 
 def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -66,63 +65,28 @@ def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
     help="Show the words that the model was trained on, and make no picture.",
 )
 @click.option("--output", "-o", default="out", show_default=True, metavar="FOLDER", help="Where pictures go.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, MAX_SEED),
-    default=0,
-    show_default=True,
-    help="Seed of every picture; a repeated prompt takes the next one each time.",
-)
-@click.option(
-    "--images-per-prompt",
-    type=click.IntRange(1, 10000),
-    default=1,
-    show_default=True,
-    help="With the seeds SEED, SEED + 1, ...",
-)
-@click.option("--steps", type=_STEPS, help="Steps of the picture.  [default: the bundle's]")
-@click.option("--solver", type=click.Choice(list(SOLVERS)), help="Solver of the picture.  [default: the bundle's]")
-@click.option("--guidance", type=_GUIDANCE, help="How strictly the picture follows; 1 is off.  [default: the bundle's]")
-@click.option(
-    "--guidance-interval",
-    type=(click.FloatRange(0, 1), click.FloatRange(0, 1)),
-    metavar="START STOP",
-    help="Guide this part of the steps only, such as 0 0.5: faster, another picture (see the README).  [default: 0 1]",
-)
-@click.option("--negative-prompt", help="What the picture shall not show.")
-@click.option(
-    "--noise-offset",
-    type=click.FloatRange(0, 1),
-    help="How much colours vary that the prompt leaves open.  [default: the bundle's]",
-)
-@click.option("--hand-steps", type=_STEPS, help="Steps of the hands.  [default: the bundle's]")
-@click.option("--hand-guidance", type=_GUIDANCE, help="Guidance of the hands.  [default: the bundle's]")
-@click.option(
-    "--hand-redraws",
-    type=click.IntRange(0, MAX_REDRAWS),
-    help="How often two hands are drawn again that lie over each other or leave the picture.  [default: the bundle's]",
-)
+@setting_options
 @click.option(
     "--hand-params",
     metavar="FILE",
-    help="A .hands.npz, edited or not: skips making hands. Its camera stays, so that bending a finger moves nothing "
-    "else; without a camera in the file, placement says where the hands are.",
+    help="Take the hands of this .hands.npz, edited or not. Its camera stays: bending a finger moves nothing else. "
+    "Without a camera in the file, placement says where the hands are.",
 )
-@click.option("--no-hands", is_flag=True, help="Nobody's hands are to be seen: the prompt alone paints.")
+@click.option("--no-hands", is_flag=True, help="Paint the prompt alone, without hands.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
 @click.option("--backend", type=click.Choice(CHOICES), default="auto", show_default=True, help="What runs the engines.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
-@click.option("--no-overlap", is_flag=True, help="On a GPU: one thing after the other, on one stream.")
-@click.option("--no-warm-up", is_flag=True, help="On a GPU: make engines ready when they are first used, not before.")
+@click.option("--no-overlap", is_flag=True, help="On a GPU: use one stream, without overlap.")
+@click.option("--no-warm-up", is_flag=True, help="On a GPU: load engines at their first use, not before.")
 @click.option(
     "--ray",
     is_flag=False,
     flag_value="local",
     metavar="[ADDRESS]",
-    help="Work on all GPUs or cores of the Ray cluster at ADDRESS, or of this machine. It comes after the prompts.",
+    help="Use all GPUs or cores of the Ray cluster at ADDRESS, or of this machine. Put it after the prompts.",
 )
-@click.option("--ray-workers", type=click.IntRange(1, 100_000), help="Actors.  [default: one a GPU, or a core]")
+@click.option("--ray-workers", type=click.IntRange(1, 100_000), help="Ray actors.  [default: one for each GPU or core]")
 @click.option("--quiet", "-q", is_flag=True, help="Only warnings and errors.")
 @click.option(
     "--check",
@@ -134,36 +98,37 @@ def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
 )
 @click.version_option(package_name="handiffuser", prog_name="hd-run")
 def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output: str, **options: Any) -> int:
-    """Makes a picture of every PROMPT, with the hands it speaks of.
+    """Makes a picture of every PROMPT, with the hands that it describes.
 
     ENGINES is a bundle folder that hd-export made, or the word `demo` for the one that ships with this package.
 
     For each picture the output folder gets ID.png, ID.hands.npz (SMPL-H arrays), ID.hands.png (the skeleton drawn
-    over it) and ID.json, and for all of them index.html. Run the same command again to go on after an interruption:
-    pictures that are there are skipped. The exit code is 0 when any picture is there, 1 when none could be made or
-    the run had to stop, 130 after Ctrl-C; --strict makes it 1 also where a prompt was refused or a picture failed.
+    over it) and ID.json. index.html shows them all. After an interruption, run the same command again: it skips
+    finished pictures. The exit code is 0 when any picture is there, 1 when the run made none or had to stop, and 130
+    after Ctrl-C. With --strict it is also 1 when a prompt was refused or a picture failed.
     """
     check_order(engines, prompts, prompts_file, options["ray"])
     if options["list_words"]:
         return list_words(engines)
     say = Reporter(options["quiet"])
-    settings = settings_of(options)
+    hands = NO_HANDS if options["no_hands"] else options["hand_params"]
+    settings = {**given(options), "hands": hands}
     if options["hand_params"] is not None:
-        load_hands(options["hand_params"])  # one sentence about it, not one for every prompt
-    asked = Asked(prompts, prompts_file, settings, say)
-    lines = iter(asked)
+        load_hands(options["hand_params"])  # one error about the file, not one for every prompt
+    source = Prompts(prompts, prompts_file, settings, say)
+    lines = iter(source)
     first = next(lines, None)
     if first is None:
-        if asked.refused:
+        if source.refused:
             return 1
         raise RequestError(
-            f'There is nothing to do: give a prompt, such as hd-run {engines} "a fist", or --prompts FILE.'
+            f'There is nothing to do. Give a prompt, such as hd-run {engines} "a fist", or --prompts FILE.'
         )
 
-    # What can go wrong cheaply goes wrong first: the bundle's manifest, the folder, and only then the loading.
+    # The cheap checks come first: the manifest, then the folder, then the loading.
     Manifest.load(shipped.resolve(engines, "bundle"), verify=False)
     if options["ray"] is not None:
-        return _on_ray(engines, output, chain([first], lines), asked, options, say)
+        return _on_ray(engines, output, chain([first], lines), source, options, say)
     with open_folder(output, say=say.warning) as folder:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
@@ -174,16 +139,16 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
                 options["batch_size"],
                 options["backend"],
                 overlap=not options["no_overlap"],
-                pictures=len(asked) * options["images_per_prompt"],
+                pictures=len(source) * options["images_per_prompt"],
             )
-        resolver = pipeline.resolver(options["seed"], options["images_per_prompt"])
-        queue = Queue(chain([first], lines), resolver, folder, pipeline.digest, asked)
+        resolver = pipeline.resolver(options["seed"] or 0, options["images_per_prompt"])
+        queue = Todo(chain([first], lines), resolver, folder, pipeline.digest, source)
 
         failed, stopped, code = 0, "", 0
         started = time.perf_counter()
         try:
-            with say.progress(len(asked) * options["images_per_prompt"]) as progress:
-                # The first pictures start while the rest of a long file waits to be read.
+            with say.progress(len(source) * options["images_per_prompt"]) as progress:
+                # The first pictures start before the rest of a long file is read.
                 head = list(islice(filter(None, queue), options["batch_size"]))
                 if head and not options["no_warm_up"]:
                     pipeline.warm_up(len(head), progress.event)
@@ -196,7 +161,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
                     for warning in result.warnings:
                         say.warning_of(result.id, warning)
                     folder.save(result)
-                    progress.picture(queue.skipped + asked.refused)
+                    progress.picture(queue.skipped + source.refused)
                 folder.flush()
         except KeyboardInterrupt:
             commands.ending()  # pictures may be on their way to the disk
@@ -207,27 +172,11 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
             say.warning(sentence)
         seconds = time.perf_counter() - started
         folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk
-        return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code, options["strict"])
-
-
-def settings_of(options: dict[str, Any]) -> dict[str, Any]:
-    """The settings that requests share, by the fields of Request."""
-    return {
-        "steps": options["steps"],
-        "solver": options["solver"],
-        "guidance": options["guidance"],
-        "guidance_interval": options["guidance_interval"] or (0.0, 1.0),
-        "negative_prompt": options["negative_prompt"] or "",
-        "hand_steps": options["hand_steps"],
-        "hand_guidance": options["hand_guidance"],
-        "noise_offset": options["noise_offset"],
-        "hand_redraws": options["hand_redraws"],
-        "hands": NO_HANDS if options["no_hands"] else options["hand_params"],
-    }
+        return _end(folder, say, seconds, queue.skipped, source.refused, failed, stopped, code, options["strict"])
 
 
 def check_order(engines: str, prompts: tuple[str, ...], prompts_file: str | None, ray: str | None) -> None:
-    """Raises RequestError where an argument stands in another's place."""
+    """Raises RequestError where arguments are in the wrong order."""
     if ray is not None and not ADDRESS.fullmatch(ray):
         raise RequestError(
             f"--ray must be an address such as 10.0.0.1:6379, or stand last, got {ray!r}. "
@@ -263,12 +212,12 @@ def _on_ray(
     engines: str,
     output: str,
     lines: Iterator[tuple[str, Request]],
-    asked: Asked,
+    source: Prompts,
     options: dict[str, Any],
     say: Reporter,
 ) -> int:
-    """The same on a Ray cluster: this process keeps the folder's lock and the count, actors make the pictures."""
-    from ..serving import ray  # which is a front end of the loop, as this command is
+    """`run` on a Ray cluster: this process keeps the folder's lock and the count, actors make the pictures."""
+    from ..serving import ray
 
     folder_of_engines = shipped.resolve(engines, "bundle").resolve()
     bundle = Bundle.load(folder_of_engines)
@@ -276,9 +225,9 @@ def _on_ray(
     with open_folder(output, say=say.warning) as folder:
         images = options["images_per_prompt"]
         resolver = Resolver(
-            bundle.manifest.defaults, bundle=bundle.digest, seed=options["seed"], images=images, check=bundle.check
+            bundle.manifest.defaults, bundle=bundle.digest, seed=options["seed"] or 0, images=images, check=bundle.check
         )
-        queue = Queue(lines, resolver, folder, bundle.digest, asked)
+        queue = Todo(lines, resolver, folder, bundle.digest, source)
         todo = [
             replace(request, hands=str(Path(request.hands).resolve()))
             if request.hands not in (None, NO_HANDS)
@@ -301,11 +250,11 @@ def _on_ray(
                     pictures=-(-len(todo) // workers),
                 )
                 steps = {str(request.id): request.steps or 0 for request in todo}
-                total = len(asked) * images
-                # Ray says on stdout which of its processes ended; what became of each picture is said here.
+                total = len(source) * images
+                # Ray prints on stdout which of its processes ended. This command reports each picture itself.
                 with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), say.progress(total) as progress:
                     for row in ray.paint(todo, how, output, workers):
-                        folder.flush()  # is it still this run's?
+                        folder.flush()  # raises where another run has taken the folder
                         if row["state"] == "failed":
                             failed += 1
                             say.problem(f"{row['id']}: {row['sentence']}")
@@ -314,14 +263,14 @@ def _on_ray(
                             say.warning_of(row["id"], warning)
                         folder.saved.append(row["id"])
                         progress.event("steps", steps[row["id"]])
-                        progress.picture(queue.skipped + asked.refused)
+                        progress.picture(queue.skipped + source.refused)
         except KeyboardInterrupt:
             commands.ending()
             stopped, code = "Interrupted. Run the same command again to go on.", INTERRUPTED
         except HanDiffuserError as error:
             stopped, code = str(error), 1
         seconds = time.perf_counter() - started
-        return _end(folder, say, seconds, queue.skipped, asked.refused, failed, stopped, code, options["strict"])
+        return _end(folder, say, seconds, queue.skipped, source.refused, failed, stopped, code, options["strict"])
 
 
 def _end(
@@ -335,8 +284,7 @@ def _end(
     code: int,
     strict: bool,
 ) -> int:
-    """Writes the contact sheet and says how it went; the exit code, which is 1 where there is nothing to show, or where
-    something was left out of a strict run."""
+    """Writes the contact sheet, reports the result, and returns the exit code."""
     index = ""
     try:
         index = str(folder.write_index())
@@ -350,10 +298,10 @@ def _end(
     return code if code or folder.saved or skipped else 1
 
 
-class Asked:
-    """What the user asks for: (where it came from, Request) of the command line, then of the file, as they are read.
+class Prompts:
+    """The user's prompts: yields (place, Request) of the command line, then of the file, as it reads them.
 
-    Those that cannot be run are reported when their turn comes, and counted. `len` is how many there are, good and bad.
+    It reports and counts those that it refuses. `len` counts all, good and bad.
     """
 
     def __init__(self, prompts: tuple[str, ...], path: str | None, settings: dict[str, Any], say: Reporter) -> None:
@@ -385,21 +333,21 @@ class Asked:
                     yield place, line
 
 
-class Queue:
-    """The requests still to do, filled in one by one as the loop has room for them.
+class Todo:
+    """The requests that are still to do, filled in one by one as the loop has room for them.
 
-    What is in the folder already is skipped and counted; what this bundle cannot run is refused.
+    It skips and counts finished pictures, and refuses what this bundle cannot run.
     """
 
     def __init__(
         self,
-        asked: Iterator[tuple[str, Request]],
+        lines: Iterator[tuple[str, Request]],
         resolver: Resolver,
         folder: OutputFolder,
         bundle: str,
-        refusals: Asked,
+        prompts: Prompts,
     ) -> None:
-        self.asked, self.resolver, self.folder, self.bundle, self.refusals = asked, resolver, folder, bundle, refusals
+        self.lines, self.resolver, self.folder, self.bundle, self.prompts = lines, resolver, folder, bundle, prompts
         self.skipped = 0
         self._requests = self._each()
 
@@ -407,17 +355,17 @@ class Queue:
         return self._requests
 
     def _each(self) -> Iterator[Request | None]:
-        for place, request in self.asked:
+        for place, request in self.lines:
             try:
                 for filled in self.resolver.each(request):
                     if self.folder.done(filled, self.bundle):
                         self.skipped += 1
                         if self.skipped % 64 == 0:
-                            yield None  # a folder may hold thousands: what is in flight goes on meanwhile
+                            yield None  # the loop goes on while thousands of finished pictures are skipped
                     else:
                         yield filled
             except RequestError as error:
-                self.refusals.refuse(place, error)
+                self.prompts.refuse(place, error)
 
 
 def main() -> None:

@@ -1,20 +1,20 @@
-"""The two stages on a GPU: the same loop as in `host.py`, with everything between prompt and picture on the device.
+"""The two stages on a GPU: the loop of `host.py`, with everything between prompt and picture on the device.
 
-The host only enqueues. State, solver rows, time rows, keys and values lie in buffers that were allocated once; a step
-is one captured CUDA graph (the step engine, and the copies that make its outputs the next step's inputs), launched
-again for every step. Nothing waits for the device until a finished picture has been copied into pinned memory.
+The host only enqueues. State, solver rows, time rows, keys and values lie in buffers that are allocated once. A step is
+one captured CUDA graph (the step engine, and copies of its outputs to the next step's inputs), launched again for every
+step. The host waits only for finished pictures in pinned memory.
 
     main   rows of this step -> step graph -> log of finite rows ... | finished latents -> exit buffer
-    side   text -> hands -> features -> context -> keys, values of the requests that come next
+    side   text -> hands -> features -> context -> keys, values of the next requests
     out    exit buffer -> image decoder -> pinned memory
 
-With `overlap` the three are streams of their own, ordered by events; without it they are one. Which row of its
-schedule a request is at is known to the host, because no decision depends on what the device computes. So the rows
-are copied on the device from each schedule's table, two small copies a request and step, and the captured graph needs
-no step index: the same graph serves requests at any steps, of any solvers.
+With `overlap` these are three streams, ordered by events; without it they are one. The host knows at which row of its
+schedule a request is, because no decision depends on results of the device. So each step copies the rows of its
+requests from their tables on the device, two small copies a request. The captured graph needs no step index: one graph
+serves requests at any step, of any solver.
 
-NaN and infinity are found in the graphs (their output `finite`): each step's answer goes into a log on the device that
-comes to the host with the picture. A NaN stays in its row, so that the log says at which step it came up.
+The graphs find NaN and infinity (their output `finite`). Each step writes that into a log on the device, which comes to
+the host with the picture. A NaN stays in its row, so that the log says at which step it came up.
 """
 
 from __future__ import annotations
@@ -23,195 +23,39 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..contract import MAX_REDRAWS
 from ..errors import EngineError, RequestError
 from ..hands import load_hands
-from ..schedules import Table
+from ..settings import MAX_REDRAWS, MAX_STEPS
 from .bundle import Bundle, keep
-from .device_graphs import STREAM, After, DeviceGraph, Staging, Streams
+from .device_graphs import STREAM, DeviceGraph, Staging, Streams
 from .device_noise import DeviceNoise
-from .noise import HANDS, LATENTS, RequestNoise
-from .requests import MAX_STEPS, Request, take
+from .device_sampler import DeviceJob, DeviceSampler, DeviceTable, first_bad
+from .noise import HANDS, LATENTS
+from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
-from .sampler import GUIDANCE
 from .steptimes import StepTimes
 
-JUDGED = ("joints_3d", "visibility")  # what says whether two hands fit into one picture
-AHEAD = 3  # steps that the host enqueues beyond the one that runs: the device never waits, new requests hardly do
-LOG = 2 * MAX_STEPS  # steps whose finite flags are kept; more than a request may take
-HAND_LOG = (2 + MAX_REDRAWS) * MAX_STEPS  # the same of the hands of a batch, of which some are drawn again
-
-
-@dataclass
-class DeviceTable:
-    """A schedule on the device: rows [N, R] and, for the UNet, time rows [N, T]."""
-
-    table: Table
-    steps: dict[str, Any]  # "row", perhaps "time"
-
-
-@dataclass
-class DeviceJob:
-    """One request's way through a step graph; constants are device arrays without a batch axis."""
-
-    key: Hashable
-    noise: RequestNoise
-    table: DeviceTable
-    constants: Mapping[str, Any]
-    position: int = 0
-    log: list[tuple[int, int]] = field(default_factory=list)  # (step of the log, row) of each of its steps
-
-
-class DeviceSampler:
-    """The step sampler's twin: `slots` jobs in flight, compacted to the front of the step graph's buffers.
-
-    Not all of it: a job's result is where `take` puts it, and whether it is finite is known when the log has come.
-    times: what steps took, which decides how many jobs the next one advances; without it, all of them. lines: of
-    how many steps it is kept whether rows were finite.
-    """
-
-    def __init__(
-        self,
-        cuda: Any,
-        graph: DeviceGraph,
-        state_name: str,
-        slots: int,
-        noise: DeviceNoise,
-        times: StepTimes | None = None,
-        lines: int = LOG,
-    ) -> None:
-        self.graph, self.state_name, self.slots, self.noise = graph, state_name, slots, noise
-        self.jobs: list[DeviceJob] = []
-        moving = [name for name in (state_name, "history") if name in graph.inputs]
-        self.state, self.moving = graph.inputs[state_name], moving
-        self.tables = [name for name in ("row", "time") if name in graph.inputs]
-        self.constants = [n for n in graph.inputs if n not in (*moving, *self.tables, "noise")]
-        self.log = cuda.zeros((lines, graph.buckets[-1]), "float32")
-        self.advance = _advance([(graph.inputs[name], graph.outputs[name]) for name in moving])
-        self.count = 0  # steps launched so far
-        self.times = times
-        self.seconds = 0.0  # of the steps that were waited for, on the device
-        self.marks: deque[tuple[Any, Any, int, bool]] = deque()  # start, end, rows, alone: of the steps under way
-
-    @property
-    def free(self) -> int:
-        return self.slots - len(self.jobs)
-
-    def submit(self, stream: Any, job: DeviceJob) -> None:
-        """Takes a job in; what it reads must be there when `stream` gets to it."""
-        i = len(self.jobs)
-        self.noise.start(stream, self.state[i], job.noise)
-        for name in (*self.moving[1:], "noise"):
-            stream.zero(self.graph.inputs[name][i])
-        for name in self.constants:
-            stream.copy(self.graph.inputs[name][i], job.constants[name])
-        for name, array in self.graph.alone.items():
-            stream.copy(array[i], job.constants[name][1:])
-        self.jobs.append(job)
-
-    def step(self, stream: Any, take: Callable[[DeviceJob, Any], None]) -> int:
-        """Enqueues one step of the oldest jobs; take(job, final state row) for those that this was the last of.
-
-        Returns the number of jobs that made a step.
-        """
-        count, unguided = len(self.jobs), self._unguided()
-        if self.times is not None:
-            count = self.times.choose(count, unguided)
-        start = stream.record(timed=True) if self.times is not None else None
-        for i, job in enumerate(self.jobs[:count]):
-            for name in self.tables:
-                stream.copy(self.graph.inputs[name][i], job.table.steps[name][job.position])
-            if job.noise.stochastic:
-                self.noise.step(stream, self.graph.inputs["noise"][i], job.noise, job.position)
-        alone = all(unguided[:count])
-        self.graph.launch(stream, count, self.advance, alone)
-        line = self.count % len(self.log)
-        stream.copy(self.log[line][:count], self.graph.outputs["finite"][:count])
-        self.count += 1
-        if start is not None:
-            self.marks.append((start, stream.record(timed=True), count, alone))
-        for i in reversed(range(count)):
-            job = self.jobs[i]
-            job.position += 1
-            job.log.append((line, i))
-            if job.position == len(job.table.table.rows):
-                take(job, self.state[i])
-                self._remove(stream, i)
-        return count
-
-    def drop(self, stream: Any, key: Hashable) -> None:
-        """Takes a job out between two steps."""
-        for i, job in enumerate(self.jobs):
-            if job.key == key:
-                self._remove(stream, i)
-                return
-
-    def wait(self, ahead: int) -> None:
-        """Until at most `ahead` steps are under way; the times of the others are noted."""
-        while len(self.marks) > ahead:
-            start, end, rows, alone = self.marks.popleft()
-            end.synchronize()
-            seconds = end.seconds_since(start)
-            self.seconds += seconds
-            if self.times is not None:
-                self.times.add(rows, seconds, alone)
-
-    def clear(self) -> None:
-        """Forgets the jobs, and steps that nobody waited for."""
-        self.jobs.clear()
-        self.marks.clear()
-
-    def _unguided(self) -> list[bool]:
-        """Of each job whether its step is without guidance."""
-        return [bool(job.table.table.rows[job.position, GUIDANCE] == 1) for job in self.jobs]
-
-    def _remove(self, stream: Any, i: int) -> None:
-        """Closes row i's gap: the rows behind it move up, so that they stay in the order of their age."""
-        buffers = [self.graph.inputs[name] for name in (*self.moving, *self.constants, "noise")]
-        for row in range(i, len(self.jobs) - 1):
-            for array in (*buffers, *self.graph.alone.values()):
-                stream.copy(array[row], array[row + 1])
-        self.jobs.pop(i)
-
-
-def _advance(pairs: list[tuple[Any, Any]]) -> After:
-    """Makes what a step gave what the next one takes; captured with the step. pairs: (input, output) of each state.
-
-    It knows the buffers alone: a sampler that its own graph knew would be freed by the garbage collector only, and with
-    it the device's memory, at a moment that nobody chose.
-    """
-
-    def advance(stream: Any, bucket: int) -> None:
-        for taken, given in pairs:
-            stream.copy(taken[:bucket], given[:bucket])
-
-    return advance
-
-
-def first_bad(log: np.ndarray, job: DeviceJob) -> int | None:
-    """The step at which a job stopped being finite, or None. log: [LOG, slots] as it came from the device."""
-    for step, (line, row) in enumerate(job.log):
-        if not log[line, row] > 0.5:
-            return step
-    return None
+JUDGED = ("joints_3d", "visibility")  # features that `clash` reads
+AHEAD = 3  # steps that the host enqueues beyond the current one: the device never waits, new requests hardly do
+HAND_LOG_STEPS = (2 + MAX_REDRAWS) * MAX_STEPS  # a batch of hands takes that many steps at most, with redraws
 
 
 @dataclass
 class _Batch:
-    """Requests whose stage 1 was enqueued together; `row` i of every buffer belongs to works[i]."""
+    """Requests that go through stage 1 together; row i of every buffer belongs to works[i]."""
 
     works: list[Work]
     jobs: dict[Hashable, DeviceJob]  # of the hand prior
-    done: Any  # event: keys and values are there
-    host: dict[str, np.ndarray]  # pinned copies of x and of the features, good after `arrived`
+    done: Any  # event: keys and values are ready
+    host: dict[str, np.ndarray]  # pinned copies of x and of the features, valid after `arrived`
     log: np.ndarray
     arrived: Any
-    left: int = 0  # works whose picture is not out yet
+    left: int = 0  # works that have no result yet
 
 
 @dataclass
@@ -236,44 +80,41 @@ class DeviceLoop:
         self.overlap = self.side is not self.main
         self.staging = Staging(cuda)
         self.noise = DeviceNoise(cuda, self.staging)
-        self.hands_sampler = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.noise, lines=HAND_LOG)
+        self.hands_sampler = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.noise, log_steps=HAND_LOG_STEPS)
         times = StepTimes(graphs["unet"].buckets)
         self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.noise, times)
         latents = graphs["unet"].inputs["latents"]
-        # Latents that have left their slots and wait for the decoder, and the log of their steps, which goes on being
-        # written: three of each, so that the UNet never waits for who reads them.
+        # Latents that wait for the decoder, and a copy of the log of their steps: three of each, so that the UNet never
+        # waits for the decoder.
         shape, lines = (slots, *latents.shape[1:]), self.sampler.log.shape
         self.exits: list[tuple[Any, Any, Any]] = [
             (cuda.zeros(shape, "float32"), cuda.zeros(lines, "float32"), None) for _ in range(3)
         ]
         self.tables: dict[tuple[Any, ...], DeviceTable] = {}
         text = graphs["text_encoder"].outputs["text"]
-        self.both = cuda.zeros((slots, 2, *text.shape[1:]), text.dtype)  # of each prompt: without text, with it
-        self.no_text: Any = None  # the text of the empty prompt [77, D], on the device
+        self.both = cuda.zeros((slots, 2, *text.shape[1:]), text.dtype)  # for each prompt: the empty text, its own
+        self.no_text: Any = None  # the empty prompt's [77, D], on the device
         self.after_run: Callable[[], None] = lambda: None
         self.at_close: Callable[[], None] = lambda: None
         self.closed = False
-        self.timings = {"unet": 0.0, "total": 0.0}  # seconds of steps that have events, and in `run`
-        self.consumed: list[Any] = []  # events: stage 1's outputs have been read, and may be overwritten
+        self.timings = {"unet": 0.0, "total": 0.0}  # seconds of the steps, and of `run`
+        self.consumed: list[Any] = []  # events: stage 2 has read the outputs of stage 1
         self.cancelled: set[Hashable] = set()
         self.ready: deque[tuple[_Batch, int]] = deque()
         self.running: dict[Hashable, tuple[_Batch, int]] = {}
 
     def warnings(self) -> list[str]:
-        """What the user should know about how this runs."""
+        """Warnings about how this runs."""
         refused = [name for name, graph in self.graphs.items() if graph.refused]
-        sentences = [f"Noise is drawn on the host, which is slower: {self.noise.refused}"] if self.noise.refused else []
+        sentences = [f"The host draws the noise, which is slower: {self.noise.refused}"] if self.noise.refused else []
         if refused:
-            sentences.append(
-                f"CUDA graphs could not be captured for {', '.join(refused)}; they are launched kernel by kernel."
-            )
+            sentences.append(f"CUDA graphs could not be captured for {', '.join(refused)}. They run kernel by kernel.")
         return sentences
 
     def warm_up(self, rows: int, tell: OnEvent) -> None:
-        """Loads, runs once and captures every engine that up to `rows` requests at once will need.
+        """Loads, runs once and captures every engine for up to `rows` requests at once.
 
-        Without it each is made ready in the middle of the loop when it is first used, and all in flight waits.
-        tell: ("warm-up", 1) for every engine.
+        Without it that happens at the first use of each engine, and all requests wait. tell: ("warm-up", 1) for each.
         """
         rows = min(rows, self.slots)
         samplers = {"unet": self.sampler, "hand_prior": self.hands_sampler}
@@ -281,34 +122,34 @@ class DeviceLoop:
             stream = getattr(self, STREAM[name])
             for ready in graph.warm_up(stream, rows, samplers[name].advance if name in samplers else None):
                 tell("warm-up", ready)
-            stream.synchronize()  # so that the next graph's engines may use the same scratch memory on another stream
+            stream.synchronize()  # the next graph's engines may use the same scratch memory on another stream
         self.after_run()
 
     def close(self) -> None:
         """Frees what is on the device, engines first. The loop cannot run again."""
         self.closed = True
-        with suppress(EngineError):  # what failed before is no reason to keep memory
+        with suppress(EngineError):  # free the memory also after a failure
             for stream in {self.main, self.side, self.out}:
                 stream.synchronize()
         for graph in self.graphs.values():
             graph.close()
-        self.after_run = lambda: None  # it knows the engines
+        self.after_run = lambda: None  # it refers to the engines
         self.at_close()
         self.cuda.close()
 
     def run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
-        """Yields each picture as soon as it is out."""
+        """Yields each picture as soon as it is on the host."""
         try:
             clock = time.perf_counter()
             for result in self._run(requests, tell):
                 self.timings["total"] += time.perf_counter() - clock
                 yield result
-                clock = time.perf_counter()  # what the caller does with a picture is not ours to count
+                clock = time.perf_counter()  # without the time that the caller takes
             self.timings["total"] += time.perf_counter() - clock
-        finally:  # also when the caller stops early: nothing may be left for the next run
+        finally:  # also when the caller stops early: the next run starts empty
             self.sampler.clear()
             self.hands_sampler.clear()
-            if not self.closed:  # nor for a stream to wait for, if the caller closed the loop meanwhile
+            if not self.closed:  # the caller may have closed the loop meanwhile
                 for stream in {self.main, self.side, self.out}:
                     stream.synchronize()
                 self.staging.reclaim()
@@ -344,11 +185,11 @@ class DeviceLoop:
         self.cancelled.add(id)
 
     def _drop(self, id: Hashable) -> list[Failure]:
-        """Takes a request out between two steps; one whose latents are on their way out comes out."""
+        """Takes a request out between two steps. A request whose latents wait for the decoder is finished instead."""
         for i, (batch, row) in enumerate(self.ready):
             if batch.works[row].request.id == id:
                 del self.ready[i]
-                if not self.ready:  # those before it have been read, and nobody will read its own
+                if not self.ready:  # stage 2 has read the others, and does not read this one
                     self.consumed = [self.main.record()]
                 return [self._left(batch, row)]
         if all(job.key != id for job in self.sampler.jobs):
@@ -357,19 +198,19 @@ class DeviceLoop:
         return [self._left(*self.running.pop(id))]
 
     def _left(self, batch: _Batch, row: int) -> Failure:
-        batch.arrived.synchronize()  # its copies may be under way
+        batch.arrived.synchronize()  # copies may be under way
         self._done(batch)
         return cancelled(batch.works[row].request)
 
     def _done(self, batch: _Batch) -> None:
-        """One of a batch is out; with the last its memory is free."""
+        """One work of a batch has its result; after the last the memory is free."""
         batch.left -= 1
         if not batch.left:
             for array in (*batch.host.values(), batch.log):
                 self.staging.give(array)
 
     def peek(self, id: str) -> Peek | None:
-        """See `HanDiffuser.peek`. The host waits for the steps that are under way."""
+        """See `HanDiffuser.peek`. The host waits for the steps under way."""
         where = {batch.works[row].request.id: (batch, row) for batch, row in self.ready} | self.running
         if id not in where:
             return None
@@ -382,7 +223,7 @@ class DeviceLoop:
         step, latents = 0, None
         if id in self.running:
             i = next((i for i, job in enumerate(self.sampler.jobs) if job.key == id), None)
-            if i is None:  # on its way out
+            if i is None:  # it waits for the decoder
                 return None
             step = self.sampler.jobs[i].position
             pinned = self._read(self.main, self.sampler.state[i])
@@ -392,7 +233,7 @@ class DeviceLoop:
         return Peek(step, steps, self.bundle.hands_of(shown), latents)
 
     def hands(self, requests: list[Request]) -> list[dict[str, np.ndarray] | Failure]:
-        """See `HanDiffuser.hands`. Keys and values that wait for a slot are in other buffers, and stay."""
+        """See `HanDiffuser.hands`. Keys and values that wait for a slot are in other buffers."""
         works, jobs, failures = self._hands(requests)
         made: dict[str, Any] = {failure.id: failure for failure in failures}
         if works:
@@ -418,7 +259,7 @@ class DeviceLoop:
     def _bad_hands(
         self, work: Work, values: dict[str, np.ndarray], job: DeviceJob | None, log: np.ndarray
     ) -> Failure | None:
-        """A sentence where hands are not finite."""
+        """A Failure where hands are not finite."""
         bad = first_bad(log, job) if job is not None else None
         if bad is not None:
             return not_finite(work.request, f"hand_prior, step {bad}")
@@ -441,10 +282,10 @@ class DeviceLoop:
             self.consumed = [self.main.record()]
 
     def _step(self, finished: list[tuple[DeviceJob, Any]], exits: deque[_Exit]) -> int:
-        """One step of stage 2; those that are done go to the decoder."""
+        """Enqueues one step of stage 2; finished requests go to the decoder."""
         buffer, log, busy = self.exits[0]
         if busy is not None:
-            self.main.wait(busy)  # the decoder has read what this buffer held
+            self.main.wait(busy)  # until the decoder has read this buffer
 
         def take(job: DeviceJob, state: Any) -> None:
             self.main.copy(buffer[len(finished)], state)
@@ -501,7 +342,7 @@ class DeviceLoop:
             if request.hands is not None:
                 try:
                     given[request.id] = bundle.given(load_hands(request.hands), self._joints)
-                except RequestError as error:  # it was good when the run began
+                except RequestError as error:  # the file has changed since the run began
                     failures.append(Failure(str(request.id), request, str(error)))
                     continue
             works.append(Work(request, started, *bundle.tokens(request)))
@@ -517,7 +358,7 @@ class DeviceLoop:
                 side.copy(self.both[i][0], self.no_text)
                 side.copy(self.both[i][1], text[i])
         texts = {work.request.id: self.both[i] for i, work in enumerate(textual)}
-        # First all of them; then those whose hands do not fit into a picture, from other noise.
+        # First draw all hands; then again, from other noise, those that do not fit into a picture.
         drawing = works
         while drawing:
             for work in drawing:
@@ -533,7 +374,7 @@ class DeviceLoop:
         return works, jobs, failures
 
     def _clashing(self, works: list[Work], rows: Mapping[Hashable, int]) -> list[Work]:
-        """Those whose hands, in these rows, are to be drawn again. Where a request may want that the host waits."""
+        """The works whose hands must be drawn again. The host waits only if a request allows redraws."""
         asked = [work for work in works if work.draws and work.draws <= (work.request.hand_redraws or 0)]
         if not asked:
             return []
@@ -545,7 +386,9 @@ class DeviceLoop:
         again = []
         for work in asked:
             hands = {name: value[rows[work.request.id]] for name, value in host.items()}
-            finite = all(np.isfinite(value).all() for value in hands.values())  # what is not ends as a failure
+            finite = all(
+                np.isfinite(value).all() for value in hands.values()
+            )  # hands that are not finite become a Failure
             if finite and self.bundle.again(work, hands["x"], hands):
                 again.append(work)
         for array in host.values():
@@ -553,7 +396,7 @@ class DeviceLoop:
         return again
 
     def _joints(self, x: np.ndarray) -> np.ndarray:
-        """[P] -> [62, 3] metres. The host waits for it: once for each file of hands."""
+        """[P] -> [62, 3] metres. The host waits, once for each file of hands."""
         features, side = self.graphs["hand_features"], self.side
         self.staging.upload(side, features.inputs["x"][:1], x[None])
         features.launch(side, 1)
@@ -564,7 +407,7 @@ class DeviceLoop:
         return joints
 
     def _encode(self, ids: np.ndarray) -> Any:
-        """The text [B, 77, D] of prompts [B, length]; the first time also the empty prompt's."""
+        """ids [B, length] -> text [B, 77, D]. The first call also encodes the empty prompt."""
         encoder, side = self.graphs["text_encoder"], self.side
         if self.no_text is None:
             self.staging.upload(side, encoder.inputs["input_ids"][:1], self.bundle.tokenizer.encode("")[0][None])
@@ -576,15 +419,15 @@ class DeviceLoop:
         return encoder.outputs["text"][: len(ids)]
 
     def _job(self, request: Request, stream: str, constants: Mapping[str, Any], draw: int = 0) -> DeviceJob:
-        """A job whose noise is the request's own, as on the host."""
+        """A job with the noise of its request, as on the host."""
         device_table = self._table(stream, request)
         table = device_table.table
         return DeviceJob(request.id, request.noise(stream, table, draw), device_table, constants)
 
     def _table(self, stream: str, request: Request) -> DeviceTable:
-        """A schedule on the device, put there once."""
+        """A schedule on the device, uploaded once."""
         table = self.bundle.table(stream, request)
-        key = (stream, id(table))  # see DeviceTable: who keeps one keeps its table, so that an id stays its own
+        key = (stream, id(table))  # a DeviceTable keeps its table, so that the id stays valid
         if key in self.tables:
             return self.tables[key]
         sampler, on = (self.hands_sampler, self.side) if stream == HANDS else (self.sampler, self.main)
@@ -594,7 +437,7 @@ class DeviceLoop:
         if "time" in sampler.tables:
             steps["time"] = self._time_rows(on, table.timesteps.astype(np.float32))
         made = DeviceTable(table, steps)
-        keep(self.tables, key, made)  # jobs keep the tables they use
+        keep(self.tables, key, made)  # jobs refer to the tables that they use
         return made
 
     def _time_rows(self, stream: Any, timesteps: np.ndarray) -> Any:
@@ -608,17 +451,17 @@ class DeviceLoop:
         return kept
 
     def _read(self, stream: Any, source: Any) -> np.ndarray:
-        """Enqueues a copy to pinned memory, which is good after the stream's next event."""
+        """Enqueues a copy to pinned memory, which is valid after the stream's next event."""
         pinned = self.staging.take(tuple(source.shape), source.dtype)
         stream.copy(pinned, source)
         return pinned
 
     def _collect(self, leaving: _Exit, running: dict[Hashable, tuple[_Batch, int]]) -> list[Picture | Failure]:
-        """Pictures from what has arrived on the host."""
+        """Pictures and failures, from the copies on the host."""
         results: list[Picture | Failure] = []
         for i, job in enumerate(leaving.jobs):
             batch, row = running.pop(job.key)
-            batch.arrived.synchronize()  # long past
+            batch.arrived.synchronize()
             work = batch.works[row]
             values = {name: value[row].copy() for name, value in batch.host.items()}
             hand_job = batch.jobs.get(job.key)

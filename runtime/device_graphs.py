@@ -1,10 +1,10 @@
-"""Graphs of a bundle on a GPU: their buffers, their engines, and the launches that were captured.
+"""Graphs of a bundle on a GPU: their buffers, their engines, and their captured launches.
 
     graphs = connect(cuda, manifest, buckets=[1, 4], load=...)
     graphs["hand_features"].launch(stream, count=3)       # over the first 3 rows, with the engine for 4
 
-A graph's inputs and outputs lie in buffers that are allocated once, for the largest bucket. What one graph gives to the
-next is one buffer, not copied.
+The inputs and outputs of a graph lie in buffers that are allocated once, for the largest bucket. An output that the
+next graph reads is one shared buffer.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 from ..contract import BRANCHES, GRAPHS, GraphSpec, Manifest, TensorSpec
 from ..engines.base import DeviceEngine, Load
 from ..errors import EngineError
-from .requests import MAX_STEPS
+from ..settings import MAX_STEPS
 
-After = Callable[[Any, int], None]  # enqueues on a stream what follows a run of a bucket
+After = Callable[[Any, int], None]  # (stream, bucket): enqueues work after a run
 
 
 class DeviceGraph:
     """A graph of the bundle with its buffers, and one engine and one captured launch per bucket.
 
-    buckets: batch sizes there are engines for. load: (bucket, guidance branches) -> engine, called when that is first
-    used. shared: buffers that are another graph's outputs, by input name. any_size: one engine takes every size up to
-    the largest bucket; it is told where its tensors end each time, and not captured. single: buckets that also have an
-    engine of the conditional branch alone, whose inputs with one entry per branch lie in `alone`.
+    buckets: batch sizes of the engines. load: (bucket, guidance branches) -> engine, called at its first use. shared:
+    outputs of another graph, by input name. any_size: one engine takes every size up to the largest bucket; it is bound
+    to its tensors each time, and not captured. single: buckets that also have an engine of the conditional branch
+    alone; its inputs with one entry per branch lie in `alone`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DeviceGraph:
         self.single = frozenset(single) if spec.branched else frozenset()
         self.alone = {t.name: buffer(t, 1) for t in spec.inputs if self.single and t.name in spec.branched}
         self._launches: dict[tuple[int, int], Callable[[Any], None]] = {}
-        self._engine: DeviceEngine | None = None  # the one for any size
+        self._engine: DeviceEngine | None = None  # for any size
         self.refused: list[int] = []  # buckets whose capture was refused
 
     def bucket(self, count: int) -> int:
@@ -65,15 +65,15 @@ class DeviceGraph:
             if bucket >= count:
                 return bucket
         raise EngineError(
-            f"{count} rows are more than the largest engine of {self.spec.file} takes ({self.buckets[-1]}). "
-            f"Build one: hd-engines build FOLDER --batch-sizes {count}."
+            f"A batch of {self.spec.file} must have at most {self.buckets[-1]} rows, got {count}. "
+            f"Build a larger engine: hd-engines build FOLDER --batch-sizes {count}."
         )
 
     def launch(self, stream: Any, count: int, after: After | None = None, alone: bool = False) -> None:
-        """Enqueues one run over the first `count` rows, and what `after` enqueues for its bucket.
+        """Enqueues one run over the first `count` rows, and the work of `after` for its bucket.
 
-        alone: of the guidance branches run the conditional one only, where there is an engine for that. The first time
-        it runs as it is, so that kernels are loaded; then it is captured, and from then on launched.
+        alone: runs the conditional guidance branch alone, where there is an engine for that. The first run loads the
+        kernels; then it is captured, and the captured launch serves from then on.
         """
         if self.any_size:
             if self._engine is None:
@@ -104,9 +104,9 @@ class DeviceGraph:
         self._launches[key] = work if graph is None else _Captured(graph, engine)
 
     def warm_up(self, stream: Any, rows: int, after: After | None = None) -> Iterator[int]:
-        """Loads, runs and captures what `rows` rows and fewer will need; yields 1 for every engine.
+        """Loads, runs and captures the engines for up to `rows` rows; yields 1 for every engine.
 
-        It computes on what the buffers hold, so that only one who has no work in them may call it.
+        It overwrites the buffers: do not call it while requests are in them.
         """
         buckets = [1] if self.any_size else [b for b in self.buckets if b <= self.bucket(rows)]
         kinds = [(bucket, alone) for bucket in buckets for alone in (False, True) if not alone or bucket in self.single]
@@ -115,7 +115,7 @@ class DeviceGraph:
             yield 1
 
     def close(self) -> None:
-        """Lets go of engines, captured launches and buffers; what is under way on a stream must have ended."""
+        """Releases engines, captured launches and buffers. The streams must be idle."""
         self._launches.clear()
         self._engine = self.load = None  # type: ignore[assignment]  # `load` knows engines and sessions, too
         self.inputs, self.outputs, self.alone = {}, {}, {}
@@ -129,7 +129,7 @@ class DeviceGraph:
 
 
 class _Captured:
-    """A captured launch, with the engine whose memory and kernels it uses."""
+    """A captured launch, and the engine that owns its memory and kernels."""
 
     def __init__(self, graph: Any, engine: DeviceEngine) -> None:
         self.graph, self.engine = graph, engine
@@ -139,16 +139,16 @@ class _Captured:
 
 
 class Staging:
-    """Pinned host memory for copies that are under way; a buffer is used again when its copy is done."""
+    """Pinned host memory for copies under way; a buffer is reused when its copy is done."""
 
     def __init__(self, cuda: Any) -> None:
         self.cuda = cuda
         self.free: dict[tuple[Any, ...], list[np.ndarray]] = {}
         self.busy: deque[tuple[Any, np.ndarray]] = deque()
-        self.lent: dict[int, np.ndarray] = {}  # by id: who took one may be gone before the copy is done
+        self.lent: dict[int, np.ndarray] = {}  # by id: keeps arrays until their copies are done
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """A pinned array of anything; `give` it back."""
+        """A pinned array with undefined content; `give` returns it."""
         self.sweep()
         kept = self.free.get((shape, np.dtype(dtype).str))
         array = kept.pop() if kept else self.cuda.pinned(shape, dtype)
@@ -167,7 +167,7 @@ class Staging:
         self.busy.append((stream.record(), pinned))
 
     def reclaim(self) -> None:
-        """Takes back all there is. No copy may be under way."""
+        """Takes back all arrays. No copy may be under way."""
         self.busy.clear()
         for array in list(self.lent.values()):
             self.give(array)
@@ -183,7 +183,7 @@ class Staging:
 
 
 class Streams(NamedTuple):
-    """Where work goes: the steps of stage 2, what makes their inputs, what makes pictures of their results."""
+    """main: the steps of stage 2. side: stage 1. out: the image decoder."""
 
     main: Any
     side: Any
@@ -191,12 +191,12 @@ class Streams(NamedTuple):
 
     @classmethod
     def make(cls, cuda: Any, overlap: bool) -> Streams:
-        """Three streams, or one that bears all three names."""
+        """Three streams, or one under three names."""
         main = cuda.stream()
         return cls(main, cuda.stream(), cuda.stream()) if overlap else cls(main, main, main)
 
 
-# The stream of each graph's engines; those of one stream never run at once, and share their scratch memory.
+# The stream of each graph's engines. Engines of one stream never run at once, and share their scratch memory.
 STREAM = dict.fromkeys(GRAPHS, "side") | {"unet": "main", "unet_time": "main", "image_decoder": "out"}
 
 
@@ -208,9 +208,9 @@ def connect(
     capture: bool = True,
     single: Mapping[str, Collection[int]] | None = None,
 ) -> dict[str, DeviceGraph]:
-    """The bundle's graphs with their buffers; what one gives to the next is one buffer, not copied.
+    """The bundle's graphs with their buffers; an output that the next graph reads is one shared buffer.
 
-    load: (graph, bucket, guidance branches) -> engine. single: graph -> buckets of which there is one for one branch.
+    load: (graph, bucket, guidance branches) -> engine. single: graph -> buckets with an engine of one branch.
     """
     graphs: dict[str, DeviceGraph] = {}
     feeds = {"text_hand_encoder": "hand_features", "unet_context": "text_hand_encoder"}
@@ -218,7 +218,7 @@ def connect(
         spec = manifest.graphs[name]
         shared = graphs[feeds[name]].outputs if name in feeds else {}
         free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
-        # Schedules are of any length, and each is prepared once.
+        # A schedule has any length, and is prepared once.
         one_axis = free == {"S"}
         graphs[name] = DeviceGraph(
             cuda,

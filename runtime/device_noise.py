@@ -1,6 +1,6 @@
-"""Noise that is drawn where it is needed: on the GPU, by a kernel of our own, the same numbers as on the host.
+"""Noise drawn on the GPU by our own kernel: the same numbers as on the host.
 
-On the host the noise of eight rows takes 2 ms a step of a stochastic solver, as much as the step itself on a fast GPU.
+On the host the noise of eight rows takes 2 ms a step with a stochastic solver, as long as the step on a fast GPU.
 `noise.cu` is the kernel; it equals `noise.normal` to one unit in the last place of float32.
 """
 
@@ -32,14 +32,14 @@ class DeviceNoise:
             self.refused = str(error)
 
     def start(self, stream: Any, target: Any, noise: RequestNoise) -> None:
-        """What a request starts from, into a float32 row. With an offset it is drawn on the host, once a picture."""
+        """Writes the initial noise into a float32 row. With an offset the host draws it, once a picture."""
         if self.kernel is None or noise.offset:
             self.staging.upload(stream, target, noise.start(target.shape))
         else:
             self._draw(stream, target, noise, 0, noise.init_sigma)
 
     def step(self, stream: Any, target: Any, noise: RequestNoise, i: int) -> None:
-        """What step i adds, into a float32 row."""
+        """Writes the noise that step i adds into a float32 row."""
         if self.kernel is None:
             self.staging.upload(stream, target, noise.step(i, target.shape))
         else:

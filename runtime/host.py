@@ -1,8 +1,8 @@
 """The two stages as one loop on the host: numpy arrays in and out of engines, one graph after the other.
 
-Stage 1 makes hands of a batch of prompts and turns them into the context of stage 2; these requests then wait for a
-slot. Stage 2 steps its slots; a request takes a free slot at any step and leaves it when it is done, so requests with
-different numbers of steps, solvers or guidance share every batch. `device.py` is the same loop on a GPU.
+Stage 1 makes the hands of a batch of prompts and turns them into the context of stage 2; these requests then wait for a
+slot. A request takes a free slot of stage 2 at any step and leaves it when it is done. So requests with different
+steps, solvers or guidance share every batch. `device.py` is the same loop on a GPU.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .steptimes import StepTimes
 class HostLoop:
     """Runs prepared requests on engines that take and give numpy arrays.
 
-    slots: the largest number of requests that run at once. `timings` holds the seconds spent in each graph so far, and
-    in `run` altogether ("total").
+    slots: the largest number of requests that run at once. `timings` holds the seconds of each graph so far, and of
+    `run` ("total").
     """
 
     on_gpu = False
@@ -48,13 +48,13 @@ class HostLoop:
         self._cancelled: set[Hashable] = set()
         self._ready: deque[Work] = deque()  # has its context, waits for a slot
         self._running: dict[Hashable, Work] = {}
-        self._sampler: StepSampler | None = None  # of the run that is under way
+        self._sampler: StepSampler | None = None  # of the current run
 
     def warm_up(self, rows: int, tell: OnEvent) -> None:
-        """Nothing: on a processor the first run of a graph costs no more than the next."""
+        """Does nothing: on a processor the first run of a graph costs no more than the next."""
 
     def warnings(self) -> list[str]:
-        """What the user should know about how this runs: nothing."""
+        """Warnings about how this runs: none."""
         return []
 
     def close(self) -> None:
@@ -100,15 +100,15 @@ class HostLoop:
             for result in results:
                 self.timings["total"] += time.perf_counter() - clock
                 yield result
-                clock = time.perf_counter()  # what the caller does with a picture is not ours to count
+                clock = time.perf_counter()  # without the time that the caller takes
         self.timings["total"] += time.perf_counter() - clock
 
     def cancel(self, id: str) -> None:
-        """See `HanDiffuser.cancel`. A set is added to and taken from in one go, whatever thread does it."""
+        """See `HanDiffuser.cancel`. Adding to a set is atomic, so that any thread may call it."""
         self._cancelled.add(id)
 
     def _drop(self, id: Hashable) -> list[Picture | Failure]:
-        """Takes a request out between two steps; the rows of the others move up, as when one has finished."""
+        """Takes a request out between two steps; the rows of the others move up."""
         for i, work in enumerate(self._ready):
             if work.request.id == id:
                 del self._ready[i]
@@ -147,7 +147,7 @@ class HostLoop:
             return [], failures
         features = {name: np.stack([work.features[name] for work in works]) for name in works[0].features}
         ids = np.stack([work.ids for work in works])  # [B, 2, length]
-        # Without guidance the unconditional branch is nobody's, and what stands there may be the other one's.
+        # With guidance 1 the unconditional branch is unused: its place may hold the conditional one.
         alone = all(work.request.guidance == 1 for work in works) and self.engines["text_hand_encoder"].branched
         context = self.engines["text_hand_encoder"]({"input_ids": ids[:, 1:] if alone else ids, **features})["context"]
         keys = self.engines["unet_context"]({"context": context})
@@ -156,7 +156,8 @@ class HostLoop:
         return works, failures
 
     def _hands(self, requests: list[Request], sampler: StepSampler) -> tuple[list[Work], list[Picture | Failure]]:
-        """Text -> hands -> features: those that came to something, and a sentence for each of the others."""
+        """Text -> hands -> features. Returns the requests whose hands are finite, and a Failure for each of the
+        others."""
         started = time.perf_counter()
         works = [Work(request, started, *self.bundle.tokens(request)) for request in requests]
         failures: list[Picture | Failure] = []
@@ -171,9 +172,9 @@ class HostLoop:
             if work.request.hands is not None:
                 try:
                     work.x = self.bundle.given(load_hands(work.request.hands), self._joints)
-                except RequestError as error:  # it was good when the run began
+                except RequestError as error:  # the file has changed since the run began
                     failures.append(Failure(str(work.request.id), work.request, str(error)))
-        # First all of them; then those whose hands do not fit into a picture, from other noise.
+        # First draw all hands; then again, from other noise, those that do not fit into a picture.
         drawing = works
         while drawing:
             failures += self._draw([work for work in drawing if work.request.id in texts], texts, sampler)
@@ -187,7 +188,7 @@ class HostLoop:
     def _draw(
         self, works: list[Work], texts: Mapping[Hashable, np.ndarray], sampler: StepSampler
     ) -> list[Picture | Failure]:
-        """Sets x of these works, None where it is not finite; texts: [77, D] by id."""
+        """Samples x of each work; None where it is not finite. texts: [77, D] by id."""
         failures: list[Picture | Failure] = []
         by_id: dict[Hashable, Work] = {work.request.id: work for work in works}
         for work in works:
@@ -201,7 +202,7 @@ class HostLoop:
         return failures
 
     def _pose(self, works: list[Work]) -> list[Picture | Failure]:
-        """Sets params and features of works that have an x, which becomes None where these are not finite."""
+        """Sets params and features from x. Where they are not finite, x becomes None."""
         if not works:
             return []
         features = self.engines["hand_features"]({"x": np.stack([work.x for work in works if work.x is not None])})
@@ -220,7 +221,7 @@ class HostLoop:
         return self.engines["hand_features"]({"x": x[None]})["joints_3d"][0]
 
     def _hand_job(self, work: Work, text: np.ndarray) -> Job:
-        """Stage 1's next draw; text is what the text encoder says of the prompt [77, D]."""
+        """The job of the next draw of stage 1. text: the text encoder's output for the prompt, [77, D]."""
         if self._no_text is None:
             ids = self.bundle.tokenizer.encode("")[0]
             self._no_text = self.engines["text_encoder"]({"input_ids": ids[None]})["text"][0]
@@ -229,7 +230,7 @@ class HostLoop:
         return _job(work.request, HANDS, table, (NUM_PARAMS,), {"text": both}, draw=work.draws)
 
     def _job(self, work: Work) -> Job:
-        """Stage 2's job."""
+        """The job of stage 2."""
         request = work.request
         table = self.bundle.table(LATENTS, request)
         steps = {}
@@ -243,7 +244,7 @@ class HostLoop:
         return _job(request, LATENTS, table, shape, work.inputs, steps)
 
     def _finish(self, results: list[Result], running: dict[Hashable, Work]) -> list[Picture | Failure]:
-        """Decodes the requests that have left their slots: one by one, because a processor's caches hold no more."""
+        """Decodes the requests that have left their slots, one by one: that fits a processor's caches."""
         works = [running.pop(result.key) for result in results]
         finished: list[Picture | Failure] = [
             not_finite(work.request, f"unet, step {result.failed_step}")
@@ -254,7 +255,7 @@ class HostLoop:
             if result.state is None:
                 continue
             decoded = self.engines["image_decoder"]({"latents": result.state[None]})
-            fine = decoded["finite"][0] > 0.5  # uint8 would hide what is not finite
+            fine = decoded["finite"][0] > 0.5  # uint8 hides NaN and infinity
             finished.append(
                 self.bundle.picture(work, decoded["image"][0]) if fine else not_finite(work.request, "image_decoder")
             )
@@ -262,9 +263,9 @@ class HostLoop:
 
 
 class _Timed:
-    """An engine that notes the seconds it takes, and is fed only the tensors that its graph has.
+    """An engine that notes its seconds and gets only the inputs that its graph has.
 
-    A configuration without some hand cue has a graph without that input.
+    A configuration without a hand cue has a graph without that input.
     """
 
     def __init__(self, name: str, engine: Engine, timings: dict[str, float]) -> None:
@@ -290,7 +291,7 @@ def _job(
     steps: Mapping[str, np.ndarray] | None = None,
     draw: int = 0,
 ) -> Job:
-    """A job whose noise is the request's own."""
+    """A job with the noise of its request."""
     noise = request.noise(stream, table, draw)
     drawn = (lambda i: noise.step(i, shape)) if noise.stochastic else None
     return Job(request.id, noise.start(shape), table.rows, steps or {}, constants, drawn)

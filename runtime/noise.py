@@ -1,13 +1,12 @@
-"""Noise that belongs to a request: a seed gives the same numbers alone, in any batch, in any slot or order.
+"""The noise of a request: a seed gives the same numbers alone, in any batch, in any slot or order.
 
-There is no generator whose state moves along. Philox (Salmon et al., "Parallel random numbers: as easy as 1,
-2, 3", SC 2011) turns a key and a counter into random bits: the key is (seed, stream), the counter starts at
-the step, and Box-Muller turns the bits into normal numbers. Nothing else has a say: not the batch, not the
-machine, and not numpy's version, which promises to keep Philox's bits but not its own normal numbers.
+Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a key and a counter into random
+bits. The key is (seed, stream), the counter starts at the step, and Box-Muller turns the bits into normal numbers. The
+batch, the machine and numpy's version make no difference: numpy promises to keep the bits of Philox, but not its own
+normal numbers.
 
-Streams in use are HANDS and LATENTS, one for each time that hands are drawn again, and one of each prompt for the
-offset of its latents. Of each, step 0 is the
-initial noise and step 1 + i is what step i adds.
+The streams are HANDS, LATENTS, one for each redraw of hands, and one for each prompt's offset. Step 0 of a stream is
+the initial noise; step 1 + i is what step i adds.
 
 Try it:
 
@@ -25,16 +24,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from handiffuser.errors import RequestError
+from handiffuser.settings import MAX_SEED, SETTINGS
 
 HANDS = "hands"
 LATENTS = "latents"
-MAX_SEED = 2**63 - 1
 
 
 def normal(seed: int, stream: str | int, step: int, shape: Sequence[int]) -> np.ndarray:
     """Unit normal noise, float32 of the given shape.
 
-    seed: 0 ... 2^63 - 1. stream: any name or number; streams of a seed are independent. step: 0 and up.
+    seed: 0 ... 2^63 - 1. stream: any name or number; the streams of a seed are independent. step: 0 and up.
     Raises RequestError for another seed.
     """
     seed = check_seed(seed)
@@ -51,12 +50,12 @@ def normal(seed: int, stream: str | int, step: int, shape: Sequence[int]) -> np.
 
 
 def initial(seed: int, stream: str, shape: Sequence[int], offset: float = 0.0, prompt: str = "") -> np.ndarray:
-    """What a request of this seed starts from, float32 [C, ...], before a schedule scales it.
+    """The initial noise of a seed, float32 [C, ...], before a schedule scales it.
 
-    offset: the standard deviation by which each channel is moved as a whole. Few large steps leave pure noise for the
-    mean of all that the prompt allows, and colours that it leaves open come out alike; with the offset (for training:
-    Guttenberg, "Diffusion with offset noise", 2023) they begin apart. A first step out of 4 to 12 lacks about 0.1.
-    The prompt has a say in it, too: the prompts of a list share a seed, and shall not share a tint.
+    offset: the standard deviation by which each channel moves as a whole. Few large steps turn pure noise into the mean
+    of all that the prompt allows, so that the colours that it leaves open come out alike. With the offset (for
+    training: Guttenberg, "Diffusion with offset noise", 2023) they vary. The first of 4 to 12 steps lacks about 0.1.
+    The offset depends on the prompt, too: the prompts of a list share a seed, but not a tint.
     """
     start = normal(seed, stream, 0, shape)
     if offset:
@@ -65,7 +64,7 @@ def initial(seed: int, stream: str, shape: Sequence[int], offset: float = 0.0, p
 
 
 def drawn_again(stream: str, draw: int) -> str:
-    """The stream of a draw that is made again: of the first one (draw 0) the stream itself."""
+    """The stream of a redraw; of the first draw (0) the stream itself."""
     return f"{stream}-{draw}" if draw else stream
 
 
@@ -76,7 +75,7 @@ def check_seed(seed: int) -> int:
     except TypeError:
         value = -1
     if not 0 <= value <= MAX_SEED:
-        raise RequestError(f"The seed is {seed!r}; it must be a whole number from 0 to {MAX_SEED} (2^63 - 1).", "seed")
+        raise RequestError(f"seed must be {SETTINGS['seed'].constraint}, got {seed!r}.", "seed")
     return value
 
 
@@ -87,10 +86,10 @@ def stream_key(stream: str | int) -> int:
 
 @dataclass(frozen=True)
 class RequestNoise:
-    """What a request starts from, and what its steps add, whichever loop runs it and whatever draws it.
+    """The noise of one sampling of a request, on the host or on a GPU.
 
-    Draw 0 of its stream starts it, scaled by the schedule's init_sigma; draw 1 + i is what step i adds, if anything.
-    offset: how far each channel's start is moved as a whole, drawn for the prompt; see `initial`.
+    Step 0 of its stream, scaled by the schedule's init_sigma, is the initial state; step 1 + i is what step i adds.
+    offset: how far the initial channels move as a whole, see `initial`.
     """
 
     seed: int

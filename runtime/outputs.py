@@ -1,4 +1,4 @@
-"""The output folder: a ledger of pictures that survives interruptions, and the contact sheet that shows them.
+"""The output folder: pictures that survive interruptions, and the contact sheet that shows them.
 
     with OutputFolder("out") as folder:
         todo = [request for request in requests if not folder.done(request, bundle)]
@@ -6,8 +6,8 @@
             folder.save(picture)
     # out/<id>.png, <id>.hands.npz, <id>.hands.png, <id>.json and out/index.html
 
-A picture counts as done when its `<id>.json` is there: it is written last, and every file is written under a temporary
-name and renamed. Whatever stops a run, what was finished stays, and the same command goes on from there.
+A picture is done when its `<id>.json` is there, which is written last. Every file is written under a temporary name and
+renamed. Whatever stops a run, finished pictures stay, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -15,68 +15,47 @@ from __future__ import annotations
 import contextlib
 import errno
 import html
-import io
 import json
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 from urllib.parse import quote
 
-import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
-from ..errors import HanDiffuserError, RequestError
+from ..errors import OutputError, RequestError
 from ..files import lock
 from ..hands import hands_file
 from ..schema import MisfitError, read_json
 from ..skeleton import draw_skeleton
 from .requests import Request, picture_key
-
-if TYPE_CHECKING:
-    from .results import Picture
+from .results import Picture, png
 
 INDEX = "index.html"
 _LOCK = ".hd-run.lock"
-_TEMPORARY = ".hd-run.tmp."  # prefix of files in the making
+_TEMPORARY = ".hd-run.tmp."  # prefix of files that are being written
 _SUFFIXES = (".png", ".hands.npz", ".hands.png")
-_MAX_PENDING = 64  # pictures that wait for the disk; beyond that the sampler waits too
+_MAX_PENDING = 64  # pictures that wait for the disk; with more, the sampler waits too
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-class OutputError(HanDiffuserError):
-    """The output folder cannot be written: it is no folder, is read-only, full, or in use by another run."""
-
-
-def open_folder(path: str, shared: bool = False, say: Callable[[str], None] = lambda sentence: None) -> OutputFolder:
-    """A folder on a disk, or a URL's. say: is told why opening it takes long."""
-    if "://" not in path:
-        return OutputFolder(path, shared)
-    from .remote import RemoteFolder
-
-    return RemoteFolder(path, shared, say)
-
-
 class OutputFolder:
-    """A folder of pictures, locked while it is open. Pictures are encoded and written on threads of their own.
+    """A folder of pictures, locked while it is open. Threads of its own encode and write them.
 
-    shared: somebody else holds the lock, and lets this process write into the folder, too.
+    shared: another process holds the lock and lets this one write, too.
     """
 
     def __init__(self, path: str | Path, shared: bool = False) -> None:
         self.path, self.shared = Path(path), shared
-        self.where = str(self.path)  # as it is spoken of
+        self.where = str(self.path)  # its name in messages
         self.saved: list[str] = []  # ids of the pictures written so far; two threads append to it
         self._pending: deque[Future[None]] = deque()
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> OutputFolder:
-        """Makes and locks the folder, and removes what an interrupted run left half written.
+        """Makes and locks the folder, and removes unfinished files of an interrupted run.
 
-        Raises OutputError when that cannot be done, or when another run has the folder.
+        Raises OutputError when that fails, or when another run has the folder.
         """
         try:
             self._open()
@@ -99,13 +78,12 @@ class OutputFolder:
 
     def _close(self) -> None:
         if self._lock is not None:
-            self._lock.close()  # and thereby unlocked
+            self._lock.close()  # this unlocks it
 
     def done(self, request: Request, bundle: str = "") -> bool:
-        """Whether this very picture is here, complete.
+        """Whether the folder holds this picture, complete.
 
-        Raises RequestError when another picture has its id, which is not overwritten, or when its hands file cannot
-        be read.
+        Raises RequestError when another picture has its id, or when its hands file cannot be read.
         """
         record = self._record(str(request.id))
         if record is None:
@@ -121,20 +99,20 @@ class OutputFolder:
         return _read_record(self.path / f"{id}.json")
 
     def save(self, picture: Picture) -> None:
-        """Writes a picture's files in the background. Raises OutputError when an earlier one could not be."""
+        """Writes the files of a picture in the background. Raises OutputError when an earlier write failed."""
         self._pending.append(self._pool.submit(self._save, picture))
         while self._pending and (self._pending[0].done() or len(self._pending) > _MAX_PENDING):
             self._pending.popleft().result()
 
     def flush(self) -> None:
-        """Waits until everything is written. Raises OutputError when something could not be."""
+        """Waits until everything is written. Raises OutputError when a write failed."""
         pending, self._pending = self._pending, deque()
         wait(pending)
         for future in pending:
             future.result()
 
     def drain(self) -> None:
-        """Waits for what is still being written, after Ctrl-C or an error, and takes nothing more."""
+        """Waits for writes that are under way, after Ctrl-C or an error, and takes no more."""
         self._pool.shutdown(wait=True)
 
     def _save(self, picture: Picture) -> None:
@@ -151,7 +129,8 @@ class OutputFolder:
         self.saved.append(picture.id)
 
     def _write(self, files: dict[str, bytes]) -> None:
-        """Writes all files under temporary names, then renames them in order. Leaves nothing behind on failure."""
+        """Writes all files under temporary names, then renames them in order. On failure it removes the temporary
+        ones."""
         temporaries = [self.path / (_TEMPORARY + name) for name in files]
         try:
             for temporary, content in zip(temporaries, files.values(), strict=True):
@@ -178,11 +157,11 @@ class OutputFolder:
     def _refusal(self, error: OSError) -> OutputError:
         if error.errno in _FULL:
             return OutputError(
-                f"The disk of {self.where} is full. The pictures finished so far are kept: free some space and run "
-                "the same command again, it goes on from there."
+                f"The disk of {self.where} is full. The finished pictures are kept. Free some space and run the same "
+                "command again: it goes on from there."
             )
         if isinstance(error, (FileExistsError, NotADirectoryError)):
-            return OutputError(f"{self.where} is not a folder. Name another one with --output.")
+            return OutputError(f"--output must be a folder, got {self.where}, where a file is. Name another folder.")
         if isinstance(error, BlockingIOError):
             return OutputError(
                 f"Another hd-run is writing into {self.where} ({error.strerror}). Wait for it, or name another folder "
@@ -194,7 +173,7 @@ class OutputFolder:
 
 
 def contact_sheet(records: list[dict[str, Any]]) -> str:
-    """HTML of one page that shows every picture beside its skeleton. It needs nothing but the folder it lies in."""
+    """HTML of one page that shows every picture beside its skeleton. It needs only the folder that it is in."""
     figures = "\n".join(_figure(record) for record in records)
     count = f"{len(records)} picture{'s' * (len(records) != 1)}"
     return f"""<!doctype html>
@@ -250,7 +229,7 @@ def _figure(record: dict[str, Any]) -> str:
 
 
 def _record(picture: Picture) -> dict[str, Any]:
-    """What `<id>.json` says of a picture."""
+    """The content of `<id>.json`."""
     height, width = picture.image.shape[:2]
     bundle = picture.made_by.get("bundle", "")
     return {
@@ -268,7 +247,7 @@ def _record(picture: Picture) -> dict[str, Any]:
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
-    """The record of a complete picture, or None for anything else."""
+    """The record of a picture, or None where it is missing or incomplete."""
     try:
         record = read_json(path)
     except (OSError, MisfitError):
@@ -277,15 +256,3 @@ def _read_record(path: Path) -> dict[str, Any] | None:
         return None
     complete = all((path.parent / (path.stem + suffix)).is_file() for suffix in _SUFFIXES)
     return record if complete else None
-
-
-def png(image: np.ndarray, picture: Picture) -> bytes:
-    """PNG with the settings as text, so that a picture alone still says how it was made."""
-    info = PngInfo()
-    settings = {**asdict(picture.request), "hand_draws": picture.hand_draws, **picture.made_by}
-    for name, value in settings.items():
-        if value is not None:
-            info.add_itxt(name, str(value).replace("\0", " "))
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()

@@ -3,9 +3,8 @@
     with HanDiffuser.load("demo") as pipeline:
         pictures = pipeline.generate(["a right hand making a fist", "two open hands"], seed=7)
 
-What happens in between is a loop, on the host (`host.py`) or on a GPU (`device.py`), over engines that `loading.py` and
-`device_loading.py` find. A request's noise depends on its own seed only: the same request gives the same picture alone
-or in any company.
+A loop runs the engines, on the host (`host.py`) or on a GPU (`device.py`); `loading.py` and `device_loading.py` find
+them. The noise of a request depends on its seed alone: the same request gives the same picture alone or in any batch.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +20,23 @@ import numpy as np
 from .. import shipped
 from ..contract import Manifest
 from ..errors import EngineError, RequestError
-from ..hints import hint
 from .bundle import Bundle
 from .host import HostLoop
 from .loading import load_loop
-from .requests import Refused, Request, Resolver, resolve
+from .requests import KEYS, Refused, Request, Resolver, check_names, resolve
 from .results import Failure, OnEvent, Peek, Picture
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..settings import Settings
     from .device import DeviceLoop
 
 
 class HanDiffuser:
-    """A loaded bundle. Closing it, or leaving its `with`, frees what it holds on a GPU.
+    """A loaded bundle. Closing it, or leaving its `with`, frees its memory on a GPU.
 
-    `timings` holds the seconds spent in each graph so far (on a GPU in the UNet's steps only), and in `run` altogether
-    ("total").
+    `timings` holds the seconds of each graph so far (on a GPU of the UNet's steps only), and of `run` ("total").
     """
 
     def __init__(self, bundle: Bundle, loop: HostLoop | DeviceLoop) -> None:
@@ -59,17 +58,18 @@ class HanDiffuser:
         """Loads a bundle or an engines folder, or the word "demo" for the shipped one.
 
         device: "auto", "cpu" or "cuda". threads: CPU threads; by default all cores. batch_size: slots, the largest
-        number of requests that run at once. backend: a name of `engines.backends.CHOICES`; "auto" takes TensorRT plans
-        where the folder has some for this GPU, else ONNX Runtime; on a CPU with bfloat16, OpenVINO where it is
-        installed, near enough and worth its compiling for a run of `pictures` pictures (a server says `loading.MANY`).
-        overlap: on a GPU, run the hands of the next requests and the decoder of the last ones beside the current steps.
-        onnxruntime_graphs: with ONNX Runtime on a GPU, replay the steps as its own CUDA graphs (the host then waits for
-        each).
-        Raises BundleError for a missing or damaged bundle, EngineError when it cannot run here. Warns where something
-        else is used than the folder was made for.
+        number of requests that run at once.
+        backend: of `engines.backends.CHOICES`. "auto" takes TensorRT plans where the folder has some for this GPU, else
+        ONNX Runtime. On a CPU with bfloat16 it takes OpenVINO where that is installed, exact enough, and fast enough
+        for a run of `pictures` pictures to pay for compiling (a server says `loading.MANY`).
+        overlap: on a GPU, run hands of the next requests and the decoder of the last beside the current steps.
+        onnxruntime_graphs: with ONNX Runtime on a GPU, replay the steps as its own CUDA graphs; the host waits for
+        each.
+        Raises BundleError for a missing or damaged bundle, EngineError when it cannot run here. Warns where it uses
+        other engines than those of the folder.
         """
         if batch_size < 1:
-            raise RequestError(f"A batch of {batch_size} holds no picture. Take a batch size of 1 or more.")
+            raise RequestError(f"batch_size must be at least 1, got {batch_size}.")
         folder = shipped.resolve(path, "bundle")
         loop, sentences = load_loop(folder, backend, device, batch_size, threads, overlap, onnxruntime_graphs, pictures)
         for sentence in sentences:
@@ -78,7 +78,7 @@ class HanDiffuser:
 
     @property
     def loop(self) -> HostLoop | DeviceLoop:
-        """What runs. Raises EngineError after `close`."""
+        """The loop. Raises EngineError after `close`."""
         if self._loop is None:
             raise EngineError("This HanDiffuser was closed. Load it again: HanDiffuser.load(...).")
         return self._loop
@@ -89,12 +89,12 @@ class HanDiffuser:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that stand for the bundle in ids and metadata."""
+        """16 hexadecimal digits that name the bundle in ids and metadata."""
         return self.bundle.digest
 
     @property
     def made_by(self) -> dict[str, str]:
-        """What a picture's metadata says of its origin: versions, device, bundle."""
+        """The origin in the metadata of a picture: versions, device, bundle."""
         return self.bundle.made_by
 
     @property
@@ -104,7 +104,7 @@ class HanDiffuser:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the loop is the one on a GPU."""
+        """Whether the loop runs on a GPU."""
         return self.loop.on_gpu
 
     @property
@@ -112,38 +112,43 @@ class HanDiffuser:
         return self.loop.timings
 
     def warm_up(self, rows: int | None = None, on_event: OnEvent | None = None) -> None:
-        """Makes ready, on a GPU, what batches of up to `rows` requests need: engines loaded, run once and captured.
+        """On a GPU, loads, runs once and captures the engines for batches of up to `rows` requests.
 
-        Optional: without it that happens as engines are first used, and what is in flight waits. Not to be called while
-        `run` runs. on_event: is told ("warm-up", 1) for every engine. Raises EngineError as `run` does.
+        Optional: without it that happens at their first use, and all requests wait. Do not call it while `run` runs.
+        on_event: called with ("warm-up", 1) for every engine. Raises EngineError as `run` does.
         """
         self.loop.warm_up(rows or self.batch_size, on_event or (lambda kind, count: None))
 
     def cancel(self, id: str) -> None:
-        """Takes a request that `run` has taken out of the batch at the next step; the others go on as if it had come to
-        its end. `run` then yields a Failure for it, or its picture if that was there already. From any thread."""
+        """Removes a request from `run` at the next step; the others go on. Any thread may call it.
+
+        `run` yields a Failure for the request, or its picture if that was finished already.
+        """
         self.loop.cancel(id)
 
     def peek(self, id: str) -> Peek | None:
-        """Where a request is, to show it before it is done; None before its hands are there and after its last step.
+        """Where a request is; None before its hands are made and after its last step.
 
-        To be called between two steps: from `run`'s on_event or from its iterator of requests.
+        Call it between two steps: from the on_event of `run`, or from its iterator of requests.
         """
         return self.loop.peek(id)
 
     def hands(self, requests: Iterable[Request]) -> list[dict[str, np.ndarray] | Failure]:
-        """The hands of prepared requests, at most a batch of them, without their pictures; as in `Picture.hands`.
+        """The hands of at most `batch_size` prepared requests, without pictures; as in `Picture.hands`.
 
-        To be called between two steps, as `peek` is, or while `run` does not run. Of hands that a request brings it is
-        where their joints are, and what the camera sees of them. Raises RequestError for more than a batch.
+        Call it between two steps, as `peek`, or while `run` does not run. For a request with given hands the result
+        says where their joints are and what the camera sees of them. Raises RequestError for more requests than a
+        batch.
         """
         requests = list(requests)
         if len(requests) > self.batch_size:
-            raise RequestError(f"{len(requests)} requests are more than a batch of {self.batch_size}. Ask in parts.")
+            raise RequestError(
+                f"requests must be at most {self.batch_size}, the batch size, got {len(requests)}. Split them."
+            )
         return self.loop.hands(requests)
 
     def close(self) -> None:
-        """Frees engines and memory. May be called again; nothing else may."""
+        """Frees engines and memory. Afterwards only `close` may be called."""
         if self._loop is not None:
             loop, self._loop = self._loop, None
             loop.close()
@@ -159,20 +164,16 @@ class HanDiffuser:
         prompts: str | Request | Iterable[str | Request],
         *,
         images_per_prompt: int = 1,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> list[Picture]:
         """Makes a picture of each prompt, or images_per_prompt of them with consecutive seeds, in order.
 
-        settings: seed, steps, solver, guidance, negative_prompt, hand_steps, hand_solver, hand_guidance, hands, as in
-        `Request`; they apply to prompts given as text. Raises RequestError for the first prompt that cannot be run,
-        before anything runs, and EngineError when one fails while it runs. `run` goes on instead.
+        settings: as in `settings.SETTINGS`, and `id` and `hands` as in `Request`; they apply to prompts given as text.
+        Raises RequestError for the first prompt that cannot be run, before anything runs, and EngineError when one
+        fails while it runs. `run` goes on instead.
         """
         prompts = [prompts] if isinstance(prompts, (str, Request)) else list(prompts)
-        known = [field.name for field in fields(Request) if field.name != "prompt"]
-        for name in settings:
-            if name not in known:
-                said = hint(name, "request", [*known, "images_per_prompt"]) or f"The settings are {', '.join(known)}."
-                raise RequestError(f"{name} is not a setting of a request. {said}")
+        check_names(settings, "setting", [*KEYS[1:], "images_per_prompt"])
         seed = settings.pop("seed", None)
         requests = [p if isinstance(p, Request) else Request(p, **settings) for p in prompts]
         resolved, refused = self.prepare(requests, 0 if seed is None else seed, images_per_prompt)
@@ -188,13 +189,13 @@ class HanDiffuser:
     def prepare(
         self, requests: Iterable[Request], seed: int = 0, images_per_prompt: int = 1
     ) -> tuple[list[Request], list[Refused]]:
-        """Fills in defaults, seeds and ids, and sorts out what this bundle cannot run."""
+        """Fills in defaults, seeds and ids, and refuses requests that this bundle cannot run."""
         return resolve(requests, self.resolver(seed, images_per_prompt))
 
     def resolver(self, seed: int = 0, images_per_prompt: int = 1) -> Resolver:
-        """What fills in requests for this bundle one by one, so that a long list can begin before its end is read."""
+        """A Resolver for this bundle, which fills in requests one by one: a long list begins before its end is read."""
         if images_per_prompt < 1:
-            raise RequestError(f"images_per_prompt must be 1 or more, got {images_per_prompt}. Ask for one at least.")
+            raise RequestError(f"images_per_prompt must be at least 1, got {images_per_prompt}.", "images_per_prompt")
         return Resolver(
             self.manifest.defaults,
             bundle=self.digest,
@@ -206,14 +207,14 @@ class HanDiffuser:
     def run(self, requests: Iterable[Request | None], on_event: OnEvent | None = None) -> Iterator[Picture | Failure]:
         """Runs prepared requests and yields each as soon as it is done, in the order in which they finish.
 
-        requests: an iterator is asked for more at a step, when there is room. It may be lazy or endless: None says
-        that nothing has come in yet, and it is asked again after the next step. With nothing in flight it is asked
-        at once, so that it should wait then.
-        Raises EngineError when a graph cannot be run at all (out of memory), or when this was closed meanwhile; what
-        was yielded before stays good.
+        requests: an iterator gives the next ones at a step, when there is room. It may be lazy or endless. It yields
+        None while it waits, and is asked again after the next step. Without a request under way it is asked at once, so
+        it should block then.
+        Raises EngineError when a graph fails (out of memory), or when this was closed meanwhile. Earlier results stay
+        good.
         """
         results: Any = self.loop.run(requests, on_event or (lambda kind, count: None))
         with closing(results):
             for result in results:
                 yield result
-                _ = self.loop  # which says when it was closed meanwhile
+                _ = self.loop  # raises when this was closed meanwhile

@@ -1,12 +1,12 @@
-"""An output folder that lies elsewhere: any URL that fsspec knows, such as s3://bucket/run.
+"""An output folder at any URL that fsspec knows, such as s3://bucket/run.
 
     with open_folder("s3://bucket/run") as folder: ...       # else as OutputFolder
 
-An object is there as a whole or not at all, so that nothing is renamed: `<id>.json` is written last. There are no locks
-in object stores. The one who writes keeps an object that says so, and changes it every few seconds. Another one who
-finds it looks whether it still changes: then it is refused. What does not change for STALE seconds is a dead one's, and
-its place is taken. No two clocks are ever compared: those of two machines differ, and may be set while a run goes on.
-A writer whose place was taken meanwhile, because its machine slept, sees that by the same object, and ends.
+Object stores write whole objects, so that nothing is renamed: `<id>.json` is written last. Object stores have no locks.
+A writer keeps a lock object and changes it every RENEWED seconds. A second writer watches that object: while it
+changes, the second writer is refused. After STALE seconds without a change the second writer takes over. Clocks of two
+machines are never compared. A writer that lost its place, because its machine slept, finds another name in the object,
+and ends.
 """
 
 from __future__ import annotations
@@ -20,15 +20,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import OutputError
 from ..schema import LARGEST_JSON, MisfitError, parse_json
-from .outputs import _SUFFIXES, INDEX, OutputError, OutputFolder, contact_sheet
+from .outputs import _SUFFIXES, INDEX, OutputFolder, contact_sheet
 
 LOCK = ".hd-run.lock"
-RENEWED, STALE = 5.0, 30.0  # seconds, by the clock of the one who waits, which nobody can set
+RENEWED, STALE = 5.0, 30.0  # seconds of the monotonic clock of the writer that waits
+
+
+def open_folder(path: str, shared: bool = False, say: Callable[[str], None] = lambda sentence: None) -> OutputFolder:
+    """Makes an OutputFolder, or a RemoteFolder for a URL. say: called with the reason why opening takes long."""
+    return RemoteFolder(path, shared, say) if "://" in path else OutputFolder(path, shared)
 
 
 class RemoteFolder(OutputFolder):
-    """Pictures under a URL. Raises OutputError where fsspec or what it needs for this kind is missing."""
+    """Pictures under a URL. Raises OutputError where fsspec, or the package for this kind of URL, is missing."""
 
     def __init__(self, url: str, shared: bool = False, say: Callable[[str], None] = lambda sentence: None) -> None:
         super().__init__(url, shared)
@@ -39,20 +45,20 @@ class RemoteFolder(OutputFolder):
             import fsspec
 
             self.files, self.root = fsspec.core.url_to_fs(self.url)
-        except ImportError as error:  # fsspec wraps the one of s3fs in a sentence, without its name
+        except ImportError as error:  # fsspec drops the name where s3fs is missing
             name = error.name or {"s3": "s3fs"}.get(kind, str(error))
             needed = {"s3fs": "s3fs (handiffuser[s3])"}.get(name, name)
-            raise OutputError(f"{kind}:// needs {needed}, which is not installed.") from None
+            raise OutputError(f"{kind}:// needs {needed}, which is not installed. Install it.") from None
         except ValueError as error:
             raise OutputError(f"{url} cannot be written: {str(error).rstrip('.')}.") from None
         self._stop = threading.Event()
         self._names: set[str] | None = None
         self._mark = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
         self._beats = 0
-        self._lost = ""  # who has taken this one's place
+        self._lost = ""  # the writer that has taken over
 
     def _ask(self, what: str, *arguments: Any, **named: Any) -> Any:
-        """A method of the store's. Raises FileNotFoundError, and OutputError for all else: stores fail in many ways."""
+        """Calls a method of the store. Raises FileNotFoundError, and OutputError for any other failure."""
         try:
             return getattr(self.files, what)(*arguments, **named)
         except FileNotFoundError:
@@ -60,8 +66,8 @@ class RemoteFolder(OutputFolder):
         except Exception as error:
             words = str(getattr(error, "strerror", None) or error).strip().splitlines() or [type(error).__name__]
             raise OutputError(
-                f"{self.url} cannot be used: {words[0].rstrip('.')[:300]}. The pictures finished so far are kept: see "
-                "to it and run the same command again, it goes on from there."
+                f"{self.url} cannot be used: {words[0].rstrip('.')[:300]}. The finished pictures are kept. Mend the "
+                "cause and run the same command again: it goes on from there."
             ) from error
 
     def _at(self, name: str) -> str:
@@ -81,7 +87,7 @@ class RemoteFolder(OutputFolder):
         threading.Thread(target=self._keep, daemon=True).start()
 
     def _listed(self) -> set[str]:
-        """Names of all that is there."""
+        """The names of all objects."""
         self.files.invalidate_cache()
         try:
             return {path.rpartition("/")[2] for path in self._ask("find", self.root)}
@@ -96,11 +102,13 @@ class RemoteFolder(OutputFolder):
         return content
 
     def _look_for_life(self) -> None:
-        """Returns when there is no lock, or nobody who renews it. Raises OutputError when somebody does."""
+        """Returns when there is no lock, or when its writer is gone. Raises OutputError when that writer is alive."""
         before = self._lock_content()
         if before is None:
             return
-        self.say(f"Looking for {STALE:g} s whether the hd-run that wrote into {self.url} is still alive ...")
+        self.say(
+            f"Another hd-run has written into {self.url}. Waiting up to {STALE:g} s to see whether it still does ..."
+        )
         end = time.monotonic() + STALE
         while time.monotonic() < end:
             time.sleep(min(1.0, STALE / 20))
@@ -114,7 +122,7 @@ class RemoteFolder(OutputFolder):
                 )
 
     def _renew(self) -> None:
-        """A sign of life. Sets `_lost` instead where the lock has become somebody else's."""
+        """Changes the lock. Sets `_lost` instead where another writer has taken it."""
         now = self._lock_content()
         if self._beats and now is not None and self._mark.encode() not in now:
             self._lost = _owner(now)
@@ -126,7 +134,7 @@ class RemoteFolder(OutputFolder):
         while not self._lost and not self._stop.wait(RENEWED):
             try:
                 self._renew()
-            except Exception:  # what is written next says what is wrong
+            except Exception:  # the next write raises the cause
                 continue
 
     def _close(self) -> None:
@@ -144,14 +152,14 @@ class RemoteFolder(OutputFolder):
     def _check(self) -> None:
         if self._lost:
             raise OutputError(
-                f"Another hd-run ({self._lost}) has taken over {self.url}, because this one did not say for "
-                f"{STALE:g} s that it was alive. What it wrote stays."
+                f"Another hd-run ({self._lost}) has taken over {self.url}, because this one was silent for "
+                f"{STALE:g} s. The pictures of both stay."
             )
 
     def _record(self, id: str) -> dict[str, Any] | None:
-        """Raises OutputError where the store cannot say: what is there must not be made again."""
+        """Raises OutputError where the store fails: a finished picture must not be made twice."""
         names = self._names
-        if names is not None and f"{id}.json" not in names:  # listed once: a store is asked by the thousand otherwise
+        if names is not None and f"{id}.json" not in names:  # listed once, to save thousands of calls
             return None
         try:
             content = self._ask("cat_file", self._at(f"{id}.json"))
@@ -170,10 +178,10 @@ class RemoteFolder(OutputFolder):
             try:
                 self._ask("pipe_file", self._at(name), content)
             except FileNotFoundError:
-                raise OutputError(f"{self.url} is not there (any more). Make it, or name another --output.") from None
+                raise OutputError(f"{self.url} does not exist. Make it, or name another --output.") from None
 
     def write_index(self) -> Any:
-        """Rebuilds `index.html`; returns its URL."""
+        """Rebuilds `index.html` and returns its URL."""
         self._names = self._listed()
         records = []
         for name in sorted(self._names):
@@ -186,8 +194,8 @@ class RemoteFolder(OutputFolder):
 
 
 def _owner(lock: bytes) -> str:
-    """Who a lock says that it belongs to."""
+    """The writer that a lock names."""
     try:
         return str(json.loads(lock)["by"])[:200]
     except (ValueError, TypeError, LookupError):
-        return "that says nothing of itself"
+        return "without a name"

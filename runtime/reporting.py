@@ -1,4 +1,4 @@
-"""What `hd-run` says while it works, all on stderr."""
+"""The messages of `hd-run` while it works, all on stderr."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .outputs import OutputFolder
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-MOST_WARNINGS = 20  # that are shown of pictures
+MAX_WARNINGS = 20  # about pictures
 
 
 class Reporter:
-    """What the user sees, all on stderr: a live bar on a terminal, plain lines in a log, nothing with --quiet."""
+    """A live bar on a terminal, plain lines in a log, only warnings and errors with --quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
@@ -31,12 +31,12 @@ class Reporter:
         line(sentence, "hd-run: warning:", "yellow")
 
     def warning_of(self, picture: str, sentence: str) -> None:
-        """What is to be said of a picture: once where it is to be said of many, and of MOST_WARNINGS at most."""
-        if sentence in self.said or len(self.said) > MOST_WARNINGS:
+        """Shows a warning about a picture, each sentence once, and at most MAX_WARNINGS of them."""
+        if sentence in self.said or len(self.said) > MAX_WARNINGS:
             return
         self.said.add(sentence)
-        if len(self.said) > MOST_WARNINGS:
-            self.warning("There are more warnings of pictures. ID.json holds those of each.")
+        if len(self.said) > MAX_WARNINGS:
+            self.warning("There are more warnings of pictures. See the ID.json of each.")
         else:
             self.warning(f"{picture}: {sentence}")
 
@@ -59,16 +59,16 @@ class Reporter:
 
 
 def line(sentence: str, head: str = "", color: str | None = None) -> None:
-    """One line on stderr. head: begins it, in this colour on a terminal."""
+    """Prints a line on stderr. head: its beginning, in this colour on a terminal."""
     plain = False if os.environ.get("NO_COLOR") else None
     click.echo(f"{click.style(head, fg=color)} {sentence}" if head else sentence, err=True, color=plain)
 
 
 class ProgressReport:
-    """Pictures done, of those asked for, and steps a second."""
+    """Shows how many of the pictures are done, and steps a second."""
 
     def __init__(self, total: int, quiet: bool) -> None:
-        """total: pictures asked for; what is skipped or refused is taken off as it is met."""
+        """total: all pictures; `picture` takes off those that are skipped or refused."""
         self.quiet, self.live = quiet, not quiet and sys.stderr.isatty()
         self.total, self.pictures, self.steps = total, 0, 0
         self.ready = 0  # engines
@@ -103,7 +103,7 @@ class ProgressReport:
             self.update(description="pictures", rate=self.rate)
 
     def picture(self, left_out: int) -> None:
-        """One more is done; left_out: how many were skipped or refused so far."""
+        """One more picture is done. left_out: how many were skipped or refused so far."""
         self.pictures += 1
         total = max(self.total - left_out, self.pictures)
         self.update(completed=self.pictures, total=total)
@@ -114,7 +114,7 @@ class ProgressReport:
 
 
 def live_bar() -> Progress:
-    # Imported here: a run whose stderr is a log starts a twentieth of a second earlier without.
+    # Imported here: it takes a twentieth of a second, and a log does not need it.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,16 +1,24 @@
-"""What comes out of a run, and what is known of a request on its way there."""
+"""The results of a run, and the state of a request on its way."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from ..errors import OutputError
+from ..files import written
 from .requests import Request
 
-# Called as a loop goes on: "warm-up" with the number of engines that became ready, "hands" with the number of requests
-# whose hands are, "steps" with the number of requests that made one step of stage 2.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+# A loop calls it: "warm-up" with the number of engines that became ready, "hands" with the number of requests whose
+# hands are made, "steps" with the number of requests that made one step of stage 2.
 OnEvent = Callable[[str, int], None]
 
 
@@ -32,10 +40,51 @@ class Picture:
     made_by: dict[str, str] = field(default_factory=dict)  # versions, device, digest of the bundle
     hand_draws: int = 0  # how often stage 1 drew the hands; 0 where they were given
 
+    @property
+    def pil(self) -> Image.Image:
+        """The picture as an image of Pillow's."""
+        return Image.fromarray(self.image)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the picture as .png, with its settings as text, or as .jpg or .webp without them; returns the path.
+
+        Raises OutputError for another suffix, or where the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in FORMATS:
+            raise OutputError(f"path must end in {', '.join(FORMATS)}, got {path}. Choose one of these formats.")
+        try:
+            with written(path) as temporary:
+                if path.suffix.lower() == ".png":
+                    temporary.write_bytes(png(self.image, self))
+                else:
+                    self.pil.save(temporary, FORMATS[path.suffix.lower()], quality=95)
+        except OSError as error:
+            raise OutputError(
+                f"{path} cannot be written: {error.strerror or error}. Make its folder, or name another path."
+            ) from error
+        return path
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return png(self.image, self)
+
+
+def png(image: np.ndarray, picture: Picture) -> bytes:
+    """PNG with the settings as text, so that a picture alone still says how it was made. image: uint8 [H, W, 3]."""
+    info = PngInfo()
+    settings = {**asdict(picture.request), "hand_draws": picture.hand_draws, **picture.made_by}
+    for name, value in settings.items():
+        if value is not None:
+            info.add_itxt(name, str(value).replace("\0", " "))
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
 
 @dataclass
 class Failure:
-    """A request that came to nothing while it ran; others are not affected."""
+    """A request that failed while it ran; the others go on."""
 
     id: str
     request: Request
@@ -44,10 +93,9 @@ class Failure:
 
 @dataclass
 class Peek:
-    """Where a request in flight is, between two steps. `step` of `steps` of the picture are done.
+    """A copy of where a request is, between two steps: it has done `step` of the `steps` of its picture.
 
-    hands: as in `Picture`. latents: the state as it is now, float32 [4, h, w], good for keeping; None before the first
-    step.
+    hands: as in `Picture`. latents: its state, float32 [4, h, w]; None before the first step.
     """
 
     step: int
@@ -58,7 +106,7 @@ class Peek:
 
 @dataclass
 class Work:
-    """A request on its way through the stages."""
+    """A request on its way through the two stages."""
 
     request: Request
     started: float
@@ -68,7 +116,7 @@ class Work:
     params: np.ndarray = field(default_factory=lambda: np.empty(0))  # the same, not normalised
     features: dict[str, np.ndarray] = field(default_factory=dict)  # a row of every output of hand_features
     inputs: dict[str, np.ndarray] = field(default_factory=dict)  # a row of every output of unet_context
-    draws: int = 0  # how often stage 1 drew its hands so far
+    draws: int = 0  # how often stage 1 has drawn its hands
 
 
 def cancelled(request: Request) -> Failure:
@@ -79,6 +127,6 @@ def not_finite(request: Request, where: str) -> Failure:
     return Failure(
         str(request.id),
         request,
-        f"{where} gave NaN or infinity, so there is no picture. Try another seed or lower guidance; if it stays, "
-        "the bundle's precision does not hold: export it in fp32.",
+        f"{where} gave NaN or infinity, so there is no picture. Try another seed or lower guidance. If that does not "
+        "help, the bundle's precision is too low: export it in fp32.",
     )

@@ -1,9 +1,8 @@
 """In-flight batching over one step graph: one engine call advances requests at different steps and solvers.
 
-A job takes a free slot at any step boundary and leaves when its rows are done. The active jobs always lie at
-the front of preallocated buffers, the oldest first, so that the engine is given views of them and nothing is
-gathered but this step's rows. How many of them a step advances is decided from measured times (`steptimes`); those
-that it does not reach keep their slot and their state.
+A job takes a free slot at any step boundary and leaves when its rows are done. The active jobs always lie at the front
+of preallocated buffers, the oldest first: the engine gets views of them, and only the rows of this step are gathered.
+Measured times decide how many jobs a step advances (`steptimes`); the others keep their slot and their state.
 
 Try it:
 
@@ -38,9 +37,9 @@ Engine = Callable[[dict[str, Array]], Mapping[str, Array]]
 class Job:
     """One request's way through a step graph. N is its number of steps, R = 6 + 2 K.
 
-    key: any name of it, unique among the active jobs.
+    key: its name, unique among the active jobs.
     state: float32 [...], the initial noise, already scaled by the table's init_sigma.
-    rows: float32 [N, R], see `handiffuser.runtime.schedules.rows`.
+    rows: float32 [N, R], see `handiffuser.schedules.rows`.
     steps: inputs that change with the step, name -> [N, ...], such as "time".
     constants: inputs that do not, name -> array without a batch axis, such as "text" or "key_00".
     noise: step -> the noise it adds, of the state's shape, or None for zeros; None if no step adds any.
@@ -65,21 +64,20 @@ class Result(NamedTuple):
 class StepSampler:
     """`slots` jobs in flight over one engine.
 
-    engine: takes name -> array with a leading batch axis B, returns name -> array. It is given the state and
-        "noise" [B, ...], "history" [B, K, ...] unless K is 0, "row" [B, R], and the jobs' own inputs; it
-        returns the state and "history". Inputs are views that are overwritten after the call: keep no content
-        of them. A constant is the same array object, with the same content, until the set of active jobs
-        changes: an engine on a device may skip the upload of an array that `is` the one it was given last.
+    engine: takes name -> array with a leading batch axis B, returns name -> array. It gets the state and "noise"
+        [B, ...], "history" [B, K, ...] unless K is 0, "row" [B, R], and the jobs' own inputs; it returns the state and
+        "history". Inputs are views that the sampler overwrites after the call: copy what you keep. A constant is the
+        same array object, with the same content, until the set of active jobs changes: an engine on a device may skip
+        the upload of an array that `is` the last one.
     state_name: "x" or "latents". num_history: K.
     branched: constants that hold one entry per guidance branch, [2, ...] in a job. While every active row's guidance
-        is 1 the engine is given the second alone, [B, 1, ...], and does half the work.
-    times: what the engine's steps have taken so far, kept over samplers; by default nothing is known yet. Where it
-        names `buckets`, the engine's fixed batch sizes, a batch is filled up to the next one with copies of its first
-        row, whose results are thrown away.
+        is 1 the engine gets the second alone, [B, 1, ...], and does half the work.
+    times: the measured times of the engine's steps, kept over samplers; by default empty. Where it names `buckets`, the
+        engine's fixed batch sizes, a batch is filled up to the next one with copies of its first row, whose results are
+        thrown away.
 
-    The shapes and dtypes of the first job are those of all. Rows of a batch never mix here: with an engine
-    that treats rows independently, a job's result does not depend on its company. Not for use from several
-    threads at once.
+    The shapes and dtypes of the first job are those of all. Rows of a batch never mix here: with an engine that treats
+    rows independently, a job's result does not depend on the others. Use it from one thread.
 
     Raises EngineError if slots or buckets make no sense.
     """
@@ -94,12 +92,12 @@ class StepSampler:
         branched: Collection[str] = (),
     ) -> None:
         if slots < 1:
-            raise EngineError(f"A sampler needs at least one slot and was given {slots}.")
+            raise EngineError(f"slots must be at least 1, got {slots}.")
         self.times = times or StepTimes()
         buckets = self.times.buckets
         if buckets is not None and (not buckets or buckets[0] < 1 or buckets[-1] < slots):
             raise EngineError(
-                f"The batch sizes {buckets} do not hold {slots} slots. "
+                f"slots must be at most the largest of the batch sizes {buckets}, got {slots}. "
                 f"Use fewer slots, or build an engine for batch size {slots}."
             )
         self.slots = slots
@@ -117,7 +115,7 @@ class StepSampler:
         self._moving: dict[str, Array] = {}  # state, history and noise [capacity, ...]
         self._constants: dict[str, Array] = {}  # [capacity, ...]
         self._tables: dict[str, Array] = {}  # "row" and the other step inputs [slots, longest schedule, ...]
-        # (batch, whether the conditional branch is alone) -> what the engine is given; empty: the jobs have changed.
+        # (batch, whether the conditional branch is alone) -> inputs of the engine; empty after the jobs have changed.
         self._constant_views: dict[tuple[int, bool], dict[str, Array]] = {}
 
     @property
@@ -144,7 +142,7 @@ class StepSampler:
         if not self.free:
             raise RequestError(f"All {self.slots} slots are busy. Call step() until `free` is above 0.")
         if job.key in self.keys:
-            raise RequestError(f"A job with the key {job.key!r} is in flight already. Give each job its own key.")
+            raise RequestError(f"key must be unique, and a job in flight has {job.key!r}. Give each job its own key.")
         state = np.asarray(job.state, dtype=np.float32)
         constants = {name: np.asarray(value) for name, value in job.constants.items()}
         tables = {"row": np.asarray(job.rows, dtype=np.float32)}
@@ -173,11 +171,11 @@ class StepSampler:
         self._constant_views = {}
 
     def step(self) -> list[Result]:
-        """Advances the oldest jobs by one step with one engine call; returns those that are done or have failed, the
+        """Advances the oldest jobs by one step with one engine call. Returns those that are done or have failed, the
         oldest first.
 
-        How many: all of them, or fewer where measured times say that this gets more done. If the engine raises,
-        nothing has moved and the step may be tried again.
+        It advances all jobs, or fewer where measured times say that this gets more done. If the engine raises, the jobs
+        have not moved and the step may be tried again.
         """
         if not self._jobs:
             return []
@@ -192,8 +190,8 @@ class StepSampler:
             if job.noise is not None:
                 drawn = job.noise(int(position[i]))
                 noise[i] = 0 if drawn is None else drawn
-        # Rows n ... batch are copies of row 0: something finite that a static engine can chew on. No job is there:
-        # fewer than all are advanced only if they fill their batch.
+        # Rows n ... batch are copies of row 0, finite input for an engine of a fixed size. They hold no job: a step
+        # advances fewer than all jobs only if these fill their batch.
         rows = np.arange(batch)
         rows[n:] = 0
         for buffer in self._moving.values():
@@ -218,7 +216,7 @@ class StepSampler:
         finite = np.isfinite(state[:n]).reshape(n, -1).all(axis=1)
         position += 1
         self.advanced = n
-        self.times.add(n, time.perf_counter() - started, alone)  # with what it costs the host, too
+        self.times.add(n, time.perf_counter() - started, alone)  # with the host's own work
         results = []
         # From the last down, because the jobs behind a leaving one move up.
         for i in np.flatnonzero((position == self._length[:n]) | ~finite)[::-1]:
@@ -229,7 +227,7 @@ class StepSampler:
         return results[::-1]
 
     def _unguided(self) -> list[bool]:
-        """Of each job whether its step is without guidance; empty where that makes no difference."""
+        """For each job whether its step is without guidance; empty where that makes no difference."""
         if not self._branched:
             return []
         n = len(self._jobs)
@@ -237,19 +235,19 @@ class StepSampler:
         return unguided
 
     def _constants_for(self, batch: int, alone: bool) -> dict[str, Array]:
-        """The constants [batch, ...]; alone: of those with branches only the conditional one."""
+        """The constants [batch, ...]; alone: the conditional branch of those that have branches."""
         if not self._constant_views:
             for buffer in self._constants.values():
                 buffer[len(self._jobs) : batch] = buffer[0]
         if (batch, alone) not in self._constant_views:
             views = {name: buffer[:batch] for name, buffer in self._constants.items()}
-            if alone:  # an engine wants its arrays in one piece
+            if alone:  # engines take contiguous arrays
                 views |= {name: np.ascontiguousarray(views[name][:, 1:]) for name in self._branched}
             self._constant_views[batch, alone] = views
         return self._constant_views[batch, alone]
 
     def drop(self, key: Hashable) -> bool:
-        """Cancels a job between two steps; True if it was in flight. Others are not affected."""
+        """Cancels a job between two steps; True if it was in flight. The others go on."""
         for i, job in enumerate(self._jobs):
             if job.key == key:
                 self._remove(i)
@@ -300,7 +298,7 @@ class StepSampler:
         self._tables = {name: np.zeros((self.slots, *t.shape), t.dtype) for name, t in tables.items()}
 
     def _check_new(self, job: Job, state: Array, tables: dict[str, Array]) -> None:
-        """What every job must satisfy, also the first."""
+        """Checks that every job must pass, also the first."""
         width = len(row_columns(self._num_history))
         rows = tables["row"]
         if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != width:

@@ -1,20 +1,18 @@
-"""How many of the jobs in flight a step should advance: what measured step times say.
+"""How many jobs a step should advance, decided from measured step times.
 
-Advancing all of them is best where a larger batch costs less than its rows would alone, as on a GPU. On a processor a
-row often costs the same in any batch: eight rows at once then make everyone wait for all eight, and finish no sooner
-than one after the other. And an engine of a fixed batch size costs the same for five rows as for its eight: padding
-up competes with running four of them and holding the fifth back.
+On a GPU a large batch costs less than its rows one by one, so that advancing all jobs is best. On a processor a row
+often costs the same in any batch: eight rows at once then make every request wait for all eight. An engine of a fixed
+batch size costs the same for five rows as for its eight: the choice is between padding and holding the fifth row back.
 
-A step without guidance runs one branch of the network instead of two, but only where all rows of the batch are without:
-beside a guided row, one without costs twice what it needs. So what a step gets done is counted in branches that are of
-use.
+A step without guidance runs one branch of the network instead of two, but only where no row of the batch has guidance.
+Beside a guided row, an unguided one costs twice what it needs. So a step counts the branches that are of use.
 
     times = StepTimes()
-    rows = times.choose(active=5)     # the oldest of the jobs in flight
-    times.add(rows, seconds)          # what a step of that many took
+    rows = times.choose(active=5)     # of the jobs in flight, the oldest
+    times.add(rows, seconds)          # what a step of that many rows took
 
-Every step does useful work, so trying a size out costs nothing but a little speed. Sizes are tried again after 50, 100,
-200 ... steps: something else may have used the processor just then.
+Every step does useful work, so trying a size out costs only a little speed. Sizes are tried again after 50, 100, 200
+... steps: other programs may have used the processor during the first tries.
 """
 
 from __future__ import annotations
@@ -22,18 +20,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-# Steps of a size before it is judged by the shortest: the first pays for memory and kernels.
+# Steps of a size before the shortest of them is its time: the first one loads memory and kernels.
 TRIALS = 3
-# How many times as fast per row a larger batch must be: a smaller one has its pictures sooner and takes less memory.
+# A larger batch must be so many times as fast per row: a smaller one finishes its pictures sooner, in less memory.
 PAYS = 1.05
-AGAIN = 50  # steps after which each size is tried once more, and again after twice as many
+RETRY_STEPS = 50  # each size is tried once more after so many steps, then after twice as many
 
 
 class StepTimes:
     """Measured seconds of one step graph, by batch size; kept over runs.
 
-    buckets: sizes that engines were built for, or None where any will do. only: sizes that are worth trying, 1 among
-    them; others are left alone, because an engine would have to be compiled for them.
+    buckets: the batch sizes of engines, or None where engines take any size. only: sizes worth trying, 1 among them;
+    any other would need an engine compiled for it.
     """
 
     def __init__(self, buckets: Sequence[int] | None = None, only: Sequence[int] | None = None) -> None:
@@ -41,18 +39,18 @@ class StepTimes:
         self.only = sorted({1, *only}) if only is not None else None
         self.best: dict[tuple[int, bool], float] = {}
         self._trials: dict[tuple[int, bool], int] = {}
-        self._steps, self._again = 0, AGAIN
+        self._steps, self._again = 0, RETRY_STEPS
 
     def batch(self, rows: int) -> int:
-        """The batch size that is computed for so many rows."""
+        """The batch size that an engine computes for so many rows."""
         return next(size for size in self.buckets if size >= rows) if self.buckets else rows
 
     def choose(self, active: int, unguided: Sequence[bool] = ()) -> int:
-        """Rows to advance, 1 <= rows <= active. unguided: of each job, the oldest first, whether its step is without
-        guidance, which takes half the time where that is so of all; by default none is.
+        """Rows to advance, 1 <= rows <= active. unguided: for each job, the oldest first, whether its step is without
+        guidance; a batch of such steps takes half the time. By default all steps are guided.
 
-        From small to large as long as that pays. Of engines with fixed sizes only the next smaller and the next larger
-        one are compared: others would be loaded for nothing but the question.
+        It goes from small to large as long as that pays. Of engines with fixed sizes it compares the next smaller and
+        the next larger one alone: the comparison is not worth loading others.
         """
         if self.buckets:
             below = max((size for size in self.buckets if size <= active), default=active)
@@ -72,7 +70,7 @@ class StepTimes:
             if len(sizes) > 1 and self._trials.get(key, 0) < TRIALS:
                 self._trials[key] = self._trials.get(key, 0) + 1
                 return rows
-            # Branches a second; any number where a size has not been measured yet: a GPU is some steps behind.
+            # Branches a second; infinite where a size has no measurement yet: a GPU is some steps behind.
             seconds = self.best.get(key)
             rate = (2 * rows - unguided_rows) / seconds if seconds else math.inf
             if chosen and max(rate, most) < math.inf and rate <= PAYS * most:
@@ -81,6 +79,6 @@ class StepTimes:
         return chosen
 
     def add(self, rows: int, seconds: float, alone: bool = False) -> None:
-        """A step of so many rows took so long."""
+        """Notes the seconds of a step of `rows` rows. alone: it ran the conditional branch alone."""
         key = (self.batch(rows), alone)
         self.best[key] = min(seconds, self.best.get(key, seconds))

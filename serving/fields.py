@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from ..contract import MAX_REDRAWS
 from ..errors import RequestError
 from ..hands import CAMERA, LARGEST_CAMERA, SHAPES
-from ..runtime.requests import MAX_GUIDANCE, MAX_SEED
-from ..schedules import SOLVERS
+from ..settings import MAX_SEED, SETTINGS, Setting, http_name
 from .hands import Arrays, Drag
 
 MAX_PROMPT = 4000  # characters; the tokenizer reads some 75 words of them and warns about the rest
@@ -87,7 +85,25 @@ class HandsField(Strict):
         return arrays
 
 
-class Generation(Strict):
+def _field(setting: Setting) -> Any:
+    """The type of a setting's field. Without one, it is as the bundle or the table of settings says."""
+    if setting.kind is tuple:
+        share = Annotated[float, Field(ge=0, le=1)]
+        return Annotated[list[share], Field(min_length=2, max_length=2, description=setting.help)]
+    if setting.choices:
+        return Annotated[Literal[setting.choices], Field(description=setting.help)]
+    if setting.kind is str:
+        return Annotated[str, Field(max_length=MAX_PROMPT, description=setting.help)]
+    bounds = {"ge": setting.kind(setting.least), "le": setting.kind(setting.most)}
+    return Annotated[setting.kind, Field(**bounds, description=setting.help)]
+
+
+_fields: dict[str, Any] = {http_name(name): (_field(setting) | None, None) for name, setting in SETTINGS.items()}
+_fields["seed"] = (Seed | None, None)
+_WithSettings: Any = create_model("_WithSettings", __base__=Strict, **_fields)
+
+
+class Generation(_WithSettings):  # type: ignore[misc]
     """`POST /v1/images/generations`."""
 
     prompt: Prompt
@@ -103,23 +119,6 @@ class Generation(Strict):
     partial_images: Annotated[
         int, Field(ge=0, le=MAX_PREVIEWS, description="With stream: the skeleton and previews.")
     ] = 0
-    seed: Seed | None = None
-    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT)] = ""
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=MAX_GUIDANCE, description="1 is off.")] | None = None
-    solver: Literal[tuple(SOLVERS)] | None = None  # type: ignore[valid-type]
-    noise_offset: Annotated[float, Field(ge=0, le=1, description="How much open colours vary.")] | None = None
-    hand_redraws: (
-        Annotated[int, Field(ge=0, le=MAX_REDRAWS, description="How often two hands that do not fit are drawn again.")]
-        | None
-    ) = None
-    guidance_interval: (
-        Annotated[
-            list[Annotated[float, Field(ge=0, le=1)]],
-            Field(min_length=2, max_length=2, description="The part of the steps that is guided, such as [0, 0.5]."),
-        ]
-        | None
-    ) = None
     hands: (
         HandsField
         | Annotated[str, Field(max_length=100, description='An id from hands_id, or "none" for no hands.')]
@@ -135,6 +134,11 @@ class Generation(Strict):
     style: Annotated[str, Field(max_length=20)] | None = None
     moderation: Annotated[str, Field(max_length=20)] | None = None
     complexity: Annotated[str, Field(max_length=20)] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that the client gave, by our names."""
+        values = {name: getattr(self, http_name(name)) for name in SETTINGS}
+        return {name: value for name, value in values.items() if value is not None}
 
     def warnings(self) -> list[str]:
         """A sentence for each field without effect."""

@@ -105,19 +105,8 @@ class Painting:
     def requests(self, seed: int) -> list[Request]:
         """One for each picture. Raises RequestError for what the bundle cannot run."""
         body = self.body
-        interval: Any = tuple(body.guidance_interval or (0.0, 1.0))
-        request = Request(
-            body.prompt,
-            seed=seed,
-            steps=body.num_inference_steps,
-            solver=body.solver,
-            guidance=body.guidance_scale,
-            negative_prompt=body.negative_prompt,
-            noise_offset=body.noise_offset,
-            hand_redraws=body.hand_redraws,
-            hands=self.service.hands_path(body.hands),
-            guidance_interval=interval,
-        )
+        settings = {**body.settings(), "seed": seed}
+        request = Request(body.prompt, hands=self.service.hands_path(body.hands), **settings)
         return self.service.prepare(request, body.n)
 
     async def finished(self, ticket: Ticket, made: PictureMade) -> dict[str, Any]:

@@ -14,13 +14,12 @@ from starlette.responses import JSONResponse
 
 from ..errors import HanDiffuserError, RequestError
 from ..schema import shown
+from ..settings import SETTINGS, http_name
 from .dispatch import BusyError
 from .service import Service, UnfinishedError
 
 LATE = "The time of this request is over, and the picture is not done. Ask for fewer steps or a longer timeout."
 CODES = {429: "queue_full", 504: "timeout"}
-# Fields of a Request -> what the API calls them.
-NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 SAID = {
     400: "A field of the request is wrong; the message says which.",
     401: "The key is missing or wrong.",
@@ -80,6 +79,7 @@ def misfit(errors: list[Any]) -> JSONResponse:
             400, f"The field {where} is unknown. GET /openapi.json lists the fields.", code="unknown_field", param=where
         )
     said = re.sub(r"^\w+ should (be|have) ", r"must \1 ", error["msg"].rstrip(".")).replace(" after validation", "")
+    setting = next((one for name, one in SETTINGS.items() if http_name(name) == where), None)
     if kind == "missing":
         sentence = f"{where} must be given."
     elif where == "prompt" and kind in ("string_too_short", "string_pattern_mismatch"):
@@ -92,6 +92,8 @@ def misfit(errors: list[Any]) -> JSONResponse:
         sentence = f"{where or 'The body'} must be text of valid Unicode, got half a surrogate pair."
     elif kind == "string_too_long":
         sentence = f"{where} {said}, got {len(given)}."
+    elif setting is not None and setting.kind is not str:
+        sentence = f"{where} must be {setting.constraint}, got {shown(given)}."
     elif said.startswith("must"):
         sentence = f"{where or 'The body'} {said}" + ("." if ", not " in said else f", got {shown(given)}.")
     else:
@@ -131,8 +133,9 @@ def failed(error: HanDiffuserError, service: Service) -> JSONResponse:
         return response
     if isinstance(error, ModelError):
         return problem(404, str(error), code="model_not_found", param="model")
-    field = error.field if isinstance(error, RequestError) else None
-    return problem(400, str(error), code="invalid_value", param=NAMES.get(field or "", field))
+    if isinstance(error, RequestError):
+        return problem(400, str(error), code=error.code, param=http_name(error.param) if error.param else None)
+    return problem(400, str(error), code="invalid_value")
 
 
 def add_handlers(app: FastAPI, service: Service) -> None:

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import EngineError, HanDiffuserError, RequestError
-from ..runtime.outputs import OutputError, open_folder
+from ..errors import EngineError, HanDiffuserError, OutputError, RequestError
+from ..runtime.remote import open_folder
 from ..runtime.requests import Request
 from ..runtime.results import Failure
 from .worker import Options as Options

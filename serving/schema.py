@@ -45,6 +45,7 @@ def describe(app: FastAPI, service: Service) -> dict[str, Any]:
         ("Generation", "size", sizes),
         ("Generation", "n", {"maximum": service.most}),
         ("Generation", "num_inference_steps", {"maximum": service.limits.steps}),
+        ("Generation", "hand_steps", {"maximum": service.limits.steps}),
     ):
         parts[part]["properties"][field]["anyOf"][0].update(bounds)
     parts["Error"] = ERROR

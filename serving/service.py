@@ -21,7 +21,8 @@ from ..errors import HanDiffuserError, RequestError
 from ..files import written
 from ..hands import NO_HANDS, hands_file
 from ..runtime.bundle import Bundle
-from ..runtime.requests import MAX_SEED, Request
+from ..runtime.requests import Request
+from ..settings import MAX_SEED, http_name, with_defaults
 from .dispatch import Dispatcher
 from .fields import HandsField
 from .hands import Arrays
@@ -135,20 +136,23 @@ class Service:
 
     def prepare(self, request: Request, count: int = 1) -> list[Request]:
         """Fills in the bundle's defaults, seeds and ids. Raises RequestError for what this bundle cannot run."""
-        gaps = {name: v for name, v in self.bundle.manifest.defaults.items() if getattr(request, name) is None}
+        defaults = with_defaults(self.bundle.manifest.defaults)
+        gaps = {name: value for name, value in defaults.items() if getattr(request, name) is None}
         assert request.seed is not None
         filled = replace(request, **gaps)
-        if (filled.steps or 1) > self.limits.steps:
-            raise RequestError(
-                f"{filled.steps} steps are more than this server makes. Ask for {self.limits.steps} or fewer.",
-                "steps",
-            )
+        for name, steps in (("steps", filled.steps), ("hand_steps", request.hand_steps)):
+            if (steps or 1) > self.limits.steps:
+                raise RequestError(
+                    f"{http_name(name)} must be at most {self.limits.steps} on this server, got {steps}. "
+                    f"Ask for {self.limits.steps} or fewer.",
+                    name,
+                )
         try:
             with self.lock:  # the bundle caches its schedules
                 self.bundle.check(filled)
         except RequestError as error:
             sentence = str(error).replace(f"The hands file {request.hands} has", "The hands have")
-            raise RequestError(sentence, error.field) from None
+            raise RequestError(sentence, error.param, error.code) from None
         return [
             replace(filled, seed=(request.seed + i) % (MAX_SEED + 1), id=f"img-{secrets.token_hex(12)}")
             for i in range(count)

@@ -3,9 +3,9 @@
     hd-export CHECKPOINT engines --triton repository
     tritonserver --model-repository repository          # with handiffuser in its Python
 
-Inputs: PROMPT (string), and, optional, NEGATIVE_PROMPT, SEED, STEPS, GUIDANCE, SOLVER. Outputs: IMAGE uint8 [H, W, 3],
-JOINTS_2D float32 [2, 21, 2], VISIBILITY float32 [2], SEED int64 [1], WARNINGS (string). A request is one picture. One
-that the client cancels leaves the batch at the next step.
+Inputs: PROMPT (string) and, optional, the settings of `settings.SETTINGS` in capitals: SEED, STEPS, ... Outputs: IMAGE
+uint8 [H, W, 3], JOINTS_2D float32 [2, 21, 2], VISIBILITY float32 [2], SEED int64 [1], WARNINGS (string). A request is
+one picture. One that the client cancels leaves the batch at the next step.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 
 from ..contract import Manifest
 from ..errors import ExportError
+from ..settings import SETTINGS, Setting
 
 NAME = "handiffuser"
-INPUTS = {  # name -> Triton's type, whether it may be left out
-    "PROMPT": ("TYPE_STRING", False),
-    "NEGATIVE_PROMPT": ("TYPE_STRING", True),
-    "SEED": ("TYPE_INT64", True),
-    "STEPS": ("TYPE_INT32", True),
-    "GUIDANCE": ("TYPE_FP32", True),
-    "SOLVER": ("TYPE_STRING", True),
-}
+FIELDS = {name.upper(): name for name in ("prompt", *SETTINGS)}  # Triton's input -> the field of Request
+
+
+def _type(setting: Setting) -> str:
+    if setting.kind is int:
+        return "TYPE_INT32" if setting.most < 2**31 else "TYPE_INT64"
+    return "TYPE_STRING" if setting.kind is str else "TYPE_FP32"
 
 
 def config(manifest: Manifest, slots: int = 8) -> str:
@@ -39,8 +39,12 @@ def config(manifest: Manifest, slots: int = 8) -> str:
         "WARNINGS": ("TYPE_STRING", [-1]),
     }
     inputs = ",\n".join(
-        f'  {{ name: "{name}" data_type: {kind} dims: [ 1 ]{" optional: true" if optional else ""} }}'
-        for name, (kind, optional) in INPUTS.items()
+        ['  { name: "PROMPT" data_type: TYPE_STRING dims: [ 1 ] }']
+        + [
+            f'  {{ name: "{name.upper()}" data_type: {_type(setting)} dims: [ {1 + (setting.kind is tuple)} ] '
+            "optional: true }"
+            for name, setting in SETTINGS.items()
+        ]
     )
     given = ",\n".join(
         f'  {{ name: "{name}" data_type: {kind} dims: {dims} }}' for name, (kind, dims) in outputs.items()

@@ -16,9 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from handiffuser import Failure, HanDiffuser, HanDiffuserError, Request
 from handiffuser.runtime.loading import MANY
-
-FIELDS = {"PROMPT": "prompt", "NEGATIVE_PROMPT": "negative_prompt", "SEED": "seed", "STEPS": "steps",
-          "GUIDANCE": "guidance", "SOLVER": "solver"}  # fmt: skip
+from handiffuser.serving.triton import FIELDS
 
 
 class TritonPythonModel:
@@ -62,8 +60,11 @@ class TritonPythonModel:
         for name, ours in FIELDS.items():
             tensor = pb_utils.get_input_tensor_by_name(request, name)
             if tensor is not None:
-                value = tensor.as_numpy().reshape(-1)[0]
-                fields[ours] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value.item()
+                values = [
+                    value.decode("utf-8", "replace") if isinstance(value, bytes) else value.item()
+                    for value in tensor.as_numpy().reshape(-1)
+                ]
+                fields[ours] = values[0] if len(values) == 1 else tuple(values)
         return fields
 
     def _source(self):

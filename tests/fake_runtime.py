@@ -41,10 +41,10 @@ import numpy as np
 import pytest
 from cuda.bindings import driver as real_driver
 from cuda.bindings import runtime as real
-from handiffuser.contract import MAX_REDRAWS
 from handiffuser.engines import cuda as product
 from handiffuser.engines.base import check_feeds
 from handiffuser.runtime.noise import HANDS, LATENTS, drawn_again, normal, stream_key
+from handiffuser.settings import MAX_REDRAWS
 
 CODES = real.cudaError_t
 OK = CODES.cudaSuccess

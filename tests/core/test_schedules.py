@@ -262,7 +262,7 @@ def test_all_step_counts_are_finite_or_refused(solver, spacing):
     [
         ({"steps": 0}, "from 1 to 1000"),
         ({"steps": 1001}, "from 1 to 1000"),
-        ({"steps": 2.5}, "integer"),
+        ({"steps": 2.5}, "whole number"),
         ({"solver": "heun"}, "ddim, ddpm, euler"),
         ({"guidance": math.nan}, "finite"),
         ({"guidance": math.inf}, "finite"),
@@ -291,7 +291,7 @@ def test_refusals_say_what_is_allowed(change, words):
         ({"variance_type": "learned_range"}, "fixed_small"),
         ({"final_sigmas_type": "sigma_min"}, "zero"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start <= beta_end"),
-        ({"beta_end": math.nan}, "beta_end is nan"),
+        ({"beta_end": math.nan}, "beta_end must be .* got nan"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
         ({"steps_offset": -1}, "steps_offset"),
         ({"steps_offset": None}, "steps_offset"),

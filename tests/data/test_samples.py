@@ -119,7 +119,7 @@ WRONG = {
     "no UTF-8": ({"json": b'{"prompt": "\xff"}'}, "UTF-8"),
     "no prompt": ({"json": b"{}"}, "neither a prompt nor prompts"),
     "blank prompt": ({"json": b'{"prompt": " "}'}, "neither a prompt nor prompts"),
-    "number for a prompt": ({"json": b'{"prompt": 3}'}, "The prompt is 3; it must be text"),
+    "number for a prompt": ({"json": b'{"prompt": 3}'}, "prompt must be text"),
     "labels of numbers": ({"json": b'{"prompt": "a", "labels": {"side": 1}}'}, "labels"),
     "no npz": ({"hands.npz": b"hello"}, "must hold plain arrays"),
     "one array": ({"hands.npz": (lambda b: (np.save(b, np.zeros(3)), b.getvalue())[1])(io.BytesIO())}, "single array"),

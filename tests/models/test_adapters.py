@@ -377,7 +377,7 @@ REFUSED = {
     "ranks that differ": (
         lambda make: changed(of_unet(make), "lora_B", lambda t: torch.ones(32, 5)), {}, "for a weight of 32 x 32"),
     "another rank": (of_unet, {**OF_UNET, "unet.r": 8}, "must have rank 8 in .*, got 4"),
-    "no number": (of_unet, {**OF_UNET, "unet.lora_alpha": "much"}, "The lora_alpha is 'much'; it must be a number"),
+    "no number": (of_unet, {**OF_UNET, "unet.lora_alpha": "much"}, "lora_alpha must be a number"),
     "no pattern": (of_unet, {**OF_UNET, "unet.alpha_pattern": {"to_q(": 1}}, "regular expressions"),
     "a bias without one": (
         lambda make: {**of_unet(make), f"{UNET}.lora_B.bias": torch.ones(32)}, {}, "a bias for unet"),

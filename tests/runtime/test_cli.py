@@ -292,7 +292,7 @@ def test_bad_bundles(toy_copy, tmp_path, damage):
 def test_output_that_is_a_file(toy_bundle, tmp_path):
     (tmp_path / "out").write_text("")
     result = hd_run(toy_bundle, "a fist", "-o", tmp_path / "out")
-    assert result.returncode == 1 and "is not a folder" in result.stderr
+    assert result.returncode == 1 and "--output must be a folder" in result.stderr
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from handiffuser import Picture, Request, RequestError
+from handiffuser.errors import OutputError
 from handiffuser.hands import hand_arrays
-from handiffuser.runtime.outputs import OutputError, OutputFolder, contact_sheet
+from handiffuser.runtime.outputs import OutputFolder, contact_sheet
 from PIL import Image
 
 
@@ -52,6 +53,24 @@ def test_a_picture_and_its_files(tmp_path):
     record = json.loads((folder.path / "fist.json").read_text(encoding="utf-8"))
     assert record["prompt"] == one.request.prompt and record["steps"] == 3 and record["width"] == 24
     assert "fist" in index.read_text(encoding="utf-8")
+
+
+def test_a_picture_saves_and_shows_itself(tmp_path):
+    one = picture()
+    path = one.save(tmp_path / "one.png")
+    assert path == tmp_path / "one.png" and one._repr_png_() == path.read_bytes()
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(np.asarray(image), one.image)
+        assert image.text["prompt"] == one.request.prompt and image.text["steps"] == "3"
+    np.testing.assert_array_equal(np.asarray(one.pil), one.image)
+    for suffix in ("jpg", "JPEG", "webp"):
+        with Image.open(one.save(str(tmp_path / f"one.{suffix}"))) as image:
+            assert image.size == (24, 16) and image.format == ("WEBP" if suffix == "webp" else "JPEG")
+    with pytest.raises(OutputError, match=r"path must end in \.png, .* got .*one\.gif"):
+        one.save(tmp_path / "one.gif")
+    with pytest.raises(OutputError, match="cannot be written"):
+        one.save(tmp_path / "missing" / "one.png")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.JPEG", "one.jpg", "one.png", "one.webp"]
 
 
 def test_what_is_being_written_is_no_picture_yet(tmp_path):
@@ -103,7 +122,7 @@ def test_leftovers_are_removed(tmp_path):
 def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "out").write_text("")
     for path in (tmp_path / "out", tmp_path / "out" / "deeper"):
-        with pytest.raises(OutputError, match="not a folder"), OutputFolder(path):
+        with pytest.raises(OutputError, match="must be a folder"), OutputFolder(path):
             pass
 
 

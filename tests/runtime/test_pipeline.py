@@ -115,8 +115,8 @@ def test_any_text_makes_a_picture(pipeline, prompt):
         ({"steps": 0}, "1 to 1000"),
         ({"steps": 10_000}, "1 to 1000"),
         ({"solver": "x"}, "ddim"),
-        ({"images_per_prompt": 0}, "images_per_prompt must be 1 or more"),
-        ({"stepz": 3}, "stepz is not a setting of a request. The settings are"),
+        ({"images_per_prompt": 0}, "images_per_prompt must be at least 1, got 0"),
+        ({"stepz": 3}, "'stepz' is unknown. The settings are"),
         ({"height": 512}, "hd-export CHECKPOINT OUT --image-size"),
         ({"num_inference_steps": 4}, "It is steps here."),
         ({"num_images_per_prompt": 4}, "It is images_per_prompt here."),
@@ -130,7 +130,7 @@ def test_bad_settings(pipeline, settings, words):
 
 
 def test_bad_batch_size(toy_bundle):
-    with pytest.raises(RequestError, match="batch size of 1"):
+    with pytest.raises(RequestError, match="batch_size must be at least 1, got 0"):
         HanDiffuser.load(toy_bundle, device="cpu", batch_size=0)
 
 
@@ -371,5 +371,5 @@ def test_hands_alone(pipeline, tmp_path):
     (gone,) = pipeline.hands(given)
     assert isinstance(gone, Failure) and "does not exist" in gone.sentence
     assert pipeline.hands([]) == []
-    with pytest.raises(RequestError, match="more than a batch of 4"):
+    with pytest.raises(RequestError, match="requests must be at most 4"):
         pipeline.hands(requests * 2)

@@ -12,9 +12,9 @@ fsspec = pytest.importorskip("fsspec")
 
 from commands import run_command  # noqa: E402
 from handiffuser import HanDiffuser, Request, RequestError  # noqa: E402
+from handiffuser.errors import OutputError  # noqa: E402
 from handiffuser.runtime import remote  # noqa: E402
-from handiffuser.runtime.outputs import OutputError, open_folder  # noqa: E402
-from handiffuser.runtime.remote import LOCK  # noqa: E402
+from handiffuser.runtime.remote import LOCK, open_folder  # noqa: E402
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_living_writer_is_found_by_any_clock(url, quick, monkeypatch, jump):
             pass
         with open_folder(url, shared=True):  # an actor of its own
             pass
-    assert len(said) == 1 and "still alive" in said[0]
+    assert len(said) == 1 and "Waiting up to" in said[0]
     with open_folder(url, say=said.append):  # who ended leaves nothing to wait for
         assert len(said) == 1
 

@@ -35,10 +35,10 @@ def read_requests(path, **shared) -> tuple[dict[int, Request], list[Refused]]:
     [
         ({"prompt": ""}, "empty"),
         ({"prompt": " \t\u2003"}, "empty"),
-        ({"prompt": 5}, "The prompt is 5; it must be text"),
+        ({"prompt": 5}, "prompt must be text .*got 5"),
         ({"prompt": "\ud83d"}, "Unicode"),
-        ({"prompt": None}, "The prompt is None; it must be text"),
-        ({"prompt": "a", "negative_prompt": []}, "negative_prompt is .*text"),
+        ({"prompt": None}, "prompt must be text .*got None"),
+        ({"prompt": "a", "negative_prompt": []}, "negative_prompt must be text"),
         ({"prompt": "a", "steps": 0}, "1 to 1000"),
         ({"prompt": "a", "steps": 10_000}, "1 to 1000"),
         ({"prompt": "a", "steps": 5.5}, "whole number"),
@@ -125,7 +125,13 @@ def test_jsonl_file(tmp_path):
     assert list(requests) == [1, 2, 13]
     assert [line for line, _ in refused] == list(range(3, 12))
     sentences = dict(refused)
-    for line, words in {3: "not JSON", 4: "no object", 5: 'no "prompt"', 6: "'step' is unknown", 8: "path"}.items():
+    for line, words in {
+        3: "not JSON",
+        4: "must be an object",
+        5: 'must have a "prompt"',
+        6: "'step' is unknown",
+        8: "path",
+    }.items():
         assert words in sentences[line]
 
 
@@ -233,7 +239,7 @@ def test_images_per_prompt():
 def test_the_second_of_two_ids_is_refused():
     resolved, refused = resolve([Request("a", id="Fist"), Request("b"), Request("c", id="fist")], DEFAULTS)
     assert [r.prompt for r in resolved] == ["a", "b"]
-    assert [line for line, _ in refused] == [3] and "taken" in refused[0].sentence
+    assert [line for line, _ in refused] == [3] and "id must be unique" in refused[0].sentence
 
 
 def test_the_very_same_request_is_refused():

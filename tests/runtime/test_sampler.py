@@ -291,7 +291,7 @@ def test_results_are_copies():
         ({"steps": {"time": np.zeros((3, 2), np.float32)}}, "4 steps"),
         ({"constants": {"text": np.zeros(SHAPE)}}, "float64"),
         ({"constants": {"prompt": np.zeros(SHAPE)}}, "text.*prompt"),
-        ({"key": 0}, "in flight already"),
+        ({"key": 0}, "key must be unique"),
     ],
 )
 def test_bad_jobs_are_refused_and_harm_nobody(change, words):

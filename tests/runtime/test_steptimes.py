@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from handiffuser.runtime.steptimes import AGAIN, TRIALS, StepTimes
+from handiffuser.runtime.steptimes import RETRY_STEPS, TRIALS, StepTimes
 
 
 def run(times: StepTimes, cost: Callable[[int], float], active: int, steps: int = 30, alone: bool = False) -> list[int]:
@@ -105,7 +105,7 @@ def test_what_a_busy_moment_has_taught_is_unlearned():
     """Whoever was measured while something else had the processor is tried again, sooner or later."""
     times = StepTimes()
     busy = iter([1.0] * TRIALS)  # the trials of one row
-    chosen = run(times, lambda batch: next(busy, 0.04) if batch == 1 else 0.04 * batch, 2, steps=3 * AGAIN)
-    assert set(chosen[TRIALS : AGAIN - 1]) == {2} and set(chosen[-AGAIN // 2 :]) == {1}
+    chosen = run(times, lambda batch: next(busy, 0.04) if batch == 1 else 0.04 * batch, 2, steps=3 * RETRY_STEPS)
+    assert set(chosen[TRIALS : RETRY_STEPS - 1]) == {2} and set(chosen[-RETRY_STEPS // 2 :]) == {1}
     long = run(times, lambda batch: 0.04 * batch, 2, steps=1000)
     assert long.count(2) < 6  # and seldom

@@ -12,7 +12,7 @@ import types
 import numpy as np
 import pytest
 from handiffuser import ExportError, HanDiffuser
-from handiffuser.serving.triton import INPUTS, NAME, write
+from handiffuser.serving.triton import FIELDS, NAME, write
 
 
 class Tensor:
@@ -57,7 +57,7 @@ def test_requests_share_batches_and_get_one_answer(toy_bundle, tmp_path, backend
     folder = write(toy_bundle, tmp_path)
     text = (folder / "config.pbtxt").read_text()
     assert text.count("{") == text.count("}") and "decoupled: true" in text and "dims: [32, 32, 3]" in text
-    assert re.findall(r'input \[|name: "(\w+)"', text)[0] == NAME and all(f'"{name}"' in text for name in INPUTS)
+    assert re.findall(r'input \[|name: "(\w+)"', text)[0] == NAME and all(f'"{name}"' in text for name in FIELDS)
     spec = importlib.util.spec_from_file_location("triton_model", folder / "1" / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -126,8 +126,8 @@ def test_schedulers_of_other_networks_are_refused(folder, kind, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"beta_end": float("nan")}, "beta_end is nan"),
-        ({"beta_start": float("inf")}, "beta_start is inf"),
+        ({"beta_end": float("nan")}, "beta_end must be .* got nan"),
+        ({"beta_start": float("inf")}, "beta_start must be .* got inf"),
         ({"num_train_timesteps": 10**9}, "num_train_timesteps"),
         ({"trained_betas": TRAINED[:10]}, "trained_betas must be 1000 numbers, got 10"),
         ({"prediction_type": "flow_prediction"}, "prediction_type"),
@@ -161,7 +161,7 @@ def test_infinity_that_counts_for_nothing_is_left_out(folder, part):
 def test_infinity_that_counts_is_refused(folder):
     path = folder / "vae/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"scaling_factor": float("inf")}))
-    with pytest.raises(CheckpointError, match="scaling_factor is inf"):
+    with pytest.raises(CheckpointError, match=r"scaling_factor must be .* got inf"):
         init.from_stable_diffusion(folder)
 
 

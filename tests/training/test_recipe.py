@@ -25,9 +25,9 @@ def test_flags_override(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[pictures]\nsteps = 0", r"steps is 0; it must be a whole number from 1"),
+        ("[pictures]\nsteps = 0", r"steps must be a whole number from 1"),
         ("[pictures]\nstepps = 5", "stepps"),
-        ("[pictures]\nschedule = 'linear'", "schedule is 'linear'; it must be cosine or constant"),
+        ("[pictures]\nschedule = 'linear'", "schedule must be cosine or constant, got 'linear'"),
         ("new = 'huge'", "must be one of tiny, demo, sd15, got 'huge'"),
         ("stages = ['hands']", "vae or hand-prior"),
         ("steps = ", "is wrong"),

@@ -184,7 +184,7 @@ def test_torchrun_starts_it_on_several_processes(trained, world, tmp_path):
         (("pictures", "--data", "nowhere", "--recipe", "demo"), "nowhere does not exist"),
         (("pictures", "--data", "nowhere", "--recipe", "huge"), "got huge"),
         (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--set", "speed=3"), "got speed"),
-        (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--batch", "0"), "batch is 0; it must be"),
+        (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--batch", "0"), "batch must be"),
         (("hand-prior", "--data", "nowhere", "--recipe", "demo", "--set", "speed"), "must be NAME=VALUE"),
     ],
 )

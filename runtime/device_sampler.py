@@ -1,0 +1,180 @@
+"""In-flight batching over one step graph on a GPU: the twin of `sampler.StepSampler`, which only enqueues.
+
+sampler = DeviceSampler(cuda, graph, "latents", slots=8, noise=noise)
+sampler.submit(stream, job)
+while sampler.jobs:
+    sampler.step(stream, take=lambda job, state: stream.copy(results[job.key], state))
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..schedules import Table
+from ..settings import MAX_STEPS
+from .device_graphs import After, DeviceGraph
+from .device_noise import DeviceNoise
+from .noise import RequestNoise
+from .sampler import GUIDANCE
+from .steptimes import StepTimes
+
+LOG_STEPS = 2 * MAX_STEPS  # steps that the log holds: more than a request may take
+
+
+@dataclass
+class DeviceTable:
+    """A schedule on the device: rows [N, R] and, for the UNet, time rows [N, T]."""
+
+    table: Table
+    steps: dict[str, Any]  # "row", perhaps "time"
+
+
+@dataclass
+class DeviceJob:
+    """One request's way through a step graph; constants are device arrays without a batch axis."""
+
+    key: Hashable
+    noise: RequestNoise
+    table: DeviceTable
+    constants: Mapping[str, Any]
+    position: int = 0
+    log: list[tuple[int, int]] = field(default_factory=list)  # (step of the log, row) of each of its steps
+
+
+class DeviceSampler:
+    """The twin of `StepSampler`: `slots` jobs in flight at the front of the step graph's buffers.
+
+    It differs in two points: `take` receives the result of a job, and the log says later whether it is finite.
+    times: measured step times, which decide how many jobs a step advances; without them it advances all.
+    log_steps: how many steps the log holds, a ring of flags that say which rows were finite.
+    """
+
+    def __init__(
+        self,
+        cuda: Any,
+        graph: DeviceGraph,
+        state_name: str,
+        slots: int,
+        noise: DeviceNoise,
+        times: StepTimes | None = None,
+        log_steps: int = LOG_STEPS,
+    ) -> None:
+        self.graph, self.state_name, self.slots, self.noise = graph, state_name, slots, noise
+        self.jobs: list[DeviceJob] = []
+        moving = [name for name in (state_name, "history") if name in graph.inputs]
+        self.state, self.moving = graph.inputs[state_name], moving
+        self.tables = [name for name in ("row", "time") if name in graph.inputs]
+        self.constants = [n for n in graph.inputs if n not in (*moving, *self.tables, "noise")]
+        self.log = cuda.zeros((log_steps, graph.buckets[-1]), "float32")
+        self.advance = _advance([(graph.inputs[name], graph.outputs[name]) for name in moving])
+        self.count = 0  # steps that were launched
+        self.times = times
+        self.seconds = 0.0  # on the device, of the steps that `wait` has waited for
+        self.marks: deque[tuple[Any, Any, int, bool]] = deque()  # start, end, rows, alone of each step under way
+
+    @property
+    def free(self) -> int:
+        return self.slots - len(self.jobs)
+
+    def submit(self, stream: Any, job: DeviceJob) -> None:
+        """Takes a job in. Its constants must be ready when `stream` gets there."""
+        i = len(self.jobs)
+        self.noise.start(stream, self.state[i], job.noise)
+        for name in (*self.moving[1:], "noise"):
+            stream.zero(self.graph.inputs[name][i])
+        for name in self.constants:
+            stream.copy(self.graph.inputs[name][i], job.constants[name])
+        for name, array in self.graph.alone.items():
+            stream.copy(array[i], job.constants[name][1:])
+        self.jobs.append(job)
+
+    def step(self, stream: Any, take: Callable[[DeviceJob, Any], None]) -> int:
+        """Enqueues one step of the oldest jobs, and calls take(job, final state row) for those that are done.
+
+        Returns the number of jobs that made a step.
+        """
+        count, unguided = len(self.jobs), self._unguided()
+        if self.times is not None:
+            count = self.times.choose(count, unguided)
+        start = stream.record(timed=True) if self.times is not None else None
+        for i, job in enumerate(self.jobs[:count]):
+            for name in self.tables:
+                stream.copy(self.graph.inputs[name][i], job.table.steps[name][job.position])
+            if job.noise.stochastic:
+                self.noise.step(stream, self.graph.inputs["noise"][i], job.noise, job.position)
+        alone = all(unguided[:count])
+        self.graph.launch(stream, count, self.advance, alone)
+        line = self.count % len(self.log)
+        stream.copy(self.log[line][:count], self.graph.outputs["finite"][:count])
+        self.count += 1
+        if start is not None:
+            self.marks.append((start, stream.record(timed=True), count, alone))
+        for i in reversed(range(count)):
+            job = self.jobs[i]
+            job.position += 1
+            job.log.append((line, i))
+            if job.position == len(job.table.table.rows):
+                take(job, self.state[i])
+                self._remove(stream, i)
+        return count
+
+    def drop(self, stream: Any, key: Hashable) -> None:
+        """Takes a job out between two steps."""
+        for i, job in enumerate(self.jobs):
+            if job.key == key:
+                self._remove(stream, i)
+                return
+
+    def wait(self, ahead: int) -> None:
+        """Waits until at most `ahead` steps are under way, and notes the times of the others."""
+        while len(self.marks) > ahead:
+            start, end, rows, alone = self.marks.popleft()
+            end.synchronize()
+            seconds = end.seconds_since(start)
+            self.seconds += seconds
+            if self.times is not None:
+                self.times.add(rows, seconds, alone)
+
+    def clear(self) -> None:
+        """Forgets the jobs and the steps under way."""
+        self.jobs.clear()
+        self.marks.clear()
+
+    def _unguided(self) -> list[bool]:
+        """For each job whether its step is without guidance."""
+        return [bool(job.table.table.rows[job.position, GUIDANCE] == 1) for job in self.jobs]
+
+    def _remove(self, stream: Any, i: int) -> None:
+        """Closes row i's gap: the rows behind it move up, so that they stay in the order of their age."""
+        buffers = [self.graph.inputs[name] for name in (*self.moving, *self.constants, "noise")]
+        for row in range(i, len(self.jobs) - 1):
+            for array in (*buffers, *self.graph.alone.values()):
+                stream.copy(array[row], array[row + 1])
+        self.jobs.pop(i)
+
+
+def _advance(pairs: list[tuple[Any, Any]]) -> After:
+    """Copies the outputs of a step to the inputs of the next one; captured with the step. pairs: (input, output).
+
+    It refers to the buffers alone. If a graph referred to its sampler, only the garbage collector would free both, and
+    the device's memory with them.
+    """
+
+    def advance(stream: Any, bucket: int) -> None:
+        for taken, given in pairs:
+            stream.copy(taken[:bucket], given[:bucket])
+
+    return advance
+
+
+def first_bad(log: np.ndarray, job: DeviceJob) -> int | None:
+    """The step at which a job stopped being finite, or None. log: [LOG, slots] as it came from the device."""
+    for step, (line, row) in enumerate(job.log):
+        if not log[line, row] > 0.5:
+            return step
+    return None
