@@ -10,8 +10,9 @@ import re
 import sys
 from importlib import metadata
 
+from .. import cpu
 from ..commands import imported
-from ..engines import cpu, onnxruntime
+from ..engines import onnxruntime
 from ..engines.backends import BACKENDS, DEFAULT, Backend
 from ..engines.cuda import Cuda
 from ..engines.plans import user_cache

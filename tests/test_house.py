@@ -19,24 +19,20 @@ UPWARD: set[tuple[str, str]] = {
 }
 LONG_FILES: dict[str, int] = {
     "benchmarks/peers.py": 610,
-    "demo/body.py": 650,
     "runtime/device.py": 640,
-    "training/loop.py": 583,
 }
 LONG_FUNCTIONS: dict[str, int] = {
     "benchmarks/cli.py:work": 98,
     "benchmarks/peers.py:compare": 114,
-    "demo/body.py:_hand_mesh": 89,
-    "training/loop.py:fit": 120,
 }
 STUMBLES: dict[str, int] = {
-    "is no": 94,
-    "are none": 5,
-    "nobody": 31,
-    "whoever": 7,
-    "anew": 6,
+    "is no": 32,
+    "are none": 2,
+    "nobody": 18,
+    "whoever": 6,
+    "anew": 5,
     "lest": 0,
-    "of which, of whom": 22,
+    "of which, of whom": 8,
     "sentences over 25 words": 2,
 }
 
