@@ -17,7 +17,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import handiffuser  # noqa: E402, F401 (before a test imports a library that would report to its maker)
 import pytest  # noqa: E402
-from commands import run_command  # noqa: E402
+from commands import invoke  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
 LONG = {"tiny_bf16", "cases", "trained"}  # an export by emulation, eight graphs compiled, every stage trained
@@ -134,7 +134,7 @@ def exported(checkpoint: Path, factory: pytest.TempPathFactory, precision: str, 
     """The tiny checkpoint, exported by the command as a user types it, which says this meanwhile."""
 
     def make(folder: Path) -> None:
-        result = run_command("export.cli", checkpoint, folder, "--precision", precision)
+        result = invoke("export.cli", checkpoint, folder, "--precision", precision)
         assert result.returncode == 0, result.stderr
         (folder / "stderr.txt").write_text(result.stderr)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from commands import run_command
+from commands import invoke
 from handiffuser.contract import GRAPHS, Manifest
 from handiffuser.engines.build import gpu, wanted_plans
 from handiffuser.engines.plans import PlanStore, Wanted
@@ -25,9 +25,7 @@ def backend():
 def built(tiny_checkpoint_folder, tiny_half, tmp_path_factory):
     """The tiny checkpoint in fp16 with plans for batches of 1 and 2, by the command as a user types it."""
     folder = shutil.copytree(tiny_half, tmp_path_factory.mktemp("engines") / "tiny")
-    result = run_command(
-        "export.cli", tiny_checkpoint_folder, folder, "--backend", "tensorrt-rtx", "--batch-sizes", "1,2"
-    )
+    result = invoke("export.cli", tiny_checkpoint_folder, folder, "--backend", "tensorrt-rtx", "--batch-sizes", "1,2")
     assert result.returncode == 0, result.stderr
     assert "nothing was exported" in result.stderr and "Built 17 of 17 plans" in result.stderr
     return folder
@@ -120,36 +118,36 @@ def test_what_is_no_graph(backend, tmp_path):
 def test_the_same_command_again_does_nothing(built, tiny_checkpoint_folder):
     command = ("export.cli", tiny_checkpoint_folder, built, "--backend", "tensorrt-rtx", "--batch-sizes", "1,2")
     before = {path.name: path.stat().st_mtime_ns for path in (built / "plans").iterdir()}
-    result = run_command(*command)
+    result = invoke(*command)
     assert result.returncode == 0
     assert "nothing was exported" in result.stderr and "nothing was built" in result.stderr
     assert before == {path.name: path.stat().st_mtime_ns for path in (built / "plans").iterdir()}
 
 
 def test_engines_command(built):
-    listed = run_command("engines.cli", "list", built)
+    listed = invoke("engines.cli", "list", built)
     assert listed.returncode == 0 and listed.stdout.count("current") == 17 and "fp16" in listed.stdout
-    sound = run_command("engines.cli", "verify", built)
+    sound = invoke("engines.cli", "verify", built)
     assert sound.returncode == 0 and "17 plans are sound" in sound.stderr
-    more = run_command("engines.cli", "build", built, "--batch-sizes", "1,2,3")
+    more = invoke("engines.cli", "build", built, "--batch-sizes", "1,2,3")
     assert more.returncode == 0 and "Built 8 of 25 plans" in more.stderr and "never built for B=3" in more.stderr
 
     plan = next(plan for plan in PlanStore(built) if plan.graph == "unet" and plan.batch == (3, 3))
     content = plan.path.read_bytes()
     plan.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    damaged = run_command("engines.cli", "verify", built)
+    damaged = invoke("engines.cli", "verify", built)
     assert damaged.returncode == 1 and "unet B=3,G=2: its plan is damaged" in damaged.stderr
     (built / "plans" / "unet.B9.0123.plan.77.tmp").write_bytes(b"left over")
-    dry = run_command("engines.cli", "prune", built, "--dry-run")
+    dry = invoke("engines.cli", "prune", built, "--dry-run")
     assert dry.returncode == 0 and plan.path.exists() and "would remove" in dry.stderr
-    rebuilt = run_command("engines.cli", "build", built, "--batch-sizes", "1,2,3")  # as `verify` advises
+    rebuilt = invoke("engines.cli", "build", built, "--batch-sizes", "1,2,3")  # as `verify` advises
     assert "Built 1 of 25 plans" in rebuilt.stderr and "SHA-256 differs" in rebuilt.stderr
-    assert run_command("engines.cli", "verify", built).returncode == 0
+    assert invoke("engines.cli", "verify", built).returncode == 0
     plan.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    pruned = run_command("engines.cli", "prune", built)
+    pruned = invoke("engines.cli", "prune", built)
     assert pruned.returncode == 0 and not plan.path.exists() and len(list(PlanStore(built))) == 24
     assert not PlanStore(built).strays()
-    rebuilt = run_command("engines.cli", "build", built, "--batch-sizes", "1,2,3")
+    rebuilt = invoke("engines.cli", "build", built, "--batch-sizes", "1,2,3")
     assert "Built 1 of 25 plans" in rebuilt.stderr
 
 
@@ -166,17 +164,17 @@ def test_engines_command(built):
     ],
 )
 def test_bad_arguments_are_one_sentence(built, arguments, code, words):
-    result = run_command("engines.cli", *(built if argument == "{}" else argument for argument in arguments))
+    result = invoke("engines.cli", *(built if argument == "{}" else argument for argument in arguments))
     assert result.returncode == code and words in result.stderr and "Traceback" not in result.stderr
 
 
 def test_without_a_gpu_plans_are_passed_over_with_a_word(built, tmp_path):
     if gpu() is not None:
         pytest.skip("there is a GPU")
-    result = run_command("runtime.cli", built, "a fist", "--steps", "2", "--output", tmp_path / "out")
+    result = invoke("runtime.cli", built, "a fist", "--steps", "2", "--output", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "are not used" in result.stderr and "nvidia-smi" in result.stderr
     assert len(list((tmp_path / "out").glob("*.hands.npz"))) == 1
     for backend in ("tensorrt-rtx", "tensorrt"):
-        forced = run_command("runtime.cli", built, "a fist", "--backend", backend, "--output", tmp_path / "other")
+        forced = invoke("runtime.cli", built, "a fist", "--backend", backend, "--output", tmp_path / "other")
         assert forced.returncode == 1 and "nvidia-smi" in forced.stderr and "Traceback" not in forced.stderr

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
-from commands import run_command
+from commands import invoke
 from handiffuser.calibration.fidelity import GraphError, PictureError, Report
 from handiffuser.contract import GRAPHS, GraphSpec, Manifest, file_digest
 from handiffuser.errors import CheckpointError, EngineError, ExportError
@@ -105,7 +105,7 @@ def test_bf16(tiny_bf16):
 def test_bf16_is_refused_where_it_cannot_run(tiny_bf16, tmp_path):
     with pytest.raises(EngineError, match=r"bfloat16.*NVIDIA GPUs only.*hd-export CHECKPOINT OUT --precision fp32"):
         HanDiffuser.load(tiny_bf16, device="cpu")
-    result = run_command("runtime.cli", tiny_bf16, "a fist", "--device", "cpu", "--output", tmp_path / "out")
+    result = invoke("runtime.cli", tiny_bf16, "a fist", "--device", "cpu", "--output", tmp_path / "out")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and "NVIDIA GPUs only" in result.stderr
 
@@ -198,7 +198,7 @@ def test_other_sets_of_cues_export_and_run(cues, body_path, tiny_bundle, tmp_pat
 
 @pytest.mark.slow
 def test_another_image_size(tiny_checkpoint_folder, tmp_path):
-    result = run_command("export.cli", tiny_checkpoint_folder, tmp_path / "b", "--image-size", "48x32")
+    result = invoke("export.cli", tiny_checkpoint_folder, tmp_path / "b", "--image-size", "48x32")
     assert result.returncode == 0, result.stderr
     picture = HanDiffuser.load(tmp_path / "b").generate("a left hand", steps=2)[0]
     assert picture.image.shape == (48, 32, 3)
@@ -276,7 +276,7 @@ def test_bad_input_is_one_clear_sentence(arguments, says, tiny_checkpoint_folder
     (tmp_path / "full/thesis.txt").write_text("do not lose this")
     (tmp_path / "file").write_text("")
     arguments = [str(tiny_checkpoint_folder) if a == "CHECKPOINT" else a for a in arguments]
-    result = run_command("export.cli", *arguments, cwd=tmp_path)
+    result = invoke("export.cli", *arguments, cwd=tmp_path)
     assert result.returncode != 0 and says in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
     assert (tmp_path / "full/thesis.txt").exists() and not (tmp_path / "out").exists()
