@@ -1,7 +1,9 @@
-"""What many tests share: the demo's body, a tiny random checkpoint, and the bundles that are exported from it once."""
+"""What many tests share: the demo's body, a tiny random checkpoint and its exports. README.md says how that works."""
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 import os
 import shutil
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 from pathlib import Path
 
-# One thread a worker, and a worker a core; the commands that tests start inherit it. Before any library that asks.
+# One thread for each worker; commands that tests start inherit it. Libraries read it when they are imported.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
@@ -20,11 +22,19 @@ import pytest  # noqa: E402
 from commands import invoke  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
-LONG = {"tiny_bf16", "cases", "trained"}  # an export by emulation, eight graphs compiled, every stage trained
+# Tests that use these fixtures are slow: exports in half and bfloat16, eight compiled graphs, seventeen plans, every
+# stage trained, the peers' own export.
+LONG = {"tiny_half", "tiny_bf16", "overflowing", "cases", "seventeen_plans", "trained", "peers_export"}
+
+# The rooms and libraries that an export of the tiny checkpoint depends on.
+ROOMS = ("models", "export", "calibration", "demo")
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
+CACHE = Path(os.environ.get("HANDIFFUSER_TEST_CACHE", Path.home() / ".cache" / "handiffuser-tests"))
+DAYS = 7  # for which an unused entry of the cache stays
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that `make` fills once for all workers of a run. Not to be written into."""
+    """A folder that `make` fills once for all workers of a run. Tests must not write into it."""
     base = factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder, done = base / f"shared-{name}", base / f"shared-{name}.done"
@@ -35,21 +45,26 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
     return folder
 
 
-# What an export of the tiny checkpoint depends on: our rooms, and the libraries that write graphs.
-ROOMS = ("models", "export", "calibration", "demo")
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
-CACHE = Path(os.environ.get("HANDIFFUSER_TEST_CACHE", Path.home() / ".cache" / "handiffuser-tests"))
+def code_of(path: Path) -> bytes:
+    """What a Python file does: its syntax tree without comments and docstrings, which change no export."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree).encode()
 
 
+@functools.cache
 def content_key() -> str:
-    """A hash of everything that could change an export, so that one from an earlier run may be taken."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    """A hash of everything that can change an export, so that a run may take what an earlier run made."""
+    digest = hashlib.sha256(code_of(Path(__file__)))
     for library in LIBRARIES:
         digest.update(f"{library} {metadata.version(library)}\n".encode())
     for module in ("handiffuser", *(f"handiffuser.{room}" for room in ROOMS)):
         folder = Path(import_module(module).__file__ or "").parent
         for path in sorted(folder.glob("*.py")):
-            digest.update(f"{module} {path.name}\n".encode() + path.read_bytes())
+            digest.update(f"{module} {path.name}\n".encode() + code_of(path))
     return digest.hexdigest()[:16]
 
 
@@ -58,23 +73,32 @@ def kept(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
 
     def copy(folder: Path) -> None:
         CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.iterdir():
-            if time.time() - old.stat().st_mtime > 7 * 86400:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
         entry = CACHE / f"{name}-{content_key()}"
         with FileLock(f"{entry}.lock"):
             if not entry.exists():
+                remove_unused()
                 unfinished = entry.with_suffix(".part")
                 shutil.rmtree(unfinished, ignore_errors=True)
                 make(unfinished)
                 unfinished.rename(entry)
-        shutil.copytree(entry, folder)
+            os.utime(entry)
+            shutil.copytree(entry, folder)
 
     return once(factory, name, copy)
 
 
+def remove_unused() -> None:
+    """Removes what no run has taken from the cache for DAYS."""
+    for old in CACHE.iterdir():
+        if time.time() - old.stat().st_mtime > DAYS * 86400:
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink(missing_ok=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none; those that need the longest fixtures count as slow."""
+    """Skips tests marked `gpu` where there is no GPU; marks tests of the longest fixtures as slow."""
     for item in items:
         if LONG & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
@@ -89,23 +113,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What runs compile by themselves goes into no one's home; all workers share it."""
+    """What runs compile goes into the run's temporary folder, which all workers share, not into the user's home."""
     base = tmp_path_factory.getbasetemp()
     os.environ["XDG_CACHE_HOME"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "user-cache")
 
 
 @pytest.fixture(scope="session")
 def body_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from handiffuser.demo.body import make_body
+    """The demo's body, made by its own code."""
 
-    path = tmp_path_factory.mktemp("body") / "smplh_demo.npz"
-    make_body(path)
-    return path
+    def make(folder: Path) -> None:
+        from handiffuser.demo.body import make_body
+
+        folder.mkdir()
+        make_body(folder / "smplh_demo.npz")
+
+    return kept(tmp_path_factory, "body", make) / "smplh_demo.npz"
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint_folder(body_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint of odd sizes, whose positional kernel and attention to words do something."""
+    """A random checkpoint of odd sizes. Its positional kernel and its attention to words change the picture."""
 
     def make(folder: Path) -> None:
         import torch
@@ -131,7 +159,7 @@ def tiny_checkpoint(tiny_checkpoint_folder: Path):
 
 
 def exported(checkpoint: Path, factory: pytest.TempPathFactory, precision: str, *said: str) -> Path:
-    """The tiny checkpoint, exported by the command as a user types it, which says this meanwhile."""
+    """The tiny checkpoint, exported by `hd-export`. Its stderr must hold all of `said`."""
 
     def make(folder: Path) -> None:
         result = invoke("export.cli", checkpoint, folder, "--precision", precision)
