@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import listen, invoke
+from commands import invoke, listen
 
 QUICK = ("--device", "cpu", "--threads", "1", "--steps", "1", "--repeats", "2", "--no-first-picture")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
