@@ -67,6 +67,8 @@ def test_all_sets_of_cues_export_and_run(cues, precision, body_path, request, tm
             assert error <= bundle.TOLERANCE[precision], graph.name
             manifest.files[spec.file] = file_digest(folder / spec.file)
     manifest.save(folder)
+    inputs = {spec.name for spec in manifest.graphs["text_hand_encoder"].inputs}
+    assert all((name in inputs) == (cue in cues) for name, cue in (("bps", "vertices"), ("joints", "joints")))
     if precision == "bf16":
         emulate_bundle(folder, tmp_path / "emulated")
         folder = tmp_path / "emulated"
