@@ -1,83 +1,35 @@
-"""What many tests share: the demo's body, a tiny random checkpoint, and the bundles that are exported from it once."""
+"""What many tests share: the demo's body, a tiny random checkpoint and its exports. README.md says how that works."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
-from importlib import import_module, metadata
+from collections.abc import Iterator
 from pathlib import Path
 
-# One thread a worker, and a worker a core; the commands that tests start inherit it. Before any library that asks.
+# One thread for each worker; commands that tests start inherit it. Libraries read it when they are imported.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 import handiffuser  # noqa: E402, F401 (before a test imports a library that would report to its maker)
 import pytest  # noqa: E402
-from commands import run_command  # noqa: E402
-from filelock import FileLock  # noqa: E402
+from commands import invoke  # noqa: E402
+from kept import kept  # noqa: E402
 
-LONG = {"tiny_bf16", "cases", "trained"}  # an export by emulation, eight graphs compiled, every stage trained
-
-
-def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that `make` fills once for all workers of a run. Not to be written into."""
-    base = factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder, done = base / f"shared-{name}", base / f"shared-{name}.done"
-    with FileLock(base / f"shared-{name}.lock"):
-        if not done.exists():
-            make(folder)
-            done.touch()
-    return folder
-
-
-# What an export of the tiny checkpoint depends on: our rooms, and the libraries that write graphs.
-ROOMS = ("models", "export", "calibration", "demo")
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
-CACHE = Path(os.environ.get("HANDIFFUSER_TEST_CACHE", Path.home() / ".cache" / "handiffuser-tests"))
-
-
-def content_key() -> str:
-    """A hash of everything that could change an export, so that one from an earlier run may be taken."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    for library in LIBRARIES:
-        digest.update(f"{library} {metadata.version(library)}\n".encode())
-    for module in ("handiffuser", *(f"handiffuser.{room}" for room in ROOMS)):
-        folder = Path(import_module(module).__file__ or "").parent
-        for path in sorted(folder.glob("*.py")):
-            digest.update(f"{module} {path.name}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def kept(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """As `once`, and across runs: a copy of what an earlier run made from the same sources, if there is one."""
-
-    def copy(folder: Path) -> None:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.iterdir():
-            if time.time() - old.stat().st_mtime > 7 * 86400:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        entry = CACHE / f"{name}-{content_key()}"
-        with FileLock(f"{entry}.lock"):
-            if not entry.exists():
-                unfinished = entry.with_suffix(".part")
-                shutil.rmtree(unfinished, ignore_errors=True)
-                make(unfinished)
-                unfinished.rename(entry)
-        shutil.copytree(entry, folder)
-
-    return once(factory, name, copy)
+# Tests that use these fixtures are slow: exports in half and bfloat16, eight compiled graphs, seventeen plans, every
+# stage trained, the peers' own export.
+LONG = {"tiny_half", "tiny_bf16", "overflowing", "cases", "seventeen_plans", "trained", "peers_export"}
+EXPORTS = {"tiny_bundle", "tiny_half", "tiny_bf16"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none; those that need the longest fixtures count as slow."""
+    """Skips tests marked `gpu` where there is no GPU; marks tests of the longest fixtures as slow."""
     for item in items:
         if LONG & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+    # A worker begins with one part of the list. With all exports in the first, the others have work meanwhile.
+    first = {item.path for item in items if EXPORTS & set(getattr(item, "fixturenames", ()))}
+    items.sort(key=lambda item: item.path not in first)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         from handiffuser.engines.build import gpu
@@ -89,23 +41,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What runs compile by themselves goes into no one's home; all workers share it."""
+    """What runs compile goes into the run's temporary folder, which all workers share, not into the user's home."""
     base = tmp_path_factory.getbasetemp()
     os.environ["XDG_CACHE_HOME"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "user-cache")
 
 
 @pytest.fixture(scope="session")
 def body_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from handiffuser.demo.body import make_body
+    """The demo's body, made by its own code."""
 
-    path = tmp_path_factory.mktemp("body") / "smplh_demo.npz"
-    make_body(path)
-    return path
+    def make(folder: Path) -> None:
+        from handiffuser.demo.body import make_body
+
+        folder.mkdir()
+        make_body(folder / "smplh_demo.npz")
+
+    return kept(tmp_path_factory, "body", make) / "smplh_demo.npz"
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint_folder(body_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint of odd sizes, whose positional kernel and attention to words do something."""
+    """A random checkpoint of odd sizes. Its positional kernel and its attention to words change the picture."""
 
     def make(folder: Path) -> None:
         import torch
@@ -131,10 +87,10 @@ def tiny_checkpoint(tiny_checkpoint_folder: Path):
 
 
 def exported(checkpoint: Path, factory: pytest.TempPathFactory, precision: str, *said: str) -> Path:
-    """The tiny checkpoint, exported by the command as a user types it, which says this meanwhile."""
+    """The tiny checkpoint, exported by `hd-export`. Its stderr must hold all of `said`."""
 
     def make(folder: Path) -> None:
-        result = run_command("export.cli", checkpoint, folder, "--precision", precision)
+        result = invoke("export.cli", checkpoint, folder, "--precision", precision)
         assert result.returncode == 0, result.stderr
         (folder / "stderr.txt").write_text(result.stderr)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run_command
+from commands import invoke
 from handiffuser import HanDiffuser, shipped
 from handiffuser.contract import Manifest
 from PIL import Image
@@ -26,7 +26,7 @@ def pipeline() -> HanDiffuser:
 def first_command(tmp_path_factory) -> Path:
     """What the README's first command runs, from an empty folder."""
     folder = tmp_path_factory.mktemp("newcomer")
-    result = run_command(
+    result = invoke(
         "runtime.cli", "demo", "a right hand making a fist, blue background", "two open hands",
         "--seed", 2, "--output", "out", cwd=folder,
     )  # fmt: skip
@@ -124,7 +124,7 @@ def test_without_hands_the_prompt_alone_paints(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "blue background", "hands": "none", "seed": 3}\n')
     common = ("demo", "--steps", "2", "--seed", "3")
     for out, more in (("a", ("blue background", "--no-hands")), ("b", ("--prompts", tmp_path / "p.jsonl"))):
-        result = run_command("runtime.cli", *common, *more, "-o", tmp_path / out)
+        result = invoke("runtime.cli", *common, *more, "-o", tmp_path / out)
         assert result.returncode == 0, result.stderr
     pictures = [next(p for p in (tmp_path / out).glob("*.png") if ".hands" not in p.name) for out in "ab"]
     assert pictures[0].name == pictures[1].name and pictures[0].read_bytes() == pictures[1].read_bytes()

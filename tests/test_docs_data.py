@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import run_command
+from commands import invoke
 from handiffuser.data.cli import commands
 from handiffuser.data.samples import HANDS
 
@@ -28,7 +28,7 @@ def test_every_command_runs_as_it_stands(tmp_path, monkeypatch):
         if name == "hd-data":
             assert commands.main(arguments, standalone_mode=False) == 0, line
         else:
-            result = run_command({"hd-run": "runtime.cli"}[name], *arguments, cwd=tmp_path)
+            result = invoke({"hd-run": "runtime.cli"}[name], *arguments, cwd=tmp_path)
             assert result.returncode == 0, (line, result.stderr)
     assert (tmp_path / "scenes.html").stat().st_size > 10_000
     assert len(list((tmp_path / "scenes").glob("latents-*"))) == 2  # as they are, and flipped

@@ -282,6 +282,7 @@ SIGNALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", SIGNALS.values(), ids=SIGNALS)
 def test_signals_while_a_command_begins(numbers, tmp_path):
     """In its first second, at moments drawn at random, and the second signal right after the first."""

@@ -34,6 +34,7 @@ def built(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_sdist_holds_the_sources(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
@@ -41,6 +42,7 @@ def test_the_sdist_holds_the_sources(built):
         assert wanted in names
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_from_an_empty_folder(built, tmp_path):
     site, work = tmp_path / "site", tmp_path / "empty"
     work.mkdir()

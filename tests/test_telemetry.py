@@ -129,7 +129,8 @@ def test_a_user_who_wants_it_gets_it(house):
     assert house.files
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])  # a thread, processes
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])  # a thread, processes
 def test_a_server(house, patience, workers):
     process = house.start(
         *("-m", "handiffuser.serving.cli", "demo", "--port", 0, "--workers", workers, "--threads", 1),

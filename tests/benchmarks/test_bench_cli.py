@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import listen, run_command
+from commands import invoke, listen
 
 QUICK = ("--device", "cpu", "--threads", "1", "--steps", "1", "--repeats", "2", "--no-first-picture")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -28,7 +28,7 @@ def done(tiny_bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     files = ("--report", folder / "page.html", "--output", folder / "bench.json")
     options = ("--batch-sizes", "1,2", "--soak", 6, "--load", "--requests", 3, "--utilisation", 2, "--cpu-clock")
-    result = run_command("benchmarks.cli", tiny_bundle, *QUICK, *options, *files)
+    result = invoke("benchmarks.cli", tiny_bundle, *QUICK, *options, *files)
     assert result.returncode == 0, result.stderr
     return result, folder
 
@@ -82,7 +82,7 @@ def test_the_page_opens_in_a_browser(done):
 
 
 def test_a_fresh_process_makes_the_first_picture(tiny_bundle):
-    result = run_command("benchmarks.cli", tiny_bundle, *QUICK[:-1], "--batch-sizes", "1")
+    result = invoke("benchmarks.cli", tiny_bundle, *QUICK[:-1], "--batch-sizes", "1")
     assert result.returncode == 0, result.stderr
     first = document_of(result)["first_picture"]
     assert len(first["samples"]) == 3 and first["cpu"] > 0 and first["peak_mb"] > 20
@@ -107,7 +107,7 @@ def test_a_fresh_process_makes_the_first_picture(tiny_bundle):
     ],
 )
 def test_bad_input_is_one_sentence(arguments, code, sentence, tmp_path):
-    result = run_command("benchmarks.cli", *arguments, cwd=tmp_path)
+    result = invoke("benchmarks.cli", *arguments, cwd=tmp_path)
     assert result.returncode == code, result.stderr
     assert sentence in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
     assert result.stdout == "" and not list(tmp_path.iterdir())
@@ -173,9 +173,9 @@ def wait_for_samples(process: subprocess.Popen[str]) -> None:
 @pytest.mark.slow
 def test_a_random_bundle_is_made_and_found_again(tmp_path):
     options = ("--random", "tiny", "--workdir", tmp_path / "work", *QUICK, "--batch-sizes", "1")
-    result = run_command("benchmarks.cli", *options, timeout=900)
+    result = invoke("benchmarks.cli", *options)
     assert result.returncode == 0, result.stderr
     assert document_of(result)["settings"]["engines"] == "random tiny"
     assert (tmp_path / "work" / "tiny-bundle" / "manifest.json").exists()
-    again = run_command("benchmarks.cli", *options)
+    again = invoke("benchmarks.cli", *options)
     assert again.returncode == 0 and "Taking the tiny bundle" in again.stderr

@@ -23,24 +23,29 @@ def eager(tiny_checkpoint_folder, tiny_bundle):
 
 
 @pytest.fixture(scope="module")
-def plain(eager, tiny_bundle, tmp_path_factory):
+def peers_export(eager, tiny_bundle, tmp_path_factory):
     return peers.PlainOnnx(
         eager, tiny_bundle, Manifest.load(tiny_bundle), tmp_path_factory.mktemp("plain"), 1
     ).in_onnxruntime()
 
 
+@pytest.fixture(scope="module", params=["eager", pytest.param("plain", marks=pytest.mark.slow)])
+def way(request):
+    """A peer: PyTorch, or a plain export in ONNX Runtime."""
+    return request.getfixturevalue({"eager": "eager", "plain": "peers_export"}[request.param])
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("solver", ["ddim", "dpm++2m"])
-def test_all_paint_the_same(pipeline, eager, plain, solver, guidance):
+def test_all_paint_the_same(pipeline, way, solver, guidance):
     requests = measure.make_requests(pipeline, 2, steps=5, solver=solver, guidance=guidance)
     marks: list[int] = []
     expected = peers.ours(pipeline)(requests, lambda: marks.append(0))
     assert len(marks) >= 5 and expected.std() > 1  # rows may be taken one by one
-    for way in (eager, plain):
-        marks.clear()
-        found = way(requests, lambda: marks.append(0))
-        assert len(marks) == 5
-        assert peers.differences(expected, found)["max_difference"] <= 2
+    marks.clear()
+    found = way(requests, lambda: marks.append(0))
+    assert len(marks) == 5
+    assert peers.differences(expected, found)["max_difference"] <= 2
     assert (expected[0] != expected[1]).any()
 
 
@@ -56,12 +61,12 @@ def test_all_draw_hands_again_alike(pipeline, eager, monkeypatch):
     assert peers.differences(ours, eager(requests, lambda: None))["max_difference"] <= 2
 
 
-def test_openvino_paints_the_same(pipeline, plain):
+def test_openvino_paints_the_same(pipeline, peers_export):
     pytest.importorskip("openvino")
     requests = measure.make_requests(pipeline, 2, steps=3, solver="euler", guidance=2.0)
     expected = peers.ours(pipeline)(requests, lambda: None)
-    assert peers.differences(expected, plain.in_openvino("fp32")(requests, lambda: None))["max_difference"] <= 2
-    own = plain.in_openvino()(requests, lambda: None)  # in bfloat16 where the processor has it: other hands
+    assert peers.differences(expected, peers_export.in_openvino("fp32")(requests, lambda: None))["max_difference"] <= 2
+    own = peers_export.in_openvino()(requests, lambda: None)  # in bfloat16 where the processor has it: other hands
     assert own.shape == expected.shape and own.std() > 1
 
 
@@ -82,6 +87,7 @@ os.kill(os.getpid(), signal.SIGUSR1)
 """
 
 
+@pytest.mark.slow
 def test_signals_are_heard_after_openvino_is_gone(tmp_path):
     """In a process of its own: where they are not, it is gone."""
     pytest.importorskip("openvino")
@@ -90,8 +96,10 @@ def test_signals_are_heard_after_openvino_is_gone(tmp_path):
     assert (result.returncode, result.stdout) == (0, "heard\n"), result.stderr
 
 
-def test_compare_takes_turns_and_compares(pipeline, plain, tiny_bundle, tiny_checkpoint_folder, monkeypatch, capsys):
-    monkeypatch.setattr(peers, "PlainOnnx", lambda *_: plain)
+def test_compare_takes_turns_and_compares(
+    pipeline, peers_export, tiny_bundle, tiny_checkpoint_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(peers, "PlainOnnx", lambda *_: peers_export)
     order: list[str] = []
     timed = peers.timed
     note = lambda way, requests, steps: order.append(type(way).__name__) or timed(way, requests, steps)  # noqa: E731

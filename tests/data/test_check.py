@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from commands import run_command
+from commands import invoke
 from datasets import made_hands, same
 from handiffuser.data.check import ASIDE, check, check_samples, set_aside
 from handiffuser.data.cli import commands
@@ -217,13 +217,13 @@ def test_an_empty_folder_is_a_sentence(tmp_path, body):
 
 def test_the_command_says_it_and_mends_it(tmp_path, good):
     spoilt(tmp_path / "set", good)
-    result = run_command("data.cli", "check", tmp_path / "set")
+    result = invoke("data.cli", "check", tmp_path / "set")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert result.stdout.splitlines()[0].startswith("00000.tar: broken: Its picture cannot be decoded")
     assert len(result.stdout.splitlines()) == 3 and "no picture 2, twice 1" in result.stderr
-    fixed = run_command("data.cli", "check", tmp_path / "set", "--fix")
+    fixed = invoke("data.cli", "check", tmp_path / "set", "--fix")
     assert fixed.returncode == 0 and "7 files moved" in fixed.stderr, fixed.stderr
-    nothing = run_command("data.cli", "check", tmp_path / "nothing")
+    nothing = invoke("data.cli", "check", tmp_path / "nothing")
     assert nothing.returncode == 1 and "does not exist" in nothing.stderr
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from annotations import SIZE, UPRIGHT, amass_file, convert, estimate, hamer, in_camera, standing, turn
-from commands import run_command
+from commands import invoke
 from datasets import made_sample
 from handiffuser.data.augment import flip_hands
 from handiffuser.data.check import check_samples
@@ -506,7 +506,7 @@ def test_the_command_converts_and_goes_on(tmp_path, body):
     for name in ("a", "c"):
         hamer(tmp_path / "photos" / name, [hand])
     hamer(tmp_path / "photos/bare", [hand], caption=None)
-    result = run_command("data.cli", "convert", "mano", tmp_path / "photos", tmp_path / "out")
+    result = invoke("data.cli", "convert", "mano", tmp_path / "photos", tmp_path / "out")
     assert result.returncode == 0 and "2 samples in" in result.stderr and "left out: " in result.stderr, result.stderr
     assert [sample.key for sample in read(tmp_path / "out")] == ["a", "c"]
     before = (tmp_path / "out/00000.tar").read_bytes()
@@ -515,5 +515,5 @@ def test_the_command_converts_and_goes_on(tmp_path, body):
     assert write_shards(FORMATS["mano"](tmp_path / "photos", options), tmp_path / "out") == []
     assert [sample.key for sample in read(tmp_path / "out")] == ["a", "c", "bare"]
     assert (tmp_path / "out/00000.tar").read_bytes() == before
-    nothing = run_command("data.cli", "convert", "amass", tmp_path / "photos/none", tmp_path / "out2")
+    nothing = invoke("data.cli", "convert", "amass", tmp_path / "photos/none", tmp_path / "out2")
     assert nothing.returncode == 1 and "does not exist" in nothing.stderr and "Traceback" not in nothing.stderr

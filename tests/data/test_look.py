@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from commands import run_command
+from commands import invoke
 from datasets import made_sample
 from handiffuser.data.look import TONES, Facts, gather, histogram, look, skin_tone, srgb_to_lab, tone_name
 from handiffuser.data.samples import Sample, write_shards
@@ -121,8 +121,8 @@ def test_histograms_hold_all_values(values, rows):
 
 def test_the_command_writes_the_page(tmp_path, scenes):
     write_shards(scenes[:4], tmp_path / "set")
-    result = run_command("data.cli", "look", tmp_path / "set", "--output", tmp_path / "page.html", "--shown", 2)
+    result = invoke("data.cli", "look", tmp_path / "set", "--output", tmp_path / "page.html", "--shown", 2)
     assert result.returncode == 0 and "Open" in result.stderr, result.stderr
     assert (tmp_path / "page.html").read_text().count("<figure>") == 2
-    missing = run_command("data.cli", "look", tmp_path / "set", "--output", tmp_path / "no" / "page.html")
+    missing = invoke("data.cli", "look", tmp_path / "set", "--output", tmp_path / "no" / "page.html")
     assert missing.returncode == 1 and "cannot be written" in missing.stderr and "Traceback" not in missing.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run_command
+from commands import invoke
 from datasets import made_hands, made_sample, same
 from handiffuser.data.samples import (
     Bad,
@@ -92,7 +92,7 @@ def test_we_read_what_webdataset_writes(folder):
 
 
 def test_the_output_of_hd_run_is_a_dataset(tmp_path):
-    result = run_command("runtime.cli", "demo", "a left hand", "two open hands", "--steps", 2, cwd=tmp_path)
+    result = invoke("runtime.cli", "demo", "a left hand", "two open hands", "--steps", 2, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     found = list(read(tmp_path / "out"))
     assert [sample.prompts for sample in found] == [["a left hand"], ["two open hands"]]

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import run_command
+from commands import invoke
 from handiffuser import shipped
 from handiffuser.contract import Manifest
 from handiffuser.engines import inspect
@@ -62,11 +62,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_command_prints_what_a_plan_consists_of(folder):
-    result = run_command("engines.cli", "inspect", folder, "--graph", "unet_context")
+    result = invoke("engines.cli", "inspect", folder, "--graph", "unet_context")
     assert result.returncode == 0, result.stderr
     assert "unet_context B=2,G=2, fp32: " in result.stdout and "Float" in result.stdout and "scratch" in result.stdout
     (plan,) = PlanStore(folder)
-    result = run_command("engines.cli", "inspect", plan.path, "--json")
+    result = invoke("engines.cli", "inspect", plan.path, "--json")
     counts = json.loads(result.stdout)
     assert counts["count"] == len(counts["layers"]) == sum(counts["kinds"].values()) > 0
     weights = Manifest.load(folder, verify=False).graphs["unet_context"]

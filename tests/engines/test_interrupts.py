@@ -30,6 +30,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment_of_a_build(bundle):
     """Once the first plan is there, at moments drawn at random, five times over."""
     draw = random.Random(5)

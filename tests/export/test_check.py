@@ -16,7 +16,7 @@ import pytest
 import torch
 from commands import listen
 from handiffuser.calibration.emulate import emulate_bundle
-from handiffuser.contract import Manifest, file_digest
+from handiffuser.contract import GraphSpec, Manifest, file_digest
 from handiffuser.engines.plans import FOLDER as PLANS
 from handiffuser.errors import ExportError
 from handiffuser.export import bundle, check
@@ -46,27 +46,49 @@ def test_rotations_without_vertices_in_half(cues, body_path, tmp_path):
     assert bundle.parity(graph, reference.module, tmp_path / spec.file, "fp16")[0] <= 5e-3
 
 
+@pytest.fixture(scope="module")
+def networks() -> dict[tuple[str, int], dict[str, GraphSpec]]:
+    """Exports of the UNet: it sees of the cues only how many tokens they are, so sets of as many tokens share one."""
+    return {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("cues", CUES, ids=lambda cues: "+".join(cues) or "none")
-def test_all_sets_of_cues_export_and_run(cues, precision, body_path, request, tmp_path):
-    """In every precision; what the cues do not touch is taken from another bundle."""
+def test_all_sets_of_cues_export_and_run(
+    cues, precision, body_path, tiny_checkpoint, networks, request, tmp_path, tmp_path_factory
+):
+    """In every precision. What the cues do not touch comes from the tiny checkpoint's bundle."""
     whole = request.getfixturevalue({"fp32": "tiny_bundle", "fp16": "tiny_half", "bf16": "tiny_bf16"}[precision])
-    checkpoint = random_checkpoint(replace(CONFIGS["tiny"], cues=cues), seed=3, body=body_path)
-    folder, body = tmp_path / "bundle", bundle.SMPLH.load(body_path)
+    made = random_checkpoint(replace(CONFIGS["tiny"], cues=cues), seed=3, body=body_path)
+    checkpoint = replace(made, unet=tiny_checkpoint.unet, position_kernel=tiny_checkpoint.position_kernel)
+    tokens, body = checkpoint.text_hand_encoder.num_tokens, bundle.SMPLH.load(body_path)
+    folder, manifest = tmp_path / "bundle", Manifest.load(whole)
     folder.mkdir()
-    manifest = Manifest.load(whole)
     for name in manifest.files:
         (folder / name).write_bytes((whole / name).read_bytes())
+    shared = tmp_path_factory.getbasetemp() / f"unet-{precision}-{tokens}"
+    has_unet = (precision, tokens) in networks or tokens == tiny_checkpoint.text_hand_encoder.num_tokens
+    shared.mkdir(exist_ok=True)
     for graph, reference in zip(
         bundle.graphs(checkpoint, body, PRECISIONS[precision]), bundle.graphs(checkpoint, body), strict=True
     ):
-        if graph.name in ("text_hand_encoder", "unet_context", "unet"):
-            manifest.graphs[graph.name] = spec = bundle.export_graph(graph, folder, bundle.OPSET)
-            error, _ = bundle.parity(graph, reference.module, folder / spec.file, precision)
-            assert error <= bundle.TOLERANCE[precision], graph.name
-            manifest.files[spec.file] = file_digest(folder / spec.file)
+        unet = graph.name in ("unet_context", "unet")
+        if graph.name != "text_hand_encoder" and (not unet or has_unet):
+            continue
+        out = shared if unet else folder
+        manifest.graphs[graph.name] = spec = bundle.export_graph(graph, out, bundle.OPSET)
+        error, _ = bundle.parity(graph, reference.module, out / spec.file, precision)
+        assert error <= bundle.TOLERANCE[precision], graph.name
+        if unet:
+            networks.setdefault((precision, tokens), {})[graph.name] = spec
+    for name, spec in networks.get((precision, tokens), {}).items():
+        manifest.graphs[name] = spec
+        (folder / spec.file).write_bytes((shared / spec.file).read_bytes())
+    manifest.files = {name: file_digest(folder / name) for name in manifest.files}
     manifest.save(folder)
+    inputs = {spec.name for spec in manifest.graphs["text_hand_encoder"].inputs}
+    assert all((name in inputs) == (cue in cues) for name, cue in (("bps", "vertices"), ("joints", "joints")))
     if precision == "bf16":
         emulate_bundle(folder, tmp_path / "emulated")
         folder = tmp_path / "emulated"

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from commands import listen
+from commands import invoke, listen, run_command
 from handiffuser.contract import Manifest
 from handiffuser.errors import HanDiffuserError
 from handiffuser.runtime.cli import run
@@ -25,14 +25,8 @@ RUN = [sys.executable, "-m", "handiffuser.runtime.cli"]
 
 
 def hd_run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [*RUN, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, **(env or {})},
-        timeout=300,
-    )
+    """Runs `hd-run`; with `env` in a process of its own, because Python reads its variables at the start."""
+    result = run_command("runtime.cli", *arguments, env=env) if env else invoke("runtime.cli", *arguments)
     assert "Traceback" not in result.stderr, result.stderr
     assert result.stdout == "" or "--help" in arguments
     return result

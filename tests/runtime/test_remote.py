@@ -10,7 +10,7 @@ import pytest
 
 fsspec = pytest.importorskip("fsspec")
 
-from commands import run_command  # noqa: E402
+from commands import invoke, run_command  # noqa: E402
 from handiffuser import HanDiffuser, Request, RequestError  # noqa: E402
 from handiffuser.errors import OutputError  # noqa: E402
 from handiffuser.runtime import remote  # noqa: E402
@@ -159,7 +159,7 @@ def test_what_cannot_be_written_is_a_sentence(pictures, url, monkeypatch):
 def test_hd_run_writes_to_a_url(toy_bundle, tmp_path):
     url = f"file://{tmp_path}/out"
     for said in ("1 picture in", "1 skipped"):
-        result = run_command("runtime.cli", toy_bundle, "a fist", "-o", url)
+        result = invoke("runtime.cli", toy_bundle, "a fist", "-o", url)
         assert result.returncode == 0 and said in result.stderr, result.stderr
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
 

@@ -21,22 +21,25 @@ from handiffuser.models.checkpoint import Checkpoint
 from handiffuser.runtime.noise import LATENTS, normal
 from handiffuser.training import init
 from handiffuser.training.cli import commands
+from kept import kept
 from stable_diffusion import stable_diffusion
 
 
 @pytest.fixture(scope="module", params=["1.x", pytest.param("2.x", marks=pytest.mark.slow)])
 def folders(request, tmp_path_factory):
-    """A Stable Diffusion folder, and the bundle that comes of it."""
-    folder = tmp_path_factory.mktemp("sd")
+    """A Stable Diffusion folder, the checkpoint that `hd-train init` makes of it, and that checkpoint's bundle."""
     two = request.param == "2.x"
-    source = stable_diffusion(folder, "v_prediction" if two else "epsilon", two)
-    monkeypatch = pytest.MonkeyPatch()
-    with monkeypatch.context() as patch:  # the prior's own size would take most of the time
-        patch.setattr(init, "PRIOR", (32, 2, 2))
-        result = CliRunner().invoke(commands, ["init", str(source), str(folder / "start")])
-    assert result.exit_code == 0, result.output
-    export_bundle(Checkpoint.load(folder / "start"), folder / "bundle")
-    return source, folder / "start", folder / "bundle"
+
+    def make(folder):
+        source = stable_diffusion(folder, "v_prediction" if two else "epsilon", two)
+        with pytest.MonkeyPatch.context() as patch:  # the prior's own size would take most of the time
+            patch.setattr(init, "PRIOR", (32, 2, 2))
+            result = CliRunner().invoke(commands, ["init", str(source), str(folder / "start")])
+        assert result.exit_code == 0, result.output
+        export_bundle(Checkpoint.load(folder / "start"), folder / "bundle")
+
+    folder = kept(tmp_path_factory, f"stable-diffusion-{request.param}", make, "training")
+    return folder / "sd", folder / "start", folder / "bundle"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from commands import run_command
+from commands import invoke
 from datasets import made_sample
 from handiffuser.contract import Manifest
 from handiffuser.data.samples import read, write_shards
@@ -44,14 +44,14 @@ colour_weight = 1.0
 """
 
 
-def hd_train(*arguments, timeout=600):
-    return run_command("training.cli", *arguments, timeout=timeout)
+def hd_train(*arguments):
+    return invoke("training.cli", *arguments)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "world"
-    result = run_command("data.cli", "demo", folder, "--scenes", 40, "--size", 64, "--processes", 1, timeout=300)
+    result = invoke("data.cli", "demo", folder, "--scenes", 40, "--size", 64, "--processes", 1)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -146,11 +146,9 @@ def test_an_adapter_is_trained_exported_and_run(trained, world, tmp_path):
         (tmp_path / "merged", "merged", ()),
         (start, "plain", ()),
     ):
-        result = run_command("export.cli", checkpoint, tmp_path / f"bundle-{out}", *more, timeout=300)
+        result = invoke("export.cli", checkpoint, tmp_path / f"bundle-{out}", *more)
         assert result.returncode == 0, result.stderr
-        result = run_command(
-            "runtime.cli", tmp_path / f"bundle-{out}", "two open hands", "--seed", 3, "-o", tmp_path / out
-        )
+        result = invoke("runtime.cli", tmp_path / f"bundle-{out}", "two open hands", "--seed", 3, "-o", tmp_path / out)
         assert result.returncode == 0, result.stderr
     assert Manifest.load(tmp_path / "bundle-plain").words == Checkpoint.load(start).words
     from PIL import Image
@@ -189,7 +187,7 @@ def test_torchrun_starts_it_on_several_processes(trained, world, tmp_path):
     ],
 )
 def test_bad_input_is_one_clear_sentence(arguments, words, tmp_path):
-    result = hd_train(*arguments, "--run", tmp_path / "run", timeout=120)
+    result = hd_train(*arguments, "--run", tmp_path / "run")
     assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
