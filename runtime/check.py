@@ -125,7 +125,7 @@ def backends(gpu: bool) -> dict[str, Callable[[], str]]:
         return f"yes ({openvino.version()}): cpu{', in bfloat16' if fast else ', slower than onnxruntime here'}"
 
     def on_tensorrt(name: str) -> str:
-        found = tensorrt.Backend(name)
+        found = tensorrt.TensorRT(name)
         if not gpu:
             builds = "builds engines here, but " if found.rtx else ""
             raise HanDiffuserError(f"{name} {found.version} {builds}needs an NVIDIA GPU to run them.")

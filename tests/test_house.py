@@ -10,20 +10,16 @@ import house
 import pytest
 
 CIRCLES: list[set[str]] = [
-    {"handiffuser.engines", "handiffuser.engines.onnxruntime"},
-    {"handiffuser.runtime.device_loading", "handiffuser.runtime.loading"},
     {"handiffuser.runtime.outputs", "handiffuser.runtime.remote"},
     {"handiffuser.evaluation.eager", "handiffuser.evaluation.pictures"},
 ]
 UPWARD: set[tuple[str, str]] = {
     ("handiffuser.evaluation.eager", "handiffuser.benchmarks.peers"),
     ("handiffuser.evaluation.pictures", "handiffuser.demo.render"),
-    ("handiffuser.export.admit", "handiffuser.runtime.admission"),
 }
 LONG_FILES: dict[str, int] = {
     "benchmarks/peers.py": 601,
     "demo/body.py": 650,
-    "engines/tensorrt.py": 708,
     "runtime/device.py": 640,
     "training/loop.py": 583,
 }
