@@ -18,14 +18,14 @@ UPWARD: set[tuple[str, str]] = {
     ("handiffuser.evaluation.pictures", "handiffuser.demo.render"),
 }
 LONG_FILES: dict[str, int] = {
-    "benchmarks/peers.py": 601,
+    "benchmarks/peers.py": 610,
     "demo/body.py": 650,
     "runtime/device.py": 640,
     "training/loop.py": 583,
 }
 LONG_FUNCTIONS: dict[str, int] = {
     "benchmarks/cli.py:work": 98,
-    "benchmarks/peers.py:compare": 112,
+    "benchmarks/peers.py:compare": 114,
     "demo/body.py:_hand_mesh": 89,
     "training/loop.py:fit": 120,
 }
