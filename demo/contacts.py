@@ -1,7 +1,7 @@
 """Solves hand gestures on the mesh: what shall touch touches, and no part of a hand passes through another.
 
     python -m handiffuser.demo.contacts              # writes contacts.json: the angles of all gestures
-    python -m handiffuser.demo.contacts ok_sign      # one gesture anew; prints what was measured
+    python -m handiffuser.demo.contacts ok_sign      # one gesture again; prints what was measured
 
 A hand is cut into 16 parts, the palm and the 15 bones, by which joint a vertex follows most. A part closed with caps is
 a solid, so whether a vertex lies inside another part is its winding number (Jacobson et al. 2013), and how deep is its

@@ -160,7 +160,7 @@ def everything(size: str, backends: str | None, out: Path | None, work: Path | N
     cuda = gpu()
     chosen = backends.split(",") if backends else [name for name in BACKENDS if TABLE[name].installed()]
     if wrong := set(chosen) - set(BACKENDS):
-        raise EngineError(f"There is no backend {sorted(wrong)[0]!r}; there are {', '.join(BACKENDS)}.")
+        raise EngineError(f"--backends must be some of {', '.join(BACKENDS)}, got {sorted(wrong)[0]!r}.")
     name = "CPU" if cuda is None else cuda.name.replace(" ", "-").replace("/", "-")
     out = out or Path("benchmarks/results") / f"{date.today()}-{name}"
     work = work or out.with_name(out.name + ".work")

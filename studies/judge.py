@@ -129,7 +129,7 @@ class Judged:
     def __init__(self, folder: Path) -> None:
         """Raises EvaluationError for a folder without one."""
         if not folder.is_dir():
-            raise EvaluationError(f"There is no folder {folder}. A judge is trained by: python studies/report.py")
+            raise EvaluationError(f"--judge must be a folder, got {folder}. `python studies/report.py` trains a judge.")
         self.judge = load_judge(folder)
 
     def __call__(self, image: np.ndarray, labels: dict[str, str]) -> dict[str, float]:

@@ -67,7 +67,7 @@ def held_out_scenes(count: int, seed: int = SEED, kind: str = "one") -> list[Sce
     """Close-ups whose prompts training never saw and which say everything.
 
     kind: "one" hand, palm, back and side views equally often; "alike", two hands that do the same; "pairs", two that do
-    different things; "new pairs", of which training has no picture. Gestures come equally often where they can.
+    different things; "new pairs" stand in no picture of training. Gestures come equally often where they can.
     """
     rng = np.random.default_rng(seed)
     scenes: list[Scene] = []

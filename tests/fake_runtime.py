@@ -278,7 +278,7 @@ class FakeRuntime:
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def _check(self, op: Op) -> list[Memory]:
-        """The allocations of an operation. Breaks the context for ranges that are none's."""
+        """The allocations of an operation. Breaks the context for ranges outside of every allocation."""
         found = []
         for address, size in (*op.reads, *op.writes):
             memory = self.find(address)

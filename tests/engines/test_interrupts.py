@@ -46,7 +46,7 @@ def test_ctrl_c_at_any_moment_of_a_build(bundle):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 130, (attempt, errors)
-        assert time.monotonic() - began < 8, attempt  # of which the machine may be busy with something else
+        assert time.monotonic() - began < 8, attempt  # the machine may be busy
         assert errors.strip().endswith("hd-engines: Stopped. What is built stays; the same command goes on."), errors
         assert "Traceback" not in errors
         store = PlanStore(bundle)

@@ -172,7 +172,7 @@ WRONG = {
     "parts is nested": lambda r: {**r, "parts": {**r["parts"], "sizes": {"B": 1}}},
     "parts lacks one": lambda r: {**r, "parts": {k: v for k, v in r["parts"].items() if k != "sizes"}},
     "parts has another": lambda r: {**r, "parts": {**r["parts"], "colour": "red"}},
-    "sizes are none": lambda r: keyed({**r, "parts": {**r["parts"], "sizes": "B"}}),
+    "sizes without numbers": lambda r: keyed({**r, "parts": {**r["parts"], "sizes": "B"}}),
     "sizes are huge": lambda r: keyed({**r, "parts": {**r["parts"], "sizes": "B=1" + "0" * 5000}}),
     "graph is a list": lambda r: {**r, "graph": ["unet"]},
     "graph is another": lambda r: {**r, "graph": "unet_time"},

@@ -1,4 +1,4 @@
-"""Hands that do not fit into one picture are found, and drawn again: each request by itself, whoever runs beside it."""
+"""Hands that do not fit into one picture are found, and drawn again: each request by itself, in any company."""
 
 from __future__ import annotations
 

@@ -289,7 +289,7 @@ def test_output_that_is_a_file(toy_bundle, tmp_path):
     assert result.returncode == 1 and "--output must be a folder" in result.stderr
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a read-only folder")
 def test_unwritable_output(toy_bundle):
     result = hd_run(toy_bundle, "a fist", "-o", "/proc/out")
     assert result.returncode == 1 and "cannot be written" in result.stderr

@@ -221,7 +221,9 @@ def test_an_engine_with_a_graph_of_its_own_is_not_captured(device_loop, toy_bund
     loop = device_loop(toy_bundle)
     requests = prepared(loop, mixed(5))
     same(run(loop, requests)[0], {picture.id: picture for picture in loop.pipeline.run(requests)})
-    assert max(engine.enqueued for (name, *_), engine in loop.made.items() if name == "unet") > 2, "each step anew"
+    assert max(engine.enqueued for (name, *_), engine in loop.made.items() if name == "unet") > 2, (
+        "each step is bound again"
+    )
     assert not loop.warnings()
 
 
@@ -405,7 +407,7 @@ def test_requests_may_come_later(device_loop, toy_bundle):
 
 
 def test_cancelled_between_two_steps(device_loop, toy_bundle):
-    """At any event, whoever is in flight: the rows of the others are the same bits, and everyone comes out once."""
+    """At any event: the rows of the other requests are the same bits, and every request comes out once."""
     loop = device_loop(toy_bundle, 6)
     requests = prepared(loop, mixed(9))
     whole = {request.id: loop.run([request], lambda kind, count: None) for request in requests}

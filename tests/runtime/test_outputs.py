@@ -126,7 +126,7 @@ def test_a_file_in_place_of_the_folder(tmp_path):
             pass
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a read-only folder")
 def test_an_unwritable_folder():
     with pytest.raises(OutputError, match="cannot be written"), OutputFolder("/proc/handiffuser"):
         pass

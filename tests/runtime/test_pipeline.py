@@ -280,7 +280,7 @@ def test_no_framework_is_imported(toy_bundle):
 
 
 def test_requests_may_come_in_while_others_run(pipeline):
-    """None: nothing has come in yet. Nobody in flight waits for that, and each picture is the one it is alone."""
+    """None: nothing has come in yet. Requests in flight go on, and each picture is the one it is alone."""
     requests, _ = pipeline.prepare([Request(f"hand {i}", seed=i, steps=2 + i) for i in range(5)])
     done, log = {}, []
 
@@ -314,7 +314,7 @@ def test_what_is_remembered_of_schedules_is_bounded(toy_bundle):
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_who_is_cancelled_leaves_at_the_next_step_and_the_others_stay_the_same_bits(pipeline, monkeypatch, rows):
-    """rows: how many a step advances; who has the same company sees the same numbers, whoever left before."""
+    """rows: how many a step advances. In equal company a request sees equal numbers, also after others left."""
     monkeypatch.setattr(StepTimes, "choose", lambda times, active, unguided=(): min(rows, active))
     requests, _ = pipeline.prepare([Request(f"prompt {n}", seed=n, steps=4 + n % 3) for n in range(8)])
     alone = {request.id: next(pipeline.run([request])) for request in requests}
@@ -326,7 +326,7 @@ def test_who_is_cancelled_leaves_at_the_next_step_and_the_others_stay_the_same_b
             steps += kind == "steps"
             if kind == "steps" and steps == 2 + gone:
                 pipeline.cancel(requests[gone].id)
-                pipeline.cancel("nobody")
+                pipeline.cancel("unknown")
 
         results = {result.id: result for result in pipeline.run(requests, on_event)}
         assert set(results) == set(alone)

@@ -165,7 +165,7 @@ def test_hd_run_writes_to_a_url(toy_bundle, tmp_path):
 
 
 def test_a_store_that_is_not_reached_is_a_sentence(toy_bundle, tmp_path, monkeypatch):
-    """Nobody listens at that port, and there is a mistake that everybody makes: no key."""
+    """No server listens at that port; and the usual mistake: no key."""
     pytest.importorskip("s3fs")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)

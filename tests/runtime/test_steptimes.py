@@ -102,7 +102,7 @@ def test_a_mixed_batch_is_what_its_useful_branches_cost():
 
 
 def test_what_a_busy_moment_has_taught_is_unlearned():
-    """Whoever was measured while something else had the processor is tried again, sooner or later."""
+    """A size that was measured on a busy processor is tried again, sooner or later."""
     times = StepTimes()
     busy = iter([1.0] * TRIALS)  # the trials of one row
     chosen = run(times, lambda batch: next(busy, 0.04) if batch == 1 else 0.04 * batch, 2, steps=3 * RETRY_STEPS)

@@ -65,7 +65,7 @@ def test_any_order_that_streams_allow_gives_the_same(toy_bundle, gpu, ort, seed,
         pipeline.warm_up()
         before = dict(ort.runs)
         same(run(pipeline, mixed(11, seed)), expected)
-        assert (ort.runs["unet"] == before["unet"]) == graphs, "with graphs of its own nothing is computed anew"
+        assert (ort.runs["unet"] == before["unet"]) == graphs, "with graphs of its own nothing is computed again"
         assert (ort.runs["hand_prior"] == before["hand_prior"]) == (graphs and seed != 2)
     gc.collect()
     assert not gpu.live()
@@ -136,5 +136,5 @@ def test_a_mistake_is_found(toy_bundle, monkeypatch, mistake):
             pipeline.warm_up()
             list(pipeline.run(pipeline.prepare(mixed(11), 0)[0]))
     except EngineError:
-        pass  # that the pictures fail, too, is no matter here
+        pass  # the pictures may fail, too
     assert re.search(MISTAKES[mistake], " ".join(gpu.problems)), gpu.problems
