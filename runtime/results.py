@@ -127,6 +127,6 @@ def not_finite(request: Request, where: str) -> Failure:
     return Failure(
         str(request.id),
         request,
-        f"{where} gave NaN or infinity, so the picture is missing. Try another seed or lower guidance. If that does not "
-        "help, the bundle's precision is too low: export it in fp32.",
+        f"{where} gave NaN or infinity, so the picture is missing. Try another seed or lower guidance. If that does "
+        "not help, the bundle's precision is too low: export it in fp32.",
     )
