@@ -1,10 +1,10 @@
-"""What it ran on: processor, GPU, versions, and the ceilings that were measured here.
+"""Describes the machine: processor, GPU, versions, and its measured ceilings.
 
     from handiffuser.benchmarks.card import card
     card(threads=1, device="cpu")
 
-A ceiling is the best that this machine was seen to do in the same minute: one large matrix product, one large copy.
-A data sheet's figure would be another machine's on a better day.
+A ceiling is the best measured rate of this machine in the same minute, of a large matrix product and a large copy.
+A data sheet would describe another machine.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def card(threads: int | None, device: str, clock: Callable[[], float] = time.per
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that have a say; those that are not installed are left out."""
+    """Versions of the installed PACKAGES."""
     found = {name: version(name) for name in PACKAGES}
     return {name: number for name, number in found.items() if number}
 
@@ -142,7 +142,7 @@ def bf16_ceiling(threads: int | None, clock: Callable[[], float] = time.perf_cou
 
 
 class Others:
-    """How many cores other processes use while this one, and what it starts, measures."""
+    """How many cores other processes use while this process and its children measure."""
 
     def __init__(self) -> None:
         self.start = self._now()
@@ -170,7 +170,7 @@ class Others:
 
 
 def _product_on_gpu(cuda: Cuda, model: bytes, n: int, dtype: str, clock: Callable[[], float]) -> float:
-    """Seconds of c = a b, [n, n] each. Of random numbers: with zeros or ones a GPU takes less power and runs faster."""
+    """Seconds of c = a b, [n, n] each, with random numbers: with zeros or ones a GPU takes less power and is faster."""
     if not has_cuda_provider():
         raise EngineError("this ONNX Runtime has no CUDA provider")
     stream = cuda.stream()
@@ -207,14 +207,14 @@ def copy_ceiling(device: str = "cpu", clock: Callable[[], float] = time.perf_cou
             stream.synchronize()
 
         seconds = best(copy)
-        cuda.close()  # what is measured next wants to know what it takes itself
+        cuda.close()  # the next measurement counts its own memory
         return {"bytes": 2 * 10 * COPY / seconds, "how": "device to device, 256 MB"}
     here, there = np.ones(COPY // 8), np.empty(COPY // 8)
     return {"bytes": 2 * COPY / best(lambda: np.copyto(there, here), clock), "how": "numpy, one thread, 256 MB"}
 
 
 def best(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter, seconds: float = 1.0) -> float:
-    """The shortest of the runs that fit into `seconds`, at least three, after one to warm up."""
+    """The shortest of the runs in `seconds`, at least three, after one to warm up."""
     function()
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:

@@ -1,10 +1,10 @@
-"""`hd-bench ENGINES`: how fast this bundle runs on this machine, and where the time goes.
+"""`hd-bench ENGINES` measures how fast a bundle runs on this machine, and where the time goes.
 
 hd-bench demo --batch-sizes 1,4 --steps 12 --threads 1
 hd-bench demo --batch-sizes 1 --peers --load --report bench.html
 hd-bench --random sd15 --batch-sizes 1 --steps 2 --repeats 2
 
-The last line of stdout is one JSON document with every sample; what stands above it is for reading.
+The last line of stdout is one JSON document with every sample. The tables above it are for people.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from .flops import count
 from .soak import soak
 
 FORMAT = 1  # of the JSON document
-LEAVABLE = ("torch.compile", "onnxruntime", "openvino")  # peers; diffusers eager is what the others are made from
+LEAVABLE = ("torch.compile", "onnxruntime", "openvino")  # peers; the others are made from diffusers eager
 RANDOM = ("tiny", "demo", "sd15")
-BUSY = 0.1  # of a core, used by others: from then on it is said
+BUSY = 0.1  # cores of other processes: from here on a warning says so
 SHARES, SERVED_ROUNDS, SERVED_STEPS = (0.5, 0.7, 0.9), 3, (4, 24)  # of --serve
 MOST_BATCH, MOST_REQUESTS, MOST_REPEATS = 1024, 1_000_000, 10_000
 
@@ -58,7 +58,9 @@ def numbers(most: int) -> Any:
         except ValueError:
             found = [0]
         if any(not 1 <= number <= most for number in found):
-            raise click.BadParameter(f"{value!r}: write whole numbers from 1 to {most} with commas, such as 1,2,4.")
+            raise click.BadParameter(
+                f"must be whole numbers from 1 to {most}, got {value!r}. Separate them with commas, such as 1,2,4."
+            )
         return list(dict.fromkeys(found))
 
     return parse
@@ -66,10 +68,10 @@ def numbers(most: int) -> Any:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("engines", required=False)
+@click.option("--random", "size", type=click.Choice(RANDOM), help="Measure an untrained bundle of this size instead.")
 @click.option(
-    "--random", "size", type=click.Choice(RANDOM), help="Instead of ENGINES: an untrained bundle of this size."
+    "--workdir", type=click.Path(path_type=Path), help="Keep the bundle of --random here.  [default: temporary]"
 )
-@click.option("--workdir", type=click.Path(path_type=Path), help="Keeps what --random makes.  [default: temporary]")
 @click.option(
     "--batch-sizes", callback=numbers(MOST_BATCH), default="1,2,4,8", show_default=True, help="Pictures at once."
 )
@@ -82,31 +84,27 @@ def numbers(most: int) -> Any:
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 @click.option("--backend", type=click.Choice(CHOICES), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
-@click.option(
-    "--cpu-clock", is_flag=True, help="Times are CPU seconds, of one thread: for machines that others keep busy."
-)
-@click.option(
-    "--peers", is_flag=True, help="Beside diffusers, torch.compile, plain ONNX Runtime and OpenVINO, in alternation."
-)
-@click.option("--checkpoint", metavar="FOLDER", help="What ENGINES was exported from, for --peers.")
+@click.option("--cpu-clock", is_flag=True, help="Measure CPU seconds of one thread: for busy machines.")
+@click.option("--peers", is_flag=True, help="Alternate with diffusers, torch.compile, plain ONNX Runtime and OpenVINO.")
+@click.option("--checkpoint", metavar="FOLDER", help="The checkpoint that ENGINES was exported from, for --peers.")
 @click.option("--body", metavar="FILE", help="The SMPL-H body that ENGINES was exported with, for --peers.")
 @click.option(
     "--leave-out",
     type=click.Choice(LEAVABLE),
     multiple=True,
-    help="A peer to do without: compiling takes minutes, plain ONNX Runtime a second copy of the networks.",
+    help="Leave out a peer: compiling takes minutes, plain ONNX Runtime a second copy of the networks.",
 )
-@click.option("--load", is_flag=True, help="Requests at random times: in-flight and static batching.")
-@click.option("--serve", "served", is_flag=True, help="Over HTTP: hd-serve beside the bare loop.")
+@click.option("--load", is_flag=True, help="Send requests at random times: in-flight and static batching.")
+@click.option("--serve", "served", is_flag=True, help="Measure hd-serve over HTTP beside the bare loop.")
 @click.option(
-    "--requests", type=click.IntRange(2, MOST_REQUESTS), default=60, show_default=True, help="Of the load tests."
+    "--requests", type=click.IntRange(2, MOST_REQUESTS), default=60, show_default=True, help="Requests of a load test."
 )
 @click.option(
     "--load-runs",
     type=click.IntRange(1, 1000),
     default=1,
     show_default=True,
-    help="The load test so often, with other requests: means and 95 % intervals. Five say more than one.",
+    help="Repeat the load test with other requests, for means and 95 % intervals.",
 )
 @click.option("--arrival-rate", type=click.FloatRange(0, min_open=True), help="Requests a second of the load test.")
 @click.option(
@@ -116,17 +114,27 @@ def numbers(most: int) -> Any:
     show_default=True,
     help="The arrival rate as a share of the capacity, which is measured first.",
 )
-@click.option("--soak", "soaked", type=click.IntRange(1, MOST_REQUESTS), metavar="N", help="N requests in one process.")
-@click.option("--first-picture/--no-first-picture", default=True, help="Fresh hd-run processes.", show_default=True)
-@click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE.json", help="The JSON document, too.")
-@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="A page with plots.")
+@click.option(
+    "--soak", "soaked", type=click.IntRange(1, MOST_REQUESTS), metavar="N", help="Run N requests in one process."
+)
+@click.option(
+    "--first-picture/--no-first-picture", default=True, help="Time fresh hd-run processes.", show_default=True
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="Write the JSON document to a file, too.",
+)
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="Write a page with plots.")
 @click.version_option(package_name="handiffuser", prog_name="hd-bench")
 def bench(engines: str | None, size: str | None, **options: Any) -> int:
     """Measures ENGINES: a bundle folder that hd-export made, or the word `demo`.
 
-    A table of latency, throughput, time per stage and memory for each batch size and number of steps. On request, the
-    same beside other ways to run the same weights (--peers), under load (--load), or for hours (--soak). Ctrl-C ends
-    it with what was measured so far; the exit code is 130 then.
+    It prints latency, throughput, time per stage and memory for each batch size and number of steps. Options add other
+    ways to run the same weights (--peers), load (--load, --serve), and a long run (--soak). Ctrl-C ends it with the
+    results so far and exit code 130.
     """
     if (engines is None) == (size is None):
         raise click.UsageError("Name what to measure: a bundle folder, the word demo, or --random with a size.")
@@ -152,14 +160,14 @@ def bench(engines: str | None, size: str | None, **options: Any) -> int:
             commands.ending()
             code = INTERRUPTED
             document["interrupted"] = True
-            notes.print("hd-bench: Interrupted. This is what was measured so far.")
+            notes.print("hd-bench: Interrupted. The results so far follow.")
         except HanDiffuserError as error:
             if not document["runs"]:
                 raise
-            code = 1  # what was measured is worth having
+            code = 1  # keep the results so far
             document["error"] = str(error)
             notes.print(f"hd-bench: {error}", style="red")
-        # A second one must not cost the results.
+        # A second signal must not lose the results.
         before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         close(document, options, pictures)
         for number, handler in before.items():
@@ -168,7 +176,7 @@ def bench(engines: str | None, size: str | None, **options: Any) -> int:
 
 
 def check_outputs(options: dict[str, Any]) -> None:
-    """What can go wrong cheaply goes wrong first: outputs that cannot be written, packages that are missing."""
+    """Raises EngineError for unwritable outputs and missing packages, before any work starts."""
     for name in ("output", "report"):
         path: Path | None = options[name]
         if path is None:
@@ -179,12 +187,13 @@ def check_outputs(options: dict[str, Any]) -> None:
                 pass
         except OSError as error:
             raise EngineError(
-                f"--{name} {path} cannot be written: {error.strerror}. Name a file in a folder that you may write to."
+                f"--{name} must be a file that can be written, got {path}: {error.strerror}. "
+                "Name a file in a folder that you may write to."
             ) from error
         if not there:
             path.unlink()
     if options["cpu_clock"] and (options["threads"] != 1 or options["device"] == "cuda"):
-        raise EngineError("--cpu-clock counts the CPU seconds of one thread. Add --threads 1, and no --device cuda.")
+        raise EngineError("--cpu-clock must have one CPU thread. Add --threads 1, and leave --device cuda out.")
     if options["report"] is not None:
         need("matplotlib", "--report", "bench")
     if options["peers"]:
@@ -193,7 +202,7 @@ def check_outputs(options: dict[str, Any]) -> None:
 
 
 def need(module: str, option: str, extra: str) -> None:
-    """Raises EngineError when a package is missing, with what to install."""
+    """Raises EngineError when a package is missing, and names the extra to install."""
     from importlib.util import find_spec
 
     if find_spec(module) is None:
@@ -201,7 +210,7 @@ def need(module: str, option: str, extra: str) -> None:
 
 
 def random_bundle(size: str, options: dict[str, Any], stack: ExitStack) -> str:
-    """Makes an untrained checkpoint and its bundle, or finds them in the work folder; returns the bundle."""
+    """Makes an untrained checkpoint and its bundle, or takes those in the work folder. Returns the bundle."""
     need("torch", "--random", "export")
     from ..export.bundle import export_bundle
     from ..models.checkpoint import Checkpoint, random_checkpoint
@@ -212,93 +221,59 @@ def random_bundle(size: str, options: dict[str, Any], stack: ExitStack) -> str:
     checkpoint, bundle = folder / f"{size}-checkpoint", folder / f"{size}-bundle"
     options["checkpoint"] = options["checkpoint"] or str(checkpoint)
     if (bundle / MANIFEST).exists() and (checkpoint / MODEL_INDEX).exists():
-        notes.print(f"Taking the {size} bundle that is in {folder}.")
+        notes.print(f"The {size} bundle in {folder} is used.")
         return str(bundle)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EngineError(f"--workdir {folder} cannot be made: {error.strerror}. Name another folder.") from error
+        raise EngineError(
+            f"--workdir must be a folder that can be made, got {folder}: {error.strerror}. Name another folder."
+        ) from error
     with notes.status(f"making a random {size} checkpoint"):
-        body = shipped.checkpoint_path() / "body" / "smplh.npz"
-        random_checkpoint(CONFIGS[size], body=body).save(checkpoint)
+        random_checkpoint(CONFIGS[size], body=shipped.body_path()).save(checkpoint)
         loaded = Checkpoint.load(checkpoint, mapped=True)
     with notes.status(f"exporting {size}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's remarks are no news to a user
+        warnings.simplefilter("ignore")  # the exporter's warnings do not concern a user
         export_bundle(loaded, bundle, on_graph=lambda graph: notes.print(f"{graph.name}: {graph.megabytes:.1f} MB"))
     return str(bundle)
 
 
 def work(engines: str, document: dict[str, Any], options: dict[str, Any], pictures: dict[str, Any]) -> None:
-    """All that was asked for, one after the other; the document grows as it goes, and so do the peers' pictures."""
+    """Measures what the options ask for. The document and the peers' pictures grow on the way."""
     folder = shipped.resolve(engines, "bundle")
     manifest = Manifest.load(folder, verify=False)
-    say = tables.Tables()
+    say, others = tables.Tables(), Others()
     clock = time.process_time if options["cpu_clock"] else time.perf_counter
     document["clock"] = "CPU seconds" if options["cpu_clock"] else "wall clock"
     with notes.status("measuring the ceilings of this machine"):
         document["card"] = card(options["threads"], options["device"], clock)
     say.card(document["card"])
-    others = Others()
-    batches, defaults = options["batch_sizes"], manifest.defaults
+    defaults = manifest.defaults
     solver = options["solver"] or defaults["solver"]
     guidance = defaults["guidance"] if options["guidance"] is None else options["guidance"]
-    pipeline = load_pipeline(engines, max(batches), options, document)
+    pipeline = load_pipeline(engines, max(options["batch_sizes"]), options, document)
     ceilings = document["card"]["ceilings"]
     if pipeline.made_by.get("inference") == "bf16":
         ceilings["matmul"] = bf16_ceiling(options["threads"], clock)
         say.ceiling(ceilings["matmul"])
     operations = operations_of(folder, manifest, 1 if guidance == 1 else 2, document)
-    meter = measure.Meter(pipeline, clock)
-    energy = measure.Energy()
-
+    meter, energy = measure.Meter(pipeline, clock), measure.Energy()
     for steps in options["steps"] or [defaults["steps"]]:
-        for batch in batches:
+        for batch in options["batch_sizes"]:
             run = measure.new_run(batch, steps, solver, guidance)
-            document["runs"].append(run)
             with notes.status(f"batch {batch}, {steps} steps"):
-                joules = energy.read()
-                try:
-                    for sample in measure.samples(pipeline, run, options["repeats"], meter):
-                        run["samples"].append(sample)
-                finally:
-                    if not run["samples"]:
-                        document["runs"].remove(run)
-                if joules is not None:
-                    # The warm-up takes energy, too; per picture over all that ran.
-                    made = batch * (options["repeats"] + measure.WARM_UP)
-                    run["joules_per_picture"] = ((energy.read() or joules) - joules) / made
-                if isinstance(pipeline.loop, DeviceLoop):
-                    run["device_stages"] = measure.device_stages(pipeline.loop, run)
-                    run["memory"]["device_mb"] = document["device_memory_before_mb"] - _free_mb()
+                measure_run(pipeline, run, options["repeats"], meter, energy, document)
             run.update(measure.summary(run))
             if operations:
-                ceiling = ceilings["matmul"]["flops"]
-                run["flops"] = measure.utilisation(run, operations, ceiling, defaults["hand_steps"])
+                flops = ceilings["matmul"]["flops"]
+                run["flops"] = measure.utilisation(run, operations, flops, defaults["hand_steps"])
     say.runs(document["runs"], document["clock"])
     say.stages(document["runs"])
-
     if options["first_picture"]:
-        with notes.status("first picture: fresh processes"):
-            passed = ["--device", options["device"], "--backend", options["backend"], "--solver", solver]
-            passed += ["--guidance", str(guidance), "--steps", str(document["runs"][0]["steps"])]
-            if options["threads"]:
-                passed += ["--threads", str(options["threads"])]
-            document["first_picture"] = measure.first_picture(engines, passed)
+        first_picture(engines, document, options)
         say.first_picture(document["first_picture"])
     if options["peers"]:
-        from .peers import alone, compare
-
-        document["peers"] = []
-        with notes.status("peers") as status:
-            for run in document["runs"]:
-                table: dict[str, Any] = {}
-                document["peers"].append(table)
-                pictures |= compare(pipeline, engines, options["checkpoint"], run, options, table, status.update)
-                say.peers(table)
-            status.update("peers: fresh processes")
-            device = "cuda" if pipeline.on_gpu else "cpu"
-            document["alone"] = alone(engines, options["checkpoint"], document["runs"][0], options, device)
-        say.alone(document["alone"])
+        peers(engines, pipeline, document, options, pictures, say)
     if options["load"]:
         load(pipeline, solver, document, options)
         say.load(document["load"])
@@ -317,19 +292,78 @@ def work(engines: str, document: dict[str, Any], options: dict[str, Any], pictur
         say.soak(document["soak"])
     document["others"] = others.cores()
     if document["others"] is not None and document["others"] > BUSY:
+        advice = "Use --cpu-clock --threads 1, or repeat it when the machine is idle."
+        if options["cpu_clock"]:
+            advice = "CPU seconds show little of that. Repeat it when the machine is idle."
         notes.print(
             f"hd-bench: warning: Other processes used {document['others']:.2f} of this machine's cores meanwhile. "
-            + (
-                "CPU seconds count little of that; repeat it when the machine is idle."
-                if options["cpu_clock"]
-                else "Take --cpu-clock --threads 1, or repeat it when the machine is idle."
-            ),
+            + advice,
             style="yellow",
         )
 
 
+def measure_run(
+    pipeline: HanDiffuser,
+    run: dict[str, Any],
+    repeats: int,
+    meter: measure.Meter,
+    energy: measure.Energy,
+    document: dict[str, Any],
+) -> None:
+    """Samples a run into the document. A run that an interruption leaves without a sample is dropped."""
+    document["runs"].append(run)
+    joules = energy.read()
+    try:
+        for sample in measure.samples(pipeline, run, repeats, meter):
+            run["samples"].append(sample)
+    finally:
+        if not run["samples"]:
+            document["runs"].remove(run)
+    if joules is not None:
+        made = run["batch"] * (repeats + measure.WARM_UP)  # the warm-up takes energy, too
+        run["joules_per_picture"] = ((energy.read() or joules) - joules) / made
+    if isinstance(pipeline.loop, DeviceLoop):
+        run["device_stages"] = measure.device_stages(pipeline.loop, run)
+        run["memory"]["device_mb"] = document["device_memory_before_mb"] - _free_mb()
+
+
+def first_picture(engines: str, document: dict[str, Any], options: dict[str, Any]) -> None:
+    """Times fresh hd-run processes with the first run's settings."""
+    run = document["runs"][0]
+    passed = ["--device", options["device"], "--backend", options["backend"], "--solver", run["solver"]]
+    passed += ["--guidance", str(run["guidance"]), "--steps", str(run["steps"])]
+    if options["threads"]:
+        passed += ["--threads", str(options["threads"])]
+    with notes.status("first picture: fresh processes"):
+        document["first_picture"] = measure.first_picture(engines, passed)
+
+
+def peers(
+    engines: str,
+    pipeline: HanDiffuser,
+    document: dict[str, Any],
+    options: dict[str, Any],
+    pictures: dict[str, Any],
+    say: tables.Tables,
+) -> None:
+    """Measures the peers beside every run, then a picture of each in a fresh process. Fills the document."""
+    from .peers import alone, compare
+
+    document["peers"] = []
+    with notes.status("peers") as status:
+        for run in document["runs"]:
+            table: dict[str, Any] = {}
+            document["peers"].append(table)
+            pictures |= compare(pipeline, engines, options["checkpoint"], run, options, table, status.update)
+            say.peers(table)
+        status.update("peers: fresh processes")
+        device = "cuda" if pipeline.on_gpu else "cpu"
+        document["alone"] = alone(engines, options["checkpoint"], document["runs"][0], options, device)
+    say.alone(document["alone"])
+
+
 def load_pipeline(engines: str, batch: int, options: dict[str, Any], document: dict[str, Any]) -> HanDiffuser:
-    """The loaded bundle; how long that took goes into the document."""
+    """Loads the bundle and writes the seconds into the document."""
     if document["card"]["gpu"]:
         document["device_memory_before_mb"] = _free_mb()
     start = time.perf_counter()
@@ -344,20 +378,20 @@ def load_pipeline(engines: str, batch: int, options: dict[str, Any], document: d
 def operations_of(
     folder: Path, manifest: Manifest, branches: int, document: dict[str, Any]
 ) -> dict[str, dict[str, int]]:
-    """Graph -> operations of one row by kind of node; empty, with the reason in the document, where not countable."""
+    """Graph -> operations of one row by kind of node. Empty when they cannot be counted: the document says why."""
     sizes = {"B": 1, "S": 1, "G": branches}
     try:
         found = {name: count(folder / spec.file, sizes) for name, spec in manifest.graphs.items()}
     except EngineError as error:
         document["no_flops"] = str(error)
-        notes.print(f"hd-bench: operations are left out. {error}", style="yellow")
+        notes.print(f"hd-bench: The operations are left out. {error}", style="yellow")
         return {}
     document["operations"] = found
     return found
 
 
 def load(pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: dict[str, Any]) -> None:
-    """The load test, into the document as it goes."""
+    """Runs the load test and fills the document on the way."""
     clock: load_test.Clock = load_test.CpuClock() if options["cpu_clock"] else load_test.WallClock()
     requests = load_test.mixed_requests(pipeline, options["requests"], solver=solver)
     result: dict[str, Any] = {
@@ -375,7 +409,7 @@ def load(pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: 
         rate = options["arrival_rate"] or options["utilisation"] * result["capacity"]
         result |= {"arrival_rate": rate, "utilisation": rate / result["capacity"]}
         document["load"] = result
-        for number in range(options["load_runs"]):  # other requests at other times; the first are those of one run
+        for number in range(options["load_runs"]):  # run 0 has the requests of a single run
             if number:
                 requests = load_test.mixed_requests(pipeline, options["requests"], number, solver)
             arrivals = load_test.arrival_times(len(requests), rate, number)
@@ -389,7 +423,7 @@ def load(pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: 
 
 
 def serve(engines: str, pipeline: HanDiffuser, solver: str, document: dict[str, Any], options: dict[str, Any]) -> None:
-    """The load test over HTTP, into the document as it goes."""
+    """Runs the load test over HTTP and fills the document on the way."""
     from . import serve as over_http
 
     requests = load_test.mixed_requests(pipeline, options["requests"], solver=solver, steps=SERVED_STEPS)
@@ -407,7 +441,7 @@ def serve(engines: str, pipeline: HanDiffuser, solver: str, document: dict[str, 
 
 
 def close(document: dict[str, Any], options: dict[str, Any], pictures: dict[str, Any]) -> None:
-    """Sums up what an interruption left open, writes the files, and ends stdout with the document."""
+    """Summarises runs that an interruption left open, writes the files, and ends stdout with the document."""
     for run in document["runs"]:
         if "latency" not in run:
             run.update(measure.summary(run))
@@ -438,7 +472,7 @@ def _free_mb() -> float:
 
 
 def main() -> None:
-    """Entry point: one sentence and an exit code instead of a traceback."""
+    """Entry point: prints errors as one sentence, without a traceback."""
     os.environ.setdefault("TORCH_LOGS", "-all")
     commands.run("hd-bench", bench)
 

@@ -1,11 +1,11 @@
-"""How many floating-point operations a graph takes, counted from its ONNX file.
+"""Counts the floating-point operations of a graph from its ONNX file.
 
     from handiffuser.benchmarks.flops import count
     count(Path("bundle/unet.onnx"), {"B": 1})        # {"Conv": ..., "MatMul": ..., ...}
 
-Only what a matrix unit does is counted, 2 operations a multiply-add: MatMul, Gemm, Conv, Attention. That is what the
-measured matrix ceiling is the limit of. A node that a function of the model defines, such as the MultiHeadAttention of
-an export, counts as its definition. Shapes come from ONNX's shape inference, hence the `onnx` package.
+It counts the work of a matrix unit, 2 operations for a multiply-add: MatMul, Gemm, Conv, Attention. The measured matrix
+ceiling limits this work. A node that the model defines as a function, such as an export's MultiHeadAttention, counts as
+its definition. Shapes come from ONNX's shape inference, which needs the `onnx` package.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LARGE = 4096  # bytes; smaller tensors may be shapes, whose values inference nee
 def count(path: Path, sizes: Mapping[str, int]) -> dict[str, int]:
     """Operations of one run by kind of node; sizes: free dimension -> size, such as {"B": 1}.
 
-    Raises EngineError without the onnx package, or for a graph in which some shape cannot be inferred.
+    Raises EngineError without the onnx package, or for a graph with a shape that cannot be inferred.
     """
     try:
         import onnx
@@ -49,7 +49,7 @@ def count(path: Path, sizes: Mapping[str, int]) -> dict[str, int]:
             tensor.ClearField("raw_data")
     model = inliner.inline_local_functions(model)
     for node in model.graph.node:
-        if node.op_type == "GroupNormalization":  # onnx infers nothing for it; its output is of its input's shape
+        if node.op_type == "GroupNormalization":  # onnx does not infer it; its output has its input's shape
             node.op_type = "Identity"
             del node.input[1:], node.attribute[:]
     inferred = shape_inference.infer_shapes(model, data_prop=True).graph

@@ -1,15 +1,15 @@
-"""Requests that come in at random: how long each waits, with in-flight batching and with static batching.
+"""Sends requests at random times, and measures how long each waits with in-flight and with static batching.
 
     requests = mixed_requests(pipeline, 40, seed=0)
     rate = 0.7 * capacity(pipeline, requests[:16])
     compare(pipeline, requests, arrival_times(len(requests), rate, seed=0), WallClock())
 
-In-flight: a request takes a slot at the next step and leaves when it is done. Static: what has come in, up to the batch
-size, is run as a batch; its pictures are handed over when its longest member is done, and only then comes the next
-batch. The same requests come in at the same times, and all run on the same engines. Static batching is tried twice:
+In-flight: a request takes a slot at the next step and leaves when it is done. Static: the waiting requests, up to the
+batch size, run as a batch. The batch ends with its longest member, and then the next one begins. All ways get the same
+requests at the same times on the same engines. Static batching runs in two forms:
 
-    static            rows that are done are computed no further, which only a loop like ours can do
-    static, padded    all rows run for the longest member's steps, which is what a batch of fixed shape costs
+    static            finished rows stop, which only a loop like ours can do
+    static, padded    all rows run for the longest member's steps, as in a batch of fixed shape
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GUIDANCE = (1.0, 1.5, 2.0, 4.0)
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
-# Student's t for 95 %, of 2, 3, 4 ... samples; the last for all more.
+# Student's t for 95 % of 2, 3, 4 ... samples. The last holds for more.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
 
@@ -52,7 +52,7 @@ class WallClock:
 
 
 class CpuClock:
-    """The CPU seconds of this process; waiting is skipped. For one thread on a machine that others keep busy."""
+    """The CPU seconds of this process, for one thread on a busy machine. Waiting takes no time."""
 
     def __init__(self) -> None:
         self.skipped = 0.0
@@ -86,7 +86,7 @@ def arrival_times(count: int, rate: float, seed: int = 0) -> list[float]:
 
 
 def capacity(pipeline: HanDiffuser, requests: Sequence[Request], clock: Clock) -> float:
-    """Pictures a second when requests never run out, in-flight; after one short run to warm up."""
+    """In-flight pictures a second with all requests at once, after one short run to warm up."""
     finish(list(pipeline.run([replace(requests[0], steps=2)])))
     start = clock.now()
     finish(list(pipeline.run(list(requests))))
@@ -106,10 +106,10 @@ def in_flight(
         for request, at in zip(requests, arrivals, strict=True):
             while (wait := at - (clock.now() - start)) > 0:
                 if handed > len(done):
-                    yield None  # others are in flight: do not hold them up
+                    yield None  # others are in flight and go on
                 else:
                     clock.sleep(wait)
-                    break  # a clock may be a rounding error short of the time
+                    break  # a clock may stop a rounding error before the time
             handed += 1
             yield request
 
@@ -121,7 +121,7 @@ def in_flight(
 def static(
     pipeline: HanDiffuser, requests: Sequence[Request], arrivals: Sequence[float], clock: Clock, padded: bool = False
 ) -> dict[str, float]:
-    """The same for batches of what has come in; `padded`: each member runs for the longest one's steps."""
+    """The same for static batches. padded: each member runs for the longest one's steps."""
     done: dict[str, float] = {}
     start = clock.now()
     position = 0

@@ -7,10 +7,9 @@
     summary(run)["latency"]["p50"]                # seconds
 
 A sample is one batch of new prompts from text to pictures in memory: its wall clock, the CPU seconds of the process,
-and the seconds in each engine. What is not in an engine is the host's: stages and host add up to the total. Every
-sample is kept; percentiles are samples, not interpolations. PNG encoding is beside that: hd-run does it on other
-threads. All times are by one clock, which may be the CPU seconds of the process: on a machine that others keep busy,
-and with one thread, these are about what the wall clock would say if it were idle.
+and the seconds in each engine. The rest is the host's: stages and host add up to the total. Every sample is kept;
+percentiles are samples, not interpolations. PNG encoding is measured apart, because hd-run does it on other threads.
+All times come from one clock. On a busy machine CPU seconds of one thread are close to an idle machine's clock.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def new_run(batch: int, steps: int, solver: str, guidance: float) -> dict[str, A
 
 
 def make_requests(pipeline: HanDiffuser, count: int, first_seed: int = 0, **settings: Any) -> list[Request]:
-    """`count` requests, each with a seed of its own. Raises RequestError for settings that cannot be run."""
+    """`count` requests, each with its own seed. Raises EngineError for settings that cannot be run."""
     prompt = settings.pop("prompt", None)
     asked = [Request(prompt or PROMPTS[i % len(PROMPTS)], seed=first_seed + i, **settings) for i in range(count)]
     resolved, refused = pipeline.prepare(asked)
@@ -64,7 +63,7 @@ def make_requests(pipeline: HanDiffuser, count: int, first_seed: int = 0, **sett
 
 
 def finish(results: Sequence[Picture | Failure]) -> list[Picture]:
-    """Pictures alone; a failure ends a benchmark, because its time would be another work's."""
+    """The pictures. Raises EngineError for a failure: its time would not be that of a picture."""
     for result in results:
         if isinstance(result, Failure):
             raise EngineError(f"{result.id}: {result.sentence}")
@@ -72,7 +71,7 @@ def finish(results: Sequence[Picture | Failure]) -> list[Picture]:
 
 
 class Meter:
-    """Seconds in each engine of a pipeline so far, by any clock; nothing on a GPU, where the loop calls no engine."""
+    """Seconds in each engine of a pipeline so far, by any clock. Empty on a GPU, where the loop calls no engine."""
 
     def __init__(self, pipeline: HanDiffuser, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
@@ -98,7 +97,7 @@ def samples(pipeline: HanDiffuser, run: dict[str, Any], repeats: int, meter: Met
     settings = {name: run[name] for name in ("steps", "solver", "guidance")}
     reset_peak()
     for number in range(-WARM_UP, repeats):
-        # Other seeds every time: what a cache could know of the last run is of no use to this one.
+        # Other seeds in each run, so that a cache cannot help.
         requests = make_requests(pipeline, run["batch"], (number + WARM_UP) * run["batch"], **settings)
         before = dict(meter.seconds)
         start, wall, cpu = meter.clock(), time.perf_counter(), time.process_time()
@@ -140,20 +139,20 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Of the values themselves: the smallest that so many of them do not exceed."""
+    """Percentiles that are values themselves, not interpolations."""
     return {name: float(np.quantile(np.asarray(values), at, method="inverted_cdf")) for name, at in PERCENTILES.items()}
 
 
 def device_stages(loop: DeviceLoop, run: dict[str, Any], launches: int = 10) -> dict[str, float]:
     """Seconds of each graph on a GPU in a run of that many steps, each measured alone after the run's samples.
 
-    The loop itself never waits for a stage, so there is nothing to read off it; overlapped stages cost less than this.
+    The loop never waits for a stage, so the stages are timed apart. Overlapped stages cost less than this.
     """
     out = {}
     defaults = loop.bundle.manifest.defaults
     times = {"unet": run["steps"], "hand_prior": defaults["hand_steps"]}
     alone = {"unet": run["guidance"] == 1, "hand_prior": defaults["hand_guidance"] == 1}
-    # What is launched for the first time is kept as it is: a step must be kept with what makes it the next one's input.
+    # A graph is captured at its first launch, so a step must be captured with the update that follows it.
     after = {"unet": loop.sampler.advance, "hand_prior": loop.hands_sampler.advance}
     for name, graph in loop.graphs.items():
         count = run["steps"] if name == "unet_time" else run["batch"]
@@ -223,7 +222,7 @@ def fresh(command: Sequence[str]) -> dict[str, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+            said = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
             raise EngineError(f"{' '.join(command[1:4])} ended with code {process.returncode}: {said[-1]}")
     return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "peak_mb": peak or usage.ru_maxrss * _RSS_UNIT / 1e6}
 
@@ -233,7 +232,7 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def reset_peak() -> bool:
-    """Lets the peak of this process's memory be counted anew; False where the system cannot."""
+    """Resets the peak of this process's memory; False where the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         return True
@@ -268,7 +267,7 @@ class Energy:
             pynvml.nvmlInit()
             self._handle, self._read = pynvml.nvmlDeviceGetHandleByIndex(0), pynvml.nvmlDeviceGetTotalEnergyConsumption
             self._read(self._handle)
-        except Exception as error:  # no package, no driver, or a GPU that does not count
+        except Exception as error:  # without the package, the driver or a counter
             self._handle, self.reason = None, str(error) or type(error).__name__
 
     def read(self) -> float | None:

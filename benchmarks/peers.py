@@ -1,4 +1,4 @@
-"""The same weights run as one would without this toolkit, beside our loop: who is how much faster, and is it the same?
+"""Runs the same weights without this toolkit beside our loop, and compares speed and pictures.
 
     diffusers eager    the PyTorch modules, diffusers' scheduler in a Python loop: what a diffusers pipeline does
     torch.compile      the same with a compiled UNet
@@ -8,12 +8,12 @@
     OpenVINO f32, bf16 the same for fixed shapes, after optimum-intel's `reshape`, in either precision
     ours in float32    ONNX Runtime, where what is measured runs with OpenVINO in bfloat16
 
-All make the same requests: same noise, steps, solver, guidance; each makes the hands itself from the same prompt. They
-take turns, A B C A B C, so that whatever else the machine does hits all alike, and ratios are taken turn by turn. What
-they paint is compared with our pictures, so that nobody is faster by doing less. Where the guidance is 1, peers leave
-the unconditional half out, as diffusers does.
+All run the same requests: same noise, steps, solver and guidance. Each makes the hands itself from the same prompt.
+Each peer takes turns with ours, A B A B, so that other load on the machine hits both alike, and ratios are taken turn
+by turn. Their pictures are compared with ours, so that a peer cannot be faster by doing less. With guidance 1 peers
+leave the unconditional half out, as diffusers does.
 
-Alone in this room this file imports PyTorch. As a program it is one of the peers in a process of its own:
+Only this file of the room imports PyTorch. As a program it is one of the peers in its own process:
 
     python -m handiffuser.benchmarks.peers CHECKPOINT BUNDLE '{"prompt": "a fist", "steps": 12}'
 """
@@ -30,10 +30,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -45,166 +45,30 @@ from ..engines import Engine, OnnxRuntimeEngine, openvino
 from ..engines.backends import BACKENDS
 from ..engines.onnxruntime import session_options
 from ..errors import CheckpointError, EngineError, RequestError
+from ..evaluation.eager import Eager, Mark, Network, scheduler_of
 from ..export.graphs import PRECISIONS, encode_text
 from ..models.checkpoint import Checkpoint
-from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
 from ..models.text_hand_encoder import word_states
-from ..runtime.clash import clash
-from ..runtime.noise import HANDS, LATENTS, drawn_again, initial
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request, Resolver, resolve
 from ..tokens import PromptTokenizer
-from ..training.sample import CUES, decode
 from . import measure
 
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
-    "dpm++2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
-}
 OPSET = 23  # as the bundle's graphs
-Network = Callable[..., Tensor]  # x, timestep [N], condition -> output
-Mark = Callable[[], None]  # called at every step of stage 2
 Way = Callable[[Sequence[Request], Mark], np.ndarray]  # -> uint8 [B, H, W, 3] in the order of the requests
 
 
-def scheduler_of(solver: str, config: dict[str, Any], steps: int) -> Any:
-    """diffusers' scheduler for one of our solvers, with its timesteps set.
+class Peer(NamedTuple):
+    """Another way to run the same weights."""
 
-    Raises RequestError for a solver that adds noise in its steps: diffusers would draw other numbers.
-    """
-    if solver not in SCHEDULERS:
-        raise RequestError(
-            f"--peers compares pictures, and {solver} adds noise that diffusers draws otherwise. "
-            f"Choose --solver {', '.join(SCHEDULERS)}."
-        )
-    name, settings = SCHEDULERS[solver]
-    scheduler = getattr(diffusers, name).from_config({**config, **settings})
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def solve(
-    scheduler: Any, network: Network, noise: Tensor, given: Tensor, without: Tensor, guidance: float, mark: Mark
-) -> Tensor:
-    """A sampling loop as diffusers' pipelines have it, both guidance branches in one batch unless guidance is 1."""
-    both = torch.cat([without, given]) if guidance != 1 else given
-    x = noise * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        mark()
-        shown = scheduler.scale_model_input(torch.cat([x, x]) if guidance != 1 else x, timestep)
-        output = network(shown, timestep.expand(len(shown)).to(shown.device), both)
-        if guidance != 1:
-            u, c = output.chunk(2)
-            output = u + guidance * (c - u)
-        x = scheduler.step(output, timestep, x).prev_sample
-    return x
-
-
-class Eager:
-    """PyTorch modules and diffusers' schedulers. The networks can be replaced: compiled, or by an ONNX session.
-
-    device, dtype: where the networks run, and what they compute in; kinematics and sampling stay float32. The
-    checkpoint's modules are moved there.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        body: SMPLH,
-        tokenizer: PromptTokenizer,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.checkpoint, self.tokenizer, self.device, self.dtype = checkpoint, tokenizer, device, dtype
-        height, width = checkpoint.image_size
-        prior, encoder = checkpoint.hand_prior, checkpoint.text_hand_encoder
-        self.features: Callable[[Tensor], dict[str, Tensor]] = HandFeatures(
-            body, prior.mean.float(), prior.std.float(), encoder.basis.float(), width / height
-        ).eval()
-        self.features.to(device)  # type: ignore[attr-defined]
-        for module in checkpoint.modules().values():
-            module.to(device, dtype)
-        self.prior: Network = lambda x, timestep, text: prior(x.to(dtype), timestep, text.to(dtype)).float()
-        self.unet: Network = self.network(checkpoint.unet)
-        self.decode: Callable[[Tensor], Tensor] = lambda latents: decode(checkpoint, latents.to(dtype))
-
-    def network(self, unet: Callable[..., Any]) -> Network:
-        """A diffusers UNet, perhaps compiled, as float32 in, float32 out."""
-        dtype = self.dtype
-        return lambda x, timestep, context: unet(x.to(dtype), timestep, context.to(dtype)).sample.float()
-
-    def text(self, ids: Tensor) -> Tensor:
-        hidden = self.checkpoint.text_encoder(ids).last_hidden_state
-        return word_states(hidden, ids, self.checkpoint.special_tokens["eos"], ids.shape[1]).float()
-
-    def context(self, ids: Tensor, hands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Token ids [B, 2, 77] and hand features -> unconditional and conditional context [B, L, W]."""
-        # Joints stay float32: half of a pixel matters to the position codes.
-        cues = {name: hands[name] if name == "joints" else hands[name].to(self.dtype) for name in CUES}
-        blank = {**cues, "visibility": torch.zeros_like(cues["visibility"])}
-        encoder = self.checkpoint.text_hand_encoder
-        return encoder(ids[:, 0], **blank), encoder(ids[:, 1], **cues)
-
-    def hands(
-        self, requests: Sequence[Request], asked: Tensor, empty: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], list[int]]:
-        """Stage 1 of requests with the same settings: x [B, P], hand features, and how often each was drawn.
-
-        asked: ids of the prompts [B, 77]. empty: those of "" [1, 77].
-        """
-        first, prior = requests[0], self.checkpoint.hand_prior
-        assert first.hand_steps and first.hand_solver and first.hand_guidance is not None
-        given = self.text(asked)
-        without = self.text(empty).expand_as(given) if first.hand_guidance != 1 else given
-        mean, std = prior.mean.float().cpu(), prior.std.float().cpu()
-        x = torch.empty(len(requests), len(mean), device=self.device)
-        draws, drawing = [0] * len(requests), list(range(len(requests)))
-        while drawing:
-            streams = [drawn_again(HANDS, draws[row]) for row in drawing]
-            start = np.stack([initial(requests[row].seed or 0, stream, (len(mean),))
-                              for row, stream in zip(drawing, streams, strict=True)])  # fmt: skip
-            scheduler = scheduler_of(first.hand_solver, self.checkpoint.hand_scheduler, first.hand_steps)
-            noise = torch.from_numpy(start).to(self.device)
-            x[drawing] = solve(
-                scheduler, self.prior, noise, given[drawing], without[drawing], first.hand_guidance, lambda: None
-            )
-            features = self.features(x)
-            joints, seen = (features[name].float().cpu().numpy() for name in ("joints_3d", "visibility"))
-            params = (x.cpu() * std + mean).numpy()
-            for row in drawing:
-                draws[row] += 1
-            drawing = [row for row in drawing if draws[row] <= (requests[row].hand_redraws or 0)
-                       and clash(joints[row], seen[row], params[row])]  # fmt: skip
-        return x, features, draws
-
-    @torch.no_grad()
-    def __call__(self, requests: Sequence[Request], mark: Mark) -> np.ndarray:
-        """Requests with the same settings but for prompt and seed -> their pictures, uint8 [B, H, W, 3]."""
-        first, checkpoint, tokens = requests[0], self.checkpoint, self.tokenizer
-        assert first.steps and first.solver and first.guidance is not None
-        pairs = [[tokens.encode(text)[0] for text in (r.negative_prompt, r.prompt)] for r in requests]
-        ids = torch.from_numpy(np.array(pairs)).to(self.device)  # [B, 2, 77]
-
-        def noise(stream: str, *shape: int, offset: float = 0.0) -> Tensor:
-            drawn = np.stack([initial(r.seed or 0, stream, shape, offset, r.prompt) for r in requests])
-            return torch.from_numpy(drawn).to(self.device)
-
-        empty = torch.from_numpy(tokens.encode("")[0])[None].to(self.device)
-        _, features, _ = self.hands(requests, ids[:, 1], empty)
-        without, given = self.context(ids, features)
-        scheduler = scheduler_of(first.solver, checkpoint.scheduler, first.steps)
-        shape = (checkpoint.unet.config.in_channels, *checkpoint.latent_size)
-        start = noise(LATENTS, *shape, offset=first.noise_offset or 0.0)
-        latents = solve(scheduler, self.unet, start, given, without, first.guidance, mark)
-        return self.decode(latents).cpu().numpy()
+    name: str
+    skipped: str  # why it is left out; "" where it is measured
+    load: Callable[[], Way]
 
 
 class PlainUNet(nn.Module):
-    """What optimum exports: the network as it is, with the context as an input of every step."""
+    """The UNet as optimum exports it, with the context as an input of every step."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -215,7 +79,7 @@ class PlainUNet(nn.Module):
 
 
 class PlainText(nn.Module):
-    """The text encoder as it is; what the hand prior reads of its states, that computes at every step."""
+    """The text encoder as it is. The hand prior computes what it needs from its states at every step."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
@@ -284,12 +148,13 @@ class FreeShapes:
 
 
 class PlainOnnx(Eager):
-    """ONNX Runtime for all networks, called from a Python loop. What a plain export would be alike is the bundle's."""
+    """ONNX Runtime for all networks, called from a Python loop. The bundle gives the graphs that are alike."""
 
     words: Network
 
     def __init__(self, eager: Eager, folder: Path, manifest: Manifest, work: Path, threads: int) -> None:
-        self.checkpoint, self.tokenizer, self.device = eager.checkpoint, eager.tokenizer, "cpu"
+        self.checkpoint, self.encode, self.device = eager.checkpoint, eager.encode, "cpu"
+        self.mean, self.std = eager.mean, eager.std
         self.folder, self.work, self.threads = folder, work, threads
         checkpoint, batch = eager.checkpoint, 2
         graphs = ("hand_features", "text_hand_encoder", "image_decoder")
@@ -321,7 +186,7 @@ class PlainOnnx(Eager):
         return out
 
     def take(self, engine: Callable[[Path, GraphSpec], Engine]) -> None:
-        """Has the graphs that are the bundle's run so."""
+        """Loads the bundle's graphs with `engine`."""
         self.engines = {name: engine(self.folder / spec.file, spec) for name, spec in self.specs.items()}
         self.features = lambda x: _tensors(self.engines["hand_features"]({"x": x.numpy()}))
         self.decode = lambda x: torch.from_numpy(self.engines["image_decoder"]({"latents": x.numpy()})["image"])
@@ -371,18 +236,23 @@ def load_eager(checkpoint: str, body: str | None, folder: Path, manifest: Manife
     loaded = Checkpoint.load(shipped.resolve(checkpoint, "checkpoint"))
     path = body or loaded.body
     if path is None:
-        raise CheckpointError("This checkpoint has no body of its own. Give the one it was exported with: --body FILE.")
+        raise CheckpointError("The checkpoint must have a body, got none. Name the one of the export: --body FILE.")
     if tuple(loaded.image_size) != tuple(manifest.image_size):
         raise CheckpointError(
-            f"The checkpoint {checkpoint} makes pictures of {loaded.image_size}, the bundle of {manifest.image_size}: "
-            "one was not exported from the other. Name the bundle's own: --checkpoint FOLDER."
+            f"--checkpoint must be the one that the bundle was exported from, got {checkpoint} with pictures of "
+            f"{loaded.image_size} beside {manifest.image_size}. Name the bundle's own checkpoint."
         )
     dtype = PRECISIONS.get(manifest.precision, torch.float16) if device == "cuda" else torch.float32
-    return Eager(loaded, SMPLH.load(path), PromptTokenizer(folder / TOKENIZER, manifest.tokenizer), device, dtype)
+    tokenizer = PromptTokenizer(folder / TOKENIZER, manifest.tokenizer)
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        return torch.from_numpy(np.stack([tokenizer.encode(text)[0] for text in texts]))
+
+    return Eager(loaded, SMPLH.load(path), encode, device, dtype)
 
 
 def ours(pipeline: HanDiffuser) -> Way:
-    """Our loop as a way among the others."""
+    """Our loop as a `Way`."""
 
     def way(requests: Sequence[Request], mark: Mark) -> np.ndarray:
         results = pipeline.run(list(requests), lambda kind, _: mark() if kind == "steps" else None)
@@ -390,6 +260,50 @@ def ours(pipeline: HanDiffuser) -> Way:
         return np.stack([images[str(request.id)] for request in requests])
 
     return way
+
+
+def peers_of(eager: Eager, pipeline: HanDiffuser, folder: Path, work: Path, options: dict[str, Any]) -> list[Peer]:
+    """The peers of a bundle in the order in which they are measured.
+
+    work: where the plain networks are exported to, when the first peer needs them. options: "threads" and "leave_out".
+    """
+    threads, gpu = options["threads"], eager.device == "cuda"
+
+    @cache
+    def plain() -> PlainOnnx:
+        with torch.no_grad():
+            return PlainOnnx(eager, folder, pipeline.manifest, work, threads)
+
+    def compiled() -> Way:
+        peer = copy.copy(eager)
+        peer.unet = eager.network(torch.compile(eager.checkpoint.unet, mode="max-autotune" if gpu else None))
+        return peer
+
+    def ours_in_float32() -> Way:
+        return ours(HanDiffuser.load(folder, "cpu", threads, pipeline.batch_size, "onnxruntime"))
+
+    def left_out(name: str) -> str:
+        return f"--leave-out {name}." if name in options["leave_out"] else ""
+
+    cpu_only = "It is measured on CPUs only." if gpu else ""
+    no_compiler = ""
+    if not gpu and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        no_compiler = "It needs a C++ compiler on a CPU: install g++."
+    no_openvino = "" if BACKENDS["openvino"].installed() else f"Install it: {BACKENDS['openvino'].install}."
+    without_openvino = cpu_only or no_openvino or left_out("openvino")
+    found = [
+        Peer("diffusers eager", "", lambda: eager),
+        Peer("torch.compile", left_out("torch.compile") or no_compiler, compiled),
+        Peer("plain ONNX Runtime", cpu_only or left_out("onnxruntime"), lambda: plain().in_onnxruntime()),
+        Peer("OpenVINO", without_openvino, lambda: plain().in_openvino()),
+    ]
+    if not without_openvino:
+        found.append(Peer("OpenVINO f32", "", lambda: plain().in_openvino("fp32")))
+        if cpu.has_bf16():
+            found.append(Peer("OpenVINO bf16", "", lambda: plain().in_openvino("bf16")))
+    if pipeline.made_by.get("backend") == "openvino":
+        found.append(Peer("ours in float32", "", ours_in_float32))
+    return found
 
 
 def compare(
@@ -403,87 +317,48 @@ def compare(
 ) -> dict[str, np.ndarray]:
     """Fills `table` for one run (batch, steps, solver, guidance): a row for each peer, the first is ours.
 
-    Each peer is loaded alone beside ours, takes turns with it, and is let go of: at full size memory holds no more.
+    Each peer is loaded beside ours, takes turns with it, and is freed before the next one loads.
 
     Returns the first picture of each, uint8 [H, W, 3] by name.
 
     options: "threads", "repeats", "body" and "leave_out". Raises RequestError or CheckpointError for what cannot be
     compared, EngineError when ours runs on a GPU that PyTorch does not find.
 
-    On a GPU the peers are PyTorch's alone, torch.compile at "max-autotune", and steps are not timed: a step there is
-    over long after the call that starts it.
+    On a GPU the peers are PyTorch's alone, torch.compile runs at "max-autotune", and steps are not timed: the call
+    that starts a step returns before the step ends.
     """
     device = "cuda" if pipeline.on_gpu else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise EngineError("PyTorch finds no GPU to run peers on. Install its CUDA wheel, or leave --peers out.")
-    folder, threads = shipped.resolve(engines, "bundle"), options["threads"] or usable_cores()
+    folder, options = shipped.resolve(engines, "bundle"), {**options, "threads": options["threads"] or usable_cores()}
     scheduler_of(run["solver"], {}, run["steps"])
     scheduler_of(pipeline.manifest.defaults["hand_solver"], {}, 1)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options["threads"])
     settings = {name: run[name] for name in ("steps", "solver", "guidance")}
     requests = measure.make_requests(pipeline, run["batch"], **settings)
     table.update(
         run={"batch": run["batch"], **settings},
-        threads=threads,
+        threads=options["threads"],
         repeats=options["repeats"],
         rows=[],
-        prompts=[],
-        clock="cpu" if device == "cpu" else "wall",  # what ratios are of: a CPU waits while a GPU works
+        prompts=[request.prompt for request in requests],
+        clock="cpu" if device == "cpu" else "wall",  # the clock of the ratios: a CPU waits while a GPU works
     )
-    table["prompts"] = [request.prompt for request in requests]
+    our_way, our_turns, skipped = ours(pipeline), list[dict[str, Any]](), dict[str, str]()
     with tempfile.TemporaryDirectory(prefix="hd-bench-peers-") as work:
         say("peers: loading the checkpoint")
         eager = load_eager(checkpoint, options["body"], folder, pipeline.manifest, device)
-        ways: dict[str, Callable[[], Way]] = {"diffusers eager": lambda: eager}
-        skipped: dict[str, str] = {}
-        if "torch.compile" in options["leave_out"]:
-            skipped["torch.compile"] = "--leave-out torch.compile."
-        elif device == "cpu" and not any(
-            shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
-        ):
-            skipped["torch.compile"] = "There is no C++ compiler, which it needs on a CPU: install g++."
-        else:
-            compiled = copy.copy(eager)
-            mode = "max-autotune" if device == "cuda" else None
-            compiled.unet = eager.network(torch.compile(eager.checkpoint.unet, mode=mode))
-            ways["torch.compile"] = lambda: compiled
-        if device == "cuda":
-            skipped["plain ONNX Runtime"] = "It is measured on CPUs only."
-        elif {"onnxruntime", "openvino"} <= set(options["leave_out"]):
-            skipped["plain ONNX Runtime"] = "--leave-out onnxruntime."
-        else:
-            say("peers: exporting the plain networks")
-            with torch.no_grad():
-                plain = PlainOnnx(eager, folder, pipeline.manifest, Path(work), threads)
-            if "onnxruntime" in options["leave_out"]:
-                skipped["plain ONNX Runtime"] = "--leave-out onnxruntime."
-            else:
-                ways["plain ONNX Runtime"] = plain.in_onnxruntime
-            if "openvino" in options["leave_out"] or not BACKENDS["openvino"].installed():
-                skipped["OpenVINO"] = (
-                    "--leave-out openvino."
-                    if BACKENDS["openvino"].installed()
-                    else f"Install it: {BACKENDS['openvino'].install}."
-                )
-            else:
-                ways["OpenVINO"] = plain.in_openvino
-                ways["OpenVINO f32"] = lambda: plain.in_openvino("fp32")
-                if cpu.has_bf16():
-                    ways["OpenVINO bf16"] = lambda: plain.in_openvino("bf16")
-        if pipeline.made_by.get("backend") == "openvino":
-            ways["ours in float32"] = lambda: ours(
-                HanDiffuser.load(folder, "cpu", threads, pipeline.batch_size, "onnxruntime")
-            )
-
-        our_way, our_turns = ours(pipeline), []
         say("peers: warming up ours")
-        pictures = {"ours": our_way(requests, lambda: None)}
+        pictures = {"ours": our_way(requests, _nothing)}
         try:
-            for name, load in ways.items():
+            for name, reason, load in peers_of(eager, pipeline, folder, Path(work), options):
+                if reason:
+                    skipped[name] = reason
+                    continue
                 say(f"peers: warming up {name}")
                 try:
                     way = load()
-                    pictures[name] = way(requests, lambda: None)
+                    pictures[name] = way(requests, _nothing)
                 except Exception as error:
                     skipped[name] = f"It failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}"
                     continue
@@ -496,8 +371,7 @@ def compare(
                 finally:
                     if turns:
                         own, theirs = map(list, zip(*turns, strict=True))
-                        fidelity = differences(pictures["ours"], pictures[name])
-                        table["rows"].append(row(name, theirs, own, fidelity))
+                        table["rows"].append(row(name, theirs, own, differences(pictures["ours"], pictures[name])))
                         our_turns += own
                 del way
                 gc.collect()
@@ -508,10 +382,13 @@ def compare(
     return {name: images[0] for name, images in pictures.items()}
 
 
+def _nothing() -> None: ...
+
+
 def timed(way: Way, requests: Sequence[Request], steps: bool = True) -> dict[str, Any]:
     """One turn: wall and CPU seconds of the batch, and of a step of stage 2 (None without `steps`, or of one step).
 
-    Not of a batch's steps: our loop may take its rows one after the other, with a picture's decoding between them.
+    Steps of a batch are not timed: our loop may run its rows one by one and decode a picture between them.
     """
     marks: list[tuple[float, float]] = []
 
@@ -562,7 +439,7 @@ def differences(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]
 def alone(
     engines: str, checkpoint: str, run: dict[str, Any], options: dict[str, Any], device: str = "cpu"
 ) -> dict[str, dict[str, Any]]:
-    """One picture from the start of a process to its end: hd-run, and diffusers eager; in alternation.
+    """One picture in a fresh process, from start to end: hd-run and diffusers eager in alternation.
 
     device: where both run, "cpu" or "cuda". options: as for `compare`, and "backend".
     """
@@ -589,7 +466,7 @@ def alone(
 
 
 def main() -> None:
-    """A process that is diffusers eager alone: CHECKPOINT BUNDLE REQUEST.json OUT.png."""
+    """Runs diffusers eager in its own process: CHECKPOINT BUNDLE REQUEST.json OUT.png."""
     from PIL import Image
 
     checkpoint, engines, text, out = sys.argv[1:]
@@ -602,7 +479,7 @@ def main() -> None:
     requests, refused = resolve([Request(**{"seed": 0, **values})], Resolver(manifest.defaults))
     for problem in refused:
         raise RequestError(problem.sentence)
-    image = eager(requests, lambda: None)[0]
+    image = eager(requests, _nothing)[0]
     Image.fromarray(image).save(out)
 
 

@@ -1,4 +1,4 @@
-"""The document as one page to pass on: tables, plots as inline SVG, pictures as data; nothing is fetched.
+"""Writes the document as one page: tables, plots as inline SVG, pictures as data. The page loads nothing else.
 
 Path("bench.html").write_text(page(document))
 """
@@ -36,7 +36,7 @@ def page(document: dict[str, Any], pictures: dict[str, np.ndarray] | None = None
     title = f"hd-bench: {document.get('settings', {}).get('engines', '')}"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if document.get("interrupted"):
-        parts.append("<p class=note>Interrupted: this is what was measured until then.</p>")
+        parts.append("<p class=note>Interrupted: the page shows the results until then.</p>")
     if card:
         ceilings = card["ceilings"]
         flops, how = ceilings["matmul"]["flops"], ceilings["matmul"]["how"]

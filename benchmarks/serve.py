@@ -1,12 +1,11 @@
-"""Requests over HTTP at random times: what a client waits for, from hd-serve and from other servers.
+"""Sends requests over HTTP at random times, and measures how long clients of hd-serve and other servers wait.
 
     rows = compare("demo", requests, shares=(0.5, 0.7, 0.9), rounds=2, ...)
 
-Each server is a process of its own, over the same engines, with as many threads. The load is open-loop: a request is
-sent at its time, whether the ones before it were answered or not. The capacity, of which arrival rates are shares, is
-that of the bare loop: all requests at once, in a process without HTTP, each picture made a PNG in base64, which is what
-a server has to send. What ways are compared take turns in every round; a round's figures are kept. CPU seconds are the
-server's own, with all of its threads; the client is another process, and is not counted.
+Each server is its own process with the same engines and as many threads. The load is open-loop: the client sends each
+request at its time, whether earlier ones are answered or not. Arrival rates are shares of the bare loop's capacity: all
+requests at once, in a process without HTTP, with each picture as base64 PNG, which a server has to send. The servers
+take turns in every round, and every round's figures are kept. CPU seconds are those of the server with all its threads.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def body_of(request: Request, way: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def server(way: str, line: Sequence[str], engines: str, how: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Starts a server and yields its address and process when it is ready. Raises EngineError when it never is."""
+    """Starts a server and yields its address and process id when it is ready. Raises EngineError after PATIENCE."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,7 +88,7 @@ def server(way: str, line: Sequence[str], engines: str, how: dict[str, Any]) -> 
 
 
 async def _send(url: str, way: str, requests: Sequence[Request], arrivals: Sequence[float]) -> dict[str, float]:
-    """Id -> when its answer was there, in seconds after the first arrival. Raises EngineError for an error."""
+    """Id -> seconds from the first arrival to its answer. Raises EngineError for an error."""
     import httpx
 
     done: dict[str, float] = {}
@@ -109,8 +108,7 @@ async def _send(url: str, way: str, requests: Sequence[Request], arrivals: Seque
 
 
 def cpu_seconds(pid: int) -> float:
-    """What a process has used so far; 0 where that cannot be read. It tells servers apart on a machine that others keep
-    busy, too."""
+    """CPU seconds of a process so far; 0 where the system does not tell. They are fair on a busy machine, too."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -127,7 +125,7 @@ def bare(engines: str, requests: Sequence[Request], how: dict[str, Any]) -> tupl
     values = json.dumps([asdict(request) for request in requests])
     found = subprocess.run([sys.executable, "-c", BARE, arguments], input=values, capture_output=True, text=True)
     if found.returncode:
-        raise EngineError(f"The bare loop could not be run: {found.stderr.strip().splitlines()[-1]}")
+        raise EngineError(f"The bare loop failed: {found.stderr.strip().splitlines()[-1]}")
     rate, cpu = map(float, found.stdout.split()[-2:])
     return rate, cpu
 

@@ -1,4 +1,4 @@
-"""Many requests through one process: no id may be lost or come twice, and memory must not grow.
+"""Runs many requests through one process: every id must come exactly once, and memory must not grow.
 
 soak(HanDiffuser.load("demo", batch_size=8), count=2000, steps=2)
 """
@@ -16,7 +16,7 @@ from ..runtime.requests import Request
 from .measure import PROMPTS, finish, memory
 
 SAMPLES = 200  # of the memory, over the whole run
-ENOUGH = 100  # pictures before there is a slope to speak of
+ENOUGH = 100  # pictures before the slope is reported
 SETTLE = 0.2  # share of the run whose memory does not count: allocators fill their pools first
 
 
@@ -30,7 +30,7 @@ def soak(
     """Runs `count` requests of `steps` steps, of mixed guidance and solvers, and sums up.
 
     {"requests", "pictures", "unique", "lost", "rss_mb": [[pictures, MB], ...], "mb_per_1000": slope by least squares}.
-    result: is filled on the way, for who is interrupted. Raises EngineError for an id that nobody asked for.
+    result: a dict that is filled on the way, so that an interruption keeps it. Raises EngineError for an unknown id.
     """
     result = {} if result is None else result
     result.update(requests=count, steps=steps, pictures=0, unique=0, rss_mb=[])
@@ -40,7 +40,9 @@ def soak(
         done = finish([picture])[0]
         number = int(done.id.removeprefix("soak-"))
         if done.id in seen or number >= count or done.request.seed != number:
-            raise EngineError(f"The picture {done.id} came twice or was never asked for. Please report this.")
+            raise EngineError(
+                f"Each requested id must come once, got {done.id} twice or without a request. Please report this."
+            )
         seen.add(done.id)
         result["pictures"] += 1
         result["unique"] = len(seen)
@@ -62,7 +64,7 @@ def slope(points: list[list[float]]) -> float | None:
 
 
 def _requests(pipeline: HanDiffuser, count: int, steps: int) -> Iterator[Request]:
-    """Prepared one at a time, so that it is not their list that grows."""
+    """Prepares requests one at a time, so that their list does not grow."""
     solvers = ("ddim", "euler", "dpm++2m")
     for i in range(count):
         request = Request(

@@ -20,19 +20,19 @@ STAGES = (
 
 
 CLOCKS = {"cpu": "CPU", "wall": "wall"}  # of the peers, in a table's words
-# Of a processor's features those that its figures hang on.
+# The processor features that decide its figures.
 TOLD = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
 
 
 class Tables:
-    """Prints on stdout, where a log may be narrow: lines are not wrapped there, and tables take the room they need."""
+    """Prints on stdout. Lines are not wrapped and tables keep their width, because a log may be narrow."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=True, markup=False)
         if not self.console.is_terminal:
             self.console.width = 160
 
-        self.cpu = ""  # beside every table: figures without their machine mislead
+        self.cpu = ""  # in every table's caption: figures without their machine mislead
 
     def line(self, text: str = "") -> None:
         self.console.print(text)
@@ -66,7 +66,7 @@ class Tables:
         self.line(f"Ceilings {flops} ({matmul['how']}); {copy['bytes'] / 1e9:.1f} GB/s ({copy['how']})")
 
     def ceiling(self, matmul: dict[str, Any]) -> None:
-        self.line(f"         {matmul['flops'] / 1e9:.1f} GFLOP/s ({matmul['how']}), which is what counts here")
+        self.line(f"         {matmul['flops'] / 1e9:.1f} GFLOP/s ({matmul['how']}), the ceiling of this bundle")
 
     def runs(self, runs: list[dict[str, Any]], clock: str) -> None:
         if not runs:
@@ -124,7 +124,7 @@ class Tables:
         )
 
     def peers(self, table: dict[str, Any]) -> None:
-        """Nothing for a comparison that ended before its first round."""
+        """Prints a comparison, unless it ended before its first round."""
         if not any("samples" in row for row in table.get("rows", [])):
             return
         rows, clock = [], table.get("clock", "cpu")
@@ -222,7 +222,7 @@ class Tables:
 
     def soak(self, soak: dict[str, Any]) -> None:
         slope, memory = soak.get("mb_per_1000"), soak["rss_mb"]
-        lost = soak.get("lost", "none known to be")
+        lost = soak.get("lost", "an unknown number of")
         self.line()
         self.line(
             f"Soak: {soak['pictures']} pictures of {soak['requests']} requests, {lost} lost, each id once; "

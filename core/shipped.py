@@ -44,6 +44,11 @@ def checkpoint_path() -> Path:
     return path
 
 
+def body_path() -> Path:
+    """The demo's own SMPL-H body, which is free. Raises CheckpointError when this installation lacks the checkpoint."""
+    return checkpoint_path() / "body" / "smplh.npz"
+
+
 def resolve(name: str | Path, kind: str) -> Path:
     """The folder that a user names: the shipped one for the word "demo", else the path itself.
 

@@ -1,1 +1,1 @@
-"""How good the hands are: detectors, distances between sets of pictures, reports, and preference pages; `hd-eval`."""
+"""Measures how good hands in pictures are: detectors, distances, reports and preference pages. `hd-eval` runs them."""

@@ -1,11 +1,11 @@
-"""`hd-eval`: how good the hands in pictures are, what deployment cost, and which of two makers people prefer.
+"""`hd-eval` measures how good hands in pictures are, what deployment cost, and which of two sets people prefer.
 
 hd-eval out --report page.html
 hd-eval demo --against renders --count 96
 hd-eval --reference demo demo --against renders
 hd-eval pairs out-a out-b --output page.html
 
-The last line of stdout is one JSON document; what stands above it is for reading.
+The last line of stdout is one JSON document. The tables above it are for people.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.table import Table
 from .. import commands
 from ..data.cli import progress
 from ..engines.backends import CHOICES, DEVICES
+from ..files import written
 
 FORMAT = 1  # of the JSON document
 FILE = click.Path(path_type=Path)
@@ -31,7 +32,7 @@ notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 class Commands(click.Group):
-    """A group whose first command is meant where none is named: hd-eval out is hd-eval measure out."""
+    """A group with a default command: hd-eval out is hd-eval measure out."""
 
     def parse_args(self, context: click.Context, words: list[str]) -> list[str]:
         return super().parse_args(context, self._named(words))
@@ -52,38 +53,43 @@ def evaluate() -> None:
 
 @evaluate.command()
 @click.argument("what")
-@click.option("--against", type=FILE, metavar="FOLDER", help="Pictures to compare with, for FID and KID: plain "
-              "photographs do. Or samples, whose prompts are painted where WHAT is no folder of pictures.")  # fmt: skip
-@click.option("--reference", metavar="WHAT", help="A bundle or checkpoint that paints the same prompts: what did WHAT "
-              "cost? The word demo is the shipped checkpoint here.")  # fmt: skip
+@click.option("--against", type=FILE, metavar="FOLDER", help="Pictures to compare with, for FID and KID; "
+              "plain photographs suffice. A bundle or checkpoint paints the prompts of this folder.")  # fmt: skip
+@click.option("--reference", metavar="WHAT", help="A bundle or checkpoint to compare WHAT with: it paints the same "
+              "prompts. The word demo means the shipped checkpoint here.")  # fmt: skip
 @click.option("--prompts", metavar="FILE", help="A .txt or .jsonl file of prompts to paint.")
-@click.option("--count", type=click.IntRange(2), help="Paint the first so many prompts.  [default: all]")
+@click.option("--count", type=click.IntRange(2), help="Paint only the first prompts.  [default: all]")
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first picture; the next has the next."
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed of the first picture. Each next picture adds 1.",
 )
-@click.option("--given-hands", is_flag=True, help="Paint the hands of --against instead of stage 1's: stage 2 alone.")
+@click.option("--given-hands", is_flag=True, help="Paint the hands of --against with stage 2 alone.")
 @click.option("--pictures", type=FILE, default=Path("hd-eval-pictures"), show_default=True, metavar="FOLDER",
-              help="Where what is painted is kept. A second run goes on from there.")  # fmt: skip
+              help="Keeps painted pictures. A second run continues from there.")  # fmt: skip
 @click.option("--weights", type=FILE, metavar="FILE", help="Inception V3 for FID and KID: .safetensors or TorchScript.")
 @click.option("--clip", "clip_folder", type=FILE, metavar="FOLDER", help="A CLIP model, for the CLIP score.")
-@click.option("--no-detector", is_flag=True, help="Only what needs no MediaPipe.")
+@click.option("--no-detector", is_flag=True, help="Measure only what works without MediaPipe.")
 @click.option("--crops", type=click.Choice(["asked", "found"]), default="asked", show_default=True,
-              help="FID-H and KID-H around the joints that were asked for, or that were found.")  # fmt: skip
+              help="FID-H and KID-H crop around the requested joints, or around the detected ones.")  # fmt: skip
 @click.option(
-    "--min-crop", type=click.IntRange(1), default=32, show_default=True, help="Pixels of a crop's side at least."
+    "--min-crop", type=click.IntRange(1), default=32, show_default=True, help="Smallest side of a crop in pixels."
 )
-@click.option("--body", type=FILE, help="SMPL-H .npz; the checkpoint's or the demo's by default.")
+@click.option("--body", type=FILE, help="SMPL-H .npz file.  [default: the checkpoint's, else the demo's]")
 @click.option("--backend", type=click.Choice(CHOICES), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True)
-@click.option("--output", "-o", type=FILE, metavar="FILE.json", help="The JSON document, too.")
-@click.option("--report", type=FILE, metavar="FILE.html", help="A page with tables, plots and hands.")
+@click.option("--output", "-o", type=FILE, metavar="FILE.json", help="Write the JSON document to a file, too.")
+@click.option("--report", type=FILE, metavar="FILE.html", help="Write a page with tables, plots and hands.")
 def measure(what: str, **options: Any) -> int:
-    """Measures the pictures of WHAT: a folder in the sample format (what hd-run writes), a bundle, a checkpoint, demo.
-    A folder of plain photographs does for what needs no annotation: FID, KID and the confidence of hands.
+    """Measures the pictures of WHAT: a folder that hd-run wrote, a bundle, a checkpoint, or demo.
 
-    A bundle or a checkpoint paints first: the prompts of --against or of --prompts, each with a seed of its own.
+    A folder of plain photographs gives FID, KID and the confidence of hands.
+
+    A bundle or a checkpoint first paints the prompts of --against or --prompts, each with its own seed.
     """
     started = time.process_time()
     for name in ("output", "report"):
@@ -108,18 +114,16 @@ def measure(what: str, **options: Any) -> int:
 @evaluate.command()
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
-@click.option("--output", type=FILE, required=True, help="The page, .html.")
+@click.option("--output", type=FILE, required=True, help="The page to write, .html.")
 @click.option(
-    "--count", type=click.IntRange(1), default=50, show_default=True, help="Pairs on the page, drawn at random."
+    "--count", type=click.IntRange(1), default=50, show_default=True, help="Number of random pairs on the page."
 )
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other pairs and sides."
-)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses pairs and sides.")
 def pairs(a: Path, b: Path, output: Path, count: int, seed: int) -> int:
-    """Writes a page that asks which of two pictures is better: blind, and sides at random.
+    """Writes a page that asks which of two pictures is better. The page hides their source and draws sides at random.
 
-    A and B are folders with pictures of the same prompts or keys. The page opens from disk and needs no server. Whoever
-    answers saves a file; `hd-eval preferences` counts those.
+    A and B are folders with pictures of the same prompts or keys. The page opens from disk and needs no server. Each
+    rater saves a file; `hd-eval preferences` counts these files.
     """
     writable(output, "--output")
     from .pairs import page_of
@@ -127,15 +131,17 @@ def pairs(a: Path, b: Path, output: Path, count: int, seed: int) -> int:
     with notes.status("reading"):
         text, number = page_of(a, b, count, seed, say)
     write(output, text)
-    notes.print(f"{number} pairs are in {output}. Open it, answer, save the answers, and: hd-eval preferences FILE...")
+    notes.print(
+        f"{output} holds {number} pairs. Open it, answer, save the answers, then run: hd-eval preferences FILE..."
+    )
     return 0
 
 
 @evaluate.command()
 @click.argument("answers", type=FILE, nargs=-1, required=True)
-@click.option("--output", "-o", type=FILE, metavar="FILE.json", help="The JSON document, too.")
+@click.option("--output", "-o", type=FILE, metavar="FILE.json", help="Write the JSON document to a file, too.")
 def preferences(answers: tuple[Path, ...], output: Path | None) -> int:
-    """Counts the ANSWERS that raters saved: win rates with an exact test, effect of the side, agreement of raters."""
+    """Counts the ANSWERS that raters saved: win rates, the effect of the side, and how far raters agree."""
     writable(output, "--output")
     from .preferences import count, read_answers, sentences
 
@@ -151,20 +157,20 @@ def say(sentence: str) -> None:
 
 
 def writable(path: Path | None, option: str) -> None:
-    """What can go wrong cheaply goes wrong first. Raises EvaluationError for a file that cannot be written."""
+    """Raises EvaluationError for a file that cannot be written, before any work starts."""
     from ..errors import EvaluationError
 
     if path is None:
         return
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise EvaluationError(f"{option} {path} cannot be written. Name a file in a folder that you may write to.")
+        raise EvaluationError(
+            f"{option} must be a file that can be written, got {path}. Name a file in a folder that you may write to."
+        )
 
 
 def write(path: Path, text: str) -> None:
-    """Written beside and renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def finish(document: dict[str, Any], output: Path | None) -> None:
@@ -175,7 +181,7 @@ def finish(document: dict[str, Any], output: Path | None) -> None:
 
 
 def tables(document: dict[str, Any]) -> None:
-    """What is for reading, on stdout."""
+    """Prints the document's tables on stdout."""
     from .tables import GROUP_COLUMNS, group_rows, metric_rows
     from .tables import console as make_console
 
@@ -200,8 +206,8 @@ def tables(document: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point: one sentence and an exit code instead of a traceback."""
-    commands.run("hd-eval", evaluate, "Interrupted. What was painted is kept: the same command goes on.")
+    """Entry point: prints errors as one sentence, without a traceback."""
+    commands.run("hd-eval", evaluate, "Interrupted. Painted pictures are kept: the same command continues.")
 
 
 if __name__ == "__main__":

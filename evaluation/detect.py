@@ -1,10 +1,10 @@
-"""Detectors of hands: who finds hands in a picture, where, which, and how sure it is.
+"""Detectors find hands in a picture: where each hand is, which side it is, and how sure the detector is.
 
     with MediaPipe() as detector:
         detector(image)        # [Found(side="right", score=0.97, joints=[21, 2])]
 
-A detector is anything with a name, settings, and a call from a picture to a list of `Found`. MediaPipe Hands (Zhang et
-al. 2020, arXiv 2006.10214) is the first: it has seen photographs only, never a picture of ours.
+A detector has a name, settings, and a call from a picture to a list of `Found`. MediaPipe Hands (Zhang et al. 2020,
+arXiv 2006.10214) is the one here. It was trained on photographs, not on our pictures.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SMALL, WINDOW = 0.4, 0.6  # shares of a picture's sides
 class Found:
     """A hand that a detector found."""
 
-    side: str  # "left" or "right": whose hand it is, the subject's own left or right
-    score: float  # how sure the detector is, 0 to 1
+    side: str  # "left" or "right", as the person in the picture would say
+    score: float  # the detector's confidence, 0 to 1
     joints: np.ndarray = field(repr=False)  # [21, 2] in [0, 1] of width and height: wrist, thumb to little finger
 
 
@@ -46,9 +46,10 @@ class Detector(Protocol):
 
 
 def padded(image: np.ndarray, share: float, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The picture, continued by its edge on all sides by `share` of its size, with `size` pixels on its longer side.
+    """Extends the picture on all sides by `share` of its size, then resizes its longer side to `size` pixels.
 
-    Returns it, and how places [0, 1] in it become places in the picture: joints * scale + shift, both [2] (x, y).
+    Returns the new picture, scale and shift, both [2] (x, y). joints * scale + shift leads from places in the new
+    picture back to places in the old one, each in [0, 1].
     """
     height, width = image.shape[:2]
     dy, dx = round(height * share), round(width * share)
@@ -60,7 +61,7 @@ def padded(image: np.ndarray, share: float, size: int) -> tuple[np.ndarray, np.n
 
 
 def windows(image: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Nine parts of a picture that overlap: (where it begins, [2] (x, y) in [0, 1] of the picture; the part)."""
+    """Nine overlapping parts of a picture: (the part's corner, [2] (x, y) in [0, 1] of the picture; the part)."""
     height, width = image.shape[:2]
     rows, columns = round(height * WINDOW), round(width * WINDOW)
     for y in np.linspace(0, height - rows, 3).round().astype(int):
@@ -69,7 +70,7 @@ def windows(image: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def distinct(found: Sequence[Found]) -> list[Found]:
-    """Of hands that lie on one another the surest one each; the surest first."""
+    """Keeps the surest of hands that overlap. The result starts with the surest hand."""
     kept: list[Found] = []
     for hand in sorted(found, key=lambda hand: -hand.score):
         apart = [np.linalg.norm(hand.joints - other.joints, axis=1).mean() for other in kept]
@@ -85,18 +86,20 @@ def _size(joints: np.ndarray) -> float:
 
 
 class MediaPipe:
-    """MediaPipe Hands on single pictures. Small pictures of hands that fill them are not what it was made for, so they
-    are continued by a quarter and enlarged. The score is its handedness score, the only one that it gives.
+    """MediaPipe Hands on single pictures.
 
-    Of hands that are small in their picture it overlooks some. Where all that it finds are, it looks at `windows`, too.
+    It misses hands that fill a small picture, so `padded` extends the picture by a quarter and enlarges it. The score
+    is MediaPipe's handedness score; it gives no other.
 
-    It names hands as in a mirror: what it calls left is the subject's right hand, unless the picture is mirrored.
+    It misses some hands that are small in their picture. Where it finds small hands only, it searches `windows`, too.
+
+    It names sides as in a mirror: its "left" is the right hand of the person in the picture.
     """
 
     name = "MediaPipe Hands"
 
     def __init__(self, pad: float = 0.25, size: int = 768, hands: int = 8, confidence: float = 0.5) -> None:
-        """hands: how many it looks for at first. Where it finds that many, it looks for twice as many, and so on.
+        """hands: how many it searches for at first. When it finds that many, it searches for twice as many, and so on.
 
         Raises EvaluationError where MediaPipe is missing, or is a version without these models."""
         try:
@@ -104,12 +107,13 @@ class MediaPipe:
                 import mediapipe
         except ImportError as error:
             raise EvaluationError(
-                'MediaPipe finds the hands, and it is not installed. Install it with pip install "handiffuser[eval]" '
-                "under Python 3.12 or older, or do without: --no-detector."
+                'MediaPipe, which finds the hands, is not installed. Install it with pip install "handiffuser[eval]" '
+                "under Python 3.12 or older, or leave the detector out: --no-detector."
             ) from error
         if not hasattr(mediapipe, "solutions"):
             raise EvaluationError(
-                f"MediaPipe {mediapipe.__version__} carries no hand models any more. Install mediapipe==0.10.14."
+                f"MediaPipe must bring its hand models, got version {mediapipe.__version__}, which does not. "
+                "Install mediapipe==0.10.14."
             )
         self.settings: dict[str, Any] = {
             "version": mediapipe.__version__,
@@ -121,7 +125,7 @@ class MediaPipe:
             "static_image_mode": True,
         }
         self.pad, self.size, self.hands = pad, size, hands
-        warnings.filterwarnings("ignore", message="SymbolDatabase.GetPrototype")  # its protobuf talks of its future
+        warnings.filterwarnings("ignore", message="SymbolDatabase.GetPrototype")  # protobuf announces a removal
         self._make = partial(
             mediapipe.solutions.hands.Hands, static_image_mode=True, min_detection_confidence=confidence
         )
@@ -132,7 +136,7 @@ class MediaPipe:
         if most not in self._models:
             with silence():
                 self._models[most] = self._make(max_num_hands=most)
-                self._models[most].process(np.zeros((64, 64, 3), np.uint8))  # it talks while it loads
+                self._models[most].process(np.zeros((64, 64, 3), np.uint8))  # it prints while it loads
         return self._models[most]
 
     def __call__(self, image: np.ndarray) -> list[Found]:
@@ -164,7 +168,7 @@ class MediaPipe:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Keeps native libraries' remarks off the terminal: they write to the file of stderr, not to Python's."""
+    """Keeps messages of native libraries off the terminal: they write to file descriptor 2, not to sys.stderr."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

@@ -1,14 +1,13 @@
-"""Feature extractors: pictures in, one vector each out, between whose sets FID and KID are taken.
+"""Feature extractors turn each picture into a vector. FID and KID compare two sets of such vectors.
 
-    extractor = load_extractor(None)                       # fixed random filters: always there, not comparable
+    extractor = load_extractor(None)                       # fixed random filters
     extractor = load_extractor(Path("inception.safetensors"))     # Inception V3, with the user's weights
     extractor = load_extractor(Path("inception.pt"))       # a TorchScript file, such as NVIDIA's of Inception V3
     extractor([image, image])                              # float32 [2, D]
 
-An extractor is anything with a name, settings, and a call. Published figures are of the Inception V3 network of 2015,
-whose weights no package brings along: they are the user's file. Without it, random filters stand in (Naeem et al. 2020,
-arXiv 2002.09797, section 4: random embeddings rank sets of pictures that are unlike ImageNet at least as well). Such
-numbers compare pictures with pictures here, and are never comparable with published ones.
+An extractor has a name, settings, and a call. Published figures come from the Inception V3 network of 2015; its weights
+are the user's file. Without that file random filters take its place. Naeem et al. 2020 (arXiv 2002.09797, section 4)
+find that random embeddings rank pictures unlike ImageNet at least as well. Compare such figures with each other only.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ HOW = (
 
 
 class Extractor(Protocol):
-    """Describes pictures. `settings` goes into every table; `warning` does, where it is not empty."""
+    """Describes pictures. Every table shows `settings`, and `warning` where it is not empty."""
 
     name: str
     settings: dict[str, Any]
@@ -47,8 +46,7 @@ class Extractor(Protocol):
 
 
 class RandomFilters:
-    """Four layers of fixed random filters; each layer's mean and spread of every channel over the picture,
-    brought to one length."""
+    """Three layers of fixed random filters. Features: mean and spread of each channel, scaled to one length."""
 
     name = "random filters"
     warning = NOT_COMPARABLE
@@ -56,7 +54,7 @@ class RandomFilters:
     def __init__(self, size: int = 96, levels: Sequence[tuple[int, int]] = LEVELS) -> None:
         self.size = size
         self.settings: dict[str, Any] = {"seed": SEED, "resized to": size, "resize": "bilinear, antialiased"}
-        # Philox's bits are the same in every version of numpy; its own normal numbers need not be.
+        # numpy keeps Philox's bits across versions, but not its normal numbers.
         bits = np.random.Generator(np.random.Philox(SEED))
         self.weights = []
         for before, after in levels:
@@ -73,7 +71,7 @@ class RandomFilters:
             x = F.relu(F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), weight, stride=2))
             found += [x.mean((2, 3)), x.std((2, 3))]
         features = torch.cat(found, 1)
-        # Of one length, or the colours of large backgrounds would drown everything else in KID's cubes.
+        # With one length, large backgrounds do not dominate KID's cubes.
         length = features.norm(dim=1, keepdim=True).clamp_min(1e-6)
         return (features / length * features.shape[1] ** 0.5).numpy()
 
@@ -87,30 +85,32 @@ def resized(image: np.ndarray, size: int) -> Tensor:
 
 
 class TorchScript:
-    """A network that the user saved as TorchScript: uint8 pictures [N, 3, 299, 299] -> features [N, D]. NVIDIA's file
-    of Inception V3 gives its 2048 features when it is asked for them, and is."""
+    """A network that the user saved as TorchScript: uint8 pictures [N, 3, 299, 299] -> features [N, D].
+
+    NVIDIA's file of Inception V3 gives its 2048 features with `return_features`, which is set where the network has it.
+    """
 
     def __init__(self, path: Path, size: int = 299) -> None:
-        """Raises EvaluationError for what is no TorchScript."""
+        """Raises EvaluationError for a file that is not TorchScript."""
         try:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
         except FileNotFoundError:
-            raise EvaluationError(f"There is no file {path}.") from None
+            raise EvaluationError(f"--weights must be a file, got {path}, which does not exist.") from None
         except (OSError, zipfile.BadZipFile) as error:
-            raise EvaluationError(f"{path} is no TorchScript, and a pickle is never opened. {HOW}") from error
-        if not any("/code/" in f"/{name}" for name in names):  # torch.save's files are archives, too: of pickles
-            raise EvaluationError(f"{path} holds weights as a pickle, which is never opened. {HOW}")
+            raise EvaluationError(f"--weights must be .safetensors or TorchScript, got {path}. {HOW}") from error
+        if not any("/code/" in f"/{name}" for name in names):  # files of torch.save are archives, too, of pickles
+            raise EvaluationError(f"--weights must not be a pickle, got {path}. {HOW}")
         try:
             self.network = torch.jit.load(str(path), map_location="cpu").eval()
         except RuntimeError as error:
-            raise EvaluationError(f"{path} is damaged: {str(error).splitlines()[0][:200]}") from error
+            raise EvaluationError(f"--weights {path} is damaged: {str(error).splitlines()[0][:200]}") from error
         self.path, self.size, self.name = path, size, path.name
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         self.settings: dict[str, Any] = {
             "weights": path.name, "sha256": digest[:16], "resized to": size, "resize": "bilinear, antialiased",
         }  # fmt: skip
-        self.warning = "Comparable with figures of the same weights, number of pictures and way of resizing alone."
+        self.warning = "Comparable only with figures of the same weights, number of pictures and way of resizing."
         asked = [argument.name for argument in self.network.forward.schema.arguments]
         self._more = {"return_features": True} if "return_features" in asked else {}
 
@@ -121,16 +121,16 @@ class TorchScript:
             found = self.network(x, **self._more)
         except RuntimeError as error:
             raise EvaluationError(
-                f"{self.path} does not take pictures, uint8 [N, 3, {self.size}, {self.size}]: "
+                f"--weights must take pictures, uint8 [N, 3, {self.size}, {self.size}]. {self.path} does not: "
                 f"{str(error).strip().splitlines()[-1][:200]}"
             ) from error
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
-            raise EvaluationError(f"{self.path} does not give a row of features for each picture.")
+            raise EvaluationError(f"--weights must give a row of features for each picture. {self.path} does not.")
         return found.float().numpy()
 
 
 def load_extractor(path: Path | None) -> Extractor:
-    """The user's network, or random filters where there is none. Raises EvaluationError for a file that is unfit."""
+    """The user's network, or random filters without one. Raises EvaluationError for an unusable file."""
     if path is None:
         return RandomFilters()
     if path.suffix == ".safetensors":

@@ -1,6 +1,6 @@
-"""Hands that a picture should show beside hands that a detector found: who is who, how far apart, and crops of them.
+"""Matches the hands that a picture should show with the hands that a detector found, and crops them.
 
-rows = match(asked, found, (128, 128))       # a Hand for each that was asked for, found or missed
+rows = match(asked, found, (128, 128))       # a Hand for each requested hand, found or missed
 crop(image, rows[0].joints)                  # uint8 [S, S, 3]
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from .detect import Found
 
 PCK = (0.05, 0.10, 0.20)  # of a hand's size
-FAR = 1.0  # hand sizes: a hand that is farther than this on the average is another one
+FAR = 1.0  # hand sizes: a found hand with a larger mean distance is another hand
 MARGIN = 1.2  # of a crop, times the joints' box
 LEAST = 32  # pixels of a crop's side
 
@@ -30,7 +30,7 @@ class Asked:
 
 @dataclass
 class Hand:
-    """A hand that was asked for, that was found, or both. Distances are in sizes of the hand, one a joint: [21]."""
+    """A hand that was asked for, that was found, or both. distances: of each joint, in sizes of the hand [21]."""
 
     asked: Asked | None
     found: Found | None
@@ -54,17 +54,17 @@ def hand_size(joints: np.ndarray, shape: tuple[int, ...]) -> float:
 
 
 def match(asked: Sequence[Asked], found: Sequence[Found], shape: tuple[int, ...]) -> list[Hand]:
-    """A Hand for each that was asked for, with the found one that is nearest, in the way that is nearest altogether.
+    """Matches each requested hand with a found one, or with none, so that the sum of distances is smallest.
 
-    What the detector takes a hand for (left or right) has no say in it: that is measured, too. Where nothing was asked
-    for, each picture has one Hand: the one that the detector is surest of, or a miss. shape: of the picture.
+    The detector's side (left or right) does not influence the match, because it is measured, too. Without requested
+    hands the result is one Hand: the detector's surest one, or a miss. shape: of the picture.
     """
     if not asked:
         return [Hand(None, max(found, key=lambda one: one.score, default=None))]
     scale = np.array([shape[1], shape[0]])
     apart = np.array([[_apart(one, other, scale, shape).mean() for other in found] for one in asked])
     apart = apart.reshape(len(asked), len(found))
-    # A handful at most: all ways are tried. Those that go without one are far from nothing.
+    # Few hands: try all ways. A hand without a partner costs FAR.
     places = [*range(len(found)), *[-1] * len(asked)]
     best = min(
         set(permutations(places, len(asked))) if len(places) < 9 else [_nearest_first(apart)],
@@ -84,7 +84,7 @@ def _apart(asked: Asked, found: Found, scale: np.ndarray, shape: tuple[int, ...]
 
 
 def _nearest_first(apart: np.ndarray) -> tuple[int, ...]:
-    """For crowds: pairs from the nearest on, each hand once."""
+    """For many hands: takes the nearest pair first, each hand once."""
     way, left = [-1] * len(apart), apart.copy()
     while left.size and left.min() < np.inf:
         i, k = np.unravel_index(left.argmin(), left.shape)
@@ -94,12 +94,14 @@ def _nearest_first(apart: np.ndarray) -> tuple[int, ...]:
 
 
 def crop(image: np.ndarray, joints: np.ndarray, margin: float = MARGIN, least: int = LEAST) -> np.ndarray:
-    """A square around a hand: `margin` times its joints' box, at least `least` pixels; the picture's edge goes on
-    outside. image: uint8 [H, W, 3], joints: [21, 2] in [0, 1]."""
+    """Cuts a square around a hand: `margin` times its joints' box, at least `least` pixels.
+
+    Outside the picture its edge repeats. image: uint8 [H, W, 3], joints: [21, 2] in [0, 1].
+    """
     height, width = image.shape[:2]
     points = joints * (width, height)
     low, high = points.min(0), points.max(0)
-    largest = 4 * max(height, width)  # of what lies far outside
+    largest = 4 * max(height, width)  # for hands far outside
     side = round(min(max(margin * float((high - low).max()), least), largest))
     x, y = (np.clip((low + high) / 2, -side, (width + side, height + side)) - side / 2).round().astype(int)
     rows = np.clip(np.arange(y, y + side), 0, height - 1)

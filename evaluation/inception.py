@@ -1,12 +1,13 @@
-"""Inception V3 as FID knows it: TensorFlow's network of 2015, its padding, its pooling, its way of resizing.
+"""Inception V3 as FID uses it: TensorFlow's network of 2015 with its padding, pooling and way of resizing.
 
     features = Inception(Path("inception.safetensors"))(images)        # float32 [N, 2048]
 
-The weights are the user's: those of pytorch-fid or torch-fidelity, whose names are these, converted once by
+The weights are the user's file from pytorch-fid or torch-fidelity, whose names this network has. Convert it once:
 
     safetensors.torch.save_file(torch.load(FILE, weights_only=True), "inception.safetensors")
 
-Szegedy et al. 2016 (arXiv 1512.00567); what differs from it is said where it stands, after pytorch-fid's notes.
+Szegedy et al. 2016 (arXiv 1512.00567). Comments mark what differs, after pytorch-fid's notes. torch-fidelity, whose
+network torchmetrics takes, opens its weights as a pickle or downloads them, and needs torchvision.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..errors import EvaluationError
 
 SIZE = 299
 Step = tuple[str, int, Any]  # name, channels, kernel
-Chain = list[Step | list[Step]]  # a list in it: side by side, put together
+Chain = list[Step | list[Step]]  # an inner list: convolutions side by side, concatenated
 
 
 class Conv(nn.Module):
@@ -41,7 +42,7 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """Chains of convolutions side by side, and a pooled one. reduce: the last of each chain halves the picture."""
+    """Chains of convolutions side by side, and a pooled one. reduce: the last step of each chain halves the picture."""
 
     def __init__(self, before: int, chains: list[Chain], pool: str, pooled: int = 0, reduce: bool = False) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class Block(nn.Module):
             out.append(y)
         if self.pool == "halve":
             return torch.cat([*out, F.max_pool2d(x, 3, 2)], 1)
-        # TensorFlow's average leaves the padding out; its very last block takes the largest instead, by mistake.
+        # TensorFlow's average leaves the padding out. Its last block takes the maximum instead, by mistake.
         y = F.max_pool2d(x, 3, 1, 1) if self.pool == "max" else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         return torch.cat([*out, self.branch_pool(y)], 1)
 
@@ -141,8 +142,7 @@ class Network(nn.Module):
 
 
 def resized_as_tensorflow(x: Tensor, size: int = SIZE) -> Tensor:
-    """[N, 3, H, W] -> [N, 3, size, size]: bilinear between corners of pixels, without smoothing, as TensorFlow 1 had
-    it and FID's network was measured with."""
+    """[N, 3, H, W] -> [N, 3, size, size]: bilinear between pixel corners without smoothing, as in TensorFlow 1."""
     for axis in (2, 3):
         length = x.shape[axis]
         place = torch.arange(size, dtype=torch.float64) * length / size
@@ -168,16 +168,16 @@ class Inception:
             content = path.read_bytes()
             weights = load(content)
         except FileNotFoundError:
-            raise EvaluationError(f"There is no file {path}.") from None
+            raise EvaluationError(f"--weights must be a file, got {path}, which does not exist.") from None
         except SafetensorError as error:
-            raise EvaluationError(f"{path} is no safetensors file: {error}.") from error
+            raise EvaluationError(f"--weights must be a safetensors file, got {path}: {error}.") from error
         self.network = Network().eval().requires_grad_(False)
         wanted = {name: value.shape for name, value in self.network.state_dict().items() if "num_batches" not in name}
         other = [name for name, shape in wanted.items() if name not in weights or weights[name].shape != shape]
         if other:
             raise EvaluationError(
-                f"{path} is not the Inception V3 of pytorch-fid or torch-fidelity: it lacks {other[0]} or has it in "
-                "another shape."
+                f"--weights must be the Inception V3 of pytorch-fid or torch-fidelity, got {path}, which lacks "
+                f"{other[0]} or has it in another shape."
             )
         self.network.load_state_dict({name: weights[name].float() for name in wanted}, strict=False)
         self.settings: dict[str, Any] = {

@@ -1,9 +1,9 @@
-"""All metrics of a set of pictures, each with its number, its settings and an interval of 95 %.
+"""Computes all metrics of a set of pictures, each with its count, its settings and an interval of 95 %.
 
     seen = look(pictures, instruments)                 # one pass: detections, features, crops
     document = figures(seen, look(others, instruments, detect=False))
 
-Pictures go by one at a time and are not kept, but for the few that the report shows.
+Pictures are read one at a time. Only the few that the report shows are kept.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .features import Extractor
 from .hands import LEAST, MARGIN, PCK, Hand, crop, match
 from .pictures import Show, Shown
 
-BATCH = 32  # pictures whose features are taken at once
-KEPT = 12  # hands that the report shows, of the best and of the worst
+BATCH = 32  # pictures of one call of the extractor
+KEPT = 12  # best hands, and worst hands, that the report shows
 GROUPS = ("gesture", "side", "view", "skin")
 GROUPED = ("detection_rate", "hand_confidence", "pck_10", "handedness")
-LEAST_GROUP = 10  # hands: fewer are no group
-# What each metric is called, and whether more is better.
+LEAST_GROUP = 10  # hands: smaller groups are left out
+# Metric -> (title, whether more is better).
 NAMES: dict[str, tuple[str, bool]] = {
     "detection_rate": ("hands found", True),
     "hand_confidence": ("hand confidence (misses 0)", True),
@@ -49,13 +49,15 @@ SHARES = ("detection_rate", "hand_confidence", "pck_5", "pck_10", "pck_20", "han
 
 @dataclass
 class Instruments:
-    """What pictures are looked at with. None: that metric is left out."""
+    """The tools that look at pictures. A tool that is None leaves its metrics out."""
 
     detector: Detector | None
     extractor: Extractor
     clip: Clip | None = None
-    judge: Callable[[np.ndarray, dict[str, str]], dict[str, float]] | None = None  # image, labels -> 1 where right
-    crops: str = "asked"  # around the joints that were asked for, or "found" by the detector
+    judge: Callable[[np.ndarray, dict[str, str]], dict[str, float]] | None = (
+        None  # image, labels -> 1 where right, else 0
+    )
+    crops: str = "asked"  # around the "asked" joints, or around the "found" ones
     least: int = LEAST
 
 
@@ -72,13 +74,13 @@ class Kept:
 
 @dataclass
 class Seen:
-    """What was seen of a set of pictures. hands[k] belongs to picture owners[k]."""
+    """What `look` found in a set of pictures. hands[k] belongs to picture owners[k]."""
 
     keys: list[str] = field(default_factory=list)
     labels: list[dict[str, str]] = field(default_factory=list)
     hands: list[Hand] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
-    tones: list[str] = field(default_factory=list)  # of each hand; "" where it is not to be seen
+    tones: list[str] = field(default_factory=list)  # of each hand; "" where the picture does not show it
     extra: list[int] = field(default_factory=list)  # of each picture
     clip: list[float] = field(default_factory=list)
     judged: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # label -> (picture, right or not)
@@ -98,7 +100,7 @@ def look(
     pictures: Iterable[Shown | None], tools: Instruments, count: int, show: Show, detect: bool = True,
     labels: dict[str, dict[str, str]] | None = None,
 ) -> Seen:  # fmt: skip
-    """Looks at each picture once. detect: False where only distances to these pictures are wanted.
+    """Looks at each picture once. detect: False where the caller needs only distances to these pictures.
 
     labels: by key, for pictures that have none of their own.
     """
@@ -137,7 +139,7 @@ def look(
             for name, right in tools.judge(shown.image, seen.labels[-1]).items():
                 seen.judged.setdefault(name, []).append((picture, right))
     seen.features, seen.crop_features = whole.close(), crops.close()
-    most = min(KEPT, len(seen.hands) // 2)  # of few hands none is both
+    most = min(KEPT, len(seen.hands) // 2)  # so that a hand is not in both lists
     seen.best, seen.worst = (
         [entry[2] for entry in sorted(heap, reverse=True, key=lambda entry: entry[:2])[:most]]
         for heap in (ranked, lowest)
@@ -146,7 +148,7 @@ def look(
 
 
 class _Batch:
-    """Gathers pictures until there are enough to take their features."""
+    """Collects pictures for one call of the extractor."""
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractor, self.waiting, self.done = extractor, list[np.ndarray](), list[np.ndarray]()
@@ -174,7 +176,7 @@ def _keep(heap: list[tuple[float, int, Kept]], entry: tuple[float, int, Kept]) -
 
 
 def quality(hand: Hand) -> float:
-    """Best first: sure and near. A miss is the worst there is; a wrong side is bad."""
+    """The rank of a hand: sure and near hands score high, wrong sides lower, misses lowest."""
     if hand.found is None:
         return -2.0
     far = 0.0 if hand.distances is None else float(hand.distances.mean())
@@ -183,7 +185,7 @@ def quality(hand: Hand) -> float:
 
 
 def _tone(shown: Shown, hand: Hand) -> str:
-    """The skin tone that was asked for, else the one that is to be seen at the joints."""
+    """The requested skin tone, else the one that the picture shows at the joints."""
     if "skin" in shown.labels:
         return shown.labels["skin"]
     place = hand.asked or hand.found
@@ -198,7 +200,7 @@ def _tone(shown: Shown, hand: Hand) -> str:
 
 
 def columns(seen: Seen) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Metric -> its values [K] and the pictures they belong to [K], of all that is a mean over hands or pictures."""
+    """Metric -> its values [K] and their pictures [K], for each metric that is a mean over hands or pictures."""
     owners, pictures = np.array(seen.owners, int), np.arange(len(seen.keys))
     out: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     if seen.detected:
@@ -250,16 +252,16 @@ def figures(seen: Seen, against: Seen | None) -> dict[str, Any]:
 
 
 def curve(seen: Seen) -> list[tuple[float, float]]:
-    """PCK over its limit: (share of the hand's size, share of the joints that were asked for within it)."""
+    """PCK by its limit: (share of the hand's size, share of the requested joints within it)."""
     asked = [hand for hand in seen.hands if hand.asked is not None]
     apart = np.concatenate([h.distances if h.distances is not None else np.full(21, np.inf) for h in asked])
     return [(float(limit), round(float((apart <= limit).mean()), 4)) for limit in np.linspace(0, 0.4, 41).round(2)]
 
 
 def distances(seen: Seen, against: Seen) -> dict[str, Any]:
-    """FID and KID of the pictures, FID-H and KID-H of their hands' crops. Of fewer than 2 there is none.
+    """FID and KID of the pictures, FID-H and KID-H of their hands' crops. Each needs 2 or more on both sides.
 
-    Where both sets are of the same prompts, one by one, they are resampled together.
+    Where both sets have the same prompts in the same order, their rows are resampled together.
     """
     out: dict[str, Any] = {}
     for suffix, ours, theirs, keys, others in (
@@ -278,7 +280,7 @@ def distances(seen: Seen, against: Seen) -> dict[str, Any]:
 
 
 def own_rows(keys: Sequence[str], others: Sequence[str]) -> list[int]:
-    """For each key its place among the others, -1 for none. Of two hands with one key each has its own."""
+    """For each key its place among the others, or -1. Two hands with the same key get different places."""
     places: dict[str, list[int]] = {}
     for number, key in enumerate(others):
         places.setdefault(key, []).append(number)
@@ -312,7 +314,7 @@ def groups(seen: Seen, weights: np.ndarray) -> list[dict[str, Any]]:
                 inside, outside = (mean(values[m], owners[m], weights) for m in (member, ~member))
                 assert inside is not None and outside is not None
                 entry[metric] = dict(inside)
-                if len(names) > 2 or name == names[0]:  # of two groups the second's gap says nothing new
+                if len(names) > 2 or name == names[0]:  # of two groups the second has the same gap
                     entry[metric]["gap"] = gap(inside, outside)
             out.append(entry)
     return out
@@ -326,7 +328,7 @@ def _group(seen: Seen, by: str, number: int) -> str:
 
 
 def settings(tools: Instruments, against: str | None) -> dict[str, Any]:
-    """What every table says of how it was measured."""
+    """How it was measured, for every table."""
     out: dict[str, Any] = {
         "intervals": f"95 %: of shares Wilson's, of means {MEAN_DRAWS} resamplings of the pictures, of FID 1.96 "
         f"standard deviations of {DRAWS} resamplings, of gaps between groups Newcombe's",

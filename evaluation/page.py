@@ -1,4 +1,4 @@
-"""What pages of figures are made of: tables, and plots as SVG. For `hd-eval`, `hd-bench` and the studies."""
+"""Tables and SVG plots for the pages of `hd-eval`, `hd-bench` and the studies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
-    """Cells as text. classes: of rows, by number."""
+    """A table of escaped cells. classes: one CSS class for each row."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = ""
     for number, row in enumerate(rows):
@@ -19,7 +19,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequen
 
 
 def plot(draw: Callable[[Any], None], height: float = 3.2) -> str:
-    """A plot as SVG; letters are outlines, so that no font is needed."""
+    """A plot as SVG. Letters are outlines, so the page needs no font."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, height), layout="constrained")

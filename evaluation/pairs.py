@@ -1,10 +1,10 @@
-"""A blind preference study in one page that opens from disk: two pictures, sides at random, two questions.
+"""Writes a blind preference study as one page that opens from disk: two pictures, random sides, two questions.
 
     text, number = page_of(Path("out-a"), Path("out-b"), count=50, seed=0, say=print)
 
-Plausibility is asked of all pairs first, without the prompt, then relevance with it: the two questions of the paper's
-user study (section 4.3). Which side is whose is nowhere in the page: it follows from the study's name and the pair's,
-and `preferences.py` works it out from those. Answers stay in the browser until they are saved as a file.
+The page first asks about plausibility for all pairs, without the prompt, and then about relevance with the prompt.
+These are the two questions of the paper's user study (section 4.3). The page does not say which side is whose:
+`preferences.py` derives it from the names of study and pair. Answers stay in the browser until the rater saves them.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ QUESTIONS = {
 
 
 def a_is_left(study: str, question: str, pair: str) -> bool:
-    """Whether A stands on the left: a fair coin that is the same whenever it is asked."""
+    """Whether A is on the left: a fair coin that always gives the same result for the same names."""
     return hashlib.sha256(f"{study}/{question}/{pair}".encode()).digest()[0] % 2 == 0
 
 
 def page_of(a: Path, b: Path, count: int, seed: int, say: Say) -> tuple[str, int]:
-    """The page, and how many pairs it asks for. Raises EvaluationError for folders that have nothing in common."""
+    """The page and its number of pairs. Raises EvaluationError for folders without a common picture."""
     indexes = [Index.open(folder) for folder in (a, b)]
     common = _common(*indexes)
     if not common:
-        raise EvaluationError(f"{a} and {b} have no picture in common, neither by key nor by prompt.")
+        raise EvaluationError(
+            f"A and B must have a picture in common by key or by prompt, got {a} and {b}. Name other folders."
+        )
     names, found = sorted(common), list[tuple[str, list[np.ndarray]]]()
     for name in (names[i] for i in np.random.default_rng(seed).permutation(len(names))):
         if len(found) == count:
@@ -56,7 +58,7 @@ def page_of(a: Path, b: Path, count: int, seed: int, say: Say) -> tuple[str, int
             continue
         found.append((samples[0].prompts[0], images))  # type: ignore[union-attr]
     if not found:
-        raise EvaluationError(f"No picture that {a} and {b} have in common can be read.")
+        raise EvaluationError(f"A and B must have a readable picture in common, got {a} and {b}. Name other folders.")
     content = [[prompt, *(hashlib.sha256(image.tobytes()).hexdigest() for image in images)] for prompt, images in found]
     study = hashlib.sha256(json.dumps([seed, content]).encode()).hexdigest()[:16]
     items = []
@@ -73,7 +75,7 @@ def page_of(a: Path, b: Path, count: int, seed: int, say: Say) -> tuple[str, int
 
 
 def _common(first: Index, second: Index) -> dict[str, tuple[int, int]]:
-    """Name -> the numbers of a picture in both, by key; where no key is in both, by prompt."""
+    """Name -> the numbers of a picture in both folders. Names are keys, or prompts where no key is in both."""
 
     def by_key(index: Index) -> dict[str, int]:
         return {index.entry(i).key: i for i in np.flatnonzero(index.has_picture).tolist()}
@@ -94,7 +96,7 @@ def _common(first: Index, second: Index) -> dict[str, tuple[int, int]]:
 
 
 def _data(image: np.ndarray) -> str:
-    """Encoded anew: a file's own metadata would say what made it."""
+    """The picture as a data URL, encoded again: the metadata of its file would name its source."""
     return "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
 
 
@@ -117,8 +119,8 @@ progress { width: 100%; }
 </style>
 <section id="start">
 <h1>Which of two pictures?</h1>
-<p>You see two pictures at a time and say which is better. First you are asked about the hands alone, then about the
-text. There is no right answer. Keys: <kbd>&larr;</kbd> left, <kbd>&rarr;</kbd> right, <kbd>&darr;</kbd> cannot tell,
+<p>You see two pictures at a time and say which is better. First the page asks about the hands alone, then about the
+text. No answer is wrong. Keys: <kbd>&larr;</kbd> left, <kbd>&rarr;</kbd> right, <kbd>&darr;</kbd> cannot tell,
 <kbd>Backspace</kbd> back.</p>
 <p><label>Your name or a pseudonym: <input id="rater" maxlength="80" autocomplete="off"></label>
 <button id="go">Begin</button></p>
@@ -131,13 +133,13 @@ text. There is no right answer. Keys: <kbd>&larr;</kbd> left, <kbd>&rarr;</kbd> 
 <div id="pair"><img id="left" alt="left picture" tabindex="0"><img id="right" alt="right picture" tabindex="0"></div>
 <p><button data-answer="left">&larr; left</button><button data-answer="same">&darr; cannot tell</button>
 <button data-answer="right">right &rarr;</button></p>
-<p class="note"><span id="count"></span> <button id="back">back</button> <button class="save">save what is answered
+<p class="note"><span id="count"></span> <button id="back">back</button> <button class="save">save the answers so far
 </button></p>
 </section>
 <section id="end" hidden>
 <h1>Thank you.</h1>
 <p><button class="save">Save the answers</button></p>
-<p class="note">The file goes to whoever asked you.</p>
+<p class="note">Send the file to the person that asked you.</p>
 </section>
 <script>
 "use strict";

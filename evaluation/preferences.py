@@ -1,15 +1,14 @@
-"""What raters answered, counted: who wins, whether the side on the screen had a say, whether raters agree.
+"""Counts what raters answered: which side wins, whether the place on the screen matters, whether raters agree.
 
     document = count([read_answers(path) for path in paths])
     print(*sentences(document), sep="\\n")
 
-A pair counts once, by the majority of its raters, in the exact binomial test: two raters of one pair are no two
-independent pairs. "Cannot tell" is no vote.
+In the exact binomial test a pair counts once, by the majority of its raters: two raters of one pair are not two
+independent pairs. "Cannot tell" is not a vote.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 from msgspec import Meta
+from scipy.stats import binomtest
+from statsmodels.stats.inter_rater import cohens_kappa
 
 from ..errors import EvaluationError
 from ..schema import MisfitError, fit, one_of, read_json, whole
-from .distances import wilson
 from .pairs import FORMAT, QUESTIONS, a_is_left
 
 Short = Annotated[str, Meta(min_length=1, max_length=200, description="a short text")]
@@ -50,13 +50,15 @@ class Answers(msgspec.Struct):
 
 
 def read_answers(path: Path) -> Answers:
-    """Raises EvaluationError for a file that is none of the page's."""
+    """Raises EvaluationError for a file that the page did not save."""
     try:
         return fit(read_json(path), Answers)
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read: {error.strerror or error}.") from error
     except MisfitError as error:
-        raise EvaluationError(f"{path} holds no answers that the page saved: {error}") from None
+        raise EvaluationError(
+            f"{path} must be a file of answers that the page saved: {error} Save the answers from the page again."
+        ) from None
 
 
 def count(files: Sequence[Answers]) -> dict[str, Any]:
@@ -65,16 +67,16 @@ def count(files: Sequence[Answers]) -> dict[str, Any]:
     for other in files[1:]:
         if other.study != first.study:
             raise EvaluationError(
-                f"{other.rater}'s answers are of another study ({other.a} and {other.b}) than {first.rater}'s. Count "
-                "each study alone."
+                f"{other.rater}'s answers belong to another study ({other.a} and {other.b}) than {first.rater}'s. "
+                "Count each study alone."
             )
     twice = [name for name, number in Counter(file.rater for file in files).items() if number > 1]
     if twice:
-        raise EvaluationError(f"There are two files of {twice[0]}. Give the later one alone.")
+        raise EvaluationError(f"{twice[0]} has two files of answers. Give the later one alone.")
     document: dict[str, Any] = {"study": first.study, "a": first.a, "b": first.b, "pairs": first.pairs,
                                 "raters": [file.rater for file in files], "questions": {}}  # fmt: skip
     for question in QUESTIONS:
-        # rater -> pair -> (who was chosen, which side); the last answer counts.
+        # For each rater: pair -> (what was chosen, which side). The last answer counts.
         votes: list[dict[str, tuple[str, str]]] = []
         for file in files:
             mine: dict[str, tuple[str, str]] = {}
@@ -115,23 +117,20 @@ def _majority(chosen: Sequence[str]) -> str:
 
 
 def proportion(wins: int, total: int) -> dict[str, Any]:
-    """A share with its interval, and the p of the exact two-sided binomial test against a half."""
+    """A share with Wilson's interval of 95 %, and the p of the exact two-sided binomial test against a half."""
     if not total:
         return {"value": None, "low": None, "high": None, "n": 0, "p": 1.0}
-    return {**wilson(wins / total, total), "n": total, "p": binomial(wins, total)}
-
-
-def binomial(wins: int, total: int) -> float:
-    """How often a fair coin, thrown `total` times, gives a split at least as uneven as `wins` to the rest."""
-    fewer = min(wins, total - wins)
-    return min(1.0, 2 * sum(math.comb(total, k) for k in range(fewer + 1)) / 2**total)
+    test = binomtest(wins, total)
+    low, high = test.proportion_ci(method="wilson")
+    return {"value": wins / total, "low": float(low), "high": float(high), "n": total, "p": float(test.pvalue)}
 
 
 def agreement(votes: Sequence[dict[str, tuple[str, str]]], table: np.ndarray) -> dict[str, Any] | None:
-    """How far raters agree beyond chance: Cohen's kappa (1960) of two, Fleiss' (1971) of more; 1 is always, 0 chance.
+    """How far raters agree beyond chance: Cohen's kappa (1960) of two raters, Fleiss' (1971) of more.
 
-    table: of the pairs that two or more answered, how many votes each of a, b and "cannot tell" got [K, 3]. The
-    interval is from resampling pairs. None where there are fewer than two such pairs.
+    1 means that they always agree, 0 that they agree as often as chance does. table: of the pairs that two or more
+    raters answered, how many votes each of a, b and "cannot tell" got [K, 3]. The interval comes from resampling pairs.
+    None where there are fewer than two such pairs.
     """
     if len(table) < 2:
         return None
@@ -154,15 +153,19 @@ def agreement(votes: Sequence[dict[str, tuple[str, str]]], table: np.ndarray) ->
 
 
 def cohen(codes: np.ndarray) -> float | None:
-    """codes: [K, 2] choices of two raters. None where both always said the same word: nothing is left to chance."""
-    agreed = float((codes[:, 0] == codes[:, 1]).mean())
-    shares = np.array([[(codes[:, rater] == word).mean() for word in range(3)] for rater in range(2)])
-    chance = float((shares[0] * shares[1]).sum())
-    return None if chance >= 1 else (agreed - chance) / (1 - chance)
+    """codes: [K, 2] choices of two raters, 0 to 2. None where both gave the same word each time: chance explains it."""
+    if (codes == codes[0, 0]).all():
+        return None
+    table = np.bincount(3 * codes[:, 0] + codes[:, 1], minlength=9).reshape(3, 3)
+    return float(cohens_kappa(table, return_results=False))
 
 
 def fleiss(table: np.ndarray) -> float | None:
-    """table: [K, words] votes, two or more in each row; rows may have different numbers of raters."""
+    """table: [K, words] votes, two or more in each row.
+
+    Rows may have different numbers of raters, which statsmodels' `fleiss_kappa` does not take. A rater may save half of
+    the answers.
+    """
     raters = table.sum(1)
     agreed = float(((np.square(table).sum(1) - raters) / (raters * (raters - 1))).mean())
     chance = float(np.square(table.sum(0) / table.sum()).sum())
@@ -178,21 +181,25 @@ def sentences(document: dict[str, Any]) -> list[str]:
     for question, found in document["questions"].items():
         won, rate, left = found["pairs_won"], found["win_rate_a"], found["left_chosen"]
         if not rate["n"]:
-            out.append(f"{question}: nobody chose.")
+            out.append(f"{question}: no rater chose a picture.")
             continue
-        who = "nothing can be said" if rate["p"] >= CHANCE else f"{a if rate['value'] > 0.5 else b} is preferred"
+        result = (
+            "the pictures do not differ beyond chance"
+            if rate["p"] >= CHANCE
+            else f"{a if rate['value'] > 0.5 else b} is preferred"
+        )
         out.append(
             f"{question}: {a} wins {won['a']} pairs, {b} {won['b']}, neither {won['neither']}: "
             f"{100 * rate['value']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f}), exact binomial test "
-            f"p = {rate['p']:.3g}: {who}."
+            f"p = {rate['p']:.3g}: {result}."
         )
-        effect = "no effect of the side" if left["p"] >= CHANCE else "the side has an effect, whatever is shown there"
+        effect = "the side has no effect" if left["p"] >= CHANCE else "the side has an effect, whatever it shows"
         share = "-" if left["value"] is None else f"{100 * left['value']:.1f} %"
         out.append(
             f"{question}: the left picture was chosen in {share} of {left['n']} choices, p = {left['p']:.3g}: {effect}."
         )
         if agreed := found["agreement"]:
-            beyond = "raters agree beyond chance" if agreed["low"] > 0 else "no agreement beyond chance"
+            beyond = "raters agree beyond chance" if agreed["low"] > 0 else "raters do not agree beyond chance"
             out.append(
                 f"{question}: {agreed['name']} {agreed['value']:.2f} ({agreed['low']:.2f} to {agreed['high']:.2f}) "
                 f"on {agreed['pairs']} pairs: {beyond}."

@@ -1,10 +1,10 @@
-"""What did deployment cost? The same prompts and seeds through a reference and a candidate, picture by picture.
+"""Measures what deployment cost: a reference and a candidate paint the same prompts and seeds.
 
     document = compare(reference, candidate, against)      # each a Seen of the same prompts
     document["verdict"]
 
-Both draw the same noise, so that what differs is what the engines do. Differences are the candidate's figure less the
-reference's, and both are drawn together: what a prompt makes easy or hard drops out of the interval.
+Both draw the same noise, so only the engines make a difference. A difference is the candidate's figure minus the
+reference's. Both are resampled together, so the difficulty of a prompt drops out of the interval.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from ..schema import MisfitError
 from .distances import COVERS, DRAWS, MEAN_DRAWS, Kernel, frechet, interval, mean, resampled, shares
 from .measure import NAMES, SHARES, Seen, columns, own_rows
 
-SAME = 99.0  # dB that equal pictures count
+SAME = 99.0  # dB for equal pictures
 
 
 def compare(reference: Seen, candidate: Seen, against: Seen | None) -> dict[str, Any]:
     """The document's "differences": metric -> {"reference", "candidate", "value", "low", "high", "n"}.
 
-    Raises EvaluationError where they have no picture in common.
+    Raises EvaluationError without a common picture.
     """
     common = sorted(set(reference.keys) & set(candidate.keys))
     if not common:
-        raise EvaluationError("Reference and candidate have no picture in common.")
+        raise EvaluationError(
+            "Reference and candidate must have a picture in common, got none. Paint the same prompts with both."
+        )
     places = [{key: number for number, key in enumerate(seen.keys)} for seen in (reference, candidate)]
     rows = [np.array([place[key] for key in common]) for place in places]
     weights = resampled(np.random.default_rng(0), len(common), MEAN_DRAWS)
@@ -53,7 +55,7 @@ def compare(reference: Seen, candidate: Seen, against: Seen | None) -> dict[str,
         found = _distances(reference.features[rows[0]], candidate.features[rows[1]], against.features, own)
         for name, (entry, draws) in found.items():
             out[name], spreads[name] = entry, draws
-    for name, entry in out.items():  # of so many figures one in twenty leaves 0 out by chance: ask more of each
+    for name, entry in out.items():  # Bonferroni: one in twenty leaves 0 out by chance
         strict = interval(entry["value"], spreads[name], name == "fid", 1 - (1 - COVERS) / len(out))
         entry["beyond_chance"] = strict["low"] > 0 or strict["high"] < 0
     return {name: out[name] for name in (*NAMES, *sorted(out.keys() - NAMES.keys())) if name in out}
@@ -62,7 +64,7 @@ def compare(reference: Seen, candidate: Seen, against: Seen | None) -> dict[str,
 def _common(
     found: dict[str, tuple[np.ndarray, np.ndarray]], rows: np.ndarray
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Values of the pictures `rows` alone, whose numbers become their places in it."""
+    """The values of the pictures `rows` alone, renumbered by their place in `rows`."""
     largest = max((int(owners.max()) for _, owners in found.values() if len(owners)), default=0)
     place = np.full(max(largest, int(rows.max())) + 1, -1)
     place[rows] = np.arange(len(rows))
@@ -75,8 +77,10 @@ def _common(
 def _distances(
     a: np.ndarray, b: np.ndarray, others: np.ndarray, own: list[int]
 ) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
-    """Differences of FID and KID to the same pictures, and their draws. a and b: [N, D], row by row of the same
-    prompts; own: which row of the others is of the same prompt, too."""
+    """Differences of FID and KID to the same pictures, and their draws.
+
+    a, b: [N, D], with the same prompts row by row. own: for each row the row of `others` with its prompt, or -1.
+    """
     if min(len(a), len(others)) < 2:
         return {}
     rng = np.random.default_rng(0)
@@ -94,8 +98,10 @@ def _distances(
 
 
 def psnr(reference: Path, candidate: Path, keys: set[str]) -> dict[str, Any]:
-    """PSNR in dB, the mean over pictures of these keys in both folders, with its interval, n, and how many are equal
-    (each counts SAME). Raises EvaluationError for pictures of different sizes."""
+    """Mean PSNR in dB over the pictures of these keys, with its interval, n, and the number of equal pictures.
+
+    An equal picture counts SAME. Raises EvaluationError for pictures of different sizes.
+    """
     indexes = [Index.open(folder) for folder in (reference, candidate)]
     places = [{index.entry(i).key: i for i in range(len(index))} for index in indexes]
     values = []
@@ -104,7 +110,7 @@ def psnr(reference: Path, candidate: Path, keys: set[str]) -> dict[str, Any]:
         try:
             a, b = (picture(sample).astype(np.float64) for sample in samples if not isinstance(sample, Bad))
         except (MisfitError, ValueError):
-            continue  # said when they were looked at
+            continue  # `look` reported them
         if a.shape != b.shape:
             raise EvaluationError(f"{key} has {a.shape[1]} x {a.shape[0]} pixels in {reference}, and {b.shape[1]} x "
                                   f"{b.shape[0]} in {candidate}: these are not the same pictures.")  # fmt: skip
@@ -116,8 +122,10 @@ def psnr(reference: Path, candidate: Path, keys: set[str]) -> dict[str, Any]:
 
 
 def verdict(differences: dict[str, Any], fidelity: dict[str, Any]) -> str:
-    """One sentence: which figures are worse or better beyond chance (all of them taken together: Bonferroni), or how
-    much worse they could be at most."""
+    """One sentence: which figures are worse or better beyond chance, or how much worse they could be at most.
+
+    `compare` corrects for the number of figures (Bonferroni).
+    """
 
     def said(names: Sequence[str]) -> str:
         return ", ".join(f"{_name(name)} {change(name, differences[name])}" for name in names)
@@ -150,7 +158,7 @@ def _name(metric: str) -> str:
 
 
 def change(name: str, entry: dict[str, Any]) -> str:
-    """ "-1.2 (-2.0 to -0.4) points", or a plain number for what is no share."""
+    """A share as "-1.2 (-2.0 to -0.4) points", another figure as a plain number."""
     share = name in SHARES or name.startswith("judge_")
     factor, digits, unit = (100, 1, " points") if share else (1, 4, "")
     value, low, high = (f"{factor * entry[key]:+.{digits}f}" for key in ("value", "low", "high"))

@@ -1,4 +1,4 @@
-"""The document as one page to pass on: tables, plots as inline SVG, hands with their skeletons; nothing is fetched.
+"""Writes the document as one page: tables, plots as inline SVG, hands with skeletons. The page loads nothing else.
 
 Path("page.html").write_text(page(document, best, worst))
 """
@@ -56,7 +56,7 @@ def page(document: dict[str, Any], best: Sequence[Kept], worst: Sequence[Kept]) 
     for heading, kept in (("Best hands", best), ("Worst hands", worst)):
         if kept:
             figures = "".join(_figure(one) for one in kept)
-            parts.append(f"<h2>{heading}</h2><p class=note>Left: the hand that was asked for. Right: the one that the "
+            parts.append(f"<h2>{heading}</h2><p class=note>Left: the requested hand. Right: the hand that the "
                          f"detector found.</p><main>{figures}</main>")  # fmt: skip
     parts += ["<h2>How it was measured</h2>", _settings(document)]
     return (
@@ -66,14 +66,14 @@ def page(document: dict[str, Any], best: Sequence[Kept], worst: Sequence[Kept]) 
 
 
 def _differences(differences: dict[str, Any]) -> str:
-    """Shares alone: they have one scale."""
+    """A plot of the shares, which have one scale."""
     shown = [name for name in differences if name in SHARES or name.startswith("judge_")]
 
     def draw(axes: Any) -> None:
         for i, name in enumerate(shown):
             _bar(axes, i, differences[name])
         _rows(axes, [title(name) for name in shown])
-        axes.set(xlabel="candidate less reference, percentage points, 95 %")
+        axes.set(xlabel="candidate minus reference, percentage points, 95 %")
 
     return plot(draw, 1.2 + 0.35 * len(shown)) if shown else ""
 
@@ -93,18 +93,18 @@ def _scores(document: dict[str, Any]) -> str:
     def draw(axes: Any) -> None:
         scores = [hand["score"] for hand in document["hands"]]
         axes.hist(scores, bins=np.linspace(0, 1, 21), color=BLUE)
-        axes.set(xlabel="confidence (misses 0)", ylabel="hands", title="How sure the detector is of each hand")
+        axes.set(xlabel="confidence (misses 0)", ylabel="hands", title="The detector's confidence in each hand")
 
     return plot(draw)
 
 
 def _groups(document: dict[str, Any]) -> str:
-    """Who is served worse: each group beside all others."""
+    """Each group beside all others."""
     every, beyond = gaps(document)
     parts = [
-        "<h2>Who is served worse</h2>",
-        f"<p>Each group's figure less that of all other hands. {beyond} of {every} intervals leave 0 out; by chance "
-        f"alone about {0.05 * every:.0f} would.</p>",
+        "<h2>Groups of hands</h2>",
+        f"<p>Each group's figure minus that of all other hands. {beyond} of {every} intervals leave 0 out; chance "
+        f"alone gives about {0.05 * every:.0f}.</p>",
     ]
     for by in GROUPS:
         entries = [entry for entry in document["groups"] if entry["by"] == by]
@@ -117,7 +117,7 @@ def _groups(document: dict[str, Any]) -> str:
                 if "gap" in entry.get("hand_confidence", {}):
                     _bar(axes, i, entry["hand_confidence"]["gap"])
             _rows(axes, [f"{entry['group'].replace('_', ' ')} ({entry['n']})" for entry in entries])
-            axes.set(xlabel="hand confidence less that of all others, hundredths, 95 %")
+            axes.set(xlabel="hand confidence minus that of all others, hundredths, 95 %")
 
         rows = [row[1:] for row in group_rows({"groups": entries})]
         bold = {tuple(row[1:]) for row in group_rows({"groups": entries}, beyond_chance=True)}
@@ -131,7 +131,7 @@ def _groups(document: dict[str, Any]) -> str:
 
 
 def _bar(axes: Any, row: int, entry: dict[str, Any]) -> None:
-    """A dot with its interval, red or blue where it is beyond chance."""
+    """A dot with its interval. Red or blue means beyond chance."""
     beyond = entry.get("beyond_chance", not entry["low"] <= 0 <= entry["high"])
     colour = GREY if not beyond else BLUE if entry["value"] > 0 else RED
     axes.plot([100 * entry["low"], 100 * entry["high"]], [row, row], color=colour)

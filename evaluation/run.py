@@ -1,4 +1,4 @@
-"""What `hd-eval` does, step by step: find or make the pictures, look at them, and put the figures together."""
+"""Runs `hd-eval`: finds or paints the pictures, looks at them, and collects the figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
-from . import measure, pictures, reference
+from . import measure, painting, pictures, reference
 from .detect import MediaPipe
 from .features import load_extractor
 from .measure import Instruments, Seen
@@ -17,7 +17,7 @@ Progress = Callable[[str], AbstractContextManager[pictures.Show]]
 
 
 def instruments(options: dict[str, Any]) -> Instruments:
-    """Detector, extractor and CLIP as the options ask for them. Raises EvaluationError for what is missing."""
+    """Detector, extractor and CLIP model for the options. Raises EvaluationError for a missing one."""
     clip = None
     if options["clip_folder"] is not None:
         from .clip import Clip
@@ -29,7 +29,7 @@ def instruments(options: dict[str, Any]) -> Instruments:
         torch.set_num_threads(options["threads"])
     detector = None if options["no_detector"] else MediaPipe()
     if detector is None and options["crops"] == "found":
-        raise EvaluationError("--crops found needs the detector: leave --no-detector out.")
+        raise EvaluationError('--crops must be "asked" with --no-detector, got "found". Leave --no-detector out.')
     extractor = load_extractor(options["weights"])
     return Instruments(detector, extractor, clip, crops=options["crops"], least=options["min_crop"])
 
@@ -37,15 +37,19 @@ def instruments(options: dict[str, Any]) -> Instruments:
 def work(
     what: str, options: dict[str, Any], tools: Instruments, say: pictures.Say, progress: Progress
 ) -> dict[str, Any]:
-    """The document, and under "shown" the best and the worst hands for the report."""
+    """The document. Its "shown" has the best and the worst hands for the report."""
     against, kind = options["against"], pictures.kind_of(what)
     if options["reference"] is not None:
         if kind == "folder" or pictures.kind_of(options["reference"]) == "folder":
-            raise EvaluationError("--reference compares two that paint: give bundles or checkpoints for both.")
+            raise EvaluationError(
+                "WHAT and --reference must be bundles or checkpoints, got a folder of pictures. Name two that paint."
+            )
         if tools.crops == "found":
-            raise EvaluationError("--reference crops hands where they were asked for: leave --crops found out.")
+            raise EvaluationError('--crops must be "asked" with --reference, got "found". Leave --crops out.')
     elif kind == "folder" and (options["prompts"] or options["given_hands"]):
-        raise EvaluationError(f"{what} is a folder of pictures: there is nothing to paint. Leave the prompts out.")
+        raise EvaluationError(
+            f"WHAT must be a bundle or a checkpoint to paint prompts, got the folder {what}. Leave the prompts out."
+        )
     others, labels = None, dict[str, dict[str, str]]()
     if against is not None:
         with progress(f"{against}") as show:
@@ -62,7 +66,7 @@ def work(
         with progress(f"looking at {name}") as show:
             looks.append(_look(folder, tools, options, say, show, keys, labels=labels))
         if not looks[-1].keys:
-            raise EvaluationError(f"{folder} holds no picture that can be read.")
+            raise EvaluationError(f"WHAT must hold a readable picture, got {folder}. Name another folder.")
     seen = looks[-1]
     document = {
         "settings": measure.settings(tools, None if against is None else str(against)),
@@ -82,18 +86,18 @@ def work(
 
 def paint(
     what: str, options: dict[str, Any], say: pictures.Say, progress: Progress
-) -> tuple[list[pictures.Made], list[str]]:
-    """Paints what is asked for, with the reference first if there is one: pictures and names."""
+) -> tuple[list[painting.Made], list[str]]:
+    """Paints the prompts, with the reference first if there is one. Returns pictures and names."""
     made, names = [], []
     for number, name in enumerate(name for name in (options["reference"], what) if name is not None):
         is_reference = options["reference"] is not None and number == 0
-        painter = pictures.painter_of(name, options, say, checkpoint=is_reference)
+        painter = painting.painter_of(name, options, say, checkpoint=is_reference)
         hands = options["pictures"] / "given-hands" if options["given_hands"] else None
-        requests = pictures.wanted(
+        requests = painting.wanted(
             options["against"], options["prompts"], options["count"], hands, options["seed"], say
         )
         with progress(f"painting with {painter.name}") as show:
-            made.append(pictures.make(painter, requests, options["pictures"], say, show))
+            made.append(painting.make(painter, requests, options["pictures"], say, show))
         names.append(painter.name)
         painter.close()
     return made, names
@@ -113,15 +117,15 @@ def _look(
 
 
 def lacking(what: str, thing: str, ours: int, theirs: int) -> list[str]:
-    """A sentence where there are too few for a distance."""
+    """A sentence where one side has too few for a distance."""
     if min(ours, theirs) >= 2:
         return []
     one, other = (f"{count or 'no'} {thing}{'s' * (count > 1)}" for count in (ours, theirs))
-    return [f"{what} are missing: they need two of each, and there is {one} here and {other} in --against."]
+    return [f"{what} are missing: they need two on each side, got {one} here and {other} in --against."]
 
 
 def remarks(tools: Instruments, seen: Seen, others: Seen | None) -> list[str]:
-    """What every reader of the figures must know."""
+    """Notes that belong to the figures."""
     out = []
     if others is not None:
         fewest, features = min(len(seen.features), len(others.features)), seen.features.shape[1]
@@ -130,15 +134,15 @@ def remarks(tools: Instruments, seen: Seen, others: Seen | None) -> list[str]:
         out += lacking("FID and KID", "picture", len(seen.features), len(others.features))
         if 2 <= fewest <= 5 * features:
             out.append(
-                f"FID of {fewest} pictures and {features} features lies too high: read KID, or compare FIDs of equally "
-                "many pictures alone."
+                f"FID of {fewest} pictures and {features} features is too high: read KID, or compare only FIDs of "
+                "equally many pictures."
             )
         crops = len(seen.crop_features), len(others.crop_features)
         out += lacking("FID-H and KID-H", "hand whose place is known", *crops)
         if min(crops) < 2 and tools.crops == "asked":
-            out[-1] += " With --crops found the detector says where hands are."
+            out[-1] += " With --crops found the detector finds the places of the hands."
     if seen.detected and not seen.asked:
-        out.append("The pictures do not say which hands they show: each counts by its surest hand.")
+        out.append("The pictures do not say which hands they show: only the surest hand of each counts.")
     if tools.detector is None:
-        out.append("No detector was asked: nothing is known of the hands.")
+        out.append("No detector ran: the metrics of hands are left out.")
     return out

@@ -1,4 +1,4 @@
-"""The document's figures as rows of text, for the terminal and for the page."""
+"""The document's figures as rows of text for terminal and page."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rich.console import Console
 from .measure import GROUPED, NAMES, SHARES
 from .reference import change
 
-GROUP_COLUMNS = ("by", "group", "hands", "metric", "in the group (95 %)", "less that of all others (95 %)")
+GROUP_COLUMNS = ("by", "group", "hands", "metric", "in the group (95 %)", "minus that of all others (95 %)")
 
 
-WIDTH = 160  # of tables where there is no terminal
+WIDTH = 160  # columns of a table outside a terminal
 
 
 def console() -> Console:
-    """Where tables go: stdout."""
+    """A console on stdout for tables."""
     out = Console(highlight=False, soft_wrap=True)
     return out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=WIDTH)
 
@@ -28,7 +28,7 @@ def title(metric: str) -> str:
 
 
 def number(metric: str, value: float) -> str:
-    """A share in per cent; a distance with the digits that matter."""
+    """A share in per cent, a distance with 3 or 5 digits."""
     if metric in SHARES or metric.startswith("judge_"):
         return f"{100 * value:.1f} %" if metric != "hand_confidence" else f"{value:.3f}"
     digits = 5 if metric.startswith("kid") else 3
@@ -36,13 +36,13 @@ def number(metric: str, value: float) -> str:
 
 
 def spread(metric: str, entry: dict[str, Any]) -> str:
-    """ "93.8 % (91.0 to 96.1)"."""
+    """A value with its interval: "93.8 % (91.0 to 96.1)"."""
     low, high = (number(metric, entry[key]).removesuffix(" %") for key in ("low", "high"))
     return f"{number(metric, entry['value'])} ({low} to {high})"
 
 
 def metric_rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the table of metrics; with a reference its figure and the difference, too."""
+    """Headings and rows of the table of metrics. With a reference they show its figure and the difference, too."""
     if "differences" not in document:
         rows = [[title(m), spread(m, e), str(e["n"])] for m, e in document["metrics"].items()]
         return ["", "value (95 %)", "N"], rows
@@ -74,5 +74,5 @@ def group_rows(document: dict[str, Any], beyond_chance: bool = False) -> list[li
 
 
 def gaps(document: dict[str, Any]) -> tuple[int, int]:
-    """How many gaps there are, and how many of them leave 0 out."""
+    """The number of gaps, and how many of them leave 0 out."""
     return sum(bool(row[-1]) for row in group_rows(document)), len(group_rows(document, beyond_chance=True))

@@ -27,6 +27,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -213,6 +214,15 @@ class Checkpoint:
                 f"_image_size must be multiples of {multiple} for this VAE and UNet, got "
                 f"{self.image_size[0]}x{self.image_size[1]}."
             )
+
+
+@torch.no_grad()
+def decode(checkpoint: Checkpoint, latents: Tensor) -> Tensor:
+    """Latents [N, C, h, w] -> uint8 pictures [N, H, W, 3]. They are decoded on the VAE's device."""
+    config = checkpoint.vae.config
+    latents = latents.to(next(checkpoint.vae.parameters()).device)
+    image = checkpoint.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def trained_size(unet: UNet2DConditionModel, vae: AutoencoderKL) -> tuple[int, int]:

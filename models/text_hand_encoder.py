@@ -27,6 +27,7 @@ from .hand_features import make_basis
 from .position_kernel import GATED, HIDDEN, TOKEN_KINDS, code_width, position_code
 from .smplh import matrix_to_rotation_6d, rotation_6d_to_matrix
 
+FEATURES = ("joints", "rotations", "bps", "visibility")  # what the encoder reads of the hands, by name
 NUM_HAND_JOINTS, NUM_HAND_ROTATIONS = 21, 16
 # Which of MANO's 16 rotations belongs to each of the 21 joints; the five tips have none.
 ROTATED_JOINTS = (0, 1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19)

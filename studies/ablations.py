@@ -1,4 +1,4 @@
-"""What each hand cue brings, and each way to tell the UNet of hands: variants trained alike, judged by `hd-eval`.
+"""Measures what each hand cue, and each way to condition the UNet, brings: variants trained alike, by `hd-eval`.
 
     cues           all eight sets of joints, rotations, vertices (the paper tried three), with the positional kernel
     frame          rotations as the camera sees them, instead of relative to parents
@@ -8,10 +8,10 @@
     python studies/ablations.py OUT --data WORLD --judge runs/report/judge
 
 As the paper begins with Stable Diffusion, every variant begins with a model that can draw and read: the shipped demo's
-UNet and the text part of its encoder. What that has learned of hand tokens and of places is left out; those parts
-begin untrained. All see the same samples in the same order (`hd-train`'s stage `pictures`, the demo's recipe, `--steps`
-of it), and paint the true hands of the same held-out prompts from the same noise. "Hands only" is trained and asked
-with the words "a hand". The same command again goes on.
+UNet and the text part of its encoder. Its parts for hand tokens and places begin untrained. All variants see the same
+samples in the same order (`hd-train`'s stage `pictures`, the demo's recipe, `--steps` of it), and paint the true hands
+of the same held-out prompts from the same noise. "Hands only" is trained and asked with the words "a hand". The same
+command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from handiffuser.commands import run
 from handiffuser.data.cli import progress
 from handiffuser.data.samples import Bad, Sample, read, write_shards
 from handiffuser.errors import TrainingError
-from handiffuser.evaluation import measure, pictures
+from handiffuser.evaluation import measure, painting, pictures
 from handiffuser.evaluation.cli import finish, say, write
 from handiffuser.evaluation.eager import Torch
 from handiffuser.evaluation.page import plot, table
@@ -131,9 +131,9 @@ def judged(
 ) -> dict[str, Any]:
     """The figures of a checkpoint that paints the renders' hands."""
     painter = Torch(checkpoint, {"body": None, "threads": None, "device": "auto"})
-    requests = pictures.wanted(renders, None, None, renders.parent / f"{renders.name}-hands", 0, say)
+    requests = painting.wanted(renders, None, None, renders.parent / f"{renders.name}-hands", 0, say)
     with progress(f"painting with {checkpoint.parent.name}") as show:
-        made = pictures.make(painter, requests, out, say, show)
+        made = painting.make(painter, requests, out, say, show)
     labels = dict(zip(seen.keys, seen.labels, strict=True))
     return measure.figures(look_with(tools, made.folder, made.keys, labels), seen)["metrics"]
 

@@ -1,23 +1,23 @@
-"""How far a checkpoint holds beyond what it was trained on: groups of scenes, each beside what it should look like.
+"""Measures how far a checkpoint generalises: groups of scenes beyond its training, each beside its renders.
 
-    usual        held-out prompts, palms, backs and sides equally often: what all others stand beside
+    usual        held-out prompts, palms, backs and sides equally often: the base of all others
     known-pairs  two hands that do different things, as training has them
     new-pairs    two hands whose gestures never stood together in training
     wordings-... the scenes of `usual` in sentences that training's grammar cannot make: the words that it knows in
                  another order, relative clauses, polite requests, another name for the gesture
     between      fingers between two gestures, in the middle third of the way
-    mirrored     the mirror image. The demo's world is symmetric, left and right hands come equally often, so this is a
-                 check and not a surprise: a model that learned one side better would show it
+    mirrored     the mirror image. Left and right hands come equally often in the demo's world, so this checks that the
+                 model did not learn one side better
     turned-30    wrists 30 degrees beyond the farthest that training bends them, about any axis
     turned-60    the same, 60 degrees
     edited       one finger dragged elsewhere by its tip, as on the page of hd-serve; the rest stays as it was
 
     python studies/beyond.py OUT --count 96 --judge runs/report/judge
 
-Renders are the ceiling of each group. Beside them stand pictures painted from those very hands (stage 2 alone), and
-where words are what is tried, from the prompt (both stages). But for the pairs, scene i of a group is scene i of
-`usual`, changed, and painted from the same noise. Poses between gestures, and edited ones, keep the prompt of the
-gesture that they came from: words and hands say different things then.
+Renders are the ceiling of each group. Beside them are pictures painted from the same hands (stage 2 alone) and, for
+groups that change words, from the prompt (both stages). Except in pairs, scene i of a group is scene i of `usual` with
+a change, painted from the same noise. Poses between gestures and edited poses keep the prompt of their gesture, so
+words and hands differ.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ Rows = dict[str, dict[str, dict[str, Any]]]
 SIDES = ("left", "right")
 BEND = 16.2  # degrees: the farthest that training bends a wrist, 14 about one axis and 8 about another
 NEW = 8.0  # degrees, on the mean of 15 joints: training's own poses lie nearer to their gesture than that
-MOVED = 0.25  # hand sizes in the picture: an edit that moves a finger's tip less is none
-JOINT_MOVED = 0.1  # hand sizes: joints that an edit moves less say nothing of whether it was followed
+MOVED = 0.25  # hand sizes in the picture: an edit must move a fingertip at least so far
+JOINT_MOVED = 0.1  # hand sizes: joints that an edit moves less do not count
 TRIES = 200
 FULL = ("renders", "true-hands", "full-pipeline")
 TITLES = {  # column of the table -> its heading

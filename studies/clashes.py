@@ -1,9 +1,9 @@
-"""How often do two hands that stage 1 made not fit into one picture, with and without drawing them again?
+"""How often two hands of stage 1 do not fit into one picture, with and without drawing them again.
 
-    python -m studies.clashes
+    python studies/clashes.py
 
-Of the demo: 1,000 prompts of its own grammar that leave side and number open, 300 that ask for two hands, and
-"thumbs up" with 200 seeds. No picture is painted.
+The demo runs 1,000 prompts of its own grammar that leave side and number open, 300 that ask for two hands, and
+"thumbs up" with 200 seeds. It makes hands and no pictures.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def prompts() -> dict[str, list[str]]:
 
 
 def clashes(pipeline: HanDiffuser, asked: list[str], redraws: int) -> int:
-    """How many of these prompts, prompt i with seed i, end with two hands that clash."""
+    """How many of these prompts end with two hands that clash. Prompt i has seed i."""
     count = 0
     for start in range(0, len(asked), BATCH):
         some = [

@@ -1,14 +1,14 @@
-"""Few runs of the UNet in two ways, from one teacher: `hd-train distill`, and latent consistency as it was published.
+"""Compares two students with few runs of the UNet: `hd-train distill`, and latent consistency as published.
 
     python studies/consistency.py OUT --teacher CHECKPOINT --data WORLD --judge runs/report/judge
 
-    jumps          ours: one DDIM step leads from a state that the teacher came through to a later one
-    consistency    Luo et al. 2023 (arXiv 2310.04378): two neighbours on a trajectory, noised data and one guided DDIM
-                   step of the teacher from it, are to give the same clean picture; sampled with `--solver lcm`
+    jumps          ours: one DDIM step leads from one state of the teacher's trajectory to a later one
+    consistency    Luo et al. 2023 (arXiv 2310.04378): noised data, and the state after one guided DDIM step of the
+                   teacher, must give the same clean picture; sampled with `--solver lcm`
 
 Both students begin as the teacher and take equally many steps of equally many pictures at the same learning rate, with
 guidance folded in. Then they, the teacher, and the teacher in as few runs paint the true hands of the same held-out
-prompts from the same noise, exported, as hd-run does. The same command again goes on.
+prompts from the same noise, exported, as hd-run does. The same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from handiffuser.commands import run
 from handiffuser.data.latents import encode_prompts
 from handiffuser.errors import TrainingError
-from handiffuser.evaluation import measure, pictures
+from handiffuser.evaluation import measure, painting, pictures
 from handiffuser.evaluation.cli import finish, say
 from handiffuser.evaluation.tables import spread, title
 from handiffuser.export.bundle import export_bundle
@@ -190,7 +190,7 @@ def command(
         if not (bundle / "manifest.json").is_file():
             export_bundle(checkpoint, bundle)
         options = {"device": "cpu", "threads": 1, "batch_size": 4, "backend": "onnxruntime"}
-        painter = pictures.Engines(str(bundle), options, say)
+        painter = painting.Engines(str(bundle), options, say)
         folder = paint(painter, out / "renders", "true-hands", count)
         painter.close()
         read = pictures.read_pictures(folder, None, say, list(scenes))

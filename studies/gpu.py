@@ -1,4 +1,4 @@
-"""All that is to be measured on a GPU, in one go: does it work, then how fast. `benchmarks/gpu.sh` calls it.
+"""Measures everything on a GPU in one run: first whether it works, then how fast. `benchmarks/gpu.sh` calls it.
 
     benchmarks/gpu.sh                                   # every backend; Stable Diffusion 1.5's size with random weights
     benchmarks/gpu.sh --size tiny --backends onnxruntime        # another size; without a GPU it runs on the CPU
@@ -115,7 +115,7 @@ def run_step(command: Sequence[str], log: Path, limit: float) -> int:
 
 
 def measure(found: Sequence[Step], out: Path, runner: Runner = run_step, say: Callable[[str], None] = print) -> int:
-    """Runs what is not done yet; a step that fails is named, and what needs it is left out. Returns how many failed."""
+    """Runs the steps that are not done. Names failed steps, leaves out what needs them, and returns their number."""
     out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for step in found:
@@ -160,7 +160,7 @@ def everything(size: str, backends: str | None, out: Path | None, work: Path | N
     cuda = gpu()
     chosen = backends.split(",") if backends else [name for name in BACKENDS if TABLE[name].installed()]
     if wrong := set(chosen) - set(BACKENDS):
-        raise EngineError(f"--backends must be some of {', '.join(BACKENDS)}, got {sorted(wrong)[0]!r}.")
+        raise EngineError(f"--backends must be of {', '.join(BACKENDS)}, got {sorted(wrong)[0]!r}. Name others.")
     name = "CPU" if cuda is None else cuda.name.replace(" ", "-").replace("/", "-")
     out = out or Path("benchmarks/results") / f"{date.today()}-{name}"
     work = work or out.with_name(out.name + ".work")
@@ -179,7 +179,7 @@ def everything(size: str, backends: str | None, out: Path | None, work: Path | N
 
 @commands.command()
 def machine() -> int:
-    """Says what is measured on: GPU, driver, processor, versions."""
+    """Prints GPU, driver, processor and versions."""
     if shutil.which("nvidia-smi"):
         subprocess.run(["nvidia-smi"], check=False)
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]

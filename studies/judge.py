@@ -1,7 +1,7 @@
 """A judge of pictures: a small classifier trained on renders only, never on generated pictures.
 
 It reads gesture, side, skin, background and view, and the right hand's gesture where there are two. Its verdict counts
-only where it is good itself: `accuracy` on held-out renders is part of every report.
+only where it reads well itself: every report gives its `accuracy` on held-out renders.
 
     judge(images)["gesture"]   # logits [N, 24] from float images [N, 3, 128, 128] in [-1, 1]
 """
@@ -124,16 +124,18 @@ def read(judge: Judge, images: Tensor, batch: int = 64) -> Tensor:
 
 
 class Judged:
-    """A judge that `python studies/report.py` trained. It knows the demo's world only, and our renders."""
+    """A judge that `python studies/report.py` trained. It knows the renders of the demo's world only."""
 
     def __init__(self, folder: Path) -> None:
         """Raises EvaluationError for a folder without one."""
         if not folder.is_dir():
-            raise EvaluationError(f"--judge must be a folder, got {folder}. `python studies/report.py` trains a judge.")
+            raise EvaluationError(
+                f"The judge's folder must exist, got {folder}. Train a judge: python studies/report.py"
+            )
         self.judge = load_judge(folder)
 
     def __call__(self, image: np.ndarray, labels: dict[str, str]) -> dict[str, float]:
-        """uint8 [H, W, 3] and what it should show -> 1 or 0 for each label that both know."""
+        """uint8 [H, W, 3] and its wanted labels -> 1 or 0 for each label that the judge knows, too."""
         known = {name: word for name, word in labels.items() if word in LABELS.get(name, ())}
         if not known:
             return {}

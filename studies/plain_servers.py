@@ -1,11 +1,11 @@
-"""Two servers as one would write them in an afternoon, over the same engines: what hd-serve is measured against.
+"""Two minimal servers over the same engines, to compare hd-serve with.
 
     python studies/plain_servers.py compare demo --batch-size 4 --threads 1 --requests 40
     python studies/plain_servers.py lock demo --port 8001
     python studies/plain_servers.py static demo --port 8002
 
 lock      one request after the other
-static    what has come in, up to the batch size, is run as a batch; the next one begins when its longest member is done
+static    the waiting requests, up to the batch size, run as a batch; the next begins when its longest member is done
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ SERVERS = {**OURS, "lock": (__file__, "lock"), "static": (__file__, "static")}
 @click.option("--requests", type=click.IntRange(1), default=40, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 def compare(engines: str, requests: int, rounds: int, **how: Any) -> None:
-    """All of them and hd-serve in turn, as `hd-bench --serve` does with hd-serve alone."""
+    """Measures both and hd-serve in turn, as `hd-bench --serve` measures hd-serve."""
     pipeline = HanDiffuser.load(engines, how["device"], how["threads"], how["batch_size"], how["backend"])
     asked = mixed_requests(pipeline, requests, steps=SERVED_STEPS)
     rows = list(over_http.compare(engines, asked, SHARES, rounds, how, Console(stderr=True).print, SERVERS))

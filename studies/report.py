@@ -1,7 +1,7 @@
 """The demo's report: how far pictures follow their prompts, on 480 held-out close-up prompts and 360 of two hands, read
 by the judge.
 
-Rows go from the ceiling to the full pipeline, so that a loss can be laid at one stage's door:
+Rows go from the ceiling to the full pipeline, so that each loss belongs to one stage:
 
     renders                  the judge itself
     renders, through the VAE the autoencoder
@@ -58,16 +58,16 @@ from rich.table import Table
 from torch import Tensor
 
 COUNT = 480
-JUDGE_MUST = 0.9  # gestures that the judge must read rightly on held-out renders before its verdict counts
+JUDGE_MUST = 0.9  # share of gestures that the judge must read on held-out renders
 SEED = 20_260_000
 TWO_HANDS = ("alike", "pairs", "new pairs")
 
 
 def held_out_scenes(count: int, seed: int = SEED, kind: str = "one") -> list[Scene]:
-    """Close-ups whose prompts training never saw and which say everything.
+    """Close-ups with complete prompts that training never saw.
 
     kind: "one" hand, palm, back and side views equally often; "alike", two hands that do the same; "pairs", two that do
-    different things; "new pairs" stand in no picture of training. Gestures come equally often where they can.
+    different things; "new pairs", which training never shows. Gestures come equally often where possible.
     """
     rng = np.random.default_rng(seed)
     scenes: list[Scene] = []

@@ -1,4 +1,4 @@
-"""Where the demo loses quality: five sets of pictures of the same held-out prompts, from the ceiling to the pipeline.
+"""Measures where the demo loses quality, on five sets of pictures of the same held-out prompts.
 
     renders                   what the world looks like: the ceiling
     through-the-vae           the same, encoded and decoded
@@ -14,7 +14,6 @@ that `hd-eval` takes, too.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +29,12 @@ from handiffuser.data.samples import Sample, encode_png, members, picture
 from handiffuser.demo.dataset import samples_of
 from handiffuser.demo.render import demo_body
 from handiffuser.demo.scenes import Scene
-from handiffuser.evaluation import measure, pictures
+from handiffuser.evaluation import measure, painting, pictures
 from handiffuser.evaluation.cli import finish, say
 from handiffuser.evaluation.eager import Torch
 from handiffuser.evaluation.run import instruments
 from handiffuser.evaluation.tables import spread, title
+from handiffuser.files import written
 from handiffuser.hands import POSES
 from handiffuser.rotations import axis_angle_to_matrix
 from handiffuser.training.sample import decode, encode
@@ -56,14 +56,12 @@ def key_of(number: int) -> str:
 
 
 def save(folder: Path, samples: Sequence[Sample]) -> None:
-    """Plain files in the sample format, the .json last: what it names is whole."""
+    """Writes plain files in the sample format, the .json last, so that the files that it names are whole."""
     folder.mkdir(parents=True, exist_ok=True)
     for sample in samples:
         for suffix, content in sorted(members(sample).items(), key=lambda member: member[0] == "json"):
-            path = folder / f"{sample.key}.{suffix}"
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+            with written(folder / f"{sample.key}.{suffix}") as temporary:
+                temporary.write_bytes(content)
 
 
 def draw(scenes: Mapping[str, Scene], folder: Path, size: int) -> list[Sample]:
@@ -78,14 +76,16 @@ def draw(scenes: Mapping[str, Scene], folder: Path, size: int) -> list[Sample]:
     return samples
 
 
-def paint(painter: pictures.Painter, renders: Path, way: str, count: int) -> Path:
-    """The first `count` prompts of a folder of renders, painted beside it; the way "true-hands" with the renders' own
-    hands, "full-pipeline" with stage 1's. What is painted already is kept."""
+def paint(painter: painting.Painter, renders: Path, way: str, count: int) -> Path:
+    """Paints the first `count` prompts of a folder of renders, beside it. Keeps pictures that exist.
+
+    way: "true-hands" paints the renders' own hands, "full-pipeline" those of stage 1.
+    """
     given = renders.parent / "given-hands" if way == "true-hands" else None
-    requests = pictures.wanted(renders, None, count, given, 0, say)
+    requests = painting.wanted(renders, None, count, given, 0, say)
     folder = renders.parent / way
     with progress(f"painting {folder}") as show:
-        return pictures.make(painter, requests, folder, say, show).folder
+        return painting.make(painter, requests, folder, say, show).folder
 
 
 def look_with(
@@ -111,7 +111,7 @@ def load_painter(checkpoint: str) -> Torch:
 
 @torch.no_grad()
 def make_rows(painter: Torch, out: Path, count: int) -> dict[str, Path]:
-    """The five folders. What is painted already is kept."""
+    """The five folders. Pictures that exist are kept."""
     scenes = {key_of(number): scene for number, scene in enumerate(held_out_scenes(count, SEED))}
     size = painter.checkpoint.image_size[0]
     renders = draw(scenes, out / "renders", size)

@@ -1,4 +1,4 @@
-"""What many GPUs would do, from measured step times: waiting times of a fleet behind one queue, and a long batch job.
+"""Simulates many GPUs from measured step times: waiting times of a fleet behind one queue, and a long batch job.
 
     python studies/simulate.py --step 1:0.018,8:0.06 --gpus 1,8,64 --utilisation 0.8
     python studies/simulate.py --step 1:0.036,2:0.072
@@ -7,8 +7,8 @@
 between them it is linear. Three ways to serve are compared on the same requests at the same times:
 
     in-flight    a request takes a free slot at any step and leaves when it is done
-    static       what waits, up to the slots, is a batch; the next begins when its longest member is done
-    one          one request after the other, a GPU
+    static       the waiting requests, up to the slots, are a batch; the next begins when its longest member is done
+    one          each GPU runs one request after the other
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How fast stage 2 trains, and in how much memory: whole or LoRA, with and without gradient checkpointing, in bfloat16.
+"""Measures speed and memory of stage 2's training: whole or LoRA, with and without gradient checkpointing, bfloat16.
 
     python studies/training_speed.py CHECKPOINT --output training.json
 
-The product's own loop on rows made on the spot: reading a dataset is not in it, all else is. A way that does not fit
+It runs the product's own loop on made-up rows, so it does not time the reading of a dataset. A way that does not fit
 into memory says so, and the others go on.
 """
 
@@ -96,7 +96,7 @@ def measure(folder: Path, way: Way, steps: int) -> dict[str, Any]:
 @click.option("--steps", type=click.IntRange(2), default=10, show_default=True, help="Measured, after one more.")
 @click.option("--output", type=click.Path(path_type=Path), help="The figures as JSON.")
 def main(checkpoint: Path, steps: int, output: Path | None) -> int:
-    """Trains CHECKPOINT a few steps in each way, and keeps nothing of it."""
+    """Trains CHECKPOINT a few steps in each way, and keeps only the figures."""
     loop.save_state = lambda *_: None  # type: ignore[assignment]  # the state of a large model is 20 GB to write
     found = []
     for way in WAYS:

@@ -13,12 +13,12 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..data.latents import encode_prompts
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import Checkpoint, decode
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
+from ..models.text_hand_encoder import FEATURES as CUES
 from ..models.text_hand_encoder import word_states
 
-CUES = ("joints", "rotations", "bps", "visibility")
 Network = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -109,15 +109,6 @@ def initial_noise(count: int, shape: tuple[int, ...], offset: float, generator: 
     """[count, C, h, w]: the noise that pictures start from; as `runtime.noise.initial`, with PyTorch's numbers."""
     noise = torch.randn(count, *shape, generator=generator)
     return noise + offset * torch.randn(count, shape[0], 1, 1, generator=generator) if offset else noise
-
-
-@torch.no_grad()
-def decode(checkpoint: Checkpoint, latents: Tensor) -> Tensor:
-    """Latents -> uint8 pictures [N, H, W, 3]."""
-    config = checkpoint.vae.config
-    latents = latents.to(next(checkpoint.vae.parameters()).device)  # only the VAE's own stage moves it to the GPU
-    image = checkpoint.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
-    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`hd-bench` as a user types it: tables, then one line of JSON; a page that needs nothing; a sentence for bad input."""
+"""`hd-bench` as a user types it: tables and one line of JSON, a page that stands alone, one sentence for bad input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def document_of(result: subprocess.CompletedProcess[str]) -> dict:
 
 @pytest.fixture(scope="module")
 def done(tiny_bundle, tmp_path_factory):
-    """One run with everything but the peers: the result and its folder."""
+    """One run with all options but --peers and --serve: the result and its folder."""
     folder = tmp_path_factory.mktemp("bench")
     files = ("--report", folder / "page.html", "--output", folder / "bench.json")
     options = ("--batch-sizes", "1,2", "--soak", 6, "--load", "--requests", 3, "--utilisation", 2, "--cpu-clock")
@@ -53,7 +53,7 @@ def test_the_last_line_is_the_document(done):
 def test_the_page_needs_nothing_from_elsewhere(done):
     text = (done[1] / "page.html").read_text()
     assert text.count("<svg") == 5  # latency, throughput, stages, load, soak
-    # Names of XML's vocabularies are no addresses that anything would fetch.
+    # XML namespaces are not addresses that a browser loads.
     assert not re.search(r"""(?:src|href|url\(|@import)\s*=?\s*["'(]?\s*https?:""", text)
     assert set(re.findall(r"https?://[^\s\"'<]+", text)) <= {
         "http://www.w3.org/2000/svg",
@@ -95,12 +95,16 @@ def test_a_fresh_process_makes_the_first_picture(tiny_bundle):
         ((), 2, "Name what to measure"),
         (("demo", "--random", "tiny"), 2, "Name what to measure"),
         (("nowhere",), 1, "nowhere does not exist. `hd-export CHECKPOINT OUT` makes a bundle"),
-        (("demo", "--batch-sizes", "0"), 2, "write whole numbers from 1 to 1024 with commas"),
-        (("demo", "--batch-sizes", "1,two"), 2, "write whole numbers from 1 to 1024 with commas"),
-        (("demo", "--steps", "100000"), 2, "write whole numbers from 1 to 1000"),
+        (("demo", "--batch-sizes", "0"), 2, "must be whole numbers from 1 to 1024"),
+        (("demo", "--batch-sizes", "1,two"), 2, "must be whole numbers from 1 to 1024"),
+        (("demo", "--steps", "100000"), 2, "must be whole numbers from 1 to 1000"),
         (("demo", "--requests", "100000000"), 2, "1000000"),
-        (("demo", "--report", "missing/page.html"), 1, "--report missing/page.html cannot be written"),
-        (("demo", "--output", "/"), 1, "--output / cannot be written"),
+        (
+            ("demo", "--report", "missing/page.html"),
+            1,
+            "--report must be a file that can be written, got missing/page.html",
+        ),
+        (("demo", "--output", "/"), 1, "--output must be a file that can be written, got /"),
         (("demo", "--cpu-clock"), 1, "Add --threads 1"),
         (("engines", "--peers"), 2, "--checkpoint FOLDER"),
         (("demo", "--solver", "magic"), 2, "'magic' is not one of"),

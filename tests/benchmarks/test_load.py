@@ -65,7 +65,7 @@ def test_arrivals_are_poisson():
     assert times[:10] != load.arrival_times(10, rate=4.0, seed=2)
 
 
-def test_in_flight_nobody_waits_for_the_longest():
+def test_in_flight_requests_do_not_wait_for_the_longest():
     clock = FakeClock()
     # Two slots. r0 takes long; r1 and r2 share the other slot, r3 comes when nothing is left.
     done = load.in_flight(FakePipeline(clock), requests(6, 2, 1, 3), [0, 0.5, 1.5, 50], clock)

@@ -1,4 +1,4 @@
-"""The peers do the same work: their pictures are ours. Ratios and skips are reported as they were measured."""
+"""The peers paint our pictures. The table reports ratios and skipped peers as measured."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from handiffuser import CheckpointError, HanDiffuser, Request, RequestError
 from handiffuser.benchmarks import measure, peers
 from handiffuser.contract import Manifest
+from handiffuser.evaluation.eager import scheduler_of
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_all_paint_the_same(pipeline, way, solver, guidance):
 def test_all_draw_hands_again_alike(pipeline, eager, monkeypatch):
     once = pipeline.prepare([Request("two hands", seed=seed, steps=2) for seed in range(6)])[0]
     middle = np.median([picture.hands["params"][0] for picture in pipeline.run(once)])
-    for module in ("runtime.bundle", "benchmarks.peers"):
+    for module in ("runtime.bundle", "evaluation.eager"):
         monkeypatch.setattr(f"handiffuser.{module}.clash", lambda joints, seen, params: bool(params[0] > middle))
     requests = pipeline.prepare([Request("two hands", seed=seed, steps=2, hand_redraws=2) for seed in range(6)])[0]
     made = {picture.id: picture for picture in pipeline.run(requests)}
@@ -89,7 +90,7 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 @pytest.mark.slow
 def test_signals_are_heard_after_openvino_is_gone(tmp_path):
-    """In a process of its own: where they are not, it is gone."""
+    """In its own process: without the fix the signal would end it."""
     pytest.importorskip("openvino")
     command = [sys.executable, "-c", SIGNALLED, str(tmp_path / "toy.onnx")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -143,13 +144,13 @@ def test_differences():
 
 def test_a_solver_that_adds_noise_is_refused():
     with pytest.raises(RequestError, match="ddpm adds noise"):
-        peers.scheduler_of("ddpm", {}, 4)
+        scheduler_of("ddpm", {}, 4)
 
 
 def test_a_checkpoint_that_is_not_the_bundles(tiny_checkpoint_folder):
     from handiffuser.shipped import bundle_path
 
-    with pytest.raises(CheckpointError, match="one was not exported from the other"):
+    with pytest.raises(CheckpointError, match="must be the one that the bundle was exported from"):
         peers.load_eager(str(tiny_checkpoint_folder), None, bundle_path(), Manifest.load(bundle_path()))
 
 

@@ -1,4 +1,4 @@
-"""FID and KID beside torchmetrics and a plain float64 formula; intervals that cover what they say."""
+"""FID and KID beside torchmetrics and a plain float64 formula; intervals hold the truth as often as they say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Extractors: the one that is always there, the user's own, and what is refused."""
+"""Extractors: random filters, the user's own networks, and refused files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_random_filters_are_the_same_everywhere():
     found = extractor(IMAGES)
     assert found.shape == (2, extractor.settings["features"]) and "not comparable" in extractor.warning
     assert np.allclose(found[:1], RandomFilters()(IMAGES[:1]), rtol=1e-5)
-    # Nobody's figures may change because a library draws other numbers.
+    # The figures must not change when a library draws other numbers.
     assert extractor.weights[0][0, 0, 0].numpy() == pytest.approx([-0.1835, -0.0986, 0.3166], abs=1e-4)
     assert [float(w.abs().sum()) for w in extractor.weights] == pytest.approx([202.36, 1328.42, 3764.43], abs=0.02)
 
@@ -45,12 +45,12 @@ def test_a_torchscript_file_is_run(tmp_path, network, wanted):
 def test_a_pickle_is_refused(tmp_path):
     weights = tmp_path / "inception.pth"
     torch.save({"fc.weight": torch.zeros(2)}, weights)
-    with pytest.raises(EvaluationError, match="pickle, which is never opened"):
+    with pytest.raises(EvaluationError, match="must not be a pickle"):
         load_extractor(weights)
     weights.write_bytes(b"\x80\x02}q\x00.")
-    with pytest.raises(EvaluationError, match="no TorchScript"):
+    with pytest.raises(EvaluationError, match="safetensors or TorchScript"):
         load_extractor(weights)
-    with pytest.raises(EvaluationError, match="There is no file"):
+    with pytest.raises(EvaluationError, match="must be a file"):
         load_extractor(tmp_path / "nowhere.pt")
 
 
@@ -64,9 +64,9 @@ def test_inception_takes_the_users_weights_and_no_others(tmp_path):
     found = load_extractor(tmp_path / "inception.safetensors")(IMAGES[:1])
     assert found.shape == (1, 2048) and np.isfinite(found).all() and found.std() > 0
     save_file({"fc.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(EvaluationError, match="not the Inception V3 of pytorch-fid"):
+    with pytest.raises(EvaluationError, match="must be the Inception V3 of pytorch-fid"):
         load_extractor(tmp_path / "other.safetensors")
-    # TensorFlow 1 takes the corner of a pixel for its place: doubled, each second column is the mean of two.
+    # TensorFlow 1 samples at pixel corners: at twice the size each second column is the mean of two.
     row = torch.tensor([0.0, 10, 30]).expand(1, 1, 3, 3)
     assert resized_as_tensorflow(row, 6)[0, 0, 0].tolist() == [0, 5, 10, 20, 30, 30]
 

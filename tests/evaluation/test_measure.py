@@ -1,4 +1,4 @@
-"""The figures of sets of pictures whose truth is known, by detectors that are told what to find; and the commands."""
+"""Figures of pictures whose truth is known, by detectors that know what to find; and the commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from datasets import made_sample
 from handiffuser import shipped
 from handiffuser.data.samples import Sample, encode_png, read
 from handiffuser.errors import EvaluationError
-from handiffuser.evaluation import measure, pictures, run
+from handiffuser.evaluation import measure, painting, pictures, run
 from handiffuser.evaluation.cli import evaluate
 from handiffuser.evaluation.detect import Found, MediaPipe, distinct, windows
 from handiffuser.evaluation.distances import interval
@@ -32,9 +32,9 @@ COUNT = 40
 
 
 class Told:
-    """A detector that finds what the picture's first pixels say: 0 nothing, 1 the hand, 2 the hand with its side wrong.
+    """A detector that finds what the first pixel says: 0 nothing, 1 the hand, 2 the hand with the wrong side.
 
-    It moves the joints by a tenth of the hand's size where the second pixel says so.
+    It moves the joints by 0.15 of the hand's size where the pixel's second channel is 1.
     """
 
     name, settings = "told", {"eyes": "none"}
@@ -53,7 +53,7 @@ class Told:
 
 
 class Blind:
-    """Another detector, of another make: it needs nothing but the call."""
+    """A detector that finds nothing. It has only what `Detector` asks for."""
 
     name, settings = "blind", {}
 
@@ -102,8 +102,8 @@ def test_another_detector_and_none():
     assert document["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-6)
 
 
-def test_who_is_served_worse():
-    """Misses lie in the first half, the fists: their gap leaves 0 out, and the skin's, which has no say, does not."""
+def test_groups_show_which_hands_are_worse():
+    """Only fists are missed: the gap of fists leaves 0 out, the gap of skins does not."""
     shown, told = world(wrong=0)
     entries = {(e["by"], e["group"]): e for e in figures(seen_by(told, shown), None)["groups"]}
     gap = entries["gesture", "fist"]["hand_confidence"]["gap"]
@@ -132,7 +132,7 @@ def test_distances_see_a_change_of_pictures():
 
 
 def test_the_cost_of_a_candidate():
-    """What the candidate misses more shows in every figure; the same pictures cost nothing."""
+    """Hands that only the candidate misses show in every figure. The same pictures cost nothing."""
     shown, told = world(missed=2, wrong=0)
     worse = [Shown(s.key, s.image.copy(), s.prompt, s.hands, s.labels) for s in shown]
     for one in worse[10:20]:
@@ -190,13 +190,13 @@ def test_a_folder_is_measured_without_a_detector(tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["nowhere"], "There is no folder nowhere"),
+        (["nowhere"], "WHAT must be a folder, got nowhere"),
         (["."], "holds no samples"),
         (["demo"], "nothing to paint"),
         (["demo", "--reference", "."], "two that paint"),
-        ([".", "--weights", "nothing.pt"], "There is no file nothing.pt"),
+        ([".", "--weights", "nothing.pt"], "--weights must be a file, got nothing.pt"),
         ([".", "--clip", "."], "lacks config.json"),
-        ([".", "--report", "no/such/page.html"], "cannot be written"),
+        ([".", "--report", "no/such/page.html"], "file that can be written"),
     ],
 )
 def test_what_cannot_be_done_is_a_sentence(words, sentence, tmp_path, monkeypatch):
@@ -229,7 +229,7 @@ def test_an_engine_paints_the_prompts_of_a_folder_and_goes_on(tiny_bundle, tmp_p
 
 
 def test_a_bundle_beside_its_checkpoint(tiny_bundle, tiny_checkpoint_folder, tmp_path):
-    """The same noise, so the same pictures to a level or two: PyTorch and the graphs."""
+    """From the same noise PyTorch and the graphs paint the same pictures to a level or two."""
     (tmp_path / "prompts.txt").write_text("a fist\ntwo open hands\na left hand\n")
     document = invoke(
         tiny_bundle, "--reference", tiny_checkpoint_folder, "--prompts", tmp_path / "prompts.txt", "--no-detector",
@@ -295,7 +295,7 @@ def test_views_come_equally_often_and_prompts_are_held_out():
 
 
 def test_mediapipe_finds_hands_that_it_never_saw():
-    """Our renders: photographs' detector finds most, where they are, and names the sides as we do."""
+    """A detector trained on photographs finds most hands of our renders, their joints and their sides."""
     mediapipe = pytest.importorskip("mediapipe", exc_type=ImportError)
     if not hasattr(mediapipe, "solutions"):
         pytest.skip("this MediaPipe has no hand models")
@@ -321,9 +321,9 @@ def test_help_is_there():
 def test_as_a_reference_the_word_demo_is_the_shipped_checkpoint(monkeypatch):
     eager = pytest.importorskip("handiffuser.evaluation.eager")
     monkeypatch.setattr(eager, "Torch", lambda path, options, what: (path, what))
-    monkeypatch.setattr(pictures, "Engines", lambda what, options, say: what)
-    assert pictures.painter_of("demo", {}, print, checkpoint=True) == (shipped.checkpoint_path(), "demo")
-    assert pictures.painter_of("demo", {}, print) == "demo"
+    monkeypatch.setattr(painting, "Engines", lambda what, options, say: what)
+    assert painting.painter_of("demo", {}, print, checkpoint=True) == (shipped.checkpoint_path(), "demo")
+    assert painting.painter_of("demo", {}, print) == "demo"
 
 
 def photographs(folder, count=6):
@@ -354,7 +354,7 @@ def test_one_picture_has_no_fid_and_the_note_says_so(tmp_path):
 
 
 def test_a_distance_is_never_negative():
-    """Sets that are alike, but not by their keys: 0, and resamplings that differ."""
+    """Equal sets with different keys have FID 0, and an interval above it."""
     shown, _ = world()
     others = [Shown(f"other-{one.key}", one.image, one.prompt, one.hands, one.labels) for one in shown]
     found = figures(seen_by(None, others), seen_by(None, shown))["metrics"]
@@ -364,7 +364,7 @@ def test_a_distance_is_never_negative():
 
 
 def mediapipe_of(*places: float) -> MediaPipe:
-    """A MediaPipe whose model finds hands at these places of the whole picture, as many as it may."""
+    """A MediaPipe whose model finds hands at these places, up to its limit."""
     detector = MediaPipe.__new__(MediaPipe)
     detector.pad, detector.size, detector.hands, detector._models = 0.25, 768, 8, {}
 
@@ -383,7 +383,7 @@ def mediapipe_of(*places: float) -> MediaPipe:
 
 
 def test_the_detector_has_no_limit_of_hands():
-    """It once looked for two, and counted all that were asked for: of four at most half were found."""
+    """With a limit of two hands, at most half of four requested hands were found."""
     image = np.zeros((64, 64, 3), np.uint8)
     for count in (1, 4, 9, 20):
         assert len(mediapipe_of(*np.linspace(-3, 3, count))._look(image)) == count

@@ -1,4 +1,4 @@
-"""The preference page, and what its answers say: nothing where they are random, everything where they are not."""
+"""The preference page, and what its answers say: random answers show no preference, consistent ones show it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from datasets import made_sample
 from handiffuser.errors import EvaluationError
 from handiffuser.evaluation.cli import evaluate
 from handiffuser.evaluation.pairs import QUESTIONS, a_is_left, page_of
-from handiffuser.evaluation.preferences import binomial, cohen, count, fleiss, proportion, read_answers, sentences
+from handiffuser.evaluation.preferences import cohen, count, fleiss, proportion, read_answers, sentences
 from rows import save
+from statsmodels.stats.inter_rater import fleiss_kappa
 
 DATA = re.compile(r"const data = (\{.*\});")
 
@@ -54,7 +55,7 @@ def test_the_page_is_blind_and_stands_alone(page):
     assert not re.search(r"(src|href)=\"?(http|//)", page) and "key-00" not in page
     left = {q: np.mean([a_is_left(data["study"], q, i["pair"]) for i in data["items"]]) for q in QUESTIONS}
     assert all(0.3 < share < 0.7 for share in left.values()), "sides are random"
-    # What stands on the left is A where `preferences` thinks so: A's pictures have 24 pixels.
+    # The left picture is A where `preferences` says so: A's pictures have 24 pixels.
     from base64 import b64decode
     from io import BytesIO
 
@@ -67,7 +68,7 @@ def test_the_page_is_blind_and_stands_alone(page):
 
 
 def test_random_answers_say_nothing(page, tmp_path):
-    """Three raters who throw dice: no winner, no side, no agreement."""
+    """Three raters throw dice: the count finds no winner, no effect of the side and no agreement."""
     dice = random.Random(4)
     paths = [
         rater(page, tmp_path / f"{name}.json", name, lambda *_: dice.choice(("left", "right", "left", "right", "same")))
@@ -80,8 +81,8 @@ def test_random_answers_say_nothing(page, tmp_path):
         assert found["win_rate_a"]["low"] < 0.5 < found["win_rate_a"]["high"]
         assert found["agreement"]["low"] < 0 < found["agreement"]["high"]
     said = " ".join(sentences(document))
-    assert said.count("nothing can be said") == 2 and said.count("no agreement beyond chance") == 2
-    assert said.count("no effect of the side") == 2
+    assert said.count("the pictures do not differ beyond chance") == 2 and said.count("raters do not agree") == 2
+    assert said.count("the side has no effect") == 2
 
 
 def test_a_real_preference_is_found_whatever_its_side(page, tmp_path):
@@ -97,7 +98,7 @@ def test_a_real_preference_is_found_whatever_its_side(page, tmp_path):
     assert "ours is preferred" in result.stdout
 
 
-def test_who_always_takes_the_left_shows_as_an_effect_of_the_side(page, tmp_path):
+def test_a_rater_that_always_takes_the_left_shows_an_effect_of_the_side(page, tmp_path):
     document = count([read_answers(rater(page, tmp_path / "l.json", "l", lambda *_: "left"))])
     for found in document["questions"].values():
         assert found["left_chosen"]["p"] < 1e-9 and found["win_rate_a"]["p"] > 0.01
@@ -105,15 +106,15 @@ def test_who_always_takes_the_left_shows_as_an_effect_of_the_side(page, tmp_path
     assert "the side has an effect" in " ".join(sentences(document))
 
 
-def test_half_an_answer_counts_and_nothing_at_all_is_said(page, tmp_path):
+def test_half_the_answers_count(page, tmp_path):
     half = count([read_answers(rater(page, tmp_path / "h.json", "h", lambda *_: "same", 0.5))])
     assert half["questions"]["relevance"]["cannot_tell"] == 30
-    assert "nobody chose" in " ".join(sentences(half))
+    assert "no rater chose" in " ".join(sentences(half))
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [("{", "not JSON"), ("[]", "no answers"), ('{"hd_eval_answers": 2}', "hd_eval_answers"),
+    [("{", "not JSON"), ("[]", "answers that the page saved"), ('{"hd_eval_answers": 2}', "hd_eval_answers"),
      ('{"hd_eval_answers": 1, "study": "s", "a": "a", "b": "b", "pairs": 1, "rater": "r", "answers": '
       '[{"question": "plausibility", "pair": "p", "answer": "up"}]}', "answer")],
 )  # fmt: skip
@@ -126,7 +127,7 @@ def test_other_files_are_refused(tmp_path, content, sentence):
 
 def test_other_studies_and_one_rater_twice_are_refused(page, tmp_path):
     one = read_answers(rater(page, tmp_path / "1.json", "ann", lambda *_: "left"))
-    with pytest.raises(EvaluationError, match="two files of ann"):
+    with pytest.raises(EvaluationError, match="ann has two files"):
         count([one, one])
     other = read_answers(tmp_path / "1.json")
     other.study, other.rater = "another", "bob"
@@ -147,13 +148,16 @@ def test_folders_meet_by_prompt_or_not_at_all(tmp_path):
 
 
 def test_tests_and_kappas_are_the_textbooks():
-    assert binomial(8, 10) == pytest.approx(0.109375) and binomial(5, 10) == 1 and binomial(0, 5) == 0.0625
+    found = [proportion(wins, total)["p"] for wins, total in ((8, 10), (5, 10), (0, 5), (0, 0))]
+    assert found == pytest.approx([0.109375, 1, 0.0625, 1])
     wilson = proportion(8, 10)
     assert (wilson["low"], wilson["high"]) == pytest.approx((0.490, 0.943), abs=1e-3)
     # Fleiss 1971, as the encyclopedias have it: 10 subjects, 14 raters, 5 words.
     table = np.array([[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
                       [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]])  # fmt: skip
     assert fleiss(table) == pytest.approx(0.210, abs=1e-3)
+    assert fleiss(table) == pytest.approx(fleiss_kappa(table))
+    assert fleiss(np.array([[2, 0, 0], [0, 3, 0], [1, 1, 0]])) is not None, "rows with different numbers of raters"
     # Cohen: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no is 0.4.
     codes = np.array([[0, 0]] * 20 + [[0, 1]] * 5 + [[1, 0]] * 10 + [[1, 1]] * 15)
     assert cohen(codes) == pytest.approx(0.4) and cohen(np.zeros((4, 2), int)) is None

@@ -125,7 +125,7 @@ def test_between_lies_in_the_middle_third_and_is_no_gesture(groups):
         assert set(joints_that_differ(before, after)) == set(range(fingers.start, fingers.stop))
         a, mixed = before.rotations[fingers], after.rotations[fingers]
         assert beyond.strangeness(mixed, side) >= NEW
-        # The gesture that it goes to, of which its pose is a variation: the way by the mixed pose is hardly a detour.
+        # Its pose varies the target gesture: the way by the mixed pose is hardly longer.
         ways = {}
         for name in NAMES:
             b = pose(name, side)
