@@ -37,8 +37,8 @@ from ..hands import POSES
 from ..models.hand_features import pack, placement_of
 from ..models.smplh import HAND_JOINTS, SMPLH
 from ..rotations import matrix_to_axis_angle
-from .gestures import NAMES
 from . import human_prompts, human_scenes
+from .gestures import NAMES
 from .human import human_body, make_body
 from .prompts import BACKGROUNDS, SIDES, SKINS, VIEWS, Spec, is_held_out, sample_spec, write_prompt
 from .render import demo_body, render_scenes

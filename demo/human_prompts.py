@@ -1,9 +1,9 @@
 """Captions of the demo's people, as people caption pictures: each thing said or left open, in many wordings.
 
-    spec = Spec((Someone("thumbs_up", "right", person="woman", smiling=True, shirt="red", pattern="stripes"),),
-                "bust", "garden")
-    write_caption(spec, np.random.default_rng(0))     # "a smiling woman in a striped shirt giving a thumbs up"
-    says(spec, "thumbs up")                           # True: it may be asked for in these words
+spec = Spec((Someone("thumbs_up", "right", person="woman", smiling=True, shirt="red", pattern="stripes"),),
+            "bust", "garden")
+write_caption(spec, np.random.default_rng(0))     # "a smiling woman in a striped shirt giving a thumbs up"
+says(spec, "thumbs up")                           # True: it may be asked for in these words
 """
 
 from __future__ import annotations
@@ -41,13 +41,6 @@ PLACES = {  # of backdrops.KINDS
     "night": ("at night", "at night in the city", "with lights in the background"),
 }
 PLAIN = ("wall", "gradient", "studio")  # places that have a colour
-COLOURS = {
-    "white": (0.93, 0.93, 0.92), "grey": (0.55, 0.55, 0.56), "black": (0.12, 0.12, 0.13), "red": (0.75, 0.15, 0.16),
-    "orange": (0.92, 0.52, 0.15), "yellow": (0.92, 0.83, 0.28), "green": (0.25, 0.58, 0.30), "blue": (0.22, 0.38, 0.75),
-    "purple": (0.48, 0.25, 0.62), "pink": (0.93, 0.55, 0.70), "brown": (0.45, 0.30, 0.18), "beige": (0.82, 0.74, 0.60),
-    "turquoise": (0.25, 0.72, 0.70),
-}  # fmt: skip
-HAIR = {"black": "black", "brown": "brown", "blond": "blond", "red": "red", "grey": "grey"}
 PERSONS = {"woman": ("woman", "woman", "lady"), "man": ("man", "man", "guy"), "person": ("person",)}
 OWN = {"woman": "her", "man": "his", "person": "their"}
 UP = {"up": ("palm up", "with the palm up", "palm facing up")}
@@ -70,8 +63,7 @@ MORE: dict[str, tuple[str, ...]] = {
 MORE_NOUNS = {"open_hand": ("open palm",), "victory": ("peace sign", "victory sign", "V sign"), "finger_heart": ("finger heart",),
               "horns": ("rock sign", "horns sign"), "ok_sign": ("OK sign", "okay sign", "OK gesture")}  # fmt: skip
 EASY = ("open_hand", "spread_fingers", "relaxed")  # hands that are just hands: captions may say no gesture
-FOR_PEOPLE = frozenset("making giving showing doing holding pointing signing shooting raising counting pinching with "
-                       "crossing bunching forming cupping".split())  # fmt: skip
+FOR_PEOPLE = frozenset(["making", "giving", "showing", "doing", "holding", "pointing", "signing", "shooting", "raising", "counting", "pinching", "with", "crossing", "bunching", "forming", "cupping"])  # fmt: skip
 
 # What follows "a woman", with {own} for her, his or their; and what stands for the hands alone.
 ACTS: dict[str, tuple[str, ...]] = {
@@ -86,7 +78,10 @@ ACTS: dict[str, tuple[str, ...]] = {
     "heart": ("making a heart with {own} hands", "making a heart with both hands", "making a hand heart",
               "forming a heart with {own} hands"),
 }  # fmt: skip
-ONE_ARM = {"waving": ("waving with one hand",), "hands_on_hips": ("with one hand on {own} hip", "with a hand on the hip")}
+ONE_ARM = {
+    "waving": ("waving with one hand",),
+    "hands_on_hips": ("with one hand on {own} hip", "with a hand on the hip"),
+}
 BOTH_ARMS = {"waving": ("waving with both hands", "waving both hands")}
 HAND_ACTS: dict[str, tuple[str, ...]] = {
     "waving": ("a waving hand", "a hand waving", "waving hand", "waving"),
@@ -239,9 +234,15 @@ def _hand(one: Someone) -> Node:
 
 def _person(one: Someone, brief: bool = False) -> Node:
     """ "a smiling young woman with long brown hair in a striped shirt"; brief: beside another one."""
-    skinned = [f"{word}-skinned" for word in SKINS[one.skin][1] if " " not in word and "-" not in word] if one.skin else []
+    skinned = (
+        [f"{word}-skinned" for word in SKINS[one.skin][1] if " " not in word and "-" not in word] if one.skin else []
+    )
     skin = Maybe(_one(skinned), 0.25) if skinned else ""
-    age = Maybe(One("young", weights=(1,)) if one.age == "young" else _one(("old", "elderly", "older"))) if one.age else ""
+    age = (
+        Maybe(One("young", weights=(1,)) if one.age == "young" else _one(("old", "elderly", "older")))
+        if one.age
+        else ""
+    )
     smile = Maybe(_one(("smiling", "happy", "friendly"))) if one.smiling else ""
     who = One(_one(PERSONS[one.person]), "person", weights=(5, 1))
     before = All("a", smile, age, skin, who)
@@ -353,7 +354,9 @@ def short(spec: Spec) -> Node:
         if one.side != "both":
             ways.append(All(One("a hand", "hand", "one hand"), _one(_phrases(one.gesture))))
     if spec.framing != "close-up" or one.gesture in ACTS:
-        ways.append(All(One("a person", "person", "someone", _one(f"a {word}" for word in PERSONS[one.person][:2])), _act(one)))
+        ways.append(
+            All(One("a person", "person", "someone", _one(f"a {word}" for word in PERSONS[one.person][:2])), _act(one))
+        )
         ways.append(_act(one))
     if spec.framing == "bust":
         ways.append(All(One("a portrait of", "portrait of"), "a", PERSONS[one.person][0]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from colorsys import rgb_to_hsv
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -28,9 +29,19 @@ from .human import load_human, traits_of
 from .human_clothes import HAIR_COLOURS, SLEEVES, Look, sample_look
 from .human_gestures import HANDS
 from .human_poses import (
-    BODY_POSES, FLIP, HANGING, LEFT, RIGHT, TWO_HANDED, Figure, Pose, frame, hand_ids, raised, sample_pose
+    BODY_POSES,
+    HANGING,
+    LEFT,
+    RIGHT,
+    TWO_HANDED,
+    Figure,
+    Pose,
+    frame,
+    hand_ids,
+    raised,
+    sample_pose,
 )  # fmt: skip
-from .human_prompts import COLOURS, FRAMINGS, GESTURES, PLACES, PLAIN, POSES, Someone, Spec, is_held_out_spec
+from .human_prompts import FRAMINGS, GESTURES, PLACES, PLAIN, POSES, Someone, Spec, is_held_out_spec
 from .human_render import Camera, Lamp, Person, rasterise, render
 from .human_skin import ITA_CLASSES, ita_of
 from .prompts import HARD
@@ -39,6 +50,7 @@ FRAMING_SHARES = (0.45, 0.27, 0.28)  # of FRAMINGS: faces and bodies are seen as
 TWO_PEOPLE = 0.06  # share of scenes, half of all busts and half bodies being enough for them
 CLOSE = ("waving", "hand_on_cheek", "hand_on_chin", "praying", "clapping", "heart")  # poses that a close-up can show
 PALMS_UP = ("open_hand", "spread_fingers", "cupped_hand", "relaxed")
+ONLY = {"finger_heart": ("palm",)}  # views by which a gesture can be told, where HANDS names more
 TURNED = ("thumbs_up", "thumbs_down")  # held as they are: no view is said
 INSIDE = 0.02  # of the picture, free around the joints of a hand that is named
 TOGETHER_BY = 0.18  # metres that each of two hands in a close-up moves to the middle
@@ -46,6 +58,9 @@ SEEN = 0.6  # share of such a hand that nothing hides
 TOGETHER = 0.3  # the same where hands cover each other
 HIDING = ("arms_crossed", "hands_on_hips")  # captions name arms and hips; hands may be hidden
 SMALL = 96  # pixels in which hidden hands are looked for
+# Up to which hue, in degrees, what it is called.
+HUES = ((14, "red"), (44, "orange"), (68, "yellow"), (162, "green"), (194, "turquoise"), (255, "blue"), (300, "purple"),
+        (345, "pink"), (361, "red"))  # fmt: skip
 HAIR_NAMES = ("black", "black", "brown", "brown", "blond", "red", "grey")  # of human_clothes.HAIR_COLOURS
 
 
@@ -126,7 +141,7 @@ def _sample_gesture(rng: np.random.Generator, framing: str, both: float) -> Some
         other = GESTURES[rng.choice(len(GESTURES), p=weights)]
         other = "" if other == name else other
     names = [n for n in (name, other) if n]
-    views = [v for v in ("palm", "back", "side") if all(v in HANDS[n].views for n in names)]
+    views = [v for v in ("palm", "back", "side") if all(v in ONLY.get(n, HANDS[n].views) for n in names)]
     if all(n in PALMS_UP for n in names):
         views.append("up")
     share = np.array([{"palm": 5, "back": 3, "side": 2, "up": 3}[v] for v in views])
@@ -259,13 +274,19 @@ def seen_shares(vertices: Sequence[ndarray], camera: Camera) -> ndarray:
 
 
 def name_of(colour: ndarray) -> str:
-    """The colour of COLOURS that a display colour is nearest to, hue counting more than brightness."""
-    def features(rgb: ndarray) -> ndarray:
-        mean = rgb.mean(-1, keepdims=True)
-        return np.concatenate([0.6 * mean, 1.3 * (rgb - mean)], -1)
-
-    table = np.array(list(COLOURS.values()))
-    return list(COLOURS)[int(np.linalg.norm(features(table) - features(np.asarray(colour)), axis=-1).argmin())]
+    """What people call a display colour [3] in 0..1: a word."""
+    hue, saturation, value = rgb_to_hsv(*np.asarray(colour, float).clip(0, 1).tolist())
+    if saturation < 0.16 or value < 0.14:
+        return "black" if value < 0.22 else "grey" if value < 0.82 else "white"
+    name = HUES[int(np.searchsorted([last for last, _ in HUES], 360 * hue))][1]
+    if name in ("orange", "yellow") and saturation < 0.45:
+        return "beige" if value > 0.55 else "brown"
+    if name == "orange" and value < 0.68:
+        return "brown"
+    if name in ("red", "pink"):
+        light = value > 0.7 and saturation < 0.6
+        return "pink" if light else "purple" if name == "pink" and value < 0.45 else name
+    return name
 
 
 def _described(one: Someone, look: Look, betas: ndarray) -> Someone:

@@ -1,8 +1,8 @@
 """Small grammars of captions: one writes captions, and tells whether a caption is one of its own.
 
-    grammar = All("a", Maybe("left"), "hand", One("waving", "making a fist"))
-    write(grammar, np.random.default_rng(0))      # "a hand making a fist"
-    matches(grammar, "a left hand waving")        # True
+grammar = All("a", Maybe("left"), "hand", One("waving", "making a fist"))
+write(grammar, np.random.default_rng(0))      # "a hand making a fist"
+matches(grammar, "a left hand waving")        # True
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from handiffuser.data.hands import joints_in_picture
 from handiffuser.data.samples import person, picture, read
 from handiffuser.demo import dataset, human_skin
 from handiffuser.demo.human import human_body
-from handiffuser.demo.human_poses import LEFT, RIGHT, FRAMINGS as EVERY_FRAMING
+from handiffuser.demo.human_poses import FRAMINGS as EVERY_FRAMING
+from handiffuser.demo.human_poses import LEFT, RIGHT
 from handiffuser.demo.human_prompts import (
     FRAMINGS,
     GESTURES,
@@ -184,8 +185,14 @@ def test_another_hand_before_a_hand_hides_it():
 
 
 def test_colours_have_names():
-    for colour, name in (((0.9, 0.1, 0.1), "red"), ((0.1, 0.15, 0.5), "blue"), ((0.5, 0.5, 0.5), "grey"),
-                         ((0.06, 0.06, 0.07), "black"), ((0.97, 0.97, 0.97), "white"), ((0.1, 0.4, 0.15), "green")):
+    for colour, name in (
+        ((0.9, 0.1, 0.1), "red"),
+        ((0.1, 0.15, 0.5), "blue"),
+        ((0.5, 0.5, 0.5), "grey"),
+        ((0.06, 0.06, 0.07), "black"),
+        ((0.97, 0.97, 0.97), "white"),
+        ((0.1, 0.4, 0.15), "green"),
+    ):
         assert name_of(np.array(colour)) == name  # fmt: skip
 
 
