@@ -3,12 +3,8 @@
     hd-data demo demo-data --scenes 24000
     make("demo-data", scenes=24_000, seed=1, processes=2)
 
-<<<<<<< HEAD
 Scene i does not depend on the number of scenes. Held-out prompts (prompts.is_held_out) never enter the dataset.
-=======
-Scene i is the same whatever the number of scenes. Held-out prompts (prompts.is_held_out) never enter it. The world
-"human" (people, `human_scenes.py`) is written beside today's "hands" in the same way.
->>>>>>> 61a011e (Scenes and captions of the demo's people; hd-data demo --world human writes them)
+The world "human" holds people instead of forearms, see `human_dataset.py`.
 """
 
 from __future__ import annotations
@@ -24,22 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-<<<<<<< HEAD
 from ..commands import undisturbed
 from ..data.check import begin_worker
-=======
-from ..commands import end_with_parent, undisturbed
 from ..data.files import BODY
->>>>>>> 61a011e (Scenes and captions of the demo's people; hd-data demo --world human writes them)
 from ..data.samples import Bad, Sample, encode_png, load, picture_size, scan, write_shard
 from ..errors import DatasetError
 from ..hands import POSES
 from ..models.hand_features import pack, placement_of
 from ..models.smplh import HAND_JOINTS, SMPLH
 from ..rotations import matrix_to_axis_angle
-from . import human_prompts, human_scenes
 from .gestures import NAMES
-from .human import human_body, make_body
+from .human import make_body
 from .prompts import BACKGROUNDS, SIDES, SKINS, VIEWS, Spec, is_held_out, sample_spec, write_prompt
 from .render import demo_body, render_scenes
 from .scenes import Scene, sample_scene
@@ -55,14 +46,9 @@ LABELS = {
     "other": NAMES,
 }
 SHARD = 500  # scenes
-<<<<<<< HEAD
 WORDINGS = 4  # prompts for each picture: training learns words from those that change while the picture stays
 BATCH = 32  # scenes rendered together
-=======
-WORDINGS = 4  # prompts for each picture: words are learned from what changes while the picture stays
-BATCH = 32  # scenes that are rendered together
 Job = tuple[Path, int, range, int, float, float, str]
->>>>>>> 61a011e (Scenes and captions of the demo's people; hd-data demo --world human writes them)
 
 
 def make(
@@ -79,15 +65,10 @@ def make(
 ) -> None:
     """Writes `scenes` scenes as shards; keeps the shards that the folder has.
 
-<<<<<<< HEAD
+    world: "hands" (forearms before a colour) or "human" (people, with their body in `body.npz`).
     size: pixels a side. both: share of two-hand scenes. leave_out: share of a scene's further wordings without view,
     skin or background; half of that share is without the side. on_progress: called with (scenes done, scenes in all).
     Raises DatasetError where the folder holds another dataset, or cannot be written.
-=======
-    world: "hands" (forearms before a colour) or "human" (people). size: pixels a side. both: share of two-hand scenes. leave_out: how often the further wordings of a scene say
-    nothing of view, skin or background; of the side half as often. on_progress: called with (scenes done, scenes in
-    all). Raises DatasetError where the folder holds another dataset, or cannot be written.
->>>>>>> 61a011e (Scenes and captions of the demo's people; hd-data demo --world human writes them)
     """
     folder = Path(folder)
     try:
@@ -225,73 +206,20 @@ def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]
     }
 
 
-def human_scene_of(
-    seed: int, number: int, both: float = 0.2, leave_out: float = 0.05, held_out: bool = False
-) -> tuple[human_scenes.Scene, list[str]]:
-    """Scene `number` of a seed of the world of people, and WORDINGS captions for it: one as people caption, others that
-    say nearly all, and now and then one of few words. held_out: kept combinations and captions only, for tests."""
-    rng = np.random.default_rng((seed, number))
-    scene = human_scenes.sample_scene(rng, both, held_out)
-    prompts: list[str] = []
-    while len(prompts) < WORDINGS:
-        first, last = not prompts, len(prompts) == WORDINGS - 1
-        brief = 0.5 if last else 0.08 if first else 0.0
-        text = human_prompts.write_caption(scene.spec, rng, 0.35 if first else leave_out, brief)
-        if held_out or not human_prompts.is_held_out(text):
-            prompts.append(text)
-    return scene, prompts
-
-
-@torch.no_grad()
-def human_sample(scene: human_scenes.Scene, prompts: Sequence[str], key: str, size: int) -> Sample:
-    """A drawn scene of people as a sample. With two people the arrays of hands have an axis of people in front."""
-    camera = np.array([scene.camera.s, scene.camera.tx, scene.camera.ty], np.float32)
-    people = []
-    for pose, present in zip(scene.poses, scene.present, strict=True):
-        vectors = matrix_to_axis_angle(pose.rotations).astype(np.float32)  # [52, 3]
-        _, joints = human_body()(torch.from_numpy(pose.rotations)[None], torch.from_numpy(pose.betas)[None])
-        step = pose.joints[0] - joints[0, 0].numpy()  # where a person stands beside another one is the camera's
-        own = camera + np.array([0, step[0], step[1]], np.float32)
-        placed = placement_of(joints, torch.from_numpy(own)[None], torch.from_numpy(present)[None])[0].numpy()
-        hands = {name: vectors[joints_of].reshape(-1) for name, joints_of in POSES.items()}
-        people.append(
-            hands
-            | {
-                "betas": pose.betas,
-                "placement": placed,
-                "camera": own,
-                "visibility": present.astype(np.float32),
-                "joints_2d": human_scenes.in_picture(pose.joints[np.array(HAND_JOINTS)], scene.camera).astype("f4"),
-            }
-        )
-    arrays = people[0] if len(people) == 1 else {name: np.stack([p[name] for p in people]) for name in people[0]}
-    meta = {"source": "handiffuser demo", "licence": "Apache-2.0", "labels": human_scenes.labels_of(scene.spec)}
-    return Sample(key, list(prompts), arrays, encode_png(human_scenes.draw(scene, size)), meta)
-
-
 def _key(seed: int, number: int, world: str = "hands") -> str:
     return f"{'demo' if world == 'hands' else world}-{seed}-{number:07d}"
 
 
-<<<<<<< HEAD
-def _shard(job: tuple[Path, int, range, int, float, float]) -> int:
-    path, seed, numbers, size, both, leave_out = job
-    body = demo_body()
-=======
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to hear
-    end_with_parent()
-    torch.set_num_threads(1)
-
-
 def _shard(job: Job) -> int:
     path, seed, numbers, size, both, leave_out, world = job
->>>>>>> 61a011e (Scenes and captions of the demo's people; hd-data demo --world human writes them)
     samples: list[Sample] = []
     if world == "human":
+        from .human_dataset import sample_of
+        from .human_dataset import scene_of as human_scene_of
+
         for number in numbers:
-            scene, words = human_scene_of(seed, number, both, leave_out)
-            samples.append(human_sample(scene, words, _key(seed, number, world), size))
+            scene, captions = human_scene_of(seed, number, both, leave_out)
+            samples.append(sample_of(scene, captions, _key(seed, number, world), size))
         write_shard(path, samples)
         return len(numbers)
     body = demo_body()
@@ -303,25 +231,15 @@ def _shard(job: Job) -> int:
     return len(numbers)
 
 
-<<<<<<< HEAD
-def _done(path: Path, seed: int, numbers: range, size: int, both: float, leave_out: float) -> bool:
-    """Whether a shard exists with at least these scenes. Raises DatasetError for another dataset's shard."""
-=======
 def _done(path: Path, seed: int, numbers: range, size: int, both: float, leave_out: float, world: str) -> bool:
-    """Whether a shard is there with at least these scenes. Raises DatasetError for another dataset's."""
->>>>>>> 61a011e (Scenes and captions of the demo's people; hd-data demo --world human writes them)
+    """Whether a shard exists with at least these scenes. Raises DatasetError for another dataset's shard."""
     if not path.exists():
         return False
     entries, problems = scan(path)
     if problems or not entries:
         return False  # damaged: `make` renders it again
     first = load(path.parent, entries[0])
-<<<<<<< HEAD
-    if not isinstance(first, Bad) and (first.key, picture_size(first)) != (_key(seed, numbers[0]), (size, size)):
-        raise DatasetError(f"{path.parent} must be empty or hold this dataset, got {first.key}. Name another folder.")
-=======
     wanted = _key(seed, numbers[0], world), (size, size)
     if not isinstance(first, Bad) and (first.key, picture_size(first)) != wanted:
-        raise DatasetError(f"{path.parent} holds another dataset ({first.key} is in it). Name another folder.")
->>>>>>> 61a011e (Scenes and captions of the demo's people; hd-data demo --world human writes them)
+        raise DatasetError(f"{path.parent} must be empty or hold this dataset, got {first.key}. Name another folder.")
     return not isinstance(first, Bad) and len(entries) >= len(numbers)

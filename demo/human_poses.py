@@ -367,9 +367,8 @@ TWO_HANDED = ("arms_crossed", "praying", "clapping", "heart")
 
 
 def raised(name: str, view: str, rng: np.random.Generator) -> Arm:
-    """A left arm that holds a hand gesture up, seen from `view` (palm, back, side or up; any if ""), varied more than `place`
-    does: the hand leans and turns, near or far, high or low. Thumbs up and down are held as they are, whatever the
-    view."""
+    """A left arm that holds a hand gesture up, seen from `view` (palm, back, side or up; any if ""). It varies more
+    than `place` makes it: the hand leans and turns. Thumbs up and down are held as they are, whatever the view."""
     shift = rng.normal(0, (0.03, 0.04, 0.02)).clip(-0.07, 0.07)
     if name in ("thumbs_up", "thumbs_down"):
         turn = np.radians(rng.uniform(10, 80))  # fingers to the viewer, or inwards
@@ -402,7 +401,7 @@ def frame(
     ("bust"), down to the hips ("half body"), or all. joints [..., 62, 3] of one person or several, metres; sides: of
     everyone, or one tuple a person."""
     joints = np.asarray(joints).reshape(-1, 62, 3)
-    everyone = [sides if isinstance(sides[0], int) else sides[i] for i in range(len(joints))]
+    everyone = [np.ravel(one).tolist() for one in (sides if isinstance(sides[0], tuple) else [sides] * len(joints))]
     points = [j[list(HAND_JOINTS[side]), :2] for j, mine in zip(joints, everyone, strict=True) for side in mine]
     margin = 0.14
     if framing != "close-up":

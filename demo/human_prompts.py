@@ -60,10 +60,18 @@ MORE: dict[str, tuple[str, ...]] = {
     "ok_sign": ("doing the OK sign", "making an okay sign"),
     "finger_heart": ("making a heart with thumb and index finger",),
 }
-MORE_NOUNS = {"open_hand": ("open palm",), "victory": ("peace sign", "victory sign", "V sign"), "finger_heart": ("finger heart",),
-              "horns": ("rock sign", "horns sign"), "ok_sign": ("OK sign", "okay sign", "OK gesture")}  # fmt: skip
+MORE_NOUNS = {
+    "open_hand": ("open palm",),
+    "victory": ("peace sign", "victory sign", "V sign"),
+    "finger_heart": ("finger heart",),
+    "horns": ("rock sign", "horns sign"),
+    "ok_sign": ("OK sign", "okay sign", "OK gesture"),
+}
 EASY = ("open_hand", "spread_fingers", "relaxed")  # hands that are just hands: captions may say no gesture
-FOR_PEOPLE = frozenset(["making", "giving", "showing", "doing", "holding", "pointing", "signing", "shooting", "raising", "counting", "pinching", "with", "crossing", "bunching", "forming", "cupping"])  # fmt: skip
+FOR_PEOPLE = frozenset(  # how phrases begin that follow "a woman", too
+    ("making", "giving", "showing", "doing", "holding", "pointing", "signing", "shooting", "raising", "counting",
+     "pinching", "with", "crossing", "bunching", "forming", "cupping")
+)  # fmt: skip
 
 # What follows "a woman", with {own} for her, his or their; and what stands for the hands alone.
 ACTS: dict[str, tuple[str, ...]] = {

@@ -64,7 +64,7 @@ HUES = ((14, "red"), (44, "orange"), (68, "yellow"), (162, "green"), (194, "turq
 HAIR_NAMES = ("black", "black", "brown", "brown", "blond", "red", "grey")  # of human_clothes.HAIR_COLOURS
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """Why a drawn scene does not show what its captions name."""
 
 
@@ -100,7 +100,7 @@ def sample_scene(
             continue
         try:
             return _pose(spec, rng)
-        except Unfit as reason:
+        except UnfitError as reason:
             if rejected is not None:
                 rejected[str(reason)] += 1
 
@@ -153,7 +153,7 @@ def _sample_gesture(rng: np.random.Generator, framing: str, both: float) -> Some
 
 
 def _pose(spec: Spec, rng: np.random.Generator) -> Scene:
-    """Poses the people of a spec and frames them. Raises Unfit."""
+    """Poses the people of a spec and frames them. Raises UnfitError."""
     betas = [rng.normal(0, 0.8, 10).clip(-2, 2) for _ in spec.people]
     looks = tuple(sample_look(rng, b) for b in betas)
     poses = [_person(one, b, rng, spec.framing) for one, b in zip(spec.people, betas, strict=True)]
@@ -209,34 +209,34 @@ def in_picture(joints: ndarray, camera: Camera) -> ndarray:
 
 
 def _present(spec: Spec, poses: Sequence[Pose], sides: Sequence[tuple[int, ...]], camera: Camera) -> ndarray:
-    """Which hands are to be seen, [P,2] bool. Raises Unfit where a hand that is named is not."""
+    """Which hands are to be seen, [P,2] bool. Raises UnfitError where a hand that is named is not."""
     inside = np.zeros((len(poses), 2))
     for i, pose in enumerate(poses):
         for side in (LEFT, RIGHT):
             places = in_picture(pose.joints[list(HAND_JOINTS[side])], camera)
             inside[i, side] = ((places > 0) & (places < 1)).all(-1).mean()
             if side in sides[i] and not ((places > INSIDE) & (places < 1 - INSIDE)).all():
-                raise Unfit("outside")
+                raise UnfitError("outside")
         _apart(spec.people[i], pose)
     seen = seen_shares([pose.vertices for pose in poses], camera)
     for i, one in enumerate(spec.people):
         least = 0 if one.gesture in HIDING else TOGETHER if one.gesture in TWO_HANDED else SEEN
         if any(seen[i, side] < least for side in sides[i]):
-            raise Unfit("hidden")
+            raise UnfitError("hidden")
     present = (inside >= MIN_IN_FRAME) & (seen >= TOGETHER)
     if spec.framing == "close-up" and any(
         inside[i, side] > 0.2 and side not in sides[i] for i in range(len(poses)) for side in (LEFT, RIGHT)
     ):
-        raise Unfit("another hand")
+        raise UnfitError("another hand")
     return present
 
 
 def _apart(one: Someone, pose: Pose) -> None:
-    """Two hands with gestures of their own do not lie over each other. Raises Unfit."""
+    """Two hands with gestures of their own do not lie over each other. Raises UnfitError."""
     if one.side == "both" and one.gesture in GESTURES:
         left, right = (pose.joints[list(HAND_JOINTS[side])] for side in (LEFT, RIGHT))
         if left[:, 0].min() - right[:, 0].max() < 0.02:
-            raise Unfit("over each other")
+            raise UnfitError("over each other")
 
 
 @lru_cache(maxsize=1)

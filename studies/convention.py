@@ -1,6 +1,6 @@
 """Where MediaPipe puts its 21 points on a hand, beside the joints of a rig: constant offsets in the bones' frames.
 
-    python studies/convention.py --scenes 300 --write     # fits on one seed, tests on another; evaluation/mediapipe.json
+    python studies/convention.py --scenes 300 --write     # writes evaluation/mediapipe.json
 
 Renders of the demo's people are shown to the detector. Its points lie elsewhere than joints do: nearer to the palm at
 knuckles, short of the finger ends. One offset a joint, in sizes of the hand, is fitted by least squares on scenes of
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from handiffuser.demo.dataset import human_scene_of
+from handiffuser.demo.human_dataset import scene_of
 from handiffuser.demo.human_scenes import draw, in_picture
 from handiffuser.evaluation.convention import FILE, bone_frames, hand_length
 from handiffuser.evaluation.detect import MediaPipe
@@ -41,7 +41,7 @@ def rows_of(seed: int, count: int) -> list[dict]:
     with_time = time.process_time()
     detector = MediaPipe()
     for number in range(count):
-        scene, _ = human_scene_of(seed, number)
+        scene, _ = scene_of(seed, number)
         image = draw(scene)
         asked, frames, owners = [], [], []
         for i, pose in enumerate(scene.poses):
