@@ -52,9 +52,17 @@ def commands() -> None:
 @commands.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--scenes", type=click.IntRange(1), default=24_000, show_default=True)
-@click.option("--size", type=click.IntRange(16, 1024), default=128, show_default=True, help="Pixels a side.")
+@click.option(
+    "--world",
+    type=click.Choice(["hands", "human"]),
+    default="hands",
+    show_default=True,
+    help="hands: forearms, what ships; human: people.",
+)
+@click.option("--size", type=click.IntRange(16, 1024), help="Pixels a side. [default: 128; of people 256]")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
-@click.option("--both", type=click.FloatRange(0, 1), default=0.15, show_default=True, help="Share of two-hand scenes.")
+@click.option("--both", type=click.FloatRange(0, 1), default=0.15, show_default=True,
+              help="Share of two-hand scenes; of people, among those of hand gestures.")  # fmt: skip
 @click.option(
     "--leave-out",
     type=click.FloatRange(0, 0.9),
@@ -63,12 +71,19 @@ def commands() -> None:
     help="Share of wordings that leave out view, skin or background; 0.3 for stage 1.",
 )
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="One thread each.")
-def demo(out: Path, scenes: int, size: int, seed: int, both: float, leave_out: float, processes: int) -> int:
-    """Renders scenes of the demo world into the dataset OUT. Run it again to go on."""
+def demo(
+    out: Path, scenes: int, world: str, size: int | None, seed: int, both: float, leave_out: float, processes: int
+) -> int:
+    """Renders scenes of the demo world into the dataset OUT. Run it again to go on.
+
+    The world of people also writes their body, OUT/body.npz, which `hd-data check` and `hd-data look` use.
+    """
     from ..demo.dataset import make
 
+    size = size or (256 if world == "human" else 128)
+    choice = {"size": size, "seed": seed, "both": both, "leave_out": leave_out}
     with progress("scenes") as show:
-        make(out, scenes, size=size, seed=seed, both=both, leave_out=leave_out, processes=processes, on_progress=show)
+        make(out, scenes, **choice, processes=processes, world=world, on_progress=show)
     console.print(f"{out} holds {scenes} scenes. Look at it: hd-data look {out} --output page.html")
     return 0
 
@@ -179,7 +194,7 @@ def convert(
 
 @commands.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the demo's by default.")
+@click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; FOLDER/body.npz or the demo's by default.")
 @click.option("--min-size", type=click.IntRange(0), default=64, show_default=True, help="Pixels of the shorter side.")
 @click.option("--fix", is_flag=True, help="Move bad samples into FOLDER/aside; deletes nothing.")
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="One thread each.")
@@ -193,7 +208,7 @@ def check(folder: Path, body: Path | None, min_size: int, fix: bool, processes: 
         from .check import check as look_through
         from .check import set_aside
 
-        loaded = _body(body)
+        loaded = _body(body or _own(folder))
     with progress("shards") as show:
         report = look_through(folder, loaded, min_size=min_size, processes=processes, on_progress=show)
     for problem in report.problems:
@@ -221,7 +236,7 @@ def check(folder: Path, body: Path | None, min_size: int, fix: bool, processes: 
 @commands.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The page, .html.")
-@click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the demo's by default.")
+@click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; FOLDER/body.npz or the demo's by default.")
 @click.option("--shown", type=click.IntRange(1), default=60, show_default=True, help="Random samples on the sheet.")
 @click.option(
     "--counted", type=click.IntRange(1), default=2000, show_default=True, help="Random samples in the histograms."
@@ -232,12 +247,20 @@ def look(folder: Path, output: Path, body: Path | None, shown: int, counted: int
     with console.status("reading"):
         from .look import look as write_page
 
+        body = body or _own(folder)
         loaded = _body(body)
     name = body.name if body is not None else "the demo's body"
     with progress("samples") as show:
         write_page(folder, output, loaded, shown=shown, counted=counted, seed=seed, body_name=name, on_progress=show)
     console.print(f"Open {output}")
     return 0
+
+
+def _own(folder: Path) -> Path | None:
+    """The body that lies in a dataset."""
+    from .files import BODY
+
+    return folder / BODY if (folder / BODY).is_file() else None
 
 
 def _body(path: Path | None) -> SMPLH:

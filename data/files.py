@@ -18,6 +18,7 @@ from ..errors import DatasetError
 from .pictures import FOREIGN, PICTURES, SPELLINGS
 
 JSON, HANDS_NPZ, PICTURE, UNREAD = range(4)  # a sample's members, and a picture of a format we do not read
+BODY = "body.npz"  # in a dataset: the SMPL-H body that its hands are for
 PACKED = {".gz": b"\x1f\x8b", ".tgz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
 
 

@@ -4,6 +4,7 @@
     make("demo-data", scenes=24_000, seed=1, processes=2)
 
 Scene i does not depend on the number of scenes. Held-out prompts (prompts.is_held_out) never enter the dataset.
+The world "human" holds people instead of forearms, see `human_dataset.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from ..commands import undisturbed
 from ..data.check import begin_worker
+from ..data.files import BODY
 from ..data.samples import Bad, Sample, encode_png, load, picture_size, scan, write_shard
 from ..errors import DatasetError
 from ..hands import POSES
@@ -28,6 +30,7 @@ from ..models.hand_features import pack, placement_of
 from ..models.smplh import HAND_JOINTS, SMPLH
 from ..rotations import matrix_to_axis_angle
 from .gestures import NAMES
+from .human import make_body
 from .prompts import BACKGROUNDS, SIDES, SKINS, VIEWS, Spec, is_held_out, sample_spec, write_prompt
 from .render import demo_body, render_scenes
 from .scenes import Scene, sample_scene
@@ -45,6 +48,7 @@ LABELS = {
 SHARD = 500  # scenes
 WORDINGS = 4  # prompts for each picture: training learns words from those that change while the picture stays
 BATCH = 32  # scenes rendered together
+Job = tuple[Path, int, range, int, float, float, str]
 
 
 def make(
@@ -56,10 +60,12 @@ def make(
     both: float = 0.15,
     leave_out: float = 0.05,
     processes: int = 2,
+    world: str = "hands",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes `scenes` scenes as shards; keeps the shards that the folder has.
 
+    world: "hands" (forearms before a colour) or "human" (people, with their body in `body.npz`).
     size: pixels a side. both: share of two-hand scenes. leave_out: share of a scene's further wordings without view,
     skin or background; half of that share is without the side. on_progress: called with (scenes done, scenes in all).
     Raises DatasetError where the folder holds another dataset, or cannot be written.
@@ -69,8 +75,10 @@ def make(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DatasetError(f"{folder} cannot be made: {error.strerror or error}. Name another folder.") from error
+    if world == "human":
+        make_body(folder / BODY)
     jobs = [
-        (folder / f"{number:05d}.tar", seed, range(start, min(start + SHARD, scenes)), size, both, leave_out)
+        (folder / f"{number:05d}.tar", seed, range(start, min(start + SHARD, scenes)), size, both, leave_out, world)
         for number, start in enumerate(range(0, scenes, SHARD))
     ]
     todo = [job for job in jobs if not _done(*job)]
@@ -198,14 +206,23 @@ def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]
     }
 
 
-def _key(seed: int, number: int) -> str:
-    return f"demo-{seed}-{number:07d}"
+def _key(seed: int, number: int, world: str = "hands") -> str:
+    return f"{'demo' if world == 'hands' else world}-{seed}-{number:07d}"
 
 
-def _shard(job: tuple[Path, int, range, int, float, float]) -> int:
-    path, seed, numbers, size, both, leave_out = job
-    body = demo_body()
+def _shard(job: Job) -> int:
+    path, seed, numbers, size, both, leave_out, world = job
     samples: list[Sample] = []
+    if world == "human":
+        from .human_dataset import sample_of
+        from .human_dataset import scene_of as human_scene_of
+
+        for number in numbers:
+            scene, captions = human_scene_of(seed, number, both, leave_out)
+            samples.append(sample_of(scene, captions, _key(seed, number, world), size))
+        write_shard(path, samples)
+        return len(numbers)
+    body = demo_body()
     for start in range(0, len(numbers), BATCH):
         part = numbers[start : start + BATCH]
         scenes, prompts = zip(*(scene_of(seed, number, both, leave_out) for number in part), strict=True)
@@ -214,7 +231,7 @@ def _shard(job: tuple[Path, int, range, int, float, float]) -> int:
     return len(numbers)
 
 
-def _done(path: Path, seed: int, numbers: range, size: int, both: float, leave_out: float) -> bool:
+def _done(path: Path, seed: int, numbers: range, size: int, both: float, leave_out: float, world: str) -> bool:
     """Whether a shard exists with at least these scenes. Raises DatasetError for another dataset's shard."""
     if not path.exists():
         return False
@@ -222,6 +239,7 @@ def _done(path: Path, seed: int, numbers: range, size: int, both: float, leave_o
     if problems or not entries:
         return False  # damaged: `make` renders it again
     first = load(path.parent, entries[0])
-    if not isinstance(first, Bad) and (first.key, picture_size(first)) != (_key(seed, numbers[0]), (size, size)):
+    wanted = _key(seed, numbers[0], world), (size, size)
+    if not isinstance(first, Bad) and (first.key, picture_size(first)) != wanted:
         raise DatasetError(f"{path.parent} must be empty or hold this dataset, got {first.key}. Name another folder.")
     return not isinstance(first, Bad) and len(entries) >= len(numbers)

@@ -10,7 +10,7 @@ image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -21,7 +21,7 @@ from numpy import ndarray
 from ..models.smplh import HAND_JOINTS, PARENTS
 from .gestures import between, rotation
 from .human import CLOTHES, SKIN, human_body, load_human
-from .human_gestures import hand_pose
+from .human_gestures import HANDS, hand_pose
 from .human_render import Camera
 
 X, Y, Z = np.eye(3)
@@ -64,7 +64,10 @@ RAISED = {
     "back": Arm((0.02, 0.00, 0.28), (-0.05, 1, 0.05), (0.1, -0.05, 1), (0.6, -1, 0.1)),
     "side": Arm((0.06, 0.00, 0.27), (0, 1, 0.1), (1, 0, -0.2), (0.5, -1, 0.0)),
 }
+RAISED["up"] = Arm((0.0, -0.16, 0.32), (-0.15, -0.45, 0.85), (0.0, -0.85, -0.5), (0.6, -1, -0.2))  # palm up, shown
 THUMB_UP = Arm((0.0, -0.10, 0.32), (-0.85, 0.1, 0.5), (0.45, 0.0, 0.9), (0.7, -1, 0.0), "thumbs_up")
+THUMB_DOWN = replace(THUMB_UP, wrist=(0.05, -0.02, 0.3), back=(-0.45, 0, -0.9), fingers=(-0.8, -0.05, 0.55),
+                     gesture="thumbs_down")  # fmt: skip
 
 
 def unit(v: ndarray) -> ndarray:
@@ -363,15 +366,43 @@ BODY_POSES: dict[str, Callable[[Figure, tuple[int, ...]], None]] = {
 TWO_HANDED = ("arms_crossed", "praying", "clapping", "heart")
 
 
+def raised(name: str, view: str, rng: np.random.Generator) -> Arm:
+    """A left arm that holds a hand gesture up, seen from `view` (palm, back, side or up; any if ""). It varies more
+    than `place` makes it: the hand leans and turns. Thumbs up and down are held as they are, whatever the view."""
+    shift = rng.normal(0, (0.03, 0.04, 0.02)).clip(-0.07, 0.07)
+    if name in ("thumbs_up", "thumbs_down"):
+        turn = np.radians(rng.uniform(10, 80))  # fingers to the viewer, or inwards
+        arm = THUMB_UP if name == "thumbs_up" else THUMB_DOWN
+        inward = (-np.sin(turn), 0.08, np.cos(turn))
+        sign = 1 if name == "thumbs_up" else -1
+        arm = replace(arm, fingers=inward, back=(sign * np.cos(turn), 0.0, sign * np.sin(turn)))
+        lean, turned = rng.normal(0, 8), rng.normal(0, 6)
+    else:
+        view = view or ("palm", "back")[rng.integers(2)]
+        arm = replace(RAISED[view], gesture=name)
+        gesture = HANDS[name]
+        turned = rng.uniform(-18, 18) - (gesture.turn if view in ("palm", "back") else 0) * rng.uniform(0.3, 0.9)
+        lean = float(np.clip(rng.normal(-2, 12), -25, 22))
+    way = rotation(Z, lean) @ rotation(Y, turned) @ rotation(X, rng.normal(0, 7))
+    fingers, back = way @ np.array(arm.fingers, float), way @ np.array(arm.back, float)
+    return replace(arm, wrist=tuple(np.array(arm.wrist) + shift), fingers=tuple(fingers), back=tuple(back))
+
+
 FRAMINGS = ("close-up", "bust", "half body", "whole")
 
 
-def frame(joints: ndarray, framing: str, rng: np.random.Generator, sides: tuple[int, ...] = (LEFT, RIGHT)) -> Camera:
+def frame(
+    joints: ndarray,
+    framing: str,
+    rng: np.random.Generator,
+    sides: tuple[int, ...] | Sequence[tuple[int, ...]] = (LEFT, RIGHT),
+) -> Camera:
     """A camera that shows what a framing promises: the hands of `sides` ("close-up"), head and chest with these hands
-    ("bust"), down to the hips ("half body"), or all. joints [..., 62, 3] of one person or several, metres."""
+    ("bust"), down to the hips ("half body"), or all. joints [..., 62, 3] of one person or several, metres; sides: of
+    everyone, or one tuple a person."""
     joints = np.asarray(joints).reshape(-1, 62, 3)
-    hands = [joints[:, list(HAND_JOINTS[side])] for side in sides]
-    points = [h.reshape(-1, 3)[:, :2] for h in hands]
+    everyone = [np.ravel(one).tolist() for one in (sides if isinstance(sides[0], tuple) else [sides] * len(joints))]
+    points = [j[list(HAND_JOINTS[side]), :2] for j, mine in zip(joints, everyone, strict=True) for side in mine]
     margin = 0.14
     if framing != "close-up":
         head, up, aside = joints[:, 15, :2], np.array([0, 0.19]), np.array([0.11, 0])
@@ -410,8 +441,6 @@ def sample_pose(
     for shown in sides:
         arm = replace(RAISED[view], gesture=name)
         if name in ("thumbs_up", "thumbs_down"):
-            arm = replace(THUMB_UP, gesture=name)
-            if name == "thumbs_down":
-                arm = replace(arm, wrist=(0.05, -0.02, 0.3), back=(-0.45, 0, -0.9), fingers=(-0.8, -0.05, 0.55))
+            arm = THUMB_UP if name == "thumbs_up" else THUMB_DOWN
         figure.place(shown, arm)
     return figure.pose()
