@@ -31,7 +31,7 @@ from ..models.smplh import HAND_JOINTS, SMPLH
 from ..rotations import matrix_to_axis_angle
 from .gestures import NAMES
 from .human import make_body
-from .prompts import BACKGROUNDS, SIDES, SKINS, VIEWS, Spec, is_held_out, sample_spec, write_prompt
+from .prompts import BACKGROUNDS, SIDES, SKINS, VIEWS, WORDINGS, Spec, is_held_out, sample_spec, write_prompt
 from .render import demo_body, render_scenes
 from .scenes import Scene, sample_scene
 
@@ -46,7 +46,6 @@ LABELS = {
     "other": NAMES,
 }
 SHARD = 500  # scenes
-WORDINGS = 4  # prompts for each picture: training learns words from those that change while the picture stays
 BATCH = 32  # scenes rendered together
 Job = tuple[Path, int, range, int, float, float, str]
 

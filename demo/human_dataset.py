@@ -16,10 +16,10 @@ from ..hands import POSES
 from ..models.hand_features import placement_of
 from ..models.smplh import HAND_JOINTS
 from ..rotations import matrix_to_axis_angle
-from .dataset import WORDINGS
 from .human import human_body
 from .human_prompts import is_held_out, write_caption
 from .human_scenes import Scene, draw, in_picture, labels_of, sample_scene
+from .prompts import WORDINGS
 
 
 def scene_of(

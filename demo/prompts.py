@@ -16,6 +16,7 @@ from ..grammar import ADJECTIVES, BACKGROUNDS, NOUNS, SIDES, SKINS, VIEWS
 from .gestures import GESTURES, NAMES
 
 # Relative frequency of gestures whose fingers hide each other, or that resemble one another.
+WORDINGS = 4  # prompts for each picture: training learns words from those that change while the picture stays
 HARD = {"fist": 1.5, "thumbs_up": 2.0, "thumbs_down": 2.0, "claw": 1.5, "cupped_hand": 1.5, "c_shape": 1.5,
         "pinched_fingers": 1.5, "ok_sign": 1.5, "pinch": 1.5}  # fmt: skip
 

@@ -9,22 +9,20 @@ from __future__ import annotations
 import house
 import pytest
 
-CIRCLES: list[set[str]] = [
-    {"handiffuser.runtime.outputs", "handiffuser.runtime.remote"},
-]
+# Exceptions, which may only shrink: (module, what it imports), file -> lines, file:function -> lines.
+CIRCLES: list[set[str]] = []
 UPWARD: set[tuple[str, str]] = set()
-LONG_FILES: dict[str, int] = {
-    "runtime/device.py": 640,
-}
+LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
+# Pattern -> how often it may stand in what a person reads.
 STUMBLES: dict[str, int] = {
-    "is no": 32,
-    "are none": 2,
-    "nobody": 18,
-    "whoever": 6,
-    "anew": 5,
+    "is no": 6,
+    "are none": 0,
+    "nobody": 0,
+    "whoever": 0,
+    "anew": 0,
     "lest": 0,
-    "of which, of whom": 8,
+    "of which, of whom": 0,
     "sentences over 25 words": 2,
 }
 

@@ -250,6 +250,6 @@ def test_it_goes_on_where_it_stopped_with_the_same_bytes(folder, tmp_path, monke
     ours = [(s.key, s.prompts, s.image) for s in read(tmp_path)]
     assert ours == [(s.key, s.prompts, s.image) for s in read(folder)]
     assert (tmp_path / "body.npz").read_bytes() == (folder / "body.npz").read_bytes()
-    with pytest.raises(DatasetError, match="another dataset|this dataset"):
+    with pytest.raises(DatasetError, match=r"another dataset|this dataset"):
         dataset.make(tmp_path, 4, world="hands", size=64, seed=SEED, processes=1)
     assert torch.get_num_threads() == 1
