@@ -81,7 +81,7 @@ def demo(
     from ..demo.dataset import make
 
     size = size or (256 if world == "human" else 128)
-    choice = {"size": size, "seed": seed, "both": both, "leave_out": leave_out}
+    choice: dict[str, Any] = {"size": size, "seed": seed, "both": both, "leave_out": leave_out}
     with progress("scenes") as show:
         make(out, scenes, **choice, processes=processes, world=world, on_progress=show)
     console.print(f"{out} holds {scenes} scenes. Look at it: hd-data look {out} --output page.html")
