@@ -68,6 +68,7 @@ MORE_NOUNS = {
     "ok_sign": ("OK sign", "okay sign", "OK gesture"),
 }
 EASY = ("open_hand", "spread_fingers", "relaxed")  # hands that are just hands: captions may say no gesture
+UNTRUE = ("curved as if holding a cup", "hanging loosely")  # no cups here, and hands are held up
 FOR_PEOPLE = frozenset(  # how phrases begin that follow "a woman", too
     ("making", "giving", "showing", "doing", "holding", "pointing", "signing", "shooting", "raising", "counting",
      "pinching", "with", "crossing", "bunching", "forming", "cupping")
@@ -146,7 +147,7 @@ def _one(options) -> One:
 
 def _phrases(gesture: str) -> tuple[str, ...]:
     both = (*PHRASES.get(gesture, HANDS[gesture].phrases), *MORE.get(gesture, ()))
-    return tuple(phrase for phrase in both if "cup" not in phrase.split())
+    return tuple(phrase for phrase in both if phrase not in UNTRUE)
 
 
 def _nouns(gesture: str) -> tuple[str, ...]:

@@ -13,7 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy import ndarray
+
+from ..hands import POSES
+from ..models.smplh import HAND_JOINTS, PARENTS, SMPLH
+from ..rotations import axis_angle_to_matrix
 
 FILE = Path(__file__).with_name("mediapipe.json")
 MIRROR = np.array([-1.0, 1, 1])
@@ -46,10 +51,38 @@ def in_convention(joints: ndarray, turns: ndarray) -> ndarray:
     """Where the detector has its points: joints [...,2,21,3] of left and right hands, moved by the offsets.
 
     turns: orientations [...,52,3,3] in the world of the body's joints."""
-    moved = [
-        joints[..., side, :, :]
-        + hand_length(joints[..., side, :, :])[..., None, None]
-        * np.einsum("...jcd,jd->...jc", bone_frames(turns, side), offsets())
-        for side in range(2)
-    ]
-    return np.stack(moved, -3)
+    hands = []
+    for side in range(2):
+        hand = joints[..., side, :, :]
+        step = np.einsum("...jcd,jd->...jc", bone_frames(turns, side), offsets())
+        hands.append(hand + hand_length(hand)[..., None, None] * step)
+    return np.stack(hands, -3)
+
+
+def turns_of(rotations: ndarray) -> ndarray:
+    """Orientations [52,3,3] in the world of joints that turn by `rotations` relative to their parents."""
+    out = [rotations[0]]
+    for joint in range(1, 52):
+        out.append(out[PARENTS[joint]] @ rotations[joint])
+    return np.stack(out)
+
+
+@torch.no_grad()
+def marks_of(hands: dict[str, ndarray], places: ndarray, aspect: float, body: SMPLH) -> ndarray:
+    """Where the detector has the points of one person's hands in a picture, [2,21,2] in [0, 1].
+
+    hands: SMPL-H arrays. places: [2,21,2] of the joints, which tell how large the hands are in the picture; so `body`
+    need not be the one that the picture shows. aspect: width / height."""
+    vectors = np.concatenate([hands[name].reshape(-1, 3) for name in POSES]).astype(np.float64)
+    rotations = axis_angle_to_matrix(vectors)
+    posed, betas = torch.from_numpy(rotations).float()[None], torch.from_numpy(hands["betas"]).float()[None]
+    joints = body(posed, betas)[1][0, np.array(HAND_JOINTS)].numpy().astype(np.float64)  # [2, 21, 3]
+    step = (in_convention(joints, turns_of(rotations)) - joints)[..., :2] * (1, -1)
+    wide = np.array([aspect, 1.0])
+    scale = _spread(places * wide) / _spread(joints[..., :2]).clip(1e-9)
+    return places + step * scale[:, None, None] / wide
+
+
+def _spread(points: ndarray) -> ndarray:
+    """[...]: how far points [...,21,2] lie from their middle."""
+    return np.sqrt(((points - points.mean(-2, keepdims=True)) ** 2).sum((-1, -2)))

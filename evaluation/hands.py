@@ -7,7 +7,7 @@ crop(image, rows[0].joints)                  # uint8 [S, S, 3]
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 
 import numpy as np
@@ -22,19 +22,23 @@ LEAST = 32  # pixels of a crop's side
 
 @dataclass
 class Asked:
-    """A hand that a picture was painted from. joints: [21, 2] in [0, 1] of width and height."""
+    """A hand that a picture was painted from. joints: [21, 2] in [0, 1] of width and height; marks: the same in the
+    detector's convention (`convention.py`), None where the hand's pose is not known."""
 
     side: str
     joints: np.ndarray = field(repr=False)
+    marks: np.ndarray | None = field(default=None, repr=False)
 
 
 @dataclass
 class Hand:
-    """A hand that was asked for, that was found, or both. distances: of each joint, in sizes of the hand [21]."""
+    """A hand that was asked for, that was found, or both. distances: of each joint, in sizes of the hand [21];
+    marked: the same in the detector's convention."""
 
     asked: Asked | None
     found: Found | None
     distances: np.ndarray | None = field(default=None, repr=False)
+    marked: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def score(self) -> float:
@@ -75,7 +79,9 @@ def match(asked: Sequence[Asked], found: Sequence[Found], shape: tuple[int, ...]
         if k < 0 or apart[i, k] > FAR:
             hands.append(Hand(asked[i], None))
         else:
-            hands.append(Hand(asked[i], found[k], _apart(asked[i], found[k], scale, shape)))
+            one, other = asked[i], found[k]
+            marks = None if one.marks is None else _apart(replace(one, joints=one.marks), other, scale, shape)
+            hands.append(Hand(one, other, _apart(one, other, scale, shape), marks))
     return hands
 
 

@@ -35,6 +35,8 @@ NAMES: dict[str, tuple[str, bool]] = {
     "pck_5": ("joints within 5 % of the hand's size (misses 0)", True),
     "pck_10": ("joints within 10 % (misses 0)", True),
     "pck_20": ("joints within 20 % (misses 0)", True),
+    "pck_5_marks": ("joints within 5 % in the detector's convention (misses 0)", True),
+    "pck_10_marks": ("joints within 10 % in the detector's convention (misses 0)", True),
     "distance": ("mean distance of a joint, hand sizes (of those found)", False),
     "handedness": ("side right (of those found)", True),
     "extra_hands": ("hands too many, a picture", False),
@@ -44,7 +46,16 @@ NAMES: dict[str, tuple[str, bool]] = {
     "kid_h": ("KID-H", False),
     "clip_score": ("CLIP score", True),
 }
-SHARES = ("detection_rate", "hand_confidence", "pck_5", "pck_10", "pck_20", "handedness")  # from 0 to 1
+SHARES = (
+    "detection_rate",
+    "hand_confidence",
+    "pck_5",
+    "pck_10",
+    "pck_20",
+    "pck_5_marks",
+    "pck_10_marks",
+    "handedness",
+)  # from 0 to 1
 
 
 @dataclass
@@ -212,6 +223,10 @@ def columns(seen: Seen) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             for share in PCK:
                 near = [0.0 if h.distances is None else float((h.distances <= share).mean()) for h in seen.hands]
                 out[f"pck_{100 * share:.0f}"] = np.array(near)[asked], owners[asked]
+            marked = np.array([hand.asked is not None and hand.asked.marks is not None for hand in seen.hands])
+            for share in PCK[:2] if marked.any() else ():
+                near = [0.0 if h.marked is None else float((h.marked <= share).mean()) for h in seen.hands]
+                out[f"pck_{100 * share:.0f}_marks"] = np.array(near)[marked], owners[marked]
             far = [float(h.distances.mean()) for h in seen.hands if h.distances is not None]
             out["distance"] = np.array(far), owners[both]
             right = [h.asked.side == h.found.side for h in seen.hands if h.asked and h.found]

@@ -24,6 +24,7 @@ from ..errors import EvaluationError
 from ..models.foreign import MODEL_INDEX
 from ..models.smplh import SMPLH
 from ..schema import MisfitError
+from .convention import marks_of
 from .hands import Asked
 
 SIDES = ("left", "right")
@@ -111,19 +112,22 @@ def labels_of(sample: Sample) -> dict[str, str]:
 
 
 def asked_hands(sample: Sample, image: np.ndarray, body: Path | None) -> list[Asked]:
-    """The hands that a sample shows. Without joints_2d they are posed with `body`, or with the demo's."""
+    """The hands that a sample shows. Without joints_2d they are posed with `body`, or with the demo's. The detector's
+    convention needs such a body, too; there any will do."""
     if sample.hands is None:
         return []
     people = [person(sample.hands, number) for number in range(sample.people)]
+    aspect = image.shape[1] / image.shape[0]
+    loaded = _load_body(body or shipped.body_path())
     if all("joints_2d" in one and "visibility" in one for one in people):
         places = [(one["joints_2d"], one["visibility"] > 0.5) for one in people]
     else:
-        aspects = [image.shape[1] / image.shape[0]] * len(people)
-        joints, seen = joints_in_picture(people, aspects, _load_body(body or shipped.body_path()))
+        joints, seen = joints_in_picture(people, [aspect] * len(people), loaded)
         places = list(zip(joints, seen, strict=True))
     return [
-        Asked(name, joints[side].astype(np.float64))
-        for joints, seen in places
+        Asked(name, joints[side].astype(np.float64), marks[side])
+        for one, (joints, seen) in zip(people, places, strict=True)
+        for marks in (marks_of(one, joints, aspect, loaded),)
         for side, name in enumerate(SIDES)
         if seen[side]
     ]

@@ -19,20 +19,12 @@ import numpy as np
 import torch
 from handiffuser.demo.human_dataset import scene_of
 from handiffuser.demo.human_scenes import draw, in_picture
-from handiffuser.evaluation.convention import FILE, bone_frames, hand_length
+from handiffuser.evaluation.convention import FILE, bone_frames, hand_length, turns_of
 from handiffuser.evaluation.detect import MediaPipe
 from handiffuser.evaluation.hands import Asked, match
-from handiffuser.models.smplh import HAND_JOINTS, PARENTS
+from handiffuser.models.smplh import HAND_JOINTS
 
 SIDES = ("left", "right")
-
-
-def turns_of(rotations: np.ndarray) -> np.ndarray:
-    """Orientations [52,3,3] in the world of joints that turn by `rotations` relative to their parents."""
-    out = [rotations[0]]
-    for joint in range(1, 52):
-        out.append(out[PARENTS[joint]] @ rotations[joint])
-    return np.stack(out)
 
 
 def rows_of(seed: int, count: int) -> list[dict]:
