@@ -19,7 +19,6 @@ from ..rotations import matrix_to_axis_angle
 from .human import human_body
 from .human_prompts import is_held_out, write_caption
 from .human_scenes import Scene, draw, in_picture, labels_of, sample_scene
-from .prompts import WORDINGS
 
 CAPTIONS = 4  # of each picture: training learns words from those that change while the picture stays
 
