@@ -92,7 +92,7 @@ def numbers(most: int) -> Any:
     "--leave-out",
     type=click.Choice(LEAVABLE),
     multiple=True,
-    help="Leave out a peer: compiling takes minutes, plain ONNX Runtime a second copy of the networks.",
+    help="Leave out a peer. torch.compile takes minutes; plain ONNX Runtime keeps a second copy of the networks.",
 )
 @click.option("--load", is_flag=True, help="Send requests at random times: in-flight and static batching.")
 @click.option("--serve", "served", is_flag=True, help="Measure hd-serve over HTTP beside the bare loop.")

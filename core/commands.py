@@ -184,7 +184,8 @@ def lacking(error: ImportError, command: str) -> str:
         extra = "[train]"  # it includes [export]
     if command == "hd-eval" and module in ("torch", "safetensors", "matplotlib"):
         extra = "[eval]"
-    return f"This needs {module}, which is not installed. It comes with handiffuser{extra}."
+    line = f'pip install "handiffuser{extra.partition(";")[0]}"'
+    return f"This needs {module}, which is not installed. It comes with handiffuser{extra}. Install it: {line}"
 
 
 def start(command: str, module: str) -> None:

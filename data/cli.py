@@ -57,12 +57,12 @@ def commands() -> None:
     type=click.Choice(["hands", "human"]),
     default="hands",
     show_default=True,
-    help="hands: forearms, what ships; human: people.",
+    help="hands: hands and forearms, as the shipped demo paints them. human: people.",
 )
-@click.option("--size", type=click.IntRange(16, 1024), help="Pixels a side. [default: 128; of people 256]")
+@click.option("--size", type=click.IntRange(16, 1024), help="Pixels a side. [default: 128; for people 256]")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @click.option("--both", type=click.FloatRange(0, 1), default=0.15, show_default=True,
-              help="Share of two-hand scenes; of people, among those of hand gestures.")  # fmt: skip
+              help="Share of two-hand scenes; with people: of the scenes with hand gestures.")  # fmt: skip
 @click.option(
     "--leave-out",
     type=click.FloatRange(0, 0.9),
@@ -92,11 +92,11 @@ def demo(
 @click.argument("checkpoint")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the checkpoint's own by default.")
-@click.option("--no-pictures", is_flag=True, help="Only prompts and hands, for stage 1.")
-@click.option("--flipped", is_flag=True, help="Of the mirror images, in a cache of their own.")
+@click.option("--no-pictures", is_flag=True, help="Compute only prompts and hands, for stage 1.")
+@click.option("--flipped", is_flag=True, help="Compute those of the mirror images, in another cache.")
 @click.option("--bf16", is_flag=True, help="Encode in bfloat16: fast on GPUs, and on CPUs with AMX.")
 @click.option("--people", type=click.Choice(["most-visible", "each"]), default="most-visible", show_default=True,
-              help="The people to train on, of several in a picture.")  # fmt: skip
+              help="Which people of a picture to train on.")  # fmt: skip
 @click.option("--cache", type=click.Path(path_type=Path), help="Keep the cache here, not in FOLDER.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 def latents(
@@ -148,11 +148,11 @@ def latents(
 @click.option("--every", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
               help="Seconds between the frames to take of a sequence.")  # fmt: skip
 @click.option("--frame", type=click.Choice(["person", "hands"]), default="person", show_default=True,
-              help="What fills the frame, without pictures.")  # fmt: skip
+              help="What fills the frame of a sequence, which has no pictures.")  # fmt: skip
 @click.option("--turn", type=click.FloatRange(0, 180), default=30.0, show_default=True,
-              help="Largest turn of people from the camera in degrees, without pictures.")  # fmt: skip
+              help="Largest turn of people from the camera in degrees, in a sequence.")  # fmt: skip
 @click.option("--hand-mean", type=click.Path(path_type=Path),
-              help=".npz with hands_meanl, hands_meanr: for fingers relative to MANO's mean hand.")  # fmt: skip
+              help=".npz with hands_meanl and hands_meanr, for fingers relative to MANO's mean hand.")  # fmt: skip
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; the demo's by default.")
 @click.option("--per-shard", type=click.IntRange(1), default=1000, show_default=True)
 def convert(
@@ -169,8 +169,8 @@ def convert(
 ) -> int:
     """Converts SOURCE to the dataset OUT. Run it again to go on. It names bad samples and leaves them out.
 
-    mano: of HaMeR and WiLoR; captions: pictures with texts beside, as for kohya's trainers. docs/data.md says where
-    files must lie.
+    mano: hands that HaMeR or WiLoR estimated. captions: pictures with texts beside, as for kohya's trainers.
+    docs/data.md says where files must lie.
     """
     with console.status("reading"):
         from .convert import FORMATS, Options
@@ -196,10 +196,10 @@ def convert(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; FOLDER/body.npz or the demo's by default.")
 @click.option("--min-size", type=click.IntRange(0), default=64, show_default=True, help="Pixels of the shorter side.")
-@click.option("--fix", is_flag=True, help="Move bad samples into FOLDER/aside; deletes nothing.")
+@click.option("--fix", is_flag=True, help="Move bad samples into FOLDER/aside. It deletes nothing.")
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="One thread each.")
 def check(folder: Path, body: Path | None, min_size: int, fix: bool, processes: int) -> int:
-    """Prints a line for each problem in FOLDER. Exit code 1 if it finds any.
+    """Prints a line for each problem in FOLDER. The exit code is 1 if it finds any.
 
     It finds unreadable samples and pictures, missing or misshapen arrays, NaN, keys that come twice, small pictures,
     hands outside the picture, poses that contradict joints_2d, and captions that name the other hand.

@@ -41,14 +41,15 @@ def build_options(command):  # type: ignore[no-untyped-def]
     for option in reversed(
         [
             click.option("--batch-sizes", callback=parse_batch_sizes, metavar="N,N,...",
-                         help="A static plan is built for each.  [default: 1,2,4,8; openvino: 1]"),
+                         help="Build a static plan for each.  [default: 1,2,4,8; openvino: 1]"),
             click.option("--dynamic", is_flag=True, help="One plan for all sizes up to the largest; slower to run."),
             click.option("--shared-weights", is_flag=True,
                          help="One plan for all batch sizes, compiled for each: their weights are on the GPU once."),
             click.option("--guidance-free", is_flag=True,
-                         help="Also UNets without the unconditional branch: half the work where guidance is 1."),
+                         help="Also build UNets without the unconditional branch: half the work where guidance is 1."),
             click.option("--build-level", type=click.IntRange(0, 5), help="How hard TensorRT searches, 0 to 5."),
-            click.option("--tiling", type=click.Choice(TILING), help="How hard it searches for cache-friendly tiling."),
+            click.option("--tiling", type=click.Choice(TILING),
+                         help="How hard TensorRT searches for cache-friendly tiling."),
             click.option("--aux-streams", type=click.IntRange(0, 8), help="Additional streams inside a graph."),
             click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Scratch memory of one kernel."),
             click.option("--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",
@@ -225,7 +226,7 @@ def list_plans(folder: str) -> int:
 
 @commands.command("inspect")
 @click.argument("path", metavar="PLAN|FOLDER")
-@click.option("--graph", help="Of a folder: only this graph's plans.")
+@click.option("--graph", help="For a folder: show only this graph's plans.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each plan, with every layer.")
 def inspect_plans(path: str, graph: str | None, as_json: bool) -> int:
     """Says what a plan was compiled to: layers by kind, type and kernel, and its memory."""
@@ -238,15 +239,15 @@ def inspect_plans(path: str, graph: str | None, as_json: bool) -> int:
 
 @commands.command()
 @click.argument("folder")
-@click.option("--graph", help="Only this one.")
+@click.option("--graph", help="Compare only this graph.")
 @click.option("--backend", type=click.Choice(["auto", *NAMES]), default="auto", show_default=True)
 @click.option("--output", "-o", type=click.Path(path_type=Path),
               help="Where Polygraphy's files go.  [default: FOLDER's name and -compare]")  # fmt: skip
 def compare(folder: str, graph: str | None, backend: str, output: Path | None) -> int:
     """Runs a real run's inputs through the plans of FOLDER and through float32, and compares every output.
 
-    Without a GPU, through a graph that rounds as a GPU does. What Polygraphy needs to go on (inputs, graphs, commands)
-    is left in a folder. The exit code is 1 where an output is too far off, or not finite.
+    Without a GPU it runs a graph that rounds as a GPU does, instead of a plan. It writes inputs, graphs and commands
+    for Polygraphy into a folder. The exit code is 1 where an output is too far off, or not finite.
     """
     with console.status("loading"):
         from ..calibration.compare import compare as compared
@@ -284,8 +285,8 @@ def verify(folder: str) -> int:
 
 @commands.command()
 @click.argument("folder")
-@click.option("--all", "everything", is_flag=True, help="Current plans, too.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--all", "everything", is_flag=True, help="Remove current plans, too.")
+@click.option("--dry-run", is_flag=True, help="Remove nothing; print what the command would remove.")
 def prune(folder: str, everything: bool, dry_run: bool) -> int:
     """Removes plans of FOLDER that are stale or damaged, and leftovers of interrupted builds."""
     path = shipped.resolve(folder, "bundle")

@@ -132,8 +132,8 @@ class Options:
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
-    help="Of the networks; hand features, latents and solver state stay float32. fp8 and int8: convolutions and "
-    "products of UNet and decoder, for TensorRT, or int8 for OpenVINO; the rest is fp16 or fp32. "
+    help="Precision of the networks; hand features, latents and solver state stay float32. fp8 (TensorRT) and int8 "
+    "(TensorRT, OpenVINO): for convolutions and products of UNet and decoder; the rest is fp16 or fp32. "
     "[default: fp16 for TensorRT, else fp32]",
 )
 @click.option("--body", type=click.Path(path_type=Path), help="SMPL-H body (.npz); default: the checkpoint's own.")
@@ -143,7 +143,7 @@ class Options:
     multiple=True,
     callback=parse_adapters,
     metavar="FILE[:SCALE]",
-    help="An adapter (.safetensors), of hd-train --lora or for Stable Diffusion, merged into the weights; repeatable.",
+    help="Merge an adapter (.safetensors) of hd-train --lora or for Stable Diffusion into the weights; repeatable.",
 )
 @click.option("--image-size", callback=parse_size, metavar="H[xW]", help="Pixels; default: as trained.")
 @click.option("--opset", type=click.IntRange(18, 24), default=23, show_default=True, help="ONNX opset.")
@@ -155,7 +155,9 @@ class Options:
     help="Compare half precision with float32 in whole runs; auto: for models small enough for a CPU.",
 )
 @click.option("--accept-low-fidelity", is_flag=True, help="Write the bundle even if it fails that comparison.")
-@click.option("--triton", type=click.Path(path_type=Path), metavar="FOLDER", help="A model repository for Triton, too.")
+@click.option(
+    "--triton", type=click.Path(path_type=Path), metavar="FOLDER", help="Write a model repository for Triton, too."
+)
 @build_options
 @click.version_option(package_name="handiffuser", prog_name="hd-export")
 def command(
@@ -163,8 +165,8 @@ def command(
 ) -> None:
     """Exports CHECKPOINT (a folder in Hugging Face layout, or the word demo) into the bundle OUT.
 
-    Each graph is run in ONNX Runtime right away and compared with PyTorch; one over its tolerance is not written.
-    With TensorRT and OpenVINO, plans are then built. The same command again does only what is not done yet. On another
+    It runs each graph in ONNX Runtime right away, compares it with PyTorch, and does not write one over its tolerance.
+    For TensorRT and OpenVINO it then builds plans. The same command again does only what is not done yet. On another
     machine, `hd-engines build OUT` builds plans from the bundle, without PyTorch.
     """
     chosen = BACKENDS[resolve_backend(backend)]

@@ -230,7 +230,7 @@ def commands() -> None:
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="MANO_LEFT, then again MANO_RIGHT: for SMPL-H files without hands_*, such as AMASS's.",
+    help="Give it twice, MANO_LEFT then MANO_RIGHT: for SMPL-H files without hands_*, such as AMASS's.",
 )
 def convert(source: Path, out: Path, hands: tuple[Path, ...]) -> int:
     """Converts SOURCE (.pkl or .npz) to OUT (.npz). Runs no code of a pickle."""

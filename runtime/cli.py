@@ -56,7 +56,7 @@ def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
     "--prompts",
     "prompts_file",
     metavar="FILE",
-    help="A .txt (a prompt a line) or .jsonl file of prompts; - is standard input, of either kind.",
+    help="A .txt (a prompt a line) or .jsonl file of prompts; - reads either kind from standard input.",
 )
 @click.option("--strict", is_flag=True, help="Exit code 1 if any prompt was refused or any picture failed.")
 @click.option(

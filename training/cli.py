@@ -99,10 +99,10 @@ OPTIONS = [
     click.option("--start", help="Checkpoint to start from, or the word demo.  [default: the recipe's new one]"),
     click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER|FILE.safetensors",
                  help="Write the checkpoint here at the end; a FILE gets the --lora adapter alone."),
-    click.option("--recipe", default="sd15", show_default=True, help="demo, sd15, or your .toml file."),
+    click.option("--recipe", default="sd15", show_default=True, help="sd15, demo, demo-gpu, or your .toml file."),
     click.option("--run", "folder", type=click.Path(path_type=Path),
                  help="States, logs and samples; run again to go on.  [default: runs/ and the output's name]"),
-    click.option("--processes", type=click.IntRange(1), help="On a CPU, with one thread each.  [default: one a core]"),
+    click.option("--processes", type=click.IntRange(1), help="Processes on a CPU.  [default: one a core]"),
     click.option("--half", is_flag=True, help="Write the checkpoint's weights in float16."),
     click.option("--steps", type=int, help="Steps of the optimizer."),
     click.option("--batch", type=int, help="Samples a step, for all processes together."),
@@ -113,7 +113,7 @@ OPTIONS = [
     click.option("--compile", is_flag=True, default=None, help="torch.compile."),
     click.option("--shard", is_flag=True, default=None, help="Spread weights and optimizer over processes (FSDP2)."),
     click.option("--workers", type=int, help="Processes that read samples ahead."),
-    click.option("--seed", type=int, help="Of the order and the noise."),
+    click.option("--seed", type=int, help="Seed of the order and the noise."),
     click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Another entry of the stage's recipe."),
 ]  # fmt: skip
 
@@ -251,7 +251,7 @@ def _command(stage: str) -> None:
         )
         command = runs(command)
     if stage in ("pictures", "distill", "all"):
-        rank = click.option("--lora", type=int, metavar="RANK", help="Train ranks beside frozen weights (peft).")
+        rank = click.option("--lora", type=int, metavar="RANK", help="Train an adapter of this rank alone.")
         command = rank(command)
     commands.command(stage, short_help=HELP[stage])(command)
 
