@@ -141,7 +141,7 @@ def sentence(new: list[str], uses: dict[str, list[str]], known: Collection[str])
         more = f" and {len(new) - MOST} more" if len(new) > MOST else ""
         said.append(f"This model was not trained on {', '.join(map(shown, new[:MOST]))}{more}.")
     for phrase, words in uses.items():
-        said.append(f"It knows {', '.join(map(repr, words))} only as in {phrase!r}.")
+        said.append(f"This model knows {', '.join(map(repr, words))} only as in {phrase!r}.")
     return " ".join((*said, "These words may do anything, or nothing.")) if said else ""
 
 

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 LOCK = ".hd-train.lock"  # in the run folder
 HELP = {
-    "vae": "Trains the autoencoder on DATA's pictures, for a checkpoint without a trained one.",
+    "vae": "Trains the autoencoder on the pictures of --data, for a checkpoint without a trained one.",
     "hand-prior": "Trains stage 1: prompts to SMPL-H hands. Needs no pictures.",
-    "encoder": "Trains the Text+Hand encoder alone on DATA's labels, for a checkpoint without CLIP.",
+    "encoder": "Trains the Text+Hand encoder alone on the labels of --data, for a checkpoint without CLIP.",
     "pictures": "Trains stage 2: prompts and hands to pictures; all weights, or an adapter with --lora.",
     "distill": "Trains stage 2 to paint in few runs of its network, without guidance: --start is the teacher.",
     "distill-hands": "Trains stage 1 to find hands in few runs of its network: --start is the teacher.",
