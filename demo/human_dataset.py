@@ -22,6 +22,8 @@ from .human_scenes import Scene, draw, in_picture, labels_of, sample_scene
 
 CAPTIONS = 4  # of each picture: training learns words from those that change while the picture stays
 
+CAPTIONS = 4  # of each picture: training learns words from those that change while the picture stays
+
 
 def scene_of(
     seed: int, number: int, both: float = 0.2, leave_out: float = 0.05, held_out: bool = False
