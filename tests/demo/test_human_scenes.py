@@ -252,4 +252,9 @@ def test_it_goes_on_where_it_stopped_with_the_same_bytes(folder, tmp_path, monke
     assert (tmp_path / "body.npz").read_bytes() == (folder / "body.npz").read_bytes()
     with pytest.raises(DatasetError, match="this dataset"):
         dataset.make(tmp_path, 4, world="hands", size=64, seed=SEED, processes=1)
+    hands = tmp_path / "hands"
+    dataset.make(hands, 2, size=32, processes=1)
+    with pytest.raises(DatasetError, match="this dataset"):
+        make(hands, 4)
+    assert not (hands / "body.npz").exists()  # it would be another body's
     assert torch.get_num_threads() == 1
