@@ -26,7 +26,7 @@ CAPTIONS = 4  # of each picture: training learns words from those that change wh
 def scene_of(
     seed: int, number: int, both: float = 0.2, leave_out: float = 0.05, held_out: bool = False
 ) -> tuple[Scene, list[str]]:
-    """Scene `number` of a seed, and WORDINGS captions for it.
+    """Scene `number` of a seed, and CAPTIONS captions for it.
 
     The first says what people say, the next nearly all, and half of the last ones little. leave_out: how often the
     later ones leave a thing out. held_out: only combinations that are kept for tests, with any caption.
@@ -34,8 +34,8 @@ def scene_of(
     rng = np.random.default_rng((seed, number))
     scene = sample_scene(rng, both, held_out)
     captions: list[str] = []
-    while len(captions) < WORDINGS:
-        first, last = not captions, len(captions) == WORDINGS - 1
+    while len(captions) < CAPTIONS:
+        first, last = not captions, len(captions) == CAPTIONS - 1
         brief = 0.5 if last else 0.08 if first else 0.0
         text = write_caption(scene.spec, rng, 0.35 if first else leave_out, brief)
         if held_out or not is_held_out(text):

@@ -366,7 +366,8 @@ def _shade(
     direct = 0.95 * torch.tensor(lamp.colour, dtype=torch.float32) * diffuse * through
 
     open_ = _occlusion(covered, where[:, 2], side, pixel)[:, None]
-    tint = torch.cat([open_**0.75, open_**1.05, open_**1.1], 1)
+    # Light between skin and skin is red; cloth beside a hand only gets darker.
+    tint = open_ ** torch.where(skin[:, None], torch.tensor([0.75, 1.05, 1.1]), torch.ones(3))
     light = ambient * tint + direct * (0.35 + 0.65 * tint)
     light = _bleed(light, covered, where[:, 2], skin, side, pixel)
 
