@@ -45,7 +45,7 @@ LABELS = {
     "view": tuple(VIEWS),
     "other": NAMES,
 }
-SHARD = 500  # scenes
+SHARD, PEOPLE_SHARD = 500, 100  # scenes: a stop loses half a minute's work at most
 BATCH = 32  # scenes rendered together
 Job = tuple[Path, int, range, int, float, float, str]
 
@@ -74,13 +74,19 @@ def make(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DatasetError(f"{folder} cannot be made: {error.strerror or error}. Name another folder.") from error
-    if world == "human":
-        make_body(folder / BODY)
+    shard = min(SHARD, PEOPLE_SHARD) if world == "human" else SHARD
     jobs = [
-        (folder / f"{number:05d}.tar", seed, range(start, min(start + SHARD, scenes)), size, both, leave_out, world)
-        for number, start in enumerate(range(0, scenes, SHARD))
+        (folder / f"{number:05d}.tar", seed, range(start, min(start + shard, scenes)), size, both, leave_out, world)
+        for number, start in enumerate(range(0, scenes, shard))
     ]
     todo = [job for job in jobs if not _done(*job)]
+    if world == "human":
+        try:
+            make_body(folder / BODY)
+        except OSError as error:
+            raise DatasetError(
+                f"{folder / BODY} cannot be written: {error.strerror or error}. Run the command again to go on."
+            ) from error
     done = scenes - sum(len(job[2]) for job in todo)
     if on_progress is not None:
         on_progress(done, scenes)

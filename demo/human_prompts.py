@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..grammar import ADJECTIVES, NOUNS, PHRASES, SKINS, VIEWS
+from ..grammar import ADJECTIVES, NOUNS, PHRASES, VIEWS
 from .human_gestures import HANDS
 from .human_poses import BODY_POSES
 from .wording import All, Maybe, Node, One, Shuffled, matches, write
@@ -41,6 +41,14 @@ PLACES = {  # of backdrops.KINDS
     "night": ("at night", "at night in the city", "with lights in the background"),
 }
 PLAIN = ("wall", "gradient", "studio")  # places that have a colour
+TONES = {  # of SKINS, before "hand" and before "woman"
+    "pale": ("pale", "very light", "fair-skinned", "pale-skinned"),
+    "light": ("light", "white", "light-skinned"),
+    "tan": ("tan", "tanned", "olive-skinned"),
+    "brown": ("brown", "medium brown", "brown-skinned"),
+    "dark": ("dark", "dark brown", "dark-skinned"),
+    "deep": ("very dark", "black", "very dark-skinned"),
+}
 PERSONS = {"woman": ("woman", "woman", "lady"), "man": ("man", "man", "guy"), "person": ("person",)}
 OWN = {"woman": "her", "man": "his", "person": "their"}
 UP = {"up": ("palm up", "with the palm up", "palm facing up")}
@@ -184,15 +192,15 @@ def _background(spec: Spec) -> Node:
 
 
 def _tone(one: Someone) -> Node:
-    return Maybe(_one(SKINS[one.skin][1])) if one.skin else ""
+    return Maybe(_one(TONES[one.skin])) if one.skin else ""
 
 
 def _lead(framing: str) -> Node:
     usual = ("a photo of", "photo of", "a picture of", "an image of", "a photograph of")
     own = {
         "close-up": ("close-up of", "a close-up of", "close up of", "a close-up photo of"),
-        "bust": ("portrait of", "a portrait of", "a portrait photo of", "a head and shoulders photo of"),
-        "half body": ("a half-length portrait of", "a half-body photo of", "a photo from the waist up of"),
+        "bust": ("portrait of", "a portrait of", "a portrait photo of"),
+        "half body": ("a half-length portrait of", "a half-body photo of", "a half-length photo of"),
     }[framing]
     return One("", _one(usual), _one(own), weights=(5, 2, 3))
 
@@ -243,9 +251,7 @@ def _hand(one: Someone) -> Node:
 
 def _person(one: Someone, brief: bool = False) -> Node:
     """ "a smiling young woman with long brown hair in a striped shirt"; brief: beside another one."""
-    skinned = (
-        [f"{word}-skinned" for word in SKINS[one.skin][1] if " " not in word and "-" not in word] if one.skin else []
-    )
+    skinned = [tone for tone in TONES[one.skin] if tone.endswith("skinned")] if one.skin else []
     skin = Maybe(_one(skinned), 0.25) if skinned else ""
     age = (
         Maybe(One("young", weights=(1,)) if one.age == "young" else _one(("old", "elderly", "older")))
@@ -317,7 +323,8 @@ def caption(spec: Spec) -> Node:
     """All wordings of a picture, but for those of few words."""
     end = _background(spec)
     if len(spec.people) == 2:
-        return All(_lead(spec.framing), _two(*spec.people), end)
+        lead = _lead(spec.framing) if spec.framing == "half body" else Maybe("a photo of", 0.3)
+        return All(lead, _two(*spec.people), end)
     one = spec.people[0]
     person = All(_person(one), _act(one), Maybe(_view(one), 0.3))
     if spec.framing == "close-up":
@@ -345,7 +352,7 @@ def short(spec: Spec) -> Node:
     if len(spec.people) == 2:
         left, right = spec.people
         alike = left.gesture == right.gesture and left.side == right.side and not (left.other or right.other)
-        return One("two people", All("two people", _act(left, "their")) if alike else "two persons")
+        return One("two people", All("two people", _act(left, "their")) if alike else "people")
     one = spec.people[0]
     ways: list[Node] = []
     if spec.framing == "close-up":

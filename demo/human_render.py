@@ -366,7 +366,8 @@ def _shade(
     direct = 0.95 * torch.tensor(lamp.colour, dtype=torch.float32) * diffuse * through
 
     open_ = _occlusion(covered, where[:, 2], side, pixel)[:, None]
-    tint = torch.cat([open_**0.75, open_**1.05, open_**1.1], 1)
+    # Light between skin and skin is red; cloth beside a hand only gets darker.
+    tint = open_ ** torch.where(skin[:, None], torch.tensor([0.75, 1.05, 1.1]), torch.ones(3))
     light = ambient * tint + direct * (0.35 + 0.65 * tint)
     light = _bleed(light, covered, where[:, 2], skin, side, pixel)
 
@@ -389,9 +390,9 @@ def _shade(
 def _occlusion(covered: Tensor, z: Tensor, side: int, pixel: float) -> Tensor:
     """How open each sample is, [S] in 0..1: it darkens by how far it lies behind the mean of its neighbourhood, at a
     finger's and at a head's scale."""
-    layers = torch.zeros(2, side * side)
-    layers[0, covered], layers[1, covered] = z, 1.0
-    layers = layers.view(2, 1, side, side)
+    layers = torch.zeros(3, side * side)
+    layers[0, covered], layers[1, covered], layers[2, covered] = z, 1.0, z * z
+    layers = layers.view(3, 1, side, side)
     rows, columns = covered // side, covered % side
     out = torch.ones(len(covered))
     for metres, depth, strength in ((0.006, 0.007, 0.42), (0.018, 0.02, 0.45), (0.06, 0.07, 0.35)):
@@ -402,9 +403,12 @@ def _occlusion(covered: Tensor, z: Tensor, side: int, pixel: float) -> Tensor:
         small = F.avg_pool2d(layers, 1 << shift)
         width = 2 * max(1, round(radius / (1 << shift))) + 1
         mean = F.avg_pool2d(F.avg_pool2d(small, (width, 1), 1, (width // 2, 0)), (1, width), 1, (0, width // 2))
-        mean = (mean[0] / mean[1].clamp_min(1e-6))[0]
-        behind = _at(mean, rows, columns, shift) - z
-        out = out * (1 - strength * ((behind - 0.1 * depth) / depth).clamp(0, 1))
+        mean, square = (mean[i] / mean[1].clamp_min(1e-6) for i in (0, 2))
+        behind = _at(mean[0], rows, columns, shift) - z
+        # A hand far before a chest does not darken it: there the neighbourhood is two surfaces.
+        apart = _at((square - mean**2)[0].clamp_min(0), rows, columns, shift)
+        share = strength / (1 + apart / (0.5 * depth) ** 2)
+        out = out * (1 - share * ((behind - 0.1 * depth) / depth).clamp(0, 1))
     return out
 
 

@@ -28,7 +28,7 @@ from handiffuser.demo.human_poses import (
     hand_ids,
     sample_pose,
 )
-from handiffuser.demo.human_render import Camera, Lamp, Person, render
+from handiffuser.demo.human_render import Camera, Lamp, Person, _occlusion, render
 from handiffuser.demo.human_skin import ITA_CLASSES, ita_of, skin_tone
 from handiffuser.models.body import commands
 from handiffuser.models.smplh import HAND_JOINTS, PARENTS, SMPLH, TIP_VERTICES
@@ -283,6 +283,17 @@ def test_the_nearer_of_two_people_hides_the_other(standing):
     apart = render([Person(standing + np.float32([1, 0, 0]), red), Person(standing - np.float32([1, 0, 0]), green)],
                    Camera(0.5, 0, 0.3), Lamp(), GREY, size=64).numpy().astype(int)  # fmt: skip
     assert ((apart[:, 32:, 0] - apart[:, 32:, 1]) > 30).sum() > 40 < ((apart[:, :32, 1] - apart[:, :32, 0]) > 30).sum()
+
+
+def test_creases_are_dark_and_far_edges_have_no_halo():
+    side, pixel = 128, 0.0005  # metres of a sample
+    row = torch.arange(side).repeat(side, 1)
+    covered = torch.arange(side * side)
+    crease = torch.where((row - 64).abs() < 6, -0.006, 0.0)  # between two fingers
+    dark = _occlusion(covered, crease.flatten(), side, pixel).view(side, side)
+    assert dark[64, 64] < 0.9 and dark[64, 20] > 0.97
+    step = torch.where(row < 64, 0.2, 0.0)  # a hand, and a chest 20 cm behind
+    assert _occlusion(covered, step.flatten(), side, pixel).min() > 0.95
 
 
 def test_mirrored_people_give_mirrored_pictures(standing):

@@ -16,7 +16,7 @@ from handiffuser.data.hands import joints_in_picture
 from handiffuser.data.samples import person, picture, read
 from handiffuser.demo import dataset, human_skin
 from handiffuser.demo.human import human_body
-from handiffuser.demo.human_dataset import CAPTIONS, sample_of, scene_of
+from handiffuser.demo.human_dataset import sample_of, scene_of
 from handiffuser.demo.human_poses import FRAMINGS as EVERY_FRAMING
 from handiffuser.demo.human_poses import LEFT, RIGHT
 from handiffuser.demo.human_prompts import (
@@ -157,7 +157,7 @@ def test_named_hands_are_in_the_picture_and_seen(scenes):
                 assert one.gesture in ("arms_crossed", "hands_on_hips") or (
                     scene.present[i, side] and shares[i, side] >= 0.3
                 )
-        assert len(prompts) == CAPTIONS and all(says(scene.spec, text) for text in prompts)
+        assert len(prompts) == 4 and all(says(scene.spec, text) for text in prompts)
         assert not any(map(is_held_out, prompts)) and not is_held_out_spec(scene.spec)
         names[scene.spec.framing] += 1
         labels = labels_of(scene.spec)
@@ -252,4 +252,9 @@ def test_it_goes_on_where_it_stopped_with_the_same_bytes(folder, tmp_path, monke
     assert (tmp_path / "body.npz").read_bytes() == (folder / "body.npz").read_bytes()
     with pytest.raises(DatasetError, match="this dataset"):
         dataset.make(tmp_path, 4, world="hands", size=64, seed=SEED, processes=1)
+    hands = tmp_path / "hands"
+    dataset.make(hands, 2, size=32, processes=1)
+    with pytest.raises(DatasetError, match="this dataset"):
+        make(hands, 4)
+    assert not (hands / "body.npz").exists()  # it would be another body's
     assert torch.get_num_threads() == 1
