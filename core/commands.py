@@ -202,7 +202,13 @@ def start(command: str, module: str) -> None:
             leave(INTERRUPTED)
         if not isinstance(error, ImportError):
             raise
-        print(f"{command}: {lacking(error, command)}", file=sys.stderr)
+        sentence = lacking(error, command)
+        if sys.argv[1:] == ["--version"]:  # which a command tells without its extra
+            from .installed import version
+
+            print(f"{command}, version {version('handiffuser')}")
+            return
+        print(f"{command}: {sentence}", file=sys.stderr)
         sys.exit(1)
 
 

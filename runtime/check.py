@@ -57,7 +57,7 @@ def find_gpu() -> tuple[str | None, str]:
     try:
         cuda = Cuda()
     except HanDiffuserError as error:
-        return None, str(error)
+        return None, str(error) if DRIVER.exists() else "none, because no NVIDIA driver is loaded"
     return f"{cuda.name}, compute capability {cuda.compute_capability}", ""
 
 
