@@ -18,6 +18,7 @@ OTHERS = {
     "guidance": "guidance-scale cfg cfg-scale scale true-cfg-scale",
     "solver": "scheduler sampler sampling-method sampler-name sample-method",
     "output": "output-dir output-path outdir out-dir save-path output-folder",
+    "scenes": "count num-scenes n-scenes num-samples",
     "prompts": "prompt prompt-file prompts-file from-file input",
     "hand-params": "hands hand hand-file",
     "learning-rate": "lr unet-lr",

@@ -84,7 +84,7 @@ def demo(
     choice: dict[str, Any] = {"size": size, "seed": seed, "both": both, "leave_out": leave_out}
     with progress("scenes") as show:
         make(out, scenes, **choice, processes=processes, world=world, on_progress=show)
-    console.print(f"{out} holds {scenes} scenes. Look at it: hd-data look {out} --output page.html")
+    console.print(f"{out} holds at least {scenes} scenes. Look at it: hd-data look {out} --output page.html")
     return 0
 
 

@@ -299,7 +299,7 @@ def check_hands(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if value.size and np.abs(value).max() > limit + 1e-3:
             raise MisfitError(f"Its {name} must be at most {limit:.4g} in size, got {np.abs(value).max():g}.")
         out[name] = value
-    if "camera" in out and "placement" not in out and (out["camera"][..., 0] <= 0).any():
+    if "camera" in out and (out["camera"][..., 0] <= 0).any():
         raise MisfitError("Its camera's scale must be above 0.")
     return out
 

@@ -120,7 +120,8 @@ def lacking(what: str, thing: str, ours: int, theirs: int) -> list[str]:
     """A sentence where one side has too few for a distance."""
     if min(ours, theirs) >= 2:
         return []
-    one, other = (f"{count or 'no'} {thing}{'s' * (count > 1)}" for count in (ours, theirs))
+    first, _, rest = thing.partition(" ")  # "hand whose place is known"
+    one, other = (f"{count or 'no'} {first}{'s' * (count > 1)} {rest}".rstrip() for count in (ours, theirs))
     return [f"{what} are missing: they need two on each side, got {one} here and {other} in --against."]
 
 

@@ -30,7 +30,6 @@ from .bundle import Bundle
 from .options import given, setting_options
 from .outputs import OutputFolder
 from .pipeline import HanDiffuser
-from .remote import open_folder
 from .reporting import Reporter
 from .requests import Request, RequestFile, Resolver
 from .results import Failure
@@ -129,6 +128,8 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     Manifest.load(shipped.resolve(engines, "bundle"), verify=False)
     if options["ray"] is not None:
         return _on_ray(engines, output, chain([first], lines), source, options, say)
+    from .remote import open_folder  # which imports fsspec for URLs
+
     with open_folder(output, say=say.warning) as folder:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
@@ -222,6 +223,8 @@ def _on_ray(
     folder_of_engines = shipped.resolve(engines, "bundle").resolve()
     bundle = Bundle.load(folder_of_engines)
     output = output if "://" in output else str(Path(output).resolve())
+    from .remote import open_folder  # which imports fsspec for URLs
+
     with open_folder(output, say=say.warning) as folder:
         images = options["images_per_prompt"]
         resolver = Resolver(

@@ -151,7 +151,10 @@ class Service:
             with self.lock:  # the bundle caches its schedules
                 self.bundle.check(filled)
         except RequestError as error:
-            sentence = str(error).replace(f"The hands file {request.hands} has", "The hands have")
+            # The client sent arrays, not a file: its name on this machine is not for clients.
+            file = f"the hands file {request.hands}"
+            sentence = str(error).replace(f"T{file[1:]} has", "The hands have").replace(f" in {file}", "")
+            sentence = sentence.replace(f"T{file[1:]}", "The hands").replace(str(request.hands), "the hands")
             raise RequestError(sentence, error.param, error.code) from None
         return [
             replace(filled, seed=(request.seed + i) % (MAX_SEED + 1), id=f"img-{secrets.token_hex(12)}")

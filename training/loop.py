@@ -28,7 +28,7 @@ from ..errors import TrainingError
 from .draws import Draws, rows_of
 from .processes import full, spread
 from .recipe import Plan
-from .state import Average, changes, load_state, save_state
+from .state import STATE, Average, changes, load_state, save_state
 
 Rows = dict[str, Tensor]
 BAD_STEPS = 3  # steps in a row without a finite loss or gradient, after which the run ends
@@ -193,8 +193,12 @@ class Trainer:
             what = "gradient became infinite or NaN" if math.isfinite(mean) else f"loss became {mean}"
             before = f" and {in_a_row - 1} before" if in_a_row > 1 else ""
             raise TrainingError(
-                f"{self.stage.name}: the {what} at step {step}{before}. Lower the --learning-rate; the last saved "
-                f"state in {self.folder} is sound."
+                f"{self.stage.name}: the {what} at step {step}{before}. Lower the --learning-rate. "
+                + (
+                    "Training goes on from the last saved state."
+                    if (self.folder / STATE).exists()
+                    else "No state was saved."
+                )
             )
         whole = float(full(norm))
         if self.log is not None:

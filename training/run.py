@@ -68,7 +68,7 @@ from .stages import (
     picture_inputs,
     vae_inputs,
 )
-from .state import averages, changes, finished
+from .state import averages, changes, data_of, finished
 
 ADAPTER = "adapter.safetensors"
 MEASURED = 4096  # samples for means and deviations
@@ -219,6 +219,8 @@ class Run:
         """Of a finished stage: a sentence if its settings differ from the plan's, else ""."""
         known = [changes(self.folder / part, self.recipe.plan(stage)) for part in self.parts(stage)]
         said = next((words for words in known if words), "")
+        if any(data_of(self.folder / part) not in ("", self.digest) for part in self.parts(stage)):
+            said = f"another dataset{said and ', ' + said}"
         return f", with other settings: {said}. To train with the new ones, name another --run." if said else ""
 
     def ready(self, stage: str) -> None:

@@ -89,6 +89,15 @@ def changes(folder: Path, plan: Plan) -> str:
     return ", ".join(other)
 
 
+def data_of(folder: Path) -> str:
+    """The digest of the dataset that a stage's saved state was trained on; "" without a state."""
+    path = folder / STATE
+    if not path.exists():
+        return ""
+    with safe_open(path, "pt") as file:
+        return str(file.metadata()["data"])
+
+
 def identity(plan: Plan, stage: Stage) -> dict[str, str]:
     """The settings that a run must keep."""
     return {"batch": str(plan.batch), "seed": str(plan.seed), "data": stage.data}

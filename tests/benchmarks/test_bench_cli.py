@@ -152,7 +152,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
         finally:
             process.kill()  # leaving this block waits for it
     assert process.returncode == 130, errors
-    assert "Interrupted. This is what was measured so far." in errors and "Traceback" not in errors
+    assert "Interrupted. The results so far follow." in errors and "Traceback" not in errors
     document = json.loads(out.splitlines()[-1])
     assert document["interrupted"] and len(document["runs"]) == 1
     assert 0 < len(document["runs"][0]["samples"]) < 10000 and document["runs"][0]["latency"]["p50"] > 0

@@ -265,7 +265,12 @@ def test_nothing_to_do(toy_bundle, tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "flipped", "newer", "nobundle", "nowhere"])
 def test_bad_bundles(toy_copy, tmp_path, damage):
     graph, manifest = toy_copy / "unet.onnx", toy_copy / "manifest.json"
-    words = {"missing": "is missing", "flipped": "is damaged", "newer": "format 99", "nobundle": "no bundle"}
+    words = {
+        "missing": "is missing",
+        "flipped": "is damaged",
+        "newer": "must be at most 1, got 99",
+        "nobundle": "is not a bundle",
+    }
     if damage == "missing":
         graph.unlink()
     elif damage == "flipped":
