@@ -63,7 +63,8 @@ def test_what_nobody_knows_is_left_to_click():
 
 def test_each_hint_names_what_there_is():
     """Every option that OTHERS maps to is one of some command, so that a hint cannot outlive it."""
-    modules = {"hd-export": ("export.cli", "command"), "hd-bench": ("benchmarks.cli", "bench"), **COMMANDS}
+    modules = {**COMMANDS, "hd-export": ("export.cli", "command"), "hd-bench": ("benchmarks.cli", "bench")}
+    modules["hd-data"] = ("data.cli", "commands")
     has = set()
     for module, attribute in modules.values():
         command = getattr(import_module(f"handiffuser.{module}"), attribute, None)
