@@ -65,7 +65,7 @@ def test_polygraphy_finds_it_in_what_was_left(overflowing, tmp_path):
 
 def test_what_cannot_be_compared_is_a_sentence(tiny_bundle, tiny_half, tmp_path, monkeypatch):
     for arguments, words in (
-        ((tiny_bundle,), "nothing to compare it with"),
+        ((tiny_bundle,), "needs a GPU to compare it with"),
         ((tiny_half, "--graph", "vae"), "got 'vae'"),
         ((tiny_half, "--backend", "tensorrt-rtx"), "No NVIDIA GPU"),
     ):

@@ -316,9 +316,12 @@ import os, time
 from pathlib import Path
 from handiffuser.files import lock
 held = lock(Path({str(tmp_path / LOCK)!r}))
+reader, writer = os.pipe()
 if os.fork() == 0:
+    os.write(writer, b"x")  # it runs, and has let go of the lock
     time.sleep(30)
     os._exit(0)
+os.read(reader, 1)
 print("held", flush=True)
 time.sleep(60)
 """
