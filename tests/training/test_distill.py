@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from commands import invoke
+from commands import invoke, run_command
 from diffusers import DDIMScheduler
 from handiffuser.data.latents import LatentCache, make_latents
 from handiffuser.demo.dataset import make
@@ -249,7 +249,7 @@ def test_the_command_makes_a_checkpoint_of_few_runs(teacher, world, tmp_path):
               "--workers", 1, "--batch", 4, "--accumulate", 1, "--precision", "fp32", "--set", "teacher_steps=4",
               "--set", "trajectories=64")  # fmt: skip
     out = tmp_path / "fast"
-    result = invoke("training.cli", *common, "--runs", "2,1", "--steps", 2, "--output", out)
+    result = run_command("training.cli", *common, "--runs", "2,1", "--steps", 2, "--output", out)
     assert result.returncode == 0 and "64 of 64 trajectories" in result.stderr, result.stderr
     fast = Checkpoint.load(out)
     assert (fast.defaults["steps"], fast.defaults["guidance"], fast.defaults["solver"]) == (1, 1.0, "ddim")
@@ -261,13 +261,13 @@ def test_the_command_makes_a_checkpoint_of_few_runs(teacher, world, tmp_path):
         assert all(torch.equal(one[key], other[key]) for key in one), name
     assert {path.name.rpartition("-")[0] for path in (tmp_path / "run/samples").glob("*.png")} == {
         "distill-2", "distill-1"}  # fmt: skip
-    again = invoke("training.cli", *common, "--runs", "2,1", "--steps", 2, "--output", out)
+    again = run_command("training.cli", *common, "--runs", "2,1", "--steps", 2, "--output", out)
     assert again.returncode == 0 and "distill: done already" in again.stderr, again.stderr
-    wrong = invoke("training.cli", *common, "--runs", "3")
+    wrong = run_command("training.cli", *common, "--runs", "3")
     assert wrong.returncode == 1 and "must divide the teacher's 4 steps" in wrong.stderr, wrong.stderr
     hands = ("distill-hands", "--data", world, "--start", out, "--run", tmp_path / "hands", "--processes", 2, "--batch",
              4, "--runs", "2", "--steps", 2, "--set", "teacher_steps=4", "--set", "trajectories=64")  # fmt: skip
-    result = invoke("training.cli", *hands, "--output", tmp_path / "faster")
+    result = run_command("training.cli", *hands, "--output", tmp_path / "faster")
     assert result.returncode == 0 and "distill-hands: 64 of 64 trajectories" in result.stderr, result.stderr
     faster = Checkpoint.load(tmp_path / "faster")
     assert {key: faster.defaults[key] for key in ("steps", "hand_steps", "hand_guidance", "hand_solver")} == {
