@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from commands import invoke
 from datasets import made_sample
 from handiffuser.contract import Manifest
@@ -45,7 +46,12 @@ colour_weight = 1.0
 
 
 def hd_train(*arguments):
-    return invoke("training.cli", *arguments)
+    """`hd-train` in this process, for which accelerate takes only one precision unless it forgets the last."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        return invoke("training.cli", *arguments)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
