@@ -18,7 +18,7 @@ from filelock import FileLock
 
 # The rooms and libraries that an export of the tiny checkpoint depends on.
 ROOMS = ("models", "export", "calibration", "demo")
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
+LIBRARIES = ("handiffuser", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 CACHE = Path(os.environ.get("HANDIFFUSER_TEST_CACHE", Path.home() / ".cache" / "handiffuser-tests"))
 DAYS = 7  # for which an unused entry of the cache stays
 
