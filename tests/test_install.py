@@ -52,7 +52,14 @@ def run(*command, cwd=None, timeout=900):
 
 
 def test_lines_were_found():
-    assert {"cpu", "cpu,test", "cpu,export", "cpu,export,tensorrt-rtx", "cuda", "cpu,bench,export,serve"} <= EXTRAS.keys()
+    assert {
+        "cpu",
+        "cpu,test",
+        "cpu,export",
+        "cpu,export,tensorrt-rtx",
+        "cuda",
+        "cpu,bench,export,serve",
+    } <= EXTRAS.keys()
 
 
 @pytest.mark.parametrize("extras", EXTRAS)
