@@ -59,21 +59,25 @@ def read_json(path: Path, limit: int = LARGEST_JSON) -> Any:
     return parse_json(read_file(path, limit))
 
 
-def read_python_json(path: Path) -> Any:
+def read_python_json(path: Path, limit: int = LARGEST_JSON) -> Any:
     """The JSON value of a regular file as Python writes it, where NaN and infinity are numbers.
 
     diffusers writes `"lambda_min_clipped": -Infinity` into schedulers. Fit the value to bounds at both ends:
     they refuse NaN and infinity. Raises OSError, or MisfitError when the file is not JSON.
     """
-    content = read_file(path, LARGEST_JSON)
+    content = read_file(path, limit)
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"))
+        json.dumps(value, ensure_ascii=False).encode()  # an escape can spell half of a surrogate pair: not Unicode
     except UnicodeDecodeError:
         raise MisfitError("It is not UTF-8.") from None
+    except UnicodeEncodeError:
+        raise MisfitError("It has text that is not Unicode: half of a surrogate pair.") from None
     except RecursionError:
         raise MisfitError("It is nested too deeply.") from None
     except ValueError as error:  # also an integer of thousands of digits
         raise MisfitError(f"It is not JSON: {_sentence(str(error))}") from None
+    return value
 
 
 def parse_json(content: bytes) -> Any:

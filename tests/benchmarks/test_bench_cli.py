@@ -182,4 +182,4 @@ def test_a_random_bundle_is_made_and_found_again(tmp_path):
     assert document_of(result)["settings"]["engines"] == "random tiny"
     assert (tmp_path / "work" / "tiny-bundle" / "manifest.json").exists()
     again = invoke("benchmarks.cli", *options)
-    assert again.returncode == 0 and "Taking the tiny bundle" in again.stderr
+    assert again.returncode == 0 and "tiny bundle in" in again.stderr and "is used." in again.stderr
