@@ -42,7 +42,7 @@ LEAVABLE = ("torch.compile", "onnxruntime", "openvino")  # peers; the others are
 RANDOM = ("tiny", "demo", "sd15")
 BUSY = 0.1  # cores of other processes: from here on a warning says so
 SHARES, SERVED_ROUNDS, SERVED_STEPS = (0.5, 0.7, 0.9), 3, (4, 24)  # of --serve
-MOST_BATCH, MOST_REQUESTS, MOST_REPEATS = 1024, 1_000_000, 10_000
+MAX_BATCH, MAX_REQUESTS, MAX_REPEATS = 1024, 1_000_000, 10_000
 
 notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -73,13 +73,13 @@ def numbers(most: int) -> Any:
     "--workdir", type=click.Path(path_type=Path), help="Keep the bundle of --random here.  [default: temporary]"
 )
 @click.option(
-    "--batch-sizes", callback=numbers(MOST_BATCH), default="1,2,4,8", show_default=True, help="Pictures at once."
+    "--batch-sizes", callback=numbers(MAX_BATCH), default="1,2,4,8", show_default=True, help="Pictures at once."
 )
 @click.option("--steps", callback=numbers(MAX_STEPS), help="Steps of a picture.  [default: the bundle's]")
 @click.option("--solver", type=click.Choice(list(SOLVERS)), help="[default: the bundle's]")
 @click.option("--guidance", type=click.FloatRange(0, MAX_GUIDANCE), help="[default: the bundle's]")
 @click.option(
-    "--repeats", type=click.IntRange(1, MOST_REPEATS), default=5, show_default=True, help="Samples of each figure."
+    "--repeats", type=click.IntRange(1, MAX_REPEATS), default=5, show_default=True, help="Samples of each figure."
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 @click.option("--backend", type=click.Choice(CHOICES), default="auto", show_default=True)
@@ -97,7 +97,7 @@ def numbers(most: int) -> Any:
 @click.option("--load", is_flag=True, help="Send requests at random times: in-flight and static batching.")
 @click.option("--serve", "served", is_flag=True, help="Measure hd-serve over HTTP beside the bare loop.")
 @click.option(
-    "--requests", type=click.IntRange(2, MOST_REQUESTS), default=60, show_default=True, help="Requests of a load test."
+    "--requests", type=click.IntRange(2, MAX_REQUESTS), default=60, show_default=True, help="Requests of a load test."
 )
 @click.option(
     "--load-runs",
@@ -115,7 +115,7 @@ def numbers(most: int) -> Any:
     help="The arrival rate as a share of the capacity, which is measured first.",
 )
 @click.option(
-    "--soak", "soaked", type=click.IntRange(1, MOST_REQUESTS), metavar="N", help="Run N requests in one process."
+    "--soak", "soaked", type=click.IntRange(1, MAX_REQUESTS), metavar="N", help="Run N requests in one process."
 )
 @click.option(
     "--first-picture/--no-first-picture", default=True, help="Time fresh hd-run processes.", show_default=True

@@ -55,7 +55,7 @@ def body_of(request: Request, way: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def server(way: str, line: Sequence[str], engines: str, how: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Starts a server and yields its address and process id when it is ready. Raises EngineError after PATIENCE."""
+    """Starts a server and yields its address and process id when it is ready. EngineError after READY_SECONDS."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -27,7 +27,7 @@ from .record import Inputs
 
 HEADROOM = 0.5  # of the largest number: other prompts may give larger values than those recorded
 # Own error, root mean square relative to the values. Rounding alone costs 3e-4 and 2.4e-3.
-LIMIT: dict[int, float] = {TensorProto.FLOAT16: 1e-2, TensorProto.BFLOAT16: 8e-2}
+MAX_ERROR: dict[int, float] = {TensorProto.FLOAT16: 1e-2, TensorProto.BFLOAT16: 8e-2}
 
 
 @dataclass
@@ -80,7 +80,7 @@ def find_sensitive(
     """The nodes of the graph `half` that overflow or lose too much, in the order in which they run.
 
     reference: the float32 graph of the same export. inputs: calls to it, as `record` keeps them.
-    limit: largest error that a node may add of its own, root mean square relative to its values; default: LIMIT.
+    limit: largest error that a node may add of its own, root mean square relative to its values; default: MAX_ERROR.
     chunk: nodes whose values are in memory at a time, beside those that later nodes need.
     An overflow is NaN or infinity where float32 is finite, or a value above half of the largest number. A node that
     loses too much keeps the nodes that make its inputs in float32, too: the loss is in the rounding between them.
@@ -119,7 +119,7 @@ def find_sensitive(
         kinds = halves.half_tensors(b)
         if node.largest > HEADROOM * min(HALF[kind] for kind in kinds):
             node.reason = "overflow"
-        most = max(LIMIT[kind] for kind in kinds) if limit is None else limit
+        most = max(MAX_ERROR[kind] for kind in kinds) if limit is None else limit
         if not node.reason and node.error > most:
             node.reason = "error"
             _keep_feeders(found, halves, b, f"feeds {node.name}")

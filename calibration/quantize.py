@@ -38,7 +38,7 @@ OPSET = 19  # from which QuantizeLinear knows fp8 and float16
 # Channels in and out must be multiples of this: matrix units take operands of 16 bytes. So the first and the last
 # convolution, which see latents of 4 channels, are never quantised.
 MULTIPLE = 16
-SMALLEST = 2.0**-20  # the least scale: float16 has 16 steps up to it
+MIN_SCALE = 2.0**-20  # the least scale: float16 has 16 steps up to it
 ROWS = 64  # pixels or tokens that are kept of a call
 
 
@@ -158,7 +158,7 @@ def quantize(
 
 def scale_for(largest: np.ndarray, kind: str) -> np.ndarray:
     """The scales with which `largest` just fits, as float32 values that float16 holds, rounded up against clipping."""
-    exact = np.maximum(np.asarray(largest, np.float32) / MAX_VALUES[kind], SMALLEST)
+    exact = np.maximum(np.asarray(largest, np.float32) / MAX_VALUES[kind], MIN_SCALE)
     scale = exact.astype(np.float16)
     scale = np.where(scale.astype(np.float32) < exact, np.nextafter(scale, np.float16(np.inf)), scale)
     return scale.astype(np.float32)

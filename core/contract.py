@@ -81,7 +81,7 @@ BRANCHES = "G"
 FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever a bundle's precision
 EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16 or float32
 EXTERNAL = 1 << 26  # bytes: larger weights go into a file beside the graph, which can be mapped
-LARGEST = 4096  # rows of a batch that any compiled graph allows
+MAX_ROWS = 4096  # rows of a batch that any compiled graph allows
 
 # The hand parameters, P = 330: rot6d of 52 joints, 10 betas, and per hand where it is in the image:
 # presence (about 0 or 1), centre x and y in [-1, 1] of the image (y up), log of the size. Centre and size are the
@@ -98,7 +98,7 @@ HAND_JOINTS = (
     (20, 34, 35, 36, 52, 22, 23, 24, 53, 25, 26, 27, 54, 31, 32, 33, 55, 28, 29, 30, 56),
     (21, 49, 50, 51, 57, 37, 38, 39, 58, 40, 41, 42, 59, 46, 47, 48, 60, 43, 44, 45, 61),
 )
-LARGEST_PARAMETER = 1e6  # bound of the parameters' means and standard deviations
+MAX_PARAMETER = 1e6  # bound of the parameters' means and standard deviations
 
 
 _FEW, _MANY, _PARAMS = Meta(max_length=8), Meta(max_length=10_000), Meta(min_length=NUM_PARAMS, max_length=NUM_PARAMS)
@@ -189,8 +189,8 @@ class Manifest:
     schedules: Schedules
     defaults: Defaults
     tokenizer: SpecialTokens
-    params_mean: Annotated[list[Annotated[float, Meta(ge=-LARGEST_PARAMETER, le=LARGEST_PARAMETER)]], _PARAMS]  # [P]
-    params_std: Annotated[list[Annotated[float, Meta(gt=0, le=LARGEST_PARAMETER)]], _PARAMS]  # [P]
+    params_mean: Annotated[list[Annotated[float, Meta(ge=-MAX_PARAMETER, le=MAX_PARAMETER)]], _PARAMS]  # [P]
+    params_std: Annotated[list[Annotated[float, Meta(gt=0, le=MAX_PARAMETER)]], _PARAMS]  # [P]
     # All words of the training prompts: a warning names any other word. Empty for models with CLIP, which know all.
     words: Annotated[list[Word], _MANY] = field(default_factory=list)
     made_by: dict[str, Any] = field(default_factory=dict)  # versions, opset, name of the checkpoint, body's origin

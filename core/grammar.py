@@ -113,7 +113,7 @@ FILLING = JOINING.union(
         "hand hands skin toned very medium",
     )
 )
-MOST = 12  # words that a warning names
+MAX_WORDS_NAMED = 12  # words that a warning names
 NEAR = 0.8  # difflib's ratio from which on one word may be a slip for the other
 LETTERS = re.compile(r"[^\W\d_]+")
 
@@ -138,8 +138,8 @@ def sentence(new: list[str], uses: dict[str, list[str]], known: Collection[str])
 
     said = []
     if new:
-        more = f" and {len(new) - MOST} more" if len(new) > MOST else ""
-        said.append(f"This model was not trained on {', '.join(map(shown, new[:MOST]))}{more}.")
+        more = f" and {len(new) - MAX_WORDS_NAMED} more" if len(new) > MAX_WORDS_NAMED else ""
+        said.append(f"This model was not trained on {', '.join(map(shown, new[:MAX_WORDS_NAMED]))}{more}.")
     for phrase, words in uses.items():
         said.append(f"This model knows {', '.join(map(repr, words))} only as in {phrase!r}.")
     return " ".join((*said, "These words may do anything, or nothing.")) if said else ""

@@ -43,7 +43,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], float]] = {
     "placement": ((2, 4), 10.0),
 }
 CAMERA = "camera"  # may be left out
-LARGEST_CAMERA = 1e6  # of s, in half heights of the picture a metre, and of tx and ty, in metres
+MAX_CAMERA = 1e6  # of s, in half heights of the picture a metre, and of tx and ty, in metres
 MAX_HANDS, MAX_ARRAY = 1 << 24, 1 << 16  # bytes of a .hands.npz, and of an array in it that is read
 
 NO_HANDS = "none"  # instead of a file's name: a picture without hands (./none is a file of this name)
@@ -122,9 +122,9 @@ def load_hands(path: str | Path) -> Hands:
     except Exception as error:  # a bad file fails numpy, zipfile and zlib in many ways; pickles are not opened
         raise RequestError(f"The hands file {path} cannot be read as plain arrays. {advice}") from error
     for name, value in arrays.items():
-        shape, limit = SHAPES.get(name, ((3,), LARGEST_CAMERA))
+        shape, limit = SHAPES.get(name, ((3,), MAX_CAMERA))
         if name == "placement" and CAMERA in arrays:  # the camera counts, and may see a hand far off the picture
-            limit = LARGEST_CAMERA
+            limit = MAX_CAMERA
         if value.shape != shape:
             raise RequestError(f"The hands file {path} has {name} of shape {list(value.shape)}. {advice}")
         if value.dtype.kind not in "fiu":

@@ -1,6 +1,6 @@
 """What comes from outside, checked: JSON of bounded size, fitted to one typed description of what it may be.
 
-    value = read_json(Path("manifest.json"), LARGEST_JSON)
+    value = read_json(Path("manifest.json"), MAX_JSON_BYTES)
     manifest = fit(value, Manifest)        # MisfitError: "steps must be a whole number from 1 to 1000, got 0."
 
 A description is a class with annotated fields: a dataclass, a TypedDict or a msgspec.Struct. Bounds stand in the
@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import msgspec
 from msgspec import Meta
 
-LARGEST_JSON = 1 << 24  # bytes: no manifest, record or configuration comes near
+MAX_JSON_BYTES = 1 << 24  # bytes: no manifest, record or configuration comes near
 T = TypeVar("T")
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -54,12 +54,12 @@ def read_file(path: Path, limit: int) -> bytes:
     return content
 
 
-def read_json(path: Path, limit: int = LARGEST_JSON) -> Any:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     """The JSON value of a regular file. Raises OSError, or MisfitError when the file is not JSON."""
     return parse_json(read_file(path, limit))
 
 
-def read_python_json(path: Path, limit: int = LARGEST_JSON) -> Any:
+def read_python_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     """The JSON value of a regular file as Python writes it, where NaN and infinity are numbers.
 
     diffusers writes `"lambda_min_clipped": -Infinity` into schedulers. Fit the value to bounds at both ends:

@@ -40,7 +40,7 @@ from ..schema import MisfitError
 from .captions import Caption, holding, read_captions, read_text
 from .estimates import LEFT, RIGHT, HandEstimate, people
 from .files import Bad
-from .mano import FLIP_YZ, MOST_ANGLE, are_rotations, in_picture, mano_estimates
+from .mano import FLIP_YZ, MAX_ANGLE, are_rotations, in_picture, mano_estimates
 from .pictures import FOREIGN, PICTURES
 from .samples import Sample, picture_size
 
@@ -213,7 +213,7 @@ def _framed(
         yield Bad(key, "", "Its poses must be finite and have a frame.")
         return
     most = np.abs(poses).max()
-    if most > MOST_ANGLE:
+    if most > MAX_ANGLE:
         yield Bad(key, "", f"Its poses must be in radians, got {most:g}.")
         return
     if not any(said):

@@ -28,7 +28,7 @@ ARRAYS: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 CAMERA_T = "pred_cam_t"  # optional, [3]: tx, ty of the crop's camera, which the demos do not change in place
 ROTATION = 0.02  # largest error of a rotation matrix: half precision is within 0.005
-MOST_ANGLE = 4 * np.pi  # radians of an axis-angle: more are degrees
+MAX_ANGLE = 4 * np.pi  # radians of an axis-angle: more are degrees
 HAND = (0.01, 0.5)  # metres: a hand's size, see `radius`
 MIRRORED = 0.7  # joints count as mirrored if mirroring reduces their distance from the pose to this share
 BESIDE, CENTRED = 0.2, 0.4  # halves of the box: a hand's allowed and usual distance from its middle
@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     for name, joints in (("global_orient", 1), ("hand_pose", 15)):
         if held[name].size == count * joints * 3:
             most = np.abs(held[name]).max(initial=0)
-            if most > MOST_ANGLE:
+            if most > MAX_ANGLE:
                 raise ValueError(f"{name} in {path.name} must be in radians, got {most:g}.")
             held[name] = axis_angle_to_matrix(held[name].reshape(-1, 3))
     for name, value in held.items():

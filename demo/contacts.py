@@ -29,7 +29,7 @@ from .human_gestures import CONTACTS, FILE, FOLDED, HANDS
 from .human_skin import rest_normals
 
 VARIANTS = 3  # solutions of each gesture
-STEPS = 150
+FIT_STEPS = 150
 NEAR = 0.013  # metres within which a vertex behind a surface counts as inside
 BLOCK = {0: 4, 1: 0, 2: 1, 3: 3, 4: 2}  # a finger's place in SMPL-H's order
 SPREAD = np.array([4.0, 2.0, 5.0, 4.0])  # degrees by which the starts of the solutions differ
@@ -338,11 +338,11 @@ def solve(name: str, seed: int = 0, fist: dict | None = None) -> dict:
     best: tuple[float, dict] = (np.inf, {})
     pull_in = push_out = 1.0
     adam = torch.optim.Adam([fingers, thumb, roll], lr=0.03)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, STEPS, 0.002)
-    for step in range(STEPS):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, FIT_STEPS, 0.002)
+    for step in range(FIT_STEPS):
         v, n = poser(turns_of(fingers * 20, thumb, roll * 20))
         keep = ((fingers - fingers0) ** 2).sum() + 12 * ((thumb - thumb0) ** 2).sum() + (roll - gesture.roll / 20) ** 2
-        pull = 0.02 if step < STEPS // 2 else 0.005
+        pull = 0.02 if step < FIT_STEPS // 2 else 0.005
         loss = 60 * pull_in * losses.contact(v, n) + 6 * push_out * losses.inside(v, n) + pull * keep
         loss = loss + ((low - fingers).clamp_min(0) ** 2 + (fingers - high).clamp_min(0) ** 2).sum()
         adam.zero_grad()

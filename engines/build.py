@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..contract import BRANCHES, GRAPHS, LARGEST, Manifest
+from ..contract import BRANCHES, GRAPHS, MAX_ROWS, Manifest
 from ..errors import EngineError
 from .backends import BACKENDS
 from .base import check_gpu
@@ -26,7 +26,7 @@ from .tensorrt_build import OnProgress, build_plan
 
 BATCH_SIZES = (1, 2, 4, 8)  # unless others are asked for
 # Steps of a schedule that unet_time takes at once: cheap, so one dynamic plan does for all.
-STEPS = (1, 20, 1000)
+SCHEDULE_LENGTHS = (1, 20, 1000)
 FP8_TARGETS = ("8.9", "12.0")  # compute capabilities of TensorRT-RTX's plans in fp8, unless the user names GPUs
 
 
@@ -37,8 +37,8 @@ def wanted_plans(manifest: Manifest, wanted: Wanted) -> list[tuple[str, Sizes]]:
     with the conditional one alone.
     """
     sizes = sorted(set(wanted.batch_sizes or BATCH_SIZES))
-    if sizes[0] < 1 or sizes[-1] > LARGEST:
-        raise EngineError(f"batch_sizes must be 1 to {LARGEST}, got {', '.join(map(str, wanted.batch_sizes))}.")
+    if sizes[0] < 1 or sizes[-1] > MAX_ROWS:
+        raise EngineError(f"batch_sizes must be 1 to {MAX_ROWS}, got {', '.join(map(str, wanted.batch_sizes))}.")
     if wanted.dynamic and wanted.shared:
         raise EngineError("A plan takes a range of sizes or each of several: leave out --dynamic or --shared-weights.")
     batches: list[Sizes] = [{"B": size} for size in sizes]
@@ -50,7 +50,7 @@ def wanted_plans(manifest: Manifest, wanted: Wanted) -> list[tuple[str, Sizes]]:
     for name in GRAPHS:
         free = {size for tensor in manifest.graphs[name].inputs for size in tensor.shape if isinstance(size, str)}
         if free == {"S"}:
-            out.append((name, {"S": STEPS}))
+            out.append((name, {"S": SCHEDULE_LENGTHS}))
         elif BRANCHES in free:
             branches = (
                 (2, 1) if name == "hand_prior" or (wanted.guidance_free and manifest.graphs[name].dominant) else (2,)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..commands import imported
-from ..contract import LARGEST, GraphSpec, Manifest, TensorSpec
+from ..contract import MAX_ROWS, GraphSpec, Manifest, TensorSpec
 from ..cpu import usable_cores
 from ..errors import EngineError
 from .base import DeviceEngine, DeviceEngines, Engine, check_feeds, powers_of_two
@@ -135,9 +135,9 @@ class InductorEngine:
     def check_batch(self, feeds: Mapping[str, Any]) -> None:
         want = self.spec.inputs[0]
         size = feeds[want.name].shape[0]
-        if self.batch in (None, size) and size <= LARGEST:
+        if self.batch in (None, size) and size <= MAX_ROWS:
             return
-        allowed = f"exactly {self.batch}" if self.batch else f"at most {LARGEST}"
+        allowed = f"exactly {self.batch}" if self.batch else f"at most {MAX_ROWS}"
         raise EngineError(
             f"The graph {Path(self.spec.file).stem} got {want.name} of shape {list(feeds[want.name].shape)}; it was "
             f"compiled for {want}, where {want.shape[0]} is {allowed}. Send batches of that size, or compile others: "

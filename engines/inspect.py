@@ -25,7 +25,7 @@ from ..errors import EngineError
 from ..schema import MisfitError, fit, read_json
 from .plans import LAYERS, Plan, PlanStore, belongs
 
-LARGEST = 1 << 28  # bytes of a file of layers
+MAX_LAYER_BYTES = 1 << 28  # bytes of a file of layers
 # Messages of the builder to keep: its report, and how many bytes the plan will take on the GPU.
 REPORT = "Layers:"
 MEMORY = {"Total Weights Memory: ": "weights", "Total Activation Memory: ": "scratch"}
@@ -128,7 +128,7 @@ def find_plans(path: Path, graph: str | None = None) -> list[Plan]:
 def layers_of(plan: Plan) -> list[Layer]:
     """The layers of a plan, in the order in which they run. Raises EngineError where their file is missing."""
     try:
-        layers: list[Layer] = fit(read_json(plan.path.with_suffix(LAYERS), LARGEST), list[Layer])
+        layers: list[Layer] = fit(read_json(plan.path.with_suffix(LAYERS), MAX_LAYER_BYTES), list[Layer])
     except (OSError, MisfitError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise EngineError(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..commands import imported
-from ..contract import BRANCHES, LARGEST, GraphSpec, Manifest
+from ..contract import BRANCHES, MAX_ROWS, GraphSpec, Manifest
 from ..cpu import target, usable_cores
 from ..errors import BundleError, EngineError
 from ..installed import version
@@ -45,7 +45,7 @@ _DTYPES = {
     "tensor(bool)": "bool",
 }
 # An optimised graph takes every size, written as (least, best, most).
-EVERY = {"B": (1, 1, LARGEST), BRANCHES: (1, 2, 2), "S": (1, 20, 1000)}
+EVERY = {"B": (1, 1, MAX_ROWS), BRANCHES: (1, 2, 2), "S": (1, 20, 1000)}
 
 
 def host_engines(*_: Any) -> dict[str, Engine]:

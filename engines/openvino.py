@@ -41,7 +41,7 @@ from .plans import Built, OnBuild, PlanStore, Shelf, Wanted, size_text, usual
 LOWERED = ("unet", "image_decoder")  # the graphs that OpenVINO runs
 TYPES = {"bf16": "bf16", "fp32": "f32"}  # our name of a precision -> OpenVINO's
 CONVERTER = "openvino.tools.ovc"
-LONG = 64  # pictures of a run that make it worth compiling the UNet for larger batches, too
+MIN_PICTURES_BATCHED = 64  # pictures of a run that make it worth compiling the UNet for larger batches, too
 BATCHES = (1, 2, 4)  # the sizes that such a run tries
 
 
@@ -209,7 +209,7 @@ def worth_trying() -> bool:
 def batches_for(folder: Path, manifest: Manifest, slots: int, pictures: int) -> list[int]:
     """Batch sizes of the UNet to try: 1, compiled ones, and BATCHES in a long run of a small model."""
     shelf, unet = shelf_of(folder, manifest, "bf16"), manifest.graphs["unet"]
-    long = pictures >= LONG and shelf.keeps("unet")
+    long = pictures >= MIN_PICTURES_BATCHED and shelf.keeps("unet")
     sizes = [size for size in powers_of_two(slots) if size <= slots]
     kept = {size: shelf.plan("unet", usual(unet, manifest, size)) is not None for size in sizes}
     return [size for size in sizes if size == 1 or (long and size in BATCHES) or kept[size]]

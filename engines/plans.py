@@ -40,8 +40,8 @@ from ..shipped import is_shipped
 
 FOLDER = "plans"
 LAYERS = ".layers"  # beside a plan: its layers, see `inspect.py`
-KEPT = 256 * 2**20  # bytes of a graph up to which a run keeps its compiled form in the user's cache
-LARGEST_CACHE = 2 * 2**30  # bytes of that cache; the least recently used plan goes first
+MAX_KEPT_BYTES = 256 * 2**20  # bytes of a graph up to which a run keeps its compiled form in the user's cache
+MAX_CACHE_BYTES = 2 * 2**30  # bytes of that cache; the least recently used plan goes first
 VERDICT = ".verdict"  # beside a UNet's plan of lower precision: whether it is good enough, see `verdict.py`
 KERNELS = ".kernels"  # beside a plan: the kernels that TensorRT-RTX compiled for this machine's GPU
 # What a plan depends on, and the words for a miss.
@@ -404,7 +404,7 @@ class Shelf:
     def keeps(self, graph: str) -> bool:
         """Whether a graph is small enough for the user's cache."""
         files = (self.folder / (self.manifest.graphs[graph].file + end) for end in ("", ".data"))
-        return sum(file.stat().st_size for file in files if file.exists()) <= KEPT
+        return sum(file.stat().st_size for file in files if file.exists()) <= MAX_KEPT_BYTES
 
     def keep(
         self, graph: str, sizes: Sizes, content: bytes | memoryview, seconds: float, beside: bool = False
@@ -419,7 +419,7 @@ class Shelf:
             return None
         try:
             plan = self._stores[1].add(self.parts(graph, sizes), content, {}, seconds)
-            self._stores[1].shrink(LARGEST_CACHE)
+            self._stores[1].shrink(MAX_CACHE_BYTES)
         except (EngineError, OSError):
             return None  # caching is optional: the home may be full or read-only
         return plan

@@ -17,7 +17,7 @@ from .detect import Found
 PCK = (0.05, 0.10, 0.20)  # of a hand's size
 FAR = 1.0  # hand sizes: a found hand with a larger mean distance is another hand
 MARGIN = 1.2  # of a crop, times the joints' box
-LEAST = 32  # pixels of a crop's side
+MIN_CROP_PIXELS = 32  # pixels of a crop's side
 
 
 @dataclass
@@ -99,7 +99,7 @@ def _nearest_first(apart: np.ndarray) -> tuple[int, ...]:
     return tuple(way)
 
 
-def crop(image: np.ndarray, joints: np.ndarray, margin: float = MARGIN, least: int = LEAST) -> np.ndarray:
+def crop(image: np.ndarray, joints: np.ndarray, margin: float = MARGIN, least: int = MIN_CROP_PIXELS) -> np.ndarray:
     """Cuts a square around a hand: `margin` times its joints' box, at least `least` pixels.
 
     Outside the picture its edge repeats. image: uint8 [H, W, 3], joints: [21, 2] in [0, 1].

@@ -20,14 +20,14 @@ from .clip import Clip
 from .detect import Detector
 from .distances import DRAWS, MEAN_DRAWS, Kernel, frechet, frechet_draws, gap, interval, mean, resampled
 from .features import Extractor
-from .hands import LEAST, MARGIN, PCK, Hand, crop, match
+from .hands import MARGIN, MIN_CROP_PIXELS, PCK, Hand, crop, match
 from .pictures import Show, Shown
 
 BATCH = 32  # pictures of one call of the extractor
 KEPT = 12  # best hands, and worst hands, that the report shows
 GROUPS = ("gesture", "side", "view", "skin")
 GROUPED = ("detection_rate", "hand_confidence", "pck_10", "handedness")
-LEAST_GROUP = 10  # hands: smaller groups are left out
+MIN_GROUP_HANDS = 10  # hands: smaller groups are left out
 # Metric -> (title, whether more is better).
 NAMES: dict[str, tuple[str, bool]] = {
     "detection_rate": ("hands found", True),
@@ -69,7 +69,7 @@ class Instruments:
         None  # image, labels -> 1 where right, else 0
     )
     crops: str = "asked"  # around the "asked" joints, or around the "found" ones
-    least: int = LEAST
+    least: int = MIN_CROP_PIXELS
 
 
 @dataclass
@@ -314,7 +314,7 @@ def groups(seen: Seen, weights: np.ndarray) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for by in GROUPS:
         words = np.array([_group(seen, by, number) for number in range(len(seen.hands))])
-        names = [name for name in dict.fromkeys(words.tolist()) if name and (words == name).sum() >= LEAST_GROUP]
+        names = [name for name in dict.fromkeys(words.tolist()) if name and (words == name).sum() >= MIN_GROUP_HANDS]
         if len(names) < 2:
             continue
         for name in names:
@@ -324,7 +324,7 @@ def groups(seen: Seen, weights: np.ndarray) -> list[dict[str, Any]]:
                     continue
                 values, owners = found[metric]
                 member = (words == name)[hand_of[metric]]
-                if member.sum() < LEAST_GROUP or (~member).sum() < LEAST_GROUP:
+                if member.sum() < MIN_GROUP_HANDS or (~member).sum() < MIN_GROUP_HANDS:
                     continue
                 inside, outside = (mean(values[m], owners[m], weights) for m in (member, ~member))
                 assert inside is not None and outside is not None

@@ -61,10 +61,10 @@ from .workspace import install, workspace
 # root mean square; float16 with all its roundings 6.0e-3 and 6.9e-4).
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 1e-1}
 OPSET = 23  # keeps GroupNormalization and Attention whole; ONNX Runtime >= 1.23 runs it
-LARGE = 1 << 30  # bytes of weights above which the check takes fewer rows, to save gigabytes
+LARGE_BYTES = 1 << 30  # bytes of weights above which the check takes fewer rows, to save gigabytes
 PAGE_OUT, WORTH = 21, 1 << 20  # MADV_PAGEOUT, and bytes of a tensor from which on it is called
-ONCE = 1 << 16  # elements up to which tensors are compared with each other, and equal ones stored once
-COMPACT = 1024  # elements from which a tensor is worth storing in half
+MAX_COMPARED_ELEMENTS = 1 << 16  # elements up to which tensors are compared with each other, and equal ones stored once
+MIN_HALF_ELEMENTS = 1024  # elements from which a tensor is worth storing in half
 
 
 @dataclass
@@ -122,7 +122,7 @@ def make_bundle(
     smplh = SMPLH.load(path)
     folder.mkdir(parents=True, exist_ok=True)
     weights = sum(tensor.nbytes for tensor in checkpoint.unet.state_dict().values())
-    batch = 3 if weights < LARGE else 2
+    batch = 3 if weights < LARGE_BYTES else 2
     shelf = Shelf(folder, keys(checkpoint, smplh, precision=precision, opset=opset, batch=batch))
     shelf.clear()
     results: list[Exported] = []
@@ -252,7 +252,7 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     write_out_norms(program.model)
     fold_upsampling(program.model)
     # Position codes of the levels' grids are the same in each of their layers.
-    DeduplicateInitializersPass(size_limit=ONCE)(program.model)
+    DeduplicateInitializersPass(size_limit=MAX_COMPARED_ELEMENTS)(program.model)
     compact(program.model)
     fuse_attention(program.model)
     # The outputs' types are read off the graph: running it in half precision takes PyTorch's CPU minutes.
@@ -289,7 +289,7 @@ def compact(model: ir.Model) -> None:
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < COMPACT:
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < MIN_HALF_ELEMENTS:
             continue
         array = tensor.numpy()
         with np.errstate(over="ignore"):

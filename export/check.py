@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Feeds = dict[str, np.ndarray]
-LARGE = 1 << 29  # bytes of a graph with its weights
+LARGE_BYTES = 1 << 29  # bytes of a graph with its weights
 FAILED = 1  # exit code when ONNX Runtime gave a reason, which is the last line on stderr
 
 
@@ -96,7 +96,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     # which grows by doubling. Large graphs do without a second copy of the weights in the layout of convolutions.
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-    if sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) > LARGE:
+    if sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) > LARGE_BYTES:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     model = onnx.load(path, load_external_data=False)
     if not any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):

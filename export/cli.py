@@ -29,7 +29,7 @@ from .source import changed, fingerprint  # noqa: E402
 
 STOPPED = "Stopped. What is finished stays; the same command goes on."
 KEPT = "finished by the export that was stopped"
-STEPS = {"tracing": "tracing and writing", "comparing": "running beside PyTorch"}
+PHASES = {"tracing": "tracing and writing", "comparing": "running beside PyTorch"}
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -251,7 +251,7 @@ def export(options: Options, source: dict[str, str]) -> None:
         task = progress.add_task("exporting", total=len(GRAPHS))
 
         def on_step(graph: str, step: str) -> None:
-            progress.update(task, description=f"{graph}: {STEPS[step]}")
+            progress.update(task, description=f"{graph}: {PHASES[step]}")
 
         def on_graph(result: Any) -> None:
             progress.advance(task)

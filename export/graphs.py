@@ -22,7 +22,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ..contract import BRANCHES, LARGEST, NUM_HISTORY, NUM_PARAMS, ROW_HEAD, TensorSpec
+from ..contract import BRANCHES, MAX_ROWS, NUM_HISTORY, NUM_PARAMS, ROW_HEAD, TensorSpec
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.hand_prior import HandPrior
@@ -249,7 +249,7 @@ class Graph:
     def dynamic_shapes(self, rows: int | None = None) -> tuple[Any, ...]:
         """The free axes of every input as `torch.export` takes them: nested like the arguments of `forward`, with *args
         as a tuple. rows: fixes the first axis."""
-        first = {} if rows is not None else {0: Dim(self.free, min=1, max=LARGEST)}
+        first = {} if rows is not None else {0: Dim(self.free, min=1, max=MAX_ROWS)}
         second = {1: Dim(BRANCHES, min=1, max=2)}
         axes = [first | second if name in self.branched else first for name in self.inputs]
         parameters = inspect.signature(self.module.forward).parameters.values()

@@ -28,12 +28,12 @@ from ..models.checkpoint import Checkpoint
 from .bundle import make_bundle
 
 REFERENCE = "fp32"  # the folder beside a candidate; it is made in a workspace, where finished graphs stay
-SMALL = 100_000_000  # UNet parameters up to which a CPU compares both bundles by default: minutes, not hours
+MAX_COMPARED_PARAMETERS = 100_000_000  # of a UNet, for a CPU to compare both bundles by default: minutes, not hours
 QUANTIZED = ("unet", "image_decoder")  # most of a picture's time
 CALIBRATION_SEEDS = (1,)  # scales come from other runs than the report, whose seed is 0
 # Steps of the runs that give the scales where nothing is compared, with a row of each call. More steps of a large model
 # take hours, and more rows gigabytes.
-SHORT = 10
+MAX_RECORDED_STEPS = 10
 # Tried in turn until a report passes: (how much of the activations' unevenness moves into the weights, the share of
 # layers that stay in float16). With more layers in float16 there is nothing to gain.
 ATTEMPTS = ((0.0, 0.0), (0.5, 0.0), (0.5, 0.25), (0.5, 0.5))
@@ -41,7 +41,7 @@ ATTEMPTS = ((0.0, 0.0), (0.5, 0.0), (0.5, 0.25), (0.5, 0.5))
 
 def is_small(checkpoint: Checkpoint) -> bool:
     """Whether comparing precisions on a CPU takes minutes at most."""
-    return sum(parameter.numel() for parameter in checkpoint.unet.parameters()) <= SMALL
+    return sum(parameter.numel() for parameter in checkpoint.unet.parameters()) <= MAX_COMPARED_PARAMETERS
 
 
 def mend(
@@ -102,7 +102,8 @@ def quantize(
         out = Path(folder) / "quantized"
         few: dict[str, Any] = {}
         if not compare:
-            few = {"rows": 1, "steps": min(SHORT, Manifest.load(reference, verify=False).defaults["steps"])}
+            steps = Manifest.load(reference, verify=False).defaults["steps"]
+            few = {"rows": 1, "steps": min(MAX_RECORDED_STEPS, steps)}
         inputs = record(reference, seeds=CALIBRATION_SEEDS, **few)[0]
         report, kept = None, {}
         for smooth, share in ATTEMPTS:

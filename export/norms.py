@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-LARGEST_GROUP = 10_240  # numbers; one of 20,480 was cut into two kernels (TensorRT-RTX 1.7)
+MAX_GROUP_SIZE = 10_240  # numbers; one of 20,480 was cut into two kernels (TensorRT-RTX 1.7)
 
 
 def write_out_norms(model: ir.Model) -> int:
@@ -30,7 +30,7 @@ def write_out_norms(model: ir.Model) -> int:
         sizes = [] if shape is None else [size for size in shape[1:] if isinstance(size, int)]
         known = shape is not None and len(sizes) == len(shape) - 1
         known = known and scale.const_value is not None and bias.const_value is not None  # type: ignore[union-attr]
-        if not known or np.prod(sizes) > groups * LARGEST_GROUP:
+        if not known or np.prod(sizes) > groups * MAX_GROUP_SIZE:
             continue
         new = _written_out(graph, node, groups, sizes)
         graph.insert_before(node, new)

@@ -26,7 +26,7 @@ from ..errors import CheckpointError
 from ..files import written
 from ..shipped import is_demo_body
 
-LARGEST = 1 << 30  # bytes of a file; the official ones are below 300 MB
+MAX_FILE_BYTES = 1 << 30  # bytes of a file; the official ones are below 300 MB
 LICENCE = "Keep this file to yourself: the licences of SMPL-H and MANO are non-commercial and forbid passing it on."
 FREE = "This is the demo's own body, in SMPL-H's format: free (Apache-2.0), and you may pass it on."
 
@@ -48,9 +48,10 @@ class _Kept:
 
 def read_pickle(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an official body pickle, without running its code. Raises CheckpointError for another file."""
-    if path.stat().st_size > LARGEST:
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
         raise CheckpointError(
-            f"{path} must be at most {LARGEST >> 20} MiB, as body models are, got {path.stat().st_size >> 20} MiB."
+            f"{path} must be at most {MAX_FILE_BYTES >> 20} MiB, as body models are, got {size >> 20} MiB."
         )
     # New classes for every file: a pickle may set attributes on them.
     names = ("dtype", "array", "scalar", "sparse", "chumpy", "text")
@@ -161,7 +162,7 @@ def _dense(name: str, state: Any, kinds: dict[str, type[_Kept]]) -> np.ndarray:
     """scipy's csc_matrix, csr_matrix or coo_matrix in full."""
     parts = {key.lstrip("_"): entry for key, entry in state.items()}
     rows, columns = (int(n) for n in parts["shape"])
-    if rows < 0 or columns < 0 or rows * columns > LARGEST // 8:
+    if rows < 0 or columns < 0 or rows * columns > MAX_FILE_BYTES // 8:
         raise ValueError(f"a sparse matrix is {rows} x {columns}")
     entries = ("data", "row", "col") if name == "coo_matrix" else ("data", "indices", "indptr")
     found = [array for key in entries if (array := _array(parts[key], kinds)) is not None and array.ndim == 1]

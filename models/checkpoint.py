@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..contract import LARGEST_PARAMETER
+from ..contract import MAX_PARAMETER
 from ..errors import CheckpointError
 from ..files import open_to_others, written
 from ..schema import read_file
@@ -162,9 +162,9 @@ class Checkpoint:
         )
         checkpoint.check()
         mean, std = checkpoint.hand_prior.mean, checkpoint.hand_prior.std
-        if mean.abs().max() > LARGEST_PARAMETER or not 0 < std.min() <= std.max() <= LARGEST_PARAMETER:
+        if mean.abs().max() > MAX_PARAMETER or not 0 < std.min() <= std.max() <= MAX_PARAMETER:
             raise CheckpointError(
-                f"std in {folder / 'hand_prior'} must be above 0, and mean and std at most {LARGEST_PARAMETER:g}, got "
+                f"std in {folder / 'hand_prior'} must be above 0, and mean and std at most {MAX_PARAMETER:g}, got "
                 f"std {std.min():g} to {std.max():g} and mean up to {mean.abs().max():g}. Train the hand prior again."
             )
         for module in checkpoint.modules().values():

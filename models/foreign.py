@@ -19,7 +19,7 @@ from ..schema import MisfitError, read_python_json, shown
 MODEL_INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 POINTER = b"version https://git-lfs.github.com/spec/"
-LARGEST_POINTER = 1024  # bytes, as Git LFS says
+MAX_POINTER_BYTES = 1024  # bytes, as Git LFS says
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 STABLE_DIFFUSION = (*CLASSES, "tokenizer", "scheduler")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that a prompt alone does not use
@@ -65,7 +65,7 @@ def refuse_foreign(path: Path, command: str) -> None:
 
 def refuse_pointer(file: Path) -> None:
     """Raises CheckpointError for a Git LFS pointer, which stands for a file not fetched."""
-    if file.stat().st_size > LARGEST_POINTER:
+    if file.stat().st_size > MAX_POINTER_BYTES:
         return
     with open(file, "rb") as content:
         if content.read(len(POINTER)) == POINTER:

@@ -20,7 +20,9 @@ from .host import HostLoop
 from .requests import Request, Resolver, resolve
 from .results import Failure, Picture
 
-STEPS = 4  # of a picture at most: more come no farther from float32, and a large model's step takes half a minute
+COMPARED_STEPS = (
+    4  # of a picture at most: more come no farther from float32, and a large model's step takes half a minute
+)
 PROMPTS = (
     "a right hand making a fist, blue background",
     "two open hands",
@@ -91,7 +93,7 @@ def measure(
 
 def asked(bundle: Bundle, count: int) -> list[Request]:
     """`count` requests of a few steps, with the bundle's defaults for the rest."""
-    steps = min(STEPS, bundle.manifest.defaults["steps"])
+    steps = min(COMPARED_STEPS, bundle.manifest.defaults["steps"])
     some = [Request(prompt, seed=seed, steps=steps) for seed, prompt in enumerate(PROMPTS[:count])]
     return resolve(some, Resolver(bundle.manifest.defaults))[0]
 

@@ -23,8 +23,8 @@ from .host import HostLoop
 if TYPE_CHECKING:
     from .device import DeviceLoop
 
-MANY = 1 << 30  # pictures of a server, which does not know how many it will make
-FIRST = 16  # pictures of a run that make it worth compiling, and measuring whether bfloat16 is good enough
+SERVER_PICTURES = 1 << 30  # pictures of a server, which does not know how many it will make
+MIN_PICTURES_COMPILED = 16  # of a run that make it worth compiling, and measuring whether bfloat16 is good enough
 DRIVER = Path("/proc/driver/nvidia/version")  # exists where an NVIDIA driver is loaded
 
 
@@ -131,7 +131,7 @@ def worth_it(one: Backend, folder: Path, threads: int | None, pictures: int) -> 
     manifest = Manifest.load(folder, verify=False)
     shelf = module.shelf_of(folder, manifest, one.lowers)
     found = verdict.read(shelf)
-    if manifest.base != "fp32" or pictures < (found.pays if found else FIRST):
+    if manifest.base != "fp32" or pictures < (found.pays if found else MIN_PICTURES_COMPILED):
         return False, []
     if found is None and not shelf.keeps("unet"):
         return False, [

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import OutputError
-from ..schema import LARGEST_JSON, MisfitError, parse_json
+from ..schema import MAX_JSON_BYTES, MisfitError, parse_json
 from .outputs import _SUFFIXES, INDEX, OutputFolder, contact_sheet
 
 LOCK = ".hd-run.lock"
@@ -163,7 +163,7 @@ class RemoteFolder(OutputFolder):
             return None
         try:
             content = self._ask("cat_file", self._at(f"{id}.json"))
-            value = parse_json(content) if len(content) <= LARGEST_JSON else None
+            value = parse_json(content) if len(content) <= MAX_JSON_BYTES else None
         except (FileNotFoundError, MisfitError):
             return None
         there = all(

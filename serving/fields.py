@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from ..errors import RequestError
-from ..hands import CAMERA, LARGEST_CAMERA, SHAPES
+from ..hands import CAMERA, MAX_CAMERA, SHAPES
 from ..settings import MAX_SEED, SETTINGS, Setting, http_name
 from .hands import Arrays, Drag
 
@@ -22,7 +22,7 @@ MAX_TIMEOUT_SECONDS = 3600.0
 
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, pattern=r"\S", description="What to paint.")]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, description="Without one it is drawn, and named in the answer.")]
-Coordinate = Annotated[float, Field(ge=-LARGEST_CAMERA, le=LARGEST_CAMERA)]
+Coordinate = Annotated[float, Field(ge=-MAX_CAMERA, le=MAX_CAMERA)]
 Unit = Annotated[float, Field(ge=-1, le=2)]
 Side = Literal["left", "right"]
 
@@ -64,14 +64,14 @@ class HandsField(Strict):
     right_hand_pose: vector(45, SHAPES["right_hand_pose"][1])  # type: ignore[valid-type]
     betas: vector(10, SHAPES["betas"][1])  # type: ignore[valid-type]
     placement: Annotated[
-        list[vector(4, LARGEST_CAMERA)],  # type: ignore[valid-type, misc]
+        list[vector(4, MAX_CAMERA)],  # type: ignore[valid-type, misc]
         Field(min_length=2, max_length=2, description="Left, right: visibility, centre x and y, log of the size."),
     ]
     camera: (
         Annotated[list[Coordinate], Field(min_length=3, max_length=3, description="Scale, shift x and y.")] | None
     ) = None
-    joints: rows(62, vector(3, LARGEST_CAMERA)) | None = None  # type: ignore[valid-type]
-    joints_2d: rows(2, rows(21, vector(2, LARGEST_CAMERA))) | None = None  # type: ignore[valid-type]
+    joints: rows(62, vector(3, MAX_CAMERA)) | None = None  # type: ignore[valid-type]
+    joints_2d: rows(2, rows(21, vector(2, MAX_CAMERA))) | None = None  # type: ignore[valid-type]
     visibility: vector(2, 10.0) | None = None  # type: ignore[valid-type]
 
     def arrays(self) -> Arrays:

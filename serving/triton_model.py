@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from handiffuser import Failure, HanDiffuser, HanDiffuserError, Request
-from handiffuser.runtime.loading import MANY
+from handiffuser.runtime.loading import SERVER_PICTURES
 from handiffuser.serving.triton import FIELDS
 
 
@@ -29,7 +29,7 @@ class TritonPythonModel:
             parameters["device"],
             batch_size=int(parameters["slots"]),
             backend=parameters["backend"],
-            pictures=MANY,
+            pictures=SERVER_PICTURES,
         )
         self.pipeline.warm_up()
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from ..errors import HanDiffuserError
-from ..runtime.loading import MANY
+from ..runtime.loading import SERVER_PICTURES
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure, Picture
@@ -46,7 +46,7 @@ class Options:
     backend: str = "auto"
     warm_up: bool = True
     gpu: str | None = None  # an entry of CUDA_VISIBLE_DEVICES
-    pictures: int = MANY  # that the loop will make, as far as its owner knows
+    pictures: int = SERVER_PICTURES  # that the loop will make, as far as its owner knows
 
     def load(self) -> HanDiffuser:
         """Raises HanDiffuserError."""

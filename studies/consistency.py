@@ -31,7 +31,7 @@ from handiffuser.evaluation.cli import finish, say
 from handiffuser.evaluation.tables import spread, title
 from handiffuser.export.bundle import export_bundle
 from handiffuser.models.checkpoint import Checkpoint
-from handiffuser.training.distill import HELD, becomes_student, few_steps
+from handiffuser.training.distill import VALIDATION_TRAJECTORIES, becomes_student, few_steps
 from handiffuser.training.draws import Draws
 from handiffuser.training.loop import Stage, fit
 from handiffuser.training.recipe import DistillPlan, Recipe
@@ -118,8 +118,8 @@ def consistency_student(work: Run, plan: DistillPlan, folder: Path) -> Checkpoin
     plan = msgspec.structs.replace(plan, drop_text=0.0, drop_both=0.0)
     stage = Stage(
         "consistency", loss, lambda some: cache.rows(some, ("mean", "ids", *CUES)),
-        consistency_inputs(teacher, plan, empty), rows[:-HELD], rows[-HELD:], data=work.digest,
-        fixed=[loss.teacher, loss.text_hand_encoder],
+        consistency_inputs(teacher, plan, empty), rows[:-VALIDATION_TRAJECTORIES], rows[-VALIDATION_TRAJECTORIES:],
+        data=work.digest, fixed=[loss.teacher, loss.text_hand_encoder],
     )  # fmt: skip
     fit(stage, plan, folder)
     becomes_student(student, plan.runs[-1])

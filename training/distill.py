@@ -39,10 +39,10 @@ from .recipe import DistillHandsPlan, DistillPlan
 from .sample import CUES, Network, initial_noise
 from .stages import HandJumpLoss, Inputs, PictureLoss, edges, states_of_words
 
-FILE = 64  # trajectories of a file
+PER_FILE = 64  # trajectories of a file
 BATCH = 8  # trajectories computed together on a CPU
-TOGETHER = 8  # files computed together on a GPU
-HELD = 64  # trajectories to validate on
+GPU_FILES = 8  # files computed together on a GPU
+VALIDATION_TRAJECTORIES = 64  # trajectories to validate on
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -90,7 +90,7 @@ def weights_digest(*modules: nn.Module) -> str:
 
 
 class Bank(ABC):
-    """Trajectories of a teacher, in whole files of FILE each. `make` adds missing files."""
+    """Trajectories of a teacher, in whole files of PER_FILE each. `make` adds missing files."""
 
     def __init__(
         self,
@@ -107,9 +107,9 @@ class Bank(ABC):
         """
         self.folder, self.teacher, self.cache = folder, teacher, cache
         self.kept = grid(plan)
-        self.files = -(-plan.trajectories // FILE)
-        picked = [order(plan.seed, epoch, len(rows)) for epoch in range(-(-self.files * FILE // len(rows)))]
-        self.rows = rows[np.concatenate(picked)[: self.files * FILE]]
+        self.files = -(-plan.trajectories // PER_FILE)
+        picked = [order(plan.seed, epoch, len(rows)) for epoch in range(-(-self.files * PER_FILE // len(rows)))]
+        self.rows = rows[np.concatenate(picked)[: self.files * PER_FILE]]
         what = {
             **what, "teacher_steps": plan.teacher_steps, "kept": self.kept, "seed": plan.seed,
             "precision": plan.precision,
@@ -123,7 +123,7 @@ class Bank(ABC):
             _write(path, lambda temporary: temporary.write_text(json.dumps({"key": key, **what}, indent=1) + "\n"))
 
     def __len__(self) -> int:
-        return self.files * FILE
+        return self.files * PER_FILE
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"
@@ -133,15 +133,17 @@ class Bank(ABC):
     ) -> None:
         """Computes the missing files; each of several processes makes every world-th."""
         mine = [number for number in range(rank, self.files, world) if not self.path(number).exists()]
-        together = 1 if device == "cpu" else TOGETHER
+        together = 1 if device == "cpu" else GPU_FILES
         for begin in range(0, len(mine), together):
             files = mine[begin : begin + together]
-            numbers = [number * FILE + at for number in files for at in range(FILE)]
+            numbers = [number * PER_FILE + at for number in files for at in range(PER_FILE)]
             count = BATCH if device == "cpu" else len(numbers)
             parts = [self._paint(numbers[first : first + count], device) for first in range(0, len(numbers), count)]
             whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             for turn, number in enumerate(files):
-                own = {name: value[turn * FILE : (turn + 1) * FILE].contiguous() for name, value in whole.items()}
+                own = {
+                    name: value[turn * PER_FILE : (turn + 1) * PER_FILE].contiguous() for name, value in whole.items()
+                }
                 _write(self.path(number), partial(save_file, own))
             left = len(mine) - begin - len(files)
             if on_progress is not None:  # as if the other processes were as far
@@ -174,13 +176,13 @@ class Bank(ABC):
         """Tensors of some trajectories from their files."""
         wanted = torch.tensor(list(numbers))
         out: dict[str, Tensor] = {}
-        for number in (wanted // FILE).unique().tolist():
-            places = (wanted // FILE == number).nonzero()[:, 0]
+        for number in (wanted // PER_FILE).unique().tolist():
+            places = (wanted // PER_FILE == number).nonzero()[:, 0]
             try:
                 with safe_open(self.path(number), "pt") as file:
                     for name in names:
                         part = file.get_slice(name)  # reads only the wanted rows
-                        value = torch.cat([part[at : at + 1] for at in (wanted[places] % FILE).tolist()])
+                        value = torch.cat([part[at : at + 1] for at in (wanted[places] % PER_FILE).tolist()])
                         out.setdefault(name, value.new_empty(len(wanted), *value.shape[1:]))[places] = value
             except (OSError, SafetensorError) as error:
                 raise TrainingError(
@@ -363,5 +365,5 @@ def hand_jump_stage(student: Checkpoint, bank: HandBank, plan: DistillHandsPlan,
 def _split(bank: Bank) -> tuple[np.ndarray, np.ndarray]:
     """A bank's trajectories: those to train on, and some to validate on."""
     numbers = np.arange(len(bank))
-    held = min(HELD, len(numbers) // 10)
+    held = min(VALIDATION_TRAJECTORIES, len(numbers) // 10)
     return numbers[: len(numbers) - held], numbers[len(numbers) - held :]

@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from ..models.foreign import PICKLES, refuse_pointer
 from ..models.weights import first_line
 
-LARGEST = 1 << 26  # bytes: a thousand vectors of the widest CLIP are a few megabytes
+MAX_FILE_BYTES = 1 << 26  # bytes: a thousand vectors of the widest CLIP are a few megabytes
 UNNAMED = "emb_params"  # AUTOMATIC1111's key in safetensors: the file's name is the placeholder
 
 
@@ -66,9 +66,9 @@ def read(path: Path) -> tuple[str, Tensor]:
     refuse_pointer(path)
     if path.suffix not in (".safetensors", *PICKLES):
         raise CheckpointError(f"{path} must be a .safetensors or .pt file. Give the file that the training wrote.")
-    if path.stat().st_size > LARGEST:
+    if path.stat().st_size > MAX_FILE_BYTES:
         raise CheckpointError(
-            f"{path} must be at most {LARGEST >> 20} MB, as a textual inversion is. Give another file."
+            f"{path} must be at most {MAX_FILE_BYTES >> 20} MB, as a textual inversion is. Give another file."
         )
     try:
         held: Any = (

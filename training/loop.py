@@ -31,8 +31,8 @@ from .recipe import Plan
 from .state import STATE, Average, changes, load_state, save_state
 
 Rows = dict[str, Tensor]
-BAD_STEPS = 3  # steps in a row without a finite loss or gradient, after which the run ends
-HELD = 64  # held-out samples of the validation loss, at most
+MAX_BAD_STEPS = 3  # steps in a row without a finite loss or gradient, after which the run ends
+VALIDATION_SAMPLES = 64  # held-out samples of the validation loss, at most
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names of precisions -> accelerate's
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
@@ -189,7 +189,7 @@ class Trainer:
     def report(self, step: int, value: Tensor, norm: Tensor) -> None:
         """Logs a step's loss and norm. Raises TrainingError where the run has diverged."""
         mean, in_a_row = float(self.accelerator.reduce(value, "mean")), int(self.in_a_row)
-        if in_a_row >= BAD_STEPS or not (in_a_row or math.isfinite(mean)):
+        if in_a_row >= MAX_BAD_STEPS or not (in_a_row or math.isfinite(mean)):
             what = "gradient became infinite or NaN" if math.isfinite(mean) else f"loss became {mean}"
             before = f" and {in_a_row - 1} before" if in_a_row > 1 else ""
             raise TrainingError(
@@ -207,7 +207,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self, done: int) -> None:
         """Logs the average's mean loss over held-out samples, each time the same ones with the same noise."""
-        held = [int(row) for row in self.stage.held[:HELD]]
+        held = [int(row) for row in self.stage.held[:VALIDATION_SAMPLES]]
         total = torch.zeros(2, device=self.device)
         part = max(1, min(self.plan.batch // (self.world * self.plan.accumulate), len(held)))
         groups = [range(first, min(first + part, len(held))) for first in range(0, len(held), part)]
@@ -247,7 +247,7 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
 
     folder: keeps `state.safetensors`, `log.jsonl` and TensorBoard's files; a finished run is only loaded. A step whose
     loss or gradient is not finite is left out. Raises TrainingError when the folder holds another run (batch, seed,
-    data), when the processes cannot share the batch, and after BAD_STEPS such steps in a row.
+    data), when the processes cannot share the batch, and after MAX_BAD_STEPS such steps in a row.
     """
     trainer = Trainer(stage, plan, folder)
     if trainer.start < plan.steps:

@@ -19,7 +19,7 @@ from msgspec import Meta
 from ..errors import TrainingError
 from ..files import written
 from ..models.configs import CONFIGS
-from ..schema import LARGEST_JSON, MisfitError, fit, read_file
+from ..schema import MAX_JSON_BYTES, MisfitError, fit, read_file
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -166,7 +166,7 @@ class Recipe(
         """Reads one of ours by name ("demo", "sd15"), or a file. Raises TrainingError that names a wrong entry."""
         path = RECIPES / f"{name}.toml" if (RECIPES / f"{name}.toml").exists() else Path(name)
         try:
-            value = msgspec.toml.decode(read_file(path, LARGEST_JSON))
+            value = msgspec.toml.decode(read_file(path, MAX_JSON_BYTES))
             for stage, kind in PLANS.items():  # first, for an error that names the entry
                 if isinstance(value.get(stage), dict):
                     fit(value[stage], kind)

@@ -42,7 +42,7 @@ from ..models.checkpoint import BODY, Checkpoint, make_tokenizer, random_checkpo
 from ..models.configs import CONFIGS
 from ..schema import MisfitError
 from .distill import (
-    FILE,
+    PER_FILE,
     Bank,
     HandBank,
     PictureBank,
@@ -71,10 +71,10 @@ from .stages import (
 from .state import averages, changes, data_of, finished
 
 ADAPTER = "adapter.safetensors"
-MEASURED = 4096  # samples for means and deviations
-SHOWN = 16  # held-out samples of a sample grid
-BAD = 20  # left-out samples to report
-MOST_WORDS = 10_000  # a checkpoint with more lists none: its vocabulary is broad
+MEASURED_SAMPLES = 4096  # samples for means and deviations
+GRID_SAMPLES = 16  # held-out samples of a sample grid
+MAX_BAD_SAMPLES = 20  # left-out samples to report
+MAX_WORDS = 10_000  # a checkpoint with more lists none: its vocabulary is broad
 VOCABULARY = 20_000  # samples that train a new checkpoint's tokenizer
 HELD_BITS = 1 << 32
 
@@ -249,13 +249,13 @@ class Run:
         cache = self.latents(checkpoint, name == "pictures", make)
         held = self.held[cache.samples[cache.usable]]
         common |= {"train": cache.usable[~held], "held": cache.usable[held]}
-        for bad in cache.left_out[:BAD] if make else ():
+        for bad in cache.left_out[:MAX_BAD_SAMPLES] if make else ():
             console.print(f"left out: {bad}", style="yellow")
         if name == "hand-prior":
             common = {**common, **{part: self.known(cache, common[part]) for part in ("train", "held")}}
             prior = checkpoint.hand_prior
             if not prior.mean.any():  # an untrained prior lacks its normalisation
-                rows = cache.rows(common["train"][:MEASURED], ("params",))
+                rows = cache.rows(common["train"][:MEASURED_SAMPLES], ("params",))
                 mean, std = normalisation(rows["params"].float())
                 prior.mean.copy_(mean)
                 prior.std.copy_(std)
@@ -286,7 +286,7 @@ class Run:
             painter.requires_grad_(True)
         read = lambda rows: cache.rows(rows, ("mean", "std", "ids", *CUES))  # noqa: E731
         stage = Stage(name, painter, read, picture_inputs(checkpoint, recipe.pictures, empty), **common)
-        rows = (stage.held if len(stage.held) else stage.train)[:SHOWN]
+        rows = (stage.held if len(stage.held) else stage.train)[:GRID_SAMPLES]
         stage.on_save = partial(self.show_pictures, checkpoint, cache, name, rows, empty)
         return stage
 
@@ -331,7 +331,7 @@ class Run:
         def show(done: int, total: int) -> None:
             if state.is_main_process and 20 * done // total > said[0]:
                 said[0] = 20 * done // total
-                console.print(f"{name}: {done * FILE} of {total * FILE} trajectories")
+                console.print(f"{name}: {done * PER_FILE} of {total * PER_FILE} trajectories")
 
         bank.make(state.process_index, state.num_processes, show, str(state.device))
         state.wait_for_everyone()
@@ -350,7 +350,7 @@ class Run:
                     lora.inject(student, plan.lora)
                 becomes_student(student, runs)
                 stage = jump_stage(student, bank, plan, runs, part)
-                stage.on_save = partial(self.show_pictures, student, cache, part, rows[:SHOWN], empty)
+                stage.on_save = partial(self.show_pictures, student, cache, part, rows[:GRID_SAMPLES], empty)
             stage.data = self.digest
             fit(stage, plan, self.folder / part)
 
@@ -359,7 +359,7 @@ class Run:
         path = self.folder / "vae.json"
         if path.exists() or not averages(self.folder / "vae") or self.recipe.vae.decoder_only:
             return
-        mean = cache.rows(rows[:MEASURED], ("mean",))["mean"].float()
+        mean = cache.rows(rows[:MEASURED_SAMPLES], ("mean",))["mean"].float()
         found = {"scaling_factor": float(1 / mean.std()), "shift_factor": float(mean.mean())}
         with written(path) as temporary:
             temporary.write_text(json.dumps(found) + "\n")
@@ -412,7 +412,7 @@ class Run:
             samples = (self.index.sample(i) for i in range(len(self.index)))
             prompts = (prompt for sample in samples if isinstance(sample, Sample) for prompt in sample.prompts)
             words = {word for prompt in prompts for word in words_of(prompt)} | set(checkpoint.words)
-            checkpoint.words = sorted(words) if len(words) <= MOST_WORDS else []
+            checkpoint.words = sorted(words) if len(words) <= MAX_WORDS else []
         trained = {name: {"steps": self.recipe.plan(name).steps, "data": self.digest} for name in PLANS
                    if finished(self.folder / name)}  # fmt: skip
         for name in STUDENTS:

@@ -171,8 +171,8 @@ def test_auto_takes_it_for_long_runs_where_it_was_measured_to_be_true(folder, mo
     noted = Verdict(psnr=50.0, exact=2.0, fast=1.0, ready=2.5)
     measured = []
     monkeypatch.setattr(comparing, "measure", lambda *_: measured.append(1) or noted)
-    assert device(1) == device(loading.FIRST - 1) == ("onnxruntime", "")
-    taken, said = device(loading.FIRST)
+    assert device(1) == device(loading.MIN_PICTURES_COMPILED - 1) == ("onnxruntime", "")
+    taken, said = device(loading.MIN_PICTURES_COMPILED)
     assert taken == "openvino" and "2.00 times as fast" in said and "50 dB" in said and "--backend onnxruntime" in said
     assert noted.pays == 3 and device(2)[0] == "onnxruntime" and device(3)[0] == "openvino"
     assert measured == [1]

@@ -11,7 +11,7 @@ import torch
 from handiffuser.calibration.emulate import emulate
 from handiffuser.engines.tensorrt import Options, TensorRT
 from handiffuser.engines.tensorrt_build import build_plan
-from handiffuser.export.norms import LARGEST_GROUP, write_out_norms
+from handiffuser.export.norms import MAX_GROUP_SIZE, write_out_norms
 from torch import nn
 
 
@@ -61,7 +61,7 @@ def test_in_half_it_is_rounded_once():
 
 
 def test_what_stays():
-    side = 2 * int((LARGEST_GROUP / 8) ** 0.5)  # 8 channels a group
+    side = 2 * int((MAX_GROUP_SIZE / 8) ** 0.5)  # 8 channels a group
     large = exported(norm(), torch.randn(2, 32, side, side))
     assert write_out_norms(large) == 0 and "GroupNormalization" in [node.op_type for node in large.graph]
     assert write_out_norms(exported(nn.ReLU(), torch.randn(2, 3))) == 0

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from handiffuser import EngineError
-from handiffuser.engines.openvino import LONG
-from handiffuser.runtime.loading import MANY
+from handiffuser.engines.openvino import MIN_PICTURES_BATCHED
+from handiffuser.runtime.loading import SERVER_PICTURES
 from handiffuser.serving import ray, worker
 
 ASKED: list[dict[str, Any]] = []
@@ -34,8 +34,8 @@ class Pipe:
 
 def test_a_server_announces_many():
     worker.work(Pipe(), worker.Options("demo"))  # type: ignore[arg-type]
-    assert [options["pictures"] for options in ASKED] == [MANY]
-    assert LONG < MANY < 1 << 60  # the number that pays for a slow start (`Admission.pays`)
+    assert [options["pictures"] for options in ASKED] == [SERVER_PICTURES]
+    assert MIN_PICTURES_BATCHED < SERVER_PICTURES < 1 << 60  # the number that pays for a slow start (`Admission.pays`)
 
 
 def test_an_actor_announces_its_share(tmp_path):

@@ -42,7 +42,7 @@ HANDS = DistillHandsPlan(runs=(2, 1), teacher_steps=4, trajectories=8, drop_text
 @pytest.fixture(scope="module")
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "FILE", 4)
+        patch.setattr(distill, "PER_FILE", 4)
         patch.setattr(distill, "BATCH", 2)
         yield
 
