@@ -52,3 +52,7 @@ class DatasetError(HanDiffuserError):
 
 class EvaluationError(HanDiffuserError):
     """Pictures cannot be judged: a package, a file or a folder is missing or unfit."""
+
+
+class DetectionError(HanDiffuserError):
+    """Hands cannot be found or fitted: the detector is missing, or a file of hands is unfit."""

@@ -12,7 +12,7 @@ from itertools import permutations
 
 import numpy as np
 
-from .detect import Found
+from ..detection.detect import Found
 
 PCK = (0.05, 0.10, 0.20)  # of a hand's size
 FAR = 1.0  # hand sizes: a found hand with a larger mean distance is another hand

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..data.look import skin_tone, tone_name
 from .clip import Clip
-from .detect import Detector
+from ..detection.detect import Detector
 from .distances import DRAWS, MEAN_DRAWS, Kernel, frechet, frechet_draws, gap, interval, mean, resampled
 from .features import Extractor
 from .hands import MARGIN, MIN_CROP_PIXELS, PCK, Hand, crop, match

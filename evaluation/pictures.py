@@ -13,18 +13,22 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .. import shipped
 from ..contract import MANIFEST
 from ..data.dataset import Index
 from ..data.hands import joints_in_picture
-from ..data.pictures import PICTURES
+from ..pictures import PICTURES
+from ..rotations import axis_angle_to_matrix
 from ..data.samples import Bad, Sample, person, picture
+from ..detection.convention import marks_of, mediapipe
 from ..errors import EvaluationError
+from ..hands import POSES
+from ..kinematics import world
 from ..models.foreign import MODEL_INDEX
-from ..models.smplh import SMPLH
+from ..models.smplh import HAND_JOINTS, SMPLH
 from ..schema import MisfitError
-from .convention import marks_of
 from .hands import Asked
 
 SIDES = ("left", "right")
@@ -127,10 +131,20 @@ def asked_hands(sample: Sample, image: np.ndarray, body: Path | None) -> list[As
     return [
         Asked(name, joints[side].astype(np.float64), marks[side])
         for one, (joints, seen) in zip(people, places, strict=True)
-        for marks in (marks_of(one, joints, aspect, loaded),)
+        for marks in (marks_in(one, joints, aspect, loaded),)
         for side, name in enumerate(SIDES)
         if seen[side]
     ]
+
+
+@torch.no_grad()
+def marks_in(hands: dict[str, np.ndarray], places: np.ndarray, aspect: float, body: SMPLH) -> np.ndarray:
+    """Where MediaPipe has the points of one person's hands, [2, 21, 2] in [0, 1]; see `convention.marks_of`."""
+    vectors = np.concatenate([hands[name].reshape(-1, 3) for name in POSES]).astype(np.float64)
+    rotations = axis_angle_to_matrix(vectors)
+    posed, betas = torch.from_numpy(rotations).float()[None], torch.from_numpy(hands["betas"]).float()[None]
+    joints = body(posed, betas)[1][0, np.array(HAND_JOINTS)].numpy().astype(np.float64)  # [2, 21, 3]
+    return marks_of(joints, world(rotations), places, aspect, mediapipe().offsets)
 
 
 _load_body = lru_cache(maxsize=1)(SMPLH.load)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import EvaluationError
 from . import measure, painting, pictures, reference
-from .detect import MediaPipe
+from ..detection.detect import MediaPipe
 from .features import load_extractor
 from .measure import Instruments, Seen
 

@@ -13,41 +13,24 @@ A hand's joints are the wrist, then thumb, index, middle, ring and little finger
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 
 import numpy as np
 
 from ..contract import HAND_JOINTS, NUM_JOINTS
 from ..errors import RequestError
+from ..fingers import SIDES, axes, gestures, limits
 from ..hands import POSES
+from ..kinematics import at_rest, forward
 from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
-SIDES = ("left", "right")
 Arrays = dict[str, np.ndarray]
 
-# The parents of SMPL-H's 52 joints, and of the ten finger tips that follow them in `joints`.
-PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19,
-           20, 22, 23, 20, 25, 26, 20, 28, 29, 20, 31, 32, 20, 34, 35,
-           21, 37, 38, 21, 40, 41, 21, 43, 44, 21, 46, 47, 21, 49, 50,
-           36, 24, 27, 33, 30, 51, 39, 42, 48, 45)  # fmt: skip
 # The joint at each place of the mirror image.
 MIRROR = np.array([0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20,
                    *range(37, 52), *range(22, 37), *range(57, 62), *range(52, 57)])  # fmt: skip
 FLIP = np.array([1.0, -1.0, -1.0])  # multiplies a rotation vector in a mirror at x = 0
 
-# How far a finger's joints turn, in degrees: bent towards the palm (from, to), to the side, and about the bone. After
-# Lin, Wu and Huang, "Modeling the constraints of human hand motion" (2000), a little wider; thumbs turn more freely.
-LIMITS_DEGREES = {
-    "root": ((-30, 95), 25, 12),
-    "middle": ((-8, 115), 6, 6),
-    "end": ((-12, 90), 6, 6),
-    "thumb root": ((-60, 70), 60, 50),
-    "thumb middle": ((-40, 70), 25, 20),
-    "thumb end": ((-25, 95), 12, 12),
-}
 # Of the solver: rounds at most, the first damping, and the weight of the old pose.
 MAX_ROUNDS, DAMPING, REST = 30, 1e-3, 2e-3
 
@@ -60,13 +43,6 @@ class Drag:
     joint: int  # 0 ... 20
     x: float
     y: float
-
-
-@cache
-def gestures() -> dict[str, np.ndarray]:
-    """Name -> the left hand's axis-angle [45]."""
-    text = resources.files(__name__.rpartition(".")[0]).joinpath("gestures.json").read_text(encoding="utf-8")
-    return {name: np.array(values) for name, values in json.loads(text).items()}
 
 
 def edit(hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str] | None = None) -> Arrays:
@@ -130,35 +106,20 @@ def swapped(hands: Arrays) -> Arrays:
 
 
 class Pose:
-    """The joints' turns in their parents' frames, [52, 3, 3], and the bones: [62, 3], each in its parent's frame."""
+    """The joints' turns in their parents' frames, [52, 3, 3], and the joints at rest, [62, 3]."""
 
     def __init__(self, hands: Arrays) -> None:
         self.given = hands
         vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES]).astype(np.float64)
         self.local = axis_angle_to_matrix(vectors)
         joints = np.asarray(hands["joints"], np.float64)
-        frames = self.frames()
-        self.root = joints[0]
-        self.bones = np.zeros_like(joints)
-        for joint, parent in enumerate(PARENTS):
-            if parent >= 0:
-                self.bones[joint] = frames[parent].T @ (joints[joint] - joints[parent])
+        self.rest = at_rest(joints, self.local)
         self.camera = np.asarray(hands["camera"], np.float64)
         self.to_image = _image_map(joints, self.camera, np.asarray(hands["joints_2d"], np.float64))
 
-    def frames(self) -> np.ndarray:
-        """The joints' frames in the world, [52, 3, 3]."""
-        frames = np.empty_like(self.local)
-        for joint, parent in enumerate(PARENTS[:NUM_JOINTS]):
-            frames[joint] = self.local[joint] if parent < 0 else frames[parent] @ self.local[joint]
-        return frames
-
     def joints(self) -> np.ndarray:
         """[62, 3] metres."""
-        frames, joints = self.frames(), np.empty_like(self.bones)
-        for joint, parent in enumerate(PARENTS):
-            joints[joint] = self.root if parent < 0 else joints[parent] + frames[parent] @ self.bones[joint]
-        return joints
+        return forward(self.local, self.rest)[1]
 
     def seen(self, joints: np.ndarray) -> np.ndarray:
         """[..., 3] metres -> [..., 2] in [0, 1] of the picture."""
@@ -180,27 +141,28 @@ class Pose:
         """
         hand = HAND_JOINTS[side]
         chain = hand[1 + 4 * finger : 5 + 4 * finger]  # three joints and the tip
-        turning, base = chain[:3], self.frames()[hand[0]]
-        origin = self.joints()[chain[0]]
-        axes = [self._axes(side, finger, joint) for joint in range(3)]  # [3, 3]: rows bend, side, twist
-        low, high = (np.radians(_limits(finger)[:, i]) for i in range(2))  # [9]
+        turning, bones = chain[:3], np.diff(self.rest[list(chain)], axis=0)
+        frames, joints = forward(self.local, self.rest)
+        base, origin = frames[hand[0]], joints[chain[0]]
+        turns = axes(self.rest[list(hand)], side)[finger]  # [3, 3, 3]: joint, then rows bend, side, twist
+        low, high = (np.radians(limits(finger)[:, i]) for i in range(2))  # [9]
         angles = np.concatenate(
-            [axis @ v for axis, v in zip(axes, matrix_to_axis_angle(self.local[list(turning)]), strict=True)]
+            [axis @ v for axis, v in zip(turns, matrix_to_axis_angle(self.local[list(turning)]), strict=True)]
         )
         before = angles.copy()
         low, high = np.minimum(low, before), np.maximum(high, before)  # the present angles are always allowed
         targets = {(drag.joint - 1) % 4: np.array([drag.x, drag.y]) for drag in drags}
         targets = {joint: to for joint, to in targets.items() if joint > 0}  # a finger's root does not move in the palm
-        size = abs(self.to_image[0][0]) * np.linalg.norm(self.bones[list(chain[1:])], axis=-1).sum()
+        size = abs(self.to_image[0][0]) * np.linalg.norm(bones, axis=-1).sum()
         if not targets or size < 1e-6:  # no target, or a finger too small to see
             return
 
-        def forward(angles: np.ndarray) -> np.ndarray:
+        def places(angles: np.ndarray) -> np.ndarray:
             """Places of the dragged joints, [J, 2], in lengths of the finger."""
             at, frame, points = origin, base, []
             for i in range(3):
-                frame = frame @ axis_angle_to_matrix((angles[3 * i : 3 * i + 3] @ axes[i])[None])[0]
-                at = at + frame @ self.bones[chain[i + 1]]
+                frame = frame @ axis_angle_to_matrix((angles[3 * i : 3 * i + 3] @ turns[i])[None])[0]
+                at = at + frame @ bones[i]
                 if i + 1 in targets:
                     points.append(self.seen(at))
             return np.stack(points) / size
@@ -209,14 +171,14 @@ class Pose:
         weights = np.tile([1.0, 3.0, 6.0], 3)  # bending costs least
 
         def worth(angles: np.ndarray) -> float:
-            return float(np.square(goal - forward(angles)).sum() + REST * np.square(weights * (angles - before)).sum())
+            return float(np.square(goal - places(angles)).sum() + REST * np.square(weights * (angles - before)).sum())
 
         def solve(angles: np.ndarray) -> np.ndarray:
             damping = DAMPING
             for _ in range(MAX_ROUNDS):
-                now = forward(angles)
+                now = places(angles)
                 jacobian = np.stack(
-                    [(forward(angles + 1e-4 * unit) - now).reshape(-1) / 1e-4 for unit in np.eye(9)], -1
+                    [(places(angles + 1e-4 * unit) - now).reshape(-1) / 1e-4 for unit in np.eye(9)], -1
                 )  # [2 J, 9]
                 miss = np.concatenate([(goal - now).reshape(-1), np.sqrt(REST) * weights * (before - angles)])
                 full = np.concatenate([jacobian, np.sqrt(REST) * np.diag(weights)])
@@ -235,17 +197,7 @@ class Pose:
         bent = (before + np.radians([35, 0, 0, 40, 0, 0, 20, 0, 0])).clip(low, high)
         angles = min((solve(before), solve(bent)), key=worth)
         for i, joint in enumerate(turning):
-            self.local[joint] = axis_angle_to_matrix((angles[3 * i : 3 * i + 3] @ axes[i])[None])[0]
-
-    def _axes(self, side: int, finger: int, joint: int) -> np.ndarray:
-        """The axes of bend, side and twist of a finger's joint in its frame, [3, 3]. At rest all frames are equal."""
-        hand = HAND_JOINTS[side]
-        bone = _unit(self.bones[hand[2 + 4 * finger + joint]])
-        index, little = self.bones[hand[5]], self.bones[hand[17]]
-        out = _unit(np.cross(little, index)) * (1 if side == 0 else -1)  # away from the back of the hand
-        bend = np.cross(bone, out) if finger else np.cross(_unit(index - little), bone)
-        bend = _unit(bend)
-        return np.stack([bend, np.cross(bone, bend), bone])
+            self.local[joint] = axis_angle_to_matrix((angles[3 * i : 3 * i + 3] @ turns[i])[None])[0]
 
     def hands(self) -> Arrays:
         joints = self.joints()
@@ -255,14 +207,6 @@ class Pose:
         out["joints"], out["camera"] = joints, self.camera
         out["joints_2d"] = self.seen(joints[np.array(HAND_JOINTS)])
         return out
-
-
-def _limits(finger: int) -> np.ndarray:
-    """Lowest and highest bend, side and twist of a finger's three joints, [9, 2] degrees."""
-    names = ("root", "middle", "end") if finger else ("thumb root", "thumb middle", "thumb end")
-    return np.array(
-        [pair for n in names for pair in (LIMITS_DEGREES[n][0], *((-x, x) for x in LIMITS_DEGREES[n][1:]))], float
-    )
 
 
 def _image_map(joints: np.ndarray, camera: np.ndarray, joints_2d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +225,3 @@ def _image_map(joints: np.ndarray, camera: np.ndarray, joints_2d: np.ndarray) ->
             scale[0] *= share
             shift[0] = 0.5 + scale[0] * tx
     return scale, shift
-
-
-def _unit(v: np.ndarray) -> np.ndarray:
-    return v / max(float(np.linalg.norm(v)), 1e-9)

@@ -22,7 +22,7 @@ from handiffuser.demo.gestures import GESTURES
 from handiffuser.demo.prompts import ADJECTIVES, NOUNS
 from handiffuser.runtime.bundle import Bundle
 from handiffuser.runtime.requests import Request
-from handiffuser.serving.hands import gestures
+from handiffuser.fingers import gestures
 from PIL import Image
 from served import command, serving
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ..errors import EvaluationError
+from ..errors import DetectionError
 
 SMALL, WINDOW = 0.4, 0.6  # shares of a picture's sides
 
@@ -101,17 +101,17 @@ class MediaPipe:
     def __init__(self, pad: float = 0.25, size: int = 768, hands: int = 8, confidence: float = 0.5) -> None:
         """hands: how many it searches for at first. When it finds that many, it searches for twice as many, and so on.
 
-        Raises EvaluationError where MediaPipe is missing, or is a version without these models."""
+        Raises DetectionError where MediaPipe is missing, or is a version without these models."""
         try:
             with silence():
                 import mediapipe
         except ImportError as error:
-            raise EvaluationError(
-                'MediaPipe, which finds the hands, is not installed. Install it with pip install "handiffuser[eval]" '
-                "under Python 3.12 or older, or leave the detector out: --no-detector."
+            raise DetectionError(
+                "MediaPipe, which finds the hands, is not installed. "
+                'Install it under Python 3.12 or older: pip install "handiffuser[detect]"'
             ) from error
         if not hasattr(mediapipe, "solutions"):
-            raise EvaluationError(
+            raise DetectionError(
                 f"MediaPipe must bring its hand models, got version {mediapipe.__version__}, which does not. "
                 "Install mediapipe==0.10.14."
             )

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..schema import MisfitError
+from .schema import MisfitError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 # Cameras write .JPG.
