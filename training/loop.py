@@ -32,6 +32,7 @@ from .state import STATE, Average, changes, load_state, save_state
 
 Rows = dict[str, Tensor]
 BAD_STEPS = 3  # steps in a row without a finite loss or gradient, after which the run ends
+SLOW = 0.1
 HELD = 64  # held-out samples of the validation loss, at most
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names of precisions -> accelerate's
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
@@ -50,6 +51,7 @@ class Stage:
     data: str = ""  # digest of the data, which a run must keep
     on_save: Callable[[int], Any] | None = None  # called with the step, while the module holds its average
     fixed: list[nn.Module] = field(default_factory=list)  # frozen parts of the module
+    slow: list[nn.Module] = field(default_factory=list)  # parts that learn at SLOW times the rate
 
 
 class _Steps(torch.utils.data.Dataset):
@@ -118,8 +120,13 @@ class Trainer:
             self.module.compile()
         self.model = spread(self.module, self.world) if plan.shard else self.accelerator.prepare(self.module)
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        slow = {id(p) for part in stage.slow for p in part.parameters()}
+        groups = [
+            {"params": [p for p in self.parameters.values() if (id(p) in slow) == late], "share": share}
+            for late, share in ((False, 1.0), (True, SLOW))
+        ]
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=not plan.shard
+            [group for group in groups if group["params"]], weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=not plan.shard
         )
         self.average = Average(self.parameters)
         self.start = load_state(folder, plan, stage, self.average, self.optimizer)
@@ -158,7 +165,7 @@ class Trainer:
         """
         plan, value = self.plan, torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = plan.rate(step)
+            group["lr"] = plan.rate(step) * group["share"]
         for number, part in enumerate(parts, 1):
             together = number == plan.accumulate or plan.shard
             alone = contextlib.nullcontext() if together else self.accelerator.no_sync(self.model)

@@ -38,6 +38,7 @@ from ..errors import DatasetError, TrainingError
 from ..files import written
 from ..grammar import words_of
 from ..models import lora
+from ..models.autoencoder import PatchAutoencoderKL
 from ..models.checkpoint import BODY, Checkpoint, make_tokenizer, random_checkpoint
 from ..models.configs import CONFIGS
 from ..schema import MisfitError
@@ -71,6 +72,7 @@ from .stages import (
 from .state import averages, changes, data_of, finished
 
 ADAPTER = "adapter.safetensors"
+CODED = 64  # pictures for the principal components of blocks
 MEASURED = 4096  # samples for means and deviations
 SHOWN = 16  # held-out samples of a sample grid
 BAD = 20  # left-out samples to report
@@ -242,7 +244,12 @@ class Run:
             module = VaeLoss(checkpoint, recipe.vae)
             pictures = self.index.has_picture
             common |= {"train": np.flatnonzero(pictures & ~self.held), "held": np.flatnonzero(pictures & self.held)}
-            stage = Stage(name, module, read, vae_inputs(checkpoint, recipe.vae), fixed=module.fixed, **common)
+            common |= {"fixed": module.fixed, "slow": module.slow}
+            if isinstance(checkpoint.vae, PatchAutoencoderKL) and not checkpoint.vae.begun:
+                rows = common["train"]
+                some = rows[np.linspace(0, len(rows) - 1, min(len(rows), CODED)).astype(int)] if len(rows) else []
+                checkpoint.vae.begin(images_to_float(self.images(some, size)))
+            stage = Stage(name, module, read, vae_inputs(checkpoint, recipe.vae), **common)
             stage.on_save = lambda step: self.show_vae(checkpoint, step)
             module.requires_grad_(True)
             return stage
