@@ -1,11 +1,11 @@
-"""An autoencoder for many latent channels: diffusers' AutoencoderKL on patches of pixels, beside a linear code of blocks.
+"""An autoencoder for many latent channels: AutoencoderKL on patches of pixels, beside a linear code of blocks.
 
     vae = PatchAutoencoderKL(patch_size=2, block_out_channels=(32, 64, 96), latent_channels=16)
     vae.begin(images)                                   # pictures [N, 3, H, W]: it encodes well before any training
 
-A convolution costs most on the finest level. Patches of 2 x 2 pixels become channels (pixel unshuffle), as in diffusers'
-AutoencoderKLWan, so the networks see a quarter of the places. The linear code starts as the principal components of
-8 x 8 blocks; the networks start at zero and learn what the code loses.
+A convolution costs most on the finest level. Patches of 2 x 2 pixels become channels (pixel unshuffle), as in
+diffusers' AutoencoderKLWan, so the networks see a quarter of the places. The linear code starts as the principal
+components of 8 x 8 blocks; the networks start at zero and learn what the code loses.
 """
 
 from __future__ import annotations
@@ -137,4 +137,3 @@ class PatchAutoencoderKL(AutoencoderKL):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         self.encoder.conv_out.bias[count:] = START_LOGVAR
-

@@ -134,7 +134,7 @@ CONFIGS = {
         noise_offset=0.06,
         hand_redraws=2,
     ),
-    # The demo of people, at twice the size. Sixteen channels keep small hands, which four blur; the UNet costs the same.
+    # The demo of people, twice as large. Sixteen channels keep small hands, which four blur; the UNet costs the same.
     "human": Config(
         image_size=(256, 256),
         vocab_size=2048,

@@ -99,12 +99,14 @@ OPTIONS = [
     click.option("--start", help="Checkpoint to start from, or the word demo.  [default: the recipe's new one]"),
     click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER|FILE.safetensors",
                  help="Write the checkpoint here at the end; a FILE gets the --lora adapter alone."),
-    click.option("--recipe", default="sd15", show_default=True, help="sd15, demo, demo-gpu, or your .toml file."),
+    click.option("--recipe", default="sd15", show_default=True,
+                 help="sd15, demo, demo-gpu, human, human-gpu, or your .toml file."),
     click.option("--run", "folder", type=click.Path(path_type=Path),
                  help="States, logs and samples; run again to go on.  [default: runs/ and the output's name]"),
     click.option("--processes", type=click.IntRange(1), help="Processes on a CPU.  [default: one a core]"),
     click.option("--half", is_flag=True, help="Write the checkpoint's weights in float16."),
     click.option("--steps", type=int, help="Steps of the optimizer."),
+    click.option("--minutes", type=float, help="Minutes of training: it ends with the clock, at any speed."),
     click.option("--batch", type=int, help="Samples a step, for all processes together."),
     click.option("--learning-rate", type=float, help="The highest rate."),
     click.option("--precision", help="fp32, bf16 or fp16."),
@@ -119,8 +121,8 @@ OPTIONS = [
 
 
 FLAGS = (
-    "steps", "batch", "learning_rate", "precision", "accumulate", "gradient_checkpointing", "compile", "shard",
-    "workers", "seed", "lora", "runs",
+    "steps", "minutes", "batch", "learning_rate", "precision", "accumulate", "gradient_checkpointing", "compile",
+    "shard", "workers", "seed", "lora", "runs",
 )  # fmt: skip
 
 

@@ -215,7 +215,8 @@ class Run:
         return [f"{stage}-{runs}" for runs in self.recipe.plan(stage).runs] if stage in STUDENTS else [stage]
 
     def done(self, stage: str) -> bool:
-        return all(finished(self.folder / part, self.recipe.plan(stage).steps) for part in self.parts(stage))
+        plan = self.recipe.plan(stage)
+        return all(finished(self.folder / part, plan.steps, plan.minutes) for part in self.parts(stage))
 
     def otherwise(self, stage: str) -> str:
         """Of a finished stage: a sentence if its settings differ from the plan's, else ""."""
@@ -344,7 +345,7 @@ class Run:
         state.wait_for_everyone()
         empty = encode_prompts([""], teacher.tokenizer, teacher.special_tokens)[0]
         for runs, part in zip(plan.runs, self.parts(name), strict=True):
-            if finished(self.folder / part, plan.steps):
+            if finished(self.folder / part, plan.steps, plan.minutes):
                 continue
             student = self.checkpoint()
             if isinstance(bank, HandBank):
