@@ -6,7 +6,7 @@ A bundle is a folder: `manifest.json`, one ONNX graph for each stage, `tokenizer
 SHA-256, so a check finds a flipped byte before anything runs.
 
 Axes: B rows of a batch, S steps of a schedule, K history tensors of a step graph, P hand parameters, D text width,
-L tokens of the context, W width of the context, T width of a time row, V mesh vertices, h w latent size,
+L tokens of the context, W width of the context, T width of a time row, V mesh vertices, C h w latent channels and size,
 H W image size. A branch axis of 2 is always (unconditional, conditional); a hand axis of 2 is always (left, right).
 
 text_encoder       input_ids[B,77]                                          -> text[B,77,D]
@@ -16,9 +16,9 @@ hand_features      x[B,P]  -> joints[B,2,21,2] rotations[B,2,16,6] bps[B,2,N] vi
 text_hand_encoder  input_ids[B,2,77] joints rotations bps visibility        -> context[B,2,L,W]
 unet_context       context[B,2,L,W]                                         -> key_00 value_00 key_01 ...
 unet_time          timesteps[S]                                             -> time[S,T]
-unet               latents[B,4,h,w] history[B,K,4,h,w] noise time[B,T] row[B,R] key_00 value_00 ...
+unet               latents[B,C,h,w] history[B,K,C,h,w] noise time[B,T] row[B,R] key_00 value_00 ...
                                                                             -> latents, history, finite[B]
-image_decoder      latents[B,4,h,w]                                         -> image[B,H,W,3] uint8, finite[B]
+image_decoder      latents[B,C,h,w]                                         -> image[B,H,W,3] uint8, finite[B]
 
 `joints` are image coordinates in [0, 1] of width and height, y down. `x` is normalised with the manifest's mean and
 standard deviation. `text` holds a vector for each word of the prompt, for the hand prior; from the end token on, the

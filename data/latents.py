@@ -110,7 +110,7 @@ class LatentCache:
         return len(self.samples)
 
     def rows(self, rows: Sequence[int] | np.ndarray, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Some rows: mean, std float16 [N, 4, h, w] (not scaled), ids int64 [N, W, 77] (W wordings; fewer are
+        """Some rows: mean, std float16 [N, C, h, w] (not scaled), ids int64 [N, W, 77] (W wordings; fewer are
         repeated), joints [N, 2, 21, 2], rotations [N, 2, 16, 6], bps [N, 2, 512], visibility [N, 2], params [N, 330]
         (all float32), labels int64 [N, len(labels)] (-1: unlabelled). names: these alone.
         """

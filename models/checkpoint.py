@@ -35,10 +35,11 @@ from ..contract import MAX_PARAMETER
 from ..errors import CheckpointError
 from ..files import open_to_others, written
 from ..schema import read_file
-from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config, default_settings
+from .autoencoder import PatchAutoencoderKL
+from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config, default_settings, latent_factor
 from .foreign import MODEL_INDEX
 from .hand_prior import HandPrior
-from .layout import BOS, EOS, NO_LENGTH, PARTS, read_layout, read_tokenizer_config
+from .layout import BOS, EOS, NO_LENGTH, PARTS, PATCH_VAE, read_layout, read_tokenizer_config
 from .position_kernel import PositionKernel, attach, cross_attentions
 from .text_hand_encoder import TextHandEncoder
 from .weights import first_line, load_part
@@ -49,13 +50,17 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 BODY = Path("body/smplh.npz")
-CLASSES = {
-    "text_encoder": CLIPTextModel,
-    "hand_prior": HandPrior,
-    "text_hand_encoder": TextHandEncoder,
-    "unet": UNet2DConditionModel,
-    "position_kernel": PositionKernel,
-    "vae": AutoencoderKL,
+CLASSES: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        CLIPTextModel,
+        HandPrior,
+        TextHandEncoder,
+        UNet2DConditionModel,
+        PositionKernel,
+        AutoencoderKL,
+        PatchAutoencoderKL,
+    )
 }
 MAX_TOKENIZER = 1 << 27  # bytes of a tokenizer's files
 PROMPTS = ("", "a photo of a cat", "A right hand, making a FIST!!", "it's 2 ✌️ hands  on café tables", "手を開く")
@@ -95,7 +100,7 @@ class Checkpoint:
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = latent_factor(self.vae.config)
         return self.image_size[0] // factor, self.image_size[1] // factor
 
     def save(self, folder: str | Path, half: bool = False) -> None:
@@ -104,7 +109,7 @@ class Checkpoint:
         folder.mkdir(parents=True, exist_ok=True)
         index: dict[str, Any] = {"_class_name": "HanDiffuserPipeline", "_image_size": list(self.image_size)}
         for name, module in self.modules().items():
-            index[name] = list(PARTS[name])
+            index[name] = list(PATCH_VAE if isinstance(module, PatchAutoencoderKL) else PARTS[name])
             stored = copy.deepcopy(module).half() if half else module
             stored.save_pretrained(folder / name, safe_serialization=True)  # type: ignore[operator]
             open_to_others(*(folder / name).glob("*.safetensors"))
@@ -143,9 +148,7 @@ class Checkpoint:
         layout = read_layout(folder)  # refuses a bad checkpoint before it reads weights
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a typo in a path must not become a download
         tokenizer, special_tokens = load_tokenizer(folder / "tokenizer")
-        parts = {
-            name: load_part(kind, folder / name, mapped) for name, kind in CLASSES.items() if (folder / name).is_dir()
-        }
+        parts = {name: load_part(CLASSES[kind], folder / name, mapped) for name, kind in layout.parts.items()}
         checkpoint = cls(
             tokenizer=tokenizer,
             special_tokens=special_tokens,
@@ -208,7 +211,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"The tokenizer's ids must be below the text models' {encoder.config.vocab_size}, got {largest}."
             )
-        multiple = 2 ** (len(self.vae.config.block_out_channels) + len(unet.config.block_out_channels) - 2)
+        multiple = latent_factor(self.vae.config) * 2 ** (len(unet.config.block_out_channels) - 1)
         if any(side % multiple for side in self.image_size):
             raise CheckpointError(
                 f"_image_size must be multiples of {multiple} for this VAE and UNet, got "
@@ -234,7 +237,7 @@ def trained_size(unet: UNet2DConditionModel, vae: AutoencoderKL) -> tuple[int, i
             '"_image_size": [512, 512].'
         )
     height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = latent_factor(vae.config)
     return height * factor, width * factor
 
 
@@ -410,8 +413,10 @@ def random_checkpoint(
         attention_head_dim=config.unet_heads,
         norm_num_groups=config.unet_groups,
     )
-    levels = len(config.vae_channels)
-    vae = AutoencoderKL(
+    levels, patched = len(config.vae_channels), config.vae_patch > 1
+    kind, patch = (PatchAutoencoderKL, {"patch_size": config.vae_patch}) if patched else (AutoencoderKL, {})
+    vae = kind(
+        **patch,
         sample_size=config.image_size[0],
         latent_channels=config.latent_channels,
         block_out_channels=config.vae_channels,

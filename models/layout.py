@@ -34,6 +34,7 @@ PARTS = {
     "position_kernel": ("handiffuser", "PositionKernel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
+PATCH_VAE = ("handiffuser", "PatchAutoencoderKL")  # in place of diffusers' own, where model_index.json names it
 SCHEDULES = {"scheduler": "unet", "hand_scheduler": "hand_prior"}  # folder -> its step graph
 
 # diffusers' schedulers of networks trained like Stable Diffusion: betas, and a prediction of noise or v. They differ in
@@ -203,10 +204,22 @@ class AutoencoderKL(TypedDict, total=False):
     mid_block_add_attention: Yes
 
 
-CONFIGS: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (CLIPTextModel, HandPrior, TextHandEncoder, UNet2DConditionModel, PositionKernel, AutoencoderKL)
-}
+class PatchAutoencoderKL(AutoencoderKL, total=False):
+    """Of the VAE on patches; see `PatchAutoencoderKL` in autoencoder.py."""
+
+    patch_size: Annotated[int, whole(1, 16)]
+
+
+KINDS = (
+    CLIPTextModel,
+    HandPrior,
+    TextHandEncoder,
+    UNet2DConditionModel,
+    PositionKernel,
+    AutoencoderKL,
+    PatchAutoencoderKL,
+)
+CONFIGS: dict[str, Any] = {kind.__name__: kind for kind in KINDS}
 # Entries beyond the exported graphs -> the values that the graphs support. The export computes time rows and keys
 # outside the loop (see export/graphs.py) and would lose other embeddings and attentions.
 ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -233,6 +246,12 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "timestep_post_act": (None,),
     },
     "AutoencoderKL": {"latents_mean": (None,), "latents_std": (None,), "out_channels": (3,)},
+    "PatchAutoencoderKL": {
+        "in_channels": (3,),
+        "out_channels": (3,),
+        "use_quant_conv": (False,),
+        "use_post_quant_conv": (False,),
+    },
 }
 
 
@@ -265,8 +284,9 @@ class TokenizerConfig(TypedDict, total=False):
 
 @dataclass
 class Layout:
-    """A checkpoint's size, defaults, notes, words and schedules."""
+    """A checkpoint's parts, size, defaults, notes, words and schedules."""
 
+    parts: dict[str, str]  # name of each part that it has -> its class, a key of CONFIGS
     image_size: tuple[int, int] | None  # H, W; None: as the UNet was trained
     defaults: dict[str, Any]  # steps, solver, guidance, hand_steps, hand_solver, hand_guidance, noise_offset
     notes: dict[str, Any]
@@ -291,10 +311,12 @@ def read_layout(folder: Path) -> Layout:
         )
     if missing:
         raise CheckpointError(f"{folder} is incomplete: it lacks {', '.join(missing)}. Copy it again.")
-    for name, (_, kind) in PARTS.items():
-        if (folder / name).is_dir():
-            refuse_pickles(folder, name)
-            read_config(kind, folder / name)
+    parts = {name: kind for name, (_, kind) in PARTS.items() if (folder / name).is_dir()}
+    if read_object(folder / MODEL_INDEX).get("vae") == list(PATCH_VAE):
+        parts["vae"] = PATCH_VAE[1]
+    for name, kind in parts.items():
+        refuse_pickles(folder, name)
+        read_config(kind, folder / name)
     read_tokenizer_config(folder / "tokenizer")
     defaults = _fit(folder / MODEL_INDEX, {**default_settings(Config()), **index.get("_defaults", {})}, Defaults)
     schedules = {name: _read(folder / name / "scheduler_config.json", dict[Word, Any]) for name in SCHEDULES}
@@ -302,7 +324,7 @@ def read_layout(folder: Path) -> Layout:
         check_scheduler(folder / name / "scheduler_config.json", config.get("_class_name", "DDIMScheduler"), config)
     check_sampling(folder, schedules, defaults)
     size, notes, words = index.get("_image_size"), index.get("_notes", {}), index.get("_words", [])
-    return Layout((size[0], size[1]) if size else None, defaults, notes, words, schedules)
+    return Layout(parts, (size[0], size[1]) if size else None, defaults, notes, words, schedules)
 
 
 def read_config(kind: str, folder: Path) -> dict[str, Any]:

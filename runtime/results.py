@@ -95,7 +95,7 @@ class Failure:
 class Peek:
     """A copy of where a request is, between two steps: it has done `step` of the `steps` of its picture.
 
-    hands: as in `Picture`. latents: its state, float32 [4, h, w]; None before the first step.
+    hands: as in `Picture`. latents: its state, float32 [C, h, w]; None before the first step.
     """
 
     step: int

@@ -94,17 +94,48 @@ def init(source: Path, out: Path, added: list[tuple[Path, str | None]], seed: in
     return 0
 
 
+@commands.command()
+@click.argument("source", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("donor", metavar="FROM")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Pictures to compare autoencoders on.")
+def grow(source: Path, donor: str, out: Path, data: Path) -> int:
+    """Makes the checkpoint OUT: CHECKPOINT with all that FROM has learned and that fits.
+
+    CHECKPOINT has the sizes, the words, the body and a trained autoencoder (hd-train vae). FROM, a checkpoint or the
+    word demo, may have other words and other latents: its UNet goes on in the part of the new latents that is most like
+    its own.
+    """
+    if (out / MODEL_INDEX).exists():
+        raise HanDiffuserError(f"{out} must be a new folder, got a checkpoint. Name another folder, or remove it.")
+    with console.status("reading"):
+        from ..models.checkpoint import Checkpoint
+        from .grow import grow as copy_what_fits
+        from .run import Run
+
+        checkpoint = Checkpoint.load(source)
+        giver = Checkpoint.load(resolve(donor, "checkpoint"))
+        images = Run(out, data, Recipe(), source).some_pictures(checkpoint.image_size)
+    with console.status("comparing"):
+        copy_what_fits(checkpoint, giver, images)
+        checkpoint.save(out)
+    console.print(f"{out} is written. Train it: hd-train all --start {out} --data {data} --output trained")
+    return 0
+
+
 OPTIONS = [
     click.option("--data", required=True, type=click.Path(path_type=Path), help="The dataset; see hd-data."),
     click.option("--start", help="Checkpoint to start from, or the word demo.  [default: the recipe's new one]"),
     click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER|FILE.safetensors",
                  help="Write the checkpoint here at the end; a FILE gets the --lora adapter alone."),
-    click.option("--recipe", default="sd15", show_default=True, help="sd15, demo, demo-gpu, or your .toml file."),
+    click.option("--recipe", default="sd15", show_default=True,
+                 help="sd15, demo, demo-gpu, human, human-gpu, or your .toml file."),
     click.option("--run", "folder", type=click.Path(path_type=Path),
                  help="States, logs and samples; run again to go on.  [default: runs/ and the output's name]"),
     click.option("--processes", type=click.IntRange(1), help="Processes on a CPU.  [default: one a core]"),
     click.option("--half", is_flag=True, help="Write the checkpoint's weights in float16."),
     click.option("--steps", type=int, help="Steps of the optimizer."),
+    click.option("--minutes", type=float, help="Minutes of training: it ends with the clock, at any speed."),
     click.option("--batch", type=int, help="Samples a step, for all processes together."),
     click.option("--learning-rate", type=float, help="The highest rate."),
     click.option("--precision", help="fp32, bf16 or fp16."),
@@ -119,8 +150,8 @@ OPTIONS = [
 
 
 FLAGS = (
-    "steps", "batch", "learning_rate", "precision", "accumulate", "gradient_checkpointing", "compile", "shard",
-    "workers", "seed", "lora", "runs",
+    "steps", "minutes", "batch", "learning_rate", "precision", "accumulate", "gradient_checkpointing", "compile",
+    "shard", "workers", "seed", "lora", "runs",
 )  # fmt: skip
 
 

@@ -28,11 +28,12 @@ from ..errors import TrainingError
 from .draws import Draws, rows_of
 from .processes import full, spread
 from .recipe import Plan
-from .state import STATE, Average, changes, load_state, save_state
+from .state import STATE, Average, changes, load_state, save_state, spent
 
 Rows = dict[str, Tensor]
 MAX_BAD_STEPS = 3  # steps in a row without a finite loss or gradient, after which the run ends
 VALIDATION_SAMPLES = 64  # held-out samples of the validation loss, at most
+SLOW = 0.1
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names of precisions -> accelerate's
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
@@ -50,6 +51,7 @@ class Stage:
     data: str = ""  # digest of the data, which a run must keep
     on_save: Callable[[int], Any] | None = None  # called with the step, while the module holds its average
     fixed: list[nn.Module] = field(default_factory=list)  # frozen parts of the module
+    slow: list[nn.Module] = field(default_factory=list)  # parts that learn at SLOW times the rate
 
 
 class _Steps(torch.utils.data.Dataset):
@@ -118,11 +120,21 @@ class Trainer:
             self.module.compile()
         self.model = spread(self.module, self.world) if plan.shard else self.accelerator.prepare(self.module)
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        slow = {id(p) for part in stage.slow for p in part.parameters()}
+        groups = [
+            {"params": [p for p in self.parameters.values() if (id(p) in slow) == late], "share": share}
+            for late, share in ((False, 1.0), (True, SLOW))
+        ]
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=not plan.shard
+            [group for group in groups if group["params"]],
+            weight_decay=plan.weight_decay,
+            betas=(0.9, 0.99),
+            fused=not plan.shard,
         )
         self.average = Average(self.parameters)
         self.start = load_state(folder, plan, stage, self.average, self.optimizer)
+        self.seconds, self.began = spent(folder), time.monotonic()  # of earlier runs; when this one began
+        self.share = self.spent()
         self.scaler = getattr(self.accelerator, "scaler", None)
         # Steps left out because loss or gradient is not finite: in a row, and in all.
         self.in_a_row, self.left_out = (torch.zeros((), device=self.device) for _ in range(2))
@@ -151,6 +163,15 @@ class Trainer:
         )  # fmt: skip
         return iter(loader)
 
+    def spent(self) -> float:
+        """The share of the plan's minutes that training has taken, the same in all processes; 0 without a clock."""
+        if not self.plan.minutes:
+            return 0.0
+        share = (self.seconds + time.monotonic() - self.began) / (60 * self.plan.minutes)
+        if self.world == 1:  # without a tensor, for which the CPU would wait for the GPU at every step
+            return share
+        return float(self.accelerator.reduce(torch.tensor(share, device=self.device), "mean"))
+
     def step(self, step: int, parts: list[Sequence[Any]]) -> tuple[Tensor, Tensor]:
         """One step of optimizer and average on `parts`. Returns this process's loss and the gradient's norm.
 
@@ -158,7 +179,7 @@ class Trainer:
         """
         plan, value = self.plan, torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = plan.rate(step)
+            group["lr"] = plan.rate(step, self.share) * group["share"]
         for number, part in enumerate(parts, 1):
             together = number == plan.accumulate or plan.shard
             alone = contextlib.nullcontext() if together else self.accelerator.no_sync(self.model)
@@ -202,7 +223,7 @@ class Trainer:
             )
         whole = float(full(norm))
         if self.log is not None:
-            self.log.step(step + 1, mean, whole, self.plan.rate(step), int(self.left_out))
+            self.log.step(step + 1, mean, whole, self.plan.rate(step, self.share), int(self.left_out))
 
     @torch.no_grad()
     def validate(self, done: int) -> None:
@@ -232,7 +253,8 @@ class Trainer:
 
     def checkpoint(self, done: int) -> None:
         """Saves the state after `done` steps, and calls the stage's `on_save` with the average in place."""
-        save_state(self.folder, self.plan, self.stage, self.average, self.optimizer, done, self.main)
+        seconds = self.seconds + time.monotonic() - self.began
+        save_state(self.folder, self.plan, self.stage, self.average, self.optimizer, done, self.main, seconds)
         if self.stage.on_save is not None:
             with self.average.in_place():
                 self.module.eval()
@@ -250,19 +272,22 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
     data), when the processes cannot share the batch, and after MAX_BAD_STEPS such steps in a row.
     """
     trainer = Trainer(stage, plan, folder)
-    if trainer.start < plan.steps:
+    if trainer.start < plan.steps and trainer.share < 1:
         if trainer.main:
             announce(stage.name, plan, folder, trainer.start)
             trainer.log = Log(stage.name, folder, plan, trainer.start)
         for step, parts in zip(range(trainer.start, plan.steps), trainer.batches(), strict=True):
             value, norm = trainer.step(step, parts)
-            done, last = step + 1, step + 1 == plan.steps
+            trainer.share, done = trainer.spent(), step + 1
+            last = done == plan.steps or trainer.share >= 1
             if done % plan.log_every == 0 or last or step == trainer.start:
                 trainer.report(step, value, norm)
             if len(stage.held) and (done % plan.validate_every == 0 or last):
                 trainer.validate(done)
             if done % plan.save_every == 0 or last:
                 trainer.checkpoint(done)
+            if last:
+                break
     trainer.average.copy_to_parameters()
     return trainer.module.eval()
 
@@ -293,7 +318,9 @@ class Log:
     """Prints lines with the time left, and writes `log.jsonl` and, if installed, TensorBoard's files."""
 
     def __init__(self, name: str, folder: Path, plan: Plan, start: int) -> None:
-        self.name, self.folder, self.plan, self.start, self.began = name, folder, plan, start, time.monotonic()
+        self.name, self.folder, self.plan, self.start = name, folder, plan, start
+        self.opened = self.began = time.monotonic()
+        self.seconds = spent(folder)
         self.seen: float | None = None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -311,6 +338,8 @@ class Log:
             return
         speed = (done - self.start - 1) / max(time.monotonic() - self.began, 1e-9)
         left = (self.plan.steps - done) / speed
+        if self.plan.minutes:
+            left = min(left, 60 * self.plan.minutes - self.seconds - (time.monotonic() - self.opened))
         seen = "unknown" if self.seen is None else f"{self.seen:.4f}"
         gaps = f" ({left_out} step{'s' * (left_out > 1)} left out: not finite)" if left_out else ""
         console.print(

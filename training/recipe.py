@@ -36,9 +36,13 @@ def _words(*words: str) -> Meta:
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Settings of all stages. The rate rises linearly for `warmup` steps, then stays or falls in a half cosine."""
+    """Settings of all stages. The rate rises linearly for `warmup` steps, then stays or falls in a half cosine.
+
+    With `minutes` a stage takes that much time on any machine: `steps` should then be more than it can reach.
+    """
 
     steps: Count = 1000
+    minutes: Weight = 0.0  # of training: it ends there or after `steps`, and the rate falls with the clock; 0: no clock
     batch: Count = 32  # samples a step, for all processes together
     learning_rate: Rate = 1e-4
     warmup: Zero = 100
@@ -58,13 +62,13 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     save_every: Count = 500
     validate_every: Count = 500
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step in [0, steps)."""
+    def rate(self, step: int, spent: float = 0.0) -> float:
+        """Learning rate of a step in [0, steps). spent: share of `minutes`, where they are set."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.learning_rate
-        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        progress = max((step - self.warmup) / max(self.steps - self.warmup, 1), spent)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 

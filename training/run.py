@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from .. import shipped
+from ..data import files as data_files
 from ..data.augment import fit_picture
 from ..data.dataset import Index
 from ..data.latents import LatentCache, encode_prompts, make_latents
@@ -38,6 +39,7 @@ from ..errors import DatasetError, TrainingError
 from ..files import written
 from ..grammar import words_of
 from ..models import lora
+from ..models.autoencoder import PatchAutoencoderKL
 from ..models.checkpoint import BODY, Checkpoint, make_tokenizer, random_checkpoint
 from ..models.configs import CONFIGS
 from ..schema import MisfitError
@@ -54,7 +56,7 @@ from .distill import (
 )
 from .loop import Stage, console, fit
 from .recipe import PLANS, STUDENTS, Recipe
-from .sample import CUES, decode, encode, hands_of, image_grid, sample_hands, sample_pictures
+from .sample import CUES, decode, encode, hands_of, image_grid, means_of, sample_hands, sample_pictures
 from .stages import (
     EncoderLoss,
     HandJumpLoss,
@@ -71,6 +73,7 @@ from .stages import (
 from .state import averages, changes, data_of, finished
 
 ADAPTER = "adapter.safetensors"
+SOME_PICTURES = 64  # for the autoencoder's principal components, and for the scale of its latents
 MEASURED_SAMPLES = 4096  # samples for means and deviations
 GRID_SAMPLES = 16  # held-out samples of a sample grid
 MAX_BAD_SAMPLES = 20  # left-out samples to report
@@ -117,9 +120,9 @@ class Run:
         assert self.recipe.new is not None
         config = CONFIGS[self.recipe.new]
         tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        checkpoint = random_checkpoint(
-            config, self.recipe.vae.seed, body=shipped.checkpoint_path() / BODY, tokenizer=tokenizer
-        )
+        own = self.index.folder / data_files.BODY  # whose hands the data has
+        body = own if own.is_file() else shipped.checkpoint_path() / BODY
+        checkpoint = random_checkpoint(config, self.recipe.vae.seed, body=body, tokenizer=tokenizer)
         if checkpoint.position_kernel is not None:
             checkpoint.position_kernel.focus()
         for module in checkpoint.modules().values():
@@ -208,12 +211,22 @@ class Run:
                 )
         return torch.from_numpy(np.stack(images))
 
+    def some_pictures(self, size: tuple[int, int]) -> Tensor:
+        """Up to SOME_PICTURES pictures from all over the data, not held out, uint8 [n, H, W, 3]. Raises TrainingError for none."""
+        rows = np.flatnonzero(self.index.has_picture & ~self.held)
+        if not len(rows):
+            raise TrainingError(
+                f"{self.index.folder} must hold a picture to train on, got none. Add data: see hd-data."
+            )
+        return self.images(rows[np.linspace(0, len(rows) - 1, min(len(rows), SOME_PICTURES)).astype(int)].tolist(), size)
+
     def parts(self, stage: str) -> list[str]:
         """The folders of a stage: one, or one for each student."""
         return [f"{stage}-{runs}" for runs in self.recipe.plan(stage).runs] if stage in STUDENTS else [stage]
 
     def done(self, stage: str) -> bool:
-        return all(finished(self.folder / part, self.recipe.plan(stage).steps) for part in self.parts(stage))
+        plan = self.recipe.plan(stage)
+        return all(finished(self.folder / part, plan.steps, plan.minutes) for part in self.parts(stage))
 
     def otherwise(self, stage: str) -> str:
         """Of a finished stage: a sentence if its settings differ from the plan's, else ""."""
@@ -242,10 +255,17 @@ class Run:
             module = VaeLoss(checkpoint, recipe.vae)
             pictures = self.index.has_picture
             common |= {"train": np.flatnonzero(pictures & ~self.held), "held": np.flatnonzero(pictures & self.held)}
-            stage = Stage(name, module, read, vae_inputs(checkpoint, recipe.vae), fixed=module.fixed, **common)
+            common |= {"fixed": module.fixed, "slow": module.slow}
+            if isinstance(checkpoint.vae, PatchAutoencoderKL) and not checkpoint.vae.begun:
+                checkpoint.vae.begin(images_to_float(self.some_pictures(size)))
+            stage = Stage(name, module, read, vae_inputs(checkpoint, recipe.vae), **common)
             stage.on_save = lambda step: self.show_vae(checkpoint, step)
             module.requires_grad_(True)
             return stage
+        if name == "pictures" and isinstance(checkpoint.vae, PatchAutoencoderKL) and not checkpoint.vae.begun:
+            raise TrainingError(
+                "The autoencoder of --start must be trained before stage 2. Train it first: hd-train vae."
+            )
         cache = self.latents(checkpoint, name == "pictures", make)
         held = self.held[cache.samples[cache.usable]]
         common |= {"train": cache.usable[~held], "held": cache.usable[held]}
@@ -277,7 +297,7 @@ class Run:
             stage = Stage(name, reader, read, encoder_inputs(recipe.encoder, empty), **common)
             stage.module.requires_grad_(True)
             return stage
-        self.measure_vae(checkpoint, cache, common["train"])
+        self.measure_vae(checkpoint, lambda: cache.rows(common["train"][:MEASURED_SAMPLES], ("mean",))["mean"].float())
         if recipe.pictures.lora:
             torch.manual_seed(recipe.pictures.seed)
             lora.inject(checkpoint, recipe.pictures.lora)
@@ -337,7 +357,7 @@ class Run:
         state.wait_for_everyone()
         empty = encode_prompts([""], teacher.tokenizer, teacher.special_tokens)[0]
         for runs, part in zip(plan.runs, self.parts(name), strict=True):
-            if finished(self.folder / part, plan.steps):
+            if finished(self.folder / part, plan.steps, plan.minutes):
                 continue
             student = self.checkpoint()
             if isinstance(bank, HandBank):
@@ -354,12 +374,15 @@ class Run:
             stage.data = self.digest
             fit(stage, plan, self.folder / part)
 
-    def measure_vae(self, checkpoint: Checkpoint, cache: LatentCache, rows: Sequence[int]) -> None:
-        """Scales and shifts the latents of a VAE trained here to mean 0 and deviation 1, and keeps both numbers."""
+    def measure_vae(self, checkpoint: Checkpoint, means: Callable[[], Tensor]) -> None:
+        """Scales and shifts the latents of a VAE trained here to mean 0 and deviation 1, and keeps both numbers.
+
+        means: latents [n, C, h, w] of pictures, not scaled.
+        """
         path = self.folder / "vae.json"
         if path.exists() or not averages(self.folder / "vae") or self.recipe.vae.decoder_only:
             return
-        mean = cache.rows(rows[:MEASURED_SAMPLES], ("mean",))["mean"].float()
+        mean = means()
         found = {"scaling_factor": float(1 / mean.std()), "shift_factor": float(mean.mean())}
         with written(path) as temporary:
             temporary.write_text(json.dumps(found) + "\n")
@@ -413,6 +436,7 @@ class Run:
             prompts = (prompt for sample in samples if isinstance(sample, Sample) for prompt in sample.prompts)
             words = {word for prompt in prompts for word in words_of(prompt)} | set(checkpoint.words)
             checkpoint.words = sorted(words) if len(words) <= MAX_WORDS else []
+        self.measure_vae(checkpoint, lambda: means_of(checkpoint, self.some_pictures(checkpoint.image_size)))
         trained = {name: {"steps": self.recipe.plan(name).steps, "data": self.digest} for name in PLANS
                    if finished(self.folder / name)}  # fmt: skip
         for name in STUDENTS:

@@ -117,3 +117,10 @@ def encode(checkpoint: Checkpoint, images: Tensor) -> Tensor:
     config = checkpoint.vae.config
     mean = checkpoint.vae.encode(images).latent_dist.mean
     return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+@torch.no_grad()
+def means_of(checkpoint: Checkpoint, images: Tensor) -> Tensor:
+    """uint8 [N, H, W, 3] -> latents [N, C, h, w] as the VAE gives them, not scaled. Parts of 8 need little memory."""
+    parts = [part.permute(0, 3, 1, 2).float() / 127.5 - 1 for part in images.split(8)]
+    return torch.cat([checkpoint.vae.encode(part).latent_dist.mean for part in parts])

@@ -19,7 +19,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ..contract import BETAS, PLACEMENT, ROTATIONS
+from ..models.autoencoder import PatchAutoencoderKL
 from ..models.checkpoint import Checkpoint
+from ..models.configs import latent_factor
 from ..models.text_hand_encoder import TextHandEncoder, word_states
 from .draws import Draws
 from .recipe import EncoderPlan, HandPriorPlan, PicturesPlan, VaePlan
@@ -59,7 +61,10 @@ class VaeLoss(nn.Module):
     def __init__(self, checkpoint: Checkpoint, plan: VaePlan) -> None:
         super().__init__()
         self.vae, self.kl_weight = checkpoint.vae, plan.kl_weight
-        self.fixed = [self.vae.encoder, self.vae.quant_conv] if plan.decoder_only else []
+        encoder = [part for part in (self.vae.encoder, self.vae.quant_conv) if part is not None]
+        self.fixed = encoder if plan.decoder_only else []
+        # Principal components are good already: at the networks' rate they would be lost before those replace them.
+        self.slow = list(self.vae.linears) if isinstance(self.vae, PatchAutoencoderKL) else []
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """images: [n, 3, h, w] in [-1, 1]; noise: of their latents."""
@@ -76,7 +81,7 @@ class VaeLoss(nn.Module):
 def vae_inputs(checkpoint: Checkpoint, plan: VaePlan) -> Inputs:
     """Random crops. rows: images uint8 [n, H, W, 3]."""
     channels = checkpoint.vae.config.latent_channels
-    factor = 2 ** (len(checkpoint.vae.config.block_out_channels) - 1)
+    factor = latent_factor(checkpoint.vae.config)
 
     def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
         height, width = rows["images"].shape[1:3]
@@ -303,7 +308,7 @@ class PictureLoss(nn.Module):
 def picture_inputs(checkpoint: Checkpoint, plan: PicturesPlan, empty: Tensor) -> Inputs:
     """Noisy latents and the network's wanted output, by the checkpoint's schedule (v or epsilon).
 
-    rows: mean, std [n, 4, h, w] of the VAE's posterior, ids [n, W, 77], joints, rotations, bps, visibility.
+    rows: mean, std [n, C, h, w] of the VAE's posterior, ids [n, W, 77], joints, rotations, bps, visibility.
     """
     alphas = alphas_cumprod(checkpoint.scheduler)
     kind = checkpoint.scheduler["prediction_type"]

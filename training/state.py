@@ -111,8 +111,9 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     step: int,
     main: bool,
+    seconds: float = 0.0,
 ) -> None:
-    """Writes the state to go on from. All processes must call it.
+    """Writes the state to go on from, after `step` steps and `seconds` of training. All processes must call it.
 
     Raises TrainingError when the disk is full; the last state stays.
     """
@@ -135,7 +136,12 @@ def save_state(
             keep(f"buffer.{name}", buffer)
     if not main:
         return
-    notes = {"step": str(step), "plan": json.dumps(msgspec.to_builtins(plan)), **identity(plan, stage)}
+    notes = {
+        "step": str(step),
+        "seconds": str(seconds),
+        "plan": json.dumps(msgspec.to_builtins(plan)),
+        **identity(plan, stage),
+    }
     try:
         with written(folder / STATE) as temporary:
             save_file(tensors, temporary, metadata=notes)
@@ -208,10 +214,19 @@ def averages(folder: Path) -> dict[str, Tensor]:
     return out
 
 
-def finished(folder: Path, steps: int = 1) -> bool:
-    """Whether a stage's run has reached a step."""
+def spent(folder: Path) -> float:
+    """Seconds of training behind a stage's saved state."""
+    path = folder / STATE
+    if not path.exists():
+        return 0.0
+    with safe_open(path, "pt") as file:
+        return float(file.metadata().get("seconds", 0))
+
+
+def finished(folder: Path, steps: int = 1, minutes: float = 0.0) -> bool:
+    """Whether a stage's run has reached a step, or has trained for some minutes (above 0)."""
     path = folder / STATE
     if not path.exists():
         return False
     with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"]) >= steps
+        return int(file.metadata()["step"]) >= steps or 0 < 60 * minutes <= spent(folder)

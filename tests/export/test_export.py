@@ -163,6 +163,9 @@ LAYOUTS = {
     "cross-attention alone": replace(
         CONFIGS["tiny"], unet_attention=(True, True), unet_only_cross=(True, False), rotation_frame="camera"
     ),
+    "an autoencoder on patches": replace(
+        CONFIGS["tiny"], image_size=(64, 96), latent_channels=10, vae_patch=2, vae_channels=(8, 16, 16)
+    ),
     "the paper's plain cross-attention": replace(CONFIGS["tiny"], frequencies=()),
 }
 

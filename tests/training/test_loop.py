@@ -9,12 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 from handiffuser.errors import TrainingError
+from handiffuser.training import loop
 from handiffuser.training.cli import LOCK, alone
 from handiffuser.training.draws import Draws, order, rows_of
 from handiffuser.training.loop import Stage, _Steps, fit
@@ -54,6 +56,34 @@ def stage(**changes):
 
 def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_the_clock_ends_a_stage_and_lowers_its_rate(tmp_path, monkeypatch):
+    """A second a step: 30 steps in half a minute. A run that was stopped keeps the time that it took."""
+    now = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(rows):
+        now[0] += 1.0
+        return read(rows)
+
+    def timed():
+        made = stage(held=())
+        made.read = slow
+        return made
+
+    plan = msgspec.structs.replace(PLAN, steps=10_000, minutes=0.5, warmup=0, log_every=1, save_every=10)
+    fit(timed(), plan, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines]
+    assert lines[-1]["step"] == 30 and rates == sorted(rates, reverse=True) and rates[-1] < 0.01 * plan.learning_rate
+    assert finished(tmp_path, plan.steps, 0.5) and not finished(tmp_path, plan.steps, 0.6)
+    assert not finished(tmp_path, plan.steps)
+    fit(timed(), plan, tmp_path)
+    assert now[0] == 30, "a finished stage takes no more time"
+    fit(timed(), msgspec.structs.replace(plan, minutes=0.75), tmp_path)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 45
+    assert plan.rate(15, 0.5) == pytest.approx(plan.learning_rate / 2)
 
 
 def test_resumed_equals_uninterrupted(tmp_path):

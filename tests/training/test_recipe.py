@@ -28,7 +28,7 @@ def test_flags_override(tmp_path):
         ("[pictures]\nsteps = 0", r"steps must be a whole number from 1"),
         ("[pictures]\nstepps = 5", "stepps"),
         ("[pictures]\nschedule = 'linear'", "schedule must be cosine or constant, got 'linear'"),
-        ("new = 'huge'", "must be one of tiny, demo, sd15, got 'huge'"),
+        ("new = 'huge'", "must be one of tiny, demo, human, sd15, got 'huge'"),
         ("stages = ['hands']", "vae or hand-prior"),
         ("steps = ", "is wrong"),
         ("[pictures]\nlearning_rate = nan", "learning_rate"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from handiffuser.data.latents import encode_prompts
+from handiffuser.models.autoencoder import PatchAutoencoderKL
 from handiffuser.models.checkpoint import Checkpoint
 from handiffuser.training import draws
 from handiffuser.training.draws import Draws
@@ -23,6 +26,7 @@ from handiffuser.training.stages import (
     emphasis,
     encoder_inputs,
     hand_prior_inputs,
+    images_to_float,
     picture_inputs,
     snr_weight,
     timesteps,
@@ -190,6 +194,43 @@ def test_a_decoder_is_trained_alone(tmp_path, checkpoint):
     assert any(name.startswith("decoder.") for name in changed)
     assert not any(name.startswith(("encoder.", "quant_conv.")) for name in changed)
     assert isinstance(checkpoint.vae, AutoencoderKL) and msgspec.to_builtins(plan)["decoder_only"]
+
+
+def test_a_code_of_blocks_learns_slowly(tmp_path, checkpoint):
+    """At a tenth of the networks' rate; a run that was stopped goes on to the same weights."""
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=6,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    rows = rows_of(checkpoint, 6)
+    vae.begin(images_to_float(rows["images"]))
+    begun = {name: value.clone() for name, value in vae.state_dict().items()}
+
+    def train(steps: int, folder: str) -> dict[str, torch.Tensor]:
+        vae.load_state_dict(begun)
+        changed = replace(checkpoint, vae=vae)
+        plan = VaePlan(steps=4, batch=3, warmup=0, schedule="constant", learning_rate=1e-3, crop=16, ema=0.0)
+        plan = msgspec.structs.replace(plan, steps=steps, weight_decay=0.0)
+        module = VaeLoss(changed, plan)
+        module.requires_grad_(True)
+        read = lambda numbers: {"images": rows["images"][list(numbers)]}  # noqa: E731
+        stage = Stage("vae", module, read, vae_inputs(changed, plan), range(6), slow=module.slow)
+        fit(stage, plan, tmp_path / folder)
+        return {name: value.clone() for name, value in vae.state_dict().items()}
+
+    once = train(1, "once")
+    moved = {name: float((once[name] - begun[name]).abs().max()) for name in begun}
+    assert moved["encoder.linear.weight"] == pytest.approx(1e-4, rel=0.05)  # Adam's first step is the rate
+    assert moved["decoder.linear.bias"] == pytest.approx(1e-4, rel=0.05)
+    assert moved["decoder.conv_out.weight"] == pytest.approx(1e-3, rel=0.05)
+    straight = train(4, "straight")
+    train(2, "stopped")
+    stopped = train(4, "stopped")
+    assert all(torch.equal(straight[name], stopped[name]) for name in straight)
 
 
 def test_rows_on_a_gpu_make_inputs_there(checkpoint, empty, monkeypatch):
