@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 from weakref import WeakSet
 
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # numbers of an OSError where the disk has no room
 _held: WeakSet[IO[str]] = WeakSet()  # the locks of this process
 
 
@@ -48,7 +49,7 @@ def open_to_others(*paths: Path) -> None:
 def lock(path: Path) -> IO[str]:
     """Takes a lock, which the system releases when this process ends, however it ends, or when the file is closed.
 
-    Raises BlockingIOError when another process has it. The file stays: removing it would let two runs lock two files.
+    Raises BlockingIOError when another process has it, or removes it just now. Only its owner may remove the file.
     Processes that this one forks do not hold it: they may outlive it by seconds.
     """
     file = open(path, "a+", encoding="ascii")  # noqa: SIM115 (open as long as the lock is held)
@@ -57,6 +58,8 @@ def lock(path: Path) -> IO[str]:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError(errno.EAGAIN, "")  # two runs would lock two files
         except ImportError:  # Windows
             import msvcrt
 

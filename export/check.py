@@ -9,6 +9,7 @@ writes FOLDER/outputs-0.npz. It loads no PyTorch, starts in a fraction of a seco
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import numpy as np
 
 from .. import installed
 from ..errors import ExportError
+from ..files import FULL
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 Feeds = dict[str, np.ndarray]
 LARGE_BYTES = 1 << 29  # bytes of a graph with its weights
 FAILED = 1  # exit code when ONNX Runtime gave a reason, which is the last line on stderr
+NO_ROOM = 3  # exit code when the disk is full
 
 
 def run_apart(
@@ -38,7 +41,7 @@ def run_apart(
     """The outputs of each call, in the graph's order. precision: what the graph computes in, for messages. on_peak: is
     told the other process's largest memory in bytes, where the system tells.
 
-    Raises ExportError when ONNX Runtime refuses the graph, or crashes over it.
+    Raises ExportError when ONNX Runtime refuses the graph, or crashes over it, and OSError when the disk is full.
     """
     with TemporaryDirectory(dir=path.parent, prefix=".check-") as name:
         folder = Path(name)
@@ -55,6 +58,8 @@ def run_apart(
                     raise
             stderr.seek(0)
             said = stderr.read().decode(errors="replace").strip()
+        if code == NO_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         if code:
             raise ExportError(_sentence(path.stem, precision, code, said))
         if (peak := folder / "peak").exists():
@@ -149,11 +154,11 @@ def main() -> None:
         if peak := peak_memory():
             (folder / "peak").write_text(str(peak), encoding="ascii")
     except Exception as error:  # ONNX Runtime's exceptions share no base class below Exception
-        print(" ".join(str(error).split())[:500], file=sys.stderr)
-        code = FAILED
+        code = NO_ROOM if isinstance(error, OSError) and error.errno in FULL else FAILED
+        with contextlib.suppress(OSError):  # stderr is a file on the disk that may be full
+            print(" ".join(str(error).split())[:500], file=sys.stderr, flush=True)
     else:
         code = 0
-    sys.stderr.flush()
     os._exit(code)  # a normal exit would wait for the thread that reads stdin
 
 

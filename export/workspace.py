@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..engines.plans import FOLDER as PLANS
 from ..errors import ExportError, HanDiffuserError
+from ..files import FULL
 
 OLD = "old"  # the bundle that was in the target's place
 KEPT = ".kept"  # in a folder of graphs: records of those that are finished
@@ -28,7 +29,7 @@ def workspace(out: Path) -> Iterator[Path]:
     """The folder `.NAME.partial` beside `out`, empty but for finished graphs. It is removed at the end.
 
     When Ctrl-C or a full disk stops the work, finished graphs stay there; after a refusal of ours they do not.
-    Raises ExportError when another process works on the same target.
+    Raises ExportError when another process works on the same target, and when the disk is full.
     """
     out = out.resolve()
     folder = out.with_name(f".{out.name}.partial")
@@ -41,8 +42,13 @@ def workspace(out: Path) -> Iterator[Path]:
         yield folder
     except HanDiffuserError:
         raise
-    except BaseException:
+    except BaseException as error:
         ended = False
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise ExportError(
+                f"The disk of {folder.parent} is full. Free some space and run the same command again: it goes on with "
+                "the graphs that are finished."
+            ) from error
         raise
     finally:
         if not ended:

@@ -24,7 +24,7 @@ import numpy as np
 from ..commands import run
 from ..errors import CheckpointError
 from ..files import written
-from ..shipped import is_demo_body
+from ..shipped import body_path, is_demo_body
 
 MAX_FILE_BYTES = 1 << 30  # bytes of a file; the official ones are below 300 MB
 LICENCE = "Keep this file to yourself: the licences of SMPL-H and MANO are non-commercial and forbid passing it on."
@@ -223,8 +223,13 @@ def commands() -> None:
     """Shows body files, and converts the official pickles of SMPL-H and MANO to safe .npz files."""
 
 
+def _body(_: click.Context, __: click.Parameter, name: str) -> Path:
+    """The file that a user names; the demo's own for the word demo."""
+    return body_path() if name == "demo" else Path(name)
+
+
 @commands.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", callback=_body)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--hands",
@@ -253,9 +258,9 @@ def convert(source: Path, out: Path, hands: tuple[Path, ...]) -> int:
 
 
 @commands.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", callback=_body)
 def show(file: Path) -> int:
-    """Prints the kind of body in FILE and its arrays."""
+    """Prints the kind of body in FILE and its arrays. The word demo names the demo's own."""
     describe(file, read(file))
     return 0
 

@@ -17,6 +17,7 @@ from ..errors import RequestError
 from ..hands import Hands, hand_arrays, keep_camera, load_hands
 from ..installed import version
 from ..schedules import NoiseSchedule, Table, rows
+from ..settings import SETTINGS
 from ..tokens import PromptTokenizer
 from .clash import clash
 from .noise import HANDS, LATENTS
@@ -97,8 +98,8 @@ class Bundle:
         return x * self._std + self._mean
 
     def tokens(self, request: Request) -> tuple[np.ndarray, list[str]]:
-        """int64 [2, length]: the negative prompt, then the prompt. And warnings: text that was cut off, and words that
-        this bundle was not trained on."""
+        """int64 [2, length]: the negative prompt, then the prompt. And warnings: text that was cut off, words that this
+        bundle was not trained on, and settings without effect."""
         rows, warnings = [], []
         new: list[str] = []
         uses: dict[str, list[str]] = {}
@@ -118,7 +119,7 @@ class Bundle:
                 uses |= unknown
         if said := grammar.sentence(new, uses, self._words):
             warnings.append(said)
-        return np.stack(rows), warnings
+        return np.stack(rows), warnings + _idle(request)
 
     def table(self, stream: str, request: Request) -> Table:
         """The schedule of one stage of a filled request. Raises RequestError for a solver or steps that it cannot
@@ -163,6 +164,17 @@ class Bundle:
             except RequestError as error:
                 error.param = "hands"
                 raise
+
+
+def _idle(request: Request) -> list[str]:
+    """A sentence for each setting of a filled request that has no effect."""
+    if request.guidance != 1:
+        return []
+    given = {
+        "negative prompt": request.negative_prompt != "",
+        "guidance interval": request.guidance_interval != SETTINGS["guidance_interval"].default,
+    }
+    return [f"The {name} has no effect: the guidance is 1, which is off." for name, there in given.items() if there]
 
 
 def keep(cache: dict[Any, Any], key: Any, value: Any) -> None:

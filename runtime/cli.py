@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..contract import MANIFEST, Manifest
 from ..engines.backends import CHOICES, DEVICES
 from ..errors import HanDiffuserError, OutputError, RequestError
 from ..hands import NO_HANDS, load_hands
+from ..hints import hint
 from .bundle import Bundle
 from .options import given, setting_options
 from .outputs import OutputFolder
@@ -110,6 +111,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     if options["list_words"]:
         return list_words(engines)
     say = Reporter(options["quiet"])
+    warn_of_quotes(engines, prompts, say)
     hands = NO_HANDS if options["no_hands"] else options["hand_params"]
     settings = {**given(options), "hands": hands}
     if options["hand_params"] is not None:
@@ -177,12 +179,17 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
 
 
 def check_order(engines: str, prompts: tuple[str, ...], prompts_file: str | None, ray: str | None) -> None:
-    """Raises RequestError where arguments are in the wrong order."""
+    """Raises RequestError where arguments are in the wrong order, or a prompt names a setting."""
     if ray is not None and not ADDRESS.fullmatch(ray):
         raise RequestError(
             f"--ray must be an address such as 10.0.0.1:6379, or stand last, got {ray!r}. "
             f'If that is a prompt, put it before --ray: hd-run {engines} "{ray}" --ray.'
         )
+    options = [name for parameter in run.params for name in parameter.opts]
+    for word in prompts:  # steps=8 would be painted as a prompt
+        name, equals, _ = word.partition("=")
+        if equals and re.fullmatch(r"[\w-]+", name) and (said := hint(name, "hd-run", options)):
+            raise RequestError(f"A setting must be an option, got {word!r}. {said}")
     if engines == "demo" or Path(engines).exists():
         return
     bundle = next((word for word in prompts if word == "demo" or (Path(word) / MANIFEST).is_file()), None)
@@ -194,6 +201,17 @@ def check_order(engines: str, prompts: tuple[str, ...], prompts_file: str | None
         raise RequestError(
             f"The first argument must be a bundle, got {engines!r}. The word demo names the one that ships: "
             f'hd-run demo "{engines}"'
+        )
+
+
+def warn_of_quotes(engines: str, prompts: tuple[str, ...], say: Reporter) -> None:
+    """Warns where the user seems to have forgotten the quotes: two prompts of one word each follow each other."""
+    single = [len(prompt.split()) == 1 for prompt in prompts]
+    if any(one and following for one, following in pairwise(single)):
+        words = ", ".join(repr(prompt) for prompt in prompts)
+        say.warning(
+            f"{len(prompts)} prompts were given: {words}. If they are one prompt, put it in quotes: "
+            f'hd-run {engines} "{" ".join(prompts)}"'
         )
 
 

@@ -13,7 +13,6 @@ renamed. Whatever stops a run, finished pictures stay, and the same command goes
 from __future__ import annotations
 
 import contextlib
-import errno
 import html
 import json
 from collections import deque
@@ -24,7 +23,7 @@ from typing import IO, Any
 from urllib.parse import quote
 
 from ..errors import OutputError, RequestError
-from ..files import lock
+from ..files import FULL, lock
 from ..hands import hands_file
 from ..schema import MisfitError, read_json
 from ..skeleton import draw_skeleton
@@ -36,7 +35,6 @@ _LOCK = ".hd-run.lock"
 _TEMPORARY = ".hd-run.tmp."  # prefix of files that are being written
 _SUFFIXES = (".png", ".hands.npz", ".hands.png")
 _MAX_PENDING = 64  # pictures that wait for the disk; with more, the sampler waits too
-_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class OutputFolder:
@@ -51,6 +49,7 @@ class OutputFolder:
         self.saved: list[str] = []  # ids of the pictures written so far; two threads append to it
         self._pending: deque[Future[None]] = deque()
         self._lock: IO[str] | None = None
+        self._made: list[Path] = []  # the folder, and those around it, where this run made them
 
     def __enter__(self) -> OutputFolder:
         """Makes and locks the folder, and removes unfinished files of an interrupted run.
@@ -69,6 +68,7 @@ class OutputFolder:
         self._close()
 
     def _open(self) -> None:
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         if self.shared:
             return
@@ -77,8 +77,14 @@ class OutputFolder:
             leftover.unlink(missing_ok=True)
 
     def _close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()  # this unlocks it
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            if self._made and [path.name for path in self.path.iterdir()] == [_LOCK]:
+                (self.path / _LOCK).unlink()  # a run that was refused leaves no trace
+                for folder in self._made:
+                    folder.rmdir()
+        self._lock.close()  # this unlocks it
 
     def done(self, request: Request, bundle: str = "") -> bool:
         """Whether the folder holds this picture, complete.
@@ -155,7 +161,7 @@ class OutputFolder:
         return self.path / INDEX
 
     def _refusal(self, error: OSError) -> OutputError:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             return OutputError(
                 f"The disk of {self.where} is full. The finished pictures are kept. Free some space and run the same "
                 "command again: it goes on from there."

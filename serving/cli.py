@@ -40,12 +40,22 @@ from .worker import Options
 LOOP_EXIT_SECONDS = 3.0  # for a step to end, before the process ends without it
 
 
+def _named(_: click.Context, parameter: click.Parameter, given: Any) -> Any:
+    """Refuses an empty name of the model, which is usually a variable of the shell that is not set."""
+    for name in given if isinstance(given, tuple) else [given]:
+        if name is not None and not name.strip():
+            raise click.UsageError(
+                f"{parameter.opts[0]} must have at least one character, got {name!r}. Leave it out, or give a name."
+            )
+    return given
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.argument("engines", metavar="ENGINES")
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 means all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 takes a free one.")
 @click.option("--api-keys", metavar="FILE", help="File of API keys, one `name: key` a line. SIGHUP reads it again.")
-@click.option("--name", help="Name of the model.  [default: the folder's name]")
+@click.option("--name", callback=_named, help="Name of the model.  [default: the folder's name]")
 @click.option("--queue", type=click.IntRange(1, 100_000), default=64, help="Most pictures in the queue.")
 @click.option("--max-n", type=click.IntRange(1, 1024), default=8, help="Most pictures of a request.")
 @click.option("--max-steps", type=click.IntRange(1, 1000), default=100, help="Most steps of a picture.")
@@ -57,7 +67,8 @@ LOOP_EXIT_SECONDS = 3.0  # for a step to end, before the process ends without it
               "again. Ten times the slowest step, if that is longer.")  # fmt: skip
 @click.option("--cors", multiple=True, metavar="ORIGIN",
               help="Origin whose pages may send requests, such as https://example.org. May be repeated.")  # fmt: skip
-@click.option("--alias", multiple=True, metavar="NAME", help="Another name of the model in requests. May be repeated.")
+@click.option("--alias", multiple=True, callback=_named, metavar="NAME",
+              help="Another name of the model in requests. May be repeated.")  # fmt: skip
 @click.option("--any-size", is_flag=True, help="Scale pictures to the size of the request instead of refusing it.")
 @click.option("--response-format", type=click.Choice(["b64_json", "url"]), default="b64_json",
               help="Form of pictures when a request does not name one.")  # fmt: skip

@@ -157,12 +157,6 @@ class Generation(_WithSettings):  # type: ignore[misc]
             said.append("The field partial_images has no effect without stream.")
         return said
 
-    def unguided(self) -> list[str]:
-        """A sentence for each field without effect when the guidance is 1."""
-        asked = {"negative_prompt": bool(self.negative_prompt), "guidance_interval": self.guidance_interval is not None}
-        why = "the guidance_scale is 1, which is off"
-        return [f"The field {name} has no effect: {why}." for name, there in asked.items() if there]
-
 
 class HandsRequest(Strict):
     """`POST /v1/hands`: the hands of a prompt without a picture, or the joints of the given hands."""

@@ -140,8 +140,6 @@ async def paint(service: Service, body: Generation, http: Http) -> Response:
     logged.update(n=body.n, steps=requests[0].steps, ids=[request.id for request in requests])
     if (user := body.safety_identifier or body.user) is not None:
         logged["user"] = user
-    if requests[0].guidance == 1:
-        painting.warnings += body.unguided()
     partial_images = body.partial_images if body.stream else 0
     steps = preview_steps(requests[0].steps or 1, partial_images - 1) if partial_images > 1 else []
     tickets = dispatcher.submit(logged["owner"], requests, steps, hands_first=partial_images > 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from handiffuser.files import written
+from handiffuser.files import lock, written
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -33,3 +33,21 @@ def test_others_may_read_it(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_lock_that_its_owner_removed_is_not_taken(tmp_path, monkeypatch):
+    """Another process opened the file just before: with its lock, two runs would hold two files."""
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "lock"
+    take = fcntl.flock
+
+    def late(file, how):
+        path.unlink()
+        take(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(BlockingIOError):
+        lock(path)
+    monkeypatch.undo()
+    with lock(path):
+        assert path.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from handiffuser.engines.plans import FOLDER as PLANS
 from handiffuser.errors import ExportError
 from handiffuser.export import bundle, check
 from handiffuser.export.graphs import PRECISIONS, Graph, in_precision
-from handiffuser.export.workspace import install, workspace
+from handiffuser.export.workspace import KEPT, install, workspace
 from handiffuser.models.checkpoint import random_checkpoint
 from handiffuser.models.configs import CONFIGS
 from handiffuser.runtime.pipeline import HanDiffuser
@@ -219,6 +220,17 @@ def test_a_file_that_is_no_graph(tmp_path):
     path.write_bytes(b"no graph")
     with pytest.raises(ExportError, match="does not run adder, so nothing was written"):
         bundle.parity(graph, Reference(1.0), path)
+
+
+def test_a_full_disk_is_named_and_finished_graphs_stay(tmp_path):
+    said = re.escape(f"The disk of {tmp_path} is full. Free some space")
+    with pytest.raises(ExportError, match=said), workspace(tmp_path / "b") as folder:
+        (folder / "bundle" / KEPT).mkdir(parents=True)
+        (folder / "bundle" / KEPT / "unet.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")  # as onnx_ir and numpy raise it, without a name
+    assert (folder / "bundle" / KEPT / "unet.json").exists()
+    with pytest.raises(PermissionError), workspace(tmp_path / "b"):
+        raise PermissionError(errno.EACCES, "Permission denied")
 
 
 def test_a_workspace_is_one_process_s_alone(tmp_path):

@@ -19,6 +19,14 @@ from handiffuser.models.smplh import SMPLH
 BODY = shipped.checkpoint_path() / "body" / "smplh.npz"
 
 
+def test_the_word_demo_names_the_demo_s_body(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(commands, ["show", "demo"], standalone_mode=False)
+    assert result.exit_code == 0 and f"{BODY}: SMPL-H" in result.output and "free (Apache-2.0)" in result.output
+    result = CliRunner().invoke(commands, ["show", "./demo"], standalone_mode=False)
+    assert "./demo" in str(result.exception) or "demo does not exist" in str(result.exception)
+
+
 @pytest.fixture(scope="module")
 def arrays():
     with np.load(BODY) as archive:

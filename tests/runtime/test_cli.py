@@ -113,6 +113,54 @@ def test_arguments_in_each_other_s_place(arguments, words, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (["height=512", "a fist"], "got 'height=512'. A bundle makes pictures of one size."),
+        (["a fist", "steps=8"], "A setting must be an option, got 'steps=8'. It is --steps here."),
+        (["num_inference_steps=8"], "It is --num-inference-steps here."),
+        (["cfg=3"], "It is --guidance here."),
+    ],
+)
+def test_a_setting_among_the_prompts_is_not_painted(prompts, words, tmp_path):
+    result = CliRunner().invoke(run, ["demo", *prompts, "-o", str(tmp_path / "out")], standalone_mode=False)
+    assert isinstance(result.exception, HanDiffuserError) and words in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "warned"),
+    [
+        (["a", "fist"], "2 prompts were given: 'a', 'fist'. If they are one prompt, put it in quotes: hd-run {} "),
+        (["a right hand", "making", "a", "fist"], '"a right hand making a fist"'),
+        (["fist", "two open hands"], ""),
+        (["fist"], ""),
+        (["E=mc2 written in chalk"], ""),
+    ],
+)
+def test_forgotten_quotes(toy_bundle, tmp_path, prompts, warned):
+    result = hd_run(toy_bundle, *prompts, "--steps", 1, "--hand-steps", 1, "-o", tmp_path, "--quiet")
+    assert result.returncode == 0 and len(pictures(tmp_path)) == len(prompts)
+    assert warned.format(toy_bundle) in result.stderr and ("quotes" in result.stderr) == bool(warned)
+
+
+def test_settings_without_effect_are_named(toy_bundle, tmp_path):
+    asked = ["a fist", "two hands", "--steps", 2, "--negative-prompt", "blur", "--guidance-interval", 0, 0.5]
+    stderr = hd_run(toy_bundle, *asked, "--guidance", 1, "-o", tmp_path / "1").stderr
+    assert stderr.count("The negative prompt has no effect: the guidance is 1, which is off.") == 1
+    assert stderr.count("The guidance interval has no effect") == 1
+    assert "no effect" not in hd_run(toy_bundle, *asked, "--guidance", 2, "-o", tmp_path / "2").stderr
+    assert "no effect" not in hd_run(toy_bundle, "a fist", "--steps", 2, "--guidance", 1, "-o", tmp_path / "3").stderr
+
+
+def test_a_refused_run_leaves_no_folder(toy_bundle, tmp_path):
+    """Where it made the folder, and the folders around it. Folders that were there stay."""
+    asked = [toy_bundle, "a fist", "--backend", "inductor", "--device", "cpu", "-o"]
+    assert hd_run(*asked, tmp_path / "new" / "out").returncode == 1 and not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    assert hd_run(*asked, tmp_path / "mine").returncode == 1 and (tmp_path / "mine").is_dir()
+
+
 @pytest.mark.parametrize("file", ["unet.onnx", "manifest.json"])
 def test_a_file_of_a_bundle_is_not_the_bundle(toy_bundle, tmp_path, file):
     result = CliRunner().invoke(run, [str(toy_bundle / file), "a fist", "-o", str(tmp_path)], standalone_mode=False)

@@ -9,6 +9,7 @@ import json
 import httpx
 import numpy as np
 import pytest
+from commands import invoke
 from handiffuser import HanDiffuser
 from handiffuser.serving.service import Front, Limits
 from PIL import Image
@@ -130,7 +131,7 @@ def test_warnings_name_fields_without_effect(served):
     assert answer.status_code == 200 and len(answer.json()["warnings"]) == 6
     assert "warnings" not in served.generate(quality="auto", user="me").json()
     unguided = served.generate(guidance_scale=1, negative_prompt="blur", guidance_interval=[0, 0.5]).json()["warnings"]
-    assert len(unguided) == 2 and all("guidance_scale is 1" in sentence for sentence in unguided)
+    assert len(unguided) == 2 and all("the guidance is 1" in sentence for sentence in unguided)
     hands = served.client.post("/v1/hands", json={"prompt": "a", "seed": 4}).json()
     given = {"hands": hands["data"][0]["hands"], "prompt": "b", "seed": 3}
     assert len(served.client.post("/v1/hands", json=given).json()["warnings"]) == 2 and "warnings" not in hands
@@ -402,3 +403,9 @@ def test_old_hands_are_deleted_unless_a_request_needs_them(toy_bundle, tmp_path,
             served.client.post("/v1/hands", json={"prompt": "a", "seed": seed})
         gone = served.generate("a", hands=made["hands_id"])
         assert gone.status_code == 400 and "that this server keeps" in gone.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("option", ["--alias", "--name"])
+def test_an_empty_name_of_the_model_is_refused(option):
+    result = invoke("serving.cli", "demo", option, " ")
+    assert result.returncode == 2 and f"{option} must have at least one character, got ' '." in result.stderr
