@@ -8,7 +8,6 @@ It needs no PyTorch and reads only small files: a command answers at once.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,10 @@ def refuse_foreign(path: Path, command: str) -> None:
     command: "hd-train init" or "hd-export", for the advice.
     """
     if not path.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            raise CheckpointError(
-                f"The folder {path} does not exist, and {command} never downloads. Fetch a model on a hub first: "
-                f"hf download {path} --local-dir {path.name}"
-            )
-        raise CheckpointError(f"{path} does not exist. Give the folder that holds model_index.json.")
+        raise CheckpointError(
+            f"{path} does not exist. Give the folder that holds model_index.json, or an id of the Hub, which is "
+            "downloaded: hf://ORGANISATION/NAME"
+        )
     if path.is_file():
         refuse_pointer(path)
         raise CheckpointError(

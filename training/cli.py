@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from .. import hub
 from ..commands import run
 from ..errors import HanDiffuserError, TrainingError
 from ..files import lock
@@ -55,8 +56,11 @@ def _embeddings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
 
 
 @commands.command()
-@click.argument("source", metavar="SD_FOLDER", type=click.Path(path_type=Path))
+@click.argument("source", metavar="STABLE_DIFFUSION")
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--variant", type=click.Choice(["fp16", "bf16"]), help="Take these weights.  [default: float32, then what is there]"
+)
 @click.option(
     "--embedding",
     "added",
@@ -66,21 +70,25 @@ def _embeddings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
     help="Textual inversion (.safetensors or .pt), under the placeholder TOKEN or its own; repeatable.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the random start of hand prior and hand tokens.")
-def init(source: Path, out: Path, added: list[tuple[Path, str | None]], seed: int) -> int:
-    """Makes the checkpoint OUT from Stable Diffusion 1.x or 2.x (SD_FOLDER, in diffusers' layout), untrained.
+def init(source: str, out: Path, variant: str | None, added: list[tuple[Path, str | None]], seed: int) -> int:
+    """Makes the checkpoint OUT from STABLE_DIFFUSION 1.x or 2.x, untrained.
 
-    Without hands (hd-run --no-hands) it makes the same pictures as SD_FOLDER; training opens the gate for hands. It
-    downloads nothing. The body is the demo's free one; hd-export --body takes yours.
+    STABLE_DIFFUSION is a folder in diffusers' layout, a single .safetensors file, or an id of the Hugging Face Hub
+    (org/name or hf://org/name@revision), which is downloaded. Without hands (hd-run --no-hands) OUT makes the same
+    pictures; training opens the gate for hands. The body is the demo's free one; hd-export --body takes yours.
     """
     if (out / MODEL_INDEX).exists():
         raise HanDiffuserError(
             f"{out} must be a new folder, got a checkpoint. Name another folder, or remove it first."
         )
+    id = hub.parse(source)
+    folder = hub.fetch(source, "stable-diffusion", variant, check_stable_diffusion) if id is not None else Path(source)
     with console.status("reading"):
-        check_stable_diffusion(source)  # before PyTorch loads
+        check_stable_diffusion(folder)  # before PyTorch loads
         from .init import from_stable_diffusion, read_back
 
-        checkpoint = from_stable_diffusion(source, seed=seed, added=added)
+        checkpoint = from_stable_diffusion(folder, seed=seed, added=added, variant=variant)
+        checkpoint.notes["from"] = f"{id.repo}@{folder.name}" if id is not None else folder.resolve().name
     with console.status("writing"):
         checkpoint.save(out)
     words = checkpoint.tokenizer, checkpoint.special_tokens
