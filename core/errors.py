@@ -18,6 +18,10 @@ class BundleError(HanDiffuserError):
     """A bundle is missing or damaged, or this version does not read its format."""
 
 
+class HubError(HanDiffuserError):
+    """A model of the Hub cannot be fetched or pushed: missing, gated, unreachable, damaged, or too large for the disk."""
+
+
 class ExportError(HanDiffuserError):
     """A stage cannot be exported, or its graph differs too much from PyTorch."""
 

@@ -1,7 +1,6 @@
-"""The demo that ships in the package, and the word that names it.
+"""What a user names where a command asks for a checkpoint or for engines: the shipped demo, a folder, a Hub id.
 
-`demo` stands for it where a command asks for a checkpoint or for engines. A folder of your own with that name is
-`./demo`.
+The word `demo` stands for the demo that ships in the package. A folder of your own with that name is `./demo`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import hub
 from .errors import BundleError, CheckpointError
 
 if TYPE_CHECKING:
@@ -49,14 +49,18 @@ def body_path() -> Path:
     return checkpoint_path() / "body" / "smplh.npz"
 
 
-def resolve(name: str | Path, kind: str) -> Path:
-    """The folder that a user names: the shipped one for the word "demo", else the path itself.
+def resolve(name: str | Path, kind: str, quiet: bool = False) -> Path:
+    """The folder that a user names: the shipped one for the word "demo", the Hub's copy for an id, else the path.
 
-    kind: "bundle" or "checkpoint".
+    kind: "bundle" or "checkpoint". quiet: without progress where it downloads. Raises HubError; see `hub.fetch`.
     """
-    if str(name) != "demo" or isinstance(name, Path):
-        return Path(name)
-    return bundle_path() if kind == "bundle" else checkpoint_path()
+    if isinstance(name, Path):
+        return name
+    if name == "demo":
+        return bundle_path() if kind == "bundle" else checkpoint_path()
+    if hub.parse(name) is not None:
+        return hub.fetch(name, kind, quiet=quiet)
+    return Path(name)
 
 
 def is_shipped(bundle: str | Path) -> bool:

@@ -8,7 +8,6 @@ It needs no PyTorch and reads only small files: a command answers at once.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +37,15 @@ def refuse_foreign(path: Path, command: str) -> None:
     command: "hd-train init" or "hd-export", for the advice.
     """
     if not path.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            raise CheckpointError(
-                f"The folder {path} does not exist, and {command} never downloads. Fetch a model on a hub first: "
-                f"hf download {path} --local-dir {path.name}"
-            )
-        raise CheckpointError(f"{path} does not exist. Give the folder that holds model_index.json.")
+        raise CheckpointError(
+            f"{path} does not exist. Give the folder that holds model_index.json, or an id of the Hub, which is "
+            "downloaded: hf://ORGANISATION/NAME"
+        )
     if path.is_file():
         refuse_pointer(path)
         raise CheckpointError(
-            f"{path} must be a folder in diffusers' layout, got a single file. If it is Stable Diffusion, "
-            'convert it (diffusers fetches the configuration): python -c "from diffusers import '
-            f"StableDiffusionPipeline as P; P.from_single_file('{path}').save_pretrained('{path.stem}')\" "
-            f"and then: hd-train init {path.stem} start"
+            f"{path} must be a checkpoint's folder, got a single file. If it is Stable Diffusion, make a checkpoint of "
+            f"it: hd-train init {path} start"
         )
     if (path / MANIFEST).is_file():
         raise CheckpointError(
@@ -169,7 +164,7 @@ def _instead(folder: Path) -> str:
         return f"It holds one part ({kind}). Give the folder of the whole pipeline."
     files = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".ckpt"))
     if files:
-        return f"It holds single files. Give one of them to read how to convert it: {files[0]}"
+        return f"It holds single files. Give one of them: {folder / files[0]}"
     return "Give the folder that holds it."
 
 

@@ -21,12 +21,12 @@ from transformers import CLIPTextConfig, PreTrainedModel
 
 from ..contract import FileName, Word
 from ..errors import CheckpointError
+from ..hub import VARIANTS, candidates
 from ..schema import MisfitError, fit, read_json
 from .layout import read_config
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # in the words of safetensors
 SPARE = 1 << 20  # elements: a network larger than twice its file plus this is refused before it is built
-VARIANTS = (None, "fp16", "bf16")  # of files; the first that exists is read
 SHOWN = 3  # names in a sentence; it counts the rest
 
 
@@ -36,16 +36,16 @@ class Index(Struct):
     weight_map: Annotated[dict[Word, FileName], Meta(min_length=1)]
 
 
-def load_part(kind: Any, folder: Path, mapped: bool = False) -> Any:
+def load_part(kind: Any, folder: Path, mapped: bool = False, variant: str | None = None) -> Any:
     """A module of the class `kind` in float32, from its folder in Hugging Face layout.
 
     mapped: float32 weights stay in the file, which must not change meanwhile; the system reads their pages on demand.
-    Changes in memory never reach the file.
+    Changes in memory never reach the file. variant: of the files, "fp16" or "bf16"; None: see `weight_files`.
     Raises CheckpointError for files that are missing or damaged, and for tensors that are missing, left over, not
     finite, or of another shape or type than the configuration says.
     """
     config = read_config(kind.__name__, folder)
-    files, variant = weight_files(kind, folder)
+    files, variant = weight_files(kind, folder, variant)
     stored = read_headers(files)
     other = [f"{name} ({held})" for name, (held, _) in stored.items() if held not in FLOATS and not _unread(name)]
     if other:
@@ -107,20 +107,22 @@ def map_weights(module: nn.Module, files: Iterable[Path]) -> None:
                     own[name].data = there
 
 
-def weight_files(kind: Any, folder: Path) -> tuple[list[Path], str | None]:
+def weight_files(kind: Any, folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
     """The files that `from_pretrained` will read (one, or the shards that an index names), and their variant.
 
     Without float32 files it takes half precision: `*.fp16.safetensors`, as diffusers' `variant="fp16"` saves it.
+    variant: takes these files only.
     """
     stem = "model" if issubclass(kind, PreTrainedModel) else "diffusion_pytorch_model"
-    for variant in VARIANTS:
-        dot = f".{variant}" if variant else ""
-        single, index = folder / f"{stem}{dot}.safetensors", folder / f"{stem}.safetensors.index{dot}.json"
+    for one in (variant,) if variant else VARIANTS:
+        single, index = (folder / name for name in candidates(stem, one))
         if single.is_file():
-            return [single], variant
+            return [single], one
         if index.is_file():
-            return _shards(index), variant
+            return _shards(index), one
     others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if variant:
+        raise CheckpointError(f"{folder} must have {variant} weights for --variant, got {', '.join(others) or 'none'}.")
     raise CheckpointError(
         f"{folder} must have a {stem}.safetensors."
         + (f" If its weights are in {others[0]}, give that file this name." if others else "")

@@ -100,7 +100,8 @@ def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
 def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output: str, **options: Any) -> int:
     """Makes a picture of every PROMPT, with the hands that it describes.
 
-    ENGINES is a bundle folder that hd-export made, or the word `demo` for the one that ships with this package.
+    ENGINES is a bundle folder that hd-export made, the word `demo` for the one that ships with this package, or an id
+    of the Hugging Face Hub (org/name or hf://org/name@revision), which is downloaded.
 
     For each picture the output folder gets ID.png, ID.hands.npz (SMPL-H arrays), ID.hands.png (the skeleton drawn
     over it) and ID.json. index.html shows them all. After an interruption, run the same command again: it skips
@@ -127,16 +128,17 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         )
 
     # The cheap checks come first: the manifest, then the folder, then the loading.
-    Manifest.load(shipped.resolve(engines, "bundle"), verify=False)
+    bundle = shipped.resolve(engines, "bundle", options["quiet"])
+    Manifest.load(bundle, verify=False)
     if options["ray"] is not None:
-        return _on_ray(engines, output, chain([first], lines), source, options, say)
+        return _on_ray(bundle, output, chain([first], lines), source, options, say)
     from .remote import open_folder  # which imports fsspec for URLs
 
     with open_folder(output, say=say.warning) as folder:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
             pipeline = HanDiffuser.load(
-                engines,
+                bundle,
                 options["device"],
                 options["threads"],
                 options["batch_size"],
@@ -228,7 +230,7 @@ def list_words(engines: str) -> int:
 
 
 def _on_ray(
-    engines: str,
+    bundle_folder: Path,
     output: str,
     lines: Iterator[tuple[str, Request]],
     source: Prompts,
@@ -238,7 +240,7 @@ def _on_ray(
     """`run` on a Ray cluster: this process keeps the folder's lock and the count, actors make the pictures."""
     from ..serving import ray
 
-    folder_of_engines = shipped.resolve(engines, "bundle").resolve()
+    folder_of_engines = bundle_folder.resolve()
     bundle = Bundle.load(folder_of_engines)
     output = output if "://" in output else str(Path(output).resolve())
     from .remote import open_folder  # which imports fsspec for URLs

@@ -10,6 +10,7 @@ from pathlib import Path
 # One thread for each worker; commands that tests start inherit it. Libraries read it when they are imported.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a misspelt path in a test must not become a download
 
 import handiffuser  # noqa: E402, F401 (before a test imports a library that would report to its maker)
 import pytest  # noqa: E402

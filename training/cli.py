@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from .. import hub
 from ..commands import run
 from ..errors import HanDiffuserError, TrainingError
 from ..files import lock
-from ..models.foreign import MODEL_INDEX, check_stable_diffusion
+from ..models.foreign import MODEL_INDEX, check_stable_diffusion, refuse_pointer
 from ..shipped import resolve
 from .loop import console
 from .processes import run_processes
@@ -55,8 +57,17 @@ def _embeddings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
 
 
 @commands.command()
-@click.argument("source", metavar="SD_FOLDER", type=click.Path(path_type=Path))
+@click.argument("source", metavar="STABLE_DIFFUSION")
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--variant", type=click.Choice(["fp16", "bf16"]), help="Take these weights.  [default: float32, then what is there]"
+)
+@click.option(
+    "--prediction-type",
+    "prediction",
+    type=click.Choice(["epsilon", "v_prediction"]),
+    help="What the UNet of a single file predicts; 2.x files need it.",
+)
 @click.option(
     "--embedding",
     "added",
@@ -66,21 +77,40 @@ def _embeddings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
     help="Textual inversion (.safetensors or .pt), under the placeholder TOKEN or its own; repeatable.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the random start of hand prior and hand tokens.")
-def init(source: Path, out: Path, added: list[tuple[Path, str | None]], seed: int) -> int:
-    """Makes the checkpoint OUT from Stable Diffusion 1.x or 2.x (SD_FOLDER, in diffusers' layout), untrained.
+def init(
+    source: str,
+    out: Path,
+    variant: str | None,
+    prediction: str | None,
+    added: list[tuple[Path, str | None]],
+    seed: int,
+) -> int:
+    """Makes the checkpoint OUT from STABLE_DIFFUSION 1.x or 2.x, untrained.
 
-    Without hands (hd-run --no-hands) it makes the same pictures as SD_FOLDER; training opens the gate for hands. It
-    downloads nothing. The body is the demo's free one; hd-export --body takes yours.
+    STABLE_DIFFUSION is a folder in diffusers' layout, a single .safetensors file, or an id of the Hugging Face Hub
+    (org/name or hf://org/name@revision), which is downloaded. Without hands (hd-run --no-hands) OUT makes the same
+    pictures; training opens the gate for hands. The body is the demo's free one; hd-export --body takes yours.
     """
     if (out / MODEL_INDEX).exists():
         raise HanDiffuserError(
             f"{out} must be a new folder, got a checkpoint. Name another folder, or remove it first."
         )
-    with console.status("reading"):
-        check_stable_diffusion(source)  # before PyTorch loads
-        from .init import from_stable_diffusion, read_back
+    single = hub.parse(source) is None and Path(source).is_file()
+    for flag, value, fits in (("--variant", variant, not single), ("--prediction-type", prediction, single)):
+        if value is not None and not fits:
+            what = "a single file, which has one" if single else "a folder or an id, whose scheduler says it"
+            raise HanDiffuserError(f"{flag} must be left out for {what}, got {value}.")
+    with contextlib.ExitStack() as stack:
+        if single:
+            folder = _unpacked(stack, Path(source), out, prediction)
+        else:
+            folder = _folder(source, variant)
+        with console.status("reading"):
+            check_stable_diffusion(folder)  # before PyTorch loads
+            from .init import from_stable_diffusion, read_back
 
-        checkpoint = from_stable_diffusion(source, seed=seed, added=added)
+            checkpoint = from_stable_diffusion(folder, seed=seed, added=added, variant=variant)
+    checkpoint.notes["from"] = _origin(source, folder)
     with console.status("writing"):
         checkpoint.save(out)
     words = checkpoint.tokenizer, checkpoint.special_tokens
@@ -121,6 +151,31 @@ def grow(source: Path, donor: str, out: Path, data: Path) -> int:
         checkpoint.save(out)
     console.print(f"{out} is written. Train it: hd-train all --start {out} --data {data} --output trained")
     return 0
+
+
+def _folder(source: str, variant: str | None) -> Path:
+    """A Stable Diffusion folder: the user's, or the Hub's copy for an id."""
+    if hub.parse(source) is None:
+        return Path(source)
+    return hub.fetch(source, "stable-diffusion", variant, check_stable_diffusion)
+
+
+def _unpacked(stack: contextlib.ExitStack, file: Path, out: Path, prediction: str | None) -> Path:
+    """A single file as a folder beside OUT, until the stack closes."""
+    refuse_pointer(file)
+    from . import init  # noqa: F401 (it silences the libraries)
+    from .single_file import to_folder
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)))
+    with console.status("reading the single file"):
+        return to_folder(file, folder, prediction)
+
+
+def _origin(source: str, folder: Path) -> str:
+    """Where a checkpoint comes from, for its notes: repository and commit, or the name of a folder or file."""
+    id = hub.parse(source)
+    return f"{id.repo}@{folder.name}" if id is not None else Path(source).resolve().name
 
 
 OPTIONS = [

@@ -48,11 +48,12 @@ def from_stable_diffusion(
     cues: tuple[str, ...] = CUES,
     seed: int = 0,
     added: Iterable[tuple[Path, str | None]] = (),
+    variant: str | None = None,
 ) -> Checkpoint:
     """Reads a Stable Diffusion 1.x or 2.x folder in diffusers' layout.
 
     cues: see `TextHandEncoder`. seed: of the random start. added: files of textual inversion with their placeholders,
-    or None for the files' own. The body is the demo's free one; `hd-export --body` takes another.
+    or None for the files' own. variant: of the weights' files, "fp16" or "bf16"; None: float32, or what is there. The body is the demo's free one; `hd-export --body` takes another.
     Raises CheckpointError for another kind of folder, or for weights that are pickles.
     """
     index = check_stable_diffusion(folder)
@@ -61,7 +62,7 @@ def from_stable_diffusion(
     check_sampling(folder, {"scheduler": schedule, "hand_scheduler": dict(HAND_SCHEDULE)}, defaults)
     words = clip_tokenizer(folder / "tokenizer")
     kinds: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    unet, vae, clip = (load_part(kind, folder / name) for name, kind in kinds.items())
+    unet, vae, clip = (load_part(kind, folder / name, variant=variant) for name, kind in kinds.items())
     check_vocabulary(folder, words, clip)
     placeholders = [token for path, token in added for token in embeddings.add(path, token, words, clip)]
     torch.manual_seed(seed)
