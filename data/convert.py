@@ -35,13 +35,13 @@ import torch
 
 from ..errors import DatasetError
 from ..models.smplh import HAND_JOINTS, SMPLH
+from ..pictures import FOREIGN, PICTURES
 from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
 from ..schema import MisfitError
 from .captions import Caption, holding, read_captions, read_text
 from .estimates import LEFT, RIGHT, HandEstimate, people
 from .files import Bad
 from .mano import FLIP_YZ, MOST_ANGLE, are_rotations, in_picture, mano_estimates
-from .pictures import FOREIGN, PICTURES
 from .samples import Sample, picture_size
 
 FPS = 20.0  # HumanML3D's frames a second

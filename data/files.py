@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DatasetError
-from .pictures import FOREIGN, PICTURES, SPELLINGS
+from ..pictures import FOREIGN, PICTURES, SPELLINGS
 
 JSON, HANDS_NPZ, PICTURE, UNREAD = range(4)  # a sample's members, and a picture of a format we do not read
 BODY = "body.npz"  # in a dataset: the SMPL-H body that its hands are for

@@ -18,11 +18,11 @@ from .. import shipped
 from ..contract import MANIFEST
 from ..data.dataset import Index
 from ..data.hands import joints_in_picture
-from ..data.pictures import PICTURES
 from ..data.samples import Bad, Sample, person, picture
 from ..errors import EvaluationError
 from ..models.foreign import MODEL_INDEX
 from ..models.smplh import SMPLH
+from ..pictures import PICTURES
 from ..schema import MisfitError
 from .convention import marks_of
 from .hands import Asked

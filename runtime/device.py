@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ..contract import IMAGE_ENCODER
 from ..errors import EngineError, RequestError
 from ..hands import load_hands
 from ..settings import MAX_REDRAWS, MAX_STEPS
@@ -119,6 +120,8 @@ class DeviceLoop:
         rows = min(rows, self.slots)
         samplers = {"unet": self.sampler, "hand_prior": self.hands_sampler}
         for name, graph in self.graphs.items():
+            if name == IMAGE_ENCODER:  # few runs bring pictures
+                continue
             stream = getattr(self, STREAM[name])
             for ready in graph.warm_up(stream, rows, samplers[name].advance if name in samplers else None):
                 tell("warm-up", ready)
