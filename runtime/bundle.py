@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .canvas import Canvas, canvas_of, content_of, digest
 from .clash import clash
 from .noise import HANDS, LATENTS
 from .requests import Request
-from .results import Picture, Work
+from .results import Failure, Picture, Work
 
 TABLES = 64  # schedules in a cache
 
@@ -187,6 +187,17 @@ class Bundle:
         if key not in self._canvases:
             keep(self._canvases, key, canvas_of(image, mask, self.manifest))
         return self._canvases[key]
+
+    def canvases(self, requests: Iterable[Request]) -> tuple[dict[Hashable, Canvas | None], list[Failure]]:
+        """The `canvas` of each request by id, and a Failure for each whose picture cannot be read: files may change."""
+        found: dict[Hashable, Canvas | None] = {}
+        failures = []
+        for request in requests:
+            try:
+                found[request.id] = self.canvas(request)
+            except RequestError as error:
+                failures.append(Failure(str(request.id), request, str(error)))
+        return found, failures
 
     def check(self, request: Request) -> None:
         """Raises RequestError when this bundle cannot run the request."""

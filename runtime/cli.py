@@ -124,11 +124,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     say = Reporter(options["quiet"])
     hands = NO_HANDS if options["no_hands"] else options["hand_params"]
     settings = {**given(options), "hands": hands, "image": options["image"], "mask": options["mask"]}
-    if options["hand_params"] is not None:
-        load_hands(options["hand_params"])  # one error about the file, not one for every prompt
-    for name in PICTURES:
-        if options[name] is not None:
-            content_of(name, options[name])
+    check_files(options)
     source = Prompts(prompts, prompts_file, settings, say)
     lines = iter(source)
     first = next(lines, None)
@@ -210,6 +206,15 @@ def check_order(engines: str, prompts: tuple[str, ...], prompts_file: str | None
             f"The first argument must be a bundle, got {engines!r}. The word demo names the one that ships: "
             f'hd-run demo "{engines}"'
         )
+
+
+def check_files(options: dict[str, Any]) -> None:
+    """Raises RequestError for a file that cannot be read: one error, and not one for every prompt."""
+    if options["hand_params"] is not None:
+        load_hands(options["hand_params"])
+    for name in PICTURES:
+        if options[name] is not None:
+            content_of(name, options[name])
 
 
 def list_words(engines: str) -> int:

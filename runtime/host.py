@@ -163,16 +163,14 @@ class HostLoop:
     def _read(self, works: list[Work]) -> tuple[list[Work], list[Picture | Failure]]:
         """Encodes the pictures of those that bring one. Returns the works without trouble, and a Failure for each of
         the others."""
-        good, failures = [], list[Picture | Failure]()
+        canvases, unread = self.bundle.canvases(work.request for work in works)
+        good, failures = [], list[Picture | Failure](unread)
         for work in works:
-            try:
-                work.canvas = canvas = self.bundle.canvas(work.request)
-            except RequestError as error:  # the file has changed since the run began
-                failures.append(Failure(str(work.request.id), work.request, str(error)))
+            if work.request.id not in canvases:
                 continue
-            if canvas is not None:
+            if (canvas := canvases[work.request.id]) is not None:
+                work.canvas, work.known = canvas, self._encoded(canvas.pixels)
                 work.warnings += canvas.warnings
-                work.known = self._encoded(canvas.pixels)
                 if self.bundle.inpaints:
                     work.inputs = {"mask": canvas.binary, "masked_latents": self._encoded(canvas.hidden)}
                 if not all(np.isfinite(value).all() for value in (work.known, *work.inputs.values())):
