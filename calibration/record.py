@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..contract import IMAGE_ENCODER
 from ..engines import Engine, load_engines
 from ..errors import HanDiffuserError, RequestError
 from ..runtime.bundle import Bundle
@@ -93,6 +94,9 @@ def record(
     known = Bundle.load(folder, manifest)
     pipeline = HanDiffuser(known, HostLoop(known, recorders))
     results = run_all(pipeline, requests_for(pipeline, prompts, seeds, **settings))
+    for result in results if IMAGE_ENCODER in recorders else ():  # which no prompt alone needs
+        if isinstance(result, Picture):
+            recorders[IMAGE_ENCODER]({"image": result.image[None]})
     return {name: recorder.inputs() for name, recorder in recorders.items()}, results
 
 

@@ -19,6 +19,11 @@ unet_time          timesteps[S]                                             -> t
 unet               latents[B,C,h,w] history[B,K,C,h,w] noise time[B,T] row[B,R] key_00 value_00 ...
                                                                             -> latents, history, finite[B]
 image_decoder      latents[B,C,h,w]                                         -> image[B,H,W,3] uint8, finite[B]
+image_encoder      image[B,H,W,3] uint8                                     -> latents[B,C,h,w], finite[B]
+
+`image_encoder` is optional: a bundle without it refuses requests that bring a picture. Its latents are the mean of the
+VAE's posterior, shifted and scaled: the decoder's inverse. A UNet that was trained for inpainting has two more inputs,
+mask[B,1,h,w] (1 where it paints) and masked_latents[B,C,h,w] (of the picture, grey where it paints).
 
 `joints` are image coordinates in [0, 1] of width and height, y down. `x` is normalised with the manifest's mean and
 standard deviation. `text` holds a vector for each word of the prompt, for the hand prior; from the end token on, the
@@ -58,6 +63,7 @@ GRAPHS = (
     "unet",
     "image_decoder",
 )
+IMAGE_ENCODER = "image_encoder"  # the graph that a bundle may lack
 
 # K, the history tensors of exported step graphs: 4 lets the UNet run every solver (PLMS needs them), 1 the hand prior
 # all others.
@@ -261,13 +267,14 @@ class Manifest:
         if unhashed:
             raise MisfitError(f"It lacks the hash of {', '.join(unhashed)}.")
         sizes = {"latents": self.latent_size, "image": (*self.image_size, 3)}
-        decoder = self.graphs["image_decoder"]
-        for tensor in (*decoder.inputs, *decoder.outputs):
-            if tensor.name in sizes and tensor.shape[1:] != sizes[tensor.name]:
-                raise MisfitError(
-                    f"image_size {self.image_size} and latent_size {self.latent_size} must fit the decoder, which has "
-                    f"{tensor}."
-                )
+        for name, what in (("image_decoder", "decoder"), (IMAGE_ENCODER, "encoder")):
+            graph = self.graphs.get(name)
+            for tensor in (*graph.inputs, *graph.outputs) if graph is not None else ():
+                if tensor.name in sizes and tensor.shape[1:] != sizes[tensor.name]:
+                    raise MisfitError(
+                        f"image_size {self.image_size} and latent_size {self.latent_size} must fit the {what}, which "
+                        f"has {tensor}."
+                    )
 
     @property
     def base(self) -> str:

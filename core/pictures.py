@@ -1,11 +1,12 @@
 """Pictures of all kinds to plain RGB: the module converts each of Pillow's modes on purpose, or refuses it by name.
 
     decode(content)      # uint8 [H, W, 3], upright
+    decode_mask(content) # uint8 [H, W], upright: 255 where it is white, or transparent
     size_of(content)     # (H, W) of the same, by the header alone
 
 Grey, palettes, YCbCr, HSV and CMYK (without its colour profile) become RGB. Transparent pixels are laid on white.
 16-bit grey keeps its upper byte. A camera's EXIF orientation is applied. Refused: 32-bit and floating-point numbers,
-which do not define white; LAB, which needs a profile; animations, whose frame is ambiguous.
+which do not define white; LAB, which needs a profile; animations, whose frame is ambiguous; and more than MAX_PIXELS.
 """
 
 from __future__ import annotations
@@ -26,12 +27,25 @@ SPELLINGS = tuple(spelling for name in PICTURES for spelling in (name, name.uppe
 FOREIGN = (".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".jfif", ".tga", ".dng")
 PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 SEVERAL = ("MPO",)  # a phone's JPEG with more pictures behind the first
+MAX_PIXELS = 89_478_485  # Pillow warns of decompression bombs from here on
 
 
 def decode(content: bytes) -> np.ndarray:
     """The picture, uint8 [H, W, 3], upright. Raises MisfitError for one that is damaged or refused."""
     with _opened(content) as image:
         return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+
+
+def decode_mask(content: bytes) -> np.ndarray:
+    """A mask, uint8 [H, W], upright. Where it has transparent pixels, these count as white and the others as black, as
+    in OpenAI's API; else its grey counts. Raises MisfitError as `decode` does."""
+    with _opened(content) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            alpha = np.asarray(upright.convert("RGBA"))[..., 3]
+            if alpha.min() < 255:
+                return 255 - alpha
+        return np.asarray(_rgb(upright).convert("L"))
 
 
 def size_of(content: bytes) -> tuple[int, int]:
@@ -45,6 +59,11 @@ def size_of(content: bytes) -> tuple[int, int]:
 def _opened(content: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise MisfitError(
+                    f"Its picture must have at most {MAX_PIXELS / 1e6:.0f} million pixels, got {image.width} x "
+                    f"{image.height}. Make it smaller."
+                )
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format not in SEVERAL:
                 raise MisfitError(
@@ -80,8 +99,17 @@ def kind_of(content: bytes) -> str:
     raise MisfitError("Its picture must be PNG, JPEG or WebP. Convert it first.")
 
 
-def encode_png(image: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] -> the content of a .png."""
+def encode_png(image: np.ndarray, level: int = 6) -> bytes:
+    """uint8 [H, W], [H, W, 3] or [H, W, 4] -> the content of a .png. level: of compression, 0 to 9."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, "PNG", compress_level=level)
     return buffer.getvalue()
+
+
+def resized(image: np.ndarray, size: tuple[int, int], box: bool = False) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3], stretched to `size` (H, W) with Lanczos' filter, as diffusers does. box: each pixel is
+    the mean of what it covers."""
+    if image.shape[:2] == size:
+        return image
+    how = Image.Resampling.BOX if box else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), how))

@@ -25,119 +25,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-from msgspec import Meta
 
 from .contract import ROW_HEAD
-from .errors import BundleError, RequestError
-from .schema import TRUTH, MisfitError, fit, one_of, shown, whole
+from .errors import RequestError
+from .noise_schedule import NoiseSchedule as NoiseSchedule
 
 Array = np.ndarray
-
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-Beta = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")]
-
-# Settings of diffusers' schedulers that change what a network was trained for or cannot be a linear row, with the only
-# values supported. The request chooses the solver: settings that merely choose one are ignored.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "clip_sample": (False, None),  # clipping and thresholding are not linear
-    "thresholding": (False, None),
-    "variance_type": ("fixed_small", "fixed_small_log", None),
-    "final_sigmas_type": ("zero",),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "use_flow_sigmas": (False, None),
-}
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """How noise was added in training and which timesteps sampling visits, in diffusers' words.
-
-    num_train_timesteps: T; timesteps are 0 ... T - 1, T - 1 the noisiest.
-    beta_start, beta_end: in (0, 1); unused by "squaredcos_cap_v2".
-    beta_schedule: "linear", "scaled_linear" (linear in √β) or "squaredcos_cap_v2" (arXiv 2102.09672, eq. 17).
-    prediction_type: what the network predicts: "epsilon" the noise ε, "v_prediction" v = α ε - σ x0
-        (arXiv 2202.00512, appendix D), "sample" the clean x0.
-    rescale_betas_zero_snr: rescale so that timestep T - 1 is pure noise (arXiv 2305.08891, algorithm 1).
-    timestep_spacing: "leading", "trailing" or "linspace" (arXiv 2305.08891, table 2).
-    steps_offset: added to the timesteps of "leading".
-    set_alpha_to_one: DDIM and PLMS end at ᾱ = 1 rather than at timestep 0's.
-    trained_betas: the T betas themselves, each in (0, 1), in place of beta_schedule.
-
-    The defaults are those of DDIMScheduler. What a file may say is what the annotations say: see `from_config`.
-    """
-
-    num_train_timesteps: Annotated[int, whole(2, 100_000)] = 1000
-    beta_start: Beta = 0.0001
-    beta_end: Beta = 0.02
-    beta_schedule: Annotated[str, one_of(*BETA_SCHEDULES)] = "linear"
-    prediction_type: Annotated[str, one_of(*PREDICTION_TYPES)] = "epsilon"
-    rescale_betas_zero_snr: Annotated[bool, TRUTH] = False
-    timestep_spacing: Annotated[str, one_of(*TIMESTEP_SPACINGS)] = "leading"
-    steps_offset: Annotated[int, whole(0, 100_000)] = 0
-    set_alpha_to_one: Annotated[bool, TRUTH] = True
-    trained_betas: Annotated[tuple[Beta, ...] | None, Meta(description="numbers between 0 and 1, or null")] = None
-
-    def __post_init__(self) -> None:
-        T, betas = self.num_train_timesteps, self.trained_betas
-        if betas is not None and len(betas) != T:
-            raise ValueError(f"The trained_betas must be {T} numbers, got {len(betas)}.")
-        if self.beta_start > self.beta_end:
-            raise ValueError(f"It must be beta_start <= beta_end, got {self.beta_start} and {self.beta_end}.")
-
-    @classmethod
-    def from_config(cls, config: Any) -> NoiseSchedule:
-        """Reads a scheduler's configuration as diffusers saves it, or a manifest's entry of `schedules`.
-
-        Unknown keys and those that choose a solver are ignored; absent ones take DDIMScheduler's defaults.
-        Raises BundleError for a setting that is not one, or that would change the results and is not supported.
-        """
-        for name, allowed in _ONLY.items() if isinstance(config, Mapping) else ():
-            if name in config and config[name] not in allowed:
-                raise BundleError(
-                    f"The scheduler's {name} must be {allowed[0]!r}, got {shown(config[name])}. If the network allows "
-                    "it, change that in scheduler_config.json and run the command again."
-                )
-        try:
-            return fit(config, cls)
-        except MisfitError as error:
-            raise BundleError(f"The noise schedule is not one that can be run. {error}") from None
-
-    def alphas_cumprod(self) -> Array:
-        """ᾱ of timesteps 0 ... T - 1, float64 [T], decreasing. The last is 0 with zero terminal SNR."""
-        T = self.num_train_timesteps
-        if self.trained_betas is not None:
-            betas = np.array(self.trained_betas)
-        elif self.beta_schedule == "linear":
-            betas = np.linspace(self.beta_start, self.beta_end, T)
-        elif self.beta_schedule == "scaled_linear":
-            betas = np.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), T) ** 2
-        else:
-            f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
-        abar = np.cumprod(1 - betas)
-        if self.rescale_betas_zero_snr:
-            alpha = np.sqrt(abar)
-            abar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
-        return abar
-
-    def sigmas(self) -> Array:
-        """Noise levels s = √((1 - ᾱ) / ᾱ) of sigma space, float64 [T], increasing.
-
-        With zero terminal SNR the last would be infinite; ᾱ = 2^-24 stands in for 0, as in diffusers (s is
-        about 4096).
-        """
-        abar = self.alphas_cumprod()
-        if self.rescale_betas_zero_snr:
-            abar[-1] = 2.0**-24
-        return np.sqrt((1 - abar) / abar)
 
 
 class Table(NamedTuple):
@@ -147,6 +44,7 @@ class Table(NamedTuple):
     rows: Array  # float32 [N, 6 + 2 K], columns as `handiffuser.contract.row_columns(K)`
     init_sigma: float  # the first state is this times unit normal noise
     stochastic: bool  # whether any step adds noise
+    levels: Array  # float64 [N + 1, 2], see `Recurrence`
 
 
 class Recurrence(NamedTuple):
@@ -156,6 +54,7 @@ class Recurrence(NamedTuple):
 
     A[k, j] is how much of step j's state goes into the state k steps after its own result; B likewise for the
     network's outputs. Their rows 0 are the columns a and b of a table, the rows k above are p_k and q_k.
+    levels[i] are the shares of picture and noise in the state before step i; the last row, (1, 0), is the result's.
     """
 
     timesteps: Array  # [N]
@@ -164,19 +63,20 @@ class Recurrence(NamedTuple):
     d: Array  # [N]
     scale: Array  # [N]
     init_sigma: float
+    levels: Array  # [N + 1, 2]
 
 
-# Solvers. Each takes the schedule and the number of steps.
+# Solvers. Each takes the schedule, the number of steps, and how many of these a picture at the start replaces.
 
 
-def ddim(schedule: NoiseSchedule, steps: int) -> Recurrence:
+def ddim(schedule: NoiseSchedule, steps: int, start: int = 0) -> Recurrence:
     """DDIM with η = 0. Song et al., arXiv 2010.02502, equation 12: x' = α' x0 + σ' ε."""
-    t = _spaced(schedule, steps)
+    t = _spaced(schedule, steps)[start:]
     # One stride back, which is not always the next timestep ("linspace", uneven "trailing"): as in diffusers.
     return _ddim(schedule, t, t - schedule.num_train_timesteps // steps)
 
 
-def ddim_early(schedule: NoiseSchedule, steps: int) -> Recurrence:
+def ddim_early(schedule: NoiseSchedule, steps: int, start: int = 0) -> Recurrence:
     """DDIM whose steps lean towards noise, where few steps lose most: timesteps T (1 - (i / N)²) - 1 of N.
 
     With a distilled or a well-trained network four such steps do what six even ones do. Ours, not from a paper.
@@ -188,7 +88,7 @@ def ddim_early(schedule: NoiseSchedule, steps: int) -> Recurrence:
             f"{steps} steps of ddim-early would visit a timestep twice. Choose {math.isqrt(T)} or fewer, or ddim.",
             "steps",
         )
-    return _ddim(schedule, t, np.append(t[1:], -1))
+    return _ddim(schedule, t[start:], np.append(t[1:], -1)[start:])
 
 
 def _ddim(schedule: NoiseSchedule, t: Array, t_prev: Array) -> Recurrence:
@@ -196,14 +96,14 @@ def _ddim(schedule: NoiseSchedule, t: Array, t_prev: Array) -> Recurrence:
     alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
     x0, eps = _x0(schedule, alpha, sigma), _epsilon(schedule, alpha, sigma)
     A, B = np.sqrt(abar_prev) * x0 + np.sqrt(1 - abar_prev) * eps
-    return Recurrence(t, A[None], B[None], np.zeros(len(t)), np.ones(len(t)), 1.0)
+    return Recurrence(t, A[None], B[None], np.zeros(len(t)), np.ones(len(t)), 1.0, _levels(alpha, sigma))
 
 
 LCM_STEPS = 50  # steps of the grid that an LCM was distilled on, as in diffusers
 LCM_DATA, LCM_TIME = 0.5, 10.0  # the boundary condition's σ_data and its factor of timesteps
 
 
-def lcm(schedule: NoiseSchedule, steps: int) -> Recurrence:
+def lcm(schedule: NoiseSchedule, steps: int, start: int = 0) -> Recurrence:
     """Sampling of latent consistency models: to x0 in one go, and back into noise. Luo et al., arXiv 2310.04378,
     equation 9 and algorithm 3:
 
@@ -216,33 +116,35 @@ def lcm(schedule: NoiseSchedule, steps: int) -> Recurrence:
         raise RequestError(
             f"{steps} steps of lcm are more than the {len(grid)} it was distilled on. Choose 1 to 8.", "steps"
         )
-    t = grid[::-1][np.floor(np.linspace(0, len(grid), steps, endpoint=False)).astype(np.int64)]
+    t = grid[::-1][np.floor(np.linspace(0, len(grid), steps, endpoint=False)).astype(np.int64)][start:]
     abar, abar_prev = _abar(schedule, t), np.append(_abar(schedule, t[1:]), 1.0)
-    x0 = _x0(schedule, np.sqrt(abar), np.sqrt(1 - abar))
+    alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+    x0 = _x0(schedule, alpha, sigma)
     time = LCM_TIME * t
     skip, out = LCM_DATA**2 / (time**2 + LCM_DATA**2), time / np.sqrt(time**2 + LCM_DATA**2)
     A, B = np.sqrt(abar_prev) * out * x0
     A = A + np.sqrt(abar_prev) * skip
-    return Recurrence(t, A[None], B[None], np.sqrt(1 - abar_prev), np.ones(len(t)), 1.0)
+    return Recurrence(t, A[None], B[None], np.sqrt(1 - abar_prev), np.ones(len(t)), 1.0, _levels(alpha, sigma))
 
 
-def ddpm(schedule: NoiseSchedule, steps: int) -> Recurrence:
+def ddpm(schedule: NoiseSchedule, steps: int, start: int = 0) -> Recurrence:
     """Ancestral sampling with the small variance. Ho et al., arXiv 2006.11239, equations 6 and 7."""
-    t = _spaced(schedule, steps)
+    t = _spaced(schedule, steps)[start:]
     abar = _abar(schedule, t)
     abar_prev = np.append(abar[1:], 1.0)
     beta = 1 - abar / abar_prev
-    x0 = _x0(schedule, np.sqrt(abar), np.sqrt(1 - abar))
+    alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+    x0 = _x0(schedule, alpha, sigma)
     A, B = np.sqrt(abar_prev) * beta / (1 - abar) * x0
     A = A + np.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar)
     d = np.sqrt((1 - abar_prev) / (1 - abar) * beta)
-    return Recurrence(t, A[None], B[None], d, np.ones(len(t)), 1.0)
+    return Recurrence(t, A[None], B[None], d, np.ones(len(t)), 1.0, _levels(alpha, sigma))
 
 
-def euler(schedule: NoiseSchedule, steps: int) -> Recurrence:
+def euler(schedule: NoiseSchedule, steps: int, start: int = 0) -> Recurrence:
     """Euler's method in sigma space. Karras et al., arXiv 2206.00364, algorithm 1 with S_churn = 0:
     x' = x + (s' - s) (x - x0) / s. The state is x0 + s ε, and the network is shown x / √(s² + 1)."""
-    t = _spaced(schedule, steps, whole=False)
+    t = _spaced(schedule, steps, whole=False)[start:]
     s = np.interp(t, np.arange(schedule.num_train_timesteps), schedule.sigmas())
     ratio = np.append(s[1:], 0.0) / s
     alpha = 1 / np.sqrt(s**2 + 1)
@@ -250,10 +152,10 @@ def euler(schedule: NoiseSchedule, steps: int) -> Recurrence:
     A, B = (1 - ratio) * x0 * [alpha, np.ones(len(s))]  # _x0 expects α x, the state is x
     A = A + ratio
     init = s[0] if schedule.timestep_spacing != "leading" else math.hypot(s[0], 1.0)
-    return Recurrence(t, A[None], B[None], np.zeros(len(t)), alpha, float(init))
+    return Recurrence(t, A[None], B[None], np.zeros(len(t)), alpha, float(init), _levels(np.ones(len(s)), s))
 
 
-def dpmpp_2m(schedule: NoiseSchedule, steps: int, karras: bool = False) -> Recurrence:
+def dpmpp_2m(schedule: NoiseSchedule, steps: int, start: int = 0, karras: bool = False) -> Recurrence:
     """DPM-Solver++(2M), midpoint. Lu et al., arXiv 2211.01095, algorithm 2:
 
         D  = (1 + 1/2r) x0_i - 1/2r x0_(i-1)
@@ -261,7 +163,7 @@ def dpmpp_2m(schedule: NoiseSchedule, steps: int, karras: bool = False) -> Recur
 
     with h the step in log(α/σ) and r the ratio of the last h to this one. First and last step have D = x0_i.
     """
-    t, s = _karras(schedule, steps) if karras else _spaced_for_dpm(schedule, steps)
+    t, s = (all[start:] for all in (_karras if karras else _spaced_for_dpm)(schedule, steps))
     s_next = np.append(s[1:], 0.0)
     alpha, alpha_next = 1 / np.sqrt(s**2 + 1), 1 / np.sqrt(s_next**2 + 1)
     half_r = np.zeros(len(s))  # 1 / 2r
@@ -273,14 +175,15 @@ def dpmpp_2m(schedule: NoiseSchedule, steps: int, karras: bool = False) -> Recur
     later = np.append(-(gain * half_r)[1:], 0.0) * x0  # what this step's x0 is to the next one
     A, B = np.stack([now, later], axis=1)
     A[0] += s_next * alpha_next / (s * alpha)
-    return Recurrence(t, A, B, np.zeros(len(t)), np.ones(len(t)), 1.0)
+    return Recurrence(t, A, B, np.zeros(len(t)), np.ones(len(t)), 1.0, _levels(alpha, s * alpha))
 
 
-def plms(schedule: NoiseSchedule, steps: int) -> Recurrence:
+def plms(schedule: NoiseSchedule, steps: int, start: int = 0) -> Recurrence:
     """Pseudo linear multistep. Liu et al., arXiv 2202.09778, equations 9 and 12, started as Stable Diffusion
     does: the second timestep is visited twice, the first time to average two outputs over the first stride.
 
-    As in diffusers, outputs are combined as the network gives them: v-predictions before they become noise.
+    As in diffusers, outputs are combined as the network gives them: v-predictions before they become noise. After
+    `start` steps it begins anew in the same way, where diffusers' PNDMScheduler loses its place.
     """
     for unfit, what in (
         (schedule.prediction_type == "sample", "a network that predicts the sample"),
@@ -289,12 +192,12 @@ def plms(schedule: NoiseSchedule, steps: int) -> Recurrence:
         if unfit:
             raise RequestError(f"The solver plms cannot run {what}. Choose ddim or dpm++2m.", "solver")
     stride = schedule.num_train_timesteps // steps
-    t = _spaced(schedule, steps)
+    t = _spaced(schedule, steps)[start:]
     t = np.concatenate([t[:2], t[1:2], t[2:]])
-    start, end = t.copy(), t - stride
+    begin, end = t.copy(), t - stride
     if len(t) > 1:
-        start[1], end[1] = t[1] + stride, t[1]
-    abar, abar_prev = _abar(schedule, start), _abar(schedule, end)
+        begin[1], end[1] = t[1] + stride, t[1]
+    abar, abar_prev = _abar(schedule, begin), _abar(schedule, end)
     # Equation 9: x' = gain x - drift ε
     gain = np.sqrt(abar_prev / abar)
     drift = (abar_prev - abar) / (abar * np.sqrt(1 - abar_prev) + np.sqrt(abar * (1 - abar) * abar_prev))
@@ -313,16 +216,18 @@ def plms(schedule: NoiseSchedule, steps: int) -> Recurrence:
         A[i - base, base] = gain[i] - drift[i] * eps_x[i]
         for j, weight in used:
             B[i - j, j] = -drift[i] * eps_m[i] * weight
-    return Recurrence(t, A, B, np.zeros(len(t)), np.ones(len(t)), 1.0)
+    before = _abar(schedule, t)
+    levels = _levels(np.sqrt(before), np.sqrt(1 - before))
+    return Recurrence(t, A, B, np.zeros(len(t)), np.ones(len(t)), 1.0, levels)
 
 
-def dpmpp_2m_karras(schedule: NoiseSchedule, steps: int) -> Recurrence:
+def dpmpp_2m_karras(schedule: NoiseSchedule, steps: int, start: int = 0) -> Recurrence:
     """DPM-Solver++(2M) at the noise levels of Karras et al., arXiv 2206.00364, equation 5 with ρ = 7."""
-    return dpmpp_2m(schedule, steps, karras=True)
+    return dpmpp_2m(schedule, steps, start, karras=True)
 
 
 # Name of a solver -> its function and the history tensors it needs.
-SOLVERS: dict[str, tuple[Callable[[NoiseSchedule, int], Recurrence], int]] = {
+SOLVERS: dict[str, tuple[Callable[[NoiseSchedule, int, int], Recurrence], int]] = {
     "ddim": (ddim, 0),
     "ddpm": (ddpm, 0),
     "euler": (euler, 0),
@@ -341,19 +246,21 @@ def rows(
     guidance: float,
     num_history: int,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    start: int = 0,
 ) -> Table:
     """The table of a request, for a step graph with `num_history` history tensors.
 
     solver: a key of SOLVERS. steps: 1 ... num_train_timesteps. guidance: finite; 1 is the conditional output
     alone. guidance_interval: the part of the steps, from 0 to 1, that is guided. Outside of it guidance is 1, and the
-    unconditional branch need not run (Kynkäänniemi et al. 2024).
+    unconditional branch need not run (Kynkäänniemi et al. 2024). start: the first steps that are left out, because the
+    state begins as a picture with noise (`skipped`).
 
     plms does not run "sample" prediction or zero terminal SNR. ddim, ddpm and lcm do not run "epsilon" prediction from
     a timestep without signal, which does not determine x0. All other combinations run.
 
     Raises RequestError, with the allowed values, also where a schedule is so extreme that its rows are not finite.
     """
-    recurrence = solve(schedule, solver, steps)
+    recurrence = solve(schedule, solver, steps, start)
     needed = SOLVERS[solver][1]
     if num_history < needed:
         runs = [name for name, (_, history) in SOLVERS.items() if history <= num_history]
@@ -372,7 +279,7 @@ def rows(
     table = np.zeros((N, len(ROW_HEAD) + 2 * num_history))
     table[:, 0] = recurrence.timesteps
     table[:, 1] = recurrence.scale
-    done = np.arange(N) / N
+    done = np.arange(start, start + N) / (start + N)
     table[:, 2] = np.where((guidance_interval[0] <= done) & (done < guidance_interval[1]), guidance, 1.0)
     table[:, 3], table[:, 4] = recurrence.A[0], recurrence.B[0]
     table[:, 5] = recurrence.d
@@ -385,10 +292,22 @@ def rows(
     if not finite:
         what = f"{steps} steps of {solver} on this network's noise schedule"
         raise RequestError(f"{what} are not finite numbers. Choose another solver.", "solver")
-    return Table(recurrence.timesteps, numbers, recurrence.init_sigma, stochastic)
+    return Table(recurrence.timesteps, numbers, recurrence.init_sigma, stochastic, recurrence.levels)
 
 
-def solve(schedule: NoiseSchedule, solver: str, steps: int) -> Recurrence:
+def skipped(steps: int, strength: float) -> int:
+    """How many of the steps are left out at this strength: diffusers' `get_timesteps`. Raises RequestError for all."""
+    kept = min(int(steps * strength), steps)
+    if kept < 1:
+        raise RequestError(
+            f"strength must leave at least one of the {steps} steps, got {strength:g}. Take {1 / steps:.2g} or more, "
+            "or more steps.",
+            "strength",
+        )
+    return steps - kept
+
+
+def solve(schedule: NoiseSchedule, solver: str, steps: int, start: int = 0) -> Recurrence:
     """The float64 recurrence behind `rows`; raises RequestError for a solver or steps that cannot run."""
     if solver not in SOLVERS:
         raise RequestError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.", "solver")
@@ -400,11 +319,16 @@ def solve(schedule: NoiseSchedule, solver: str, steps: int) -> Recurrence:
         most = f"{schedule.num_train_timesteps}, the timesteps that the network was trained with"
         raise RequestError(f"steps must be from 1 to {most}, got {steps}.", "steps")
     with np.errstate(all="ignore"):  # `rows` refuses numbers that are not finite
-        recurrence = SOLVERS[solver][0](schedule, steps)
+        recurrence = SOLVERS[solver][0](schedule, steps, start)
     return recurrence._replace(timesteps=recurrence.timesteps.astype(np.float64))
 
 
 # What the solvers share.
+
+
+def _levels(picture: Array, noise: Array) -> Array:
+    """[N] shares of picture and noise before each step -> [N + 1, 2], with the result's."""
+    return np.append(np.stack([picture, noise], -1), [[1.0, 0.0]], 0)
 
 
 def _x0(schedule: NoiseSchedule, alpha: Array, sigma: Array) -> Array:

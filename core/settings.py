@@ -11,7 +11,7 @@ RequestFields here, and use `request.<name>` where it acts. Tests hold all of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
@@ -115,6 +115,13 @@ SETTINGS: dict[str, Setting] = {
         bundle=True,
         default=0.0,
     ),
+    "strength": Setting(
+        float,
+        "With an image: how much of it is painted anew, as a part of the steps.",
+        0,
+        1,
+        origin="0.8, with a mask 1",
+    ),
     "hand_steps": _steps("Steps of the hands."),
     "hand_solver": Setting(str, "Solver of the hands.", choices=SOLVERS, bundle=True),
     "hand_guidance": _guidance("How strictly the hands follow the prompt; 1 is off."),
@@ -151,11 +158,14 @@ class Settings(TypedDict, total=False):
     guidance_interval: tuple[float, float]
     negative_prompt: str
     noise_offset: float | None
+    strength: float | None
     hand_steps: int | None
     hand_solver: str | None
     hand_guidance: float | None
     hand_redraws: int | None
     hands: str | None
+    image: Any
+    mask: Any
 
 
 @dataclass(frozen=True)
@@ -176,20 +186,30 @@ class RequestFields:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     noise_offset: float | None = None
     hand_redraws: int | None = None
+    image: Any = field(default=None, repr=False)  # the name of a file (str), or the content of one (bytes)
+    mask: Any = field(default=None, repr=False)  # the same
+    strength: float | None = None
 
 
 _TEXT = Setting(str, "").annotation
-_ID = Meta(
-    pattern=r"^(?!\.)[A-Za-z0-9._-]{1,100}\Z",
-    description="up to 100 letters, digits, dots, dashes and underscores, no path, no dot at the start: it names files",
-)
-_HANDS = Meta(pattern=r"^[^\0]{1,4096}\Z", description="the name of a .hands.npz file")
+_PICTURE = Meta(pattern=r"^[^\0]{1,4096}\Z", description="the name of a picture's file, its content, or an array")
+# Fields that say of what a picture is made: each front end has its own way to say them.
+GIVEN = {
+    "id": Meta(
+        pattern=r"^(?!\.)[A-Za-z0-9._-]{1,100}\Z",
+        description="up to 100 letters, digits, dots, dashes and underscores, no path, no dot at the start: it names "
+        "files",
+    ),
+    "hands": Meta(pattern=r"^[^\0]{1,4096}\Z", description="the name of a .hands.npz file"),
+    "image": _PICTURE,
+    "mask": _PICTURE,
+}
 
 
 @cache
 def checked() -> type[msgspec.Struct]:
     """What a request may be, for `schema.fit`: a struct with the fields of RequestFields."""
-    kinds: dict[str, Any] = {"prompt": _TEXT, "id": Annotated[str, _ID] | None, "hands": Annotated[str, _HANDS] | None}
+    kinds: dict[str, Any] = {"prompt": _TEXT, **{name: Annotated[str, meta] | None for name, meta in GIVEN.items()}}
     for name, setting in SETTINGS.items():
         optional = setting.bundle or setting.default is None
         kinds[name] = setting.annotation | None if optional else setting.annotation

@@ -35,8 +35,8 @@ import torch
 
 from ..errors import DatasetError
 from ..models.smplh import HAND_JOINTS, SMPLH
-from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
 from ..pictures import FOREIGN, PICTURES
+from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
 from ..schema import MisfitError
 from .captions import Caption, holding, read_captions, read_text
 from .estimates import LEFT, RIGHT, HandEstimate, people

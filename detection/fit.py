@@ -169,7 +169,7 @@ class _Problem:
             length = np.linalg.norm(step, axis=1, keepdims=True)
             turns = axis_angle_to_matrix(step * np.minimum(1, 0.6 / np.maximum(length, 1e-9))) @ turns
             scale, shift = self.placed(turns, angles)
-        away = (scale[:, None, None] * self.rig.points(turns, angles)[..., :2] + shift[:, None] - self.target)
+        away = scale[:, None, None] * self.rig.points(turns, angles)[..., :2] + shift[:, None] - self.target
         order = np.argsort(np.square(away).sum((1, 2)))[:STARTS]
         return turns[order], angles[order], scale[order], shift[order], parts[order]
 

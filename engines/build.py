@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..contract import BRANCHES, GRAPHS, MAX_ROWS, Manifest
+from ..contract import BRANCHES, MAX_ROWS, Manifest
 from ..errors import EngineError
 from .backends import BACKENDS
 from .base import check_gpu
@@ -47,14 +47,12 @@ def wanted_plans(manifest: Manifest, wanted: Wanted) -> list[tuple[str, Sizes]]:
     elif wanted.shared and len(sizes) > 1:
         batches = [{"B": sizes}]
     out: list[tuple[str, Sizes]] = []
-    for name in GRAPHS:
-        free = {size for tensor in manifest.graphs[name].inputs for size in tensor.shape if isinstance(size, str)}
+    for name, spec in manifest.graphs.items():
+        free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
         if free == {"S"}:
             out.append((name, {"S": SCHEDULE_LENGTHS}))
         elif BRANCHES in free:
-            branches = (
-                (2, 1) if name == "hand_prior" or (wanted.guidance_free and manifest.graphs[name].dominant) else (2,)
-            )
+            branches = (2, 1) if name == "hand_prior" or (wanted.guidance_free and spec.dominant) else (2,)
             out += [(name, {**batch, BRANCHES: count}) for count in branches for batch in batches]
         else:
             out += [(name, batch) for batch in batches]

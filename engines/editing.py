@@ -1,7 +1,7 @@
 """Edits of an ONNX graph that several rewrites share; needs `onnx_ir`, not PyTorch.
 
-    edit = Editor(model)
-    value = edit.add(node, "Transpose", [x], shape, perm=[0, 2, 3, 1])     # stands before `node`
+edit = Editor(model)
+value = edit.add(node, "Transpose", [x], shape, perm=[0, 2, 3, 1])     # stands before `node`
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Editor:
         name = f"derived_{hashlib.sha256(kind + array.tobytes()).hexdigest()[:16]}"
         if name not in self.graph.initializers:
             tensor = ir.tensor(array, name=name)
-            kept = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            kept = ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
             self.graph.register_initializer(kept)
         return self.graph.initializers[name]
 

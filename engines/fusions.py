@@ -100,7 +100,13 @@ def skip_layer_norm(edit: Editor, node: ir.Node) -> bool:
     """The residual and the bias before a layer norm become part of it; the sum is its fourth output."""
     x, known = node.inputs[0], sizes(node.inputs[0])
     add = made_by(x, "Add")
-    if add is None or x is None or known is None or len(known) != 3 or node.attributes.get_int("axis", -1) not in (-1, 2):
+    if (
+        add is None
+        or x is None
+        or known is None
+        or len(known) != 3
+        or node.attributes.get_int("axis", -1) not in (-1, 2)
+    ):
         return False
     if any(sizes(value) != known for value in add.inputs) or x.is_graph_output() or len(node.inputs) != 3:
         return False
@@ -204,9 +210,7 @@ def cross_attention(edit: Editor, node: ir.Node) -> bool:
     return True
 
 
-def _query(
-    edit: Editor, query: ir.Value | None
-) -> tuple[ir.Node, float, ir.Value | None, ir.Node | None] | None:
+def _query(edit: Editor, query: ir.Value | None) -> tuple[ir.Node, float, ir.Value | None, ir.Node | None] | None:
     """The linear layer behind a query, the factor of its output, the codes [heads, N, c] that follow each head's query,
     and the node that repeats the query for both branches of guidance."""
     joined, codes = made_by(query, "Concat"), None

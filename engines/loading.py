@@ -5,9 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from ..contract import GraphSpec, Manifest
+import numpy as np
+
+from ..contract import IMAGE_ENCODER, GraphSpec, Manifest
 from ..cpu import usable_cores
 from ..errors import EngineError
 from .backends import DEVICES
@@ -49,17 +53,43 @@ def load_engines(
             manifest.check_files(folder, [files[name]])
         return open_graph(folder / files[name], manifest.graphs[name])
 
+    later: dict[str, Engine] = {}
+    if IMAGE_ENCODER in files:
+        later[IMAGE_ENCODER] = Later(manifest.graphs[IMAGE_ENCODER], lambda: load(IMAGE_ENCODER))
     # ONNX Runtime optimises a graph while it loads and lets go of the GIL meanwhile: two at a time on two cores.
     # The biggest go first, so that none of them is left alone at the end.
-    names = sorted(files, key=lambda name: -_size(folder / files[name]))
-    theirs = {file for name in given for file in manifest.files_of(name)}
+    names = sorted(files.keys() - later.keys(), key=lambda name: -_size(folder / files[name]))
+    theirs = {file for name in (*given, *later) for file in manifest.files_of(name)}
     rest = [name for name in manifest.files if name not in files.values() and name not in theirs]
     with ThreadPoolExecutor(min(4, usable_cores()) + 1) as pool:
         checked = pool.submit(manifest.check_files, folder, rest if verify else [])
         loaded = [pool.submit(load, name) for name in names]
         checked.result()  # damaged weights are why a graph does not load, so their error goes first
         engines: dict[str, Engine] = given | {name: one.result() for name, one in zip(names, loaded, strict=True)}
-    return manifest, engines
+    return manifest, engines | later
+
+
+class Later:
+    """An engine that is loaded, and its files verified, at its first use: few runs bring pictures."""
+
+    batches = None
+
+    def __init__(self, spec: GraphSpec, load: Callable[[], Engine]) -> None:
+        self.spec, self._load = spec, load
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return self._load()
+
+    @property
+    def device(self) -> str:
+        return self._engine.device
+
+    def prepare(self, sizes: Mapping[str, int]) -> None:
+        self._engine.prepare(sizes)
+
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return self._engine(feeds)
 
 
 def _opener(folder: Path, manifest: Manifest, device: str, threads: int | None) -> Callable[[Path, GraphSpec], Engine]:

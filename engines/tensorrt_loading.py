@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..contract import GRAPHS, Manifest
+from ..contract import Manifest
 from ..errors import EngineError
 from .base import DeviceEngine, DeviceEngines, powers_of_two
 from .cuda import Cuda
@@ -75,7 +75,7 @@ def usable_plans(
     """
     if refusal := backend.refusal(cuda):
         raise EngineError(refusal)
-    found: dict[str, dict[int, Plan]] = {name: {} for name in GRAPHS}
+    found: dict[str, dict[int, Plan]] = {name: {} for name in manifest.graphs}
     for plan in sorted(store, key=lambda plan: plan.path.stat().st_mtime if plan.path.exists() else 0):
         if plan.graph not in found or plan.branches != branches or store.problem(plan, verify=False):
             continue

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ..detection.detect import MediaPipe
 from ..errors import EvaluationError
 from . import measure, painting, pictures, reference
-from ..detection.detect import MediaPipe
 from .features import load_extractor
 from .measure import Instruments, Seen
 

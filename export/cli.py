@@ -248,7 +248,7 @@ def export(options: Options, source: dict[str, str]) -> None:
         loaded = options.load()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("exporting", total=len(GRAPHS))
+        task = progress.add_task("exporting", total=len(GRAPHS) + 1)
 
         def on_step(graph: str, step: str) -> None:
             progress.update(task, description=f"{graph}: {PHASES[step]}")

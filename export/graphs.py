@@ -22,7 +22,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ..contract import BRANCHES, MAX_ROWS, NUM_HISTORY, NUM_PARAMS, ROW_HEAD, TensorSpec
+from ..contract import BRANCHES, IMAGE_ENCODER, MAX_ROWS, NUM_HISTORY, NUM_PARAMS, ROW_HEAD, TensorSpec
 from ..models.checkpoint import Checkpoint
 from ..models.hand_features import HandFeatures
 from ..models.hand_prior import HandPrior
@@ -228,6 +228,21 @@ class ImageDecoder(nn.Module):
         return pixels.to(torch.uint8), finite(image)  # uint8 last: TensorRT knows it as an output only
 
 
+class ImageEncoder(nn.Module):
+    """The decoder's inverse: the mean of the posterior, without noise."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        config, dtype = self.vae.config, self.vae.encoder.conv_in.weight.dtype
+        pixels = (image.float() / 127.5 - 1).permute(0, 3, 1, 2)  # uint8 is cast first: TensorRT demands it
+        mean = self.vae.encode(pixels.to(dtype)).latent_dist.mean.float()
+        latents = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+        return latents, finite(latents)
+
+
 @dataclass
 class Graph:
     """One graph to be exported."""
@@ -267,11 +282,22 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(module, own).eval()
 
 
+def picture_graph(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, batch: int = 3, seed: int = 0) -> Graph:
+    """The graph that reads pictures; its examples are gradients with noise on them."""
+    height, width = checkpoint.image_size
+    generator = torch.Generator().manual_seed(seed)
+    slope = torch.linspace(0, 200, height)[:, None, None] * torch.linspace(0, 1, width)[:, None]
+    noise = torch.randint(0, 56, (batch, height, width, 3), generator=generator)
+    image = (slope + noise).to(torch.uint8)
+    module = in_precision(ImageEncoder(checkpoint.vae), dtype)
+    return Graph(IMAGE_ENCODER, module, {"image": image}, ("latents", "finite"))
+
+
 @torch.no_grad()
 def graphs(
     checkpoint: Checkpoint, body: SMPLH, dtype: torch.dtype = torch.float32, batch: int = 3, seed: int = 0
 ) -> Iterator[Graph]:
-    """Every graph of the contract with example inputs, in the order in which data flows.
+    """Every graph of the contract with example inputs, in the order in which data flows; `image_encoder` comes last.
 
     dtype: of the networks, see PRECISIONS. The examples come from the float32 stages before, so the check against
     PyTorch sees values of the right size. Nothing is computed in half, which is slow on PyTorch's CPU. Each module is a
@@ -336,3 +362,4 @@ def graphs(
     del unet
 
     yield Graph("image_decoder", stage(ImageDecoder(checkpoint.vae)), {"latents": latents}, ("image", "finite"))
+    yield picture_graph(checkpoint, dtype, batch, seed)

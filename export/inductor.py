@@ -25,7 +25,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.utils import fresh_cache
 from torch.export.passes import move_to_device_pass
 
-from ..contract import GRAPHS, MAX_ROWS, Manifest
+from ..contract import MAX_ROWS, Manifest
 from ..cpu import usable_cores
 from ..engines.inductor import forbid_tf32, origin, tensors
 from ..engines.plans import Plan, PlanStore, parts
@@ -103,7 +103,8 @@ def compile_bundle(
     manifest, store = Manifest.load(bundle, verify=False), PlanStore(bundle)
     version, target = torch.__version__, f"{device} {origin(device)['processor']}"
     wanted = {
-        name: parts(manifest, name, {"B": (1, 2, MAX_ROWS)}, "inductor", version, target, Options()) for name in GRAPHS
+        name: parts(manifest, name, {"B": (1, 2, MAX_ROWS)}, "inductor", version, target, Options())
+        for name in manifest.graphs
     }
     missing = {name: store.why(one) for name, one in wanted.items() if store.find(one) is None}
     if not missing:

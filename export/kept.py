@@ -43,6 +43,7 @@ FIRST: dict[str, tuple[str, ...]] = {
     "unet_time": (),
     "unet": (),
     "image_decoder": ("vae",),
+    "image_encoder": (),
 }
 
 

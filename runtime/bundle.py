@@ -5,24 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import grammar
-from ..contract import ROW_HEAD, TOKENIZER, Manifest
+from ..contract import IMAGE_ENCODER, ROW_HEAD, TOKENIZER, Manifest
 from ..errors import RequestError
 from ..hands import Hands, hand_arrays, keep_camera, load_hands
 from ..installed import version
-from ..schedules import NoiseSchedule, Table, rows
+from ..schedules import NoiseSchedule, Table, rows, skipped
 from ..settings import SETTINGS
 from ..tokens import PromptTokenizer
+from .canvas import Canvas, canvas_of, content_of, digest
 from .clash import clash
 from .noise import HANDS, LATENTS
 from .requests import Request
-from .results import Picture, Work
+from .results import Failure, Picture, Work
 
 TABLES = 64  # schedules in a cache
 
@@ -49,6 +50,8 @@ class Bundle:
         self._tables: dict[tuple[Any, ...], Table] = {}
         self._words = frozenset(manifest.words)
         self._is_demo = grammar.is_demo(self._words)
+        self.inpaints = any(tensor.name == "masked_latents" for tensor in manifest.graphs["unet"].inputs)
+        self._canvases: dict[tuple[str | None, ...], Canvas] = {}  # hashes of picture and mask -> both, read
         self._placed: dict[bytes, np.ndarray] = {}  # params and camera of a file -> params that keep that camera
 
     @classmethod
@@ -130,14 +133,17 @@ class Bundle:
         else:
             graph, chosen = "unet", (request.solver, request.steps, request.guidance)
             interval = request.guidance_interval
-        key = (graph, *chosen, interval)
+        start = 0
+        if graph == "unet" and request.image is not None:
+            start = skipped(request.steps or 0, request.strength or 0.0)
+        key = (graph, *chosen, interval, start)
         if key not in self._tables:
             solver, steps, guidance = chosen
             if solver is None or steps is None or guidance is None:
                 raise RequestError("The request must have all its settings. Call HanDiffuser.prepare first.")
             history = self.manifest.num_history[graph]
             try:
-                table = rows(self._schedules[graph], solver, steps, guidance, history, interval)
+                table = rows(self._schedules[graph], solver, steps, guidance, history, interval, start)
             except RequestError as error:
                 if stream == HANDS and error.param:
                     error.param = f"hand_{error.param}"
@@ -149,13 +155,55 @@ class Bundle:
         """[N, 3], a row for each step of a filled request: the shares of picture and noise (α, σ) in scale * latents,
         and that scale."""
         table = self.table(LATENTS, request)
-        abar = self._schedules["unet"].alphas_cumprod()
-        abar = np.interp(table.timesteps, np.arange(len(abar)), abar)  # Karras' timesteps are fractional
-        return np.stack([np.sqrt(abar), np.sqrt(1 - abar), table.rows[:, ROW_HEAD.index("scale")]], -1)
+        scale = table.rows[:, ROW_HEAD.index("scale")].astype(np.float64)
+        return np.column_stack([table.levels[:-1] * scale[:, None], scale])
+
+    def shares(self, request: Request) -> np.ndarray:
+        """float32 [N + 1, 2]: the shares of picture and noise before each step of a filled request with a picture, and
+        in its result. What is to be painted wholly anew begins as noise alone, as in diffusers' inpaint pipeline."""
+        table = self.table(LATENTS, request)
+        shares = table.levels.astype(np.float32)
+        if request.image is None or (request.strength == 1 and (request.mask is not None or self.inpaints)):
+            shares[0] = 0, table.init_sigma
+        return shares
+
+    def canvas(self, request: Request) -> Canvas | None:
+        """The picture that a request brings, read; None for one without, unless the UNet was trained for inpainting.
+
+        Raises RequestError for a picture or mask that cannot be used, and where the bundle cannot read pictures.
+        """
+        if request.image is None and not self.inpaints:
+            return None
+        if IMAGE_ENCODER not in self.manifest.graphs:
+            raise RequestError(
+                f"image must be left out: this bundle lacks the graph {IMAGE_ENCODER}, which reads pictures. Export it "
+                "again: hd-export CHECKPOINT OUT.",
+                "image",
+            )
+        image, mask = (
+            None if source is None else content_of(name, source)
+            for name, source in (("image", request.image), ("mask", request.mask))
+        )
+        key = tuple(None if content is None else digest(content) for content in (image, mask))
+        if key not in self._canvases:
+            keep(self._canvases, key, canvas_of(image, mask, self.manifest))
+        return self._canvases[key]
+
+    def canvases(self, requests: Iterable[Request]) -> tuple[dict[Hashable, Canvas | None], list[Failure]]:
+        """The `canvas` of each request by id, and a Failure for each whose picture cannot be read: files may change."""
+        found: dict[Hashable, Canvas | None] = {}
+        failures = []
+        for request in requests:
+            try:
+                found[request.id] = self.canvas(request)
+            except RequestError as error:
+                failures.append(Failure(str(request.id), request, str(error)))
+        return found, failures
 
     def check(self, request: Request) -> None:
         """Raises RequestError when this bundle cannot run the request."""
         self.table(LATENTS, request)
+        self.canvas(request)
         if request.hands is None:
             self.table(HANDS, request)
         else:

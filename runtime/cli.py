@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,13 @@ from ..errors import HanDiffuserError, OutputError, RequestError
 from ..hands import NO_HANDS, load_hands
 from ..hints import hint
 from .bundle import Bundle
+from .canvas import content_of
+from .noise import LATENTS
 from .options import given, setting_options
 from .outputs import OutputFolder
 from .pipeline import HanDiffuser
 from .reporting import Reporter
-from .requests import Request, RequestFile, Resolver
+from .requests import PICTURES, Request, RequestFile, Resolver, absolute
 from .results import Failure
 
 # What Ray takes as an address.
@@ -73,6 +74,17 @@ def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
     "Without a camera in the file, placement says where the hands are.",
 )
 @click.option("--no-hands", is_flag=True, help="Paint the prompt alone, without hands.")
+@click.option(
+    "--init-image",
+    "image",
+    metavar="FILE",
+    help="Start from this picture (PNG, JPEG, WebP). It becomes as large as the model's pictures. See --strength.",
+)
+@click.option(
+    "--mask",
+    metavar="FILE",
+    help="With --init-image: paint again what is white or transparent in this picture, and keep the rest.",
+)
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
 @click.option("--backend", type=click.Choice(CHOICES), default="auto", show_default=True, help="What runs the engines.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
@@ -114,9 +126,8 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     say = Reporter(options["quiet"])
     warn_of_quotes(engines, prompts, say)
     hands = NO_HANDS if options["no_hands"] else options["hand_params"]
-    settings = {**given(options), "hands": hands}
-    if options["hand_params"] is not None:
-        load_hands(options["hand_params"])  # one error about the file, not one for every prompt
+    settings = {**given(options), "hands": hands, "image": options["image"], "mask": options["mask"]}
+    check_files(options)
     source = Prompts(prompts, prompts_file, settings, say)
     lines = iter(source)
     first = next(lines, None)
@@ -217,6 +228,15 @@ def warn_of_quotes(engines: str, prompts: tuple[str, ...], say: Reporter) -> Non
         )
 
 
+def check_files(options: dict[str, Any]) -> None:
+    """Raises RequestError for a file that cannot be read: one error, and not one for every prompt."""
+    if options["hand_params"] is not None:
+        load_hands(options["hand_params"])
+    for name in PICTURES:
+        if options[name] is not None:
+            content_of(name, options[name])
+
+
 def list_words(engines: str) -> int:
     """Prints the words that a bundle was trained on, in groups where the demo's grammar knows them."""
     known = Manifest.load(shipped.resolve(engines, "bundle"), verify=False).words
@@ -251,13 +271,7 @@ def _on_ray(
             bundle.manifest.defaults, bundle=bundle.digest, seed=options["seed"] or 0, images=images, check=bundle.check
         )
         queue = Todo(lines, resolver, folder, bundle.digest, source)
-        todo = [
-            replace(request, hands=str(Path(request.hands).resolve()))
-            if request.hands not in (None, NO_HANDS)
-            else request
-            for request in queue
-            if request is not None
-        ]
+        todo = [absolute(request) for request in queue if request is not None]
         failed, code, stopped = 0, 0, ""
         started = time.perf_counter()
         try:
@@ -272,7 +286,7 @@ def _on_ray(
                     options["backend"],
                     pictures=-(-len(todo) // workers),
                 )
-                steps = {str(request.id): request.steps or 0 for request in todo}
+                steps = {str(request.id): len(bundle.table(LATENTS, request).rows) for request in todo}
                 total = len(source) * images
                 # Ray prints on stdout which of its processes ended. This command reports each picture itself.
                 with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), say.progress(total) as progress:

@@ -28,12 +28,14 @@ from typing import Any
 
 import numpy as np
 
+from ..contract import IMAGE_ENCODER
 from ..errors import EngineError, RequestError
 from ..hands import load_hands
 from ..settings import MAX_REDRAWS, MAX_STEPS
 from .bundle import Bundle, keep
 from .device_graphs import STREAM, DeviceGraph, Staging, Streams
 from .device_noise import DeviceNoise
+from .device_pictures import DeviceBlend, DevicePictures
 from .device_sampler import DeviceJob, DeviceSampler, DeviceTable, first_bad
 from .noise import HANDS, LATENTS
 from .requests import Request, take
@@ -55,6 +57,7 @@ class _Batch:
     host: dict[str, np.ndarray]  # pinned copies of x and of the features, valid after `arrived`
     log: np.ndarray
     arrived: Any
+    blends: dict[Hashable, DeviceBlend]  # of those that bring a picture
     left: int = 0  # works that have no result yet
 
 
@@ -70,7 +73,7 @@ class _Exit:
 
 
 class DeviceLoop:
-    """Runs prepared requests on the GPU. `graphs` are the bundle's eight, as `DeviceGraph`."""
+    """Runs prepared requests on the GPU. `graphs` are the bundle's, as `DeviceGraph`."""
 
     on_gpu = True
 
@@ -80,6 +83,7 @@ class DeviceLoop:
         self.overlap = self.side is not self.main
         self.staging = Staging(cuda)
         self.noise = DeviceNoise(cuda, self.staging)
+        self.pictures = DevicePictures(cuda, self.noise, graphs.get(IMAGE_ENCODER), bundle.manifest.latent_size)
         self.hands_sampler = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.noise, log_steps=HAND_LOG_STEPS)
         times = StepTimes(graphs["unet"].buckets)
         self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.noise, times)
@@ -106,7 +110,8 @@ class DeviceLoop:
     def warnings(self) -> list[str]:
         """Warnings about how this runs."""
         refused = [name for name, graph in self.graphs.items() if graph.refused]
-        sentences = [f"The host draws the noise, which is slower: {self.noise.refused}"] if self.noise.refused else []
+        kernels = {"draws the noise": self.noise.refused, "blends pictures": self.pictures.refused}
+        sentences = [f"The host {does}, which is slower: {why}" for does, why in kernels.items() if why]
         if refused:
             sentences.append(f"CUDA graphs could not be captured for {', '.join(refused)}. They run kernel by kernel.")
         return sentences
@@ -119,6 +124,8 @@ class DeviceLoop:
         rows = min(rows, self.slots)
         samplers = {"unet": self.sampler, "hand_prior": self.hands_sampler}
         for name, graph in self.graphs.items():
+            if name == IMAGE_ENCODER:  # few runs bring pictures
+                continue
             stream = getattr(self, STREAM[name])
             for ready in graph.warm_up(stream, rows, samplers[name].advance if name in samplers else None):
                 tell("warm-up", ready)
@@ -153,6 +160,7 @@ class DeviceLoop:
                 for stream in {self.main, self.side, self.out}:
                     stream.synchronize()
                 self.staging.reclaim()
+                self.pictures.reclaim()
                 self.after_run()
 
     def _run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
@@ -199,11 +207,15 @@ class DeviceLoop:
 
     def _left(self, batch: _Batch, row: int) -> Failure:
         batch.arrived.synchronize()  # copies may be under way
-        self._done(batch)
+        if batch.blends:
+            self.main.record().synchronize()
+        self._done(batch, row)
         return cancelled(batch.works[row].request)
 
-    def _done(self, batch: _Batch) -> None:
+    def _done(self, batch: _Batch, row: int) -> None:
         """One work of a batch has its result; after the last the memory is free."""
+        if (blend := batch.blends.get(batch.works[row].request.id)) is not None:
+            self.pictures.give(blend)
         batch.left -= 1
         if not batch.left:
             for array in (*batch.host.values(), batch.log):
@@ -274,8 +286,11 @@ class DeviceLoop:
             batch, row = ready.popleft()
             work = batch.works[row]
             self.main.wait(batch.done)
-            constants = {name: self.graphs["unet_context"].outputs[name][row] for name in self.sampler.constants}
-            self.sampler.submit(self.main, self._job(work.request, LATENTS, constants))
+            constants = {name: array[row] for name, array in self.graphs["unet_context"].outputs.items()}
+            job = self._job(work.request, LATENTS, constants)
+            if (blend := batch.blends.get(work.request.id)) is not None:
+                job.blend, job.constants = blend, constants | blend.arrays
+            self.sampler.submit(self.main, job)
             running[work.request.id] = (batch, row)
             admitted = True
         if admitted and not ready:
@@ -318,7 +333,9 @@ class DeviceLoop:
         graphs, side = self.graphs, self.side
         for event in self.consumed:
             side.wait(event)
-        works, jobs, failures = self._hands(requests)
+        canvases, unread = self.bundle.canvases(requests)
+        works, jobs, failures = self._hands([request for request in requests if request.id in canvases])
+        blends = self.pictures.encode(side, works, canvases, self.bundle)
         count = len(works)
         if count:
             encoder = graphs["text_hand_encoder"]
@@ -329,7 +346,8 @@ class DeviceLoop:
         done = side.record()
         host = self._read_hands(count) if count else {}
         log = self._read(side, self.hands_sampler.log)
-        return _Batch(works, jobs, done, host, log, side.record(), left=count), failures
+        failures += unread
+        return _Batch(works, jobs, done, host, log, side.record(), blends, left=count), failures
 
     def _hands(self, requests: list[Request]) -> tuple[list[Work], dict[Hashable, DeviceJob], list[Failure]]:
         """Enqueues text -> hands -> features."""
@@ -386,9 +404,8 @@ class DeviceLoop:
         again = []
         for work in asked:
             hands = {name: value[rows[work.request.id]] for name, value in host.items()}
-            finite = all(
-                np.isfinite(value).all() for value in hands.values()
-            )  # hands that are not finite become a Failure
+            # Hands that are not finite become a Failure.
+            finite = all(np.isfinite(value).all() for value in hands.values())
             if finite and self.bundle.again(work, hands["x"], hands):
                 again.append(work)
         for array in host.values():
@@ -477,7 +494,7 @@ class DeviceLoop:
                 work.params = self.bundle.params(values.pop("x"))
                 work.features = values
                 results.append(self.bundle.picture(work, leaving.image[i]))
-            self._done(batch)
+            self._done(batch, row)
         for array in (leaving.image, leaving.finite, leaving.log):
             self.staging.give(array)
         return results

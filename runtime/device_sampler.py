@@ -19,6 +19,7 @@ from ..schedules import Table
 from ..settings import MAX_STEPS
 from .device_graphs import After, DeviceGraph
 from .device_noise import DeviceNoise
+from .device_pictures import DeviceBlend
 from .noise import RequestNoise
 from .sampler import GUIDANCE
 from .steptimes import StepTimes
@@ -36,12 +37,16 @@ class DeviceTable:
 
 @dataclass
 class DeviceJob:
-    """One request's way through a step graph; constants are device arrays without a batch axis."""
+    """One request's way through a step graph; constants are device arrays without a batch axis.
+
+    blend: of a request with a picture, where it begins and what it keeps after each step.
+    """
 
     key: Hashable
     noise: RequestNoise
     table: DeviceTable
     constants: Mapping[str, Any]
+    blend: DeviceBlend | None = None
     position: int = 0
     log: list[tuple[int, int]] = field(default_factory=list)  # (step of the log, row) of each of its steps
 
@@ -84,7 +89,10 @@ class DeviceSampler:
     def submit(self, stream: Any, job: DeviceJob) -> None:
         """Takes a job in. Its constants must be ready when `stream` gets there."""
         i = len(self.jobs)
-        self.noise.start(stream, self.state[i], job.noise)
+        if job.blend is not None:
+            job.blend.start(stream, self.state[i], job.noise)
+        else:
+            self.noise.start(stream, self.state[i], job.noise)
         for name in (*self.moving[1:], "noise"):
             stream.zero(self.graph.inputs[name][i])
         for name in self.constants:
@@ -109,6 +117,9 @@ class DeviceSampler:
                 self.noise.step(stream, self.graph.inputs["noise"][i], job.noise, job.position)
         alone = all(unguided[:count])
         self.graph.launch(stream, count, self.advance, alone)
+        for i, job in enumerate(self.jobs[:count]):
+            if job.blend is not None:
+                job.blend.step(stream, self.state[i], job.position)
         line = self.count % len(self.log)
         stream.copy(self.log[line][:count], self.graph.outputs["finite"][:count])
         self.count += 1

@@ -10,17 +10,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from operator import length_hint
 from typing import Any
 
 import numpy as np
 
-from ..contract import NUM_PARAMS
+from ..contract import IMAGE_ENCODER, NUM_PARAMS
 from ..engines import Engine
 from ..errors import RequestError
 from ..hands import load_hands
 from ..schedules import Table
 from .bundle import Bundle, keep
+from .canvas import Blend, digest
 from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
@@ -43,6 +45,7 @@ class HostLoop:
         self.engines = {name: _Timed(name, engine, self.timings) for name, engine in engines.items()}
         bundle.made_by["device"] = engines["unet"].device
         self._times: dict[bytes, np.ndarray] = {}  # timesteps -> rows of unet_time
+        self._latents: dict[str, np.ndarray] = {}  # hash of a picture's pixels -> its latents [C, h, w]
         self._step_times = {name: StepTimes(only=engines[name].batches) for name in ("hand_prior", "unet")}
         self._no_text: np.ndarray | None = None  # text_encoder of "", [77, D]
         self._cancelled: set[Hashable] = set()
@@ -143,6 +146,8 @@ class HostLoop:
     def _stage_1(self, requests: list[Request], sampler: StepSampler) -> tuple[list[Work], list[Picture | Failure]]:
         """Text -> hands -> features -> context -> keys and values, for a batch of B requests."""
         works, failures = self._hands(requests, sampler)
+        works, unread = self._read(works)
+        failures += unread
         if not works:
             return [], failures
         features = {name: np.stack([work.features[name] for work in works]) for name in works[0].features}
@@ -152,8 +157,34 @@ class HostLoop:
         context = self.engines["text_hand_encoder"]({"input_ids": ids[:, 1:] if alone else ids, **features})["context"]
         keys = self.engines["unet_context"]({"context": context})
         for row, work in enumerate(works):
-            work.inputs = {name: np.broadcast_to(value[row], (2, *value.shape[2:])) for name, value in keys.items()}
+            work.inputs |= {name: np.broadcast_to(value[row], (2, *value.shape[2:])) for name, value in keys.items()}
         return works, failures
+
+    def _read(self, works: list[Work]) -> tuple[list[Work], list[Picture | Failure]]:
+        """Encodes the pictures of those that bring one. Returns the works without trouble, and a Failure for each of
+        the others."""
+        canvases, unread = self.bundle.canvases(work.request for work in works)
+        good, failures = [], list[Picture | Failure](unread)
+        for work in works:
+            if work.request.id not in canvases:
+                continue
+            if (canvas := canvases[work.request.id]) is not None:
+                work.canvas, work.known = canvas, self._encoded(canvas.pixels)
+                work.warnings += canvas.warnings
+                if self.bundle.inpaints:
+                    work.inputs = {"mask": canvas.binary, "masked_latents": self._encoded(canvas.hidden)}
+                if not all(np.isfinite(value).all() for value in (work.known, *work.inputs.values())):
+                    failures.append(not_finite(work.request, IMAGE_ENCODER))
+                    continue
+            good.append(work)
+        return good, failures
+
+    def _encoded(self, pixels: np.ndarray) -> np.ndarray:
+        """[H, W, 3] -> latents [C, h, w]. Pictures are encoded one by one, and one that many requests share once."""
+        key = digest(pixels.tobytes())
+        if key not in self._latents:
+            keep(self._latents, key, self.engines[IMAGE_ENCODER]({"image": pixels[None]})["latents"][0])
+        return self._latents[key]
 
     def _hands(self, requests: list[Request], sampler: StepSampler) -> tuple[list[Work], list[Picture | Failure]]:
         """Text -> hands -> features. Returns the requests whose hands are finite, and a Failure for each of the
@@ -241,7 +272,13 @@ class HostLoop:
                 keep(self._times, key, self.engines["unet_time"]({"timesteps": timesteps})["time"])
             steps["time"] = self._times[key]
         shape = self.bundle.manifest.latent_size
-        return _job(request, LATENTS, table, shape, work.inputs, steps)
+        job = _job(request, LATENTS, table, shape, work.inputs, steps)
+        if work.canvas is not None:
+            noise = replace(request.noise(LATENTS, table), init_sigma=1.0).start(shape)
+            mask = None if self.bundle.inpaints else work.canvas.mask
+            job.blend = blend = Blend(work.known, noise, mask, self.bundle.shares(request))
+            job.state = blend.start()
+        return job
 
     def _finish(self, results: list[Result], running: dict[Hashable, Work]) -> list[Picture | Failure]:
         """Decodes the requests that have left their slots, one by one: that fits a processor's caches."""

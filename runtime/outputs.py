@@ -17,7 +17,6 @@ import html
 import json
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -239,7 +238,7 @@ def _record(picture: Picture) -> dict[str, Any]:
     height, width = picture.image.shape[:2]
     bundle = picture.made_by.get("bundle", "")
     return {
-        **asdict(picture.request),
+        **picture.request.said(),
         "id": picture.id,
         "key": picture_key(picture.request, bundle),
         "width": width,

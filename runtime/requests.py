@@ -6,8 +6,8 @@
         filled = list(resolver.each(request))
 
 A `.txt` file holds a prompt a line. A `.jsonl` (or `.ndjson`) file holds an object a line with the key `prompt`. Where
-a line differs from the rest, it also gives `id`, `hands` (a `.hands.npz`, relative to the file) or any of
-`settings.SETTINGS`. A bad line is refused with a sentence, and the others go on.
+a line differs from the rest, it also gives `id`, `hands` (a `.hands.npz`), `image`, `mask` (files are relative to this
+one) or any of `settings.SETTINGS`. A bad line is refused with a sentence, and the others go on.
 
 Seeds: a request without one takes `--seed`, which is 0 by default, so that the same command makes the same pictures.
 A repeated prompt takes the next seed each time: three equal lines are three different pictures.
@@ -36,6 +36,7 @@ from ..hints import hint
 from ..schedules import Table
 from ..schema import MisfitError, fit, parse_json, read_file
 from ..settings import SETTINGS, RequestFields, checked, with_defaults
+from .canvas import as_source, content_of, digest
 from .noise import LATENTS, RequestNoise, drawn_again
 
 MAX_FILE, MAX_LINE = 1 << 28, 1 << 20  # bytes of a prompts file, and of a line of it
@@ -48,6 +49,9 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 JSON_LINES = (".jsonl", ".ndjson")
+PICTURES = ("image", "mask")
+FILES = ("hands", *PICTURES)  # fields that name files
+STRENGTH, MASKED_STRENGTH = 0.8, 1.0  # by default, as in diffusers
 # Files of other kinds, and how to convert them.
 _CONVERT = (
     """Convert it to .jsonl: jq -c '.[] | if type == "object" then . else {{prompt: .}} end' {} > prompts.jsonl"""
@@ -72,24 +76,33 @@ class Request(RequestFields):
     (noise_offset) and `clash` (hand_redraws).
     id: letters, digits, dots, dashes and underscores; the files of the picture are named after it.
     hands: a `.hands.npz` whose hands replace those of stage 1; "none" for a picture without hands.
+    image: a picture to start from: its file, the content of one (bytes), or an array, uint8 [H, W, 3]. mask: the same,
+    as large: white where the request paints again, black where it keeps, grey between. Transparent pixels count as
+    white.
+    strength: the part of the steps that run; see `canvas`.
     """
 
     def __post_init__(self) -> None:
         """Raises RequestError for a value outside its range."""
         given = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(self).items()}
+        given |= {name: as_source(name, given[name]) for name in PICTURES}
+        contents = {name: given.pop(name) for name in PICTURES if isinstance(given[name], bytes)}
         try:
-            fitted = fit(given, checked())
+            fitted = fit({**given, **dict.fromkeys(contents)}, checked())
         except MisfitError as error:
             raise RequestError(str(error), error.entry) from None
-        for name in given:
-            object.__setattr__(self, name, getattr(fitted, name))  # 3 and 3.0 are the same picture
+        for name, value in {**{name: getattr(fitted, name) for name in given}, **contents}.items():
+            object.__setattr__(self, name, value)  # 3 and 3.0 are the same picture
         if not self.prompt.strip():
             raise RequestError("The prompt is empty. Say what the picture shows.", "prompt")
-        for name in ("prompt", "negative_prompt", "hands"):
+        for name in ("prompt", "negative_prompt", "hands", *PICTURES):
             try:
-                (getattr(self, name) or "").encode("utf-8")
+                str(getattr(self, name) or "").encode("utf-8")
             except UnicodeEncodeError:
                 raise RequestError(f"{name} must be valid Unicode. Save it as UTF-8.", name) from None
+        for name in ("mask", "strength"):
+            if self.image is None and getattr(self, name) is not None:
+                raise RequestError(f"{name} must come with an image. Give one, or leave {name} out.", name)
         start, stop = self.guidance_interval
         if not 0 <= start < stop <= 1:
             must = SETTINGS["guidance_interval"].constraint
@@ -109,8 +122,27 @@ class Request(RequestFields):
             self.seed or 0, drawn_again(stream, draw), table.init_sigma, table.stochastic, offset, self.prompt
         )
 
+    def said(self) -> dict[str, Any]:
+        """All fields as plain values, for a record: a picture that is not in a file is named by its hash."""
+        return {
+            name: f"sha256 {digest(value)}" if isinstance(value, bytes) else value for name, value in vars(self).items()
+        }
+
 
 KEYS = tuple(field.name for field in fields(Request))
+
+
+def absolute(request: Request) -> Request:
+    """The same request for a process that runs in another folder."""
+    named = {name: getattr(request, name) for name in FILES}
+    return replace(
+        request,
+        **{
+            name: str(Path(value).resolve())
+            for name, value in named.items()
+            if isinstance(value, str) and value != NO_HANDS
+        },
+    )
 
 
 class Refused(NamedTuple):
@@ -178,8 +210,9 @@ class RequestFile:
             )
         if self.jsonl:
             values = _json_line(line)
-            if isinstance(values.get("hands"), str) and values["hands"] != NO_HANDS:
-                values["hands"] = str(self.folder / values["hands"])
+            for name in FILES:
+                if isinstance(values.get(name), str) and values[name] != NO_HANDS:
+                    values[name] = str(self.folder / values[name])
         else:
             if b"\0" in line:
                 raise RequestError("The line must be UTF-8, got NUL bytes. Save the file as UTF-8.")
@@ -220,6 +253,8 @@ class Resolver:
             first = self.seed + self.images * self._seen[request]
             self._seen[request] += 1
         gaps = {name: value for name, value in with_defaults(self.defaults).items() if getattr(request, name) is None}
+        if request.image is not None and request.strength is None:
+            gaps["strength"] = STRENGTH if request.mask is None else MASKED_STRENGTH
         for seed in range(first, first + self.images):
             filled = replace(request, seed=seed, **gaps)
             if self.check is not None:
@@ -269,11 +304,17 @@ def take(source: Iterator[Request | None], most: int) -> tuple[list[Request], bo
 def picture_key(request: Request, bundle: str = "") -> str:
     """A hash (hexadecimal) of all that determines the picture of a filled request.
 
-    The content of the hands file counts, not its name. Raises RequestError when that file cannot be read.
+    The content of its files counts, not their names. Raises RequestError when one cannot be read.
     """
     values: dict[str, Any] = {**vars(request), "id": None, "bundle": bundle}
     if not values["hand_redraws"]:  # so that older pictures keep their keys
         del values["hand_redraws"]
+    for name in PICTURES:
+        source = values.pop(name)
+        if source is not None:
+            values[name] = digest(content_of(name, source))
+    if values["strength"] is None:
+        del values["strength"]
     if request.hands is not None and request.hands != NO_HANDS:
         try:
             values["hands"] = hashlib.sha256(read_file(Path(request.hands), MAX_HANDS)).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..errors import OutputError
 from ..files import written
+from .canvas import Canvas
 from .requests import Request
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -73,7 +74,7 @@ class Picture:
 def png(image: np.ndarray, picture: Picture) -> bytes:
     """PNG with the settings as text, so that a picture alone still says how it was made. image: uint8 [H, W, 3]."""
     info = PngInfo()
-    settings = {**asdict(picture.request), "hand_draws": picture.hand_draws, **picture.made_by}
+    settings = {**picture.request.said(), "hand_draws": picture.hand_draws, **picture.made_by}
     for name, value in settings.items():
         if value is not None:
             info.add_itxt(name, str(value).replace("\0", " "))
@@ -117,6 +118,8 @@ class Work:
     features: dict[str, np.ndarray] = field(default_factory=dict)  # a row of every output of hand_features
     inputs: dict[str, np.ndarray] = field(default_factory=dict)  # a row of every output of unet_context
     draws: int = 0  # how often stage 1 has drawn its hands
+    canvas: Canvas | None = None  # the picture that it brings
+    known: np.ndarray = field(default_factory=lambda: np.empty(0))  # its latents [C, h, w]
 
 
 def cancelled(request: Request) -> Failure:

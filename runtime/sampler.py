@@ -43,6 +43,7 @@ class Job:
     steps: inputs that change with the step, name -> [N, ...], such as "time".
     constants: inputs that do not, name -> array without a batch axis, such as "text" or "key_00".
     noise: step -> the noise it adds, of the state's shape, or None for zeros; None if no step adds any.
+    blend: (step, state after it) -> the state that goes on, of the same shape; None where that is the same.
     """
 
     key: Hashable
@@ -51,6 +52,7 @@ class Job:
     steps: Mapping[str, Array] = field(default_factory=dict)
     constants: Mapping[str, Array] = field(default_factory=dict)
     noise: Callable[[int], Array | None] | None = None
+    blend: Callable[[int, Array], Array] | None = None
 
 
 class Result(NamedTuple):
@@ -213,6 +215,9 @@ class StepSampler:
         for name in states:
             self._moving[name][:n] = outputs[name][:n]
         state = self._moving[self._state_name]
+        for i, job in enumerate(self._jobs[:n]):
+            if job.blend is not None:
+                state[i] = job.blend(int(position[i]), state[i])
         finite = np.isfinite(state[:n]).reshape(n, -1).all(axis=1)
         position += 1
         self.advanced = n

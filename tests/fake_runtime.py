@@ -54,6 +54,7 @@ ALIGNED = 256
 GARBAGE = 0xFF  # what new memory holds: NaN, as float32
 POLLS = 20_000  # queries in a row that bring nothing: the host would ask for ever
 DEFAULT = 0  # the default stream
+KERNELS = ("normal", "blend")  # that the fake knows
 STREAMS = (LATENTS, *(drawn_again(HANDS, draw) for draw in range(1 + MAX_REDRAWS)))  # of noise
 
 
@@ -211,7 +212,7 @@ class FakeRuntime:
         self.host: dict[int, Memory] = {}
         self.handles = itertools.count(0x1000, 16)
         self.streams = {DEFAULT: Stream(DEFAULT)}
-        self.events, self.graphs, self.executables, self.libraries = {}, {}, {}, {}
+        self.events, self.graphs, self.executables, self.libraries, self.kernels = {}, {}, {}, {}, {}
         self.host_clock: dict[int, int] = {}
         self.capturing: Capture | None = None
         self.problems: list[str] = []
@@ -682,7 +683,7 @@ class FakeRuntime:
     def cudaLibraryLoadData(
         self, code, jitOptions, jitOptionsValues, numJitOptions, libraryOptions, libraryOptionValues, numLibraryOptions
     ):
-        assert code.endswith(b"\0") and b".entry normal(" in code, "of kernels the fake knows the noise"
+        assert code.endswith(b"\0") and any(f".entry {name}(".encode() in code for name in KERNELS)
         handle = next(self.handles)
         self.libraries[handle] = code
         return OK, real.cudaLibrary_t(handle)
@@ -691,7 +692,9 @@ class FakeRuntime:
     def cudaLibraryGetKernel(self, library, name):
         if int(library) not in self.libraries or b".entry " + name + b"(" not in self.libraries[int(library)]:
             raise CallError(CODES.cudaErrorSymbolNotFound)
-        return OK, real.cudaKernel_t(next(self.handles))
+        handle = next(self.handles)
+        self.kernels[handle] = name.decode()
+        return OK, real.cudaKernel_t(handle)
 
     @call()
     def cudaLibraryUnload(self, library):
@@ -701,7 +704,7 @@ class FakeRuntime:
 
 
 class FakeDriver:
-    """The three names of `cuda.bindings.driver` that launching a kernel takes. It knows one kernel, the noise."""
+    """The three names of `cuda.bindings.driver` that launching a kernel takes. It knows KERNELS."""
 
     CUkernel, CUstream, CUresult = real_driver.CUkernel, real_driver.CUstream, real_driver.CUresult
 
@@ -713,24 +716,47 @@ class FakeDriver:
         extra,
     ):  # fmt: skip
         assert isinstance(f, self.CUkernel) and isinstance(hStream, self.CUstream)
-        (pointer, seed, key, draw, count, scale), types = kernelParams
-        for value, kind in zip(kernelParams[0], types, strict=True):
+        values, types = kernelParams
+        for value, kind in zip(values, types, strict=True):
             kind(value)  # as the bindings do: TypeError for what does not fit
-        threads = gridDimX * blockDimX * 4
-        assert threads >= count > threads - blockDimX * 4 and gridDimY == gridDimZ == blockDimY == blockDimZ == 1
-        (name,) = [name for name in STREAMS if stream_key(name) == key]
-        view = self.runtime.view(pointer, 4 * count)
-
-        def draw_noise() -> None:
-            view.view(np.float32)[:] = normal(seed, name, draw, (count,)) * np.float32(scale)
-
+        name = self.runtime.kernels[int(f)]
+        op, numbers, count = getattr(self, name)(*values)
+        threads = gridDimX * blockDimX * numbers
+        assert threads >= count > threads - blockDimX * numbers and gridDimY == gridDimZ == blockDimY == blockDimZ == 1
         if self.runtime.broken is not None:
             return (self.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)
         try:
-            self.runtime.enqueue(int(hStream), Op("the noise kernel", [], [(pointer, 4 * count)], draw_noise))
+            self.runtime.enqueue(int(hStream), op)
         except CallError:
             return (self.CUresult.CUDA_ERROR_INVALID_HANDLE,)
         return (self.CUresult.CUDA_SUCCESS,)
+
+    def floats(self, pointer: int, count: int) -> np.ndarray:
+        return self.runtime.view(pointer, 4 * count).view(np.float32)
+
+    def normal(self, pointer, seed, key, draw, count, scale) -> tuple[Op, int, int]:
+        """The operation, how many numbers a thread makes, and of how many in all."""
+        (name,) = [name for name in STREAMS if stream_key(name) == key]
+        target = self.floats(pointer, count)
+
+        def work() -> None:
+            target[:] = normal(seed, name, draw, (count,)) * np.float32(scale)
+
+        return Op("the noise kernel", [], [(pointer, 4 * count)], work), 4, count
+
+    def blend(self, x, known, noise, mask, picture, rest, cells, count) -> tuple[Op, int, int]:
+        """As `normal`."""
+        assert count % cells == 0
+        target, others = self.floats(x, count), [self.floats(pointer, count) for pointer in (known, noise)]
+        share = self.floats(mask, cells) if mask else None
+        reads = [(known, 4 * count), (noise, 4 * count)] + ([(mask, 4 * cells), (x, 4 * count)] if mask else [])
+
+        def work() -> None:
+            kept = np.float32(picture) * others[0] + np.float32(rest) * others[1]
+            m = None if share is None else np.tile(share, count // cells)
+            target[:] = kept if m is None else m * target + (1 - m) * kept
+
+        return Op("the blend kernel", reads, [(x, 4 * count)], work), 1, count
 
 
 class FakeDeviceEngine:

@@ -118,10 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
             return repo
         return None
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server_hub.log.append((self.command, path, self.headers.get("Range")))
         if found := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
@@ -148,10 +148,17 @@ class _Handler(BaseHTTPRequestHandler):
             lfs = {"sha256": repo.digest(name), "size": len(content), "pointerSize": 130}
             blob = hashlib.sha1(content).hexdigest()
             siblings.append(
-                {"rfilename": name, "size": len(content), "blobId": blob}
-                | ({"lfs": lfs} if name.endswith(LFS) else {})
+                {"rfilename": name, "size": len(content), "blobId": blob} | ({"lfs": lfs} if name.endswith(LFS) else {})
             )
-        return {"_id": "0", "id": id, "modelId": id, "sha": repo.sha, "siblings": siblings, "tags": [], "private": False}
+        return {
+            "_id": "0",
+            "id": id,
+            "modelId": id,
+            "sha": repo.sha,
+            "siblings": siblings,
+            "tags": [],
+            "private": False,
+        }
 
     def file(self, id: str, repo: Repo, name: str) -> None:
         if name not in repo.files:
@@ -168,20 +175,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def content(self, repo: Repo, name: str) -> None:
         content = repo.files[name]
-        headers = {"X-Repo-Commit": repo.sha, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+        headers = {
+            "X-Repo-Commit": repo.sha,
+            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "Accept-Ranges": "bytes",
+        }
         begin = 0
         if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
             begin = int(found[1])
             headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
         self.answer(206 if begin else 200, content[begin:], headers, repo.cut.get(name, -1))
 
-    def do_PUT(self) -> None:  # noqa: N802
+    def do_PUT(self) -> None:
         self.server_hub.log.append(("PUT", self.path, None))
         content = self.rfile.read(int(self.headers["Content-Length"]))
         self.server_hub.uploads[self.path.rpartition("/")[2]] = content
         self.answer(200)
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         path, hub = unquote(urlsplit(self.path).path), self.server_hub
         hub.log.append(("POST", path, None))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -197,16 +208,18 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
             files = json.loads(body)["files"]
             modes = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LFS) else "regular", "shouldIgnore": False}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(LFS) else "regular",
+                    "shouldIgnore": False,
+                }
                 for f in files
             ]
             return self.json({"files": modes})
         if path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
             upload = {o["oid"]: {"upload": {"href": f"{hub.url}/upload/{o['oid']}"}} for o in objects}
-            return self.json(
-                {"transfer": "basic", "objects": [{**o, "actions": upload[o["oid"]]} for o in objects]}
-            )
+            return self.json({"transfer": "basic", "objects": [{**o, "actions": upload[o["oid"]]} for o in objects]})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             repo = hub.repos[found[1]]
             for line in body.decode().splitlines():

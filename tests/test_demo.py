@@ -115,8 +115,8 @@ def test_running_needs_no_torch(tmp_path):
 def test_what_ships_is_small_and_free(pipeline):
     files = [path for path in (ROOT / "demo").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
     assert (
-        sum(path.stat().st_size for path in files) <= 46e6
-    )  # the model and its bundle 44.9 MB, the human body of the next world 0.5
+        sum(path.stat().st_size for path in files) <= 48e6
+    )  # the model and its bundle 46.2 MB, the human body of the next world 0.5
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl", ".ckpt", ".pth")]
     assert "licence-free" in Manifest.load(shipped.bundle_path()).made_by["body"]
 

@@ -73,7 +73,7 @@ from .stages import (
 from .state import averages, changes, data_of, finished
 
 ADAPTER = "adapter.safetensors"
-SOME_PICTURES = 64  # for the autoencoder's principal components, and for the scale of its latents
+SOME = 64  # pictures for the autoencoder's principal components, and for the scale of its latents
 MEASURED_SAMPLES = 4096  # samples for means and deviations
 GRID_SAMPLES = 16  # held-out samples of a sample grid
 MAX_BAD_SAMPLES = 20  # left-out samples to report
@@ -212,13 +212,15 @@ class Run:
         return torch.from_numpy(np.stack(images))
 
     def some_pictures(self, size: tuple[int, int]) -> Tensor:
-        """Up to SOME_PICTURES pictures from all over the data, not held out, uint8 [n, H, W, 3]. Raises TrainingError for none."""
+        """Up to SOME pictures from all over the data, not held out, uint8 [n, H, W, 3]. Raises TrainingError for none."""
         rows = np.flatnonzero(self.index.has_picture & ~self.held)
         if not len(rows):
             raise TrainingError(
                 f"{self.index.folder} must hold a picture to train on, got none. Add data: see hd-data."
             )
-        return self.images(rows[np.linspace(0, len(rows) - 1, min(len(rows), SOME_PICTURES)).astype(int)].tolist(), size)
+        return self.images(
+            rows[np.linspace(0, len(rows) - 1, min(len(rows), SOME)).astype(int)].tolist(), size
+        )
 
     def parts(self, stage: str) -> list[str]:
         """The folders of a stage: one, or one for each student."""

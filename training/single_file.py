@@ -61,7 +61,7 @@ def identify(path: Path) -> tuple[str, dict[str, str]]:
     if path.suffix in PICKLES:
         raise CheckpointError(
             f"{path} must be safetensors, got a pickle, which can run code when opened. Take the model's .safetensors, "
-            "or convert it where you trust its origin: python -c \"import torch, safetensors.torch; "
+            'or convert it where you trust its origin: python -c "import torch, safetensors.torch; '
             f"d = torch.load('{path}', weights_only=True, map_location='cpu'); d = d.get('state_dict', d); "
             "safetensors.torch.save_file({k: v.contiguous().clone() for k, v in d.items() if hasattr(v, 'shape')}, "
             f"'{path.with_suffix('.safetensors')}')\""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from handiffuser import schedules
+from handiffuser import noise_schedule, schedules
 from handiffuser.contract import row_columns
 from handiffuser.errors import BundleError, RequestError
 from handiffuser.schedules import NoiseSchedule, rows, solve
@@ -109,7 +109,7 @@ def runs(solver, prediction, zero_snr, first_is_noisy=True):
 @pytest.mark.parametrize("betas", [STABLE_DIFFUSION, COSINE], ids=["stable-diffusion", "cosine"])
 @pytest.mark.parametrize("zero_snr", [False, True], ids=["", "zero-snr"])
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("prediction", schedules.PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction", noise_schedule.PREDICTION_TYPES)
 @pytest.mark.parametrize("solver", PEERS)
 def test_equals_diffusers(solver, prediction, spacing, zero_snr, betas):
     config = {
@@ -146,7 +146,7 @@ def test_equals_diffusers(solver, prediction, spacing, zero_snr, betas):
 
 
 @pytest.mark.parametrize("betas", [STABLE_DIFFUSION, COSINE], ids=["stable-diffusion", "cosine"])
-@pytest.mark.parametrize("prediction", schedules.PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction", noise_schedule.PREDICTION_TYPES)
 @pytest.mark.parametrize("solver", PEERS)
 def test_close_to_diffusers_as_it_is(solver, prediction, betas):
     """diffusers keeps its own tables in float32, which is what it loses against the exact ones."""

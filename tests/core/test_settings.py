@@ -31,7 +31,8 @@ from handiffuser.settings import (
 from handiffuser.settings import SOLVERS as NAMES
 
 ROOT = Path(__file__).parents[2]
-OWN = {"prompt", "id", "hands"}  # what a request is, not how it is made: each front end has its own way to say it
+# What a request is, not how it is made: each front end has its own way to say it.
+OWN = {"prompt", "id", "hands", "image", "mask"}
 
 
 def test_all_front_ends_know_the_same_set():
@@ -70,11 +71,12 @@ def test_bounds_are_the_same_everywhere_and_an_error_names_the_setting(name):
     assert (kind.min, kind.max) == (setting.least, setting.most)
     schema = Generation.model_json_schema()["properties"][http_name(name)]["anyOf"][0]
     assert (schema["minimum"], schema["maximum"]) == (setting.least, setting.most)
+    image = {"image": "a.png"} if name == "strength" else {}
     for value in (setting.least, setting.most):
-        assert getattr(Request("a", **{name: setting.kind(value)}), name) == value
+        assert getattr(Request("a", **{name: setting.kind(value)}, **image), name) == value
     for value in (setting.least - 1, setting.most * 2 + 1, "much"):
         with pytest.raises(RequestError, match=f"^{name} must be {setting.constraint}, got ") as caught:
-            Request("a", **{name: value})
+            Request("a", **{name: value}, **image)
         assert (caught.value.param, caught.value.code) == (name, "invalid_value")
 
 

@@ -61,7 +61,7 @@ def step_graph(name: str, state: str, shape: str, K: int, extra: str, constants:
 
 
 def graphs(h: int, w: int) -> dict[str, str]:
-    """The eight graphs; latents are h x w, pictures 4h x 4w."""
+    """All graphs; latents are h x w, pictures 4h x 4w."""
     prior = """
         first = Gather <axis = 1> (text, start)
         second = Gather <axis = 1> (text, end)
@@ -184,6 +184,23 @@ def graphs(h: int, w: int) -> dict[str, str]:
             r = Round (f)
             moved = Transpose <perm = [0, 2, 3, 1]> (r)
             image = Cast <to = 2> (moved)
+            size = Abs (latents)
+            small_ = LessOrEqual (size, largest)
+            small_f = Cast <to = 1> (small_)
+            finite = ReduceMin <keepdims = 0> (small_f, rest)
+        }}""",
+        "image_encoder": HEADER
+        + f"""image_encoder (uint8[B,{4 * h},{4 * w},3] image) => (float[B,4,{h},{w}] latents, float[B] finite)
+        <float half = {{127.5}}, float unit = {{1}}, int64[1] one = {{1}}, float largest = {{3.4e38}},
+         int64[3] rest = {{1, 2, 3}}>
+        {{
+            f = Cast <to = 1> (image)
+            moved = Transpose <perm = [0, 3, 1, 2]> (f)
+            mean = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (moved)
+            scaled = Div (mean, half)
+            rgb = Sub (scaled, unit)
+            grey = ReduceMean <keepdims = 1> (rgb, one)
+            latents = Concat <axis = 1> (rgb, grey)
             size = Abs (latents)
             small_ = LessOrEqual (size, largest)
             small_f = Cast <to = 1> (small_)

@@ -134,6 +134,72 @@ def test_hands_are_drawn_again_as_on_the_host(device_loop, toy_bundle, monkeypat
         np.testing.assert_allclose(ours["params"], theirs["params"], rtol=1e-5, atol=1e-5)
 
 
+def with_pictures(count, seed=0):
+    """Requests with a picture, a soft mask, both with a strength, and neither."""
+    random = np.random.default_rng(seed)
+    kinds = []
+    for i in range(3):
+        image = random.integers(0, 256, (32, 32, 3), np.uint8)
+        mask = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
+        kinds += [{}, {"image": image}, {"image": image, "mask": mask}]
+        kinds += [{"image": image, "mask": mask, "strength": 0.5 + 0.1 * i}]
+    return [replace(request, **kinds[i % len(kinds)]) for i, request in enumerate(mixed(count, seed))]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_pictures_that_requests_bring(device_loop, toy_bundle, seed, overlap):
+    """In the same batches as all others; a second run finds the buffers of the first."""
+    loop = device_loop(toy_bundle, seed, overlap=overlap)
+    requests = prepared(loop, with_pictures(13, seed))
+    on_host = {picture.id: picture for picture in loop.pipeline.run(requests)}
+    same(run(loop, requests)[0], on_host, levels=1)
+    taken = len(loop.pictures.free)
+    same(run(loop, requests)[0], on_host, levels=1)
+    assert 0 < len(loop.pictures.free) <= taken + 2 and not loop.pictures.lent
+
+
+def test_a_refused_kernel_leaves_the_blend_to_the_host(device_loop, toy_bundle, monkeypatch):
+    refuse = lambda *_: (_ for _ in ()).throw(EngineError("CUDA failed."))  # noqa: E731
+    monkeypatch.setattr(Cuda, "kernel", refuse)
+    loop = device_loop(toy_bundle, 2)
+    assert any("blends pictures" in sentence for sentence in loop.warnings())
+    requests = prepared(loop, with_pictures(5))
+    same(run(loop, requests)[0], {picture.id: picture for picture in loop.pipeline.run(requests)}, levels=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_picture_that_is_cancelled_gives_its_memory_back(device_loop, toy_bundle, seed):
+    loop = device_loop(toy_bundle, seed)
+    requests = prepared(loop, with_pictures(9, 5))
+    dropped = [requests[2].id, requests[7].id]
+    steps = []
+
+    def tell(kind, count):
+        steps.append(kind)
+        if steps.count("steps") == 2:
+            for id in dropped:
+                loop.cancel(id)
+
+    results = {result.id: result for result in loop.run(requests, tell)}
+    assert {id for id, result in results.items() if isinstance(result, Failure)} <= set(dropped)
+    kept = {id: result for id, result in results.items() if not isinstance(result, Failure)}
+    on_host = {p.id: p for p in loop.pipeline.run(requests)}
+    same(kept, {id: on_host[id] for id in kept}, levels=1)
+    assert len(kept) < len(requests) and not loop.pictures.lent
+
+
+def test_a_picture_whose_file_went_fails_alone(device_loop, toy_bundle, tmp_path):
+    loop = device_loop(toy_bundle)
+    path = tmp_path / "a.png"
+    path.write_bytes(with_pictures(2)[1].image)
+    requests = prepared(loop, [Request("a", image=str(path)), Request("b")])
+    path.unlink()
+    results, _ = run(loop, requests)
+    assert "does not exist" in results[requests[0].id].sentence
+    assert results[requests[1].id].image.any()
+
+
 class InBfloat16:
     """A bfloat16 graph by way of its emulation, which takes and gives float32."""
 
