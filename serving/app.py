@@ -26,6 +26,7 @@ from ..errors import RequestError
 from ..runtime.requests import Request
 from ..schedules import SOLVERS
 from . import hands as editing
+from . import sdapi
 from . import service as keeping
 from .fields import Edit, Generation, HandsRequest, as_json
 from .guard import Guard
@@ -70,9 +71,10 @@ def make_app(service: Service) -> FastAPI:
     add_models(app, service)
     add_health(app, service)
     add_page(app)
-    posts = {getattr(route, "path", "") for route in app.routes if "POST" in getattr(route, "methods", ())}
+    app.include_router(sdapi.make_router(service))
+    posts = frozenset(getattr(route, "path", "") for route in app.routes if "POST" in getattr(route, "methods", ()))
     app.add_middleware(
-        Guard, keys=service.keys, metrics=service.metrics, max_body=service.limits.body, posts=frozenset(posts)
+        Guard, keys=service.keys, metrics=service.metrics, max_body=service.limits.body, posts=posts - sdapi.BARE
     )
     if service.front.cors:
         app.add_middleware(

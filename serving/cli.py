@@ -72,6 +72,8 @@ def _named(_: click.Context, parameter: click.Parameter, given: Any) -> Any:
 @click.option("--any-size", is_flag=True, help="Scale pictures to the size of the request instead of refusing it.")
 @click.option("--response-format", type=click.Choice(["b64_json", "url"]), default="b64_json",
               help="Form of pictures when a request does not name one.")  # fmt: skip
+@click.option("--default-negative-prompt", default="", metavar="TEXT",
+              help="Negative prompt of requests that give none.")  # fmt: skip
 @click.option("--public-url", metavar="URL",
               help="URL of this server behind a proxy: the URLs in answers begin with it.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, help="Pictures that a worker makes at once.")
@@ -115,7 +117,10 @@ def serve(engines: str, **options: Any) -> int:
         options["response_format"],
         checked_url(options["public_url"]) if options["public_url"] else None,
         tuple(checked_origin(origin) for origin in options["cors"]),
+        options["default_negative_prompt"],
     )
+    if front.negative_prompt and bundle.manifest.defaults["guidance"] == 1:
+        _say("--default-negative-prompt has an effect on requests with a guidance alone: this bundle's guidance is 1.")
     failure: HanDiffuserError | None = None
     with private_folder() as private:
         service = Service(bundle, dispatcher, name, limits, keys, metrics, Path(private), front)

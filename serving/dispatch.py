@@ -82,10 +82,11 @@ class Ticket:
         made = messages.HandsMade if self.hands_only else messages.PictureMade
         return isinstance(message, (made, messages.Failed))
 
-    async def result(self) -> messages.Answer:
-        """The last answer; skips those before it."""
+    async def result(self, hear: Callable[[messages.Answer], None] = lambda message: None) -> messages.Answer:
+        """The last answer. hear: called with each answer as it comes."""
         while True:
             message = await self.inbox.get()
+            hear(message)
             if self.ends_with(message):
                 return message
 

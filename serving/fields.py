@@ -43,16 +43,22 @@ def nullable(schema: dict[str, Any]) -> None:
             field["anyOf"] = [*(kept if (kept := kind.get("anyOf")) else [kind]), {"type": "null"}]
 
 
-class Strict(BaseModel):
-    """An object of known fields with exact types. null counts as a missing field."""
+class Nullable(BaseModel):
+    """An object in which null counts as a missing field."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=nullable)
+    model_config = ConfigDict(allow_inf_nan=False, json_schema_extra=nullable)
 
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, given: Any) -> Any:
         """OpenAI's clients send null for every field that the caller did not set."""
         return {name: v for name, v in given.items() if v is not None} if isinstance(given, dict) else given
+
+
+class Strict(Nullable):
+    """An object of known fields with exact types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class HandsField(Strict):

@@ -7,6 +7,7 @@ id, a line in the log and a place in the metrics. `Protocol` limits the time of 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import secrets
@@ -30,6 +31,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 DISCARDED_BODIES = 16  # times the largest body: the guard reads so much of a body that is too large
 HEADER_SECONDS, BODY_SECONDS = 10.0, 30.0  # for a client to send the headers and the body
+API = ("/v1/", "/sdapi/")
 READER_SECONDS = 60.0  # for a client to read a part of the answer
 SECURITY = [
     (b"x-content-type-options", b"nosniff"),
@@ -43,7 +45,7 @@ SECURITY = [
 
 
 class Guard:
-    """ASGI middleware. Paths below /v1/ need a key if the server has keys. posts: paths that take a body of JSON."""
+    """ASGI middleware. Paths of API need a key if the server has keys. posts: paths that take a body of JSON."""
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class Guard:
             seconds = time.monotonic() - started
             path = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(path, str(entry["status"])).inc()
-            if path.startswith("/v1/"):
+            if path.startswith(API):
                 self.metrics.latency.labels(path).observe(seconds)
             if path not in ("/healthz", "/readyz", "/metrics") or entry["status"] >= 500:
                 said = scope["path"][:200] if path == "other" else path
@@ -133,10 +135,9 @@ class Guard:
     def _check_key(self, scope: Scope, headers: dict[bytes, bytes], entry: dict[str, Any]) -> JSONResponse | None:
         """A refusal, or None; notes the key's owner in the entry."""
         path = scope["path"]
-        if not path.startswith("/v1/") or self.keys.path is None or scope["method"] == "OPTIONS":
+        if not path.startswith(API) or self.keys.path is None or scope["method"] == "OPTIONS":
             return None
-        kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        owner = self.keys.owner(key.strip()) if kind.lower() == "bearer" else None
+        owner = self.keys.owner(_key(headers.get(b"authorization", b"").decode("latin-1")))
         if owner is None and not path.startswith("/v1/files/"):  # the names of files are secret
             sentence = "The API key is missing or wrong. Send it as the header Authorization: Bearer KEY."
             return problem(401, sentence, code="invalid_api_key", www_authenticate="Bearer")
@@ -146,6 +147,15 @@ class Guard:
     def _say(self, entry: dict[str, Any]) -> None:
         with contextlib.suppress(OSError, ValueError):  # the server answers even when the disk of its log is full
             print(json.dumps(entry, ensure_ascii=True), file=self.log, flush=True)
+
+
+def _key(header: str) -> str:
+    """The key in `Authorization: Bearer KEY`, or the password of `Basic`, which clients of /sdapi/ send."""
+    kind, _, value = header.partition(" ")
+    if kind.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(value, validate=True).decode().rpartition(":")[2].strip()
+    return value.strip() if kind.lower() == "bearer" else ""
 
 
 def _wrong_form(headers: dict[bytes, bytes]) -> str | None:

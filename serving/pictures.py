@@ -106,6 +106,8 @@ class Painting:
         """One for each picture. Raises RequestError for what the bundle cannot run."""
         body = self.body
         settings = {**body.settings(), "seed": seed}
+        if settings.get("guidance", self.service.bundle.manifest.defaults["guidance"]) != 1:
+            settings.setdefault("negative_prompt", self.service.front.negative_prompt)
         request = Request(body.prompt, hands=self.service.hands_path(body.hands), **settings)
         return self.service.prepare(request, body.n)
 
@@ -128,23 +130,39 @@ class Painting:
         return entry | {"b64_json": base64_of(content)}
 
 
-async def paint(service: Service, body: Generation, http: Http) -> Response:
-    """Answers a request for pictures. Raises RequestError, BusyError and UnfinishedError."""
-    painting = Painting(service, body, http)
-    limits, dispatcher = service.limits, service.dispatcher
+async def begin(
+    painting: Painting, http: Http, previews: Callable[[int], list[int]] = lambda steps: [], hands_first: bool = False
+) -> tuple[list[Ticket], float]:
+    """Puts the pictures of a request into the queue. Returns their tickets, and when the request's time is over.
+
+    previews: steps of a picture -> those after which a preview comes. Raises RequestError and BusyError.
+    """
+    service, body = painting.service, painting.body
+    limits = service.limits
     deadline = asyncio.get_running_loop().time() + min(body.timeout or limits.timeout, limits.timeout)
-    seed = drawn_seed(body.seed)
-    requests = await asyncio.to_thread(painting.requests, seed)
+    requests = await asyncio.to_thread(painting.requests, drawn_seed(body.seed))
     service.forget_hands()
     logged = http.scope["handiffuser"]
     logged.update(n=body.n, steps=requests[0].steps, ids=[request.id for request in requests])
     if (user := body.safety_identifier or body.user) is not None:
         logged["user"] = user
+    steps = previews(requests[0].steps or 1)
+    return service.dispatcher.submit(logged["owner"], requests, steps, hands_first), deadline
+
+
+async def paint(service: Service, body: Generation, http: Http) -> Response:
+    """Answers a request for pictures. Raises RequestError, BusyError and UnfinishedError."""
+    painting = Painting(service, body, http)
+    logged = http.scope["handiffuser"]
     partial_images = body.partial_images if body.stream else 0
-    steps = preview_steps(requests[0].steps or 1, partial_images - 1) if partial_images > 1 else []
-    tickets = dispatcher.submit(logged["owner"], requests, steps, hands_first=partial_images > 0)
+    tickets, deadline = await begin(
+        painting,
+        http,
+        lambda steps: preview_steps(steps, partial_images - 1) if partial_images > 1 else [],
+        hands_first=partial_images > 0,
+    )
     if body.stream:
-        return Stream(_stream(painting, tickets[0], deadline), lambda: dispatcher.cancel(tickets))
+        return Stream(_stream(painting, tickets[0], deadline), lambda: service.dispatcher.cancel(tickets))
     answers = await wait_for(http, service, tickets, deadline)
     if answers is None:
         return Response(status_code=499)
@@ -170,8 +188,14 @@ def checked(answer: Answer) -> HandsMade | Preview | PictureMade:
     return answer
 
 
-async def wait_for(http: Http, service: Service, tickets: list[Ticket], deadline: float) -> list[Answer] | None:
-    """The last answer of each ticket; None when the client has gone. Raises UnfinishedError.
+async def wait_for(
+    http: Http,
+    service: Service,
+    tickets: list[Ticket],
+    deadline: float,
+    hear: Callable[[Answer], None] = lambda answer: None,
+) -> list[Answer] | None:
+    """The last answer of each ticket; None when the client has gone. Raises UnfinishedError. hear: see `Ticket.result`.
 
     In every case the loop then drops the tickets that are not done.
     """
@@ -181,7 +205,7 @@ async def wait_for(http: Http, service: Service, tickets: list[Ticket], deadline
             pass
 
     async def all_of() -> list[Answer]:
-        return [checked(await ticket.result()) for ticket in tickets]
+        return [checked(await ticket.result(hear)) for ticket in tickets]
 
     answer, left = asyncio.create_task(all_of()), asyncio.create_task(gone())
     try:

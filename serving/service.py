@@ -43,6 +43,7 @@ class Front:
     response_format: str = "b64_json"  # if a request names none
     public_url: str | None = None  # the URL of / for clients, without a slash at the end
     cors: tuple[str, ...] = ()  # origins whose pages may send requests
+    negative_prompt: str = ""  # of guided requests that give none
 
 
 @dataclass(frozen=True)
