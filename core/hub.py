@@ -16,6 +16,7 @@ import functools
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,15 +144,13 @@ class Snapshot:
     def get(self, names: Iterable[str]) -> None:
         """Downloads files that the cache lacks, and checks their hashes. Raises HubError."""
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import disable_progress_bars
 
         missing = [name for name in dict.fromkeys(names) if not (self.folder / name).is_file()]
         if not missing:
             return
         total = sum(self.sizes[name] for name in missing)
         self._check_room(total)
-        if not sys.stderr.isatty() or self.quiet:
-            disable_progress_bars()
+        show_bars(sys.stderr.isatty() and not self.quiet)
         if not self.quiet and total > LARGEST_SMALL // 128:
             _say(f"Fetching {len(missing)} files of {self.id} ({_size(total)}).")
         for name in missing:
@@ -371,6 +370,15 @@ def _named(folder: Path, id: Id) -> Iterator[None]:
         yield
     except (CheckpointError, BundleError) as error:
         raise type(error)(str(error).replace(str(folder), f"{PREFIX}{id}")) from None
+
+
+def show_bars(wanted: bool) -> None:
+    """huggingface_hub's progress bars: for a terminal, and not in a log."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    with warnings.catch_warnings():  # where HF_HUB_DISABLE_PROGRESS_BARS says otherwise, the user's word counts
+        warnings.simplefilter("ignore")
+        (enable_progress_bars if wanted else disable_progress_bars)()
 
 
 def offline() -> bool:

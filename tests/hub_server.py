@@ -148,10 +148,17 @@ class _Handler(BaseHTTPRequestHandler):
             lfs = {"sha256": repo.digest(name), "size": len(content), "pointerSize": 130}
             blob = hashlib.sha1(content).hexdigest()
             siblings.append(
-                {"rfilename": name, "size": len(content), "blobId": blob}
-                | ({"lfs": lfs} if name.endswith(LFS) else {})
+                {"rfilename": name, "size": len(content), "blobId": blob} | ({"lfs": lfs} if name.endswith(LFS) else {})
             )
-        return {"_id": "0", "id": id, "modelId": id, "sha": repo.sha, "siblings": siblings, "tags": [], "private": False}
+        return {
+            "_id": "0",
+            "id": id,
+            "modelId": id,
+            "sha": repo.sha,
+            "siblings": siblings,
+            "tags": [],
+            "private": False,
+        }
 
     def file(self, id: str, repo: Repo, name: str) -> None:
         if name not in repo.files:
@@ -168,7 +175,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def content(self, repo: Repo, name: str) -> None:
         content = repo.files[name]
-        headers = {"X-Repo-Commit": repo.sha, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+        headers = {
+            "X-Repo-Commit": repo.sha,
+            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "Accept-Ranges": "bytes",
+        }
         begin = 0
         if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
             begin = int(found[1])
@@ -191,22 +202,24 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             id = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             if id in hub.repos:
-                return self.answer(409, b'{"error": "You already created this model repo", "url": "/"}')
-            hub.repos[id] = Repo({}, private=bool(asked.get("private")))
+                return self.answer(409, json.dumps({"error": "It exists.", "url": f"{hub.url}/{id}"}).encode())
+            hub.repos[id] = Repo({}, private=bool(asked.get("private")) or asked.get("visibility") == "private")
             return self.json({"url": f"{hub.url}/{id}", "name": id})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
             files = json.loads(body)["files"]
             modes = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LFS) else "regular", "shouldIgnore": False}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(LFS) else "regular",
+                    "shouldIgnore": False,
+                }
                 for f in files
             ]
             return self.json({"files": modes})
         if path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
             upload = {o["oid"]: {"upload": {"href": f"{hub.url}/upload/{o['oid']}"}} for o in objects}
-            return self.json(
-                {"transfer": "basic", "objects": [{**o, "actions": upload[o["oid"]]} for o in objects]}
-            )
+            return self.json({"transfer": "basic", "objects": [{**o, "actions": upload[o["oid"]]} for o in objects]})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             repo = hub.repos[found[1]]
             for line in body.decode().splitlines():

@@ -67,7 +67,13 @@ def vae_key(key: str, levels: int) -> str:
     key = key.replace("upsamplers.0", "upsample").replace("mid_block.attentions.0", "mid.attn_1")
     key = key.replace("mid_block", "mid").replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
     if "attn_1" in key:
-        for ours, theirs in (("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v")):
+        for ours, theirs in (
+            ("group_norm", "norm"),
+            ("to_out.0", "proj_out"),
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+        ):
             key = key.replace(f"attn_1.{ours}.", f"attn_1.{theirs}.")
     return key
 
@@ -95,7 +101,9 @@ def clip_tensors(tensors: dict[str, torch.Tensor], open_clip: bool) -> dict[str,
     return {f"cond_stage_model.model.{key}": value for key, value in found.items()}
 
 
-def single_file(folder: Path, path: Path, open_clip: bool = False, dtype: torch.dtype = torch.float32, **metadata) -> Path:
+def single_file(
+    folder: Path, path: Path, open_clip: bool = False, dtype: torch.dtype = torch.float32, **metadata
+) -> Path:
     """Writes the weights of a folder in diffusers' layout into one file."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     vae = AutoencoderKL.from_pretrained(folder / "vae")

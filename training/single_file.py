@@ -61,7 +61,7 @@ def identify(path: Path) -> tuple[str, dict[str, str]]:
     if path.suffix in PICKLES:
         raise CheckpointError(
             f"{path} must be safetensors, got a pickle, which can run code when opened. Take the model's .safetensors, "
-            "or convert it where you trust its origin: python -c \"import torch, safetensors.torch; "
+            'or convert it where you trust its origin: python -c "import torch, safetensors.torch; '
             f"d = torch.load('{path}', weights_only=True, map_location='cpu'); d = d.get('state_dict', d); "
             "safetensors.torch.save_file({k: v.contiguous().clone() for k, v in d.items() if hasattr(v, 'shape')}, "
             f"'{path.with_suffix('.safetensors')}')\""
@@ -155,7 +155,10 @@ def write_configs(folder: Path, version: str, prediction: str) -> None:
     sizes = (1024, 4096, 23, 16) if two else (768, 3072, 12, 12)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     clip |= dict(zip(names, sizes, strict=True))
-    unet: dict[str, Any] = {"_class_name": "UNet2DConditionModel", "sample_size": size}
+    unet: dict[str, Any] = {"_class_name": "UNet2DConditionModel", "sample_size": size, "layers_per_block": 2}
+    unet |= {"block_out_channels": [320, 640, 1280, 1280]}  # diffusers' conversion reads what its classes assume, too
+    unet |= {"down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]}
+    unet |= {"up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
     unet |= {"cross_attention_dim": sizes[0], "attention_head_dim": [5, 10, 20, 20] if two else 8}
     if two:
         unet |= {"use_linear_projection": True, "upcast_attention": prediction == "v_prediction"}

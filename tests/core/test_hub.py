@@ -62,7 +62,10 @@ def again(*arguments, **options):
         ("here/name", None),  # a folder `here` exists: a misspelt path
         ("hf://here/name", ("here/name", None)),
         ("here/there", None),
-        *((name, None) for name in ("demo2", "./demo2", "../demo2", "/a/b", "a/b/c", "a/", "org/model.safetensors", "")),
+        *(
+            (name, None)
+            for name in ("demo2", "./demo2", "../demo2", "/a/b", "a/b/c", "a/", "org/model.safetensors", "")
+        ),
     ],
 )
 def test_what_is_an_id(name, wanted, tmp_path, monkeypatch):
@@ -72,7 +75,9 @@ def test_what_is_an_id(name, wanted, tmp_path, monkeypatch):
     assert hub.parse(tmp_path / "org/name") is None
 
 
-@pytest.mark.parametrize("name", ["hf://name", "hf://a/b/c", "hf://org/../x", "hf://", "hf://org/name@", "hf://o/n@a b"])
+@pytest.mark.parametrize(
+    "name", ["hf://name", "hf://a/b/c", "hf://org/../x", "hf://", "hf://org/name@", "hf://o/n@a b"]
+)
 def test_a_bad_id(name):
     with pytest.raises(HubError, match="must be hf://ORGANISATION/NAME"):
         hub.parse(name)
@@ -212,7 +217,10 @@ def test_gated_missing_and_private(server, monkeypatch):
     stable_diffusion(server, gated=True)
     stable_diffusion(server, "org/private", private=True)
     for id, said in (
-        ("org/sd", rf"org/sd is gated.*Accept them at {server.url}/org/sd, log in with `hf auth login` or set HF_TOKEN"),
+        (
+            "org/sd",
+            rf"org/sd is gated.*Accept them at {server.url}/org/sd, log in with `hf auth login` or set HF_TOKEN",
+        ),
         ("org/none", f"org/none is neither a folder here nor a repository at {server.url}"),
         ("org/private", "If it is private, log in"),
     ):
@@ -231,7 +239,9 @@ def test_without_a_connection(server, monkeypatch, capsys):
     server.log.clear()
     assert again("org/sd", "stable-diffusion") == folder and not server.log
     assert again(f"org/sd@{repo.sha}", "stable-diffusion") == folder
-    with pytest.raises(HubError, match="org/other is neither a folder here nor in the cache, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        HubError, match="org/other is neither a folder here nor in the cache, and HF_HUB_OFFLINE is set"
+    ):
         hub.fetch("org/other", "stable-diffusion")
     (folder / WEIGHTS["unet"]).unlink()
     with pytest.raises(HubError, match="The cache holds only a part of org/sd: it lacks the weights of unet"):
@@ -266,9 +276,7 @@ def test_a_token_stays_with_the_hub(server, monkeypatch):
     seen = []
     handler = server.server.RequestHandlerClass
     plain = handler.content
-    monkeypatch.setattr(
-        handler, "content", lambda self, *a: (seen.append((self.path, self.token)), plain(self, *a))[1]
-    )
+    monkeypatch.setattr(handler, "content", lambda self, *a: (seen.append((self.path, self.token)), plain(self, *a))[1])
     hub.fetch("org/sd", "stable-diffusion")
     assert {token for path, token in seen if path.startswith("/cdn/")} == {None}
     assert {token for path, token in seen if not path.startswith("/cdn/")} == {GOOD_TOKEN}
