@@ -171,8 +171,8 @@ class Snapshot:
         free = shutil.disk_usage(there).free
         if free < needed:
             raise HubError(
-                f"The disk of {HF_HUB_CACHE} must have {_size(needed)} free for {self.id}, got {_size(free)}. Free some, "
-                "or set HF_HOME to a folder on another disk."
+                f"The disk of {HF_HUB_CACHE} must have {_size(needed)} free for {self.id}, got {_size(free)}. Free "
+                "some, or set HF_HOME to a folder on another disk."
             )
 
     def read(self, name: str) -> dict[str, Any]:
@@ -242,8 +242,8 @@ def _parts(copy: Snapshot, kind: str) -> list[str]:
         return list(STABLE_DIFFUSION)
     if not ours:
         raise HubError(
-            f"{copy.id} must be a HanDiffuser checkpoint, got a {index.get('_class_name', 'pipeline')}. If it is Stable "
-            f"Diffusion 1.x or 2.x, make a checkpoint of it: hd-train init {PREFIX}{copy.id} start"
+            f"{copy.id} must be a HanDiffuser checkpoint, got a {index.get('_class_name', 'pipeline')}. If it is "
+            f"Stable Diffusion 1.x or 2.x, make a checkpoint of it: hd-train init {PREFIX}{copy.id} start"
         )
     return [name for name, entry in index.items() if isinstance(entry, list) and re.fullmatch(r"\w+", name)]
 
@@ -276,8 +276,8 @@ def _not_ours(id: Id, head: str, names: set[str]) -> str:
     single = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
     if head == MODEL_INDEX and single:
         return (
-            f"{id} must have a {head}, got single files. Fetch one and give its path: hf download {id.repo} {single[0]} "
-            "--local-dir ."
+            f"{id} must have a {head}, got single files. Fetch one and give its path: hf download {id.repo} "
+            f"{single[0]} --local-dir ."
         )
     return f"{id} must have a {head}. Give the id of a whole model."
 

@@ -104,6 +104,6 @@ handiffuser toolkit {made_by.get("handiffuser", "")} exported it{origin}, opset 
 
 def _licensed(what: str) -> str:
     return (
-        f"{what} holds arrays of an SMPL-H body, whose licence forbids passing them on: --push must have the demo's free "
-        "body. Export without --body."
+        f"{what} holds arrays of an SMPL-H body, whose licence forbids passing them on: --push must have the demo's "
+        "free body. Export without --body."
     )

@@ -118,10 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
             return repo
         return None
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server_hub.log.append((self.command, path, self.headers.get("Range")))
         if found := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
@@ -186,13 +186,13 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
         self.answer(206 if begin else 200, content[begin:], headers, repo.cut.get(name, -1))
 
-    def do_PUT(self) -> None:  # noqa: N802
+    def do_PUT(self) -> None:
         self.server_hub.log.append(("PUT", self.path, None))
         content = self.rfile.read(int(self.headers["Content-Length"]))
         self.server_hub.uploads[self.path.rpartition("/")[2]] = content
         self.answer(200)
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         path, hub = unquote(urlsplit(self.path).path), self.server_hub
         hub.log.append(("POST", path, None))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -122,7 +122,8 @@ def to_folder(path: Path, folder: Path, prediction: str | None = None) -> Path:
         if isinstance(error, (KeyError, NotImplementedError)):  # the latter: a tensor stayed without values
             what = f" {error.args[0]}" if isinstance(error, KeyError) else ""
             raise CheckpointError(
-                f"{path} must hold all tensors of Stable Diffusion {version}, but lacks some{what}. Take the whole model."
+                f"{path} must hold all tensors of Stable Diffusion {version}, but lacks some{what}. Take the whole "
+                "model."
             ) from None
         raise CheckpointError(f"{path} cannot be read as Stable Diffusion {version}: {first_line(error)}") from None
     for part in ("unet", "vae", "text_encoder"):
