@@ -19,7 +19,7 @@ class BundleError(HanDiffuserError):
 
 
 class HubError(HanDiffuserError):
-    """A model of the Hub cannot be fetched or pushed: missing, gated, unreachable, damaged, or too large for the disk."""
+    """A model cannot be fetched from the Hub or pushed: missing, gated, unreachable, damaged, or too large."""
 
 
 class ExportError(HanDiffuserError):

@@ -16,6 +16,7 @@ import functools
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,15 +144,13 @@ class Snapshot:
     def get(self, names: Iterable[str]) -> None:
         """Downloads files that the cache lacks, and checks their hashes. Raises HubError."""
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import disable_progress_bars
 
         missing = [name for name in dict.fromkeys(names) if not (self.folder / name).is_file()]
         if not missing:
             return
         total = sum(self.sizes[name] for name in missing)
         self._check_room(total)
-        if not sys.stderr.isatty() or self.quiet:
-            disable_progress_bars()
+        show_bars(sys.stderr.isatty() and not self.quiet)
         if not self.quiet and total > LARGEST_SMALL // 128:
             _say(f"Fetching {len(missing)} files of {self.id} ({_size(total)}).")
         for name in missing:
@@ -172,8 +171,8 @@ class Snapshot:
         free = shutil.disk_usage(there).free
         if free < needed:
             raise HubError(
-                f"The disk of {HF_HUB_CACHE} must have {_size(needed)} free for {self.id}, got {_size(free)}. Free some, "
-                "or set HF_HOME to a folder on another disk."
+                f"The disk of {HF_HUB_CACHE} must have {_size(needed)} free for {self.id}, got {_size(free)}. Free "
+                "some, or set HF_HOME to a folder on another disk."
             )
 
     def read(self, name: str) -> dict[str, Any]:
@@ -243,8 +242,8 @@ def _parts(copy: Snapshot, kind: str) -> list[str]:
         return list(STABLE_DIFFUSION)
     if not ours:
         raise HubError(
-            f"{copy.id} must be a HanDiffuser checkpoint, got a {index.get('_class_name', 'pipeline')}. If it is Stable "
-            f"Diffusion 1.x or 2.x, make a checkpoint of it: hd-train init {PREFIX}{copy.id} start"
+            f"{copy.id} must be a HanDiffuser checkpoint, got a {index.get('_class_name', 'pipeline')}. If it is "
+            f"Stable Diffusion 1.x or 2.x, make a checkpoint of it: hd-train init {PREFIX}{copy.id} start"
         )
     return [name for name, entry in index.items() if isinstance(entry, list) and re.fullmatch(r"\w+", name)]
 
@@ -277,8 +276,8 @@ def _not_ours(id: Id, head: str, names: set[str]) -> str:
     single = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
     if head == MODEL_INDEX and single:
         return (
-            f"{id} must have a {head}, got single files. Fetch one and give its path: hf download {id.repo} {single[0]} "
-            "--local-dir ."
+            f"{id} must have a {head}, got single files. Fetch one and give its path: hf download {id.repo} "
+            f"{single[0]} --local-dir ."
         )
     return f"{id} must have a {head}. Give the id of a whole model."
 
@@ -371,6 +370,15 @@ def _named(folder: Path, id: Id) -> Iterator[None]:
         yield
     except (CheckpointError, BundleError) as error:
         raise type(error)(str(error).replace(str(folder), f"{PREFIX}{id}")) from None
+
+
+def show_bars(wanted: bool) -> None:
+    """huggingface_hub's progress bars: for a terminal, and not in a log."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    with warnings.catch_warnings():  # where HF_HUB_DISABLE_PROGRESS_BARS says otherwise, the user's word counts
+        warnings.simplefilter("ignore")
+        (enable_progress_bars if wanted else disable_progress_bars)()
 
 
 def offline() -> bool:

@@ -17,7 +17,7 @@ import click  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
 
-from .. import commands  # noqa: E402
+from .. import commands, hub  # noqa: E402
 from ..contract import EIGHT_BITS, GRAPHS, MANIFEST, Manifest  # noqa: E402
 from ..engines.backends import BACKENDS, CHOICES, DEFAULT, PRECISIONS, Backend  # noqa: E402
 from ..engines.cli import build_options, build_with_progress, resolve_backend, wanted_of  # noqa: E402
@@ -25,6 +25,8 @@ from ..engines.plans import Wanted  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
 from ..models.layout import read_layout  # noqa: E402
 from ..shipped import resolve  # noqa: E402
+from .push import check_push  # noqa: E402
+from .push import push as upload  # noqa: E402
 from .source import changed, fingerprint  # noqa: E402
 
 STOPPED = "Stopped. What is finished stays; the same command goes on."
@@ -120,7 +122,7 @@ class Options:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--backend",
     type=click.Choice(CHOICES),
@@ -158,12 +160,28 @@ class Options:
 @click.option(
     "--triton", type=click.Path(path_type=Path), metavar="FOLDER", help="Write a model repository for Triton, too."
 )
+@click.option(
+    "--push",
+    metavar="hf://ORG/NAME",
+    help="Upload the bundle to the Hugging Face Hub, too; OUT is NAME where it is not given.",
+)
+@click.option("--license", "licence", metavar="ID", help="Licence of the weights on the card of --push.")
 @build_options
 @click.version_option(package_name="handiffuser", prog_name="hd-export")
 def command(
-    checkpoint: str, out: Path, backend: str, precision: str | None, triton: Path | None, **values: Any
+    checkpoint: str,
+    out: Path | None,
+    backend: str,
+    precision: str | None,
+    triton: Path | None,
+    push: str | None,
+    licence: str | None,
+    **values: Any,
 ) -> None:
-    """Exports CHECKPOINT (a folder in Hugging Face layout, or the word demo) into the bundle OUT.
+    """Exports CHECKPOINT into the bundle OUT.
+
+    CHECKPOINT is a folder in Hugging Face layout, the word demo, or an id of the Hugging Face Hub (org/name or
+    hf://org/name@revision), which is downloaded.
 
     It runs each graph in ONNX Runtime right away, compares it with PyTorch, and does not write one over its tolerance.
     For TensorRT and OpenVINO it then builds plans. The same command again does only what is not done yet. On another
@@ -172,7 +190,12 @@ def command(
     chosen = BACKENDS[resolve_backend(backend)]
     asked = {name: values[name] for name in ("body", "adapters", "image_size", "opset", "fidelity",
                                              "accept_low_fidelity")}  # fmt: skip
+    if out is None:
+        if push is None:
+            raise click.MissingParameter(param_hint="'OUT'", param_type="argument")
+        out = Path(push.rpartition("/")[2])
     folder = resolve(checkpoint, "checkpoint")
+    target = check_push(push, licence, folder, values["body"]) if push is not None else None
     options = Options(folder, out, chosen, precision or chosen.precisions[0], **asked, wanted=wanted_of(values))
     options.check()
     source = options.source()
@@ -192,6 +215,13 @@ def command(
 
         console.print(f"Triton's repository is {write(out, triton).parent}.")
     say_what_it_is(options)
+    if target is not None:
+        console.print(f"Uploading to {hub.PREFIX}{target[0].repo}.")
+        commit = upload(out, *target, read_layout(folder).notes)
+        console.print(
+            f"{hub.PREFIX}{target[0].repo} has it, commit {commit[:7]}. A new repository is private until you open it "
+            "on its page."
+        )
 
 
 def say_what_it_is(options: Options) -> None:

@@ -202,8 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             id = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             if id in hub.repos:
-                return self.answer(409, b'{"error": "You already created this model repo", "url": "/"}')
-            hub.repos[id] = Repo({}, private=bool(asked.get("private")))
+                return self.answer(409, json.dumps({"error": "It exists.", "url": f"{hub.url}/{id}"}).encode())
+            hub.repos[id] = Repo({}, private=bool(asked.get("private")) or asked.get("visibility") == "private")
             return self.json({"url": f"{hub.url}/{id}", "name": id})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
             files = json.loads(body)["files"]

@@ -1,4 +1,4 @@
-"""A Stable Diffusion folder as a single file with the names of its first code: the way back of diffusers' conversion."""
+"""A Stable Diffusion folder as a single file with the names of its first code: diffusers' conversion, backwards."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ def from_stable_diffusion(
     """Reads a Stable Diffusion 1.x or 2.x folder in diffusers' layout.
 
     cues: see `TextHandEncoder`. seed: of the random start. added: files of textual inversion with their placeholders,
-    or None for the files' own. variant: of the weights' files, "fp16" or "bf16"; None: float32, or what is there. The body is the demo's free one; `hd-export --body` takes another.
+    or None for the files' own. variant: of the weights' files, "fp16" or "bf16"; None: float32, or what is
+    there. The body is the demo's free one; `hd-export --body` takes another.
     Raises CheckpointError for another kind of folder, or for weights that are pickles.
     """
     index = check_stable_diffusion(folder)

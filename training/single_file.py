@@ -122,7 +122,8 @@ def to_folder(path: Path, folder: Path, prediction: str | None = None) -> Path:
         if isinstance(error, (KeyError, NotImplementedError)):  # the latter: a tensor stayed without values
             what = f" {error.args[0]}" if isinstance(error, KeyError) else ""
             raise CheckpointError(
-                f"{path} must hold all tensors of Stable Diffusion {version}, but lacks some{what}. Take the whole model."
+                f"{path} must hold all tensors of Stable Diffusion {version}, but lacks some{what}. Take the whole "
+                "model."
             ) from None
         raise CheckpointError(f"{path} cannot be read as Stable Diffusion {version}: {first_line(error)}") from None
     for part in ("unet", "vae", "text_encoder"):
@@ -155,7 +156,10 @@ def write_configs(folder: Path, version: str, prediction: str) -> None:
     sizes = (1024, 4096, 23, 16) if two else (768, 3072, 12, 12)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     clip |= dict(zip(names, sizes, strict=True))
-    unet: dict[str, Any] = {"_class_name": "UNet2DConditionModel", "sample_size": size}
+    unet: dict[str, Any] = {"_class_name": "UNet2DConditionModel", "sample_size": size, "layers_per_block": 2}
+    unet |= {"block_out_channels": [320, 640, 1280, 1280]}  # diffusers' conversion reads what its classes assume, too
+    unet |= {"down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]}
+    unet |= {"up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
     unet |= {"cross_attention_dim": sizes[0], "attention_head_dim": [5, 10, 20, 20] if two else 8}
     if two:
         unet |= {"use_linear_projection": True, "upcast_attention": prediction == "v_prediction"}

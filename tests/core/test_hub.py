@@ -79,7 +79,7 @@ def test_what_is_an_id(name, wanted, tmp_path, monkeypatch):
     "name", ["hf://name", "hf://a/b/c", "hf://org/../x", "hf://", "hf://org/name@", "hf://o/n@a b"]
 )
 def test_a_bad_id(name):
-    with pytest.raises(HubError, match="must be hf://ORGANISATION/NAME"):
+    with pytest.raises(HubError, match=r"must be hf://ORGANISATION/NAME"):
         hub.parse(name)
 
 
@@ -117,7 +117,7 @@ def test_variants(server):
         del repo.files[name]
     folder = again("org/sd", "stable-diffusion")
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")} == half
-    with pytest.raises(HubError, match="text_encoder of org/sd must have bf16 weights for --variant, got "):
+    with pytest.raises(HubError, match=r"text_encoder of org/sd must have bf16 weights for --variant, got "):
         again("org/sd", "stable-diffusion", "bf16")
 
 
@@ -131,7 +131,7 @@ def test_shards(server):
     folder = hub.fetch("org/sd", "stable-diffusion")
     assert all((folder / "unet" / name).is_file() for name in shards)
     del repo.files[f"unet/{shards[1]}"]
-    with pytest.raises(HubError, match="must have unet/diffusion_pytorch_model-00002-of-00002.safetensors, which"):
+    with pytest.raises(HubError, match=r"must have unet/diffusion_pytorch_model-00002-of-00002.safetensors, which"):
         again("org/sd", "stable-diffusion")
     repo.files[index] = json.dumps({"weight_map": {"a": "../../x.safetensors"}}).encode()
     with pytest.raises(HubError, match=r"must have unet/../../x.safetensors, which"):
@@ -142,7 +142,7 @@ def test_pickles_never_travel(server):
     repo = stable_diffusion(server)
     for name in [name for name in repo.files if name.endswith(".safetensors")]:
         del repo.files[name]
-    with pytest.raises(HubError, match="must have safetensors weights, got pickles .*can run code when opened"):
+    with pytest.raises(HubError, match=r"must have safetensors weights, got pickles .*can run code when opened"):
         hub.fetch("org/sd", "stable-diffusion")
     assert not [path for _, path, _ in server.log if path.endswith(".bin")]
 
@@ -174,7 +174,9 @@ def test_a_checkpoint_with_its_body(server):
     for path in shipped.checkpoint_path().rglob("*"):
         if path.is_file():
             assert (folder / path.relative_to(shipped.checkpoint_path())).read_bytes() == path.read_bytes()
-    with pytest.raises(HubError, match="is a HanDiffuser checkpoint already. Export it: hd-export hf://org/checkpoint"):
+    with pytest.raises(
+        HubError, match=r"is a HanDiffuser checkpoint already. Export it: hd-export hf://org/checkpoint"
+    ):
         hub.fetch("org/checkpoint", "stable-diffusion")
 
 
@@ -206,7 +208,7 @@ def test_a_run_that_breaks_keeps_whole_files(server, monkeypatch):
 def test_damaged_on_the_way(server):
     repo = stable_diffusion(server)
     repo.listed[WEIGHTS["unet"]] = hashlib.sha256(b"other").hexdigest()
-    with pytest.raises(HubError, match="unet/.* of org/sd arrived damaged: its SHA-256 differs .* removed"):
+    with pytest.raises(HubError, match=r"unet/.* of org/sd arrived damaged: its SHA-256 differs .* removed"):
         hub.fetch("org/sd", "stable-diffusion")
     repo.listed.clear()
     folder = again("org/sd", "stable-diffusion")
@@ -228,7 +230,7 @@ def test_gated_missing_and_private(server, monkeypatch):
             hub.fetch(id, "stable-diffusion")
     monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
     assert hub.fetch("org/sd", "stable-diffusion").is_dir() and hub.fetch("org/private", "stable-diffusion").is_dir()
-    with pytest.raises(HubError, match="The revision must be a branch, tag or commit of .*/org/sd, got v9"):
+    with pytest.raises(HubError, match=r"The revision must be a branch, tag or commit of .*/org/sd, got v9"):
         hub.fetch("org/sd@v9", "stable-diffusion")
 
 
@@ -240,11 +242,11 @@ def test_without_a_connection(server, monkeypatch, capsys):
     assert again("org/sd", "stable-diffusion") == folder and not server.log
     assert again(f"org/sd@{repo.sha}", "stable-diffusion") == folder
     with pytest.raises(
-        HubError, match="org/other is neither a folder here nor in the cache, and HF_HUB_OFFLINE is set"
+        HubError, match=r"org/other is neither a folder here nor in the cache, and HF_HUB_OFFLINE is set"
     ):
         hub.fetch("org/other", "stable-diffusion")
     (folder / WEIGHTS["unet"]).unlink()
-    with pytest.raises(HubError, match="The cache holds only a part of org/sd: it lacks the weights of unet"):
+    with pytest.raises(HubError, match=r"The cache holds only a part of org/sd: it lacks the weights of unet"):
         again("org/sd", "stable-diffusion")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert again("org/sd", "stable-diffusion") == folder
@@ -252,7 +254,7 @@ def test_without_a_connection(server, monkeypatch, capsys):
     capsys.readouterr()
     assert again("org/sd", "stable-diffusion") == folder
     assert "http://127.0.0.1:9 does not answer" in capsys.readouterr().err
-    with pytest.raises(HubError, match="org/other is neither a folder here nor in the cache, and .* does not answer"):
+    with pytest.raises(HubError, match=r"org/other is neither a folder here nor in the cache, and .* does not answer"):
         hub.fetch("org/other", "stable-diffusion")
 
 

@@ -1,4 +1,4 @@
-"""Single files of Stable Diffusion, as Civitai has them: the same checkpoint as from the folder, and refusals by kind."""
+"""Single files of Stable Diffusion, as Civitai has them: the checkpoint of the folder, and refusals by kind."""
 
 from __future__ import annotations
 
@@ -175,9 +175,11 @@ def test_our_configurations_are_whole(version, prediction, size, tmp_path, monke
     single_file.write_configs(tmp_path, version, prediction)
     unet = read_config("UNet2DConditionModel", tmp_path / "unet")
     clip = read_config("CLIPTextModel", tmp_path / "text_encoder")
-    read_config("AutoencoderKL", tmp_path / "vae")
+    vae = read_config("AutoencoderKL", tmp_path / "vae")
+    for config in (unet, vae):  # diffusers' conversion reads them from the file
+        assert {"layers_per_block", "block_out_channels", "down_block_types", "up_block_types"} <= config.keys()
     assert unet["sample_size"] == size and unet["cross_attention_dim"] == clip["hidden_size"]
-    name, schedule = init.read_schedule(tmp_path, json.loads((tmp_path / "model_index.json").read_text()))
+    _, schedule = init.read_schedule(tmp_path, json.loads((tmp_path / "model_index.json").read_text()))
     assert schedule["prediction_type"] == prediction and schedule["steps_offset"] == 1
     words = clip_tokenizer(tmp_path / "tokenizer")
     # Ids that CLIP's users know, such as from the documentation of its first code.
