@@ -103,6 +103,7 @@ class Eager:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        checkpoint.check_paints("a comparison with PyTorch")
         self.checkpoint, self.encode, self.device, self.dtype = checkpoint, encode, device, dtype
         height, width = checkpoint.image_size
         prior, encoder = checkpoint.hand_prior, checkpoint.text_hand_encoder

@@ -207,7 +207,7 @@ def manifest_of(
         files={file.name: file_digest(file) for file in sorted(folder.iterdir()) if file.is_file()},
         precision=precision,
         image_size=checkpoint.image_size,
-        latent_size=(checkpoint.unet.config.in_channels, *checkpoint.latent_size),
+        latent_size=(checkpoint.vae.config.latent_channels, *checkpoint.latent_size),
         num_history=dict(NUM_HISTORY),
         schedules={
             "hand_prior": plain(checkpoint.hand_scheduler),

@@ -191,10 +191,14 @@ class TimeSlice(nn.Module):
 
 
 class UNetStep(nn.Module):
-    """One sampling step over latents. It changes the UNet: slices replace its time projections."""
+    """One sampling step over latents. It changes the UNet: slices replace its time projections.
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    inpaints: the UNet reads a mask and masked latents behind the latents, which come before keys and values.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, inpaints: bool = False) -> None:
         super().__init__()
+        self.pictures = 2 if inpaints else 0
         self.unet, self.row, start = unet, TimeRow(), 0
         for block in timed_blocks(unet):
             width = block.time_emb_proj.out_features
@@ -202,10 +206,12 @@ class UNetStep(nn.Module):
             start += width
 
     def forward(
-        self, latents: Tensor, history: Tensor, noise: Tensor, time: Tensor, row: Tensor, *keys_values: Tensor
+        self, latents: Tensor, history: Tensor, noise: Tensor, time: Tensor, row: Tensor, *given: Tensor
     ) -> tuple[Tensor, ...]:
+        pictures, keys_values = given[: self.pictures], given[self.pictures :]
         branches = keys_values[0].shape[1]
-        sample = branched(scaled(latents, row), branches).to(self.unet.conv_in.weight.dtype)
+        shown = torch.cat([scaled(latents, row), *pictures], 1) if pictures else scaled(latents, row)
+        sample = branched(shown, branches).to(self.unet.conv_in.weight.dtype)
         self.row.value = branched(time, branches)
         flat = [tensor.flatten(0, 1) for tensor in keys_values]
         context = list(zip(flat[::2], flat[1::2], strict=True))
@@ -354,11 +360,15 @@ def graphs(
     exact = [tensor.to(dtype) for tensor in UNetContext(checkpoint.unet)(context)]
     keys_values = dict(zip(names, exact, strict=True))
     time = UNetTime(checkpoint.unet)(torch.linspace(999, 1, batch)).to(dtype)
-    shape = (batch, checkpoint.unet.config.in_channels, *checkpoint.latent_size)
+    shape = (batch, checkpoint.vae.config.latent_channels, *checkpoint.latent_size)
     latents, noise = normal(*shape), normal(*shape)
     history = 0.1 * normal(batch, NUM_HISTORY["unet"], *shape[1:])
-    inputs = {"latents": latents, "history": history, "noise": noise, "time": time, "row": row("unet"), **keys_values}
-    yield Graph("unet", UNetStep(unet), inputs, ("latents", "history", "finite"), branched=names)
+    inputs = {"latents": latents, "history": history, "noise": noise, "time": time, "row": row("unet")}
+    if checkpoint.inpaints:
+        mask = (normal(batch, 1, *checkpoint.latent_size) > 0).float()
+        inputs |= {"mask": mask, "masked_latents": normal(*shape)}
+    inputs |= keys_values
+    yield Graph("unet", UNetStep(unet, checkpoint.inpaints), inputs, ("latents", "history", "finite"), branched=names)
     del unet
 
     yield Graph("image_decoder", stage(ImageDecoder(checkpoint.vae)), {"latents": latents}, ("image", "finite"))

@@ -94,6 +94,19 @@ class Checkpoint:
         parts = {name: getattr(self, name) for name in PARTS}
         return {name: module for name, module in parts.items() if module is not None}
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet was trained for inpainting: it also sees a mask and the latents of a masked picture."""
+        return bool(self.unet.config.in_channels > self.vae.config.latent_channels)
+
+    def check_paints(self, what: str) -> None:
+        """Raises CheckpointError for a UNet of inpainting, which `what` does not feed."""
+        if self.inpaints:
+            raise CheckpointError(
+                f"The UNet must take {self.vae.config.latent_channels} channels for {what}, got "
+                f"{self.unet.config.in_channels}, which is for inpainting. Give a checkpoint that paints from text."
+            )
+
     def attach_kernel(self) -> None:
         """Sets the UNet's cross-attention up for the checkpoint's kernel (if any) and image size."""
         attach(self.unet, self.position_kernel, self.latent_size)
@@ -178,13 +191,13 @@ class Checkpoint:
     def check(self) -> None:
         """Raises CheckpointError when parts do not fit together, naming both."""
         encoder, unet, prior = self.text_hand_encoder, self.unet, self.hand_prior
+        channels = self.vae.config.latent_channels
         pairs = [
             ("text_hand_encoder's width", encoder.config.hidden_size, "unet's cross_attention_dim",
              unet.config.cross_attention_dim),
             ("text_encoder's width", self.text_encoder.config.hidden_size, "hand_prior's text_width",
              prior.config.text_width),
-            ("vae's latent channels", self.vae.config.latent_channels, "unet's in_channels", unet.config.in_channels),
-            ("unet's out_channels", unet.config.out_channels, "its in_channels", unet.config.in_channels),
+            ("vae's latent channels", channels, "unet's out_channels", unet.config.out_channels),
             ("text_encoder's vocabulary", self.text_encoder.config.vocab_size, "text_hand_encoder's",
              encoder.config.vocab_size),
             ("the tokenizer's model_max_length", self.special_tokens["length"], "text_hand_encoder's positions",
@@ -200,6 +213,11 @@ class Checkpoint:
         for name, value, other, wanted in pairs:
             if value != wanted:
                 raise CheckpointError(f"The parts must fit together: {name} is {value}, {other} is {wanted}.")
+        if unet.config.in_channels not in (channels, 2 * channels + 1):
+            raise CheckpointError(
+                f"unet's in_channels must be the vae's {channels}, or {2 * channels + 1} for inpainting, got "
+                f"{unet.config.in_channels}."
+            )
         places = self.text_encoder.config.max_position_embeddings
         if self.special_tokens["length"] > places:
             raise CheckpointError(

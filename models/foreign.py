@@ -1,7 +1,7 @@
 """Refuses what a user gives instead of a checkpoint or a Stable Diffusion folder, each with the way out.
 
     refuse_foreign(Path("model.safetensors"), "hd-export")     # CheckpointError: "... is a single file ..."
-    check_stable_diffusion(Path("inpainting"))                 # CheckpointError: "... is an inpainting UNet ..."
+    check_stable_diffusion(Path("upscaler"))                   # CheckpointError: "... is an upscaler's UNet ..."
 
 It needs no PyTorch and reads only small files: a command answers at once.
 """
@@ -26,9 +26,8 @@ CHANNELS = {  # of a UNet's input, where latents have 4
     5: "a depth-to-image UNet",
     7: "an upscaler's UNet",
     8: "an InstructPix2Pix UNet",
-    9: "an inpainting UNet",
 }
-TAKES = "hd-train init takes Stable Diffusion 1.x and 2.x for text to image"
+TAKES = "hd-train init takes Stable Diffusion 1.x and 2.x for text to image or inpainting"
 
 
 def refuse_foreign(path: Path, command: str) -> None:
@@ -142,10 +141,10 @@ def _check_class(folder: Path, part: str) -> None:
 
 
 def _check_channels(folder: Path) -> None:
-    """Raises CheckpointError for a UNet that reads more than latents."""
+    """Raises CheckpointError for a UNet that reads more than latents, or more than these, a mask and masked latents."""
     channels = read_object(folder / "unet" / "config.json").get("in_channels", 4)
     latents = read_object(folder / "vae" / "config.json").get("latent_channels", 4)
-    if channels != latents:
+    if channels != latents and not (isinstance(latents, int) and channels == 2 * latents + 1):
         kind = CHANNELS.get(channels if isinstance(channels, int) else 0, "a UNet for other inputs")
         raise CheckpointError(
             f"{folder / 'unet'} is {kind}: it takes {shown(channels)} channels, vae/ has {shown(latents)}. {TAKES}. "

@@ -19,10 +19,11 @@ SIZE = 32
 STEPS, GUIDANCE, SEED = 5, 5.0, 3
 
 
-def stable_diffusion(folder, prediction="epsilon", linear=False, added=(), pad=EOS):
+def stable_diffusion(folder, prediction="epsilon", linear=False, added=(), pad=EOS, channels=4):
     """A folder as diffusers saves it, a few channels wide; CLIP's and the tokenizer's classes are the real ones.
 
-    added: placeholders of textual inversion, and pad: the padding, as transformers 4 wrote them.
+    channels: that the UNet takes. added: placeholders of textual inversion, and pad: the padding, as transformers 4
+    wrote them.
     """
     torch.manual_seed(0)
     trained = json.loads(make_tokenizer(["a photo of a cat", "two hands on a table"], 600).to_str())
@@ -54,6 +55,7 @@ def stable_diffusion(folder, prediction="epsilon", linear=False, added=(), pad=E
     )
     unet = UNet2DConditionModel(
         sample_size=SIZE // 2,
+        in_channels=channels,
         block_out_channels=(32, 32),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),

@@ -198,6 +198,7 @@ class PictureBank(Bank):
         self, folder: Path, teacher: Checkpoint, cache: LatentCache, rows: np.ndarray, plan: DistillPlan, data: str
     ) -> None:
         """data: a digest of the data."""
+        teacher.check_paints("training")
         self.plan = plan
         self.guidance = plan.teacher_guidance or teacher.defaults["guidance"]
         what = {
@@ -247,6 +248,7 @@ class HandBank(Bank):
         self, folder: Path, teacher: Checkpoint, cache: LatentCache, rows: np.ndarray, plan: DistillHandsPlan, data: str
     ) -> None:
         """data: a digest of the data."""
+        teacher.check_paints("training")
         self.plan = plan
         self.guidance = plan.teacher_guidance or teacher.defaults["hand_guidance"]
         of = weights_digest(teacher.hand_prior, teacher.text_encoder)

@@ -269,6 +269,7 @@ class PictureLoss(nn.Module):
 
     def __init__(self, checkpoint: Checkpoint, plan: PicturesPlan) -> None:
         super().__init__()
+        checkpoint.check_paints("training")
         self.text_hand_encoder, self.unet = checkpoint.text_hand_encoder, checkpoint.unet
         if checkpoint.position_kernel is not None:
             self.position_kernel = checkpoint.position_kernel

@@ -91,7 +91,7 @@ CASES = {
         ["controlnet", "without it"],
     ),
     "adapter": (lambda f: add(f, "adapter", "T2IAdapter", "StableDiffusionAdapterPipeline"), ["has adapter"]),
-    "inpainting": (channels(9), ["inpainting UNet", "9 channels"]),
+    "inpainting and more": (channels(10), ["a UNet for other inputs", "10 channels"]),
     "no number": (channels([4]), ["[4] channels"]),
     "pix2pix": (channels(8), ["InstructPix2Pix"]),
     "depth": (channels(5), ["depth-to-image"]),
