@@ -36,10 +36,10 @@ from msgspec import Meta
 from ..errors import DatasetError
 from ..files import written
 from ..hands import SHAPES
-from ..schema import TRUTH, MisfitError, fit, parse_json
-from .files import HANDS_NPZ, JSON, PICTURE, Bad, Entry, scan, shards
 from ..pictures import SPELLINGS, decode, kind_of, size_of
 from ..pictures import encode_png as encode_png
+from ..schema import TRUTH, MisfitError, fit, parse_json
+from .files import HANDS_NPZ, JSON, PICTURE, Bad, Entry, scan, shards
 
 MAX_MEMBER = 1 << 28  # bytes: far above any picture
 MAX_ARRAY = 1 << 24  # bytes of one array of hands, unpacked

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..data.look import skin_tone, tone_name
-from .clip import Clip
 from ..detection.detect import Detector
+from .clip import Clip
 from .distances import DRAWS, MEAN_DRAWS, Kernel, frechet, frechet_draws, gap, interval, mean, resampled
 from .features import Extractor
 from .hands import LEAST, MARGIN, PCK, Hand, crop, match

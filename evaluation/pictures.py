@@ -19,8 +19,6 @@ from .. import shipped
 from ..contract import MANIFEST
 from ..data.dataset import Index
 from ..data.hands import joints_in_picture
-from ..pictures import PICTURES
-from ..rotations import axis_angle_to_matrix
 from ..data.samples import Bad, Sample, person, picture
 from ..detection.convention import marks_of, mediapipe
 from ..errors import EvaluationError
@@ -28,6 +26,8 @@ from ..hands import POSES
 from ..kinematics import world
 from ..models.foreign import MODEL_INDEX
 from ..models.smplh import HAND_JOINTS, SMPLH
+from ..pictures import PICTURES
+from ..rotations import axis_angle_to_matrix
 from ..schema import MisfitError
 from .hands import Asked
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-
 from handiffuser.schema import MisfitError, read_python_json
 
 THREADS = """

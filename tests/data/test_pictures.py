@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from handiffuser.pictures import decode, encode_png, size_of
 from handiffuser.data.samples import Bad, Sample, picture, read
+from handiffuser.pictures import decode, encode_png, size_of
 from handiffuser.schema import MisfitError
 from PIL import Image
 

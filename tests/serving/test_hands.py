@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from handiffuser import HanDiffuser, Request, RequestError
 from handiffuser.contract import HAND_JOINTS
-from handiffuser.hands import POSES, save_hands
-from handiffuser.serving.fields import HandsField, as_json
 from handiffuser.fingers import SIDES, axes, gestures
+from handiffuser.hands import POSES, save_hands
 from handiffuser.kinematics import PARENTS
+from handiffuser.serving.fields import HandsField, as_json
 from handiffuser.serving.hands import Drag, Pose, edit, mirrored, swapped
 
 PROMPTS = {"right": "a right hand with spread fingers", "left": "a left hand making a fist", "both": "two open hands"}

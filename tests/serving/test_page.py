@@ -20,9 +20,9 @@ import pytest
 from handiffuser import shipped
 from handiffuser.demo.gestures import GESTURES
 from handiffuser.demo.prompts import ADJECTIVES, NOUNS
+from handiffuser.fingers import gestures
 from handiffuser.runtime.bundle import Bundle
 from handiffuser.runtime.requests import Request
-from handiffuser.fingers import gestures
 from PIL import Image
 from served import command, serving
 
