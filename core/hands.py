@@ -46,6 +46,8 @@ CAMERA = "camera"  # may be left out
 MAX_CAMERA = 1e6  # of s, in half heights of the picture a metre, and of tx and ty, in metres
 MAX_HANDS, MAX_ARRAY = 1 << 24, 1 << 16  # bytes of a .hands.npz, and of an array in it that is read
 
+# The placement of a person without hands in the picture, as training has it.
+ABSENT = np.array([[0.0, 0.0, 0.0, -0.6931]] * 2, np.float32)
 NO_HANDS = "none"  # instead of a file's name: a picture without hands (./none is a file of this name)
 
 

@@ -55,3 +55,8 @@ def at_rest(joints: np.ndarray, rotations: np.ndarray) -> np.ndarray:
         parent = PARENTS[joint]
         rest[joint] = rest[parent] + turns[parent].T @ (joints[joint] - joints[parent])
     return rest
+
+
+def radius(points: np.ndarray) -> np.ndarray:
+    """Root mean square distance [...] of points [..., N, D] from their centre."""
+    return np.sqrt(np.square(points - points.mean(-2, keepdims=True)).sum(-1).mean(-1))

@@ -21,6 +21,7 @@ import torch
 
 from ..contract import HAND_JOINTS
 from ..hands import POSES
+from ..kinematics import radius
 from ..models.smplh import SMPLH, TIP_VERTICES
 from ..rotations import axis_angle_to_matrix
 from .augment import Hands
@@ -166,11 +167,6 @@ class Hand:
             others[:, part] = tried[:, part]
             best = others[misfit(others, target).argmin()]
         return float(misfit(best, target))
-
-
-def radius(points: np.ndarray) -> np.ndarray:
-    """Root mean square distance [...] of points [..., N, D] from their centre."""
-    return np.sqrt(np.square(points - points.mean(-2, keepdims=True)).sum(-1).mean(-1))
 
 
 def misfit(joints: np.ndarray, target: np.ndarray) -> np.ndarray:

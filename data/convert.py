@@ -33,15 +33,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..detection.arms import LEFT, RIGHT, HandEstimate, people
+from ..detection.mano import FLIP_YZ, MAX_ANGLE, are_rotations, hand_means, in_picture, mano_estimates
 from ..errors import DatasetError
 from ..models.smplh import HAND_JOINTS, SMPLH
 from ..pictures import FOREIGN, PICTURES
 from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
 from ..schema import MisfitError
 from .captions import Caption, holding, read_captions, read_text
-from .estimates import LEFT, RIGHT, HandEstimate, people
 from .files import Bad
-from .mano import FLIP_YZ, MAX_ANGLE, are_rotations, in_picture, mano_estimates
+from .hands import joints_at_rest
 from .samples import Sample, picture_size
 
 FPS = 20.0  # HumanML3D's frames a second
@@ -277,35 +278,20 @@ def wrapped(vectors: np.ndarray) -> np.ndarray:
     return matrix_to_axis_angle(axis_angle_to_matrix(vectors.reshape(-1, 3))).reshape(-1)
 
 
-def hand_means(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """MANO's mean left and right hand [45], from the user's body file; zeros without one."""
-    if path is None:
-        return np.zeros(45), np.zeros(45)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            left, right = (archive[f"hands_mean{side}"].astype(np.float64).reshape(45) for side in "lr")
-    except Exception as error:
-        raise DatasetError(
-            f"{path} must hold hands_meanl and hands_meanr of 45 numbers, got {type(error).__name__}. "
-            "Make it: hd-body convert SMPLH.pkl OUT.npz"
-        ) from None
-    return left, right
-
-
 # --- hands in pictures ---
 
 
 def mano(source: Path, options: Options) -> Iterator[Sample | Bad]:
     """Pictures with an .npz of estimated hands beside each (HaMeR, WiLoR), and a .txt of captions, a line each."""
-    means = hand_means(options.hand_mean)
+    means, rest = hand_means(options.hand_mean), joints_at_rest(options.body)
     for sample, path in _pictures(source, options, "MANO estimates"):
         try:
             if isinstance(sample, Sample):
                 size = picture_size(sample)
                 assert size is not None
-                estimates = mano_estimates(path.with_suffix(".npz"), means, options.body)
+                estimates = mano_estimates(path.with_suffix(".npz"), means, rest)
                 if estimates:
-                    sample.hands = people([in_picture(one, size) for one in estimates], size, options.body)
+                    sample.hands = people([in_picture(one, size) for one in estimates], size, rest)
             yield sample
         except ValueError as error:
             yield Bad(sample.key, str(path), str(error))
@@ -349,7 +335,7 @@ INTERHAND_ORDER = (20, *(4 * finger + 3 - joint for finger in range(5) for joint
 def interhand(source: Path, options: Options) -> Iterator[Sample | Bad]:
     """InterHand2.6M: SOURCE/annotations/SPLIT/InterHand2.6M_SPLIT_{data,camera,joint_3d,MANO_NeuralAnnot}.json and
     SOURCE/images/SPLIT/. Captions name the hands; the sequence's name is a label."""
-    means = hand_means(options.hand_mean)
+    means, rest = hand_means(options.hand_mean), joints_at_rest(options.body)
     if options.hand_mean is None:
         raise DatasetError("InterHand2.6M's fingers are relative to MANO's mean hand: name --hand-mean SMPLH.npz.")
     splits = sorted(source.glob("annotations/*/InterHand2.6M_*_data.json"))
@@ -393,7 +379,7 @@ def interhand(source: Path, options: Options) -> Iterator[Sample | Bad]:
                 "licence": "CC BY-NC 4.0",
                 "labels": {"sequence": str(image["seq_name"])},
             }
-            yield Sample(key, [prompt], people(hands, size, options.body), content, meta)
+            yield Sample(key, [prompt], people(hands, size, rest), content, meta)
         if bare:
             yield Bad("", split, f"{bare} pictures have no fitted hands.")
 

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from ..contract import BETAS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
-from ..hands import hand_params
+from ..hands import ABSENT, hand_params
 from ..models.hand_features import HandFeatures, placement, placement_of
 from ..models.smplh import HAND_JOINTS, SMPLH, rotation_6d_to_matrix
 from .augment import Hands
 from .samples import person
 
-# The placement of a person without hands in the picture, as `placement_of` has it.
-ABSENT = np.array([[0.0, 0.0, 0.0, -0.6931]] * 2, np.float32)
 FEATURES = ("joints", "rotations", "bps", "visibility")
 
 
@@ -69,6 +67,12 @@ def rest() -> Hands:
         "betas": np.zeros(10, np.float32),
         "placement": ABSENT,
     }
+
+
+@torch.no_grad()
+def joints_at_rest(body: SMPLH) -> np.ndarray:
+    """The body's joints [62, 3] in the template's pose, metres."""
+    return body(torch.eye(3).expand(1, NUM_JOINTS, 3, 3), torch.zeros(1, 10))[1][0].numpy().astype(np.float64)
 
 
 @torch.no_grad()

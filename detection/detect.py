@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DetectionError
+from .convention import Convention, mediapipe
 
 SMALL, WINDOW = 0.4, 0.6  # shares of a picture's sides
 
@@ -36,13 +37,20 @@ class Found:
 
 
 class Detector(Protocol):
-    """Finds hands. `settings` goes into every report."""
+    """Finds hands. `settings` goes into every report; `convention` says where it puts its points."""
 
     name: str
     settings: dict[str, Any]
+    convention: Convention
 
     def __call__(self, image: np.ndarray) -> list[Found]:
         """uint8 [H, W, 3] -> its hands, in any order."""
+
+    def sureness(self, found: Found, residual: float, degrees: float) -> float:
+        """How likely the pose of a fitted hand is right, 0 to 1. residual, degrees: as in `fit.Fitted`, their mean."""
+
+    def close(self) -> None:
+        """Frees its models."""
 
 
 def padded(image: np.ndarray, share: float, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -104,19 +112,19 @@ class MediaPipe:
         Raises DetectionError where MediaPipe is missing, or is a version without these models."""
         try:
             with silence():
-                import mediapipe
+                import mediapipe as package
         except ImportError as error:
             raise DetectionError(
                 "MediaPipe, which finds the hands, is not installed. "
                 'Install it under Python 3.12 or older: pip install "handiffuser[detect]"'
             ) from error
-        if not hasattr(mediapipe, "solutions"):
+        if not hasattr(package, "solutions"):
             raise DetectionError(
-                f"MediaPipe must bring its hand models, got version {mediapipe.__version__}, which does not. "
+                f"MediaPipe must bring its hand models, got version {package.__version__}, which does not. "
                 "Install mediapipe==0.10.14."
             )
         self.settings: dict[str, Any] = {
-            "version": mediapipe.__version__,
+            "version": package.__version__,
             "padded by": pad,
             "scaled to": size,
             "most hands": f"all: {hands}, doubled where so many are found",
@@ -124,11 +132,9 @@ class MediaPipe:
             "min_detection_confidence": confidence,
             "static_image_mode": True,
         }
-        self.pad, self.size, self.hands = pad, size, hands
+        self.pad, self.size, self.hands, self.convention = pad, size, hands, mediapipe()
         warnings.filterwarnings("ignore", message="SymbolDatabase.GetPrototype")  # protobuf announces a removal
-        self._make = partial(
-            mediapipe.solutions.hands.Hands, static_image_mode=True, min_detection_confidence=confidence
-        )
+        self._make = partial(package.solutions.hands.Hands, static_image_mode=True, min_detection_confidence=confidence)
         self._models: dict[int, Any] = {}  # by how many hands they find at most
         self._model(hands)
 
@@ -160,6 +166,10 @@ class MediaPipe:
             joints = np.array([(mark.x, mark.y) for mark in marks.landmark]) * scale + shift
             found.append(Found(side, float(sides.classification[0].score), joints))
         return found
+
+    def sureness(self, found: Found, residual: float, degrees: float) -> float:
+        """See `Detector`. A logistic regression on renders; `mediapipe.json` has its numbers."""
+        return sureness(found.score, residual, degrees)
 
     def close(self) -> None:
         for model in self._models.values():

@@ -1,7 +1,7 @@
 """Hands from 21 points in a picture: wrist, finger joints and camera by damped Gauss-Newton from many starts.
 
     hand = fit(points, "right", rest)             # points [21, 2] pixels, rest [62, 3] of the bundle's body
-    hand.turn, hand.fingers                       # [3, 3] of the wrist in the world, [15, 3] axis-angle
+    hand.turn, hand.fingers, hand.gesture         # [3, 3] of the wrist in the world, [15, 3] axis-angle, a name
 
 Points in a picture do not tell depth. What a hand does decides it: each gesture of `Poses` is a Gaussian over the 45
 finger angles, a wide Gaussian is for all other hands, and the fit is the most likely of all (a maximum of the
@@ -18,12 +18,14 @@ import numpy as np
 
 from ..contract import HAND_JOINTS
 from ..fingers import MANO, SIDES, axes, limits
-from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
+from ..rotations import axis_angle_to_matrix
+from .arms import HandEstimate
 from .convention import Convention
 from .poses import Poses
 
 EXACT = 0.004  # what a true point is worth: its standard deviation in sizes of the hand
-STARTS, ROUNDS, ALIGNED = 24, 30, 8  # hands that are solved to the end, rounds of that, rounds of the wrist alone
+STARTS, FREE = 24, 6  # hands that are solved to the end, and those of them that go on without their gesture
+ROUNDS, ALIGNED = 30, 8  # of all unknowns, and of the wrist alone
 X, Y, Z = np.eye(3)
 # How a left hand may face the viewer: palm, back, thumb's side, little finger's. Columns are where fingers, the back of
 # the hand and the thumb point.
@@ -38,21 +40,14 @@ UNKNOWN = 51
 
 
 @dataclass
-class Fitted:
-    """A fitted hand.
+class Fitted(HandEstimate):
+    """A fitted hand. `joints_2d`: pixels, where it has its joints, which are not the detector's points.
 
-    side: "left" or "right". turn: [3, 3], from the template's frame to ours (x right in the picture, y up, z towards
-    the viewer). fingers: [15, 3] axis-angle in MANO's order, flat hand = 0. scale: pixels a metre. joints: [21, 2]
-    pixels, where the fitted hand has its joints. residual: how far its points are from the given ones, root mean
-    square in sizes of the hand. degrees: [16], the standard deviation of the wrist and the 15 joints in MANO's order,
-    by the curvature of the posterior. gestures: names with their probabilities, the likeliest first.
+    residual: how far its points are from the given ones, root mean square in sizes of the hand. degrees: [16], the
+    standard deviation of the wrist and the 15 joints in MANO's order, by the curvature of the posterior. gestures:
+    names with their probabilities, the likeliest first; "" stands for all hands without a known gesture.
     """
 
-    side: str
-    turn: np.ndarray = field(repr=False)
-    fingers: np.ndarray = field(repr=False)
-    scale: float
-    joints: np.ndarray = field(repr=False)
     residual: float
     degrees: np.ndarray = field(repr=False)
     gestures: dict[str, float]
@@ -199,9 +194,19 @@ class _Problem:
         return half, residual, slope.reshape(len(x), 42, UNKNOWN) * self.weight[:, None], pull
 
     def solve(self) -> tuple[np.ndarray, ...]:
-        """Turns, x, components, costs and Hessians [N, 51, 51] of all starts, solved."""
+        """Turns, x, components, costs and Hessians [N, 51, 51] of all hands, solved: those of the gestures, and from
+        the best of them on as hands without a gesture."""
         turns, angles, scale, shift, parts = self.starts()
-        x = np.concatenate([angles, np.log(scale)[:, None], shift], 1)
+        first = self.solved(turns, np.concatenate([angles, np.log(scale)[:, None], shift], 1), parts)
+        if "" not in self.poses.names:
+            return first
+        order = np.argsort(np.square(first[5]).sum(1))[:FREE]
+        wide = np.full(len(order), self.poses.names.index(""))
+        second = self.solved(first[0][order], first[1][order], wide)
+        return tuple(np.concatenate(pair) for pair in zip(first[:5], second[:5], strict=True))
+
+    def solved(self, turns: np.ndarray, x: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Turns, x, components, costs, Hessians [N, 51, 51] and residuals [N, 42] after ROUNDS of Gauss-Newton."""
         low = np.concatenate([np.full(3, -9.0), self.low, np.full(3, -np.inf)])
         high = np.concatenate([np.full(3, 9.0), self.high, np.full(3, np.inf)])
         damping = np.full(len(x), 1e-3)
@@ -237,7 +242,7 @@ class _Problem:
                 break
         hessian = slope.swapaxes(1, 2) @ slope
         hessian[:, ANGLES, ANGLES] += self.poses.precision[parts]
-        return turns, x, parts, now, hessian
+        return turns, x, parts, now, hessian, residual
 
 
 def _solve(slope: np.ndarray, residual: np.ndarray, damping: float) -> np.ndarray:
@@ -286,8 +291,8 @@ def fit(
     degrees[0], degrees[1 + MANO] = spread[0], spread[1:]
     if number:
         turn, vectors, joints = turn * MIRROR, vectors * FLIP, joints * (-1, 1)
-    return Fitted(side, turn, vectors, scale * size, joints * (1, -1), float(np.sqrt(np.square(away).sum(1).mean())),
-                  np.degrees(degrees), poses.told(parts, log))  # fmt: skip
+    residual = float(np.sqrt(np.square(away).sum(1).mean()))
+    return Fitted(number, turn, vectors, joints * (1, -1), residual, np.degrees(degrees), poses.told(parts, log))
 
 
 def angles_of(fingers: np.ndarray, rest: np.ndarray, side: int) -> np.ndarray:
@@ -297,6 +302,3 @@ def angles_of(fingers: np.ndarray, rest: np.ndarray, side: int) -> np.ndarray:
     vectors = np.asarray(fingers, np.float64)[..., MANO, :] * (FLIP if side else 1)
     turning = axes(hand, 0).reshape(15, 3, 3)
     return np.einsum("jac,...jc->...ja", turning, vectors).reshape(*vectors.shape[:-2], 45)
-
-
-__all__ = ["EXACT", "Fitted", "angles_of", "fit", "matrix_to_axis_angle"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..detection.detect import MediaPipe
-from ..errors import EvaluationError
+from ..errors import DetectionError, EvaluationError
 from . import measure, painting, pictures, reference
 from .features import load_extractor
 from .measure import Instruments, Seen
@@ -27,7 +27,10 @@ def instruments(options: dict[str, Any]) -> Instruments:
         import torch
 
         torch.set_num_threads(options["threads"])
-    detector = None if options["no_detector"] else MediaPipe()
+    try:
+        detector = None if options["no_detector"] else MediaPipe()
+    except DetectionError as error:
+        raise EvaluationError(f"{error}. Or leave the detector out: --no-detector.") from None
     if detector is None and options["crops"] == "found":
         raise EvaluationError('--crops must be "asked" with --no-detector, got "found". Leave --no-detector out.')
     extractor = load_extractor(options["weights"])

@@ -1,6 +1,6 @@
 """Where MediaPipe puts its 21 points on a hand, beside the joints of a rig: constant offsets in the bones' frames.
 
-    python studies/convention.py --scenes 300 --write     # writes evaluation/mediapipe.json
+    python studies/convention.py --scenes 300 --write     # writes detection/mediapipe.json
 
 Renders of the demo's people are shown to the detector. Its points lie elsewhere than joints do: nearer to the palm at
 knuckles, short of the finger ends. One offset a joint, in sizes of the hand, is fitted by least squares on scenes of
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from handiffuser.demo.human_dataset import scene_of
 from handiffuser.demo.human_scenes import draw, in_picture
-from handiffuser.evaluation.convention import FILE, bone_frames, hand_length, turns_of
-from handiffuser.evaluation.detect import MediaPipe
+from handiffuser.detection.convention import FILE, bone_frames, hand_length
+from handiffuser.detection.detect import MediaPipe
 from handiffuser.evaluation.hands import Asked, match
+from handiffuser.kinematics import world
 from handiffuser.models.smplh import HAND_JOINTS
 
 SIDES = ("left", "right")
@@ -37,7 +38,7 @@ def rows_of(seed: int, count: int) -> list[dict]:
         image = draw(scene)
         asked, frames, owners = [], [], []
         for i, pose in enumerate(scene.poses):
-            turns = turns_of(pose.rotations)
+            turns = world(pose.rotations)
             for side in range(2):
                 if not scene.present[i, side]:
                     continue
@@ -100,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scenes", type=int, default=300, help="of each seed")
     parser.add_argument("--seeds", type=int, nargs=2, default=(101, 102), help="of the fit and of the test")
-    parser.add_argument("--write", action="store_true", help="into evaluation/mediapipe.json")
+    parser.add_argument("--write", action="store_true", help="into detection/mediapipe.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     first, second = (rows_of(seed, arguments.scenes) for seed in arguments.seeds)

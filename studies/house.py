@@ -19,15 +19,16 @@ PACKAGE = "handiffuser"
 MAY_IMPORT: dict[str, set[str]] = {
     "core": set(),
     "models": set(),
-    "data": {"models"},
+    "detection": set(),
+    "data": {"models", "detection"},
     "demo": {"data", "models"},
     "training": {"models", "data"},
     "engines": set(),
     "runtime": {"engines"},
     "calibration": {"engines", "runtime"},
     "export": {"models", "calibration", "engines"},
-    "serving": {"runtime", "engines"},
-    "evaluation": {"runtime", "engines", "data", "models"},
+    "serving": {"runtime", "engines", "detection"},
+    "evaluation": {"runtime", "engines", "data", "models", "detection"},
     "benchmarks": {"runtime", "engines", "serving", "evaluation", "calibration", "export", "models", "training"},
 }
 FILE_LINES, FUNCTION_LINES = 500, 80

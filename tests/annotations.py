@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from handiffuser.data.convert import FORMATS, Options
-from handiffuser.data.estimates import LEFT
 from handiffuser.data.files import Bad
 from handiffuser.data.samples import Sample, encode_png
+from handiffuser.detection.arms import LEFT
 from handiffuser.models.smplh import HAND_JOINTS, SMPLH
 from handiffuser.rotations import axis_angle_to_matrix
 

@@ -18,11 +18,11 @@ from datasets import made_sample
 from handiffuser.data.augment import flip_hands
 from handiffuser.data.check import check_samples
 from handiffuser.data.convert import FORMATS, Options
-from handiffuser.data.estimates import LEFT, RIGHT, between
-from handiffuser.data.hands import joints_in_picture
-from handiffuser.data.mano import mano_estimates
+from handiffuser.data.hands import joints_at_rest, joints_in_picture
 from handiffuser.data.samples import Bad, Sample, person, read, write_shards
 from handiffuser.demo.render import demo_body
+from handiffuser.detection.arms import LEFT, RIGHT, between
+from handiffuser.detection.mano import mano_estimates
 from handiffuser.errors import DatasetError
 from handiffuser.hands import POSES
 from handiffuser.models.smplh import HAND_JOINTS, LEFT_WRIST, RIGHT_WRIST, SMPLH
@@ -362,7 +362,10 @@ def test_axis_angle_is_read_as_matrices_are(tmp_path, body):
     hamer(tmp_path / "a", [hand])
     hamer(tmp_path / "b", [vectors])
     none = (np.zeros(45), np.zeros(45))
-    (a,), (b,) = mano_estimates(tmp_path / "a.npz", none, body), mano_estimates(tmp_path / "b.npz", none, body)
+    (a,), (b,) = (
+        mano_estimates(tmp_path / "a.npz", none, joints_at_rest(body)),
+        mano_estimates(tmp_path / "b.npz", none, joints_at_rest(body)),
+    )
     assert np.allclose(a.turn, b.turn) and np.allclose(a.fingers, b.fingers) and a.side == b.side == LEFT
 
 

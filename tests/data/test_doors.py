@@ -11,10 +11,11 @@ import torch
 from annotations import SIZE, UPRIGHT, amass_file, convert, estimate, hamer, standing, turn
 from datasets import made_sample
 from handiffuser.data.convert import FORMATS, Options
-from handiffuser.data.estimates import LEFT, RIGHT
-from handiffuser.data.mano import in_picture, mano_estimates
+from handiffuser.data.hands import joints_at_rest
 from handiffuser.data.samples import Sample, read, write_shards
 from handiffuser.demo.render import demo_body
+from handiffuser.detection.arms import LEFT, RIGHT
+from handiffuser.detection.mano import in_picture, mano_estimates
 from handiffuser.errors import DatasetError
 from handiffuser.models.smplh import SMPLH
 from handiffuser.rotations import matrix_to_axis_angle
@@ -74,7 +75,7 @@ def test_left_hands_are_read_rightly_however_they_were_mirrored(tmp_path, body, 
     for seed in range(20):
         one, pixels, orientation, fingers = hamers(body, LEFT, seed)
         np.savez(tmp_path / "a.npz", **{name: value[None] for name, value in left_behind(kind, one).items()})
-        (found,) = mano_estimates(tmp_path / "a.npz", (np.zeros(45), np.zeros(45)), body)
+        (found,) = mano_estimates(tmp_path / "a.npz", (np.zeros(45), np.zeros(45)), joints_at_rest(body))
         assert np.allclose(found.turn, orientation, atol=1e-6) and np.allclose(found.fingers, fingers, atol=1e-6)
         assert np.allclose(in_picture(found, SIZE).joints_2d, pixels), seed
 
@@ -85,7 +86,7 @@ def test_a_tx_that_was_negated_in_place_is_named(tmp_path, body):
         one, pixels, *_ = hamers(body, LEFT, seed)
         np.savez(tmp_path / "a.npz", **{name: value[None] for name, value in left_behind("HaMeR", one).items()})
         try:
-            (found,) = mano_estimates(tmp_path / "a.npz", (np.zeros(45), np.zeros(45)), body)
+            (found,) = mano_estimates(tmp_path / "a.npz", (np.zeros(45), np.zeros(45)), joints_at_rest(body))
         except ValueError as error:
             assert 'out["pred_cam"].clone()' in str(error) and "hand 1 (left)" in str(error)
         else:
@@ -164,7 +165,7 @@ def test_the_pages_snippet_is_safe_from_the_loop(tmp_path, body):
     said = {"np": np, "torch": torch, "model": model, "dataloader": dataloader, "device": "cpu",
             "recursive_to": lambda batch, _: batch, "photo": tmp_path / "a.png"}  # fmt: skip
     exec(before + loop + after, said)
-    found = mano_estimates(tmp_path / "a.npz", (np.zeros(45), np.zeros(45)), body)
+    found = mano_estimates(tmp_path / "a.npz", (np.zeros(45), np.zeros(45)), joints_at_rest(body))
     for one, (_, pixels, orientation, _) in zip(found, hands, strict=True):
         assert np.allclose(in_picture(one, SIZE).joints_2d, pixels) and np.allclose(one.turn, orientation)
 

@@ -9,11 +9,12 @@ from handiffuser.demo import human_skin
 from handiffuser.demo.dataset import make
 from handiffuser.demo.human import human_body
 from handiffuser.demo.human_dataset import sample_of, scene_of
+from handiffuser.detection.convention import BONES, bone_frames, in_convention, mediapipe
+from handiffuser.detection.detect import Found
 from handiffuser.evaluation import pictures
-from handiffuser.evaluation.convention import BONES, bone_frames, in_convention, marks_of, offsets, turns_of
-from handiffuser.evaluation.detect import Found
 from handiffuser.evaluation.hands import match
 from handiffuser.evaluation.measure import NAMES, SHARES, Seen, columns
+from handiffuser.kinematics import world
 from handiffuser.models.smplh import HAND_JOINTS
 
 FLIP = np.array([-1.0, 1, 1])
@@ -34,7 +35,7 @@ def sample():
 
 
 def test_the_offsets_are_those_of_a_hand():
-    table = offsets()
+    table = mediapipe().offsets
     assert table.shape == (21, 3) and np.abs(table).max() < 0.25
     assert table[0, 0] > 0.08  # the wrist lies nearer to the fingers
     assert (table[[5, 9, 13, 17], 1] < 0.01).all()  # knuckles lie nearer to the palm
@@ -48,7 +49,7 @@ def test_right_hands_are_mirror_images():
     turns[list(BONES[1])] = turns[list(BONES[0])] * mask
     left = rng.normal(size=(21, 3))
     joints = np.stack([left, left * FLIP])
-    moved = in_convention(joints, turns)
+    moved = in_convention(joints, turns, mediapipe().offsets)
     assert np.allclose(moved[1], moved[0] * FLIP) and np.abs(moved - joints).max() > 0.01
     assert bone_frames(turns, 0).shape == (21, 3, 3)
 
@@ -57,19 +58,19 @@ def test_turns_follow_the_tree():
     quarter = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
     rotations = np.tile(np.eye(3), (52, 1, 1))
     rotations[18] = quarter  # the left elbow turns hand and fingers
-    turns = turns_of(rotations)
+    turns = world(rotations)
     assert (turns[[18, 20, 22, 36]] == quarter).all() and (turns[[16, 19, 21, 37]] == np.eye(3)).all()
 
 
 def test_marks_lie_on_the_hand_and_do_not_depend_on_the_body(sample):
     joints = sample.hands["joints_2d"]
-    marks = marks_of(sample.hands, joints, 1.0, human_body())
+    marks = pictures.marks_in(sample.hands, joints, 1.0, human_body())
     size = np.ptp(joints, axis=1).max(-1)[:, None]
     apart = np.linalg.norm(marks - joints, axis=-1) / size
     assert 0.01 < apart.mean() < 0.12 and apart.max() < 0.3
     other = pictures._load_body(pictures.shipped.body_path())
-    assert np.abs(marks_of(sample.hands, joints, 1.0, other) - marks).max() < 0.03 * size.max()
-    wide = marks_of(sample.hands, joints / (2, 1), 2.0, human_body())
+    assert np.abs(pictures.marks_in(sample.hands, joints, 1.0, other) - marks).max() < 0.03 * size.max()
+    wide = pictures.marks_in(sample.hands, joints / (2, 1), 2.0, human_body())
     assert np.allclose(wide * (2, 1), marks, atol=1e-6)
 
 

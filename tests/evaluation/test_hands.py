@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from handiffuser.evaluation.detect import Found, padded
+from handiffuser.detection.detect import Found, padded
 from handiffuser.evaluation.hands import Asked, crop, hand_size, match
 
 RNG = np.random.default_rng(0)

@@ -14,10 +14,10 @@ from commands import run_command
 from datasets import made_sample
 from handiffuser import shipped
 from handiffuser.data.samples import Sample, encode_png, read
+from handiffuser.detection.detect import Found, MediaPipe, distinct, windows
 from handiffuser.errors import EvaluationError
 from handiffuser.evaluation import measure, painting, pictures, run
 from handiffuser.evaluation.cli import evaluate
-from handiffuser.evaluation.detect import Found, MediaPipe, distinct, windows
 from handiffuser.evaluation.distances import interval
 from handiffuser.evaluation.features import RandomFilters
 from handiffuser.evaluation.hands import Asked
@@ -209,8 +209,8 @@ def test_without_mediapipe_a_sentence_says_so(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "mediapipe", None)
-    with pytest.raises(EvaluationError, match=r"handiffuser\[eval\].*--no-detector"):
-        MediaPipe()
+    with pytest.raises(EvaluationError, match=r"handiffuser\[detect\].*--no-detector"):
+        run.instruments({"clip_folder": None, "threads": None, "no_detector": False, "crops": "asked"})
 
 
 def test_an_engine_paints_the_prompts_of_a_folder_and_goes_on(tiny_bundle, tmp_path):

@@ -1,6 +1,6 @@
 """Estimated hands in an .npz, as HaMeR, WiLoR and WiLoR-mini give them, and their places in the picture.
 
-    hands = [in_picture(one, size) for one in mano_estimates(Path("photo-0001.npz"), means, body)]
+    hands = [in_picture(one, size) for one in mano_estimates(Path("photo-0001.npz"), means, rest)]
 
 These programs estimate a left hand as the right hand of the mirrored crop. Some mirror it back before they save it, in
 part or in whole: HaMeR's demo negates tx in place, WiLoR's on a CPU the joints as well, and WiLoR-mini mirrors all.
@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..models.smplh import SMPLH, TIP_VERTICES
+from ..contract import HAND_JOINTS
+from ..errors import DatasetError
+from ..kinematics import forward, radius
 from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
-from .conventions import Hand, radius
-from .estimates import MIRROR, RIGHT, HandEstimate
+from .arms import MIRROR, RIGHT, HandEstimate
 
 FLIP_YZ = np.diag([1.0, -1.0, -1.0])  # from a camera frame with y down and z away to ours
 # Array -> shape of one hand's. Rotations may be axis-angles as well.
@@ -47,10 +48,11 @@ class Estimate:
     box: float  # pixels
 
 
-def mano_estimates(path: Path, means: tuple[np.ndarray, np.ndarray], body: SMPLH) -> list[Estimate]:
+def mano_estimates(path: Path, means: tuple[np.ndarray, np.ndarray], rest: np.ndarray) -> list[Estimate]:
     """The hands in an .npz (H of them): is_right [H], global_orient [H, 3, 3], hand_pose [H, 15, 3, 3] (or axis-angle
     [H, 3], [H, 45]), pred_cam [H, 3], box_center [H, 2], box_size [H], pred_keypoints_3d [H, 21, 3]; perhaps pred_cam_t
-    [H, 3]. means: added to the fingers, [45] of the left and the right hand. Raises ValueError with a sentence."""
+    [H, 3]. means: added to the fingers, [45] of the left and the right hand. rest: [62, 3] joints of a body, metres.
+    Raises ValueError with a sentence."""
     held = _read(path)
     if not held:
         return []
@@ -63,7 +65,7 @@ def mano_estimates(path: Path, means: tuple[np.ndarray, np.ndarray], body: SMPLH
         )  # fmt: skip
         if side != RIGHT:
             told = held[CAMERA_T][i, 0] if CAMERA_T in held else None
-            one = _left(one, told, body, f"{path.name}: hand {i + 1} (left)")
+            one = _left(one, told, rest, f"{path.name}: hand {i + 1} (left)")
         vectors = matrix_to_axis_angle(one.fingers) + means[side].reshape(15, 3)
         out.append(replace(one, fingers=vectors))
     return out
@@ -133,17 +135,16 @@ def are_rotations(matrices: np.ndarray) -> bool:
     return bool((off <= ROTATION).all() and (np.linalg.det(matrices) > 0).all())
 
 
-def _left(one: Estimate, told: float | None, body: SMPLH, name: str) -> Estimate:
+def _left(one: Estimate, told: float | None, rest: np.ndarray, name: str) -> Estimate:
     """A saved left hand, mirrored back where its program did not. fingers: matrices [15, 3, 3]. told: tx in the
     mirrored crop, if the file states it. Raises ValueError."""
-    points = np.concatenate([body.j_template.numpy(), body.v_template[list(TIP_VERTICES)].numpy()]).astype(np.float64)
     turns, fingers = ([x, MIRROR @ x @ MIRROR] for x in (one.turn, one.fingers))
 
     def shape(joints: np.ndarray) -> np.ndarray:
         return (joints - joints.mean(0)) / radius(joints)
 
     # The pose read as the right hand of the mirrored crop, and as one already mirrored back.
-    posed = [shape(Hand(RIGHT, fingers[back], turns[back], points).posed(fingers[back])) for back in (0, 1)]
+    posed = [shape(_posed(turns[back], fingers[back], rest)) for back in (0, 1)]
     apart = {
         (pose, joints): float(radius_of(posed[pose] - shape(one.keypoints @ (MIRROR if joints else np.eye(3)))))
         for pose in (0, 1)
@@ -166,6 +167,13 @@ def _left(one: Estimate, told: float | None, body: SMPLH, name: str) -> Estimate
                    camera=np.array([s, tx, ty]))  # fmt: skip
 
 
+def _posed(turn: np.ndarray, fingers: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """A right hand's joints [21, 3] in metres; its wrist stays where it is at rest."""
+    rotations = np.tile(np.eye(3), (52, 1, 1))
+    rotations[21], rotations[37:] = turn, fingers
+    return forward(rotations, rest)[1][list(HAND_JOINTS[RIGHT])]
+
+
 def radius_of(differences: np.ndarray) -> np.ndarray:
     """Root mean square length of vectors [N, D]."""
     return np.sqrt(np.square(differences).sum(-1).mean())
@@ -177,3 +185,18 @@ def in_picture(estimate: Estimate, size: tuple[int, int]) -> HandEstimate:
     s, tx, ty = estimate.camera
     pixels = estimate.centre + estimate.box / 2 * s * (estimate.keypoints[:, :2] + (tx, ty))
     return HandEstimate(estimate.side, FLIP_YZ @ estimate.turn, estimate.fingers, pixels)
+
+
+def hand_means(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """MANO's mean left and right hand [45], from the user's body file; zeros without one."""
+    if path is None:
+        return np.zeros(45), np.zeros(45)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            left, right = (archive[f"hands_mean{side}"].astype(np.float64).reshape(45) for side in "lr")
+    except Exception as error:
+        raise DatasetError(
+            f"{path} must hold hands_meanl and hands_meanr of 45 numbers, got {type(error).__name__}. "
+            "Make it: hd-body convert SMPLH.pkl OUT.npz"
+        ) from None
+    return left, right

@@ -1,11 +1,13 @@
 """From hands estimated one by one (MANO, in a picture) to a person in SMPL-H who shows them.
 
-    arrays = people([HandEstimate(LEFT, turn, fingers, joints_2d), ...], (height, width), body)
+    arrays = people([HandEstimate(LEFT, turn, fingers, joints_2d), ...], (height, width), rest)
 
 A hand alone does not determine its arm. One hand: the arm is stretched in the forearm's direction, with a straight
 wrist. A left and a right hand of similar size, within reach, become one person: inverse kinematics moves
 the wrists to their places in the picture and bends them least. Other hands become people of one hand each. The torso
 stands upright and faces the camera; it is a guess, and only the hands are data.
+
+`rest` is the body that shows them: its 62 joints at rest, metres.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from ..hands import POSES
-from ..models.smplh import HAND_JOINTS, SMPLH
+from ..contract import HAND_JOINTS
+from ..hands import ABSENT, POSES
+from ..kinematics import forward, radius
 from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
-from .augment import Hands, Size
-from .hands import ABSENT
+
+Arrays = dict[str, np.ndarray]
+Size = tuple[int, int]  # height, width
 
 LEFT, RIGHT = 0, 1
 MIRROR = np.diag([-1.0, 1.0, 1.0])
@@ -43,21 +46,21 @@ class HandEstimate:
     joints_2d: np.ndarray
 
 
-def people(hands: Sequence[HandEstimate], size: Size, body: SMPLH) -> Hands:
-    """The arrays of `samples.HANDS` for all hands of a picture (height, width): of one person, or with an axis of
+def people(hands: Sequence[HandEstimate], size: Size, rest: np.ndarray) -> Arrays:
+    """The SMPL-H arrays for all hands of a picture (height, width): of one person, or with an axis of
     several in front."""
     left, right = ([hand for hand in hands if hand.side == side] for side in (LEFT, RIGHT))
     if len(left) == len(right) == 1:
-        both = person_of([left[0], right[0]], size, body)
+        both = person_of([left[0], right[0]], size, rest)
         if both is not None:
             return both
-    each = [one for hand in hands if (one := person_of([hand], size, body)) is not None]
+    each = [one for hand in hands if (one := person_of([hand], size, rest)) is not None]
     if len(each) == 1:
         return each[0]
     return {name: np.stack([one[name] for one in each]) for name in each[0]}
 
 
-def person_of(hands: Sequence[HandEstimate], size: Size, body: SMPLH) -> Hands | None:
+def person_of(hands: Sequence[HandEstimate], size: Size, rest: np.ndarray) -> Arrays | None:
     """One hand, or a left and a right one, as a person; None where one person cannot have both."""
     rotations = np.tile(np.eye(3), (52, 1, 1))
     placement, joints_2d = ABSENT.copy(), np.zeros((2, 21, 2), np.float32)
@@ -65,10 +68,9 @@ def person_of(hands: Sequence[HandEstimate], size: Size, body: SMPLH) -> Hands |
         rotations[22 + 15 * hand.side : 37 + 15 * hand.side] = axis_angle_to_matrix(hand.fingers.astype(np.float64))
         placement[hand.side] = place(hand.joints_2d, size)
         joints_2d[hand.side] = hand.joints_2d / (size[1], size[0])
-    rest = body.j_template.numpy().astype(np.float64)
     if len(hands) == 1:
         rotations[SHOULDER[hands[0].side]] = hands[0].turn
-    elif not _reach(rotations, placement, [hand.turn for hand in hands], rest, body):
+    elif not _reach(rotations, placement, [hand.turn for hand in hands], rest):
         return None
     vectors = matrix_to_axis_angle(rotations).astype(np.float32)
     visibility = np.zeros(2, np.float32)
@@ -85,18 +87,14 @@ def person_of(hands: Sequence[HandEstimate], size: Size, body: SMPLH) -> Hands |
 def place(joints_2d: np.ndarray, size: Size) -> np.ndarray:
     """[21, 2] pixels of a picture (height, width) -> presence, centre x, y, log size, as the contract has them."""
     view = (joints_2d - np.array([size[1], size[0]]) / 2) / (size[0] / 2) * (1, -1)
-    centre = view.mean(0)
-    radius = np.sqrt(np.square(view - centre).sum(-1).mean())
-    return np.array([1, *centre, np.log(max(radius, 1e-6))], np.float32)
+    return np.array([1, *view.mean(0), np.log(max(radius(view), 1e-6))], np.float32)
 
 
-def _reach(
-    rotations: np.ndarray, placement: np.ndarray, turns: Sequence[np.ndarray], rest: np.ndarray, body: SMPLH
-) -> bool:
+def _reach(rotations: np.ndarray, placement: np.ndarray, turns: Sequence[np.ndarray], rest: np.ndarray) -> bool:
     """Writes both arms' rotations so that one camera sees both hands in their places; False if none can."""
-    relative = [_from_wrist(rotations, side, turns[side], body) for side in (LEFT, RIGHT)]  # [21, 3] metres
+    relative = [_from_wrist(rotations, side, turns[side], rest) for side in (LEFT, RIGHT)]  # [21, 3] metres
     means = [points[:, :2].mean(0) for points in relative]
-    radii = [np.sqrt(np.square(p[:, :2] - m).sum(-1).mean()) for p, m in zip(relative, means, strict=True)]
+    radii = [radius(points[:, :2]) for points in relative]
     scales = np.exp(placement[:, 3]) / radii
     if scales.max() / scales.min() > SIZES:
         return False
@@ -122,13 +120,11 @@ def _reach(
     return True
 
 
-@torch.no_grad()
-def _from_wrist(rotations: np.ndarray, side: int, turn: np.ndarray, body: SMPLH) -> np.ndarray:
+def _from_wrist(rotations: np.ndarray, side: int, turn: np.ndarray, rest: np.ndarray) -> np.ndarray:
     """A hand's joints [21, 3] relative to its wrist, in metres, turned by `turn`."""
     alone = np.tile(np.eye(3), (52, 1, 1))
     alone[22:] = rotations[22:]
-    _, joints = body(torch.from_numpy(alone).float()[None], torch.zeros(1, body.shape_dirs.shape[0]))
-    points = joints[0, list(HAND_JOINTS[side])].numpy()
+    points = forward(alone, rest)[1][list(HAND_JOINTS[side])]
     return (points - points[0]) @ turn.T
 
 
