@@ -34,7 +34,7 @@ from ..settings import MAX_GUIDANCE, MAX_STEPS, SOLVERS
 from . import load as load_test
 from . import measure, tables
 from .card import Others, bf16_ceiling, card
-from .flops import count
+from ..engines.cost import count
 from .soak import soak
 
 FORMAT = 1  # of the JSON document

@@ -29,7 +29,7 @@ WIDEST_HEAD = 256  # of flash attention, which takes multiples of 8
 
 def fuse(model: ir.Model) -> Counter[str]:
     """Joins what it can, in place; returns how many operators of each kind came to be."""
-    edit, made = Editor(model), Counter[str]()
+    edit, made = Editor(model, "fused"), Counter[str]()
     steps = (
         ("Split", split_slices, "Slice"),
         ("SiLU", activate, "GroupNorm"),

@@ -11,8 +11,7 @@ from __future__ import annotations
 import onnx
 from onnx import inliner, parser
 
-from .editing import CONTRIBUTED
-
+CONTRIBUTED = "com.microsoft"  # the domain of ONNX Runtime's own operators
 OPSET = 23
 CROSS = "MultiHeadCrossAttention"  # MultiHeadAttention with keys and values [B, heads, L, d]; has an attribute scale
 HEADER = f'<domain: "{CONTRIBUTED}", opset_import: ["" : {OPSET}]>'

@@ -9,7 +9,7 @@ import pytest
 from handiffuser import EngineError, HanDiffuser, cpu
 from handiffuser.benchmarks import measure, soak
 from handiffuser.benchmarks.card import Others, bf16_ceiling, card
-from handiffuser.benchmarks.flops import count
+from handiffuser.engines.cost import count
 from handiffuser.contract import GRAPHS
 from handiffuser.engines import load_engines
 from handiffuser.engines.cuda import Cuda
