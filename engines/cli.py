@@ -231,10 +231,19 @@ def list_plans(folder: str) -> int:
 @click.argument("path", metavar="PLAN|FOLDER")
 @click.option("--graph", help="For a folder: show only this graph's plans.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each plan, with every layer.")
-@click.option("--cost", is_flag=True,
-              help="For a folder: kernels, bytes, operations and the least time of each graph, read off the graphs.")
-@click.option("--gpu", "card", type=click.Choice(list(GPUS)), default="h200", show_default=True,
-              help="With --cost: the GPU whose rates to take. None need be here.")
+@click.option(
+    "--cost",
+    is_flag=True,
+    help="For a folder: kernels, bytes, operations and the least time of each graph, read off the graphs.",
+)
+@click.option(
+    "--gpu",
+    "card",
+    type=click.Choice(list(GPUS)),
+    default="h200",
+    show_default=True,
+    help="With --cost: the GPU whose rates to take. None need be here.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="With --cost: pictures.")
 def inspect_plans(path: str, graph: str | None, as_json: bool, cost: bool, card: str, batch_size: int) -> int:
     """Says what a plan was compiled to: layers by kind, type and kernel, and its memory.

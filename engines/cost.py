@@ -26,14 +26,16 @@ from .rates import Gpu
 
 Shape = tuple[int, ...]
 LARGE = 4096  # bytes; smaller tensors may be shapes, whose values inference needs
-VIEWS = frozenset("Reshape Squeeze Unsqueeze Identity Flatten".split())
+VIEWS = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"])
 # Operators that read no more of their inputs than they write.
-PICKS = frozenset("Slice Gather GatherElements GatherND Expand Pad Resize Tile".split())
+PICKS = frozenset(["Slice", "Gather", "GatherElements", "GatherND", "Expand", "Pad", "Resize", "Tile"])
 POINTWISE = frozenset(
-    "Abs Add BiasAdd BiasSplitGelu Cast Ceil Clip Cos Div Equal Erf Exp Expand Floor Gelu Greater IsNaN Less "
-    "LessOrEqual Log Max Min Mul Neg Not Or Pow Reciprocal Relu Round Sigmoid Sin Sqrt Sub Tanh Where And".split()
+    (
+        "Abs Add And BiasAdd BiasSplitGelu Cast Ceil Clip Cos Div Equal Erf Exp Floor Gelu Greater IsNaN Less "
+        + "LessOrEqual Log Max Min Mul Neg Not Or Pow Reciprocal Relu Round Sigmoid Sin Sqrt Sub Tanh Where"
+    ).split()
 )
-MATRIX = frozenset("MatMul Gemm Conv NhwcConv Attention MultiHeadAttention".split())
+MATRIX = frozenset(["MatMul", "Gemm", "Conv", "NhwcConv", "Attention", "MultiHeadAttention"])
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Graph:
             elif not self._on_host(node):
                 outputs = tuple(one for one in node.output if one in self.shapes)
                 biased = node.op_type in ("Conv", "NhwcConv", "Gemm") and len(given) > 2 and bool(given[2])
-                read = tuple(dict.fromkeys(one for one in given if one and one not in ready or self.size(one) > 64))
+                read = tuple(dict.fromkeys(one for one in given if (one and one not in ready) or self.size(one) > 64))
                 self.nodes.append(Node(node.op_type, read, outputs, self._operations(node, given), biased))
         self.views = views
         self.results = {views.get(value.name, value.name) for value in model.graph.output}
@@ -199,7 +201,9 @@ def _joined(graph: Graph, runner: Runner) -> Iterator[Kernel]:
         if open_:
             head = groups[last][0].op
             pointwise = node.op in POINTWISE
-            open_ = pointwise if head == "GroupNormalization" else head not in MATRIX or (runner.epilogues and pointwise)
+            open_ = (
+                pointwise if head == "GroupNormalization" else head not in MATRIX or (runner.epilogues and pointwise)
+            )
         if open_:
             groups[last].append(node)
         else:

@@ -84,12 +84,13 @@ def rewrite(model: Any) -> Any:
     """Like `derive`, for an `onnx_ir.Model`, which it changes."""
     import onnx_ir as ir
 
-    from . import fusions, nhwc
+    from .fusions import fuse
+    from .nhwc import channels_last, read_norms
 
-    nhwc.read_norms(model)
-    if not nhwc.channels_last(model):
+    read_norms(model)
+    if not channels_last(model):
         return None
-    fusions.fuse(model)
+    fuse(model)
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]  # the exporter's names of sizes, which fixed sizes would contradict
     del proto.functions[:]  # every operator has a kernel

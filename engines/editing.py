@@ -1,7 +1,7 @@
 """Edits of an ONNX graph that several rewrites share; needs `onnx_ir`, not PyTorch.
 
-    edit = Editor(model, "nhwc")
-    value = edit.add(node, "Transpose", [x], shape, perm=[0, 2, 3, 1])     # stands before `node`
+edit = Editor(model, "nhwc")
+value = edit.add(node, "Transpose", [x], shape, perm=[0, 2, 3, 1])     # stands before `node`
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Editor:
         name = f"derived_{hashlib.sha256(kind + array.tobytes()).hexdigest()[:16]}"
         if name not in self.graph.initializers:
             tensor = ir.tensor(array, name=name)
-            kept = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            kept = ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
             self.graph.register_initializer(kept)
         return self.graph.initializers[name]
 
@@ -51,7 +53,9 @@ class Editor:
     ) -> ir.Value:
         """A new node before another; its output. kind: of the output, if not that of the first input."""
         self._count += 1
-        node = ir.node(op, inputs, attributes, domain=domain, name=f"{before.name or 'node'}_{self.label}_{self._count}")
+        node = ir.node(
+            op, inputs, attributes, domain=domain, name=f"{before.name or 'node'}_{self.label}_{self._count}"
+        )
         self.graph.insert_before(before, node)
         first = next(value for value in inputs if value is not None)
         out = node.outputs[0]

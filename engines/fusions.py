@@ -6,8 +6,9 @@ Each launch and each pass over memory costs more than the arithmetic in it. So a
 bias of the time move into the norms behind them, and cross-attention takes its keys and values as they are.
 
 The limits of the kernels, read in ONNX Runtime's sources: BiasSplitGelu takes widths of SPLIT_WIDTHS and BiasAdd those
-of ADD_WIDTHS, both of three axes. SkipGroupNorm takes what it adds as [B, H, W, C] or [B, 1, 1, C]. MultiHeadAttention takes
-queries [B, N, heads * d] beside keys and values [B, heads, L, d]; flash attention then reads them by strides.
+of ADD_WIDTHS, both of three axes. SkipGroupNorm takes what it adds as [B, H, W, C] or [B, 1, 1, C].
+MultiHeadAttention takes queries [B, N, heads * d] beside keys and values [B, heads, L, d], which flash attention reads
+by strides.
 """
 
 from __future__ import annotations
@@ -100,7 +101,13 @@ def skip_layer_norm(edit: Editor, node: ir.Node) -> bool:
     """The residual and the bias before a layer norm become part of it; the sum is its fourth output."""
     x, known = node.inputs[0], sizes(node.inputs[0])
     add = made_by(x, "Add")
-    if add is None or x is None or known is None or len(known) != 3 or node.attributes.get_int("axis", -1) not in (-1, 2):
+    if (
+        add is None
+        or x is None
+        or known is None
+        or len(known) != 3
+        or node.attributes.get_int("axis", -1) not in (-1, 2)
+    ):
         return False
     if any(sizes(value) != known for value in add.inputs) or x.is_graph_output() or len(node.inputs) != 3:
         return False
@@ -204,9 +211,7 @@ def cross_attention(edit: Editor, node: ir.Node) -> bool:
     return True
 
 
-def _query(
-    edit: Editor, query: ir.Value | None
-) -> tuple[ir.Node, float, ir.Value | None, ir.Node | None] | None:
+def _query(edit: Editor, query: ir.Value | None) -> tuple[ir.Node, float, ir.Value | None, ir.Node | None] | None:
     """The linear layer behind a query, the factor of its output, the codes [heads, N, c] that follow each head's query,
     and the node that repeats the query for both branches of guidance."""
     joined, codes = made_by(query, "Concat"), None

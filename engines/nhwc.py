@@ -70,7 +70,9 @@ class _Layout:
         """The value with channels last, for use in the place of `node`."""
         if value not in self.last:
             perm, shape = TO_LAST[len(value.shape or ())], list(value.shape or ())
-            self.last[value] = self.edit.add(node, "Transpose", [value], [shape[n] for n in perm], attributes={"perm": perm})
+            self.last[value] = self.edit.add(
+                node, "Transpose", [value], [shape[n] for n in perm], attributes={"perm": perm}
+            )
             self.first[value] = value
         return self.last[value]
 
@@ -80,7 +82,9 @@ class _Layout:
             moved = self.last[value]
             shape = list(moved.shape or ())
             perm = TO_FIRST[len(shape)]
-            self.first[value] = self.edit.add(node, "Transpose", [moved], [shape[n] for n in perm], attributes={"perm": perm})
+            self.first[value] = self.edit.add(
+                node, "Transpose", [moved], [shape[n] for n in perm], attributes={"perm": perm}
+            )
         return self.first[value]
 
     def put(self, node: ir.Node, op: str, inputs: list, shape: list, domain: str = "", **attributes) -> bool:
@@ -119,7 +123,9 @@ class _Layout:
         moved = self.to_last(x, node)  # type: ignore[arg-type]
         shape = list(moved.shape)  # type: ignore[arg-type]
         if len(shape) == 3:
-            moved = self.edit.add(node, "Reshape", [moved, self.edit.ints(0, 0, 1, shape[2])], [*shape[:2], 1, shape[2]])
+            moved = self.edit.add(
+                node, "Reshape", [moved, self.edit.ints(0, 0, 1, shape[2])], [*shape[:2], 1, shape[2]]
+            )
         inputs = [moved, *(self.edit.constant(number(v).astype(np.float32)) for v in (scale, bias))]  # type: ignore[union-attr]
         settings = {"groups": groups, "epsilon": node.attributes.get_float("epsilon", 1e-5), "activation": 0}
         out = self.edit.add(node, "GroupNorm", inputs, list(moved.shape), CONTRIBUTED, {**settings, "channels_last": 1})  # type: ignore[arg-type]
@@ -178,7 +184,13 @@ class _Layout:
 
     def resize(self, node: ir.Node) -> bool:
         x, scales, out = node.inputs[0], number(node.inputs[2]) if len(node.inputs) == 3 else None, node.outputs[0]
-        if x not in self.last or scales is None or scales.shape != (4,) or out.shape is None or "axes" in node.attributes:
+        if (
+            x not in self.last
+            or scales is None
+            or scales.shape != (4,)
+            or out.shape is None
+            or "axes" in node.attributes
+        ):
             return False
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         inputs = [self.last[x], None, self.edit.constant(scales[TO_LAST[4]])]

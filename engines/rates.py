@@ -1,7 +1,8 @@
-"""What GPUs can do at best, from their makers' papers: the rates by which `cost.py` turns a graph into milliseconds.
+"""What GPUs can do at best, from their maker's papers: the rates by which `cost.py` turns a graph into milliseconds.
 
-Products are dense (without structured sparsity) and summed in float32. Sources: NVIDIA's data sheets of H200, H100 SXM,
-A100 80GB SXM and L4; the white papers "Ada GPU Architecture" (RTX 4090) and "RTX Blackwell GPU Architecture" (RTX 5090).
+Products are dense (without structured sparsity) and summed in float32. Sources: NVIDIA's data sheets of H200, H100
+SXM, A100 80GB SXM and L4; the white papers "NVIDIA Ada GPU Architecture" (RTX 4090) and "NVIDIA RTX Blackwell GPU
+Architecture" (RTX 5090).
 """
 
 from __future__ import annotations

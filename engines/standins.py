@@ -1,4 +1,4 @@
-"""ONNX Runtime's contributed operators in terms of ONNX's own, so that a graph for CUDA runs, and is compared, on a CPU.
+"""ONNX Runtime's contributed operators in terms of ONNX's own, so that a graph for CUDA runs on a CPU, too.
 
     plain = expanded(onnx.load("derived.onnx", load_external_data=False))
 

@@ -59,9 +59,9 @@ TEXT = """g (float16[1,8,4,4] x) => (float16[1,8,4,4] y) {
 
 def toy():
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> {TEXT}')
-    tensors = {"w": (8, 8, 1, 1), "b": (8,)}
-    for name, shape in tensors.items():
-        model.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT16, shape, b"\0" * 128 if name == "w" else b"\0" * 16, raw=True))  # fmt: skip
+    for name, shape, size in (("w", (8, 8, 1, 1), 64), ("b", (8,), 8)):
+        numbers = onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT16, shape, bytes(2 * size), raw=True)
+        model.graph.initializer.append(numbers)
     return model
 
 

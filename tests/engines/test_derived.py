@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 from handiffuser.contract import Manifest
-from handiffuser.engines import derived, fusions, nhwc, onnxruntime_cuda
+from handiffuser.engines import derived, fusions, onnxruntime_cuda
 from handiffuser.engines.cuda import Cuda
 from handiffuser.engines.standins import CONTRIBUTED, DEFINITIONS, expanded
 from handiffuser.shipped import bundle_path
