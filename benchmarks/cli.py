@@ -26,6 +26,7 @@ from .. import commands, shipped
 from ..commands import INTERRUPTED
 from ..contract import MANIFEST, Manifest
 from ..engines.backends import CHOICES, DEVICES
+from ..engines.cost import count
 from ..engines.cuda import Cuda
 from ..errors import EngineError, HanDiffuserError
 from ..runtime.device import DeviceLoop
@@ -34,7 +35,6 @@ from ..settings import MAX_GUIDANCE, MAX_STEPS, SOLVERS
 from . import load as load_test
 from . import measure, tables
 from .card import Others, bf16_ceiling, card
-from .flops import count
 from .soak import soak
 
 FORMAT = 1  # of the JSON document

@@ -17,7 +17,10 @@ from ..errors import EngineError
 from . import inspect, timing, verdict
 from .backends import BACKENDS, PLANNED
 from .build import choose_builder, gpu
+from .cost import costs
+from .cost import text as cost_text
 from .plans import Built, Plan, PlanStore, Sizes, Wanted, belongs, size_text
+from .rates import GPUS
 from .tensorrt import NAMES, TILING, Options
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -228,12 +231,38 @@ def list_plans(folder: str) -> int:
 @click.argument("path", metavar="PLAN|FOLDER")
 @click.option("--graph", help="For a folder: show only this graph's plans.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each plan, with every layer.")
-def inspect_plans(path: str, graph: str | None, as_json: bool) -> int:
-    """Says what a plan was compiled to: layers by kind, type and kernel, and its memory."""
+@click.option(
+    "--cost",
+    is_flag=True,
+    help="For a folder: kernels, bytes, operations and the least time of each graph, read off the graphs.",
+)
+@click.option(
+    "--gpu",
+    "card",
+    type=click.Choice(list(GPUS)),
+    default="h200",
+    show_default=True,
+    help="With --cost: the GPU whose rates to take. None need be here.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="With --cost: pictures.")
+def inspect_plans(path: str, graph: str | None, as_json: bool, cost: bool, card: str, batch_size: int) -> int:
+    """Says what a plan was compiled to: layers by kind, type and kernel, and its memory.
+
+    --cost needs no plans: it says what each backend would run, and what that takes at least.
+    """
+    if cost:
+        return show_cost(shipped.resolve(path, "bundle"), graph, as_json, card, batch_size)
     where = Path(path) if path.endswith(".plan") else shipped.resolve(path, "bundle")
     for plan in inspect.find_plans(where, graph):
         counts = inspect.summary(plan)
         click.echo(json.dumps(counts) if as_json else inspect.text(counts))
+    return 0
+
+
+def show_cost(folder: Path, graph: str | None, as_json: bool, card: str, batch: int) -> int:
+    with console.status("reading the graphs"):
+        found = list(costs(folder, Manifest.load(folder, verify=False), GPUS[card], graph, batch))
+    click.echo("\n".join(json.dumps(one) for one in found) if as_json else cost_text(found, GPUS[card]))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Edits of an ONNX graph that several rewrites share; needs `onnx_ir`, not PyTorch.
 
-edit = Editor(model)
+edit = Editor(model, "nhwc")
 value = edit.add(node, "Transpose", [x], shape, perm=[0, 2, 3, 1])     # stands before `node`
 """
 
@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-CONTRIBUTED = "com.microsoft"  # the domain of ONNX Runtime's own operators
+from .standins import CONTRIBUTED as CONTRIBUTED
+
 Shape = Sequence["int | ir.SymbolicDim"]
 
 
 class Editor:
-    """Adds nodes and constants to a model's graph. Equal constants are stored once."""
+    """Adds nodes and constants to a model's graph. Equal constants are stored once. label: part of the nodes' names."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self.graph, self._count = model.graph, 0
+    def __init__(self, model: ir.Model, label: str) -> None:
+        self.graph, self.label, self._count = model.graph, label, 0
         self.settled = settled(model.graph)
 
     def constant(self, array: np.ndarray) -> ir.Value:
@@ -52,7 +53,9 @@ class Editor:
     ) -> ir.Value:
         """A new node before another; its output. kind: of the output, if not that of the first input."""
         self._count += 1
-        node = ir.node(op, inputs, attributes, domain=domain, name=f"{before.name or 'node'}_derived_{self._count}")
+        node = ir.node(
+            op, inputs, attributes, domain=domain, name=f"{before.name or 'node'}_{self.label}_{self._count}"
+        )
         self.graph.insert_before(before, node)
         first = next(value for value in inputs if value is not None)
         out = node.outputs[0]

@@ -6,8 +6,9 @@ Each launch and each pass over memory costs more than the arithmetic in it. So a
 bias of the time move into the norms behind them, and cross-attention takes its keys and values as they are.
 
 The limits of the kernels, read in ONNX Runtime's sources: BiasSplitGelu takes widths of SPLIT_WIDTHS and BiasAdd those
-of ADD_WIDTHS, both of three axes. SkipGroupNorm takes what it adds as [B, H, W, C] or [B, 1, 1, C]. MultiHeadAttention takes
-queries [B, N, heads * d] beside keys and values [B, heads, L, d]; flash attention then reads them by strides.
+of ADD_WIDTHS, both of three axes. SkipGroupNorm takes what it adds as [B, H, W, C] or [B, 1, 1, C].
+MultiHeadAttention takes queries [B, N, heads * d] beside keys and values [B, heads, L, d], which flash attention reads
+by strides.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WIDEST_HEAD = 256  # of flash attention, which takes multiples of 8
 
 def fuse(model: ir.Model) -> Counter[str]:
     """Joins what it can, in place; returns how many operators of each kind came to be."""
-    edit, made = Editor(model), Counter[str]()
+    edit, made = Editor(model, "fused"), Counter[str]()
     steps = (
         ("Split", split_slices, "Slice"),
         ("SiLU", activate, "GroupNorm"),

@@ -100,9 +100,9 @@ def _opener(folder: Path, manifest: Manifest, device: str, threads: int | None) 
     if device_for(folder, device) == "cpu":
         shelf = shelf_of(folder, manifest) if device == "cpu" else None
         return lambda path, spec: OnnxRuntimeEngine(path, spec, threads, shelf)
-    from .onnxruntime_cuda import OnnxRuntimeCudaEngine, in_half
+    from .onnxruntime_cuda import open_cuda
 
-    return lambda path, spec: OnnxRuntimeCudaEngine(path, spec, threads, half=in_half(manifest, path.stem))
+    return lambda path, spec: open_cuda(folder, manifest, path.stem, threads=threads)
 
 
 def open_engine(path: str | Path, spec: GraphSpec, device: str = "cpu", threads: int | None = None) -> Engine:

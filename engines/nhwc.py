@@ -40,7 +40,7 @@ class _Layout:
     """last: a value with channels first -> the same value with channels last."""
 
     def __init__(self, model: ir.Model) -> None:
-        self.model, self.edit = model, Editor(model)
+        self.model, self.edit = model, Editor(model, "nhwc")
         self.last: dict[ir.Value, ir.Value] = {}
         self.first: dict[ir.Value, ir.Value] = {}  # the way back, where somebody needs it
         self.weights: dict[ir.Value, ir.Value] = {}
@@ -290,7 +290,7 @@ MOVES: dict[str, Callable[[_Layout, ir.Node], bool]] = {
 
 def read_norms(model: ir.Model) -> int:
     """Turns group norms that `export.norms` wrote out into GroupNormalization again, in place; returns how many."""
-    graph, edit, found = model.graph, Editor(model), 0
+    graph, edit, found = model.graph, Editor(model, "norm"), 0
     for node in list(graph):
         norm = _written_out(node)
         if norm is None:
@@ -337,6 +337,3 @@ def _written_out(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value, dict] | N
         return None
     attributes = {"num_groups": int(shape[1]), "epsilon": float(epsilon)}
     return source, scaled.inputs[1], node.inputs[1], attributes  # type: ignore[return-value]
-
-
-__all__ = ["channels_last", "read_norms"]

@@ -8,6 +8,7 @@ on_gpu = OnnxRuntimeDeviceEngine(engine)        # bound to device arrays, enqueu
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from ..contract import BRANCHES, FLOAT32_GRAPHS, GraphSpec, Manifest
 from ..errors import BundleError, EngineError
 from .base import DeviceEngine, DeviceEngines, check_feeds, powers_of_two
 from .cuda import Cuda
+from .derived import derived_graph
 from .onnxruntime import NO_CUDA, OnnxRuntimeEngine, has_cuda_provider, import_onnxruntime, loading, session_options
 
+_SAID: list[str] = []  # why the bundle's graphs run
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 # What ONNX Runtime keeps on the CPU by design: the arithmetic of shapes, a few integers each, which stay there.
 SHAPES = frozenset(
@@ -43,12 +46,14 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         stream: int = 0,
         capture: Mapping[str, int] | None = None,
         half: bool = False,
+        derived: bytes | None = None,
     ) -> None:
         """Loads the graph and compares its tensors with `spec`.
 
         stream: the CUDA stream it runs on, if not its own. capture: sizes of the free axes, such as {"B": 4}; the
         session then takes these alone, and ONNX Runtime replays it as a CUDA graph, see `OnnxRuntimeDeviceEngine`.
-        half: its convolutions are in half precision, see `in_half`.
+        half: its convolutions are in half precision, see `in_half`. derived: what it is given in place of the file,
+        see `derived.py`.
 
         Raises BundleError when the file is broken, when its tensors differ from `spec`, or when a node of a graph to
         capture does not run on the GPU. Raises EngineError without a GPU, and where ONNX Runtime would run nodes of the
@@ -64,6 +69,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         # convolutions in half precision need: ONNX Runtime 1.31 then prints an error for each of them, and tries again
         # with the bias as a kernel of its own.
         choices = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "1" if half else "0"}
+        choices["enable_skip_layer_norm_strict_mode"] = "1"  # sums in float32, as in LayerNormalization
         if stream:
             choices["user_compute_stream"] = str(stream)
         if capture:
@@ -73,8 +79,11 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         for axis, size in (capture or {}).items():  # a captured graph is for one shape, which the session must know
             options.add_free_dimension_override_by_name(axis, size)
         providers = [("CUDAExecutionProvider", choices), "CPUExecutionProvider"]
+        if derived is not None:  # its weights are in the bundle's files
+            folder = str(Path(path).absolute().parent)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         with loading(path, spec):
-            self.session = ort.InferenceSession(str(path), options, providers=providers)
+            self.session = ort.InferenceSession(derived or str(path), options, providers=providers)
         if self.session.get_providers()[0] != "CUDAExecutionProvider":
             raise EngineError(
                 "ONNX Runtime found no usable GPU: check that `nvidia-smi` lists one and that CUDA and cuDNN are "
@@ -167,8 +176,7 @@ def device_engines(
     sessions: dict[str, OnnxRuntimeCudaEngine] = {}
 
     def session(graph: str, capture: dict[str, int] | None = None) -> OnnxRuntimeCudaEngine:
-        spec, stream, half = manifest.graphs[graph], stream_of(graph), in_half(manifest, graph)
-        return OnnxRuntimeCudaEngine(folder / spec.file, spec, stream=int(stream.handle), capture=capture, half=half)
+        return open_cuda(folder, manifest, graph, stream=int(stream_of(graph).handle), capture=capture)
 
     def load(graph: str, bucket: int, branches: int) -> DeviceEngine:
         if replay and manifest.graphs[graph].steps:
@@ -182,6 +190,42 @@ def device_engines(
 
     buckets = powers_of_two(slots)
     return DeviceEngines(load, buckets, {graph: buckets for graph, spec in manifest.graphs.items() if spec.steps})
+
+
+def open_cuda(folder: Path, manifest: Manifest, graph: str, **options: Any) -> OnnxRuntimeCudaEngine:
+    """A session of the graph that is derived from a bundle's, or of the bundle's own where that one fails.
+
+    options: of `OnnxRuntimeCudaEngine`. A derived graph runs once on zeros, because kernels refuse shapes only then.
+    """
+    spec = manifest.graphs[graph]
+    path, options = folder / spec.file, {"half": in_half(manifest, graph), **options}
+    try:
+        derived = derived_graph(folder, manifest, graph)
+        if derived is not None:
+            engine = OnnxRuntimeCudaEngine(path, spec, derived=derived, **options)
+            if not options.get("capture"):
+                shapes = {t.name: [n if isinstance(n, int) else 1 for n in t.shape] for t in spec.inputs}
+                engine({t.name: np.zeros(shapes[t.name], t.dtype) for t in spec.inputs})
+            return engine
+        refused = ""
+    except (BundleError, EngineError) as error:
+        refused = str(error)
+    engine = OnnxRuntimeCudaEngine(path, spec, **options)  # where this fails, too, it is not the derived graph's fault
+    if refused:
+        _say_not_derived(refused)
+    return engine
+
+
+def _say_not_derived(why: str) -> None:
+    """Warns once in a process."""
+    if _SAID:
+        return
+    _SAID.append(why)
+    warnings.warn(
+        f"ONNX Runtime runs the bundle's own graphs, which take longer than those derived for it. {why}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def in_half(manifest: Manifest, graph: str) -> bool:

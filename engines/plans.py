@@ -409,13 +409,13 @@ class Shelf:
     def keep(
         self, graph: str, sizes: Sizes, content: bytes | memoryview, seconds: float, beside: bool = False
     ) -> Plan | None:
-        """Keeps a compiled graph beside the bundle, or in the user's cache if it is writable and the graph is small.
+        """Keeps a compiled graph beside the bundle, or in the user's cache if it is small and the cache is writable.
 
         Raises EngineError where it cannot write beside the bundle.
         """
         if beside:
             return self._stores[0].add(self.parts(graph, sizes), content, {}, seconds)
-        if not self.keeps(graph):
+        if len(content) > KEPT:
             return None
         try:
             plan = self._stores[1].add(self.parts(graph, sizes), content, {}, seconds)

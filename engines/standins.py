@@ -1,4 +1,4 @@
-"""ONNX Runtime's contributed operators in terms of ONNX's own, so that a graph for CUDA runs, and is compared, on a CPU.
+"""ONNX Runtime's contributed operators in terms of ONNX's own, so that a graph for CUDA runs on a CPU, too.
 
     plain = expanded(onnx.load("derived.onnx", load_external_data=False))
 
@@ -11,8 +11,7 @@ from __future__ import annotations
 import onnx
 from onnx import inliner, parser
 
-from .editing import CONTRIBUTED
-
+CONTRIBUTED = "com.microsoft"  # the domain of ONNX Runtime's own operators
 OPSET = 23
 CROSS = "MultiHeadCrossAttention"  # MultiHeadAttention with keys and values [B, heads, L, d]; has an attribute scale
 HEADER = f'<domain: "{CONTRIBUTED}", opset_import: ["" : {OPSET}]>'

@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 
 from .. import cpu
 from ..commands import imported
@@ -125,4 +126,8 @@ def state(one: Backend, gpu: bool) -> tuple[str, bool]:
         devices = ["cpu"]
     if not devices:
         return f"no. {one.package} {number} is installed, and needs an NVIDIA GPU.", False
-    return f"yes ({number}): {' and '.join(devices)}", True
+    words = f"yes ({number}): {' and '.join(devices)}"
+    if one.name == DEFAULT and "cuda" in devices:
+        lacks = f"slower without onnx-ir ({one.install.replace('[cpu]', '[cuda]')})"
+        words += f"; {'with graphs derived for cuda' if find_spec('onnx_ir') else lacks}"
+    return words, True

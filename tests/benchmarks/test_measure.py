@@ -9,9 +9,9 @@ import pytest
 from handiffuser import EngineError, HanDiffuser, cpu
 from handiffuser.benchmarks import measure, soak
 from handiffuser.benchmarks.card import Others, bf16_ceiling, card
-from handiffuser.benchmarks.flops import count
 from handiffuser.contract import GRAPHS
 from handiffuser.engines import load_engines
+from handiffuser.engines.cost import count
 from handiffuser.engines.cuda import Cuda
 from handiffuser.runtime.device import DeviceLoop
 from handiffuser.runtime.device_graphs import Streams, connect
