@@ -10,17 +10,20 @@ them. The noise of a request depends on its seed alone: the same request gives t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import shipped
+from .. import hub, shipped
 from ..contract import Manifest
 from ..errors import EngineError, RequestError
+from . import called
 from .bundle import Bundle
+from .called import Output
 from .host import HostLoop
 from .loading import load_loop
 from .requests import KEYS, Refused, Request, Resolver, check_names, resolve
@@ -75,6 +78,58 @@ class HanDiffuser:
         for sentence in sentences:
             warnings.warn(sentence, RuntimeWarning, stacklevel=2)
         return cls(loop.bundle, loop)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, device: str = "auto", **options: Any
+    ) -> HanDiffuser:
+        """`load`, as users of diffusers call it: a bundle's folder, "demo", or an id of the Hub (org/name).
+
+        revision: branch, tag or commit of an id. options: of `load`. Raises RequestError for arguments of diffusers
+        that mean something else here, HubError for an id that cannot be fetched, and as `load` does.
+        """
+        called.refuse(options, called.LOADING, "from_pretrained")
+        check_names(options, "argument", list(signature(cls.load).parameters)[1:] + ["revision"])
+        if revision is not None:
+            if hub.parse(name) is None:
+                raise RequestError(f"revision must be left out for a folder, got {revision!r}.", "revision")
+            name = f"{name}@{revision}"
+        return cls.load(name, device, **options)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Any = None,
+        seed: int | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., Any] | None = None,
+        **settings: Any,
+    ) -> Output:
+        """Makes pictures under diffusers' names: `.images`, with their `.hands`, `.seeds` and `.pictures`.
+
+        generator: stands for the seed that it was made with (`initial_seed()`), or a list, one for each picture. seed:
+        counts up over the pictures. Without either the pictures are new each time; `.seeds` says which.
+        output_type: "pil" or "np", float32 [N, H, W, 3] from 0 to 1. callback_on_step_end: called with this, step,
+        timestep and {"latents": [1, C, h, w]} (None at the last step) for each step of each picture; it may not change
+        them. settings: further ones of `settings.SETTINGS`, and `hands`.
+        Raises RequestError for what cannot be run, before anything runs, and EngineError when a picture fails.
+        """
+        given = {name: value for name, value in locals().items() if name not in ("self", "settings")}
+        return called.call(self, **given, **settings)
+
+    if not TYPE_CHECKING:  # a type checker would take any name for good
+
+        def __getattr__(self, name: str) -> Any:
+            """Says what stands in place of a method of diffusers' pipelines."""
+            instead = called.ATTRIBUTES.get(name, "")
+            raise AttributeError(f"HanDiffuser has no {name}. {instead}".rstrip(), name=name, obj=self)
 
     @property
     def loop(self) -> HostLoop | DeviceLoop:
