@@ -1,0 +1,318 @@
+"""Nodes of ComfyUI: load engines, make the hands of a prompt, edit hands, paint.
+
+Each node is a plain class in ComfyUI's form. The classes also run alone: they import ComfyUI, where it is there, for
+its progress bar and its stop button.
+
+    (engines,) = LoadEngines().load("demo", "auto", "auto", 8)
+    image, mask, hands = Paint().paint(engines, "two open hands", seed=3)
+
+`HANDIFFUSER` is a loaded `HanDiffuser`. `HANDS` is a list with the hands of each picture, as in `Picture.hands`.
+`IMAGE` and `MASK` are ComfyUI's: float32 tensors [B, H, W, 3] and [B, H, W] in [0, 1].
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from handiffuser import EngineError, Failure, HanDiffuser, Picture, Request, RequestError
+from handiffuser.engines.backends import CHOICES, DEVICES
+from handiffuser.hands import save_hands
+from handiffuser.serving.hands import edit, gestures, mirrored, swapped
+from handiffuser.settings import SETTINGS
+from handiffuser.skeleton import draw_skeleton
+from PIL import Image, ImageDraw
+
+CATEGORY = "HanDiffuser"
+OWN = "the bundle's"  # a setting that the bundle's default decides
+MAX_SEED = 2**53 - 1  # the page's numbers are exact up to here
+FINGER_WIDTH = 0.28  # of the palm's length, for masks; a finger and a rim around it
+Hands = dict[str, np.ndarray]
+
+PROMPT = ("STRING", {"multiline": True, "default": "a right hand making a fist, blue background"})
+SEED = ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True})
+COUNT = ("INT", {"default": 1, "min": 1, "max": 256, "tooltip": "Pictures, with the seeds seed, seed + 1, ..."})
+
+
+def number(name: str, least: float) -> tuple[str, dict[str, Any]]:
+    """The widget of a setting; `least`, below its bounds, is the bundle's own value."""
+    setting = SETTINGS[name]
+    kind = "INT" if setting.kind is int else "FLOAT"
+    about = {"default": least, "min": least, "max": setting.most, "step": 1 if setting.kind is int else 0.1}
+    return kind, about | {"tooltip": f"{setting.help} {least:g}: {OWN}."}
+
+
+def choice(name: str) -> tuple[list[str], dict[str, Any]]:
+    return [OWN, *SETTINGS[name].choices], {"default": OWN, "tooltip": SETTINGS[name].help}
+
+
+def asked(**settings: Any) -> dict[str, Any]:
+    """The settings that the user gave: not those of OWN, nor numbers below the bounds of theirs."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if value != OWN and not (isinstance(value, (int, float)) and value < SETTINGS[name].least)
+    }
+
+
+class Watch:
+    """ComfyUI's progress bar, and whether its user has pressed stop. Without ComfyUI it does nothing."""
+
+    def __init__(self, steps: int) -> None:
+        self.done, self.bar, self.management = 0, None, None
+        try:
+            import comfy.model_management
+            import comfy.utils
+        except ImportError:
+            return
+        self.bar, self.management = comfy.utils.ProgressBar(steps), comfy.model_management
+
+    def step(self, count: int) -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.update_absolute(self.done)
+
+    @property
+    def stopped(self) -> bool:
+        return self.management is not None and self.management.processing_interrupted()
+
+    def end(self) -> None:
+        """Raises ComfyUI's exception if its user has pressed stop."""
+        if self.management is not None:
+            self.management.throw_exception_if_processing_interrupted()
+
+
+def prepared(engines: HanDiffuser, request: Request, seed: int, count: int) -> list[Request]:
+    """`count` requests with the seeds seed, seed + 1, ... Raises RequestError for what the bundle cannot run."""
+    requests, refused = engines.prepare([request], seed, count)
+    for _, sentence in refused:
+        raise RequestError(sentence)
+    return requests
+
+
+def run(engines: HanDiffuser, requests: list[Request]) -> list[Picture]:
+    """Pictures in the order of their requests. Raises EngineError where one fails, and ComfyUI's exception on stop."""
+    watch = Watch(sum(request.steps or 0 for request in requests))
+
+    def lazily() -> Iterator[Request]:
+        for request in requests:
+            if watch.stopped:
+                return
+            yield request
+
+    def on_event(kind: str, count: int) -> None:
+        if kind == "steps":
+            watch.step(count)
+        if watch.stopped:  # the requests under way leave at the next step, so that the engines can be used again
+            for request in requests:
+                engines.cancel(str(request.id))
+
+    made: dict[str, Picture] = {}
+    failed: list[Failure] = []
+    for result in engines.run(lazily(), on_event):
+        if isinstance(result, Failure):
+            failed.append(result)
+        else:
+            made[result.id] = result
+    watch.end()
+    for failure in failed:
+        raise EngineError(f"{failure.request.prompt!r}: {failure.sentence}")
+    for sentence in dict.fromkeys(sentence for picture in made.values() for sentence in picture.warnings):
+        logging.warning("HanDiffuser: %s", sentence)
+    return [made[str(request.id)] for request in requests]
+
+
+def as_image(pictures: list[np.ndarray]) -> Any:
+    """uint8 [H, W, 3] each -> IMAGE."""
+    import torch
+
+    return torch.from_numpy(np.stack(pictures).astype(np.float32) / 255)
+
+
+def as_mask(hands: list[Hands], height: int, width: int) -> Any:
+    """MASK [B, H, W]: 1 where a hand's palm and fingers are by its joints, with a rim."""
+    import torch
+
+    return torch.from_numpy(np.stack([hand_mask(one, height, width) for one in hands]))
+
+
+def hand_mask(hands: Hands, height: int, width: int) -> np.ndarray:
+    """float32 [H, W]: the palm as a polygon, the fingers as wide lines."""
+    layer = Image.new("L", (width, height))
+    draw = ImageDraw.Draw(layer)
+    for joints, seen in zip(hands["joints_2d"], hands["visibility"], strict=True):
+        points = joints * (width, height)
+        if seen < 0.5 or not np.isfinite(points).all() or np.abs(points).max() > 1e6:
+            continue
+        line = max(1, round(FINGER_WIDTH * float(np.linalg.norm(points[9] - points[0]))))
+        palm = [tuple(points[joint]) for joint in (0, 1, 5, 9, 13, 17)]
+        draw.polygon(palm, fill=255)
+        for chain in (palm + palm[:1], *([tuple(p) for p in points[1 + 4 * i : 5 + 4 * i]] for i in range(5))):
+            draw.line(chain, fill=255, width=line, joint="curve")
+            for x, y in chain:
+                draw.ellipse((x - line / 2, y - line / 2, x + line / 2, y + line / 2), fill=255)
+    return np.asarray(layer, np.float32) / 255
+
+
+def skeletons(hands: list[Hands], size: int = 512) -> Any:
+    """IMAGE of the hands' bones on grey."""
+    ground = np.full((size, size, 3), 40, np.uint8)
+    return as_image([draw_skeleton(ground, one["joints_2d"], one["visibility"]) for one in hands])
+
+
+class LoadEngines:
+    """Loads a bundle or an engines folder. ComfyUI keeps it until an input changes."""
+
+    CATEGORY, FUNCTION = CATEGORY, "load"
+    RETURN_TYPES, RETURN_NAMES = ("HANDIFFUSER",), ("engines",)
+    DESCRIPTION = "Loads a folder that hd-export made, or the word demo for the model that ships with the package."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+        return {
+            "required": {
+                "engines": ("STRING", {"default": "demo"}),
+                "backend": (list(CHOICES), {"default": "auto"}),
+                "device": (list(DEVICES), {"default": "auto"}),
+                "batch_size": ("INT", {"default": 8, "min": 1, "max": 256, "tooltip": "Pictures made at once."}),
+            }
+        }
+
+    def load(self, engines: str, backend: str, device: str, batch_size: int) -> tuple[HanDiffuser]:
+        name = engines.strip()
+        return (HanDiffuser.load(name or "demo", device, batch_size=batch_size, backend=backend),)
+
+
+class HandsOfPrompt:
+    """The hands of a prompt, without a picture."""
+
+    CATEGORY, FUNCTION = CATEGORY, "make"
+    RETURN_TYPES, RETURN_NAMES = ("HANDS", "IMAGE"), ("hands", "skeleton")
+    DESCRIPTION = "Makes the hands that a prompt describes, without a picture: SMPL-H parameters and their skeleton."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {
+            "required": {"engines": ("HANDIFFUSER",), "prompt": PROMPT, "seed": SEED, "count": COUNT},
+            "optional": {
+                "hand_steps": number("hand_steps", 0),
+                "hand_guidance": number("hand_guidance", -1),
+                "hand_solver": choice("hand_solver"),
+            },
+        }
+
+    def make(
+        self, engines: HanDiffuser, prompt: str, seed: int = 0, count: int = 1, **settings: Any
+    ) -> tuple[list[Hands], Any]:
+        requests = prepared(engines, Request(prompt, **asked(**settings)), seed, count)
+        watch, hands = Watch(count), []
+        for first in range(0, count, engines.batch_size):
+            watch.end()
+            for made in engines.hands(requests[first : first + engines.batch_size]):
+                if isinstance(made, Failure):
+                    raise EngineError(f"{prompt!r}: {made.sentence}")
+                hands.append(made)
+                watch.step(1)
+        return hands, skeletons(hands)
+
+
+class EditHands:
+    """Edits hands as the page of hd-serve does."""
+
+    CATEGORY, FUNCTION = CATEGORY, "edit"
+    RETURN_TYPES, RETURN_NAMES = ("HANDS", "IMAGE"), ("hands", "skeleton")
+    DESCRIPTION = "Gives a hand a gesture, mirrors the picture's hands, or swaps their poses. No model runs."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        gesture = (["as it is", *gestures()], {"default": "as it is"})
+        return {
+            "required": {
+                "hands": ("HANDS",),
+                "left_hand": gesture,
+                "right_hand": gesture,
+                "mirror": ("BOOLEAN", {"default": False, "tooltip": "The mirror image: a left hand becomes a right."}),
+                "swap": ("BOOLEAN", {"default": False, "tooltip": "Both hands stay, and exchange their poses."}),
+            }
+        }
+
+    def edit(
+        self, hands: list[Hands], left_hand: str, right_hand: str, mirror: bool, swap: bool
+    ) -> tuple[list[Hands], Any]:
+        steps: list[Callable[[Hands], Hands]] = []
+        for side, gesture in (("left", left_hand), ("right", right_hand)):
+            if gesture in gestures():
+                steps.append(lambda one, side=side, gesture=gesture: edit(one, gesture=(side, gesture)))
+        steps += [mirrored] * mirror + [swapped] * swap
+        edited = list(hands)
+        for step in steps:
+            edited = [step(one) for one in edited]
+        return edited, skeletons(edited)
+
+
+class Paint:
+    """Paints pictures of a prompt, with its own hands or with given ones."""
+
+    CATEGORY, FUNCTION = CATEGORY, "paint"
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "MASK", "HANDS"), ("image", "hand_mask", "hands")
+    DESCRIPTION = "Paints a prompt. Connect hands to paint these instead of the prompt's own."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {
+            "required": {"engines": ("HANDIFFUSER",), "prompt": PROMPT, "seed": SEED, "count": COUNT},
+            "optional": {
+                "negative_prompt": ("STRING", {"multiline": True, "default": ""}),
+                "steps": number("steps", 0),
+                "guidance": number("guidance", -1),
+                "solver": choice("solver"),
+                "hands": ("HANDS",),
+            },
+        }
+
+    def paint(
+        self,
+        engines: HanDiffuser,
+        prompt: str,
+        seed: int = 0,
+        count: int = 1,
+        hands: list[Hands] | None = None,
+        **settings: Any,
+    ) -> tuple[Any, Any, list[Hands]]:
+        count = self._count(count, hands)
+        request = Request(prompt, **asked(**settings))
+        if hands is None:
+            pictures = run(engines, prepared(engines, request, seed, count))
+        else:
+            with TemporaryDirectory(prefix="handiffuser-") as folder:  # a request names its hands by a file
+                requests = []
+                for i in range(count):
+                    path = Path(folder, f"{i}.hands.npz")
+                    save_hands(path, hands[i % len(hands)], prompt)
+                    requests += prepared(engines, replace(request, hands=str(path)), seed + i, 1)
+                pictures = run(engines, requests)
+        found = [picture.hands for picture in pictures]
+        height, width = pictures[0].image.shape[:2]
+        return as_image([picture.image for picture in pictures]), as_mask(found, height, width), found
+
+    @staticmethod
+    def _count(count: int, hands: list[Hands] | None) -> int:
+        """How many pictures there will be: one for each of several hands."""
+        if hands is None or len(hands) == 1:
+            return count
+        if count not in (1, len(hands)):
+            raise RequestError(f"count must be 1 or {len(hands)}, the number of hands, got {count}.", "count")
+        return len(hands)
+
+
+NODES = {
+    "HanDiffuserLoad": (LoadEngines, "Load HanDiffuser"),
+    "HanDiffuserHands": (HandsOfPrompt, "Hands of a prompt"),
+    "HanDiffuserEdit": (EditHands, "Edit hands"),
+    "HanDiffuserPaint": (Paint, "Paint with hands"),
+}

@@ -1,0 +1,290 @@
+"""The nodes of ComfyUI, alone and in ComfyUI itself.
+
+ComfyUI is not on PyPI. These tests start it where HANDIFFUSER_COMFYUI names a checkout, and skip elsewhere:
+
+    HANDIFFUSER_COMFYUI=~/ComfyUI HANDIFFUSER_COMFYUI_PYTHON=~/ComfyUI/.venv/bin/python python -m pytest -m slow \
+        tests/integrations
+
+HANDIFFUSER_COMFYUI_PYTHON is a Python with ComfyUI's requirements and this package; by default, the one of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from handiffuser import EngineError, Failure, HanDiffuser, Request, RequestError
+from PIL import Image
+
+FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
+WORKFLOWS = sorted(FOLDER.glob("example_workflows/*.json"))
+COMFYUI = os.environ.get("HANDIFFUSER_COMFYUI")
+torch = pytest.importorskip("torch")
+
+
+def load(name, path, **arguments):
+    spec = util.spec_from_file_location(name, path, **arguments)
+    module = util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def package():
+    """As ComfyUI imports it: the folder's name is the user's choice."""
+    return load("custom_node", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)])
+
+
+@pytest.fixture(scope="module")
+def nodes(package):
+    return sys.modules["custom_node.nodes"]
+
+
+@pytest.fixture(scope="module")
+def engines(nodes, toy_bundle):
+    (engines,) = nodes.LoadEngines().load(f" {toy_bundle} ", "onnxruntime", "cpu", 2)
+    with engines:
+        yield engines
+
+
+def test_pictures_are_those_of_generate(nodes, engines):
+    image, mask, hands = nodes.Paint().paint(engines, "a fist", 5, 3, steps=3, guidance=-1.0, solver=nodes.OWN)
+    expected = engines.generate("a fist", seed=5, steps=3, images_per_prompt=3)
+    assert image.shape == (3, 32, 32, 3) and image.dtype == torch.float32 and mask.shape == (3, 32, 32)
+    for got, one, want in zip(image, hands, expected, strict=True):
+        assert np.array_equal((got.numpy() * 255).round().astype(np.uint8), want.image)
+        assert np.array_equal(one["params"], want.hands["params"])
+
+
+def test_hands_are_made_edited_and_painted(nodes, engines):
+    hands, skeleton = nodes.HandsOfPrompt().make(engines, "a fist", 5, 3, hand_steps=3, hand_solver=nodes.OWN)
+    assert len(hands) == 3 and skeleton.shape == (3, 512, 512, 3) and 0 <= skeleton.min() < skeleton.max() <= 1
+    edited, _ = nodes.EditHands().edit(hands, "fist", "as it is", True, False)
+    assert not np.allclose(edited[0]["right_hand_pose"], hands[0]["right_hand_pose"])
+    same, _ = nodes.EditHands().edit(hands, "as it is", "as it is", False, False)
+    assert all(one is other for one, other in zip(same, hands, strict=True))
+    _, _, painted = nodes.Paint().paint(engines, "a fist", 5, 1, hands=edited, steps=2)
+    assert len(painted) == 3  # a picture for each of the hands
+    for one, other in zip(painted, edited, strict=True):
+        assert np.abs(one["right_hand_pose"] - other["right_hand_pose"]).max() < 1e-3
+    assert len(nodes.Paint().paint(engines, "a fist", 5, 2, hands=edited[:1], steps=2)[2]) == 2
+    with pytest.raises(RequestError, match="count must be 1 or 3, the number of hands, got 2"):
+        nodes.Paint().paint(engines, "a fist", 5, 2, hands=edited)
+
+
+def test_a_mask_covers_the_hands_that_are_seen(nodes):
+    x, y = np.meshgrid([0.4, 0.45, 0.5, 0.55, 0.6], [0.3, 0.4, 0.5, 0.6])
+    joints = np.concatenate([[[0.5, 0.9]], np.stack([x, y[::-1]], -1).transpose(1, 0, 2).reshape(20, 2)])
+    hands = {"joints_2d": np.stack([joints - [0.4, 0], joints]), "visibility": np.array([0.0, 1.0])}
+    mask = nodes.as_mask([hands], 100, 80).numpy()[0]
+    assert mask.shape == (100, 80) and set(np.unique(mask)) == {0, 1}
+    assert mask[:, :12].sum() == 0 and 0.05 < mask.mean() < 0.5  # nothing of the left hand, which is not there
+    assert all(mask[min(99, round(v * 100)), round(u * 80)] == 1 for u, v in joints)
+    hands["joints_2d"][1, 3] = np.nan
+    assert nodes.as_mask([hands], 100, 80).sum() == 0
+
+
+def test_refusals_are_sentences(nodes, engines, monkeypatch):
+    with pytest.raises(RequestError, match="solver must be one of"):
+        nodes.Paint().paint(engines, "a fist", solver="magic")
+    monkeypatch.setattr(engines, "run", lambda all, on_event: (Failure(one.id, one, "It gave NaN.") for one in all))
+    with pytest.raises(EngineError, match="It gave NaN"):
+        nodes.Paint().paint(engines, "a fist")
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_the_progress_bar_and_the_stop_button(nodes, engines, monkeypatch):
+    """Stand-ins for ComfyUI's modules: after a stop the engines paint again."""
+    seen = []
+
+    class Watch(nodes.Watch):
+        def __init__(self, steps):
+            self.done, self.bar, self.management, self.steps = 0, self, self, steps
+
+        def update_absolute(self, done):
+            seen.append(done / self.steps)
+
+        def processing_interrupted(self):
+            return len(seen) >= 3
+
+        def throw_exception_if_processing_interrupted(self):
+            if self.processing_interrupted():
+                raise StoppedError
+
+    monkeypatch.setattr(nodes, "Watch", Watch)
+    with pytest.raises(StoppedError):
+        nodes.Paint().paint(engines, "a fist", 5, 4, steps=20)
+    assert seen == sorted(seen) and 0 < seen[-1] < 0.2
+    monkeypatch.undo()
+    image, _, _ = nodes.Paint().paint(engines, "a fist", 5, 1, steps=3)
+    (want,) = engines.generate("a fist", seed=5, steps=3)
+    assert np.array_equal((image[0].numpy() * 255).round().astype(np.uint8), want.image)
+
+
+def inputs_of(info, node):
+    """A node's inputs by name: True for those with a widget of their own."""
+    both = {**info[node]["input"].get("required", {}), **info[node]["input"].get("optional", {})}
+    return {
+        name: (isinstance(kind[0], list) or kind[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"), kind)
+        for name, kind in both.items()
+    }
+
+
+def as_prompt(workflow, info):
+    """A saved workflow as the page sends it to ComfyUI."""
+    source = {number: [str(node), slot] for number, node, slot, *_ in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        values, given = iter(node["widgets_values"]), {}
+        for name, (widget, kind) in inputs_of(info, node["type"]).items():
+            if widget:
+                given[name] = next(values)
+                if len(kind) > 1 and kind[1].get("control_after_generate"):
+                    assert next(values) in ("fixed", "increment", "decrement", "randomize")
+        assert next(values, None) is None, f"{node['type']} has fewer widgets than the workflow"
+        given |= {one["name"]: source[one["link"]] for one in node["inputs"] if one["link"] is not None}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": given}
+    return prompt
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_fit_the_nodes(package, path):
+    """Each has the inputs and outputs that its nodes have now, and values that they take."""
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    for node in workflow["nodes"]:
+        if node["type"] not in package.NODE_CLASS_MAPPINGS:
+            assert node["type"] in ("SaveImage", "PreviewImage", "MaskToImage")  # ComfyUI's own
+            continue
+        one = package.NODE_CLASS_MAPPINGS[node["type"]]
+        given = as_prompt({**workflow, "nodes": [node]}, {node["type"]: {"input": one.INPUT_TYPES()}})
+        for name, (widget, kind) in inputs_of({"x": {"input": one.INPUT_TYPES()}}, "x").items():
+            value = given[str(node["id"])]["inputs"].get(name)
+            if isinstance(kind[0], list):
+                assert value in kind[0]
+            elif kind[0] in ("INT", "FLOAT"):
+                assert kind[1]["min"] <= value <= kind[1]["max"]
+            elif not widget:
+                assert name in [slot["name"] for slot in node["inputs"]]
+        assert [slot["name"] for slot in node["outputs"]] == list(one.RETURN_NAMES)
+
+
+@pytest.fixture(scope="module")
+def comfyui(tmp_path_factory):
+    """ComfyUI with a link to the nodes. Gives its URL and the folder of its pictures."""
+    import httpx
+
+    if not COMFYUI:
+        pytest.skip("HANDIFFUSER_COMFYUI names no checkout of ComfyUI")
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "handiffuser").symlink_to(FOLDER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    python = os.environ.get("HANDIFFUSER_COMFYUI_PYTHON", sys.executable)
+    command = [python, "main.py", "--cpu", "--port", str(port), "--base-directory", str(base), "--disable-api-nodes"]
+    command += ["--database-url", f"sqlite:///{base}/comfyui.db"]
+    url = f"http://127.0.0.1:{port}"
+    with open(base / "log", "wb") as log:
+        process = subprocess.Popen(command, cwd=COMFYUI, stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + 300
+            while time.monotonic() < end:
+                try:
+                    httpx.get(f"{url}/object_info/HanDiffuserPaint", timeout=5).raise_for_status()
+                    break
+                except httpx.HTTPError:
+                    assert process.poll() is None, (base / "log").read_text()[-3000:]
+                    time.sleep(1)
+            yield url, base / "output"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def finished(url, prompt):
+    """Sends a prompt and waits. Returns its entry in ComfyUI's history."""
+    import httpx
+
+    answer = httpx.post(f"{url}/prompt", json={"prompt": prompt})
+    assert answer.status_code == 200 and not answer.json()["node_errors"], answer.text
+    id, end = answer.json()["prompt_id"], time.monotonic() + 300
+    while time.monotonic() < end:
+        if entry := httpx.get(f"{url}/history/{id}").json().get(id):
+            return entry
+        time.sleep(0.2)
+    raise AssertionError("ComfyUI did not finish")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_comfyui_runs_the_workflows(comfyui, path):
+    """Pictures equal those of the same steps in Python, to one level of 255."""
+    import httpx
+    from handiffuser.hands import save_hands
+    from handiffuser.serving.hands import edit, mirrored
+
+    url, output = comfyui
+    prompt = as_prompt(json.loads(path.read_text(encoding="utf-8")), httpx.get(f"{url}/object_info").json())
+    entry = finished(url, prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    (saved,) = [one for node in entry["outputs"].values() for one in node["images"] if one["type"] == "output"]
+    picture = np.asarray(Image.open(output / saved["filename"]))
+    paints = [node["inputs"] for node in prompt.values() if node["class_type"] == "HanDiffuserPaint"]
+    with HanDiffuser.load("demo", device="cpu", threads=1) as pipeline:
+        hands = output / "hands.npz"
+        if path.stem == "paint_a_prompt":
+            (want,) = pipeline.generate(paints[0]["prompt"], seed=3)
+        elif path.stem == "edit_hands":
+            (request,), _ = pipeline.prepare([Request("an open right hand, red background")], 3)
+            (made,) = pipeline.hands([request])
+            save_hands(hands, edit(made, gesture=("right", "victory")))
+            (want,) = pipeline.generate(paints[0]["prompt"], seed=3, hands=str(hands))
+        else:
+            (first,) = pipeline.generate(paints[0]["prompt"], seed=3)
+            save_hands(hands, mirrored(first.hands))
+            (want,) = pipeline.generate(paints[1]["prompt"], seed=3, hands=str(hands))
+    assert np.abs(picture.astype(int) - want.image).max() <= 1
+
+
+@pytest.mark.slow
+def test_comfyui_stops_and_says_what_is_wrong(comfyui):
+    import httpx
+
+    url, _ = comfyui
+    engines = {"class_type": "HanDiffuserLoad",
+               "inputs": {"engines": "demo", "backend": "auto", "device": "auto", "batch_size": 8}}  # fmt: skip
+    paint = {"engines": ["1", 0], "prompt": "a fist", "seed": 1, "count": 64, "steps": 200, "guidance": 3.0}
+    nodes = {
+        "1": engines,
+        "2": {"class_type": "HanDiffuserPaint", "inputs": paint},
+        "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 0]}},
+    }
+    id = httpx.post(f"{url}/prompt", json={"prompt": nodes}).json()["prompt_id"]
+    end = time.monotonic() + 60
+    while not httpx.get(f"{url}/queue").json()["queue_running"]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(3)
+    httpx.post(f"{url}/interrupt", json={})
+    while not (entry := httpx.get(f"{url}/history/{id}").json().get(id)):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"]), entry["status"]
+    nodes["2"]["inputs"] |= {"count": 1, "steps": 2}
+    assert finished(url, nodes)["status"]["status_str"] == "success"  # the same engines paint on
+    nodes["1"]["inputs"] = {**engines["inputs"], "engines": "/nowhere"}
+    entry = finished(url, nodes)
+    assert entry["status"]["status_str"] == "error" and "/nowhere does not exist" in json.dumps(entry["status"])
