@@ -415,7 +415,7 @@ class Shelf:
         """
         if beside:
             return self._stores[0].add(self.parts(graph, sizes), content, {}, seconds)
-        if len(content) > KEPT:
+        if len(content) > MAX_KEPT_BYTES:
             return None
         try:
             plan = self._stores[1].add(self.parts(graph, sizes), content, {}, seconds)
