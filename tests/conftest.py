@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 # One thread for each worker; commands that tests start inherit it. Libraries read it when they are imported.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -17,9 +20,18 @@ import pytest  # noqa: E402
 from commands import invoke  # noqa: E402
 from kept import kept  # noqa: E402
 
-# Tests that use these fixtures are slow: exports in half and bfloat16, eight compiled graphs, seventeen plans, every
-# stage trained, the peers' own export.
-LONG = {"tiny_half", "tiny_bf16", "overflowing", "cases", "seventeen_plans", "trained", "peers_export"}
+# Tests that use these fixtures are slow: exports in half and bfloat16 and of Stable Diffusion, eight compiled graphs,
+# seventeen plans, every stage trained, the peers' own export.
+LONG = {
+    "tiny_half",
+    "tiny_bf16",
+    "bundle_of_start",
+    "overflowing",
+    "cases",
+    "seventeen_plans",
+    "trained",
+    "peers_export",
+}
 EXPORTS = {"tiny_bundle", "tiny_half", "tiny_bf16"}
 
 
@@ -87,11 +99,18 @@ def tiny_checkpoint(tiny_checkpoint_folder: Path):
     return Checkpoint.load(tiny_checkpoint_folder)
 
 
-def exported(checkpoint: Path, factory: pytest.TempPathFactory, precision: str, *said: str) -> Path:
-    """The tiny checkpoint, exported by `hd-export`. Its stderr must hold all of `said`."""
+def exported(
+    checkpoint: Path, factory: pytest.TempPathFactory, precision: str, *said: str, exact: Path | None = None
+) -> Path:
+    """The tiny checkpoint, exported by `hd-export`. Its stderr must hold all of `said`.
+
+    exact: its export in float32, which is then compared with this one instead of being made once more.
+    """
 
     def make(folder: Path) -> None:
-        result = invoke("export.cli", checkpoint, folder, "--precision", precision)
+        copy = lambda checkpoint, folder, *_, **__: shutil.copytree(exact, folder)  # noqa: E731
+        with mock.patch("handiffuser.export.lower.make_bundle", copy) if exact else contextlib.nullcontext():
+            result = invoke("export.cli", checkpoint, folder, "--precision", precision)
         assert result.returncode == 0, result.stderr
         (folder / "stderr.txt").write_text(result.stderr)
 
@@ -107,16 +126,17 @@ def tiny_bundle(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def tiny_half(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_half(tiny_checkpoint_folder: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In half, and compared with float32."""
-    return exported(tiny_checkpoint_folder, tmp_path_factory, "fp16", "fp16 beside float32, 6 pictures")
+    said = "fp16 beside float32, 6 pictures"
+    return exported(tiny_checkpoint_folder, tmp_path_factory, "fp16", said, exact=tiny_bundle)
 
 
 @pytest.fixture(scope="session")
-def tiny_bf16(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bf16(tiny_checkpoint_folder: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In bfloat16, and compared with float32."""
     said = ("(tolerance 0.1, emulated)", "emulated bf16 beside float32, 6 pictures", "runs on NVIDIA GPUs only")
-    return exported(tiny_checkpoint_folder, tmp_path_factory, "bf16", *said)
+    return exported(tiny_checkpoint_folder, tmp_path_factory, "bf16", *said, exact=tiny_bundle)
 
 
 @pytest.fixture()

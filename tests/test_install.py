@@ -11,6 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from kept import once
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -40,11 +41,13 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):
-    """What pip makes of a clone before it installs it, made once."""
-    folder = tmp_path_factory.mktemp("wheel")
-    result = run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source)
-    assert result.returncode == 0, result.stderr
-    return next(folder.glob("*.whl"))
+    """What pip makes of a clone before it installs it, made once for all workers."""
+
+    def make(folder):
+        result = run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source)
+        assert result.returncode == 0, result.stderr
+
+    return next(once(tmp_path_factory, "wheel", make).glob("*.whl"))
 
 
 def run(*command, cwd=None, timeout=900):
@@ -97,6 +100,12 @@ def environment(folder: Path) -> Path:
     return folder / "bin"
 
 
+def install(bin: Path, what: object) -> None:
+    """Without compiling thousands of files that nothing imports."""
+    result = run(bin / "pip", "install", "--quiet", "--no-compile", what)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_first_command_of_the_readme(source, tmp_path):
     """As it stands on the page; in a copy of the sources, as after a clone."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,11 +119,26 @@ def test_the_first_command_of_the_readme(source, tmp_path):
     shutil.rmtree(source / "out")
 
 
-def test_a_server_needs_its_extra_and_nothing_else(wheel, tmp_path):
-    """pip install ".[cpu,serve]", hd-serve demo, and a picture by Python's own client."""
+def test_without_extras_messages_name_them_and_a_server_needs_its_own_alone(wheel, tmp_path, tiny_checkpoint_folder):
+    """In one environment: first the bare package, then pip install ".[cpu,serve]" and hd-serve demo."""
     bin = environment(tmp_path / "env")
-    result = run(bin / "pip", "install", "-q", f"{wheel}[cpu,serve]")
-    assert result.returncode == 0, result.stderr
+    install(bin, wheel)
+    out = tmp_path / "out"
+    for command, extra, says in (
+        (("hd-run", "demo", "a fist"), "[cpu]", "stderr"),
+        (("hd-run", "--check"), "[cpu]", "stdout"),
+        (("hd-export", tiny_checkpoint_folder, out), "[export]", "stderr"),
+        (("hd-train", "init", "nowhere", out), "[train]", "stderr"),
+        (("hd-bench", "demo"), "[cpu]", "stderr"),
+    ):
+        result = run(bin / command[0], *command[1:], cwd=tmp_path)
+        assert result.returncode == 1 and extra in getattr(result, says) and "Traceback" not in result.stderr, command
+    install(bin, f"{wheel}[cpu,serve]")
+    a_server_paints(bin, tmp_path)
+
+
+def a_server_paints(bin: Path, tmp_path: Path) -> None:
+    """One picture by Python's own client."""
     line = [str(bin / "hd-serve"), "demo", "--port", "0", "--threads", "1"]
     with subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
         try:
@@ -134,8 +158,7 @@ def test_a_server_needs_its_extra_and_nothing_else(wheel, tmp_path):
 def test_a_gpu_user_can_export_and_build_without_one(wheel, tmp_path, tiny_checkpoint_folder):
     """The README's line for RTX GPUs, in a clean environment: export, plans, and what hd-run says here."""
     bin = environment(tmp_path / "env")
-    result = run(bin / "pip", "install", "-q", f"{wheel}[cpu,export,tensorrt-rtx]")
-    assert result.returncode == 0, result.stderr
+    install(bin, f"{wheel}[cpu,export,tensorrt-rtx]")
     out = tmp_path / "engines"
     result = run(
         bin / "hd-export", tiny_checkpoint_folder, out, "--backend", "tensorrt-rtx", "--batch-sizes", 1,
@@ -144,18 +167,3 @@ def test_a_gpu_user_can_export_and_build_without_one(wheel, tmp_path, tiny_check
     assert result.returncode == 0 and list((out / "plans").glob("unet*.plan")), result.stderr
     result = run(bin / "hd-run", out, "two open hands", "--steps", 2, cwd=tmp_path)
     assert "Traceback" not in result.stderr
-
-
-def test_without_onnx_runtime_the_message_names_it(wheel, tmp_path, tiny_checkpoint_folder):
-    bin = environment(tmp_path / "env")
-    assert run(bin / "pip", "install", "-q", wheel).returncode == 0
-    result = run(bin / "hd-run", "demo", "a fist", cwd=tmp_path)
-    assert result.returncode == 1 and "[cpu]" in result.stderr and "Traceback" not in result.stderr
-    result = run(bin / "hd-run", "--check", cwd=tmp_path)
-    assert result.returncode == 1 and "[cpu]" in result.stdout and "Traceback" not in result.stderr
-    result = run(bin / "hd-export", tiny_checkpoint_folder, tmp_path / "out", cwd=tmp_path)
-    assert result.returncode == 1 and "[export]" in result.stderr and "Traceback" not in result.stderr
-    result = run(bin / "hd-train", "init", "nowhere", tmp_path / "out", cwd=tmp_path)
-    assert result.returncode == 1 and "[train]" in result.stderr and "Traceback" not in result.stderr
-    result = run(bin / "hd-bench", "demo", cwd=tmp_path)
-    assert result.returncode == 1 and "[cpu]" in result.stderr and "Traceback" not in result.stderr

@@ -10,14 +10,19 @@ from pathlib import Path
 
 import pytest
 from commands import listen
+from kept import once
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """sdist, and the wheel built from that sdist."""
-    source = tmp_path_factory.mktemp("source")
+    """sdist, and the wheel built from that sdist, made once for all workers."""
+    return once(tmp_path_factory, "dist", build)
+
+
+def build(out: Path) -> None:
+    source = out.with_name("dist-source")
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -26,12 +31,10 @@ def built(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    out = tmp_path_factory.mktemp("dist")
     result = subprocess.run(
         [sys.executable, "-m", "build", "--outdir", out, source], capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    return out
 
 
 @pytest.mark.slow

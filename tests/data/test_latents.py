@@ -307,6 +307,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_stays_flat_as_the_dataset_grows(tmp_path, tiny_checkpoint, tiny_checkpoint_folder):
     """A dataset of 30 shards takes no more memory than one of a single shard, though its cache is 20 MB larger."""

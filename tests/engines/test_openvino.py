@@ -213,6 +213,7 @@ def test_built_beside_a_bundle_for_where_nothing_can_be_compiled(folder, monkeyp
     assert capsys.readouterr().out.count("for another processor") == 2
 
 
+@pytest.mark.slow
 @bf16
 def test_int8_is_kept_where_it_is_faster_than_bfloat16(tiny_bundle, folder, tmp_path, monkeypatch):
     seen = []

@@ -35,7 +35,9 @@ CUES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("cues", [("rotations",), ("joints", "rotations")], ids="+".join)
+@pytest.mark.parametrize(
+    "cues", [("rotations",), pytest.param(("joints", "rotations"), marks=pytest.mark.slow)], ids="+".join
+)
 def test_rotations_without_vertices_in_half(cues, body_path, tmp_path):
     """ONNX Runtime 1.32 crashed while it loaded this graph."""
     checkpoint = random_checkpoint(replace(CONFIGS["tiny"], cues=cues), seed=3, body=body_path)
@@ -307,6 +309,7 @@ def all_end(leader: int) -> None:
     assert not of_session(leader)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_killed_export_leaves_nothing_that_the_next_one_does_not_clear(tiny_checkpoint_folder, tmp_path):
     """Nor does its child go on."""
@@ -322,8 +325,18 @@ def test_a_killed_export_leaves_nothing_that_the_next_one_does_not_clear(tiny_ch
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]], ids=["Ctrl-C", "kill twice"])
-@pytest.mark.parametrize("where", ["at once", "tracing", "comparing"])
+@pytest.mark.parametrize(
+    ("where", "numbers"),
+    [
+        ("at once", [signal.SIGINT]),
+        ("at once", [signal.SIGTERM, signal.SIGTERM]),
+        ("comparing", [signal.SIGINT]),
+        pytest.param("comparing", [signal.SIGTERM, signal.SIGTERM], marks=pytest.mark.slow),
+        pytest.param("tracing", [signal.SIGINT], marks=pytest.mark.slow),
+        pytest.param("tracing", [signal.SIGTERM, signal.SIGTERM], marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "Ctrl-C" if len(value) == 1 else "kill twice",
+)
 def test_one_signal_ends_an_export(where, numbers, tiny_checkpoint_folder, tmp_path):
     process = start(tiny_checkpoint_folder, tmp_path / "b")
     if where == "at once":

@@ -198,17 +198,19 @@ def test_stopped_while_precisions_are_compared(made, tiny_checkpoint_folder, tmp
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_real_export_that_was_stopped_after_its_fourth_graph(number, tiny_checkpoint_folder, tiny_bundle, tmp_path):
-    """The next run makes the other four, and the bundle is that of an undisturbed export, byte for byte."""
+def test_a_real_export_that_is_killed_after_its_second_graph_and_stopped_after_its_fourth(
+    tiny_checkpoint_folder, tiny_bundle, tmp_path
+):
+    """The last run makes the other four, and the bundle is that of an undisturbed export, byte for byte."""
     line = [sys.executable, "-m", "handiffuser.export.cli", str(tiny_checkpoint_folder), str(tmp_path / "b")]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=listen, start_new_session=True)
-    while len(list(tmp_path.glob(".b.partial/bundle/.kept/*.json"))) < 4:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    for number, finished, code in ((signal.SIGKILL, 2, -signal.SIGKILL), (signal.SIGINT, 4, 130)):
+        process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=listen, start_new_session=True)
+        while len(list(tmp_path.glob(".b.partial/bundle/.kept/*.json"))) < finished:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode == code
     result = run_command("export.cli", tiny_checkpoint_folder, tmp_path / "b")
     assert result.returncode == 0, result.stderr
     taken = [line.split()[0] for line in result.stderr.splitlines() if "finished by the export" in line]

@@ -450,7 +450,7 @@ def test_the_command_says_so_before_anything_large_is_loaded(copy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_random_checkpoints_repeat_from_process_to_process():
+def test_random_checkpoints_repeat_from_process_to_process(capsys):
     """Also the tokenizer: the trainer of `tokenizers` breaks ties as its hash table falls."""
     code = (
         "import hashlib\n"
@@ -463,12 +463,10 @@ def test_random_checkpoints_repeat_from_process_to_process():
         "        digest.update(name.encode() + tensor.numpy().tobytes())\n"
         "print(digest.hexdigest())\n"
     )
-    environments = [{**os.environ, "PYTHONHASHSEED": seed} for seed in ("1", "2")]
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-        for environment in environments
-    ]
-    assert runs[0].stdout == runs[1].stdout
+    environment = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    exec(code, {})
+    assert len(there.stdout) == 65 and there.stdout == capsys.readouterr().out
 
 
 def test_mapped_weights_are_the_same_and_take_no_memory(tiny_checkpoint_folder, tiny_checkpoint):

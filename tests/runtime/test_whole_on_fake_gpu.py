@@ -209,7 +209,7 @@ def fault(kind, gpu, trt, at):
         whole.fault(kind, gpu, at)
 
 
-@pytest.mark.parametrize("places", [5, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("places", [5, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [(), ("--no-warm-up", "--no-overlap")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_anywhere_ends_in_one_sentence(toy_engines, monkeypatch, tmp_path, capsys, kind, how, places):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from commands import run_study
 from training_speed import WAYS
 
 
+@pytest.mark.slow
 def test_every_way_is_measured(tiny_checkpoint_folder, tmp_path):
     """In a process of its own: accelerate takes one precision a process, and what the benchmark saves is nothing."""
     out = tmp_path / "out.json"

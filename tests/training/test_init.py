@@ -26,8 +26,8 @@ from stable_diffusion import stable_diffusion
 
 
 @pytest.fixture(scope="module", params=["1.x", pytest.param("2.x", marks=pytest.mark.slow)])
-def folders(request, tmp_path_factory):
-    """A Stable Diffusion folder, the checkpoint that `hd-train init` makes of it, and that checkpoint's bundle."""
+def start(request, tmp_path_factory):
+    """A folder with a Stable Diffusion folder, `sd`, and the checkpoint that `hd-train init` makes of it, `start`."""
     two = request.param == "2.x"
 
     def make(folder):
@@ -36,10 +36,18 @@ def folders(request, tmp_path_factory):
             patch.setattr(init, "PRIOR", (32, 2, 2))
             result = CliRunner().invoke(commands, ["init", str(source), str(folder / "start")])
         assert result.exit_code == 0, result.output
-        export_bundle(Checkpoint.load(folder / "start"), folder / "bundle")
 
-    folder = kept(tmp_path_factory, f"stable-diffusion-{request.param}", make, "training")
-    return folder / "sd", folder / "start", folder / "bundle"
+    return kept(tmp_path_factory, f"stable-diffusion-{request.param}", make, "training")
+
+
+@pytest.fixture(scope="module")
+def bundle_of_start(start, tmp_path_factory):
+    """The checkpoint's bundle."""
+
+    def make(folder):
+        export_bundle(Checkpoint.load(start / "start"), folder)
+
+    return kept(tmp_path_factory, f"{start.name}-bundle", make, "training")
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +70,14 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("solver", SCHEDULERS)
-def test_without_hands_it_is_stable_diffusion(folders, no_hands, solver, monkeypatch):
-    source, _, bundle = folders
-    ours = HanDiffuser.load(bundle, device="cpu", threads=1)
+def test_without_hands_it_is_stable_diffusion(start, bundle_of_start, no_hands, solver, monkeypatch):
+    """The exported graphs. (test_init_as_diffusers.py compares the checkpoint's picture in PyTorch.)"""
+    ours = HanDiffuser.load(bundle_of_start, device="cpu", threads=1)
     prompts = ["a photo of a cat", "two hands on a table"]
     asked = [Request(p, solver=solver, steps=6, guidance=5.0, seed=3, hands=no_hands) for p in prompts]
     pictures = ours.generate(asked)
 
-    theirs = StableDiffusionPipeline.from_pretrained(source, local_files_only=True)
+    theirs = StableDiffusionPipeline.from_pretrained(start / "sd", local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = SCHEDULERS[solver](theirs.scheduler.config)
     shape = ours.manifest.latent_size
@@ -93,9 +101,8 @@ def test_without_hands_it_is_stable_diffusion(folders, no_hands, solver, monkeyp
     assert np.abs(pictures[0].image.astype(int) - pictures[1].image).max() > 10
 
 
-def test_hands_enter_through_a_gate_that_starts_closed(folders):
-    _, start, _ = folders
-    checkpoint = Checkpoint.load(start)
+def test_hands_enter_through_a_gate_that_starts_closed(start):
+    checkpoint = Checkpoint.load(start / "start")
     encoder, unet = checkpoint.text_hand_encoder, checkpoint.unet
     torch.manual_seed(0)
     ids = torch.full((1, 77), checkpoint.special_tokens["eos"])
@@ -124,6 +131,6 @@ def test_hands_enter_through_a_gate_that_starts_closed(folders):
     assert all(gate.grad.abs().sum() > 0 for gate in checkpoint.position_kernel.gates)
 
 
-def test_a_second_init_overwrites_nothing(folders):
-    result = CliRunner().invoke(commands, ["init", str(folders[0]), str(folders[1])])
+def test_a_second_init_overwrites_nothing(start):
+    result = CliRunner().invoke(commands, ["init", str(start / "sd"), str(start / "start")])
     assert result.exit_code == 1 and "got a checkpoint" in str(result.exception)

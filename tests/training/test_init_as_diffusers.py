@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -49,6 +50,13 @@ def start_of(folder):
     return Checkpoint.load(start), start
 
 
+def without_networks(folder):
+    """The pipeline's scheduler and tokenizer, in a part of the time."""
+    return StableDiffusionPipeline.from_pretrained(
+        folder, unet=None, vae=None, text_encoder=None, local_files_only=True
+    )
+
+
 def set_scheduler(folder, kind, config):
     """The file as it stands in old folders: what is not said is absent."""
     with open(folder / "scheduler/scheduler_config.json", "w", encoding="utf-8") as file:
@@ -92,7 +100,7 @@ def test_every_known_class_has_its_own_defaults(folder, kind):
     if kind == "DPMSolverSDEScheduler":
         pytest.importorskip("torchsde")
     set_scheduler(folder, kind, {})
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline = without_networks(folder)
     theirs = dict(pipeline.scheduler.config)
     index = json.loads((folder / "model_index.json").read_text())
     name, ours = init.read_schedule(folder, index)
@@ -201,11 +209,17 @@ TOKENIZERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The folder with one of TOKENIZERS."""
+    return functools.cache(lambda name: stable_diffusion(tmp_path_factory.mktemp("source"), **TOKENIZERS[name]))
+
+
 @pytest.mark.parametrize("written", ["older files", "tokenizer.json", "decoder"])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_ids_are_those_of_the_pipeline(tmp_path, name, written):
-    folder = stable_diffusion(tmp_path, **TOKENIZERS[name])
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+def test_ids_are_those_of_the_pipeline(tmp_path, sources, name, written):
+    folder = shutil.copytree(sources(name), tmp_path / "sd")
+    pipeline = without_networks(folder)
     if written == "tokenizer.json":  # as transformers 5 writes it
         shutil.rmtree(folder / "tokenizer")
         pipeline.tokenizer.save_pretrained(folder / "tokenizer")
@@ -215,7 +229,7 @@ def test_ids_are_those_of_the_pipeline(tmp_path, name, written):
         }
         change(folder / "tokenizer/tokenizer_config.json", added_tokens_decoder=decoder)
         change(folder / "tokenizer/tokenizer_config.json", pad_token=pipeline.tokenizer.pad_token)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline = without_networks(folder)
     checkpoint, start = start_of(folder)
     ours = PromptTokenizer(start / "tokenizer/tokenizer.json", checkpoint.special_tokens)
     for prompt in PROMPTS:
