@@ -6,6 +6,7 @@ The exact comparison runs diffusers in float64, by letting torch.float32 mean fl
 from __future__ import annotations
 
 import math
+import types
 import warnings
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ import pytest
 from handiffuser import noise_schedule, schedules
 from handiffuser.contract import row_columns
 from handiffuser.errors import BundleError, RequestError
+from handiffuser.runtime.canvas import Blend
 from handiffuser.schedules import NoiseSchedule, rows, solve
 from reference import reference_step
 
@@ -56,8 +58,11 @@ def float64_diffusers():
         yield
 
 
-def diffusers_loop(config, solver, steps, timesteps=None):
-    """Final sample and timesteps of diffusers' own loop. `timesteps` replaces those that the network sees."""
+def diffusers_loop(config, solver, steps, timesteps=None, start=0, blend=None):
+    """Final sample and timesteps of diffusers' own loop. `timesteps` replaces those that the network sees.
+
+    start: steps that are left out, as where a picture with noise begins. blend: (picture, mask) to keep after each step.
+    """
     name, extra = PEERS[solver]
     config = {**config, **extra}
     peer = getattr(diffusers, name)
@@ -65,27 +70,40 @@ def diffusers_loop(config, solver, steps, timesteps=None):
     scheduler = peer(**{key: value for key, value in config.items() if key in accepted})
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else timesteps that occur twice start it one step late
+        scheduler.set_begin_index(start)  # else timesteps that occur twice start it one step late
     noise = iter(unit_noise(steps))
-    x = torch.from_numpy(next(noise))[None] * scheduler.init_noise_sigma
+    first = torch.from_numpy(next(noise))[None]
+    x = first * scheduler.init_noise_sigma
+    times = scheduler.timesteps[start:]
+    if blend is not None:
+        picture, mask = (torch.from_numpy(value)[None] for value in blend)
+        x = scheduler.add_noise(picture, first, times[:1])
     module = __import__(peer.__module__, fromlist=["randn_tensor"])
     with pytest.MonkeyPatch.context() as patch:
         if solver in ("ddpm", "lcm"):
             patch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.from_numpy(next(noise))[None])
-        for i, t in enumerate(scheduler.timesteps):
+        for i, t in enumerate(times):
             shown = t if timesteps is None else timesteps[i]
             m = torch.from_numpy(network(scheduler.scale_model_input(x, t)[0].numpy(), shown))[None]
             x = scheduler.step(m, t, x).prev_sample
-    return x[0].numpy(), scheduler.timesteps.numpy()
+            if blend is not None:
+                kept = scheduler.add_noise(picture, first, times[i + 1 : i + 2]) if i + 1 < len(times) else picture
+                x = mask * x + (1 - mask) * kept
+    return x[0].numpy(), times.numpy()
 
 
-def our_loop(recurrence, table_rows, K, steps):
+def our_loop(recurrence, table_rows, K, steps, blend=None):
     """Runs rows [N, 6 + 2 K] of any precision through reference_step."""
     noise = unit_noise(steps)
     x, history = noise[None, 0] * recurrence.init_sigma, np.zeros((1, K, SIZE))
+    if blend is not None:
+        keep = Blend(blend[0], noise[0], blend[1], recurrence.levels)
+        x = keep.start()[None]
     for i, (t, row) in enumerate(zip(recurrence.timesteps, table_rows, strict=True)):
         m = network(row[1] * x[0], t)[None]
         x, history = reference_step(row[None], x, history, m, noise[None, i + 1])
+        if blend is not None:
+            x = keep(i, x)
     return x[0]
 
 
@@ -143,6 +161,49 @@ def test_equals_diffusers(solver, prediction, spacing, zero_snr, betas):
         assert table.rows.dtype == np.float32
         rounded = our_loop(recurrence, table.rows.astype(np.float64), K, steps)
         np.testing.assert_allclose(rounded, expected, atol=2e-6 * scale, rtol=0, err_msg=f"{steps} steps, float32")
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("solver", PEERS)
+def test_pictures_begin_later_and_are_kept_as_in_diffusers(solver, spacing):
+    """With a soft mask. Multistep solvers begin without a history, and theirs is not blended."""
+    config = {
+        **STABLE_DIFFUSION,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": spacing,
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+    }
+    picture, mask = np.random.default_rng(1).normal(size=SIZE), np.linspace(0, 1, SIZE)
+    schedule, K, steps = NoiseSchedule.from_config(config), HISTORY[solver], 8
+    for start in (0,) if solver == "plms" else (0, 1, 3, 7):  # see `plms` about diffusers' PNDMScheduler
+        recurrence = solve(schedule, solver, steps, start)
+        with float64_diffusers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected, timesteps = diffusers_loop(config, solver, steps, None, start, (picture, mask))
+        np.testing.assert_allclose(recurrence.timesteps, timesteps, atol=1e-9, rtol=0)
+        ours = our_loop(recurrence, exact_rows(recurrence, K), K, steps, (picture, mask))
+        close = 1e-6 if solver == "lcm" else 1e-8
+        np.testing.assert_allclose(ours, expected, atol=close * np.abs(expected).max(), rtol=0, err_msg=f"{start}")
+
+
+def test_plms_begins_anew_after_steps_that_are_left_out():
+    """As if the schedule had begun there: its first two rows average two outputs over one stride."""
+    schedule = NoiseSchedule(**STABLE_DIFFUSION, timestep_spacing="leading")
+    whole, part = solve(schedule, "plms", 10), solve(schedule, "plms", 10, 4)
+    np.testing.assert_array_equal(part.timesteps, [whole.timesteps[5], *whole.timesteps[6:7], *whole.timesteps[6:]])
+    np.testing.assert_allclose(part.A[0, :2], [part.A[0, 0], 0])
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "left"), [(20, 0.8, 4), (10, 0.29, 8), (4, 1.0, 0), (7, 0.5, 4), (3, 0.34, 2)]
+)
+def test_skipped_steps_are_diffusers(steps, strength, left):
+    pipeline = types.SimpleNamespace(scheduler=types.SimpleNamespace(timesteps=np.arange(steps), order=1))
+    timesteps, kept = diffusers.StableDiffusionImg2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")
+    assert schedules.skipped(steps, strength) == left == steps - kept == steps - len(timesteps)
+    with pytest.raises(RequestError, match="strength must leave at least one of the"):
+        schedules.skipped(steps, 0.5 / steps)
 
 
 @pytest.mark.parametrize("betas", [STABLE_DIFFUSION, COSINE], ids=["stable-diffusion", "cosine"])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from handiffuser.runtime import comparing, loading
 pytest.importorskip("openvino")
 bf16 = pytest.mark.skipif(not cpu.has_bf16(), reason="this processor has no bfloat16")
 GRAPHS = ("text_encoder", "hand_prior", "hand_features", "text_hand_encoder", "unet_context", "unet_time", "unet",
-          "image_decoder")  # fmt: skip
+          "image_decoder", "image_encoder")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +42,8 @@ def feeds_of(spec, **sizes) -> dict:
     random = np.random.default_rng(0)
     shapes = {t.name: [sizes[n] if isinstance(n, str) else n for n in t.shape] for t in spec.inputs}
     return {
-        t.name: random.integers(0, 30, shapes[t.name])
-        if t.dtype == "int64"
+        t.name: random.integers(0, 30, shapes[t.name], t.dtype)
+        if t.dtype in ("int64", "uint8")
         else random.standard_normal(shapes[t.name]).astype(np.float32)
         for t in spec.inputs
     }
@@ -88,6 +89,8 @@ def test_latents_and_history_are_float32_in_bfloat16(tiny_bundle):
 def test_a_picture_is_the_same_bits_alone_and_in_any_batch(tiny_bundle):
     ours = Request("a right hand making a fist", seed=7, solver="ddpm", steps=5)
     others = [Request(f"hand {n}", seed=n, steps=3 + n, guidance=float(n)) for n in range(4)]
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    others += [replace(ours, image=image), replace(ours, image=image, mask=image[..., 0], solver="euler")]
     with HanDiffuser.load(tiny_bundle, threads=1, backend="openvino") as pipeline:
         alone = pipeline.generate(ours)[0]
         for company in ([ours, *others], [*others, ours]):

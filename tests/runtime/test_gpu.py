@@ -77,6 +77,20 @@ def test_equals_the_cpu(on_gpu, tiny_bundle, overlap):
     close({p.id: p for p in gpu.run(wanted[:1])}, {p.id: p for p in cpu.run(requests(cpu)[:1])})
 
 
+def test_pictures_that_requests_bring(on_gpu, tiny_bundle):
+    """The blend's kernel; rows with and without pictures share batches."""
+    gpu, cpu = on_gpu(), HanDiffuser.load(tiny_bundle, device="cpu")
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    mask = np.tile(np.linspace(0, 255, 48).astype(np.uint8), (32, 1))
+    kinds = [{}, {"image": image}, {"image": image, "mask": mask}, {"image": image, "mask": mask, "strength": 0.6}]
+    asked = [
+        Request(f"prompt {i}", seed=i, steps=5 + i % 3, solver=("ddim", "euler", "dpm++2m")[i % 3], **kinds[i % 4])
+        for i in range(12)
+    ]
+    on_cpu = {picture.id: picture for picture in cpu.run(cpu.prepare(asked)[0])}
+    close({picture.id: picture for picture in gpu.run(gpu.prepare(asked)[0])}, on_cpu)
+
+
 def test_steps_are_captured(on_gpu):
     gpu = on_gpu()
     list(gpu.run(requests(gpu)))

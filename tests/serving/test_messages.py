@@ -30,6 +30,7 @@ from handiffuser.serving.messages import (
 )
 
 REQUEST = Request("a café, 手", id="one", seed=2**63 - 1, steps=3, guidance=2.5, guidance_interval=(0.0, 0.5))
+PAINTED = Request("a", id="two", image=np.zeros((4, 4, 3), np.uint8), mask="mask.png", strength=0.5)
 WHOLE = np.arange(2 * 4 * 3, dtype=np.uint8).reshape(2, 4, 3)
 HANDS = {"camera": np.float32([0.1, 1e-30, np.inf]), "joints": np.zeros((0, 3)), "scalar": np.array(3.0)}
 
@@ -43,7 +44,8 @@ def pipe():
 
 
 @pytest.mark.parametrize(
-    "message", [Run(REQUEST), Run(REQUEST, frozenset({2, 1}), True), MakeHands(REQUEST), Cancel("one"), Stop()]
+    "message",
+    [Run(REQUEST), Run(PAINTED), Run(REQUEST, frozenset({2, 1}), True), MakeHands(REQUEST), Cancel("one"), Stop()],
 )
 def test_a_worker_receives_what_the_front_sends(pipe, message):
     send(pipe[0], message)

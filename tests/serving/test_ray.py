@@ -195,7 +195,9 @@ def test_an_actor_makes_missing_pictures(toy_bundle, tmp_path):
     from handiffuser.serving.worker import Options
 
     pipeline = HanDiffuser.load(toy_bundle, device="cpu", threads=1)
-    requests, _ = pipeline.prepare([Request(f"p {n}", seed=n) for n in range(5)])
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    images = [None, str(tmp_path / "a.png")]  # every second one starts from a picture
+    requests, _ = pipeline.prepare([Request(f"p {n}", seed=n, image=images[n % 2]) for n in range(5)])
     rows = np.array([json.dumps(asdict(request)) for request in requests], object)
     actor = Painter(Options(str(toy_bundle), "cpu", 1, 4, "onnxruntime"), str(tmp_path / "out"))
     assert actor({"request": rows[:2]})["state"] == ["made", "made"]
