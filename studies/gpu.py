@@ -1,17 +1,21 @@
 """Measures everything on a GPU in one run: first whether it works, then how fast. `benchmarks/gpu.sh` calls it.
 
-    benchmarks/gpu.sh                                   # every backend; Stable Diffusion 1.5's size with random weights
+    benchmarks/gpu.sh a                 # seven minutes: what a step costs at least, and what compiling reaches
+    benchmarks/gpu.sh b                 # seven minutes: ONNX Runtime's graphs and options, and which to take
+    benchmarks/gpu.sh                   # every backend; Stable Diffusion 1.5's size with random weights
     benchmarks/gpu.sh --size tiny --backends onnxruntime        # another size; without a GPU it runs on the CPU
 
 First the demo, batch 1, on every backend, with its pictures beside the CPU's; then the large size: each backend alone,
 peers, larger batches. What tells most for its time comes first. Each step is a process of its own with a time limit;
 what it printed is kept in OUT/<step>.txt, and a step that is done is not done again by the same command: an interrupted
-or failed one is. Results go to benchmarks/results/<date>-<GPU>/, working files (bundles, plans) to --work.
+or failed one is. The acts export nothing, and leave what does not fit into their time for the next call. Results go to
+benchmarks/results/<date>-<GPU>/, working files (bundles, plans) to --work.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -39,6 +44,7 @@ NAMES = (
     "numpy", "handiffuser",
 )  # fmt: skip
 PROMPTS = ("a right hand making a fist, blue background", "two open hands", "a left hand giving a thumbs up")
+LEAST, ACT = 15.0, 420.0  # seconds that a step needs at least, and those of an act
 LIKE = 35.0  # dB between pictures of half precision on the GPU and of the same bundle on the CPU
 Runner = Callable[[Sequence[str], Path, float], int]
 
@@ -100,6 +106,32 @@ def steps(work: Path, out: Path, backends: Sequence[str], size: str, on_gpu: boo
     return found
 
 
+def act_steps(act: str, work: Path, out: Path, quick: bool, on_gpu: bool) -> list[Step]:
+    """What act "a" or "b" runs: first what tells most."""
+    floor, variants = (str(Path(__file__).with_name(name)) for name in ("gpu_floor.py", "gpu_variants.py"))
+    if act == "a":
+        results = [str(out / f"floor-{name}.json") for name in ("libraries", "step")]
+        return [
+            Step("machine", (str(Path(__file__)), "machine"), 30),
+            Step("floor-libraries", (floor, "libraries", results[0]), 120),
+            Step("floor-step", (floor, "step", results[1], "--seconds", "150"), 260),
+            Step("floor-decide", (floor, "decide", *results), 30, needs=("floor-libraries", "floor-step")),
+        ]
+    more = ("--quick",) if quick else ()
+    found = [Step("variant-weights", (variants, "weights", str(work)), 120, work / "unet.onnx.data")]
+    if not on_gpu:  # the same steps on the demo, whose graphs a CPU can run
+        found, more = [], (*more, "--model", str(shipped.bundle_path()))
+    first = ("bundle", "derived", "derived-graph", "derived-bias", "derived-search", "derived-all", "bundle-nhwc")
+    for graph, batch in (("unet", 1), ("image_decoder", 1), ("unet", 4), ("image_decoder", 4)):
+        for variant in first if batch == 1 else first[:3]:
+            name, base = f"variant-{graph}-{batch}-{variant}", f"variant-{graph}-{batch}-bundle"
+            needs = (base,) if name != base else tuple(step.name for step in found[:1] if on_gpu)
+            words = (variants, "run", str(work), graph, variant, "--batch", str(batch), *more)
+            found.append(Step(name, words, 60, None, needs))
+    found.append(Step("variant-table", (variants, "table", str(work)), 30))
+    return found
+
+
 def run_step(command: Sequence[str], log: Path, limit: float) -> int:
     """Runs `python command`, its output into a file; the exit code, 124 when it took longer than `limit` seconds."""
     with open(log, "wb") as file:
@@ -114,11 +146,22 @@ def run_step(command: Sequence[str], log: Path, limit: float) -> int:
                 process.wait()
 
 
-def measure(found: Sequence[Step], out: Path, runner: Runner = run_step, say: Callable[[str], None] = print) -> int:
-    """Runs the steps that are not done. Names failed steps, leaves out what needs them, and returns their number."""
+def measure(
+    found: Sequence[Step],
+    out: Path,
+    runner: Runner = run_step,
+    say: Callable[[str], None] = print,
+    budget: float = math.inf,
+) -> int:
+    """Runs the steps that are not done. Names failed steps, leaves out what needs them, and returns their number.
+
+    budget: seconds for all of them. A step that has less than LEAST of them left waits for the next call.
+    """
     out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
+    ends = time.monotonic() + budget
     for step in found:
+        left = ends - time.monotonic()
         done, log = out / f"{step.name}.done", out / f"{step.name}.txt"
         if done.exists() and (step.makes is None or step.makes.exists()):
             say(f"{step.name}: done already")
@@ -128,11 +171,15 @@ def measure(found: Sequence[Step], out: Path, runner: Runner = run_step, say: Ca
             failed[step.name] = f"{missing[0]} failed"
             say(f"{step.name}: left out, because {failed[step.name]}")
             continue
+        if left < LEAST:
+            say(f"{step.name}: left for the next call of the same command")
+            failed[step.name] = "the time was up"
+            continue
         started = time.monotonic()
-        code = runner(step.command, log, step.limit)
+        code = runner(step.command, log, min(step.limit, left))
         seconds = time.monotonic() - started
         if code:
-            what = f"took longer than {step.limit:.0f} s" if code == 124 else f"failed with exit code {code}"
+            what = f"took longer than {min(step.limit, left):.0f} s" if code == 124 else f"failed with exit code {code}"
             failed[step.name] = what
             say(f"{step.name}: {what} after {seconds:.0f} s; see {log}")
         else:
@@ -141,6 +188,16 @@ def measure(found: Sequence[Step], out: Path, runner: Runner = run_step, say: Ca
             temporary.replace(done)
             say(f"{step.name}: {seconds:.0f} s")
     return len(failed)
+
+
+def folders(out: Path | None, work: Path | None) -> tuple[Path, Path, Any]:
+    """Where results and working files go, and the GPU, if there is one."""
+    cuda = gpu()
+    name = "CPU" if cuda is None else cuda.name.replace(" ", "-").replace("/", "-")
+    out = out or Path("benchmarks/results") / f"{date.today()}-{name}"
+    work = work or out.with_name(out.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    return out, work, cuda
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -161,9 +218,7 @@ def everything(size: str, backends: str | None, out: Path | None, work: Path | N
     chosen = backends.split(",") if backends else [name for name in BACKENDS if TABLE[name].installed()]
     if wrong := set(chosen) - set(BACKENDS):
         raise EngineError(f"--backends must be of {', '.join(BACKENDS)}, got {sorted(wrong)[0]!r}. Name others.")
-    name = "CPU" if cuda is None else cuda.name.replace(" ", "-").replace("/", "-")
-    out = out or Path("benchmarks/results") / f"{date.today()}-{name}"
-    work = work or out.with_name(out.name + ".work")
+    out, work, _ = folders(out, work)
     found = steps(work, out, chosen, size, cuda is not None, quick)
     if listed:
         for step in found:
@@ -174,6 +229,22 @@ def everything(size: str, backends: str | None, out: Path | None, work: Path | N
     click.echo(
         f"Results are in {out}. {f'{failed} steps failed; the same command tries them again.' if failed else ''}"
     )
+    return 1 if failed else 0
+
+
+@commands.command("act")
+@click.argument("act", type=click.Choice(["a", "b"]))
+@click.option("--out", type=click.Path(path_type=Path), help="[default: benchmarks/results/<date>-<GPU>]")
+@click.option("--work", type=click.Path(path_type=Path), help="Graphs.  [default: a folder beside OUT]")
+@click.option("--seconds", default=ACT, show_default=True, help="What does not fit is left for the next call.")
+@click.option("--quick", is_flag=True, help="One sample of each figure.")
+def act_command(act: str, out: Path | None, work: Path | None, seconds: float, quick: bool) -> int:
+    """Runs one act, and prints what its figures mean."""
+    out, work, cuda = folders(out, work)
+    found = act_steps(act, work, out, quick, cuda is not None)
+    failed = measure(found, out, say=lambda text: click.echo(text, err=True), budget=seconds)
+    last = out / f"{found[-1].name}.txt"
+    click.echo(last.read_text() if last.exists() else f"Results are in {out}.")
     return 1 if failed else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import gpu
+import gpu_floor
+import gpu_variants
 import pytest
 from click.testing import CliRunner
 from gpu import Step, measure, run_step, steps
@@ -52,6 +55,72 @@ def test_what_is_done_is_not_done_again(tmp_path):
     product.rmdir()  # a fresh machine has the results, and not the working files
     assert measure(found, tmp_path, runner, said.append) == 0
     assert calls[6:] == ["makes"]
+
+
+def test_an_act_leaves_for_its_next_call_what_does_not_fit(tmp_path):
+    calls = []
+
+    def runner(command, log, limit):
+        calls.append((command[0], limit))
+        time.sleep(0.1)
+        return 0
+
+    found, said = [Step("first", ("first",), 60), Step("second", ("second",), 60)], []
+    assert measure(found, tmp_path, runner, said.append, budget=gpu.LEAST + 0.05) == 1
+    assert [name for name, _ in calls] == ["first"] and calls[0][1] < 60
+    assert said[-1] == "second: left for the next call of the same command"
+    assert measure(found, tmp_path, runner, said.append, budget=gpu.ACT) == 0
+    assert [name for name, _ in calls] == ["first", "second"]
+
+
+@pytest.mark.parametrize("act", ["a", "b"])
+def test_the_steps_of_an_act(tmp_path, act):
+    """What tells most comes first, each need is there, and what must be run fits into the time."""
+    found = gpu.act_steps(act, tmp_path, tmp_path, False, on_gpu=True)
+    names = [step.name for step in found]
+    assert len(set(names)) == len(names)
+    for number, step in enumerate(found):
+        assert set(step.needs) <= set(names[:number]) and Path(step.command[0]).exists()
+    first = ("machine", "floor-libraries") if act == "a" else ("variant-weights", "variant-unet-1-bundle")
+    assert tuple(names[:2]) == first
+    assert names[-1] in ("floor-decide", "variant-table")
+
+
+@pytest.mark.parametrize(
+    ("libraries", "compiled", "words"),
+    [(4.0, None, "would pay"), (4.0, 4.9, "never"), (4.0, 9.0, "would pay"), (5.0, 8.0, "tune"), (7.0, 9.0, "not pay")],
+)
+def test_what_the_floor_means(libraries, compiled, words):
+    assert words in gpu_floor.decide(libraries, compiled)[-1]
+
+
+def test_what_the_variants_mean():
+    def line(variant, ms, graph="unet"):
+        return {"graph": graph, "batch": 1, "variant": variant, "ms": ms}
+
+    said = " ".join(gpu_variants.decide([line("bundle", 16.0), line("derived", 8.0), line("derived-bias", 7.0)]))
+    assert "2.00 times" in said and "options of derived-bias the default" in said and "out again" not in said
+    assert "out again" in " ".join(gpu_variants.decide([line("bundle", 7.0), line("derived", 8.0)]))
+
+
+@pytest.mark.slow
+def test_the_acts_run_whole_on_a_cpu(tmp_path):
+    """A few small shapes, and the demo's graphs with all variants; figures of a CPU mean nothing here."""
+    for act in ("a", "b"):
+        command = [
+            ROOT / "benchmarks" / "gpu.sh",
+            act,
+            "--quick",
+            "--out",
+            tmp_path / "out",
+            "--work",
+            tmp_path / "work",
+        ]
+        environment = {**os.environ, "PYTHON": sys.executable}
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        logs = "\n".join(path.read_text() for path in (tmp_path / "out").glob("*.txt"))
+        assert done.returncode == 0, done.stderr + logs
+    assert "the derived graph is" in done.stdout and "error" in done.stdout
 
 
 def test_a_step_that_hangs_is_ended_with_all_it_started(tmp_path):
