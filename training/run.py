@@ -212,7 +212,7 @@ class Run:
         return torch.from_numpy(np.stack(images))
 
     def some_pictures(self, size: tuple[int, int]) -> Tensor:
-        """Up to SOME pictures from all over the data, not held out, uint8 [n, H, W, 3]. Raises TrainingError for none."""
+        """Up to SOME pictures from all over the data, uint8 [n, H, W, 3], none held out. Raises TrainingError."""
         rows = np.flatnonzero(self.index.has_picture & ~self.held)
         if not len(rows):
             raise TrainingError(
