@@ -40,8 +40,11 @@ class InFlight:
         return (s0 * k1 * latents - s1 * k0 * self.latents) / mixed
 
 
+QUADRATIC = 8  # channels: with more, a few of them hold the colours as they are
+
+
 class Colours:
-    """The colour of a latent: a quadratic function of it and of the mean around it.
+    """The colour of a latent: a quadratic function of it and of the mean around it; a linear one of many channels.
 
     The loop fits it to the pictures that it makes and their latents. It costs a thousandth of the decoder, and shows
     where a picture is going.
@@ -77,10 +80,10 @@ class Colours:
 
     @staticmethod
     def _features(latents: np.ndarray) -> np.ndarray:
-        """[C, h, w] -> [h w, F]: one, each channel and its 3 x 3 mean, and the products of both kinds."""
+        """[C, h, w] -> [h w, F]: one, each channel and its 3 x 3 mean, and of few channels the products of both."""
         C, h, w = latents.shape
         wide = np.pad(latents.astype(np.float64), ((0, 0), (1, 1), (1, 1)), mode="edge")
         around = np.mean([wide[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], 0)
-        i, j = np.triu_indices(C)
+        i, j = np.triu_indices(C if C <= QUADRATIC else 0)
         columns = [np.ones((1, h, w)), latents, latents[i] * latents[j], around, around[i] * around[j]]
         return np.concatenate(columns).reshape(-1, h * w).T

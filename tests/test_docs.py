@@ -40,22 +40,8 @@ RUNS = re.compile(r"^printf|^hd-run demo|^hd-engines (list|verify) demo")  # in 
 LONGER = re.compile(r"^hd-run demo|^hd-data (demo|check|look|latents) |^hd-eval (out|demo|--reference demo)")
 # Parameters that name a file or folder which must be there before; those that name what a command makes.
 READS = {"engines", "checkpoint", "folder", "what", "reference", "against", "prompts_file", "hand_params", "hand_mean"}
-READS |= {
-    "image",
-    "mask",
-    "api_keys",
-    "data",
-    "start",
-    "texts",
-    "source",
-    "body",
-    "a",
-    "b",
-    "answers",
-    "file",
-    "path",
-    "judge",
-}
+READS |= {"image", "mask", "donor", "api_keys", "data", "start", "texts", "source", "body", "a", "b", "answers", "file"}
+READS |= {"path", "judge"}
 MAKES = {"output", "out", "report"}
 
 

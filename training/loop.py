@@ -122,8 +122,8 @@ class Trainer:
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         slow = {id(p) for part in stage.slow for p in part.parameters()}
         groups = [
-            {"params": [p for p in self.parameters.values() if (id(p) in slow) == late], "share": share}
-            for late, share in ((False, 1.0), (True, SLOW))
+            {"params": [p for p in self.parameters.values() if (id(p) in slow) == late], "times": times}
+            for late, times in ((False, 1.0), (True, SLOW))
         ]
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -179,7 +179,7 @@ class Trainer:
         """
         plan, value = self.plan, torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = plan.rate(step, self.share) * group["share"]
+            group["lr"] = plan.rate(step, self.share) * group["times"]
         for number, part in enumerate(parts, 1):
             together = number == plan.accumulate or plan.shard
             alone = contextlib.nullcontext() if together else self.accelerator.no_sync(self.model)

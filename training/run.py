@@ -212,15 +212,13 @@ class Run:
         return torch.from_numpy(np.stack(images))
 
     def some_pictures(self, size: tuple[int, int]) -> Tensor:
-        """Up to SOME pictures from all over the data, not held out, uint8 [n, H, W, 3]. Raises TrainingError for none."""
+        """Up to SOME pictures from all over the data, uint8 [n, H, W, 3], none held out. Raises TrainingError."""
         rows = np.flatnonzero(self.index.has_picture & ~self.held)
         if not len(rows):
             raise TrainingError(
                 f"{self.index.folder} must hold a picture to train on, got none. Add data: see hd-data."
             )
-        return self.images(
-            rows[np.linspace(0, len(rows) - 1, min(len(rows), SOME)).astype(int)].tolist(), size
-        )
+        return self.images(rows[np.linspace(0, len(rows) - 1, min(len(rows), SOME)).astype(int)].tolist(), size)
 
     def parts(self, stage: str) -> list[str]:
         """The folders of a stage: one, or one for each student."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from datasets import made_sample
 from handiffuser import HanDiffuser, Request
 from handiffuser.benchmarks.peers import load_eager
 from handiffuser.contract import Manifest
-from handiffuser.data.samples import read, write_shards
-from handiffuser.models.checkpoint import Checkpoint
+from handiffuser.data.samples import picture, read, write_shards
+from handiffuser.models.checkpoint import Checkpoint, decode, random_checkpoint
+from handiffuser.models.configs import CONFIGS
+from handiffuser.training.sample import encode
+from handiffuser.training.stages import images_to_float
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -138,6 +142,37 @@ def test_stage_1_needs_no_pictures(trained, world, tmp_path):
     result = hd_train("pictures", "--data", tmp_path / "texts", "--start", trained[0] / "checkpoint",
                       "--run", tmp_path / "run", "--processes", 1)  # fmt: skip
     assert result.returncode == 1 and "pictures must have one sample to train on" in result.stderr, result.stderr
+
+
+@pytest.mark.slow
+def test_an_autoencoder_on_patches_then_stage_2(world, body_path, tmp_path):
+    """As benchmarks/people.sh does, at toy size: hd-train vae, grow, pictures; the autoencoder comes first."""
+    config = replace(CONFIGS["tiny"], image_size=(64, 64), latent_channels=6, vae_patch=2)
+    random_checkpoint(config, body=body_path).save(tmp_path / "new")
+    common = ("--data", world, "--precision", "fp32", "--accumulate", 1, "--workers", 0, "--processes", 1)
+    pictures = ("pictures", *common, "--steps", 2, "--batch", 4, "--set", "gradient_checkpointing=false")
+    result = hd_train(*pictures, "--start", tmp_path / "new", "--run", tmp_path / "early")
+    assert result.returncode == 1 and "must be trained before stage 2" in result.stderr, result.stderr
+    vae = ("vae", *common, "--start", tmp_path / "new", "--run", tmp_path / "run", "--output", tmp_path / "eyes",
+           "--batch", 4, "--set", "crop=32", "--set", "kl_weight=2.5e-4")  # fmt: skip
+    assert hd_train(*vae, "--steps", 2, "--set", "save_every=2").returncode == 0
+    result = hd_train(*vae, "--steps", 4)
+    assert result.returncode == 0 and "goes on at step 2 of 4" in result.stderr, result.stderr
+    seen = Checkpoint.load(tmp_path / "eyes")
+    images = torch.from_numpy(np.stack([picture(sample) for sample in read(world) if sample.image][:8]))
+    latents = encode(seen, images_to_float(images))
+    assert 0.5 < float(latents.std()) < 2 and abs(float(latents.mean())) < 0.5
+    error = (decode(seen, latents).float() - images.float()).square().mean()
+    assert 10 * float((255**2 / error).log10()) > 25
+    # A checkpoint of four channels gives its UNet: it has latents of the same height and width.
+    random_checkpoint(replace(CONFIGS["tiny"], image_size=(32, 32)), body=body_path).save(tmp_path / "donor")
+    result = invoke("training.cli", "grow", tmp_path / "eyes", tmp_path / "donor", tmp_path / "start", "--data", world)
+    assert result.returncode == 0, result.stderr
+    result = hd_train(
+        *pictures, "--start", tmp_path / "start", "--run", tmp_path / "run2", "--output", tmp_path / "out"
+    )
+    assert result.returncode == 0, result.stderr
+    assert Checkpoint.load(tmp_path / "out").unet.config.in_channels == 6
 
 
 @pytest.mark.slow
