@@ -49,5 +49,7 @@ def describe(app: FastAPI, service: Service) -> dict[str, Any]:
     ):
         parts[part]["properties"][field]["anyOf"][0].update(bounds)
     parts["Error"] = ERROR
+    if service.keys.path is not None:
+        schema["security"] = [{"key": []}]
     schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return schema
