@@ -39,6 +39,7 @@ from .proxy import Forwarded
 from .schema import describe
 from .service import Service
 
+SWAGGER = ("swagger-ui.css", "swagger-ui-bundle.js")
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}  # files of the page
 
 
@@ -212,13 +213,13 @@ def add_health(app: FastAPI, service: Service) -> None:
 
 
 def add_page(app: FastAPI) -> None:
-    """The page in the browser."""
-    files = resources.files(__name__.rpartition(".")[0]).joinpath("page")
-    for file in sorted(files.iterdir(), key=lambda file: file.name):
-        name = file.name
-        if not (kind := KINDS.get(name.rpartition(".")[2])):
+    """The page in the browser, and Swagger UI, whose files come with a package of their own."""
+    page = resources.files(__name__.rpartition(".")[0]).joinpath("page")
+    swagger = resources.files("fastapi_swagger").joinpath("resources")
+    for file in [*page.iterdir(), *map(swagger.joinpath, SWAGGER)]:
+        if not (kind := KINDS.get(file.name.rpartition(".")[2])):
             continue
-        path = "/" if name == "index.html" else f"/{name}"
+        path = {"index.html": "/", "docs.html": "/docs"}.get(file.name, f"/{file.name}")
         content = file.read_bytes()
 
         def give(content: bytes = content, kind: str = kind) -> Callable[[], Any]:

@@ -268,7 +268,7 @@ def own_page(http: Http, service: Service) -> None:
 
 def make_router(service: Service) -> APIRouter:
     """The routes of the web UI."""
-    router = APIRouter(tags=["sdapi"])
+    router = APIRouter()
     jobs: list[Job] = []
 
     @router.post(f"{PREFIX}/txt2img", responses=RESPONSES | {409: RESPONSES[500] | {"description": INTERRUPTED}})

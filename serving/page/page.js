@@ -1,5 +1,6 @@
 // The page: asks hd-serve for pictures and shows its answers. It loads nothing from other hosts.
 
+import { dataset } from "./dataset.js";
 import { $, ask, curlLine, picture } from "./server.js";
 import { GESTURES, announce, draw, failed, note, say, setHands, setState, show, state, toStage, undo } from "./stage.js";
 
@@ -231,6 +232,21 @@ function recall(entry) {
   toStage();
 }
 
+async function download() {
+  $("zip").disabled = true;
+  const link = document.createElement("a");
+  try {
+    link.href = URL.createObjectURL(await dataset(past.entries, state.model));
+    link.download = "handiffuser.zip";
+    link.click();
+    announce("The pictures and their hands are in handiffuser.zip.");
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // the browser may still write it
+  } catch (error) {
+    failed(error);
+  }
+  $("zip").disabled = false;
+}
+
 async function copyCurl() {
   try {
     $("line").value = curlLine(state.request);
@@ -315,6 +331,7 @@ for (const button of document.querySelectorAll("[data-prompt]")) {
   });
 }
 $("curl").addEventListener("click", copyCurl);
+$("zip").addEventListener("click", download);
 $("key").addEventListener("change", () => {
   store();
   begin();

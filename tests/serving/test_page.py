@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import threading
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from commands import invoke
 from handiffuser import shipped
 from handiffuser.demo.gestures import GESTURES
 from handiffuser.demo.prompts import ADJECTIVES, NOUNS
@@ -405,3 +407,58 @@ def test_every_control_has_a_name(page):
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "prompt"
     assert page.inner_text("#announce") == "The picture is done."
+
+
+def test_swagger_ui_comes_from_this_server(served):
+    html = served.client.get("/docs")
+    assert html.status_code == 200 and "script-src 'self'" in html.headers["content-security-policy"]
+    names = re.findall(r'(?:src|href)="([\w.-]+)"', html.text)
+    assert {"swagger-ui.css", "swagger-ui-bundle.js", "docs.js"} == set(names)
+    for name in names:
+        assert served.client.get(f"/{name}").status_code == 200, name
+
+
+@pytest.mark.slow
+def test_swagger_ui_asks_the_server(server):
+    with browse(f"{server}/docs") as page:
+        page.wait_for_selector(".opblock", timeout=60_000)
+        shot(page, "docs")
+        paths = page.locator(".opblock-summary-path").all_inner_texts()
+        assert {path.replace("\u200b", "") for path in paths} > {"/v1/images/generations", "/sdapi/v1/txt2img"}
+        page.locator(".opblock", has_text="/healthz").click()
+        page.click("button.try-out__btn")
+        page.click("button.execute")
+        page.wait_for_selector(".live-responses-table .response", timeout=60_000)
+        assert '"status": "ok"' in page.locator(".live-responses-table .response").inner_text()
+        shot(page, "docs-tried")
+
+
+@pytest.mark.slow
+def test_the_history_is_a_dataset(page, tmp_path):
+    """hd-data finds no fault with it, and hd-run paints its hands."""
+    page.fill("#prompt", "a right hand making a fist")
+    page.fill("#seed", "7")
+    page.fill("#count", "2")
+    page.click("#paint")
+    until(page, lambda: page.inner_text("#state").startswith("2 of 2 pictures, "))
+    page.fill("#count", "1")
+    page.click("#paint")  # the same picture again gets another name
+    until(page, lambda: page.locator("#history li").count() == 3 and page.is_hidden("#stop"))
+    shot(page, "history")
+    with page.expect_download() as download:
+        page.click("#zip")
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert archive.testzip() is None
+        archive.extractall(tmp_path / "set")
+    names = sorted(path.stem for path in (tmp_path / "set").glob("*.png"))
+    assert names == ["a-right-hand-making-a-fist-7", "a-right-hand-making-a-fist-7-2", "a-right-hand-making-a-fist-8"]
+    checked = invoke("data.cli", "check", tmp_path / "set")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    record = json.loads((tmp_path / "set" / f"{names[0]}.json").read_text())
+    assert record["prompt"] == "a right hand making a fist" and record["seed"] == 7 and record["guidance"] == 1
+    hands, out = tmp_path / "set" / f"{names[0]}.hands.npz", tmp_path / "out"
+    made = invoke("runtime.cli", "demo", record["prompt"], "--seed", 7, "--hand-params", hands, "-o", out)
+    assert made.returncode == 0, made.stderr
+    (again,) = (np.asarray(Image.open(path)) for path in out.glob("*-????????.png"))
+    first = np.asarray(Image.open(tmp_path / "set" / f"{names[0]}.png"))
+    assert np.abs(again.astype(int) - first).mean() < 1
