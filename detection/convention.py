@@ -48,6 +48,16 @@ def mediapipe() -> Convention:
     return Convention(np.array(held["offsets"]), np.array(held["noise"]))
 
 
+def sureness(score: float, residual: float, degrees: float) -> float:
+    """How likely the pose of a hand is right that was fitted to MediaPipe's points, 0 to 1.
+
+    A logistic regression on renders: `studies/fitting.py --write`. See `Detector.sureness` for the arguments."""
+    held = json.loads(FILE.read_text())["sureness"]
+    odds = np.log(np.clip(score, 0.01, 0.999) / (1 - np.clip(score, 0.01, 0.999)))
+    z = np.array(held["weights"]) @ (1.0, odds, np.log(max(residual, 1e-4)), np.log(max(degrees, 1e-2)))
+    return float(1 / (1 + np.exp(-z)))
+
+
 def bone_frames(turns: ndarray, side: int) -> ndarray:
     """[...,21,3,3]: how an offset of a left hand moves its points, from orientations [...,52,3,3] in the world."""
     frames = turns[..., list(BONES[side]), :, :]

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DetectionError
-from .convention import Convention, mediapipe
+from .convention import Convention, mediapipe, sureness
 
 SMALL, WINDOW = 0.4, 0.6  # shares of a picture's sides
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..contract import HAND_JOINTS
+from ..errors import DetectionError
 from ..fingers import MANO, SIDES, axes, limits
 from ..rotations import axis_angle_to_matrix
 from .arms import HandEstimate
@@ -178,7 +179,7 @@ class _Problem:
         return scale, goal - scale[:, None] * middle
 
     def cost(self, turns: np.ndarray, x: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Half the squares [N], residuals [N, 42] and their derivatives [N, 42, 51], and of the prior its slope [N, 45].
+        """Half the squares [N], residuals [N, 42], their derivatives [N, 42, 51], and the prior's slope [N, 45].
         x: [N, 48], angles, log scale, shift."""
         points, move = self.rig.derivatives(turns, x[:, :45])
         scale = np.exp(x[:, 45])[:, None, None]
@@ -199,7 +200,7 @@ class _Problem:
         turns, angles, scale, shift, parts = self.starts()
         first = self.solved(turns, np.concatenate([angles, np.log(scale)[:, None], shift], 1), parts)
         if "" not in self.poses.names:
-            return first
+            return first[:5]
         order = np.argsort(np.square(first[5]).sum(1))[:FREE]
         wide = np.full(len(order), self.poses.names.index(""))
         second = self.solved(first[0][order], first[1][order], wide)
@@ -265,13 +266,20 @@ def fit(
     "right". rest: [62, 3] metres, the joints at rest of the body that shall show the hand. poses: the prior, by default
     the one that ships. convention: how the points' maker places them and how far it errs; by default they are the
     joints themselves and true to EXACT. gesture: one of `poses.names`, where a person names what the hand does.
+    Raises DetectionError for other points or another gesture.
     """
+    points = np.asarray(points, np.float64)
+    if points.shape != (21, 2) or not np.isfinite(points).all() or not np.ptp(points, axis=0).max() > 0:
+        raise DetectionError(
+            f"points must be 21 places of a hand in pixels, finite and not all the same, got {list(points.shape)}. "
+            "Give the wrist, then thumb to little finger, each from root to tip."
+        )
     number = SIDES.index(side)
     poses = (poses or Poses.load()).only(gesture)
     convention = convention or Convention.true(EXACT)
     hand = np.asarray(rest, np.float64)[list(HAND_JOINTS[number])]
     hand = hand - hand[0]
-    view = np.asarray(points, np.float64) * (1, -1)
+    view = points * (1, -1)
     if number:  # a right hand is solved as the left hand of the mirrored picture
         hand, view = hand * (-1, 1, 1), view * (-1, 1)
     size, middle = float(np.ptp(view, axis=0).max()), view.mean(0)
@@ -292,7 +300,17 @@ def fit(
     if number:
         turn, vectors, joints = turn * MIRROR, vectors * FLIP, joints * (-1, 1)
     residual = float(np.sqrt(np.square(away).sum(1).mean()))
-    return Fitted(number, turn, vectors, joints * (1, -1), residual, np.degrees(degrees), poses.told(parts, log))
+    told = upright(poses.told(parts, log), joints[4, 1] > joints[2, 1])  # y points up here
+    return Fitted(number, turn, vectors, joints * (1, -1), residual, np.degrees(degrees), told)
+
+
+def upright(gestures: dict[str, float], up: bool) -> dict[str, float]:
+    """Thumbs up and thumbs down are one pose; the thumb's direction in the picture tells them apart."""
+    pair, kept = ("thumbs_up", "thumbs_down"), gestures.copy()
+    share = sum(kept.pop(name, 0.0) for name in pair)
+    if share:
+        kept[pair[0] if up else pair[1]] = share
+    return dict(sorted(kept.items(), key=lambda item: -item[1]))
 
 
 def angles_of(fingers: np.ndarray, rest: np.ndarray, side: int) -> np.ndarray:

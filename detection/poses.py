@@ -23,7 +23,7 @@ from ..files import written
 FILE = Path(__file__).with_name("poses.npz")
 FLOOR = np.radians(2.5)  # no dataset varies as people do: an angle's least standard deviation in a gesture
 WIDE_FLOOR = np.radians(4.0)  # the same among all hands
-OTHER = 0.2  # of all hands show no gesture that the file knows
+OTHER = 0.1  # of all hands show no gesture that the file knows
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,17 @@ class Poses:
 
 @lru_cache(maxsize=8)
 def _load(path: str) -> Poses:
-    with np.load(path, allow_pickle=False) as held:
-        arrays = {name: held[name] for name in ("names", "mean", "covariance", "weight")}
-    weight = arrays["weight"].astype(np.float64)
-    return Poses(tuple(arrays["names"].tolist()), arrays["mean"].astype(np.float64),
-                 arrays["covariance"].astype(np.float64), weight / weight.sum())  # fmt: skip
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            names = tuple(held["names"].tolist())
+            mean, covariance, weight = (held[name].astype(np.float64) for name in ("mean", "covariance", "weight"))
+    except Exception as error:  # a bad file fails numpy and zipfile in many ways; pickles are not opened
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise DetectionError(
+            f"{path} must be an .npz that hd-data poses wrote, got {why}. Make it: hd-data poses FOLDER {path}"
+        ) from None
+    count = len(names)
+    good = (mean.shape, covariance.shape, weight.shape) == ((count, 45), (count, 45, 45), (count,))
+    if not good or not all(np.isfinite(array).all() for array in (mean, covariance, weight)) or (weight <= 0).any():
+        raise DetectionError(f"{path} must hold gestures of 45 angles, got other arrays. Make it: hd-data poses")
+    return Poses(names, mean, covariance, weight / weight.sum())

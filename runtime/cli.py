@@ -24,7 +24,8 @@ from ..commands import INTERRUPTED
 from ..contract import MANIFEST, Manifest
 from ..engines.backends import CHOICES, DEVICES
 from ..errors import HanDiffuserError, OutputError, RequestError
-from ..hands import NO_HANDS, load_hands
+from ..files import written
+from ..hands import NO_HANDS, hands_file, load_hands
 from ..hints import hint
 from .bundle import Bundle
 from .canvas import content_of
@@ -73,6 +74,12 @@ def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
     help="Take the hands of this .hands.npz, edited or not. Its camera stays: bending a finger moves nothing else. "
     "Without a camera in the file, placement says where the hands are.",
 )
+@click.option(
+    "--image",
+    "photo",
+    metavar="PHOTO",
+    help="Take the hands of this photograph. Without a PROMPT the picture shows what they do.",
+)
 @click.option("--no-hands", is_flag=True, help="Paint the prompt alone, without hands.")
 @click.option(
     "--init-image",
@@ -119,12 +126,17 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     over it) and ID.json. index.html shows them all. After an interruption, run the same command again: it skips
     finished pictures. The exit code is 0 when any picture is there, 1 when the run made none or had to stop, and 130
     after Ctrl-C. With --strict it is also 1 when a prompt was refused or a picture failed.
+
+    --image PHOTO also writes PHOTO.photo.hands.npz and .png: the hands that were found, and how sure each is.
     """
     check_order(engines, prompts, prompts_file, options["ray"])
     if options["list_words"]:
         return list_words(engines)
     say = Reporter(options["quiet"])
     warn_of_quotes(engines, prompts, say)
+    if options["photo"] is not None:
+        caption = hands_of_photo(engines, output, options, say)
+        prompts = prompts if prompts or prompts_file is not None else (caption,)
     hands = NO_HANDS if options["no_hands"] else options["hand_params"]
     settings = {**given(options), "hands": hands, "image": options["image"], "mask": options["mask"]}
     check_files(options)
@@ -247,6 +259,35 @@ def list_words(engines: str) -> int:
     else:
         click.echo(f"{engines} was trained on these words: {', '.join(sorted(known))}")
     return 0
+
+
+def hands_of_photo(engines: str, output: str, options: dict[str, Any], say: Reporter) -> str:
+    """Writes the hands of --image into the output folder, makes them --hand-params, and says what they do."""
+    from ..detection.photo import Photo
+    from .rest import joints_at_rest
+
+    for name in ("hand_params", "no_hands"):
+        if options[name]:
+            raise RequestError(f"--image must stand without --{name.replace('_', '-')}, got both. Leave one out.")
+    if "://" in output:
+        raise RequestError(f"--output must be a folder of this machine with --image, got {output}. Name a folder.")
+    manifest = Manifest.load(shipped.resolve(engines, "bundle"), verify=False)
+    photo = Photo.read(options["photo"])
+    told = photo.hands_for(joints_at_rest(engines), manifest.image_size)
+    beside = Path(output) / f"{photo.path.stem}.photo"
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, content in ((".hands.npz", hands_file(told.arrays, told.caption)), (".hands.png", told.png())):
+            with written(beside.with_name(beside.name + suffix)) as temporary:
+                temporary.write_bytes(content)
+    except OSError as error:
+        raise OutputError(
+            f"{beside.parent} cannot be written: {error.strerror or error}. Name another folder with --output."
+        ) from error
+    options["hand_params"] = str(beside) + ".hands.npz"
+    for sentence in [*told.said, f"See them: {beside}.hands.png"]:
+        say.note(sentence)
+    return told.caption
 
 
 def _on_ray(

@@ -27,6 +27,11 @@ class Reporter:
     def problem(self, sentence: str) -> None:
         line(sentence, "hd-run:", "red")
 
+    def note(self, sentence: str) -> None:
+        """Something that the user did not ask for and needs to know; --quiet hides it."""
+        if not self.quiet:
+            line(sentence, "hd-run:")
+
     def warning(self, sentence: str) -> None:
         line(sentence, "hd-run: warning:", "yellow")
 

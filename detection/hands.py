@@ -1,0 +1,182 @@
+"""The hands of a picture, found and fitted, and how sure each of them is.
+
+    hands, size = find(image, rest), image.shape[:2]   # the surest first
+    pair, said = of_one_person(hands, size, rest)      # what a bundle of one person can show
+    arrays = arrays_of(pair, size, rest)               # save_hands("photo.hands.npz", arrays)
+
+`rest` are the 62 joints at rest of the body that shall show the hands, in metres; `runtime.rest.joints_at_rest` has
+those of a bundle. Estimates of HaMeR and WiLoR need no detector: `from_estimates`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..contract import HAND_JOINTS
+from ..errors import DetectionError
+from ..fingers import SIDES
+from ..hands import POSES
+from ..kinematics import forward, radius
+from ..rotations import axis_angle_to_matrix
+from .arms import Arrays, HandEstimate, Size, person_of
+from .detect import Detector, Found, MediaPipe
+from .fit import Fitted, fit
+from .mano import hand_means, in_picture, mano_estimates
+from .poses import Poses
+
+LEAST = 40  # pixels of a painted picture: smaller hands are brought nearer
+NEAR = 1.6  # a window that brings hands nearer, times their box
+
+
+@dataclass
+class Seen:
+    """A hand of a picture. hand: its pose and joints; a Fitted where points were fitted. found: what the detector said.
+
+    sureness: 0 to 1, how likely its pose is right, see `Detector.sureness`; None where hands came from a file, which
+    does not say.
+    """
+
+    hand: HandEstimate
+    found: Found | None = field(default=None, repr=False)
+    sureness: float | None = None
+
+    @property
+    def side(self) -> str:
+        return SIDES[self.hand.side]
+
+    @property
+    def gesture(self) -> str:
+        """The likeliest gesture, or "" where none is known."""
+        return self.hand.gesture if isinstance(self.hand, Fitted) else ""
+
+    def __str__(self) -> str:
+        shows = f", {self.gesture.replace('_', ' ')}" if self.gesture else ""
+        sure = "" if self.sureness is None else f", {self.sureness:.0%} sure"
+        return f"a {self.side} hand{shows}{sure}"
+
+
+def find(
+    image: np.ndarray, rest: np.ndarray, detector: Detector | None = None, poses: Poses | None = None
+) -> list[Seen]:
+    """The hands that a detector finds, fitted; the surest first. image: uint8 [H, W, 3]. Raises DetectionError."""
+    used = detector or MediaPipe()
+    try:
+        seen = [fitted(found, image.shape[:2], rest, used, poses) for found in used(image)]
+    finally:
+        if detector is None:
+            used.close()
+    return sorted(seen, key=lambda one: -(one.sureness or 0.0))
+
+
+def fitted(
+    found: Found,
+    size: Size,
+    rest: np.ndarray,
+    detector: Detector,
+    poses: Poses | None = None,
+    side: str | None = None,
+    gesture: str | None = None,
+) -> Seen:
+    """The hand of a detector's points in a picture (height, width). side, gesture: what a person says of it."""
+    points = found.joints * (size[1], size[0])
+    hand = fit(points, side or found.side, rest, poses, detector.convention, gesture)
+    return Seen(hand, found, detector.sureness(found, hand.residual, float(hand.degrees.mean())))
+
+
+def from_estimates(path: str | Path, size: Size, rest: np.ndarray, hand_mean: str | Path | None = None) -> list[Seen]:
+    """The hands in an .npz that HaMeR, WiLoR or WiLoR-mini gave for a picture (height, width); see `mano`.
+
+    hand_mean: the user's SMPL-H .npz, whose mean hand these programs leave out of their rotations; needed where they
+    do. Raises DetectionError with a sentence."""
+    try:
+        means = hand_means(None if hand_mean is None else Path(hand_mean))
+        estimates = mano_estimates(Path(path), means, rest)
+    except ValueError as error:
+        raise DetectionError(str(error)) from None
+    return [Seen(in_picture(one, size)) for one in estimates]
+
+
+def of_one_person(seen: Sequence[Seen], size: Size, rest: np.ndarray) -> tuple[list[Seen], list[str]]:
+    """The surest hand, and the surest of the other side where one person can show both; and what was left out, in
+    sentences. size: (height, width) of the picture."""
+    if not seen:
+        return [], []
+    first, *others = seen
+    second = next((one for one in others if one.hand.side != first.hand.side), None)
+    pair, said = [first], []
+    if second is not None and person_of([first.hand, second.hand], size, rest) is None:
+        said.append(f"One person cannot show both hands, so the surest is taken: {first}.")
+    elif second is not None:
+        pair.append(second)
+    left = [one for one in others if one not in pair]
+    if left and not said:
+        taken = " and ".join(str(one) for one in pair)
+        said.append(f"The picture shows {len(seen)} hands. One person shows a left and a right one, so this takes "
+                    f"{taken}.")  # fmt: skip
+    return pair, said
+
+
+def arrays_of(seen: Sequence[Seen], size: Size, rest: np.ndarray) -> Arrays:
+    """SMPL-H arrays, placement and camera of one person with these hands (one, or a left and a right one), for
+    `save_hands`. size: (height, width) of the picture, or of its `Window`.
+
+    Beside what `load_hands` reads: joints [62, 3] metres, joints_2d [2, 21, 2] in [0, 1], visibility [2]. The camera
+    is exact for one hand and least squares for two. Raises DetectionError where one person cannot show both."""
+    arrays = person_of([one.hand for one in seen], size, rest)
+    if arrays is None:
+        raise DetectionError("seen must be hands that one person can show, got two of other sizes. Give one hand.")
+    vectors = np.concatenate([arrays[name].reshape(-1, 3) for name in POSES]).astype(np.float64)
+    joints = forward(axis_angle_to_matrix(vectors), rest)[1]
+    hands = joints[np.array(HAND_JOINTS)][..., :2]  # [2, 21, 2]
+    shown = arrays["visibility"] > 0.5
+    places = arrays["placement"][shown].astype(np.float64)
+    scale = np.exp(np.mean(places[:, 3] - np.log(radius(hands[shown]))))
+    shift = np.mean(places[:, 1:3] / scale - hands[shown].mean(1), axis=0)
+    view = scale * (hands + shift)
+    aspect = size[1] / size[0]
+    arrays["joints_2d"] = np.stack([0.5 + 0.5 * view[..., 0] / aspect, 0.5 - 0.5 * view[..., 1]], -1)
+    return {**arrays, "joints": joints, "camera": np.array([scale, *shift])}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a picture, in pixels: its corner (x, y), width and height. It may reach beyond the picture."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """(height, width)."""
+        return self.height, self.width
+
+    def inside(self, seen: Seen) -> Seen:
+        """The same hand in the window's own pixels."""
+        return replace(seen, hand=replace(seen.hand, joints_2d=seen.hand.joints_2d - (self.x, self.y)))
+
+
+def window_of(seen: Sequence[Seen], size: Size, target: Size) -> Window:
+    """The part of a picture (height, width) that a painted one of `target` (height, width) shows.
+
+    It has the target's shape. It is as large as fits into the picture, near the hands; where a hand would then be
+    smaller than LEAST pixels, it is NEAR times the hands' box."""
+    height, width = size
+    aspect = target[1] / target[0]
+    points = np.concatenate([one.hand.joints_2d for one in seen])
+    low, high = points.min(0), points.max(0)
+    middle = (low + high) / 2
+    tall = min(height, width / aspect)
+    smallest = min(float(np.ptp(one.hand.joints_2d, axis=0).max()) for one in seen)
+    if smallest * target[0] / tall < LEAST or (high - low > (tall * aspect, tall)).any():
+        tall = NEAR * max(float(high[1] - low[1]), float(high[0] - low[0]) / aspect)
+        corner = middle - np.array([tall * aspect, tall]) / 2
+    else:
+        room = np.array([width - tall * aspect, height - tall])
+        corner = (middle - np.array([tall * aspect, tall]) / 2).clip(0, np.maximum(room, 0))
+    return Window(float(corner[0]), float(corner[1]), tall * aspect, tall)
