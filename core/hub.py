@@ -33,7 +33,7 @@ STABLE_DIFFUSION = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 BODY = "body/smplh.npz"  # of a checkpoint that has its own, licence-free body
 SMALL = (".json", ".txt")
 BUNDLED = (".onnx", ".data", ".json")  # suffixes of a bundle's files
-LARGEST_SMALL = 1 << 27  # bytes of one configuration or vocabulary
+MAX_SMALL_BYTES = 1 << 27  # bytes of one configuration or vocabulary
 VARIANTS = (None, "fp16", "bf16")  # of weights; the first that exists is read
 REVISION = "main"
 
@@ -151,7 +151,7 @@ class Snapshot:
         total = sum(self.sizes[name] for name in missing)
         self._check_room(total)
         show_bars(sys.stderr.isatty() and not self.quiet)
-        if not self.quiet and total > LARGEST_SMALL // 128:
+        if not self.quiet and total > MAX_SMALL_BYTES // 128:
             _say(f"Fetching {len(missing)} files of {self.id} ({_size(total)}).")
         for name in missing:
             with explained(self.id, name):

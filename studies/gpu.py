@@ -44,7 +44,7 @@ NAMES = (
     "numpy", "handiffuser",
 )  # fmt: skip
 PROMPTS = ("a right hand making a fist, blue background", "two open hands", "a left hand giving a thumbs up")
-LEAST, ACT = 15.0, 420.0  # seconds that a step needs at least, and those of an act
+MIN_STEP_SECONDS, ACT_SECONDS = 15.0, 420.0  # seconds that a step needs at least, and those of an act
 LIKE = 35.0  # dB between pictures of half precision on the GPU and of the same bundle on the CPU
 Runner = Callable[[Sequence[str], Path, float], int]
 
@@ -155,7 +155,7 @@ def measure(
 ) -> int:
     """Runs the steps that are not done. Names failed steps, leaves out what needs them, and returns their number.
 
-    budget: seconds for all of them. A step that has less than LEAST of them left waits for the next call.
+    budget: seconds for all of them. A step that has less than MIN_STEP_SECONDS of them left waits for the next call.
     """
     out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
@@ -171,7 +171,7 @@ def measure(
             failed[step.name] = f"{missing[0]} failed"
             say(f"{step.name}: left out, because {failed[step.name]}")
             continue
-        if left < LEAST:
+        if left < MIN_STEP_SECONDS:
             say(f"{step.name}: left for the next call of the same command")
             failed[step.name] = "the time was up"
             continue
@@ -236,7 +236,7 @@ def everything(size: str, backends: str | None, out: Path | None, work: Path | N
 @click.argument("act", type=click.Choice(["a", "b"]))
 @click.option("--out", type=click.Path(path_type=Path), help="[default: benchmarks/results/<date>-<GPU>]")
 @click.option("--work", type=click.Path(path_type=Path), help="Graphs.  [default: a folder beside OUT]")
-@click.option("--seconds", default=ACT, show_default=True, help="What does not fit is left for the next call.")
+@click.option("--seconds", default=ACT_SECONDS, show_default=True, help="What does not fit is left for the next call.")
 @click.option("--quick", is_flag=True, help="One sample of each figure.")
 def act_command(act: str, out: Path | None, work: Path | None, seconds: float, quick: bool) -> int:
     """Runs one act, and prints what its figures mean."""

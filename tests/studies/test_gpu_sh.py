@@ -66,10 +66,10 @@ def test_an_act_leaves_for_its_next_call_what_does_not_fit(tmp_path):
         return 0
 
     found, said = [Step("first", ("first",), 60), Step("second", ("second",), 60)], []
-    assert measure(found, tmp_path, runner, said.append, budget=gpu.LEAST + 0.05) == 1
+    assert measure(found, tmp_path, runner, said.append, budget=gpu.MIN_STEP_SECONDS + 0.05) == 1
     assert [name for name, _ in calls] == ["first"] and calls[0][1] < 60
     assert said[-1] == "second: left for the next call of the same command"
-    assert measure(found, tmp_path, runner, said.append, budget=gpu.ACT) == 0
+    assert measure(found, tmp_path, runner, said.append, budget=gpu.ACT_SECONDS) == 0
     assert [name for name, _ in calls] == ["first", "second"]
 
 
