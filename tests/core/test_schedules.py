@@ -61,7 +61,7 @@ def float64_diffusers():
 def diffusers_loop(config, solver, steps, timesteps=None, start=0, blend=None):
     """Final sample and timesteps of diffusers' own loop. `timesteps` replaces those that the network sees.
 
-    start: steps that are left out, as where a picture with noise begins. blend: (picture, mask) to keep after each step.
+    start: steps that are left out, where a picture with noise begins. blend: (picture, mask) to keep after each step.
     """
     name, extra = PEERS[solver]
     config = {**config, **extra}
