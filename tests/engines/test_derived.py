@@ -310,3 +310,70 @@ def test_where_the_derived_graph_fails_the_bundle_s_runs_with_one_warning(fake):
         for _ in range(2):
             onnxruntime_cuda.open_cuda(bundle_path(), manifest, "image_decoder", stream=int(stream.handle))
     assert len(said) == 1 and [name for name, _ in fake.sessions] == 2 * ["image_decoder"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Folders with a step and a decoder in the shape of Stable Diffusion's, by precision: 32 groups, 8 heads, widths
+    that all kernels take, codes of positions that matter."""
+    torch = pytest.importorskip("torch")
+    from handiffuser.export.bundle import export_graph
+    from handiffuser.export.graphs import PRECISIONS, graphs
+    from handiffuser.models.checkpoint import random_checkpoint
+    from handiffuser.models.configs import Config
+    from handiffuser.models.smplh import SMPLH
+    from handiffuser.shipped import body_path
+
+    config = Config(
+        image_size=(64, 96), unet_channels=(64, 320), unet_attention=(True, True), unet_layers=2, unet_heads=8,
+        unet_groups=32, vae_channels=(64, 256, 256, 256), vae_layers=2, vae_groups=32, schedule="sd",
+        text_width=64, text_layers=1, prior_layers=1,
+    )  # fmt: skip
+    checkpoint, body = random_checkpoint(config, seed=2, body=body_path()), SMPLH.load(body_path())
+    generator = torch.Generator().manual_seed(0)
+    for parameter in checkpoint.position_kernel.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    found = {}
+    for precision in ("fp32", "fp16"):
+        folder = tmp_path_factory.mktemp(precision)
+        specs = {}
+        for one in graphs(checkpoint, body, PRECISIONS[precision], 2):
+            if one.name in ("unet", "image_decoder"):
+                specs[one.name] = export_graph(one, folder, 23)
+        found[precision] = folder, specs
+    return found
+
+
+@pytest.mark.slow
+def test_a_model_of_stable_diffusion_s_shape(small):
+    folder, specs = small["fp32"]
+    for name, spec in specs.items():
+        model = derived.derive(folder / spec.file)
+        found = kinds(model)
+        if name == "unet":
+            assert found["BiasSplitGelu"] and found["BiasAdd"] and found["Split"] and found["SkipGroupNorm"]
+            assert not found["Attention"] and not found["GroupNormalization"] and not found["Conv"]
+        plain = session(str(folder / spec.file))
+        new = session(expanded(model).SerializeToString(), folder)
+        for B, G in ((1, 1), (1, 2), (4, 1), (4, 2)):
+            given = feeds(spec, B, G)
+            worst = max(errors(plain.run(None, given), new.run(None, given)))
+            assert worst <= (1 if name == "image_decoder" else 2e-5), (name, B, G, worst)
+
+
+@pytest.mark.slow
+def test_in_half_it_is_as_near_to_float32_as_the_bundle_s_graph(small):
+    """With a rounding behind each node, as on a GPU."""
+    from handiffuser.calibration.emulate import emulate
+
+    for name, spec in small["fp16"][1].items():
+        plain = onnx.load(small["fp16"][0] / spec.file)
+        new = derived.derive(small["fp16"][0] / spec.file)
+        onnx.load_external_data_for_model(new, str(small["fp16"][0]))
+        given = {key: value.astype(np.float32) for key, value in feeds(spec, 2, 2).items()}
+        exact = session(str(small["fp32"][0] / spec.file)).run(None, given)
+        ours, theirs = (
+            max(errors(exact, session(emulate(m).SerializeToString()).run(None, given))) for m in (expanded(new), plain)
+        )
+        assert ours <= max(1.5 * theirs, 2 if name == "image_decoder" else 2e-3), (name, ours, theirs)
+        print(f"{name}: derived {ours:.1e}, the bundle's {theirs:.1e}")
