@@ -6,6 +6,7 @@ ids, dropped = tokenizer.encode("a right hand making a fist")
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,15 @@ from tokenizers import Tokenizer
 
 from .errors import BundleError
 from .placeholders import runs
+
+# What other programs read as weights and parts of a prompt: (word:1.3), [word], BREAK.
+_MARKS = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|\[[^\[\]]+\]|\bBREAK\b")
+
+
+def marks(prompt: str) -> str:
+    """The first mark in a prompt that other programs read as a weight or a new part; "" without one."""
+    found = _MARKS.search(prompt)
+    return found[0] if found else ""
 
 
 class PromptTokenizer:

@@ -18,7 +18,7 @@ from ..hands import Hands, hand_arrays, keep_camera, load_hands
 from ..installed import version
 from ..schedules import NoiseSchedule, Table, rows, skipped
 from ..settings import SETTINGS
-from ..tokens import PromptTokenizer
+from ..tokens import PromptTokenizer, marks
 from .canvas import Canvas, canvas_of, content_of, digest
 from .clash import clash
 from .noise import HANDS, LATENTS
@@ -115,6 +115,11 @@ class Bundle:
                 shown = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
                 what, room = name.replace("_", " "), self.tokenizer.length - 2
                 warnings.append(f"The {what} is longer than {room} tokens. This part was cut: {shown!r}")
+            if mark := marks(text):
+                warnings.append(
+                    f"The {name.replace('_', ' ')} has {mark[:60]!r}, which is read as plain text: weights and BREAK "
+                    "have no meaning here. Put what matters first."
+                )
             if self._words:
                 end = len(text) - len(cut)
                 strange, unknown = grammar.strangers(text, self._words, self._is_demo, end)

@@ -89,7 +89,7 @@ class HanDiffuser:
         that mean something else here, HubError for an id that cannot be fetched, and as `load` does.
         """
         called.refuse(options, called.LOADING, "from_pretrained")
-        check_names(options, "argument", list(signature(cls.load).parameters)[1:] + ["revision"])
+        check_names(options, "argument", [*list(signature(cls.load).parameters)[1:], "revision"])
         if revision is not None:
             if hub.parse(name) is None:
                 raise RequestError(f"revision must be left out for a folder, got {revision!r}.", "revision")

@@ -103,7 +103,7 @@ def serve(engines: str, **options: Any) -> int:
     if threads is None and options["workers"] > 1:
         threads = max(1, (os.cpu_count() or 1) // options["workers"])
     one = Options(
-        engines, options["device"], threads, options["batch_size"], options["backend"], not options["no_warm_up"]
+        str(folder), options["device"], threads, options["batch_size"], options["backend"], not options["no_warm_up"]
     )
     each = [replace(one, device="cuda", gpu=gpu) for gpu in gpus] or [one] * options["workers"]
     metrics = Metrics()

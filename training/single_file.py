@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from ..models.foreign import CHANNELS, MODEL_INDEX, PICKLES, refuse_pointer
+from ..models.foreign import CHANNELS, MODEL_INDEX, PICKLES, TAKES, refuse_pointer
 from ..models.weights import first_line, listed
 from ..schema import shown
 
@@ -28,7 +28,6 @@ VERSIONS = {768: "1.x", 1024: "2.x"}  # by the width of the words' vectors
 PREDICTIONS = ("epsilon", "v_prediction")
 MERGES = Path(__file__).with_name("clip_merges.txt.gz")
 
-TAKES = "hd-train init takes Stable Diffusion 1.x and 2.x for text to image"
 # Pattern of a key -> what the file is, and the way out. The first match counts.
 KINDS = tuple(
     (re.compile(pattern), what, way)
@@ -55,8 +54,11 @@ PARTS = tuple(
 )
 
 
-def identify(path: Path) -> tuple[str, dict[str, str]]:
-    """ "1.x" or "2.x", and the file's metadata. Raises CheckpointError for anything else, and says what it is."""
+def identify(path: Path) -> tuple[str, int, dict[str, str]]:
+    """ "1.x" or "2.x", the channels that its UNet reads, and the file's metadata.
+
+    Raises CheckpointError for anything else, and says what it is.
+    """
     refuse_pointer(path)
     if path.suffix in PICKLES:
         raise CheckpointError(
@@ -87,13 +89,13 @@ def identify(path: Path) -> tuple[str, dict[str, str]]:
         got = f"holds {' and '.join(there)} only" if there else f"holds no model that is known here ({listed(keys)})"
         raise CheckpointError(f"{path} {got}: it lacks the {' and the '.join(missing)}. Take the whole model.")
     channels = shapes.get(INPUT, [0, 0])[1]
-    if channels != 4:
+    if channels not in (4, 9):
         kind = CHANNELS.get(channels, f"a UNet of {channels} channels")
-        raise CheckpointError(f"{path} is {kind}: it takes {channels} channels. {TAKES}, with 4.")
+        raise CheckpointError(f"{path} is {kind}: it takes {channels} channels. {TAKES}.")
     width = shapes.get(CONTEXT, [0, 0])[1]
     if width not in VERSIONS:
         raise CheckpointError(f"{path} must read words of 768 or 1024 numbers, got {width}. {TAKES}.")
-    return VERSIONS[width], metadata
+    return VERSIONS[width], channels, metadata
 
 
 def to_folder(path: Path, folder: Path, prediction: str | None = None) -> Path:
@@ -102,14 +104,14 @@ def to_folder(path: Path, folder: Path, prediction: str | None = None) -> Path:
     prediction: of PREDICTIONS; None: what the file's metadata says, or 1.x's usual "epsilon". Raises CheckpointError
     for another kind of file, for tensors that are missing, and for a file of 2.x that does not say its prediction.
     """
-    version, metadata = identify(path)
+    version, channels, metadata = identify(path)
     prediction = prediction or _stated(metadata) or ("epsilon" if version == "1.x" else None)
     if prediction is None:
         raise CheckpointError(
             f"--prediction-type must be given for {path}: a file of Stable Diffusion 2.x does not say it. Take epsilon "
             "for models of 512 x 512 (2.0 base, 2.1 base), v_prediction for models of 768 x 768."
         )
-    write_configs(folder, version, prediction)
+    write_configs(folder, version, prediction, channels)
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
 
@@ -147,8 +149,11 @@ def _stated(metadata: dict[str, str]) -> str | None:
     return names.get(said or "")
 
 
-def write_configs(folder: Path, version: str, prediction: str) -> None:
-    """The small files of a Stable Diffusion folder: configurations, tokenizer and noise schedule."""
+def write_configs(folder: Path, version: str, prediction: str, channels: int = 4) -> None:
+    """The small files of a Stable Diffusion folder: configurations, tokenizer and noise schedule.
+
+    channels: that the UNet reads: 4, or 9 for inpainting.
+    """
     two, size = version == "2.x", 96 if version == "2.x" and prediction == "v_prediction" else 64
     clip: dict[str, Any] = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 49408}
     clip |= {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 0 if two else 49407}
@@ -157,6 +162,7 @@ def write_configs(folder: Path, version: str, prediction: str) -> None:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     clip |= dict(zip(names, sizes, strict=True))
     unet: dict[str, Any] = {"_class_name": "UNet2DConditionModel", "sample_size": size, "layers_per_block": 2}
+    unet["in_channels"] = channels
     unet |= {"block_out_channels": [320, 640, 1280, 1280]}  # diffusers' conversion reads what its classes assume, too
     unet |= {"down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]}
     unet |= {"up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
