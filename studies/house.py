@@ -166,7 +166,7 @@ def long_functions() -> list[tuple[str, int]]:
 
 def texts() -> Iterator[Path]:
     """Files that a person reads."""
-    rooms = [*MAY_IMPORT, "tests", "docs", "studies", "docker", "examples"]
+    rooms = [*MAY_IMPORT, "tests", "docs", "studies", "docker", "examples", "integrations"]
     for path in [*ROOT.glob("*"), *(path for room in rooms for path in (ROOT / room).rglob("*"))]:
         inside = path.relative_to(ROOT).parts
         if path.is_file() and path.suffix in READ and path.name not in SELF and "results" not in inside:
