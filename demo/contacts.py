@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -201,7 +202,7 @@ def _solids() -> list[tuple[ndarray, list[ndarray]]]:
     return out
 
 
-def _winding(points: ndarray, a: ndarray, b: ndarray, c: ndarray) -> ndarray:
+def winding(points: ndarray, a: ndarray, b: ndarray, c: ndarray) -> ndarray:
     """Winding number [P] of triangles around points (Van Oosterom and Strackee 1983)."""
     a, b, c = (x[None] - points[:, None] for x in (a, b, c))
     la, lb, lc = (np.linalg.norm(x, axis=2) for x in (a, b, c))
@@ -210,7 +211,7 @@ def _winding(points: ndarray, a: ndarray, b: ndarray, c: ndarray) -> ndarray:
     return np.arctan2(top, bottom).sum(1) / (2 * np.pi)
 
 
-def _distance(points: ndarray, a: ndarray, b: ndarray, c: ndarray) -> ndarray:
+def surface_distance(points: ndarray, a: ndarray, b: ndarray, c: ndarray) -> ndarray:
     """Distance [P] of points to the nearest of some triangles."""
     p = points[:, None]
     ab, ac, n = b - a, c - a, np.cross(b - a, c - a)
@@ -227,25 +228,31 @@ def _distance(points: ndarray, a: ndarray, b: ndarray, c: ndarray) -> ndarray:
     return best.min(1)
 
 
-def penetration(vertices: ndarray) -> tuple[float, tuple[int, int]]:
-    """How deep (metres) any part of a posed hand [N,3] lies inside another one, and which two parts."""
-    hand, worst, where = left_hand(), 0.0, (0, 0)
+def solid_parts(vertices: ndarray) -> Iterator[tuple[int, list[ndarray], list[ndarray]]]:
+    """The parts of a posed hand [N,3]: number, the corners of its surface's triangles (three [F,3]), and those of the
+    closed solid, caps included."""
     for part, (faces, loops) in enumerate(_solids()):
         corners = [vertices[faces[:, i]] for i in range(3)]
         closed = [corners]
         for loop in loops:
             middle = np.broadcast_to(vertices[loop[:, 0]].mean(0), (len(loop), 3))
             closed.append([vertices[loop[:, 1]], vertices[loop[:, 0]], middle])
-        solid = [np.concatenate([c[i] for c in closed]) for i in range(3)]
+        yield part, corners, [np.concatenate([c[i] for c in closed]) for i in range(3)]
+
+
+def penetration(vertices: ndarray) -> tuple[float, tuple[int, int]]:
+    """How deep (metres) any part of a posed hand [N,3] lies inside another one, and which two parts."""
+    hand, worst, where = left_hand(), 0.0, (0, 0)
+    for part, corners, solid in solid_parts(vertices):
         low, high = solid[0].min(0), solid[0].max(0)
         other = ~related()[part][hand.part] & ((vertices > low) & (vertices < high)).all(1)
         ids = np.flatnonzero(other)
         if len(ids) == 0:
             continue
-        ids = ids[_winding(vertices[ids], *solid) > 0.5]
+        ids = ids[winding(vertices[ids], *solid) > 0.5]
         if len(ids) == 0:
             continue
-        deep = _distance(vertices[ids], *corners)
+        deep = surface_distance(vertices[ids], *corners)
         if deep.max() > worst:
             worst, where = float(deep.max()), (int(hand.part[ids[deep.argmax()]]), part)
     return worst, where
@@ -257,7 +264,7 @@ def gap(vertices: ndarray, pair: tuple) -> float:
     for (finger, bone, side), (f2, b2, _) in (pair, pair[::-1]):
         ids = np.flatnonzero((hand.part == part_of(finger, bone)) & ((hand.back == side) | (side == 0)))
         faces = _solids()[part_of(f2, b2)][0]
-        out = min(out, float(_distance(vertices[ids], *(vertices[faces[:, i]] for i in range(3))).min()))
+        out = min(out, float(surface_distance(vertices[ids], *(vertices[faces[:, i]] for i in range(3))).min()))
     return out
 
 
@@ -270,7 +277,7 @@ def _patch(part: tuple[int, int, int]) -> Tensor:
     return torch.from_numpy(np.flatnonzero((hand.part == part_of(finger, bone)) & ((hand.back == side) | (side == 0))))
 
 
-class _Losses:
+class Losses:
     def __init__(self, pairs: tuple) -> None:
         hand = left_hand()
         self.pairs = [(_patch(a), _patch(b)) for a, b in pairs]
@@ -318,7 +325,7 @@ def solve(name: str, seed: int = 0, fist: dict | None = None) -> dict:
     """One solution of a gesture: {"fingers", "thumb", "roll", "gap_mm", "inside_mm"}."""
     torch.manual_seed(0)
     rng = np.random.default_rng((seed, list(HANDS).index(name)))
-    gesture, losses, poser = HANDS[name], _Losses(CONTACTS.get(name, ())), Poser(left_hand())
+    gesture, losses, poser = HANDS[name], Losses(CONTACTS.get(name, ())), Poser(left_hand())
     start = np.array(gesture.fingers, float)
     if name != "fist" and fist:  # its folded fingers serve all gestures
         for finger in range(1, 5):

@@ -206,6 +206,11 @@ def _rest() -> tuple[ndarray, ndarray]:
     return regressor @ arrays["v_template"], np.einsum("jv,vck->jck", regressor, arrays["shapedirs"])
 
 
+def rest_joints() -> ndarray:
+    """[52,3] metres: the joints of the average body."""
+    return _rest()[0]
+
+
 @lru_cache(maxsize=2)
 def hand_ids(side: int) -> ndarray:
     """Vertices of a hand."""
@@ -346,11 +351,6 @@ def _heart(figure: Figure, sides: tuple[int, ...]) -> None:
     _mirrored(figure, arm, figure.rng.uniform(-0.22, 0.0), 0.26, 0.0, -25, 65, THUMB)
 
 
-def _holding(figure: Figure, sides: tuple[int, ...]) -> None:
-    for side in sides:
-        figure.place(side, Arm((-0.02, -0.12, 0.33), (-0.75, 0.25, 0.6), (0.6, -0.1, 0.8), (0.6, -1, 0), "grip", 6))
-
-
 BODY_POSES: dict[str, Callable[[Figure, tuple[int, ...]], None]] = {
     "waving": _waving,
     "shrug": _shrug,
@@ -361,7 +361,6 @@ BODY_POSES: dict[str, Callable[[Figure, tuple[int, ...]], None]] = {
     "praying": _praying,
     "clapping": _clapping,
     "heart": _heart,
-    "holding": _holding,
 }
 TWO_HANDED = ("arms_crossed", "praying", "clapping", "heart")
 
@@ -396,10 +395,11 @@ def frame(
     framing: str,
     rng: np.random.Generator,
     sides: tuple[int, ...] | Sequence[tuple[int, ...]] = (LEFT, RIGHT),
+    extra: ndarray | None = None,
 ) -> Camera:
     """A camera that shows what a framing promises: the hands of `sides` ("close-up"), head and chest with these hands
     ("bust"), down to the hips ("half body"), or all. joints [..., 62, 3] of one person or several, metres; sides: of
-    everyone, or one tuple a person."""
+    everyone, or one tuple a person; extra [N,3]: other places to show."""
     joints = np.asarray(joints).reshape(-1, 62, 3)
     everyone = [np.ravel(one).tolist() for one in (sides if isinstance(sides[0], tuple) else [sides] * len(joints))]
     points = [j[list(HAND_JOINTS[side]), :2] for j, mine in zip(joints, everyone, strict=True) for side in mine]
@@ -409,6 +409,8 @@ def frame(
         low = {"bust": 9, "half body": 0, "whole": 10}[framing]
         points += [head + up, head + aside, head - aside, joints[:, low, :2]]
         margin = 0.08
+    if extra is not None:
+        points.append(extra[:, :2])
     everything = np.concatenate(points)
     low, high = everything.min(0), everything.max(0)
     size = max((high - low).max(), 0.17 if framing == "close-up" else 0.4)

@@ -9,6 +9,7 @@ says(spec, "thumbs up")                           # True: it may be asked for in
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,16 +19,8 @@ from .human_gestures import HANDS
 from .human_poses import BODY_POSES
 from .wording import All, Maybe, Node, One, Shuffled, matches, write
 
-# Prompts of newcomers that need contacts between people, or things: this world cannot show them yet.
-NOT_YET = {
-    "handshake": "contact between people",
-    "two people shaking hands": "contact between people",
-    "high five": "contact between people",
-    "holding hands": "contact between people",
-    "a hand holding a cup": "things",
-}
 GESTURES = tuple(name for name in HANDS if name not in ("flat", "prayer", "half_heart", "grip"))
-POSES = tuple(name for name in BODY_POSES if name != "holding")  # nothing is there to be held
+POSES = tuple(BODY_POSES)
 FRAMINGS = ("close-up", "bust", "half body")
 PLACES = {  # of backdrops.KINDS
     "wall": ("in front of a {colour} wall", "against a {colour} wall", "before a {colour} wall"),
@@ -54,6 +47,39 @@ OWN = {"woman": "her", "man": "his", "person": "their"}
 UP = {"up": ("palm up", "with the palm up", "palm facing up")}
 CLOTH = {"plain": "", "stripes": "striped", "pinstripes": "pinstriped", "checks": "checked", "dots": "dotted",
          "two-tone": "two-tone", "heather": ""}  # fmt: skip
+
+# Things that are held, and what two people do together: as hands alone, and as {a} and {b}, in either order but for
+# an arm around shoulders. {people} is "people", "men" or "women".
+THING_WORDS = {
+    "cup": ("cup", "mug", "coffee cup", "cup of coffee"),
+    "ball": ("ball", "small ball"),
+    "phone": ("phone", "smartphone", "mobile phone", "cell phone"),
+    "pen": ("pen",),
+    "stick": ("stick", "wooden stick"),
+    "book": ("book",),
+}
+HANDS_TOGETHER: dict[str, tuple[str, ...]] = {
+    "handshake": ("handshake", "a handshake", "two people shaking hands", "people shaking hands", "shaking hands",
+                  "two hands shaking", "two hands in a handshake"),
+    "high_five": ("high five", "a high five", "two people giving a high five", "two hands giving a high five",
+                  "two hands doing a high five", "two palms meeting in a high five"),
+    "holding_hands": ("holding hands", "two people holding hands", "people holding hands", "hand in hand",
+                      "two hands holding each other"),
+    "passing": ("two hands passing {thing}", "two people passing {thing}", "passing {thing}", "handing over {thing}",
+                "a hand handing over {thing}", "a hand giving {thing} to another hand"),
+}  # fmt: skip
+TOGETHER: dict[str, tuple[str, ...]] = {
+    "handshake": ("{a} and {b} shaking hands", "{a} shaking hands with {b}", "two {people} shaking hands",
+                  "two {people} in a handshake", "a handshake between {a} and {b}"),
+    "high_five": ("{a} and {b} giving each other a high five", "{a} giving {b} a high five", "two {people} high-fiving",
+                  "two {people} giving each other a high five", "two {people} doing a high five"),
+    "holding_hands": ("{a} and {b} holding hands", "{a} holding hands with {b}", "two {people} holding hands",
+                      "two {people} hand in hand"),
+    "passing": ("{a} handing {b} {thing}", "{a} passing {thing} to {b}", "{a} giving {thing} to {b}",
+                "two {people} passing {thing}", "two {people} holding {thing} together"),
+    "arm_around": ("{a} with an arm around {b}", "{a} with {own} arm around {b}", "{a} putting {own} arm around {b}",
+                   "{a} with {own} arm around the shoulders of {b}", "two {people} , one with an arm around the other"),
+}  # fmt: skip
 
 # More phrases that follow "a hand", beside PHRASES.
 MORE: dict[str, tuple[str, ...]] = {
@@ -115,8 +141,8 @@ HAND_ACTS: dict[str, tuple[str, ...]] = {
 class Someone:
     """A person and what can be said of it; "" and False: nothing.
 
-    gesture: one of GESTURES or POSES, done by the hands of `side` (left, right, both); `other`: the right hand's
-    gesture where two hands differ. view: palm, back, side or up. person: woman, man or person. age: young or old.
+    gesture: one of GESTURES or POSES, "holding", or one of TOGETHER, done by the hands of `side` (left, right, both or
+    none, ""); `other`: the right hand's gesture where two hands differ; thing: of THING_WORDS, `tint`: its colour. view: palm, back, side or up. person: woman, man or person. age: young or old.
     skin: of SKINS. hair: a colour, `haircut`: of HAIRCUTS. shirt: a colour, pattern: of PATTERNS, sleeve: of SLEEVES.
     """
 
@@ -136,17 +162,20 @@ class Someone:
     smiling: bool = False
     beard: bool = False
     varnish: bool = False
+    thing: str = ""
+    tint: str = ""
 
 
 @dataclass(frozen=True)
 class Spec:
     """What a picture shows: one person or two (left to right), framing of FRAMINGS, place of PLACES, and the colour
-    of a plain place."""
+    of a plain place; together: of TOGETHER, where two people touch."""
 
     people: tuple[Someone, ...]
     framing: str
     place: str
     colour: str = ""
+    together: str = ""
 
 
 def _one(options) -> One:
@@ -207,6 +236,8 @@ def _lead(framing: str) -> Node:
 
 def _hand(one: Someone) -> Node:
     """Hands alone: "a dark left hand making a fist", "two open hands", "a woman's hand pointing"."""
+    if one.thing:
+        return _holding_hand(one)
     if one.gesture in HAND_ACTS:
         return _one(HAND_ACTS[one.gesture])
     tone, doing = _tone(one), _one(_phrases(one.gesture))
@@ -246,6 +277,50 @@ def _hand(one: Someone) -> Node:
         article = "" if one.gesture in ("thumbs_up", "thumbs_down") else "a"
         ways.append(All(article, tone, bare))
         ways.append(All("a", bare, "with a", tone, side, "hand"))
+    return One(*ways)
+
+
+def _thing(one: Someone) -> Node:
+    """ "a red cup"."""
+    tint = One(*(("grey", "gray") if one.tint == "grey" else (one.tint,)))
+    return All("a", Maybe(tint, 0.4) if one.tint else "", _one(THING_WORDS[one.thing]))
+
+
+def _holding_hand(one: Someone) -> Node:
+    """A hand that holds a thing: "a woman's right hand holding a book"."""
+    thing, side = _thing(one), Maybe(one.side)
+    hand = One(All(One("a", "the", ""), _tone(one), side, "hand"),
+               All(_one(f"a {word}'s" for word in PERSONS[one.person][:2]), side, "hand"))  # fmt: skip
+    return One(All(hand, One("holding", "with"), thing), All(thing, One("in", "held in"), hand), weights=(4, 1))
+
+
+def _holding(one: Someone, own: str) -> Node:
+    thing, hand = _thing(one), All(own, Maybe(one.side), "hand")
+    return One(All("holding", thing, Maybe(All("in", hand), 0.3)), All("with", thing), All("with", thing, "in", hand),
+               All("holding up", thing))  # fmt: skip
+
+
+def _filled(text: str, **parts: Node) -> Node:
+    """A wording with its {names} replaced by parts."""
+    return All(*(parts[piece[1:-1]] if piece.startswith("{") else piece.strip() for piece in re.split(r"(\{\w+\})", text)))
+
+
+def _together(spec: Spec, brief: bool = False) -> Node:
+    """Two people who touch; brief: without clothes."""
+    left, right = spec.people
+    thing = _thing(left) if left.thing else ""
+    if spec.framing == "close-up":
+        return One(*(_filled(text, thing=thing) for text in HANDS_TOGETHER[spec.together]))
+    orders = [(left, right), (right, left)]
+    if spec.together == "arm_around":
+        orders = [pair for pair in orders if pair[0].side]
+    people = {("man", "man"): "men", ("woman", "woman"): "women"}.get((left.person, right.person), "people")
+    who = _one(dict.fromkeys((people, "people")))
+    ways = []
+    for a, b in orders:
+        nodes = [All("a", _one(PERSONS[one.person])) if brief else _person(one, brief=True) for one in (a, b)]
+        ways += [_filled(text, a=nodes[0], b=nodes[1], people=who, thing=thing, own=OWN[a.person])
+                 for text in TOGETHER[spec.together]]  # fmt: skip
     return One(*ways)
 
 
@@ -295,6 +370,8 @@ def _clothes(one: Someone) -> Node:
 def _act(one: Someone, own: str = "") -> Node:
     """What a person does: "giving a thumbs up with her right hand"."""
     own = own or OWN[one.person]
+    if one.thing:
+        return _holding(one, own)
     if one.gesture in ACTS:
         extra = (ONE_ARM if one.side != "both" else BOTH_ARMS).get(one.gesture, ())
         ways = (*ACTS[one.gesture], *extra)
@@ -322,6 +399,8 @@ def _act(one: Someone, own: str = "") -> Node:
 def caption(spec: Spec) -> Node:
     """All wordings of a picture, but for those of few words."""
     end = _background(spec)
+    if spec.together:
+        return All(Maybe(_lead(spec.framing), 0.5), _together(spec), end)
     if len(spec.people) == 2:
         lead = _lead(spec.framing) if spec.framing == "half body" else Maybe("a photo of", 0.3)
         return All(lead, _two(*spec.people), end)
@@ -349,12 +428,19 @@ def _two(left: Someone, right: Someone) -> Node:
 
 def short(spec: Spec) -> Node:
     """Wordings of few words, which leave nearly all open: "hands", "thumbs up", "a person waving"."""
+    if spec.together:
+        hands = [_filled(text, thing=_thing(spec.people[0]) if spec.people[0].thing else "")
+                 for text in HANDS_TOGETHER.get(spec.together, ())]  # fmt: skip
+        return One(_together(spec, brief=True), *hands)
     if len(spec.people) == 2:
         left, right = spec.people
         alike = left.gesture == right.gesture and left.side == right.side and not (left.other or right.other)
         return One("two people", All("two people", _act(left, "their")) if alike else "people")
     one = spec.people[0]
     ways: list[Node] = []
+    if one.thing:
+        thing = All("a", _one(THING_WORDS[one.thing]))
+        ways += [All(One("a hand", "hand"), "holding", thing), All("holding", thing), All("a hand with", thing)]
     if spec.framing == "close-up":
         two = one.side == "both" or one.gesture in ("praying", "clapping", "heart")
         ways.append(One("hands", "two hands", "a pair of hands") if two else One("hand", "a hand", "human hand"))
@@ -405,7 +491,7 @@ def is_held_out(text: str) -> bool:
 def is_held_out_spec(spec: Spec) -> bool:
     """About one in fifteen combinations of a gesture and a place, and one in ten of two hands that differ or of two
     people's gestures: such pictures are never trained on."""
-    names = sorted({name for one in spec.people for name in (one.gesture, one.other) if name})
+    names = sorted({n for one in spec.people for n in (f"{one.gesture} {one.thing}".strip(), one.other) if n})
     if len(names) > 1:
         return _hash(" ".join(names)) % 10 == 0
     return _hash(f"{names[0]} {spec.place}") % 15 == 0

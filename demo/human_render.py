@@ -6,6 +6,8 @@ one, seen from the lamp, says what lies in shadow. Skin takes its colour and its
 skin, and what lies behind its neighbourhood is darkened.
 
     picture = render([person], Camera(s, tx, ty), Lamp(), background)      # uint8 [256,256,3]
+
+Things in hands (`Held`) are drawn with the people: they cast shadows, and hide what lies behind them.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from torch.nn import functional as F
 from .human import CLOTHES, EYE, HAIR, HAND_CHART, HEAD_CHART, NO_CHART, SKIN, load_human
 from .human_clothes import Look, cuts, eye_colour, hair_colour, mesh_of, rest_skin, shirt_colour, surface
 from .human_skin import CHANNELS, linear, noise_at, textures
+from .things import Mesh, ThingLook
 
 FACE_BITS = 20  # of the 63 bits of a z-buffer key
 DEPTH_STEPS = 2**30
+THING = 4  # beside the kinds of human.KINDS
 BLOCKS = (3, 6, 12, 24, 48, 96, 4096)  # size classes of triangles, samples
 TILE = 1 << 21  # samples of triangles' boxes that are tested at once
 
@@ -57,6 +61,17 @@ class Person:
     vertices: ndarray
     look: Look = field(default_factory=Look)
     head: ndarray = field(default_factory=lambda: np.eye(3))
+
+
+@dataclass(frozen=True)
+class Held:
+    """A thing to draw: a mesh of `things.py` at vertices [N,3] metres (mirrored: its faces are wound the other way
+    round), and how it looks."""
+
+    mesh: Mesh
+    vertices: ndarray
+    look: ThingLook
+    mirrored: bool = False
 
 
 def rasterise(xy: Tensor, depth: Tensor, faces: Tensor, cut: Tensor, drawn: Tensor, width: int, height: int):
@@ -139,9 +154,15 @@ def _tables() -> dict[str, Tensor]:
 
 
 def render(
-    people: Sequence[Person], camera: Camera, lamp: Lamp, background: Tensor, size: int = 256, seed: int = 0
+    people: Sequence[Person],
+    camera: Camera,
+    lamp: Lamp,
+    background: Tensor,
+    size: int = 256,
+    seed: int = 0,
+    things: Sequence[Held] = (),
 ) -> Tensor:
-    """Draws people before a background.
+    """Draws people, and the things that they hold, before a background.
 
     background [H,W,3] float: display colours in 0..1, any resolution. seed: of the sensor's grain. Returns uint8
     [size,size,3]."""
@@ -156,8 +177,16 @@ def render(
         shown.append(visible)
         edges.append(edge)
     count, triangles = len(places[0]), len(table["faces"])
-    place, seen, cut = torch.cat(places), torch.cat(shown), torch.cat(edges)
-    faces = torch.cat([table["faces"] + i * count for i in range(len(people))])
+    faces_ = [table["faces"] + i * count for i in range(len(people))]
+    kinds, first = [table["kind"].repeat(len(people))], len(people) * triangles
+    for held in things:
+        mesh = torch.from_numpy(held.mesh.faces[:, ::-1].copy() if held.mirrored else held.mesh.faces)
+        faces_.append(mesh + sum(map(len, places)))
+        places.append(torch.from_numpy(np.asarray(held.vertices, np.float32)))
+        shown.append(torch.ones(len(mesh), dtype=torch.bool))
+        edges.append(torch.ones(len(mesh), 3))
+        kinds.append(torch.full((len(mesh),), THING))
+    place, seen, cut, kind, faces = (torch.cat(x) for x in (places, shown, edges, kinds, faces_))
     normal = _normals(place, faces)
 
     x = (0.5 + 0.5 * camera.s * (place[:, 0] + camera.tx)) * side - 0.5
@@ -165,7 +194,6 @@ def render(
     p = torch.stack([x, y], 1)[faces]
     a, b, c = p.unbind(1)
     towards = (b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) - (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0]) < 0
-    kind = table["kind"].repeat(len(people))
     drawn = seen & (towards | (kind == CLOTHES) | (kind == HAIR))
     near, far = place[:, 2].max(), place[:, 2].min()
     depth = (near - place[:, 2]) / (near - far).clamp_min(1e-6)
@@ -179,15 +207,31 @@ def render(
         n = torch.where(towards[face][:, None], n, -n)
         pixel = 2 / (camera.s * side)  # metres of a sample
         lit = _shadow(place, faces, cut, seen, where, n, lamp, camera)
-        local = face % triangles
-        colour, height, gloss = _paint(people, table, face // triangles, local, corners % count, weights, pixel)
+        body = face < first
+        colour, height, gloss = _paint(people, table, torch.where(body, face // triangles, -1), face % triangles,
+                                       corners % count, weights, pixel)  # fmt: skip
+        for held in things:
+            mine = ((face >= first) & (face < first + len(held.mesh.faces))).nonzero()[:, 0]
+            colour[mine], gloss[mine] = _paint_thing(held, face[mine] - first, weights[mine])
+            first += len(held.mesh.faces)
         n = _relief(F.normalize(n, dim=1), where[:, 2], height, covered, side, pixel)
-        skin = table["kind"][local] == SKIN
+        skin = kind[face] == SKIN
         picture = _shade(picture, covered, where, n, colour, gloss, skin, lit, lamp, side, pixel)
     picture = picture.clamp_min(0)
     picture = (picture / (1 + 0.12 * picture) * 1.06).clamp(0, 1) ** (1 / 2.2)
     grain = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
     return ((picture + 0.005 * grain).clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def _paint_thing(held: Held, face: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Colour [S,3] (light) and gloss [S,2] of samples of a thing, by face [S] and barycentric weights [S,3]."""
+    corners = torch.from_numpy(held.mesh.vertices).float()[torch.from_numpy(held.mesh.faces)[face]]
+    part = torch.from_numpy(held.mesh.part)[face]
+    colours = torch.from_numpy(linear(np.array(held.look.colours))).float()
+    rest = torch.einsum("sk,skc->sc", weights, corners)
+    grain = noise_at(rest * torch.tensor(held.look.grain)) - 0.5
+    colour = colours[part] * (1 + held.look.rough * grain)[:, None]
+    return colour, torch.tensor(held.look.gloss)[part]
 
 
 @lru_cache(maxsize=16)

@@ -28,6 +28,8 @@ from .backdrops import backdrop
 from .human import load_human, traits_of
 from .human_clothes import HAIR_COLOURS, SLEEVES, Look, sample_look
 from .human_gestures import HANDS
+from .human_holding import PoseError, hold, places_of
+from .human_pairs import pose_pair
 from .human_poses import (
     BODY_POSES,
     HANGING,
@@ -41,10 +43,11 @@ from .human_poses import (
     raised,
     sample_pose,
 )  # fmt: skip
-from .human_prompts import FRAMINGS, GESTURES, PLACES, PLAIN, POSES, Someone, Spec, is_held_out_spec
-from .human_render import Camera, Lamp, Person, rasterise, render
+from .human_prompts import FRAMINGS, GESTURES, PLACES, PLAIN, POSES, TOGETHER, Someone, Spec, is_held_out_spec
+from .human_render import Camera, Held, Lamp, Person, rasterise, render
 from .human_skin import ITA_CLASSES, ita_of
 from .prompts import HARD
+from .things import THINGS, sample_thing, thing_mesh
 
 FRAMING_SHARES = (0.45, 0.27, 0.28)  # of FRAMINGS: faces and bodies are seen as well, hands stay large
 TWO_PEOPLE = 0.06  # share of scenes, half of all busts and half bodies being enough for them
@@ -55,8 +58,12 @@ TURNED = ("thumbs_up", "thumbs_down")  # held as they are: no view is said
 INSIDE = 0.02  # of the picture, free around the joints of a hand that is named
 TOGETHER_BY = 0.18  # metres that each of two hands in a close-up moves to the middle
 SEEN = 0.6  # share of such a hand that nothing hides
-TOGETHER = 0.3  # the same where hands cover each other
+COVERED = 0.3  # the same where hands cover each other
 HIDING = ("arms_crossed", "hands_on_hips")  # captions name arms and hips; hands may be hidden
+KINDS = ("people", "things", "pairs")
+PAIR_SHARES = (0.45, 0.25, 0.30)  # of FRAMINGS
+SIDES = ("left", "right")
+THING_SHOWN = 0.22  # metres from a wrist: so much of a thing is in the picture
 SMALL = 96  # pixels in which hidden hands are looked for
 # Up to which hue, in degrees, what it is called.
 HUES = ((14, "red"), (44, "orange"), (68, "yellow"), (162, "green"), (194, "turquoise"), (255, "blue"), (300, "purple"),
@@ -80,6 +87,7 @@ class Scene:
     lamp: Lamp
     present: ndarray
     grain: int
+    things: tuple[Held, ...] = ()
 
 
 def sample_scene(
@@ -88,19 +96,20 @@ def sample_scene(
     held_out: bool | None = False,
     rejected: Counter[str] | None = None,
     framing: str | None = None,
+    kind: str = "people",
 ) -> Scene:
     """A random scene.
 
-    both: share of two-hand gestures among hand gestures. held_out: True: only combinations that are kept for tests;
+    kind: of KINDS: people with gestures and poses, people with things in a hand, or pairs who touch. both: share of two-hand gestures among hand gestures. held_out: True: only combinations that are kept for tests;
     False: none of them; None: either. rejected: counts what was drawn again, by its reason. framing: one of FRAMINGS.
     """
     while True:
-        spec = _sample_spec(rng, both, framing)
+        spec = _sample_spec(rng, both, framing) if kind == "people" else _sample_touch(rng, kind, framing)
         if held_out is not None and is_held_out_spec(spec) != held_out:
             continue
         try:
             return _pose(spec, rng)
-        except UnfitError as reason:
+        except (UnfitError, PoseError) as reason:
             if rejected is not None:
                 rejected[str(reason)] += 1
 
@@ -108,7 +117,7 @@ def sample_scene(
 def draw(scene: Scene, size: int = 256) -> ndarray:
     """The picture, uint8 [size,size,3]."""
     people = [Person(pose.vertices, look, pose.head) for pose, look in zip(scene.poses, scene.looks, strict=True)]
-    return render(people, scene.camera, scene.lamp, scene.background, size, scene.grain).numpy()
+    return render(people, scene.camera, scene.lamp, scene.background, size, scene.grain, scene.things).numpy()
 
 
 # --- what is shown ---
@@ -122,6 +131,19 @@ def _sample_spec(rng: np.random.Generator, both: float, framing: str | None) -> 
     place = tuple(PLACES)[rng.integers(len(PLACES))]
     people = tuple(_sample_gesture(rng, framing, both) for _ in range(count))
     return Spec(people, framing, place)
+
+
+def _sample_touch(rng: np.random.Generator, kind: str, framing: str | None) -> Spec:
+    """A person who holds a thing, or two people who touch."""
+    place = tuple(PLACES)[rng.integers(len(PLACES))]
+    if kind == "things":
+        framing = framing or FRAMINGS[rng.choice(3, p=FRAMING_SHARES)]
+        thing = THINGS[rng.integers(len(THINGS))]
+        return Spec((Someone("holding", ("left", "right")[rng.integers(2)], thing=thing),), framing, place)
+    together = tuple(TOGETHER)[rng.integers(len(TOGETHER))]
+    if framing is None or (together == "arm_around" and framing == "close-up"):
+        framing = FRAMINGS[rng.choice(3, p=PAIR_SHARES)] if together != "arm_around" else FRAMINGS[rng.integers(1, 3)]
+    return Spec((Someone(together, ""), Someone(together, "")), framing, place, together=together)
 
 
 def _sample_gesture(rng: np.random.Generator, framing: str, both: float) -> Someone:
@@ -156,21 +178,32 @@ def _pose(spec: Spec, rng: np.random.Generator) -> Scene:
     """Poses the people of a spec and frames them. Raises UnfitError."""
     betas = [rng.normal(0, 0.8, 10).clip(-2, 2) for _ in spec.people]
     looks = tuple(sample_look(rng, b) for b in betas)
-    poses = [_person(one, b, rng, spec.framing) for one, b in zip(spec.people, betas, strict=True)]
-    if len(poses) == 2:
-        poses = _side_by_side(poses, rng)
+    things: tuple[Held, ...] = ()
+    if spec.together:
+        spec, poses, things = _touching(spec, betas, rng)
+    elif spec.people[0].thing:
+        poses, things = _with_thing(spec, betas[0], rng)
+    else:
+        poses = [_person(one, b, rng, spec.framing) for one, b in zip(spec.people, betas, strict=True)]
+        if len(poses) == 2:
+            poses = _side_by_side(poses, rng)
     sides = [_sides(one) for one in spec.people]
-    camera = frame(np.stack([pose.joints for pose in poses]), spec.framing, rng, sides)
-    present = _present(spec, poses, sides, camera)
+    extra = np.concatenate([_near_hand(held, poses, sides) for held in things]) if things else None
+    camera = frame(np.stack([pose.joints for pose in poses]), spec.framing, rng, sides, extra)
+    present = _present(spec, poses, sides, camera, things)
     background, lamp = backdrop(spec.place, rng)
+    if things:
+        tint = name_of(np.array(things[0].look.colours[0])) if spec.people[0].thing != "stick" else ""
+        spec = replace(spec, people=tuple(replace(one, tint=tint) for one in spec.people))
     people = tuple(_described(*parts) for parts in zip(spec.people, looks, betas, strict=True))
     colour = name_of(background.mean((0, 1)).numpy()) if spec.place in PLAIN else ""
     spec = replace(spec, people=people, colour=colour)
-    return Scene(spec, tuple(poses), looks, camera, background, lamp, present, int(rng.integers(2**31)))
+    return Scene(spec, tuple(poses), looks, camera, background, lamp, present, int(rng.integers(2**31)),
+                 things)  # fmt: skip
 
 
 def _sides(one: Someone) -> tuple[int, ...]:
-    return {"left": (LEFT,), "right": (RIGHT,), "both": (LEFT, RIGHT)}[one.side]
+    return {"left": (LEFT,), "right": (RIGHT,), "both": (LEFT, RIGHT), "": ()}[one.side]
 
 
 def _person(one: Someone, betas: ndarray, rng: np.random.Generator, framing: str) -> Pose:
@@ -188,6 +221,39 @@ def _person(one: Someone, betas: ndarray, rng: np.random.Generator, framing: str
             arm = replace(arm, wrist=(x - TOGETHER_BY, y - 0.06, z + 0.02))
         figure.place(side, arm)
     return figure.pose()
+
+
+def _with_thing(spec: Spec, betas: ndarray, rng: np.random.Generator) -> tuple[list[Pose], tuple[Held, ...]]:
+    one, figure = spec.people[0], Figure(betas, rng)
+    figure.stand(rng.normal(0, 10))
+    for side in (LEFT, RIGHT):
+        figure.place(side, HANGING)
+    (side,) = _sides(one)
+    grasp = hold(figure, side, one.thing, rng)
+    mesh = thing_mesh(one.thing, grasp.size)
+    where = places_of(figure, side, grasp, mesh.vertices)
+    return [figure.pose()], (Held(mesh, where, sample_thing(one.thing, rng), side == RIGHT),)
+
+
+def _touching(
+    spec: Spec, betas: Sequence[ndarray], rng: np.random.Generator
+) -> tuple[Spec, list[Pose], tuple[Held, ...]]:
+    """Poses two people who touch, and says whose hands do."""
+    pair = pose_pair(spec.together, (betas[0], betas[1]), rng)
+    people = tuple(replace(one, side="".join(SIDES[side] for side in mine), thing=pair.thing)
+                   for one, mine in zip(spec.people, pair.sides, strict=True))  # fmt: skip
+    things: tuple[Held, ...] = ()
+    if pair.grasp is not None and pair.where is not None:
+        mesh = thing_mesh(pair.thing, pair.grasp.size)
+        things = (Held(mesh, pair.where, sample_thing(pair.thing, rng), pair.sides[0] == (RIGHT,)),)
+    return replace(spec, people=people), list(pair.poses), things
+
+
+def _near_hand(held: Held, poses: Sequence[Pose], sides: Sequence[tuple[int, ...]]) -> ndarray:
+    """The part of a thing that a camera should show: what lies near the hands."""
+    hands = [pose.joints[20 + side] for pose, mine in zip(poses, sides, strict=True) for side in mine]
+    far = np.min([np.linalg.norm(held.vertices - hand, axis=1) for hand in hands], axis=0)
+    return held.vertices[far < THING_SHOWN]
 
 
 def _side_by_side(poses: Sequence[Pose], rng: np.random.Generator) -> list[Pose]:
@@ -208,7 +274,13 @@ def in_picture(joints: ndarray, camera: Camera) -> ndarray:
     return np.stack([0.5 + view[..., 0], 0.5 - view[..., 1]], -1)
 
 
-def _present(spec: Spec, poses: Sequence[Pose], sides: Sequence[tuple[int, ...]], camera: Camera) -> ndarray:
+def _present(
+    spec: Spec,
+    poses: Sequence[Pose],
+    sides: Sequence[tuple[int, ...]],
+    camera: Camera,
+    things: Sequence[Held] = (),
+) -> ndarray:
     """Which hands are to be seen, [P,2] bool. Raises UnfitError where a hand that is named is not."""
     inside = np.zeros((len(poses), 2))
     for i, pose in enumerate(poses):
@@ -218,12 +290,15 @@ def _present(spec: Spec, poses: Sequence[Pose], sides: Sequence[tuple[int, ...]]
             if side in sides[i] and not ((places > INSIDE) & (places < 1 - INSIDE)).all():
                 raise UnfitError("outside")
         _apart(spec.people[i], pose)
-    seen = seen_shares([pose.vertices for pose in poses], camera)
+    seen, of_things = seen_shares([pose.vertices for pose in poses], camera, things)
+    if (of_things < COVERED).any():
+        raise UnfitError("hidden")
     for i, one in enumerate(spec.people):
-        least = 0 if one.gesture in HIDING else TOGETHER if one.gesture in TWO_HANDED else SEEN
+        close = one.gesture in TWO_HANDED or one.thing or spec.together
+        least = 0 if one.gesture in HIDING else COVERED if close else SEEN
         if any(seen[i, side] < least for side in sides[i]):
             raise UnfitError("hidden")
-    present = (inside >= MIN_IN_FRAME) & (seen >= TOGETHER)
+    present = (inside >= MIN_IN_FRAME) & (seen >= COVERED)
     if spec.framing == "close-up" and any(
         inside[i, side] > 0.2 and side not in sides[i] for i in range(len(poses)) for side in (LEFT, RIGHT)
     ):
@@ -249,25 +324,33 @@ def _hand_faces() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(faces).long(), torch.from_numpy(hand[faces[:, 0]])
 
 
-def seen_shares(vertices: Sequence[ndarray], camera: Camera) -> ndarray:
-    """How much of each hand nothing else hides, within the picture: [P,2] in 0..1; 0 where it is outside."""
-    faces, hand = _hand_faces()
-    places = torch.from_numpy(np.concatenate(vertices))
-    count, triangles = len(vertices[0]), len(faces)
-    owner = torch.cat([torch.where(hand < 2, hand + 2 * i, 2 * len(vertices)) for i in range(len(vertices))])
-    every = torch.cat([faces + i * count for i in range(len(vertices))])
+def seen_shares(
+    vertices: Sequence[ndarray], camera: Camera, things: Sequence[Held] = ()
+) -> tuple[ndarray, ndarray]:
+    """How much of each hand [P,2] and of each thing [K] nothing else hides, within the picture: 0..1; 0 outside."""
+    body, hand = _hand_faces()
+    places = torch.from_numpy(np.concatenate([*vertices, *(held.vertices for held in things)])).float()
+    count, nothing = len(vertices[0]), 2 * len(vertices) + len(things)
+    faces = [body + i * count for i in range(len(vertices))]
+    owners = [torch.where(hand < 2, hand + 2 * i, nothing) for i in range(len(vertices))]
+    first = len(vertices) * count
+    for number, held in enumerate(things):
+        faces.append(torch.from_numpy(held.mesh.faces).long() + first)
+        owners.append(torch.full((len(held.mesh.faces),), 2 * len(vertices) + number))
+        first += len(held.vertices)
+    every, owner = torch.cat(faces), torch.cat(owners)
     xy = torch.from_numpy(in_picture(places.numpy(), camera)).float() * SMALL - 0.5
     depth = (places[:, 2].max() - places[:, 2]) / (places[:, 2].max() - places[:, 2].min()).clamp_min(1e-6)
-    cut = torch.ones(len(vertices) * triangles, 3)
+    cut = torch.ones(len(every), 3)
     _, face, _ = rasterise(xy, depth, every, cut, torch.ones(len(every), dtype=torch.bool), SMALL, SMALL)
-    shown = torch.bincount(owner[face], minlength=2 * len(vertices) + 1)
-    out = np.zeros((len(vertices), 2))
-    for number in range(2 * len(vertices)):
+    shown = torch.bincount(owner[face], minlength=nothing + 1)
+    out = np.zeros(nothing)
+    for number in range(nothing):
         mine = owner == number
         _, face, _ = rasterise(xy, depth, every[mine], cut[mine], torch.ones(int(mine.sum()), dtype=torch.bool),
                                SMALL, SMALL)  # fmt: skip
-        out[divmod(number, 2)] = float(shown[number]) / len(face) if len(face) else 0.0
-    return out
+        out[number] = float(shown[number]) / len(face) if len(face) else 0.0
+    return out[: 2 * len(vertices)].reshape(-1, 2), out[2 * len(vertices) :]
 
 
 # --- what is said ---
@@ -327,7 +410,7 @@ def labels_of(spec: Spec) -> dict[str, str]:
         labels["background colour"] = spec.colour
     for prefix, one in zip(("", "second "), spec.people, strict=False):
         said = {name: getattr(one, name) for name in ("gesture", "other", "side", "view", "person", "age", "skin",
-                                                       "hair", "haircut", "shirt", "pattern", "sleeve")}  # fmt: skip
+                                                       "hair", "haircut", "shirt", "pattern", "sleeve", "thing")}  # fmt: skip
         labels |= {prefix + name: value for name, value in said.items() if value}
         labels |= {prefix + name: "yes" for name in ("smiling", "beard", "varnish") if getattr(one, name)}
     return labels

@@ -149,7 +149,7 @@ def test_two_people_are_told_apart_by_place():
 def test_named_hands_are_in_the_picture_and_seen(scenes):
     names = Counter()
     for scene, prompts in scenes:
-        shares = seen_shares([pose.vertices for pose in scene.poses], scene.camera)
+        shares, _ = seen_shares([pose.vertices for pose in scene.poses], scene.camera)
         for i, (one, pose) in enumerate(zip(scene.spec.people, scene.poses, strict=True)):
             for side in {"left": (LEFT,), "right": (RIGHT,), "both": (LEFT, RIGHT)}[one.side]:
                 places = in_picture(pose.joints[list(HAND_JOINTS[side])], scene.camera)
@@ -180,8 +180,8 @@ def test_another_hand_before_a_hand_hides_it():
     scene = next(s for s in (sample_scene(np.random.default_rng(i), framing="close-up") for i in range(20))
                  if s.spec.people[0].side == "left" and s.spec.people[0].gesture in GESTURES)  # fmt: skip
     vertices = scene.poses[0].vertices
-    assert seen_shares([vertices], scene.camera)[0, LEFT] > 0.6
-    behind = seen_shares([vertices, vertices + np.float32([0, 0, 0.5])], scene.camera)
+    assert seen_shares([vertices], scene.camera)[0][0, LEFT] > 0.6
+    behind, _ = seen_shares([vertices, vertices + np.float32([0, 0, 0.5])], scene.camera)
     assert behind[0, LEFT] < 0.2 and behind[1, LEFT] > 0.6
 
 

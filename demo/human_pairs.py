@@ -1,0 +1,232 @@
+"""Two people who touch: they shake hands, give a high five, hold hands, pass a thing, or one lays an arm around the
+other's shoulders.
+
+    people = pose_pair("handshake", (betas, betas), rng)       # left to right in the picture
+
+Hands meet as `clasps.py` and `grasps.py` solved it on hands of average size. For other hands the distance grows with
+them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy import ndarray
+
+from .clasps import clasps, fingers_of
+from .gestures import rotation
+from .human_gestures import hand_pose
+from .human_holding import BENT, PoseError, bend, frame_of, hand_scale, places_of
+from .human_poses import (
+    FLIP,
+    HANGING,
+    LEFT,
+    MIRROR,
+    RIGHT,
+    Figure,
+    Pose,
+    X,
+    Y,
+    Z,
+    body_ids,
+    hand_ids,
+    unit,
+    vertex_normals,
+)
+from .things import Grasp, grasps, thing_mesh
+
+PASSED = {"book": (0, 1, 2), "stick": (0, 2)}  # things that two hands can hold, and which of their grasps
+APART = 0.002  # metres by which a wrist may miss its place
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two posed people, left to right in the picture. sides: the hands that are meant, of each. thing, grasp, where:
+    what is passed, as the first hand holds it, and the places of its mesh [N,3]."""
+
+    poses: tuple[Pose, Pose]
+    sides: tuple[tuple[int, ...], tuple[int, ...]]
+    thing: str = ""
+    grasp: Grasp | None = None
+    where: ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How two hands meet, for left ones: finger rotations of both, turn [3,3] and place [3] of the second hand in the
+    frame of the first; `up` and `ahead` [3] in that frame look up and forward from the first person."""
+
+    first: ndarray
+    second: ndarray
+    turn: ndarray
+    place: ndarray
+    up: ndarray
+    ahead: ndarray
+
+
+def _clasp(name: str, sides: tuple[int, int], rng: np.random.Generator) -> Meeting:
+    rows = clasps()[name]
+    row = rows[rng.integers(len(rows))]
+    turn, place = np.array(row["turn"]), np.array(row["place"])
+    hands = [fingers_of(hand, side) for hand, side in zip(row["hands"], sides, strict=True)]
+    up, ahead = X, -Y
+    if name == "handshake":
+        axis = np.linalg.eigh(turn + turn.T)[1][:, -1]  # the half turn's axis
+        up, ahead = axis * np.sign(axis[2]), X
+    elif name == "holding_hands":  # fingers down, palm back
+        up, ahead = unit(X + turn @ -X) * -1, Y
+    return Meeting(*hands, turn, place, up, ahead)
+
+
+def _passing(thing: str, sides: tuple[int, int], rng: np.random.Generator) -> tuple[Meeting, Grasp]:
+    """Both hold the thing alike: the second hand is the first one's, half a turn around the thing."""
+    number = PASSED[thing][rng.integers(len(PASSED[thing]))]
+    grasp = grasps(thing)[number]
+    x, y, z = grasp.turn.T
+    middle, axis, shift = grasp.place, y, np.zeros(3)
+    if thing == "stick":  # one hand above the other
+        shift = 2 * y * (y @ grasp.place)
+    elif number != 1:
+        axis = z
+    turn = 2 * np.outer(axis, axis) - np.eye(3)
+    fingers = [grasp.hand(side) for side in sides]
+    return Meeting(*fingers, turn, middle - turn @ middle + shift, axis, X), grasp
+
+
+def pose_pair(name: str, betas: tuple[ndarray, ndarray], rng: np.random.Generator) -> Pair:
+    """Two people who do what `name` says: handshake, high_five, holding_hands, passing or arm_around.
+
+    Raises PoseError where their bodies do not allow it."""
+    if name == "arm_around":
+        return _arm_around(betas, rng)
+    if name == "holding_hands":
+        sides: tuple[int, int] = (LEFT, RIGHT)
+    else:
+        both = RIGHT if name == "handshake" or rng.random() < 0.75 else LEFT
+        sides = (both, both)
+    thing = ("book", "stick")[rng.integers(2)] if name == "passing" else ""
+    meeting, grasp = _passing(thing, sides, rng) if thing else (_clasp(name, sides, rng), None)
+    beside = name == "holding_hands"
+    turned = rng.uniform(-12, 12, 2) if beside else (90 - rng.uniform(8, 45), rng.uniform(8, 45) - 90)
+    figures = [Figure(b, rng) for b in betas]
+    for figure, yaw in zip(figures, turned, strict=True):
+        figure.stand(yaw)
+        for side in (LEFT, RIGHT):
+            figure.place(side, HANGING)
+    first, second = figures
+    # The first hand, in the world: `heading` is where the first person's hand looks.
+    heading = 0.0 if beside else 90.0 + rng.uniform(-18, 18)
+    lean = rotation(unit(rng.normal(size=3)), rng.normal(0, 4))
+    angle = np.radians(heading)
+    mirror = MIRROR if sides[0] == RIGHT else np.ones((3, 3))
+    hand = lean @ rotation(Y, heading) @ (mirror * (frame_of(Y, Z) @ frame_of(meeting.up, meeting.ahead).T))
+    offset = _reaches(name, rng)
+    _, places = first.kinematics()
+    away = np.array([np.sin(angle), 0, np.cos(angle)])
+    across = np.array([np.cos(angle), 0, -np.sin(angle)])  # to the first person's left
+    aim = offset[2] * away + offset[0] * across * (1 if sides[0] == LEFT else -1) + offset[1] * Y
+    wrist = places[16 + sides[0]] + aim * first.scale
+    _bring(first, sides[0], wrist, hand, meeting.first, beside)
+    # The second hand where it belongs, and the second person behind it.
+    scale = 0.5 * (hand_scale(first) + hand_scale(second))
+    turn, place = meeting.turn * mirror, meeting.place * (FLIP if sides[0] == RIGHT else 1)
+    other_hand = hand @ turn
+    other_wrist = first.kinematics()[1][20 + sides[0]] + scale * hand @ place
+    _, theirs = second.kinematics()
+    back = np.array([-aim[0], aim[1], aim[2] if beside else -aim[2]]) * second.scale
+    step = other_wrist - (theirs[16 + sides[1]] + back)
+    step[1] = _floor(first) - _floor(second)
+    _bring(second, sides[1], other_wrist - step, other_hand, meeting.second, beside)
+    poses = (first.pose(), moved(second.pose(), step))
+    where = None if grasp is None else places_of(first, sides[0], grasp, thing_mesh(thing, grasp.size).vertices)
+    pair = Pair(poses, ((sides[0],), (sides[1],)), thing, grasp, where)
+    _check_apart(pair)
+    return pair
+
+
+def _reaches(name: str, rng: np.random.Generator) -> ndarray:
+    """From the shoulder to the wrist: to the outside, up, and away, metres of the average body."""
+    low, high = {
+        "handshake": ((-0.10, -0.30, 0.24), (-0.02, -0.18, 0.33)),
+        "high_five": ((-0.08, -0.02, 0.24), (0.04, 0.14, 0.34)),
+        "passing": ((-0.10, -0.26, 0.22), (0.02, -0.10, 0.32)),
+        "holding_hands": ((0.10, -0.45, 0.0), (0.16, -0.40, 0.08)),
+    }[name]
+    return rng.uniform(low, high)
+
+
+def _bring(figure: Figure, side: int, wrist: ndarray, hand: ndarray, fingers: ndarray, low: bool) -> None:
+    """Brings a wrist to its place in the figure's world. Raises PoseError where it cannot be there."""
+    elbow = np.array([0.4, -0.3, -1.0] if low else [0.5, -1.0, -0.1]) * (FLIP if side else 1)
+    figure.rotations[22 + 15 * side : 37 + 15 * side] = fingers
+    aim = wrist
+    for _ in range(4):  # bones of a body are not quite straight: what is missing is added
+        figure.reach(side, aim, hand, figure.rotations[0] @ elbow)
+        missing = wrist - figure.kinematics()[1][20 + side]
+        aim = aim + missing
+    if np.linalg.norm(missing) > APART:
+        raise PoseError("out of reach")
+    if bend(figure.rotations[20 + side]) > BENT:
+        raise PoseError("bent")
+
+
+def _floor(figure: Figure) -> float:
+    return float(figure.kinematics()[1][[7, 8], 1].min())
+
+
+def moved(pose: Pose, step: ndarray) -> Pose:
+    step = step.astype(np.float32)
+    return replace(pose, vertices=pose.vertices + step, joints=pose.joints + step)
+
+
+def _check_apart(pair: Pair) -> None:
+    """Bodies stand beside each other. Raises PoseError."""
+    torso = [pose.vertices[body_ids(0, 3, 6, 9, 13, 14, 15)] for pose in pair.poses]
+    if torso[1][:, 0].min() - torso[0][:, 0].max() < 0.0:
+        raise PoseError("into each other")
+
+
+def _arm_around(betas: tuple[ndarray, ndarray], rng: np.random.Generator) -> Pair:
+    """One person's arm lies behind the other one, the hand on the far shoulder. The one who does it stands on the right
+    of the picture, or on the left."""
+    figures = [Figure(b, rng) for b in betas]
+    for figure in figures:
+        figure.stand(rng.uniform(-10, 10))
+        for side in (LEFT, RIGHT):
+            figure.place(side, HANGING)
+    doer = int(rng.integers(2))
+    side = (LEFT, RIGHT)[doer]  # the arm next to the other one
+    out = (1.0, -1.0)[doer]  # from the doer to the other one, along x
+    me, other = figures[doer], figures[1 - doer]
+    others, normals = other.vertices()[0], vertex_normals(other.vertices()[0])
+    shoulder = other.kinematics()[1][16 + side]  # the far one
+    near = np.abs(me.kinematics()[1][16 + side] - me.rest[0])[0] + np.abs(shoulder - other.rest[0])[0]
+    step = np.array([-out * (near + rng.uniform(0.02, 0.06)), _floor(other) - _floor(me), rng.uniform(-0.07, -0.03)])
+    fingers, back = unit(np.array([out * 0.80, -0.5, 0.45])), np.array([out * 0.4, 0.9, 0.1])
+    back = unit(back - fingers * (fingers @ back))
+    hand = np.stack([fingers, back, np.cross(fingers, back)], 1)
+    if side == RIGHT:  # a right hand's fingers look along -x of its own frame
+        hand = np.stack([-fingers, back, np.cross(-fingers, back)], 1)
+    me.rotations[22 + 15 * side : 37 + 15 * side] = hand_pose("relaxed", side, rng)
+    wrist = shoulder + np.array([-out * 0.05, 0.10, -0.05])
+    way, elbow = unit(np.array([out * 0.15, 0.85, -0.35])), np.array([-out * 0.2, -0.6, -1.0])
+    mine = np.concatenate([hand_ids(side), body_ids(18 + side)])
+    for _ in range(5):
+        me.reach(side, wrist - step, hand, elbow)
+        v = (me.vertices()[0][mine] + step).astype(np.float32)
+        far, which = torch.cdist(torch.from_numpy(v), torch.from_numpy(others)).min(1)
+        which, close = which.numpy(), far.numpy() < 0.06
+        height = ((v - others[which]) * normals[which]).sum(1)
+        lift = -height[close] / (normals[which][close] @ way).clip(0.35, 1)
+        wrist = wrist + way * (lift.max() if close.any() else -float(far.min()))
+    if np.linalg.norm(me.kinematics()[1][20 + side] - (wrist - step)) > 10 * APART:
+        raise PoseError("out of reach")
+    if bend(me.rotations[20 + side]) > BENT:
+        raise PoseError("bent")
+    poses = [figure.pose() for figure in figures]
+    poses[doer] = moved(poses[doer], step)
+    sides: list[tuple[int, ...]] = [(), ()]
+    sides[doer] = (side,)
+    return Pair((poses[0], poses[1]), (sides[0], sides[1]))
