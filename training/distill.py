@@ -34,7 +34,7 @@ from ..files import written
 from ..models.checkpoint import Checkpoint
 from ..schedules import NoiseSchedule, solve
 from .draws import Draws, generator_for, order
-from .loop import Stage
+from .loop import Stage, usable
 from .recipe import DistillHandsPlan, DistillPlan
 from .sample import CUES, Network, initial_noise
 from .stages import HandJumpLoss, Inputs, PictureLoss, edges, states_of_words
@@ -112,7 +112,7 @@ class Bank(ABC):
         self.rows = rows[np.concatenate(picked)[: self.files * PER_FILE]]
         what = {
             **what, "teacher_steps": plan.teacher_steps, "kept": self.kept, "seed": plan.seed,
-            "precision": plan.precision,
+            "precision": usable(plan.precision),
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         path = folder / "key.json"
@@ -223,7 +223,8 @@ class PictureBank(Bank):
         context = torch.cat([encoder(empty.to(device).expand(count, -1), **blank), encoder(ids.to(device), **hands)])
         shape = (teacher.unet.config.in_channels, *teacher.latent_size)
         x = torch.cat([initial_noise(1, shape, teacher.defaults["noise_offset"], g) for g in chance]).to(device)
-        half = torch.autocast(torch.device(device).type, HALVES.get(plan.precision), enabled=plan.precision in HALVES)
+        precision = usable(plan.precision)
+        half = torch.autocast(torch.device(device).type, HALVES.get(precision), enabled=precision in HALVES)
 
         def network(x: Tensor, timestep: Tensor) -> Tensor:
             with half:

@@ -24,6 +24,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..cpu import has_bf16
 from ..errors import TrainingError
 from .draws import Draws, rows_of
 from .processes import full, spread
@@ -52,6 +53,14 @@ class Stage:
     on_save: Callable[[int], Any] | None = None  # called with the step, while the module holds its average
     fixed: list[nn.Module] = field(default_factory=list)  # frozen parts of the module
     slow: list[nn.Module] = field(default_factory=list)  # parts that learn at SLOW times the rate
+
+
+def usable(precision: str) -> str:
+    """A recipe's precision on this machine: "fp32" for bfloat16 on a CPU without instructions for it.
+
+    There PyTorch's convolutions in bfloat16 take fifty times as long.
+    """
+    return "fp32" if precision == "bf16" and not torch.cuda.is_available() and not has_bf16() else precision
 
 
 class _Steps(torch.utils.data.Dataset):
@@ -98,7 +107,8 @@ class Trainer:
 
     def __init__(self, stage: Stage, plan: Plan, folder: Path) -> None:
         self.stage, self.plan, self.folder, self.module = stage, plan, folder, stage.module
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=MIXED[plan.precision])
+        precision = MIXED[usable(plan.precision)]
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
         self.world, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.device = self.accelerator.device
         if plan.batch % (self.world * plan.accumulate):
@@ -275,6 +285,8 @@ def fit(stage: Stage, plan: Plan, folder: Path) -> nn.Module:
     if trainer.start < plan.steps and trainer.share < 1:
         if trainer.main:
             announce(stage.name, plan, folder, trainer.start)
+            if usable(plan.precision) != plan.precision:
+                console.print(f"{stage.name}: trains in float32, because this processor computes bfloat16 slowly")
             trainer.log = Log(stage.name, folder, plan, trainer.start)
         for step, parts in zip(range(trainer.start, plan.steps), trainer.batches(), strict=True):
             value, norm = trainer.step(step, parts)

@@ -14,6 +14,7 @@ be interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -54,7 +55,7 @@ from .distill import (
     hand_jump_stage,
     jump_stage,
 )
-from .loop import Stage, console, fit
+from .loop import Stage, console, fit, usable
 from .recipe import PLANS, STUDENTS, Recipe
 from .sample import CUES, decode, encode, hands_of, image_grid, means_of, sample_hands, sample_pictures
 from .stages import (
@@ -177,8 +178,15 @@ class Run:
         return path
 
     def latents(self, checkpoint: Checkpoint, pictures: bool, make: bool = True) -> LatentCache:
-        """Latents, token ids and hand features of the data for this checkpoint. make: adds missing ones."""
+        """Latents, token ids and hand features of the data for this checkpoint. make: adds missing ones.
+
+        It takes latents that were encoded in float32 or in bfloat16, whichever are there, and adds what is faster here.
+        """
         folder, device = self.index.folder, "cuda" if torch.cuda.is_available() else "cpu"
+        fast = usable("bf16") == "bf16"
+        for bf16 in (fast, not fast):
+            with contextlib.suppress(DatasetError):
+                return LatentCache.open(checkpoint, folder, pictures=pictures, bf16=bf16)
         if make:
             columns = (TextColumn("latents"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with Progress(*columns, console=console, transient=True) as bar:
@@ -187,9 +195,9 @@ class Run:
                 def show(done: int, total: int) -> None:
                     bar.update(task, completed=done, total=total)
 
-                make_latents(checkpoint, folder, show, pictures=pictures, bf16=True, device=device)
+                make_latents(checkpoint, folder, show, pictures=pictures, bf16=fast, device=device)
         try:
-            return LatentCache.open(checkpoint, folder, pictures=pictures, bf16=True)
+            return LatentCache.open(checkpoint, folder, pictures=pictures, bf16=fast)
         except DatasetError as error:
             raise TrainingError(f"{error} Or start with one process, which makes them.") from None
 

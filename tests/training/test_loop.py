@@ -86,6 +86,17 @@ def test_the_clock_ends_a_stage_and_lowers_its_rate(tmp_path, monkeypatch):
     assert plan.rate(15, 0.5) == pytest.approx(plan.learning_rate / 2)
 
 
+def test_bfloat16_only_where_it_is_fast(tmp_path, monkeypatch, capsys):
+    """Without instructions for it, PyTorch's convolutions take fifty times as long."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for fast, wanted in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(loop, "has_bf16", lambda fast=fast: fast)
+        assert loop.usable("bf16") == wanted and loop.usable("fp16") == "fp16" and loop.usable("fp32") == "fp32"
+    half = fit(stage(), msgspec.structs.replace(PLAN, precision="bf16"), tmp_path / "half")
+    assert "trains in float32" in capsys.readouterr().err
+    assert same(half, fit(stage(), PLAN, tmp_path / "full"))
+
+
 def test_resumed_equals_uninterrupted(tmp_path):
     whole = fit(stage(), PLAN, tmp_path / "whole")
 

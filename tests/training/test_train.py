@@ -242,6 +242,24 @@ def test_the_encoder_needs_labels(trained, world, tmp_path):
     assert result.returncode == 1 and "must have samples with labels" in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_training_takes_the_latents_that_are_there(tiny_checkpoint_folder, tmp_path, monkeypatch, bf16):
+    """Those of `hd-data latents`, with --bf16 or without, whatever is faster on this machine."""
+    from handiffuser.data.latents import make_latents
+    from handiffuser.training import run as module
+    from handiffuser.training.recipe import Recipe
+
+    write_shards([made_sample(i) for i in range(4)], tmp_path / "set")
+    checkpoint = Checkpoint.load(tiny_checkpoint_folder)
+    make_latents(checkpoint, tmp_path / "set", bf16=bf16)
+    made = module.Run(tmp_path / "run", tmp_path / "set", Recipe.load("sd15"), tiny_checkpoint_folder)
+    monkeypatch.setattr(module, "make_latents", lambda *_, **__: pytest.fail("it has latents"))
+    for fast in ("bf16", "fp32"):
+        monkeypatch.setattr(module, "usable", lambda _, fast=fast: fast)
+        for make in (True, False):
+            assert len(made.latents(checkpoint, True, make)) == 4
+
+
 def test_stage_2_learns_from_captions_alone_and_stage_1_does_not(tiny_checkpoint_folder, tmp_path):
     """kohya's folder of pictures and texts, to an adapter that is not nothing."""
     from handiffuser.data.cli import commands as data
