@@ -54,9 +54,7 @@ def draw_hands(image: np.ndarray, hands: Sequence[tuple[np.ndarray, str, float]]
         place = points[0] + away / max(float(np.linalg.norm(away)), 1e-6) * bone * 4
         half = draw.textlength(words, font=font) / 2 if len(words) > 1 else bone * 4
         margins = (min(max(half, bone * 4), size[0] * fine / 2), bone * 4)
-        x, y = (
-            float(np.clip(v, margin, s * fine - margin)) for v, margin, s in zip(place, margins, size, strict=True)
-        )
+        x, y = (float(np.clip(v, margin, s * fine - margin)) for v, margin, s in zip(place, margins, size, strict=True))
         draw.text((x, y), words, fill="white", font=font, anchor="mm", stroke_width=fine, stroke_fill=(0, 0, 0, 220))
     picture.alpha_composite(layer.resize(size, Image.Resampling.BOX))
     return np.asarray(picture.convert("RGB"))

@@ -24,7 +24,7 @@ from . import contacts
 from .contacts import LIMITS, Poser, left_hand, surface_distance, turns_of
 from .gestures import Bones, pose_of
 from .grasps import _angle, _patch, _samples, _short, inside_hand
-from .human_gestures import ANY, BACK, HANDS, PAD, I, L, M, R, T, _bone, _tip
+from .human_gestures import BACK, HANDS, PAD, I, M, R, T, _bone, _tip
 
 FILE = Path(__file__).with_name("clasps.json")
 VARIANTS, STEPS = 2, 260

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import contacts
 from .contacts import LIMITS, NEAR, Poser, left_hand, part_of, solid_parts, surface_distance, turns_of, winding
-from .human_gestures import ANY, BACK, HANDS, PAD, PALM_ANY, I, L, M, R, T, _bone, _tip
+from .human_gestures import ANY, HANDS, PAD, PALM_ANY, I, L, M, R, T, _bone, _tip
 from .things import FILE, SIZES, THINGS, Mesh, Size, grasp_of, thing_mesh
 
 STEPS = 260

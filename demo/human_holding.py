@@ -1,7 +1,7 @@
 """How people hold things up: which way a thing stands and looks, and where hand and arm follow.
 
-    grasp = hold(figure, RIGHT, "cup", rng)
-    places_of(figure, RIGHT, grasp, thing_mesh("cup", grasp.size).vertices)     # [N,3] in the world
+grasp = hold(figure, RIGHT, "cup", rng)
+places_of(figure, RIGHT, grasp, thing_mesh("cup", grasp.size).vertices)     # [N,3] in the world
 """
 
 from __future__ import annotations

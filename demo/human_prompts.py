@@ -302,7 +302,9 @@ def _holding(one: Someone, own: str) -> Node:
 
 def _filled(text: str, **parts: Node) -> Node:
     """A wording with its {names} replaced by parts."""
-    return All(*(parts[piece[1:-1]] if piece.startswith("{") else piece.strip() for piece in re.split(r"(\{\w+\})", text)))
+    return All(
+        *(parts[piece[1:-1]] if piece.startswith("{") else piece.strip() for piece in re.split(r"(\{\w+\})", text))
+    )
 
 
 def _together(spec: Spec, brief: bool = False) -> Node:

@@ -324,9 +324,7 @@ def _hand_faces() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(faces).long(), torch.from_numpy(hand[faces[:, 0]])
 
 
-def seen_shares(
-    vertices: Sequence[ndarray], camera: Camera, things: Sequence[Held] = ()
-) -> tuple[ndarray, ndarray]:
+def seen_shares(vertices: Sequence[ndarray], camera: Camera, things: Sequence[Held] = ()) -> tuple[ndarray, ndarray]:
     """How much of each hand [P,2] and of each thing [K] nothing else hides, within the picture: 0..1; 0 outside."""
     body, hand = _hand_faces()
     places = torch.from_numpy(np.concatenate([*vertices, *(held.vertices for held in things)])).float()

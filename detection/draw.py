@@ -29,4 +29,8 @@ def _drawn(one: Seen, size: tuple[int, int]) -> tuple[np.ndarray, str, float]:
     if one.sureness is not None:
         words.append(f"{one.sureness:.0%}")
     places = one.hand.joints_2d / (size[1], size[0])
-    return places, " ".join(word for word in words if word), 0.35 + 0.65 * (1.0 if one.sureness is None else one.sureness)
+    return (
+        places,
+        " ".join(word for word in words if word),
+        0.35 + 0.65 * (1.0 if one.sureness is None else one.sureness),
+    )

@@ -1,8 +1,8 @@
 """The hands of a photograph for a new picture (pose transfer): `hd-run ENGINES --image PHOTO`.
 
-    photo = Photo.read("photo.jpg")                    # found at once, before an engine loads
-    told = photo.hands_for(rest, (512, 512))           # fitted to a bundle's body, framed for its pictures
-    told.arrays, told.caption, told.said, told.drawing
+photo = Photo.read("photo.jpg")                    # found at once, before an engine loads
+told = photo.hands_for(rest, (512, 512))           # fitted to a bundle's body, framed for its pictures
+told.arrays, told.caption, told.said, told.drawing
 """
 
 from __future__ import annotations

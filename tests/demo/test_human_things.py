@@ -118,7 +118,9 @@ def test_scenes_show_the_thing_that_they_name(scenes):
         rng = np.random.default_rng(0)
         texts = {write_caption(scene.spec, rng) for _ in range(60)}
         assert len(texts) > 25 and all(says(scene.spec, text) for text in texts)
-        assert all(any(word in text.lower() for word in (*THING_WORDS[one.thing], "hand", "portrait")) for text in texts)
+        assert all(
+            any(word in text.lower() for word in (*THING_WORDS[one.thing], "hand", "portrait")) for text in texts
+        )
 
 
 def test_scenes_with_things_repeat_and_others_stay(scenes):
@@ -159,7 +161,9 @@ PROMPTS = {
     "a woman holding a red book": Spec(
         (Someone("holding", "left", person="woman", thing="book", tint="red"),), "half body", "office"
     ),
-    "a person with a cup of coffee in their right hand": Spec((Someone("holding", "right", thing="cup"),), "bust", "beach"),
+    "a person with a cup of coffee in their right hand": Spec(
+        (Someone("holding", "right", thing="cup"),), "bust", "beach"
+    ),
     "holding a pen": Spec((Someone("holding", "right", thing="pen"),), "close-up", "office"),
     "a ball in a hand": Spec((Someone("holding", "left", thing="ball"),), "close-up", "garden"),
     "holding a stick": Spec((Someone("holding", "left", thing="stick"),), "close-up", "garden"),
