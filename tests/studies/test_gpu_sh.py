@@ -147,6 +147,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").glob("*.done")) == ["machine.done"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tensorrt-rtx"])
 def test_the_steps_run_on_a_gpu_that_is_not_there(toy_bundle, tmp_path, monkeypatch, backend):
     """Every step of a backend by the real commands, in this process; exports, training and gpu tests stand aside."""
