@@ -10,15 +10,15 @@ from PIL import Image
 from ..skeleton import draw_hands
 from .hands import Seen
 
-LARGEST = 1600  # pixels of a drawing's longer side
+MAX_DRAWN_PIXELS = 1600  # pixels of a drawing's longer side
 
 
 def draw(image: np.ndarray, seen: Sequence[Seen]) -> np.ndarray:
-    """Skeletons over a picture, uint8 [H, W, 3]; the result has 256 to LARGEST pixels a side. An unsure hand is
+    """Skeletons over a picture, uint8 [H, W, 3]; the result has 256 to MAX_DRAWN_PIXELS a side. An unsure hand is
     fainter."""
     height, width = image.shape[:2]
-    if max(height, width) > LARGEST:
-        share = LARGEST / max(height, width)
+    if max(height, width) > MAX_DRAWN_PIXELS:
+        share = MAX_DRAWN_PIXELS / max(height, width)
         small = Image.fromarray(image).resize((max(round(width * share), 1), max(round(height * share), 1)))
         return draw_hands(np.asarray(small), [_drawn(one, (height, width)) for one in seen])
     return draw_hands(image, [_drawn(one, (height, width)) for one in seen])

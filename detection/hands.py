@@ -28,7 +28,7 @@ from .fit import Fitted, fit
 from .mano import hand_means, in_picture, mano_estimates
 from .poses import Poses
 
-LEAST = 40  # pixels of a painted picture: smaller hands are brought nearer
+MIN_HAND_PIXELS = 40  # pixels of a painted picture: smaller hands are brought nearer
 NEAR = 1.6  # a window that brings hands nearer, times their box
 
 
@@ -165,7 +165,7 @@ def window_of(seen: Sequence[Seen], size: Size, target: Size) -> Window:
     """The part of a picture (height, width) that a painted one of `target` (height, width) shows.
 
     It has the target's shape. It is as large as fits into the picture, near the hands; where a hand would then be
-    smaller than LEAST pixels, it is NEAR times the hands' box."""
+    smaller than MIN_HAND_PIXELS, it is NEAR times the hands' box."""
     height, width = size
     aspect = target[1] / target[0]
     points = np.concatenate([one.hand.joints_2d for one in seen])
@@ -173,7 +173,7 @@ def window_of(seen: Sequence[Seen], size: Size, target: Size) -> Window:
     middle = (low + high) / 2
     tall = min(height, width / aspect)
     smallest = min(float(np.ptp(one.hand.joints_2d, axis=0).max()) for one in seen)
-    if smallest * target[0] / tall < LEAST or (high - low > (tall * aspect, tall)).any():
+    if smallest * target[0] / tall < MIN_HAND_PIXELS or (high - low > (tall * aspect, tall)).any():
         tall = NEAR * max(float(high[1] - low[1]), float(high[0] - low[0]) / aspect)
         corner = middle - np.array([tall * aspect, tall]) / 2
     else:
