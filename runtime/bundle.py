@@ -26,6 +26,7 @@ from .requests import Request
 from .results import Failure, Picture, Work
 
 TABLES = 64  # schedules in a cache
+CANVASES = 16  # pictures in a cache: some megabytes each
 
 # Outputs of hand_features that a picture keeps -> their names in `Picture.hands`.
 _FEATURE_NAMES = {
@@ -191,7 +192,7 @@ class Bundle:
         )
         key = tuple(None if content is None else digest(content) for content in (image, mask))
         if key not in self._canvases:
-            keep(self._canvases, key, canvas_of(image, mask, self.manifest))
+            keep(self._canvases, key, canvas_of(image, mask, self.manifest), CANVASES)
         return self._canvases[key]
 
     def canvases(self, requests: Iterable[Request]) -> tuple[dict[Hashable, Canvas | None], list[Failure]]:
@@ -230,9 +231,9 @@ def _idle(request: Request) -> list[str]:
     return [f"The {name} has no effect: the guidance is 1, which is off." for name, there in given.items() if there]
 
 
-def keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
+def keep(cache: dict[Any, Any], key: Any, value: Any, most: int = TABLES) -> None:
     """Adds to a cache. A full cache drops its oldest entry: requests bring ever new guidances."""
-    if len(cache) >= TABLES:
+    if len(cache) >= most:
         cache.pop(next(iter(cache)))
     cache[key] = value
 

@@ -35,16 +35,29 @@ ADVICE = "Give a PNG, JPEG or WebP file."
 class Canvas:
     """What a request brings, at the model's size.
 
-    pixels: uint8 [H, W, 3]. mask: float32 [1, h, w] at the latents' size, 1 where the
-    request paints, 0 where it keeps; None where it paints all. For a UNet that was trained for inpainting: hidden, the
-    pixels with grey where the mask is 0.5 or more, and binary, the mask as 0 or 1.
+    pixels: uint8 [H, W, 3]. mask: float32 [1, h, w] at the latents' size, 1 where the request paints, 0 where it keeps.
+    cover: bool [H, W], the mask at the pictures' size.
     """
 
     pixels: np.ndarray
-    mask: np.ndarray | None
-    hidden: np.ndarray
-    binary: np.ndarray
+    mask: np.ndarray
+    cover: np.ndarray
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the request keeps a part of the picture."""
+        return bool(self.mask.min() < 1)
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """uint8 [H, W, 3]: the pixels, and grey where the request paints. A UNet of inpainting sees its latents."""
+        return np.where(self.cover[..., None], np.uint8(GREY), self.pixels)
+
+    @property
+    def binary(self) -> np.ndarray:
+        """float32 [1, h, w], the mask as 0 or 1, as a UNet of inpainting knows it."""
+        return (self.mask >= 0.5).astype(np.float32)
 
 
 class Blend:
@@ -132,9 +145,9 @@ def canvas_of(image: bytes | None, mask: bytes | None, manifest: Manifest) -> Ca
     """
     (H, W), (_, h, w) = manifest.image_size, manifest.latent_size
     warnings: list[str] = []
-    grey, everywhere = np.full((H, W, 3), GREY, np.uint8), np.ones((1, h, w), np.float32)
+    everywhere = (np.ones((1, h, w), np.float32), np.ones((H, W), bool))
     if image is None:
-        return Canvas(grey, None, grey, everywhere)
+        return Canvas(np.full((H, W, 3), GREY, np.uint8), *everywhere)
     given = _decoded("image", image)
     height, width = given.shape[:2]
     if height * W != width * H:
@@ -144,7 +157,7 @@ def canvas_of(image: bytes | None, mask: bytes | None, manifest: Manifest) -> Ca
         )
     pixels = resized(given, (H, W))
     if mask is None:
-        return Canvas(pixels, None, grey, everywhere, warnings)
+        return Canvas(pixels, *everywhere, warnings)
     found = _decoded("mask", mask)
     if found.shape != (height, width):
         raise RequestError(
@@ -160,8 +173,7 @@ def canvas_of(image: bytes | None, mask: bytes | None, manifest: Manifest) -> Ca
             f"The mask changes little: its white part is grey or smaller than {width / w:.3g} x {height / h:.3g} "
             "pixels, the least that can be painted."
         )
-    hidden = np.where(resized(found, (H, W))[..., None] >= 128, grey, pixels)
-    return Canvas(pixels, small, hidden, (small >= 0.5).astype(np.float32), warnings)
+    return Canvas(pixels, small, resized(found, (H, W)) >= 128, warnings)
 
 
 def _decoded(name: str, content: bytes) -> np.ndarray:

@@ -34,7 +34,7 @@ TYPES = (*[ctypes.c_void_p] * 4, *[ctypes.c_float] * 2, *[ctypes.c_uint64] * 2)
 ROWS = ("known", "noise", "masked_latents")  # arrays [C, h, w]; "mask" is [1, h, w]
 
 
-@dataclass
+@dataclass(eq=False)
 class DeviceBlend:
     """`canvas.Blend` on a device.
 
@@ -86,11 +86,10 @@ class DevicePictures:
             if (canvas := given[work.request.id]) is None:
                 continue
             work.warnings += canvas.warnings
-            keeps = canvas.mask is not None and not inpaints
-            mask = canvas.mask if keeps else canvas.binary
+            keeps = canvas.keeps and not inpaints
             blend = DeviceBlend(self, self._take(inpaints), bundle.shares(work.request), keeps)
             self.lent.append(blend)
-            self.staging.upload(stream, blend.arrays["mask"], mask)
+            self.staging.upload(stream, blend.arrays["mask"], canvas.binary if inpaints else canvas.mask)
             blends[work.request.id] = blend
             canvases.append(canvas)
         for name, pixels in (("known", "pixels"), ("masked_latents", "hidden"))[: 1 + inpaints]:

@@ -275,7 +275,7 @@ class HostLoop:
         job = _job(request, LATENTS, table, shape, work.inputs, steps)
         if work.canvas is not None:
             noise = replace(request.noise(LATENTS, table), init_sigma=1.0).start(shape)
-            mask = None if self.bundle.inpaints else work.canvas.mask
+            mask = work.canvas.mask if work.canvas.keeps and not self.bundle.inpaints else None
             job.blend = blend = Blend(work.known, noise, mask, self.bundle.shares(request))
             job.state = blend.start()
         return job

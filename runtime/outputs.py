@@ -222,6 +222,9 @@ def _figure(record: dict[str, Any]) -> str:
         settings.append(f"not: {text('negative_prompt')}")
     if record.get("hands"):
         settings.append(f"hands from {text('hands')}")
+    if record.get("image"):
+        part = "a part of " if record.get("mask") else ""
+        settings.append(f"{part}{text('image')} painted again, strength {text('strength')}")
     settings.append(f'<a href="{name}.hands.npz">hands</a>')
     warnings = record.get("warnings")
     for warning in warnings if isinstance(warnings, list) else []:

@@ -112,6 +112,17 @@ def test_running_needs_no_torch(tmp_path):
     assert list((tmp_path / "out").glob("*.png"))
 
 
+def test_it_reads_its_own_pictures(pipeline):
+    """Encoder and decoder are near inverses; what a mask keeps stays as it was."""
+    (before,) = pipeline.generate("a right hand making a fist, blue background", seed=3)
+    mask = np.zeros((128, 128), np.uint8)
+    mask[48:] = 255
+    given = {"image": before.image, "mask": mask}
+    (after,) = pipeline.generate("a right hand giving a thumbs up, blue background", seed=4, **given)
+    change = np.abs(after.image.astype(int) - before.image)
+    assert change[:40].mean() < 3 < 10 < change[56:].mean()
+
+
 def test_what_ships_is_small_and_free(pipeline):
     files = [path for path in (ROOT / "demo").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
     assert (

@@ -60,8 +60,8 @@ def step_graph(name: str, state: str, shape: str, K: int, extra: str, constants:
         {{ {" ".join(body)} }}"""
 
 
-def graphs(h: int, w: int) -> dict[str, str]:
-    """All graphs; latents are h x w, pictures 4h x 4w."""
+def graphs(h: int, w: int, inpaints: bool = False) -> dict[str, str]:
+    """All graphs; latents are h x w, pictures 4h x 4w. inpaints: the UNet reads a mask and masked latents."""
     prior = """
         first = Gather <axis = 1> (text, start)
         second = Gather <axis = 1> (text, end)
@@ -85,10 +85,14 @@ def graphs(h: int, w: int) -> dict[str, str]:
         moment = ReduceMean <keepdims = 0> (time, one)
         tv_ = Add (values, moment)
         tv = Reshape (tv_, column)
-        u_ = Sum (scaled, l0, tv)
-        c_ = Sum (scaled, l1, tv)
+        u_ = Sum (seen, l0, tv)
+        c_ = Sum (seen, l1, tv)
         u = Tanh (u_)
         c = Tanh (c_)"""
+    pictures = f"float[B,1,{h},{w}] mask, float[B,4,{h},{w}] masked_latents, " if inpaints else ""
+    unet = (
+        "seen_ = Sub (masked_latents, mask) seen = Add (scaled, seen_)" if inpaints else "seen = Identity (scaled)"
+    ) + unet
     return {
         "text_encoder": HEADER
         + """text_encoder (int64[B,77] input_ids) => (float[B,4] text)
@@ -168,7 +172,7 @@ def graphs(h: int, w: int) -> dict[str, str]:
             "latents",
             f"B,4,{h},{w}",
             HISTORY["unet"],
-            "float[B,2] time, float[B,G,77,3] key_00, float[B,G,77,3] value_00",
+            f"float[B,2] time, {pictures}float[B,G,77,3] key_00, float[B,G,77,3] value_00",
             "int64[2] axes = {2, 3}, int64[3] all = {1, 2, 3}, int64[1] start = {0}, int64[1] end = {-1}",
             unet,
         ),
@@ -237,11 +241,11 @@ def write_tokenizer(path: Path) -> dict[str, int]:
     return {"bos": vocab["<bos>"], "eos": vocab["<eos>"], "pad": vocab["<eos>"], "length": 77}
 
 
-def write_bundle(folder: Path, latent: tuple[int, int] = (8, 8)) -> Path:
+def write_bundle(folder: Path, latent: tuple[int, int] = (8, 8), inpaints: bool = False) -> Path:
     """Writes the bundle into `folder` and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     specs = {}
-    for name, text in graphs(*latent).items():
+    for name, text in graphs(*latent, inpaints).items():
         model = parser.parse_model(text)
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, str(folder / f"{name}.onnx"))
@@ -280,6 +284,12 @@ def write_bundle(folder: Path, latent: tuple[int, int] = (8, 8)) -> Path:
 def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy bundle. Do not write into it: `toy_copy` is for that."""
     return write_bundle(tmp_path_factory.mktemp("toy") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def toy_inpainter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy bundle whose UNet was trained for inpainting."""
+    return write_bundle(tmp_path_factory.mktemp("inpainter") / "bundle", inpaints=True)
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ def manifest(toy_bundle):
 )
 def test_white_or_transparent_is_painted(manifest, mask):
     canvas = canvas_of(content(Image.fromarray(photo())), mask, manifest)
+    np.testing.assert_array_equal(canvas.binary, canvas.mask.round())
     np.testing.assert_allclose(canvas.mask[0], np.repeat([[1, 0]], 4, 1).repeat(8, 0), atol=0.01)
     assert (canvas.hidden[:, : W // 2] == 128).all() and (canvas.hidden[:, W // 2 :] == photo()[:, W // 2 :]).all()
     assert canvas.pixels.shape == (H, W, 3) and not canvas.warnings
@@ -210,6 +211,16 @@ def test_what_is_black_comes_back_and_the_rest_does_not(pipeline, solver):
     kept = pipeline.loop.engines["image_decoder"]({"latents": latents})["image"][0]
     np.testing.assert_array_equal(picture.image[:, W // 2 :], kept[:, W // 2 :])
     assert np.abs(picture.image[:, : W // 2].astype(int) - kept[:, : W // 2]).max() > 5
+
+
+def test_a_unet_of_inpainting_sees_mask_and_picture(toy_inpainter):
+    """And all grey where nothing is given."""
+    pipeline = HanDiffuser.load(toy_inpainter, device="cpu")
+    kinds = [{}, {"image": photo()}, {"image": photo(), "mask": half()}, {"image": photo(seed=1), "mask": half()}]
+    requests = [Request("a", seed=1, strength=1.0 if more else None, **more) for more in kinds]
+    made = [picture.image for picture in pipeline.generate(requests)]
+    assert np.array_equal(made[0], made[1]), "nothing of the picture is seen"
+    assert (made[1] != made[2]).any() and (made[2][:, W // 2 :] != made[3][:, W // 2 :]).any()
 
 
 def test_a_picture_is_encoded_once_for_all_its_requests(pipeline, monkeypatch):
