@@ -153,18 +153,18 @@ def fidelity(
     judge: reads labels from pictures; the report says how often both bundles get the same ones.
     emulated: round half precision as a GPU stores it, see `emulate`; by default on the CPU, which does not round, and
     in bfloat16, which numpy cannot feed to a graph.
-    backend: runs the candidate, if not ONNX Runtime. Where it lowers float32, the candidate may be the reference.
+    backend: of the CPU, runs the candidate, if not ONNX Runtime. The candidate may be the reference.
     settings: steps, solver, guidance, ... as in `Request`.
     Raises BundleError when the bundles are not of one checkpoint, EngineError when the reference itself fails.
     """
     reference, candidate = Path(reference), Path(candidate)
     ours, theirs = Manifest.load(reference), Manifest.load(candidate)
     _check_same(ours, theirs)
-    lowers = BACKENDS[backend].lowers if backend else ""
+    inference = BACKENDS[backend].on_host().inference() if backend else ""
     if backend:
         emulated = False
     emulated = device == "cpu" or theirs.precision == "bf16" if emulated is None else emulated
-    precision = theirs.precision if theirs.precision in EIGHT_BITS else lowers or theirs.precision
+    precision = theirs.precision if theirs.precision in EIGHT_BITS else inference or theirs.precision
 
     def others(manifest: Manifest) -> dict[str, Engine]:
         return dict(BACKENDS[backend].on_host().host_engines(candidate, manifest, threads, 1, 1)) if backend else {}

@@ -13,8 +13,9 @@ imports no backend itself: `on_host`, `on_gpu` and `builder` import the module t
     device_engines(name, folder, manifest, cuda, stream_of, slots, replay) -> DeviceEngines
 both `host=` and `gpu=`, in the module of the host:
     device_for(folder, device) -> "cpu" or "cuda", what "auto" and the two names mean here
-`lowers=` a backend that computes float32 bundles in a lower precision:
-    worth_trying() -> bool, quickly; shelf_of(folder, manifest, precision) -> Shelf, where the UNet and its verdict are
+`measured=` a backend that "auto" takes for float32 bundles where it is faster here, and near enough:
+    inference() -> the precision in which it runs them; shelf_of(folder, manifest, precision) -> Shelf, where the UNet
+    and its verdict are
 `plans=` a backend with compiled plans beside a bundle:
     build(name, folder, wanted, on_build) -> Iterator[Built]
     check_build(name, options), which raises EngineError where that cannot work here
@@ -40,8 +41,8 @@ class Backend:
     """A line of the table. `host`, `gpu` and `plans` name modules of `engines/`, or are empty.
 
     package: what Python imports. extra: of handiffuser, brings the package. precisions: of the bundles that hd-export
-    makes for it, the default first. auto: whether "auto" may take it for a run. lowers: the precision in which it
-    computes a float32 bundle, if not float32. compiles: whether hd-export compiles its graphs from the checkpoint.
+    makes for it, the default first. auto: whether "auto" may take it for a run. measured: only where it
+    was measured to be faster on this processor. compiles: whether hd-export compiles its graphs from the checkpoint.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Backend:
     plans: str = ""
     precisions: tuple[str, ...] = PRECISIONS
     auto: bool = False
-    lowers: str = ""
+    measured: bool = False
     compiles: bool = False
 
     @property
@@ -97,7 +98,7 @@ BACKENDS = {
         Backend("onnxruntime", "onnxruntime", "cpu", host="onnxruntime", gpu="onnxruntime_cuda"),
         Backend(
             "openvino", "openvino", "openvino", host="openvino", plans="openvino", precisions=("fp32", "int8"),
-            auto=True, lowers="bf16",
+            auto=True, measured=True,
         ),
         Backend(
             "tensorrt", "tensorrt", "tensorrt", gpu="tensorrt_loading", plans="build", auto=True,

@@ -108,7 +108,9 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
         for built in BACKENDS[backend].builder().build(backend, folder, wanted, on_build):
             done.append(built)
             if built.why:
-                cpu_types = "bfloat16" if built.plan.parts["precision"] == "fp32" else "int8 and bfloat16"
+                cpu_types = json.loads(built.plan.parts["options"]).get("inference", "")
+                if built.plan.parts["precision"] in EIGHT_BITS:
+                    cpu_types = f"{built.plan.parts['precision']} and {cpu_types}"
                 types = ", ".join(f"{n} {kind.lower()}" for kind, n in built.plan.proof.get("types", {}).items())
                 console.print(
                     f"{built.plan.graph:18} {built.plan.parts['sizes']:10} {built.plan.seconds:6.1f} s "
@@ -120,7 +122,7 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
         console.print(f"Built {new} of {len(done)} plans in {seconds:.0f} s; the others were there.")
     else:
         console.print(f"All {len(done)} plans are there and current: nothing was built.")
-    if BACKENDS[backend].lowers:
+    if BACKENDS[backend].measured:
         judge_on_cpu(folder, backend)
     else:
         judge_on_gpu(folder, backend, faster_than)
@@ -128,17 +130,17 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
 
 
 def judge_on_cpu(folder: Path, backend: str) -> None:
-    """Prints the verdict on a backend that lowers the folder's precision on this processor, and keeps it for `hd-run`.
+    """Prints the verdict on a backend of the CPU on this processor, and keeps it for `hd-run`.
 
     Raises EngineError where the pictures are not near enough or not faster, and removes what was compiled.
     """
-    lowers = BACKENDS[backend].lowers
-    with console.status(f"comparing {lowers} with float32"):
+    module = BACKENDS[backend].on_host()
+    with console.status(f"comparing {backend} with ONNX Runtime"):
         from ..calibration.fidelity import fidelity
         from ..runtime.comparing import compare_backend
 
         manifest = Manifest.load(folder, verify=False)
-        shelf = BACKENDS[backend].on_host().shelf_of(folder, manifest, lowers)
+        shelf = module.shelf_of(folder, manifest, module.inference())
         small, found = shelf.keeps("unet"), verdict.read(shelf)
         # hd-export measured already how near int8 is.
         compare = small and found is None and manifest.precision == "fp32"

@@ -21,6 +21,7 @@ from .. import commands, hub  # noqa: E402
 from ..contract import EIGHT_BITS, GRAPHS, MANIFEST, Manifest  # noqa: E402
 from ..engines.backends import BACKENDS, CHOICES, DEFAULT, PRECISIONS, Backend  # noqa: E402
 from ..engines.cli import build_options, build_with_progress, resolve_backend, wanted_of  # noqa: E402
+from ..engines.openvino import WORDS, inference  # noqa: E402
 from ..engines.plans import Wanted  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
 from ..models.layout import read_layout  # noqa: E402
@@ -82,10 +83,10 @@ class Options:
 
     @property
     def base(self) -> str:
-        """The precision of layers that are not quantised: float32 where the backend itself lowers it."""
+        """The precision of layers that are not quantised: float32 for a backend of the CPU, which lowers it itself."""
         if self.precision not in EIGHT_BITS:
             return self.precision
-        return "fp32" if self.backend.lowers else "fp16"
+        return "fp32" if self.backend.measured else "fp16"
 
     def source(self) -> dict[str, str]:
         """What the bundle is made from: see `source.py`."""
@@ -235,9 +236,11 @@ def say_what_it_is(options: Options) -> None:
         )
     if precision == "bf16":
         console.print("It computes in bfloat16, which runs on NVIDIA GPUs only, best with TensorRT.")
-    if precision in EIGHT_BITS and options.backend.lowers:
+    if precision in EIGHT_BITS and options.backend.measured:
         gain = made_by["beside_bfloat16"]
-        console.print(f"With OpenVINO on this processor {precision} is {gain:.2f} times as fast as bfloat16.")
+        console.print(
+            f"With OpenVINO on this processor {precision} is {gain:.2f} times as fast as {WORDS[inference()]}."
+        )
     elif precision in EIGHT_BITS:
         console.print(
             f"It computes in {precision} with TensorRT, on GPUs of compute capability "

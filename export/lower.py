@@ -23,6 +23,7 @@ from ..calibration.quantize import Group, calibrate, quantize_bundle
 from ..calibration.record import record
 from ..contract import Manifest
 from ..cpu import cpu_name
+from ..engines.openvino import WORDS, inference
 from ..errors import EngineError
 from ..models.checkpoint import Checkpoint
 from .bundle import make_bundle
@@ -91,7 +92,7 @@ def quantize(
     kind: "fp8" or "int8". compare: without it the first attempt counts, from shorter runs, and there is no report.
     Returns the report on the candidate as it is now, and the names of the unquantised layers, by graph.
 
-    Raises EngineError where int8 is not faster with OpenVINO on this processor than bfloat16. Without a comparison it
+    Raises EngineError where int8 is not faster with OpenVINO on this processor than without. Without a comparison it
     also raises where one picture is not near enough.
     """
     for_cpu = Manifest.load(candidate, verify=False).base == "fp32"
@@ -124,7 +125,7 @@ def quantize(
             gain = gain or beside_bfloat16(reference, out, 4)
             if not gain.faster or not (compare or gain.near):
                 raise EngineError(
-                    f"{' '.join(gain.sentences(kind, 'bfloat16'))} That is with OpenVINO on this processor "
+                    f"{' '.join(gain.sentences(kind, WORDS[inference()]))} That is with OpenVINO on this processor "
                     f"({cpu_name()}). Nothing was written. Export without --precision."
                 )
             manifest.made_by["beside_bfloat16"] = round(gain.exact / gain.fast, 3)

@@ -1,4 +1,4 @@
-"""Measures on this machine what a backend that lowers float32 bundles costs and gains: see `engines/verdict.py`.
+"""Measures on this machine what a backend of the CPU costs and gains: see `engines/verdict.py`.
 
 verdict = compare_backend(folder, "openvino")            # measured, and kept beside the compiled UNet
 if verdict.passes: ...                                   # near enough, and faster
@@ -46,13 +46,13 @@ def load_host_loop(
 
     manifest, engines = load_engines(folder, "cpu", threads, others=others)
     loop = HostLoop(Bundle.load(folder, manifest), engines, slots)
-    if one.lowers:
-        loop.bundle.made_by |= {"backend": backend, "inference": one.lowers}
+    if one.measured:
+        loop.bundle.made_by |= {"backend": backend, "inference": one.on_host().inference()}
     return loop
 
 
 def compare_backend(folder: Path, backend: str, count: int = 2, threads: int | None = None) -> Verdict:
-    """Makes `count` pictures with a backend that lowers and with ONNX Runtime. Keeps the verdict beside the UNet."""
+    """Makes `count` pictures with a backend of the CPU and with ONNX Runtime. Keeps the verdict beside the UNet."""
     load_engines(folder, "cpu", threads)  # makes what is missing, which later runs find; and so does the next line
     load_host_loop(folder, backend, threads=threads)
     started = time.process_time()
@@ -62,8 +62,8 @@ def compare_backend(folder: Path, backend: str, count: int = 2, threads: int | N
     ready = max(0.0, (between - started) - (time.process_time() - between))
     fast = {name: timed.engine for name, timed in loop.engines.items()}
     verdict = measure(loop.bundle, exact, fast, ready, count)
-    one = BACKENDS[backend]
-    write(one.on_host().shelf_of(folder, manifest, one.lowers), verdict)
+    module = BACKENDS[backend].on_host()
+    write(module.shelf_of(folder, manifest, module.inference()), verdict)
     return verdict
 
 

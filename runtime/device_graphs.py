@@ -191,8 +191,8 @@ class Streams(NamedTuple):
 
     @classmethod
     def make(cls, cuda: Any, overlap: bool) -> Streams:
-        """Three streams, or one under three names."""
-        main = cuda.stream()
+        """Three streams, or one under three names. Steps go first: they are what pictures wait for."""
+        main = cuda.stream(first=overlap)
         return cls(main, cuda.stream(), cuda.stream()) if overlap else cls(main, main, main)
 
 

@@ -63,7 +63,7 @@ class HanDiffuser:
         device: "auto", "cpu" or "cuda". threads: CPU threads; by default all cores. batch_size: slots, the largest
         number of requests that run at once.
         backend: of `engines.backends.CHOICES`. "auto" takes TensorRT plans where the folder has some for this GPU, else
-        ONNX Runtime. On a CPU with bfloat16 it takes OpenVINO where that is installed, exact enough, and fast enough
+        ONNX Runtime. On a CPU it takes OpenVINO where that is installed, exact enough, and fast enough
         for a run of `pictures` pictures to pay for compiling (a server says `loading.SERVER_PICTURES`).
         overlap: on a GPU, run hands of the next requests and the decoder of the last beside the current steps.
         onnxruntime_graphs: with ONNX Runtime on a GPU, replay the steps as its own CUDA graphs; the host waits for

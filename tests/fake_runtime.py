@@ -212,6 +212,7 @@ class FakeRuntime:
         self.host: dict[int, Memory] = {}
         self.handles = itertools.count(0x1000, 16)
         self.streams = {DEFAULT: Stream(DEFAULT)}
+        self.first: list[int] = []  # priorities of streams that have one
         self.events, self.graphs, self.executables, self.libraries, self.kernels = {}, {}, {}, {}, {}
         self.host_clock: dict[int, int] = {}
         self.capturing: Capture | None = None
@@ -531,6 +532,18 @@ class FakeRuntime:
     @call(1)
     def cudaStreamCreateWithFlags(self, flags):
         assert flags == real.cudaStreamNonBlocking, "the fake knows streams only that do not wait for the default one"
+        stream = Stream(next(self.handles))
+        self.streams[stream.handle] = stream
+        return OK, real.cudaStream_t(stream.handle)
+
+    @call(2)
+    def cudaDeviceGetStreamPriorityRange(self):
+        return OK, 0, -5
+
+    @call(1)
+    def cudaStreamCreateWithPriority(self, flags, priority):
+        assert -5 <= priority <= 0, "CUDA clamps others"
+        self.first.append(priority)
         stream = Stream(next(self.handles))
         self.streams[stream.handle] = stream
         return OK, real.cudaStream_t(stream.handle)

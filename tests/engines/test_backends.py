@@ -25,8 +25,8 @@ BUILD = ("build", "check_build", "version", "elsewhere")
 def test_a_module_gives_what_its_line_says(name):
     one = BACKENDS[name]
     needed = {one.host: HOST, one.plans: BUILD}
-    if one.lowers:
-        needed[one.host] += ("worth_trying", "shelf_of")
+    if one.measured:
+        needed[one.host] += ("inference", "shelf_of")
     if one.gpu and one.host:
         needed[one.host] += ("device_for",)
     for module, functions in [*needed.items(), (one.gpu, (*GPU, *(["check_plans"] if one.auto else [])))]:

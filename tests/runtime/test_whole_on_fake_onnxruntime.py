@@ -47,6 +47,7 @@ def test_pictures_are_those_of_the_cpu(toy_bundle, gpu, ort, tmp_path, extra):
     for _, choices in ort.sessions:
         assert choices["use_tf32"] == "0"
     assert len({choices["user_compute_stream"] for _, choices in ort.sessions}) == (1 if "--no-overlap" in extra else 3)
+    assert gpu.first == ([] if "--no-overlap" in extra else [-5]), "steps go before hands and decoder"
     assert not gpu.calls["cudaStreamBeginCapture"]
     gc.collect()
     assert not gpu.live(), "everything is freed at the end"
