@@ -165,7 +165,7 @@ EXTRAS = {
     **dict.fromkeys(("smplx", "peft", "tensorboard"), "[train]"),
     "matplotlib": "[bench]",
     **dict.fromkeys(("scipy", "statsmodels"), "[eval]"),
-    **dict.fromkeys(("fastapi", "fastapi_swagger", "starlette", "uvicorn", "prometheus_client"), "[serve]"),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "[serve]"),
     "ray": "[ray]",
     "polygraphy": "[debug]",
 }

@@ -80,7 +80,9 @@ INSTEAD: dict[str, dict[str, str]] = {
         "hd-serve": _REQUEST.format("guidance_scale"),
         "hd-export": "A run says its guidance: hd-run --guidance.",
     },
-    "negative-prompt": {"hd-serve": _REQUEST.format("negative_prompt")},
+    "negative-prompt": {
+        "hd-serve": "Each request says it, as negative_prompt; --default-negative-prompt is for those without one.",
+    },
     "seed": {"hd-serve": _REQUEST.format("seed")},
     "solver": {"hd-serve": _REQUEST.format("solver"), "hd-export": "A run says its solver: hd-run --solver."},
     "learning-rate": {"hd-run": _NO_TRAINING, "hd-export": _NO_TRAINING},

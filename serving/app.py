@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -215,8 +216,12 @@ def add_health(app: FastAPI, service: Service) -> None:
 def add_page(app: FastAPI) -> None:
     """The page in the browser, and Swagger UI, whose files come with a package of their own."""
     page = resources.files(__name__.rpartition(".")[0]).joinpath("page")
-    swagger = resources.files("fastapi_swagger").joinpath("resources")
-    for file in [*page.iterdir(), *map(swagger.joinpath, SWAGGER)]:
+    files = list(page.iterdir())
+    if find_spec("fastapi_swagger") is None:  # an older environment: the server goes on without /docs
+        files = [file for file in files if not file.name.startswith("docs.")]
+    else:
+        files += map(resources.files("fastapi_swagger").joinpath("resources").joinpath, SWAGGER)
+    for file in files:
         if not (kind := KINDS.get(file.name.rpartition(".")[2])):
             continue
         path = {"index.html": "/", "docs.html": "/docs"}.get(file.name, f"/{file.name}")

@@ -7,6 +7,7 @@ import io
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from ..skeleton import draw_skeleton
 from .hands import Arrays
@@ -15,11 +16,15 @@ MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 PNG_LEVEL = 4  # of zlib: less than half the time of the usual level, for files that are 4 % larger
 
 
-def encoded(image: np.ndarray, format: str = "png", quality: int | None = None) -> bytes:
-    """uint8 [H, W, 3] -> the content of a file. quality: 0 to 100, of jpeg and webp."""
+def encoded(image: np.ndarray, format: str = "png", quality: int | None = None, parameters: str = "") -> bytes:
+    """uint8 [H, W, 3] -> the content of a file. quality: 0 to 100, of jpeg and webp. parameters: a text that a PNG
+    holds under this name, where AUTOMATIC1111's web UI looks for it."""
     buffer = io.BytesIO()
     if format == "png":
-        Image.fromarray(image).save(buffer, "PNG", compress_level=PNG_LEVEL)
+        info = PngInfo()
+        if parameters:
+            info.add_itxt("parameters", parameters.replace("\0", " "))
+        Image.fromarray(image).save(buffer, "PNG", compress_level=PNG_LEVEL, pnginfo=info)
     else:
         Image.fromarray(image).save(buffer, format.upper(), quality=90 if quality is None else quality)
     return buffer.getvalue()

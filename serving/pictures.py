@@ -111,15 +111,15 @@ class Painting:
         request = Request(body.prompt, hands=self.service.hands_path(body.hands), **settings)
         return self.service.prepare(request, body.n)
 
-    async def finished(self, ticket: Ticket, made: PictureMade) -> dict[str, Any]:
-        """An entry of `data`."""
+    async def finished(self, ticket: Ticket, made: PictureMade, parameters: str = "") -> dict[str, Any]:
+        """An entry of `data`. parameters: see `images.encoded`."""
         self.warnings.extend(sentence for sentence in made.warnings if sentence not in self.warnings)
-        return await asyncio.to_thread(self._entry, ticket, made)
+        return await asyncio.to_thread(self._entry, ticket, made, parameters)
 
-    def _entry(self, ticket: Ticket, made: PictureMade) -> dict[str, Any]:
+    def _entry(self, ticket: Ticket, made: PictureMade, parameters: str) -> dict[str, Any]:
         body, service = self.body, self.service
         started = time.perf_counter()
-        content = encoded(fitted(made.image, self.size), body.output_format, body.output_compression)
+        content = encoded(fitted(made.image, self.size), body.output_format, body.output_compression, parameters)
         service.metrics.took("encoding", time.perf_counter() - started)
         entry: dict[str, Any] = {"id": ticket.id, "seed": ticket.request.seed}
         if body.return_hands:

@@ -394,26 +394,28 @@ async def answer(service: Service, body: Txt2Img, painting: Painting, job: Job, 
         if not job.interrupted or not job.made:
             raise
     done = [(ticket, job.made[ticket.id]) for ticket in job.tickets if ticket.id in job.made]
-    entries = [await painting.finished(ticket, made) for ticket, made in done]
+    entries = [await painting.finished(ticket, made, infotext(ticket, painting)) for ticket, made in done]
     images = [entry["b64_json"] for entry in entries] if body.send_images else []
     parameters = {name: value for name, value in body.model_dump().items() if name in Txt2Img.model_fields}
     info = info_of(service, [ticket for ticket, _ in done], painting)
     return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(info)})
 
 
+def infotext(ticket: Ticket, painting: Painting) -> str:
+    """The settings of a picture in the web UI's form, which it also reads from a PNG."""
+    request, service = ticket.request, painting.service
+    height, width = painting.size or service.bundle.manifest.image_size
+    negative = f"\nNegative prompt: {request.negative_prompt}" * bool(request.negative_prompt)
+    return (
+        f"{request.prompt}{negative}\nSteps: {request.steps}, Sampler: {SAMPLERS[request.solver or SOLVERS[0]]}, "
+        f"CFG scale: {request.guidance}, Seed: {request.seed}, Size: {width}x{height}, Model: {service.name}"
+    )
+
+
 def info_of(service: Service, tickets: list[Ticket], painting: Painting) -> dict[str, Any]:
     """The object that the web UI gives as text in `info`. `warnings` is ours."""
     request, seeds = tickets[0].request, [ticket.request.seed for ticket in tickets]
     height, width = painting.size or service.bundle.manifest.image_size
-    sampler = SAMPLERS[request.solver or SOLVERS[0]]
-
-    def text(seed: int | None) -> str:
-        negative = f"\nNegative prompt: {request.negative_prompt}" * bool(request.negative_prompt)
-        return (
-            f"{request.prompt}{negative}\nSteps: {request.steps}, Sampler: {sampler}, CFG scale: {request.guidance}, "
-            f"Seed: {seed}, Size: {width}x{height}, Model: {service.name}"
-        )
-
     count = len(tickets)
     return {
         "prompt": request.prompt,
@@ -427,7 +429,7 @@ def info_of(service: Service, tickets: list[Ticket], painting: Painting) -> dict
         "subseed_strength": 0,
         "width": width,
         "height": height,
-        "sampler_name": sampler,
+        "sampler_name": SAMPLERS[request.solver or SOLVERS[0]],
         "cfg_scale": request.guidance,
         "steps": request.steps,
         "batch_size": count,
@@ -435,7 +437,7 @@ def info_of(service: Service, tickets: list[Ticket], painting: Painting) -> dict
         "sd_model_name": service.name,
         "sd_model_hash": None,
         "index_of_first_image": 0,
-        "infotexts": [text(seed) for seed in seeds],
+        "infotexts": [infotext(ticket, painting) for ticket in tickets],
         "styles": [],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
         "clip_skip": 1,

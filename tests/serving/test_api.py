@@ -215,8 +215,8 @@ def test_first_tries_of_a_newcomer(served):
         head, get = served.client.head(path), served.client.get(path)
         assert head.status_code == get.status_code == 200 and not head.content
         assert head.headers["content-type"] == get.headers["content-type"]
-    nowhere, put = served.client.get("/docs"), served.client.put("/v1/models")
-    assert nowhere.status_code == 404 and "path /docs is unknown" in nowhere.json()["error"]["message"]
+    nowhere, put = served.client.get("/doc"), served.client.put("/v1/models")
+    assert nowhere.status_code == 404 and "path /doc is unknown" in nowhere.json()["error"]["message"]
     assert (
         put.status_code == 405
         and put.headers["allow"] == "GET"

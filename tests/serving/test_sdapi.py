@@ -66,6 +66,7 @@ def test_the_requests_of_clients(served, fields, warned):
     assert len(answer["images"]) == 1 and np.array_equal(decoded(answer["images"][0]), decoded(other["b64_json"]))
     assert info["seed"] == 7 and info["steps"] == 3 and info["all_seeds"] == [7] and info["width"] == 32
     assert "Seed: 7, Size: 32x32, Model: toy" in info["infotexts"][0]
+    assert Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).text["parameters"] == info["infotexts"][0]
     assert [sentence.split(" The ")[0] for sentence in info["warnings"]] == warned
     assert answer["parameters"]["prompt"] == "a fist" and "url" not in answer["parameters"]
 
