@@ -70,9 +70,22 @@ def commands() -> None:
     show_default=True,
     help="Share of wordings that leave out view, skin or background; 0.3 for stage 1.",
 )
+@click.option("--things", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+              help="With people: share of scenes with a thing in a hand.")  # fmt: skip
+@click.option("--pairs", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+              help="With people: share of scenes with two people who touch.")  # fmt: skip
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="One thread each.")
 def demo(
-    out: Path, scenes: int, world: str, size: int | None, seed: int, both: float, leave_out: float, processes: int
+    out: Path,
+    scenes: int,
+    world: str,
+    size: int | None,
+    seed: int,
+    both: float,
+    leave_out: float,
+    things: float,
+    pairs: float,
+    processes: int,
 ) -> int:
     """Renders scenes of the demo world into the dataset OUT. Run it again to go on.
 
@@ -81,7 +94,7 @@ def demo(
     from ..demo.dataset import make
 
     size = size or (256 if world == "human" else 128)
-    choice: dict[str, Any] = {"size": size, "seed": seed, "both": both, "leave_out": leave_out}
+    choice: dict[str, Any] = {"size": size, "seed": seed, "both": both, "leave_out": leave_out, "things": things, "pairs": pairs}
     with progress("scenes") as show:
         make(out, scenes, **choice, processes=processes, world=world, on_progress=show)
     console.print(f"{out} holds at least {scenes} scenes. Look at it: hd-data look {out} --output page.html")

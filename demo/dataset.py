@@ -47,7 +47,7 @@ LABELS = {
 }
 SHARD, PEOPLE_SHARD = 500, 100  # scenes: a stop loses half a minute's work at most
 BATCH = 32  # scenes rendered together
-Job = tuple[Path, int, range, int, float, float, str]
+Job = tuple[Path, int, range, int, float, float, str, float, float]
 
 
 def make(
@@ -60,6 +60,8 @@ def make(
     leave_out: float = 0.05,
     processes: int = 2,
     world: str = "hands",
+    things: float = 0.0,
+    pairs: float = 0.0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes `scenes` scenes as shards; keeps the shards that the folder has.
@@ -67,19 +69,26 @@ def make(
     world: "hands" (forearms before a colour) or "human" (people, with their body in `body.npz`).
     size: pixels a side. both: share of two-hand scenes. leave_out: share of a scene's further wordings without view,
     skin or background; half of that share is without the side. on_progress: called with (scenes done, scenes in all).
+    things, pairs: with people, shares of the scenes with a thing in a hand, and of those with two people who touch; the
+    other scenes stay the same.
     Raises DatasetError where the folder holds another dataset, or cannot be written.
     """
     folder = Path(folder)
+    if world != "human" and (things or pairs):
+        raise DatasetError("things and pairs must be 0 in the world of hands. Take the world human.")
+    if things + pairs > 1:
+        raise DatasetError(f"things and pairs must be at most 1 together, got {things + pairs:g}. Lower one of them.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DatasetError(f"{folder} cannot be made: {error.strerror or error}. Name another folder.") from error
     shard = min(SHARD, PEOPLE_SHARD) if world == "human" else SHARD
     jobs = [
-        (folder / f"{number:05d}.tar", seed, range(start, min(start + shard, scenes)), size, both, leave_out, world)
+        (folder / f"{number:05d}.tar", seed, range(start, min(start + shard, scenes)), size, both, leave_out, world,
+         things, pairs)  # fmt: skip
         for number, start in enumerate(range(0, scenes, shard))
     ]
-    todo = [job for job in jobs if not _done(*job)]
+    todo = [job for job in jobs if not _done(*job[:7])]
     if world == "human":
         try:
             make_body(folder / BODY)
@@ -216,14 +225,14 @@ def _key(seed: int, number: int, world: str = "hands") -> str:
 
 
 def _shard(job: Job) -> int:
-    path, seed, numbers, size, both, leave_out, world = job
+    path, seed, numbers, size, both, leave_out, world, things, pairs = job
     samples: list[Sample] = []
     if world == "human":
         from .human_dataset import sample_of
         from .human_dataset import scene_of as human_scene_of
 
         for number in numbers:
-            scene, captions = human_scene_of(seed, number, both, leave_out)
+            scene, captions = human_scene_of(seed, number, both, leave_out, things=things, pairs=pairs)
             samples.append(sample_of(scene, captions, _key(seed, number, world), size))
         write_shard(path, samples)
         return len(numbers)

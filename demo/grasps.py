@@ -27,16 +27,15 @@ from .things import FILE, SIZES, THINGS, Mesh, Size, grasp_of, thing_mesh
 STEPS = 260
 DEEP = 0.0006  # metres: how far outside the solver keeps vertices
 WRAPPED = tuple(part for f in (I, M, R, L) for part in (_tip(f), _bone(f, 1, PAD)))
-# What touches a thing: parts of the hand; and pairs of parts that touch each other meanwhile.
+# What touches a thing: parts of the hand.
 TOUCHING: dict[str, tuple] = {
     "cup": (*WRAPPED, _tip(T), PALM_ANY),
     "ball": (*(_tip(f) for f in (T, I, M, R, L)), PALM_ANY),
     "phone": (*(_tip(f) for f in (T, I, M, R)), PALM_ANY),
     "pen": (_tip(T), _tip(I), _tip(M, ANY), _bone(I, 0, ANY)),
-    "stick": (*(_tip(f) for f in (I, M, R, L)), PALM_ANY),
+    "stick": (*(_tip(f) for f in (T, I, M, R, L)), PALM_ANY),
     "book": (_tip(T), _tip(I), _tip(M), _tip(R)),
 }
-PAIRS: dict[str, tuple] = {"stick": ((_tip(T), _bone(I, 1, ANY)),)}
 GRIP = HANDS["grip"]
 
 
@@ -71,11 +70,11 @@ def _start(thing: str, size: Size, number: int) -> tuple[ndarray, ndarray, float
         fingers = np.array([(46, 2, 44, 18), (56, 2, 54, 28), (64, 4, 62, 35), (66, 8, 64, 38)], float)
         thumb = np.array([(0.68, -0.62, 0.38), (0.88, -0.46, -0.05), (0.94, -0.28, -0.18)])
     elif thing == "stick":
-        turn, place = np.stack([-y, z, -x], 1), np.array([0.092, -0.024 - size[0], 0.0])
+        turn, place = np.stack([-y, z, -x], 1), np.array([0.088, -0.026 - size[0], 0.0])
         place = place + z * size[1] * (0.3, -0.1, 0.5)[number]
-        turn = _about(x, np.radians(-8)) @ turn
-        fingers = np.array([(54, 0, 68, 38), (58, 0, 70, 38), (62, 0, 70, 38), (64, 2, 66, 36)], float)
-        thumb, roll = np.array([(0.60, -0.78, 0.20), (0.68, -0.62, -0.38), (0.50, -0.40, -0.78)]), 20.0
+        turn = _about(x, np.radians(-6)) @ turn
+        fingers = np.array([(48, 0, 62, 34), (52, 0, 64, 34), (56, 0, 64, 34), (58, 2, 60, 34)], float)
+        thumb = np.array([(0.58, -0.76, 0.28), (0.72, -0.69, -0.10), (0.82, -0.48, -0.32)])
     else:
         bend = np.radians(48)
         along, out = np.array([np.cos(bend), -np.sin(bend), 0]), np.array([-np.sin(bend), -np.cos(bend), 0])
@@ -215,7 +214,6 @@ def measure(thing: str, number: int, row: dict) -> tuple[float, float]:
     local = (points - grasp.place) @ grasp.turn
     corners = [mesh.vertices[mesh.faces[:, i]] for i in range(3)]
     wide = max(float(surface_distance(local[_patch(part)], *corners).min()) for part in TOUCHING[thing])
-    wide = max([wide, *(contacts.gap(vertices, pair) for pair in PAIRS.get(thing, ()))])
     of_thing = _surface_points(mesh) @ grasp.turn.T + grasp.place
     deep = max(inside_thing(local, mesh), inside_hand(of_thing, vertices), contacts.penetration(vertices)[0])
     return round(wide * 1000, 2), round(deep * 1000, 2)
@@ -245,7 +243,7 @@ def solve(thing: str, number: int) -> dict:
     """One solution of a thing: angles as in contacts.json, "turn" and "place" of the thing, "gap_mm", "inside_mm"."""
     size = SIZES[thing][number]
     fingers0, thumb0, roll0, turn0, place0 = _start(thing, size, number)
-    losses, poser = contacts.Losses(PAIRS.get(thing, ())), Poser(left_hand())
+    losses, poser = contacts.Losses(()), Poser(left_hand())
     ids, shares = _samples()
     spots = torch.from_numpy(_surface_points(thing_mesh(thing, size), 600)[-600:]).float()
     patches = [torch.from_numpy(_patch(part)) for part in TOUCHING[thing]]
@@ -265,7 +263,7 @@ def solve(thing: str, number: int) -> dict:
         points = (v[ids] * shares[..., None]).sum(1)
         d = distance(thing, size, (points - place) @ turn)
         gaps = torch.stack([d[patch].min() for patch in patches])
-        contact = ((gaps.abs() - 0.0003).clamp_min(0) ** 2).sum() * 1e4 + losses.contact(v, n)
+        contact = ((gaps.abs() - 0.0003).clamp_min(0) ** 2).sum() * 1e4
         inside = ((DEEP - d).clamp(0, 0.03) ** 2).sum() * 1e4 + losses.inside(v, n)
         inside = inside + _thing_in_hand(spots @ turn.T + place, points, (n[ids] * shares[..., None]).sum(1))
         keep = ((fingers - start) ** 2).sum() + 12 * ((thumb - bones0) ** 2).sum() + (roll - roll0 / 20) ** 2

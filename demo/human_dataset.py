@@ -24,15 +24,25 @@ CAPTIONS = 4  # of each picture: training learns words from those that change wh
 
 
 def scene_of(
-    seed: int, number: int, both: float = 0.2, leave_out: float = 0.05, held_out: bool = False
+    seed: int,
+    number: int,
+    both: float = 0.2,
+    leave_out: float = 0.05,
+    held_out: bool = False,
+    things: float = 0.0,
+    pairs: float = 0.0,
 ) -> tuple[Scene, list[str]]:
     """Scene `number` of a seed, and CAPTIONS captions for it.
 
     The first says what people say, the next nearly all, and half of the last ones little. leave_out: how often the
-    later ones leave a thing out. held_out: only combinations that are kept for tests, with any caption.
+    later ones leave a thing out. held_out: only combinations that are kept for tests, with any caption. things, pairs:
+    shares of the scenes with a thing in a hand, and of those with two people who touch. The others do not depend on
+    these shares.
     """
     rng = np.random.default_rng((seed, number))
-    scene = sample_scene(rng, both, held_out)
+    lot = np.random.default_rng((seed, number, 1)).random()
+    kind = "things" if lot < things else "pairs" if lot < things + pairs else "people"
+    scene = sample_scene(rng, both, held_out, kind=kind)
     captions: list[str] = []
     while len(captions) < CAPTIONS:
         first, last = not captions, len(captions) == CAPTIONS - 1
@@ -45,7 +55,8 @@ def scene_of(
 
 @torch.no_grad()
 def sample_of(scene: Scene, captions: Sequence[str], key: str, size: int = 256) -> Sample:
-    """A drawn scene as a sample. With two people the arrays of hands have an axis of people in front, left to right."""
+    """A drawn scene as a sample. With two people the arrays of hands have an axis of people in front, left to
+    right: visibility [2,2] and joints_2d [2,2,21,2] say whose each hand is."""
     camera = np.array([scene.camera.s, scene.camera.tx, scene.camera.ty], np.float32)
     people = []
     for pose, present in zip(scene.poses, scene.present, strict=True):

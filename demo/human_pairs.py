@@ -119,6 +119,8 @@ def pose_pair(name: str, betas: tuple[ndarray, ndarray], rng: np.random.Generato
     # The first hand, in the world: `heading` is where the first person's hand looks.
     heading = 0.0 if beside else 90.0 + rng.uniform(-18, 18)
     lean = rotation(unit(rng.normal(size=3)), rng.normal(0, 4))
+    if thing == "book":  # its cover leans to the viewer
+        lean = rotation(X, rng.uniform(20, 55)) @ lean
     angle = np.radians(heading)
     mirror = MIRROR if sides[0] == RIGHT else np.ones((3, 3))
     hand = lean @ rotation(Y, heading) @ (mirror * (frame_of(Y, Z) @ frame_of(meeting.up, meeting.ahead).T))
@@ -204,15 +206,15 @@ def _arm_around(betas: tuple[ndarray, ndarray], rng: np.random.Generator) -> Pai
     shoulder = other.kinematics()[1][16 + side]  # the far one
     near = np.abs(me.kinematics()[1][16 + side] - me.rest[0])[0] + np.abs(shoulder - other.rest[0])[0]
     step = np.array([-out * (near + rng.uniform(0.02, 0.06)), _floor(other) - _floor(me), rng.uniform(-0.07, -0.03)])
-    fingers, back = unit(np.array([out * 0.80, -0.5, 0.45])), np.array([out * 0.4, 0.9, 0.1])
+    fingers, back = unit(np.array([out * 0.72, -0.62, 0.35])), np.array([out * 0.55, 0.8, 0.1])
     back = unit(back - fingers * (fingers @ back))
     hand = np.stack([fingers, back, np.cross(fingers, back)], 1)
     if side == RIGHT:  # a right hand's fingers look along -x of its own frame
         hand = np.stack([-fingers, back, np.cross(-fingers, back)], 1)
     me.rotations[22 + 15 * side : 37 + 15 * side] = hand_pose("relaxed", side, rng)
-    wrist = shoulder + np.array([-out * 0.05, 0.10, -0.05])
-    way, elbow = unit(np.array([out * 0.15, 0.85, -0.35])), np.array([-out * 0.2, -0.6, -1.0])
-    mine = np.concatenate([hand_ids(side), body_ids(18 + side)])
+    wrist = shoulder + np.array([-out * 0.095, 0.10, -0.045])
+    way, elbow = unit(np.array([out * 0.15, 0.85, -0.35])), np.array([-out * 0.2, 0.2, -1.0])
+    mine = hand_ids(side)
     for _ in range(5):
         me.reach(side, wrist - step, hand, elbow)
         v = (me.vertices()[0][mine] + step).astype(np.float32)

@@ -406,6 +406,8 @@ def labels_of(spec: Spec) -> dict[str, str]:
     labels = {"framing": spec.framing, "background": spec.place, "people": str(len(spec.people))}
     if spec.colour:
         labels["background colour"] = spec.colour
+    if spec.together:
+        labels["together"] = spec.together
     for prefix, one in zip(("", "second "), spec.people, strict=False):
         said = {name: getattr(one, name) for name in ("gesture", "other", "side", "view", "person", "age", "skin",
                                                        "hair", "haircut", "shirt", "pattern", "sleeve", "thing")}  # fmt: skip
