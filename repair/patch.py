@@ -1,0 +1,166 @@
+"""One hand of a picture, cut out at the model's size, painted again and put back.
+
+    patch = plan(picture, seen, rest, (512, 512))         # seen: detection.hands.Seen, in the picture's pixels
+    request = patch.request(folder, strength=0.95)        # for HanDiffuser.prepare, after `patch.pose(made)`
+    picture = patch.paste(picture, painted)               # the same bytes outside the mask
+
+The crop is NEAR times the box of the old and the new hand, so that a small hand gets all the pixels that the model has
+(as ADetailer does; RHanDS, arXiv 2404.13984). The mask is the new hand's silhouette with the old hand's region, MARGIN
+wider. The steps start from the crop without the old hand. Where the model paints the background as it is, the painted
+crop fades in over the mask's border; elsewhere only the painted hand is laid over the crop without the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..contract import HAND_JOINTS
+from ..detection.arms import Arrays, Size
+from ..detection.hands import Seen, Window, arrays_of
+from ..fingers import SIDES
+from ..grammar import BACKGROUNDS, PHRASES, SKINS
+from ..hands import save_hands
+from ..pictures import resized
+from ..runtime.requests import Request
+from . import regions
+
+NEAR = 1.6  # a crop's side, in boxes of the hands
+MARGIN = 1 / 16  # of the crop's side: the mask around both hands
+FADE = 4  # pixels of the painted crop over which it fades in
+PLAIN = 8.0  # levels of 255: a background painted nearer than that to what was there stays
+STRENGTH = 0.95
+
+
+@dataclass
+class Patch:
+    """seen: the hand, in pixels of the picture. window: the crop. crop: uint8 [H, W, 3] at the model's size. old: where
+    the old hand is, bool [H, W]. arrays: for `save_hands`, framed by the window. new and mask: bool [H, W], after `pose`.
+    """
+
+    seen: Seen
+    window: Window
+    crop: np.ndarray = field(repr=False)
+    old: np.ndarray = field(repr=False)
+    arrays: Arrays = field(repr=False)
+    new: np.ndarray | None = field(default=None, repr=False)
+    mask: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def magnified(self) -> float:
+        """Pixels of the picture that one painted pixel covers; above 4 the hand looks soft."""
+        return self.window.height / self.crop.shape[0]
+
+    def pose(self, made: Mapping[str, np.ndarray]) -> None:
+        """What `HanDiffuser.hands` says of `arrays`: its mesh gives the silhouette and the mask."""
+        shape = self.crop.shape[:2]
+        side = self.seen.hand.side
+        points = made["joints_2d"][side] * (shape[1], shape[0])
+        thick = regions.radii(made["vertices"], made["joints"][list(HAND_JOINTS[side])], made["camera"][0] * shape[0] / 2)
+        self.new = regions.silhouette(points, thick, shape)
+        self.mask = regions.dilate(self.new | self.old, round(MARGIN * shape[0]))
+
+    def caption(self) -> str:
+        """What one sees of the crop: the skin's tone, the side, the gesture and the colour around."""
+        skin = _nearest(self.crop[regions.erode(self.old, 2)], {name: 0.93 * np.array(v[0]) for name, v in SKINS.items()})
+        around = regions.dilate(self.old, 8) & ~regions.dilate(self.old, 3)
+        ground = _nearest(self.crop[around], {name: np.array(v) for name, v in BACKGROUNDS.items()})
+        phrase = PHRASES[self.seen.gesture][0] if self.seen.gesture in PHRASES else ""
+        hand = " ".join(word for word in (f"a {skin}", f"{SIDES[self.seen.hand.side]} hand", phrase) if word)
+        return f"{hand}, {ground} background"
+
+    def request(self, folder: Path, caption: str | None = None, strength: float = STRENGTH, **settings: object) -> Request:
+        """The request that paints the crop. folder: keeps its hands while it runs. Raises RequestError."""
+        assert self.mask is not None, "pose comes first"
+        hands = folder / "patch.hands.npz"
+        save_hands(hands, self.arrays)
+        start = regions.prefill(self.crop, self.mask)
+        return Request(
+            caption or self.caption(), hands=str(hands), image=start, mask=self.mask, strength=strength, **settings
+        )
+
+    def paste(self, picture: np.ndarray, painted: np.ndarray) -> np.ndarray:
+        """A picture uint8 [h, w, 3] with the painted crop uint8 [H, W, 3] in it; the same bytes outside the mask."""
+        assert self.new is not None and self.mask is not None, "pose comes first"
+        hole = regions.dilate(self.old, 3) & self.mask
+        behind = regions.prefill(self.crop, hole)
+        hand = regions.skin_shift(painted, self.new, self.crop, self.old)
+        ring = self.mask & ~regions.erode(self.mask, 4) & ~regions.dilate(self.new, 3)
+        off = np.abs(painted.astype(np.float32) - behind)[ring].mean() if ring.sum() > 20 else 0.0
+        fade = (regions.depth(self.mask) / FADE).clip(0, 1)
+        if off < PLAIN:
+            alpha, hole = fade, np.zeros_like(hole)
+        else:
+            alpha = regions.soft(regions.erode(self.new, 1), 0.7) * fade
+        return self._composed(picture, hand, alpha, hole)
+
+    def _composed(self, picture: np.ndarray, hand: np.ndarray, alpha: np.ndarray, hole: np.ndarray) -> np.ndarray:
+        """Brings all to the picture's own pixels: what the crop shows beyond the picture is left out."""
+        left, top, right, bottom = self._bounds()
+        size = (bottom - top, right - left)
+        inside = (slice(max(top, 0), min(bottom, picture.shape[0])), slice(max(left, 0), min(right, picture.shape[1])))
+        cut = (slice(inside[0].start - top, inside[0].stop - top), slice(inside[1].start - left, inside[1].stop - left))
+        part = picture[inside]
+        mask = _stretched(self.mask, size)[cut] > 0.5
+        opaque = np.where(mask, _stretched(alpha, size)[cut], 0)[..., None]
+        gone = (_stretched(hole, size)[cut] > 0.5) & mask
+        behind = regions.prefill(part, gone, max(round(5 * self.magnified), 3))
+        laid = resized(hand, size)[cut] * opaque + behind * (1 - opaque)
+        out = picture.copy()
+        out[inside] = np.where(mask[..., None], (laid + 0.5).clip(0, 255).astype(np.uint8), part)
+        return out
+
+    def _bounds(self) -> tuple[int, int, int, int]:
+        window = self.window
+        return round(window.x), round(window.y), round(window.x + window.width), round(window.y + window.height)
+
+
+def plan(picture: np.ndarray, seen: Seen, rest: np.ndarray, size: Size, old: np.ndarray | None = None) -> Patch:
+    """The crop of a hand. picture: uint8 [h, w, 3]. rest: [62, 3] of the bundle's body. size: (H, W) of its pictures.
+    old: [21, 2] pixels, where the old hand is, if not where `seen` is. Raises DetectionError."""
+    points = seen.hand.joints_2d if old is None else np.concatenate([seen.hand.joints_2d, old])
+    window = _window(points, size)
+    crop = cut(picture, window, size)
+    shift, scale = np.array([window.x, window.y]), size[0] / window.height
+    there = seen.found.joints * picture.shape[1::-1] if seen.found is not None else seen.hand.joints_2d
+    region = regions.old_hand(crop, ((there if old is None else old) - shift) * scale)
+    return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest))
+
+
+def cut(picture: np.ndarray, window: Window, size: Size) -> np.ndarray:
+    """The window's pixels at the model's size; the edge's colour stands for what lies beyond the picture."""
+    left, top = round(window.x), round(window.y)
+    width, height = round(window.x + window.width) - left, round(window.y + window.height) - top
+    rows = np.arange(top, top + height).clip(0, picture.shape[0] - 1)
+    columns = np.arange(left, left + width).clip(0, picture.shape[1] - 1)
+    return resized(np.ascontiguousarray(picture[rows][:, columns]), size)
+
+
+def with_side(seen: Seen, side: str) -> Seen:
+    """The same hand as the other side's estimate would be named: for a person who knows better."""
+    return replace(seen, hand=replace(seen.hand, side=SIDES.index(side)))
+
+
+def _window(points: np.ndarray, size: Size) -> Window:
+    low, high = points.min(0), points.max(0)
+    aspect = size[1] / size[0]
+    height = max(NEAR * max(high[1] - low[1], (high[0] - low[0]) / aspect), 8.0)
+    x, y = (low + high) / 2 - np.array([height * aspect, height]) / 2
+    return Window(float(round(x)), float(round(y)), float(round(height * aspect)), float(round(height)))
+
+
+def _nearest(pixels: np.ndarray, named: Mapping[str, np.ndarray]) -> str:
+    if not len(pixels):
+        return next(iter(named))
+    colour = np.median(pixels, 0) / 255
+    return min(named, key=lambda name: float(np.abs(named[name] - colour).sum()))
+
+
+def _stretched(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """float32 [H, W] -> [*size], bilinear."""
+    image = Image.fromarray(values.astype(np.float32))
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))

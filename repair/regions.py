@@ -1,0 +1,128 @@
+"""Regions of a crop, as boolean masks [H, W]: where a hand will be, where the old one is, and what lies behind it.
+
+    new = silhouette(points, radii, shape)          # the hand that will be painted
+    old = old_hand(crop, points)                    # the one that is there, with a sixth finger or none at all
+    behind = prefill(crop, old)                     # the crop without it
+
+Points are pixels [21, 2]: wrist, then four of each finger, as everywhere. Needs OpenCV, which comes with MediaPipe.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+BONES = [(0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, 21)]
+PALM = (0, 1, 5, 9, 13, 17)
+WRIST_CUT = -0.04  # sizes of the hand behind the wrist, where a hand ends and the arm begins
+ALIKE = 24.0  # a colour's distance from the skin's median in Lab, lightness counted LIGHTNESS times
+LIGHTNESS = 0.45
+
+
+def size_of(points: np.ndarray) -> float:
+    """The longer side of a hand's box, pixels, at least 1."""
+    return float(max(np.ptp(points, axis=0).max(), 1.0))
+
+
+def radii(vertices: np.ndarray, joints: np.ndarray, scale: float) -> np.ndarray:
+    """How thick each of the 20 bones of BONES is: float64 [20], pixels.
+
+    vertices [V, 3], joints [21, 3]: metres. scale: pixels a metre. The radius of a bone is the median distance of the
+    vertices that have it as their nearest and lie within 4 cm.
+    """
+    a, b = joints[[i for i, _ in BONES]], joints[[j for _, j in BONES]]
+    near = vertices[np.linalg.norm(vertices[:, None] - joints, axis=-1).min(1) < 0.05]
+    along = b - a
+    share = np.einsum("vbc,bc->vb", near[:, None] - a, along) / np.maximum((along**2).sum(1), 1e-12)
+    distance = np.linalg.norm(near[:, None] - (a + share.clip(0, 1)[..., None] * along), axis=-1)
+    nearest = distance.argmin(1)
+    found = [distance[(nearest == bone) & (distance[:, bone] < 0.04), bone] for bone in range(len(BONES))]
+    return np.array([scale * float(np.median(each)) if len(each) else scale * 0.009 for each in found])
+
+
+def silhouette(points: np.ndarray, thick: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The hand without its arm: fingers as thick as `radii` says, and the palm between them."""
+    drawn = np.zeros(shape, np.uint8)
+    for (i, j), radius in zip(BONES, thick, strict=True):
+        cv2.line(drawn, _fixed(points[i]), _fixed(points[j]), 1, max(round(2 * radius), 1), shift=4)
+    palm = np.round(points[list(PALM)] * 16).astype(np.int32)
+    cv2.fillConvexPoly(drawn, cv2.convexHull(palm), 1, shift=4)
+    return drawn > 0
+
+
+def old_hand(crop: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """What has the colour of the hand's middle and is near it: also fingers that no detector reports."""
+    size = size_of(points)
+    thin, thick = (_lines(points, crop.shape[:2], width) for width in (1, max(round(0.05 * size), 2)))
+    lab = cv2.cvtColor(crop, cv2.COLOR_RGB2LAB).astype(np.float32)
+    if not thin.any():
+        return thick
+    away = np.linalg.norm((lab - np.median(lab[thin], 0)) * (LIGHTNESS, 1, 1), axis=-1)
+    hull = np.zeros(crop.shape[:2], np.uint8)
+    cv2.fillConvexPoly(hull, cv2.convexHull(np.round(points).astype(np.int32)), 1)
+    region = (((away < ALIKE) & dilate(hull > 0, round(0.3 * size))) | thick).astype(np.uint8)
+    region = cv2.morphologyEx(region, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    region = cv2.morphologyEx(region, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+    return (region > 0) & (along(points, crop.shape[:2]) > WRIST_CUT)
+
+
+def along(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """How far each pixel lies from the wrist towards the knuckles: float [H, W], sizes of the hand."""
+    to = points[[5, 9, 13, 17]].mean(0) - points[0]
+    to = to / max(float(np.linalg.norm(to)), 1e-6)
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    out: np.ndarray = ((x - points[0, 0]) * to[0] + (y - points[0, 1]) * to[1]) / size_of(points)
+    return out
+
+
+def prefill(crop: np.ndarray, hole: np.ndarray, reach: int = 5) -> np.ndarray:
+    """The crop with its hole filled from the border inwards (Telea 2004), uint8 [H, W, 3]."""
+    return cv2.inpaint(crop, hole.astype(np.uint8) * 255, reach, cv2.INPAINT_TELEA) if hole.any() else crop
+
+
+def dilate(mask: np.ndarray, pixels: int) -> np.ndarray:
+    return _morph(cv2.dilate, mask, pixels)
+
+
+def erode(mask: np.ndarray, pixels: int) -> np.ndarray:
+    return _morph(cv2.erode, mask, pixels)
+
+
+def depth(mask: np.ndarray) -> np.ndarray:
+    """How many pixels each pixel lies within the mask, float32 [H, W]; the picture's edge is no border of it."""
+    framed = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    return cv2.distanceTransform(framed, cv2.DIST_L2, 5)[1:-1, 1:-1]
+
+
+def soft(mask: np.ndarray, sigma: float) -> np.ndarray:
+    """The mask with a soft border, float32 [H, W]."""
+    return cv2.GaussianBlur(mask.astype(np.float32), (0, 0), sigma)
+
+
+def skin_shift(picture: np.ndarray, new: np.ndarray, like: np.ndarray, old: np.ndarray) -> np.ndarray:
+    """The picture with the median Lab colour of its hand `new` moved to that of the hand `old` in the crop `like`."""
+    a, b = erode(new, 2), erode(old, 2)
+    if a.sum() < 20 or b.sum() < 20:
+        return picture
+    there, wanted = (cv2.cvtColor(one, cv2.COLOR_RGB2LAB).astype(np.float32) for one in (picture, like))
+    shift = np.median(wanted[b], 0) - np.median(there[a], 0)
+    shift = shift.clip((-70, -16, -16), (70, 16, 16))
+    return cv2.cvtColor((there + shift).clip(0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB)
+
+
+def _morph(how: object, mask: np.ndarray, pixels: int) -> np.ndarray:
+    if pixels < 1:
+        return mask
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * pixels + 1, 2 * pixels + 1))
+    return how(mask.astype(np.uint8), kernel) > 0  # type: ignore[operator]
+
+
+def _lines(points: np.ndarray, shape: tuple[int, int], width: int) -> np.ndarray:
+    drawn = np.zeros(shape, np.uint8)
+    for i, j in BONES:
+        cv2.line(drawn, _fixed(points[i]), _fixed(points[j]), 1, width, shift=4)
+    return drawn > 0
+
+
+def _fixed(point: np.ndarray) -> tuple[int, int]:
+    return int(round(float(point[0]) * 16)), int(round(float(point[1]) * 16))
