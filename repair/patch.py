@@ -13,7 +13,7 @@ crop fades in over the mask's border; elsewhere only the painted hand is laid ov
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ class Patch:
     arrays: Arrays = field(repr=False)
     new: np.ndarray | None = field(default=None, repr=False)
     mask: np.ndarray | None = field(default=None, repr=False)
+    points: np.ndarray = field(default_factory=lambda: np.zeros((21, 2)), repr=False)  # of the new hand in the crop
 
     @property
     def magnified(self) -> float:
@@ -59,7 +60,7 @@ class Patch:
         """What `HanDiffuser.hands` says of `arrays`: its mesh gives the silhouette and the mask."""
         shape = self.crop.shape[:2]
         side = self.seen.hand.side
-        points = made["joints_2d"][side] * (shape[1], shape[0])
+        self.points = points = made["joints_2d"][side] * (shape[1], shape[0])
         thick = regions.radii(made["vertices"], made["joints"][list(HAND_JOINTS[side])], made["camera"][0] * shape[0] / 2)
         self.new = regions.silhouette(points, thick, shape)
         self.mask = regions.dilate(self.new | self.old, round(MARGIN * shape[0]))
@@ -88,15 +89,21 @@ class Patch:
         assert self.new is not None and self.mask is not None, "pose comes first"
         hole = regions.dilate(self.old, 3) & self.mask
         behind = regions.prefill(self.crop, hole)
-        hand = regions.skin_shift(painted, self.new, self.crop, self.old)
-        ring = self.mask & ~regions.erode(self.mask, 4) & ~regions.dilate(self.new, 3)
+        shifted, skin = regions.skin_shift(painted, self.new, self.crop, self.old)
+        arm = skin & (regions.along(self.points, self.crop.shape[:2]) < 0.06)
+        hand = regions.soft((regions.erode(self.new, 1) | arm) & self.mask, 0.7)[..., None]
+        ring = self.mask & ~regions.erode(self.mask, 4) & ~regions.dilate(self.new | arm, 3)
         off = np.abs(painted.astype(np.float32) - behind)[ring].mean() if ring.sum() > 20 else 0.0
-        fade = (regions.depth(self.mask) / FADE).clip(0, 1)
+        fade = (regions.depth(self.mask, self._at_edges(picture)) / FADE).clip(0, 1)
         if off < PLAIN:
-            alpha, hole = fade, np.zeros_like(hole)
-        else:
-            alpha = regions.soft(regions.erode(self.new, 1), 0.7) * fade
-        return self._composed(picture, hand, alpha, hole)
+            layer = (shifted * hand + painted * (1 - hand) + 0.5).astype(np.uint8)
+            return self._composed(picture, layer, fade, np.zeros_like(hole))
+        return self._composed(picture, shifted, hand[..., 0] * fade, hole)
+
+    def _at_edges(self, picture: np.ndarray) -> tuple[bool, bool, bool, bool]:
+        """Whether the crop's top, bottom, left and right edge lie at or beyond those of the picture."""
+        left, top, right, bottom = self._bounds()
+        return top <= 0, bottom >= picture.shape[0], left <= 0, right >= picture.shape[1]
 
     def _composed(self, picture: np.ndarray, hand: np.ndarray, alpha: np.ndarray, hole: np.ndarray) -> np.ndarray:
         """Brings all to the picture's own pixels: what the crop shows beyond the picture is left out."""
@@ -122,12 +129,12 @@ class Patch:
 def plan(picture: np.ndarray, seen: Seen, rest: np.ndarray, size: Size, old: np.ndarray | None = None) -> Patch:
     """The crop of a hand. picture: uint8 [h, w, 3]. rest: [62, 3] of the bundle's body. size: (H, W) of its pictures.
     old: [21, 2] pixels, where the old hand is, if not where `seen` is. Raises DetectionError."""
-    points = seen.hand.joints_2d if old is None else np.concatenate([seen.hand.joints_2d, old])
-    window = _window(points, size)
+    there = seen.found.joints * picture.shape[1::-1] if seen.found is not None else seen.hand.joints_2d
+    there = there if old is None else old
+    window = _window(np.concatenate([seen.hand.joints_2d, there]), size)
     crop = cut(picture, window, size)
     shift, scale = np.array([window.x, window.y]), size[0] / window.height
-    there = seen.found.joints * picture.shape[1::-1] if seen.found is not None else seen.hand.joints_2d
-    region = regions.old_hand(crop, ((there if old is None else old) - shift) * scale)
+    region = regions.old_hand(crop, (there - shift) * scale)
     return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest))
 
 
@@ -138,11 +145,6 @@ def cut(picture: np.ndarray, window: Window, size: Size) -> np.ndarray:
     rows = np.arange(top, top + height).clip(0, picture.shape[0] - 1)
     columns = np.arange(left, left + width).clip(0, picture.shape[1] - 1)
     return resized(np.ascontiguousarray(picture[rows][:, columns]), size)
-
-
-def with_side(seen: Seen, side: str) -> Seen:
-    """The same hand as the other side's estimate would be named: for a person who knows better."""
-    return replace(seen, hand=replace(seen.hand, side=SIDES.index(side)))
 
 
 def _window(points: np.ndarray, size: Size) -> Window:
