@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -61,24 +62,32 @@ class Patch:
         shape = self.crop.shape[:2]
         side = self.seen.hand.side
         self.points = points = made["joints_2d"][side] * (shape[1], shape[0])
-        thick = regions.radii(made["vertices"], made["joints"][list(HAND_JOINTS[side])], made["camera"][0] * shape[0] / 2)
+        thick = regions.radii(
+            made["vertices"], made["joints"][list(HAND_JOINTS[side])], made["camera"][0] * shape[0] / 2
+        )
         self.new = regions.silhouette(points, thick, shape)
         self.mask = regions.dilate(self.new | self.old, round(MARGIN * shape[0]))
 
     def caption(self) -> str:
         """What one sees of the crop: the skin's tone, the side, the gesture and the colour around."""
-        skin = _nearest(self.crop[regions.erode(self.old, 2)], {name: 0.93 * np.array(v[0]) for name, v in SKINS.items()})
+        skin = _nearest(
+            self.crop[regions.erode(self.old, 2)], {name: 0.93 * np.array(v[0]) for name, v in SKINS.items()}
+        )
         around = regions.dilate(self.old, 8) & ~regions.dilate(self.old, 3)
         ground = _nearest(self.crop[around], {name: np.array(v) for name, v in BACKGROUNDS.items()})
         phrase = PHRASES[self.seen.gesture][0] if self.seen.gesture in PHRASES else ""
         hand = " ".join(word for word in (f"a {skin}", f"{SIDES[self.seen.hand.side]} hand", phrase) if word)
         return f"{hand}, {ground} background"
 
-    def request(self, folder: Path, caption: str | None = None, strength: float = STRENGTH, **settings: object) -> Request:
-        """The request that paints the crop. folder: keeps its hands while it runs. Raises RequestError."""
+    def save(self, path: Path) -> None:
+        """Writes the hand, framed by the crop, as a `.hands.npz`."""
+        save_hands(path, self.arrays)
+
+    def request(self, hands: Path, caption: str | None = None, strength: float = STRENGTH, **settings: Any) -> Request:
+        """The request that paints the crop. hands: a file to write, which must stay until the picture is made. Raises
+        RequestError for a setting."""
         assert self.mask is not None, "pose comes first"
-        hands = folder / "patch.hands.npz"
-        save_hands(hands, self.arrays)
+        self.save(hands)
         start = regions.prefill(self.crop, self.mask)
         return Request(
             caption or self.caption(), hands=str(hands), image=start, mask=self.mask, strength=strength, **settings
@@ -91,7 +100,8 @@ class Patch:
         behind = regions.prefill(self.crop, hole)
         shifted, skin = regions.skin_shift(painted, self.new, self.crop, self.old)
         arm = skin & (regions.along(self.points, self.crop.shape[:2]) < 0.06)
-        hand = regions.soft((regions.erode(self.new, 1) | arm) & self.mask, 0.7)[..., None]
+        near = regions.closed(skin & regions.dilate(self.new, 2), 2)  # nails and wrinkles are not skin-coloured
+        hand = regions.soft((near | arm) & self.mask, 0.7)[..., None]
         ring = self.mask & ~regions.erode(self.mask, 4) & ~regions.dilate(self.new | arm, 3)
         off = np.abs(painted.astype(np.float32) - behind)[ring].mean() if ring.sum() > 20 else 0.0
         fade = (regions.depth(self.mask, self._at_edges(picture)) / FADE).clip(0, 1)
@@ -102,12 +112,12 @@ class Patch:
 
     def _at_edges(self, picture: np.ndarray) -> tuple[bool, bool, bool, bool]:
         """Whether the crop's top, bottom, left and right edge lie at or beyond those of the picture."""
-        left, top, right, bottom = self._bounds()
+        left, top, right, bottom = self.bounds
         return top <= 0, bottom >= picture.shape[0], left <= 0, right >= picture.shape[1]
 
     def _composed(self, picture: np.ndarray, hand: np.ndarray, alpha: np.ndarray, hole: np.ndarray) -> np.ndarray:
         """Brings all to the picture's own pixels: what the crop shows beyond the picture is left out."""
-        left, top, right, bottom = self._bounds()
+        left, top, right, bottom = self.bounds
         size = (bottom - top, right - left)
         inside = (slice(max(top, 0), min(bottom, picture.shape[0])), slice(max(left, 0), min(right, picture.shape[1])))
         cut = (slice(inside[0].start - top, inside[0].stop - top), slice(inside[1].start - left, inside[1].stop - left))
@@ -121,7 +131,9 @@ class Patch:
         out[inside] = np.where(mask[..., None], (laid + 0.5).clip(0, 255).astype(np.uint8), part)
         return out
 
-    def _bounds(self) -> tuple[int, int, int, int]:
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in the picture's pixels; they may lie beyond it."""
         window = self.window
         return round(window.x), round(window.y), round(window.x + window.width), round(window.y + window.height)
 

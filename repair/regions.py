@@ -88,6 +88,11 @@ def erode(mask: np.ndarray, pixels: int) -> np.ndarray:
     return _morph(cv2.erode, mask, pixels)
 
 
+def closed(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """The mask without holes and cracks of up to twice as many pixels."""
+    return erode(dilate(mask, pixels), pixels)
+
+
 def depth(mask: np.ndarray, beyond: tuple[bool, bool, bool, bool]) -> np.ndarray:
     """How many pixels each pixel lies within the mask, float32 [H, W]. beyond: whether top, bottom, left and right of
     the crop are an edge of the picture; there the mask goes on, elsewhere it ends."""
@@ -107,7 +112,9 @@ def soft(mask: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(mask.astype(np.float32), (0, 0), sigma)
 
 
-def skin_shift(picture: np.ndarray, new: np.ndarray, like: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def skin_shift(
+    picture: np.ndarray, new: np.ndarray, like: np.ndarray, old: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The picture with the median Lab colour of its hand `new` moved to that of the hand `old` in the crop `like`, and
     where its skin is: all that has the colour of the new hand, its arm as well, bool [H, W]."""
     a, b = erode(new, 2), erode(old, 2)
