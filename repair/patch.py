@@ -40,7 +40,8 @@ STRENGTH = 0.95
 @dataclass
 class Patch:
     """seen: the hand, in pixels of the picture. window: the crop. crop: uint8 [H, W, 3] at the model's size. old: where
-    the old hand is, bool [H, W]. arrays: for `save_hands`, framed by the window. new and mask: bool [H, W], after `pose`.
+    the old hand is, bool [H, W]. arrays: for `save_hands`, framed by the window. After `pose`: new, the silhouette, and
+    mask, bool [H, W], and points, the new hand's joints [21, 2] in pixels of the crop.
     """
 
     seen: Seen
@@ -100,7 +101,8 @@ class Patch:
         behind = regions.prefill(self.crop, hole)
         shifted, skin = regions.skin_shift(painted, self.new, self.crop, self.old)
         arm = skin & (regions.along(self.points, self.crop.shape[:2]) < 0.06)
-        near = regions.closed(skin & regions.dilate(self.new, 2), 2)  # nails and wrinkles are not skin-coloured
+        # Nails and highlights do not have the skin's colour, and the silhouette is a little too thick.
+        near = regions.closed(skin & regions.dilate(self.new, 2), 2) | regions.erode(self.new, 3)
         hand = regions.soft((near | arm) & self.mask, 0.7)[..., None]
         ring = self.mask & ~regions.erode(self.mask, 4) & ~regions.dilate(self.new | arm, 3)
         off = np.abs(painted.astype(np.float32) - behind)[ring].mean() if ring.sum() > 20 else 0.0

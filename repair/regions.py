@@ -142,4 +142,4 @@ def _lines(points: np.ndarray, shape: tuple[int, int], width: int) -> np.ndarray
 
 
 def _fixed(point: np.ndarray) -> tuple[int, int]:
-    return int(round(float(point[0]) * 16)), int(round(float(point[1]) * 16))
+    return round(float(point[0]) * 16), round(float(point[1]) * 16)

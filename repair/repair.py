@@ -91,8 +91,8 @@ def choose(seen: Sequence[Seen], wish: Wish, size: Size, rest: np.ndarray) -> tu
             said.append(f"{_the(one)} lies outside of the picture, so it stays.")
         elif one.sureness is not None and one.sureness < SURE and not (wish.gesture or wish.every):
             said.append(
-                f"{_the(one)} stays as it is: its pose is only {one.sureness:.0%} sure. Say what it does with --gesture, "
-                "or take --all."
+                f"{_the(one)} stays as it is: its pose is only {one.sureness:.0%} sure. Say what it does with "
+                "--gesture, or take --all."
             )
         elif wish.gesture is not None and isinstance(one.hand, Fitted):
             chosen.append(replace(one, hand=posed(one.hand, wish.gesture, rest)))
