@@ -12,7 +12,7 @@ held by an active set; all starts run side by side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -302,6 +302,29 @@ def fit(
     residual = float(np.sqrt(np.square(away).sum(1).mean()))
     told = upright(poses.told(parts, log), joints[4, 1] > joints[2, 1])  # y points up here
     return Fitted(number, turn, vectors, joints * (1, -1), residual, np.degrees(degrees), told)
+
+
+def posed(hand: Fitted, gesture: str, rest: np.ndarray, poses: Poses | None = None) -> Fitted:
+    """The hand with the fingers of a gesture, where a person says what it shall do: wrist, direction and size stay.
+
+    rest: [62, 3] metres, as `fit` had them. Raises DetectionError for an unknown gesture."""
+    poses = (poses or Poses.load()).only(gesture)
+    bones = np.asarray(rest, np.float64)[list(HAND_JOINTS[hand.side])]
+    mirror = np.array((-1.0, 1.0, 1.0)) if hand.side else np.ones(3)
+    rig = _Rig((bones - bones[0]) * mirror, np.zeros((21, 3)))
+    turn = hand.turn * MIRROR if hand.side else hand.turn
+    vectors = np.empty((15, 3))
+    vectors[MANO] = rig.local(poses.mean[:1])[0].reshape(15, 3)
+    flat = rig.points(turn[None], poses.mean[:1])[0, :, :2] * mirror[:2] * (1, -1)  # metres from the wrist, y down
+    palm = [5, 9, 13, 17]  # bending fingers moves no knuckle
+    seen = hand.joints_2d[palm] - hand.joints_2d[0]
+    scale = (flat[palm] * seen).sum() / np.square(flat[palm]).sum()
+    return replace(
+        hand,
+        fingers=vectors * FLIP if hand.side else vectors,
+        joints_2d=hand.joints_2d[0] + scale * flat,
+        gestures={gesture: 1.0},
+    )
 
 
 def upright(gestures: dict[str, float], up: bool) -> dict[str, float]:

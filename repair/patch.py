@@ -13,8 +13,9 @@ crop fades in over the mask's border; elsewhere only the painted hand is laid ov
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -39,7 +40,8 @@ STRENGTH = 0.95
 @dataclass
 class Patch:
     """seen: the hand, in pixels of the picture. window: the crop. crop: uint8 [H, W, 3] at the model's size. old: where
-    the old hand is, bool [H, W]. arrays: for `save_hands`, framed by the window. new and mask: bool [H, W], after `pose`.
+    the old hand is, bool [H, W]. arrays: for `save_hands`, framed by the window. After `pose`: new, the silhouette, and
+    mask, bool [H, W], and points, the new hand's joints [21, 2] in pixels of the crop.
     """
 
     seen: Seen
@@ -49,6 +51,7 @@ class Patch:
     arrays: Arrays = field(repr=False)
     new: np.ndarray | None = field(default=None, repr=False)
     mask: np.ndarray | None = field(default=None, repr=False)
+    points: np.ndarray = field(default_factory=lambda: np.zeros((21, 2)), repr=False)  # of the new hand in the crop
 
     @property
     def magnified(self) -> float:
@@ -59,25 +62,33 @@ class Patch:
         """What `HanDiffuser.hands` says of `arrays`: its mesh gives the silhouette and the mask."""
         shape = self.crop.shape[:2]
         side = self.seen.hand.side
-        points = made["joints_2d"][side] * (shape[1], shape[0])
-        thick = regions.radii(made["vertices"], made["joints"][list(HAND_JOINTS[side])], made["camera"][0] * shape[0] / 2)
+        self.points = points = made["joints_2d"][side] * (shape[1], shape[0])
+        thick = regions.radii(
+            made["vertices"], made["joints"][list(HAND_JOINTS[side])], made["camera"][0] * shape[0] / 2
+        )
         self.new = regions.silhouette(points, thick, shape)
         self.mask = regions.dilate(self.new | self.old, round(MARGIN * shape[0]))
 
     def caption(self) -> str:
         """What one sees of the crop: the skin's tone, the side, the gesture and the colour around."""
-        skin = _nearest(self.crop[regions.erode(self.old, 2)], {name: 0.93 * np.array(v[0]) for name, v in SKINS.items()})
+        skin = _nearest(
+            self.crop[regions.erode(self.old, 2)], {name: 0.93 * np.array(v[0]) for name, v in SKINS.items()}
+        )
         around = regions.dilate(self.old, 8) & ~regions.dilate(self.old, 3)
         ground = _nearest(self.crop[around], {name: np.array(v) for name, v in BACKGROUNDS.items()})
         phrase = PHRASES[self.seen.gesture][0] if self.seen.gesture in PHRASES else ""
         hand = " ".join(word for word in (f"a {skin}", f"{SIDES[self.seen.hand.side]} hand", phrase) if word)
         return f"{hand}, {ground} background"
 
-    def request(self, folder: Path, caption: str | None = None, strength: float = STRENGTH, **settings: object) -> Request:
-        """The request that paints the crop. folder: keeps its hands while it runs. Raises RequestError."""
+    def save(self, path: Path) -> None:
+        """Writes the hand, framed by the crop, as a `.hands.npz`."""
+        save_hands(path, self.arrays)
+
+    def request(self, hands: Path, caption: str | None = None, strength: float = STRENGTH, **settings: Any) -> Request:
+        """The request that paints the crop. hands: a file to write, which must stay until the picture is made. Raises
+        RequestError for a setting."""
         assert self.mask is not None, "pose comes first"
-        hands = folder / "patch.hands.npz"
-        save_hands(hands, self.arrays)
+        self.save(hands)
         start = regions.prefill(self.crop, self.mask)
         return Request(
             caption or self.caption(), hands=str(hands), image=start, mask=self.mask, strength=strength, **settings
@@ -88,19 +99,27 @@ class Patch:
         assert self.new is not None and self.mask is not None, "pose comes first"
         hole = regions.dilate(self.old, 3) & self.mask
         behind = regions.prefill(self.crop, hole)
-        hand = regions.skin_shift(painted, self.new, self.crop, self.old)
-        ring = self.mask & ~regions.erode(self.mask, 4) & ~regions.dilate(self.new, 3)
+        shifted, skin = regions.skin_shift(painted, self.new, self.crop, self.old)
+        arm = skin & (regions.along(self.points, self.crop.shape[:2]) < 0.06)
+        # Nails and highlights do not have the skin's colour, and the silhouette is a little too thick.
+        near = regions.closed(skin & regions.dilate(self.new, 2), 2) | regions.erode(self.new, 3)
+        hand = regions.soft((near | arm) & self.mask, 0.7)[..., None]
+        ring = self.mask & ~regions.erode(self.mask, 4) & ~regions.dilate(self.new | arm, 3)
         off = np.abs(painted.astype(np.float32) - behind)[ring].mean() if ring.sum() > 20 else 0.0
-        fade = (regions.depth(self.mask) / FADE).clip(0, 1)
+        fade = (regions.depth(self.mask, self._at_edges(picture)) / FADE).clip(0, 1)
         if off < PLAIN:
-            alpha, hole = fade, np.zeros_like(hole)
-        else:
-            alpha = regions.soft(regions.erode(self.new, 1), 0.7) * fade
-        return self._composed(picture, hand, alpha, hole)
+            layer = (shifted * hand + painted * (1 - hand) + 0.5).astype(np.uint8)
+            return self._composed(picture, layer, fade, np.zeros_like(hole))
+        return self._composed(picture, shifted, hand[..., 0] * fade, hole)
+
+    def _at_edges(self, picture: np.ndarray) -> tuple[bool, bool, bool, bool]:
+        """Whether the crop's top, bottom, left and right edge lie at or beyond those of the picture."""
+        left, top, right, bottom = self.bounds
+        return top <= 0, bottom >= picture.shape[0], left <= 0, right >= picture.shape[1]
 
     def _composed(self, picture: np.ndarray, hand: np.ndarray, alpha: np.ndarray, hole: np.ndarray) -> np.ndarray:
         """Brings all to the picture's own pixels: what the crop shows beyond the picture is left out."""
-        left, top, right, bottom = self._bounds()
+        left, top, right, bottom = self.bounds
         size = (bottom - top, right - left)
         inside = (slice(max(top, 0), min(bottom, picture.shape[0])), slice(max(left, 0), min(right, picture.shape[1])))
         cut = (slice(inside[0].start - top, inside[0].stop - top), slice(inside[1].start - left, inside[1].stop - left))
@@ -114,7 +133,9 @@ class Patch:
         out[inside] = np.where(mask[..., None], (laid + 0.5).clip(0, 255).astype(np.uint8), part)
         return out
 
-    def _bounds(self) -> tuple[int, int, int, int]:
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in the picture's pixels; they may lie beyond it."""
         window = self.window
         return round(window.x), round(window.y), round(window.x + window.width), round(window.y + window.height)
 
@@ -122,12 +143,12 @@ class Patch:
 def plan(picture: np.ndarray, seen: Seen, rest: np.ndarray, size: Size, old: np.ndarray | None = None) -> Patch:
     """The crop of a hand. picture: uint8 [h, w, 3]. rest: [62, 3] of the bundle's body. size: (H, W) of its pictures.
     old: [21, 2] pixels, where the old hand is, if not where `seen` is. Raises DetectionError."""
-    points = seen.hand.joints_2d if old is None else np.concatenate([seen.hand.joints_2d, old])
-    window = _window(points, size)
+    there = seen.found.joints * picture.shape[1::-1] if seen.found is not None else seen.hand.joints_2d
+    there = there if old is None else old
+    window = _window(np.concatenate([seen.hand.joints_2d, there]), size)
     crop = cut(picture, window, size)
     shift, scale = np.array([window.x, window.y]), size[0] / window.height
-    there = seen.found.joints * picture.shape[1::-1] if seen.found is not None else seen.hand.joints_2d
-    region = regions.old_hand(crop, ((there if old is None else old) - shift) * scale)
+    region = regions.old_hand(crop, (there - shift) * scale)
     return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest))
 
 
@@ -138,11 +159,6 @@ def cut(picture: np.ndarray, window: Window, size: Size) -> np.ndarray:
     rows = np.arange(top, top + height).clip(0, picture.shape[0] - 1)
     columns = np.arange(left, left + width).clip(0, picture.shape[1] - 1)
     return resized(np.ascontiguousarray(picture[rows][:, columns]), size)
-
-
-def with_side(seen: Seen, side: str) -> Seen:
-    """The same hand as the other side's estimate would be named: for a person who knows better."""
-    return replace(seen, hand=replace(seen.hand, side=SIDES.index(side)))
 
 
 def _window(points: np.ndarray, size: Size) -> Window:

@@ -88,10 +88,23 @@ def erode(mask: np.ndarray, pixels: int) -> np.ndarray:
     return _morph(cv2.erode, mask, pixels)
 
 
-def depth(mask: np.ndarray) -> np.ndarray:
-    """How many pixels each pixel lies within the mask, float32 [H, W]; the picture's edge is no border of it."""
-    framed = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
-    return cv2.distanceTransform(framed, cv2.DIST_L2, 5)[1:-1, 1:-1]
+def closed(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """The mask without holes and cracks of up to twice as many pixels."""
+    return erode(dilate(mask, pixels), pixels)
+
+
+def depth(mask: np.ndarray, beyond: tuple[bool, bool, bool, bool]) -> np.ndarray:
+    """How many pixels each pixel lies within the mask, float32 [H, W]. beyond: whether top, bottom, left and right of
+    the crop are an edge of the picture; there the mask goes on, elsewhere it ends."""
+    framed = np.pad(mask.astype(np.uint8), 1)
+    inner = (slice(1, -1), slice(1, -1))
+    edges = (np.s_[0, :], np.s_[-1, :], np.s_[:, 0], np.s_[:, -1])
+    replicated = np.pad(mask.astype(np.uint8), 1, mode="edge")
+    for goes_on, edge in zip(beyond, edges, strict=True):
+        if goes_on:
+            framed[edge] = replicated[edge]
+    distance: np.ndarray = cv2.distanceTransform(framed, cv2.DIST_L2, 5)[inner]
+    return distance
 
 
 def soft(mask: np.ndarray, sigma: float) -> np.ndarray:
@@ -99,15 +112,19 @@ def soft(mask: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(mask.astype(np.float32), (0, 0), sigma)
 
 
-def skin_shift(picture: np.ndarray, new: np.ndarray, like: np.ndarray, old: np.ndarray) -> np.ndarray:
-    """The picture with the median Lab colour of its hand `new` moved to that of the hand `old` in the crop `like`."""
+def skin_shift(
+    picture: np.ndarray, new: np.ndarray, like: np.ndarray, old: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The picture with the median Lab colour of its hand `new` moved to that of the hand `old` in the crop `like`, and
+    where its skin is: all that has the colour of the new hand, its arm as well, bool [H, W]."""
     a, b = erode(new, 2), erode(old, 2)
-    if a.sum() < 20 or b.sum() < 20:
-        return picture
     there, wanted = (cv2.cvtColor(one, cv2.COLOR_RGB2LAB).astype(np.float32) for one in (picture, like))
-    shift = np.median(wanted[b], 0) - np.median(there[a], 0)
-    shift = shift.clip((-70, -16, -16), (70, 16, 16))
-    return cv2.cvtColor((there + shift).clip(0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB)
+    if a.sum() < 20 or b.sum() < 20:
+        return picture, new
+    middle = np.median(there[a], 0)
+    skin = np.linalg.norm((there - middle) * (LIGHTNESS, 1, 1), axis=-1) < ALIKE
+    shift = (np.median(wanted[b], 0) - middle).clip((-70, -16, -16), (70, 16, 16))
+    return cv2.cvtColor((there + shift).clip(0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB), skin
 
 
 def _morph(how: object, mask: np.ndarray, pixels: int) -> np.ndarray:
@@ -125,4 +142,4 @@ def _lines(points: np.ndarray, shape: tuple[int, int], width: int) -> np.ndarray
 
 
 def _fixed(point: np.ndarray) -> tuple[int, int]:
-    return int(round(float(point[0]) * 16)), int(round(float(point[1]) * 16))
+    return round(float(point[0]) * 16), round(float(point[1]) * 16)

@@ -1,0 +1,188 @@
+"""The hands of one picture: found or given, shaped as a person says, painted in few batches, pasted.
+
+hands = wanted(found, gesture="open_hand")            # with reasons for those that stay as they are
+for done in repaired(pipeline, picture, hands, rest, settings): ...
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..contract import HAND_JOINTS
+from ..detection.arms import HandEstimate, Size
+from ..detection.fit import Fitted, posed
+from ..detection.hands import Seen
+from ..errors import DetectionError, EngineError, RequestError
+from ..hands import POSES, load_hands
+from ..hints import hint
+from ..kinematics import forward
+from ..rotations import axis_angle_to_matrix
+from ..runtime.pipeline import HanDiffuser
+from ..runtime.requests import Request
+from ..runtime.results import Failure
+from .patch import STRENGTH, Patch, plan
+
+SURE = 0.5  # a less sure hand is not painted unless a person says what it does
+SMALLEST = 12.0  # pixels of a hand's box: below, nothing says what it does
+SOFT = 4.0  # pixels of the picture that a painted one may cover before the hand looks soft
+KEEP_STRENGTH = 0.6  # with the pose kept
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a person says. gesture, side: of every hand; None leaves what was found. every: also unsure hands."""
+
+    gesture: str | None = None
+    every: bool = False
+    caption: str | None = None
+    strength: float | None = None
+    keep_pose: bool = False
+
+    @property
+    def strong(self) -> float:
+        return self.strength if self.strength is not None else KEEP_STRENGTH if self.keep_pose else STRENGTH
+
+
+@dataclass
+class Outcome:
+    """image: uint8 [H, W, 3]. painted: what each painted hand was, for the note. said: sentences for the user."""
+
+    image: np.ndarray = field(repr=False)
+    painted: list[dict[str, Any]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+
+def given_hands(path: Path, size: Size, rest: np.ndarray) -> list[Seen]:
+    """The hands of a `.hands.npz` that hd-run or hd-repair wrote for a picture (height, width): those with a place in
+    it. Raises RequestError for a file that cannot be read, and DetectionError where it names no place."""
+    hands = load_hands(path)
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            vectors = np.concatenate([held[name].reshape(-1, 3) for name in POSES]).astype(np.float64)
+            shown, camera = held["placement"][:, 0] > 0.5, hands.camera
+    except (OSError, ValueError, KeyError) as error:
+        raise DetectionError(f"{path} cannot be read: {error}.") from None
+    if camera is None or not shown.any():
+        raise DetectionError(f"{path} must say where its hands are, got no camera or no hand. Take one of hd-run's.")
+    turns, joints = forward(axis_angle_to_matrix(vectors), rest)
+    view = camera[0] * (joints[..., :2] + camera[1:])
+    places = np.stack([0.5 * (size[1] + size[0] * view[:, 0]), 0.5 * size[0] * (1 - view[:, 1])], -1)
+    fingers = vectors[22:].reshape(2, 15, 3)
+    return [
+        Seen(HandEstimate(side, turns[HAND_JOINTS[side][0]], fingers[side], places[list(HAND_JOINTS[side])]))
+        for side in (0, 1)
+        if shown[side]
+    ]
+
+
+def choose(seen: Sequence[Seen], wish: Wish, size: Size, rest: np.ndarray) -> tuple[list[Seen], list[str]]:
+    """The hands to paint, shaped as the person wishes, and a sentence for each other one."""
+    chosen, said = [], []
+    for one in seen:
+        if float(np.ptp(one.hand.joints_2d, axis=0).max()) < SMALLEST:
+            said.append(f"{_the(one)} is smaller than {SMALLEST:.0f} pixels, so it stays. Give a larger picture.")
+        elif not (one.hand.joints_2d.mean(0) > 0).all() or not (one.hand.joints_2d.mean(0) < (size[1], size[0])).all():
+            said.append(f"{_the(one)} lies outside of the picture, so it stays.")
+        elif one.sureness is not None and one.sureness < SURE and not (wish.gesture or wish.every):
+            said.append(
+                f"{_the(one)} stays as it is: its pose is only {one.sureness:.0%} sure. Say what it does with "
+                "--gesture, or take --all."
+            )
+        elif wish.gesture is not None and isinstance(one.hand, Fitted):
+            chosen.append(replace(one, hand=posed(one.hand, wish.gesture, rest)))
+        else:
+            chosen.append(one)
+    return chosen, said
+
+
+def repair(
+    pipeline: HanDiffuser, picture: np.ndarray, seen: Sequence[Seen], rest: np.ndarray, wish: Wish, **settings: Any
+) -> Outcome:
+    """Paints hands into a picture uint8 [H, W, 3]. seen: from `choose`. settings: of `settings.SETTINGS`.
+
+    Hands whose masks touch are painted one after the other, all others together. Raises RequestError for a setting,
+    and EngineError when a hand cannot be painted."""
+    outcome = Outcome(picture)
+    rest_of = list(seen)
+    while rest_of:
+        patches = [
+            plan(outcome.image, one, rest, pipeline.manifest.image_size) for one in rest_of[: pipeline.batch_size]
+        ]
+        with tempfile.TemporaryDirectory(prefix="hd-repair-") as folder:
+            _pose(pipeline, patches, Path(folder))
+            alone = _apart(patches)
+            requests = [_request(patch, Path(folder) / f"{k}.npz", wish, settings) for k, patch in enumerate(alone)]
+            prepared, refused = pipeline.prepare(requests, seed=int(settings.get("seed") or 0))
+            if refused:
+                raise RequestError(refused[0].sentence)
+            pictures = {}
+            for made in pipeline.run(prepared):
+                if isinstance(made, Failure):
+                    raise EngineError(f"A hand could not be painted: {made.sentence}")
+                pictures[made.id] = made
+        for patch, request in zip(alone, prepared, strict=True):
+            made = pictures[str(request.id)]
+            outcome.image = patch.paste(outcome.image, made.image)
+            outcome.painted.append(
+                {"side": patch.seen.side, "gesture": patch.seen.gesture, "caption": request.prompt,
+                 "seed": request.seed, "strength": request.strength, "window": list(patch.bounds)}
+            )  # fmt: skip
+            if patch.magnified > SOFT:
+                outcome.said.append(
+                    f"{_the(patch.seen)} is {patch.magnified:.0f} times as large as the model paints, so it looks soft."
+                )
+        done = {id(patch.seen) for patch in alone}
+        rest_of = [one for one in rest_of if id(one) not in done]
+    return outcome
+
+
+def _pose(pipeline: HanDiffuser, patches: Sequence[Patch], folder: Path) -> None:
+    requests = []
+    for k, patch in enumerate(patches):
+        patch.save(folder / f"pose-{k}.npz")
+        requests.append(Request(patch.caption(), id=f"pose-{k}", hands=str(folder / f"pose-{k}.npz")))
+    prepared, refused = pipeline.prepare(requests)
+    if refused:
+        raise RequestError(refused[0].sentence)
+    for patch, made in zip(patches, pipeline.hands(prepared), strict=True):
+        if isinstance(made, Failure):
+            raise EngineError(f"A hand could not be posed: {made.sentence}")
+        patch.pose(made)
+
+
+def _apart(patches: Sequence[Patch]) -> list[Patch]:
+    """The first patch, and those whose windows touch none before them."""
+    out: list[Patch] = []
+    for patch in patches:
+        left, top, right, bottom = patch.bounds
+        free = all(
+            right <= other.bounds[0] or left >= other.bounds[2] or bottom <= other.bounds[1] or top >= other.bounds[3]
+            for other in out
+        )
+        if free:
+            out.append(patch)
+    return out
+
+
+def _request(patch: Patch, hands: Path, wish: Wish, settings: dict[str, Any]) -> Request:
+    own = {name: value for name, value in settings.items() if name != "seed"}
+    return patch.request(hands, wish.caption, wish.strong, **own)
+
+
+def _the(one: Seen) -> str:
+    return f"The {one.side} hand at ({one.hand.joints_2d[:, 0].mean():.0f}, {one.hand.joints_2d[:, 1].mean():.0f})"
+
+
+def known_gesture(name: str, names: Sequence[str]) -> str:
+    """Raises DetectionError for an unknown gesture."""
+    if name not in names:
+        raise DetectionError(
+            f"--gesture must be one of {', '.join(names)}, got {name!r}. {hint(name, '', names)}".rstrip()
+        )
+    return name
