@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"engines"},
     "calibration": {"engines", "runtime"},
     "export": {"models", "calibration", "engines"},
-    "serving": {"runtime", "engines", "detection"},
+    "repair": {"runtime", "detection", "engines"},
+    "serving": {"runtime", "engines", "detection", "repair"},
     "evaluation": {"runtime", "engines", "data", "models", "detection"},
     "benchmarks": {"runtime", "engines", "serving", "evaluation", "calibration", "export", "models", "training"},
 }
