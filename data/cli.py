@@ -269,6 +269,26 @@ def look(folder: Path, output: Path, body: Path | None, shown: int, counted: int
     return 0
 
 
+@commands.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; FOLDER/body.npz or the demo's by default.")
+def poses(folder: Path, out: Path, body: Path | None) -> int:
+    """Writes what the hands of FOLDER do into OUT, an .npz of gestures and their spread.
+
+    `hd-run --image` reads it as BUNDLE/poses.npz: then the hands of a photograph look like the model's own.
+    """
+    with console.status("reading"):
+        from .poses import poses_of
+
+        loaded = _body(body or _own(folder))
+    with progress("samples") as show:
+        found = poses_of(folder, loaded, show)
+    found.save(out)
+    console.print(f"{out} knows {len(found.names) - 1} gestures.")
+    return 0
+
+
 def _own(folder: Path) -> Path | None:
     """The body that lies in a dataset."""
     from .files import BODY

@@ -78,7 +78,8 @@ def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
     "--image",
     "photo",
     metavar="PHOTO",
-    help="Take the hands of this photograph. Without a PROMPT the picture shows what they do.",
+    help="Take the hands of this photograph, and write PHOTO.photo.hands.png, which shows how sure each is. Without a "
+    "PROMPT the picture shows what they do.",
 )
 @click.option("--no-hands", is_flag=True, help="Paint the prompt alone, without hands.")
 @click.option(
@@ -126,17 +127,20 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     over it) and ID.json. index.html shows them all. After an interruption, run the same command again: it skips
     finished pictures. The exit code is 0 when any picture is there, 1 when the run made none or had to stop, and 130
     after Ctrl-C. With --strict it is also 1 when a prompt was refused or a picture failed.
-
-    --image PHOTO also writes PHOTO.photo.hands.npz and .png: the hands that were found, and how sure each is.
     """
     check_order(engines, prompts, prompts_file, options["ray"])
     if options["list_words"]:
         return list_words(engines)
     say = Reporter(options["quiet"])
+<<<<<<< HEAD
     warn_of_quotes(engines, prompts, say)
     if options["photo"] is not None:
         caption = hands_of_photo(engines, output, options, say)
         prompts = prompts if prompts or prompts_file is not None else (caption,)
+=======
+    if options["image"] is not None:
+        prompts = hands_of_photo(engines, prompts if prompts or prompts_file else None, output, options, say)
+>>>>>>> e4d8615 (hd-data poses; the pages' words; tests of photographs)
     hands = NO_HANDS if options["no_hands"] else options["hand_params"]
     settings = {**given(options), "hands": hands, "image": options["image"], "mask": options["mask"]}
     check_files(options)
@@ -261,9 +265,13 @@ def list_words(engines: str) -> int:
     return 0
 
 
-def hands_of_photo(engines: str, output: str, options: dict[str, Any], say: Reporter) -> str:
-    """Writes the hands of --image into the output folder, makes them --hand-params, and says what they do."""
+def hands_of_photo(
+    engines: str, prompts: tuple[str, ...] | None, output: str, options: dict[str, Any], say: Reporter
+) -> tuple[str, ...]:
+    """Writes the hands of --image into the output folder, makes them --hand-params, and returns the prompts: where the
+    user gave none, what the hands do."""
     from ..detection.photo import Photo
+    from ..detection.poses import Poses
     from .rest import joints_at_rest
 
     for name in ("hand_params", "no_hands"):
@@ -271,9 +279,16 @@ def hands_of_photo(engines: str, output: str, options: dict[str, Any], say: Repo
             raise RequestError(f"--image must stand without --{name.replace('_', '-')}, got both. Leave one out.")
     if "://" in output:
         raise RequestError(f"--output must be a folder of this machine with --image, got {output}. Name a folder.")
+<<<<<<< HEAD
     manifest = Manifest.load(shipped.resolve(engines, "bundle"), verify=False)
     photo = Photo.read(options["photo"])
     told = photo.hands_for(joints_at_rest(engines), manifest.image_size)
+=======
+    folder = shipped.resolve(engines, "bundle")
+    manifest, poses = Manifest.load(folder, verify=False), Poses.of(folder)
+    photo = Photo.read(options["image"])
+    told = photo.hands_for(joints_at_rest(engines), manifest.image_size, poses)
+>>>>>>> e4d8615 (hd-data poses; the pages' words; tests of photographs)
     beside = Path(output) / f"{photo.path.stem}.photo"
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +302,7 @@ def hands_of_photo(engines: str, output: str, options: dict[str, Any], say: Repo
     options["hand_params"] = str(beside) + ".hands.npz"
     for sentence in [*told.said, f"See them: {beside}.hands.png"]:
         say.note(sentence)
-    return told.caption
+    return (told.caption,) if prompts is None else prompts
 
 
 def _on_ray(
