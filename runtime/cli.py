@@ -132,15 +132,9 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     if options["list_words"]:
         return list_words(engines)
     say = Reporter(options["quiet"])
-<<<<<<< HEAD
     warn_of_quotes(engines, prompts, say)
     if options["photo"] is not None:
-        caption = hands_of_photo(engines, output, options, say)
-        prompts = prompts if prompts or prompts_file is not None else (caption,)
-=======
-    if options["image"] is not None:
         prompts = hands_of_photo(engines, prompts if prompts or prompts_file else None, output, options, say)
->>>>>>> e4d8615 (hd-data poses; the pages' words; tests of photographs)
     hands = NO_HANDS if options["no_hands"] else options["hand_params"]
     settings = {**given(options), "hands": hands, "image": options["image"], "mask": options["mask"]}
     check_files(options)
@@ -279,16 +273,10 @@ def hands_of_photo(
             raise RequestError(f"--image must stand without --{name.replace('_', '-')}, got both. Leave one out.")
     if "://" in output:
         raise RequestError(f"--output must be a folder of this machine with --image, got {output}. Name a folder.")
-<<<<<<< HEAD
-    manifest = Manifest.load(shipped.resolve(engines, "bundle"), verify=False)
-    photo = Photo.read(options["photo"])
-    told = photo.hands_for(joints_at_rest(engines), manifest.image_size)
-=======
-    folder = shipped.resolve(engines, "bundle")
+    folder = shipped.resolve(engines, "bundle", options["quiet"])
     manifest, poses = Manifest.load(folder, verify=False), Poses.of(folder)
-    photo = Photo.read(options["image"])
-    told = photo.hands_for(joints_at_rest(engines), manifest.image_size, poses)
->>>>>>> e4d8615 (hd-data poses; the pages' words; tests of photographs)
+    photo = Photo.read(options["photo"])
+    told = photo.hands_for(joints_at_rest(folder), manifest.image_size, poses)
     beside = Path(output) / f"{photo.path.stem}.photo"
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)
