@@ -142,11 +142,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     lines = iter(source)
     first = next(lines, None)
     if first is None:
-        if source.refused:
-            return 1
-        raise RequestError(
-            f'There is nothing to do. Give a prompt, such as hd-run {engines} "a fist", or --prompts FILE.'
-        )
+        return nothing_to_do(engines, source)
 
     # The cheap checks come first: the manifest, then the folder, then the loading.
     bundle = shipped.resolve(engines, "bundle", options["quiet"])
@@ -257,6 +253,13 @@ def list_words(engines: str) -> int:
     else:
         click.echo(f"{engines} was trained on these words: {', '.join(sorted(known))}")
     return 0
+
+
+def nothing_to_do(engines: str, source: Prompts) -> int:
+    """The exit code where every prompt was refused. Raises RequestError where none was given."""
+    if source.refused:
+        return 1
+    raise RequestError(f'There is nothing to do. Give a prompt, such as hd-run {engines} "a fist", or --prompts FILE.')
 
 
 def hands_of_photo(
