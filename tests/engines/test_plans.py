@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 from handiffuser.contract import Manifest
-from handiffuser.engines.build import wanted_plans
+from handiffuser.engines.build import fitting, wanted_plans
 from handiffuser.engines.cli import commands, stale
 from handiffuser.engines.inspect import find_plans
 from handiffuser.engines.plans import PlanStore, Wanted, belongs, key_of, parts, user_cache
@@ -240,3 +240,25 @@ def test_plans_of_the_shipped_demo_are_in_the_user_s_cache(tmp_path, monkeypatch
     assert not plan.path.exists() and not list(PlanStore(shipped))
     own = tmp_path / "demo"
     assert PlanStore(own).folder == own / "plans", "a user's folder of that name is the user's"
+
+
+def test_a_card_that_a_copy_for_each_size_does_not_fit_gets_one_plan(toy_bundle):
+    """By default: who names an option, or has the room, gets what was asked for."""
+    weights = (toy_bundle / "unet.onnx").stat().st_size
+
+    class Card:
+        def __init__(self, copies: float) -> None:
+            self.copies = copies
+
+        def memory(self) -> int:
+            return int(self.copies * weights)
+
+    small, large = Card(7), Card(9)
+    asked, why = fitting(toy_bundle, Wanted(), small)
+    assert asked == Wanted(shared=True) and "4 copies" in why and "--shared-weights" in why and "--batch-sizes" in why
+    for wanted, card in [
+        (Wanted(), large), (Wanted(), None), (Wanted((1,)), Card(0.1)), (Wanted(dynamic=True), small),
+        (Wanted(shared=True), small), (Wanted((1, 2)), small),
+    ]:  # fmt: skip
+        assert fitting(toy_bundle, wanted, card) == (wanted, "")
+    assert fitting(toy_bundle, Wanted((1, 2), guidance_free=True), small)[0].shared
