@@ -231,7 +231,8 @@ class Manifest:
             )
             if not folder.exists():
                 hint = (
-                    "does not exist. `hd-export CHECKPOINT OUT` makes a bundle; the word `demo` names the shipped one"
+                    "does not exist. `hd-export CHECKPOINT OUT` makes a bundle; the word `demo` names the shipped one, "
+                    "and hf://ORG/NAME one of the Hugging Face Hub"
                 )
             raise BundleError(f"{folder} {hint}.") from None
         except (OSError, MisfitError) as error:
