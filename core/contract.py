@@ -64,6 +64,7 @@ GRAPHS = (
     "image_decoder",
 )
 IMAGE_ENCODER = "image_encoder"  # the graph that a bundle may lack
+ALL_GRAPHS = (*GRAPHS, IMAGE_ENCODER)
 
 # K, the history tensors of exported step graphs: 4 lets the UNet run every solver (PLMS needs them), 1 the hand prior
 # all others.
