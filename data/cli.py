@@ -94,7 +94,14 @@ def demo(
     from ..demo.dataset import make
 
     size = size or (256 if world == "human" else 128)
-    choice: dict[str, Any] = {"size": size, "seed": seed, "both": both, "leave_out": leave_out, "things": things, "pairs": pairs}
+    choice: dict[str, Any] = {
+        "size": size,
+        "seed": seed,
+        "both": both,
+        "leave_out": leave_out,
+        "things": things,
+        "pairs": pairs,
+    }
     with progress("scenes") as show:
         make(out, scenes, **choice, processes=processes, world=world, on_progress=show)
     console.print(f"{out} holds at least {scenes} scenes. Look at it: hd-data look {out} --output page.html")
