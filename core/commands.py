@@ -164,6 +164,7 @@ EXTRAS = {
     "onnxruntime": "[cpu]; [cuda] instead for NVIDIA GPUs",
     **dict.fromkeys(("smplx", "peft", "tensorboard"), "[train]"),
     "matplotlib": "[bench]",
+    **dict.fromkeys(("cv2", "mediapipe"), "[detect]"),
     **dict.fromkeys(("scipy", "statsmodels"), "[eval]"),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "[serve]"),
     "ray": "[ray]",

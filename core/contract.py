@@ -64,6 +64,7 @@ GRAPHS = (
     "image_decoder",
 )
 IMAGE_ENCODER = "image_encoder"  # the graph that a bundle may lack
+ALL_GRAPHS = (*GRAPHS, IMAGE_ENCODER)
 
 # K, the history tensors of exported step graphs: 4 lets the UNet run every solver (PLMS needs them), 1 the hand prior
 # all others.
@@ -231,7 +232,8 @@ class Manifest:
             )
             if not folder.exists():
                 hint = (
-                    "does not exist. `hd-export CHECKPOINT OUT` makes a bundle; the word `demo` names the shipped one"
+                    "does not exist. `hd-export CHECKPOINT OUT` makes a bundle; the word `demo` names the shipped one, "
+                    "and hf://ORG/NAME one of the Hugging Face Hub"
                 )
             raise BundleError(f"{folder} {hint}.") from None
         except (OSError, MisfitError) as error:

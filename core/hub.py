@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 from .contract import MANIFEST, Manifest, file_digest
 from .errors import BundleError, CheckpointError, HubError
+from .files import written
 from .schema import MisfitError, read_json, read_python_json
 
 PREFIX = "hf://"
@@ -96,7 +98,8 @@ def _fetch(id: Id, kind: str, variant: str | None, check: Callable[[Path], objec
         copy = Snapshot.open(id, HEADS[kind], quiet)
     with _named(copy.folder, id):
         if kind == "bundle":
-            copy.get(_bundle_files(copy))
+            copy.get(files := _bundle_files(copy))
+            _without_links(copy.folder, [MANIFEST, *files])
         else:
             parts = _parts(copy, kind)
             copy.get(name for name in copy.sizes if _is_small(name, parts))
@@ -262,6 +265,24 @@ def _bundle_files(copy: Snapshot) -> list[str]:
             where = f"{copy.id} lacks" if copy.online else f"The cache holds only a part of {copy.id}: it lacks"
             raise HubError(f"{where} {name}. Export and push it again, or fetch it with a connection.")
     return files
+
+
+def _without_links(folder: Path, names: Iterable[str]) -> None:
+    """Puts files where the cache's folder has links to them, as the cache itself does on systems without links.
+
+    OpenVINO and onnx refuse a graph whose weights lie behind a link, or under two names. A file that other revisions
+    link to is copied.
+    """
+    used = Counter(path.resolve() for path in folder.parent.rglob("*") if path.is_symlink())
+    for path in (folder / name for name in names):
+        if path.is_symlink():
+            blob = path.resolve()
+            with contextlib.suppress(OSError), written(path) as temporary:  # a read-only cache keeps its links
+                if used[blob] > 1:
+                    shutil.copyfile(blob, temporary)
+                else:
+                    blob.replace(temporary)
+                used[blob] -= 1
 
 
 def _not_ours(id: Id, head: str, names: set[str]) -> str:

@@ -183,7 +183,7 @@ def plms(schedule: NoiseSchedule, steps: int, start: int = 0) -> Recurrence:
     does: the second timestep is visited twice, the first time to average two outputs over the first stride.
 
     As in diffusers, outputs are combined as the network gives them: v-predictions before they become noise. After
-    `start` steps it begins anew in the same way, where diffusers' PNDMScheduler loses its place.
+    `start` steps it begins again in the same way, where diffusers' PNDMScheduler loses its place.
     """
     for unfit, what in (
         (schedule.prediction_type == "sample", "a network that predicts the sample"),

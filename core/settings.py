@@ -117,7 +117,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "strength": Setting(
         float,
-        "With an image: how much of it is painted anew, as a part of the steps.",
+        "With an image: how much of it is painted again, as a part of the steps.",
         0,
         1,
         origin="0.8, with a mask 1",

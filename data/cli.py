@@ -94,7 +94,14 @@ def demo(
     from ..demo.dataset import make
 
     size = size or (256 if world == "human" else 128)
-    choice: dict[str, Any] = {"size": size, "seed": seed, "both": both, "leave_out": leave_out, "things": things, "pairs": pairs}
+    choice: dict[str, Any] = {
+        "size": size,
+        "seed": seed,
+        "both": both,
+        "leave_out": leave_out,
+        "things": things,
+        "pairs": pairs,
+    }
     with progress("scenes") as show:
         make(out, scenes, **choice, processes=processes, world=world, on_progress=show)
     console.print(f"{out} holds at least {scenes} scenes. Look at it: hd-data look {out} --output page.html")
@@ -266,6 +273,26 @@ def look(folder: Path, output: Path, body: Path | None, shown: int, counted: int
     with progress("samples") as show:
         write_page(folder, output, loaded, shown=shown, counted=counted, seed=seed, body_name=name, on_progress=show)
     console.print(f"Open {output}")
+    return 0
+
+
+@commands.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--body", type=click.Path(path_type=Path), help="SMPL-H .npz; FOLDER/body.npz or the demo's by default.")
+def poses(folder: Path, out: Path, body: Path | None) -> int:
+    """Writes what the hands of FOLDER do into OUT, an .npz of gestures and their spread.
+
+    `hd-run --image` reads it as BUNDLE/poses.npz: then the hands of a photograph look like the model's own.
+    """
+    with console.status("reading"):
+        from .poses import poses_of
+
+        loaded = _body(body or _own(folder))
+    with progress("samples") as show:
+        found = poses_of(folder, loaded, show)
+    found.save(out)
+    console.print(f"{out} knows {len(found.names) - 1} gestures.")
     return 0
 
 

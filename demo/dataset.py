@@ -84,8 +84,17 @@ def make(
         raise DatasetError(f"{folder} cannot be made: {error.strerror or error}. Name another folder.") from error
     shard = min(SHARD, PEOPLE_SHARD) if world == "human" else SHARD
     jobs = [
-        (folder / f"{number:05d}.tar", seed, range(start, min(start + shard, scenes)), size, both, leave_out, world,
-         things, pairs)  # fmt: skip
+        (
+            folder / f"{number:05d}.tar",
+            seed,
+            range(start, min(start + shard, scenes)),
+            size,
+            both,
+            leave_out,
+            world,
+            things,
+            pairs,
+        )  # fmt: skip
         for number, start in enumerate(range(0, scenes, shard))
     ]
     todo = [job for job in jobs if not _done(*job[:7])]

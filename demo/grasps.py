@@ -33,7 +33,7 @@ TOUCHING: dict[str, tuple] = {
     "ball": (*(_tip(f) for f in (T, I, M, R, L)), PALM_ANY),
     "phone": (*(_tip(f) for f in (T, I, M, R)), PALM_ANY),
     "pen": (_tip(T), _tip(I), _tip(M, ANY), _bone(I, 0, ANY)),
-    "stick": (*(_tip(f) for f in (T, I, M, R, L)), PALM_ANY),
+    "stick": (*(_tip(f) for f in (T, I, M, R)), PALM_ANY),
     "book": (_tip(T), _tip(I), _tip(M), _tip(R)),
 }
 GRIP = HANDS["grip"]

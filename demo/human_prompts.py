@@ -140,7 +140,6 @@ HAND_ACTS: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class Someone:
     """A person and what can be said of it; "" and False: nothing.
-
     gesture: one of GESTURES or POSES, "holding", or one of TOGETHER, done by the hands of `side` (left, right, both or
     none, ""); `other`: the right hand's gesture where two hands differ; thing: of THING_WORDS, `tint`: its colour. view: palm, back, side or up. person: woman, man or person. age: young or old.
     skin: of SKINS. hair: a colour, `haircut`: of HAIRCUTS. shirt: a colour, pattern: of PATTERNS, sleeve: of SLEEVES.
@@ -317,7 +316,7 @@ def _together(spec: Spec, brief: bool = False) -> Node:
     if spec.together == "arm_around":
         orders = [pair for pair in orders if pair[0].side]
     people = {("man", "man"): "men", ("woman", "woman"): "women"}.get((left.person, right.person), "people")
-    who = _one(dict.fromkeys((people, "people")))
+    who = _one((people, "people"))
     ways = []
     for a, b in orders:
         nodes = [All("a", _one(PERSONS[one.person])) if brief else _person(one, brief=True) for one in (a, b)]

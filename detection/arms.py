@@ -62,6 +62,7 @@ def people(hands: Sequence[HandEstimate], size: Size, rest: np.ndarray) -> Array
 
 def person_of(hands: Sequence[HandEstimate], size: Size, rest: np.ndarray) -> Arrays | None:
     """One hand, or a left and a right one, as a person; None where one person cannot have both."""
+    hands = sorted(hands, key=lambda hand: hand.side)
     rotations = np.tile(np.eye(3), (52, 1, 1))
     placement, joints_2d = ABSENT.copy(), np.zeros((2, 21, 2), np.float32)
     for hand in hands:

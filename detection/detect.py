@@ -116,7 +116,7 @@ class MediaPipe:
         except ImportError as error:
             raise DetectionError(
                 "MediaPipe, which finds the hands, is not installed. "
-                'Install it under Python 3.12 or older: pip install "handiffuser[detect]"'
+                'Install it under Python 3.12 or older: pip install "handiffuser[detect]".'
             ) from error
         if not hasattr(package, "solutions"):
             raise DetectionError(

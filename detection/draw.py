@@ -25,9 +25,8 @@ def draw(image: np.ndarray, seen: Sequence[Seen]) -> np.ndarray:
 
 
 def _drawn(one: Seen, size: tuple[int, int]) -> tuple[np.ndarray, str, float]:
-    words = [one.side[0].upper(), one.gesture.replace("_", " ")]
-    if one.sureness is not None:
-        words.append(f"{one.sureness:.0%}")
+    sure = 1.0 if one.sureness is None else one.sureness
+    words = [one.side[0].upper(), one.gesture.replace("_", " "), "" if one.sureness is None else f"{sure:.0%}"]
     places = one.hand.joints_2d / (size[1], size[0])
     return (
         places,

@@ -12,7 +12,7 @@ held by an active set; all starts run side by side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -304,7 +304,7 @@ def fit(
     return Fitted(number, turn, vectors, joints * (1, -1), residual, np.degrees(degrees), told)
 
 
-def posed(hand: Fitted, gesture: str, rest: np.ndarray, poses: Poses | None = None) -> Fitted:
+def posed(hand: HandEstimate, gesture: str, rest: np.ndarray, poses: Poses | None = None) -> Fitted:
     """The hand with the fingers of a gesture, where a person says what it shall do: wrist, direction and size stay.
 
     rest: [62, 3] metres, as `fit` had them. Raises DetectionError for an unknown gesture."""
@@ -319,12 +319,9 @@ def posed(hand: Fitted, gesture: str, rest: np.ndarray, poses: Poses | None = No
     palm = [5, 9, 13, 17]  # bending fingers moves no knuckle
     seen = hand.joints_2d[palm] - hand.joints_2d[0]
     scale = (flat[palm] * seen).sum() / np.square(flat[palm]).sum()
-    return replace(
-        hand,
-        fingers=vectors * FLIP if hand.side else vectors,
-        joints_2d=hand.joints_2d[0] + scale * flat,
-        gestures={gesture: 1.0},
-    )
+    joints = hand.joints_2d[0] + scale * flat
+    fingers = vectors * FLIP if hand.side else vectors
+    return Fitted(hand.side, hand.turn, fingers, joints, 0.0, np.zeros(16), {gesture: 1.0})
 
 
 def upright(gestures: dict[str, float], up: bool) -> dict[str, float]:

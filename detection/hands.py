@@ -32,7 +32,7 @@ MIN_HAND_PIXELS = 40  # pixels of a painted picture: smaller hands are brought n
 NEAR = 1.6  # a window that brings hands nearer, times their box
 
 
-@dataclass
+@dataclass(eq=False)  # arrays do not compare
 class Seen:
     """A hand of a picture. hand: its pose and joints; a Fitted where points were fitted. found: what the detector said.
 

@@ -51,8 +51,8 @@ class Photo:
 
     @classmethod
     def read(cls, path: str | Path, detector: Detector | None = None) -> Photo:
-        """Any of Pillow's modes, any size that Pillow opens, upright by EXIF. Raises DetectionError for a file that is
-        no picture, or shows no hand."""
+        """Any of Pillow's modes, any size that Pillow opens, upright by EXIF. Raises DetectionError for a file
+        that cannot be read, and for a picture without hands."""
         path = Path(path)
         image = read_photo(path)
         detector = detector or MediaPipe()

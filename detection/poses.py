@@ -1,7 +1,7 @@
 """What hands do: gestures as Gaussians over the 45 finger angles, and a wide one for all other hands.
 
-    poses = Poses.load()                  # the one that ships; of the demo's gestures
-    poses = Poses.made(names, angles)     # of a dataset: `hd-data poses FOLDER poses.npz`
+    poses = Poses.of(bundle)              # the bundle's own, or the one that ships: the gestures of the demo's worlds
+    poses = Poses.made(names, angles)     # of a dataset: `hd-data poses FOLDER BUNDLE/poses.npz`
 
 Angles are those of `fingers.axes`, in radians, of left hands: thumb to little finger, three joints each, bend, side and
 twist. So they serve any body.
@@ -89,6 +89,12 @@ class Poses:
                 temporary.write_bytes(buffer.getvalue())
         except OSError as error:
             raise DetectionError(f"{path} cannot be written: {error.strerror or error}. Name another file.") from error
+
+    @classmethod
+    def of(cls, bundle: str | Path) -> Poses:
+        """Of a bundle's folder: its poses.npz, or the one that ships. Raises DetectionError."""
+        own = Path(bundle) / FILE.name
+        return cls.load(own if own.is_file() else FILE)
 
     @classmethod
     def load(cls, path: str | Path = FILE) -> Poses:

@@ -27,6 +27,7 @@ from .tensorrt_build import OnProgress, build_plan
 BATCH_SIZES = (1, 2, 4, 8)  # unless others are asked for
 # Steps of a schedule that unet_time takes at once: cheap, so one dynamic plan does for all.
 SCHEDULE_LENGTHS = (1, 20, 1000)
+WEIGHTS_MAY = 0.5  # of a GPU's memory: the rest is for other graphs, scratch and what runs beside
 FP8_TARGETS = ("8.9", "12.0")  # compute capabilities of TensorRT-RTX's plans in fp8, unless the user names GPUs
 
 
@@ -57,6 +58,25 @@ def wanted_plans(manifest: Manifest, wanted: Wanted) -> list[tuple[str, Sizes]]:
         else:
             out += [(name, batch) for batch in batches]
     return out
+
+
+def fitting(folder: Path, wanted: Wanted, cuda: Cuda | None) -> tuple[Wanted, str]:
+    """What to build where a copy of the UNet's weights for each batch size would not fit the GPU, and why.
+
+    Else what was asked for, and "". The one plan for all sizes may be slower, so it is taken for need only.
+    """
+    sizes = len(set(wanted.batch_sizes or BATCH_SIZES)) * (2 if wanted.guidance_free else 1)
+    if cuda is None or wanted.shared or wanted.dynamic or sizes == 1:
+        return wanted, ""
+    file = folder / Manifest.load(folder, verify=False).graphs["unet"].file
+    files = (file, file.with_name(file.name + ".data"))
+    needed, there = sizes * sum(one.stat().st_size for one in files if one.exists()), cuda.memory()
+    if needed <= WEIGHTS_MAY * there:
+        return wanted, ""
+    return replace(wanted, shared=True), (
+        f"{sizes} copies of the UNet's weights would take {needed / 1e9:.1f} of this GPU's {there / 1e9:.1f} GB, so "
+        "one plan serves all batch sizes (--shared-weights). Name fewer --batch-sizes for a plan each."
+    )
 
 
 def build(name: str, folder: str | Path, wanted: Wanted, on_build: OnBuild | None = None) -> Iterator[Built]:

@@ -15,8 +15,8 @@ from ..commands import run
 from ..contract import EIGHT_BITS, Manifest
 from ..errors import EngineError
 from . import inspect, timing, verdict
-from .backends import BACKENDS, PLANNED
-from .build import choose_builder, gpu
+from .backends import BACKENDS, GPU_PLANNED, PLANNED
+from .build import choose_builder, fitting, gpu
 from .cost import costs
 from .cost import text as cost_text
 from .plans import Built, Plan, PlanStore, Sizes, Wanted, belongs, size_text
@@ -47,7 +47,8 @@ def build_options(command):  # type: ignore[no-untyped-def]
                          help="Build a static plan for each.  [default: 1,2,4,8; openvino: 1]"),
             click.option("--dynamic", is_flag=True, help="One plan for all sizes up to the largest; slower to run."),
             click.option("--shared-weights", is_flag=True,
-                         help="One plan for all batch sizes, compiled for each: their weights are on the GPU once."),
+                         help="One plan for all batch sizes, compiled for each: their weights are on the GPU once.  "
+                         "[default: where a copy for each would take over half of its memory]"),
             click.option("--guidance-free", is_flag=True,
                          help="Also build UNets without the unconditional branch: half the work where guidance is 1."),
             click.option("--build-level", type=click.IntRange(0, 5), help="How hard TensorRT searches, 0 to 5."),
@@ -95,6 +96,10 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
 
     faster_than: see `judge_on_gpu`.
     """
+    if backend in GPU_PLANNED:
+        wanted, why = fitting(folder, wanted, gpu())
+        if why:
+            console.print(why)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     done: list[Built] = []
     with Progress(*columns, console=console, transient=True) as progress:

@@ -129,6 +129,10 @@ class Cuda:
         """Free bytes on the device."""
         return int(self.call("cudaMemGetInfo")[0])
 
+    def memory(self) -> int:
+        """Bytes of the device, free or not."""
+        return int(self.call("cudaMemGetInfo")[1])
+
 
 class Kernel:
     """A function on the device: launched on a stream, it returns at once."""

@@ -30,7 +30,7 @@ def instruments(options: dict[str, Any]) -> Instruments:
     try:
         detector = None if options["no_detector"] else MediaPipe()
     except DetectionError as error:
-        raise EvaluationError(f"{error}. Or leave the detector out: --no-detector.") from None
+        raise EvaluationError(f"{error} Or leave the detector out: --no-detector.") from None
     if detector is None and options["crops"] == "found":
         raise EvaluationError('--crops must be "asked" with --no-detector, got "found". Leave --no-detector out.')
     extractor = load_extractor(options["weights"])

@@ -18,7 +18,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
 
 from .. import commands, hub  # noqa: E402
-from ..contract import EIGHT_BITS, GRAPHS, MANIFEST, Manifest  # noqa: E402
+from ..contract import ALL_GRAPHS, EIGHT_BITS, MANIFEST, Manifest  # noqa: E402
 from ..engines.backends import BACKENDS, CHOICES, DEFAULT, PRECISIONS, Backend  # noqa: E402
 from ..engines.cli import build_options, build_with_progress, resolve_backend, wanted_of  # noqa: E402
 from ..engines.openvino import WORDS, inference  # noqa: E402
@@ -281,7 +281,7 @@ def export(options: Options, source: dict[str, str]) -> None:
         loaded = options.load()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("exporting", total=len(GRAPHS) + 1)
+        task = progress.add_task("exporting", total=len(ALL_GRAPHS))
 
         def on_step(graph: str, step: str) -> None:
             progress.update(task, description=f"{graph}: {PHASES[step]}")

@@ -174,7 +174,7 @@ class Job:
         if file is not None:
             own = file.name.endswith(".hands.npz")
             seen = (
-                given_hands(file, size, self.rest)
+                given_hands(file, size, self.pipeline)
                 if own
                 else from_estimates(file, size, self.rest, self.options["hand_mean"])
             )

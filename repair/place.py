@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..contract import HAND_JOINTS
-from ..detection.fit import FACING, FLIP, MIRROR, Fitted, posed
+from ..detection.arms import HandEstimate
+from ..detection.fit import FACING, MIRROR, posed
 from ..detection.hands import Seen
 from ..fingers import SIDES
 
@@ -16,8 +17,7 @@ def placed(box: np.ndarray, side: str, gesture: str, rest: np.ndarray) -> Seen:
     bones = np.asarray(rest, np.float64)[list(HAND_JOINTS[number])]
     turn = FACING[0] * MIRROR if number else FACING[0]
     flat = (turn @ (bones - bones[0]).T).T[:, :2] * (1, -1)
-    hand = Fitted(number, turn, np.zeros((15, 3)) * FLIP, flat, 0.0, np.zeros(16), {"": 1.0})
-    hand = posed(hand, gesture, rest)
+    hand = posed(HandEstimate(number, turn, np.zeros((15, 3)), flat), gesture, rest)
     low, high = hand.joints_2d.min(0), hand.joints_2d.max(0)
     scale = float(((box[2:] - box[:2]) / np.maximum(high - low, 1e-9)).min())
     hand.joints_2d = (hand.joints_2d - (low + high) / 2) * scale + (box[:2] + box[2:]) / 2

@@ -16,12 +16,12 @@ import numpy as np
 
 from ..contract import HAND_JOINTS
 from ..detection.arms import HandEstimate, Size
-from ..detection.fit import Fitted, posed
+from ..detection.fit import posed
 from ..detection.hands import Seen
 from ..errors import DetectionError, EngineError, RequestError
-from ..hands import POSES, load_hands
+from ..hands import POSES, hand_arrays, load_hands
 from ..hints import hint
-from ..kinematics import forward
+from ..kinematics import world
 from ..rotations import axis_angle_to_matrix
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
@@ -58,22 +58,19 @@ class Outcome:
     said: list[str] = field(default_factory=list)
 
 
-def given_hands(path: Path, size: Size, rest: np.ndarray) -> list[Seen]:
+def given_hands(path: Path, size: Size, pipeline: HanDiffuser) -> list[Seen]:
     """The hands of a `.hands.npz` that hd-run or hd-repair wrote for a picture (height, width): those with a place in
     it. Raises RequestError for a file that cannot be read, and DetectionError where it names no place."""
     hands = load_hands(path)
-    try:
-        with np.load(path, allow_pickle=False) as held:
-            vectors = np.concatenate([held[name].reshape(-1, 3) for name in POSES]).astype(np.float64)
-            shown, camera = held["placement"][:, 0] > 0.5, hands.camera
-    except (OSError, ValueError, KeyError) as error:
-        raise DetectionError(f"{path} cannot be read: {error}.") from None
-    if camera is None or not shown.any():
+    arrays = hand_arrays(hands.params)
+    shown = arrays["placement"][:, 0] > 0.5
+    if hands.camera is None or not shown.any():
         raise DetectionError(f"{path} must say where its hands are, got no camera or no hand. Take one of hd-run's.")
-    turns, joints = forward(axis_angle_to_matrix(vectors), rest)
-    view = camera[0] * (joints[..., :2] + camera[1:])
+    made = _hands(pipeline, [Request("hands", id="given", hands=str(path))])[0]  # with the body's shape
+    vectors = np.concatenate([arrays[name].reshape(-1, 3) for name in POSES]).astype(np.float64)
+    turns, fingers = world(axis_angle_to_matrix(vectors)), vectors[22:].reshape(2, 15, 3)
+    view = hands.camera[0] * (made["joints"][:, :2] + hands.camera[1:])
     places = np.stack([0.5 * (size[1] + size[0] * view[:, 0]), 0.5 * size[0] * (1 - view[:, 1])], -1)
-    fingers = vectors[22:].reshape(2, 15, 3)
     return [
         Seen(HandEstimate(side, turns[HAND_JOINTS[side][0]], fingers[side], places[list(HAND_JOINTS[side])]))
         for side in (0, 1)
@@ -94,7 +91,7 @@ def choose(seen: Sequence[Seen], wish: Wish, size: Size, rest: np.ndarray) -> tu
                 f"{_the(one)} stays as it is: its pose is only {one.sureness:.0%} sure. Say what it does with "
                 "--gesture, or take --all."
             )
-        elif wish.gesture is not None and isinstance(one.hand, Fitted):
+        elif wish.gesture is not None:
             chosen.append(replace(one, hand=posed(one.hand, wish.gesture, rest)))
         else:
             chosen.append(one)
@@ -147,13 +144,21 @@ def _pose(pipeline: HanDiffuser, patches: Sequence[Patch], folder: Path) -> None
     for k, patch in enumerate(patches):
         patch.save(folder / f"pose-{k}.npz")
         requests.append(Request(patch.caption(), id=f"pose-{k}", hands=str(folder / f"pose-{k}.npz")))
+    for patch, made in zip(patches, _hands(pipeline, requests), strict=True):
+        patch.pose(made)
+
+
+def _hands(pipeline: HanDiffuser, requests: Sequence[Request]) -> list[dict[str, np.ndarray]]:
+    """What the bundle makes of given hands. Raises RequestError and EngineError."""
     prepared, refused = pipeline.prepare(requests)
     if refused:
         raise RequestError(refused[0].sentence)
-    for patch, made in zip(patches, pipeline.hands(prepared), strict=True):
+    out = []
+    for made in pipeline.hands(prepared):
         if isinstance(made, Failure):
             raise EngineError(f"A hand could not be posed: {made.sentence}")
-        patch.pose(made)
+        out.append(made)
+    return out
 
 
 def apart(patches: Sequence[Patch]) -> list[Patch]:

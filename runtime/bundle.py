@@ -166,7 +166,7 @@ class Bundle:
 
     def shares(self, request: Request) -> np.ndarray:
         """float32 [N + 1, 2]: the shares of picture and noise before each step of a filled request with a picture, and
-        in its result. What is to be painted wholly anew begins as noise alone, as in diffusers' inpaint pipeline."""
+        in its result. Where all is painted again the start is noise alone, as in diffusers' inpaint pipeline."""
         table = self.table(LATENTS, request)
         shares = table.levels.astype(np.float32)
         if request.image is None or (request.strength == 1 and (request.mask is not None or self.inpaints)):

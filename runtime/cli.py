@@ -78,7 +78,8 @@ def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
     "--image",
     "photo",
     metavar="PHOTO",
-    help="Take the hands of this photograph. Without a PROMPT the picture shows what they do.",
+    help="Take the hands of this photograph, and write PHOTO.photo.hands.png, which shows how sure each is. Without a "
+    "PROMPT the picture shows what they do.",
 )
 @click.option("--no-hands", is_flag=True, help="Paint the prompt alone, without hands.")
 @click.option(
@@ -126,8 +127,6 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     over it) and ID.json. index.html shows them all. After an interruption, run the same command again: it skips
     finished pictures. The exit code is 0 when any picture is there, 1 when the run made none or had to stop, and 130
     after Ctrl-C. With --strict it is also 1 when a prompt was refused or a picture failed.
-
-    --image PHOTO also writes PHOTO.photo.hands.npz and .png: the hands that were found, and how sure each is.
     """
     check_order(engines, prompts, prompts_file, options["ray"])
     if options["list_words"]:
@@ -135,8 +134,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     say = Reporter(options["quiet"])
     warn_of_quotes(engines, prompts, say)
     if options["photo"] is not None:
-        caption = hands_of_photo(engines, output, options, say)
-        prompts = prompts if prompts or prompts_file is not None else (caption,)
+        prompts = hands_of_photo(engines, prompts if prompts or prompts_file else None, output, options, say)
     hands = NO_HANDS if options["no_hands"] else options["hand_params"]
     settings = {**given(options), "hands": hands, "image": options["image"], "mask": options["mask"]}
     check_files(options)
@@ -144,11 +142,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     lines = iter(source)
     first = next(lines, None)
     if first is None:
-        if source.refused:
-            return 1
-        raise RequestError(
-            f'There is nothing to do. Give a prompt, such as hd-run {engines} "a fist", or --prompts FILE.'
-        )
+        return nothing_to_do(engines, source)
 
     # The cheap checks come first: the manifest, then the folder, then the loading.
     bundle = shipped.resolve(engines, "bundle", options["quiet"])
@@ -261,9 +255,20 @@ def list_words(engines: str) -> int:
     return 0
 
 
-def hands_of_photo(engines: str, output: str, options: dict[str, Any], say: Reporter) -> str:
-    """Writes the hands of --image into the output folder, makes them --hand-params, and says what they do."""
+def nothing_to_do(engines: str, source: Prompts) -> int:
+    """The exit code where every prompt was refused. Raises RequestError where none was given."""
+    if source.refused:
+        return 1
+    raise RequestError(f'There is nothing to do. Give a prompt, such as hd-run {engines} "a fist", or --prompts FILE.')
+
+
+def hands_of_photo(
+    engines: str, prompts: tuple[str, ...] | None, output: str, options: dict[str, Any], say: Reporter
+) -> tuple[str, ...]:
+    """Writes the hands of --image into the output folder, makes them --hand-params, and returns the prompts: where the
+    user gave none, what the hands do."""
     from ..detection.photo import Photo
+    from ..detection.poses import Poses
     from .rest import joints_at_rest
 
     for name in ("hand_params", "no_hands"):
@@ -271,9 +276,10 @@ def hands_of_photo(engines: str, output: str, options: dict[str, Any], say: Repo
             raise RequestError(f"--image must stand without --{name.replace('_', '-')}, got both. Leave one out.")
     if "://" in output:
         raise RequestError(f"--output must be a folder of this machine with --image, got {output}. Name a folder.")
-    manifest = Manifest.load(shipped.resolve(engines, "bundle"), verify=False)
+    folder = shipped.resolve(engines, "bundle", options["quiet"])
+    manifest, poses = Manifest.load(folder, verify=False), Poses.of(folder)
     photo = Photo.read(options["photo"])
-    told = photo.hands_for(joints_at_rest(engines), manifest.image_size)
+    told = photo.hands_for(joints_at_rest(folder), manifest.image_size, poses)
     beside = Path(output) / f"{photo.path.stem}.photo"
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +293,7 @@ def hands_of_photo(engines: str, output: str, options: dict[str, Any], say: Repo
     options["hand_params"] = str(beside) + ".hands.npz"
     for sentence in [*told.said, f"See them: {beside}.hands.png"]:
         say.note(sentence)
-    return told.caption
+    return (told.caption,) if prompts is None else prompts
 
 
 def _on_ray(

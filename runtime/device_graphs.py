@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..contract import BRANCHES, GRAPHS, IMAGE_ENCODER, GraphSpec, Manifest, TensorSpec
+from ..contract import ALL_GRAPHS, BRANCHES, GraphSpec, Manifest, TensorSpec
 from ..engines.base import DeviceEngine, Load
 from ..errors import EngineError
 from ..settings import MAX_STEPS
@@ -197,7 +197,7 @@ class Streams(NamedTuple):
 
 
 # The stream of each graph's engines. Engines of one stream never run at once, and share their scratch memory.
-STREAM = dict.fromkeys((*GRAPHS, IMAGE_ENCODER), "side") | {"unet": "main", "unet_time": "main", "image_decoder": "out"}
+STREAM = dict.fromkeys(ALL_GRAPHS, "side") | {"unet": "main", "unet_time": "main", "image_decoder": "out"}
 
 
 def connect(
@@ -214,7 +214,7 @@ def connect(
     """
     graphs: dict[str, DeviceGraph] = {}
     feeds = {"text_hand_encoder": "hand_features", "unet_context": "text_hand_encoder"}
-    for name in [name for name in (*GRAPHS, IMAGE_ENCODER) if name in manifest.graphs]:
+    for name in [name for name in ALL_GRAPHS if name in manifest.graphs]:
         spec = manifest.graphs[name]
         shared = graphs[feeds[name]].outputs if name in feeds else {}
         free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}

@@ -58,7 +58,7 @@ class HanDiffuser:
         onnxruntime_graphs: bool = False,
         pictures: int = 1,
     ) -> HanDiffuser:
-        """Loads a bundle or an engines folder, or the word "demo" for the shipped one.
+        """Loads a bundle or an engines folder, the word "demo" for the shipped one, or an id of the Hub (org/name).
 
         device: "auto", "cpu" or "cuda". threads: CPU threads; by default all cores. batch_size: slots, the largest
         number of requests that run at once.
@@ -68,8 +68,8 @@ class HanDiffuser:
         overlap: on a GPU, run hands of the next requests and the decoder of the last beside the current steps.
         onnxruntime_graphs: with ONNX Runtime on a GPU, replay the steps as its own CUDA graphs; the host waits for
         each.
-        Raises BundleError for a missing or damaged bundle, EngineError when it cannot run here. Warns where it uses
-        other engines than those of the folder.
+        Raises BundleError for a missing or damaged bundle, HubError for an id that cannot be fetched, EngineError when
+        it cannot run here. Warns where it uses other engines than those of the folder.
         """
         if batch_size < 1:
             raise RequestError(f"batch_size must be at least 1, got {batch_size}.")

@@ -204,6 +204,8 @@ def run(work: Path, graph: str, variant: str, batch: int, model: Path | None, qu
 
 def decide(lines: list[dict[str, Any]]) -> list[str]:
     """What the figures mean for this project."""
+    if any(one["device"] != "cuda" for one in lines):
+        return ["A CPU decides nothing."]
     said = []
     for graph, batch in sorted({(one["graph"], one["batch"]) for one in lines}):
         taken = {one["variant"]: one["ms"] for one in lines if (one["graph"], one["batch"]) == (graph, batch)}

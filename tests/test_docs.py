@@ -33,6 +33,7 @@ MODULES = {
     "hd-train": ("training.cli", "commands"),
     "hd-bench": ("benchmarks.cli", "bench"),
     "hd-eval": ("evaluation.cli", "evaluate"),
+    "hd-repair": ("repair.cli", "repair_command"),
 }
 BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`((?:hd-\w+) [^`]*)`")
@@ -41,7 +42,7 @@ LONGER = re.compile(r"^hd-run demo|^hd-data (demo|check|look|latents) |^hd-eval 
 # Parameters that name a file or folder which must be there before; those that name what a command makes.
 READS = {"engines", "checkpoint", "folder", "what", "reference", "against", "prompts_file", "hand_params", "hand_mean"}
 READS |= {"image", "mask", "donor", "api_keys", "data", "start", "texts", "source", "body", "a", "b", "answers", "file"}
-READS |= {"path", "judge"}
+READS |= {"path", "judge", "photo", "hands_file", "hand_mean"}
 MAKES = {"output", "out", "report"}
 
 
@@ -193,9 +194,9 @@ def test_extras_are_those_that_there_are():
     for page in PAGES:
         for names in re.findall(r'pip install "\.\[([^]]+)\]"', page.read_text(encoding="utf-8")):
             assert set(names.split(",")) <= extras, (page.name, names)
-    table = PAGES[0].read_text(encoding="utf-8").partition("## Seven tasks")[2].partition("\n\n`hd-train")[0]
+    table = PAGES[0].read_text(encoding="utf-8").partition("## Nine tasks")[2].partition("\n\n`hd-train")[0]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| ") and "extras" not in line]
-    assert len(rows) == 7
+    assert len(rows) == 9
     for row in rows:
         named = re.findall(r"`([^`]+)`", row[2])
         assert named and all(set(names.split(",")) <= extras for names in named), row

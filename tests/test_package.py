@@ -77,7 +77,9 @@ def test_the_wheel_runs_from_an_empty_folder(built, tmp_path):
     assert {"hd-run", "hd-export", "hd-train"} <= {path.name for path in (site / "bin").iterdir()}
 
 
-@pytest.mark.parametrize("command", ["hd_run", "hd_serve", "hd_export", "hd_engines", "hd_train", "hd_eval"])
+@pytest.mark.parametrize(
+    "command", ["hd_run", "hd_serve", "hd_export", "hd_engines", "hd_train", "hd_eval", "hd_repair"]
+)
 def test_ctrl_c_while_the_libraries_load_is_a_sentence(command):
     script = (
         "import os, signal, sys, threading\n"

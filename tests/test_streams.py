@@ -11,7 +11,18 @@ import pytest
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a shell and /dev/full")
 BIN = Path(sys.executable).parent
-COMMANDS = ("hd-run", "hd-serve", "hd-export", "hd-engines", "hd-body", "hd-data", "hd-train", "hd-bench", "hd-eval")
+COMMANDS = (
+    "hd-run",
+    "hd-serve",
+    "hd-export",
+    "hd-engines",
+    "hd-body",
+    "hd-data",
+    "hd-train",
+    "hd-bench",
+    "hd-eval",
+    "hd-repair",
+)
 CLOSED = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-"}
 
 # A command that opens a file, as a model's would be, and then talks. It says which number the file has.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -247,7 +248,7 @@ class EditHands:
         steps: list[Callable[[Hands], Hands]] = []
         for side, gesture in (("left", left_hand), ("right", right_hand)):
             if gesture in gestures():
-                steps.append(lambda one, side=side, gesture=gesture: edit(one, gesture=(side, gesture)))
+                steps.append(partial(edit, gesture=(side, gesture)))
         steps += [mirrored] * mirror + [swapped] * swap
         edited = list(hands)
         for step in steps:

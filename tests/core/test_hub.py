@@ -97,8 +97,22 @@ def test_a_bundle_paints_and_comes_once(server, capsys):
     said = capsys.readouterr().err
     assert f"Fetching {len(manifest['files'])} files of org/demo (" in said and len(said.splitlines()) == 1
     server.log.clear()
-    again("org/demo", "bundle")
+    folder = again("org/demo", "bundle")
     assert not [line for line in server.log if line[0] == "GET" and "/api/" not in line[1]]
+    # OpenVINO and onnx refuse weights behind a link, and files with two names.
+    assert not [path for path in folder.iterdir() if path.is_symlink() or path.stat().st_nlink > 1]
+    assert not list(folder.glob(".*")) and not list(folder.parent.parent.glob("blobs/*"))
+
+
+def test_revisions_of_a_bundle_share_no_file(server):
+    repo = server.add("org/demo", shipped.bundle_path())
+    first = repo.sha
+    one = hub.fetch("org/demo", "bundle")
+    repo.files["README.md"] = b"new"
+    two = again("org/demo", "bundle")
+    assert one.name == first and two.name == repo.sha and one != two
+    for name in json.loads((two / "manifest.json").read_text())["files"]:
+        assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
 def test_stable_diffusion_is_fetched_without_what_lies_beside(server):
@@ -283,3 +297,18 @@ def test_a_token_stays_with_the_hub(server, monkeypatch):
     hub.fetch("org/sd", "stable-diffusion")
     assert {token for path, token in seen if path.startswith("/cdn/")} == {None}
     assert {token for path, token in seen if not path.startswith("/cdn/")} == {GOOD_TOKEN}
+
+
+def test_links_become_files_and_other_revisions_keep_theirs(tmp_path):
+    for name in ("blobs", "snapshots/a", "snapshots/b"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("one", "two"):
+        (tmp_path / "blobs" / name).write_text(name)
+    links = {"a/x": "one", "b/x": "one", "b/same-as-x": "one", "b/y": "two"}
+    for path, blob in links.items():
+        (tmp_path / "snapshots" / path).symlink_to(f"../../blobs/{blob}")
+    hub._without_links(tmp_path / "snapshots/b", ["x", "same-as-x", "y"])
+    for path, blob in links.items():
+        path = tmp_path / "snapshots" / path
+        assert path.read_text() == blob and path.is_symlink() == (path.parent.name == "a")
+    assert [path.name for path in (tmp_path / "blobs").iterdir()] == ["one"]

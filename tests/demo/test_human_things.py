@@ -10,7 +10,7 @@ import torch
 from handiffuser.demo import grasps as solver
 from handiffuser.demo import human_scenes, human_skin
 from handiffuser.demo.contacts import surface_distance
-from handiffuser.demo.human import load_human
+from handiffuser.demo.human import human_body, load_human
 from handiffuser.demo.human_holding import bend, places_of
 from handiffuser.demo.human_poses import HANGING, LEFT, RIGHT, Figure
 from handiffuser.demo.human_prompts import THING_WORDS, Someone, Spec, says, write_caption
@@ -81,7 +81,7 @@ def test_the_solvers_distance_is_that_of_the_mesh(thing):
     ours = solver.distance(thing, size, torch.from_numpy(points)).numpy()
     true = surface_distance(points, *(mesh.vertices[mesh.faces[:, i]] for i in range(3)))
     outside = ours > 0.001
-    assert outside.sum() > 20 and np.abs(ours - true)[outside].max() < 0.008
+    assert outside.sum() > 20 and np.abs(ours - true)[outside].max() < 0.012
     assert np.median(np.abs(ours - true)[outside]) < 0.0015
 
 
@@ -131,17 +131,16 @@ def test_scenes_with_things_repeat_and_others_stay(scenes):
 
 
 def test_things_are_drawn_before_and_behind_people():
-    scene = sample_scene(np.random.default_rng((5, 0)), kind="things", framing="close-up")
-    held = scene.things[0]
-    red = replace(held, look=replace(held.look, colours=((0.9, 0.02, 0.02),) * 3, gloss=((0.0, 0.8),) * 3))
+    person, mesh = Person(human_body().v_template.numpy()), thing_mesh("ball", (0.033,))
+    chest = load_human().joints[9]
+    red = replace(sample_thing("ball", np.random.default_rng(0)), colours=((0.9, 0.02, 0.02),) * 2)
 
-    def count(shift: float) -> int:
-        thing = Held(held.mesh, held.vertices + (0, 0, shift), red.look, held.mirrored)
-        people = [Person(scene.poses[0].vertices, scene.looks[0], scene.poses[0].head)]
-        picture = render(people, scene.camera, Lamp(), GREY, 64, things=[thing]).numpy().astype(int)
+    def count(depth: float) -> int:
+        held = Held(mesh, mesh.vertices + chest + (0, 0, depth), red)
+        picture = render([person], Camera(4, 0, -chest[1]), Lamp(), GREY, 64, things=[held]).numpy().astype(int)
         return int(((picture[..., 0] > 90) & (picture[..., 1:].max(-1) < 60)).sum())
 
-    assert count(0.5) > count(0.0) > count(-1.0) == 0
+    assert count(0.4) > 20 and count(-0.4) == 0
 
 
 def test_every_thing_is_drawn_in_many_looks():
@@ -151,8 +150,9 @@ def test_every_thing_is_drawn_in_many_looks():
         look, mesh = sample_thing(thing, np.random.default_rng(0)), thing_mesh(thing, SIZES[thing][0])
         assert len(look.colours) == len(look.gloss) == len(PARTS[thing])
         far = Person(np.zeros((len(load_human().template), 3), np.float32) + np.float32([0, -9, 0]))
-        picture = render([far], Camera(4, 0, 0), Lamp(), GREY, 48, things=[Held(mesh, mesh.vertices, look)]).float()
-        assert picture.std() > 8
+        camera = Camera(1.6 / float(np.abs(mesh.vertices).max()), 0, 0)
+        picture = render([far], camera, Lamp(), GREY, 48, things=[Held(mesh, mesh.vertices, look)]).float()
+        assert picture.std() > 6
 
 
 PROMPTS = {

@@ -137,7 +137,7 @@ def test_the_detector_s_offsets_are_taken_back(rest):
 def test_a_person_may_name_the_gesture(rest):
     side, gesture, _, points = made(3, rest)
     assert fit(points, SIDES[side], rest, gesture=gesture).gestures.keys() == {gesture}
-    with pytest.raises(DetectionError, match="gesture must be one of .*fist.*, got 'waving'"):
+    with pytest.raises(DetectionError, match=r"gesture must be one of .*fist.*, got 'waving'"):
         fit(points, SIDES[side], rest, gesture="waving")
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("cuda.bindings.runtime")
 
 from fake_runtime import Op, fake_cuda
 from handiffuser import EngineError, ExportError
-from handiffuser.contract import GRAPHS, GraphSpec, Manifest
+from handiffuser.contract import ALL_GRAPHS, GraphSpec, Manifest
 from handiffuser.engines import inductor
 from handiffuser.engines.inductor import InductorDeviceEngine, InductorEngine, find_compiled
 from handiffuser.engines.plans import PlanStore, parts
@@ -268,14 +268,14 @@ def test_arrays_that_do_not_fit_are_refused_when_they_are_bound(cases):
 def test_what_is_compiled_is_found_by_device_and_version(toy_bundle, tmp_path, monkeypatch):
     manifest, store = Manifest.load(toy_bundle), PlanStore(tmp_path)
 
-    def add(target, version=torch.__version__, graphs=GRAPHS):
+    def add(target, version=torch.__version__, graphs=ALL_GRAPHS):
         for name in graphs:
             wanted = parts(manifest, name, {"B": (1, 2, 4096)}, "inductor", version, f"{target} features", Options())
             store.add(wanted, f"{target} {name}".encode(), {}, 1.0)
 
     def found(device):
         target, plans = find_compiled(tmp_path, manifest, device)
-        assert set(plans) == set(GRAPHS)
+        assert set(plans) == set(ALL_GRAPHS)
         assert all(store.read(plan) == f"{target} {name}".encode() for name, plan in plans.items())
         return target
 
@@ -286,9 +286,9 @@ def test_what_is_compiled_is_found_by_device_and_version(toy_bundle, tmp_path, m
     add("cpu")
     assert found("auto") == found("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    add("cuda", graphs=GRAPHS[:-1])
+    add("cuda", graphs=ALL_GRAPHS[:-1])
     assert found("auto") == "cpu"
-    with pytest.raises(EngineError, match=r"no compiled image_decoder .* on cuda"):
+    with pytest.raises(EngineError, match=r"no compiled image_encoder .* on cuda"):
         found("cuda")
     add("cuda")
     assert found("auto") == "cuda" and found("cpu") == "cpu"

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("cuda.bindings.runtime")
 
 from fake_runtime import fake_cuda
-from handiffuser.contract import GRAPHS, GraphSpec, Manifest, TensorSpec
+from handiffuser.contract import ALL_GRAPHS, GraphSpec, Manifest, TensorSpec
 from handiffuser.engines import build
 from handiffuser.engines.base import check_gpu, powers_of_two
 from handiffuser.engines.build import options_for, wanted_plans
@@ -375,7 +375,7 @@ def test_plans_are_picked_by_bundle_backend_version_and_gpu(toy_bundle, tmp_path
         usable_plans(store, manifest, module, cuda)
     add("11.0", everywhere, [4])
     found = usable_plans(store, manifest, module, cuda)
-    assert set(found) == set(GRAPHS) and list(found["unet"]) == [4]
+    assert set(found) == set(ALL_GRAPHS) and list(found["unet"]) == [4]
     for name, batch in wanted_plans(manifest, Wanted((1, 3), shared=True)):
         store.add(parts(manifest, name, batch, module.name, "11.0", everywhere, Options()), b"plan", {}, 1.0)
     found = usable_plans(store, manifest, module, cuda)

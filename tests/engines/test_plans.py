@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 from handiffuser.contract import Manifest
-from handiffuser.engines.build import wanted_plans
+from handiffuser.engines.build import fitting, wanted_plans
 from handiffuser.engines.cli import commands, stale
 from handiffuser.engines.inspect import find_plans
 from handiffuser.engines.plans import PlanStore, Wanted, belongs, key_of, parts, user_cache
@@ -68,7 +68,7 @@ def test_a_change_builds_what_it_touches_and_says_why(manifest, tmp_path, change
     assert {why.removesuffix(",G=2") for why in first.values()} == {
         "never built", "never built for B=4", "never built for B=1,G=1", "never built for B=4,G=1"
     }  # fmt: skip
-    assert len(first) == 17  # seven graphs for each size, the hand prior also with one branch, and the time rows
+    assert len(first) == 19  # eight graphs for each size, the hand prior also with one branch, and the time rows
     assert build(store, all_parts(manifest)) == {}
     make, words, touched = CHANGES[change]
     again = build(store, make(manifest))
@@ -83,7 +83,7 @@ def test_another_batch_size_builds_only_that(manifest, tmp_path):
     store = PlanStore(tmp_path)
     build(store, all_parts(manifest))
     again = build(store, all_parts(manifest, (1, 2, 4)))
-    assert {sizes for _, sizes in again} == {"B=2", "B=2,G=2", "B=2,G=1"} and len(again) == 8
+    assert {sizes for _, sizes in again} == {"B=2", "B=2,G=2", "B=2,G=1"} and len(again) == 9
     assert all(why == f"never built for {sizes}" for (_, sizes), why in again.items())
     dynamic = build(store, all_parts(manifest, (1, 8), dynamic=True))
     shared = build(store, all_parts(manifest, (1, 8), shared=True))
@@ -164,7 +164,7 @@ def test_full_disk_leaves_nothing_half_written(manifest, tmp_path, monkeypatch):
         with pytest.raises(EngineError, match=r"disk is full.*same command again"):
             build(store, wanted)
     assert len(list(store)) == 3 and not store.strays()
-    assert len(build(store, wanted)) == 14
+    assert len(build(store, wanted)) == 16
 
 
 WRONG = {
@@ -240,3 +240,25 @@ def test_plans_of_the_shipped_demo_are_in_the_user_s_cache(tmp_path, monkeypatch
     assert not plan.path.exists() and not list(PlanStore(shipped))
     own = tmp_path / "demo"
     assert PlanStore(own).folder == own / "plans", "a user's folder of that name is the user's"
+
+
+def test_a_card_that_a_copy_for_each_size_does_not_fit_gets_one_plan(toy_bundle):
+    """By default: who names an option, or has the room, gets what was asked for."""
+    weights = (toy_bundle / "unet.onnx").stat().st_size
+
+    class Card:
+        def __init__(self, copies: float) -> None:
+            self.copies = copies
+
+        def memory(self) -> int:
+            return int(self.copies * weights)
+
+    small, large = Card(7), Card(9)
+    asked, why = fitting(toy_bundle, Wanted(), small)
+    assert asked == Wanted(shared=True) and "4 copies" in why and "--shared-weights" in why and "--batch-sizes" in why
+    for wanted, card in [
+        (Wanted(), large), (Wanted(), None), (Wanted((1,)), Card(0.1)), (Wanted(dynamic=True), small),
+        (Wanted(shared=True), small), (Wanted((1, 2)), small),
+    ]:  # fmt: skip
+        assert fitting(toy_bundle, wanted, card) == (wanted, "")
+    assert fitting(toy_bundle, Wanted((1, 2), guidance_free=True), small)[0].shared

@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner
 from commands import listen, run_command
 from handiffuser.calibration.fidelity import Report
-from handiffuser.contract import GRAPHS, GraphSpec, Manifest
+from handiffuser.contract import ALL_GRAPHS, GraphSpec, Manifest
 from handiffuser.export import bundle, kept
 from handiffuser.export.bundle import export_bundle
 from handiffuser.export.cli import command
@@ -73,16 +73,16 @@ def content(folder):
 def test_what_is_finished_stays(made, tiny_checkpoint, tmp_path, number, when):
     export_bundle(tiny_checkpoint, tmp_path / "undisturbed")
     made.clear()
-    graph = GRAPHS[number]
+    graph = ALL_GRAPHS[number]
     with pytest.raises(KeyboardInterrupt):
         export_bundle(tiny_checkpoint, tmp_path / "b", on_step=stop_at(graph, when))
     work = tmp_path / ".b.partial"
-    assert sorted(path.stem for path in work.glob("bundle/.kept/*.json")) == sorted(GRAPHS[:number])
+    assert sorted(path.stem for path in work.glob("bundle/.kept/*.json")) == sorted(ALL_GRAPHS[:number])
     assert work.exists() == bool(number) and not (tmp_path / "b").exists()
     made.clear()
     results = export_bundle(tiny_checkpoint, tmp_path / "b")
-    assert made == list(GRAPHS[number:])
-    assert [result.kept for result in results] == [True] * number + [False] * (8 - number)
+    assert made == list(ALL_GRAPHS[number:])
+    assert [result.kept for result in results] == [True] * number + [False] * (len(ALL_GRAPHS) - number)
     assert content(tmp_path / "b") == content(tmp_path / "undisturbed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "undisturbed"]
 
@@ -100,7 +100,7 @@ def test_what_was_changed_is_made_again(made, tiny_checkpoint, tmp_path):
     (folder / "image_decoder.onnx").write_text("half written")
     made.clear()
     export_bundle(tiny_checkpoint, tmp_path / "b")
-    assert made == [name for name in GRAPHS if name != "unet_time"]
+    assert made == [name for name in ALL_GRAPHS if name != "unet_time"]
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert not (tmp_path / "b" / ".kept").exists() and "half" not in (tmp_path / "b" / "image_decoder.onnx").read_text()
 
@@ -148,12 +148,12 @@ def test_another_command_takes_nothing_that_differs(made, tiny_checkpoint, tmp_p
         shutil.copytree(tmp_path / ".b.partial", tmp_path / name / ".b.partial")
         made.clear()
         export_bundle(checkpoint, out, **options)
-        assert made == list(GRAPHS[taken:]), name
+        assert made == list(ALL_GRAPHS[taken:]), name
         assert [path.name for path in out.parent.iterdir()] == ["b"], name
     monkeypatch.setattr(kept, "code_digest", lambda: "other code or libraries")
     made.clear()
     export_bundle(tiny_checkpoint, tmp_path / "b")
-    assert made == list(GRAPHS)
+    assert made == list(ALL_GRAPHS)
 
 
 def test_every_weight_of_a_graph_is_in_its_key(tiny_checkpoint):
@@ -161,7 +161,7 @@ def test_every_weight_of_a_graph_is_in_its_key(tiny_checkpoint):
     body = SMPLH.load(tiny_checkpoint.body)
     parts = {**tiny_checkpoint.modules(), "body": body}
     owner = {t.data_ptr(): part for part, m in parts.items() for t in (*m.parameters(), *m.buffers()) if t.numel() > 1}
-    assert list(kept.FIRST) == list(GRAPHS) and {part for new in kept.FIRST.values() for part in new} == set(parts)
+    assert list(kept.FIRST) == list(ALL_GRAPHS) and {part for new in kept.FIRST.values() for part in new} == set(parts)
     known: set[str] = set()
     for graph in graphs(tiny_checkpoint, body):
         known |= set(kept.FIRST[graph.name])
@@ -186,7 +186,7 @@ def test_stopped_while_precisions_are_compared(made, tiny_checkpoint_folder, tmp
     monkeypatch.setattr(Report, "to_json", lambda _: {})
     line = [str(tiny_checkpoint_folder), str(tmp_path / "b"), "--precision", "fp16"]
     assert CliRunner().invoke(command, line, standalone_mode=False).exit_code == 1
-    assert made == [*GRAPHS, *GRAPHS]
+    assert made == [*ALL_GRAPHS, *ALL_GRAPHS]
     assert sorted(path.name for path in (tmp_path / ".b.partial").iterdir()) == ["bundle", "fp32"]
     made.clear()
     result = CliRunner().invoke(command, line, standalone_mode=False)
@@ -214,7 +214,7 @@ def test_a_real_export_that_is_killed_after_its_second_graph_and_stopped_after_i
     result = run_command("export.cli", tiny_checkpoint_folder, tmp_path / "b")
     assert result.returncode == 0, result.stderr
     taken = [line.split()[0] for line in result.stderr.splitlines() if "finished by the export" in line]
-    assert taken == list(GRAPHS[:4])
+    assert taken == list(ALL_GRAPHS[:4])
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     ours, undisturbed = content(tmp_path / "b"), content(tiny_bundle)
     assert {n: ours[n] for n in ours if n != "manifest.json"} == {

@@ -155,7 +155,7 @@ def test_settings_without_effect_are_named(toy_bundle, tmp_path):
 
 def test_a_refused_run_leaves_no_folder(toy_bundle, tmp_path):
     """Where it made the folder, and the folders around it. Folders that were there stay."""
-    asked = [toy_bundle, "a fist", "--backend", "inductor", "--device", "cpu", "-o"]
+    asked = [toy_bundle, "a fist", "--backend", "tensorrt", "--device", "cpu", "-o"]
     assert hd_run(*asked, tmp_path / "new" / "out").returncode == 1 and not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
     assert hd_run(*asked, tmp_path / "mine").returncode == 1 and (tmp_path / "mine").is_dir()

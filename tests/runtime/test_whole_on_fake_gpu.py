@@ -23,7 +23,7 @@ import whole
 from fake_runtime import FakeRuntime
 from fake_tensorrt import FakeTensorRT
 from handiffuser import HanDiffuser, shipped
-from handiffuser.contract import GRAPHS, Manifest, file_digest
+from handiffuser.contract import ALL_GRAPHS, Manifest, file_digest
 from handiffuser.engines import cli as engines_cli
 from handiffuser.engines import tensorrt_loading
 from handiffuser.engines.cuda import Cuda, Event, Stream
@@ -93,7 +93,7 @@ def test_plans_are_compared_on_the_gpu(toy_engines, gpu, trt, tmp_path):
     arguments = ["compare", str(toy_engines), "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(engines_cli.commands, arguments, standalone_mode=False)
     assert result.return_value == 0, result.output
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(GRAPHS)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(ALL_GRAPHS)
 
 
 def test_one_folder_has_plans_of_several_backends(toy_bundle, gpu, trt, monkeypatch, tmp_path):

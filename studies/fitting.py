@@ -1,0 +1,158 @@
+"""How good are hands that are fitted to MediaPipe's points, and how well does it know?
+
+    python -m studies.fitting --hands 200 --world hands     # the demo's hands; or people, at 256 pixels
+    python -m studies.fitting --hands 400 --world people --write     # also writes the weights of `sureness`
+
+Renders of a seed that the convention's offsets were not fitted on. A fit counts as right where its gesture is, and its
+joints lie within TURNED degrees on average. Half of the hands fit the logistic regression of `sureness`; the other half
+tells how often a hand is right that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from handiffuser.contract import HAND_JOINTS
+from handiffuser.data.hands import joints_at_rest
+from handiffuser.data.samples import picture
+from handiffuser.demo.dataset import samples_of
+from handiffuser.demo.human import human_body
+from handiffuser.demo.human_dataset import scene_of
+from handiffuser.demo.human_scenes import draw, in_picture
+from handiffuser.demo.render import demo_body
+from handiffuser.demo.scenes import sample_scene
+from handiffuser.detection.convention import FILE
+from handiffuser.detection.detect import MediaPipe
+from handiffuser.detection.fit import Fitted
+from handiffuser.detection.hands import fitted
+from handiffuser.evaluation.hands import Asked, match
+from handiffuser.evaluation.pictures import asked_hands
+from handiffuser.fingers import SIDES
+from handiffuser.kinematics import world
+from handiffuser.rotations import axis_angle_to_matrix
+
+SEEDS = {"hands": 7001, "people": 7002}  # `studies/convention.py` has others
+TURNED = 15.0  # degrees a joint, on average
+UNTOLD = ("arms_crossed", "hands_on_hips")  # poses whose hands no caption tells
+
+
+@dataclass
+class Truth:
+    """A hand of a render."""
+
+    asked: Asked
+    gesture: str
+    turn: np.ndarray  # [3, 3] of the wrist in the world
+    fingers: np.ndarray  # [15, 3, 3]
+
+
+def hands(number: int, size: int) -> tuple[np.ndarray, list[Truth]]:
+    """A picture of the demo's hands."""
+    scene = sample_scene(np.random.default_rng((SEEDS["hands"], number)))
+    (sample,) = samples_of([scene], [[scene.prompt]], ["a"], demo_body(), size)
+    image, turns = picture(sample), world(scene.rotations)
+    found = []
+    for asked in asked_hands(sample, image, None):
+        side = SIDES.index(asked.side)
+        fingers = scene.rotations[22 + 15 * side : 37 + 15 * side].astype(np.float64)
+        found.append(Truth(asked, scene.spec.gesture_of(side), turns[20 + side], fingers))
+    return image, found
+
+
+def people(number: int, size: int) -> tuple[np.ndarray, list[Truth]]:
+    """A picture of the demo's people, and those of their hands that its caption names."""
+    scene, _ = scene_of(SEEDS["people"], number)
+    found = []
+    for pose, one, present in zip(scene.poses, scene.spec.people, scene.present, strict=True):
+        turns = world(pose.rotations)
+        for side, name in enumerate(SIDES):
+            if not present[side] or one.side not in (name, "both") or one.gesture in UNTOLD:
+                continue
+            places = in_picture(pose.joints[list(HAND_JOINTS[side])], scene.camera)
+            gesture = one.other if side and one.side == "both" and one.other else one.gesture
+            fingers = pose.rotations[22 + 15 * side : 37 + 15 * side].astype(np.float64)
+            found.append(Truth(Asked(name, places), gesture, turns[20 + side], fingers))
+    return (draw(scene, size), found) if found else (np.zeros((1, 1, 3), np.uint8), [])
+
+
+def degrees(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The angle between rotations [..., 3, 3]."""
+    return np.degrees(np.arccos(((np.einsum("...ij,...ij->...", a, b) - 1) / 2).clip(-1, 1)))
+
+
+def rows(kind: str, count: int, size: int) -> Iterator[dict]:
+    """A row for each hand: whether it was found, and how far its fit is from the truth."""
+    rest = joints_at_rest(demo_body() if kind == "hands" else human_body())
+    detector, number, done = MediaPipe(), 0, 0
+    while done < count:
+        image, truths = (hands if kind == "hands" else people)(number, size)
+        number += 1
+        matched = match([one.asked for one in truths], detector(image), image.shape) if truths else []
+        for truth, pair in zip(truths, matched, strict=True):
+            done += 1
+            if pair.found is None:
+                yield {"found": False}
+                continue
+            seen = fitted(pair.found, image.shape[:2], rest, detector)
+            assert isinstance(seen.hand, Fitted)
+            side = seen.side == truth.asked.side
+            joints = degrees(axis_angle_to_matrix(seen.hand.fingers), truth.fingers).mean()
+            named = next((name for name in seen.hand.gestures if name), "") == truth.gesture
+            yield {"found": True, "side": side, "joints": joints if side else np.nan, "named": named,
+                   "wrist": degrees(seen.hand.turn, truth.turn) if side else np.nan, "sure": seen.sureness,
+                   "right": side and named and joints <= TURNED, "score": pair.found.score,
+                   "residual": seen.hand.residual, "spread": seen.hand.degrees.mean()}  # fmt: skip
+    detector.close()
+
+
+def regression(found: list[dict]) -> np.ndarray:
+    """The weights [4] of `convention.sureness` by Newton's method, with a weak pull to 0."""
+    score = np.clip([row["score"] for row in found], 0.01, 0.999)
+    table = np.stack([np.ones(len(found)), np.log(score / (1 - score)), np.log([row["residual"] for row in found]),
+                      np.log([row["spread"] for row in found])], 1)  # fmt: skip
+    right, weights = np.array([row["right"] for row in found], float), np.zeros(4)
+    for _ in range(50):
+        chance = 1 / (1 + np.exp(-table @ weights))
+        slope = table.T @ (right - chance) - 0.1 * weights
+        weights += np.linalg.solve((table * (chance * (1 - chance))[:, None]).T @ table + 0.1 * np.eye(4), slope)
+    return weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--hands", type=int, default=200)
+    parser.add_argument("--world", choices=list(SEEDS), default="hands")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side")
+    parser.add_argument("--write", action="store_true", help="the weights of sureness, into detection/mediapipe.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.process_time()
+    table = list(rows(arguments.world, arguments.hands, arguments.size))
+    found = [row for row in table if row["found"]]
+    print(f"{arguments.world}: {len(table)} hands, {len(found) / len(table):.1%} found, "
+          f"{time.process_time() - started:.0f} CPU s")  # fmt: skip
+    for name in ("joints", "wrist"):
+        values = [row[name] for row in found]
+        print(f"{name}: {np.nanmean(values):.1f} degrees, median {np.nanmedian(values):.1f}")
+    for name in ("side", "named", "right"):
+        print(f"{name}: {np.mean([row[name] for row in found]):.1%}")
+    said, right = (np.array([row[name] for row in found], float) for name in ("sure", "right"))
+    for low, high in ((0, 0.5), (0.5, 0.7), (0.7, 0.85), (0.85, 0.95), (0.95, 1.01)):
+        here = (said >= low) & (said < high)
+        if here.any():
+            print(f"sure {low:.2f} to {min(high, 1):.2f}: {here.sum()} hands, {right[here].mean():.1%} right")
+    if arguments.write:
+        held = json.loads(FILE.read_text())
+        held["sureness"] = {"fitted on": f"{len(found[::2])} hands of renders ({arguments.world})",
+                            "weights": np.round(regression(found[::2]), 3).tolist()}  # fmt: skip
+        FILE.write_text(json.dumps(held) + "\n")
+
+
+if __name__ == "__main__":
+    main()

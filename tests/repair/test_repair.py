@@ -1,0 +1,216 @@
+"""Repairing hands: regions and pasting on made pictures, files that carry more than pixels, the command on the demo."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from commands import invoke
+from handiffuser import HanDiffuser, Request, shipped
+from handiffuser.contract import Manifest
+from handiffuser.detection.hands import Seen
+from handiffuser.detection.poses import Poses
+from handiffuser.errors import DetectionError
+from handiffuser.hands import save_hands
+from handiffuser.runtime.rest import joints_at_rest
+from PIL import Image, PngImagePlugin
+
+cv2 = pytest.importorskip("cv2")
+from handiffuser.repair import regions  # noqa: E402 (it needs OpenCV)
+from handiffuser.repair.files import NOTE, Original  # noqa: E402
+from handiffuser.repair.patch import plan  # noqa: E402
+from handiffuser.repair.place import placed  # noqa: E402
+from handiffuser.repair.repair import Wish, choose, given_hands  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def rest():
+    return joints_at_rest("demo")
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+    """A picture of the demo's and the file of its hands."""
+    folder = tmp_path_factory.mktemp("painted")
+    with HanDiffuser.load("demo", threads=1) as pipeline:
+        made = pipeline.generate("a right hand, open palm, grey background", seed=3)[0]
+        save_hands(folder / "own.hands.npz", made.hands)
+        yield made, folder / "own.hands.npz", pipeline
+
+
+def square(size: int = 40) -> np.ndarray:
+    """Points of a hand in a square of that many pixels."""
+    fan = [(10, 40), (2, 20), (12, 2), (20, 0), (28, 2), (36, 8)]
+    wrist, tips = np.array(fan[0], float), np.array(fan[1:], float)
+    joints = [wrist] + [wrist + (tip - wrist) * share for tip in tips for share in (0.5, 0.7, 0.85, 1.0)]
+    return np.array(joints) * size / 40
+
+
+def test_a_box_is_filled_by_the_hand_that_is_placed_there(rest):
+    box = np.array([40.0, 60, 200, 300])
+    for side in ("left", "right"):
+        joints = placed(box, side, "open_hand", rest).hand.joints_2d
+        low, high = joints.min(0), joints.max(0)
+        np.testing.assert_allclose((low + high) / 2, (box[:2] + box[2:]) / 2, atol=1e-6)
+        assert ((high - low) / (box[2:] - box[:2])).max() == pytest.approx(1)
+        assert joints[12, 1] < joints[0, 1]  # the middle finger points up
+
+
+def test_thumbs_lie_on_the_inner_side(rest):
+    """With the palm towards the viewer, the thumb of a left hand is to its right in the picture."""
+    box = np.array([0.0, 0, 100, 100])
+    left, right = (placed(box, side, "open_hand", rest).hand.joints_2d for side in ("left", "right"))
+    assert (left[4, 0] - left[0, 0]) * (right[4, 0] - right[0, 0]) < 0
+
+
+def test_masks_end_at_the_crop_unless_the_picture_ends_there():
+    mask = np.ones((20, 30), bool)
+    inside = regions.depth(mask, (False, False, False, False))
+    assert inside[0].max() <= 1.01 and inside[10, 15] == pytest.approx(10, abs=0.6)
+    edges = regions.depth(mask, (True, False, False, False))
+    assert edges[0, 15] > 9 and edges[-1].max() <= 1.01
+
+
+def test_the_old_hand_is_found_by_its_colour():
+    picture = np.full((80, 80, 3), (60, 90, 160), np.uint8)
+    points = square(40) + 20
+    thick = np.full(20, 3.0)
+    hand = regions.silhouette(points, thick, (80, 80))
+    sixth = np.zeros((80, 80), np.uint8)
+    cv2.line(sixth, (40, 45), (62, 40), 1, 5)
+    picture[hand | (sixth > 0)] = (220, 170, 140)
+    found = regions.old_hand(picture, points)
+    assert (found & (sixth > 0)).sum() > 0.9 * (sixth > 0).sum()
+    between = regions.closed(hand | (sixth > 0), 3)  # it closes cracks between fingers
+    assert (found & ~between).sum() < 0.02 * hand.sum()
+
+
+def test_pixels_outside_the_mask_keep_their_bytes(rest):
+    """At the edge of a picture of odd size, too."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 255, (201, 333, 3), np.uint8)
+    seen = placed(np.array([250.0, 120, 340, 215]), "left", "fist", rest)
+    patch = plan(picture, seen, rest, (128, 128))
+    patch.new = regions.silhouette(patch.points + 64, np.full(20, 9.0), (128, 128))
+    patch.mask = regions.dilate(patch.new, 8)
+    out = patch.paste(picture, np.zeros((128, 128, 3), np.uint8))
+    left, top, right, bottom = patch.bounds
+    assert right > 333 and (out != picture).any()
+    changed = (out != picture).any(-1)
+    assert not changed[:top].any() and not changed[:, :left].any()
+    held = cv2.resize(patch.mask.astype(np.float32), (right - left, bottom - top))[: 201 - top, : 333 - left]
+    assert not changed[top:bottom, left:right][held <= 0].any()
+
+
+def test_own_files_say_where_hands_are(painted):
+    made, file, pipeline = painted
+    (one,) = given_hands(file, (128, 128), pipeline)
+    truth = made.hands["joints_2d"][1] * 128
+    assert one.side == "right"
+    np.testing.assert_allclose(one.hand.joints_2d, truth, atol=0.05)
+
+
+def test_unsure_and_tiny_hands_stay(rest):
+    seen = placed(np.array([10.0, 10, 100, 100]), "left", "fist", rest)
+    unsure = Seen(seen.hand, sureness=0.2)
+    assert choose([unsure], Wish(), (200, 200), rest)[0] == []
+    assert "20% sure" in choose([unsure], Wish(), (200, 200), rest)[1][0]
+    assert len(choose([unsure], Wish(every=True), (200, 200), rest)[0]) == 1
+    shaped = choose([unsure], Wish(gesture="open_hand"), (200, 200), rest)[0][0]
+    assert shaped.gesture == "open_hand"
+    small = placed(np.array([10.0, 10, 18, 18]), "left", "fist", rest)
+    assert "smaller than" in choose([small], Wish(), (200, 200), rest)[1][0]
+    outside = placed(np.array([300.0, 300, 400, 400]), "left", "fist", rest)
+    assert "outside" in choose([outside], Wish(), (200, 200), rest)[1][0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_files_keep_what_they_carry(tmp_path, orientation):
+    rng = np.random.default_rng(orientation)
+    stored = rng.integers(0, 255, (20, 30, 4), np.uint8)
+    exif, texts = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[0x0112], exif[0x010E] = orientation, "a description"
+    texts.add_itxt("Author", "somebody")
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif, pnginfo=texts, icc_profile=b"profile", dpi=(300, 300))
+    original = Original.read(tmp_path / "a.png")
+    assert original.image.shape[:2] == ((30, 20) if orientation >= 5 else (20, 30))
+    made = Image.open(io.BytesIO(original.encoded(original.image, "[]")))
+    np.testing.assert_array_equal(np.asarray(made), stored)
+    assert made.getexif()[0x0112] == orientation and made.getexif()[0x010E] == "a description"
+    assert made.info["icc_profile"] == b"profile" and made.text["Author"] == "somebody" and made.text[NOTE] == "[]"
+
+
+def test_grey_pictures_stay_grey(tmp_path):
+    Image.fromarray(np.full((20, 30), 90, np.uint8)).save(tmp_path / "a.png")
+    original = Original.read(tmp_path / "a.png")
+    assert Image.open(io.BytesIO(original.encoded(original.image, ""))).mode == "L"
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    with pytest.raises(DetectionError, match="does not exist"):
+        Original.read(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(b"text")
+    with pytest.raises(DetectionError, match="cannot be decoded"):
+        Original.read(tmp_path / "a.png")
+
+
+def test_the_command_repairs_and_skips(painted, tmp_path):
+    """Given hands in a larger picture: written once, and all pixels far from the hand are as they were."""
+    made, file, _ = painted
+    picture = np.asarray(Image.fromarray(made.image).resize((300, 300)))
+    Image.fromarray(picture).save(tmp_path / "mine.png")
+    (tmp_path / "bad.png").write_bytes(b"")
+    words = (
+        "demo",
+        tmp_path / "mine.png",
+        tmp_path / "bad.png",
+        "--hands",
+        file,
+        "--gesture",
+        "fist",
+        "--threads",
+        "1",
+    )
+    first = invoke("repair.cli", *words, "--output", tmp_path / "out")
+    assert first.returncode == 1 and "bad.png" in first.stderr and "Traceback" not in first.stderr
+    (done,) = (path for path in (tmp_path / "out").glob("mine-*.png") if ".hands" not in path.name)
+    image = Image.open(done)
+    (note,) = json.loads(image.text[NOTE])
+    assert note["side"] == "right" and note["gesture"] == "fist" and "fist" in note["caption"]
+    changed = (np.asarray(image) != picture).any(-1)
+    left, top, *_ = note["window"]
+    assert changed.any() and not changed[: max(top, 0)].any() and not changed[:, : max(left, 0)].any()
+    again = invoke("repair.cli", *words, "--output", tmp_path / "out")
+    assert "is done" in again.stderr and len(list((tmp_path / "out").glob("mine-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--gesture", "wave_hello"), "--gesture must be one of"),
+        (("--box", "1,2,3"), "--box must be left,top,right,bottom"),
+        (("--box", "10,10,90,90"), "--box must come with --gesture and --side"),
+    ],
+)
+def test_wrong_words_are_sentences(tmp_path, words, sentence):
+    Image.new("RGB", (50, 50)).save(tmp_path / "a.png")
+    result = invoke("repair.cli", "demo", tmp_path / "a.png", *words, "--output", tmp_path / "out")
+    assert result.returncode == 1 and sentence in result.stderr
+
+
+def test_every_gesture_fits_a_bundle(rest):
+    assert Manifest.load(shipped.bundle_path(), verify=False).image_size == (128, 128)
+    for gesture in filter(None, Poses.load().names):
+        assert np.isfinite(placed(np.array([0.0, 0, 64, 64]), "right", gesture, rest).hand.joints_2d).all()
+
+
+def test_a_request_starts_without_the_old_hand(rest, tmp_path):
+    picture = np.full((200, 200, 3), 120, np.uint8)
+    patch = plan(picture, placed(np.array([50.0, 50, 150, 150]), "left", "fist", rest), rest, (128, 128))
+    patch.new = np.zeros((128, 128), bool)
+    patch.new[40:80, 40:80] = True
+    patch.mask = regions.dilate(patch.new, 8)
+    request = patch.request(tmp_path / "a.npz", seed=4)
+    assert isinstance(request, Request) and request.strength == 0.95 and "left hand making a fist" in request.prompt
