@@ -189,6 +189,7 @@ function draw() {
   if (there && $("before").getAttribute("src") !== photo.first) $("before").src = photo.first;
   const repaired = there && photo.url !== photo.first;
   $("after").hidden = $("compare").hidden = !repaired;
+  $("plane").classList.toggle("compared", repaired);
   $("saverepair").hidden = !repaired;
   if (repaired && $("after").getAttribute("src") !== photo.url) $("after").src = $("saverepair").href = photo.url;
   $("plane").style.setProperty("--cut", `${$("slider").value}%`);
@@ -226,14 +227,14 @@ function bones() {
         line.setAttribute("points", chain.map((point) => point.join(",")).join(" "));
         line.setAttribute("class", `${kind}${kind === "bone" && i === photo.chosen ? " chosen" : ""}`);
         if (kind === "bone") line.setAttribute("stroke", colour);
-        line.addEventListener("click", () => choose(i));
+        line.addEventListener("click", () => $("scene").classList.contains("placing") || choose(i));
         lines.push(line);
       });
     }
   });
   $("skeletons").replaceChildren(...(on ? lines : []));
   const hand = chosen();
-  const grips = on && hand && !photo.running && $("brush").getAttribute("aria-pressed") !== "true";
+  const grips = on && hand && !photo.running && !$("scene").classList.contains("brushing");
   joints.forEach((joint, j) => {
     joint.hidden = !grips;
     if (!grips) return;
@@ -371,25 +372,64 @@ function nudge(event, j) {
   edit(hand, { drags: [{ hand: hand.side, joint: j, x: x + far * by[0], y: y + far * by[1] }] });
 }
 
-async function placeHand() {
-  const run = start("Placing a hand …");
-  const { x, y, k } = seen;
-  const ratio = photo.width / photo.height; // a box that is square in pixels, in the middle of the view
-  const [half, tall] = [0.2 * Math.min(1, 1 / ratio), 0.2 * Math.min(1, ratio)].map((size) => size / k);
-  const [cx, cy] = [x + 0.5 / k, y + 0.5 / k];
-  const box = JSON.stringify([cx - half, cy - tall, cx + half, cy + tall]);
+// box: [left, top, right, bottom] in [0, 1]. The server looks there first, and places a hand if it finds none.
+async function placeHand(box) {
+  const run = start("Looking there …");
   try {
-    const { data } = await (await ask("v1/hands/detect", form({ box, side: "right" }), run.signal)).json();
+    const fields = { box: JSON.stringify(box), side: "right" };
+    const { data } = await (await ask("v1/hands/detect", form(fields), run.signal)).json();
     if (!ended(run)) return;
     keep();
-    photo.hands = [...photo.hands, { ...data[0], points: null }];
-    photo.chosen = photo.hands.length - 1;
-    tell("Drag its wrist over the hand to repair.");
+    const found = data[0].sureness !== null;
+    photo.hands = [...photo.hands, { ...data[0], points: found ? data[0].points : null }];
+    choose(photo.hands.length - 1);
+    tell(found ? "Found a hand there" : "Placed a hand. Drag its wrist and joints over the hand to repair.");
   } catch (error) {
     if (ended(run)) tell("");
     wrong(error);
   }
   draw();
+}
+
+function placing(on) {
+  $("place").setAttribute("aria-pressed", on);
+  $("scene").classList.toggle("placing", on);
+  if (on) tell("Draw a box over the hand. Press the button again to place one in the middle.");
+}
+
+// A square in the middle of the view.
+function middleBox() {
+  const { x, y, k } = seen;
+  const ratio = photo.width / photo.height;
+  const [half, tall] = [0.2 * Math.min(1, 1 / ratio), 0.2 * Math.min(1, ratio)].map((size) => size / k);
+  return [x + 0.5 / k - half, y + 0.5 / k - tall, x + 0.5 / k + half, y + 0.5 / k + tall];
+}
+
+function drawBox(event) {
+  if (event.button || !$("scene").classList.contains("placing") || photo.running) return;
+  event.preventDefault();
+  const from = place(event);
+  const rectangle = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+  let box = null;
+  rectangle.setAttribute("class", "placed");
+  $("skeletons").append(rectangle);
+  $("scene").setPointerCapture(event.pointerId);
+  const move = (event) => {
+    const to = place(event);
+    box = [0, 1].map((axis) => Math.min(from[axis], to[axis])).concat([0, 1].map((axis) => Math.max(from[axis], to[axis])));
+    const [x, y, width, height] = [box[0], box[1], box[2] - box[0], box[3] - box[1]];
+    for (const [name, value] of Object.entries({ x, y, width, height })) rectangle.setAttribute(name, value);
+  };
+  const end = () => {
+    $("scene").removeEventListener("pointermove", move);
+    rectangle.remove();
+    placing(false);
+    const far = box && Math.max((box[2] - box[0]) * photo.width, (box[3] - box[1]) * photo.height) > 12;
+    if (far) placeHand(box);
+    else tell("");
+  };
+  $("scene").addEventListener("pointermove", move);
+  $("scene").addEventListener("lostpointercapture", end, { once: true });
 }
 
 // ---------------------------------------------------------------- repairing
@@ -455,9 +495,15 @@ $("remove").addEventListener("click", () => {
   photo.hands = photo.hands.filter((_, i) => i !== photo.chosen);
   choose(photo.hands.length - 1);
 });
-$("place").addEventListener("click", placeHand);
+$("place").addEventListener("click", () => {
+  const again = $("place").getAttribute("aria-pressed") === "true";
+  placing(!again);
+  if (again) placeHand(middleBox());
+});
+$("scene").addEventListener("pointerdown", drawBox);
 $("brush").addEventListener("click", () => {
   const on = $("brush").getAttribute("aria-pressed") !== "true";
+  placing(false);
   $("brush").setAttribute("aria-pressed", on);
   $("scene").classList.toggle("brushing", on);
   $("brushsizes").hidden = !on;
