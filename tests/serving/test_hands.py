@@ -14,7 +14,7 @@ from handiffuser.fingers import SIDES, axes, gestures
 from handiffuser.hands import POSES, save_hands
 from handiffuser.kinematics import PARENTS
 from handiffuser.serving.fields import HandsField, as_json
-from handiffuser.serving.hands import Drag, Pose, edit, mirrored, swapped
+from handiffuser.serving.hands import Drag, Pose, edit, mirrored, moved, swapped
 
 PROMPTS = {"right": "a right hand with spread fingers", "left": "a left hand making a fist", "both": "two open hands"}
 
@@ -162,3 +162,23 @@ def test_without_torch():
         "handiffuser.serving.hands.gestures(); assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_hands_move_around_their_middle(made, pipeline, tmp_path):
+    shown = {**made["right"], "visibility": np.array([0.0, 1.0])}
+    middle, size = Pose(shown).middle(), np.ptp(shown["joints_2d"][1], axis=0)
+    for change in ({"scale": 1.5}, {"turn": 40.0}, {"over": True}, {"scale": 0.5, "turn": -90.0, "over": True}):
+        out = moved(shown, **change)
+        assert np.allclose(out["joints_2d"][1].mean(0), middle, atol=1e-4), change
+        assert np.allclose(Pose(out).seen(Pose(out).joints()[list(HAND_JOINTS[1])]), out["joints_2d"][1], atol=1e-4)
+    assert np.allclose(np.ptp(moved(shown, scale=2.0)["joints_2d"][1], axis=0), 2 * size, rtol=1e-3)
+    painted = again(pipeline, moved(shown, scale=0.8, turn=30.0), tmp_path)  # the engine agrees
+    assert np.allclose(painted["joints_2d"][1], moved(shown, scale=0.8, turn=30.0)["joints_2d"][1], atol=5e-3)
+    back = moved(moved(shown, turn=70.0, scale=1.2), turn=-70.0, scale=1 / 1.2)
+    assert np.allclose(back["joints_2d"], shown["joints_2d"], atol=1e-4)
+    flipped = moved(shown, flip=True)
+    assert flipped["visibility"].tolist() == [1, 0]
+    assert np.allclose(flipped["joints_2d"][0].mean(0), middle, atol=1e-4)
+    right = moved(shown, turn=90.0)["joints_2d"][1]  # clockwise: what was above the middle is to its right
+    was = shown["joints_2d"][1] - middle
+    assert np.allclose((right - middle)[:, 0], -was[:, 1], atol=2e-3)

@@ -464,3 +464,107 @@ def test_the_history_is_a_dataset(page, tmp_path):
     (again,) = (np.asarray(Image.open(path)) for path in out.glob("*-????????.png"))
     first = np.asarray(Image.open(tmp_path / "set" / f"{names[0]}.png"))
     assert np.abs(again.astype(int) - first).mean() < 1
+
+
+@pytest.fixture(scope="module")
+def hand_picture(server, tmp_path_factory):
+    """The file of a picture of 640 x 480 with a painted hand."""
+    body = {"prompt": "a right hand making a peace sign, blue background", "seed": 3}
+    made = httpx.post(f"{server}/v1/images/generations", json=body, timeout=60).json()["data"][0]["b64_json"]
+    whole = Image.new("RGB", (640, 480), (60, 100, 180))
+    whole.paste(Image.open(io.BytesIO(base64.b64decode(made))).resize((240, 240)), (300, 150))
+    path = tmp_path_factory.mktemp("hands") / "hand.png"
+    whole.save(path)
+    return path
+
+
+def repaired(page):
+    until(page, lambda: page.inner_text("#repairstate").startswith("Done"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("telephone", [False, True])
+def test_a_person_repairs_a_hand_of_a_picture(server, hand_picture, telephone):
+    pytest.importorskip("mediapipe")
+    small = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    with browse(server, **(small if telephone else {})) as page:
+        loaded(page)
+        page.click("#torepair")
+        assert page.is_hidden("#painting") and page.is_disabled("#repairone")
+        page.set_input_files("#file", hand_picture)
+        until(page, lambda: page.locator("#handlist label").count() == 1)
+        assert "Right hand" in page.inner_text("#handlist") and "% sure" in page.inner_text("#handlist")
+        shot(page, f"repair-found-{telephone}")
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= page.viewport_size["width"]
+        page.select_option("#repairgesture", "open_hand")
+        until(page, lambda: "open hand" in page.inner_text("#handlist"))
+        tip = page.locator('.joint[title="index finger, tip"]:visible')
+        before = tip.bounding_box()
+        tip.press("ArrowLeft")
+        until(page, lambda: tip.bounding_box() != before)
+        page.click("#repairone")
+        repaired(page)
+        shot(page, f"repair-done-{telephone}")
+        assert page.is_visible("#after") and page.get_attribute("#saverepair", "download") == "repaired.png"
+        content = page.evaluate(
+            "() => fetch(document.getElementById('saverepair').href).then(() => true, () => false)"
+        )  # the policy forbids a page to read a blob: only the person may save it
+        assert content is False
+        page.problems.clear()
+        page.fill("#slider", "50")
+        assert "50" in page.evaluate("document.getElementById('plane').style.getPropertyValue('--cut')")
+        for _ in range(3):
+            page.click("#repairundo")
+        assert page.is_hidden("#after") and "peace sign" in page.inner_text("#handlist")
+
+
+@pytest.mark.slow
+def test_a_person_drops_places_and_brushes(server, hand_picture, tmp_path):
+    with browse(server) as page:
+        loaded(page)
+        plain = tmp_path / "plain.png"
+        Image.new("RGB", (900, 300), (200, 190, 180)).save(plain)
+        content = base64.b64encode(plain.read_bytes()).decode()
+        page.evaluate(
+            """(content) => {
+                const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+                const carried = new DataTransfer();
+                carried.items.add(new File([bytes], "plain.png", { type: "image/png" }));
+                document.dispatchEvent(new DragEvent("drop", { dataTransfer: carried, bubbles: true }));
+            }""",
+            content,
+        )
+        until(page, lambda: "Place one" in page.inner_text("#repairstate") or page.inner_text("#repairmessage"))
+        page.problems.clear()  # a server without MediaPipe answers 501
+        box = page.locator("#scene").bounding_box()
+
+        def at(x, y):
+            page.mouse.move(box["x"] + box["width"] * x, box["y"] + box["height"] * y, steps=4)
+
+        page.click("#place")
+        at(0.3, 0.1)
+        page.mouse.down()
+        at(0.6, 0.95)
+        page.mouse.up()
+        until(page, lambda: page.locator("#handlist label").count() == 1)
+        for button, words in (("#flip", "Left hand"), ("#over", "Left hand"), ("#turnright", "Left hand")):
+            bones = page.locator("#skeletons polyline").first.get_attribute("points")
+            page.click(button)
+            until(page, lambda b=bones: page.locator("#skeletons polyline").first.get_attribute("points") != b)
+            assert words in page.inner_text("#handlist")
+        page.click("#brush")
+        at(0.2, 0.2)
+        page.mouse.down()
+        at(0.3, 0.5)
+        page.mouse.up()
+        assert page.is_visible("#clearbrush")
+        page.click("#brush")
+        page.click("#repairone")
+        until(page, lambda: page.inner_text("#repairstate").startswith("Done") or page.inner_text("#repairmessage"))
+        assert not page.inner_text("#repairmessage") and page.is_hidden("#clearbrush")
+        shot(page, "repair-placed")
+        page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": b"no picture"})
+        until(page, lambda: "not a picture" in page.inner_text("#repairmessage"))
+        page.click("#topaint")
+        assert page.is_visible("#painting")
