@@ -152,8 +152,8 @@ def make_router(service: Service) -> APIRouter:
     async def given(http: Http, names: tuple[str, ...]) -> tuple[Files, dict[str, str]]:
         """The form of a request. Raises RequestError and BusyError."""
         own_page(http, service.front.cors)
-        if busy >= MAX_UPLOADS:
-            raise BusyError(f"{busy} requests with pictures are under way. Try again later.", 5.0)
+        if busy > MAX_UPLOADS:
+            raise BusyError(f"{MAX_UPLOADS} requests with pictures are under way. Try again later.", 5.0)
         files, fields = await read_form(http, names)
         if "image" not in files:
             raise RequestError("image must be given, as a file of the form.", "image")
@@ -163,9 +163,9 @@ def make_router(service: Service) -> APIRouter:
     async def edits(http: Http) -> Response:
         """Paints pictures again, or the part of one that a mask names, as OpenAI's images API does; or their hands."""
         nonlocal busy
-        files, fields = await given(http, ("image", "mask"))
         busy += 1
         try:
+            files, fields = await given(http, ("image", "mask"))
             body = fit_fields(EditForm, fields, ("hands", "guidance_interval"))
             check_model(service, body.model)
             images, mask = await asyncio.to_thread(read_pictures, files, service.limits.pixels, not body.repair)
@@ -180,9 +180,9 @@ def make_router(service: Service) -> APIRouter:
     async def detect(http: Http) -> Response:
         """The hands of a picture: where they are, which gesture they show, and how sure that is."""
         nonlocal busy
-        files, fields = await given(http, ("image",))
         busy += 1
         try:
+            files, fields = await given(http, ("image",))
             body = fit_fields(DetectForm, fields, ("box",))
             check_model(service, body.model)
             (image,), _ = await asyncio.to_thread(read_pictures, files, service.limits.pixels, False)
