@@ -127,7 +127,7 @@ def main() -> None:
     print("missed:", {name: count for name, count in sorted(missed.items(), key=lambda item: -item[1]) if count})
     print(np.round(offsets, 3).tolist())
     if arguments.write:
-        text = {"detector": "MediaPipe Hands 0.10.14", "fitted on": f"{len(first)} hands of renders, seed "
+        text = json.loads(FILE.read_text()) | {"detector": "MediaPipe Hands 0.10.14", "fitted on": f"{len(first)} hands of renders, seed "
                 f"{arguments.seeds[0]}", "offsets": np.round(offsets, 4).tolist()}  # fmt: skip
         Path(FILE).write_text(json.dumps(text) + "\n")
 
