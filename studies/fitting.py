@@ -1,11 +1,12 @@
 """How good are hands that are fitted to MediaPipe's points, and how well does it know?
 
     python -m studies.fitting --hands 200 --world hands          # the demo's hands; or people
+    python -m studies.fitting --hands 60 --world hands --true    # of true points, without the detector
     python -m studies.fitting --world hands people --write       # also writes the weights of `sureness`
 
-Renders of seeds that the convention's offsets were not fitted on, at 256 pixels. A fit counts as right where its side is
-and its joints are within TURNED degrees on average. Half of the hands fit the logistic regression of `sureness`; the other half
-tells how often a hand is right that says so.
+Renders at 256 pixels, of seeds that the convention's offsets were not fitted on. A fit counts as right where its side
+is and its joints are within TURNED degrees on average. Half of the hands fit the logistic regression of `sureness`; the
+other half tells how often a hand is right that says so.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from handiffuser.demo.human_dataset import scene_of
 from handiffuser.demo.human_scenes import draw, in_picture
 from handiffuser.demo.render import demo_body
 from handiffuser.demo.scenes import sample_scene
-from handiffuser.detection.convention import FILE
-from handiffuser.detection.detect import MediaPipe
-from handiffuser.detection.fit import Fitted
+from handiffuser.detection.convention import FILE, Convention
+from handiffuser.detection.detect import Found, MediaPipe
+from handiffuser.detection.fit import EXACT, Fitted
 from handiffuser.detection.hands import fitted
 from handiffuser.detection.poses import Poses
 from handiffuser.evaluation.hands import Asked, match
@@ -87,14 +88,26 @@ def degrees(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.degrees(np.arccos(((np.einsum("...ij,...ij->...", a, b) - 1) / 2).clip(-1, 1)))
 
 
-def rows(kind: str, count: int, size: int) -> Iterator[dict]:
-    """A row for each hand: whether it was found, and how far its fit is from the truth."""
+class Knowing(MediaPipe):
+    """A detector that is told the truth: how good the fit alone is."""
+
+    truths: list[Truth]
+
+    def __call__(self, image: np.ndarray) -> list[Found]:
+        self.convention = Convention.true(EXACT)
+        return [Found(one.asked.side, 0.99, one.asked.joints) for one in self.truths]
+
+
+def rows(kind: str, count: int, size: int, true: bool) -> Iterator[dict]:
+    """A row for each hand: whether it was found, and how far its fit is from the truth. true: of true points."""
     rest = joints_at_rest(demo_body() if kind == "hands" else human_body())
-    detector, number, done = MediaPipe(), 0, 0
+    detector, number, done = Knowing() if true else MediaPipe(), 0, 0
     known = set(Poses.load().names)
     while done < count:
         image, truths = (hands if kind == "hands" else people)(number, size)
         number += 1
+        if isinstance(detector, Knowing):
+            detector.truths = truths
         matched = match([one.asked for one in truths], detector(image), image.shape) if truths else []
         for truth, pair in zip(truths, matched, strict=True):
             done += 1
@@ -131,11 +144,12 @@ def main() -> None:
     parser.add_argument("--hands", type=int, default=200, help="of each world")
     parser.add_argument("--world", nargs="+", choices=list(SEEDS), default=["hands"])
     parser.add_argument("--size", type=int, default=256, help="pixels a side")
+    parser.add_argument("--true", action="store_true", help="of true points, without the detector")
     parser.add_argument("--write", action="store_true", help="the weights of sureness, into detection/mediapipe.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.process_time()
-    table = [row for kind in arguments.world for row in rows(kind, arguments.hands, arguments.size)]
+    table = [row for kind in arguments.world for row in rows(kind, arguments.hands, arguments.size, arguments.true)]
     found = [row for row in table if row["found"]]
     print(f"{arguments.world}: {len(table)} hands, {len(found) / len(table):.1%} found, "
           f"{time.process_time() - started:.0f} CPU s")  # fmt: skip
