@@ -23,7 +23,7 @@ from ..kinematics import forward, radius
 from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
 Arrays = dict[str, np.ndarray]
-Size = tuple[int, int]  # height, width
+Size = tuple[float, float]  # height, width
 
 LEFT, RIGHT = 0, 1
 MIRROR = np.diag([-1.0, 1.0, 1.0])
