@@ -108,6 +108,7 @@ HAND_ACTS: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class Someone:
     """A person and what can be said of it; "" and False: nothing.
+
     gesture: one of GESTURES or POSES, "holding", or one of TOGETHER, done by the hands of `side` (left, right, both or
     none, ""); `other`: the right hand's gesture where two hands differ; thing: of THING_WORDS, `tint`: its colour.
     view: palm, back, side or up. person: woman, man or person. age: young or old.

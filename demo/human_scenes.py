@@ -411,8 +411,9 @@ def labels_of(spec: Spec) -> dict[str, str]:
     if spec.together:
         labels["together"] = spec.together
     for prefix, one in zip(("", "second "), spec.people, strict=False):
-        said = {name: getattr(one, name) for name in ("gesture", "other", "thing", "side", "view", "person", "age",
-                                                       "skin", "hair", "haircut", "shirt", "pattern", "sleeve")}  # fmt: skip
+        names = ("gesture", "other", "thing", "side", "view", "person", "age", "skin", "hair", "haircut", "shirt",
+                 "pattern", "sleeve")  # fmt: skip
+        said = {name: getattr(one, name) for name in names}
         labels |= {prefix + name: value for name, value in said.items() if value}
         labels |= {prefix + name: "yes" for name in ("smiling", "beard", "varnish") if getattr(one, name)}
     return labels
