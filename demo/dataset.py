@@ -94,7 +94,7 @@ def make(
             world,
             things,
             pairs,
-        )  # fmt: skip
+        )
         for number, start in enumerate(range(0, scenes, shard))
     ]
     todo = [job for job in jobs if not _done(*job[:7])]

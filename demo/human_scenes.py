@@ -43,9 +43,10 @@ from .human_poses import (
     raised,
     sample_pose,
 )  # fmt: skip
-from .human_prompts import FRAMINGS, GESTURES, PLACES, PLAIN, POSES, TOGETHER, Someone, Spec, is_held_out_spec
+from .human_prompts import FRAMINGS, GESTURES, PLACES, PLAIN, POSES, Someone, Spec, is_held_out_spec
 from .human_render import Camera, Held, Lamp, Person, rasterise, render
 from .human_skin import ITA_CLASSES, ita_of
+from .human_words import TOGETHER
 from .prompts import HARD
 from .things import THINGS, sample_thing, thing_mesh
 
@@ -100,7 +101,8 @@ def sample_scene(
 ) -> Scene:
     """A random scene.
 
-    kind: of KINDS: people with gestures and poses, people with things in a hand, or pairs who touch. both: share of two-hand gestures among hand gestures. held_out: True: only combinations that are kept for tests;
+    kind: of KINDS: people with gestures and poses, people with things in a hand, or pairs who touch. both: share of
+    two-hand gestures among hand gestures. held_out: True: only combinations that are kept for tests;
     False: none of them; None: either. rejected: counts what was drawn again, by its reason. framing: one of FRAMINGS.
     """
     while True:
@@ -409,8 +411,9 @@ def labels_of(spec: Spec) -> dict[str, str]:
     if spec.together:
         labels["together"] = spec.together
     for prefix, one in zip(("", "second "), spec.people, strict=False):
-        said = {name: getattr(one, name) for name in ("gesture", "other", "side", "view", "person", "age", "skin",
-                                                       "hair", "haircut", "shirt", "pattern", "sleeve", "thing")}  # fmt: skip
+        names = ("gesture", "other", "thing", "side", "view", "person", "age", "skin", "hair", "haircut", "shirt",
+                 "pattern", "sleeve")  # fmt: skip
+        said = {name: getattr(one, name) for name in names}
         labels |= {prefix + name: value for name, value in said.items() if value}
         labels |= {prefix + name: "yes" for name in ("smiling", "beard", "varnish") if getattr(one, name)}
     return labels

@@ -262,7 +262,7 @@ def _book(half_width: float, half_length: float, half: float) -> Mesh:
     _slab(spine, cover / 2, half_length, -half + 0.0003, half - 0.0003, 0.0008, 0.0006, 0)
     for one, shift in ((pages, 0.0), (spine, -half_width + cover / 2 - 0.0004)):
         mesh = one.mesh()
-        build.add(mesh.vertices + (shift, 0, 0), mesh.faces, int(mesh.part[0]))
+        build.add(mesh.vertices + np.array([shift, 0, 0]), mesh.faces, int(mesh.part[0]))
     return build.mesh()
 
 

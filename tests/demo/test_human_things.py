@@ -13,9 +13,10 @@ from handiffuser.demo.contacts import surface_distance
 from handiffuser.demo.human import human_body, load_human
 from handiffuser.demo.human_holding import bend, places_of
 from handiffuser.demo.human_poses import HANGING, LEFT, RIGHT, Figure
-from handiffuser.demo.human_prompts import THING_WORDS, Someone, Spec, says, write_caption
+from handiffuser.demo.human_prompts import Someone, Spec, says, write_caption
 from handiffuser.demo.human_render import Camera, Held, Lamp, Person, render
 from handiffuser.demo.human_scenes import draw, in_picture, labels_of, sample_scene, seen_shares
+from handiffuser.demo.human_words import THING_WORDS
 from handiffuser.demo.things import PARTS, SIZES, THINGS, grasps, sample_thing, thing_mesh
 
 EVERY = [(thing, number) for thing in THINGS for number in range(len(SIZES[thing]))]
