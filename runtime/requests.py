@@ -223,6 +223,14 @@ class RequestFile:
         return Request(**{**self.shared, **values})
 
 
+def gaps(request: Request, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a request leaves to a bundle, with the bundle's defaults; see `settings.Defaults`."""
+    found = {name: value for name, value in with_defaults(defaults).items() if getattr(request, name) is None}
+    if request.image is not None and request.strength is None:
+        found["strength"] = STRENGTH if request.mask is None else MASKED_STRENGTH
+    return found
+
+
 class Resolver:
     """Replaces every None of requests, one after the other, and gives each request an id of its own.
 
@@ -252,11 +260,9 @@ class Resolver:
         if first is None:
             first = self.seed + self.images * self._seen[request]
             self._seen[request] += 1
-        gaps = {name: value for name, value in with_defaults(self.defaults).items() if getattr(request, name) is None}
-        if request.image is not None and request.strength is None:
-            gaps["strength"] = STRENGTH if request.mask is None else MASKED_STRENGTH
+        defaults = gaps(request, self.defaults)
         for seed in range(first, first + self.images):
-            filled = replace(request, seed=seed, **gaps)
+            filled = replace(request, seed=seed, **defaults)
             if self.check is not None:
                 self.check(filled)
             if request.id is None:

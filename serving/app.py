@@ -26,16 +26,16 @@ from fastapi.responses import JSONResponse, Response
 from ..errors import RequestError
 from ..runtime.requests import Request
 from ..schedules import SOLVERS
+from . import edits, sdapi
 from . import hands as editing
-from . import sdapi
 from . import service as keeping
 from .fields import Edit, Generation, HandsRequest, as_json
 from .guard import Guard
 from .hands import Arrays
 from .images import MEDIA
 from .messages import HandsMade
-from .pictures import drawn_seed, paint, wait_for
-from .problems import RESPONSES, ModelError, add_handlers, problem
+from .pictures import Painting, drawn_seed, paint, wait_for
+from .problems import RESPONSES, ModelError, add_handlers, check_model, problem
 from .proxy import Forwarded
 from .schema import describe
 from .service import Service
@@ -74,9 +74,16 @@ def make_app(service: Service) -> FastAPI:
     add_health(app, service)
     add_page(app)
     app.include_router(sdapi.make_router(service))
+    app.include_router(edits.make_router(service))
     posts = frozenset(getattr(route, "path", "") for route in app.routes if "POST" in getattr(route, "methods", ()))
     app.add_middleware(
-        Guard, keys=service.keys, metrics=service.metrics, max_body=service.limits.body, posts=posts - sdapi.BARE
+        Guard,
+        keys=service.keys,
+        metrics=service.metrics,
+        max_body=service.limits.body,
+        posts=posts - sdapi.BARE,
+        uploads=edits.UPLOADS,
+        max_upload=service.limits.upload,
     )
     if service.front.cors:
         app.add_middleware(
@@ -93,21 +100,16 @@ def make_app(service: Service) -> FastAPI:
 def add_pictures(app: FastAPI, service: Service) -> None:
     """Paths that run a model or edit hands."""
 
-    def check_model(model: str | None) -> None:
-        if model is not None and model not in service.names:
-            known = " or ".join(service.names)
-            raise ModelError(f"model must be {known}, got {model[:60]!r}. hd-serve takes other names with --alias.")
-
     @app.post("/v1/images/generations", responses=RESPONSES)
     async def generations(body: Generation, http: Http) -> Response:
         """Makes pictures of a prompt, as OpenAI's images API does. `stream` sends previews on the way."""
-        check_model(body.model)
-        return await paint(service, body, http)
+        check_model(service, body.model)
+        return await paint(Painting(service, body, http), http)
 
     @app.post("/v1/hands", responses=RESPONSES)
     async def make_hands(body: HandsRequest, http: Http) -> Response:
         """Returns the hands of a prompt and seed without a picture, or the joints of given hands."""
-        check_model(body.model)
+        check_model(service, body.model)
         seed = drawn_seed(body.seed)
         path = await asyncio.to_thread(service.hands_path, body.hands)
         (request,) = await asyncio.to_thread(service.prepare, Request(body.prompt, seed=seed, steps=1, hands=path))

@@ -68,6 +68,7 @@ class Ticket:
     preview_steps: Sequence[int] = ()
     hands_first: bool = False
     hands_only: bool = False  # the answer is its hands
+    mesh: bool = False  # with the body's vertices
     tries: int = 0  # workers that ended while they had it
     done: bool = False
     came: float = field(default_factory=time.monotonic)
@@ -232,13 +233,14 @@ class Dispatcher:
         self._pump()
         return tickets
 
-    def submit_hands(self, owner: str, request: Request) -> Ticket:
-        """Gives a request for hands alone to a worker at once: it takes a fraction of a step. Raises BusyError."""
+    def submit_hands(self, owner: str, request: Request, mesh: bool = False) -> Ticket:
+        """Gives a request for hands alone to a worker at once: it takes a fraction of a step. mesh: with the body's
+        vertices. Raises BusyError."""
         self._check(waits=False)
         others = sum(ticket.hands_only for ticket in self.under_way)
         if others >= MAX_HANDS_REQUESTS:
             raise BusyError(f"{others} requests for hands are under way. Try again later.", 1.0)
-        ticket = Ticket(request, owner, 0, hands_only=True)
+        ticket = Ticket(request, owner, 0, hands_only=True, mesh=mesh)
         self._give(min((w for w in self.workers if w.slots), key=lambda w: len(w.tickets)), ticket)
         return ticket
 
@@ -310,7 +312,7 @@ class Dispatcher:
         ticket.began = time.monotonic()
         worker.tickets[ticket.id] = ticket
         if ticket.hands_only:
-            worker.send(messages.MakeHands(ticket.request))
+            worker.send(messages.MakeHands(ticket.request, ticket.mesh))
         else:
             worker.send(messages.Run(ticket.request, frozenset(ticket.preview_steps), ticket.hands_first))
 

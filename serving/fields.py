@@ -82,7 +82,7 @@ class HandsField(Strict):
 
     def arrays(self) -> Arrays:
         """float32 arrays as in a Picture. Raises RequestError for an impossible camera."""
-        given = {name: value for name, value in self.model_dump().items() if value is not None}
+        given = self.model_dump(include={*HandsField.model_fields}, exclude_none=True)
         arrays = {name: np.array(value, np.float32) for name, value in given.items()}
         if CAMERA in arrays and not arrays[CAMERA][0] > 0:
             raise RequestError(

@@ -14,13 +14,15 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import Request as Http
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..errors import RequestError
 from .keys import Keys
 from .metrics import Metrics
 from .problems import problem
@@ -31,7 +33,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 DISCARDED_BODIES = 16  # times the largest body: the guard reads so much of a body that is too large
 HEADER_SECONDS, BODY_SECONDS = 10.0, 30.0  # for a client to send the headers and the body
+UPLOAD_SECONDS = 120.0  # for a body with pictures: a telephone sends slowly
 API = ("/v1/", "/sdapi/")
+JSON, FORM = "application/json", "multipart/form-data"
 READER_SECONDS = 60.0  # for a client to read a part of the answer
 SECURITY = [
     (b"x-content-type-options", b"nosniff"),
@@ -45,7 +49,8 @@ SECURITY = [
 
 
 class Guard:
-    """ASGI middleware. Paths of API need a key if the server has keys. posts: paths that take a body of JSON."""
+    """ASGI middleware. Paths of API need a key if the server has keys. posts: paths that take a body of JSON. uploads:
+    path -> the media type of its body, which may be as large as max_upload, because it brings pictures."""
 
     def __init__(
         self,
@@ -55,9 +60,11 @@ class Guard:
         max_body: int,
         posts: frozenset[str] = frozenset(),
         log: Any = sys.stderr,
+        uploads: Mapping[str, str] | None = None,
+        max_upload: int = 0,
     ) -> None:
         self.app, self.keys, self.metrics, self.max_body, self.log = app, keys, metrics, max_body, log
-        self.posts = posts
+        self.posts, self.uploads, self.max_upload = posts, uploads or {}, max_upload
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,7 +76,9 @@ class Guard:
         scope["handiffuser"] = entry
         headers = dict(scope["headers"])
         entry["owner"] = (scope.get("client") or ("", 0))[0]
-        got, late = 0, started + BODY_SECONDS
+        upload = scope["path"] in self.uploads
+        most, time_left = (self.max_upload, UPLOAD_SECONDS) if upload else (self.max_body, BODY_SECONDS)
+        got, late = 0, started + time_left
         ended = False
 
         async def receive_some() -> MutableMapping[str, Any]:
@@ -82,15 +91,15 @@ class Guard:
                 except asyncio.TimeoutError:
                     raise HTTPException(
                         408,
-                        f"The body must arrive within {BODY_SECONDS:g} seconds. Send it again.",
+                        f"The body must arrive within {time_left:g} seconds. Send it again.",
                         {"connection": "close"},
                     ) from None
                 got += len(message.get("body", b""))
                 ended = not message.get("more_body", False)
-                if got <= self.max_body:
+                if got <= most:
                     return message
                 # A client that is still sending does not read the answer: the guard reads on and discards.
-                if ended or got > DISCARDED_BODIES * self.max_body:
+                if ended or got > DISCARDED_BODIES * most:
                     raise HTTPException(413, too_large, {"connection": "close"})
 
         async def send_some(message: MutableMapping[str, Any]) -> None:
@@ -102,14 +111,16 @@ class Guard:
                 message["headers"] = [*message["headers"], *own, *SECURITY]
             await asyncio.wait_for(send(message), READER_SECONDS)
 
-        too_large = f"The body must have at most {self.max_body >> 10} kB."
+        too_large = f"The body must have at most {most >> 10} kB."
         try:
             refusal = self._check_key(scope, headers, entry)
             if refusal is None and scope["method"] == "POST":
                 length = headers.get(b"content-length", b"0")
-                if length.isdigit() and int(length[:20]) > DISCARDED_BODIES * self.max_body:
+                if length.isdigit() and int(length[:20]) > DISCARDED_BODIES * most:
                     refusal = problem(413, too_large, code="too_large", connection="close")
-                elif scope["path"] in self.posts and (wrong := _wrong_form(headers)):
+                elif scope["path"] in {*self.posts, *self.uploads} and (
+                    wrong := _wrong_form(headers, self.uploads.get(scope["path"], JSON))
+                ):
                     refusal = problem(415, wrong, code="unsupported_media_type")
             if refusal is not None:
                 await refusal(scope, receive, send_some)
@@ -149,6 +160,13 @@ class Guard:
             print(json.dumps(entry, ensure_ascii=True), file=self.log, flush=True)
 
 
+def own_page(http: Http, cors: Collection[str]) -> None:
+    """Raises RequestError for a POST that a browser sends for a page of another origin without asking first."""
+    cross = http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+    if cross and not {"*", http.headers.get("origin")} & set(cors):
+        raise RequestError("The page of this request must be this server's, or named by hd-serve --cors.")
+
+
 def _key(header: str) -> str:
     """The key in `Authorization: Bearer KEY`, or the password of `Basic`, which clients of /sdapi/ send."""
     kind, _, value = header.partition(" ")
@@ -158,10 +176,12 @@ def _key(header: str) -> str:
     return value.strip() if kind.lower() == "bearer" else ""
 
 
-def _wrong_form(headers: dict[bytes, bytes]) -> str | None:
-    """A sentence if the body is not JSON. This also stops forms of other sites, which browsers send without asking."""
-    if headers.get(b"content-type", b"").lower().partition(b";")[0].strip() != b"application/json":
-        return "The body must be JSON, with the header Content-Type: application/json."
+def _wrong_form(headers: dict[bytes, bytes], kind: str) -> str | None:
+    """A sentence if the body is not of its media type. For JSON, this also stops forms of other sites, which browsers
+    send without asking; `own_page` stops them where a form is taken."""
+    if headers.get(b"content-type", b"").lower().partition(b";")[0].strip() != kind.encode():
+        name = "JSON" if kind == JSON else "a form"
+        return f"The body must be {name}, with the header Content-Type: {kind}."
     coding = headers.get(b"content-encoding", b"identity").lower().strip()
     if coding != b"identity":
         return f"The body must not be compressed, got Content-Encoding: {coding.decode('latin-1')[:20]}."

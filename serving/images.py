@@ -16,17 +16,20 @@ MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 PNG_LEVEL = 4  # of zlib: less than half the time of the usual level, for files that are 4 % larger
 
 
-def encoded(image: np.ndarray, format: str = "png", quality: int | None = None, parameters: str = "") -> bytes:
+def encoded(
+    image: np.ndarray, format: str = "png", quality: int | None = None, parameters: str = "", profile: bytes = b""
+) -> bytes:
     """uint8 [H, W, 3] -> the content of a file. quality: 0 to 100, of jpeg and webp. parameters: a text that a PNG
-    holds under this name, where AUTOMATIC1111's web UI looks for it."""
+    holds under this name, where AUTOMATIC1111's web UI looks for it. profile: an ICC profile of its colours."""
     buffer = io.BytesIO()
+    colours = {"icc_profile": profile} if profile else {}
     if format == "png":
         info = PngInfo()
         if parameters:
             info.add_itxt("parameters", parameters.replace("\0", " "))
-        Image.fromarray(image).save(buffer, "PNG", compress_level=PNG_LEVEL, pnginfo=info)
+        Image.fromarray(image).save(buffer, "PNG", compress_level=PNG_LEVEL, pnginfo=info, **colours)
     else:
-        Image.fromarray(image).save(buffer, format.upper(), quality=90 if quality is None else quality)
+        Image.fromarray(image).save(buffer, format.upper(), quality=90 if quality is None else quality, **colours)
     return buffer.getvalue()
 
 

@@ -38,9 +38,10 @@ class Run(Struct, tag=True):
 
 
 class MakeHands(Struct, tag=True):
-    """Make a request's hands, and no picture."""
+    """Make a request's hands, and no picture. mesh: with the vertices of the body."""
 
     request: Request
+    mesh: bool = False
 
 
 class Cancel(Struct, tag=True):

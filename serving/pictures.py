@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import numpy as np
 from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
@@ -45,8 +46,12 @@ class Stream(StreamingResponse):
 class Painting:
     """A request for pictures that has been checked.
 
-    size: (height, width) that the pictures are scaled to, or None. warnings: sentences of the answer.
+    size: (height, width) that the pictures are scaled to, or None. warnings: sentences of the answer. brought: what each
+    of its pictures begins with: the image, mask and so on of a `Request`, for `edits`.
     """
+
+    kind = "image_generation"  # of a stream's events
+    profile = b""  # of the pictures' colours
 
     def __init__(self, service: Service, body: Generation, http: Http) -> None:
         """Raises RequestError."""
@@ -54,6 +59,7 @@ class Painting:
         self.format = body.response_format or ("b64_json" if body.stream else service.front.response_format)
         self.base = service.front.public_url or base_url(http)
         self.warnings = body.warnings()
+        self.brought: list[dict[str, Any]] = [{}]
         self.size = self._check()
         height, width = self.size or service.bundle.manifest.image_size
         self.about = {
@@ -108,8 +114,13 @@ class Painting:
         settings = {**body.settings(), "seed": seed}
         if settings.get("guidance", self.service.bundle.manifest.defaults["guidance"]) != 1:
             settings.setdefault("negative_prompt", self.service.front.negative_prompt)
-        request = Request(body.prompt, hands=self.service.hands_path(body.hands), **settings)
-        return self.service.prepare(request, body.n)
+        settings["hands"] = self.service.hands_path(body.hands)
+        requests = [Request(body.prompt, **settings, **brought) for brought in self.brought]
+        return [one for request in requests for one in self.service.prepare(request, body.n)]
+
+    def shown(self, image: np.ndarray) -> np.ndarray:
+        """A painted picture as the client gets it."""
+        return fitted(image, self.size)
 
     async def finished(self, ticket: Ticket, made: PictureMade, parameters: str = "") -> dict[str, Any]:
         """An entry of `data`. parameters: see `images.encoded`."""
@@ -119,7 +130,8 @@ class Painting:
     def _entry(self, ticket: Ticket, made: PictureMade, parameters: str) -> dict[str, Any]:
         body, service = self.body, self.service
         started = time.perf_counter()
-        content = encoded(fitted(made.image, self.size), body.output_format, body.output_compression, parameters)
+        image = self.shown(made.image)
+        content = encoded(image, body.output_format, body.output_compression, parameters, self.profile)
         service.metrics.took("encoding", time.perf_counter() - started)
         entry: dict[str, Any] = {"id": ticket.id, "seed": ticket.request.seed}
         if body.return_hands:
@@ -143,16 +155,16 @@ async def begin(
     requests = await asyncio.to_thread(painting.requests, drawn_seed(body.seed))
     service.forget_hands()
     logged = http.scope["handiffuser"]
-    logged.update(n=body.n, steps=requests[0].steps, ids=[request.id for request in requests])
+    logged.update(n=len(requests), steps=requests[0].steps, ids=[request.id for request in requests])
     if (user := body.safety_identifier or body.user) is not None:
         logged["user"] = user
     steps = previews(requests[0].steps or 1)
     return service.dispatcher.submit(logged["owner"], requests, steps, hands_first), deadline
 
 
-async def paint(service: Service, body: Generation, http: Http) -> Response:
+async def paint(painting: Painting, http: Http) -> Response:
     """Answers a request for pictures. Raises RequestError, BusyError and UnfinishedError."""
-    painting = Painting(service, body, http)
+    service, body = painting.service, painting.body
     logged = http.scope["handiffuser"]
     partial_images = body.partial_images if body.stream else 0
     tickets, deadline = await begin(
@@ -254,10 +266,10 @@ async def _stream(painting: Painting, ticket: Ticket, deadline: float) -> AsyncI
             if isinstance(answer, PictureMade):
                 values = await painting.finished(ticket, answer) | now
                 warnings = {"warnings": painting.warnings} if painting.warnings else {}
-                yield sent("image_generation.completed", values | warnings)
+                yield sent(f"{painting.kind}.completed", values | warnings)
                 return
             values = {"partial_image_index": index, **now, "output_format": "png"}
-            yield sent("image_generation.partial_image", values | await asyncio.to_thread(partial, answer))
+            yield sent(f"{painting.kind}.partial_image", values | await asyncio.to_thread(partial, answer))
             index += 1
     except UnfinishedError as error:
         kind = {"message": str(error), "type": "server_error", "param": None}

@@ -28,6 +28,7 @@ SAID = {
     413: "The body is too large.",
     415: "The body must be JSON that is not compressed.",
     429: "The queue is full; see Retry-After.",
+    501: "The server lacks what finds or repairs hands; the message says how to install it.",
     500: "The server could not make the picture.",
     503: "The server is loading or stopping; see Retry-After.",
     504: "The time of the request is over.",
@@ -43,6 +44,13 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 class ModelError(HanDiffuserError):
     """A request names an unknown model."""
+
+
+def check_model(service: Service, model: str | None) -> None:
+    """Raises ModelError for a model of another name."""
+    if model is not None and model not in service.names:
+        known = " or ".join(service.names)
+        raise ModelError(f"model must be {known}, got {model[:60]!r}. hd-serve takes other names with --alias.")
 
 
 def problem(
@@ -79,6 +87,7 @@ def misfit(errors: list[Any]) -> JSONResponse:
             400, f"The field {where} is unknown. GET /openapi.json lists the fields.", code="unknown_field", param=where
         )
     said = re.sub(r"^\w+ should (be|have) ", r"must \1 ", error["msg"].rstrip(".")).replace(" after validation", "")
+    said = re.sub(r", unable to (parse|interpret) .*", "", said)  # of a form, whose numbers are text
     setting = next((one for name, one in SETTINGS.items() if http_name(name) == where), None)
     if kind == "missing":
         sentence = f"{where} must be given."

@@ -29,6 +29,7 @@ from ..errors import RequestError
 from ..settings import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, SOLVERS
 from .dispatch import Ticket
 from .fields import MAX_PROMPT, Generation, Nullable, Prompt
+from .guard import own_page
 from .images import base64_of, encoded, preview, preview_steps
 from .messages import Answer, Failed, PictureMade, Preview
 from .pictures import Painting, begin, drawn_seed, wait_for
@@ -259,13 +260,6 @@ def checked_model(service: Service, options: dict[str, Any]) -> None:
         )
 
 
-def own_page(http: Http, service: Service) -> None:
-    """Raises RequestError for a POST without a body that a browser sends for a page of another origin."""
-    cross = http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
-    if cross and not {"*", http.headers.get("origin")} & set(service.front.cors):
-        raise RequestError("The page of this request must be this server's, or named by hd-serve --cors.")
-
-
 def make_router(service: Service) -> APIRouter:
     """The routes of the web UI."""
     router = APIRouter()
@@ -307,7 +301,7 @@ def make_router(service: Service) -> APIRouter:
     @router.post(f"{PREFIX}/interrupt")
     async def interrupt(http: Http) -> Response:
         """Stops the client's own pictures: their requests end with what is made."""
-        own_page(http, service)
+        own_page(http, service.front.cors)
         for job in own(http):
             job.interrupt(service)
         return JSONResponse({})
@@ -377,7 +371,7 @@ def add_lists(router: APIRouter, service: Service) -> None:
 
     async def refresh(http: Http) -> Response:
         """Does nothing: a running server keeps its model."""
-        own_page(http, service)
+        own_page(http, service.front.cors)
         return JSONResponse(None)
 
     for name in ("refresh-checkpoints", "refresh-loras"):

@@ -21,8 +21,8 @@ from ..errors import HanDiffuserError, RequestError
 from ..files import written
 from ..hands import NO_HANDS, hands_file
 from ..runtime.bundle import Bundle
-from ..runtime.requests import Request
-from ..settings import MAX_SEED, http_name, with_defaults
+from ..runtime.requests import Request, gaps
+from ..settings import MAX_SEED, http_name
 from .dispatch import Dispatcher
 from .fields import HandsField
 from .hands import Arrays
@@ -54,6 +54,8 @@ class Limits:
     steps: int = 100  # of a picture
     timeout: float = 300.0  # seconds; also the default
     body: int = 1 << 20  # bytes
+    upload: int = 32 << 20  # bytes of a body that brings pictures
+    pixels: int = 40_000_000  # of a picture that a request brings
 
 
 class UnfinishedError(HanDiffuserError):
@@ -94,6 +96,11 @@ class Service:
     def size(self) -> str:
         height, width = self.bundle.manifest.image_size
         return f"{width}x{height}"
+
+    @property
+    def engines(self) -> Path:
+        """The bundle's folder."""
+        return Path(self.dispatcher.workers[0].options.engines)
 
     def keep_hands(self, hands: Arrays, prompt: str = "") -> str:
         """Writes hands into the private folder and returns their id, a digest. Raises RequestError, and UnfinishedError
@@ -137,10 +144,8 @@ class Service:
 
     def prepare(self, request: Request, count: int = 1) -> list[Request]:
         """Fills in the bundle's defaults, seeds and ids. Raises RequestError for what this bundle cannot run."""
-        defaults = with_defaults(self.bundle.manifest.defaults)
-        gaps = {name: value for name, value in defaults.items() if getattr(request, name) is None}
         assert request.seed is not None
-        filled = replace(request, **gaps)
+        filled = replace(request, **gaps(request, self.bundle.manifest.defaults))
         for name, steps in (("steps", filled.steps), ("hand_steps", request.hand_steps)):
             if (steps or 1) > self.limits.steps:
                 raise RequestError(

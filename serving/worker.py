@@ -141,8 +141,8 @@ class Lane:
                 case messages.Run(request):
                     self.in_flight[str(request.id)] = InFlight(message)
                     self.inbox.append(request)
-                case messages.MakeHands(request):
-                    self.make_hands(request)
+                case messages.MakeHands(request, mesh):
+                    self.make_hands(request, mesh)
                 case messages.Cancel(id):
                     self.cancel(id)
                 case messages.Stop():
@@ -150,13 +150,14 @@ class Lane:
                     for id in [*self.in_flight]:
                         self.cancel(id)
 
-    def make_hands(self, request: Request) -> None:
+    def make_hands(self, request: Request, mesh: bool = False) -> None:
         (made,) = self.pipeline.hands([request])
         self.laps.take(*HANDS)
         if isinstance(made, Failure):
             self.tell(messages.Failed(made.id, messages.sentence(made.sentence)))
         else:
-            self.tell(messages.HandsMade(str(request.id), small(made)))
+            shown = small(made) | ({"vertices": made["vertices"]} if mesh else {})
+            self.tell(messages.HandsMade(str(request.id), shown))
 
     def cancel(self, id: str) -> None:
         for i, request in enumerate(self.inbox):

@@ -1,0 +1,141 @@
+"""The hands of a picture, for a server: one detector, in a thread of its own.
+
+    finder = Finder(Path("engines"))
+    seen = await finder(image)               # [Seen], the surest first
+    hands = finder.shown(seen[0], size)      # arrays that a page can draw and /v1/hands/edit can change
+
+The detector loads at the first picture. It takes one picture at a time, and a few may wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..contract import HAND_JOINTS
+from ..detection.arms import HandEstimate
+from ..detection.detect import Detector, MediaPipe
+from ..detection.fit import Fitted
+from ..detection.hands import Seen, arrays_of, fitted
+from ..errors import DetectionError, RequestError
+from ..fingers import SIDES, gestures
+from ..hands import POSES
+from ..kinematics import forward, world
+from ..rotations import axis_angle_to_matrix
+from ..runtime.rest import joints_at_rest
+from .dispatch import BusyError
+from .hands import FLIP, Arrays
+from .service import UnfinishedError
+
+MAX_WAITING = 8  # pictures
+
+
+class Finder:
+    """Finds and fits hands to the body of a bundle."""
+
+    def __init__(self, engines: Path) -> None:
+        self.engines = engines
+        self.detector: Detector | None = None
+        self.pool = ThreadPoolExecutor(1, "hd-serve-finder")
+        self.waiting = 0
+
+    @cached_property
+    def rest(self) -> np.ndarray:
+        """[62, 3] metres, the joints at rest of the bundle's body. Runs a graph at its first use."""
+        return joints_at_rest(self.engines)
+
+    async def __call__(self, image: np.ndarray) -> list[Seen]:
+        """image: uint8 [H, W, 3]. Raises BusyError, and UnfinishedError where the detector is missing."""
+        return await self.run(self._find, image)
+
+    async def run(self, work: Any, *arguments: Any) -> Any:
+        """Calls work(*arguments) in the finder's thread."""
+        if self.waiting >= MAX_WAITING:
+            raise BusyError(f"{self.waiting} pictures wait for the detector. Try again later.", 5.0)
+        self.waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
+        finally:
+            self.waiting -= 1
+
+    def _find(self, image: np.ndarray) -> list[Seen]:
+        if self.detector is None:
+            try:
+                self.detector = MediaPipe()
+            except DetectionError as error:
+                raise UnfinishedError(f"This server finds no hands: {error}", 501) from None
+        seen = []
+        for found in self.detector(image):
+            try:
+                seen.append(fitted(found, image.shape[:2], self.rest, self.detector))
+            except DetectionError:  # points in one place: what was found there is not a hand
+                continue
+        return sorted(seen, key=lambda one: -(one.sureness or 0.0))
+
+    def placed(self, box: np.ndarray, side: str, gesture: str) -> Seen:
+        """A hand that a person places. box: [4] pixels, left, top, right, bottom. side: "left" or "right". Raises
+        RequestError. Its fingers point up, and its palm faces the viewer."""
+        if gesture not in gestures():
+            raise RequestError(f"gesture must be one of {', '.join(gestures())}, got {gesture[:60]!r}.", "gesture")
+        number = SIDES.index(side)
+        flip = FLIP if number else np.ones(3)
+        fingers = gestures()[gesture].reshape(15, 3) * flip
+        turn = self._upright(number)
+        alone = np.tile(np.eye(3), (52, 1, 1))
+        alone[20 + number] = turn
+        alone[22 + 15 * number : 37 + 15 * number] = axis_angle_to_matrix(fingers)
+        points = forward(alone, self.rest)[1][list(HAND_JOINTS[number]), :2] * (1, -1)
+        low, high = points.min(0), points.max(0)
+        corner, far = box[:2], box[2:]
+        scale = float(((far - corner) / np.maximum(high - low, 1e-9)).min())
+        pixels = (points - (low + high) / 2) * scale + (corner + far) / 2
+        hand = Fitted(number, turn, fingers, pixels, 0.0, np.zeros(16), {gesture: 1.0})
+        return Seen(hand)
+
+    def _upright(self, side: int) -> np.ndarray:
+        """[3, 3]: how a wrist turns so that its fingers point up and its palm faces the viewer."""
+        rest = self.rest[list(HAND_JOINTS[side])]
+        along = rest[9] - rest[0]
+        along = along / np.linalg.norm(along)
+        across = rest[5] - rest[17]
+        across = across - (across @ along) * along
+        across = across / np.linalg.norm(across)
+        own = np.stack([along, across, np.cross(along, across)], 1)
+        thumb = 1.0 if side else -1.0  # where it points, of a palm that faces the viewer
+        goal = np.array([[0, thumb, 0], [1, 0, 0], [0, 0, -thumb]])  # columns: fingers, thumb, and their cross product
+        turned: np.ndarray = goal @ own.T
+        return turned
+
+    def shown(self, seen: Seen, size: tuple[int, int]) -> Arrays:
+        """The arrays of one hand in its picture (height, width), float32, as `/v1/hands` gives those of a picture."""
+        return {name: np.asarray(value, np.float32) for name, value in arrays_of([seen], size, self.rest).items()}
+
+
+def seen_of(hands: Mapping[str, np.ndarray], size: tuple[int, int], gesture: str = "") -> Seen:
+    """The one visible hand of arrays with joints_2d and visibility, in pixels of a picture (height, width). Raises
+    RequestError."""
+    if "joints_2d" not in hands or "visibility" not in hands:
+        raise RequestError(
+            "hands must have joints_2d and visibility. Take them from /v1/hands/detect or /v1/hands.", "hands"
+        )
+    visible = np.flatnonzero(np.asarray(hands["visibility"]) >= 0.5)
+    if len(visible) != 1:
+        raise RequestError(
+            f"hands must show one hand each for a repair, got {len(visible)}. Send an object for each hand.", "hands"
+        )
+    side = int(visible[0])
+    points = np.asarray(hands["joints_2d"], np.float64)[side] * (size[1], size[0])
+    if not np.ptp(points, axis=0).max() >= 1:
+        raise RequestError("hands.joints_2d must span at least a pixel. Make the hand larger.", "hands")
+    vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES]).astype(np.float64)
+    turns = world(axis_angle_to_matrix(vectors))
+    fingers = vectors[22 + 15 * side : 37 + 15 * side]
+    if gesture:
+        return Seen(Fitted(side, turns[20 + side], fingers, points, 0.0, np.zeros(16), {gesture: 1.0}))
+    return Seen(HandEstimate(side, turns[20 + side], fingers, points))
