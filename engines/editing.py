@@ -107,7 +107,7 @@ def users(value: ir.Value) -> list[ir.Node]:
 
 
 def only_user(value: ir.Value, op: str) -> ir.Node | None:
-    """The one node that takes a value, if it is of this kind and the value is no output of the graph."""
+    """The one node that takes a value, if it is of this kind and the graph does not output the value."""
     found = users(value)
     return found[0] if len(found) == 1 and found[0].op_type == op and not value.is_graph_output() else None
 

@@ -46,8 +46,8 @@ class Stream(StreamingResponse):
 class Painting:
     """A request for pictures that has been checked.
 
-    size: (height, width) that the pictures are scaled to, or None. warnings: sentences of the answer. brought: what each
-    of its pictures begins with: the image, mask and so on of a `Request`, for `edits`.
+    size: (height, width) that the pictures are scaled to, or None. warnings: sentences of the answer. brought: what
+    each of its pictures begins with: the image, mask and so on of a `Request`, for `edits`.
     """
 
     kind = "image_generation"  # of a stream's events
