@@ -46,7 +46,7 @@ from .human_poses import (
 from .human_prompts import FRAMINGS, GESTURES, PLACES, PLAIN, POSES, Someone, Spec, is_held_out_spec
 from .human_render import Camera, Held, Lamp, Person, rasterise, render
 from .human_skin import ITA_CLASSES, ita_of
-from .human_words import TOGETHER
+from .human_words import HANDS_TOGETHER
 from .prompts import HARD
 from .things import THINGS, sample_thing, thing_mesh
 
@@ -142,9 +142,8 @@ def _sample_touch(rng: np.random.Generator, kind: str, framing: str | None) -> S
         framing = framing or FRAMINGS[rng.choice(3, p=FRAMING_SHARES)]
         thing = THINGS[rng.integers(len(THINGS))]
         return Spec((Someone("holding", ("left", "right")[rng.integers(2)], thing=thing),), framing, place)
-    together = tuple(TOGETHER)[rng.integers(len(TOGETHER))]
-    if framing is None or (together == "arm_around" and framing == "close-up"):
-        framing = FRAMINGS[rng.choice(3, p=PAIR_SHARES)] if together != "arm_around" else FRAMINGS[rng.integers(1, 3)]
+    together = tuple(HANDS_TOGETHER)[rng.integers(len(HANDS_TOGETHER))]  # not yet: an arm around shoulders
+    framing = framing or FRAMINGS[rng.choice(3, p=PAIR_SHARES)]
     return Spec((Someone(together, ""), Someone(together, "")), framing, place, together=together)
 
 

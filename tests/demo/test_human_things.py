@@ -151,9 +151,10 @@ def test_every_thing_is_drawn_in_many_looks():
         look, mesh = sample_thing(thing, np.random.default_rng(0)), thing_mesh(thing, SIZES[thing][0])
         assert len(look.colours) == len(look.gloss) == len(PARTS[thing])
         far = Person(np.zeros((len(load_human().template), 3), np.float32) + np.float32([0, -9, 0]))
-        camera = Camera(1.6 / float(np.abs(mesh.vertices).max()), 0, 0)
-        picture = render([far], camera, Lamp(), GREY, 48, things=[Held(mesh, mesh.vertices, look)]).float()
-        assert picture.std() > 6
+        look = replace(look, colours=((0.9, 0.02, 0.02),) * len(look.colours))
+        camera = Camera(1.0 / float(np.abs(mesh.vertices).max()), 0, 0)
+        picture = render([far], camera, Lamp(), GREY, 48, things=[Held(mesh, mesh.vertices, look)]).numpy().astype(int)
+        assert ((picture[..., 0] - picture[..., 1]) > 25).sum() > 20, thing
 
 
 PROMPTS = {
