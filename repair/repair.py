@@ -113,7 +113,7 @@ def repair(
         ]
         with tempfile.TemporaryDirectory(prefix="hd-repair-") as folder:
             _pose(pipeline, patches, Path(folder))
-            alone = _apart(patches)
+            alone = apart(patches)
             requests = [_request(patch, Path(folder) / f"{k}.npz", wish, settings) for k, patch in enumerate(alone)]
             prepared, refused = pipeline.prepare(requests, seed=int(settings.get("seed") or 0))
             if refused:
@@ -161,7 +161,7 @@ def _hands(pipeline: HanDiffuser, requests: Sequence[Request]) -> list[dict[str,
     return out
 
 
-def _apart(patches: Sequence[Patch]) -> list[Patch]:
+def apart(patches: Sequence[Patch]) -> list[Patch]:
     """The first patch, and those whose windows touch none before them."""
     out: list[Patch] = []
     for patch in patches:

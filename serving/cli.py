@@ -59,6 +59,8 @@ def _named(_: click.Context, parameter: click.Parameter, given: Any) -> Any:
 @click.option("--queue", type=click.IntRange(1, 100_000), default=64, help="Most pictures in the queue.")
 @click.option("--max-n", type=click.IntRange(1, 1024), default=8, help="Most pictures of a request.")
 @click.option("--max-steps", type=click.IntRange(1, 1000), default=100, help="Most steps of a picture.")
+@click.option("--max-upload", type=click.IntRange(1, 1024), default=32, metavar="MB",
+              help="Most megabytes of a request that brings pictures.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(1, 3600), default=300, help="Seconds until a request fails.")
 @click.option("--grace", type=click.FloatRange(0, 3600), default=30,
               help="Seconds that requests have to finish after SIGTERM.")  # fmt: skip
@@ -110,7 +112,7 @@ def serve(engines: str, **options: Any) -> int:
     own_processes = len(each) > 1 or bool(gpus)
     dispatcher = Dispatcher(each, own_processes, options["queue"], metrics, _say, options["stuck_after"])
     name = options["name"] or ("demo" if engines == "demo" else Path(engines).resolve().name)
-    limits = Limits(options["max_n"], options["max_steps"], options["timeout"])
+    limits = Limits(options["max_n"], options["max_steps"], options["timeout"], upload=options["max_upload"] << 20)
     front = Front(
         options["alias"],
         options["any_size"],

@@ -98,8 +98,8 @@ class Editing(Painting):
             raise RequestError("hands must be one object without repair, got a list.", "hands")
         if body.n * len(images) > service.most:
             raise RequestError(
-                f"n must be at most {service.most // len(images)} with {len(images)} images, got {body.n}. "
-                "Send several requests.",
+                f"n must be at most {service.most // len(images)} with {len(images)} images, got {body.n}. Send more "
+                "requests.",
                 "n",
             )
         if body.stream and len(images) > 1:

@@ -18,19 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import HAND_JOINTS
 from ..detection.arms import HandEstimate
 from ..detection.detect import Detector, MediaPipe
 from ..detection.fit import Fitted
 from ..detection.hands import Seen, arrays_of, fitted
 from ..errors import DetectionError, RequestError
-from ..fingers import SIDES, gestures
+from ..fingers import gestures
 from ..hands import POSES
-from ..kinematics import forward, world
+from ..kinematics import world
+from ..repair.place import placed
 from ..rotations import axis_angle_to_matrix
 from ..runtime.rest import joints_at_rest
 from .dispatch import BusyError
-from .hands import FLIP, Arrays
+from .hands import Arrays
 from .service import UnfinishedError
 
 MAX_WAITING = 8  # pictures
@@ -79,38 +79,10 @@ class Finder:
         return sorted(seen, key=lambda one: -(one.sureness or 0.0))
 
     def placed(self, box: np.ndarray, side: str, gesture: str) -> Seen:
-        """A hand that a person places. box: [4] pixels, left, top, right, bottom. side: "left" or "right". Raises
-        RequestError. Its fingers point up, and its palm faces the viewer."""
+        """A hand that a person places. box: [4] pixels, left, top, right, bottom. Raises RequestError."""
         if gesture not in gestures():
             raise RequestError(f"gesture must be one of {', '.join(gestures())}, got {gesture[:60]!r}.", "gesture")
-        number = SIDES.index(side)
-        flip = FLIP if number else np.ones(3)
-        fingers = gestures()[gesture].reshape(15, 3) * flip
-        turn = self._upright(number)
-        alone = np.tile(np.eye(3), (52, 1, 1))
-        alone[20 + number] = turn
-        alone[22 + 15 * number : 37 + 15 * number] = axis_angle_to_matrix(fingers)
-        points = forward(alone, self.rest)[1][list(HAND_JOINTS[number]), :2] * (1, -1)
-        low, high = points.min(0), points.max(0)
-        corner, far = box[:2], box[2:]
-        scale = float(((far - corner) / np.maximum(high - low, 1e-9)).min())
-        pixels = (points - (low + high) / 2) * scale + (corner + far) / 2
-        hand = Fitted(number, turn, fingers, pixels, 0.0, np.zeros(16), {gesture: 1.0})
-        return Seen(hand)
-
-    def _upright(self, side: int) -> np.ndarray:
-        """[3, 3]: how a wrist turns so that its fingers point up and its palm faces the viewer."""
-        rest = self.rest[list(HAND_JOINTS[side])]
-        along = rest[9] - rest[0]
-        along = along / np.linalg.norm(along)
-        across = rest[5] - rest[17]
-        across = across - (across @ along) * along
-        across = across / np.linalg.norm(across)
-        own = np.stack([along, across, np.cross(along, across)], 1)
-        thumb = 1.0 if side else -1.0  # where it points, of a palm that faces the viewer
-        goal = np.array([[0, thumb, 0], [1, 0, 0], [0, 0, -thumb]])  # columns: fingers, thumb, and their cross product
-        turned: np.ndarray = goal @ own.T
-        return turned
+        return placed(box, side, gesture, self.rest)
 
     def shown(self, seen: Seen, size: tuple[int, int]) -> Arrays:
         """The arrays of one hand in its picture (height, width), float32, as `/v1/hands` gives those of a picture."""

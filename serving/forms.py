@@ -24,10 +24,11 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..errors import RequestError
-from ..pictures import decode, decode_mask, kind_of, size_of
+from ..pictures import decode, decode_mask, kind_of
 from ..schema import MisfitError
 from .service import UnfinishedError
 
+FORMATS = ("PNG", "JPEG", "WEBP", "MPO")  # the last is a telephone's JPEG with more behind it
 MAX_FILES, MAX_FIELDS = 17, 64  # of a form
 MAX_FIELD = 1 << 20  # bytes of a field that is text
 Files = dict[str, list[bytes]]
@@ -49,7 +50,9 @@ async def read_form(http: Http, names: tuple[str, ...]) -> tuple[Files, dict[str
         form = await parser.parse()
     except (MultiPartException, ValueError, KeyError) as error:
         why = str(getattr(error, "message", error)).rstrip(".")
-        raise RequestError(f"The body must be a form as multipart/form-data, got one that is damaged: {why}.") from None
+        raise RequestError(
+            f"The body must be a form as multipart/form-data, got one that is damaged: {why}.", code="invalid_form"
+        ) from None
     files: Files = {}
     fields: dict[str, str] = {}
     for key, value in form.multi_items():
@@ -140,9 +143,12 @@ def checked(name: str, content: bytes, most: int) -> None:
     """Raises RequestError for another format, and for a picture that would take too much memory once it is decoded."""
     try:
         kind_of(content)
-        height, width = size_of(content)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:  # the header alone
+            width, height = image.size
     except MisfitError as error:
         raise refused(name, error) from None
+    except Exception as error:  # Pillow raises many kinds
+        raise refused(name, MisfitError(f"Its picture cannot be decoded: {str(error)[:100].rstrip('.')}.")) from None
     if width * height > most:
         raise RequestError(
             f"{name} must have at most {most / 1e6:g} million pixels, got {width}x{height}. Make it smaller.", name

@@ -164,7 +164,7 @@ def own_page(http: Http, cors: Collection[str]) -> None:
     """Raises RequestError for a POST that a browser sends for a page of another origin without asking first."""
     cross = http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
     if cross and not {"*", http.headers.get("origin")} & set(cors):
-        raise RequestError("The page of this request must be this server's, or named by hd-serve --cors.")
+        raise RequestError("The page of this request must be this server's, or named by hd-serve --cors.", None)
 
 
 def _key(header: str) -> str:

@@ -1,7 +1,7 @@
 """`repair` of `/v1/images/edits`: each hand of a picture is cut out, painted again at the model's size, and put back.
 
-The hands are those of the request, or those that the detector finds. All of them run beside each other in the loop's
-batches. The picture keeps its own size, and its bytes outside of the hands' masks.
+The hands are those of the request, or those that the detector finds. Hands that do not touch run beside each other in
+the loop's batches; the others follow. The picture keeps its own size, and its bytes outside of the hands' masks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from dataclasses import replace
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response
 
 from ..detection.hands import Seen
-from ..errors import RequestError
+from ..errors import DetectionError, RequestError
 from ..runtime.requests import Request
 from .dispatch import Ticket
 from .fields import as_json
@@ -30,10 +31,18 @@ from .pictures import Painting, drawn_seed, wait_for
 from .service import Service, UnfinishedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ..repair.patch import Patch
     from .edits import EditForm
 
-UNSURE = 0.5  # of a found hand's sureness: below it a person should look first
+SURE = 0.5  # of a found hand: below it, a person should look first
+SMALLEST, SOFT = 12.0, 4.0  # pixels of a hand, and pixels of the picture that a painted one covers
+LACKING = 'This server repairs no hands: OpenCV is missing. Install it: pip install "handiffuser[detect]"'
+
+
+class ClientGoneError(Exception):
+    """The client does not wait any more."""
 
 
 class Repair:
@@ -48,9 +57,10 @@ class Repair:
         images: list[Upload],
         mask: np.ndarray | None,
     ) -> None:
-        """mask: uint8 [H, W], more of the picture that is to go. Raises RequestError."""
-        if len(images) != 1:
-            raise RequestError(f"image must be one file with repair, got {len(images)}.", "image")
+        """mask: uint8 [H, W], what is to go beside the old hands. Raises RequestError, and UnfinishedError where the
+        server lacks a package."""
+        if find_spec("cv2") is None:
+            raise UnfinishedError(LACKING, 501)
         if body.stream:
             raise RequestError("stream must be false with repair. Leave it out.", "stream")
         (self.image,) = images
@@ -63,137 +73,181 @@ class Repair:
         self.body = body.model_copy(update={"size": None})
         self.painting = Painting(service, self.body, http)
         self.painting.about["size"] = f"{width}x{height}"
+        seconds = min(body.timeout or service.limits.timeout, service.limits.timeout)
+        self.deadline = asyncio.get_running_loop().time() + seconds
+        self.seed = drawn_seed(body.seed)
 
     async def answer(self) -> Response:
         """Raises RequestError, BusyError and UnfinishedError."""
-        service, body = self.service, self.body
-        deadline = asyncio.get_running_loop().time() + min(
-            body.timeout or service.limits.timeout, service.limits.timeout
-        )
-        placed = await self.hands()
-        most = service.most // body.n
-        if len(placed) > most:
-            raise RequestError(f"hands must be at most {most}, with n = {body.n}, got {len(placed)}.", "hands")
-        patches = await asyncio.to_thread(self.plan, placed)
-        if not await self.pose(patches, deadline):
+        hands = await self.hands()
+        most = self.service.most // self.body.n
+        if len(hands) > most:
+            raise RequestError(f"hands must be at most {most} with n = {self.body.n}, got {len(hands)}.", "hands")
+        pictures = [self.image.pixels] * self.body.n
+        try:
+            with self.folder() as folder:
+                left = hands
+                while left:
+                    left, pictures = await self.round(left, pictures, folder)
+        except ClientGoneError:
             return Response(status_code=499)
-        seed = drawn_seed(body.seed)
-        requests = await asyncio.to_thread(self.requests, patches, seed)  # of each patch, those of the n pictures
-        logged = self.http.scope["handiffuser"]
-        logged.update(n=len(requests) * body.n, steps=requests[0][0].steps)
-        tickets = service.dispatcher.submit(logged["owner"], [one for each in requests for one in each])
-        answers = await wait_for(self.http, service, tickets, deadline)
-        if answers is None:
-            return Response(status_code=499)
-        made = [answer for answer in answers if isinstance(answer, PictureMade)]
-        for one in made:
-            self.painting.warnings += [said for said in one.warnings if said not in self.painting.warnings]
-        data = [
-            await asyncio.to_thread(self.entry, patches, made[i :: body.n], requests[0][i].seed or 0)
-            for i in range(body.n)
-        ]
+        shown = [as_json(self.finder.shown(seen, self.image.size)) for seen, _ in hands]
+        data = [await asyncio.to_thread(self.entry, i, picture, shown) for i, picture in enumerate(pictures)]
+        warnings = list(dict.fromkeys(self.painting.warnings))
         told = {"created": int(time.time()), "data": data, **self.painting.about}
-        return JSONResponse(told | ({"warnings": self.painting.warnings} if self.painting.warnings else {}))
+        return JSONResponse(told | ({"warnings": warnings} if warnings else {}))
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A private one, for the hands of this request."""
+        try:
+            with tempfile.TemporaryDirectory(prefix="repair-", dir=self.service.folder) as folder:
+                yield Path(folder)
+        except OSError as error:
+            raise UnfinishedError(f"The server cannot keep hands: {error.strerror or error}.", 503) from None
 
     async def hands(self) -> list[tuple[Seen, np.ndarray | None]]:
-        """Each new hand, and the points [21, 2] in pixels of the old one where it is elsewhere."""
+        """Each new hand, and the points [21, 2] in pixels of the old one where the request says where it is."""
         given, size = self.body.hands, self.image.size
-        if given is None:
-            seen = await self.finder(self.image.pixels)
-            sure = [one for one in seen if (one.sureness or 0.0) >= UNSURE]
-            if not seen:
-                raise RequestError(
-                    "image must show a hand that the detector finds, got none. Place the hand and send it as hands.",
-                    "image",
-                )
-            if not sure:
-                raise RequestError(
-                    f"hands must be given: the detector found {seen[0]}, which is not sure enough. Look at them with "
-                    "/v1/hands/detect first.",
-                    "hands",
-                )
-            self.painting.warnings += [f"The server left {one} as it is: not sure enough." for one in seen[len(sure) :]]
-            return [(one, None) for one in sure]
         if isinstance(given, str):
             raise RequestError("hands must be objects with repair, got text. Send those of /v1/hands/detect.", "hands")
-        placed = []
-        for one in given if isinstance(given, list) else [given]:
-            old = None if one.old is None else np.array(one.old, np.float64) * (size[1], size[0])
-            placed.append((seen_of(one.arrays(), size, one.gesture or ""), old))
-        return placed
+        if given is None:
+            return [(one, None) for one in self.sure(await self.finder(self.image.pixels))]
+        return [
+            (
+                seen_of(one.arrays(), size, one.gesture or ""),
+                None if one.old is None else np.array(one.old, np.float64) * (size[1], size[0]),
+            )
+            for one in (given if isinstance(given, list) else [given])
+        ]
 
-    def plan(self, placed: list[tuple[Seen, np.ndarray | None]]) -> list[Patch]:
-        try:
-            from ..repair.patch import cut, plan
-        except ImportError:
-            raise UnfinishedError(
-                'This server repairs no hands: OpenCV is missing. Install it: pip install "handiffuser[detect]"', 501
-            ) from None
+    def sure(self, seen: list[Seen]) -> list[Seen]:
+        """The found hands whose pose is sure enough; warns about the others. Raises RequestError where none is."""
+        if not seen:
+            raise RequestError(
+                "image must show a hand that the detector finds, got none. Place a hand and send it as hands.", "image"
+            )
+        sure = [one for one in seen if (one.sureness or 0.0) >= SURE and np.ptp(one.hand.joints_2d, 0).max() > SMALLEST]
+        left = [str(one) for one in seen if not any(one is other for other in sure)]
+        if not sure:
+            raise RequestError(
+                f"hands must be given, because the server found only {' and '.join(left)}. Look with /v1/hands/detect, "
+                "and choose a gesture.",
+                "hands",
+            )
+        self.painting.warnings += [f"The server left {one} as it is. Send it as hands to repair it." for one in left]
+        return sure
+
+    async def round(
+        self, hands: list[tuple[Seen, np.ndarray | None]], pictures: list[np.ndarray], folder: Path
+    ) -> tuple[list[tuple[Seen, np.ndarray | None]], list[np.ndarray]]:
+        """Paints the hands that touch none before them. Returns the others, and the pictures."""
+        from ..repair.repair import apart
+
+        first = await asyncio.to_thread(self.plan, pictures[0], hands)
+        chosen = apart(first)
+        ids = {id(patch.seen) for patch in chosen}
+        now = [hand for hand in hands if id(hand[0]) in ids]
+        later = [hand for hand in hands if id(hand[0]) not in ids]
+        each = [chosen]  # the patches of each picture
+        for picture in pictures[1:]:
+            each.append(chosen if picture is pictures[0] else await asyncio.to_thread(self.plan, picture, now))
+        await self.pose(each, folder)
+        requests = await asyncio.to_thread(self.requests, each, folder)
+        logged = self.http.scope["handiffuser"]
+        logged.update(n=logged.get("n", 0) + len(requests), steps=requests[0].steps)
+        answers = await self.wait(self.service.dispatcher.submit(logged["owner"], requests))
+        made = [answer for answer in answers if isinstance(answer, PictureMade)]
+        self.painting.warnings += [said for one in made for said in one.warnings]
+        count = len(now)
+        parts = [made[i : i + count] for i in range(0, len(made), count)]
+        return later, [
+            await asyncio.to_thread(pasted, picture, patches, part)
+            for picture, patches, part in zip(pictures, each, parts, strict=True)
+        ]
+
+    def plan(self, picture: np.ndarray, hands: list[tuple[Seen, np.ndarray | None]]) -> list[Patch]:
+        """The crops of hands in a picture. Runs in a thread."""
+        from ..repair.patch import cut, plan
+
         size = self.service.bundle.manifest.image_size
         patches = []
-        for seen, old in placed:
-            patch = plan(self.image.pixels, seen, self.finder.rest, size, old)
+        for seen, old in hands:
+            try:
+                patch = plan(picture, seen, self.finder.rest, size, old)
+            except DetectionError as error:
+                raise RequestError(str(error), "hands") from None
             if self.mask is not None:
                 patch.old = patch.old | (cut(self.mask, patch.window, size) > 127)
-            if patch.magnified > 4:
+            if patch.magnified > SOFT:
                 self.painting.warnings.append(
-                    f"A hand is {patch.magnified:.1f} times as large as the engine paints, so it looks soft."
+                    f"The {seen.side} hand is {patch.magnified:.0f} times as large as the engine paints, so it looks "
+                    "soft."
                 )
             patches.append(patch)
         return patches
 
-    async def pose(self, patches: list[Patch], deadline: float) -> bool:
-        """Lets the model's body show the hands. Returns False when the client has gone."""
-        service = self.service
-        requests = await asyncio.to_thread(self.of_hands, patches)
-        owner = self.http.scope["handiffuser"]["owner"]
+    async def pose(self, each: list[list[Patch]], folder: Path) -> None:
+        """Lets the model's body show the hands: its mesh gives the masks."""
+        dispatcher, owner = self.service.dispatcher, self.http.scope["handiffuser"]["owner"]
+        requests = await asyncio.to_thread(self.of_hands, each[0], folder)
         tickets: list[Ticket] = []
         try:
             for request in requests:
-                tickets.append(service.dispatcher.submit_hands(owner, request, mesh=True))
+                tickets.append(dispatcher.submit_hands(owner, request, mesh=True))
         except BaseException:
-            service.dispatcher.cancel(tickets)
+            dispatcher.cancel(tickets)
             raise
-        answers = await wait_for(self.http, service, tickets, deadline)
-        if answers is None:
-            return False
-        for patch, made in zip(patches, answers, strict=True):
-            assert isinstance(made, HandsMade)
-            await asyncio.to_thread(patch.pose, made.hands)
-        return True
+        answers = await self.wait(tickets)
+        for patches in {id(patches): patches for patches in each}.values():
+            for patch, made in zip(patches, answers, strict=True):
+                assert isinstance(made, HandsMade)
+                await asyncio.to_thread(patch.pose, made.hands)
 
-    def of_hands(self, patches: list[Patch]) -> list[Request]:
-        """A request for each patch, whose hands the server keeps meanwhile."""
-        paths = [str(self.service.hands[self.service.keep_hands(patch.arrays)]) for patch in patches]
-        return [self.service.prepare(Request("hands", seed=0, steps=1, hands=path))[0] for path in paths]
+    def of_hands(self, patches: list[Patch], folder: Path) -> list[Request]:
+        """A request for hands of each patch. Runs in a thread."""
+        requests = []
+        for k, patch in enumerate(patches):
+            patch.save(folder / f"{k}.npz")
+            request = Request("hands", seed=0, steps=1, hands=str(folder / f"{k}.npz"))
+            requests += self.service.prepare(request)
+        return requests
 
-    def requests(self, patches: list[Patch], seed: int) -> list[list[Request]]:
-        settings: dict[str, Any] = {**self.body.settings(), "seed": seed}
+    def requests(self, each: list[list[Patch]], folder: Path) -> list[Request]:
+        """Those of all patches of the first picture, then of the next one, with seeds that follow each other. Runs in a
+        thread."""
         prepared = []
-        for patch in patches:
-            with tempfile.TemporaryDirectory(dir=self.service.folder) as folder:
-                request = patch.request(Path(folder), self.body.prompt, **settings)
-                kept = self.service.keep_hands(patch.arrays)
-                prepared.append(
-                    self.service.prepare(replace(request, hands=str(self.service.hands[kept])), self.body.n)
-                )
-        self.service.forget_hands()
+        for i, patches in enumerate(each):
+            settings: dict[str, Any] = {**self.body.settings(), "seed": self.seed_of(i)}
+            for k, patch in enumerate(patches):
+                request = patch.request(folder / f"{k}.npz", self.body.prompt, **settings)
+                prepared += self.service.prepare(request)
         return prepared
 
-    def entry(self, patches: list[Patch], made: list[PictureMade], seed: int) -> dict[str, Any]:
-        """An entry of `data`: the picture with all hands of one variation. Runs in a thread."""
+    def seed_of(self, i: int) -> int:
+        return (self.seed + i) % (1 << 63)
+
+    async def wait(self, tickets: list[Ticket]) -> list[Any]:
+        answers = await wait_for(self.http, self.service, tickets, self.deadline)
+        if answers is None:
+            raise ClientGoneError
+        return answers
+
+    def entry(self, i: int, picture: np.ndarray, shown: list[dict[str, Any]]) -> dict[str, Any]:
+        """An entry of `data`. Runs in a thread."""
         body, service = self.body, self.service
-        picture = self.image.pixels
-        for patch, one in zip(patches, made, strict=True):
-            picture = patch.paste(picture, one.image)
         started = time.perf_counter()
         content = encoded(picture, body.output_format, body.output_compression, profile=self.image.profile)
         service.metrics.took("encoding", time.perf_counter() - started)
-        entry: dict[str, Any] = {"id": made[0].id, "seed": seed}
-        if body.return_hands:
-            shown = [self.finder.shown(patch.seen, self.image.size) for patch in patches]
-            entry["hands"] = [as_json(one) for one in shown]
+        entry: dict[str, Any] = {"seed": self.seed_of(i), **({"hands": shown} if body.return_hands else {})}
         if self.painting.format == "url":
             name = service.keep_picture(content, body.output_format)
             return entry | {"url": f"{self.painting.base}/v1/files/{name}"}
         return entry | {"b64_json": base64_of(content)}
+
+
+def pasted(picture: np.ndarray, patches: list[Patch], made: list[PictureMade]) -> np.ndarray:
+    """A picture uint8 [H, W, 3] with its painted hands."""
+    for patch, one in zip(patches, made, strict=True):
+        picture = patch.paste(picture, one.image)
+    return picture

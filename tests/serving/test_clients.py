@@ -141,7 +141,7 @@ def test_unreadable_bodies_get_a_reason(served, content, headers, status, words)
 
 
 def test_a_form_to_an_unknown_path(served):
-    for path, status in (("/v1/images/edits", 404), ("/v1/models", 405), ("/v1/images/generations", 415)):
+    for path, status in (("/v1/images/variations", 404), ("/v1/models", 405), ("/v1/images/generations", 415)):
         assert served.client.post(path, files={"image": b"a"}, data={"prompt": "a"}).status_code == status
 
 
