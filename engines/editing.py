@@ -38,7 +38,7 @@ class Editor:
             self.graph.register_initializer(kept)
         return self.graph.initializers[name]
 
-    def ints(self, *numbers: int) -> ir.Value:
+    def ints(self, *numbers: Any) -> ir.Value:
         return self.constant(np.array(numbers, np.int64))
 
     def add(
@@ -117,6 +117,11 @@ def sizes(value: ir.Value | None) -> list[int | str] | None:
     if value is None or value.shape is None:
         return None
     return [size if isinstance(size, int) else str(size.value) for size in value.shape]
+
+
+def fixed(value: ir.Value) -> list[int]:
+    """The shape of a constant."""
+    return [size for size in sizes(value) or [] if isinstance(size, int)]
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
