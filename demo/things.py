@@ -11,7 +11,7 @@ how a hand holds it and keeps the solutions in grasps.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -266,7 +266,14 @@ def _book(half_width: float, half_length: float, half: float) -> Mesh:
     return build.mesh()
 
 
-MAKERS = {"cup": _cup, "ball": _ball, "phone": _phone, "pen": _pen, "stick": _rod, "book": _book}
+MAKERS: dict[str, Callable[..., Mesh]] = {
+    "cup": _cup,
+    "ball": _ball,
+    "phone": _phone,
+    "pen": _pen,
+    "stick": _rod,
+    "book": _book,
+}
 
 
 @lru_cache(maxsize=32)

@@ -88,7 +88,7 @@ def person_of(hands: Sequence[HandEstimate], size: Size, rest: np.ndarray) -> Ar
 def place(joints_2d: np.ndarray, size: Size) -> np.ndarray:
     """[21, 2] pixels of a picture (height, width) -> presence, centre x, y, log size, as the contract has them."""
     view = (joints_2d - np.array([size[1], size[0]]) / 2) / (size[0] / 2) * (1, -1)
-    return np.array([1, *view.mean(0), np.log(max(radius(view), 1e-6))], np.float32)
+    return np.array([1, *view.mean(0), np.log(np.maximum(radius(view), 1e-6))], np.float32)
 
 
 def _reach(rotations: np.ndarray, placement: np.ndarray, turns: Sequence[np.ndarray], rest: np.ndarray) -> bool:
