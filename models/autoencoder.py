@@ -103,8 +103,8 @@ class PatchAutoencoderKL(AutoencoderKL):
             patch_size, out_channels, latent_channels, levels, up_block_types=tuple(up_block_types), **shared
         )
         for linear in self.linears:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            for values in linear.parameters():
+                nn.init.zeros_(values)
 
     @property
     def linears(self) -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -123,6 +123,7 @@ class PatchAutoencoderKL(AutoencoderKL):
         of its component's: half way to whitening, so that details neither vanish nor outweigh.
         """
         encode, decode = self.linears
+        assert encode.bias is not None and decode.bias is not None
         blocks = F.pixel_unshuffle(images.double(), self.encoder.block).movedim(1, -1).flatten(0, 2)
         mean = blocks.mean(0)
         variance, axes = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
