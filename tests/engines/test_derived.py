@@ -366,6 +366,16 @@ def test_a_model_of_stable_diffusion_s_shape(small):
             assert worst <= (1 if name == "image_decoder" else 2e-5), (name, B, G, worst)
 
 
+def typed(model):
+    """The expanded model with the type of each tensor."""
+    model = expanded(model)
+    for node in model.graph.node:
+        if node.op_type == "GroupNormalization":  # of which onnx infers nothing
+            kind = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+            model.graph.value_info.append(onnx.helper.make_value_info(node.output[0], kind))
+    return onnx.shape_inference.infer_shapes(model)
+
+
 @pytest.mark.slow
 def test_in_half_it_is_as_near_to_float32_as_the_bundle_s_graph(small):
     """With a rounding behind each node, as on a GPU."""
@@ -378,7 +388,7 @@ def test_in_half_it_is_as_near_to_float32_as_the_bundle_s_graph(small):
         given = {key: value.astype(np.float32) for key, value in feeds(spec, 2, 2).items()}
         exact = session(str(small["fp32"][0] / spec.file)).run(None, given)
         ours, theirs = (
-            max(errors(exact, session(emulate(m).SerializeToString()).run(None, given))) for m in (expanded(new), plain)
+            max(errors(exact, session(emulate(m).SerializeToString()).run(None, given))) for m in (typed(new), plain)
         )
         assert ours <= max(1.5 * theirs, 2 if name == "image_decoder" else 2e-3), (name, ours, theirs)
         print(f"{name}: derived {ours:.1e}, the bundle's {theirs:.1e}")
