@@ -131,7 +131,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/hands/edit", responses=RESPONSES)
     async def edit_hands(body: Edit) -> Response:
-        """Drags joints, applies a gesture, mirrors or swaps hands, without a model."""
+        """Drags joints, applies a gesture, mirrors, swaps, turns or scales hands, without a model."""
 
         def make() -> Arrays:
             hands = body.hands.arrays()
@@ -141,6 +141,8 @@ def add_pictures(app: FastAPI, service: Service) -> None:
                 hands = editing.mirrored(hands)
             if body.swap:
                 hands = editing.swapped(hands)
+            if body.flip or body.over or body.turn or body.scale != 1:
+                hands = editing.moved(hands, body.scale, body.turn, body.over, body.flip)
             if not all(np.isfinite(value).all() for value in hands.values()):
                 raise RequestError(
                     "hands must give finite joints, got NaN or infinity. Start again from hands of /v1/hands.", "hands"

@@ -75,7 +75,9 @@ class DetectForm(Strict):
     box: (
         Annotated[
             rows(4, Annotated[float, Field(ge=-1, le=2)]),  # type: ignore[valid-type]
-            Field(description="Left, top, right, bottom in [0, 1]: places a hand there; no detector runs."),
+            Field(
+                description="Left, top, right, bottom in [0, 1]: looks there alone, and places a hand if it finds none."
+            ),
         ]
         | None
     ) = None
@@ -191,7 +193,7 @@ def make_router(service: Service) -> APIRouter:
                 box = np.array(body.box) * (*image.size[::-1], *image.size[::-1])
                 if (box[2:] - box[:2] < 8).any():
                     raise RequestError("box must be at least 8 pixels wide and high. Draw a larger one.", "box")
-                seen = [await finder.run(finder.placed, box, body.side, body.gesture)]
+                seen = [await finder.run(finder.within, image.pixels, box, body.side, body.gesture)]
             found = await finder.run(lambda: [described(finder, one, image.size) for one in seen])
             height, width = image.size
             return JSONResponse({"size": f"{width}x{height}", "data": found})

@@ -199,6 +199,10 @@ class Edit(Strict):
     gesture: GestureField | None = None
     mirror: bool = False
     swap: bool = False
+    flip: Annotated[bool, Field(description="The mirror image of the hands, in their place.")] = False
+    over: Annotated[bool, Field(description="Turns palms to the viewer away, or back.")] = False
+    turn: Annotated[float, Field(ge=-360, le=360, description="Degrees clockwise in the picture.")] = 0.0
+    scale: Annotated[float, Field(ge=0.05, le=20, description="Factor of the hands' size.")] = 1.0
 
     def moves(self) -> list[Drag]:
         return [Drag(drag.hand, drag.joint, drag.x, drag.y) for drag in self.drags]

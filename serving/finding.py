@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from .hands import Arrays
 from .service import UnfinishedError
 
 MAX_WAITING = 8  # pictures
+AROUND = 1.8  # of a box: what the detector sees of the picture around it
 
 
 class Finder:
@@ -78,10 +80,26 @@ class Finder:
                 continue
         return sorted(seen, key=lambda one: -(one.sureness or 0.0))
 
-    def placed(self, box: np.ndarray, side: str, gesture: str) -> Seen:
-        """A hand that a person places. box: [4] pixels, left, top, right, bottom. Raises RequestError."""
+    def within(self, image: np.ndarray, box: np.ndarray, side: str, gesture: str) -> Seen:
+        """The hand in a box [4] of pixels, left, top, right, bottom: the surest that the detector finds there, or one
+        that is placed, with this side and gesture. Runs in the finder's thread. Raises RequestError."""
         if gesture not in gestures():
             raise RequestError(f"gesture must be one of {', '.join(gestures())}, got {gesture[:60]!r}.", "gesture")
+        size = np.array(image.shape[1::-1])
+        spare = (AROUND - 1) / 2 * (box[2:] - box[:2]).max()
+        low = np.floor(box[:2] - spare).clip(0, size - 1).astype(int)
+        high = np.ceil(box[2:] + spare).clip(low + 1, size).astype(int)
+        part = np.ascontiguousarray(image[low[1] : high[1], low[0] : high[0]])
+        try:
+            found = self._find(part)
+        except UnfinishedError:  # a hand can be placed without the detector
+            found = []
+        for one in found:
+            assert one.found is not None and self.detector is not None
+            there = replace(one.found, joints=(one.found.joints * (high - low) + low) / size)
+            middle = there.joints.mean(0) * size
+            if ((middle > box[:2]) & (middle < box[2:])).all():
+                return fitted(there, image.shape[:2], self.rest, self.detector)
         return placed(box, side, gesture, self.rest)
 
     def shown(self, seen: Seen, size: tuple[int, int]) -> Arrays:

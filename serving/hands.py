@@ -105,6 +105,19 @@ def swapped(hands: Arrays) -> Arrays:
     return pose.hands()
 
 
+def moved(hands: Arrays, scale: float = 1.0, turn: float = 0.0, over: bool = False, flip: bool = False) -> Arrays:
+    """The hands elsewhere around their middle, which stays. scale: factor of their size. turn: degrees clockwise in the
+    picture. over: palms that showed turn away. flip: their mirror image, so that a right hand becomes a left one."""
+    middle = Pose(hands).middle()
+    pose = Pose(mirrored(hands) if flip else hands)
+    angle = -np.radians(turn)  # y points up in the world
+    spin = axis_angle_to_matrix(np.array([[0.0, 0.0, angle], [0.0, np.pi * over, 0.0]]))
+    pose.local[0] = spin[0] @ spin[1] @ pose.local[0]
+    pose.see(pose.to_image[0] * scale, pose.to_image[1])
+    pose.see(pose.to_image[0], pose.to_image[1] + middle - pose.middle())
+    return pose.hands()
+
+
 class Pose:
     """The joints' turns in their parents' frames, [52, 3, 3], and the joints at rest, [62, 3]."""
 
@@ -125,6 +138,18 @@ class Pose:
         """[..., 3] metres -> [..., 2] in [0, 1] of the picture."""
         scale, shift = self.to_image
         return scale * joints[..., :2] + shift
+
+    def middle(self) -> np.ndarray:
+        """[2] in [0, 1] of the picture: the middle of the hands that are there."""
+        shown = np.asarray(self.given.get("visibility", self.given["placement"][:, 0])) >= 0.5
+        which = np.array(HAND_JOINTS)[shown if shown.any() else slice(None)]
+        found: np.ndarray = self.seen(self.joints()[which]).reshape(-1, 2).mean(0)
+        return found
+
+    def see(self, scale: np.ndarray, shift: np.ndarray) -> None:
+        """Sets the camera: picture = scale * (X, Y) + shift, both [2]."""
+        self.to_image = (scale, shift)
+        self.camera = np.array([-2 * scale[1], *((shift - 0.5) / scale)])
 
     def move(self, side: int, to: np.ndarray) -> None:
         """Shifts the camera, and with it both hands, so that a wrist is at `to`."""

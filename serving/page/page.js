@@ -1,6 +1,7 @@
 // The page: asks hd-serve for pictures and shows its answers. It loads nothing from other hosts.
 
 import { dataset } from "./dataset.js";
+import { offer } from "./repair.js";
 import { $, ask, curlLine, picture } from "./server.js";
 import { GESTURES, announce, draw, failed, note, say, setHands, setState, show, state, toStage, undo } from "./stage.js";
 
@@ -337,6 +338,7 @@ $("key").addEventListener("change", () => {
   begin();
 });
 document.addEventListener("keydown", (event) => {
+  if ($("painting").hidden) return;
   const command = event.ctrlKey || event.metaKey;
   if (event.key === "Enter" && command) {
     event.preventDefault();
@@ -361,6 +363,7 @@ function describe(model, gestures, before) {
     new Option("Choose a gesture", ""),
     ...gestures.map((name) => new Option(GESTURES[name] ?? name.replaceAll("_", " "), name)),
   );
+  offer(gestures);
   const same = before.model === id; // another model has other defaults
   $("steps").value = (same && before.steps) || defaults.steps;
   $("guidance").value = (same && before.guidance) || defaults.guidance;

@@ -9,6 +9,7 @@ const FIELDS = {
   guidance_interval: "guidance interval",
 };
 const PATH = "v1/images/generations";
+const JSON_BODY = { "Content-Type": "application/json" };
 
 // A sentence of the server with the page's names of fields.
 export function plain(sentence) {
@@ -25,7 +26,7 @@ export class Trouble extends Error {
 function headers() {
   const key = $("key").value.trim();
   if (/[^\x20-\x7e]/.test(key)) throw new Trouble("The API key must have letters, digits and signs only, got another character. Copy it again.", 401);
-  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
 function seconds(answer) {
@@ -54,15 +55,16 @@ function sentence(answer, error) {
     : `The server cannot be reached behind its proxy (${answer.status}). Try again in a moment.`;
 }
 
-// Raises Trouble with a sentence; AbortError passes through.
+// body: an object, or a FormData with pictures. Raises Trouble with a sentence; AbortError passes through.
 export async function ask(path, body, signal) {
-  const given = headers();
+  const form = body instanceof FormData; // the browser itself says how a form is written
+  const given = { ...(form ? {} : JSON_BODY), ...headers() };
   let answer;
   try {
     answer = await fetch(path, {
       method: body === undefined ? "GET" : "POST",
       headers: given,
-      body: body === undefined ? undefined : JSON.stringify(body),
+      body: body === undefined || form ? body : JSON.stringify(body),
       signal,
     });
   } catch (error) {
@@ -108,7 +110,7 @@ export async function* picture(body, signal) {
 // A line for bash that sends `body`. Single quotes keep every character but themselves.
 export function curlLine(body) {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-  const given = Object.entries(headers()).map(([name, value]) => `-H ${quoted(`${name}: ${value}`)}`);
+  const given = Object.entries({ ...JSON_BODY, ...headers() }).map(([name, value]) => `-H ${quoted(`${name}: ${value}`)}`);
   const url = new URL(PATH, document.baseURI).href;
   return ["curl", quoted(url), ...given, "--data-raw", quoted(JSON.stringify(body))].join(" ");
 }

@@ -2,10 +2,10 @@
 
 import { $, ask, plain } from "./server.js";
 
-const COLOURS = ["#e63c3c", "#dcbe1e", "#3cbe46", "#2896e6", "#be50dc"]; // thumb to little finger
-const NAMES = ["thumb", "index finger", "middle finger", "ring finger", "little finger"];
-const PARTS = ["root", "middle joint", "end joint", "tip"];
-const SIDES = ["left", "right"];
+export const COLOURS = ["#e63c3c", "#dcbe1e", "#3cbe46", "#2896e6", "#be50dc"]; // thumb to little finger
+export const NAMES = ["thumb", "index finger", "middle finger", "ring finger", "little finger"];
+export const PARTS = ["root", "middle joint", "end joint", "tip"];
+export const SIDES = ["left", "right"];
 // The server's gestures -> their names in the demo's prompts.
 export const GESTURES = {
   fist: "fist", open_hand: "open hand", spread_fingers: "spread fingers", pointing: "pointing", victory: "peace sign",
