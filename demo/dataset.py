@@ -83,19 +83,10 @@ def make(
     except OSError as error:
         raise DatasetError(f"{folder} cannot be made: {error.strerror or error}. Name another folder.") from error
     shard = min(SHARD, PEOPLE_SHARD) if world == "human" else SHARD
-    jobs = [
-        (
-            folder / f"{number:05d}.tar",
-            seed,
-            range(start, min(start + shard, scenes)),
-            size,
-            both,
-            leave_out,
-            world,
-            things,
-            pairs,
-        )  # fmt: skip
-        for number, start in enumerate(range(0, scenes, shard))
+    parts = (range(start, min(start + shard, scenes)) for start in range(0, scenes, shard))
+    jobs: list[Job] = [
+        (folder / f"{number:05d}.tar", seed, part, size, both, leave_out, world, things, pairs)
+        for number, part in enumerate(parts)
     ]
     todo = [job for job in jobs if not _done(*job[:7])]
     if world == "human":

@@ -84,7 +84,7 @@ def _passing(thing: str, sides: tuple[int, int], rng: np.random.Generator) -> tu
     """Both hold the thing alike: the second hand is the first one's, half a turn around the thing."""
     number = PASSED[thing][rng.integers(len(PASSED[thing]))]
     grasp = grasps(thing)[number]
-    x, y, z = grasp.turn.T
+    _, y, z = grasp.turn.T
     middle, axis, shift = grasp.place, y, np.zeros(3)
     if thing == "stick":  # one hand above the other
         shift = 2 * y * (y @ grasp.place)

@@ -17,6 +17,7 @@ import numpy as np
 from ..grammar import ADJECTIVES, NOUNS, PHRASES, VIEWS
 from .human_gestures import HANDS
 from .human_poses import BODY_POSES
+from .human_words import HANDS_TOGETHER, THING_WORDS, TOGETHER
 from .wording import All, Maybe, Node, One, Shuffled, matches, write
 
 GESTURES = tuple(name for name in HANDS if name not in ("flat", "prayer", "half_heart", "grip"))
@@ -47,39 +48,6 @@ OWN = {"woman": "her", "man": "his", "person": "their"}
 UP = {"up": ("palm up", "with the palm up", "palm facing up")}
 CLOTH = {"plain": "", "stripes": "striped", "pinstripes": "pinstriped", "checks": "checked", "dots": "dotted",
          "two-tone": "two-tone", "heather": ""}  # fmt: skip
-
-# Things that are held, and what two people do together: as hands alone, and as {a} and {b}, in either order but for
-# an arm around shoulders. {people} is "people", "men" or "women".
-THING_WORDS = {
-    "cup": ("cup", "mug", "coffee cup", "cup of coffee"),
-    "ball": ("ball", "small ball"),
-    "phone": ("phone", "smartphone", "mobile phone", "cell phone"),
-    "pen": ("pen",),
-    "stick": ("stick", "wooden stick"),
-    "book": ("book",),
-}
-HANDS_TOGETHER: dict[str, tuple[str, ...]] = {
-    "handshake": ("handshake", "a handshake", "two people shaking hands", "people shaking hands", "shaking hands",
-                  "two hands shaking", "two hands in a handshake"),
-    "high_five": ("high five", "a high five", "two people giving a high five", "two hands giving a high five",
-                  "two hands doing a high five", "two palms meeting in a high five"),
-    "holding_hands": ("holding hands", "two people holding hands", "people holding hands", "hand in hand",
-                      "two hands holding each other"),
-    "passing": ("two hands passing {thing}", "two people passing {thing}", "passing {thing}", "handing over {thing}",
-                "a hand handing over {thing}", "a hand giving {thing} to another hand"),
-}  # fmt: skip
-TOGETHER: dict[str, tuple[str, ...]] = {
-    "handshake": ("{a} and {b} shaking hands", "{a} shaking hands with {b}", "two {people} shaking hands",
-                  "two {people} in a handshake", "a handshake between {a} and {b}"),
-    "high_five": ("{a} and {b} giving each other a high five", "{a} giving {b} a high five", "two {people} high-fiving",
-                  "two {people} giving each other a high five", "two {people} doing a high five"),
-    "holding_hands": ("{a} and {b} holding hands", "{a} holding hands with {b}", "two {people} holding hands",
-                      "two {people} hand in hand"),
-    "passing": ("{a} handing {b} {thing}", "{a} passing {thing} to {b}", "{a} giving {thing} to {b}",
-                "two {people} passing {thing}", "two {people} holding {thing} together"),
-    "arm_around": ("{a} with an arm around {b}", "{a} with {own} arm around {b}", "{a} putting {own} arm around {b}",
-                   "{a} with {own} arm around the shoulders of {b}", "two {people} , one with an arm around the other"),
-}  # fmt: skip
 
 # More phrases that follow "a hand", beside PHRASES.
 MORE: dict[str, tuple[str, ...]] = {
@@ -140,8 +108,10 @@ HAND_ACTS: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class Someone:
     """A person and what can be said of it; "" and False: nothing.
+
     gesture: one of GESTURES or POSES, "holding", or one of TOGETHER, done by the hands of `side` (left, right, both or
-    none, ""); `other`: the right hand's gesture where two hands differ; thing: of THING_WORDS, `tint`: its colour. view: palm, back, side or up. person: woman, man or person. age: young or old.
+    none, ""); `other`: the right hand's gesture where two hands differ; thing: of THING_WORDS, `tint`: its colour.
+    view: palm, back, side or up. person: woman, man or person. age: young or old.
     skin: of SKINS. hair: a colour, `haircut`: of HAIRCUTS. shirt: a colour, pattern: of PATTERNS, sleeve: of SLEEVES.
     """
 

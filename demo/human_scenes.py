@@ -43,9 +43,10 @@ from .human_poses import (
     raised,
     sample_pose,
 )  # fmt: skip
-from .human_prompts import FRAMINGS, GESTURES, PLACES, PLAIN, POSES, TOGETHER, Someone, Spec, is_held_out_spec
+from .human_prompts import FRAMINGS, GESTURES, PLACES, PLAIN, POSES, Someone, Spec, is_held_out_spec
 from .human_render import Camera, Held, Lamp, Person, rasterise, render
 from .human_skin import ITA_CLASSES, ita_of
+from .human_words import HANDS_TOGETHER
 from .prompts import HARD
 from .things import THINGS, sample_thing, thing_mesh
 
@@ -100,7 +101,8 @@ def sample_scene(
 ) -> Scene:
     """A random scene.
 
-    kind: of KINDS: people with gestures and poses, people with things in a hand, or pairs who touch. both: share of two-hand gestures among hand gestures. held_out: True: only combinations that are kept for tests;
+    kind: of KINDS: people with gestures and poses, people with things in a hand, or pairs who touch. both: share of
+    two-hand gestures among hand gestures. held_out: True: only combinations that are kept for tests;
     False: none of them; None: either. rejected: counts what was drawn again, by its reason. framing: one of FRAMINGS.
     """
     while True:
@@ -140,9 +142,8 @@ def _sample_touch(rng: np.random.Generator, kind: str, framing: str | None) -> S
         framing = framing or FRAMINGS[rng.choice(3, p=FRAMING_SHARES)]
         thing = THINGS[rng.integers(len(THINGS))]
         return Spec((Someone("holding", ("left", "right")[rng.integers(2)], thing=thing),), framing, place)
-    together = tuple(TOGETHER)[rng.integers(len(TOGETHER))]
-    if framing is None or (together == "arm_around" and framing == "close-up"):
-        framing = FRAMINGS[rng.choice(3, p=PAIR_SHARES)] if together != "arm_around" else FRAMINGS[rng.integers(1, 3)]
+    together = tuple(HANDS_TOGETHER)[rng.integers(len(HANDS_TOGETHER))]  # not yet: an arm around shoulders
+    framing = framing or FRAMINGS[rng.choice(3, p=PAIR_SHARES)]
     return Spec((Someone(together, ""), Someone(together, "")), framing, place, together=together)
 
 
@@ -409,8 +410,9 @@ def labels_of(spec: Spec) -> dict[str, str]:
     if spec.together:
         labels["together"] = spec.together
     for prefix, one in zip(("", "second "), spec.people, strict=False):
-        said = {name: getattr(one, name) for name in ("gesture", "other", "side", "view", "person", "age", "skin",
-                                                       "hair", "haircut", "shirt", "pattern", "sleeve", "thing")}  # fmt: skip
+        names = ("gesture", "other", "thing", "side", "view", "person", "age", "skin", "hair", "haircut", "shirt",
+                 "pattern", "sleeve")  # fmt: skip
+        said = {name: getattr(one, name) for name in names}
         labels |= {prefix + name: value for name, value in said.items() if value}
         labels |= {prefix + name: "yes" for name in ("smiling", "beard", "varnish") if getattr(one, name)}
     return labels

@@ -11,7 +11,7 @@ how a hand holds it and keeps the solutions in grasps.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -262,11 +262,18 @@ def _book(half_width: float, half_length: float, half: float) -> Mesh:
     _slab(spine, cover / 2, half_length, -half + 0.0003, half - 0.0003, 0.0008, 0.0006, 0)
     for one, shift in ((pages, 0.0), (spine, -half_width + cover / 2 - 0.0004)):
         mesh = one.mesh()
-        build.add(mesh.vertices + (shift, 0, 0), mesh.faces, int(mesh.part[0]))
+        build.add(mesh.vertices + np.array([shift, 0, 0]), mesh.faces, int(mesh.part[0]))
     return build.mesh()
 
 
-MAKERS = {"cup": _cup, "ball": _ball, "phone": _phone, "pen": _pen, "stick": _rod, "book": _book}
+MAKERS: dict[str, Callable[..., Mesh]] = {
+    "cup": _cup,
+    "ball": _ball,
+    "phone": _phone,
+    "pen": _pen,
+    "stick": _rod,
+    "book": _book,
+}
 
 
 @lru_cache(maxsize=32)

@@ -23,7 +23,7 @@ from ..kinematics import forward, radius
 from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
 Arrays = dict[str, np.ndarray]
-Size = tuple[int, int]  # height, width
+Size = tuple[float, float]  # height, width
 
 LEFT, RIGHT = 0, 1
 MIRROR = np.diag([-1.0, 1.0, 1.0])
@@ -88,7 +88,7 @@ def person_of(hands: Sequence[HandEstimate], size: Size, rest: np.ndarray) -> Ar
 def place(joints_2d: np.ndarray, size: Size) -> np.ndarray:
     """[21, 2] pixels of a picture (height, width) -> presence, centre x, y, log size, as the contract has them."""
     view = (joints_2d - np.array([size[1], size[0]]) / 2) / (size[0] / 2) * (1, -1)
-    return np.array([1, *view.mean(0), np.log(max(radius(view), 1e-6))], np.float32)
+    return np.array([1, *view.mean(0), np.log(np.maximum(radius(view), 1e-6))], np.float32)
 
 
 def _reach(rotations: np.ndarray, placement: np.ndarray, turns: Sequence[np.ndarray], rest: np.ndarray) -> bool:

@@ -19,7 +19,7 @@ from ..contract import HAND_JOINTS
 from ..errors import DatasetError
 from ..kinematics import forward, radius
 from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
-from .arms import MIRROR, RIGHT, HandEstimate
+from .arms import MIRROR, RIGHT, HandEstimate, Size
 
 FLIP_YZ = np.diag([1.0, -1.0, -1.0])  # from a camera frame with y down and z away to ours
 # Array -> shape of one hand's. Rotations may be axis-angles as well.
@@ -179,7 +179,7 @@ def radius_of(differences: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(differences).sum(-1).mean())
 
 
-def in_picture(estimate: Estimate, size: tuple[int, int]) -> HandEstimate:
+def in_picture(estimate: Estimate, size: Size) -> HandEstimate:
     """From the crop's weak-perspective camera to pixels of the picture: a point (X, Y) of the crop's frame is at
     centre + box / 2 * s * (X + tx, Y + ty) (the near-affine limit of HaMeR's cam_crop_to_full)."""
     s, tx, ty = estimate.camera

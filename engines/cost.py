@@ -180,7 +180,7 @@ def _alone(graph: Graph, node: Node, runner: Runner) -> Kernel:
         launches, moved = (13, out * 26) if half else (11, out * 12)
     elif node.op == "GroupNorm":  # counters to zero, sums, normal values: it reads twice
         launches, moved = 3, 2 * read + out
-    elif node.op == "SkipGroupNorm":  # the sum is written and read again, also where nobody else needs it
+    elif node.op == "SkipGroupNorm":  # the sum is written and read again, also where no other node needs it
         launches, moved = 3, read + 3 * graph.size(node.outputs[0])
     if node.op in ("Conv", "NhwcConv", "Gemm"):
         picture = graph.size(node.inputs[0])

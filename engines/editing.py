@@ -38,7 +38,7 @@ class Editor:
             self.graph.register_initializer(kept)
         return self.graph.initializers[name]
 
-    def ints(self, *numbers: int) -> ir.Value:
+    def ints(self, *numbers: Any) -> ir.Value:
         return self.constant(np.array(numbers, np.int64))
 
     def add(
@@ -107,7 +107,7 @@ def users(value: ir.Value) -> list[ir.Node]:
 
 
 def only_user(value: ir.Value, op: str) -> ir.Node | None:
-    """The one node that takes a value, if it is of this kind and the value is no output of the graph."""
+    """The one node that takes a value, if it is of this kind and the graph does not output the value."""
     found = users(value)
     return found[0] if len(found) == 1 and found[0].op_type == op and not value.is_graph_output() else None
 
@@ -117,6 +117,11 @@ def sizes(value: ir.Value | None) -> list[int | str] | None:
     if value is None or value.shape is None:
         return None
     return [size if isinstance(size, int) else str(size.value) for size in value.shape]
+
+
+def fixed(value: ir.Value) -> list[int]:
+    """The shape of a constant."""
+    return [size for size in sizes(value) or [] if isinstance(size, int)]
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:

@@ -16,12 +16,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from .editing import CONTRIBUTED, Editor, is_constant, made_by, number, only_user, replace, sizes, users
+from .editing import CONTRIBUTED, Editor, fixed, is_constant, made_by, number, only_user, replace, sizes, users
 
 ADD_WIDTHS = (320, 640, 1280)
 SPLIT_WIDTHS = (2560, 5120, 10240)
@@ -164,7 +165,7 @@ def bias_add(edit: Editor, node: ir.Node) -> bool:
             return False
         values, bias = _without_biases(edit, values, known[-1], node.outputs[0].dtype)
         row, shape = edit.ints(0, -1, known[-1]), list(node.outputs[0].shape or ())
-        pixels = math.prod(known[1:3]) if all(isinstance(n, int) for n in known[1:3]) else ir.SymbolicDim("HW")  # type: ignore[arg-type]
+        pixels: Any = math.prod(known[1:3]) if all(isinstance(n, int) for n in known[1:3]) else ir.SymbolicDim("HW")  # type: ignore[arg-type]
         rows = [edit.add(node, "Reshape", [value, row], [shape[0], pixels, shape[3]]) for value in values]
         inputs = [rows[0], bias, rows[1]]
     first = inputs[0]
@@ -195,7 +196,7 @@ def cross_attention(edit: Editor, node: ir.Node) -> bool:
     linear, factor, codes, expand = given
     tokens, weight = linear.inputs
     assert tokens is not None and weight is not None and weight.shape is not None and tokens.shape is not None
-    depth = int(weight.shape[1]) // heads
+    depth = fixed(weight)[1] // heads
     rows, wide = list(tokens.shape), heads * width
     made = edit.add(node, "MatMul", [tokens, _widened(edit, node, weight, heads, width, factor)], [*rows[:2], wide])
     if codes is not None:
@@ -265,7 +266,7 @@ def _taken(mixed: ir.Value) -> tuple[ir.Node, int] | None:
 
 def _widened(edit: Editor, before: ir.Node, weight: ir.Value, heads: int, width: int, factor: float) -> ir.Value:
     """Columns [C, heads * d] times a factor, filled up to [C, heads * width] with zeros behind each head's."""
-    rows, columns = (int(n) for n in weight.shape)  # type: ignore[union-attr]
+    rows, columns = fixed(weight)
     depth = columns // heads
     value = _real(edit, before, weight)
     if factor != 1:
@@ -280,7 +281,7 @@ def _widened(edit: Editor, before: ir.Node, weight: ir.Value, heads: int, width:
 def _heightened(edit: Editor, before: ir.Node, weight: ir.Value | None, heads: int, used: int, width: int) -> ir.Value:
     """Rows [heads * used, C], filled up to [heads * width, C] with zeros behind each head's."""
     assert weight is not None and weight.shape is not None
-    columns = int(weight.shape[1])
+    columns = fixed(weight)[1]
     value = _real(edit, before, weight)
     value = edit.add(before, "Reshape", [value, edit.ints(heads, used, columns)], [heads, used, columns])
     value = edit.add(before, "Pad", [value, edit.ints(0, 0, 0, 0, width - used, 0)], [heads, width, columns])
@@ -290,7 +291,7 @@ def _heightened(edit: Editor, before: ir.Node, weight: ir.Value | None, heads: i
 
 def _behind(edit: Editor, before: ir.Node, codes: ir.Value, depth: int) -> ir.Value:
     """Codes [heads, N, c] -> [N, heads * (depth + c)], with zeros in the place of the queries."""
-    heads, count, width = (int(n) for n in codes.shape)  # type: ignore[union-attr]
+    heads, count, width = fixed(codes)
     cast = made_by(codes, "Cast")
     value = _real(edit, before, codes if cast is None else cast.inputs[0])  # type: ignore[arg-type]
     perm = {"perm": [1, 0, 2]}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +29,7 @@ TO_LAST = {3: [0, 2, 1], 4: [0, 2, 3, 1], 5: [0, 1, 3, 4, 2]}
 TO_FIRST = {3: [0, 2, 1], 4: [0, 3, 1, 2], 5: [0, 1, 4, 2, 3]}
 UNARY = ("Abs", "Cast", "Clip", "Erf", "Gelu", "Identity", "Neg", "Relu", "Round", "Sigmoid", "Sqrt", "Tanh")
 BINARY = ("Add", "Div", "Mul", "Sub")
-TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)  # of the contributed kernels
+TYPES: tuple[Any, ...] = (ir.DataType.FLOAT, ir.DataType.FLOAT16)  # of the contributed kernels
 
 
 def channels_last(model: ir.Model) -> int:

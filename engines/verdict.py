@@ -100,7 +100,7 @@ def mean_psnr(values: list[float]) -> float:
 
 
 def read(shelf: Shelf) -> Verdict | None:
-    """The verdict beside the UNet on this shelf; None where there is no readable one."""
+    """The verdict beside the UNet on this shelf; None where it cannot be read."""
     try:
         path = _path(shelf)
         return None if path is None else fit(read_json(path), Verdict)

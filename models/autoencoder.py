@@ -103,8 +103,7 @@ class PatchAutoencoderKL(AutoencoderKL):
             patch_size, out_channels, latent_channels, levels, up_block_types=tuple(up_block_types), **shared
         )
         for linear in self.linears:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            _zero(linear)
 
     @property
     def linears(self) -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -123,17 +122,20 @@ class PatchAutoencoderKL(AutoencoderKL):
         of its component's: half way to whitening, so that details neither vanish nor outweigh.
         """
         encode, decode = self.linears
+        assert encode.bias is not None and decode.bias is not None
         blocks = F.pixel_unshuffle(images.double(), self.encoder.block).movedim(1, -1).flatten(0, 2)
         mean = blocks.mean(0)
         variance, axes = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
         count = self.config.latent_channels
         deviation, axes = variance.flip(0)[:count].clamp_min(1e-12).sqrt(), axes.flip(1)[:, :count].T  # largest first
         scale = (deviation * deviation.mean()).sqrt()[:, None]
-        encode.weight.copy_((axes / scale)[..., None, None])
-        encode.bias.copy_(-(axes / scale) @ mean)
-        decode.weight.copy_((axes * scale).T[..., None, None])
-        decode.bias.copy_(mean)
+        encode.load_state_dict({"weight": (axes / scale)[..., None, None], "bias": -(axes / scale) @ mean})
+        decode.load_state_dict({"weight": (axes * scale).T[..., None, None], "bias": mean})
         for last in (self.encoder.conv_out, self.decoder.conv_out):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            _zero(last)
         self.encoder.conv_out.bias[count:] = START_LOGVAR
+
+
+def _zero(layer: nn.Module) -> None:
+    for value in layer.parameters():
+        nn.init.zeros_(value)

@@ -119,6 +119,7 @@ class Patch:
 
     def _composed(self, picture: np.ndarray, hand: np.ndarray, alpha: np.ndarray, hole: np.ndarray) -> np.ndarray:
         """Brings all to the picture's own pixels: what the crop shows beyond the picture is left out."""
+        assert self.mask is not None, "pose comes first"
         left, top, right, bottom = self.bounds
         size = (bottom - top, right - left)
         inside = (slice(max(top, 0), min(bottom, picture.shape[0])), slice(max(left, 0), min(right, picture.shape[1])))
@@ -140,7 +141,9 @@ class Patch:
         return round(window.x), round(window.y), round(window.x + window.width), round(window.y + window.height)
 
 
-def plan(picture: np.ndarray, seen: Seen, rest: np.ndarray, size: Size, old: np.ndarray | None = None) -> Patch:
+def plan(
+    picture: np.ndarray, seen: Seen, rest: np.ndarray, size: tuple[int, int], old: np.ndarray | None = None
+) -> Patch:
     """The crop of a hand. picture: uint8 [h, w, 3]. rest: [62, 3] of the bundle's body. size: (H, W) of its pictures.
     old: [21, 2] pixels, where the old hand is, if not where `seen` is. Raises DetectionError."""
     there = seen.found.joints * picture.shape[1::-1] if seen.found is not None else seen.hand.joints_2d
@@ -152,7 +155,7 @@ def plan(picture: np.ndarray, seen: Seen, rest: np.ndarray, size: Size, old: np.
     return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest))
 
 
-def cut(picture: np.ndarray, window: Window, size: Size) -> np.ndarray:
+def cut(picture: np.ndarray, window: Window, size: tuple[int, int]) -> np.ndarray:
     """The window's pixels at the model's size; the edge's colour stands for what lies beyond the picture."""
     left, top = round(window.x), round(window.y)
     width, height = round(window.x + window.width) - left, round(window.y + window.height) - top

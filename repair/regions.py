@@ -98,7 +98,7 @@ def depth(mask: np.ndarray, beyond: tuple[bool, bool, bool, bool]) -> np.ndarray
     the crop are an edge of the picture; there the mask goes on, elsewhere it ends."""
     framed = np.pad(mask.astype(np.uint8), 1)
     inner = (slice(1, -1), slice(1, -1))
-    edges = (np.s_[0, :], np.s_[-1, :], np.s_[:, 0], np.s_[:, -1])
+    edges: list[tuple[int | slice, int | slice]] = [np.s_[0, :], np.s_[-1, :], np.s_[:, 0], np.s_[:, -1]]
     replicated = np.pad(mask.astype(np.uint8), 1, mode="edge")
     for goes_on, edge in zip(beyond, edges, strict=True):
         if goes_on:

@@ -152,17 +152,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     from .remote import open_folder  # which imports fsspec for URLs
 
     with open_folder(output, say=say.warning) as folder:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
-            pipeline = HanDiffuser.load(
-                bundle,
-                options["device"],
-                options["threads"],
-                options["batch_size"],
-                options["backend"],
-                overlap=not options["no_overlap"],
-                pictures=len(source) * options["images_per_prompt"],
-            )
+        pipeline = _loaded(bundle, len(source) * options["images_per_prompt"], options, say)
         resolver = pipeline.resolver(options["seed"] or 0, options["images_per_prompt"])
         queue = Todo(chain([first], lines), resolver, folder, pipeline.digest, source)
 
@@ -195,6 +185,21 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         seconds = time.perf_counter() - started
         folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk
         return _end(folder, say, seconds, queue.skipped, source.refused, failed, stopped, code, options["strict"])
+
+
+def _loaded(bundle: Path, pictures: int, options: dict[str, Any], say: Reporter) -> HanDiffuser:
+    """The bundle, for a run of so many pictures; warnings go to `say`."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
+        return HanDiffuser.load(
+            bundle,
+            options["device"],
+            options["threads"],
+            options["batch_size"],
+            options["backend"],
+            overlap=not options["no_overlap"],
+            pictures=pictures,
+        )
 
 
 def check_order(engines: str, prompts: tuple[str, ...], prompts_file: str | None, ray: str | None) -> None:

@@ -102,7 +102,7 @@ class RemoteFolder(OutputFolder):
         return content
 
     def _look_for_life(self) -> None:
-        """Returns when there is no lock, or when its writer is gone. Raises OutputError when that writer is alive."""
+        """Returns when the lock is gone, or its writer. Raises OutputError when that writer is alive."""
         before = self._lock_content()
         if before is None:
             return

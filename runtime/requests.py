@@ -134,15 +134,11 @@ KEYS = tuple(field.name for field in fields(Request))
 
 def absolute(request: Request) -> Request:
     """The same request for a process that runs in another folder."""
-    named = {name: getattr(request, name) for name in FILES}
-    return replace(
-        request,
-        **{
-            name: str(Path(value).resolve())
-            for name, value in named.items()
-            if isinstance(value, str) and value != NO_HANDS
-        },
-    )
+    named: dict[str, Any] = {name: getattr(request, name) for name in FILES}
+    for name, value in named.items():
+        if isinstance(value, str) and value != NO_HANDS:
+            named[name] = str(Path(value).resolve())
+    return replace(request, **named)
 
 
 class Refused(NamedTuple):

@@ -127,8 +127,9 @@ def main() -> None:
     print("missed:", {name: count for name, count in sorted(missed.items(), key=lambda item: -item[1]) if count})
     print(np.round(offsets, 3).tolist())
     if arguments.write:
-        text = {"detector": "MediaPipe Hands 0.10.14", "fitted on": f"{len(first)} hands of renders, seed "
-                f"{arguments.seeds[0]}", "offsets": np.round(offsets, 4).tolist()}  # fmt: skip
+        text = json.loads(FILE.read_text())
+        text["fitted on"] = f"{len(first)} hands of renders, seed {arguments.seeds[0]}"
+        text["offsets"] = np.round(offsets, 4).tolist()
         Path(FILE).write_text(json.dumps(text) + "\n")
 
 

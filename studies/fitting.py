@@ -1,11 +1,12 @@
 """How good are hands that are fitted to MediaPipe's points, and how well does it know?
 
-    python -m studies.fitting --hands 200 --world hands     # the demo's hands; or people, at 256 pixels
-    python -m studies.fitting --hands 400 --world people --write     # also writes the weights of `sureness`
+    python -m studies.fitting --hands 200 --world hands          # the demo's hands; or people
+    python -m studies.fitting --hands 60 --world hands --true    # of true points, without the detector
+    python -m studies.fitting --world hands people --write       # also writes the weights of `sureness`
 
-Renders of a seed that the convention's offsets were not fitted on. A fit counts as right where its gesture is, and its
-joints lie within TURNED degrees on average. Half of the hands fit the logistic regression of `sureness`; the other half
-tells how often a hand is right that says so.
+Renders at 256 pixels, of seeds that the convention's offsets were not fitted on. A fit counts as right where its side
+is and its joints are within TURNED degrees on average. Half of the hands fit the logistic regression of `sureness`; the
+other half tells how often a hand is right that says so.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from handiffuser.demo.human_dataset import scene_of
 from handiffuser.demo.human_scenes import draw, in_picture
 from handiffuser.demo.render import demo_body
 from handiffuser.demo.scenes import sample_scene
-from handiffuser.detection.convention import FILE
-from handiffuser.detection.detect import MediaPipe
-from handiffuser.detection.fit import Fitted
+from handiffuser.detection.convention import FILE, Convention
+from handiffuser.detection.detect import Found, MediaPipe
+from handiffuser.detection.fit import EXACT, Fitted
 from handiffuser.detection.hands import fitted
+from handiffuser.detection.poses import Poses
 from handiffuser.evaluation.hands import Asked, match
 from handiffuser.evaluation.pictures import asked_hands
 from handiffuser.fingers import SIDES
@@ -86,13 +88,26 @@ def degrees(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.degrees(np.arccos(((np.einsum("...ij,...ij->...", a, b) - 1) / 2).clip(-1, 1)))
 
 
-def rows(kind: str, count: int, size: int) -> Iterator[dict]:
-    """A row for each hand: whether it was found, and how far its fit is from the truth."""
+class Knowing(MediaPipe):
+    """A detector that is told the truth: how good the fit alone is."""
+
+    truths: list[Truth]
+
+    def __call__(self, image: np.ndarray) -> list[Found]:
+        self.convention = Convention.true(EXACT)
+        return [Found(one.asked.side, 0.99, one.asked.joints) for one in self.truths]
+
+
+def rows(kind: str, count: int, size: int, true: bool) -> Iterator[dict]:
+    """A row for each hand: whether it was found, and how far its fit is from the truth. true: of true points."""
     rest = joints_at_rest(demo_body() if kind == "hands" else human_body())
-    detector, number, done = MediaPipe(), 0, 0
+    detector, number, done = Knowing() if true else MediaPipe(), 0, 0
+    known = set(Poses.load().names)
     while done < count:
         image, truths = (hands if kind == "hands" else people)(number, size)
         number += 1
+        if isinstance(detector, Knowing):
+            detector.truths = truths
         matched = match([one.asked for one in truths], detector(image), image.shape) if truths else []
         for truth, pair in zip(truths, matched, strict=True):
             done += 1
@@ -106,7 +121,7 @@ def rows(kind: str, count: int, size: int) -> Iterator[dict]:
             named = next((name for name in seen.hand.gestures if name), "") == truth.gesture
             yield {"found": True, "side": side, "joints": joints if side else np.nan, "named": named,
                    "wrist": degrees(seen.hand.turn, truth.turn) if side else np.nan, "sure": seen.sureness,
-                   "right": side and named and joints <= TURNED, "score": pair.found.score,
+                   "right": side and joints <= TURNED, "told": truth.gesture in known, "score": pair.found.score,
                    "residual": seen.hand.residual, "spread": seen.hand.degrees.mean()}  # fmt: skip
     detector.close()
 
@@ -126,22 +141,25 @@ def regression(found: list[dict]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--hands", type=int, default=200)
-    parser.add_argument("--world", choices=list(SEEDS), default="hands")
+    parser.add_argument("--hands", type=int, default=200, help="of each world")
+    parser.add_argument("--world", nargs="+", choices=list(SEEDS), default=["hands"])
     parser.add_argument("--size", type=int, default=256, help="pixels a side")
+    parser.add_argument("--true", action="store_true", help="of true points, without the detector")
     parser.add_argument("--write", action="store_true", help="the weights of sureness, into detection/mediapipe.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.process_time()
-    table = list(rows(arguments.world, arguments.hands, arguments.size))
+    table = [row for kind in arguments.world for row in rows(kind, arguments.hands, arguments.size, arguments.true)]
     found = [row for row in table if row["found"]]
     print(f"{arguments.world}: {len(table)} hands, {len(found) / len(table):.1%} found, "
           f"{time.process_time() - started:.0f} CPU s")  # fmt: skip
     for name in ("joints", "wrist"):
         values = [row[name] for row in found]
         print(f"{name}: {np.nanmean(values):.1f} degrees, median {np.nanmedian(values):.1f}")
-    for name in ("side", "named", "right"):
+    for name in ("side", "right"):
         print(f"{name}: {np.mean([row[name] for row in found]):.1%}")
+    told = [row["named"] for row in found if row["told"]]
+    print(f"gesture: {np.mean(told):.1%} of {len(told)} that have a name in poses.npz")
     said, right = (np.array([row[name] for row in found], float) for name in ("sure", "right"))
     for low, high in ((0, 0.5), (0.5, 0.7), (0.7, 0.85), (0.85, 0.95), (0.95, 1.01)):
         here = (said >= low) & (said < high)

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"engines"},
     "calibration": {"engines", "runtime"},
     "export": {"models", "calibration", "engines"},
-    "repair": {"runtime", "detection", "engines"},
+    "repair": {"runtime", "engines", "detection"},
     "serving": {"runtime", "engines", "detection", "repair"},
     "evaluation": {"runtime", "engines", "data", "models", "detection"},
     "benchmarks": {

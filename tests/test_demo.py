@@ -113,14 +113,18 @@ def test_running_needs_no_torch(tmp_path):
 
 
 def test_it_reads_its_own_pictures(pipeline):
-    """Encoder and decoder are near inverses; what a mask keeps stays as it was."""
+    """Encoder and decoder are near inverses; what a mask keeps stays nearly as it was."""
     (before,) = pipeline.generate("a right hand making a fist, blue background", seed=3)
+    engines = pipeline.loop.engines
+    latents = engines["image_encoder"]({"image": before.image[None]})["latents"]
+    again = engines["image_decoder"]({"latents": latents})["image"][0]
+    assert np.abs(again.astype(int) - before.image).mean() < 2
     mask = np.zeros((128, 128), np.uint8)
     mask[48:] = 255
     given = {"image": before.image, "mask": mask}
     (after,) = pipeline.generate("a right hand giving a thumbs up, blue background", seed=4, **given)
     change = np.abs(after.image.astype(int) - before.image)
-    assert change[:40].mean() < 3 < 10 < change[56:].mean()
+    assert change[:40].mean() < 5 < 20 < change[56:].mean()
 
 
 def test_what_ships_is_small_and_free(pipeline):

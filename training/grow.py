@@ -34,8 +34,11 @@ def grow(checkpoint: Checkpoint, donor: Checkpoint, images: Tensor) -> None:
     """Copies what `donor` has learned into `checkpoint`, in place.
 
     images: uint8 [N, H, W, 3] of the checkpoint's size, on which the autoencoders are compared.
-    Raises TrainingError for parts of different sizes, and for latents of different heights or widths.
+    Raises TrainingError for parts of different sizes, and for latents of different heights or widths; CheckpointError
+    for a UNet of inpainting.
     """
+    for one in (checkpoint, donor):
+        one.check_paints("hd-train grow")
     if checkpoint.latent_size != donor.latent_size:
         raise TrainingError(
             "Both checkpoints must have latents of one height and width, got {}x{} and {}x{}. Choose another "
@@ -86,10 +89,8 @@ def pieces_of(tokenizer: Tokenizer, other: Tokenizer) -> list[list[int]]:
         if token in known:
             out.append([known[token]])
             continue
-        whole = token.endswith(WORD_END)
         letters = token.removesuffix(WORD_END)  # of the alphabet of bytes, which both know
-        ids = _spelled(letters, WORD_END if whole else "", known)
-        out.append(ids)
+        out.append(_spelled(letters, token[len(letters) :], known))
     return out
 
 

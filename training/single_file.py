@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
@@ -99,7 +100,7 @@ def identify(path: Path) -> tuple[str, int, dict[str, str]]:
 
 
 def to_folder(path: Path, folder: Path, prediction: str | None = None) -> Path:
-    """Writes a single file as a folder in diffusers' layout, in the file's own precision.
+    """Writes a single file as a folder in diffusers' layout, in float32: a file may mix precisions.
 
     prediction: of PREDICTIONS; None: what the file's metadata says, or 1.x's usual "epsilon". Raises CheckpointError
     for another kind of file, for tensors that are missing, and for a file of 2.x that does not say its prediction.
@@ -118,7 +119,7 @@ def to_folder(path: Path, folder: Path, prediction: str | None = None) -> Path:
     logging.disable_progress_bar()
     try:
         pipeline = StableDiffusionPipeline.from_single_file(
-            str(path), config=str(folder), local_files_only=True, safety_checker=None, torch_dtype=None
+            str(path), config=str(folder), local_files_only=True, safety_checker=None, torch_dtype=torch.float32
         )
     except Exception as error:  # diffusers raises many kinds
         if isinstance(error, (KeyError, NotImplementedError)):  # the latter: a tensor stayed without values

@@ -16,8 +16,9 @@ from handiffuser.demo.clasps import CLASPS, clasps, measure
 from handiffuser.demo.human_dataset import scene_of
 from handiffuser.demo.human_pairs import PoseError, pose_pair
 from handiffuser.demo.human_poses import hand_ids
-from handiffuser.demo.human_prompts import TOGETHER, Someone, Spec, says, write_caption
+from handiffuser.demo.human_prompts import Someone, Spec, says, write_caption
 from handiffuser.demo.human_scenes import in_picture, sample_scene
+from handiffuser.demo.human_words import TOGETHER
 from handiffuser.models.smplh import HAND_JOINTS, SMPLH
 
 
@@ -59,13 +60,13 @@ def test_pairs_touch_where_they_should(name):
         done += 1
         left, right = pair.poses
         assert left.joints[0, 0] < right.joints[0, 0]
-        (mine, side), *others = [(pose.vertices[hand_ids(s)], s) for pose, one in zip(pair.poses, pair.sides, strict=True)
-                                 for s in one]  # fmt: skip
+        hands = [pose.vertices[hand_ids(s)] for pose, one in zip(pair.poses, pair.sides, strict=True) for s in one]
+        mine = hands[0]
         if name == "arm_around":
             doer = 0 if pair.sides[0] else 1
             target = pair.poses[1 - doer].vertices
         else:
-            target = others[0][0]
+            target = hands[1]
         near = torch.cdist(torch.from_numpy(mine), torch.from_numpy(target)).min()
         assert near < {"arm_around": 0.025, "passing": 0.25}.get(name, 0.006), (seed, near)
         if pair.where is not None:

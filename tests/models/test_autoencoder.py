@@ -138,12 +138,16 @@ def test_a_size_that_the_patches_do_not_divide(folder):
         replace(checkpoint, image_size=(36, 48)).check()
 
 
-def test_the_decoders_graph_computes_what_pytorch_does(folder, tmp_path):
+def test_the_graphs_compute_what_pytorch_does(folder, tmp_path):
     from handiffuser.export import bundle
 
     checkpoint = Checkpoint.load(folder)
-    graph = next(g for g in bundle.graphs(checkpoint, bundle.SMPLH.load(checkpoint.body)) if g.name == "image_decoder")
-    spec = bundle.export_graph(graph, tmp_path, 23)
-    error, _ = bundle.parity(graph, graph.module, tmp_path / spec.file)
-    assert error <= 1 / 255, "at most one level of a pixel"
-    assert [list(output.shape) for output in spec.outputs] == [["B", 32, 48, 3], ["B"]]
+    graphs = {g.name: g for g in bundle.graphs(checkpoint, bundle.SMPLH.load(checkpoint.body))}
+    for name, most, shape in (
+        ("image_decoder", 1 / 255, ["B", 32, 48, 3]),  # at most one level of a pixel
+        ("image_encoder", 1e-5, ["B", 6, 8, 12]),
+    ):
+        spec = bundle.export_graph(graphs[name], tmp_path, 23)
+        error, _ = bundle.parity(graphs[name], graphs[name].module, tmp_path / spec.file)
+        assert error <= most, name
+        assert [list(output.shape) for output in spec.outputs] == [shape, ["B"]]

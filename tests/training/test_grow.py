@@ -9,7 +9,7 @@ import torch
 from commands import invoke
 from datasets import made_sample
 from handiffuser.data.samples import write_shards
-from handiffuser.errors import TrainingError
+from handiffuser.errors import CheckpointError, TrainingError
 from handiffuser.models.checkpoint import Checkpoint, random_checkpoint
 from handiffuser.models.configs import CONFIGS
 from handiffuser.training.grow import grow, pieces_of, subspace
@@ -98,6 +98,13 @@ def test_networks_of_other_sizes_are_refused(tiny_checkpoint, images, body_path)
     ):
         with pytest.raises(TrainingError, match=words):
             grow(random_checkpoint(config, body=body_path), tiny_checkpoint, images)
+
+
+def test_a_unet_of_inpainting_is_refused(larger, tiny_checkpoint_folder, images):
+    donor = Checkpoint.load(tiny_checkpoint_folder)
+    donor.unet.register_to_config(in_channels=9)
+    with pytest.raises(CheckpointError, match="for hd-train grow, got 9"):
+        grow(larger, donor, images)
 
 
 def test_the_command(larger, tiny_checkpoint_folder, tmp_path):
