@@ -11,7 +11,7 @@ const EDITS = "v1/images/edits";
 const TURN = 15; // degrees of a click
 const GROW = 1.1;
 
-// hands: [{ hands, points, side, gesture, sureness }], of which `points` says where the picture has the old hand.
+// hands: [{ hands, points, side, gesture, sureness }]; `points` says where the picture has the old hand.
 const photo = {
   file: null, url: null, first: null, width: 1, height: 1, hands: [], chosen: -1, strokes: [], undo: [],
   zoomed: false, running: null,
