@@ -77,7 +77,7 @@ def _clasp(name: str, sides: tuple[int, int], rng: np.random.Generator) -> Meeti
         up, ahead = axis * np.sign(axis[2]), X
     elif name == "holding_hands":  # fingers down, palm back
         up, ahead = unit(X + turn @ -X) * -1, Y
-    return Meeting(*hands, turn, place, up, ahead)
+    return Meeting(hands[0], hands[1], turn, place, up, ahead)
 
 
 def _passing(thing: str, sides: tuple[int, int], rng: np.random.Generator) -> tuple[Meeting, Grasp]:
@@ -91,8 +91,8 @@ def _passing(thing: str, sides: tuple[int, int], rng: np.random.Generator) -> tu
     elif number != 1:
         axis = z
     turn = 2 * np.outer(axis, axis) - np.eye(3)
-    fingers = [grasp.hand(side) for side in sides]
-    return Meeting(*fingers, turn, middle - turn @ middle + shift, axis, X), grasp
+    first, second = (grasp.hand(side) for side in sides)
+    return Meeting(first, second, turn, middle - turn @ middle + shift, axis, X), grasp
 
 
 def pose_pair(name: str, betas: tuple[ndarray, ndarray], rng: np.random.Generator) -> Pair:
@@ -218,8 +218,8 @@ def _arm_around(betas: tuple[ndarray, ndarray], rng: np.random.Generator) -> Pai
     for _ in range(5):
         me.reach(side, wrist - step, hand, elbow)
         v = (me.vertices()[0][mine] + step).astype(np.float32)
-        far, which = torch.cdist(torch.from_numpy(v), torch.from_numpy(others)).min(1)
-        which, close = which.numpy(), far.numpy() < 0.06
+        far, which = (found.numpy() for found in torch.cdist(torch.from_numpy(v), torch.from_numpy(others)).min(1))
+        close = far < 0.06
         height = ((v - others[which]) * normals[which]).sum(1)
         lift = -height[close] / (normals[which][close] @ way).clip(0.35, 1)
         wrist = wrist + way * (lift.max() if close.any() else -float(far.min()))

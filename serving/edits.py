@@ -45,18 +45,20 @@ class Placed(HandsField):
     gesture: Annotated[str, Field(max_length=50)] | None = None
 
 
+Wanted = (
+    Annotated[list[Placed], Field(min_length=1, max_length=16)]
+    | Placed
+    | Annotated[str, Field(max_length=100, description="As in /v1/images/generations; with repair, the new hands.")]
+)
+
+
 class EditForm(Generation):  # type: ignore[misc]
     """The text of the form. As in every form, numbers are text; objects and lists are JSON."""
 
     model_config = ConfigDict(extra="forbid", strict=False)
 
-    prompt: Prompt | None = None
-    hands: (  # type: ignore[assignment]
-        Annotated[list[Placed], Field(min_length=1, max_length=16)]
-        | Placed
-        | Annotated[str, Field(max_length=100, description="As in /v1/images/generations; with repair, the new hands.")]
-        | None
-    ) = None
+    prompt: Prompt | None = None  # type: ignore[assignment]
+    hands: Wanted | None = None  # type: ignore[assignment]
     repair: Annotated[bool, Field(description="Paints the picture's hands again, and nothing else.")] = False
     input_fidelity: Annotated[str, Field(max_length=20)] | None = None
 

@@ -179,7 +179,10 @@ def write_configs(folder: Path, version: str, prediction: str, channels: int = 4
         "layers_per_block": 2,
         "scaling_factor": 0.18215,
     }
-    schedule = {"_class_name": "DDIMScheduler" if two else "PNDMScheduler", "beta_schedule": "scaled_linear"}
+    schedule: dict[str, Any] = {
+        "_class_name": "DDIMScheduler" if two else "PNDMScheduler",
+        "beta_schedule": "scaled_linear",
+    }
     schedule |= {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "steps_offset": 1}
     schedule |= {"set_alpha_to_one": False, "prediction_type": prediction}
     schedule |= {"clip_sample": False} if two else {"skip_prk_steps": True}

@@ -370,7 +370,7 @@ def typed(model):
     """The expanded model with the type of each tensor."""
     model = expanded(model)
     for node in model.graph.node:
-        if node.op_type == "GroupNormalization":  # of which onnx infers nothing
+        if node.op_type == "GroupNormalization":  # onnx infers nothing about it
             kind = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
             model.graph.value_info.append(onnx.helper.make_value_info(node.output[0], kind))
     return onnx.shape_inference.infer_shapes(model)
