@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import GRAPHS
+from ..contract import GRAPHS, IMAGE_ENCODER
 from ..engines.base import Engine
 from ..errors import EngineError
 from ..runtime.device import DeviceLoop
@@ -176,7 +176,8 @@ def utilisation(
     flops: graph -> operations of one row by kind. One run of the UNet is a guided step: both branches.
     """
     rows = {name: sum(kinds.values()) * run["batch"] for name, kinds in flops.items()}
-    times = {"unet": run["steps"], "hand_prior": hand_steps, "unet_time": 0}  # time rows are kept from run to run
+    # Time rows are kept from run to run, and no request here brings a picture.
+    times = {"unet": run["steps"], "hand_prior": hand_steps, "unet_time": 0, IMAGE_ENCODER: 0}
     total = sum(count * times.get(name, 1) for name, count in rows.items())
     out: dict[str, Any] = {"flops": total, "unet_step_flops": rows["unet"]}
     if ceiling:

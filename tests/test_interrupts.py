@@ -130,7 +130,8 @@ def test_the_second_ctrl_c_ends_the_process_at_once(code, says):
         process.send_signal(signal.SIGINT)
         time.sleep(1)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and errors == "hd-test: Stopped.\n" * says
+    # A busy machine may not have reached NumPy's code yet; then click ends the line that a terminal shows as ^C.
+    assert process.returncode == 130 and errors.lstrip("\n") == "hd-test: Stopped.\n" * says
 
 
 IN_A_CALLBACK = """

@@ -14,7 +14,7 @@ from handiffuser.errors import HanDiffuserError
 from handiffuser.runtime import cli
 from PIL import Image
 
-PROMPTS = ["a fist", "two open hands", "a thumb", "one", "two"]
+PROMPTS = ["a fist", "two open hands", "a thumb", "one hand", "two hands"]
 SOLVERS = ("ddim", "ddpm", "euler", "dpm++2m", "plms")
 
 

@@ -11,7 +11,7 @@ from handiffuser.calibration.fidelity import GraphError, PictureError, Report, f
 from handiffuser.calibration.graphs import rewrite_bundle
 from handiffuser.calibration.mixed import keep_sensitive
 from handiffuser.calibration.record import Recorder, load_inputs, record, save_inputs
-from handiffuser.contract import GRAPHS, GraphSpec, Manifest
+from handiffuser.contract import GRAPHS, IMAGE_ENCODER, GraphSpec, Manifest
 from handiffuser.errors import BundleError, EngineError, HanDiffuserError, RequestError
 
 PROMPTS = ["a left hand", "two open hands"]
@@ -21,7 +21,7 @@ def test_identical_bundles_are_exact(tiny_bundle):
     report = fidelity(tiny_bundle, tiny_bundle, PROMPTS)
     assert report.passes and report.sentences() == []
     assert report.psnr_mean == report.psnr_min == math.inf and report.joints_max == 0
-    assert set(report.graphs) == set(GRAPHS)
+    assert set(report.graphs) == {*GRAPHS, IMAGE_ENCODER}
     assert all(error.rms == error.max == error.not_finite == 0 for error in report.graphs.values())
     value = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert value["psnr_mean"] == "inf" and value["passes"] is True and value["graphs"]["unet"]["rms"] == 0
@@ -136,7 +136,7 @@ def test_a_recording_is_bounded_and_spread_over_the_run(count):
 
 def test_a_recording_of_a_run(tiny_bundle, tmp_path):
     inputs, pictures = record(tiny_bundle, PROMPTS, seeds=(3,), steps=20, calls=4, rows=1)
-    assert set(inputs) == set(GRAPHS) and [picture.request.seed for picture in pictures] == [3, 3]
+    assert set(inputs) == {*GRAPHS, IMAGE_ENCODER} and [picture.request.seed for picture in pictures] == [3, 3]
     specs = Manifest.load(tiny_bundle).graphs
     for name, calls in inputs.items():
         assert 1 <= len(calls) <= 4, name

@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 from commands import invoke
 from handiffuser.calibration.fidelity import GraphError, PictureError, Report
-from handiffuser.contract import GRAPHS, GraphSpec, Manifest
+from handiffuser.contract import GRAPHS, IMAGE_ENCODER, GraphSpec, Manifest
 from handiffuser.errors import CheckpointError, EngineError, ExportError
 from handiffuser.export import bundle
 from handiffuser.export.bundle import at_image_size, export_bundle
@@ -33,7 +33,7 @@ from handiffuser.shipped import bundle_path
 
 def test_every_graph_is_within_1e_4_of_pytorch(tiny_bundle):
     manifest = Manifest.load(tiny_bundle)
-    assert set(manifest.graphs) == set(GRAPHS)
+    assert set(manifest.graphs) == {*GRAPHS, IMAGE_ENCODER}
     for name, graph in manifest.graphs.items():
         assert graph.parity["error"] <= 1e-4 == graph.parity["tolerance"], name
     assert manifest.precision == "fp32" and manifest.image_size == (32, 48) and manifest.latent_size == (4, 16, 24)

@@ -24,8 +24,8 @@ from handiffuser.demo.prompts import (
 )
 from handiffuser.demo.render import render_scenes
 from handiffuser.demo.scenes import WRIST, sample_scenes
+from handiffuser.detection.detect import Found
 from handiffuser.errors import EvaluationError
-from handiffuser.evaluation.detect import Found
 from handiffuser.evaluation.features import RandomFilters
 from handiffuser.evaluation.hands import Asked, Hand
 from handiffuser.evaluation.measure import Instruments, Seen

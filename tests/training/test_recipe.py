@@ -43,7 +43,7 @@ def test_what_is_wrong_is_named(tmp_path, text, words):
 
 
 def test_a_recipe_that_is_not_there(tmp_path):
-    with pytest.raises(TrainingError, match=r"must be a \.toml file or one of demo, demo-gpu, sd15"):
+    with pytest.raises(TrainingError, match=r"must be a \.toml file or one of demo, demo-gpu, human, human-gpu, sd15"):
         Recipe.load("dmeo")
     with pytest.raises(TrainingError, match=r"hand-prior: .*lora"):
         Recipe.load("demo").changed("hand-prior", {"lora": 4})
