@@ -3,7 +3,7 @@
 import { $, plain } from "./server.js";
 import { GESTURES } from "./stage.js";
 
-// hands: [{ hands, points, side, gesture, sureness }], of which `points` says where the picture has the old hand.
+// hands: [{ hands, points, side, gesture, sureness }]; `points` says where the picture has the old hand.
 export const photo = {
   file: null, url: null, first: null, width: 1, height: 1, hands: [], chosen: -1, strokes: [], undo: [],
   zoomed: false, running: null,
