@@ -48,7 +48,7 @@ class Original:
 
     @classmethod
     def read(cls, path: Path) -> Original:
-        """Raises DetectionError for what is no picture, or not one that can be written back."""
+        """Raises DetectionError for a file that cannot be read as a picture."""
         try:
             content = read_file(path, MAX_BYTES)
             image = decode(content)

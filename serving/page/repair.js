@@ -1,8 +1,10 @@
 // Repairing a picture: its hands as skeletons over it, which a person drags, places and paints again.
 
 import * as brush from "./brush.js";
-import { $, ask, plain } from "./server.js";
-import { COLOURS, GESTURES, NAMES, PARTS, SIDES } from "./stage.js";
+import { arriving, chosen, noted, photo, places, said, sideOf, tell, words, wrong } from "./photo.js";
+import { drawBox, isPlacing, placing } from "./place.js";
+import { $, ask } from "./server.js";
+import { COLOURS, NAMES, PARTS, SIDES } from "./stage.js";
 
 const NEAR = 0.55; // of the stage, that a hand takes when the view zooms to it
 const SMALL = 0.3; // of the picture: the view zooms to smaller hands by itself
@@ -10,37 +12,7 @@ const MAX_UNDO = 30;
 const EDITS = "v1/images/edits";
 const TURN = 15; // degrees of a click
 const GROW = 1.1;
-
-// hands: [{ hands, points, side, gesture, sureness }]; `points` says where the picture has the old hand.
-const photo = {
-  file: null, url: null, first: null, width: 1, height: 1, hands: [], chosen: -1, strokes: [], undo: [],
-  zoomed: false, running: null,
-};
-
-const chosen = () => photo.hands[photo.chosen];
-const words = (name) => GESTURES[name] ?? name.replaceAll("_", " ");
-const sideOf = (hands) => (hands.visibility[1] >= 0.5 ? 1 : 0);
-const places = (hand) => hand.hands.joints_2d[sideOf(hand.hands)];
-
-function said(sentence) {
-  $("repairmessage").textContent = sentence;
-  $("repairmessage").hidden = !sentence;
-}
-
-function noted(sentences) {
-  $("repairnotes").replaceChildren(
-    ...sentences.map((sentence) => Object.assign(document.createElement("p"), { textContent: plain(sentence) })),
-  );
-  $("repairnotes").hidden = !sentences.length;
-}
-
-function wrong(error) {
-  if (error.name === "AbortError") return;
-  if (error.status === 401) $("keybox").open = true;
-  said(error.message);
-}
-
-const tell = (sentence) => ($("repairstate").textContent = sentence);
+const LEAST = 8; // pixels of a box
 
 export function mode(repairing) {
   $("painting").hidden = repairing;
@@ -177,6 +149,12 @@ function look() {
   plane.width = plane.height = `${100 * seen.k}%`;
   plane.left = `${-100 * seen.k * seen.x}%`;
   plane.top = `${-100 * seen.k * seen.y}%`;
+  cut();
+}
+
+// The slider's place is one of the view, not of the whole picture.
+function cut() {
+  $("plane").style.setProperty("--cut", `${100 * (seen.x + $("slider").value / 100 / seen.k)}%`);
 }
 
 function draw() {
@@ -192,7 +170,6 @@ function draw() {
   $("plane").classList.toggle("compared", repaired);
   $("saverepair").hidden = !repaired;
   if (repaired && $("after").getAttribute("src") !== photo.url) $("after").src = $("saverepair").href = photo.url;
-  $("plane").style.setProperty("--cut", `${$("slider").value}%`);
   $("handtools").disabled = !there;
   $("handhint").textContent = !there
     ? "Choose a picture first."
@@ -227,7 +204,7 @@ function bones() {
         line.setAttribute("points", chain.map((point) => point.join(",")).join(" "));
         line.setAttribute("class", `${kind}${kind === "bone" && i === photo.chosen ? " chosen" : ""}`);
         if (kind === "bone") line.setAttribute("stroke", colour);
-        line.addEventListener("click", () => $("scene").classList.contains("placing") || choose(i));
+        line.addEventListener("click", () => isPlacing() || choose(i));
         lines.push(line);
       });
     }
@@ -391,45 +368,12 @@ async function placeHand(box) {
   draw();
 }
 
-function placing(on) {
-  $("place").setAttribute("aria-pressed", on);
-  $("scene").classList.toggle("placing", on);
-  if (on) tell("Draw a box over the hand. Press the button again to place one in the middle.");
-}
-
 // A square in the middle of the view.
 function middleBox() {
   const { x, y, k } = seen;
   const ratio = photo.width / photo.height;
   const [half, tall] = [0.2 * Math.min(1, 1 / ratio), 0.2 * Math.min(1, ratio)].map((size) => size / k);
   return [x + 0.5 / k - half, y + 0.5 / k - tall, x + 0.5 / k + half, y + 0.5 / k + tall];
-}
-
-function drawBox(event) {
-  if (event.button || !$("scene").classList.contains("placing") || photo.running) return;
-  event.preventDefault();
-  const from = place(event);
-  const rectangle = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-  let box = null;
-  rectangle.setAttribute("class", "placed");
-  $("skeletons").append(rectangle);
-  $("scene").setPointerCapture(event.pointerId);
-  const move = (event) => {
-    const to = place(event);
-    box = [0, 1].map((axis) => Math.min(from[axis], to[axis])).concat([0, 1].map((axis) => Math.max(from[axis], to[axis])));
-    const [x, y, width, height] = [box[0], box[1], box[2] - box[0], box[3] - box[1]];
-    for (const [name, value] of Object.entries({ x, y, width, height })) rectangle.setAttribute(name, value);
-  };
-  const end = () => {
-    $("scene").removeEventListener("pointermove", move);
-    rectangle.remove();
-    placing(false);
-    const far = box && Math.max((box[2] - box[0]) * photo.width, (box[3] - box[1]) * photo.height) > 12;
-    if (far) placeHand(box);
-    else tell("");
-  };
-  $("scene").addEventListener("pointermove", move);
-  $("scene").addEventListener("lostpointercapture", end, { once: true });
 }
 
 // ---------------------------------------------------------------- repairing
@@ -474,7 +418,7 @@ $("file").addEventListener("change", (event) => {
   event.target.value = "";
 });
 $("other").addEventListener("click", () => $("file").click());
-$("slider").addEventListener("input", () => $("plane").style.setProperty("--cut", `${$("slider").value}%`));
+$("slider").addEventListener("input", cut);
 $("showskeletons").addEventListener("change", bones);
 $("zoom").addEventListener("click", () => {
   photo.zoomed = !photo.zoomed;
@@ -499,8 +443,15 @@ $("place").addEventListener("click", () => {
   const again = $("place").getAttribute("aria-pressed") === "true";
   placing(!again);
   if (again) placeHand(middleBox());
+  else tell("Draw a box over the hand. Press the button again to place one in the middle.");
 });
-$("scene").addEventListener("pointerdown", drawBox);
+$("scene").addEventListener("pointerdown", (event) => {
+  if (photo.running || !photo.file) return;
+  drawBox(event, place, (box) => {
+    if (box && Math.min((box[2] - box[0]) * photo.width, (box[3] - box[1]) * photo.height) >= LEAST) placeHand(box);
+    else tell("The box is too small. Draw a larger one.");
+  });
+});
 $("brush").addEventListener("click", () => {
   const on = $("brush").getAttribute("aria-pressed") !== "true";
   placing(false);
@@ -536,29 +487,9 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-const pictureOf = (items) => [...(items?.files ?? [])].find((file) => file.type.startsWith("image/"));
-document.addEventListener("paste", (event) => {
-  const file = pictureOf(event.clipboardData);
-  if (!file) return;
-  event.preventDefault();
-  open(file);
-});
-document.addEventListener("dragover", (event) => {
-  if (![...event.dataTransfer.types].includes("Files")) return;
-  event.preventDefault();
-  document.body.classList.add("dropping");
-});
-document.addEventListener("dragleave", (event) => {
-  if (!event.relatedTarget) document.body.classList.remove("dropping");
-});
-document.addEventListener("drop", (event) => {
-  document.body.classList.remove("dropping");
-  if (!event.dataTransfer.files.length) return;
-  event.preventDefault();
-  const file = pictureOf(event.dataTransfer);
-  if (file) return open(file);
+arriving(open, (sentence) => {
   mode(true);
-  said("The file must be a PNG, JPEG or WebP picture. Drop another one.");
+  said(sentence);
 });
 
 export function offer(gestures) {
