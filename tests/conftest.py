@@ -20,15 +20,15 @@ import pytest  # noqa: E402
 from commands import invoke  # noqa: E402
 from kept import kept  # noqa: E402
 
-# Tests that use these fixtures are slow: exports in half and bfloat16 and of Stable Diffusion, eight compiled graphs,
-# seventeen plans, every stage trained, the peers' own export.
+# Tests that use these fixtures are slow: exports in half and bfloat16 and of Stable Diffusion, compiled graphs,
+# plans, every stage trained, the peers' own export.
 LONG = {
     "tiny_half",
     "tiny_bf16",
     "bundle_of_start",
     "overflowing",
     "cases",
-    "seventeen_plans",
+    "tiny_plans",
     "trained",
     "peers_export",
 }

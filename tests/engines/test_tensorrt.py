@@ -22,7 +22,7 @@ def backend():
 
 
 @pytest.fixture(scope="module")
-def nineteen_plans(tiny_checkpoint_folder, tiny_half, tmp_path_factory):
+def tiny_plans(tiny_checkpoint_folder, tiny_half, tmp_path_factory):
     """The tiny checkpoint in fp16 with plans for batches of 1 and 2, by the command as a user types it."""
     folder = shutil.copytree(tiny_half, tmp_path_factory.mktemp("engines") / "tiny")
     result = invoke("export.cli", tiny_checkpoint_folder, folder, "--backend", "tensorrt-rtx", "--batch-sizes", "1,2")
@@ -31,8 +31,8 @@ def nineteen_plans(tiny_checkpoint_folder, tiny_half, tmp_path_factory):
     return folder
 
 
-def test_every_graph_is_built_in_the_precision_asked_for(nineteen_plans):
-    plans = list(PlanStore(nineteen_plans))
+def test_every_graph_is_built_in_the_precision_asked_for(tiny_plans):
+    plans = list(PlanStore(tiny_plans))
     assert {plan.graph for plan in plans} == set(ALL_GRAPHS)
     for plan in plans:
         kind = "FLOAT" if plan.graph == "hand_features" else "HALF"
@@ -87,16 +87,16 @@ def test_float32_instead_of_bfloat16_is_an_error(backend, tiny_bundle):
         build_plan(backend, tiny_bundle / "unet_context.onnx", {"B": 1, "G": 2}, "bf16", Options())
 
 
-def test_another_precision_than_asked_is_an_error(backend, nineteen_plans):
+def test_another_precision_than_asked_is_an_error(backend, tiny_plans):
     with pytest.raises(EngineError, match=r"unet that compute must be in fp32.*in HALF.*--precision fp32"):
-        build_plan(backend, nineteen_plans / "unet.onnx", {"B": 1, "G": 2}, "fp32", Options())
+        build_plan(backend, tiny_plans / "unet.onnx", {"B": 1, "G": 2}, "fp32", Options())
 
 
-def test_progress_is_true_and_can_stop(backend, nineteen_plans):
+def test_progress_is_true_and_can_stop(backend, tiny_plans):
     seen = []
     build_plan(
         backend,
-        nineteen_plans / "image_decoder.onnx",
+        tiny_plans / "image_decoder.onnx",
         {"B": 1},
         "fp16",
         Options(),
@@ -104,11 +104,11 @@ def test_progress_is_true_and_can_stop(backend, nineteen_plans):
     )
     assert len(seen) > 10 and seen == sorted(seen) and 0 <= seen[0] < 0.5 < seen[-1] <= 1
     with pytest.raises(KeyboardInterrupt):
-        build_plan(backend, nineteen_plans / "image_decoder.onnx", {"B": 1}, "fp16", Options(), lambda *_: False)
+        build_plan(backend, tiny_plans / "image_decoder.onnx", {"B": 1}, "fp16", Options(), lambda *_: False)
 
 
-def test_chosen_gpus(backend, nineteen_plans):
-    graph = nineteen_plans / "unet_context.onnx"
+def test_chosen_gpus(backend, tiny_plans):
+    graph = tiny_plans / "unet_context.onnx"
     everywhere, _ = build_plan(backend, graph, {"B": 1, "G": 2}, "fp16", Options())
     one, _ = build_plan(backend, graph, {"B": 1, "G": 2}, "fp16", Options(compute_capabilities=("8.9",)))
     assert one and everywhere
@@ -122,48 +122,48 @@ def test_what_is_no_graph(backend, tmp_path):
         build_plan(backend, tmp_path / "junk.onnx", {"B": 1}, "fp16", Options())
 
 
-def test_the_same_command_again_does_nothing(nineteen_plans, tiny_checkpoint_folder):
+def test_the_same_command_again_does_nothing(tiny_plans, tiny_checkpoint_folder):
     command = (
         "export.cli",
         tiny_checkpoint_folder,
-        nineteen_plans,
+        tiny_plans,
         "--backend",
         "tensorrt-rtx",
         "--batch-sizes",
         "1,2",
     )
-    before = {path.name: path.stat().st_mtime_ns for path in (nineteen_plans / "plans").iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in (tiny_plans / "plans").iterdir()}
     result = invoke(*command)
     assert result.returncode == 0
     assert "nothing was exported" in result.stderr and "nothing was built" in result.stderr
-    assert before == {path.name: path.stat().st_mtime_ns for path in (nineteen_plans / "plans").iterdir()}
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tiny_plans / "plans").iterdir()}
 
 
-def test_engines_command(nineteen_plans):
-    listed = invoke("engines.cli", "list", nineteen_plans)
+def test_engines_command(tiny_plans):
+    listed = invoke("engines.cli", "list", tiny_plans)
     assert listed.returncode == 0 and listed.stdout.count("current") == 19 and "fp16" in listed.stdout
-    sound = invoke("engines.cli", "verify", nineteen_plans)
+    sound = invoke("engines.cli", "verify", tiny_plans)
     assert sound.returncode == 0 and "19 plans are sound" in sound.stderr
-    more = invoke("engines.cli", "build", nineteen_plans, "--batch-sizes", "1,2,3")
-    assert more.returncode == 0 and "Built 8 of 25 plans" in more.stderr and "never built for B=3" in more.stderr
+    more = invoke("engines.cli", "build", tiny_plans, "--batch-sizes", "1,2,3")
+    assert more.returncode == 0 and "Built 9 of 28 plans" in more.stderr and "never built for B=3" in more.stderr
 
-    plan = next(plan for plan in PlanStore(nineteen_plans) if plan.graph == "unet" and plan.batch == (3, 3))
+    plan = next(plan for plan in PlanStore(tiny_plans) if plan.graph == "unet" and plan.batch == (3, 3))
     content = plan.path.read_bytes()
     plan.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    damaged = invoke("engines.cli", "verify", nineteen_plans)
+    damaged = invoke("engines.cli", "verify", tiny_plans)
     assert damaged.returncode == 1 and "unet B=3,G=2: its plan is damaged" in damaged.stderr
-    (nineteen_plans / "plans" / "unet.B9.0123.plan.77.tmp").write_bytes(b"left over")
-    dry = invoke("engines.cli", "prune", nineteen_plans, "--dry-run")
+    (tiny_plans / "plans" / "unet.B9.0123.plan.77.tmp").write_bytes(b"left over")
+    dry = invoke("engines.cli", "prune", tiny_plans, "--dry-run")
     assert dry.returncode == 0 and plan.path.exists() and "would remove" in dry.stderr
-    rebuilt = invoke("engines.cli", "build", nineteen_plans, "--batch-sizes", "1,2,3")  # as `verify` advises
-    assert "Built 1 of 25 plans" in rebuilt.stderr and "SHA-256 differs" in rebuilt.stderr
-    assert invoke("engines.cli", "verify", nineteen_plans).returncode == 0
+    rebuilt = invoke("engines.cli", "build", tiny_plans, "--batch-sizes", "1,2,3")  # as `verify` advises
+    assert "Built 1 of 28 plans" in rebuilt.stderr and "SHA-256 differs" in rebuilt.stderr
+    assert invoke("engines.cli", "verify", tiny_plans).returncode == 0
     plan.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    pruned = invoke("engines.cli", "prune", nineteen_plans)
-    assert pruned.returncode == 0 and not plan.path.exists() and len(list(PlanStore(nineteen_plans))) == 24
-    assert not PlanStore(nineteen_plans).strays()
-    rebuilt = invoke("engines.cli", "build", nineteen_plans, "--batch-sizes", "1,2,3")
-    assert "Built 1 of 25 plans" in rebuilt.stderr
+    pruned = invoke("engines.cli", "prune", tiny_plans)
+    assert pruned.returncode == 0 and not plan.path.exists() and len(list(PlanStore(tiny_plans))) == 24
+    assert not PlanStore(tiny_plans).strays()
+    rebuilt = invoke("engines.cli", "build", tiny_plans, "--batch-sizes", "1,2,3")
+    assert "Built 1 of 28 plans" in rebuilt.stderr
 
 
 @pytest.mark.parametrize(
@@ -184,13 +184,13 @@ def test_bad_arguments_are_one_sentence(tiny_bundle, arguments, code, words, tmp
     assert result.returncode == code and words in result.stderr and "Traceback" not in result.stderr
 
 
-def test_without_a_gpu_plans_are_passed_over_with_a_word(nineteen_plans, tmp_path):
+def test_without_a_gpu_plans_are_passed_over_with_a_word(tiny_plans, tmp_path):
     if gpu() is not None:
         pytest.skip("there is a GPU")
-    result = invoke("runtime.cli", nineteen_plans, "a fist", "--steps", "2", "--output", tmp_path / "out")
+    result = invoke("runtime.cli", tiny_plans, "a fist", "--steps", "2", "--output", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "are not used" in result.stderr and "nvidia-smi" in result.stderr
     assert len(list((tmp_path / "out").glob("*.hands.npz"))) == 1
     for backend in ("tensorrt-rtx", "tensorrt"):
-        forced = invoke("runtime.cli", nineteen_plans, "a fist", "--backend", backend, "--output", tmp_path / "other")
+        forced = invoke("runtime.cli", tiny_plans, "a fist", "--backend", backend, "--output", tmp_path / "other")
         assert forced.returncode == 1 and "nvidia-smi" in forced.stderr and "Traceback" not in forced.stderr

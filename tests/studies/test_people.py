@@ -5,21 +5,41 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import people
 import pytest
 import torch
 from commands import run_study
 from handiffuser.demo.human import make_body
-from handiffuser.models.checkpoint import random_checkpoint
+from handiffuser.models.checkpoint import Checkpoint, random_checkpoint
 from handiffuser.models.configs import CONFIGS
 
 
-@pytest.mark.slow
-def test_the_autoencoder_beside_renders(tmp_path):
-    make_body(tmp_path / "body.npz")
+@pytest.fixture(scope="module")
+def lossless(tmp_path_factory) -> Checkpoint:
+    """A checkpoint whose autoencoder keeps 48 components of blocks of 48 numbers: nothing is lost."""
+    folder = tmp_path_factory.mktemp("lossless")
+    make_body(folder / "body.npz")
     config = replace(CONFIGS["tiny"], image_size=(128, 128), vae_patch=2, latent_channels=48, unet_heads=2)
-    checkpoint = random_checkpoint(config, body=tmp_path / "body.npz")
-    checkpoint.vae.begin(torch.rand(4, 3, 64, 64) * 2 - 1)  # 48 components of blocks of 48 numbers: nothing is lost
-    checkpoint.save(tmp_path / "checkpoint")
+    checkpoint = random_checkpoint(config, body=folder / "body.npz")
+    checkpoint.vae.begin(torch.rand(4, 3, 64, 64) * 2 - 1)
+    return checkpoint
+
+
+@pytest.mark.slow
+def test_renders_are_drawn_once_and_come_through_the_autoencoder(lossless, tmp_path):
+    renders = people.draw(tmp_path / "renders", 2, 128)
+    psnr = people.through_the_vae(lossless, renders, tmp_path / "through-the-vae")
+    assert psnr.keys() == {sample.key for sample in renders} and min(psnr.values()) > 45
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "renders").glob("*.png")}
+    again = people.draw(tmp_path / "renders", 2, 128)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "renders").glob("*.png")}
+    assert [(sample.key, sample.image) for sample in again] == [(sample.key, sample.image) for sample in renders]
+
+
+@pytest.mark.slow
+def test_the_autoencoder_beside_renders(lossless, tmp_path):
+    pytest.importorskip("mediapipe")
+    lossless.save(tmp_path / "checkpoint")
     words = [tmp_path / "out", "--checkpoint", tmp_path / "checkpoint", "--count", 2, "--rows", "through-the-vae"]
     done = run_study("people", *words, "-o", tmp_path / "found.json")
     assert done.returncode == 0, done.stderr
