@@ -11,6 +11,7 @@ import ast
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -65,8 +66,10 @@ def room_of(module: str) -> str:
     return parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else "core"
 
 
-def imports(module: str, path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def imports(module: str, path: Path) -> list[tuple[str, bool]]:
     """What a module imports by full name, and whether it does so when it is loaded."""
+    found = []
     tree = ast.parse(path.read_text(encoding="utf-8"))
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
     typing_only = {
@@ -87,8 +90,8 @@ def imports(module: str, path: Path) -> Iterator[tuple[str, bool]]:
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         else:
             continue
-        for name in names:
-            yield name, node in tree.body
+        found += [(name, node in tree.body) for name in names]
+    return found
 
 
 def graph(lazy: bool = True) -> dict[str, set[str]]:

@@ -72,7 +72,7 @@ def test_stage_1_gives_the_gesture_that_was_asked_for(pipeline):
     assert pointing[0] < 1.0 and (pointing[1:4] > 2.0).all(), pointing
 
 
-@pytest.mark.parametrize("position", [0, 7])
+@pytest.mark.parametrize("position", [pytest.param(0, marks=pytest.mark.slow), 7])
 def test_a_picture_does_not_depend_on_its_company(pipeline, position):
     """Alone, first or last of eight: the same noise, and pixels within one level."""
     prompt = "a right hand giving a peace sign, green background"

@@ -19,6 +19,7 @@ LINES = [line.partition("#")[0].strip() for kind, block in BLOCKS if kind == "sh
 RUN = [line for line in LINES if line.startswith("hd-") and " convert " not in line]
 
 
+@pytest.mark.slow
 def test_every_command_runs(tmp_path, monkeypatch):
     """In the order of the page, in one empty folder; with fewer scenes and without a process for each, to be quick.
 

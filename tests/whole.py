@@ -116,15 +116,6 @@ def faults_end_in_one_sentence(folder, out, arguments, capsys, fresh: Callable, 
     code, spoken, total, _ = attempt(None, out / "right")
     assert code == 0, spoken
     right = pictures(out / "right")
-    gc.collect()
-    gc.freeze()  # what libraries hold need not be looked through again and again
-    try:
-        _each_place(attempt, out, right, total, count)
-    finally:
-        gc.unfreeze()
-
-
-def _each_place(attempt: Callable, out, right: dict, total: int, count: int) -> None:
     for at in places_of(total, count):
         code, spoken, _, gpu = attempt(at, out / f"{at}")
         saved = pictures(out / f"{at}")

@@ -81,6 +81,7 @@ def test_the_page_opens_in_a_browser(done):
     assert "Latency: every sample" not in result.stderr and result.stdout.count("<svg") == 5
 
 
+@pytest.mark.slow
 def test_a_fresh_process_makes_the_first_picture(tiny_bundle):
     result = invoke("benchmarks.cli", tiny_bundle, *QUICK[:-1], "--batch-sizes", "1")
     assert result.returncode == 0, result.stderr
@@ -135,6 +136,7 @@ def test_a_missing_extra_is_named_before_anything_runs(option, module, extra, tm
     assert f'needs {module}. Install it: pip install "handiffuser[{extra}]".' in result.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(toy_bundle, tmp_path):
     command = [sys.executable, "-m", "handiffuser.benchmarks.cli", toy_bundle, *QUICK[:-3], "--repeats", "10000"]
     with subprocess.Popen(

@@ -161,6 +161,7 @@ def test_outliers_are_kept():
     assert measure.percentiles(values) == {"p50": 1.0, "p90": 1.0, "p99": 1.0, "max": 50.0}
 
 
+@pytest.mark.slow
 def test_the_card_tells_what_it_measured():
     found = card(1, "cpu")
     assert found["cpu"] and found["gpu"] is None and found["packages"]["handiffuser"]

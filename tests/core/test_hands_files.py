@@ -145,6 +145,7 @@ def test_files_that_are_no_hands(tmp_path):
         H.load_hands(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_packed_small_is_not_unpacked_large(tmp_path):
     """A gigabyte of zeros is a megabyte in an archive."""
     path = tmp_path / "a.npz"

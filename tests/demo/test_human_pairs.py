@@ -141,6 +141,7 @@ def test_other_scenes_do_not_depend_on_the_shares():
             assert (scene.poses[0].vertices == other.poses[0].vertices).all()
 
 
+@pytest.mark.slow
 def test_a_dataset_of_pairs_says_whose_each_hand_is(tmp_path):
     arguments = ["demo", str(tmp_path), "--world", "human", "--scenes", "3", "--size", "64", "--pairs", "1",
                  "--processes", "1"]  # fmt: skip

@@ -192,6 +192,7 @@ def test_both_are_measured(tiny_bundle):
     assert comparing.measure(fast.bundle, exact, exact, 1.0).psnr == 1000
 
 
+@pytest.mark.slow
 def test_built_beside_a_bundle_for_where_nothing_can_be_compiled(folder, monkeypatch, capsys):
     # Of a model so small the faster one is a matter of chance.
     monkeypatch.setattr(comparing, "measure", lambda *_: Verdict(50.0, 2.0, 1.0, 0.5))

@@ -47,6 +47,7 @@ def exported(module: nn.Module) -> ir.Model:
     ).model
 
 
+@pytest.mark.slow
 def test_the_same_result_from_half_of_the_work():
     module = Step().eval()
     model = exported(module)

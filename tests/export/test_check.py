@@ -35,9 +35,8 @@ CUES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "cues", [("rotations",), pytest.param(("joints", "rotations"), marks=pytest.mark.slow)], ids="+".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cues", [("rotations",), ("joints", "rotations")], ids="+".join)
 def test_rotations_without_vertices_in_half(cues, body_path, tmp_path):
     """ONNX Runtime 1.32 crashed while it loaded this graph."""
     checkpoint = random_checkpoint(replace(CONFIGS["tiny"], cues=cues), seed=3, body=body_path)
@@ -180,6 +179,7 @@ def test_parity_sees_a_lost_axis(tmp_path):
         bundle.parity(graph, OneRow(1.0), path)
 
 
+@pytest.mark.slow
 def test_nan_in_a_weight_is_no_bundle(tiny_checkpoint, tmp_path):
     """Even where loading did not look: the first graph that shows it is named."""
     broken = replace(tiny_checkpoint, text_encoder=in_precision(tiny_checkpoint.text_encoder, torch.float64).float())
@@ -339,7 +339,7 @@ def test_a_killed_export_leaves_nothing_that_the_next_one_does_not_clear(tiny_ch
     [
         ("at once", [signal.SIGINT]),
         ("at once", [signal.SIGTERM, signal.SIGTERM]),
-        ("comparing", [signal.SIGINT]),
+        pytest.param("comparing", [signal.SIGINT], marks=pytest.mark.slow),
         pytest.param("comparing", [signal.SIGTERM, signal.SIGTERM], marks=pytest.mark.slow),
         pytest.param("tracing", [signal.SIGINT], marks=pytest.mark.slow),
         pytest.param("tracing", [signal.SIGTERM, signal.SIGTERM], marks=pytest.mark.slow),
@@ -365,7 +365,13 @@ def test_one_signal_ends_an_export(where, numbers, tiny_checkpoint_folder, tmp_p
     all_end(process.pid)
 
 
-@pytest.mark.parametrize(("module", "extra"), [("onnxruntime", r"\[cpu\]; \[cuda\]"), ("diffusers", r"\[export\]")])
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("onnxruntime", r"\[cpu\]; \[cuda\]"),
+        pytest.param("diffusers", r"\[export\]", marks=pytest.mark.slow),
+    ],
+)
 def test_the_module_that_is_missing_is_named(module, extra, tiny_checkpoint_folder, tmp_path):
     code = (
         "import sys, importlib.abc\n"

@@ -189,6 +189,7 @@ def test_an_image_size_that_does_not_fit(tiny_checkpoint):
         at_image_size(tiny_checkpoint, 30, 48)
 
 
+@pytest.mark.slow
 def test_half_exact_weights_are_stored_in_half(tiny_checkpoint, tiny_bundle, tmp_path):
     """A checkpoint that went through float16 gives a float32 bundle of about half the size, and the same values."""
     tiny_checkpoint.save(tmp_path / "half", half=True)
@@ -220,6 +221,7 @@ def test_files_have_the_mode_that_the_umask_says(tiny_checkpoint_folder, tiny_bu
     assert not wrong
 
 
+@pytest.mark.slow
 def test_a_graph_over_its_tolerance_is_not_written(tiny_checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "b"
     out.mkdir()

@@ -130,6 +130,7 @@ def another_body(folder):
     return folder / "body.npz"
 
 
+@pytest.mark.slow
 def test_another_command_takes_nothing_that_differs(made, tiny_checkpoint, tmp_path, monkeypatch):
     """The first five graphs are finished; then something is another. What comes before it is the same."""
     (tmp_path / "else").mkdir()

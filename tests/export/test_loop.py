@@ -94,7 +94,7 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("solver", CASES)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_twenty_steps_equal_diffusers(tiny_checkpoint, engines, contexts, solver, batch, monkeypatch):
     kind, extra, schedules = CASES[solver]
     tiny_checkpoint.attach_kernel()

@@ -80,6 +80,7 @@ class Block(nn.Module):
         return self.last(nn.functional.silu(self.norm(self.first(x) + self.time(x.mean((2, 3)))[:, :, None, None])))
 
 
+@pytest.mark.slow
 def test_a_plan_has_fewer_kernels(tmp_path):
     """Neither counters that are set to zero nor an addition of its own."""
     pytest.importorskip("tensorrt_rtx")

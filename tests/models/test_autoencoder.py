@@ -138,6 +138,7 @@ def test_a_size_that_the_patches_do_not_divide(folder):
         replace(checkpoint, image_size=(36, 48)).check()
 
 
+@pytest.mark.slow
 def test_the_graphs_compute_what_pytorch_does(folder, tmp_path):
     from handiffuser.export import bundle
 

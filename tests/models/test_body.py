@@ -78,7 +78,7 @@ def official(arrays, chumpy):
     }
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 2, 4])
+@pytest.mark.parametrize("protocol", [pytest.param(0, marks=pytest.mark.slow), 1, 2, 4])
 def test_what_official_files_are_made_of(arrays, chumpy, tmp_path, protocol):
     path = tmp_path / "SMPLH_MALE.pkl"
     path.write_bytes(pickle.dumps(official(arrays, chumpy), protocol))

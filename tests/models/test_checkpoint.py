@@ -450,6 +450,7 @@ def test_the_command_says_so_before_anything_large_is_loaded(copy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_random_checkpoints_repeat_from_process_to_process(capsys):
     """Also the tokenizer: the trainer of `tokenizers` breaks ties as its hash table falls."""
     code = (

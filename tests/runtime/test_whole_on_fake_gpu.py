@@ -209,9 +209,17 @@ def fault(kind, gpu, trt, at):
         whole.fault(kind, gpu, at)
 
 
-@pytest.mark.parametrize("places", [5, pytest.param(16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", [(), ("--no-warm-up", "--no-overlap")])
-@pytest.mark.parametrize("kind", KINDS)
+WAYS = ((), ("--no-warm-up", "--no-overlap"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "places"),
+    [
+        ("out of memory", WAYS[0], 5),
+        ("TensorRT refuses", WAYS[1], 5),
+        *(pytest.param(kind, how, 16, marks=pytest.mark.slow) for kind in KINDS for how in WAYS),
+    ],
+)
 def test_a_fault_anywhere_ends_in_one_sentence(toy_engines, monkeypatch, tmp_path, capsys, kind, how, places):
     def fresh(at):
         gpu = FakeRuntime(seed=at or 0).install(monkeypatch)
@@ -224,7 +232,9 @@ def test_a_fault_anywhere_ends_in_one_sentence(toy_engines, monkeypatch, tmp_pat
     whole.faults_end_in_one_sentence(toy_engines, tmp_path, arguments, capsys, fresh, places)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["a call fails", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "a call fails")]
+)
 def test_after_a_fault_the_same_pipeline_runs_again_or_says_why_not(toy_engines, monkeypatch, kind):
     """Nothing of the run that failed is left in buffers, slots or lent memory."""
     with HanDiffuser.load(toy_engines, device="cpu") as on_cpu:

@@ -72,8 +72,10 @@ def test_any_order_that_streams_allow_gives_the_same(toy_bundle, gpu, ort, seed,
     assert not gpu.live()
 
 
-@pytest.mark.parametrize("places", [4, pytest.param(16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", whole.KINDS)
+@pytest.mark.parametrize(
+    ("kind", "places"),
+    [("a call fails", 4), *(pytest.param(kind, 16, marks=pytest.mark.slow) for kind in whole.KINDS)],
+)
 def test_a_fault_anywhere_ends_in_one_sentence(toy_bundle, monkeypatch, tmp_path, capsys, kind, places):
     def fresh(at):
         gpu = FakeRuntime(seed=at or 0).install(monkeypatch)

@@ -260,6 +260,7 @@ def test_training_takes_the_latents_that_are_there(tiny_checkpoint_folder, tmp_p
             assert len(made.latents(checkpoint, True, make)) == 4
 
 
+@pytest.mark.slow
 def test_stage_2_learns_from_captions_alone_and_stage_1_does_not(tiny_checkpoint_folder, tmp_path):
     """kohya's folder of pictures and texts, to an adapter that is not nothing."""
     from handiffuser.data.cli import commands as data
