@@ -14,8 +14,8 @@ All times come from one clock. On a busy machine CPU seconds of one thread are c
 
 from __future__ import annotations
 
+import contextlib
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,6 +35,13 @@ from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure, Picture
 from ..runtime.results import png as encode
+
+try:
+    import resource
+except ImportError:  # Windows
+    import psutil
+
+    resource = None  # type: ignore[assignment]
 
 POLL = 0.01  # seconds between two looks at a fresh process
 WARM_UP = 1  # runs before the first sample: they load kernels, fill caches and schedules
@@ -209,23 +216,42 @@ def fresh(command: Sequence[str]) -> dict[str, float]:
     with tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-        peak = 0.0
         try:
-            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-                # Not ru_maxrss: that begins with the memory of the process which started it.
-                peak = max(peak, _status(process.pid).get("VmHWM", 0.0))
-                time.sleep(POLL)
-            _, status, usage = ended
+            cpu, peak = _until_it_ends(process)
         except BaseException:
             process.kill()
             raise
         wall = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
             raise EngineError(f"{' '.join(command[1:4])} ended with code {process.returncode}: {said[-1]}")
-    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "peak_mb": peak or usage.ru_maxrss * _RSS_UNIT / 1e6}
+    return {"wall": wall, "cpu": cpu, "peak_mb": peak}
+
+
+def _until_it_ends(process: subprocess.Popen[bytes]) -> tuple[float, float]:
+    """CPU seconds of a process and of those it started, and its peak in megabytes."""
+    peak = 0.0
+    if resource is None:
+        watched, cpu = psutil.Process(process.pid), 0.0
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):  # it may end meanwhile
+                times, found = watched.cpu_times(), _of_windows(watched)
+                cpu, peak = times.user + times.system, max(peak, found["peak_mb"])
+            time.sleep(POLL)
+        return cpu, peak
+    while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+        # Not ru_maxrss: that begins with the memory of the process which started it.
+        peak = max(peak, _status(process.pid).get("VmHWM", 0.0))
+        time.sleep(POLL)
+    _, status, usage = ended
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_utime + usage.ru_stime, peak or usage.ru_maxrss * _RSS_UNIT / 1e6
+
+
+def _of_windows(process: Any) -> dict[str, float]:
+    info = process.memory_info()
+    return {"rss_mb": info.rss / 1e6, "peak_mb": getattr(info, "peak_wset", info.rss) / 1e6}
 
 
 # ru_maxrss is in kilobytes, but on macOS in bytes.
@@ -243,6 +269,8 @@ def reset_peak() -> bool:
 
 def memory() -> dict[str, float]:
     """Megabytes of this process: resident now, and at the peak (since `reset_peak`, or ever)."""
+    if resource is None:
+        return _of_windows(psutil.Process())
     found = _status("self")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT / 1e6
     return {"rss_mb": found.get("VmRSS", peak), "peak_mb": found.get("VmHWM", peak)}

@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # `kill` and `docker stop` end a comm
 _signalled = False  # whether a signal came
 _held = _waiting = False  # whether Ctrl-C is to wait, and whether one does
 _ending = False  # whether the command caught KeyboardInterrupt and finishes its work
+_writer: socket.socket | None = None  # where Python writes the numbers of signals; open as long as the process
 _sentence = ""  # what the command says when it is interrupted; empty until `hear_interrupts`
 
 
@@ -60,18 +62,18 @@ def _dropped(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _watch(reader: int) -> None:
+def _watch(reader: socket.socket) -> None:
     """Ends the process on a second signal, and PATIENCE_SECONDS after the first where that has no effect.
 
     Python raises KeyboardInterrupt when its main thread is next in Python. A build or a run of a large graph delays
     that by minutes. A library may swallow it, or wait for ever for a lock on the way out.
 
-    reader: the end of a pipe to which Python writes the number of each signal as it comes.
+    reader: Python writes the number of each signal to its other end as it comes.
     """
     first, patience = None, None
     while True:
         if select.select([reader], (), (), patience)[0]:
-            came = bool(set(os.read(reader, 64)) & set(SIGNALS))
+            came = bool(set(reader.recv(64)) & set(SIGNALS))
             if came and first is None:
                 first = time.monotonic()
             over = came and time.monotonic() - (first or 0) > BOUNCE_SECONDS
@@ -90,7 +92,7 @@ def hear_interrupts(sentence: str) -> None:
 
     A shell's background jobs ignore Ctrl-C, and still do.
     """
-    global _ending, _sentence
+    global _ending, _sentence, _writer
     if threading.current_thread() is not threading.main_thread():
         return
     begun, _sentence, _ending = bool(_sentence), sentence, False  # first: Ctrl-C may come with the next line
@@ -100,10 +102,10 @@ def hear_interrupts(sentence: str) -> None:
     if begun:
         return
     atexit.register(_ignore)  # what is registered first is called last: until then Ctrl-C ends what an exit waits for
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    reader, _writer = socket.socketpair()  # Windows waits for sockets alone
+    _writer.setblocking(False)
     sys.unraisablehook = _dropped
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, wherever the main thread is
+    signal.set_wakeup_fd(_writer.fileno(), warn_on_full_buffer=False)  # written to at once, wherever the main thread is
     threading.Thread(target=_watch, args=(reader,), name="interrupts", daemon=True).start()
 
 
@@ -164,6 +166,7 @@ EXTRAS = {
     "onnxruntime": "[cpu]; [cuda] instead for NVIDIA GPUs",
     **dict.fromkeys(("smplx", "peft", "tensorboard"), "[train]"),
     "matplotlib": "[bench]",
+    "psutil": "[bench]",
     **dict.fromkeys(("cv2", "mediapipe"), "[detect]"),
     **dict.fromkeys(("scipy", "statsmodels"), "[eval]"),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "[serve]"),

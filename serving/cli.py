@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,14 @@ def more_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def on_signal(loop: asyncio.AbstractEventLoop, number: int, function: Callable[[], None]) -> None:
+    """Calls a function in the event loop when a signal comes."""
+    try:
+        loop.add_signal_handler(number, function)
+    except NotImplementedError:  # Windows
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(function))
+
+
 class Trouble:
     """Handles errors of the event loop itself. Too many connections would log thousands of lines a second."""
 
@@ -224,7 +233,7 @@ async def _serve(service: Service, app: Any, host: str, port: int, grace_seconds
             await asyncio.sleep(0.2)  # for their answers to go out
         server.should_exit = True
 
-    def signalled(number: int) -> None:
+    def signalled() -> None:
         nonlocal signals, code
         signals += 1
         if signals == 1:
@@ -244,9 +253,9 @@ async def _serve(service: Service, app: Any, host: str, port: int, grace_seconds
     more_files()
     loop.set_exception_handler(Trouble())
     for number in commands.SIGNALS:
-        loop.add_signal_handler(number, signalled, number)
+        on_signal(loop, number, signalled)
     if hasattr(signal, "SIGHUP"):
-        loop.add_signal_handler(signal.SIGHUP, reload)
+        on_signal(loop, signal.SIGHUP, reload)
 
     async def watch() -> None:
         await dispatcher.changed.wait()
