@@ -41,7 +41,7 @@ from handiffuser.training.stages import Inputs, alphas_cumprod, conditions
 from report import held_out_scenes
 from rich.console import Console
 from rich.table import Table
-from rows import SEED, draw, key_of, load_tools, look_with, paint
+from rows import SEED, draw, key_of, load_painter, load_tools, look_with, paint
 from torch import Tensor, nn
 
 DATA, TIME, GRID = 0.5, 10.0, 50  # of the paper: σ_data, what timesteps are multiplied with, and steps of the teacher
@@ -140,6 +140,20 @@ def beside(images: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
     return {"psnr": round(psnr, 2), "sharpness": round(sharpness(images) / sharpness(teacher), 3)}
 
 
+def painter_of(checkpoint: Checkpoint, out: Path, name: str) -> painting.Painter:
+    """PyTorch, which needs no export; or engines where a solver adds noise, which diffusers draws differently."""
+    if checkpoint.defaults["solver"] in ("lcm", "ddpm"):
+        bundle = out / "bundles" / name
+        if not (bundle / "manifest.json").is_file():
+            export_bundle(checkpoint, bundle)
+        options = {"device": "cpu", "threads": 1, "batch_size": 4, "backend": "onnxruntime"}
+        return painting.Engines(str(bundle), options, say)
+    folder = out / "checkpoints" / name
+    if not (folder / "model_index.json").is_file():
+        checkpoint.save(folder)
+    return load_painter(str(folder))
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--teacher", required=True, type=click.Path(path_type=Path), help="A checkpoint that samples guided.")
@@ -186,11 +200,7 @@ def command(
     rows: dict[str, Any] = {}
     painted: dict[str, np.ndarray] = {}
     for name, checkpoint in made.items():
-        bundle = out / "bundles" / name
-        if not (bundle / "manifest.json").is_file():
-            export_bundle(checkpoint, bundle)
-        options = {"device": "cpu", "threads": 1, "batch_size": 4, "backend": "onnxruntime"}
-        painter = painting.Engines(str(bundle), options, say)
+        painter = painter_of(checkpoint, out, name)
         folder = paint(painter, out / "renders", "true-hands", count)
         painter.close()
         read = pictures.read_pictures(folder, None, say, list(scenes))

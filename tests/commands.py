@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
@@ -40,6 +42,22 @@ def invoke(module: str, *arguments: object, cwd: Path | None = None) -> subproce
             code = error.code
     said = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
     return subprocess.CompletedProcess(words, int(code or 0), *said)  # type: ignore[call-overload]
+
+
+@contextlib.contextmanager
+def instead_of_exporting(bundle: Path, where: str = "bundle") -> Iterator[None]:
+    """Exports in this process copy the graphs of a bundle, for tests of what comes before and after them.
+
+    where: the module of `export` that asks for them; `lower` asks for the float32 that other precisions are compared
+    with.
+    """
+
+    def copy(checkpoint: object, folder: Path, *_: object, **__: object) -> list[object]:
+        shutil.copytree(bundle, folder, dirs_exist_ok=True)
+        return []
+
+    with mock.patch(f"handiffuser.export.{where}.make_bundle", copy):
+        yield
 
 
 def run_command(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 # One thread for each worker; commands that tests start inherit it. Libraries read it when they are imported.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -18,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a misspelt path in a test must n
 
 import handiffuser  # noqa: E402, F401 (before a test imports a library that would report to its maker)
 import pytest  # noqa: E402
-from commands import invoke  # noqa: E402
+from commands import instead_of_exporting, invoke  # noqa: E402
 from kept import kept  # noqa: E402
 
 # Tests that use these fixtures are slow: exports in half and bfloat16 and of Stable Diffusion, compiled graphs,
@@ -109,8 +107,7 @@ def exported(
     """
 
     def make(folder: Path) -> None:
-        copy = lambda checkpoint, folder, *_, **__: shutil.copytree(exact, folder)  # noqa: E731
-        with mock.patch("handiffuser.export.lower.make_bundle", copy) if exact else contextlib.nullcontext():
+        with instead_of_exporting(exact, "lower") if exact else contextlib.nullcontext():
             result = invoke("export.cli", checkpoint, folder, "--precision", precision)
         assert result.returncode == 0, result.stderr
         (folder / "stderr.txt").write_text(result.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from commands import invoke
+from commands import instead_of_exporting, invoke
 from handiffuser import BundleError, HanDiffuser, HubError, hub, shipped
 from handiffuser.contract import Manifest
 from handiffuser.export.push import card, check_push, push
@@ -117,9 +117,10 @@ def test_out_is_needed_without_a_push():
     assert result.returncode == 2 and "Missing argument 'OUT'" in result.stderr
 
 
-@pytest.mark.slow
-def test_the_command(server, tiny_checkpoint_folder, tmp_path):
-    result = invoke("export.cli", tiny_checkpoint_folder, "--push", "hf://org/tiny", "--license", "other", cwd=tmp_path)
+def test_the_command(server, tiny_checkpoint_folder, tiny_bundle, tmp_path):
+    words = (tiny_checkpoint_folder, "--push", "hf://org/tiny", "--license", "other")
+    with instead_of_exporting(tiny_bundle):
+        result = invoke("export.cli", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "hf://org/tiny has it, commit" in result.stderr
     files = server.repos["org/tiny"].files
