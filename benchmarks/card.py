@@ -31,8 +31,8 @@ from ..installed import version
 from ..runtime.check import driver_version
 
 PACKAGES = (
-    "handiffuser", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "cuda-bindings",
-    "torch", "diffusers", "onnx",
+    "handiffuser", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-lean", "tensorrt-rtx",
+    "cuda-bindings", "torch", "diffusers", "onnx",
 )  # fmt: skip
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
 COPY = 1 << 28  # bytes; beyond any cache

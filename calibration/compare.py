@@ -87,7 +87,8 @@ class PlanRunner(BaseRunner):
 
     def activate_impl(self) -> None:
         content = self.store.read(self.plan)
-        loaded = self.backend.load(content, self.plan.graph, self.cuda, self.plan.path.with_suffix(KERNELS))
+        kernels, host_code = self.plan.path.with_suffix(KERNELS), self.plan.version_compatible
+        loaded = self.backend.load(content, self.plan.graph, self.cuda, kernels, host_code)
         self.stream = self.cuda.stream()
         self.engine = TensorRTEngine(loaded, self.spec, Scratch(self.cuda))
 

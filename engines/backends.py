@@ -20,7 +20,7 @@ both `host=` and `gpu=`, in the module of the host:
     build(name, folder, wanted, on_build) -> Iterator[Built]
     check_build(name, options), which raises EngineError where that cannot work here
     version(name) -> str, of the installed package; elsewhere(name, target) -> why a plan is not for this machine, or ""
-`auto=` and `gpu=` together:
+`auto=` and `gpu=` together, also where it only runs another's plans (`plans_of=`):
     check_plans(name, folder, manifest, cuda), which raises EngineError where the folder has no plan that runs here
 """
 
@@ -43,6 +43,7 @@ class Backend:
     package: what Python imports. extra: of handiffuser, brings the package. precisions: of the bundles that hd-export
     makes for it, the default first. auto: whether "auto" may take it for a run. measured: only where it
     was measured to be faster on this processor. compiles: whether hd-export compiles its graphs from the checkpoint.
+    plans_of: the backend that builds the plans which this one only runs, on machines where that one is not installed.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Backend:
     auto: bool = False
     measured: bool = False
     compiles: bool = False
+    plans_of: str = ""
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -105,6 +107,10 @@ BACKENDS = {
             precisions=("fp16", "fp32", "bf16", "fp8", "int8"),
         ),
         Backend(
+            "tensorrt-lean", "tensorrt_lean", "tensorrt-lean", gpu="tensorrt_loading", auto=True,
+            precisions=("fp16", "fp32", "bf16", "fp8", "int8"), plans_of="tensorrt",
+        ),
+        Backend(
             "tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx", gpu="tensorrt_loading", plans="build", auto=True,
             precisions=("fp16", "fp32", "bf16", "fp8", "int8"),
         ),
@@ -119,3 +125,9 @@ DEFAULT = "onnxruntime"  # runs every graph, and those that another backend of t
 CHOICES = ("auto", *BACKENDS)
 PLANNED = tuple(name for name, one in BACKENDS.items() if one.plans)  # hd-engines build
 GPU_PLANNED = tuple(name for name in PLANNED if BACKENDS[name].gpu)
+
+
+def runner(builder: str) -> str:
+    """What runs a backend's plans here: that backend, or one that only runs them where that alone is installed."""
+    others = [one.name for one in BACKENDS.values() if one.plans_of == builder and one.installed()]
+    return others[0] if others and not BACKENDS[builder].installed() else builder

@@ -21,7 +21,7 @@ from .backends import BACKENDS
 from .base import check_gpu
 from .cuda import Cuda
 from .plans import Built, OnBuild, PlanStore, Sizes, Wanted, parts
-from .tensorrt import EVERYWHERE, NAMES, TURING, Options, TensorRT
+from .tensorrt import EVERYWHERE, NAMES, TURING, Options, TensorRT, fits
 from .tensorrt_build import OnProgress, build_plan
 
 BATCH_SIZES = (1, 2, 4, 8)  # unless others are asked for
@@ -121,7 +121,7 @@ def version(name: str) -> str:
 
 def elsewhere(name: str, made_for: str) -> str:
     """Why a plan for this target does not serve this machine; "" where it may."""
-    if name == "tensorrt" and (here := gpu()) is not None and here.name not in made_for:
+    if name == "tensorrt" and (here := gpu()) is not None and not fits(made_for, here):
         return "for another GPU"
     return ""
 

@@ -21,7 +21,7 @@ from .cost import costs
 from .cost import text as cost_text
 from .plans import Built, Plan, PlanStore, Sizes, Wanted, belongs, size_text
 from .rates import GPUS
-from .tensorrt import NAMES, TILING, Options
+from .tensorrt import HARDWARE, NAMES, TILING, Options, loads
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -59,6 +59,13 @@ def build_options(command):  # type: ignore[no-untyped-def]
             click.option("--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",
                          help="TensorRT-RTX: only for these GPUs, such as 8.9. A plan for 7.5 serves no other GPU. "
                          "[default: all from 8.0 on that it supports]"),
+            click.option("--hardware-compatibility-level", "hardware", type=click.Choice(["none", *HARDWARE]),
+                         default="none", show_default=True,
+                         help="TensorRT: which GPUs a plan serves: this one alone, all of its compute capability, or "
+                         "all from 8.0 on. More GPUs may mean slower steps."),
+            click.option("--version-compatible", is_flag=True,
+                         help="TensorRT: plans that later versions and --backend tensorrt-lean run, too. They may be "
+                         "slower."),
             click.option("--faster-than", metavar="FOLDER", type=click.Path(path_type=Path),
                          help="Engines of the same model in fp16: fp8 and int8 are refused where they take longer on "
                          "this GPU. [default: fp16 plans that the folder still has]"),
@@ -76,6 +83,8 @@ def wanted_of(values: dict) -> Wanted:
         values["aux_streams"],
         values["workspace"],
         tuple(values["compute_capabilities"]),
+        None if values["hardware"] == "none" else values["hardware"],
+        values["version_compatible"] or None,
     )
     return Wanted(
         values["batch_sizes"] or (), values["dynamic"], values["shared_weights"], values["guidance_free"], options
@@ -221,10 +230,9 @@ def list_plans(folder: str) -> int:
     manifest, store = Manifest.load(path, verify=False), PlanStore(path)
     versions = installed_versions()
     heading = ""
-    for plan in sorted(store, key=lambda plan: (plan.parts["backend"], plan.parts["version"], plan.parts["target"])):
-        made_for = f"{plan.parts['backend']} {plan.parts['version']}, {plan.parts['target']}"
-        if made_for != heading:
-            heading = made_for
+    for plan in sorted(store, key=lambda plan: plan.made_for):
+        if plan.made_for != heading:
+            heading = plan.made_for
             click.echo(f"{heading}, {plan.parts['precision']}")
         state = stale(plan, manifest, versions) or store.problem(plan, verify=False) or "current"
         size = f"{plan.size / 1e6:8.1f} MB   built in {plan.seconds:6.1f} s"
@@ -357,12 +365,12 @@ def installed_versions() -> dict[str, str]:
 
 def stale(plan: Plan, manifest: Manifest, versions: dict[str, str]) -> str:
     """Why a plan is outdated, or "". Plans of a backend that is not installed here are kept."""
-    backend, version = plan.parts["backend"], plan.parts["version"]
+    backend = plan.parts["backend"]
     if plan.parts.get("tf32") != "off":
         return "stale: built when float32 was computed in TF32"
     if not belongs(plan, manifest):
         return "stale: the bundle changed"
-    if versions.get(backend, version) != version:
+    if backend in versions and not loads(plan, versions[backend]):
         return f"stale: {backend} is {versions[backend]} now"
     elsewhere: str = BACKENDS[backend].builder().elsewhere(backend, plan.parts["target"]) if backend in PLANNED else ""
     return elsewhere

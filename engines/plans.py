@@ -124,6 +124,17 @@ class Plan:
         return self.parts["sizes"].split(",")[0].split("=")[1]
 
     @property
+    def version_compatible(self) -> bool:
+        """Whether later versions of its backend load it (`tensorrt.Options`)."""
+        return '"version_compatible": true' in self.parts["options"]  # JSON of `parts`; a record may hold any text
+
+    @property
+    def made_for(self) -> str:
+        """What built it, and for which GPU or CPU, in words."""
+        later = " or later" if self.version_compatible else ""
+        return f"{self.parts['backend']} {self.parts['version']}{later}, {self.parts['target']}"
+
+    @property
     def branches(self) -> int:
         """Guidance branches that a step graph's plan runs: 2, or 1 for the conditional one alone."""
         return 1 if f"{BRANCHES}=1" in self.parts["sizes"].split(",") else 2

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX: one implementation over the two modules, which share one interface.
+"""TensorRT, its lean run time and TensorRT for RTX: one implementation, as their modules share one interface.
 
     backend = TensorRT("tensorrt-rtx")
     engine = TensorRTEngine(backend.load(plan, "unet", cuda), spec, Scratch(cuda))
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,14 +26,21 @@ from . import inspect
 from .backends import BACKENDS
 from .base import check_feeds
 from .cuda import DRIVERS, Cuda, DeviceArray, Stream
+from .plans import Plan
 
-NAMES = ("tensorrt", "tensorrt-rtx")
+NAMES = ("tensorrt", "tensorrt-rtx")  # those that build
 TILING = ("none", "fast", "moderate", "full")
 # Compute capabilities that TensorRT-RTX runs on: not 9.0 and 10.0, Hopper and B200. A plan that names none is for those
 # from 8.0 on; 7.5 (Turing), which has no bfloat16, must be named and needs a plan of its own.
 TURING = "7.5"
 RTX_GPUS = (TURING, "8.0", "8.6", "8.9", "12.0", "12.1")
 EVERYWHERE = "8.x or 12.x"
+# GPUs that a plan of full TensorRT may serve beside the one that builds it: TensorRT's HardwareCompatibilityLevel.
+HARDWARE = ("same-compute-capability", "ampere-plus")
+AMPERE_PLUS = "compute capability 8.0 and later"
+# Of two different major versions, NVIDIA's support matrix has this pair: what builds a version-compatible plan, and
+# what runs it.
+MAJORS = (10, 11)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,8 @@ class Options:
 
     level: 0 ... 5, how hard it searches. tiling: one of TILING. aux_streams: additional streams a graph may run on.
     workspace: MiB of scratch that a kernel may want. compute_capabilities: of the GPUs a TensorRT-RTX plan is for,
-    such as ("8.9", "12.0"); empty: every one from 8.0 on that it supports.
+    such as ("8.9", "12.0"); empty: every one from 8.0 on that it supports. hardware: one of HARDWARE, of full TensorRT;
+    None: for the GPU that builds. version_compatible: later versions and the lean run time load it, too.
     """
 
     level: int | None = None
@@ -49,10 +58,12 @@ class Options:
     aux_streams: int | None = None
     workspace: int | None = None
     compute_capabilities: tuple[str, ...] = ()
+    hardware: str | None = None
+    version_compatible: bool | None = None
 
 
 class TensorRT:
-    """One of the two modules. Raises EngineError when it is not installed."""
+    """One of the three modules. Raises EngineError when it is not installed."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -69,6 +80,11 @@ class TensorRT:
         self.logger = _logger(self.module, self.messages, self.report)
         self.rtx = name == "tensorrt-rtx"
 
+    @property
+    def builder(self) -> str:
+        """The backend that builds what this one runs."""
+        return BACKENDS[self.name].plans_of or self.name
+
     def target(self, options: Options, cuda: Cuda | None) -> str:
         """What a plan is for: compute capabilities, or one GPU. Part of its key."""
         if self.rtx:
@@ -78,12 +94,36 @@ class TensorRT:
                 "TensorRT builds on the GPU that will run the engine, and this machine has no usable GPU. Copy the "
                 "bundle there and run `hd-engines build`, or take --backend tensorrt-rtx, which builds anywhere."
             )
-        return f"{cuda.name}, compute capability {cuda.compute_capability}"
+        if options.hardware == "ampere-plus":
+            if not fits(AMPERE_PLUS, cuda):
+                raise EngineError(
+                    "--hardware-compatibility-level ampere-plus must be built on a GPU of compute capability 8.0 or "
+                    f"later, got {cuda.compute_capability} ({cuda.name}). Take same-compute-capability."
+                )
+            return AMPERE_PLUS
+        here = f"compute capability {cuda.compute_capability}"
+        return here if options.hardware else f"{cuda.name}, {here}"
+
+    def takes(self, plan: Plan, cuda: Cuda) -> bool:
+        """Whether this version of this backend runs a plan on this GPU."""
+        return (
+            plan.parts["backend"] == self.builder
+            and (plan.version_compatible or self.builder == self.name)
+            and loads(plan, self.version)
+            and self.runs_on(plan.parts["target"], cuda)
+        )
+
+    def how_to_build(self, folder: Path) -> str:
+        """The command that builds plans for this machine, and where to run it."""
+        command = f"hd-engines build {folder} --backend {self.builder}"
+        if self.builder == self.name:
+            return command
+        return f"{command} --version-compatible, on a machine with {self.builder} and the same GPU"
 
     def runs_on(self, target: str, cuda: Cuda) -> bool:
         """Whether a plan for `target` is for this GPU."""
         if not self.rtx:
-            return target == self.target(Options(), cuda)
+            return fits(target, cuda)
         named = target.removeprefix("compute capability ")
         if named == EVERYWHERE:
             return self.refusal(cuda) == "" and cuda.compute_capability != TURING
@@ -108,6 +148,12 @@ class TensorRT:
         """
         if not self.rtx:
             return options
+        if options.hardware or options.version_compatible:
+            raise EngineError(
+                "--hardware-compatibility-level and --version-compatible are options of full TensorRT (--backend "
+                "tensorrt). Leave them out: --compute-capability says which GPUs a plan of TensorRT-RTX serves, and "
+                "one version of TensorRT-RTX runs it."
+            )
         named = options.compute_capabilities
         if not named and cuda is not None:
             if refusal := self.refusal(cuda):
@@ -121,14 +167,21 @@ class TensorRT:
             )
         return options
 
-    def load(self, plan: bytes, graph: str, cuda: Cuda, kernels: Path | None = None) -> LoadedPlan:
+    def load(
+        self, plan: bytes, graph: str, cuda: Cuda, kernels: Path | None = None, host_code: bool = False
+    ) -> LoadedPlan:
         """Loads a verified plan onto the GPU.
 
         kernels: a file in which TensorRT-RTX keeps the kernels that it compiles for this GPU; see `LoadedPlan`.
-        Raises EngineError, in one sentence, where the plan does not run, and why.
+        host_code: whether the plan may run code of its own on the CPU. A version-compatible one carries the lean run
+        time of the version that built it. Raises EngineError, in one sentence, where the plan does not run, and why.
         """
         self.messages.clear()
         runtime = self.made("Runtime")
+        if "CUDA initialization failure" in " ".join(self.messages):  # the lean run time would crash on a plan
+            raise self._refusal(graph, cuda, 0)
+        if host_code:
+            runtime.engine_host_code_allowed = True
         ask = getattr(runtime, "get_engine_validity", None)
         validity, why = (None, 0) if ask is None else ask(plan)
         invalid = ask is not None and validity == self.module.EngineValidity.INVALID
@@ -189,8 +242,8 @@ class TensorRT:
         details = f" It says: {self.messages[-1][:300]}" if self.messages else ""
         return EngineError(
             f"The plan of {graph} does not run here ({cuda.name}, compute capability {cuda.compute_capability}, "
-            f"{self.name} {self.version}): it was built by another version or for other GPUs. Build it again: "
-            f"hd-engines build FOLDER.{details}"
+            f"{self.name} {self.version}): it was built by another version, for other GPUs or on another operating "
+            f"system. Build it again: {self.how_to_build(Path('FOLDER'))}.{details}"
         )
 
     def failure(self, what: str) -> EngineError:
@@ -376,6 +429,24 @@ class TensorRTEngine:
             return shape, shape
         least, _, most = (tuple(limit) for limit in self.plan.engine.get_tensor_profile_shape(name, profile))
         return least, most
+
+
+def fits(target: str, cuda: Cuda) -> bool:
+    """Whether a plan of full TensorRT for this target is for this GPU."""
+    here = f"compute capability {cuda.compute_capability}"
+    ampere = int(cuda.compute_capability.split(".")[0]) >= 8
+    return target in (f"{cuda.name}, {here}", here) or (target == AMPERE_PLUS and ampere)
+
+
+def loads(plan: Plan, version: str) -> bool:
+    """Whether this version of a plan's backend loads it: the one that built it, or a later one where it allows that.
+
+    Of other major versions only that in MAJORS is later (TensorRT's support matrix, "Engine Portability").
+    """
+    old, new = (tuple(map(int, re.findall(r"\d+", text))) for text in (plan.parts["version"], version))
+    if not plan.version_compatible or not old or not new:
+        return plan.parts["version"] == version
+    return old <= new and (old[0] == new[0] or (old[0], new[0]) == MAJORS)
 
 
 def _logger(trt: Any, messages: list[str], report: list[str]) -> Any:

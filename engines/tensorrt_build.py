@@ -160,6 +160,18 @@ def _configure(backend: TensorRT, config: Any, options: Options) -> None:
         config.set_flag(needed)
         if not config.get_flag(needed):
             raise backend.failure("does not take memory of ours (REQUIRE_USER_ALLOCATION)")
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware is not None:
+        name = options.hardware.replace("-", "_").upper()
+        level = getattr(getattr(trt, "HardwareCompatibilityLevel", None), name, None)
+        if level is not None:
+            config.hardware_compatibility_level = level
+        if level is None or config.hardware_compatibility_level != level:
+            raise EngineError(
+                f"{backend.name} {backend.version} does not know --hardware-compatibility-level {options.hardware}. "
+                "Leave it out, or install a later version."
+            )
     if backend.rtx and options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
         for i, text in enumerate(options.compute_capabilities):

@@ -1,4 +1,4 @@
-"""Finds the plans of a folder that run on this machine's GPU, and loads them with TensorRT or TensorRT for RTX."""
+"""Finds the plans of a folder that run on this machine's GPU, and loads them with one of TensorRT's three modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def device_engines(
 ) -> DeviceEngines:
     """The plans of a folder as engines. A plan is read, verified and put on the GPU when the loop first uses it.
 
-    name: "tensorrt" or "tensorrt-rtx". Raises EngineError without the backend, or without plans for this GPU.
+    name: "tensorrt", "tensorrt-lean" or "tensorrt-rtx". Raises EngineError without the backend, or without plans for
+    this GPU.
     """
     backend, store = TensorRT(name), PlanStore(folder)
     plans = {branches: usable_plans(store, manifest, backend, cuda, branches) for branches in (2, 1)}
@@ -45,7 +46,8 @@ def device_engines(
         sizes = plans[branches][graph]
         plan = next(iter(sizes.values())) if graph == "unet_time" else sizes[bucket]
         if plan.key not in loaded:
-            loaded[plan.key] = backend.load(store.read(plan), graph, cuda, plan.path.with_suffix(KERNELS))
+            kernels = plan.path.with_suffix(KERNELS)
+            loaded[plan.key] = backend.load(store.read(plan), graph, cuda, kernels, plan.version_compatible)
         stream = stream_of(graph)
         if stream not in scratch:
             scratch[stream] = Scratch(cuda)
@@ -70,30 +72,39 @@ def usable_plans(
 ) -> dict[str, dict[int, Plan]]:
     """Graph -> batch size -> plan, of the plans that belong to this bundle, backend and GPU; the newest of equals.
 
+    A plan for this GPU and version alone goes before one that serves others, which may be slower.
+
     branches: of plans that run this many guidance branches. Raises EngineError when a graph has no plan for two
     branches; plans for one branch are optional.
     """
     if refusal := backend.refusal(cuda):
         raise EngineError(refusal)
     found: dict[str, dict[int, Plan]] = {name: {} for name in manifest.graphs}
-    for plan in sorted(store, key=lambda plan: plan.path.stat().st_mtime if plan.path.exists() else 0):
+    others: set[str] = set()  # what the plans are for that do not run here
+    for plan in sorted(store, key=_worth):
         if plan.graph not in found or plan.branches != branches or store.problem(plan, verify=False):
             continue
-        made_by = (plan.parts["backend"], plan.parts["version"])
-        if (
-            not belongs(plan, manifest)
-            or made_by != (backend.name, backend.version)
-            or not backend.runs_on(plan.parts["target"], cuda)
-        ):
+        if not belongs(plan, manifest):
+            continue
+        if not backend.takes(plan, cuda):
+            if plan.parts["backend"] == backend.builder:
+                others.add(plan.made_for)
             continue
         least, most = plan.batch
         sizes = plan.batches or [n for n in powers_of_two(most) if least <= n <= most]
         found[plan.graph].update(dict.fromkeys({*sizes, most}, plan))
     missing = [name for name, sizes in found.items() if not sizes]
     if missing and branches == 2:
+        there = f" It has plans for {'; '.join(sorted(others))}." if others else ""
         raise EngineError(
             f"{store.folder.parent} has no {backend.name} {backend.version} plans of {', '.join(missing)} for this GPU "
-            f"({cuda.name}, compute capability {cuda.compute_capability}). Build them: hd-engines build "
-            f"{store.folder.parent} --backend {backend.name}."
+            f"({cuda.name}, compute capability {cuda.compute_capability}).{there} Build them: "
+            f"{backend.how_to_build(store.folder.parent)}."
         )
     return found
+
+
+def _worth(plan: Plan) -> tuple[bool, bool, float]:
+    """The best plan is the largest."""
+    portable = plan.parts["target"].startswith("compute capability")
+    return not plan.version_compatible, not portable, plan.path.stat().st_mtime if plan.path.exists() else 0.0

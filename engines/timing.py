@@ -56,8 +56,7 @@ def _plans(store: PlanStore, backend: TensorRT, cuda: Cuda, wanted: Callable[[Pl
         for plan in store
         if plan.graph == GRAPH
         and len(plan.batches) == 1
-        and (plan.parts["backend"], plan.parts["version"]) == (backend.name, backend.version)
-        and backend.runs_on(plan.parts["target"], cuda)
+        and backend.takes(plan, cuda)
         and not store.problem(plan, verify=False)
         and wanted(plan)
     ]
@@ -70,7 +69,8 @@ def _seconds(pair: list[tuple[PlanStore, Plan]], spec: GraphSpec, backend: Tenso
     engines, graphs = [], []  # an engine must live as long as its graph
     for store, plan in pair:
         sizes = {axis: int(size) for axis, size in (part.split("=") for part in plan.parts["sizes"].split(","))}
-        engine = TensorRTEngine(backend.load(store.read(plan), GRAPH, cuda), spec, scratch)
+        loaded = backend.load(store.read(plan), GRAPH, cuda, host_code=plan.version_compatible)
+        engine = TensorRTEngine(loaded, spec, scratch)
         inputs, outputs = (
             {t.name: cuda.zeros(tuple(sizes[n] if isinstance(n, str) else n for n in t.shape), t.dtype) for t in some}
             for some in (spec.inputs, spec.outputs)

@@ -106,6 +106,11 @@ class Options:
                 f"--precision must be one of {allowed} for {name}, got {self.precision}. Choose one of them, or "
                 "another --backend."
             )
+        if self.backend.plans_of:
+            raise HanDiffuserError(
+                f"--backend must be one that builds plans, got {name}, which only runs those of "
+                f"{self.backend.plans_of}. Take --backend {self.backend.plans_of} --version-compatible."
+            )
         if self.backend.plans:
             self.backend.builder().check_build(name, self.wanted.options)
 

@@ -250,6 +250,14 @@ def _digest(manifest: Manifest) -> str:
 
 def _made_by(bundle: str) -> dict[str, str]:
     """The origin in the metadata of pictures; the loop adds its device."""
-    packages = ("handiffuser", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
+    packages = (
+        "handiffuser",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "openvino",
+        "tensorrt",
+        "tensorrt-lean",
+        "tensorrt-rtx",
+    )
     found = {package: version(package) for package in packages}
     return {"bundle": bundle} | {package: number for package, number in found.items() if number}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..contract import Manifest
 from ..engines import verdict
-from ..engines.backends import BACKENDS, CHOICES, DEFAULT, DEVICES, GPU_PLANNED, Backend
+from ..engines.backends import BACKENDS, CHOICES, DEFAULT, DEVICES, GPU_PLANNED, Backend, runner
 from ..engines.cuda import Cuda
 from ..engines.onnxruntime import NO_CUDA, has_cuda_provider
 from ..engines.plans import PlanStore
@@ -102,7 +102,7 @@ def choose(folder: Path, backend: str, device: str, threads: int | None = None, 
 def backend_of_plans(folder: Path) -> str | None:
     """The first backend whose plans in the folder run on this machine's GPU. Warns where plans do not run."""
     made_for = {plan.parts["backend"] for plan in PlanStore(folder)}
-    names = [name for name in GPU_PLANNED if name in made_for and BACKENDS[name].auto]
+    names = [runner(name) for name in GPU_PLANNED if name in made_for and BACKENDS[name].auto]
     if not names:
         return None
     try:

@@ -38,10 +38,10 @@ from handiffuser.engines.build import gpu
 from handiffuser.errors import EngineError
 from handiffuser.installed import version
 
-BACKENDS = tuple(name for name, one in TABLE.items() if one.gpu)
+BACKENDS = tuple(name for name, one in TABLE.items() if one.gpu and not one.plans_of)
 NAMES = (
-    "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings",
-    "numpy", "handiffuser",
+    "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-lean", "tensorrt-rtx",
+    "cuda-bindings", "numpy", "handiffuser",
 )  # fmt: skip
 PROMPTS = ("a right hand making a fist, blue background", "two open hands", "a left hand giving a thumbs up")
 MIN_STEP_SECONDS, ACT_SECONDS = 15.0, 420.0  # seconds that a step needs at least, and those of an act

@@ -38,9 +38,9 @@ SYSTEMS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 # Packages that hold nothing but the name of another one -> that one.
-BEHIND = {"tensorrt-rtx": "tensorrt-rtx-cu13-bindings", "tensorrt": "tensorrt-cu13-bindings"}
+BEHIND = {name: f"{name}-cu13-bindings" for name in ("tensorrt", "tensorrt-lean", "tensorrt-rtx")}
 
-EXTRAS = "cpu,cuda,openvino,tensorrt-rtx,export,train,detect,eval,serve,ray"
+EXTRAS = "cpu,cuda,openvino,tensorrt-lean,tensorrt-rtx,export,train,detect,eval,serve,ray"
 
 
 @cache
@@ -110,9 +110,7 @@ def lacking(extra: str, system: str, python: str) -> list[str]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--python", default="3.11", show_default=True, help="CPython's version.")
-@click.option(
-    "--extras", default="cpu,cuda,openvino,tensorrt-rtx,export,train,detect,eval,serve,ray", show_default=True
-)
+@click.option("--extras", default=EXTRAS, show_default=True)
 def command(python: str, extras: str) -> None:
     """Asks PyPI and prints the table."""
     print(f"| extra | {' | '.join(SYSTEMS)} |\n|{'---|' * (1 + len(SYSTEMS))}")

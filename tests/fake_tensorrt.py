@@ -3,6 +3,7 @@
     gpu = FakeRuntime().install(monkeypatch)
     trt = FakeTensorRT(gpu).install(monkeypatch)      # what `hd-engines build` and `hd-run` take for TensorRT-RTX
     FakeTensorRT(gpu, rtx=False).install(monkeypatch)       # and for TensorRT: the same without what RTX alone has
+    FakeTensorRT(gpu, lean=True, version="11.4.0").install(monkeypatch)     # and for its lean run time: no builder
 
 What builds is the real thing up to the last call: builder, parser, network, configuration and profiles are NVIDIA's,
 and only `build_serialized_network` gives, instead of a plan, a few lines of JSON: the ONNX file, and its shapes.
@@ -24,6 +25,7 @@ import json
 import re
 import sys
 import weakref
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -97,6 +99,7 @@ def may_fail(answer):
 class Runtime(Strict):
     def __init__(self, fake, logger) -> None:
         self._fake, self._logger = fake, logger
+        self.engine_host_code_allowed = False
 
     def _log(self, message: str) -> None:
         self._logger.log(real.ILogger.ERROR, message)
@@ -311,6 +314,16 @@ class Full:
     class Runtime(Runtime):
         lacks = frozenset({"get_engine_validity"})
 
+        def deserialize_cuda_engine(self, serialized_engine):
+            plan, module = json.loads(bytes(serialized_engine)), self._fake.module
+            if plan["version_compatible"] and not self.engine_host_code_allowed:
+                return self._log("Error Code 6: API Usage Error (the engine contains host code, which is not allowed)")
+            if not plan["version_compatible"] and not hasattr(module, "Builder"):
+                return self._log("Error Code 1: Internal Error (Unexpected call to stub loadRunner for ReformatRunner)")
+            if not plan["version_compatible"] and plan["version"] != module.__version__:
+                return self._log(f"Error Code 6: API Usage Error (expecting {module.__version__}, got another version)")
+            return super().deserialize_cuda_engine(serialized_engine)
+
     class IExecutionContext(IExecutionContext):
         lacks = frozenset({"is_stream_capturable"})
 
@@ -342,7 +355,7 @@ class Builder(real.Builder):
         self.profiles = [*getattr(self, "profiles", []), super().create_optimization_profile()]
         return self.profiles[-1]
 
-    rtx = True
+    rtx, version = True, real.__version__
 
     def build_serialized_network(self, network, config):
         assert config.get_flag(real.BuilderFlag.REQUIRE_USER_ALLOCATION) == self.rtx
@@ -363,31 +376,65 @@ class Builder(real.Builder):
         path = FILES[id(network)]
         rows = max(profile[2][0] for profiles in inputs.values() for profile in profiles)
         name = onnx.load(path, load_external_data=False).graph.name
-        plan = {"onnx": path, "name": name, "rows": rows, "inputs": inputs, "outputs": outputs}
+        plan = {"onnx": path, "name": name, "rows": rows, "inputs": inputs, "outputs": outputs, "version": self.version}
+        plan["version_compatible"] = config.get_flag(real.BuilderFlag.VERSION_COMPATIBLE)
+        plan["hardware"] = config.hardware_compatibility_level.name
         return json.dumps(plan).encode()
 
 
 class FullBuilder(Builder):
     rtx = False
 
+    def create_builder_config(self):
+        return FullConfig(super().create_builder_config())
+
+
+class FullConfig:
+    """TensorRT-RTX's, with a setting that TensorRT-RTX does not take."""
+
+    def __init__(self, config) -> None:
+        vars(self).update(_config=config, hardware_compatibility_level=real.HardwareCompatibilityLevel.NONE)
+
+    def __getattr__(self, name: str):
+        return getattr(self._config, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "hardware_compatibility_level":
+            vars(self)[name] = real.HardwareCompatibilityLevel(value)
+        else:
+            setattr(self._config, name, value)
+
 
 for ours in (OnnxParser, Builder):  # what they replace must be there
     assert all(hasattr(ours.__base__, name) for name in vars(ours) if name.startswith(("parse_", "build_", "create_")))
 
 
+# What the lean run time lacks of that which we use, seen in tensorrt_lean 11.4.0.106.
+LEAN_LACKS = (
+    "Builder", "ComputeCapability", "DynamicShapesKernelSpecializationStrategy", "EngineInvalidityDiagnostics",
+    "EngineValidity", "IBuilderConfig", "INetworkDefinition", "IRuntimeCache", "LayerType",
+    "NetworkDefinitionCreationFlag", "OnnxParser",
+)  # fmt: skip
+
+
 class FakeTensorRT:
     """The module. runs: how often each graph was enqueued. spoil: graph -> function(inputs, results).
 
-    seconds: (graph, rows) -> what a run takes by the fake GPU's clock. rtx: TensorRT-RTX, or else TensorRT.
+    seconds: (graph, rows) -> what a run takes by the fake GPU's clock. rtx: TensorRT-RTX, or else TensorRT. lean:
+    TensorRT's lean run time. version: of the module, by default the installed one's.
     """
 
-    def __init__(self, gpu: FakeRuntime, rtx: bool = True) -> None:
+    def __init__(self, gpu: FakeRuntime, rtx: bool = True, lean: bool = False, version: str = real.__version__) -> None:
+        rtx = rtx and not lean
         self.gpu, self.number, self.refuse, self.runs, self.spoil = gpu, 0, None, {}, {}
         self.seconds = lambda name, rows: 1e-6
         self.sessions: dict[str, onnxruntime.InferenceSession] = {}
-        self.module = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
+        name = "tensorrt_rtx" if rtx else "tensorrt_lean" if lean else "tensorrt"
+        self.module = ModuleType(name)
         vars(self.module).update({k: v for k, v in vars(real).items() if k not in ("__name__", "__spec__")})
-        self.module.Builder, self.module.OnnxParser = Builder if rtx else FullBuilder, OnnxParser
+        self.module.__spec__, self.module.__version__ = ModuleSpec(name, None), version
+        builder = Builder if rtx else type("Builder", (FullBuilder,), {"version": version})
+        self.module.Builder, self.module.OnnxParser = builder, OnnxParser
         runtime, self.engine = (Runtime, ICudaEngine) if rtx else (Full.Runtime, Full.ICudaEngine)
         self.module.Runtime = lambda logger: runtime(self, logger)
         for one in (self.engine, IRuntimeCache, IRuntimeConfig, IExecutionContext if rtx else Full.IExecutionContext):
@@ -395,6 +442,8 @@ class FakeTensorRT:
         if not rtx:
             flags = real.BuilderFlag.__members__.items()
             self.module.BuilderFlag = SimpleNamespace(**{k: v for k, v in flags if k != "REQUIRE_USER_ALLOCATION"})
+        for missing in LEAN_LACKS if lean else ():
+            delattr(self.module, missing)
 
     def install(self, monkeypatch) -> FakeTensorRT:
         monkeypatch.setitem(sys.modules, self.module.__name__, self.module)
