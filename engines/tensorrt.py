@@ -177,9 +177,9 @@ class TensorRT:
         time of the version that built it. Raises EngineError, in one sentence, where the plan does not run, and why.
         """
         self.messages.clear()
+        if cuda.call("cudaDriverGetVersion") // 1000 < self._cuda():  # the lean run time would crash
+            raise self._old_driver()
         runtime = self.made("Runtime")
-        if "CUDA initialization failure" in " ".join(self.messages):  # the lean run time would crash on a plan
-            raise self._refusal(graph, cuda, 0)
         if host_code:
             runtime.engine_host_code_allowed = True
         ask = getattr(runtime, "get_engine_validity", None)
@@ -214,12 +214,18 @@ class TensorRT:
                 f"{self._driver()}: check `nvidia-smi`."
             ) from error
 
+    def _cuda(self) -> int:
+        """CUDA's major version that the installed packages need; 0 where they do not say."""
+        return max((n for n in DRIVERS if version(f"{BACKENDS[self.name].package}_cu{n}")), default=0)
+
     def _driver(self) -> str:
         """The driver that the installed packages need, in words."""
-        for cuda, words in sorted(DRIVERS.items(), reverse=True):
-            if version(f"{BACKENDS[self.name].package}_cu{cuda}"):
-                return words
-        return "a driver as new as its release notes say"
+        return DRIVERS.get(self._cuda(), "a driver as new as its release notes say")
+
+    def _old_driver(self) -> EngineError:
+        return EngineError(
+            f"{self.name} {self.version} needs {self._driver()}: update the driver; `nvidia-smi` shows which it is."
+        )
 
     def _refusal(self, graph: str, cuda: Cuda, why: int) -> EngineError:
         """Why a plan does not load. why: flags of EngineInvalidityDiagnostics, or 0 where only the log says why."""
@@ -236,14 +242,12 @@ class TensorRT:
                 "Take a smaller --batch-size, or end what else is on it."
             )
         if said("OLD_CUDA_DRIVER") or said("OLD_CUDA_RUNTIME") or "driver version is insufficient" in log:
-            return EngineError(
-                f"{self.name} {self.version} needs {self._driver()}: update the driver; `nvidia-smi` shows which it is."
-            )
+            return self._old_driver()
         details = f" It says: {self.messages[-1][:300]}" if self.messages else ""
         return EngineError(
             f"The plan of {graph} does not run here ({cuda.name}, compute capability {cuda.compute_capability}, "
-            f"{self.name} {self.version}): it was built by another version, for other GPUs or on another operating "
-            f"system. Build it again: {self.how_to_build(Path('FOLDER'))}.{details}"
+            f"{self.name} {self.version}): it was built by another version or for other GPUs, or on another "
+            f"operating system. Build it again: {self.how_to_build(Path('FOLDER'))}.{details}"
         )
 
     def failure(self, what: str) -> EngineError:

@@ -17,6 +17,7 @@ from commands import invoke
 from fake_runtime import FakeRuntime, fake_cuda
 from fake_tensorrt import FakeTensorRT
 from handiffuser.contract import Manifest
+from handiffuser.engines import tensorrt
 from handiffuser.engines.plans import Plan, PlanStore, parts
 from handiffuser.engines.tensorrt import AMPERE_PLUS, Options, TensorRT, fits, loads
 from handiffuser.engines.tensorrt_loading import usable_plans
@@ -96,6 +97,15 @@ def test_the_plan_for_this_gpu_alone_goes_first(toy_bundle, gpu, monkeypatch, tm
             store.add(wanted, b"plan", {}, 1.0)
     chosen = usable_plans(store, manifest, backend, cuda)["unet"][1]
     assert not chosen.version_compatible and chosen.parts["target"].startswith(cuda.name)
+
+
+def test_an_old_driver_is_found_before_the_lean_run_time_crashes(gpu, monkeypatch):
+    cuda, lean = fake_cuda(), FakeTensorRT(gpu, lean=True, version="11.4.0").install(monkeypatch)
+    lean.module.Runtime = lambda logger: pytest.fail("it was made")
+    monkeypatch.setattr(tensorrt, "version", lambda package: "11.4.0" if package == "tensorrt_lean_cu13" else None)
+    monkeypatch.setattr(cuda.api, "cudaDriverGetVersion", lambda: (cuda.api.cudaError_t.cudaSuccess, 12080))
+    with pytest.raises(EngineError, match=r"tensorrt-lean 11\.4\.0 needs driver 580 or newer: update the driver"):
+        TensorRT("tensorrt-lean").load(b"plan", "unet", cuda)
 
 
 @pytest.mark.parametrize(
