@@ -36,15 +36,16 @@ def decode(content: bytes) -> np.ndarray:
         return np.asarray(_rgb(ImageOps.exif_transpose(image)))
 
 
-def decode_mask(content: bytes) -> np.ndarray:
+def decode_mask(content: bytes, opaque: bool = False) -> np.ndarray:
     """A mask, uint8 [H, W], upright. Where it has transparent pixels, these count as white and the others as black, as
-    in OpenAI's API; else its grey counts. Raises MisfitError as `decode` does."""
+    in OpenAI's API; opaque: the other way round, as in AUTOMATIC1111's. Else its grey counts. Raises MisfitError as
+    `decode` does."""
     with _opened(content) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data:
             alpha = np.asarray(upright.convert("RGBA"))[..., 3]
             if alpha.min() < 255:
-                return 255 - alpha
+                return alpha if opaque else 255 - alpha
         return np.asarray(_rgb(upright).convert("L"))
 
 

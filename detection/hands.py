@@ -21,6 +21,7 @@ from ..errors import DetectionError
 from ..fingers import SIDES
 from ..hands import POSES
 from ..kinematics import forward, radius
+from ..pictures import resized
 from ..rotations import axis_angle_to_matrix
 from .arms import Arrays, HandEstimate, Size, person_of
 from .detect import Detector, Found, MediaPipe
@@ -159,6 +160,19 @@ class Window:
     def inside(self, seen: Seen) -> Seen:
         """The same hand in the window's own pixels."""
         return replace(seen, hand=replace(seen.hand, joints_2d=seen.hand.joints_2d - (self.x, self.y)))
+
+    def cut(self, picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """The window's pixels of a picture uint8 [H, W] or [H, W, 3], scaled to `size` (height, width). The edge's
+        colour stands for what lies beyond the picture."""
+        left, top, right, bottom = self.bounds
+        rows = np.arange(top, bottom).clip(0, picture.shape[0] - 1)
+        columns = np.arange(left, right).clip(0, picture.shape[1] - 1)
+        return resized(np.ascontiguousarray(picture[rows][:, columns]), size)
+
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in whole pixels; they may lie beyond the picture."""
+        return round(self.x), round(self.y), round(self.x + self.width), round(self.y + self.height)
 
 
 def window_of(seen: Sequence[Seen], size: Size, target: Size) -> Window:

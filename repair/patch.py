@@ -137,8 +137,7 @@ class Patch:
     @property
     def bounds(self) -> tuple[int, int, int, int]:
         """Left, top, right and bottom in the picture's pixels; they may lie beyond it."""
-        window = self.window
-        return round(window.x), round(window.y), round(window.x + window.width), round(window.y + window.height)
+        return self.window.bounds
 
 
 def plan(
@@ -149,19 +148,10 @@ def plan(
     there = seen.found.joints * picture.shape[1::-1] if seen.found is not None else seen.hand.joints_2d
     there = there if old is None else old
     window = _window(np.concatenate([seen.hand.joints_2d, there]), size)
-    crop = cut(picture, window, size)
+    crop = window.cut(picture, size)
     shift, scale = np.array([window.x, window.y]), size[0] / window.height
     region = regions.old_hand(crop, (there - shift) * scale)
     return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest))
-
-
-def cut(picture: np.ndarray, window: Window, size: tuple[int, int]) -> np.ndarray:
-    """The window's pixels at the model's size; the edge's colour stands for what lies beyond the picture."""
-    left, top = round(window.x), round(window.y)
-    width, height = round(window.x + window.width) - left, round(window.y + window.height) - top
-    rows = np.arange(top, top + height).clip(0, picture.shape[0] - 1)
-    columns = np.arange(left, left + width).clip(0, picture.shape[1] - 1)
-    return resized(np.ascontiguousarray(picture[rows][:, columns]), size)
 
 
 def _window(points: np.ndarray, size: Size) -> Window:

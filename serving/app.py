@@ -82,7 +82,7 @@ def make_app(service: Service) -> FastAPI:
         metrics=service.metrics,
         max_body=service.limits.body,
         posts=posts - sdapi.BARE,
-        uploads=edits.UPLOADS,
+        uploads={**edits.UPLOADS, **sdapi.UPLOADS},
         max_upload=service.limits.upload,
     )
     if service.front.cors:

@@ -71,10 +71,10 @@ async def read_form(http: Http, names: tuple[str, ...]) -> tuple[Files, dict[str
 
 
 def fit_fields(kind: type[BaseModel], fields: dict[str, str], nested: tuple[str, ...]) -> Any:
-    """The text of a form as a body of its kind. nested: fields whose text is JSON. Raises RequestValidationError and
-    RequestError."""
-    values: dict[str, Any] = dict(fields)
-    for name in {*nested} & {*fields}:
+    """The text of a form as a body of its kind. nested: fields whose text is JSON. An empty field counts as a missing
+    one. Raises RequestValidationError and RequestError."""
+    values: dict[str, Any] = {name: text for name, text in fields.items() if text}
+    for name in {*nested} & {*values}:
         if fields[name].lstrip()[:1] in ("{", "["):
             try:
                 values[name] = json.loads(fields[name], parse_constant=_refuse)
@@ -121,11 +121,12 @@ class Upload:
         return cls(pixels, hole, profile)
 
 
-def mask_of(content: bytes, size: tuple[int, int], most: int) -> np.ndarray:
-    """A mask of the size (height, width) of its image: uint8 [H, W], 255 where to paint. Raises RequestError."""
+def mask_of(content: bytes, size: tuple[int, int], most: int, opaque: bool = False) -> np.ndarray:
+    """A mask of the size (height, width) of its image: uint8 [H, W], 255 where to paint. opaque: see `decode_mask`.
+    Raises RequestError."""
     checked("mask", content, most)
     try:
-        mask = decode_mask(content)
+        mask = decode_mask(content, opaque)
     except MisfitError as error:
         raise refused("mask", error) from None
     if mask.shape != size:
@@ -134,8 +135,6 @@ def mask_of(content: bytes, size: tuple[int, int], most: int) -> np.ndarray:
             "over the image.",
             "mask",
         )
-    if not mask.any():
-        raise RequestError("mask must be transparent or white where to paint, got a mask that keeps all.", "mask")
     return mask
 
 

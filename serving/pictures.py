@@ -52,6 +52,7 @@ class Painting:
 
     kind = "image_generation"  # of a stream's events
     profile = b""  # of the pictures' colours
+    bars = True  # whether a picture of another shape than the painted one gets bars
 
     def __init__(self, service: Service, body: Generation, http: Http) -> None:
         """Raises RequestError."""
@@ -102,7 +103,7 @@ class Painting:
             )
         painted = self.service.bundle.manifest.image_size
         self.warnings.append(f"The engine paints {own}. The picture was scaled to {asked}.")
-        if painted[0] * width != painted[1] * height:
+        if self.bars and painted[0] * width != painted[1] * height:
             self.warnings[-1] += " It has bars, because its shape is different."
             if self.body.return_hands:
                 self.warnings.append("The joints' places are those in the picture without bars.")

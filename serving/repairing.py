@@ -168,7 +168,7 @@ class Repair:
 
     def plan(self, picture: np.ndarray, hands: list[tuple[Seen, np.ndarray | None]]) -> list[Patch]:
         """The crops of hands in a picture. Runs in a thread."""
-        from ..repair.patch import cut, plan
+        from ..repair.patch import plan
 
         size = self.service.bundle.manifest.image_size
         patches = []
@@ -178,7 +178,7 @@ class Repair:
             except DetectionError as error:
                 raise RequestError(str(error), "hands") from None
             if self.mask is not None:
-                patch.old = patch.old | (cut(self.mask, patch.window, size) > 127)
+                patch.old = patch.old | (patch.window.cut(self.mask, size) > 127)
             if patch.magnified > SOFT:
                 self.painting.warnings.append(
                     f"The {seen.side} hand is {patch.magnified:.0f} times as large as the engine paints, so it looks "

@@ -93,6 +93,13 @@ def test_the_official_client_edits(served, picture):
     assert kinds[-1] == "image_edit.completed" and set(kinds[:-1]) == {"image_edit.partial_image"}
 
 
+def test_the_form_of_open_webui(served, picture):
+    """By its source: a list of files is image[], and a model that was not chosen is empty."""
+    form = {"model": "", "prompt": "a fist", "n": "1", "response_format": "b64_json"}
+    files = [("image[]", ("1.png", picture, "image/png"))]
+    assert shown(served.client.post(EDITS, files=files, data=form)).shape == (*size(served), 3)
+
+
 def test_with_a_mask_the_picture_keeps_its_size_and_its_bytes_outside(served):
     big = noise(150, 230)
     answer = edit(served, encode_png(big), transparent(150, 230, slice(30, 90), slice(50, 120)))
