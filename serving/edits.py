@@ -107,7 +107,10 @@ class Editing(Painting):
         if body.stream and len(images) > 1:
             raise RequestError(f"image must be one with stream, got {len(images)}. Send a request for each.", "image")
         self.kept = images[0] if mask is not None and body.size in (None, "auto") else None
-        self.mask, self.profile = mask, images[0].profile if self.kept is not None else b""
+        self.mask = mask
+        if len(images) == 1:
+            original = images[0].original.in_colours()
+            self.original = original if self.kept is not None else original.profile_alone()
         height, width = service.bundle.manifest.image_size
         self.brought = [{"image": resized(one.pixels, (height, width))} for one in images]
         if mask is not None:

@@ -107,7 +107,7 @@ class Repainting(Painting):
         most, painted = self.service.limits.pixels, self.service.bundle.manifest.image_size
         picture = Upload.read("init_images", content_of("init_images", body.init_images[0]), most)
         mask = mask_in(body, picture.size, most) if body.mask else None
-        self.profile, self.ground, self.cover = picture.profile, picture.pixels, mask
+        self.original, self.ground, self.cover = picture.original.in_colours().profile_alone(), picture.pixels, mask
         if mask is None or not body.cropped:
             size = self.size or painted
             self.ground = brought(picture.pixels, size, body.resize_mode)

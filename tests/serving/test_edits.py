@@ -14,8 +14,12 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from handiffuser import shipped
+from handiffuser.detection.hands import arrays_of
 from handiffuser.pictures import encode_png
+from handiffuser.repair.place import placed
+from handiffuser.runtime.rest import joints_at_rest
 from handiffuser.serving.edits import EditForm, laid
+from handiffuser.serving.fields import as_json
 from handiffuser.serving.finding import seen_of
 from handiffuser.serving.service import Front, Limits
 from PIL import Image
@@ -152,6 +156,31 @@ def test_the_profile_of_a_picture_stays(served):
     answer = edit(served, buffer.getvalue(), transparent(60, 60, 5, 5)).json()
     made = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
     assert made.info["icc_profile"] == profile
+
+
+def test_a_repaired_picture_keeps_what_its_file_carried(demo):
+    """As hd-repair does: alpha, EXIF, profile and greys; a JPEG is white where the picture was transparent."""
+    pytest.importorskip("cv2")
+    array = np.dstack([noise(150, 200), np.full((150, 200), 255, np.uint8)])
+    array[:20, :, 3] = 0
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112], exif[0x010E] = 6, "mine"
+    Image.fromarray(np.rot90(array)).save(buffer, "PNG", exif=exif, icc_profile=b"colours")
+    rest = joints_at_rest(shipped.bundle_path())
+    hand = arrays_of([placed(np.array([40.0, 40, 120, 130]), "right", "fist", rest)], (150, 200), rest)
+    form = {"repair": "true", "hands": json.dumps(as_json(hand)), "seed": "1", "n": "2", "num_inference_steps": "2"}
+    answer = demo.client.post(EDITS, files={"image": buffer.getvalue()}, data=form)
+    assert answer.status_code == 200, answer.text
+    first, second = (Image.open(io.BytesIO(base64.b64decode(one["b64_json"]))) for one in answer.json()["data"])
+    assert not np.array_equal(first, second)
+    for made in (first, second):
+        out = np.asarray(made)
+        assert made.info["icc_profile"] == b"colours" and dict(made.getexif()) == {0x0112: 1, 0x010E: "mine"}
+        assert np.array_equal(out[..., 3], array[..., 3]) and np.array_equal(out[:10], array[:10])
+    files = {"image": buffer.getvalue()}
+    answer = demo.client.post(EDITS, files=files, data={**form, "n": "1", "output_format": "jpeg"})
+    made = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
+    assert made.format == "JPEG" and made.getexif()[0x010E] == "mine" and np.asarray(made)[:8].min() > 240
 
 
 def bomb(width, height):
@@ -339,10 +368,6 @@ def test_without_the_detector_a_sentence_says_how_to_install_it(served, monkeypa
 
 
 def test_hands_of_a_picture_come_back_from_their_arrays():
-    from handiffuser.detection.hands import arrays_of
-    from handiffuser.repair.place import placed
-    from handiffuser.runtime.rest import joints_at_rest
-
     rest = joints_at_rest(shipped.bundle_path())
     one = placed(np.array([30.0, 20, 130, 160]), "right", "victory", rest)
     back = seen_of(arrays_of([one], (200, 300), rest), (200, 300), "victory")
