@@ -134,10 +134,9 @@ class Repainting(Painting):
             self.brought = [{"image": start, "mask": hole}]
 
     def shown(self, image: np.ndarray) -> np.ndarray:
-        left, top, right, bottom = self.window.bounds
-        y, x = (slice(max(low, 0), high) for low, high in ((top, bottom), (left, right)))
-        height, width = self.ground[y, x].shape[:2]
-        part = resized(image, (bottom - top, right - left))[y.start - top :, x.start - left :][:height, :width]
+        assert self.size is not None
+        y, x = self.window.within(self.size)
+        part = self.window.laid(image, self.size)
         if self.cover is not None:
             alpha = self.cover[y, x][..., None] / np.float32(255)
             part = (part * alpha + self.ground[y, x] * (1 - alpha) + 0.5).astype(np.uint8)
