@@ -11,7 +11,7 @@ those of a bundle. Estimates of HaMeR and WiLoR need no detector: `from_estimate
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..contract import HAND_JOINTS
 from ..errors import DetectionError
 from ..fingers import SIDES
 from ..hands import POSES
-from ..kinematics import forward, radius
+from ..kinematics import forward, radius, world
 from ..rotations import axis_angle_to_matrix
 from .arms import Arrays, HandEstimate, Size, person_of
 from .detect import Detector, Found, MediaPipe
@@ -103,6 +103,17 @@ def from_estimates(path: str | Path, size: Size, rest: np.ndarray, hand_mean: st
     return [Seen(in_picture(one, size)) for one in estimates]
 
 
+def seen_again(hands: Mapping[str, np.ndarray], side: int, size: Size, gesture: str = "") -> Seen:
+    """The left (0) or right (1) hand of arrays with joints_2d, in pixels of a picture (height, width)."""
+    vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES]).astype(np.float64)
+    turn = world(axis_angle_to_matrix(vectors))[20 + side]
+    points = np.asarray(hands["joints_2d"], np.float64)[side] * (size[1], size[0])
+    fingers = vectors[22 + 15 * side : 37 + 15 * side]
+    if gesture:
+        return Seen(Fitted(side, turn, fingers, points, 0.0, np.zeros(16), {gesture: 1.0}))
+    return Seen(HandEstimate(side, turn, fingers, points))
+
+
 def of_one_person(seen: Sequence[Seen], size: Size, rest: np.ndarray) -> tuple[list[Seen], list[str]]:
     """The surest hand, and the surest of the other side where one person can show both; and what was left out, in
     sentences. size: (height, width) of the picture."""
@@ -163,7 +174,7 @@ class Window:
         """The same hand in the window's own pixels."""
         return replace(seen, hand=replace(seen.hand, joints_2d=seen.hand.joints_2d - (self.x, self.y)))
 
-    def cut(self, picture: np.ndarray, size: Size) -> np.ndarray:
+    def cut(self, picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """The window's pixels of a picture uint8 [H, W] or [H, W, 3], scaled to `size` (height, width). The edge's
         colour stands for what lies beyond the picture; that takes no memory, however far the window reaches."""
         left, top, right, bottom = self.bounds
@@ -177,12 +188,12 @@ class Window:
         beyond = [(rows.start, size[0] - rows.stop), (columns.start, size[1] - columns.stop), (0, 0)]
         return np.pad(part, beyond[: picture.ndim], mode="edge")
 
-    def within(self, size: Size) -> tuple[slice, slice]:
+    def within(self, size: tuple[int, int]) -> tuple[slice, slice]:
         """The rows and columns of a picture (height, width) that the window shows."""
         left, top, right, bottom = self.bounds
         return slice(max(top, 0), min(bottom, size[0])), slice(max(left, 0), min(right, size[1]))
 
-    def laid(self, painted: np.ndarray, size: Size, how: Image.Resampling = LANCZOS) -> np.ndarray:
+    def laid(self, painted: np.ndarray, size: tuple[int, int], how: Image.Resampling = LANCZOS) -> np.ndarray:
         """What `cut` gave, painted, at the pixels of `within`: uint8 or float32 [h, w] or uint8 [h, w, 3]."""
         left, top, right, bottom = self.bounds
         rows, columns = self.within(size)

@@ -7,9 +7,9 @@ import base64
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..editing import Arrays
 from ..repair.files import Original
 from ..skeleton import draw_skeleton
-from .hands import Arrays
 
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 

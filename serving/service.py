@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..editing import Arrays
 from ..errors import HanDiffuserError, RequestError
 from ..files import written
 from ..hands import NO_HANDS, hands_file
@@ -27,7 +28,6 @@ from ..runtime.requests import Request, gaps
 from ..settings import MAX_SEED, http_name
 from .dispatch import BusyError, Dispatcher
 from .fields import HandsField
-from .hands import Arrays
 from .keys import Keys
 from .metrics import Metrics
 
