@@ -58,7 +58,7 @@ class Limits:
     timeout: float = 300.0  # seconds; also the default
     body: int = 1 << 20  # bytes
     upload: int = 32 << 20  # bytes of a body that brings pictures
-    pixels: int = 40_000_000  # of a picture that a request brings
+    pixels: int = 51_000_000  # of a picture that a request brings: those of a telephone with 50 megapixels
 
 
 class UnfinishedError(HanDiffuserError):
