@@ -308,7 +308,7 @@ def finished(url, prompt):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_comfyui_runs_the_workflows(comfyui, path):
+def test_comfyui_runs_the_workflows(comfyui, nodes, path):
     """Pictures equal those of the same steps in Python, to one level of 255."""
     import httpx
     from handiffuser import find_hands, repair_hands, save_hands
@@ -342,7 +342,6 @@ def test_comfyui_runs_the_workflows(comfyui, path):
         elif path.stem == "repair_hands":
             want = repair_hands(pipeline, first.image, gesture="fist", seed=4).image
         elif path.stem == "paint_over_an_image":
-            nodes = load("custom_node", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]).nodes
             mask = (nodes.hand_mask(first.hands, *want.shape[:2]) * 255).astype(np.uint8)
             over = {"image": first.image, "mask": mask, "strength": 0.9}
             want = pipeline.generate(paints[1]["prompt"], seed=8, **over)[0].image
