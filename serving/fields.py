@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from ..editing import Arrays, Drag
 from ..errors import RequestError
 from ..hands import CAMERA, MAX_CAMERA, SHAPES
 from ..settings import MAX_SEED, SETTINGS, Setting, http_name
-from .hands import Arrays, Drag
 
 MAX_PROMPT = 4000  # characters; the tokenizer reads some 75 words of them and warns about the rest
 MAX_PREVIEWS = 16

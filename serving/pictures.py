@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ..errors import RequestError
+from ..repair.files import Original
 from ..runtime.requests import Request
 from .dispatch import Ticket
 from .fields import Generation, as_json
-from .images import base64_of, encoded, fitted, preview, preview_steps, skeleton
+from .images import base64_of, encoded, fitted, over, preview, preview_steps, skeleton
 from .messages import Answer, Failed, HandsMade, PictureMade, Preview
 from .problems import CODES, LATE
 from .proxy import base_url
@@ -51,7 +53,8 @@ class Painting:
     """
 
     kind = "image_generation"  # of a stream's events
-    profile = b""  # of the pictures' colours
+    original: Original | None = None  # what the pictures were painted over
+    bars = True  # whether a picture of another shape than the painted one gets bars
 
     def __init__(self, service: Service, body: Generation, http: Http) -> None:
         """Raises RequestError."""
@@ -102,7 +105,7 @@ class Painting:
             )
         painted = self.service.bundle.manifest.image_size
         self.warnings.append(f"The engine paints {own}. The picture was scaled to {asked}.")
-        if painted[0] * width != painted[1] * height:
+        if self.bars and painted[0] * width != painted[1] * height:
             self.warnings[-1] += " It has bars, because its shape is different."
             if self.body.return_hands:
                 self.warnings.append("The joints' places are those in the picture without bars.")
@@ -131,7 +134,8 @@ class Painting:
         body, service = self.body, self.service
         started = time.perf_counter()
         image = self.shown(made.image)
-        content = encoded(image, body.output_format, body.output_compression, parameters, self.profile)
+        save = encoded if self.original is None else partial(over, self.original)
+        content = save(image, body.output_format, body.output_compression, parameters)
         service.metrics.took("encoding", time.perf_counter() - started)
         entry: dict[str, Any] = {"id": ticket.id, "seed": ticket.request.seed}
         if body.return_hands:
