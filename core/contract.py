@@ -11,7 +11,7 @@ H W image size. A branch axis of 2 is always (unconditional, conditional); a han
 
 text_encoder       input_ids[B,77]                                          -> text[B,77,D]
 hand_prior         x[B,P] history[B,K,P] noise[B,P] text[B,2,77,D] row[B,R] -> x, history, finite[B]
-hand_features      x[B,P]  -> joints[B,2,21,2] rotations[B,2,16,6] bps[B,2,N] visibility[B,2]
+hand_features      x[B,P] span[B] -> joints[B,2,21,2] rotations[B,2,16,6] bps[B,2,N] visibility[B,2]
                               vertices[B,V,3] joints_3d[B,62,3] camera[B,3]
 text_hand_encoder  input_ids[B,2,77] joints rotations bps visibility        -> context[B,2,L,W]
 unet_context       context[B,2,L,W]                                         -> key_00 value_00 key_01 ...
@@ -25,7 +25,9 @@ image_encoder      image[B,H,W,3] uint8                                     -> l
 VAE's posterior, shifted and scaled: the decoder's inverse. A UNet that was trained for inpainting has two more inputs,
 mask[B,1,h,w] (1 where it paints) and masked_latents[B,C,h,w] (of the picture, grey where it paints).
 
-`joints` are image coordinates in [0, 1] of width and height, y down. `x` is normalised with the manifest's mean and
+A bundle has one size of its own, in which it was trained. `hand_features` reads `span`: how many times as wide as that
+the picture is at the same height. `joints` are image coordinates in [0, 1] of the own size's width and height, y down: a
+wider picture sees more at the sides. In older bundles h, w, H and W are numbers, and `span` is missing. `x` is normalised with the manifest's mean and
 standard deviation. `text` holds a vector for each word of the prompt, for the hand prior; from the end token on, the
 vectors are the sentence's. Older bundles have the sentence's vector alone: text[B,D] and text[B,2,D]. `finite` is 1 for
 rows without NaN or infinity, else 0, so that a loop on a device can check its rows. A graph names only the inputs that
@@ -85,6 +87,8 @@ def row_columns(num_history: int) -> tuple[str, ...]:
 # The free axis of inputs with an entry for each guidance branch. Its size is 2 (unconditional, conditional), or 1 (the
 # conditional branch alone): half the work, and enough for rows with guidance 1.
 BRANCHES = "G"
+# The free axes of pictures: height and width of latents, then of images in pixels.
+SIDES = ("h", "w", "H", "W")
 FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever a bundle's precision
 EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16 or float32
 EXTERNAL = 1 << 26  # bytes: larger weights go into a file beside the graph, which can be mapped

@@ -1,0 +1,132 @@
+"""What the exporter leaves to be tidied in graphs whose pictures have any size.
+
+    known = side_symbols(program, graph)   # {"h_": 32, "s76": 48}: the exporter's names, at the checkpoint's own size
+    settle(program.model)                  # targets of Reshape and Expand by numbers, 0 and -1, as far as they go
+    name_sides(program.model, graph)       # axes h, w, H and W, as the contract names them
+
+The exporter computes the target of each Reshape from the shapes of inputs. Most need no computing: 0 copies a size and
+-1 stands for the rest. The other passes know these targets, and engines fold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from .graphs import Graph
+
+
+def side_symbols(program: Any, graph: Graph) -> dict[str, int]:
+    """The exporter's symbols for the sides of pictures -> their values for the example inputs.
+
+    The same symbol appears under two names: the one that the example's axis was given, and one that PyTorch made up.
+    """
+    known: dict[str, int] = {}
+    placeholders = {node.name: node for node in program.exported_program.graph.nodes if node.op == "placeholder"}
+    for name, value in graph.inputs.items():
+        for axis, side in graph.sides(name).items():
+            number = value.shape[axis] // graph.multiple
+            known[f"{side}_"] = number
+            if name in placeholders:
+                expression = placeholders[name].meta["val"].shape[axis].node.expr
+                known |= {str(symbol): number for symbol in expression.free_symbols}
+    return known
+
+
+def number_of(size: object, known: Mapping[str, int]) -> int | None:
+    """The value of a size, which is a number or a product of known symbols, such as "2*h_"; else None."""
+    out = 1
+    for factor in str(getattr(size, "value", size)).split("*"):
+        number = int(factor) if factor.isdecimal() else known.get(factor)
+        if number is None:
+            return None
+        out *= number
+    return out
+
+
+def settle(model: ir.Model) -> None:
+    """Writes targets of Reshape and Expand as constants where they need no computing, in place."""
+    graph = model.graph
+    made: dict[tuple[Any, ...], ir.Value] = {}
+    for node in list(graph):
+        if node.op_type not in ("Reshape", "Expand") or node.inputs[1] is None:
+            continue
+        target, before, after = node.inputs[1], node.inputs[0].shape, node.outputs[0].shape  # type: ignore[union-attr]
+        if target.const_value is not None or before is None or after is None:
+            continue
+        maker = target.producer()
+        pieces = list(maker.inputs) if maker is not None and maker.op_type == "Concat" else []
+        parts: list[int | ir.Value] = []
+        same = [axis < len(before) and before[axis] == size for axis, size in enumerate(after)]
+        for axis, size in enumerate(after):
+            piece = pieces[axis] if len(pieces) == len(after) else None
+            if node.op_type == "Expand" and same[axis]:
+                parts.append(1)
+            elif isinstance(size, int):
+                parts.append(size)
+            elif node.op_type == "Reshape" and same[axis]:
+                parts.append(0)
+            elif piece is None:
+                parts.append(-1)
+            else:
+                parts.append(_number(piece) or piece)
+        free = [axis for axis, part in enumerate(parts) if not isinstance(part, int)]
+        if node.op_type == "Reshape" and free and -1 not in parts:
+            parts[free[0]] = -1
+        if parts.count(-1) > 1 or (node.op_type == "Expand" and -1 in parts):
+            continue
+        key = tuple(part if isinstance(part, int) else part.name for part in parts)
+        if key not in made:
+            made[key] = _vector(graph, node, parts, len(made))
+        node.replace_input_with(1, made[key])
+        node.attributes.pop("allowzero", None)  # 0 now copies a size; no size is 0
+    RemoveUnusedNodesPass()(model)
+
+
+def name_sides(model: ir.Model, graph: Graph) -> None:
+    """Gives the free axes of pictures the contract's names, in place."""
+    outputs = zip(graph.outputs, model.graph.outputs, strict=True)
+    for name, value in (*((value.name, value) for value in model.graph.inputs), *outputs):
+        if value.shape is not None:
+            named: list[Any] = list(value.shape)
+            for axis, side in graph.sides(str(name)).items():
+                named[axis] = ir.SymbolicDim(side)
+            value.shape = ir.Shape(named)
+
+
+def _vector(graph: ir.Graph, node: ir.Node, parts: list[int | ir.Value], number: int) -> ir.Value:
+    """A vector of numbers and of values [1], before `node`. Neighbouring numbers are one constant."""
+
+    def constant(numbers: list[int]) -> ir.Value:
+        name = "sizes_" + "_".join(str(n).replace("-", "m") for n in numbers)
+        if name not in graph.initializers:
+            tensor = ir.tensor(np.array(numbers, np.int64), name=name)
+            value = ir.Value(name=name, shape=ir.Shape([len(numbers)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            graph.register_initializer(value)
+        return graph.initializers[name]
+
+    runs: list[list[int] | ir.Value] = []
+    for part in parts:
+        if not isinstance(part, int):
+            runs.append(part)
+        elif runs and isinstance(runs[-1], list) and len(runs) > 1:  # the first stays alone: `branches` looks at it
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    if all(isinstance(part, int) for part in parts):
+        return constant([part for part in parts if isinstance(part, int)])
+    joined = ir.node(
+        "Concat", [constant(run) if isinstance(run, list) else run for run in runs], {"axis": 0}, name=f"sizes_{number}"
+    )
+    out = joined.outputs[0]
+    out.name, out.shape, out.type = f"sizes_{number}_out", ir.Shape([len(parts)]), ir.TensorType(ir.DataType.INT64)
+    graph.insert_before(node, joined)
+    return out
+
+
+def _number(value: ir.Value) -> int | None:
+    return None if value.const_value is None else int(value.const_value.numpy().reshape(-1)[0])
