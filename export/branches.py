@@ -185,7 +185,9 @@ def _double(graph: ir.Graph, pattern: ir.Node, old: ir.Value, new: ir.Value, use
         target = constant("shape", [-1, *rest])
     else:
         nodes.append(ir.node("Shape", [new], {"start": 1}, name=f"{stem}_rest"))
-        nodes.append(ir.node("Concat", [constant("all", [-1]), nodes[-1].outputs[0]], {"axis": 0}, name=f"{stem}_shape"))
+        nodes.append(
+            ir.node("Concat", [constant("all", [-1]), nodes[-1].outputs[0]], {"axis": 0}, name=f"{stem}_shape")
+        )
         target = nodes[-1].outputs[0]
     nodes.append(ir.node("Reshape", [nodes[2].outputs[0], target], {"allowzero": 1}, name=f"{stem}_rows"))
     for node in nodes:

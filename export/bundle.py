@@ -52,7 +52,7 @@ from .check import version as onnxruntime_version
 from .graphs import PRECISIONS, Graph, graphs
 from .kept import Shelf, keys
 from .norms import write_out_norms
-from .sizes import name_sides, settle, side_symbols
+from .sizes import memory_of, name_sides, settle, side_symbols
 from .upsampling import fold_upsampling
 from .workspace import install, workspace
 
@@ -221,6 +221,7 @@ def manifest_of(
         params_std=checkpoint.hand_prior.std.tolist(),
         words=checkpoint.words,
         made_by=made_by,
+        size_multiple=checkpoint.size_multiple,
     )
 
 
@@ -269,6 +270,8 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     if spec.dominant:  # the hand prior takes the text at once, and shares little between branches
         share_branches(program.model)
     name_sides(program.model, graph)
+    if graph.sized:
+        spec.memory = memory_of(program.model, known)
     save_model(program.model, folder / spec.file)
     return spec
 

@@ -22,7 +22,17 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ..contract import BRANCHES, IMAGE_ENCODER, MAX_ROWS, NUM_HISTORY, NUM_PARAMS, ROW_HEAD, SIDES, TensorSpec
+from ..contract import (
+    BRANCHES,
+    IMAGE_ENCODER,
+    MAX_ROWS,
+    MAX_SIDE,
+    NUM_HISTORY,
+    NUM_PARAMS,
+    ROW_HEAD,
+    SIDES,
+    TensorSpec,
+)
 from ..models.checkpoint import Checkpoint
 from ..models.configs import latent_factor
 from ..models.hand_features import HandFeatures
@@ -31,7 +41,6 @@ from ..models.position_kernel import CrossAttention, Grid, attach, cross_attenti
 from ..models.smplh import SMPLH
 from ..models.text_hand_encoder import CUES, TextHandEncoder, encode_text, word_states
 
-MAX_SIDE = 4096  # of pictures in pixels, and of latents
 # What `hd-export --precision` takes -> the type that the networks compute in.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -10,6 +10,7 @@ The exporter computes the target of each Reshape from the shapes of inputs. Most
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,6 +99,38 @@ def name_sides(model: ir.Model, graph: Graph) -> None:
             value.shape = ir.Shape(named)
 
 
+def memory_of(model: ir.Model, known: Mapping[str, int]) -> int:
+    """Bytes of intermediate tensors that are there at once when the nodes run in order, for a row with both branches.
+
+    known: values of the picture's sides. What engines fuse, keep in place or pack counts in full.
+    """
+    last = {value: number for number, node in enumerate(model.graph) for value in node.inputs if value is not None}
+    known = {**known, "B": 1, "G": 2}
+    now = most = 0
+    leaving: dict[int, int] = {}
+    for number, node in enumerate(model.graph):
+        for value in node.outputs:
+            sizes = [number_of(size, known) for size in value.shape] if value.shape is not None else [None]
+            bits = value.dtype.bitwidth if value.dtype is not None else 32
+            size = math.prod(n for n in sizes if n is not None) * bits // 8 if None not in sizes else 0
+            now += size
+            leaving[last.get(value, number)] = leaving.get(last.get(value, number), 0) + size
+        scores = _scores(node, known)
+        most = max(most, now + scores)
+        now -= leaving.pop(number, 0)
+    return most
+
+
+def _scores(node: ir.Node, known: Mapping[str, int]) -> int:
+    """Bytes of the table of scores of an Attention, which ONNX Runtime keeps; MultiHeadAttention works in tiles."""
+    if node.op_type != "Attention" or any(value is None or value.shape is None for value in node.inputs[:2]):
+        return 0
+    query, key = ([number_of(n, known) for n in value.shape] for value in node.inputs[:2])  # type: ignore[union-attr]
+    if None in query or len(query) != 4 or key[2] is None:
+        return 0
+    return 4 * math.prod(query[:3]) * key[2]  # type: ignore[arg-type]
+
+
 def _vector(graph: ir.Graph, node: ir.Node, parts: list[int | ir.Value], number: int) -> ir.Value:
     """A vector of numbers and of values [1], before `node`. Neighbouring numbers are one constant."""
 
@@ -105,7 +138,9 @@ def _vector(graph: ir.Graph, node: ir.Node, parts: list[int | ir.Value], number:
         name = "sizes_" + "_".join(str(n).replace("-", "m") for n in numbers)
         if name not in graph.initializers:
             tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-            value = ir.Value(name=name, shape=ir.Shape([len(numbers)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            value = ir.Value(
+                name=name, shape=ir.Shape([len(numbers)]), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
             graph.register_initializer(value)
         return graph.initializers[name]
 

@@ -7,8 +7,9 @@ Every cross-attention logit between a latent pixel at p and a token at position 
 with one learned amplitude a_f per head and layer. Because cos(p - q) = cos p cos q + sin p sin q, this equals
 concatenating `code(p)` to the queries and `a * code(q)` to the keys: it stays plain dot-product attention. All layers
 of one grid share `code(p)`, and the keys, which have the amplitudes, are the same at each step. With a = 0 a pretrained
-UNet starts unchanged. A wider picture than the model's own sees more at the sides: positions of x then leave [0, 1]. The kernel is ours, not the paper's; without it our small models never learned to
-draw fingers at their joints. A checkpoint without `position_kernel` uses the paper's plain mechanism.
+UNet starts unchanged. A wider picture than the model's own sees more at the sides: positions of x then leave [0, 1].
+The kernel is ours, not the paper's; without it our small models never learned to draw fingers at their joints. A
+checkpoint without `position_kernel` uses the paper's plain mechanism.
 
     kernel = PositionKernel.for_unet(unet, frequencies=(1, 2, 4, 8))
     attach(unet, kernel, latent_size=(64, 64))
