@@ -52,7 +52,7 @@ from .check import version as onnxruntime_version
 from .graphs import PRECISIONS, Graph, graphs
 from .kept import Shelf, keys
 from .norms import write_out_norms
-from .sizes import memory_of, name_sides, settle, side_symbols
+from .sizes import at_example, memory_of, name_sides, settle, side_symbols
 from .upsampling import fold_upsampling
 from .workspace import install, workspace
 
@@ -252,7 +252,8 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
         verbose=False,
     )
     assert program is not None
-    known = side_symbols(program, graph)
+    symbols = side_symbols(program, graph)
+    known = at_example(graph, symbols)
     if graph.sized:
         settle(program.model)
     write_out_norms(program.model, known)
@@ -269,9 +270,9 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     )
     if spec.dominant:  # the hand prior takes the text at once, and shares little between branches
         share_branches(program.model)
-    name_sides(program.model, graph)
     if graph.sized:
         spec.memory = memory_of(program.model, known)
+    name_sides(program.model, graph, symbols)
     save_model(program.model, folder / spec.file)
     return spec
 

@@ -1,8 +1,8 @@
 """What the exporter leaves to be tidied in graphs whose pictures have any size.
 
-    known = side_symbols(program, graph)   # {"h_": 32, "s76": 48}: the exporter's names, at the checkpoint's own size
+    symbols = side_symbols(program, graph) # {"h_": ("h", 2), "s76": ("w", 2)}: the exporter's names, and multiples
     settle(program.model)                  # targets of Reshape and Expand by numbers, 0 and -1, as far as they go
-    name_sides(program.model, graph)       # axes h, w, H and W, as the contract names them
+    name_sides(program.model, graph, symbols)   # axes h, w, H and W, as the contract names them
 
 The exporter computes the target of each Reshape from the shapes of inputs. Most need no computing: 0 copies a size and
 -1 stands for the rest. The other passes know these targets, and engines fold them.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,21 +22,26 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from .graphs import Graph
 
 
-def side_symbols(program: Any, graph: Graph) -> dict[str, int]:
-    """The exporter's symbols for the sides of pictures -> their values for the example inputs.
+def side_symbols(program: Any, graph: Graph) -> dict[str, tuple[str, int]]:
+    """The exporter's symbols for the sides of pictures -> the side, and how many times the symbol it is.
 
     The same symbol appears under two names: the one that the example's axis was given, and one that PyTorch made up.
     """
-    known: dict[str, int] = {}
+    found: dict[str, tuple[str, int]] = {}
     placeholders = {node.name: node for node in program.exported_program.graph.nodes if node.op == "placeholder"}
-    for name, value in graph.inputs.items():
+    for name in graph.inputs:
         for axis, side in graph.sides(name).items():
-            number = value.shape[axis] // graph.multiple
-            known[f"{side}_"] = number
+            found[f"{side}_"] = (side, graph.multiple)
             if name in placeholders:
                 expression = placeholders[name].meta["val"].shape[axis].node.expr
-                known |= {str(symbol): number for symbol in expression.free_symbols}
-    return known
+                found |= {str(symbol): (side, graph.multiple) for symbol in expression.free_symbols}
+    return found
+
+
+def at_example(graph: Graph, symbols: Mapping[str, tuple[str, int]]) -> dict[str, int]:
+    """The values of symbols for a graph's example inputs."""
+    sides = {side: graph.inputs[name].shape[axis] for name in graph.inputs for axis, side in graph.sides(name).items()}
+    return {symbol: sides[side] // multiple for symbol, (side, multiple) in symbols.items()}
 
 
 def number_of(size: object, known: Mapping[str, int]) -> int | None:
@@ -88,8 +94,15 @@ def settle(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def name_sides(model: ir.Model, graph: Graph) -> None:
-    """Gives the free axes of pictures the contract's names, in place."""
+def name_sides(model: ir.Model, graph: Graph, symbols: Mapping[str, tuple[str, int]]) -> None:
+    """Gives the free axes of pictures the contract's names, in place, and those of other tensors terms of them.
+
+    symbols: the exporter's symbol -> (side, multiple), when the side is that many times the symbol.
+    """
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        if value.shape is not None and any(not isinstance(size, int) for size in value.shape):
+            value.shape = ir.Shape([_in_sides(size, symbols) for size in value.shape])
     outputs = zip(graph.outputs, model.graph.outputs, strict=True)
     for name, value in (*((value.name, value) for value in model.graph.inputs), *outputs):
         if value.shape is not None:
@@ -97,6 +110,25 @@ def name_sides(model: ir.Model, graph: Graph) -> None:
             for axis, side in graph.sides(str(name)).items():
                 named[axis] = ir.SymbolicDim(side)
             value.shape = ir.Shape(named)
+
+
+def _in_sides(size: Any, symbols: Mapping[str, tuple[str, int]]) -> Any:
+    """A size such as "2*s9" as "h/2", where h is 4 * s9; anything else as it is. `engines.fixing` reads it."""
+    text = getattr(size, "value", None)
+    if not isinstance(text, str):
+        return size
+    number, sides = Fraction(1), []
+    for factor in text.split("*"):
+        if factor.isdecimal():
+            number *= int(factor)
+        elif factor in symbols:
+            side, multiple = symbols[factor]
+            number /= multiple
+            sides.append(side)
+        else:
+            return size
+    terms = [str(number.numerator)] * (number.numerator != 1) + sorted(sides)
+    return ir.SymbolicDim("*".join(terms) + f"/{number.denominator}" * (number.denominator != 1))
 
 
 def memory_of(model: ir.Model, known: Mapping[str, int]) -> int:

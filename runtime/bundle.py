@@ -246,11 +246,13 @@ class Bundle:
         return self._canvases[key]
 
     def canvases(self, requests: Iterable[Request]) -> tuple[dict[Hashable, Canvas | None], list[Failure]]:
-        """The `canvas` of each request by id, and a Failure for each whose picture cannot be read: files may change."""
+        """The `canvas` of each request by id, and a Failure for each whose picture cannot be read, because files may
+        change, or whose size these engines do not paint."""
         found: dict[Hashable, Canvas | None] = {}
         failures = []
         for request in requests:
             try:
+                self.size(request)
                 found[request.id] = self.canvas(request)
             except RequestError as error:
                 failures.append(Failure(str(request.id), request, str(error)))

@@ -387,6 +387,7 @@ class DeviceLoop:
                     work.draws += 1
             while self.hands_sampler.jobs:
                 self.hands_sampler.step(side, lambda job, state: side.copy(x[rows[job.key]], state))
+            self._spans(len(works))
             graphs["hand_features"].launch(side, len(works))
             drawing = self._clashing(drawing, rows)
         return works, jobs, failures
@@ -416,12 +417,18 @@ class DeviceLoop:
         """[P] -> [62, 3] metres. The host waits, once for each file of hands."""
         features, side = self.graphs["hand_features"], self.side
         self.staging.upload(side, features.inputs["x"][:1], x[None])
+        self._spans(1)
         features.launch(side, 1)
         pinned = self._read(side, features.outputs["joints_3d"][:1])
         side.record().synchronize()
         joints: np.ndarray = pinned[0].copy()
         self.staging.give(pinned)
         return joints
+
+    def _spans(self, count: int) -> None:
+        """Pictures have the bundle's own size here."""
+        if "span" in (inputs := self.graphs["hand_features"].inputs):
+            self.staging.upload(self.side, inputs["span"][:count], np.ones(count, np.float32))
 
     def _encode(self, ids: np.ndarray) -> Any:
         """ids [B, length] -> text [B, 77, D]. The first call also encodes the empty prompt."""

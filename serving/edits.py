@@ -110,7 +110,7 @@ class Editing(Painting):
             raise RequestError(f"image must be one with stream, got {len(images)}. Send a request for each.", "image")
         self.kept = images[0] if mask is not None and body.size in (None, "auto") else None
         self.mask, self.profile = mask, images[0].profile if self.kept is not None else b""
-        height, width = service.bundle.manifest.image_size
+        height, width = self.painted
         self.brought = [{"image": resized(one.pixels, (height, width))} for one in images]
         if mask is not None:
             self.brought[0]["mask"] = resized(mask, (height, width), box=True)
@@ -124,7 +124,7 @@ class Editing(Painting):
                 )
         elif any(one.size[0] * width != one.size[1] * height for one in images):
             self.warnings.append(
-                f"The image has another shape than {service.size}, and was stretched. Cut it first to keep its "
+                f"The image has another shape than {width}x{height}, and was stretched. Cut it first to keep its "
                 "proportions."
             )
 

@@ -1,15 +1,14 @@
 """Pictures of any size: what a request may ask for, and that requests of other sizes change nothing."""
 
+import commands
 import numpy as np
 import pytest
-from PIL import Image
-
-import commands
 from handiffuser.errors import RequestError
 from handiffuser.runtime import room
 from handiffuser.runtime.pipeline import HanDiffuser
 from handiffuser.runtime.requests import Request
 from handiffuser.runtime.room import Room
+from PIL import Image
 
 SIZES = (None, "40x24", "24x40", "64x32", "40x24", None, "16x16")
 
@@ -97,7 +96,11 @@ def test_a_size_that_memory_lacks_is_refused_before_it_runs(pipeline, monkeypatc
     fresh.check((64, 64))  # 55 MB
     with pytest.raises(RequestError, match=r"size must fit into memory: 128x64 takes about 0.1 GB"):
         fresh.check((64, 128))
-    assert [fresh.rows(size, 8) for size in ((64, 64), (32, 48), (32, 32))] == [2, 5, 8]  # as many pixels as in 8 of the own size
+    assert [fresh.rows(size, 8) for size in ((64, 64), (32, 48), (32, 32))] == [
+        2,
+        5,
+        8,
+    ]  # as many pixels as in 8 of the own size
     fresh.ran((64, 128))
     fresh.check((64, 128))  # the memory is there already
 
