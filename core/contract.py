@@ -29,7 +29,7 @@ A bundle has one size of its own, in which it was trained. `hand_features` reads
 the picture is at the same height. `joints` are image coordinates in [0, 1] of the own size's width and height, y down,
 so a wider picture sees more at the sides. In older bundles h, w, H and W are numbers, and `span` is missing.
 
-`x` is normalised with the manifest's mean and standard deviation. `text` holds a vector for each word of the prompt, for
+`x` is normalised with the manifest's mean and standard deviation. `text` holds a vector for each word of a prompt, for
 the hand prior; from the end token on, the vectors are the sentence's. Older bundles have the sentence's vector alone:
 text[B,D] and text[B,2,D]. `finite` is 1 for rows without NaN or infinity, else 0, so that a loop on a device can check
 its rows. A graph names only the inputs that it uses: a configuration without a hand cue lacks that input.

@@ -49,7 +49,7 @@ class Painting:
     """A request for pictures that has been checked.
 
     painted: (height, width) that the engine paints. size: that the pictures are scaled to, or None. warnings: sentences
-    of the answer. brought: what each of its pictures begins with: the image, mask and so on of a `Request`, for `edits`.
+    of the answer. brought: what each of its pictures begins with: image, mask and so on of a `Request`, for `edits`.
     """
 
     kind = "image_generation"  # of a stream's events
