@@ -24,7 +24,7 @@ from .clash import clash
 from .noise import HANDS, LATENTS
 from .requests import Request
 from .results import Failure, Picture, Work
-from .room import Room, Size, shown
+from .room import Room, Size, read, shown
 
 WIDE = 2  # spans from which the positions of the left edge and of the right look alike
 TABLES = 64  # schedules in a cache
@@ -90,8 +90,7 @@ class Bundle:
         own, multiple = self.manifest.image_size, self.manifest.size_multiple
         if request.size is None:
             return own
-        width, height = map(int, request.size.split("x"))
-        size = (height, width)
+        size = read(request.size)
         if size == own:
             return own
         if not multiple:

@@ -65,6 +65,12 @@ class Room:
         self._ran = max(self._ran, size[0] * size[1])
 
 
+def read(text: str) -> Size:
+    """Height and width of a size as `shown` writes it."""
+    width, height = map(int, text.split("x"))
+    return height, width
+
+
 def shown(size: Size) -> str:
     """Height and width as a request says them: "512x768" for 768 rows of 512 pixels."""
     return f"{size[1]}x{size[0]}"

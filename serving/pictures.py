@@ -150,6 +150,7 @@ class Painting:
 
     def _entry(self, ticket: Ticket, made: PictureMade, parameters: str) -> dict[str, Any]:
         body, service = self.body, self.service
+        service.bundle.room.ran(self.painted)
         started = time.perf_counter()
         image = self.shown(made.image)
         content = encoded(image, body.output_format, body.output_compression, parameters, self.profile)

@@ -40,7 +40,7 @@ def test_the_own_size_named_is_the_own_size(pipeline, toy_bundle):
     assert np.array_equal(named.image, left_out.image) and np.array_equal(named.image, before.image)
 
 
-def test_the_oldest_request_decides_and_nobody_starves(pipeline):
+def test_the_oldest_request_decides_and_none_starves(pipeline):
     """A request of a rare size among ever new ones of the usual size is done soon after its turn."""
     done = []
 
