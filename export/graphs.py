@@ -331,8 +331,8 @@ def picture_graph(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, ba
     noise = torch.randint(0, 56, (batch, height, width, 3), generator=generator)
     image = (slope + noise).to(torch.uint8)
     module = in_precision(ImageEncoder(checkpoint.vae), dtype)
-    sized = {"sized": ("image", "latents"), "multiple": latent_factor(checkpoint.vae.config)}
-    return Graph(IMAGE_ENCODER, module, {"image": image}, ("latents", "finite"), **sized)
+    sized, multiple = ("image", "latents"), latent_factor(checkpoint.vae.config)
+    return Graph(IMAGE_ENCODER, module, {"image": image}, ("latents", "finite"), sized=sized, multiple=multiple)
 
 
 @torch.no_grad()

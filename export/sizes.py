@@ -180,8 +180,8 @@ def _vector(graph: ir.Graph, node: ir.Node, parts: list[int | ir.Value], number:
     for part in parts:
         if not isinstance(part, int):
             runs.append(part)
-        elif runs and isinstance(runs[-1], list) and len(runs) > 1:  # the first stays alone: `branches` looks at it
-            runs[-1].append(part)
+        elif len(runs) > 1 and isinstance(last := runs[-1], list):  # the first stays alone: `branches` looks at it
+            last.append(part)
         else:
             runs.append([part])
     if all(isinstance(part, int) for part in parts):

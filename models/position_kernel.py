@@ -144,8 +144,11 @@ def level_factors(unet: UNet2DConditionModel) -> list[int]:
     for name, module in unet.named_modules():
         if isinstance(module, Attention) and module.is_cross_attention:
             place, number = name.split(".")[:2]
-            level = {"down_blocks": int, "up_blocks": lambda text: deepest - int(text)}.get(place, lambda _: deepest)
-            factors.append(2 ** level(number))
+            if place == "down_blocks":
+                level = int(number)
+            else:
+                level = deepest - int(number) if place == "up_blocks" else deepest
+            factors.append(2**level)
     return factors
 
 
