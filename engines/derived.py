@@ -76,7 +76,7 @@ def derived_graph(folder: Path, manifest: Manifest, graph: str) -> bytes | None:
     return content
 
 
-def derive(path: Path, sides: Mapping[str, int]) -> Any:
+def derive(path: Path, sides: Mapping[str, int] | None = None) -> Any:
     """The `onnx.ModelProto` of a derived graph for pictures of these sides; None for a graph without convolutions.
 
     Weights in a file of their own stay there, so ONNX Runtime must be told the folder. Raises EngineError without the
@@ -89,7 +89,7 @@ def derive(path: Path, sides: Mapping[str, int]) -> Any:
     from .fixing import fix_sizes
 
     model = ir.load(path)
-    fix_sizes(model, sides)
+    fix_sizes(model, sides or {})
     return rewrite(model)
 
 
