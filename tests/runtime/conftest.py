@@ -63,7 +63,11 @@ def step_graph(name: str, state: str, shape: str, K: int, extra: str, constants:
 def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]:
     """All graphs; latents are h x w, pictures 4h x 4w. "h" and "w" are free sizes. inpaints: the UNet reads a mask and
     masked latents."""
-    H, W = ("H", "W") if isinstance(h, str) or isinstance(w, str) else (4 * h, 4 * w)
+    free = isinstance(h, str) or isinstance(w, str)
+    H, W = ("H", "W") if free else (4 * h, 4 * w)
+    span, spanned = "", "visibility = Identity (shown)"
+    if free:
+        span, spanned = ", float[B] span", "scale = Unsqueeze (span, one) visibility = Mul (shown, scale)"
     prior = """
         first = Gather <axis = 1> (text, start)
         second = Gather <axis = 1> (text, end)
@@ -116,7 +120,7 @@ def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]
             prior,
         ),
         "hand_features": HEADER
-        + f"""hand_features (float[B,{NUM_PARAMS}] x) => (float[B,2,21,2] joints, float[B,2,16,6] rotations,
+        + f"""hand_features (float[B,{NUM_PARAMS}] x{span}) => (float[B,2,21,2] joints, float[B,2,16,6] rotations,
             float[B,2,3] bps, float[B,2] visibility, float[B,5,3] vertices, float[B,62,3] joints_3d, float[B,3] camera)
         <int64[1] one = {{1}}, int64[1] zero = {{0}}, int64[1] n84 = {{84}}, int64[1] n192 = {{192}},
          int64[1] n6 = {{6}}, int64[1] n2 = {{2}}, int64[1] n15 = {{15}}, int64[1] n186 = {{186}}, int64[1] n3 = {{3}},
@@ -132,7 +136,8 @@ def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]
             bps = Reshape (d, s6)
             e = Slice (x, zero, n2, one)
             f = Mul (e, e)
-            visibility = Exp (f)
+            shown = Exp (f)
+            {spanned}
             g = Slice (x, zero, n15, one)
             vertices = Reshape (g, s15)
             i = Slice (x, zero, n186, one)
