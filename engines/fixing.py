@@ -81,7 +81,7 @@ def _computed(node: ir.Node, found: Mapping[ir.Value, np.ndarray]) -> list[np.nd
         if value not in found and value.const_value is None:
             return None
         feeds[str(value.name)] = found[value] if value in found else value.const_value.numpy()  # type: ignore[union-attr]
-    results = ReferenceEvaluator(ir.to_proto(node)).run(None, feeds)
+    results: Any = ReferenceEvaluator(ir.to_proto(node)).run(None, feeds)
     if any(result.size > MAX_ELEMENTS for result in results):
         return None
     return [np.asarray(result) for result in results]
