@@ -111,7 +111,7 @@ class Editing(Painting):
         if len(images) == 1:
             original = images[0].original.in_colours()
             self.original = original if self.kept is not None else original.profile_alone()
-        height, width = service.bundle.manifest.image_size
+        height, width = self.painted
         self.brought = [{"image": resized(one.pixels, (height, width))} for one in images]
         if mask is not None:
             self.brought[0]["mask"] = resized(mask, (height, width), box=True)
@@ -125,7 +125,7 @@ class Editing(Painting):
                 )
         elif any(one.size[0] * width != one.size[1] * height for one in images):
             self.warnings.append(
-                f"The image has another shape than {service.size}, and was stretched. Cut it first to keep its "
+                f"The image has another shape than {width}x{height}, and was stretched. Cut it first to keep its "
                 "proportions."
             )
 

@@ -104,7 +104,7 @@ class Repainting(Painting):
 
     def bring(self, body: Img2Img) -> None:
         """Reads the pictures. Raises RequestError. Runs in a thread."""
-        most, painted = self.service.limits.pixels, self.service.bundle.manifest.image_size
+        most, painted = self.service.limits.pixels, self.painted
         picture = Upload.read("init_images", content_of("init_images", body.init_images[0]), most)
         mask = mask_in(body, picture.size, most) if body.mask else None
         self.original, self.ground, self.cover = picture.original.in_colours().profile_alone(), picture.pixels, mask

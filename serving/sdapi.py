@@ -233,7 +233,7 @@ async def answer(service: Service, body: Txt2Img, painting: Painting, job: Job, 
 def infotext(ticket: Ticket, painting: Painting) -> str:
     """The settings of a picture in the web UI's form, which it also reads from a PNG."""
     request, service = ticket.request, painting.service
-    height, width = painting.size or service.bundle.manifest.image_size
+    height, width = painting.given
     negative = f"\nNegative prompt: {request.negative_prompt}" * bool(request.negative_prompt)
     return (
         f"{request.prompt}{negative}\nSteps: {request.steps}, Sampler: {SAMPLERS[request.solver or SOLVERS[0]]}, "
@@ -244,7 +244,7 @@ def infotext(ticket: Ticket, painting: Painting) -> str:
 def info_of(service: Service, tickets: list[Ticket], painting: Painting) -> dict[str, Any]:
     """The object that the web UI gives as text in `info`. `warnings` is ours."""
     request, seeds = tickets[0].request, [ticket.request.seed for ticket in tickets]
-    height, width = painting.size or service.bundle.manifest.image_size
+    height, width = painting.given
     count = len(tickets)
     return {
         "prompt": request.prompt,
@@ -280,7 +280,9 @@ def progress_of(jobs: list[Job], service: Service, shown: bool) -> dict[str, Any
     last = next((job.last for job in reversed(jobs) if job.last is not None), None)
     image = None
     if shown and last is not None:
-        image = base64_of(encoded(preview(last.colours, service.bundle.manifest.image_size)))
+        factor = service.bundle.manifest.image_size[0] // service.bundle.manifest.latent_size[0]
+        h, w = last.colours.shape[:2]
+        image = base64_of(encoded(preview(last.colours, (factor * h, factor * w))))
     state = {
         "skipped": False,
         "interrupted": any(job.interrupted for job in jobs),
@@ -307,5 +309,7 @@ def translated(error: RequestError) -> RequestError:
     ):
         sentence = re.sub(rf"\b{ours}\b", theirs, sentence)
         param = theirs if param == ours else param
-    sentence = re.sub(r"\Asize must be (\S+) or auto", r"width and height must be \1", sentence)
+    sentence = re.sub(r"\Asize must (be|have|fit)", r"width and height must \1", sentence).replace(
+        " or auto, got", ", got"
+    )
     return RequestError(sentence, "width" if param == "size" else param, error.code)
