@@ -49,6 +49,7 @@ class Job:
     owner: str
     name: str
     count: int
+    painted: tuple[int, int] = (0, 0)  # height, width
     tickets: list[Ticket] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     steps: dict[str, float] = field(default_factory=dict)  # picture -> share of its steps that is done
@@ -117,6 +118,7 @@ def make_router(service: Service) -> APIRouter:
         try:
             painting = await body.painting(service, solver, http)
             painting.warnings += warnings
+            job.painted = painting.painted
             jobs.append(job)
             return await answer(service, body, painting, job, http)
         except RequestError as error:
@@ -277,12 +279,11 @@ def progress_of(jobs: list[Job], service: Service, shown: bool) -> dict[str, Any
     """What the web UI says of the pictures on their way. shown: with a preview, as base64 of a PNG."""
     done = sum(job.progress for job in jobs) / len(jobs) if jobs else 0.0
     passed = time.monotonic() - min(job.began for job in jobs) if jobs else 0.0
-    last = next((job.last for job in reversed(jobs) if job.last is not None), None)
+    seen = next((job for job in reversed(jobs) if job.last is not None), None)
+    last = seen.last if seen is not None else None
     image = None
-    if shown and last is not None:
-        factor = service.bundle.manifest.image_size[0] // service.bundle.manifest.latent_size[0]
-        h, w = last.colours.shape[:2]
-        image = base64_of(encoded(preview(last.colours, (factor * h, factor * w))))
+    if shown and seen is not None and last is not None:
+        image = base64_of(encoded(preview(last.colours, seen.painted)))
     state = {
         "skipped": False,
         "interrupted": any(job.interrupted for job in jobs),
