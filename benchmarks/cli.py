@@ -379,7 +379,7 @@ def operations_of(
     folder: Path, manifest: Manifest, branches: int, document: dict[str, Any]
 ) -> dict[str, dict[str, int]]:
     """Graph -> operations of one row by kind of node. Empty when they cannot be counted: the document says why."""
-    sizes = {"B": 1, "S": 1, "G": branches}
+    sizes = {"B": 1, "S": 1, "G": branches, **manifest.sides()}
     try:
         found = {name: count(folder / spec.file, sizes) for name, spec in manifest.graphs.items()}
     except EngineError as error:

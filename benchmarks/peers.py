@@ -188,7 +188,13 @@ class PlainOnnx(Eager):
     def take(self, engine: Callable[[Path, GraphSpec], Engine]) -> None:
         """Loads the bundle's graphs with `engine`."""
         self.engines = {name: engine(self.folder / spec.file, spec) for name, spec in self.specs.items()}
-        self.features = lambda x: _tensors(self.engines["hand_features"]({"x": x.numpy()}))
+        asked = [tensor.name for tensor in self.specs["hand_features"].inputs]
+
+        def features(x: torch.Tensor) -> dict[str, torch.Tensor]:
+            feeds = {"x": x.numpy(), "span": np.ones(len(x), np.float32)}
+            return _tensors(self.engines["hand_features"]({name: feeds[name] for name in asked}))
+
+        self.features = features
         self.decode = lambda x: torch.from_numpy(self.engines["image_decoder"]({"latents": x.numpy()})["image"])
 
     def in_openvino(self, precision: str = "") -> PlainOnnx:

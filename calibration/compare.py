@@ -83,7 +83,7 @@ class PlanRunner(BaseRunner):
     def __init__(self, plan: Plan, store: PlanStore, manifest: Manifest, backend: TensorRT, cuda: Cuda) -> None:
         super().__init__(name=backend.name, prefix="plan")
         self.plan, self.store, self.backend, self.cuda = plan, store, backend, cuda
-        self.spec = manifest.graphs[plan.graph]
+        self.spec = manifest.fixed().graphs[plan.graph]
 
     def activate_impl(self) -> None:
         content = self.store.read(self.plan)

@@ -4,6 +4,8 @@ from handiffuser import HanDiffuser
 
 pictures = HanDiffuser.load("demo").generate(["a right hand making a fist, blue background"], seed=7)
 pictures[0].save("fist.png")  # .image is uint8 [H, W, 3], .hands are SMPL-H arrays
+
+The names of `__all__` and the module `handiffuser.editing` are the public face: what other programs may rely on.
 """
 
 from __future__ import annotations
@@ -27,13 +29,18 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .hands import load_hands, save_hands
+    from .repair.pictures import find_hands, repair_hands
     from .runtime.pipeline import HanDiffuser
     from .runtime.requests import Request
     from .runtime.results import Failure, Picture
+    from .settings import SETTINGS
+    from .skeleton import draw_skeleton
 
     __version__: str
 
 __all__ = [
+    "SETTINGS",
     "BundleError",
     "CheckpointError",
     "DatasetError",
@@ -51,11 +58,27 @@ __all__ = [
     "RequestError",
     "TrainingError",
     "__version__",
+    "draw_skeleton",
+    "find_hands",
+    "load_hands",
+    "repair_hands",
+    "save_hands",
 ]
 
 telemetry.off()  # before a library that asks is imported
 
-_LAZY = {"HanDiffuser": "pipeline", "Picture": "results", "Failure": "results", "Request": "requests"}
+_LAZY = {
+    "HanDiffuser": "runtime.pipeline",
+    "Picture": "runtime.results",
+    "Failure": "runtime.results",
+    "Request": "runtime.requests",
+    "SETTINGS": "settings",
+    "load_hands": "hands",
+    "save_hands": "hands",
+    "draw_skeleton": "skeleton",
+    "find_hands": "repair.pictures",
+    "repair_hands": "repair.pictures",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -63,7 +86,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         from importlib import import_module
 
-        return getattr(import_module(f".runtime.{_LAZY[name]}", __name__), name)
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     if name == "__version__":
         from .installed import version
 

@@ -11,7 +11,7 @@ H W image size. A branch axis of 2 is always (unconditional, conditional); a han
 
 text_encoder       input_ids[B,77]                                          -> text[B,77,D]
 hand_prior         x[B,P] history[B,K,P] noise[B,P] text[B,2,77,D] row[B,R] -> x, history, finite[B]
-hand_features      x[B,P]  -> joints[B,2,21,2] rotations[B,2,16,6] bps[B,2,N] visibility[B,2]
+hand_features      x[B,P] span[B] -> joints[B,2,21,2] rotations[B,2,16,6] bps[B,2,N] visibility[B,2]
                               vertices[B,V,3] joints_3d[B,62,3] camera[B,3]
 text_hand_encoder  input_ids[B,2,77] joints rotations bps visibility        -> context[B,2,L,W]
 unet_context       context[B,2,L,W]                                         -> key_00 value_00 key_01 ...
@@ -25,19 +25,22 @@ image_encoder      image[B,H,W,3] uint8                                     -> l
 VAE's posterior, shifted and scaled: the decoder's inverse. A UNet that was trained for inpainting has two more inputs,
 mask[B,1,h,w] (1 where it paints) and masked_latents[B,C,h,w] (of the picture, grey where it paints).
 
-`joints` are image coordinates in [0, 1] of width and height, y down. `x` is normalised with the manifest's mean and
-standard deviation. `text` holds a vector for each word of the prompt, for the hand prior; from the end token on, the
-vectors are the sentence's. Older bundles have the sentence's vector alone: text[B,D] and text[B,2,D]. `finite` is 1 for
-rows without NaN or infinity, else 0, so that a loop on a device can check its rows. A graph names only the inputs that
-it uses: a configuration without a hand cue lacks that input.
+A bundle has one size of its own, in which it was trained. `hand_features` reads `span`: how many times as wide as that
+the picture is at the same height. `joints` are image coordinates in [0, 1] of the own size's width and height, y down,
+so a wider picture sees more at the sides. In older bundles h, w, H and W are numbers, and `span` is missing.
+
+`x` is normalised with the manifest's mean and standard deviation. `text` holds a vector for each word of a prompt, for
+the hand prior; from the end token on, the vectors are the sentence's. Older bundles have the sentence's vector alone:
+text[B,D] and text[B,2,D]. `finite` is 1 for rows without NaN or infinity, else 0, so that a loop on a device can check
+its rows. A graph names only the inputs that it uses: a configuration without a hand cue lacks that input.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
@@ -48,7 +51,7 @@ from .files import written
 from .schema import MisfitError, Sha256, Word, fit, read_json
 from .settings import Defaults
 
-BUNDLE_FORMAT = 1
+BUNDLE_FORMAT = 2  # 2: pictures of any size
 MANIFEST = "manifest.json"
 _AGAIN = "Export the bundle again with hd-export, or copy it again."
 TOKENIZER = "tokenizer.json"
@@ -85,6 +88,9 @@ def row_columns(num_history: int) -> tuple[str, ...]:
 # The free axis of inputs with an entry for each guidance branch. Its size is 2 (unconditional, conditional), or 1 (the
 # conditional branch alone): half the work, and enough for rows with guidance 1.
 BRANCHES = "G"
+# The free axes of pictures: height and width of latents, then of images in pixels.
+SIDES = ("h", "w", "H", "W")
+MAX_SIDE = 4096  # pixels of a picture's side
 FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever a bundle's precision
 EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16 or float32
 EXTERNAL = 1 << 26  # bytes: larger weights go into a file beside the graph, which can be mapped
@@ -164,6 +170,21 @@ class GraphSpec:
     inputs: Annotated[list[TensorSpec], _MANY]
     outputs: Annotated[list[TensorSpec], _MANY]
     parity: dict[str, Any] = field(default_factory=dict)  # error relative to the largest value, tolerance
+    # Bytes of intermediate tensors that are there at once, for a row of a picture of the bundle's own size; 0: unknown.
+    memory: Annotated[int, Meta(ge=0, le=1 << 50)] = 0
+
+    def at(self, sizes: Mapping[str, int]) -> GraphSpec:
+        """The same graph where these free axes have these sizes."""
+
+        def fixed(tensor: TensorSpec) -> TensorSpec:
+            return replace(tensor, shape=tuple(sizes.get(size, size) for size in tensor.shape))  # type: ignore[arg-type]
+
+        return replace(self, inputs=[fixed(t) for t in self.inputs], outputs=[fixed(t) for t in self.outputs])
+
+    @property
+    def free(self) -> list[str]:
+        """The names of its free axes, sorted."""
+        return sorted({size for tensor in self.inputs for size in tensor.shape if isinstance(size, str)})
 
     @property
     def branched(self) -> frozenset[str]:
@@ -201,6 +222,8 @@ class Manifest:
     # All words of the training prompts: a warning names any other word. Empty for models with CLIP, which know all.
     words: Annotated[list[Word], _MANY] = field(default_factory=list)
     made_by: dict[str, Any] = field(default_factory=dict)  # versions, opset, name of the checkpoint, body's origin
+    # What the sides of pictures must be multiples of, in pixels; 0: pictures have `image_size`, and no other.
+    size_multiple: Annotated[int, Meta(ge=0, le=1024)] = 0
     format: Annotated[int, Meta(ge=1, le=BUNDLE_FORMAT)] = BUNDLE_FORMAT
     sha256: str = ""  # of the manifest itself, all other entries; written by `save`
 
@@ -269,14 +292,30 @@ class Manifest:
         if unhashed:
             raise MisfitError(f"It lacks the hash of {', '.join(unhashed)}.")
         sizes = {"latents": self.latent_size, "image": (*self.image_size, 3)}
+        own = self.sides()
         for name, what in (("image_decoder", "decoder"), (IMAGE_ENCODER, "encoder")):
             graph = self.graphs.get(name)
             for tensor in (*graph.inputs, *graph.outputs) if graph is not None else ():
-                if tensor.name in sizes and tensor.shape[1:] != sizes[tensor.name]:
+                if tensor.name in sizes and tuple(own.get(n, n) for n in tensor.shape[1:]) != sizes[tensor.name]:  # type: ignore[arg-type]
                     raise MisfitError(
                         f"image_size {self.image_size} and latent_size {self.latent_size} must fit the {what}, which "
                         f"has {tensor}."
                     )
+
+    def latents_at(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """The latents' channels, height and width for a picture of this height and width in pixels."""
+        (H, W), (channels, h, w) = self.image_size, self.latent_size
+        return channels, size[0] * h // H, size[1] * w // W
+
+    def sides(self, size: tuple[int, int] | None = None) -> dict[str, int]:
+        """The sizes of the axes in SIDES for a picture of this height and width; None: the bundle's own."""
+        size = size or self.image_size
+        return dict(zip(SIDES, (*self.latents_at(size)[1:], *size), strict=True))
+
+    def fixed(self) -> Manifest:
+        """The same bundle for pictures of its own size alone: no graph has a free side."""
+        sides = self.sides()
+        return replace(self, graphs={name: graph.at(sides) for name, graph in self.graphs.items()})
 
     @property
     def base(self) -> str:

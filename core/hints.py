@@ -47,16 +47,16 @@ OTHERS = {
 }
 # Options that we lack: what to do instead, by command.
 _BUNDLE_FIRST = "The bundle comes first, without an option: hd-run BUNDLE PROMPT."
-_SIZE = (
-    "A bundle makes pictures of one size. Export one of another size: "
-    "hd-export CHECKPOINT OUT --image-size HEIGHTxWIDTH."
-)
+_SIZE = "Each request says its size, as size: WIDTHxHEIGHT in pixels, such as 512x768."
 _LORA = "An adapter is merged when a bundle is exported: hd-export CHECKPOINT OUT --lora FILE:SCALE."
 _PRECISION = "A bundle has one precision. Export another: hd-export CHECKPOINT OUT --precision fp16."
 _REQUEST = "Each request says it, as {}."
 _NO_TRAINING = "hd-train trains, for example: hd-train pictures --help."
 INSTEAD: dict[str, dict[str, str]] = {
-    "image-size": dict.fromkeys(("hd-run", "hd-serve", "hd-bench", "hd-engines", "request"), _SIZE),
+    "image-size": {
+        **dict.fromkeys(("hd-run", "request"), "Say the size of pictures as size: WIDTHxHEIGHT, such as 512x768."),
+        **dict.fromkeys(("hd-serve", "hd-bench", "hd-engines"), _SIZE),
+    },
     "lora": dict.fromkeys(("hd-run", "hd-serve", "hd-bench", "hd-engines", "request"), _LORA),
     "precision": dict.fromkeys(("hd-run", "hd-serve", "hd-bench", "hd-engines", "request"), _PRECISION),
     "devices": {

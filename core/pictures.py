@@ -12,6 +12,7 @@ which do not define white; LAB, which needs a profile; animations, whose frame i
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,10 @@ FOREIGN = (".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif", ".avif", ".jp2", "
 PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 SEVERAL = ("MPO",)  # a phone's JPEG with more pictures behind the first
 MAX_PIXELS = 89_478_485  # Pillow warns of decompression bombs from here on
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_opened` refuses them with a sentence
+# The brands of ISO base media files that cameras write.
+BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC", b"hevc": "HEIC", b"avif": "AVIF"}
+HEIC = "Its picture must be PNG, JPEG or WebP, got {}. Save it as JPEG; an iPhone does so itself under Most Compatible."
 
 
 def decode(content: bytes) -> np.ndarray:
@@ -36,15 +41,16 @@ def decode(content: bytes) -> np.ndarray:
         return np.asarray(_rgb(ImageOps.exif_transpose(image)))
 
 
-def decode_mask(content: bytes) -> np.ndarray:
+def decode_mask(content: bytes, opaque: bool = False) -> np.ndarray:
     """A mask, uint8 [H, W], upright. Where it has transparent pixels, these count as white and the others as black, as
-    in OpenAI's API; else its grey counts. Raises MisfitError as `decode` does."""
+    in OpenAI's API; opaque: the other way round, as in AUTOMATIC1111's. Else its grey counts. Raises MisfitError as
+    `decode` does."""
     with _opened(content) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data:
             alpha = np.asarray(upright.convert("RGBA"))[..., 3]
             if alpha.min() < 255:
-                return 255 - alpha
+                return alpha if opaque else 255 - alpha
         return np.asarray(_rgb(upright).convert("L"))
 
 
@@ -53,6 +59,11 @@ def size_of(content: bytes) -> tuple[int, int]:
     with _opened(content) as image:
         turned = image.getexif().get(0x0112, 1) >= 5  # the camera lay on its side
         return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _brand(content: bytes) -> str | None:
+    """HEIC or AVIF, of a file that is one."""
+    return BRANDS.get(content[8:12]) if content[4:8] == b"ftyp" else None
 
 
 @contextmanager
@@ -73,6 +84,8 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
     except MisfitError:
         raise
     except Exception as error:  # Pillow raises many kinds
+        if isinstance(error, UnidentifiedImageError) and (brand := _brand(content)):
+            raise MisfitError(HEIC.format(brand)) from None
         why = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)[:200].rstrip(".")
         raise MisfitError(f"Its picture cannot be decoded: {why}.") from None
 
@@ -96,7 +109,8 @@ def kind_of(content: bytes) -> str:
         return "jpg"
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return "webp"
-    raise MisfitError("Its picture must be PNG, JPEG or WebP. Convert it first.")
+    brand = _brand(content)
+    raise MisfitError(HEIC.format(brand) if brand else "Its picture must be PNG, JPEG or WebP. Convert it first.")
 
 
 def encode_png(image: np.ndarray, level: int = 6) -> bytes:

@@ -44,6 +44,8 @@ class Setting:
     least: float = 0
     most: float = 0
     choices: tuple[str, ...] = ()
+    pattern: str = ""  # of a text, with `must`, what it says in words
+    must: str = ""
     unit: str = ""
     alias: str = ""
     bundle: bool = False
@@ -55,6 +57,8 @@ class Setting:
         """What a value must be: "a number from 0 to 100"."""
         if self.kind is tuple:
             return "two numbers that rise, from 0 to 1, such as [0, 0.5]"
+        if self.pattern:
+            return self.must
         if self.kind is str:
             return f"one of {', '.join(self.choices)}" if self.choices else f"text of at most {MAX_TEXT:,} characters"
         return f"a {'whole ' * (self.kind is int)}number from {int(self.least)} to {int(self.most)}"
@@ -70,6 +74,8 @@ class Setting:
             return Annotated[float, Meta(ge=self.least, le=self.most, description=self.constraint)]
         if self.choices:
             return Annotated[str, one_of(*self.choices)]
+        if self.pattern:
+            return Annotated[str, Meta(pattern=self.pattern, description=self.constraint)]
         return Annotated[str, Meta(max_length=MAX_TEXT, description=self.constraint)]
 
     @property
@@ -97,6 +103,13 @@ SETTINGS: dict[str, Setting] = {
         0,
         MAX_SEED,
         origin="0, and the next one for a repeated prompt",
+    ),
+    "size": Setting(
+        str,
+        "Width and height of the picture in pixels.",
+        pattern=r"^[1-9]\d{1,4}x[1-9]\d{1,4}\Z",
+        must="WIDTHxHEIGHT in pixels, such as 512x768",
+        origin="the bundle's",
     ),
     "steps": _steps("Steps of the picture.", "num_inference_steps"),
     "solver": Setting(str, "Solver of the picture.", choices=SOLVERS, bundle=True),
@@ -152,6 +165,7 @@ class Settings(TypedDict, total=False):
 
     id: str | None
     seed: int | None
+    size: str | None
     steps: int | None
     solver: str | None
     guidance: float | None
@@ -189,6 +203,7 @@ class RequestFields:
     image: Any = field(default=None, repr=False)  # the name of a file (str), or the content of one (bytes)
     mask: Any = field(default=None, repr=False)  # the same
     strength: float | None = None
+    size: str | None = None
 
 
 _TEXT = Setting(str, "").annotation

@@ -10,17 +10,19 @@ those of a bundle. Estimates of HaMeR and WiLoR need no detector: `from_estimate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..contract import HAND_JOINTS
 from ..errors import DetectionError
 from ..fingers import SIDES
 from ..hands import POSES
-from ..kinematics import forward, radius
+from ..kinematics import forward, radius, world
 from ..rotations import axis_angle_to_matrix
 from .arms import Arrays, HandEstimate, Size, person_of
 from .detect import Detector, Found, MediaPipe
@@ -28,6 +30,7 @@ from .fit import Fitted, fit
 from .mano import hand_means, in_picture, mano_estimates
 from .poses import Poses
 
+LANCZOS = Image.Resampling.LANCZOS
 MIN_HAND_PIXELS = 40  # pixels of a painted picture: smaller hands are brought nearer
 NEAR = 1.6  # a window that brings hands nearer, times their box
 
@@ -100,6 +103,17 @@ def from_estimates(path: str | Path, size: Size, rest: np.ndarray, hand_mean: st
     return [Seen(in_picture(one, size)) for one in estimates]
 
 
+def seen_again(hands: Mapping[str, np.ndarray], side: int, size: Size, gesture: str = "") -> Seen:
+    """The left (0) or right (1) hand of arrays with joints_2d, in pixels of a picture (height, width)."""
+    vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES]).astype(np.float64)
+    turn = world(axis_angle_to_matrix(vectors))[20 + side]
+    points = np.asarray(hands["joints_2d"], np.float64)[side] * (size[1], size[0])
+    fingers = vectors[22 + 15 * side : 37 + 15 * side]
+    if gesture:
+        return Seen(Fitted(side, turn, fingers, points, 0.0, np.zeros(16), {gesture: 1.0}))
+    return Seen(HandEstimate(side, turn, fingers, points))
+
+
 def of_one_person(seen: Sequence[Seen], size: Size, rest: np.ndarray) -> tuple[list[Seen], list[str]]:
     """The surest hand, and the surest of the other side where one person can show both; and what was left out, in
     sentences. size: (height, width) of the picture."""
@@ -159,6 +173,49 @@ class Window:
     def inside(self, seen: Seen) -> Seen:
         """The same hand in the window's own pixels."""
         return replace(seen, hand=replace(seen.hand, joints_2d=seen.hand.joints_2d - (self.x, self.y)))
+
+    def cut(self, picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """The window's pixels of a picture uint8 [H, W] or [H, W, 3], scaled to `size` (height, width). The edge's
+        colour stands for what lies beyond the picture; that takes no memory, however far the window reaches."""
+        left, top, right, bottom = self.bounds
+        rows, y0, y1 = _seen(top, bottom, size[0], picture.shape[0])
+        columns, x0, x1 = _seen(left, right, size[1], picture.shape[1])
+        shown = (rows.stop - rows.start, columns.stop - columns.start)
+        if (y1 - y0, x1 - x0) == picture.shape[:2] == shown:
+            part = picture
+        else:
+            part = np.asarray(Image.fromarray(picture).resize(shown[::-1], LANCZOS, box=(x0, y0, x1, y1)))
+        beyond = [(rows.start, size[0] - rows.stop), (columns.start, size[1] - columns.stop), (0, 0)]
+        return np.pad(part, beyond[: picture.ndim], mode="edge")
+
+    def within(self, size: tuple[int, int]) -> tuple[slice, slice]:
+        """The rows and columns of a picture (height, width) that the window shows."""
+        left, top, right, bottom = self.bounds
+        return slice(max(top, 0), min(bottom, size[0])), slice(max(left, 0), min(right, size[1]))
+
+    def laid(self, painted: np.ndarray, size: tuple[int, int], how: Image.Resampling = LANCZOS) -> np.ndarray:
+        """What `cut` gave, painted, at the pixels of `within`: uint8 or float32 [h, w] or uint8 [h, w, 3]."""
+        left, top, right, bottom = self.bounds
+        rows, columns = self.within(size)
+        y, x = painted.shape[0] / (bottom - top), painted.shape[1] / (right - left)
+        box = ((columns.start - left) * x, (rows.start - top) * y, (columns.stop - left) * x, (rows.stop - top) * y)
+        shape = (columns.stop - columns.start, rows.stop - rows.start)
+        return np.asarray(Image.fromarray(painted).resize(shape, how, box=box))
+
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in whole pixels; they may lie beyond the picture."""
+        return round(self.x), round(self.y), round(self.x + self.width), round(self.y + self.height)
+
+
+def _seen(low: int, high: int, count: int, most: int) -> tuple[slice, float, float]:
+    """Along one axis: of `count` pixels that show low to high, those whose middle lies in a picture of `most` pixels,
+    at least one; and the part of the picture that they show."""
+    step = (high - low) / count
+    first = min(max(math.ceil(-low / step - 0.5), 0), count - 1)
+    last = min(max(math.ceil((most - low) / step - 0.5), first + 1), count)
+    start = min(max(low + first * step, 0.0), most - 1.0)
+    return slice(first, last), start, max(min(low + last * step, float(most)), start + 1)
 
 
 def window_of(seen: Sequence[Seen], size: Size, target: Size) -> Window:

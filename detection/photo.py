@@ -19,7 +19,7 @@ from ..schema import MisfitError, read_file
 from .arms import Arrays, Size
 from .detect import Detector, Found, MediaPipe
 from .draw import draw
-from .hands import Seen, arrays_of, fitted, of_one_person, window_of
+from .hands import Seen, Window, arrays_of, fitted, of_one_person, window_of
 from .poses import Poses
 
 MAX_PHOTO = 1 << 28  # bytes
@@ -68,14 +68,15 @@ class Photo:
     def size(self) -> Size:
         return self.image.shape[0], self.image.shape[1]
 
-    def hands_for(self, rest: np.ndarray, target: Size, poses: Poses | None = None) -> Told:
-        """What a bundle can show of them. rest: [62, 3] of its body; target: height and width of its pictures."""
+    def hands_for(self, rest: np.ndarray, target: Size, poses: Poses | None = None, whole: bool = False) -> Told:
+        """What a bundle can show of them. rest: [62, 3] of its body; target: height and width of its pictures. whole:
+        the hands have their places in the whole photograph, not in the part that a new picture shows."""
         seen = [fitted(one, self.size, rest, self.detector, poses) for one in self.found]
         seen.sort(key=lambda one: -(one.sureness or 0.0))
         pair, said = of_one_person(seen, self.size, rest)
-        window = window_of(pair, self.size, target)
+        window = Window(0, 0, self.size[1], self.size[0]) if whole else window_of(pair, self.size, target)
         framed = [window.inside(one) for one in pair]
-        if window.height < 0.999 * min(self.size[0], self.size[1] * target[0] / target[1]):
+        if not whole and window.height < 0.999 * min(self.size[0], self.size[1] * target[0] / target[1]):
             said.append(f"The hands are small in {self.path}, so the picture shows them nearer.")
         said = [f"{self.path} shows {' and '.join(str(one) for one in pair)}.", *said]
         return Told(arrays_of(framed, window.size, rest), caption(pair), said, draw(self.image, seen))

@@ -49,14 +49,14 @@ def wanted_plans(manifest: Manifest, wanted: Wanted) -> list[tuple[str, Sizes]]:
         batches = [{"B": sizes}]
     out: list[tuple[str, Sizes]] = []
     for name, spec in manifest.graphs.items():
-        free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
-        if free == {"S"}:
+        sides = {axis: size for axis, size in manifest.sides().items() if axis in spec.free}
+        if spec.free == ["S"]:
             out.append((name, {"S": SCHEDULE_LENGTHS}))
-        elif BRANCHES in free:
+        elif BRANCHES in spec.free:
             branches = (2, 1) if name == "hand_prior" or (wanted.guidance_free and spec.dominant) else (2,)
-            out += [(name, {**batch, BRANCHES: count}) for count in branches for batch in batches]
+            out += [(name, {**batch, BRANCHES: count, **sides}) for count in branches for batch in batches]
         else:
-            out += [(name, batch) for batch in batches]
+            out += [(name, {**batch, **sides}) for batch in batches]
     return out
 
 

@@ -316,12 +316,11 @@ def costs(folder: Path, manifest: Any, gpu: Gpu, graph: str | None = None, batch
         if graph not in (None, name):
             continue
         sizes = usual(spec, manifest, batch)
-        free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
-        sizes = {axis: sizes.get(axis, batch) for axis in sorted(free)}
+        sizes = {axis: sizes.get(axis, batch) for axis in spec.free}
         path = folder / spec.file
         plain = Graph(load(path), sizes, str(path))
         forms = [(runner.label, plain, runner) for runner in RUNNERS.values()]
-        model = derive(path) if has_derived(manifest, name) else None
+        model = derive(path, manifest.sides()) if has_derived(manifest, name) else None
         if model is not None:
             forms.insert(1, ("ONNX Runtime, derived", Graph(model, sizes, str(path)), RUNNERS["onnxruntime"]))
         half = manifest.precision != "fp32" and name not in FLOAT32_GRAPHS

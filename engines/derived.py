@@ -1,7 +1,7 @@
 """The graph that ONNX Runtime's CUDA provider is given in place of a bundle's: same numbers, its layout and operators.
 
     content = derived_graph(folder, manifest, "unet")   # bytes of an ONNX model, or None: take the bundle's
-    model = derive(Path("bundle/unet.onnx"))
+    model = derive(Path("bundle/unet.onnx"), manifest.sides())
 
 The bundle stays the one portable form, in ONNX's own operators. What is derived from it is small, because its weights
 stay where they are: it turns and pads them by operators on constants, which ONNX Runtime computes when it loads the
@@ -13,18 +13,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..contract import Manifest
 from ..errors import EngineError
-from .onnxruntime import EVERY
+from .onnxruntime import every
 from .plans import Shelf
 
 PRECISIONS = ("fp32", "fp16")  # of bundles; the contributed kernels know no other types
 PICTURES = ("unet", "image_encoder", "image_decoder")  # graphs with convolutions
-REWRITES = ("editing", "nhwc", "fusions")  # modules, which are imported where they are needed: they need `onnx_ir`
+REWRITES = (
+    "editing",
+    "fixing",
+    "nhwc",
+    "fusions",
+)  # modules, which are imported where they are needed: they need `onnx_ir`
 BACKEND = "onnxruntime-cuda"  # as plans name it
 
 
@@ -57,12 +63,12 @@ def derived_graph(folder: Path, manifest: Manifest, graph: str) -> bytes | None:
     if not has_derived(manifest, graph):
         return None
     spec, shelf = manifest.graphs[graph], shelf_of(folder, manifest)
-    free = (size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str))
-    sizes = {axis: EVERY[axis] for axis in dict.fromkeys(free)}
+    sides = manifest.sides()
+    sizes = every(spec, sides)
     if (kept := shelf.find(graph, sizes)) is not None:
         return kept.read_bytes()
     started = time.monotonic()
-    model = derive(folder / spec.file)
+    model = derive(folder / spec.file, sides)
     if model is None:
         return None
     content: bytes = model.SerializeToString()
@@ -70,14 +76,21 @@ def derived_graph(folder: Path, manifest: Manifest, graph: str) -> bytes | None:
     return content
 
 
-def derive(path: Path) -> Any:
-    """The `onnx.ModelProto` of a derived graph; None for a graph without convolutions. Weights in a file of their own
-    stay there, so ONNX Runtime must be told the folder. Raises EngineError without the `onnx_ir` package."""
+def derive(path: Path, sides: Mapping[str, int] | None = None) -> Any:
+    """The `onnx.ModelProto` of a derived graph for pictures of these sides; None for a graph without convolutions.
+
+    Weights in a file of their own stay there, so ONNX Runtime must be told the folder. Raises EngineError without the
+    `onnx_ir` package.
+    """
     try:
         import onnx_ir as ir
     except ImportError as error:
         raise EngineError('A derived graph needs onnx-ir. Install it: pip install "handiffuser[cuda]".') from error
-    return rewrite(ir.load(path))
+    from .fixing import fix_sizes
+
+    model = ir.load(path)
+    fix_sizes(model, sides or {})
+    return rewrite(model)
 
 
 def rewrite(model: Any) -> Any:

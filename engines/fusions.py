@@ -200,7 +200,7 @@ def cross_attention(edit: Editor, node: ir.Node) -> bool:
     rows, wide = list(tokens.shape), heads * width
     made = edit.add(node, "MatMul", [tokens, _widened(edit, node, weight, heads, width, factor)], [*rows[:2], wide])
     if codes is not None:
-        made = edit.add(node, "Add", [made, _behind(edit, node, codes, depth)], [*rows[:2], wide])
+        made = edit.add(node, "Add", [made, _behind(edit, node, codes, heads, depth)], [*rows[:2], wide])
     if expand is not None:
         made = _for_branches(edit, node, made, expand)
     attributes = {"num_heads": heads, "scale": node.attributes["scale"].as_float()}
@@ -213,13 +213,13 @@ def cross_attention(edit: Editor, node: ir.Node) -> bool:
 
 
 def _query(edit: Editor, query: ir.Value | None) -> tuple[ir.Node, float, ir.Value | None, ir.Node | None] | None:
-    """The linear layer behind a query, the factor of its output, the codes [heads, N, c] that follow each head's query,
-    and the node that repeats the query for both branches of guidance."""
+    """The linear layer behind a query, the factor of its output, the codes [heads, N, c] or [N, c] that follow each
+    head's query, and the node that repeats the query for both branches of guidance."""
     joined, codes = made_by(query, "Concat"), None
     if joined is not None:
         repeated = made_by(joined.inputs[1], "Expand")
         codes = repeated.inputs[0] if repeated is not None and len(joined.inputs) == 2 else None
-        if codes not in edit.settled or len(sizes(codes) or ()) != 3:
+        if codes not in edit.settled or len(sizes(codes) or ()) not in (2, 3):
             return None
         query = joined.inputs[0]
     expand = None
@@ -289,11 +289,13 @@ def _heightened(edit: Editor, before: ir.Node, weight: ir.Value | None, heads: i
     return _like(edit, before, value, weight)
 
 
-def _behind(edit: Editor, before: ir.Node, codes: ir.Value, depth: int) -> ir.Value:
-    """Codes [heads, N, c] -> [N, heads * (depth + c)], with zeros in the place of the queries."""
-    heads, count, width = fixed(codes)
+def _behind(edit: Editor, before: ir.Node, codes: ir.Value, heads: int, depth: int) -> ir.Value:
+    """Codes [heads, N, c], or [N, c] of all heads -> [N, heads * (depth + c)], with zeros in the place of queries."""
+    *own, count, width = fixed(codes)
     cast = made_by(codes, "Cast")
     value = _real(edit, before, codes if cast is None else cast.inputs[0])  # type: ignore[arg-type]
+    if not own:
+        value = edit.add(before, "Expand", [value, edit.ints(heads, count, width)], [heads, count, width])
     perm = {"perm": [1, 0, 2]}
     value = edit.add(before, "Transpose", [value], [count, heads, width], attributes=perm)
     value = edit.add(before, "Pad", [value, edit.ints(0, 0, depth, 0, 0, 0)], [count, heads, depth + width])

@@ -99,7 +99,7 @@ def _opener(folder: Path, manifest: Manifest, device: str, threads: int | None) 
         warnings.warn(problem, RuntimeWarning, stacklevel=3)
     if device_for(folder, device) == "cpu":
         shelf = shelf_of(folder, manifest) if device == "cpu" else None
-        return lambda path, spec: OnnxRuntimeEngine(path, spec, threads, shelf)
+        return lambda path, spec: OnnxRuntimeEngine(path, spec, threads, shelf, manifest.sides())
     from .onnxruntime_cuda import open_cuda
 
     return lambda path, spec: open_cuda(folder, manifest, path.stem, threads=threads)

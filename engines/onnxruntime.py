@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..commands import imported
-from ..contract import BRANCHES, MAX_ROWS, GraphSpec, Manifest
+from ..contract import BRANCHES, MAX_ROWS, MAX_SIDE, GraphSpec, Manifest, TensorSpec
 from ..cpu import target, usable_cores
 from ..errors import BundleError, EngineError
 from ..installed import version
@@ -46,6 +46,8 @@ _DTYPES = {
 }
 # An optimised graph takes every size, written as (least, best, most).
 EVERY = {"B": (1, 1, MAX_ROWS), BRANCHES: (1, 2, 2), "S": (1, 20, 1000)}
+SIDE = (1, 64, MAX_SIDE)  # of an axis of a picture
+SMALL_BYTES = 1 << 28  # of a graph: a second copy of its weights costs little, and sizes are a part of its time
 
 
 def host_engines(*_: Any) -> dict[str, Engine]:
@@ -84,19 +86,41 @@ class OnnxRuntimeEngine:
     """One graph in ONNX Runtime on the CPU. See `Engine` for calling it."""
 
     device, batches = "cpu", None
+    _fixed: list[TensorSpec] | None = None
 
     def __init__(
-        self, path: str | Path, spec: GraphSpec, threads: int | None = None, shelf: Shelf | None = None
+        self,
+        path: str | Path,
+        spec: GraphSpec,
+        threads: int | None = None,
+        shelf: Shelf | None = None,
+        own: Mapping[str, int] | None = None,
     ) -> None:
         """Loads the graph and compares its tensors with `spec`.
 
         shelf: keeps the graph as ONNX Runtime optimised it for this processor, which the next start finds there.
+        own: sizes of axes that most calls have, see `Manifest.sides`. A small graph then has a session for these, which
+        saves the arithmetic of sizes, and another for all others, which is loaded at its first use.
         Raises BundleError when the file is broken or its tensors differ from `spec`.
         """
+        fixed = {axis: size for axis, size in (own or {}).items() if axis in spec.free} if _is_small(Path(path)) else {}
+        self._load = functools.partial(self._session, path, spec, threads, shelf)
+        # The inputs whose sides are fixed in the session. Their last three axes hold no free axis but the sides.
+        sided = [tensor.name for tensor in spec.inputs if set(tensor.shape) & fixed.keys()]
+        self._fixed = [tensor for tensor in spec.at(fixed).inputs if tensor.name in sided] if fixed else None
+        self._others: Any = None
+        self.session = self._load(fixed)
+        self._settle(path, spec, own if fixed else None)
+
+    @staticmethod
+    def _session(
+        path: str | Path, spec: GraphSpec, threads: int | None, shelf: Shelf | None, fixed: Mapping[str, int]
+    ) -> Any:
         options = session_options(threads)
+        for axis, size in fixed.items():
+            options.add_free_dimension_override_by_name(axis, size)
         with loading(path, spec):
-            self.session = cpu_session(path, options) if shelf is None else _kept_session(path, spec, options, shelf)
-        self._settle(path, spec)
+            return cpu_session(path, options) if shelf is None else _kept_session(path, spec, options, shelf, fixed)
 
     def _settle(self, path: str | Path, spec: GraphSpec, sizes: Mapping[str, int] | None = None) -> None:
         """Compares the session's tensors with `spec`. sizes: of axes that are fixed."""
@@ -111,10 +135,18 @@ class OnnxRuntimeEngine:
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         check_feeds(self.spec, feeds)
         try:
-            values = self.session.run(self.file_names, feeds)
+            values = self._session_for(feeds).run(self.file_names, feeds)
         except Exception as error:
             raise self.failure(error) from error
         return dict(zip(self.names, values, strict=True))
+
+    def _session_for(self, feeds: Mapping[str, Any]) -> Any:
+        """The session that takes tensors of these sizes."""
+        if self._fixed is None or all(tuple(feeds[t.name].shape[-3:]) == t.shape[-3:] for t in self._fixed):
+            return self.session
+        if self._others is None:
+            self._others = self._load({})
+        return self._others
 
     def failure(self, error: Exception) -> EngineError:
         """What ONNX Runtime's exception means for the user."""
@@ -154,11 +186,21 @@ def cpu_session(path: str | Path, options: Any) -> Any:
     return import_onnxruntime().InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _kept_session(path: str | Path, spec: GraphSpec, options: Any, shelf: Shelf) -> Any:
+def _is_small(path: Path) -> bool:
+    files = (path, path.with_name(path.name + ".data"))
+    return sum(file.stat().st_size for file in files if file.exists()) <= SMALL_BYTES
+
+
+def every(spec: GraphSpec, fixed: Mapping[str, int]) -> dict[str, int | tuple[int, int, int]]:
+    """The sizes that an optimised graph takes: some fixed, and every one of the others."""
+    free = dict.fromkeys(size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str))
+    return {axis: fixed.get(axis) or EVERY.get(axis, SIDE) for axis in free}
+
+
+def _kept_session(path: str | Path, spec: GraphSpec, options: Any, shelf: Shelf, fixed: Mapping[str, int]) -> Any:
     """A session from the optimised graph on the shelf, or one that puts it there."""
     path, ort = Path(path), import_onnxruntime()
-    free = [size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)]
-    name, sizes = path.stem, {axis: EVERY[axis] for axis in dict.fromkeys(free)}
+    name, sizes = path.stem, every(spec, fixed)
     if (kept := shelf.find(name, sizes)) is not None:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised already
         return cpu_session(kept, options)

@@ -47,13 +47,14 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         capture: Mapping[str, int] | None = None,
         half: bool = False,
         derived: bytes | None = None,
+        sides: Mapping[str, int] | None = None,
     ) -> None:
         """Loads the graph and compares its tensors with `spec`.
 
         stream: the CUDA stream it runs on, if not its own. capture: sizes of the free axes, such as {"B": 4}; the
         session then takes these alone, and ONNX Runtime replays it as a CUDA graph, see `OnnxRuntimeDeviceEngine`.
         half: its convolutions are in half precision, see `in_half`. derived: what it is given in place of the file,
-        see `derived.py`.
+        see `derived.py`. sides: of the pictures, see `Manifest.sides`.
 
         Raises BundleError when the file is broken, when its tensors differ from `spec`, or when a node of a graph to
         capture does not run on the GPU. Raises EngineError without a GPU, and where ONNX Runtime would run nodes of the
@@ -76,6 +77,8 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             choices["enable_cuda_graph"] = "1"
         options = session_options(threads)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        for axis, size in (sides or {}).items():
+            options.add_free_dimension_override_by_name(axis, size)
         for axis, size in (capture or {}).items():  # a captured graph is for one shape, which the session must know
             options.add_free_dimension_override_by_name(axis, size)
         providers = [("CUDAExecutionProvider", choices), "CPUExecutionProvider"]
@@ -197,8 +200,8 @@ def open_cuda(folder: Path, manifest: Manifest, graph: str, **options: Any) -> O
 
     options: of `OnnxRuntimeCudaEngine`. A derived graph runs once on zeros, because kernels refuse shapes only then.
     """
-    spec = manifest.graphs[graph]
-    path, options = folder / spec.file, {"half": in_half(manifest, graph), **options}
+    spec = manifest.fixed().graphs[graph]
+    path, options = folder / spec.file, {"half": in_half(manifest, graph), "sides": manifest.sides(), **options}
     try:
         derived = derived_graph(folder, manifest, graph)
         if derived is not None:

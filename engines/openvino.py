@@ -247,7 +247,7 @@ def wanted_sizes(
 ) -> list[dict[str, int]]:
     """The sizes to compile a graph for: the usual ones, and perhaps the conditional branch alone, too."""
     if not spec.branched:
-        return [{"B": 1}]  # the decoder takes pictures one by one
+        return [usual(spec, manifest)]  # the decoder takes pictures one by one
     sizes = [usual(spec, manifest, batch) for batch in batches]
     return sizes + [size | {BRANCHES: 1} for size in sizes if guidance_free and size[BRANCHES] != 1]
 

@@ -61,7 +61,7 @@ BEFORE = {"tf32": "on"}
 Sizes = Mapping[str, "int | tuple[int, int, int] | list[int]"]
 
 
-_SIZE = r"[A-Z]=\d{1,5}(-\d{1,5}-\d{1,5}|(\+\d{1,5}){1,99})?"
+_SIZE = r"[A-Za-z]=\d{1,5}(-\d{1,5}-\d{1,5}|(\+\d{1,5}){1,99})?"
 Bytes = Annotated[int, Meta(ge=0, le=1 << 50, description="a number of bytes")]
 Counts = Annotated[dict[Word, Bytes], Meta(max_length=1000, description="numbers by name")]
 Text = Annotated[str, Meta(max_length=10_000)]
@@ -187,7 +187,8 @@ def parts(
 def usual(spec: GraphSpec, manifest: Manifest, batch: int = 1) -> dict[str, int]:
     """A graph's sizes with the bundle's default guidance: both branches, or the conditional one alone."""
     branches = 1 if manifest.defaults["guidance"] == 1 else 2
-    return {"B": batch, BRANCHES: branches} if spec.branched else {"B": batch}
+    sides = {axis: size for axis, size in manifest.sides().items() if axis in spec.free}
+    return {"B": batch, **({BRANCHES: branches} if spec.branched else {}), **sides}
 
 
 def graph_digest(manifest: Manifest, graph: str) -> str:

@@ -95,11 +95,15 @@ def _doubled(node: ir.Node) -> ir.Value | None:
     if _numbers(unsqueeze.inputs[1]) != [1] or _numbers(one) != [1] or _numbers(branches) is not None:
         return None
     shape = _numbers(node.inputs[1])
-    return unsqueeze.inputs[0] if shape is not None and shape[0] == -1 and min(shape[1:], default=1) > 0 else None
+    if shape is None:  # free sizes are computed
+        return unsqueeze.inputs[0] if _first(node.inputs[1]) == -1 else None
+    return unsqueeze.inputs[0] if shape[0] == -1 and min(shape[1:], default=1) > 0 else None
 
 
 def _row_by_row(node: ir.Node, shared: Container[ir.Value]) -> bool:
     """Whether a node computes each row from that row of shared values, and from constants."""
+    if node.op_type == "Reshape" and node.inputs[0] in shared and _first(node.inputs[1]) == 0:
+        return not node.attributes.get_int("allowzero", 0)  # it copies the number of rows
     if not all(value is None or value in shared or _constant(value) for value in node.inputs):
         return False
     if node.op_type in ROW_BY_ROW:
@@ -146,6 +150,15 @@ def _numbers(value: ir.Value | None) -> list[int] | None:
     return [int(number) for number in value.const_value.numpy().reshape(-1)]
 
 
+def _first(value: ir.Value | None) -> int | None:
+    """The first number of a computed target of Reshape, if that is known."""
+    maker = value.producer() if value is not None else None
+    if maker is None or maker.op_type != "Concat":
+        return None
+    numbers = _numbers(maker.inputs[0])
+    return None if numbers is None else numbers[0]
+
+
 def _double(graph: ir.Graph, pattern: ir.Node, old: ir.Value, new: ir.Value, uses: list[Any]) -> None:
     """Doubles the rows of `new` right behind it, for these uses of `old`."""
     expand = pattern.inputs[0].producer()  # type: ignore[union-attr]
@@ -168,9 +181,15 @@ def _double(graph: ir.Graph, pattern: ir.Node, old: ir.Value, new: ir.Value, use
         ir.node("Concat", [one, branches, *[one] * len(rest)], {"axis": 0}, name=f"{stem}_sizes"),
     ]
     nodes.append(ir.node("Expand", [nodes[0].outputs[0], nodes[1].outputs[0]], name=f"{stem}_branches"))
-    nodes.append(
-        ir.node("Reshape", [nodes[2].outputs[0], constant("shape", [-1, *rest])], {"allowzero": 1}, name=f"{stem}_rows")
-    )
+    if all(isinstance(size, int) for size in rest):
+        target = constant("shape", [-1, *rest])
+    else:
+        nodes.append(ir.node("Shape", [new], {"start": 1}, name=f"{stem}_rest"))
+        nodes.append(
+            ir.node("Concat", [constant("all", [-1]), nodes[-1].outputs[0]], {"axis": 0}, name=f"{stem}_shape")
+        )
+        target = nodes[-1].outputs[0]
+    nodes.append(ir.node("Reshape", [nodes[2].outputs[0], target], {"allowzero": 1}, name=f"{stem}_rows"))
     for node in nodes:
         node.outputs[0].name = f"{node.name}_out"
     doubled = nodes[-1].outputs[0]

@@ -33,6 +33,7 @@ from ..contract import (
     EXTERNAL,
     MANIFEST,
     NUM_HISTORY,
+    SIDES,
     TOKENIZER,
     GraphSpec,
     Manifest,
@@ -51,6 +52,7 @@ from .check import version as onnxruntime_version
 from .graphs import PRECISIONS, Graph, graphs
 from .kept import Shelf, keys
 from .norms import write_out_norms
+from .sizes import at_example, memory_of, name_sides, settle, side_symbols
 from .upsampling import fold_upsampling
 from .workspace import install, workspace
 
@@ -219,6 +221,7 @@ def manifest_of(
         params_std=checkpoint.hand_prior.std.tolist(),
         words=checkpoint.words,
         made_by=made_by,
+        size_multiple=checkpoint.size_multiple,
     )
 
 
@@ -249,7 +252,11 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
         verbose=False,
     )
     assert program is not None
-    write_out_norms(program.model)
+    symbols = side_symbols(program, graph)
+    known = at_example(graph, symbols)
+    if graph.sized:
+        settle(program.model)
+    write_out_norms(program.model, known)
     fold_upsampling(program.model)
     # Position codes of the levels' grids are the same in each of their layers.
     DeduplicateInitializersPass(size_limit=MAX_COMPARED_ELEMENTS)(program.model)
@@ -263,16 +270,22 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     )
     if spec.dominant:  # the hand prior takes the text at once, and shares little between branches
         share_branches(program.model)
+    if graph.sized:
+        spec.memory = memory_of(program.model, known)
+    name_sides(program.model, graph, symbols)
     save_model(program.model, folder / spec.file)
     return spec
 
 
 def output_spec(graph: Graph, name: str, value: ir.Value) -> TensorSpec:
     assert value.shape is not None and value.dtype is not None
-    fixed: list[int | str] = [size for size in value.shape[1:] if isinstance(size, int)]
-    sizes = [BRANCHES, *fixed] if name in graph.branched else fixed
-    assert len(sizes) == len(value.shape) - 1, f"{graph.name}: {name} has a free axis besides its own: {value.shape}"
-    return TensorSpec(name, value.dtype.numpy().name, (graph.free, *sizes))
+    sizes: list[int | str] = [graph.free, *(size if isinstance(size, int) else "?" for size in value.shape[1:])]
+    if name in graph.branched:
+        sizes[1] = BRANCHES
+    for axis, side in graph.sides(name).items():
+        sizes[axis] = side
+    assert "?" not in sizes, f"{graph.name}: {name} has a free axis besides its own: {value.shape}"
+    return TensorSpec(name, value.dtype.numpy().name, tuple(sizes))
 
 
 def run_module(module: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -355,7 +368,7 @@ def parity(
     for smallest in (False, True):
         inputs = graph.inputs
         if smallest:
-            inputs = {n: (v[:, -1:] if n in graph.branched else v)[:1].contiguous() for n, v in inputs.items()}
+            inputs = {n: smaller(graph, n, v) for n, v in inputs.items()}
         floats = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
         with torch.no_grad():
             exact.append([value.numpy() for value in run_module(reference, list(floats.values()))])
@@ -397,6 +410,16 @@ def parity(
             if error > worst:
                 worst, where = error, name
     return worst, where
+
+
+def smaller(graph: Graph, name: str, value: Tensor) -> Tensor:
+    """An example input with another size of each free axis: one row, one branch, and a part of the picture."""
+    value = (value[:, -1:] if name in graph.branched else value)[:1]
+    for axis, side in graph.sides(name).items():
+        whole = value.shape[axis] // graph.multiple
+        part = whole // 2 if side in SIDES[::2] else whole * 3 // 4  # another shape, too
+        value = value.narrow(axis, 0, max(part, 1) * graph.multiple)
+    return value.contiguous()
 
 
 def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:

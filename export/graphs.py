@@ -22,11 +22,22 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ..contract import BRANCHES, IMAGE_ENCODER, MAX_ROWS, NUM_HISTORY, NUM_PARAMS, ROW_HEAD, TensorSpec
+from ..contract import (
+    BRANCHES,
+    IMAGE_ENCODER,
+    MAX_ROWS,
+    MAX_SIDE,
+    NUM_HISTORY,
+    NUM_PARAMS,
+    ROW_HEAD,
+    SIDES,
+    TensorSpec,
+)
 from ..models.checkpoint import Checkpoint
+from ..models.configs import latent_factor
 from ..models.hand_features import HandFeatures
 from ..models.hand_prior import HandPrior
-from ..models.position_kernel import CrossAttention, attach, cross_attentions
+from ..models.position_kernel import CrossAttention, Grid, attach, cross_attentions
 from ..models.smplh import SMPLH
 from ..models.text_hand_encoder import CUES, TextHandEncoder, encode_text, word_states
 
@@ -110,8 +121,8 @@ class HandFeaturesGraph(nn.Module):
         super().__init__()
         self.features = features
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        features = self.features(x)
+    def forward(self, x: Tensor, span: Tensor) -> tuple[Tensor, ...]:
+        features = self.features(x, span)
         return tuple(features[name] for name in self.outputs)
 
 
@@ -193,11 +204,13 @@ class TimeSlice(nn.Module):
 class UNetStep(nn.Module):
     """One sampling step over latents. It changes the UNet: slices replace its time projections.
 
-    inpaints: the UNet reads a mask and masked latents behind the latents, which come before keys and values.
+    inpaints: the UNet reads a mask and masked latents behind the latents, which come before keys and values. grid: of
+    its positional kernel, which takes the size of the latents.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, inpaints: bool = False) -> None:
+    def __init__(self, unet: UNet2DConditionModel, inpaints: bool = False, grid: Grid | None = None) -> None:
         super().__init__()
+        self.grid = grid
         self.pictures = 2 if inpaints else 0
         self.unet, self.row, start = unet, TimeRow(), 0
         for block in timed_blocks(unet):
@@ -208,6 +221,8 @@ class UNetStep(nn.Module):
     def forward(
         self, latents: Tensor, history: Tensor, noise: Tensor, time: Tensor, row: Tensor, *given: Tensor
     ) -> tuple[Tensor, ...]:
+        if self.grid is not None:
+            self.grid.resize(*latents.shape[2:])
         pictures, keys_values = given[: self.pictures], given[self.pictures :]
         branches = keys_values[0].shape[1]
         shown = torch.cat([scaled(latents, row), *pictures], 1) if pictures else scaled(latents, row)
@@ -259,12 +274,26 @@ class Graph:
     outputs: tuple[str, ...]
     free: str = "B"  # the first axis of every input and output
     branched: tuple[str, ...] = ()  # tensors whose second axis is free, too: the branches of guidance
+    # Tensors whose height and width are free, too, and what each side is a multiple of. See SIDES in the contract.
+    sized: tuple[str, ...] = ()
+    multiple: int = 1
+
+    def sides(self, name: str) -> dict[int, str]:
+        """The axes of a tensor that are the picture's sides, with their names."""
+        if name not in self.sized:
+            return {}
+        if name == "image":  # channels last
+            return {1: SIDES[2], 2: SIDES[3]}
+        rank = 5 if name == "history" else 4
+        return {rank - 2: SIDES[0], rank - 1: SIDES[1]}
 
     def spec(self, name: str, value: Tensor) -> TensorSpec:
         """The contract of an input or output with this value."""
         shape: list[int | str] = [self.free, *value.shape[1:]]
         if name in self.branched:
             shape[1] = BRANCHES
+        for axis, side in self.sides(name).items():
+            shape[axis] = side
         return TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(shape))
 
     def dynamic_shapes(self, rows: int | None = None) -> tuple[Any, ...]:
@@ -272,7 +301,13 @@ class Graph:
         as a tuple. rows: fixes the first axis."""
         first = {} if rows is not None else {0: Dim(self.free, min=1, max=MAX_ROWS)}
         second = {1: Dim(BRANCHES, min=1, max=2)}
-        axes = [first | second if name in self.branched else first for name in self.inputs]
+        sides = {side: self.multiple * Dim(f"{side}_", min=1, max=MAX_SIDE // self.multiple) for side in SIDES}
+        axes = [
+            first
+            | (second if name in self.branched else {})
+            | ({axis: sides[side] for axis, side in self.sides(name).items()} if rows is None else {})
+            for name in self.inputs
+        ]
         parameters = inspect.signature(self.module.forward).parameters.values()
         named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
         packed = tuple(axes[named:])
@@ -296,7 +331,8 @@ def picture_graph(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, ba
     noise = torch.randint(0, 56, (batch, height, width, 3), generator=generator)
     image = (slope + noise).to(torch.uint8)
     module = in_precision(ImageEncoder(checkpoint.vae), dtype)
-    return Graph(IMAGE_ENCODER, module, {"image": image}, ("latents", "finite"))
+    sized, multiple = ("image", "latents"), latent_factor(checkpoint.vae.config)
+    return Graph(IMAGE_ENCODER, module, {"image": image}, ("latents", "finite"), sized=sized, multiple=multiple)
 
 
 @torch.no_grad()
@@ -339,9 +375,10 @@ def graphs(
     height, width = checkpoint.image_size
     prior, encoder = checkpoint.hand_prior, checkpoint.text_hand_encoder
     features = HandFeaturesGraph(HandFeatures(body, prior.mean, prior.std, encoder.basis, width / height)).eval()
-    yield Graph("hand_features", features, {"x": 0.5 * x}, features.outputs)
+    span = torch.tensor([1.0, 0.6, 1.5]).repeat(batch)[:batch]
+    yield Graph("hand_features", features, {"x": 0.5 * x, "span": span}, features.outputs)
 
-    values = dict(zip(features.outputs, features(0.5 * x), strict=True))
+    values = dict(zip(features.outputs, features(0.5 * x, span), strict=True))
     values["visibility"] = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]).repeat(batch, 1)[:batch]
     both = TextHandEncoderGraph(encoder)
     hands = {name: values[name] for name in (*both.cues, "visibility")} if both.cues else {}
@@ -350,7 +387,7 @@ def graphs(
 
     context = both(ids, *hands.values())
     unet = stage(checkpoint.unet)
-    attach(unet, copy.deepcopy(checkpoint.position_kernel), checkpoint.latent_size)
+    grid = attach(unet, copy.deepcopy(checkpoint.position_kernel), checkpoint.latent_size)
     names = tuple(f"{kind}_{i:02}" for i in range(len(cross_attentions(unet))) for kind in ("key", "value"))
     yield Graph("unet_context", UNetContext(unet), {"context": context.to(dtype)}, names, branched=("context", *names))
 
@@ -368,8 +405,12 @@ def graphs(
         mask = (normal(batch, 1, *checkpoint.latent_size) > 0).float()
         inputs |= {"mask": mask, "masked_latents": normal(*shape)}
     inputs |= keys_values
-    yield Graph("unet", UNetStep(unet, checkpoint.inpaints), inputs, ("latents", "history", "finite"), branched=names)
-    del unet
+    step = UNetStep(unet, checkpoint.inpaints, grid)
+    sized = ("latents", "history", "noise", "mask", "masked_latents")
+    multiple = checkpoint.size_multiple // latent_factor(checkpoint.vae.config)
+    yield Graph("unet", step, inputs, ("latents", "history", "finite"), branched=names, sized=sized, multiple=multiple)
+    del unet, step
 
-    yield Graph("image_decoder", stage(ImageDecoder(checkpoint.vae)), {"latents": latents}, ("image", "finite"))
+    decoder = stage(ImageDecoder(checkpoint.vae))
+    yield Graph("image_decoder", decoder, {"latents": latents}, ("image", "finite"), sized=("latents", "image"))
     yield picture_graph(checkpoint, dtype, batch, seed)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,6 +46,7 @@ def compile_graph(graph: Graph, path: Path, device: str = "cpu", batch: int | No
     Raises ExportError without a C++ compiler or the GPU, and when the graph cannot be compiled.
     """
     check_tools(device)
+    graph = replace(graph, sized=())  # pictures have the checkpoint's own size
     forbid_tf32()  # the choice is compiled in
     if graph.free != "B":
         batch = None

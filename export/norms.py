@@ -9,16 +9,22 @@ of them itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from .sizes import number_of
+
 MAX_GROUP_SIZE = 10_240  # numbers; one of 20,480 was cut into two kernels (TensorRT-RTX 1.7)
 
 
-def write_out_norms(model: ir.Model) -> int:
+def write_out_norms(model: ir.Model, known: Mapping[str, int] | None = None) -> int:
     """Replaces GroupNormalization of small groups, in place; returns how many nodes were replaced.
 
+    known: values of free sizes, which say what is small. The result takes any size.
     Mean and variance, scale and bias are in float32, as the operator defines them. The result is rounded once.
     """
     graph, replaced = model.graph, 0
@@ -27,12 +33,12 @@ def write_out_norms(model: ir.Model) -> int:
             continue
         x, scale, bias = node.inputs
         groups, shape = node.attributes["num_groups"].as_int(), x.shape  # type: ignore[union-attr]
-        sizes = [] if shape is None else [size for size in shape[1:] if isinstance(size, int)]
-        known = shape is not None and len(sizes) == len(shape) - 1
-        known = known and scale.const_value is not None and bias.const_value is not None  # type: ignore[union-attr]
-        if not known or np.prod(sizes) > groups * MAX_GROUP_SIZE:
+        numbers = [None] if shape is None else [number_of(size, known or {}) for size in shape[1:]]
+        sizes = [number for number in numbers if number is not None]
+        weighted = scale.const_value is not None and bias.const_value is not None  # type: ignore[union-attr]
+        if not weighted or len(sizes) < len(numbers) or np.prod(sizes) > groups * MAX_GROUP_SIZE:
             continue
-        new = _written_out(graph, node, groups, sizes)
+        new = _written_out(graph, node, groups)
         graph.insert_before(node, new)
         old, result = node.outputs[0], new[-1].outputs[0]
         result.shape, result.type = old.shape, old.type
@@ -43,13 +49,16 @@ def write_out_norms(model: ir.Model) -> int:
     return replaced
 
 
-def _written_out(graph: ir.Graph, node: ir.Node, groups: int, sizes: list[int]) -> list[ir.Node]:
+def _written_out(graph: ir.Graph, node: ir.Node, groups: int) -> list[ir.Node]:
     """The nodes that compute what `node` does, in order; the last gives its output."""
     x, scale, bias = node.inputs
     assert x is not None and scale is not None and bias is not None and x.dtype is not None
     nodes: list[ir.Node] = []
-    rows = x.shape[0]  # type: ignore[index]
-    grouped, whole, single = [rows, groups, int(np.prod(sizes)) // groups], [rows, *sizes], [rows, groups, 1]
+    assert x.shape is not None
+    rows, *sizes = x.shape
+    fixed = all(isinstance(size, int) for size in sizes)
+    members: Any = int(np.prod(sizes)) // groups if fixed else ir.SymbolicDim(None)  # type: ignore[arg-type]
+    grouped, whole, single = [rows, groups, members], [rows, *sizes], [rows, groups, 1]
 
     def constant(name: str, value: np.ndarray) -> ir.Value:
         tensor = ir.tensor(value, name=f"{node.name}_{name}")
@@ -83,7 +92,11 @@ def _written_out(graph: ir.Graph, node: ir.Node, groups: int, sizes: list[int]) 
     safe = add("Add", [variance, constant("epsilon", np.array(epsilon, np.float32))], "safe", single, real)
     spread = add("Sqrt", [safe], "spread", single, real)
     value = add("Div", [centred, spread], "normal", grouped, real)
-    value = add("Reshape", [value, constant("channels", np.array([0, *sizes]))], "ungrouped", whole, real)
+    if fixed:
+        target = constant("channels", np.array([0, *sizes]))
+    else:
+        target = add("Shape", [x], "channels", [len(whole)], ir.DataType.INT64)
+    value = add("Reshape", [value, target], "ungrouped", whole, real)
     value = add("Mul", [value, per_channel("scale", scale)], "scaled", whole, real)
     value = add("Add", [value, per_channel("bias", bias)], "shifted", whole, real)
     if kind != real:

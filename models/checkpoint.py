@@ -116,6 +116,11 @@ class Checkpoint:
         factor = latent_factor(self.vae.config)
         return self.image_size[0] // factor, self.image_size[1] // factor
 
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of pictures are multiples of, in pixels."""
+        return latent_factor(self.vae.config) * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
     def save(self, folder: str | Path, half: bool = False) -> None:
         """Writes the folder. half: stores the weights in float16."""
         folder = Path(folder)
@@ -229,7 +234,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"The tokenizer's ids must be below the text models' {encoder.config.vocab_size}, got {largest}."
             )
-        multiple = latent_factor(self.vae.config) * 2 ** (len(unet.config.block_out_channels) - 1)
+        multiple = self.size_multiple
         if any(side % multiple for side in self.image_size):
             raise CheckpointError(
                 f"_image_size must be multiples of {multiple} for this VAE and UNet, got "

@@ -87,7 +87,7 @@ class HandFeatures(nn.Module):
     """Forward kinematics and the three hand cues; float32 always.
 
     mean, std: [P], the normalisation of the hand prior's parameters; basis: [2, N, 3] from `make_basis`;
-    aspect: width / height of the image.
+    aspect: width / height of the model's own pictures.
     """
 
     mean: Tensor
@@ -108,8 +108,9 @@ class HandFeatures(nn.Module):
             torch.isin(strongest, torch.tensor(joints)).nonzero()[:, 0].tolist() for joints in HAND_ROTATIONS
         ]
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """x: [B, P] normalised parameters. Returns the outputs of the graph `hand_features` (see the contract)."""
+    def forward(self, x: Tensor, span: Tensor | None = None) -> dict[str, Tensor]:
+        """x: [B, P] normalised parameters. span: [B], how many times as wide as the model's own the picture is at the
+        same height; None: 1. Returns the outputs of the graph `hand_features` (see the contract)."""
         params = x * self.std + self.mean
         batch = params.shape[0]
         rotations = rotation_6d_to_matrix(params[:, ROTATIONS].reshape(batch, NUM_JOINTS, 6))
@@ -122,9 +123,13 @@ class HandFeatures(nn.Module):
         present = presence(placement)  # [B, 2]
         hands = take(joints, [joint for hand in HAND_JOINTS for joint in hand]).unflatten(1, (2, -1))  # [B, 2, 21, 3]
         camera = self.camera(hands[..., :2], placement, present)
+        if span is not None:
+            camera = self.into_view(camera, hands[..., 0], present, span)
         view = camera[:, None, None, :1] * (hands[..., :2] + camera[:, None, None, 1:])  # y up, +-1 over the height
         image = torch.stack([0.5 + 0.5 * view[..., 0] / self.aspect, 0.5 - 0.5 * view[..., 1]], -1)
-        inside = ((image >= 0) & (image <= 1)).all(-1).to(x.dtype).mean(-1)  # [B, 2]
+        half = 0.5 if span is None else 0.5 * span[:, None, None]
+        across, down = (image[..., 0] - 0.5).abs() <= half, (image[..., 1] - 0.5).abs() <= 0.5
+        inside = (across & down).to(x.dtype).mean(-1)  # [B, 2]
 
         wrists = take(turns, (LEFT_WRIST, RIGHT_WRIST))  # [B, 2, 3, 3]
         fingers = torch.stack([take(rotations, joints_of[1:]) for joints_of in HAND_ROTATIONS], 1)
@@ -152,6 +157,23 @@ class HandFeatures(nn.Module):
         scale = (share * (placement[..., 3].clamp(-6.0, 3.0) - radius.log())).sum(1, keepdim=True).exp()  # [B, 1]
         shift = (share[..., None] * (placement[..., 1:3] / scale[..., None] - centre)).sum(1)
         return torch.cat([scale, shift], 1)
+
+    def into_view(self, camera: Tensor, x: Tensor, present: Tensor, span: Tensor) -> Tensor:
+        """The camera [B, 3], moved so that a picture narrower than the model's own shows all of its hands: it moves to
+        the side, and away where they are too far apart. Other pictures keep their camera.
+
+        x: [B, 2, 21] metres of the joints; present: [B, 2]; span: [B].
+        """
+        far = 1e6
+        limit = torch.where(span < 1, span * self.aspect, far)  # half heights from the middle to the edge
+        view = camera[:, :1, None] * (x + camera[:, 1:2, None])  # [B, 2, 21] half heights
+        shown = present[:, :, None] > 0.5
+        low = torch.where(shown, view, far).flatten(1).amin(1)
+        high = torch.where(shown, view, -far).flatten(1).amax(1)
+        zoom = (2 * limit / (high - low).clamp_min(1e-6)).clamp_max(1.0)
+        shift = torch.maximum(-limit - zoom * low, torch.minimum(torch.zeros_like(low), limit - zoom * high))
+        scale = camera[:, 0] * zoom
+        return torch.stack([scale, camera[:, 1] + shift / scale, camera[:, 2]], 1)
 
     def distances(self, vertices: Tensor, places: Tensor, turns: Tensor, hand: int) -> Tensor:
         """Distances [B, N] in metres from each basis point to the nearest vertex of the hand, in the wrist's frame."""

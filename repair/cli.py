@@ -33,7 +33,7 @@ from ..runtime.options import given, setting_options
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.reporting import line
 from ..runtime.rest import joints_at_rest
-from .files import Original
+from .files import NOTE, Original
 from .repair import Wish, choose, given_hands, known_gesture, repair
 
 PATH = click.Path(path_type=Path)
@@ -136,7 +136,7 @@ class Job:
             if not chosen:
                 return self._say(f"{path} stays as it is.")
             outcome = repair(self.pipeline, original.image, chosen, self.rest, self.wish, **self.settings)
-            self._write(done, original.encoded(outcome.image, json.dumps(outcome.painted)))
+            self._write(done, original.encoded(outcome.image, {NOTE: json.dumps(outcome.painted)}))
             for sentence in outcome.said:
                 self._say(sentence)
             captions = "; ".join(repr(hand["caption"]) for hand in outcome.painted)

@@ -23,10 +23,10 @@ from PIL import Image
 from ..contract import HAND_JOINTS
 from ..detection.arms import Arrays, Size
 from ..detection.hands import Seen, Window, arrays_of
+from ..errors import DetectionError
 from ..fingers import SIDES
 from ..grammar import BACKGROUNDS, PHRASES, SKINS
 from ..hands import save_hands
-from ..pictures import resized
 from ..runtime.requests import Request
 from . import regions
 
@@ -35,6 +35,10 @@ MARGIN = 1 / 16  # of the crop's side: the mask around both hands
 FADE = 4  # pixels of the painted crop over which it fades in
 PLAIN = 8.0  # levels of 255: a background painted nearer than that to what was there stays
 STRENGTH = 0.95
+FINE = (
+    3.0  # pixels of the picture for one of the crop: above it, what lies behind a hand is filled in at the crop's size
+)
+LARGEST = 2.0  # of a hand, in the longer sides of its picture
 
 
 @dataclass
@@ -120,25 +124,29 @@ class Patch:
     def _composed(self, picture: np.ndarray, hand: np.ndarray, alpha: np.ndarray, hole: np.ndarray) -> np.ndarray:
         """Brings all to the picture's own pixels: what the crop shows beyond the picture is left out."""
         assert self.mask is not None, "pose comes first"
-        left, top, right, bottom = self.bounds
-        size = (bottom - top, right - left)
-        inside = (slice(max(top, 0), min(bottom, picture.shape[0])), slice(max(left, 0), min(right, picture.shape[1])))
-        cut = (slice(inside[0].start - top, inside[0].stop - top), slice(inside[1].start - left, inside[1].stop - left))
+        size = picture.shape[0], picture.shape[1]
+        inside = self.window.within(size)
         part = picture[inside]
-        mask = _stretched(self.mask, size)[cut] > 0.5
-        opaque = np.where(mask, _stretched(alpha, size)[cut], 0)[..., None]
-        gone = (_stretched(hole, size)[cut] > 0.5) & mask
-        behind = regions.prefill(part, gone, max(round(5 * self.magnified), 3))
-        laid = resized(hand, size)[cut] * opaque + behind * (1 - opaque)
+        mask = self._stretched(self.mask, size) > 0.5
+        opaque = np.where(mask, self._stretched(alpha, size), 0)[..., None]
+        gone = (self._stretched(hole, size) > 0.5) & mask
+        if self.magnified > FINE:
+            behind = np.where(gone[..., None], self.window.laid(regions.prefill(self.crop, hole), size), part)
+        else:
+            behind = regions.prefill(part, gone, max(round(5 * self.magnified), 3))
+        laid = self.window.laid(hand, size) * opaque + behind * (1 - opaque)
         out = picture.copy()
         out[inside] = np.where(mask[..., None], (laid + 0.5).clip(0, 255).astype(np.uint8), part)
         return out
 
+    def _stretched(self, values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """float32 [H, W] of the crop at the picture's pixels."""
+        return self.window.laid(values.astype(np.float32), size, Image.Resampling.BILINEAR)
+
     @property
     def bounds(self) -> tuple[int, int, int, int]:
         """Left, top, right and bottom in the picture's pixels; they may lie beyond it."""
-        window = self.window
-        return round(window.x), round(window.y), round(window.x + window.width), round(window.y + window.height)
+        return self.window.bounds
 
 
 def plan(
@@ -148,20 +156,16 @@ def plan(
     old: [21, 2] pixels, where the old hand is, if not where `seen` is. Raises DetectionError."""
     there = seen.found.joints * picture.shape[1::-1] if seen.found is not None else seen.hand.joints_2d
     there = there if old is None else old
-    window = _window(np.concatenate([seen.hand.joints_2d, there]), size)
-    crop = cut(picture, window, size)
+    points = np.concatenate([seen.hand.joints_2d, there])
+    reach = np.abs(points / max(*picture.shape[:2], 16) - 0.5).max()
+    hidden = (there.max(0) < 0).any() or (there.min(0) >= picture.shape[1::-1]).any()
+    if not reach <= LARGEST or hidden:
+        raise DetectionError("A hand must lie in its picture, got one beyond the edges. Place it again.")
+    window = _window(points, size)
+    crop = window.cut(picture, size)
     shift, scale = np.array([window.x, window.y]), size[0] / window.height
     region = regions.old_hand(crop, (there - shift) * scale)
     return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest))
-
-
-def cut(picture: np.ndarray, window: Window, size: tuple[int, int]) -> np.ndarray:
-    """The window's pixels at the model's size; the edge's colour stands for what lies beyond the picture."""
-    left, top = round(window.x), round(window.y)
-    width, height = round(window.x + window.width) - left, round(window.y + window.height) - top
-    rows = np.arange(top, top + height).clip(0, picture.shape[0] - 1)
-    columns = np.arange(left, left + width).clip(0, picture.shape[1] - 1)
-    return resized(np.ascontiguousarray(picture[rows][:, columns]), size)
 
 
 def _window(points: np.ndarray, size: Size) -> Window:
@@ -177,9 +181,3 @@ def _nearest(pixels: np.ndarray, named: Mapping[str, np.ndarray]) -> str:
         return next(iter(named))
     colour = np.median(pixels, 0) / 255
     return min(named, key=lambda name: float(np.abs(named[name] - colour).sum()))
-
-
-def _stretched(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """float32 [H, W] -> [*size], bilinear."""
-    image = Image.fromarray(values.astype(np.float32))
-    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))

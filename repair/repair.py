@@ -7,7 +7,7 @@ for done in repaired(pipeline, picture, hands, rest, settings): ...
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from ..kinematics import world
 from ..rotations import axis_angle_to_matrix
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
-from ..runtime.results import Failure
+from ..runtime.results import Failure, Picture
 from .patch import STRENGTH, Patch, plan
 
+Run = Callable[[list[Request]], Iterable[Picture | Failure]]
 SURE = 0.5  # a less sure hand is not painted unless a person says what it does
 SMALLEST = 12.0  # pixels of a hand's box: below, nothing says what it does
 SOFT = 4.0  # pixels of the picture that a painted one may cover before the hand looks soft
@@ -99,9 +100,16 @@ def choose(seen: Sequence[Seen], wish: Wish, size: Size, rest: np.ndarray) -> tu
 
 
 def repair(
-    pipeline: HanDiffuser, picture: np.ndarray, seen: Sequence[Seen], rest: np.ndarray, wish: Wish, **settings: Any
+    pipeline: HanDiffuser,
+    picture: np.ndarray,
+    seen: Sequence[Seen],
+    rest: np.ndarray,
+    wish: Wish,
+    run: Run | None = None,
+    **settings: Any,
 ) -> Outcome:
-    """Paints hands into a picture uint8 [H, W, 3]. seen: from `choose`. settings: of `settings.SETTINGS`.
+    """Paints hands into a picture uint8 [H, W, 3]. seen: from `choose`. run: in place of `pipeline.run`, to see each
+    step. settings: of `settings.SETTINGS`.
 
     Hands whose masks touch are painted one after the other, all others together. Raises RequestError for a setting,
     and EngineError when a hand cannot be painted."""
@@ -119,7 +127,7 @@ def repair(
             if refused:
                 raise RequestError(refused[0].sentence)
             pictures = {}
-            for made in pipeline.run(prepared):
+            for made in (run or pipeline.run)(prepared):
                 if isinstance(made, Failure):
                     raise EngineError(f"A hand could not be painted: {made.sentence}")
                 pictures[made.id] = made

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import grammar
-from ..contract import IMAGE_ENCODER, ROW_HEAD, TOKENIZER, Manifest
+from ..contract import IMAGE_ENCODER, MAX_SIDE, ROW_HEAD, TOKENIZER, Manifest
 from ..errors import RequestError
 from ..hands import Hands, hand_arrays, keep_camera, load_hands
 from ..installed import version
@@ -24,7 +24,9 @@ from .clash import clash
 from .noise import HANDS, LATENTS
 from .requests import Request
 from .results import Failure, Picture, Work
+from .room import Room, Size, read, shown
 
+WIDE = 2  # spans from which the positions of the left edge and of the right look alike
 TABLES = 64  # schedules in a cache
 CANVASES = 16  # pictures in a cache: some megabytes each
 
@@ -52,7 +54,9 @@ class Bundle:
         self._words = frozenset(manifest.words)
         self._is_demo = grammar.is_demo(self._words)
         self.inpaints = any(tensor.name == "masked_latents" for tensor in manifest.graphs["unet"].inputs)
-        self._canvases: dict[tuple[str | None, ...], Canvas] = {}  # hashes of picture and mask -> both, read
+        self._canvases: dict[tuple[Any, ...], Canvas] = {}  # hashes of picture and mask, size -> both, read
+        self.engine_sizes: frozenset[Size] | None = None  # that the engines were built for; None: any
+        self.room = Room(manifest)
         self._placed: dict[bytes, np.ndarray] = {}  # params and camera of a file -> params that keep that camera
 
     @classmethod
@@ -76,7 +80,48 @@ class Bundle:
         """The hands of work whose hands are made, as in `Picture.hands`."""
         hands = {"params": work.params, **hand_arrays(work.params)}
         hands.update((ours, work.features[name]) for name, ours in _FEATURE_NAMES.items() if name in work.features)
+        if (span := self.span(work.request)) != 1 and "joints_2d" in hands:  # of the own width -> of the picture's
+            x, y = hands["joints_2d"][..., 0], hands["joints_2d"][..., 1]
+            hands["joints_2d"] = np.stack([np.float32(0.5) + (x - np.float32(0.5)) / np.float32(span), y], -1)
         return hands
+
+    def size(self, request: Request) -> Size:
+        """Height and width of a request's picture in pixels. Raises RequestError for a size that cannot be painted."""
+        own, multiple = self.manifest.image_size, self.manifest.size_multiple
+        if request.size is None:
+            return own
+        size = read(request.size)
+        if size == own:
+            return own
+        if not multiple:
+            raise RequestError(
+                f"size must be {shown(own)} for this bundle, got {request.size}. To paint any size, export it again: "
+                "hd-export CHECKPOINT OUT.",
+                "size",
+            )
+        if self.engine_sizes is not None and size not in self.engine_sizes:
+            raise RequestError(
+                f"size must be {' or '.join(map(shown, sorted(self.engine_sizes)))} with these engines, got "
+                f"{request.size}. --device cpu paints any size.",
+                "size",
+            )
+        near = tuple(min(max(round(side / multiple), 1), MAX_SIDE // multiple) * multiple for side in size)
+        if size != near:
+            raise RequestError(
+                f"size must be multiples of {multiple} up to {MAX_SIDE} pixels, got {request.size}. The nearest is "
+                f"{shown(near)}.",  # type: ignore[arg-type]
+                "size",
+            )
+        return size
+
+    def span(self, request: Request) -> float:
+        """How many times as wide as the bundle's own pictures a request's picture is, at the same height."""
+        (H, W), (height, width) = self.manifest.image_size, self.size(request)
+        return (width * H) / (height * W)
+
+    def spans(self, requests: Iterable[Request]) -> np.ndarray:
+        """float32 [B], the input of `hand_features`."""
+        return np.array([self.span(request) for request in requests], np.float32)
 
     def given(self, hands: Hands, joints_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Normalised parameters [P] of hands from a file. Where the file has a camera, they are placed so that this
@@ -113,9 +158,9 @@ class Bundle:
             rows.append(ids)
             if cut:
                 dropped = cut.strip()
-                shown = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
+                excerpt = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
                 what, room = name.replace("_", " "), self.tokenizer.length - 2
-                warnings.append(f"The {what} is longer than {room} tokens. This part was cut: {shown!r}")
+                warnings.append(f"The {what} is longer than {room} tokens. This part was cut: {excerpt!r}")
             if mark := marks(text):
                 warnings.append(
                     f"The {name.replace('_', ' ')} has {mark[:60]!r}, which is read as plain text: weights and BREAK "
@@ -128,6 +173,9 @@ class Bundle:
                 uses |= unknown
         if said := grammar.sentence(new, uses, self._words):
             warnings.append(said)
+        if self.span(request) >= WIDE:
+            own = shown(self.manifest.image_size)
+            warnings.append(f"The picture is more than {WIDE} times as wide as {own}. Hands may show up at both sides.")
         return np.stack(rows), warnings + _idle(request)
 
     def table(self, stream: str, request: Request) -> Table:
@@ -190,25 +238,30 @@ class Bundle:
             None if source is None else content_of(name, source)
             for name, source in (("image", request.image), ("mask", request.mask))
         )
-        key = tuple(None if content is None else digest(content) for content in (image, mask))
+        size = self.size(request)
+        key = (*(None if content is None else digest(content) for content in (image, mask)), size)
         if key not in self._canvases:
-            keep(self._canvases, key, canvas_of(image, mask, self.manifest), CANVASES)
+            keep(self._canvases, key, canvas_of(image, mask, self.manifest, size), CANVASES)
         return self._canvases[key]
 
     def canvases(self, requests: Iterable[Request]) -> tuple[dict[Hashable, Canvas | None], list[Failure]]:
-        """The `canvas` of each request by id, and a Failure for each whose picture cannot be read: files may change."""
+        """The `canvas` of each request by id, and a Failure for each whose picture cannot be read, because files may
+        change, or whose size these engines do not paint."""
         found: dict[Hashable, Canvas | None] = {}
         failures = []
         for request in requests:
             try:
+                self.size(request)
                 found[request.id] = self.canvas(request)
             except RequestError as error:
                 failures.append(Failure(str(request.id), request, str(error)))
         return found, failures
 
     def check(self, request: Request) -> None:
-        """Raises RequestError when this bundle cannot run the request."""
+        """Raises RequestError when this bundle cannot run the request, or this machine lacks the memory for its
+        size."""
         self.table(LATENTS, request)
+        self.room.check(self.size(request))
         self.canvas(request)
         if request.hands is None:
             self.table(HANDS, request)

@@ -123,13 +123,11 @@ def call(
             f"callback_on_step_end_tensor_inputs must be ['latents'], got {callback_on_step_end_tensor_inputs!r}.",
             "callback_on_step_end_tensor_inputs",
         )
-    size = pipeline.manifest.image_size
-    if (height or size[0], width or size[1]) != size:
-        raise RequestError(
-            f"height and width must be {size[0]} and {size[1]} for this bundle, got {height or size[0]} and "
-            f"{width or size[1]}. Export another size: hd-export --image-size.",
-            "height",
-        )
+    if height is not None or width is not None:
+        if settings.get("size") is not None:
+            raise RequestError("size must be left out with height and width. Give one of them.", "size")
+        own = pipeline.manifest.image_size
+        settings["size"] = f"{width or own[1]}x{height or own[0]}"
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative_prompt or ""] * len(prompts) if isinstance(negative_prompt, str | None) else negative_prompt
     if len(negatives) != len(prompts):

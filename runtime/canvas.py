@@ -1,6 +1,6 @@
 """The picture that a request brings: read, brought to the model's size, and kept through the steps.
 
-    canvas = canvas_of(request, manifest)      # its pixels, and the part to paint again
+    canvas = canvas_of(image, mask, manifest)      # its pixels, and the part to paint again
     blend = Blend(latents, noise, canvas.mask, shares)
     x = blend.start()
     x = blend(i, x)                            # after step i
@@ -138,12 +138,16 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def canvas_of(image: bytes | None, mask: bytes | None, manifest: Manifest) -> Canvas:
-    """The picture and the mask of a request, at the model's size. image: None for nothing but what will be painted.
+def canvas_of(
+    image: bytes | None, mask: bytes | None, manifest: Manifest, size: tuple[int, int] | None = None
+) -> Canvas:
+    """The picture and the mask of a request, at the size (H, W) that is painted; None: the model's own.
 
-    Raises RequestError for what is not a picture, for a mask of another size than its picture, and for a black mask.
+    image: None for nothing but what will be painted. Raises RequestError for what is not a picture, for a mask of
+    another size than its picture, and for a black mask.
     """
-    (H, W), (_, h, w) = manifest.image_size, manifest.latent_size
+    H, W = size or manifest.image_size
+    _, h, w = manifest.latents_at((H, W))
     warnings: list[str] = []
     everywhere = (np.ones((1, h, w), np.float32), np.ones((H, W), bool))
     if image is None:

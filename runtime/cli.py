@@ -27,6 +27,7 @@ from ..errors import HanDiffuserError, OutputError, RequestError
 from ..files import written
 from ..hands import NO_HANDS, hands_file, load_hands
 from ..hints import hint
+from ..settings import SETTINGS
 from .bundle import Bundle
 from .canvas import content_of
 from .noise import LATENTS
@@ -275,6 +276,7 @@ def hands_of_photo(
     from ..detection.photo import Photo
     from ..detection.poses import Poses
     from .rest import joints_at_rest
+    from .room import read
 
     for name in ("hand_params", "no_hands"):
         if options[name]:
@@ -284,7 +286,9 @@ def hands_of_photo(
     folder = shipped.resolve(engines, "bundle", options["quiet"])
     manifest, poses = Manifest.load(folder, verify=False), Poses.of(folder)
     photo = Photo.read(options["photo"])
-    told = photo.hands_for(joints_at_rest(folder), manifest.image_size, poses)
+    asked = str(options["size"] or "")
+    size = read(asked) if re.match(SETTINGS["size"].pattern, asked) else manifest.image_size
+    told = photo.hands_for(joints_at_rest(folder), size, poses)
     beside = Path(output) / f"{photo.path.stem}.photo"
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)

@@ -94,6 +94,8 @@ class DeviceLoop:
         self.exits: list[tuple[Any, Any, Any]] = [
             (cuda.zeros(shape, "float32"), cuda.zeros(lines, "float32"), None) for _ in range(3)
         ]
+        if (span := graphs["hand_features"].inputs.get("span")) is not None:  # pictures have the bundle's own size
+            self.staging.upload(self.side, span, np.ones(span.shape, np.float32))
         self.tables: dict[tuple[Any, ...], DeviceTable] = {}
         text = graphs["text_encoder"].outputs["text"]
         self.both = cuda.zeros((slots, 2, *text.shape[1:]), text.dtype)  # for each prompt: the empty text, its own
@@ -123,11 +125,9 @@ class DeviceLoop:
         """
         rows = min(rows, self.slots)
         samplers = {"unet": self.sampler, "hand_prior": self.hands_sampler}
-        for name, graph in self.graphs.items():
-            if name == IMAGE_ENCODER:  # few runs bring pictures
-                continue
+        for name in [name for name in self.graphs if name != IMAGE_ENCODER]:  # few runs bring pictures
             stream = getattr(self, STREAM[name])
-            for ready in graph.warm_up(stream, rows, samplers[name].advance if name in samplers else None):
+            for ready in self.graphs[name].warm_up(stream, rows, samplers[name].advance if name in samplers else None):
                 tell("warm-up", ready)
             stream.synchronize()  # the next graph's engines may use the same scratch memory on another stream
         self.after_run()

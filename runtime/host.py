@@ -26,7 +26,8 @@ from .canvas import Blend, digest
 from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
-from .sampler import Job, Result, StepSampler
+from .room import Size
+from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
 
 
@@ -45,13 +46,15 @@ class HostLoop:
         self.engines = {name: _Timed(name, engine, self.timings) for name, engine in engines.items()}
         bundle.made_by["device"] = engines["unet"].device
         self._times: dict[bytes, np.ndarray] = {}  # timesteps -> rows of unet_time
-        self._latents: dict[str, np.ndarray] = {}  # hash of a picture's pixels -> its latents [C, h, w]
-        self._step_times = {name: StepTimes(only=engines[name].batches) for name in ("hand_prior", "unet")}
+        self._latents: dict[Any, np.ndarray] = {}  # shape and hash of a picture's pixels -> its latents [C, h, w]
+        self._hand_times = StepTimes(only=engines["hand_prior"].batches)
+        self._batches = engines["unet"].batches
+        self._step_times: dict[Size, StepTimes] = {}  # of the UNet, by the size of pictures
         self._no_text: np.ndarray | None = None  # text_encoder of "", [77, D]
         self._cancelled: set[Hashable] = set()
         self._ready: deque[Work] = deque()  # has its context, waits for a slot
         self._running: dict[Hashable, Work] = {}
-        self._sampler: StepSampler | None = None  # of the current run
+        self._samplers: SizedSamplers | None = None  # of the current run
 
     def warm_up(self, rows: int, tell: OnEvent) -> None:
         """Does nothing: on a processor the first run of a graph costs no more than the next."""
@@ -70,21 +73,17 @@ class HostLoop:
         if not slots:
             return
         source, more = iter(requests), True
-        history = self.bundle.manifest.num_history
-        hand_prior, unet = self.engines["hand_prior"], self.engines["unet"]
-        times = self._step_times
-        hand_sampler = StepSampler(
-            hand_prior, "x", history["hand_prior"], slots, times["hand_prior"], hand_prior.branched
-        )
-        sampler = StepSampler(unet, "latents", history["unet"], slots, times["unet"], unet.branched)
-        self._ready, self._running, self._sampler = deque(), {}, sampler
+        hand_sampler = self._hand_sampler(slots)
+        own = self.bundle.manifest.image_size
+        samplers = SizedSamplers(lambda size: self._sampler(size, slots), slots, own)
+        self._ready, self._running, self._samplers = deque(), {}, samplers
         ready, running = self._ready, self._running
         clock = time.perf_counter()
         while more or ready or running:
             results: list[Picture | Failure] = []
             while self._cancelled:
                 results += self._drop(self._cancelled.pop())
-            while more and len(ready) < sampler.free:
+            while more and len(ready) < samplers.free():
                 batch, more = take(source, slots)
                 if not batch:
                     break
@@ -92,19 +91,29 @@ class HostLoop:
                 ready.extend(works)
                 results += failures
                 tell("hands", len(batch))
-            while ready and sampler.free:
+            while ready and samplers.free(size := self.bundle.size(ready[0].request)):
                 work = ready.popleft()
                 running[work.request.id] = work
-                sampler.submit(self._job(work))
-            if sampler.active:
-                done = sampler.step()
-                tell("steps", sampler.advanced)
+                samplers.submit(self._job(work), size)
+            if samplers.active:
+                done = samplers.step()
+                tell("steps", samplers.advanced)
                 results += self._finish(done, running)
             for result in results:
                 self.timings["total"] += time.perf_counter() - clock
                 yield result
                 clock = time.perf_counter()  # without the time that the caller takes
         self.timings["total"] += time.perf_counter() - clock
+
+    def _hand_sampler(self, slots: int) -> StepSampler:
+        engine, history = self.engines["hand_prior"], self.bundle.manifest.num_history["hand_prior"]
+        return StepSampler(engine, "x", history, slots, self._hand_times, engine.branched)
+
+    def _sampler(self, size: Any, slots: int) -> StepSampler:
+        """A sampler for pictures of one size, with as many slots as fit into memory."""
+        unet, history = self.engines["unet"], self.bundle.manifest.num_history["unet"]
+        times = self._step_times.setdefault(size, StepTimes(only=self._batches))
+        return StepSampler(unet, "latents", history, self.bundle.room.rows(size, slots), times, unet.branched)
 
     def cancel(self, id: str) -> None:
         """See `HanDiffuser.cancel`. Adding to a set is atomic, so that any thread may call it."""
@@ -116,9 +125,9 @@ class HostLoop:
             if work.request.id == id:
                 del self._ready[i]
                 return [cancelled(work.request)]
-        if id not in self._running or self._sampler is None:
+        if id not in self._running or self._samplers is None:
             return []
-        self._sampler.drop(id)
+        self._samplers.drop(id)
         return [cancelled(self._running.pop(id).request)]
 
     def peek(self, id: str) -> Peek | None:
@@ -126,7 +135,7 @@ class HostLoop:
         for work in self._ready:
             if work.request.id == id:
                 return Peek(0, len(self.bundle.table(LATENTS, work.request).rows), self.bundle.hands_of(work), None)
-        found = self._sampler.peek(id) if self._sampler is not None else None
+        found = self._samplers.peek(id) if self._samplers is not None else None
         if found is None:
             return None
         step, steps, latents = found
@@ -136,9 +145,7 @@ class HostLoop:
         """See `HanDiffuser.hands`."""
         if not requests:
             return []
-        engine, history = self.engines["hand_prior"], self.bundle.manifest.num_history["hand_prior"]
-        sampler = StepSampler(engine, "x", history, len(requests), self._step_times["hand_prior"], engine.branched)
-        works, failures = self._hands(requests, sampler)
+        works, failures = self._hands(requests, self._hand_sampler(len(requests)))
         made: dict[str, Any] = {str(work.request.id): self.bundle.hands_of(work) for work in works}
         made |= {failure.id: failure for failure in failures}
         return [made[str(request.id)] for request in requests]
@@ -181,7 +188,7 @@ class HostLoop:
 
     def _encoded(self, pixels: np.ndarray) -> np.ndarray:
         """[H, W, 3] -> latents [C, h, w]. Pictures are encoded one by one, and one that many requests share once."""
-        key = digest(pixels.tobytes())
+        key = (pixels.shape, digest(pixels.tobytes()))
         if key not in self._latents:
             keep(self._latents, key, self.engines[IMAGE_ENCODER]({"image": pixels[None]})["latents"][0])
         return self._latents[key]
@@ -236,7 +243,9 @@ class HostLoop:
         """Sets params and features from x. Where they are not finite, x becomes None."""
         if not works:
             return []
-        features = self.engines["hand_features"]({"x": np.stack([work.x for work in works if work.x is not None])})
+        x = np.stack([work.x for work in works if work.x is not None])
+        spans = self.bundle.spans(work.request for work in works)
+        features = self.engines["hand_features"]({"x": x, "span": spans})
         failures: list[Picture | Failure] = []
         for row, work in enumerate(works):
             work.features = {name: value[row] for name, value in features.items()}
@@ -249,7 +258,7 @@ class HostLoop:
 
     def _joints(self, x: np.ndarray) -> np.ndarray:
         """[P] -> [62, 3] metres."""
-        return self.engines["hand_features"]({"x": x[None]})["joints_3d"][0]
+        return self.engines["hand_features"]({"x": x[None], "span": np.ones(1, np.float32)})["joints_3d"][0]
 
     def _hand_job(self, work: Work, text: np.ndarray) -> Job:
         """The job of the next draw of stage 1. text: the text encoder's output for the prompt, [77, D]."""
@@ -271,7 +280,7 @@ class HostLoop:
             if key not in self._times:
                 keep(self._times, key, self.engines["unet_time"]({"timesteps": timesteps})["time"])
             steps["time"] = self._times[key]
-        shape = self.bundle.manifest.latent_size
+        shape = self.bundle.manifest.latents_at(self.bundle.size(request))
         job = _job(request, LATENTS, table, shape, work.inputs, steps)
         if work.canvas is not None:
             noise = replace(request.noise(LATENTS, table), init_sigma=1.0).start(shape)
@@ -292,6 +301,7 @@ class HostLoop:
             if result.state is None:
                 continue
             decoded = self.engines["image_decoder"]({"latents": result.state[None]})
+            self.bundle.room.ran(self.bundle.size(work.request))
             fine = decoded["finite"][0] > 0.5  # uint8 hides NaN and infinity
             finished.append(
                 self.bundle.picture(work, decoded["image"][0]) if fine else not_finite(work.request, "image_decoder")

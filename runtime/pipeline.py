@@ -20,6 +20,7 @@ import numpy as np
 
 from .. import hub, shipped
 from ..contract import Manifest
+from ..engines.backends import CHOICES, DEVICES
 from ..errors import EngineError, RequestError
 from . import called
 from .bundle import Bundle
@@ -40,7 +41,10 @@ class HanDiffuser:
     """A loaded bundle. Closing it, or leaving its `with`, frees its memory on a GPU.
 
     `timings` holds the seconds of each graph so far (on a GPU of the UNet's steps only), and of `run` ("total").
+    BACKENDS, DEVICES: what `load` takes.
     """
+
+    BACKENDS, DEVICES = tuple(CHOICES), tuple(DEVICES)
 
     def __init__(self, bundle: Bundle, loop: HostLoop | DeviceLoop) -> None:
         self.bundle = bundle
@@ -62,7 +66,7 @@ class HanDiffuser:
 
         device: "auto", "cpu" or "cuda". threads: CPU threads; by default all cores. batch_size: slots, the largest
         number of requests that run at once.
-        backend: of `engines.backends.CHOICES`. "auto" takes TensorRT plans where the folder has some for this GPU, else
+        backend: of BACKENDS. "auto" takes TensorRT plans where the folder has some for this GPU, else
         ONNX Runtime. On a CPU it takes OpenVINO where that is installed, exact enough, and fast enough
         for a run of `pictures` pictures to pay for compiling (a server says `loading.SERVER_PICTURES`).
         overlap: on a GPU, run hands of the next requests and the decoder of the last beside the current steps.

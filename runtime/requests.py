@@ -80,6 +80,7 @@ class Request(RequestFields):
     as large: white where the request paints again, black where it keeps, grey between. Transparent pixels count as
     white.
     strength: the part of the steps that run; see `canvas`.
+    size: width and height, "512x768"; see `Bundle.size`.
     """
 
     def __post_init__(self) -> None:
@@ -315,8 +316,9 @@ def picture_key(request: Request, bundle: str = "") -> str:
         source = values.pop(name)
         if source is not None:
             values[name] = digest(content_of(name, source))
-    if values["strength"] is None:
-        del values["strength"]
+    for name in ("strength", "size"):
+        if values[name] is None:
+            del values[name]
     if request.hands is not None and request.hands != NO_HANDS:
         try:
             values["hands"] = hashlib.sha256(read_file(Path(request.hands), MAX_HANDS)).hexdigest()

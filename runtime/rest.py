@@ -21,5 +21,7 @@ def joints_at_rest(path: str | Path) -> np.ndarray:
     spec = manifest.graphs["hand_features"]
     manifest.check_files(folder, [spec.file])
     x = (load_hands(NO_HANDS).params - np.array(manifest.params_mean)) / np.array(manifest.params_std)
-    found = open_engine(folder / spec.file, spec, threads=1)({"x": x.astype(np.float32)[None]})
+    feeds = {"x": x.astype(np.float32)[None], "span": np.ones(1, np.float32)}
+    names = [tensor.name for tensor in spec.inputs]
+    found = open_engine(folder / spec.file, spec, threads=1)({name: feeds[name] for name in names})
     return found["joints_3d"][0].astype(np.float64)

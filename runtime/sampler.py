@@ -322,6 +322,61 @@ class StepSampler:
             raise RequestError(f"The initial state or the rows of {job.key!r} hold NaN or infinity.")
 
 
+class SizedSamplers:
+    """A StepSampler for each size of pictures; together they hold `slots` jobs.
+
+    A step advances pictures of one size: that of the oldest job. So each job is the oldest one day, and none starves.
+    make: size -> a new sampler, which is dropped with its last job unless it is of the size `keep`.
+    """
+
+    def __init__(self, make: Callable[[Hashable], StepSampler], slots: int, keep: Hashable) -> None:
+        self.slots, self.advanced = slots, 0
+        self._make, self._keep = make, keep
+        self._samplers: dict[Hashable, StepSampler] = {keep: make(keep)}
+        self._sizes: dict[Hashable, Hashable] = {}  # keys of the jobs in flight, the oldest first -> their sizes
+
+    @property
+    def active(self) -> int:
+        """Jobs in flight."""
+        return len(self._sizes)
+
+    def free(self, size: Hashable = None) -> int:
+        """Jobs that can be submitted now; size: of this size."""
+        free = self.slots - self.active
+        return min(free, self._samplers[size].free) if size in self._samplers else free
+
+    def submit(self, job: Job, size: Hashable) -> None:
+        """See `StepSampler.submit`."""
+        if size not in self._samplers:
+            self._samplers[size] = self._make(size)
+        self._samplers[size].submit(job)
+        self._sizes[job.key] = size
+
+    def step(self) -> list[Result]:
+        """See `StepSampler.step`."""
+        size = next(iter(self._sizes.values()))
+        sampler = self._samplers[size]
+        results = sampler.step()
+        self.advanced = sampler.advanced
+        for result in results:
+            self._leave(result.key)
+        return results
+
+    def drop(self, key: Hashable) -> None:
+        """Cancels a job between two steps."""
+        self._samplers[self._sizes[key]].drop(key)
+        self._leave(key)
+
+    def peek(self, key: Hashable) -> tuple[int, int, Array] | None:
+        """See `StepSampler.peek`."""
+        return self._samplers[self._sizes[key]].peek(key) if key in self._sizes else None
+
+    def _leave(self, key: Hashable) -> None:
+        size = self._sizes.pop(key)
+        if size != self._keep and not self._samplers[size].active:
+            del self._samplers[size]
+
+
 def _check_like(what: str, given: dict[str, Array], buffers: dict[str, Array], skip: int, own_skip: int = 0) -> None:
     """Whether names, dtypes and trailing shapes of a job's arrays are those of the buffers."""
     if given.keys() != buffers.keys():

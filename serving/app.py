@@ -23,15 +23,15 @@ from fastapi import Request as Http
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
+from .. import editing
+from ..editing import Arrays
 from ..errors import RequestError
 from ..runtime.requests import Request
 from ..schedules import SOLVERS
 from . import edits, sdapi
-from . import hands as editing
 from . import service as keeping
 from .fields import Edit, Generation, HandsRequest, as_json
 from .guard import Guard
-from .hands import Arrays
 from .images import MEDIA
 from .messages import HandsMade
 from .pictures import Painting, drawn_seed, paint, wait_for
@@ -82,7 +82,7 @@ def make_app(service: Service) -> FastAPI:
         metrics=service.metrics,
         max_body=service.limits.body,
         posts=posts - sdapi.BARE,
-        uploads=edits.UPLOADS,
+        uploads={**edits.UPLOADS, **sdapi.UPLOADS},
         max_upload=service.limits.upload,
     )
     if service.front.cors:

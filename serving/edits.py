@@ -22,7 +22,6 @@ from pydantic import ConfigDict, Field
 from ..detection.hands import Seen
 from ..errors import RequestError
 from ..pictures import resized
-from .dispatch import BusyError
 from .fields import Generation, HandsField, Prompt, Side, Strict, as_json, rows, vector
 from .finding import Finder
 from .forms import Files, Upload, fit_fields, mask_of, read_form
@@ -34,7 +33,6 @@ from .service import Service
 
 EDITS, DETECT = "/v1/images/edits", "/v1/hands/detect"
 UPLOADS = {EDITS: FORM, DETECT: FORM}
-MAX_UPLOADS = 16  # requests with pictures at once: each holds its pictures in memory
 FEW, MANY = 1, 16  # images of a request
 
 
@@ -109,8 +107,11 @@ class Editing(Painting):
         if body.stream and len(images) > 1:
             raise RequestError(f"image must be one with stream, got {len(images)}. Send a request for each.", "image")
         self.kept = images[0] if mask is not None and body.size in (None, "auto") else None
-        self.mask, self.profile = mask, images[0].profile if self.kept is not None else b""
-        height, width = service.bundle.manifest.image_size
+        self.mask = mask
+        if len(images) == 1:
+            original = images[0].original.in_colours()
+            self.original = original if self.kept is not None else original.profile_alone()
+        height, width = self.painted
         self.brought = [{"image": resized(one.pixels, (height, width))} for one in images]
         if mask is not None:
             self.brought[0]["mask"] = resized(mask, (height, width), box=True)
@@ -124,7 +125,7 @@ class Editing(Painting):
                 )
         elif any(one.size[0] * width != one.size[1] * height for one in images):
             self.warnings.append(
-                f"The image has another shape than {service.size}, and was stretched. Cut it first to keep its "
+                f"The image has another shape than {width}x{height}, and was stretched. Cut it first to keep its "
                 "proportions."
             )
 
@@ -149,13 +150,10 @@ def make_router(service: Service) -> APIRouter:
     """The routes of pictures that come in."""
     router = APIRouter()
     finder = Finder(service.engines)
-    busy = 0
 
     async def given(http: Http, names: tuple[str, ...]) -> tuple[Files, dict[str, str]]:
-        """The form of a request. Raises RequestError and BusyError."""
+        """The form of a request. Raises RequestError."""
         own_page(http, service.front.cors)
-        if busy > MAX_UPLOADS:
-            raise BusyError(f"{MAX_UPLOADS} requests with pictures are under way. Try again later.", 5.0)
         files, fields = await read_form(http, names)
         if "image" not in files:
             raise RequestError("image must be given, as a file of the form.", "image")
@@ -164,9 +162,7 @@ def make_router(service: Service) -> APIRouter:
     @router.post(EDITS, responses=RESPONSES, openapi_extra=form_of(EditForm, "image", "mask"))
     async def edits(http: Http) -> Response:
         """Paints pictures again, or the part of one that a mask names, as OpenAI's images API does; or their hands."""
-        nonlocal busy
-        busy += 1
-        try:
+        with service.bringing():
             files, fields = await given(http, ("image", "mask"))
             body = fit_fields(EditForm, fields, ("hands", "guidance_interval"))
             check_model(service, body.model)
@@ -175,15 +171,11 @@ def make_router(service: Service) -> APIRouter:
             if body.repair:
                 return await Repair(service, finder, body, http, images, mask).answer()
             return await paint(Editing(service, body, http, images, mask), http)
-        finally:
-            busy -= 1
 
     @router.post(DETECT, responses=RESPONSES, openapi_extra=form_of(DetectForm, "image"))
     async def detect(http: Http) -> Response:
         """The hands of a picture: where they are, which gesture they show, and how sure that is."""
-        nonlocal busy
-        busy += 1
-        try:
+        with service.bringing():
             files, fields = await given(http, ("image",))
             body = fit_fields(DetectForm, fields, ("box",))
             check_model(service, body.model)
@@ -199,8 +191,6 @@ def make_router(service: Service) -> APIRouter:
             found = await finder.run(lambda: [described(finder, one, image.size) for one in seen])
             height, width = image.size
             return JSONResponse({"size": f"{width}x{height}", "data": found})
-        finally:
-            busy -= 1
 
     return router
 
@@ -216,7 +206,10 @@ def read_pictures(files: Files, most: int, holes: bool) -> tuple[list[Upload], n
         raise RequestError("mask must be one file, with one image. Send a request for each.", "mask")
     images = [Upload.read("image", content, most) for content in contents]
     if masks:
-        return images, mask_of(masks[0], images[0].size, most)
+        mask = mask_of(masks[0], images[0].size, most)
+        if not mask.any():
+            raise RequestError("mask must be transparent or white where to paint, got a mask that keeps all.", "mask")
+        return images, mask
     return images, images[0].hole if holes and len(images) == 1 else None
 
 

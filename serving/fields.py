@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from ..editing import Arrays, Drag
 from ..errors import RequestError
 from ..hands import CAMERA, MAX_CAMERA, SHAPES
 from ..settings import MAX_SEED, SETTINGS, Setting, http_name
-from .hands import Arrays, Drag
 
 MAX_PROMPT = 4000  # characters; the tokenizer reads some 75 words of them and warns about the rest
 MAX_PREVIEWS = 16
@@ -114,7 +114,7 @@ class Generation(_WithSettings):  # type: ignore[misc]
 
     prompt: Prompt
     n: Annotated[int, Field(ge=1, le=1024, description="Number of pictures, with the seeds seed, seed + 1, ...")] = 1
-    size: Annotated[str, Field(max_length=20, description="WIDTHxHEIGHT of the bundle, or auto.")] | None = None
+    size: Annotated[str, Field(max_length=20, description="WIDTHxHEIGHT, or auto for the bundle's own.")] | None = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: Annotated[int, Field(ge=0, le=100, description="Quality of jpeg and webp.")] | None = None

@@ -19,19 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from ..detection.arms import HandEstimate
 from ..detection.detect import Detector, MediaPipe
-from ..detection.fit import Fitted
-from ..detection.hands import Seen, arrays_of, fitted
+from ..detection.hands import Seen, arrays_of, fitted, seen_again
+from ..editing import Arrays
 from ..errors import DetectionError, RequestError
 from ..fingers import gestures
-from ..hands import POSES
-from ..kinematics import world
 from ..repair.place import placed
-from ..rotations import axis_angle_to_matrix
 from ..runtime.rest import joints_at_rest
 from .dispatch import BusyError
-from .hands import Arrays
 from .service import UnfinishedError
 
 MAX_WAITING = 8  # pictures
@@ -119,13 +114,7 @@ def seen_of(hands: Mapping[str, np.ndarray], size: tuple[int, int], gesture: str
         raise RequestError(
             f"hands must show one hand each for a repair, got {len(visible)}. Send an object for each hand.", "hands"
         )
-    side = int(visible[0])
-    points = np.asarray(hands["joints_2d"], np.float64)[side] * (size[1], size[0])
-    if not np.ptp(points, axis=0).max() >= 1:
+    seen = seen_again(hands, int(visible[0]), size, gesture)
+    if not np.ptp(seen.hand.joints_2d, axis=0).max() >= 1:
         raise RequestError("hands.joints_2d must span at least a pixel. Make the hand larger.", "hands")
-    vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES]).astype(np.float64)
-    turns = world(axis_angle_to_matrix(vectors))
-    fingers = vectors[22 + 15 * side : 37 + 15 * side]
-    if gesture:
-        return Seen(Fitted(side, turns[20 + side], fingers, points, 0.0, np.zeros(16), {gesture: 1.0}))
-    return Seen(HandEstimate(side, turns[20 + side], fingers, points))
+    return seen

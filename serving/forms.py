@@ -24,7 +24,8 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..errors import RequestError
-from ..pictures import decode, decode_mask, kind_of
+from ..pictures import decode_mask, kind_of
+from ..repair.files import Original
 from ..schema import MisfitError
 from .service import UnfinishedError
 
@@ -71,10 +72,10 @@ async def read_form(http: Http, names: tuple[str, ...]) -> tuple[Files, dict[str
 
 
 def fit_fields(kind: type[BaseModel], fields: dict[str, str], nested: tuple[str, ...]) -> Any:
-    """The text of a form as a body of its kind. nested: fields whose text is JSON. Raises RequestValidationError and
-    RequestError."""
-    values: dict[str, Any] = dict(fields)
-    for name in {*nested} & {*fields}:
+    """The text of a form as a body of its kind. nested: fields whose text is JSON. An empty field counts as a missing
+    one. Raises RequestValidationError and RequestError."""
+    values: dict[str, Any] = {name: text for name, text in fields.items() if text}
+    for name in {*nested} & {*values}:
         if fields[name].lstrip()[:1] in ("{", "["):
             try:
                 values[name] = json.loads(fields[name], parse_constant=_refuse)
@@ -92,12 +93,12 @@ def _refuse(constant: str) -> NoReturn:
 
 @dataclass
 class Upload:
-    """A picture of a form. pixels: uint8 [H, W, 3], upright. hole: uint8 [H, W] of its own transparency, 255 where it
-    is transparent, or None. profile: its ICC profile, which a picture made of it keeps."""
+    """A picture of a form. original: what its file holds. pixels: uint8 [H, W, 3], upright, on white where it is
+    transparent. hole: uint8 [H, W] of its own transparency, 255 where it is transparent, or None."""
 
+    original: Original = field(repr=False)
     pixels: np.ndarray = field(repr=False)
     hole: np.ndarray | None = field(default=None, repr=False)
-    profile: bytes = field(default=b"", repr=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -109,23 +110,23 @@ class Upload:
         """name: of its field. most: pixels that it may have. Raises RequestError. Runs in a thread."""
         checked(name, content, most)
         try:
-            pixels = decode(content)
-            with Image.open(io.BytesIO(content)) as image:
-                profile = image.info.get("icc_profile") or b"" if image.mode in ("RGB", "RGBA") else b""
-                clear = image.has_transparency_data
-            hole = decode_mask(content) if clear else None
+            original = Original.of(content)
         except MisfitError as error:
             raise refused(name, error) from None
-        if hole is not None and (hole == 0).all():
-            hole = None
-        return cls(pixels, hole, profile)
+        alpha = original.alpha
+        if alpha is None or (alpha == 255).all():
+            return cls(original, original.image)
+        share = alpha[..., None] / np.float32(255)
+        pixels = (original.image * share + 255 * (1 - share) + 0.5).astype(np.uint8)
+        return cls(original, pixels, 255 - alpha)
 
 
-def mask_of(content: bytes, size: tuple[int, int], most: int) -> np.ndarray:
-    """A mask of the size (height, width) of its image: uint8 [H, W], 255 where to paint. Raises RequestError."""
+def mask_of(content: bytes, size: tuple[int, int], most: int, opaque: bool = False) -> np.ndarray:
+    """A mask of the size (height, width) of its image: uint8 [H, W], 255 where to paint. opaque: see `decode_mask`.
+    Raises RequestError."""
     checked("mask", content, most)
     try:
-        mask = decode_mask(content)
+        mask = decode_mask(content, opaque)
     except MisfitError as error:
         raise refused("mask", error) from None
     if mask.shape != size:
@@ -134,8 +135,6 @@ def mask_of(content: bytes, size: tuple[int, int], most: int) -> np.ndarray:
             "over the image.",
             "mask",
         )
-    if not mask.any():
-        raise RequestError("mask must be transparent or white where to paint, got a mask that keeps all.", "mask")
     return mask
 
 

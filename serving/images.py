@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import base64
-import io
 
 import numpy as np
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 
+from ..editing import Arrays
+from ..repair.files import Original
 from ..skeleton import draw_skeleton
-from .hands import Arrays
 
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-PNG_LEVEL = 4  # of zlib: less than half the time of the usual level, for files that are 4 % larger
 
 
-def encoded(
-    image: np.ndarray, format: str = "png", quality: int | None = None, parameters: str = "", profile: bytes = b""
-) -> bytes:
+def encoded(image: np.ndarray, format: str = "png", quality: int | None = None, parameters: str = "") -> bytes:
     """uint8 [H, W, 3] -> the content of a file. quality: 0 to 100, of jpeg and webp. parameters: a text that a PNG
-    holds under this name, where AUTOMATIC1111's web UI looks for it. profile: an ICC profile of its colours."""
-    buffer = io.BytesIO()
-    colours = {"icc_profile": profile} if profile else {}
-    if format == "png":
-        info = PngInfo()
-        if parameters:
-            info.add_itxt("parameters", parameters.replace("\0", " "))
-        Image.fromarray(image).save(buffer, "PNG", compress_level=PNG_LEVEL, pnginfo=info, **colours)
-    else:
-        Image.fromarray(image).save(buffer, format.upper(), quality=90 if quality is None else quality, **colours)
-    return buffer.getvalue()
+    holds under this name, where AUTOMATIC1111's web UI looks for it."""
+    return over(Original(b"", image, None, False, {"text": {}}), image, format, quality, parameters)
+
+
+def over(
+    original: Original, image: np.ndarray, format: str = "png", quality: int | None = None, parameters: str = ""
+) -> bytes:
+    """The same for a picture that was painted over another one: it keeps what the original's file carried."""
+    return original.encoded(image, {"parameters": parameters} if parameters else {}, format, quality)
 
 
 def skeleton(hands: Arrays, size: tuple[int, int]) -> np.ndarray:

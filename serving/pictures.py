@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,19 @@ from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ..errors import RequestError
+from ..repair.files import Original
 from ..runtime.requests import Request
+from ..runtime.room import shown
 from .dispatch import Ticket
 from .fields import Generation, as_json
-from .images import base64_of, encoded, fitted, preview, preview_steps, skeleton
+from .images import base64_of, encoded, fitted, over, preview, preview_steps, skeleton
 from .messages import Answer, Failed, HandsMade, PictureMade, Preview
 from .problems import CODES, LATE
 from .proxy import base_url
 from .service import MAX_SIDE_PIXELS, MIN_SIDE_PIXELS, Service, UnfinishedError
 
 PING_SECONDS = 15.0  # of silence, after which a stream says that it is alive
+MAX_AREA = 4  # times the pixels of the bundle's own size that a client may ask for
 DRAWN_SEEDS = 2**31  # the server draws smaller seeds, which fit any client's integers
 
 
@@ -46,12 +50,13 @@ class Stream(StreamingResponse):
 class Painting:
     """A request for pictures that has been checked.
 
-    size: (height, width) that the pictures are scaled to, or None. warnings: sentences of the answer. brought: what
-    each of its pictures begins with: the image, mask and so on of a `Request`, for `edits`.
+    painted: (height, width) that the engine paints. size: that the pictures are scaled to, or None. warnings: sentences
+    of the answer. brought: what each of its pictures begins with: image, mask and so on of a `Request`, for `edits`.
     """
 
     kind = "image_generation"  # of a stream's events
-    profile = b""  # of the pictures' colours
+    original: Original | None = None  # what the pictures were painted over
+    bars = True  # whether a picture of another shape than the painted one gets bars
 
     def __init__(self, service: Service, body: Generation, http: Http) -> None:
         """Raises RequestError."""
@@ -60,10 +65,10 @@ class Painting:
         self.base = service.front.public_url or base_url(http)
         self.warnings = body.warnings()
         self.brought: list[dict[str, Any]] = [{}]
+        self.painted = service.bundle.manifest.image_size
         self.size = self._check()
-        height, width = self.size or service.bundle.manifest.image_size
         self.about = {
-            "size": f"{width}x{height}",
+            "size": shown(self.given),
             "background": "opaque",
             "quality": "auto",
             "output_format": body.output_format,
@@ -83,12 +88,30 @@ class Painting:
             self.warnings.append(f"The timeout was shortened to {limits.timeout:g} seconds.")
         return self._size()
 
+    @property
+    def given(self) -> tuple[int, int]:
+        """Height and width of the pictures that the client gets."""
+        return self.size or self.painted
+
     def _size(self) -> tuple[int, int] | None:
-        """The size that pictures are scaled to; None if they keep their own."""
-        asked, own = self.body.size, self.service.size
+        """Sets the size that is painted. Returns the size that pictures are scaled to; None if they keep theirs."""
+        asked, own, bundle = self.body.size, self.service.size, self.service.bundle
         if asked in (None, "auto", own):
             return None
-        if not self.service.front.any_size:
+        if bundle.manifest.size_multiple:
+            try:
+                size = bundle.size(Request("a picture", size=asked))
+                bundle.room.check(size)
+                if size[0] * size[1] > MAX_AREA * self.painted[0] * self.painted[1]:
+                    raise RequestError(
+                        f"size must have at most {MAX_AREA} times the pixels of {own}, got {asked}.", "size"
+                    )
+                self.painted = size
+                return None
+            except RequestError:
+                if not self.service.front.any_size:
+                    raise
+        elif not self.service.front.any_size:
             raise RequestError(
                 f"size must be {own} or auto, got {asked!r}. hd-serve --any-size scales pictures.", "size"
             )
@@ -102,7 +125,7 @@ class Painting:
             )
         painted = self.service.bundle.manifest.image_size
         self.warnings.append(f"The engine paints {own}. The picture was scaled to {asked}.")
-        if painted[0] * width != painted[1] * height:
+        if self.bars and painted[0] * width != painted[1] * height:
             self.warnings[-1] += " It has bars, because its shape is different."
             if self.body.return_hands:
                 self.warnings.append("The joints' places are those in the picture without bars.")
@@ -115,6 +138,7 @@ class Painting:
         if settings.get("guidance", self.service.bundle.manifest.defaults["guidance"]) != 1:
             settings.setdefault("negative_prompt", self.service.front.negative_prompt)
         settings["hands"] = self.service.hands_path(body.hands)
+        settings["size"] = shown(self.painted) if self.painted != self.service.bundle.manifest.image_size else None
         requests = [Request(body.prompt, **settings, **brought) for brought in self.brought]
         return [one for request in requests for one in self.service.prepare(request, body.n)]
 
@@ -129,9 +153,11 @@ class Painting:
 
     def _entry(self, ticket: Ticket, made: PictureMade, parameters: str) -> dict[str, Any]:
         body, service = self.body, self.service
+        service.bundle.room.ran(self.painted)
         started = time.perf_counter()
         image = self.shown(made.image)
-        content = encoded(image, body.output_format, body.output_compression, parameters, self.profile)
+        save = encoded if self.original is None else partial(over, self.original)
+        content = save(image, body.output_format, body.output_compression, parameters)
         service.metrics.took("encoding", time.perf_counter() - started)
         entry: dict[str, Any] = {"id": ticket.id, "seed": ticket.request.seed}
         if body.return_hands:
@@ -236,7 +262,7 @@ async def wait_for(
 
 async def _stream(painting: Painting, ticket: Ticket, deadline: float) -> AsyncIterator[str]:
     """Server-sent events: the skeleton, previews, and the picture or an error."""
-    index, size = 0, painting.service.bundle.manifest.image_size
+    index, size = 0, painting.painted
     loop = asyncio.get_running_loop()
 
     def sent(kind: str, values: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from .dispatch import Ticket
 from .fields import as_json
 from .finding import Finder, seen_of
 from .forms import Upload
-from .images import base64_of, encoded
+from .images import base64_of, over
 from .messages import HandsMade, PictureMade
 from .pictures import Painting, drawn_seed, wait_for
 from .service import Service, UnfinishedError
@@ -83,7 +83,7 @@ class Repair:
         most = self.service.most // self.body.n
         if len(hands) > most:
             raise RequestError(f"hands must be at most {most} with n = {self.body.n}, got {len(hands)}.", "hands")
-        pictures = [self.image.pixels] * self.body.n
+        pictures = [self.image.original.image] * self.body.n
         try:
             with self.folder() as folder:
                 left = hands
@@ -112,7 +112,7 @@ class Repair:
         if isinstance(given, str):
             raise RequestError("hands must be objects with repair, got text. Send those of /v1/hands/detect.", "hands")
         if given is None:
-            return [(one, None) for one in self.sure(await self.finder(self.image.pixels))]
+            return [(one, None) for one in self.sure(await self.finder(self.image.original.image))]
         return [
             (
                 seen_of(one.arrays(), size, one.gesture or ""),
@@ -168,7 +168,7 @@ class Repair:
 
     def plan(self, picture: np.ndarray, hands: list[tuple[Seen, np.ndarray | None]]) -> list[Patch]:
         """The crops of hands in a picture. Runs in a thread."""
-        from ..repair.patch import cut, plan
+        from ..repair.patch import plan
 
         size = self.service.bundle.manifest.image_size
         patches = []
@@ -178,7 +178,7 @@ class Repair:
             except DetectionError as error:
                 raise RequestError(str(error), "hands") from None
             if self.mask is not None:
-                patch.old = patch.old | (cut(self.mask, patch.window, size) > 127)
+                patch.old = patch.old | (patch.window.cut(self.mask, size) > 127)
             if patch.magnified > SOFT:
                 self.painting.warnings.append(
                     f"The {seen.side} hand is {patch.magnified:.0f} times as large as the engine paints, so it looks "
@@ -237,7 +237,7 @@ class Repair:
         """An entry of `data`. Runs in a thread."""
         body, service = self.body, self.service
         started = time.perf_counter()
-        content = encoded(picture, body.output_format, body.output_compression, profile=self.image.profile)
+        content = over(self.image.original, picture, body.output_format, body.output_compression)
         service.metrics.took("encoding", time.perf_counter() - started)
         entry: dict[str, Any] = {"seed": self.seed_of(i), **({"hands": shown} if body.return_hands else {})}
         if self.painting.format == "url":

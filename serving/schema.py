@@ -46,7 +46,7 @@ def describe(app: FastAPI, service: Service) -> dict[str, Any]:
     parts = schema["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         parts.pop(name, None)
-    sizes = {} if service.front.any_size else {"enum": [service.size, "auto"]}
+    sizes = {} if service.front.any_size or service.bundle.manifest.size_multiple else {"enum": [service.size, "auto"]}
     for part, field, bounds in (
         ("Generation", "model", {"enum": service.names}),
         ("HandsRequest", "model", {"enum": service.names}),

@@ -1,14 +1,12 @@
-"""The API of AUTOMATIC1111's web UI (`/sdapi/v1/...`), as far as its clients use it to make pictures of a prompt.
+"""The API of AUTOMATIC1111's web UI (`/sdapi/v1/...`), as far as its clients use it to make pictures.
 
     POST /sdapi/v1/txt2img {"prompt": "two open hands", "steps": 8, "width": 128, "height": 128}
+    POST /sdapi/v1/img2img {"prompt": "an open hand", "init_images": ["iVBORw0KGgo..."], "denoising_strength": 0.6}
 
 Open WebUI, SillyTavern, Krita plugins and chat bots speak it. A request becomes a `Generation`, so it has the same
 queue, limits, keys and errors as one of `/v1/images/generations`. Names and meanings are those of the web UI's 1.10.
 
-The server refuses a field that it cannot honour and that asks for another picture (REFUSED). It names one that changes
-the look alone (NAMED) in `warnings` of the answer's `info`, and unknown fields, too.
-
-img2img is not here: a loop that starts from a picture belongs beside `Txt2Img`, with `init_images` and `mask`.
+`txt2img` and `img2img` have the bodies, and say which fields the server refuses and which have no effect.
 """
 
 from __future__ import annotations
@@ -18,203 +16,30 @@ import json
 import re
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response
-from pydantic import ConfigDict, Field
 
 from ..errors import RequestError
-from ..settings import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, SOLVERS
+from ..settings import SOLVERS
 from .dispatch import Ticket
-from .fields import MAX_PROMPT, Generation, Nullable, Prompt
-from .guard import own_page
+from .guard import JSON, own_page
 from .images import base64_of, encoded, preview, preview_steps
+from .img2img import Img2Img
 from .messages import Answer, Failed, PictureMade, Preview
-from .pictures import Painting, begin, drawn_seed, wait_for
+from .pictures import Painting, begin, wait_for
 from .problems import RESPONSES, ModelError
 from .service import Service, UnfinishedError
+from .txt2img import OPTIONS, SAMPLERS, SCHEDULES, Txt2Img, changes
 
 PREFIX = "/sdapi/v1"
+UPLOADS = {f"{PREFIX}/img2img": JSON}
 # Paths without a body. Browsers send such a POST for pages of any origin, so `own_page` looks where it comes from.
 BARE = frozenset(f"{PREFIX}/{name}" for name in ("interrupt", "skip", "refresh-checkpoints", "refresh-loras"))
 LOOKS = 20  # at a picture on its way, for /progress
 INTERRUPTED = "The request was interrupted before its picture was done. Send it again."
-
-# The web UI's name of each solver.
-SAMPLERS = {
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "euler": "Euler",
-    "dpm++2m": "DPM++ 2M",
-    "dpm++2m-karras": "DPM++ 2M Karras",
-    "plms": "PLMS",
-    "lcm": "LCM",
-    "ddim-early": "DDIM early",
-}
-# Samplers and schedules of the web UI without a solver here. Clients set them unasked: the bundle's solver takes over.
-LACKING = (
-    "Euler a", "LMS", "Heun", "DPM2", "DPM2 a", "DPM++ 2S a", "DPM++ SDE", "DPM++ 2M SDE", "DPM++ 2M SDE Heun",
-    "DPM++ 3M SDE", "DPM fast", "DPM adaptive", "Restart", "UniPC", "DDIM CFG++",
-)  # fmt: skip
-SCHEDULES = ("automatic", "karras", "uniform")
-LACKING_SCHEDULES = (
-    "exponential", "polyexponential", "sgm_uniform", "kl_optimal", "align_your_steps", "simple", "normal", "ddim",
-    "beta", "turbo", "align_your_steps_gits", "align_your_steps_11", "align_your_steps_32",
-)  # fmt: skip
-
-# Fields that ask for another picture, with the values that ask for nothing.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "enable_hr": (False,),
-    "styles": ([], [""], ["None"]),
-    "script_name": ("", "None"),
-    "subseed_strength": (0,),
-    "init_images": ([],),
-    "mask": ("",),
-    "refiner_checkpoint": ("", "None"),
-}
-# Fields that change the look of a picture in the web UI, with the values that change nothing here.
-NAMED: dict[str, tuple[Any, ...]] = {
-    "restore_faces": (False,),
-    "tiling": (False,),
-    "seed_resize_from_h": (-1, 0),
-    "seed_resize_from_w": (-1, 0),
-    "eta": (0, 1),
-    "s_churn": (0,),
-    "s_tmin": (0,),
-    "s_tmax": (0,),
-    "s_noise": (1,),
-    "s_min_uncond": (0,),
-    "clip_skip": (0, 1),
-    "refiner": ("", "none", "None"),
-    "enable_refiner": (False,),
-}
-# Options that a request or POST /options may set, with the values that change nothing.
-OPTIONS: dict[str, tuple[Any, ...]] = {
-    "sd_vae": ("", "None", "Automatic"),
-    "CLIP_stop_at_last_layers": (0, 1),
-    "eta_noise_seed_delta": (0,),
-    "face_restoration_model": ("", "None"),
-    "img2img_color_correction": (True, False),
-    "samples_format": ("png",),
-}
-# Fields that change no picture: where the web UI writes files, and values of what is switched off. SillyTavern's server
-# repeats url and auth, which its page sent.
-IGNORED = {
-    "save_images", "do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards", "subseed",
-    "script_args", "denoising_strength", "firstphase_width", "firstphase_height", "force_task_id", "infotext",
-    "comments", "disable_extra_networks", "refiner_switch_at", "refiner_start", "include_init_images", "url",
-    "auth", "latent_sampler", "full_quality",
-}  # fmt: skip
-ADAPTER = re.compile(r"<(lora|lyco|hypernet):([^:<>]{1,200})[^<>]{0,100}>")
-
-
-class Txt2Img(Nullable):
-    """`POST /sdapi/v1/txt2img`. As in the web UI, a number may be text, and null counts as a missing field."""
-
-    model_config = ConfigDict(extra="allow")
-
-    prompt: Prompt
-    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT)] = ""
-    seed: Annotated[int, Field(ge=-1, le=MAX_SEED, description="-1: the server draws one.")] = -1
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS, description="Without it, the bundle's.")] | None = None
-    cfg_scale: Annotated[float, Field(ge=0, le=MAX_GUIDANCE, description="Without it, the bundle's.")] | None = None
-    width: Annotated[int, Field(ge=1, le=100_000, description="Without it, the bundle's.")] | None = None
-    height: Annotated[int, Field(ge=1, le=100_000, description="Without it, the bundle's.")] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=1024)] = 1
-    n_iter: Annotated[int, Field(ge=1, le=1024, description="Multiplies batch_size.")] = 1
-    sampler_name: Annotated[str, Field(max_length=100)] | None = None
-    sampler_index: Annotated[str, Field(max_length=100, description="The older name of sampler_name.")] | None = None
-    scheduler: Annotated[str, Field(max_length=100)] | None = None
-    send_images: bool = True
-    override_settings: Annotated[dict[str, Any], Field(default_factory=dict)]
-    alwayson_scripts: Annotated[dict[str, Any], Field(default_factory=dict)]
-
-    def solver(self) -> tuple[str | None, list[str]]:
-        """The solver of sampler_name and scheduler, and sentences about what is not here."""
-        said: list[str] = []
-        name, schedule = self.sampler_name or self.sampler_index or "", (self.scheduler or "automatic").lower()
-        if schedule not in SCHEDULES + LACKING_SCHEDULES:
-            raise RequestError(f"scheduler must be one of {', '.join(SCHEDULES)}, got {self.scheduler!r}.", "scheduler")
-        known = {spelled(one): solver for solver, label in SAMPLERS.items() for one in (solver, label)}
-        plain = re.sub(r"(karras|exponential)\Z", "", spelled(name))
-        if not name or name == "None":
-            solver = None
-        elif (solver := known.get(spelled(name))) is None and plain not in map(spelled, LACKING) and plain not in known:
-            raise RequestError(
-                f"sampler_name must be one of {', '.join(SAMPLERS.values())}, got {name!r}.", "sampler_name"
-            )
-        elif solver is None:
-            said.append(f"The sampler {name} is not here. The bundle's own made the picture.")
-        if solver == "dpm++2m" and schedule in ("automatic", "karras"):  # as in the web UI since 1.9
-            solver = "dpm++2m-karras"
-        elif schedule not in ("automatic", "uniform") and solver != "dpm++2m-karras":
-            said.append(f"The scheduler {self.scheduler} has no effect with this sampler.")
-        return solver, said
-
-    def warnings(self) -> list[str]:
-        """A sentence for each field that has no effect. Raises RequestError for one that asks for another picture."""
-        given = {**(self.model_extra or {})}
-        for name, off in REFUSED.items():
-            if name in given and given[name] not in off:
-                raise RequestError(
-                    f"{name} must be {json.dumps(off[0])}, got {json.dumps(given[name])[:60]}. This server makes "
-                    "pictures of a prompt alone.",
-                    name,
-                )
-        for name, script in self.alwayson_scripts.items():
-            if not idle(script):
-                raise RequestError(
-                    f"alwayson_scripts must have scripts that are switched off, got {name[:60]!r}. This server has no "
-                    "scripts.",
-                    "alwayson_scripts",
-                )
-        said = [f"The option {name} has no effect." for name in changes(self.override_settings)]
-        for name, value in given.items():
-            if name in NAMED and value not in NAMED[name]:
-                said.append(f"The field {name} has no effect.")
-            elif name not in {*NAMED, *REFUSED, *IGNORED} and not name.startswith("hr_"):
-                said.append(f"The field {name[:60]} is unknown and has no effect.")
-        if found := ADAPTER.search(self.prompt):
-            said.append(f"The prompt asks for the adapter {found[2]}, which has no effect.")
-        return said
-
-    def generation(self, service: Service, solver: str | None) -> Generation:
-        """The same request to /v1/images/generations."""
-        height, width = service.bundle.manifest.image_size
-        return Generation(
-            prompt=ADAPTER.sub("", self.prompt).strip() or self.prompt,
-            negative_prompt=self.negative_prompt or None,
-            seed=drawn_seed(None if self.seed < 0 else self.seed),
-            num_inference_steps=self.steps,
-            guidance_scale=self.cfg_scale,
-            solver=solver,
-            n=self.batch_size * self.n_iter,
-            size=f"{self.width or width}x{self.height or height}",
-            response_format="b64_json",
-        )
-
-
-def spelled(name: str) -> str:
-    return re.sub(r"[^a-z0-9+]", "", name.lower())
-
-
-def idle(script: Any) -> bool:
-    """Whether an entry of alwayson_scripts is switched off: no arguments, or only false ones."""
-    args = script.get("args", []) if isinstance(script, dict) else script
-    if isinstance(args, dict):
-        args = list(args.values())
-    return not args or (isinstance(args, list) and not any(args))
-
-
-def changes(options: dict[str, Any]) -> list[str]:
-    """The names of options that would change pictures, beside the model."""
-    return [
-        name[:60]
-        for name, value in options.items()
-        if name != "sd_model_checkpoint" and value is not None and value not in OPTIONS.get(name, ())
-    ]
 
 
 @dataclass(eq=False)
@@ -222,7 +47,9 @@ class Job:
     """A request on its way, for /progress and /interrupt."""
 
     owner: str
+    name: str
     count: int
+    painted: tuple[int, int] = (0, 0)  # height, width
     tickets: list[Ticket] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     steps: dict[str, float] = field(default_factory=dict)  # picture -> share of its steps that is done
@@ -265,23 +92,33 @@ def make_router(service: Service) -> APIRouter:
     router = APIRouter()
     jobs: list[Job] = []
 
-    @router.post(f"{PREFIX}/txt2img", responses=RESPONSES | {409: RESPONSES[500] | {"description": INTERRUPTED}})
+    responses = RESPONSES | {409: RESPONSES[500] | {"description": INTERRUPTED}}
+
+    @router.post(f"{PREFIX}/txt2img", responses=responses)
     async def txt2img(body: Txt2Img, http: Http) -> Response:
         """Makes pictures of a prompt."""
+        return await made(body, http, "txt2img")
+
+    @router.post(f"{PREFIX}/img2img", responses=responses)
+    async def img2img(body: Img2Img, http: Http) -> Response:
+        """Paints a picture again, or the part of it that is white in the mask."""
+        with service.bringing():
+            return await made(body, http, "img2img")
+
+    async def made(body: Txt2Img, http: Http, name: str) -> Response:
         checked_model(service, body.override_settings)
         solver, warnings = body.solver()
         warnings += body.warnings()
-        most = service.most
-        if body.batch_size * body.n_iter > most:
+        count, most = body.batch_size * body.n_iter, service.most
+        if count > most:
             raise RequestError(
-                f"batch_size * n_iter must be at most {most}, got {body.batch_size * body.n_iter}. Send several "
-                "requests.",
-                "batch_size",
+                f"batch_size * n_iter must be at most {most}, got {count}. Send several requests.", "batch_size"
             )
-        job = Job(http.scope["handiffuser"]["owner"], body.batch_size * body.n_iter)
+        job = Job(http.scope["handiffuser"]["owner"], name, count)
         try:
-            painting = Painting(service, body.generation(service, solver), http)
+            painting = await body.painting(service, solver, http)
             painting.warnings += warnings
+            job.painted = painting.painted
             jobs.append(job)
             return await answer(service, body, painting, job, http)
         except RequestError as error:
@@ -388,17 +225,17 @@ async def answer(service: Service, body: Txt2Img, painting: Painting, job: Job, 
         if not job.interrupted or not job.made:
             raise
     done = [(ticket, job.made[ticket.id]) for ticket in job.tickets if ticket.id in job.made]
-    entries = [await painting.finished(ticket, made, infotext(ticket, painting)) for ticket, made in done]
+    notes = [infotext(ticket, painting) + body.notes() for ticket, _ in done]
+    entries = [await painting.finished(*one, note) for one, note in zip(done, notes, strict=True)]
     images = [entry["b64_json"] for entry in entries] if body.send_images else []
-    parameters = {name: value for name, value in body.model_dump().items() if name in Txt2Img.model_fields}
-    info = info_of(service, [ticket for ticket, _ in done], painting)
-    return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(info)})
+    info = info_of(service, [ticket for ticket, _ in done], painting) | {"infotexts": notes}
+    return JSONResponse({"images": images, "parameters": body.parameters(), "info": json.dumps(info)})
 
 
 def infotext(ticket: Ticket, painting: Painting) -> str:
     """The settings of a picture in the web UI's form, which it also reads from a PNG."""
     request, service = ticket.request, painting.service
-    height, width = painting.size or service.bundle.manifest.image_size
+    height, width = painting.given
     negative = f"\nNegative prompt: {request.negative_prompt}" * bool(request.negative_prompt)
     return (
         f"{request.prompt}{negative}\nSteps: {request.steps}, Sampler: {SAMPLERS[request.solver or SOLVERS[0]]}, "
@@ -409,7 +246,7 @@ def infotext(ticket: Ticket, painting: Painting) -> str:
 def info_of(service: Service, tickets: list[Ticket], painting: Painting) -> dict[str, Any]:
     """The object that the web UI gives as text in `info`. `warnings` is ours."""
     request, seeds = tickets[0].request, [ticket.request.seed for ticket in tickets]
-    height, width = painting.size or service.bundle.manifest.image_size
+    height, width = painting.given
     count = len(tickets)
     return {
         "prompt": request.prompt,
@@ -431,7 +268,6 @@ def info_of(service: Service, tickets: list[Ticket], painting: Painting) -> dict
         "sd_model_name": service.name,
         "sd_model_hash": None,
         "index_of_first_image": 0,
-        "infotexts": [infotext(ticket, painting) for ticket in tickets],
         "styles": [],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
         "clip_skip": 1,
@@ -443,15 +279,16 @@ def progress_of(jobs: list[Job], service: Service, shown: bool) -> dict[str, Any
     """What the web UI says of the pictures on their way. shown: with a preview, as base64 of a PNG."""
     done = sum(job.progress for job in jobs) / len(jobs) if jobs else 0.0
     passed = time.monotonic() - min(job.began for job in jobs) if jobs else 0.0
-    last = next((job.last for job in reversed(jobs) if job.last is not None), None)
+    seen = next((job for job in reversed(jobs) if job.last is not None), None)
+    last = seen.last if seen is not None else None
     image = None
-    if shown and last is not None:
-        image = base64_of(encoded(preview(last.colours, service.bundle.manifest.image_size)))
+    if shown and seen is not None and last is not None:
+        image = base64_of(encoded(preview(last.colours, seen.painted)))
     state = {
         "skipped": False,
         "interrupted": any(job.interrupted for job in jobs),
         "stopping_generation": False,
-        "job": "txt2img" if jobs else "",
+        "job": jobs[0].name if jobs else "",
         "job_count": sum(job.count for job in jobs),
         "job_timestamp": "0",
         "job_no": sum(len(job.made) for job in jobs),
@@ -465,8 +302,15 @@ def progress_of(jobs: list[Job], service: Service, shown: bool) -> dict[str, Any
 def translated(error: RequestError) -> RequestError:
     """The error with the web UI's name of the field."""
     sentence, param = str(error), error.param
-    for ours, theirs in (("num_inference_steps", "steps"), ("guidance_scale", "cfg_scale"), ("solver", "sampler_name")):
+    for ours, theirs in (
+        ("num_inference_steps", "steps"),
+        ("guidance_scale", "cfg_scale"),
+        ("solver", "sampler_name"),
+        ("strength", "denoising_strength"),
+    ):
         sentence = re.sub(rf"\b{ours}\b", theirs, sentence)
         param = theirs if param == ours else param
-    sentence = re.sub(r"\Asize must be (\S+) or auto", r"width and height must be \1", sentence)
+    sentence = re.sub(r"\Asize must (be|have|fit)", r"width and height must \1", sentence).replace(
+        " or auto, got", ", got"
+    )
     return RequestError(sentence, "width" if param == "size" else param, error.code)

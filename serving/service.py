@@ -12,25 +12,28 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from ..editing import Arrays
 from ..errors import HanDiffuserError, RequestError
 from ..files import written
 from ..hands import NO_HANDS, hands_file
 from ..runtime.bundle import Bundle
 from ..runtime.requests import Request, gaps
 from ..settings import MAX_SEED, http_name
-from .dispatch import Dispatcher
+from .dispatch import BusyError, Dispatcher
 from .fields import HandsField
-from .hands import Arrays
 from .keys import Keys
 from .metrics import Metrics
 
 KEPT_HANDS = 1000  # files of hands from clients or for clients
 KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # pictures that clients may fetch by URL
+MAX_UPLOADS = 16  # requests with pictures at once: each holds its pictures in memory
 MIN_SIDE_PIXELS, MAX_SIDE_PIXELS = 16, 2048  # of a picture that is scaled
 
 
@@ -55,7 +58,7 @@ class Limits:
     timeout: float = 300.0  # seconds; also the default
     body: int = 1 << 20  # bytes
     upload: int = 32 << 20  # bytes of a body that brings pictures
-    pixels: int = 40_000_000  # of a picture that a request brings
+    pixels: int = 51_000_000  # of a picture that a request brings: those of a telephone with 50 megapixels
 
 
 class UnfinishedError(HanDiffuserError):
@@ -90,6 +93,7 @@ class Service:
         self.hands: OrderedDict[str, Path] = OrderedDict()
         self.pictures: OrderedDict[str, tuple[float, str, bytes]] = OrderedDict()
         self.bytes = 0
+        self.uploads = 0  # requests under way that bring pictures
         self.lock = threading.Lock()  # threads prepare requests and encode pictures
 
     @property
@@ -101,6 +105,17 @@ class Service:
     def engines(self) -> Path:
         """The bundle's folder."""
         return Path(self.dispatcher.workers[0].options.engines)
+
+    @contextmanager
+    def bringing(self) -> Iterator[None]:
+        """While a request with pictures is under way. Raises BusyError if there are too many."""
+        if self.uploads >= MAX_UPLOADS:
+            raise BusyError(f"{MAX_UPLOADS} requests with pictures are under way. Try again later.", 5.0)
+        self.uploads += 1
+        try:
+            yield
+        finally:
+            self.uploads -= 1
 
     def keep_hands(self, hands: Arrays, prompt: str = "") -> str:
         """Writes hands into the private folder and returns their id, a digest. Raises RequestError, and UnfinishedError

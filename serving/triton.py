@@ -30,7 +30,7 @@ def _type(setting: Setting) -> str:
 
 def config(manifest: Manifest, slots: int = 8) -> str:
     """The text of config.pbtxt."""
-    height, width = manifest.image_size
+    height, width = (-1, -1) if manifest.size_multiple else manifest.image_size
     outputs = {
         "IMAGE": ("TYPE_UINT8", [height, width, 3]),
         "JOINTS_2D": ("TYPE_FP32", [2, 21, 2]),

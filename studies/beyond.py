@@ -30,6 +30,7 @@ from typing import Any
 
 import click
 import numpy as np
+from handiffuser import editing
 from handiffuser.commands import run
 from handiffuser.data.cli import progress
 from handiffuser.demo.dataset import labels_of
@@ -45,7 +46,6 @@ from handiffuser.evaluation.pictures import Show
 from handiffuser.hands import POSES
 from handiffuser.models.smplh import HAND_JOINTS
 from handiffuser.rotations import axis_angle_to_matrix, matrix_to_axis_angle
-from handiffuser.serving import hands as editing
 from report import held_out_scenes
 from rich.console import Console
 from rich.table import Table

@@ -147,13 +147,17 @@ def timed(found: Any, device: str, given: dict[str, np.ndarray], rounds: int, ru
 
 
 def error_of(ours: list, reference: list) -> float:
-    """The largest difference of an output relative to its largest value; NaN where one is not finite."""
+    """The largest difference of an output relative to its largest value; NaN where one is not finite.
+
+    Of pictures, uint8: relative to 255, so that one level is 1 / 255 in a dark picture, too.
+    """
     worst = 0.0
     for mine, theirs in zip(ours, reference, strict=True):
+        most = 255.0 if theirs.dtype == np.uint8 else max(float(np.abs(theirs).max()), 1e-9)
         mine, theirs = mine.astype(np.float64), theirs.astype(np.float64)
         if not np.isfinite(mine).all():
             return float("nan")
-        worst = max(worst, float(np.abs(mine - theirs).max() / max(np.abs(theirs).max(), 1e-9)))
+        worst = max(worst, float(np.abs(mine - theirs).max() / most))
     return worst
 
 

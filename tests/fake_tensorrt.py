@@ -33,6 +33,7 @@ import onnx
 import onnxruntime
 import tensorrt_rtx as real
 from fake_runtime import GARBAGE, OK, CallError, FakeRuntime, Op
+from handiffuser.contract import SIDES
 
 SCRATCH = 1024  # bytes of scratch memory for each row
 WEIGHTS = 4096  # bytes that a plan takes on the device
@@ -119,7 +120,7 @@ class ICudaEngine(Strict):
     def __init__(self, runtime: Runtime, plan: dict) -> None:
         self._fake, self._runtime, self._log = runtime._fake, runtime, runtime._log
         self._plan = plan
-        self._session = runtime._fake.session(plan["onnx"])
+        self._session = runtime._fake.session(plan["onnx"], plan["inputs"])
         gpu = self._fake.gpu
         error, self._weights = gpu.cudaMalloc(WEIGHTS)
         if error != OK:
@@ -449,9 +450,14 @@ class FakeTensorRT:
         monkeypatch.setitem(sys.modules, self.module.__name__, self.module)
         return self
 
-    def session(self, path: str) -> onnxruntime.InferenceSession:
+    def session(self, path: str, inputs: dict[str, list]) -> onnxruntime.InferenceSession:
+        """inputs: of the plan. Sides of pictures are fixed, so that the session knows the shapes of its outputs."""
         if path not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 1
+            for tensor in onnx.load(path, load_external_data=False).graph.input:
+                dims = zip(tensor.type.tensor_type.shape.dim, inputs[tensor.name][0][2], strict=True)
+                for side, size in ((dim.dim_param, size) for dim, size in dims if dim.dim_param in SIDES):
+                    options.add_free_dimension_override_by_name(side, size)
             self.sessions[path] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return self.sessions[path]

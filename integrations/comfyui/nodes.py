@@ -1,4 +1,4 @@
-"""Nodes of ComfyUI: load engines, make the hands of a prompt, edit hands, paint.
+"""Nodes of ComfyUI: load engines, make the hands of a prompt or of an image, edit hands, paint, repair.
 
 Each node is a plain class in ComfyUI's form. The classes also run alone: they import ComfyUI, where it is there, for
 its progress bar and its stop button.
@@ -13,7 +13,7 @@ its progress bar and its stop button.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,24 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from handiffuser import EngineError, Failure, HanDiffuser, Picture, Request, RequestError
-from handiffuser.engines.backends import CHOICES, DEVICES
-from handiffuser.hands import save_hands
-from handiffuser.serving.hands import edit, gestures, mirrored, swapped
-from handiffuser.settings import SETTINGS
-from handiffuser.skeleton import draw_skeleton
+from handiffuser import (
+    SETTINGS,
+    EngineError,
+    Failure,
+    HanDiffuser,
+    Picture,
+    Request,
+    RequestError,
+    draw_skeleton,
+    find_hands,
+    repair_hands,
+    save_hands,
+)
+from handiffuser.editing import edit, gestures, mirrored, swapped
 from PIL import Image, ImageDraw
 
 CATEGORY = "HanDiffuser"
+AS_FOUND = "as it is"  # a gesture that does not change
 OWN = "the bundle's"  # a setting that the bundle's default decides
 MAX_SEED = 2**53 - 1  # the page's numbers are exact up to here
 FINGER_WIDTH = 0.28  # of the palm's length, for masks; a finger and a rim around it
@@ -123,9 +132,20 @@ def run(engines: HanDiffuser, requests: list[Request]) -> list[Picture]:
     watch.end()
     for failure in failed:
         raise EngineError(f"{failure.request.prompt!r}: {failure.sentence}")
-    for sentence in dict.fromkeys(sentence for picture in made.values() for sentence in picture.warnings):
-        logging.warning("HanDiffuser: %s", sentence)
+    say(sentence for picture in made.values() for sentence in picture.warnings)
     return [made[str(request.id)] for request in requests]
+
+
+def say(sentences: Iterable[str]) -> None:
+    """Each once, in ComfyUI's log."""
+    for sentence in dict.fromkeys(sentences):
+        logging.warning("HanDiffuser: %s", sentence)
+
+
+def as_pictures(image: Any) -> list[np.ndarray]:
+    """IMAGE, or MASK, -> uint8 [H, W, 3], or [H, W], each."""
+    levels = (image.detach().cpu().numpy().clip(0, 1) * 255).round().astype(np.uint8)
+    return [np.ascontiguousarray(one[..., :3] if one.ndim == 3 else one) for one in levels]
 
 
 def as_image(pictures: list[np.ndarray]) -> Any:
@@ -137,9 +157,14 @@ def as_image(pictures: list[np.ndarray]) -> Any:
 
 def as_mask(hands: list[Hands], height: int, width: int) -> Any:
     """MASK [B, H, W]: 1 where a hand's palm and fingers are by its joints, with a rim."""
+    return as_masks([hand_mask(one, height, width) for one in hands])
+
+
+def as_masks(masks: list[np.ndarray]) -> Any:
+    """float32 [H, W] each -> MASK."""
     import torch
 
-    return torch.from_numpy(np.stack([hand_mask(one, height, width) for one in hands]))
+    return torch.from_numpy(np.stack(masks))
 
 
 def hand_mask(hands: Hands, height: int, width: int) -> np.ndarray:
@@ -178,8 +203,8 @@ class LoadEngines:
         return {
             "required": {
                 "engines": ("STRING", {"default": "demo"}),
-                "backend": (list(CHOICES), {"default": "auto"}),
-                "device": (list(DEVICES), {"default": "auto"}),
+                "backend": (list(HanDiffuser.BACKENDS), {"default": "auto"}),
+                "device": (list(HanDiffuser.DEVICES), {"default": "auto"}),
                 "batch_size": ("INT", {"default": 8, "min": 1, "max": 256, "tooltip": "Pictures made at once."}),
             }
         }
@@ -222,6 +247,105 @@ class HandsOfPrompt:
         return hands, skeletons(hands)
 
 
+class HandsOfImage:
+    """The hands of an image: found, and fitted to the bundle's body."""
+
+    CATEGORY, FUNCTION = CATEGORY, "find"
+    RETURN_TYPES, RETURN_NAMES = ("HANDS", "IMAGE"), ("hands", "found")
+    DESCRIPTION = (
+        "Finds the hands of each image with MediaPipe, a left and a right one. 'for a new picture' shows small hands "
+        "nearer, for Paint; 'in this image' keeps their places, for Repair. 'found' shows how sure each is."
+    )
+    PLACES = ("for a new picture", "in this image")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        places = (list(cls.PLACES), {"default": cls.PLACES[0]})
+        return {"required": {"engines": ("HANDIFFUSER",), "image": ("IMAGE",), "places": places}}
+
+    def find(self, engines: HanDiffuser, image: Any, places: str) -> tuple[list[Hands], Any]:
+        pictures = as_pictures(image)
+        watch, told = Watch(len(pictures)), []
+        for one in find_hands(engines, pictures, whole=places == self.PLACES[1]):
+            told.append(one)
+            watch.step(1)
+            watch.end()
+        say(sentence for one in told for sentence in one.said)
+        return [one.arrays for one in told], as_image([one.drawing for one in told])
+
+
+class RepairHands:
+    """Paints the hands of an image again, and leaves all other pixels as they are."""
+
+    CATEGORY, FUNCTION = CATEGORY, "repair"
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "MASK"), ("image", "painted")
+    DESCRIPTION = (
+        "Paints the hands of each image again, at the model's size, and leaves all other pixels as they are. Without "
+        "hands it takes those that it finds; connect hands ('in this image') to paint those instead."
+    )
+    SIDES = ("both", "left", "right")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        on = {"default": False, "tooltip": "Also hands whose pose is not sure."}
+        return {
+            "required": {
+                "engines": ("HANDIFFUSER",),
+                "image": ("IMAGE",),
+                "seed": SEED,
+                "gesture": ([AS_FOUND, *gestures()], {"default": AS_FOUND, "tooltip": "What every hand shall do."}),
+                "side": (list(cls.SIDES), {"default": "both"}),
+                "every_hand": ("BOOLEAN", on),
+            },
+            "optional": {
+                "caption": (
+                    "STRING",
+                    {"default": "", "tooltip": "Empty: made of the image's colours."},
+                ),
+                "steps": number("steps", 0),
+                "guidance": number("guidance", -1),
+                "denoise": number("strength", -1),
+                "hands": ("HANDS",),
+            },
+        }
+
+    def repair(
+        self,
+        engines: HanDiffuser,
+        image: Any,
+        seed: int = 0,
+        gesture: str = AS_FOUND,
+        side: str = "both",
+        every_hand: bool = False,
+        caption: str = "",
+        denoise: float = -1,
+        hands: list[Hands] | None = None,
+        **settings: Any,
+    ) -> tuple[Any, Any]:
+        pictures = as_pictures(image)
+        if hands is not None and len(hands) not in (1, len(pictures)):
+            raise RequestError(f"hands must be 1 or {len(pictures)}, the number of images, got {len(hands)}.", "hands")
+        made, said = [], []
+        for i, picture in enumerate(pictures):
+            outcome = repair_hands(
+                engines,
+                picture,
+                None if hands is None else hands[i % len(hands)],
+                gesture=None if gesture == AS_FOUND else gesture,
+                side=None if side == "both" else side,
+                every=every_hand,
+                caption=caption.strip() or None,
+                run=partial(run, engines),
+                seed=seed + i,
+                **asked(strength=denoise, **settings),
+            )
+            made.append(outcome.image)
+            said += outcome.said
+        say(said)
+        changed = [(new != old).any(-1).astype(np.float32) for new, old in zip(made, pictures, strict=True)]
+        return as_image(made), as_masks(changed)
+
+
 class EditHands:
     """Edits hands as the page of hd-serve does."""
 
@@ -231,7 +355,7 @@ class EditHands:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        gesture = (["as it is", *gestures()], {"default": "as it is"})
+        gesture = ([AS_FOUND, *gestures()], {"default": AS_FOUND})
         return {
             "required": {
                 "hands": ("HANDS",),
@@ -257,11 +381,14 @@ class EditHands:
 
 
 class Paint:
-    """Paints pictures of a prompt, with its own hands or with given ones."""
+    """Paints pictures of a prompt, with its own hands or with given ones, over an image or from nothing."""
 
     CATEGORY, FUNCTION = CATEGORY, "paint"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE", "MASK", "HANDS"), ("image", "hand_mask", "hands")
-    DESCRIPTION = "Paints a prompt. Connect hands to paint these instead of the prompt's own."
+    DESCRIPTION = (
+        "Paints a prompt. Connect hands to paint these instead of the prompt's own. Connect an image to paint it "
+        "again, and a mask to paint the part of it where the mask is white."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
@@ -273,6 +400,9 @@ class Paint:
                 "guidance": number("guidance", -1),
                 "solver": choice("solver"),
                 "hands": ("HANDS",),
+                "image": ("IMAGE",),
+                "mask": ("MASK",),
+                "denoise": number("strength", -1),
             },
         }
 
@@ -283,37 +413,67 @@ class Paint:
         seed: int = 0,
         count: int = 1,
         hands: list[Hands] | None = None,
+        image: Any = None,
+        mask: Any = None,
+        denoise: float = -1,
         **settings: Any,
     ) -> tuple[Any, Any, list[Hands]]:
-        count = self._count(count, hands)
-        request = Request(prompt, **asked(**settings))
-        if hands is None:
-            pictures = run(engines, prepared(engines, request, seed, count))
-        else:
-            with TemporaryDirectory(prefix="handiffuser-") as folder:  # a request names its hands by a file
-                requests = []
-                for i in range(count):
-                    path = Path(folder, f"{i}.hands.npz")
-                    save_hands(path, hands[i % len(hands)], prompt)
-                    requests += prepared(engines, replace(request, hands=str(path)), seed + i, 1)
-                pictures = run(engines, requests)
+        if mask is not None and image is None:
+            raise RequestError("mask must come with an image. Connect one, or leave mask out.", "mask")
+        given = self._pictures(image, mask)
+        count = self._count(count, hands=hands, image=given)
+        if given is not None:
+            settings["strength"] = denoise
+        request = Request(prompt, **({"image": given[0][0]} if given else {}), **asked(**settings))
+        with TemporaryDirectory(prefix="handiffuser-") as folder:  # a request names its hands by a file
+            requests = []
+            for i in range(count):
+                own: dict[str, Any] = {}
+                if hands is not None:
+                    own["hands"] = str(Path(folder, f"{i}.hands.npz"))
+                    save_hands(Path(own["hands"]), hands[i % len(hands)], prompt)
+                if given is not None:
+                    own["image"], own["mask"] = given[i % len(given)]
+                requests += prepared(engines, replace(request, **own), seed + i, 1)
+            pictures = run(engines, requests)
         found = [picture.hands for picture in pictures]
         height, width = pictures[0].image.shape[:2]
         return as_image([picture.image for picture in pictures]), as_mask(found, height, width), found
 
     @staticmethod
-    def _count(count: int, hands: list[Hands] | None) -> int:
-        """How many pictures there will be: one for each of several hands."""
-        if hands is None or len(hands) == 1:
-            return count
-        if count not in (1, len(hands)):
-            raise RequestError(f"count must be 1 or {len(hands)}, the number of hands, got {count}.", "count")
-        return len(hands)
+    def _pictures(image: Any, mask: Any) -> list[tuple[np.ndarray, np.ndarray | None]] | None:
+        """Each image and its mask, as large."""
+        if image is None:
+            return None
+        pictures = as_pictures(image)
+        if mask is None:
+            return [(picture, None) for picture in pictures]
+        masks = as_pictures(mask.reshape(-1, *mask.shape[-2:]))
+        if len(masks) not in (1, len(pictures)):
+            raise RequestError(f"mask must be 1 or {len(pictures)}, the number of images, got {len(masks)}.", "mask")
+        each = [Image.fromarray(masks[i % len(masks)]) for i in range(len(pictures))]
+        return [
+            (picture, np.asarray(one.resize(picture.shape[1::-1], Image.Resampling.BILINEAR)))
+            for picture, one in zip(pictures, each, strict=True)
+        ]
+
+    @staticmethod
+    def _count(count: int, **given: list[Any] | None) -> int:
+        """How many pictures there will be: one for each of several hands, or images."""
+        for name, each in given.items():
+            if each is None or len(each) == 1:
+                continue
+            if count not in (1, len(each)):
+                raise RequestError(f"count must be 1 or {len(each)}, the number of {name}, got {count}.", "count")
+            count = len(each)
+        return count
 
 
 NODES = {
     "HanDiffuserLoad": (LoadEngines, "Load HanDiffuser"),
     "HanDiffuserHands": (HandsOfPrompt, "Hands of a prompt"),
+    "HanDiffuserHandsOfImage": (HandsOfImage, "Hands of an image"),
     "HanDiffuserEdit": (EditHands, "Edit hands"),
     "HanDiffuserPaint": (Paint, "Paint with hands"),
+    "HanDiffuserRepair": (RepairHands, "Repair hands"),
 }

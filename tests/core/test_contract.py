@@ -78,7 +78,7 @@ def test_a_changed_manifest_is_found(bundle):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda v: v.update(format=2), "format must be at most 1, got 2"),
+        (lambda v: v.update(format=3), "format must be at most 2, got 3"),
         (lambda v: v.pop("format"), "not a bundle's manifest.*lacks 'format'"),
         (lambda v: v["graphs"].pop("unet"), "lacks the graphs unet"),
         (lambda v: v.pop("defaults"), "missing required field defaults"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from handiffuser.data.samples import Bad, Sample, picture, read
-from handiffuser.pictures import decode, encode_png, size_of
+from handiffuser.pictures import decode, encode_png, kind_of, size_of
 from handiffuser.schema import MisfitError
 from PIL import Image
 
@@ -144,3 +145,20 @@ def test_names_that_are_not_read_are_named(tmp_path, names, words):
     plain(tmp_path, "b.json", "b.PNG", *names)
     a, b = sorted(read(tmp_path), key=lambda one: one.key)
     assert isinstance(a, Bad) and words in a.sentence and isinstance(b, Sample)
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_photographs_of_telephones():
+    """HEIC is named, a picture of 108 million pixels is refused, and so is half a file."""
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    for read_it in (decode, kind_of):
+        with pytest.raises(MisfitError, match=r"must be PNG, JPEG or WebP, got HEIC\. Save it as JPEG"):
+            read_it(heic)
+    header = content(Image.new("L", (1, 1)), "PNG")
+    huge = header[:16] + (12000).to_bytes(4, "big") + (9000).to_bytes(4, "big") + header[24:29]
+    huge += zlib.crc32(huge[12:29]).to_bytes(4, "big") + header[33:]
+    with pytest.raises(MisfitError, match="at most 89 million pixels, got 12000 x 9000"):
+        decode(huge)
+    cut = content(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG")
+    with pytest.raises(MisfitError, match="cannot be decoded: image file is truncated"):
+        decode(cut[: len(cut) // 2])

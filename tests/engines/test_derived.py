@@ -269,7 +269,7 @@ def test_a_derived_graph_is_kept_and_made_again_where_it_does_not_fit(tmp_path, 
     assert first is not None and derived.derived_graph(folder, manifest, "hand_prior") is None
     calls = []
     made = derived.derive
-    monkeypatch.setattr(derived, "derive", lambda path: calls.append(path) or made(path))
+    monkeypatch.setattr(derived, "derive", lambda path, sides: calls.append(path) or made(path))
     assert derived.derived_graph(folder, manifest, "image_decoder") == first and not calls
     (kept,) = (tmp_path / "cache").rglob("*.plan")
     kept.write_bytes(kept.read_bytes()[:-1] + b"\0")

@@ -160,7 +160,7 @@ def test_engines_command(tiny_plans):
     assert invoke("engines.cli", "verify", tiny_plans).returncode == 0
     plan.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     pruned = invoke("engines.cli", "prune", tiny_plans)
-    assert pruned.returncode == 0 and not plan.path.exists() and len(list(PlanStore(tiny_plans))) == 24
+    assert pruned.returncode == 0 and not plan.path.exists() and len(list(PlanStore(tiny_plans))) == 27
     assert not PlanStore(tiny_plans).strays()
     rebuilt = invoke("engines.cli", "build", tiny_plans, "--batch-sizes", "1,2,3")
     assert "Built 1 of 28 plans" in rebuilt.stderr

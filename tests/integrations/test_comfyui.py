@@ -21,7 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from handiffuser import EngineError, Failure, HanDiffuser, Request, RequestError
+from handiffuser import DetectionError, EngineError, Failure, HanDiffuser, Request, RequestError
+from handiffuser.detection.convention import Convention
+from handiffuser.detection.detect import Found
 from PIL import Image
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
@@ -79,6 +81,82 @@ def test_hands_are_made_edited_and_painted(nodes, engines):
     assert len(nodes.Paint().paint(engines, "a fist", 5, 2, hands=edited[:1], steps=2)[2]) == 2
     with pytest.raises(RequestError, match="count must be 1 or 3, the number of hands, got 2"):
         nodes.Paint().paint(engines, "a fist", 5, 2, hands=edited)
+
+
+def test_an_image_is_painted_again_where_the_mask_is_white(nodes, engines):
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.random((2, 32, 32, 3), np.float32))
+    mask = torch.zeros(1, 16, 16)  # of another size, as ComfyUI's own nodes give it
+    mask[:, :8] = 1
+    pictures, _, _ = nodes.Paint().paint(engines, "a fist", 5, 1, image=image, mask=mask, denoise=0.7, steps=4)
+    sent = (image[1].numpy() * 255).round().astype(np.uint8)
+    white = np.asarray(Image.fromarray((mask[0].numpy() * 255).astype(np.uint8)).resize((32, 32), 2))
+    (want,) = engines.generate("a fist", seed=6, steps=4, image=sent, mask=white, strength=0.7)
+    assert len(pictures) == 2 and np.array_equal((pictures[1].numpy() * 255).round().astype(np.uint8), want.image)
+    whole, _, _ = nodes.Paint().paint(engines, "a fist", 5, 1, image=image[:1], steps=4)
+    assert not torch.equal(whole[0], pictures[0])
+    with pytest.raises(RequestError, match="mask must come with an image"):
+        nodes.Paint().paint(engines, "a fist", mask=mask)
+    with pytest.raises(RequestError, match="count must be 1 or 2, the number of image, got 3"):
+        nodes.Paint().paint(engines, "a fist", 5, 3, image=image)
+
+
+class Blind:
+    """A detector that finds the hands that it is told of."""
+
+    name, settings, convention = "Blind", {}, Convention.true(0.004)
+    found: tuple[Found, ...] = ()
+
+    def __call__(self, image):
+        return list(self.found)
+
+    def sureness(self, found, residual, degrees):
+        return 0.9
+
+    def close(self):
+        pass
+
+
+@pytest.mark.slow
+def test_hands_of_an_image_are_found_and_repaired(nodes, monkeypatch):
+    """With the demo's body, and a detector that knows the truth."""
+    pytest.importorskip("cv2")
+    from handiffuser.detection import hands as detection
+    from handiffuser.repair import pictures as library
+    from handiffuser.repair.pictures import repair_hands
+
+    for module in (detection, library):
+        monkeypatch.setattr(module, "MediaPipe", Blind)
+    (engines,) = nodes.LoadEngines().load("demo", "onnxruntime", "cpu", 4)
+    with engines:
+        painted, _, hands = nodes.Paint().paint(engines, "an open right hand, blue background", 3, steps=2)
+        image = torch.zeros(1, 128, 200, 3) + 0.3
+        image[:, :, :128] = painted
+        with pytest.raises(DetectionError, match="found no hand in the picture"):
+            nodes.HandsOfImage().find(engines, image, "in this image")
+        points = hands[0]["joints_2d"][1] * (0.64, 1)
+        monkeypatch.setattr(Blind, "found", (Found("right", 0.9, points),))
+        found, drawing = nodes.HandsOfImage().find(engines, image, "in this image")
+        assert drawing.shape == (1, 256, 400, 3) and np.abs(found[0]["joints_2d"][1] - points).max() < 0.03
+        near, _ = nodes.HandsOfImage().find(engines, image, "for a new picture")
+        assert np.ptp(near[0]["joints_2d"][1][:, 0]) > np.ptp(points[:, 0])  # in a picture of another shape
+        out, mask = nodes.RepairHands().repair(engines, image, 4, "fist", steps=2)
+        assert out.shape == image.shape and 0 < mask.mean() < 0.6
+        assert torch.equal(out[mask == 0], (image[mask == 0] * 255).round() / 255)
+        picture = (image[0].numpy() * 255).round().astype(np.uint8)
+        want = repair_hands(engines, picture, gesture="fist", seed=4, steps=2).image
+        assert np.array_equal((out[0].numpy() * 255).round().astype(np.uint8), want)
+        edited, _ = nodes.EditHands().edit(found, "as it is", "fist", False, False)
+        given, _ = nodes.RepairHands().repair(engines, image, 4, hands=edited, steps=2)
+        assert not torch.equal(given, image) and not torch.equal(given, out)
+        with pytest.raises(DetectionError, match="No hand was found"):
+            nodes.RepairHands().repair(engines, image, side="left")
+
+
+def test_nodes_use_the_public_face_alone():
+    lines = [line.strip() for line in (FOLDER / "nodes.py").read_text(encoding="utf-8").splitlines()]
+    rooms = {line.split()[1] for line in lines if line.startswith(("from handiffuser", "import handiffuser"))}
+    assert rooms == {"handiffuser", "handiffuser.editing"}
 
 
 def test_a_mask_covers_the_hands_that_are_seen(nodes):
@@ -218,11 +296,11 @@ def finished(url, prompt):
     """Sends a prompt and waits. Returns its entry in ComfyUI's history."""
     import httpx
 
-    answer = httpx.post(f"{url}/prompt", json={"prompt": prompt})
+    answer = httpx.post(f"{url}/prompt", json={"prompt": prompt}, timeout=60)
     assert answer.status_code == 200 and not answer.json()["node_errors"], answer.text
     id, end = answer.json()["prompt_id"], time.monotonic() + 300
     while time.monotonic() < end:
-        if entry := httpx.get(f"{url}/history/{id}").json().get(id):
+        if entry := httpx.get(f"{url}/history/{id}", timeout=60).json().get(id):
             return entry
         time.sleep(0.2)
     raise AssertionError("ComfyUI did not finish")
@@ -230,33 +308,44 @@ def finished(url, prompt):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_comfyui_runs_the_workflows(comfyui, path):
+def test_comfyui_runs_the_workflows(comfyui, nodes, path):
     """Pictures equal those of the same steps in Python, to one level of 255."""
     import httpx
-    from handiffuser.hands import save_hands
-    from handiffuser.serving.hands import edit, mirrored
+    from handiffuser import find_hands, repair_hands, save_hands
+    from handiffuser.editing import edit, mirrored
 
+    if path.stem in ("hands_of_an_image", "repair_hands"):
+        pytest.importorskip("mediapipe")
     url, output = comfyui
-    prompt = as_prompt(json.loads(path.read_text(encoding="utf-8")), httpx.get(f"{url}/object_info").json())
+    prompt = as_prompt(json.loads(path.read_text(encoding="utf-8")), httpx.get(f"{url}/object_info", timeout=60).json())
     entry = finished(url, prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]
     (saved,) = [one for node in entry["outputs"].values() for one in node["images"] if one["type"] == "output"]
     picture = np.asarray(Image.open(output / saved["filename"]))
     paints = [node["inputs"] for node in prompt.values() if node["class_type"] == "HanDiffuserPaint"]
     with HanDiffuser.load("demo", device="cpu", threads=1) as pipeline:
-        hands = output / "hands.npz"
-        if path.stem == "paint_a_prompt":
-            (want,) = pipeline.generate(paints[0]["prompt"], seed=3)
-        elif path.stem == "edit_hands":
+        file = output / "hands.npz"
+        (first,) = pipeline.generate(paints[0]["prompt"], seed=3)
+        want = first.image
+        if path.stem == "edit_hands":
             (request,), _ = pipeline.prepare([Request("an open right hand, red background")], 3)
             (made,) = pipeline.hands([request])
-            save_hands(hands, edit(made, gesture=("right", "victory")))
-            (want,) = pipeline.generate(paints[0]["prompt"], seed=3, hands=str(hands))
-        else:
-            (first,) = pipeline.generate(paints[0]["prompt"], seed=3)
-            save_hands(hands, mirrored(first.hands))
-            (want,) = pipeline.generate(paints[1]["prompt"], seed=3, hands=str(hands))
-    assert np.abs(picture.astype(int) - want.image).max() <= 1
+            save_hands(file, edit(made, gesture=("right", "victory")))
+            want = pipeline.generate(paints[0]["prompt"], seed=3, hands=str(file))[0].image
+        elif path.stem == "paint_again_mirrored":
+            save_hands(file, mirrored(first.hands))
+            want = pipeline.generate(paints[1]["prompt"], seed=3, hands=str(file))[0].image
+        elif path.stem == "hands_of_an_image":
+            (told,) = find_hands(pipeline, [first.image])
+            save_hands(file, told.arrays)
+            want = pipeline.generate(paints[1]["prompt"], seed=8, hands=str(file))[0].image
+        elif path.stem == "repair_hands":
+            want = repair_hands(pipeline, first.image, gesture="fist", seed=4).image
+        elif path.stem == "paint_over_an_image":
+            mask = (nodes.hand_mask(first.hands, *want.shape[:2]) * 255).astype(np.uint8)
+            over = {"image": first.image, "mask": mask, "strength": 0.9}
+            want = pipeline.generate(paints[1]["prompt"], seed=8, **over)[0].image
+    assert np.abs(picture.astype(int) - want).max() <= 1
 
 
 @pytest.mark.slow

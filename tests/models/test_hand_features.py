@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from handiffuser.contract import NUM_PARAMS, PLACEMENT
+from handiffuser.contract import HAND_JOINTS, NUM_PARAMS, PLACEMENT
 from handiffuser.errors import CheckpointError
 from handiffuser.models.hand_features import HandFeatures, make_basis, pack, placement, placement_of, presence
 from handiffuser.models.smplh import SMPLH, matrix_to_rotation_6d, rotation_6d_to_matrix
@@ -73,6 +73,29 @@ def test_a_wide_image_keeps_proportions(body):
     x = pack(random_rotations(1), torch.zeros(1, 10), placement)
     one, other = square(x)["joints"][0, 0] - 0.5, wide(x)["joints"][0, 0] - 0.5
     torch.testing.assert_close(other * torch.tensor([2.0, 1.0]), one, atol=1e-5, rtol=0)
+
+
+def test_a_portrait_shows_the_hands_that_a_square_shows(features):
+    """No hand lands outside more often: the camera moves, and goes away where two hands are far apart."""
+    generator = torch.Generator().manual_seed(5)
+    count = 64
+    places = torch.rand(count, 2, 4, generator=generator) * torch.tensor([1, 1.8, 1.2, 1.5]) - torch.tensor(
+        [0, 0.9, 0.6, 2.2]
+    )
+    x = pack(random_rotations(count), torch.zeros(count, 10), places)
+    square = features(x)
+    wide, own, tall = (features(x, torch.full((count,), span)) for span in (1.5, 1.0, 0.6))
+    for one in (wide, own):
+        torch.testing.assert_close(one["camera"], square["camera"], rtol=0, atol=0)
+        torch.testing.assert_close(one["joints"], square["joints"], rtol=0, atol=0)
+    assert torch.equal(own["visibility"], square["visibility"]) and (wide["visibility"] >= square["visibility"]).all()
+    assert (tall["visibility"] >= square["visibility"]).all() and not torch.equal(tall["camera"], square["camera"])
+    across = (tall["joints"][..., 0] - 0.5).abs()[presence(places) > 0]
+    assert across.max() <= 0.3 + 1e-5  # in widths of the square
+    again = features.into_view(
+        tall["camera"], tall["joints_3d"][:, HAND_JOINTS, 0], presence(places), torch.full((count,), 0.6)
+    )
+    torch.testing.assert_close(again, tall["camera"], rtol=1e-4, atol=1e-4)  # hands of a portrait stay where they are
 
 
 def test_a_hand_off_the_frame_is_not_visible(features):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from handiffuser.models.position_kernel import (
     SCALE,
+    Grid,
     PositionKernel,
     attach,
     code_width,
@@ -84,6 +85,16 @@ def test_it_is_the_bias_of_the_formula(unet):
     )
     wanted = layer.to_out[0](mixed.transpose(1, 2).flatten(2))
     torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-4)
+
+
+def test_a_wider_picture_sees_more_at_the_sides():
+    """The middle of a wide grid is the grid of the model's own size, at every level."""
+    grid, device = Grid((8, 16), FREQUENCIES), torch.device("cpu")
+    own = {factor: grid.code(factor, device).unflatten(0, (8 // factor, -1)) for factor in (1, 2)}
+    grid.resize(8, 24)
+    for factor, code in own.items():
+        wide, side = grid.code(factor, device).unflatten(0, (8 // factor, -1)), 4 // factor
+        torch.testing.assert_close(wide[:, side:-side], code, atol=1e-5, rtol=0)
 
 
 def test_hoisted_keys_give_the_same(unet):

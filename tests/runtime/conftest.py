@@ -60,8 +60,14 @@ def step_graph(name: str, state: str, shape: str, K: int, extra: str, constants:
         {{ {" ".join(body)} }}"""
 
 
-def graphs(h: int, w: int, inpaints: bool = False) -> dict[str, str]:
-    """All graphs; latents are h x w, pictures 4h x 4w. inpaints: the UNet reads a mask and masked latents."""
+def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]:
+    """All graphs; latents are h x w, pictures 4h x 4w. "h" and "w" are free sizes. inpaints: the UNet reads a mask and
+    masked latents."""
+    free = isinstance(h, str) or isinstance(w, str)
+    H, W = ("H", "W") if free else (4 * h, 4 * w)
+    span, spanned = "", "visibility = Identity (shown)"
+    if free:
+        span, spanned = ", float[B] span", "scale = Unsqueeze (span, one) visibility = Mul (shown, scale)"
     prior = """
         first = Gather <axis = 1> (text, start)
         second = Gather <axis = 1> (text, end)
@@ -114,7 +120,7 @@ def graphs(h: int, w: int, inpaints: bool = False) -> dict[str, str]:
             prior,
         ),
         "hand_features": HEADER
-        + f"""hand_features (float[B,{NUM_PARAMS}] x) => (float[B,2,21,2] joints, float[B,2,16,6] rotations,
+        + f"""hand_features (float[B,{NUM_PARAMS}] x{span}) => (float[B,2,21,2] joints, float[B,2,16,6] rotations,
             float[B,2,3] bps, float[B,2] visibility, float[B,5,3] vertices, float[B,62,3] joints_3d, float[B,3] camera)
         <int64[1] one = {{1}}, int64[1] zero = {{0}}, int64[1] n84 = {{84}}, int64[1] n192 = {{192}},
          int64[1] n6 = {{6}}, int64[1] n2 = {{2}}, int64[1] n15 = {{15}}, int64[1] n186 = {{186}}, int64[1] n3 = {{3}},
@@ -130,7 +136,8 @@ def graphs(h: int, w: int, inpaints: bool = False) -> dict[str, str]:
             bps = Reshape (d, s6)
             e = Slice (x, zero, n2, one)
             f = Mul (e, e)
-            visibility = Exp (f)
+            shown = Exp (f)
+            {spanned}
             g = Slice (x, zero, n15, one)
             vertices = Reshape (g, s15)
             i = Slice (x, zero, n186, one)
@@ -177,7 +184,7 @@ def graphs(h: int, w: int, inpaints: bool = False) -> dict[str, str]:
             unet,
         ),
         "image_decoder": HEADER
-        + f"""image_decoder (float[B,4,{h},{w}] latents) => (uint8[B,{4 * h},{4 * w},3] image, float[B] finite)
+        + f"""image_decoder (float[B,4,{h},{w}] latents) => (uint8[B,{H},{W},3] image, float[B] finite)
         <int64[1] one = {{1}}, int64[1] zero = {{0}}, int64[1] n3 = {{3}}, float[4] grow = {{1, 1, 4, 4}},
          float full = {{255}}, float largest = {{3.4e38}}, int64[3] rest = {{1, 2, 3}}>
         {{
@@ -194,7 +201,7 @@ def graphs(h: int, w: int, inpaints: bool = False) -> dict[str, str]:
             finite = ReduceMin <keepdims = 0> (small_f, rest)
         }}""",
         "image_encoder": HEADER
-        + f"""image_encoder (uint8[B,{4 * h},{4 * w},3] image) => (float[B,4,{h},{w}] latents, float[B] finite)
+        + f"""image_encoder (uint8[B,{H},{W},3] image) => (float[B,4,{h},{w}] latents, float[B] finite)
         <float half = {{127.5}}, float unit = {{1}}, int64[1] one = {{1}}, float largest = {{3.4e38}},
          int64[3] rest = {{1, 2, 3}}>
         {{
@@ -241,11 +248,13 @@ def write_tokenizer(path: Path) -> dict[str, int]:
     return {"bos": vocab["<bos>"], "eos": vocab["<eos>"], "pad": vocab["<eos>"], "length": 77}
 
 
-def write_bundle(folder: Path, latent: tuple[int, int] = (8, 8), inpaints: bool = False) -> Path:
-    """Writes the bundle into `folder` and returns it."""
+def write_bundle(
+    folder: Path, latent: tuple[int, int] = (8, 8), inpaints: bool = False, any_size: bool = False
+) -> Path:
+    """Writes the bundle into `folder` and returns it. any_size: sides may be any multiple of 8 pixels."""
     folder.mkdir(parents=True, exist_ok=True)
     specs = {}
-    for name, text in graphs(*latent, inpaints).items():
+    for name, text in graphs(*(("h", "w") if any_size else latent), inpaints).items():
         model = parser.parse_model(text)
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, str(folder / f"{name}.onnx"))
@@ -276,6 +285,7 @@ def write_bundle(folder: Path, latent: tuple[int, int] = (8, 8), inpaints: bool 
         params_mean=generator.normal(size=NUM_PARAMS).tolist(),
         params_std=generator.uniform(0.5, 1.5, NUM_PARAMS).tolist(),
         made_by={"test": True},
+        size_multiple=8 if any_size else 0,
     ).save(folder)
     return folder
 
@@ -290,6 +300,12 @@ def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy_inpainter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy bundle whose UNet was trained for inpainting."""
     return write_bundle(tmp_path_factory.mktemp("inpainter") / "bundle", inpaints=True)
+
+
+@pytest.fixture(scope="session")
+def sized_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy bundle that paints any size; its own is 32 x 32."""
+    return write_bundle(tmp_path_factory.mktemp("sized") / "bundle", any_size=True)
 
 
 @pytest.fixture

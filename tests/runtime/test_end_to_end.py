@@ -32,6 +32,20 @@ def test_alone_first_and_last_in_a_batch(pipeline):
         assert difference(one.image, alone.image) <= 1
 
 
+def test_sizes_share_the_loop(pipeline):
+    """The own size is 48x32. The hands are those of the own size, in proportion to the height."""
+    asked = [Request("a right hand making a fist", seed=7, steps=3, size=size) for size in (None, "72x32", "32x64")]
+    together = pipeline.generate(asked)
+    for request, picture in zip(asked, together, strict=True):
+        assert difference(pipeline.generate(request)[0].image, picture.image) <= 1
+    assert [picture.image.shape for picture in together] == [(32, 48, 3), (32, 72, 3), (64, 32, 3)]
+    own, wide, tall = (picture.hands["joints_2d"] for picture in together)
+    np.testing.assert_allclose((wide[..., 0] - 0.5) * 1.5, own[..., 0] - 0.5, atol=1e-4)
+    np.testing.assert_allclose(wide[..., 1], own[..., 1], atol=1e-4)
+    shown = tall[together[2].hands["visibility"] > 0]
+    assert shown.size == 0 or (shown[..., 0].min() > -1e-3 and shown[..., 0].max() < 1 + 1e-3)
+
+
 def test_saved_hands_make_the_same_picture(pipeline, tmp_path):
     (first,) = pipeline.generate("two open hands", seed=3)
     path = tmp_path / "a.hands.npz"

@@ -117,7 +117,7 @@ def test_any_text_makes_a_picture(pipeline, prompt):
         ({"solver": "x"}, "ddim"),
         ({"images_per_prompt": 0}, "images_per_prompt must be at least 1, got 0"),
         ({"stepz": 3}, "'stepz' is unknown. The settings are"),
-        ({"height": 512}, "hd-export CHECKPOINT OUT --image-size"),
+        ({"height": 512}, "Say the size of pictures as size: WIDTHxHEIGHT"),
         ({"num_inference_steps": 4}, "It is steps here."),
         ({"num_images_per_prompt": 4}, "It is images_per_prompt here."),
         ({"hands": "missing.npz"}, "does not exist"),

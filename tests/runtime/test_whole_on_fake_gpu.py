@@ -29,7 +29,7 @@ from handiffuser.engines import tensorrt_loading
 from handiffuser.engines.cuda import Cuda, Event, Stream
 from handiffuser.engines.plans import PlanStore
 from handiffuser.engines.tensorrt import Scratch, TensorRTEngine
-from handiffuser.errors import EngineError, HanDiffuserError
+from handiffuser.errors import EngineError, HanDiffuserError, RequestError
 from handiffuser.runtime import device
 from whole import hd_run, mixed, pictures, run, same
 
@@ -83,6 +83,16 @@ def test_one_plan_for_several_sizes(toy_bundle, gpu, trt, tmp_path, kind):
     assert hd_run(folder, tmp_path / "gpu", "--backend", "tensorrt-rtx") == (0, "")
     assert hd_run(folder, tmp_path / "cpu", "--device", "cpu") == (0, "")
     same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+
+
+def test_a_bundle_of_any_size_has_one_on_a_gpu(sized_bundle, gpu, trt, tmp_path):
+    folder = built(sized_bundle, tmp_path / "toy", "--batch-sizes", "1,2")
+    assert hd_run(folder, tmp_path / "gpu", "--backend", "tensorrt-rtx") == (0, "")
+    assert hd_run(folder, tmp_path / "cpu", "--device", "cpu") == (0, "")
+    same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+    refused = pytest.raises(RequestError, match="size must be 32x32 with these engines, got 40x24")
+    with HanDiffuser.load(folder, backend="tensorrt-rtx", batch_size=2) as pipeline, refused:
+        pipeline.generate("a fist", size="40x24")
 
 
 def test_plans_are_compared_on_the_gpu(toy_engines, gpu, trt, tmp_path):

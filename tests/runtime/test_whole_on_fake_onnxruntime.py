@@ -37,6 +37,12 @@ def ort(gpu, monkeypatch):
     return FakeOnnxRuntime(gpu).install(monkeypatch)
 
 
+def test_a_bundle_of_any_size_has_one_on_a_gpu(sized_bundle, gpu, ort, tmp_path):
+    assert hd_run(sized_bundle, tmp_path / "cpu", "--device", "cpu") == (0, "")
+    assert hd_run(sized_bundle, tmp_path / "gpu", "--backend", "onnxruntime", "--device", "cuda") == (0, "")
+    same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+
+
 @pytest.mark.parametrize("extra", [(), ("--no-overlap", "--no-warm-up"), ("--solver", "ddpm"), ("--guidance", "1")])
 def test_pictures_are_those_of_the_cpu(toy_bundle, gpu, ort, tmp_path, extra):
     assert hd_run(toy_bundle, tmp_path / "cpu", "--device", "cpu", *extra) == (0, "")

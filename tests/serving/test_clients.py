@@ -184,6 +184,25 @@ def test_any_size_scales_and_warns(configured, size, bars):
     assert sum(difference) / len(difference) < 20
 
 
+def test_a_bundle_of_any_size_paints_it(sized_bundle, tmp_path):
+    """In the size of the request, previews too. What it cannot paint is refused, or scaled where that is asked."""
+    with serving(sized_bundle, tmp_path / "plain") as one:
+        text = one.generate(stream=True, partial_images=3, size="64x40", num_inference_steps=6).text
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+        sizes = [Image.open(io.BytesIO(base64.b64decode(event["b64_json"]))).size for event in events]
+        assert sizes == [(410, 256), *[(64, 40)] * 3]  # the skeleton is larger where a picture is small
+        assert events[-1]["size"] == "64x40" and "scaled" not in str(events[-1].get("warnings"))
+        painted = one.client.post("/sdapi/v1/txt2img", json={"prompt": "a fist", "steps": 1, "width": 24, "height": 40})
+        assert json.loads(painted.json()["info"])["height"] == 40
+        for size, said in (("60x40", "The nearest is 64x40"), ("big", "WIDTHxHEIGHT"), ("128x64", "at most 4 times")):
+            assert said in error_of(one.generate(size=size))["message"]
+        parts = one.client.get("/openapi.json").json()["components"]["schemas"]
+        assert "enum" not in parts["Generation"]["properties"]["size"]["anyOf"][0]
+    with serving(sized_bundle, tmp_path / "scaled", front=FRONT) as one:
+        answer = one.generate(size="60x40", num_inference_steps=1).json()
+        assert answer["size"] == "60x40" and "was scaled to 60x40" in answer["warnings"][0]
+
+
 def test_a_stream_scales_all_its_pictures(configured):
     text = configured.generate(stream=True, partial_images=3, size="64x48", num_inference_steps=6).text
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]

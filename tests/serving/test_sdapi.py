@@ -86,7 +86,7 @@ def test_the_requests_of_clients(served, fields, warned):
     ],
 )
 def test_samplers(sampler, scheduler, solver, warned):
-    from handiffuser.serving.sdapi import Txt2Img
+    from handiffuser.serving.txt2img import Txt2Img
 
     found, said = Txt2Img(prompt="a", sampler_name=sampler, scheduler=scheduler).solver()
     assert found == solver and bool(said) == bool(warned) and warned in "".join(said)
@@ -99,8 +99,10 @@ def test_samplers(sampler, scheduler, solver, warned):
         ({"scheduler": "magic"}, "scheduler must be one of automatic, karras, uniform, got 'magic'."),
         ({"enable_hr": True}, "enable_hr must be false, got true."),
         ({"styles": ["anime"]}, 'styles must be [], got ["anime"].'),
-        ({"init_images": ["x"]}, "init_images must be []"),
+        ({"init_images": ["x"]}, "Send pictures to /sdapi/v1/img2img."),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": True}]}}}, "got 'ControlNet'"),
+        ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": False}, {"image": "x"}]}}}, "got 'ControlNet'"),
+        ({"alwayson_scripts": {"Refiner": {"args": [True, "", 0.8]}}}, "got 'Refiner'"),
         ({"steps": 1001}, "steps must be"),
         ({"steps": 101}, "steps must be at most 100 on this server, got 101."),
         ({"cfg_scale": -1}, "cfg_scale must be"),

@@ -101,6 +101,28 @@ def test_without_hands_it_is_stable_diffusion(start, bundle_of_start, no_hands, 
     assert np.abs(pictures[0].image.astype(int) - pictures[1].image).max() > 10
 
 
+@pytest.mark.slow
+def test_without_hands_every_size_is_stable_diffusion(start, bundle_of_start, no_hands):
+    """All sizes share the loop, and the own size among them."""
+    prompt, sizes = "a photo of a cat", ("32x32", "48x32", "32x48", "16x64", "64x40")
+    ours = HanDiffuser.load(bundle_of_start, device="cpu", threads=1)
+    asked = [
+        Request(prompt, solver="euler", steps=6, guidance=5.0, seed=3, hands=no_hands, size=size) for size in sizes
+    ]
+    theirs = StableDiffusionPipeline.from_pretrained(start / "sd", local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = SCHEDULERS["euler"](theirs.scheduler.config)
+    for size, picture in zip(sizes, ours.generate(asked), strict=True):
+        width, height = map(int, size.split("x"))
+        shape = (4, height // 2, width // 2)
+        assert ours.bundle.manifest.latents_at((height, width)) == shape
+        latents = torch.from_numpy(normal(3, LATENTS, 0, shape))[None]
+        image = theirs(prompt, latents=latents, num_inference_steps=6, guidance_scale=5.0, output_type="np").images[0]
+        expected = (image * 255).round().astype(int)
+        assert picture.image.shape == (height, width, 3) and expected.std() > 10
+        assert np.abs(picture.image.astype(int) - expected).max() <= 1, size
+
+
 def test_hands_enter_through_a_gate_that_starts_closed(start):
     checkpoint = Checkpoint.load(start / "start")
     encoder, unet = checkpoint.text_hand_encoder, checkpoint.unet

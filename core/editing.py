@@ -1,4 +1,4 @@
-"""Edited hands: a person drags a joint in the picture, and the rotations of the finger follow.
+"""Edited hands, by their values: a person drags a joint in the picture, and the rotations of the finger follow.
 
     hands = edit(hands, drags=[Drag("right", 8, 0.4, 0.3)])       # the tip of the right index finger
     hands = edit(hands, gesture=("left", "fist"))
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..contract import HAND_JOINTS, NUM_JOINTS
-from ..errors import RequestError
-from ..fingers import SIDES, axes, gestures, limits
-from ..hands import POSES
-from ..kinematics import at_rest, forward
-from ..rotations import axis_angle_to_matrix, matrix_to_axis_angle
+from .contract import HAND_JOINTS, NUM_JOINTS
+from .errors import RequestError
+from .fingers import SIDES, axes, gestures, limits
+from .hands import POSES
+from .kinematics import at_rest, forward
+from .rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
 Arrays = dict[str, np.ndarray]
 

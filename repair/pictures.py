@@ -1,0 +1,106 @@
+"""Pictures that a program holds as arrays: their hands found, and painted again.
+
+with HanDiffuser.load("demo") as engines:
+    (told,) = find_hands(engines, [picture])           # told.arrays are as Picture.hands
+    outcome = repair_hands(engines, picture, gesture="open_hand", seed=4)
+    outcome.image, outcome.said
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..detection.detect import Detector, MediaPipe
+from ..detection.hands import Seen, find, seen_again
+from ..detection.photo import Photo, Told
+from ..errors import DetectionError, EngineError, RequestError
+from ..hands import NO_HANDS
+from ..runtime.pipeline import HanDiffuser
+from ..runtime.requests import Request
+from ..runtime.results import Failure
+from .repair import Outcome, Run, Wish, choose, repair
+
+
+def find_hands(
+    engines: HanDiffuser, pictures: Iterable[np.ndarray], whole: bool = False, detector: Detector | None = None
+) -> Iterator[Told]:
+    """The hands of each picture uint8 [H, W, 3], as one person of the bundle shows them: a left and a right one, the
+    surest. whole: their places are those in the picture, for `repair_hands`; else those in a new picture, which shows
+    small hands nearer, for `Request.hands`. Raises DetectionError where no hand is found."""
+    rest, used = joints_of(engines), detector or MediaPipe()
+    try:
+        for picture in pictures:
+            found = used(picture)
+            if not found:
+                raise DetectionError(
+                    f"{used.name} found no hand in the picture. Show the hand whole, larger and sharper."
+                )
+            photo = Photo(Path("The picture"), picture, found, used)
+            yield photo.hands_for(rest, engines.manifest.image_size, whole=whole)
+    finally:
+        if detector is None:
+            used.close()
+
+
+def repair_hands(
+    engines: HanDiffuser,
+    picture: np.ndarray,
+    hands: Mapping[str, np.ndarray] | None = None,
+    *,
+    gesture: str | None = None,
+    side: str | None = None,
+    strength: float | None = None,
+    caption: str | None = None,
+    keep_pose: bool = False,
+    every: bool = False,
+    detector: Detector | None = None,
+    run: Run | None = None,
+    **settings: Any,
+) -> Outcome:
+    """Paints the hands of a picture uint8 [H, W, 3] again, and leaves all other pixels as they are; see `hd-repair`.
+
+    hands: what to paint, with joints_2d in [0, 1] of the picture, as `find_hands` with `whole` gives it; by default
+    what is found. gesture: what every hand does. side: "left" or "right" alone. every: also hands whose pose is not
+    sure. settings: of SETTINGS. run: in place of `engines.run`. Raises DetectionError, RequestError and EngineError."""
+    rest, size = joints_of(engines), (picture.shape[0], picture.shape[1])
+    try:
+        seen = find(picture, rest, detector)
+    except DetectionError:
+        if hands is None:
+            raise
+        seen = []  # without a detector, the old hands are taken to be where the new ones are
+    if hands is not None:
+        seen = [again(hands, number, size, seen) for number in (0, 1) if hands["visibility"][number] >= 0.5]
+    seen = [one for one in seen if side in (None, one.side)]
+    if not seen:
+        raise DetectionError("No hand was found in the picture. Show it larger and sharper, or give hands.")
+    wish = Wish(gesture, every, caption, strength, keep_pose)
+    chosen, said = choose(seen, wish, size, rest)
+    outcome = repair(engines, picture, chosen, rest, wish, run, **settings)
+    outcome.said = [*said, *outcome.said]
+    return outcome
+
+
+def again(hands: Mapping[str, np.ndarray], side: int, size: tuple[int, int], seen: list[Seen]) -> Seen:
+    """A given hand, and what the detector found of that side in the picture: the old hand is there."""
+    given = seen_again(hands, side, size)
+    middle = given.hand.joints_2d.mean(0)
+    old = [one.found for one in seen if one.side == given.side and one.found is not None]
+    old.sort(key=lambda found: float(np.linalg.norm(found.joints.mean(0) * size[::-1] - middle)))
+    return replace(given, found=old[0] if old else None)
+
+
+def joints_of(engines: HanDiffuser) -> np.ndarray:
+    """[62, 3] metres, the joints of the bundle's body at rest."""
+    requests, refused = engines.prepare([Request("hands", hands=NO_HANDS)])
+    if refused:
+        raise RequestError(refused[0].sentence)
+    (made,) = engines.hands(requests)
+    if isinstance(made, Failure):
+        raise EngineError(f"The body could not be posed: {made.sentence}")
+    return made["joints"].astype(np.float64)

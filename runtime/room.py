@@ -1,0 +1,88 @@
+"""Whether a picture of some size fits into this machine's memory, before anything runs.
+
+    room = Room(manifest)
+    room.check((768, 512))          # RequestError: "size must be smaller ..."
+    room.rows((768, 512), most=8)   # how many such pictures may run at once
+
+The manifest says what a graph's intermediate tensors take at the bundle's own size; they grow with the pixels. Memory
+that such pictures have used before stays with the process, so a size that has run is not asked for again.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from ..contract import Manifest
+from ..errors import RequestError
+
+Size = tuple[int, int]  # height and width in pixels
+SPARE = 1.25  # of an estimate: what engines pack, and what their arenas lose
+MACHINE = Path("/proc/meminfo")
+LIMIT, USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+
+
+class Room:
+    """The memory of a bundle's pictures on this machine."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._ran = manifest.image_size[0] * manifest.image_size[1]  # pixels of rows at once that have run
+
+    def needed(self, size: Size, rows: int = 1) -> int:
+        """Bytes that `rows` pictures of this size take at once, beside the engines. 0 for an unknown bundle."""
+        own = self.manifest.image_size
+        share = size[0] * size[1] / (own[0] * own[1])
+        graphs = self.manifest.graphs
+        unet, others = graphs["unet"].memory, (graphs[name].memory for name in graphs if name.startswith("image_"))
+        return int(SPARE * share * max(rows * unet, *others, 0))
+
+    def check(self, size: Size) -> None:
+        """Raises RequestError where one picture of this size does not fit."""
+        if size[0] * size[1] <= self._ran:
+            return
+        needed, there = self.needed(size), available()
+        if there is not None and needed > there:
+            own = self.manifest.image_size
+            raise RequestError(
+                f"size must fit into memory: {shown(size)} takes about {needed / 1e9:.1f} GB, and {there / 1e9:.1f} GB "
+                f"are free. Take a smaller one, such as {shown(own)}.",
+                "size",
+            )
+
+    def rows(self, size: Size, most: int) -> int:
+        """How many pictures of this size may run at once: at least 1, at most `most`."""
+        there = available()
+        rows = most
+        while rows > 1 and there is not None and rows * size[0] * size[1] > most * self._ran:
+            if self.needed(size, rows) <= there:
+                break
+            rows -= 1
+        return rows
+
+    def ran(self, size: Size) -> None:
+        """Notes that a picture of this size was made."""
+        self._ran = max(self._ran, size[0] * size[1])
+
+
+def read(text: str) -> Size:
+    """Height and width of a size as `shown` writes it."""
+    width, height = map(int, text.split("x"))
+    return height, width
+
+
+def shown(size: Size) -> str:
+    """Height and width as a request says them: "512x768" for 768 rows of 512 pixels."""
+    return f"{size[1]}x{size[0]}"
+
+
+def available() -> int | None:
+    """Bytes of memory that this process may still take, of the machine's and of its cgroup's; None: unknown."""
+    found = []
+    with suppress(OSError, ValueError):
+        for line in MACHINE.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):  # "max", or no such file
+        found.append(int(LIMIT.read_text(encoding="ascii")) - int(USED.read_text(encoding="ascii")))
+    return min(found, default=None)

@@ -1,0 +1,116 @@
+"""Pictures of any size: what a request may ask for, and that requests of other sizes change nothing."""
+
+import commands
+import numpy as np
+import pytest
+from handiffuser.errors import RequestError
+from handiffuser.runtime import room
+from handiffuser.runtime.pipeline import HanDiffuser
+from handiffuser.runtime.requests import Request
+from handiffuser.runtime.room import Room
+from PIL import Image
+
+SIZES = (None, "40x24", "24x40", "64x32", "40x24", None, "16x16")
+
+
+@pytest.fixture(scope="module")
+def pipeline(sized_bundle):
+    with HanDiffuser.load(sized_bundle, device="cpu", threads=1, batch_size=3) as loaded:
+        yield loaded
+
+
+def test_alone_or_in_company(pipeline):
+    """Requests of all sizes at once, more of them than slots, with other steps and solvers."""
+    requests = [
+        Request("a fist", seed=i, size=size, steps=2 + i, solver=("ddim", "ddpm", "plms")[i % 3])
+        for i, size in enumerate(SIZES)
+    ]
+    together = pipeline.generate(requests)
+    for request, picture in zip(requests, together, strict=True):
+        width, height = map(int, (request.size or "32x32").split("x"))
+        assert picture.image.shape == (height, width, 3)
+        assert np.array_equal(pipeline.generate(request)[0].image, picture.image)
+
+
+def test_the_own_size_named_is_the_own_size(pipeline, toy_bundle):
+    """With fixed graphs, with free ones, and with the size left out."""
+    named, left_out = (pipeline.generate("a fist", seed=3, size=size)[0] for size in ("32x32", None))
+    with HanDiffuser.load(toy_bundle, device="cpu", threads=1) as fixed:
+        before = fixed.generate("a fist", seed=3, size="32x32")[0]
+    assert np.array_equal(named.image, left_out.image) and np.array_equal(named.image, before.image)
+
+
+def test_the_oldest_request_decides_and_none_starves(pipeline):
+    """A request of a rare size among ever new ones of the usual size is done soon after its turn."""
+    done = []
+
+    def endless():
+        for i in range(40):
+            size = "40x24" if i == 3 else None
+            yield Request("a fist", id=f"r{i}", seed=i, steps=4, size=size)
+
+    resolver = pipeline.resolver()
+    for result in pipeline.run(filled for request in endless() for filled in resolver.each(request)):
+        done.append(result.id)
+    assert done.index("r3") < 8 and len(done) == 40
+
+
+def test_a_picture_comes_to_the_size_of_the_request(pipeline):
+    image = np.full((40, 24, 3), 90, np.uint8)
+    made = pipeline.generate("a fist", image=image, size="24x40", strength=0.3, seed=1)[0]
+    assert made.image.shape == (40, 24, 3) and not made.warnings
+    stretched = pipeline.generate("a fist", image=image, size="40x24", strength=0.3, seed=1)[0]
+    assert stretched.image.shape == (24, 40, 3) and "stretched to 40x24" in stretched.warnings[0]
+
+
+def test_a_very_wide_picture_is_warned_of(pipeline):
+    assert "more than 2 times as wide as 32x32" in pipeline.generate("a fist", size="64x32", seed=1)[0].warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("40x30", r"size must be multiples of 8 up to 4096 pixels, got 40x30. The nearest is 40x32"),
+        ("9999x40", r"The nearest is 4096x40"),
+        ("40", r"size must be WIDTHxHEIGHT in pixels, such as 512x768, got '40'"),
+        ("0x40", r"size must be WIDTHxHEIGHT"),
+    ],
+)
+def test_refused_sizes(pipeline, size, said):
+    with pytest.raises(RequestError, match=said):
+        pipeline.generate("a fist", size=size)
+
+
+def test_an_older_bundle_has_one_size(toy_bundle):
+    done = commands.invoke("runtime.cli", str(toy_bundle), "a fist", "--size", "40x24")
+    assert done.returncode and "size must be 32x32 for this bundle, got 40x24" in done.stderr
+    assert "hd-export CHECKPOINT OUT" in done.stderr
+
+
+def test_a_size_that_memory_lacks_is_refused_before_it_runs(pipeline, monkeypatch, tmp_path):
+    manifest = pipeline.manifest
+    monkeypatch.setattr(manifest.graphs["unet"], "memory", 11_000_000)
+    monkeypatch.setattr(room, "available", lambda: 100_000_000)
+    fresh = Room(manifest)
+    fresh.check((32, 32))
+    fresh.check((64, 64))  # 55 MB
+    with pytest.raises(RequestError, match=r"size must fit into memory: 128x64 takes about 0.1 GB"):
+        fresh.check((64, 128))
+    assert [fresh.rows(size, 8) for size in ((64, 64), (32, 48), (32, 32))] == [
+        2,
+        5,
+        8,
+    ]  # as many pixels as in 8 of the own size
+    fresh.ran((64, 128))
+    fresh.check((64, 128))  # the memory is there already
+
+
+def test_the_command_paints_a_size(sized_bundle, tmp_path):
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('{"prompt": "a fist"}\n{"prompt": "an open hand", "size": "24x40"}\n')
+    out = tmp_path / "out"
+    options = ("--size", "40x24", "--output", str(out), "--device", "cpu")
+    done = commands.invoke("runtime.cli", str(sized_bundle), "--prompts", str(lines), *options)
+    assert not done.returncode, done.stderr
+    pictures = [path for path in out.glob("*.png") if not path.name.endswith(".hands.png")]
+    assert {Image.open(path).size for path in pictures} == {(40, 24), (24, 40)}
