@@ -34,7 +34,7 @@ from ..runtime.pipeline import HanDiffuser
 from ..runtime.reporting import line
 from ..runtime.rest import joints_at_rest
 from .files import Original
-from .repair import Wish, choose, given_hands, known_gesture, repair
+from .wish import Wish, choose, known_gesture
 
 PATH = click.Path(path_type=Path)
 
@@ -119,6 +119,8 @@ class Job:
 
     def one(self, path: Path, number: int, total: int) -> None:
         """Repairs a picture; what is wrong with it is said, and the next one comes."""
+        from .repair import repair  # needs OpenCV; a wrong word is told without it
+
         try:
             started = time.perf_counter()
             original = Original.read(path)
@@ -172,6 +174,8 @@ class Job:
 
             return [placed(self.box, self.options["side"], self.wish.gesture or "", self.rest)]
         if file is not None:
+            from .repair import given_hands
+
             own = file.name.endswith(".hands.npz")
             seen = (
                 given_hands(file, size, self.pipeline)

@@ -29,12 +29,12 @@ from ..hands import save_hands
 from ..pictures import resized
 from ..runtime.requests import Request
 from . import regions
+from .wish import STRENGTH
 
 NEAR = 1.6  # a crop's side, in boxes of the hands
 MARGIN = 1 / 16  # of the crop's side: the mask around both hands
 FADE = 4  # pixels of the painted crop over which it fades in
 PLAIN = 8.0  # levels of 255: a background painted nearer than that to what was there stays
-STRENGTH = 0.95
 
 
 @dataclass
@@ -119,13 +119,9 @@ class Patch:
 
     def _composed(self, picture: np.ndarray, hand: np.ndarray, alpha: np.ndarray, hole: np.ndarray) -> np.ndarray:
         """Brings all to the picture's own pixels: what the crop shows beyond the picture is left out."""
-        assert self.mask is not None, "pose comes first"
-        left, top, right, bottom = self.bounds
-        size = (bottom - top, right - left)
-        inside = (slice(max(top, 0), min(bottom, picture.shape[0])), slice(max(left, 0), min(right, picture.shape[1])))
-        cut = (slice(inside[0].start - top, inside[0].stop - top), slice(inside[1].start - left, inside[1].stop - left))
+        size, inside, cut = self._places(picture)
         part = picture[inside]
-        mask = _stretched(self.mask, size)[cut] > 0.5
+        mask = self.covered(picture)[inside]
         opaque = np.where(mask, _stretched(alpha, size)[cut], 0)[..., None]
         gone = (_stretched(hole, size)[cut] > 0.5) & mask
         behind = regions.prefill(part, gone, max(round(5 * self.magnified), 3))
@@ -133,6 +129,21 @@ class Patch:
         out = picture.copy()
         out[inside] = np.where(mask[..., None], (laid + 0.5).clip(0, 255).astype(np.uint8), part)
         return out
+
+    def covered(self, picture: np.ndarray) -> np.ndarray:
+        """The mask in the picture's own pixels, bool [h, w]."""
+        assert self.mask is not None, "pose comes first"
+        size, inside, cut = self._places(picture)
+        out = np.zeros(picture.shape[:2], bool)
+        out[inside] = _stretched(self.mask, size)[cut] > 0.5
+        return out
+
+    def _places(self, picture: np.ndarray) -> tuple[tuple[int, int], tuple[slice, slice], tuple[slice, slice]]:
+        """The crop's size in the picture's pixels, its part that lies in the picture, and this part of the crop."""
+        left, top, right, bottom = self.bounds
+        inside = (slice(max(top, 0), min(bottom, picture.shape[0])), slice(max(left, 0), min(right, picture.shape[1])))
+        cut = (slice(inside[0].start - top, inside[0].stop - top), slice(inside[1].start - left, inside[1].stop - left))
+        return (bottom - top, right - left), inside, cut
 
     @property
     def bounds(self) -> tuple[int, int, int, int]:

@@ -22,7 +22,8 @@ from handiffuser.repair import regions  # noqa: E402 (it needs OpenCV)
 from handiffuser.repair.files import NOTE, Original  # noqa: E402
 from handiffuser.repair.patch import plan  # noqa: E402
 from handiffuser.repair.place import placed  # noqa: E402
-from handiffuser.repair.repair import Wish, choose, given_hands  # noqa: E402
+from handiffuser.repair.repair import given_hands  # noqa: E402
+from handiffuser.repair.wish import Wish, choose  # noqa: E402
 
 
 @pytest.fixture(scope="module")
