@@ -46,7 +46,11 @@ PATH = click.Path(path_type=Path)
               help="Where repaired pictures go.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Write what was found as ID.hands.png, and paint nothing.")
 @click.option("--gesture", metavar="NAME", help="What the hands shall do, such as open_hand; wrist and size stay.")
-@click.option("--side", type=click.Choice(["left", "right"]), help="Repair the hands of this side alone.")
+@click.option(
+    "--side",
+    type=click.Choice(["left", "right"]),
+    help="Repair the hands of this side alone. Of a single hand it says the side.",
+)
 @click.option("--hands", "hands_file", type=PATH, metavar="FILE",
               help="Take the hands of this file instead of looking for some: a .hands.npz, or an estimate of HaMeR or "
               "WiLoR.")  # fmt: skip
@@ -137,13 +141,17 @@ class Job:
                 return self._say(f"See {self.output / name}.hands.png")
             if not chosen:
                 return self._say(f"{path} stays as it is.")
-            outcome = repair(self.pipeline, original.image, chosen, self.rest, self.wish, **self.settings)
-            self._write(done, original.encoded(outcome.image, json.dumps(outcome.painted)))
+            outcome = repair(
+                self.pipeline, original.image, chosen, self.rest, self.wish, self._detector, **self.settings
+            )
             for sentence in outcome.said:
                 self._say(sentence)
+            if not outcome.painted:
+                return self._say(f"{path} stays as it is.")
+            self._write(done, original.encoded(outcome.image, json.dumps(outcome.painted)))
             captions = "; ".join(repr(hand["caption"]) for hand in outcome.painted)
             seconds = time.perf_counter() - started
-            self._say(f"[{number + 1}/{total}] {done} ({len(chosen)} painted as {captions}; {seconds:.1f} s)")
+            self._say(f"[{number + 1}/{total}] {done} ({len(outcome.painted)} painted as {captions}; {seconds:.1f} s)")
         except HanDiffuserError as error:
             self.failed += 1
             line(f"{path}: {error}", "hd-repair:", "red")
@@ -184,7 +192,7 @@ class Job:
             )
         else:
             self._detector = self._detector or MediaPipe()
-            seen = find(original.image, self.rest, self._detector)
+            seen = find(original.image, self.rest, self._detector, side=self.options["side"])
         seen = [one for one in seen if self.options["side"] in (None, one.side)]
         if not seen:
             raise DetectionError(

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ..contract import HAND_JOINTS
 from ..detection.arms import Arrays, Size
+from ..detection.detect import Detector
 from ..detection.hands import Seen, Window, arrays_of
 from ..fingers import SIDES
 from ..grammar import BACKGROUNDS, PHRASES, SKINS
@@ -32,6 +33,7 @@ from . import regions
 from .wish import STRENGTH
 
 NEAR = 1.6  # a crop's side, in boxes of the hands
+WIDE = 2.8  # of the crop in which the old hand is looked for
 MARGIN = 1 / 16  # of the crop's side: the mask around both hands
 FADE = 4  # pixels of the painted crop over which it fades in
 PLAIN = 8.0  # levels of 255: a background painted nearer than that to what was there stays
@@ -69,6 +71,24 @@ class Patch:
         self.new = regions.silhouette(points, thick, shape)
         self.mask = regions.dilate(self.new | self.old, round(MARGIN * shape[0]))
 
+    @property
+    def odd(self) -> float:
+        """How much the picture contradicts the hand; see `regions.odd`."""
+        assert self.new is not None, "pose comes first"
+        return regions.odd(self.new, self.old)
+
+    def moved(self, picture: np.ndarray, detector: Detector) -> float:
+        """How far a detector sees the hand of a repaired picture from where it saw the old one: mean distance of the
+        points in sizes of the hand, and at most 1, where it finds none."""
+        assert self.seen.found is not None, "only a found hand can be found again"
+        window = self.window
+        before = self.seen.found.joints * picture.shape[1::-1] - (window.x, window.y)
+        crop = cut(picture, window, self.crop.shape[:2])
+        size = float(np.ptp(before, axis=0).max())
+        seen = [one.joints * (window.width, window.height) for one in detector(crop)]
+        apart = [float(np.linalg.norm(joints - before, axis=1).mean()) / size for joints in seen]
+        return min([*apart, 1.0])
+
     def caption(self) -> str:
         """What one sees of the crop: the skin's tone, the side, the gesture and the colour around."""
         skin = _nearest(
@@ -102,11 +122,11 @@ class Patch:
         shifted, skin = regions.skin_shift(painted, self.new, self.crop, self.old)
         arm = skin & (regions.along(self.points, self.crop.shape[:2]) < 0.06)
         # Nails and highlights do not have the skin's colour, and the silhouette is a little too thick.
-        near = regions.closed(skin & regions.dilate(self.new, 2), 2) | regions.erode(self.new, 3)
+        near = regions.closed(skin & regions.dilate(self.new, 2), 2) | regions.erode(self.new, 2)
         hand = regions.soft((near | arm) & self.mask, 0.7)[..., None]
         ring = self.mask & ~regions.erode(self.mask, 4) & ~regions.dilate(self.new | arm, 3)
         off = np.abs(painted.astype(np.float32) - behind)[ring].mean() if ring.sum() > 20 else 0.0
-        fade = (regions.depth(self.mask, self._at_edges(picture)) / FADE).clip(0, 1)
+        fade = ((regions.depth(self.mask, self._at_edges(picture)) - 0.5) / FADE).clip(0, 1)
         if off < PLAIN:
             layer = (shifted * hand + painted * (1 - hand) + 0.5).astype(np.uint8)
             return self._composed(picture, layer, fade, np.zeros_like(hole))
@@ -159,11 +179,22 @@ def plan(
     old: [21, 2] pixels, where the old hand is, if not where `seen` is. Raises DetectionError."""
     there = seen.found.joints * picture.shape[1::-1] if seen.found is not None else seen.hand.joints_2d
     there = there if old is None else old
-    window = _window(np.concatenate([seen.hand.joints_2d, there]), size)
-    crop = cut(picture, window, size)
-    shift, scale = np.array([window.x, window.y]), size[0] / window.height
-    region = regions.old_hand(crop, (there - shift) * scale)
+    points = np.concatenate([seen.hand.joints_2d, there])
+    wide = _window(points, size, WIDE)
+    found = _old(picture, there, wide, size)[1]
+    y, x = np.nonzero(found)
+    reach = np.stack([x, y], -1)[:: max(len(x) // 500, 1)] * (wide.height / size[0]) + (wide.x, wide.y)
+    window = _window(np.concatenate([points, reach]), size, NEAR)
+    crop, region = _old(picture, there, window, size)
     return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest))
+
+
+def _old(
+    picture: np.ndarray, there: np.ndarray, window: Window, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The window's pixels, and where the old hand is in them."""
+    crop = cut(picture, window, size)
+    return crop, regions.old_hand(crop, (there - (window.x, window.y)) * (size[0] / window.height))
 
 
 def cut(picture: np.ndarray, window: Window, size: tuple[int, int]) -> np.ndarray:
@@ -175,10 +206,10 @@ def cut(picture: np.ndarray, window: Window, size: tuple[int, int]) -> np.ndarra
     return resized(np.ascontiguousarray(picture[rows][:, columns]), size)
 
 
-def _window(points: np.ndarray, size: Size) -> Window:
+def _window(points: np.ndarray, size: Size, near: float) -> Window:
     low, high = points.min(0), points.max(0)
     aspect = size[1] / size[0]
-    height = max(NEAR * max(high[1] - low[1], (high[0] - low[0]) / aspect), 8.0)
+    height = max(near * max(high[1] - low[1], (high[0] - low[0]) / aspect), 8.0)
     x, y = (low + high) / 2 - np.array([height * aspect, height]) / 2
     return Window(float(round(x)), float(round(y)), float(round(height * aspect)), float(round(height)))
 

@@ -18,8 +18,11 @@ from ..hints import hint
 
 SURE = 0.5  # a less sure hand is not painted unless a person says what it does
 SMALLEST = 12.0  # pixels of a hand's box: below, nothing says what it does
+ODD = 0.03  # of a hand's silhouette: where the picture contradicts less of it, the hand looks as it should
+MOVED = 0.08  # sizes of the hand: a painted hand that the detector sees farther from the old one is not kept
 STRENGTH = 0.95
 KEEP_STRENGTH = 0.6  # with the pose kept
+SAY = "Say what it does with --gesture, or take --all."
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Wish:
     caption: str | None = None
     strength: float | None = None
     keep_pose: bool = False
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the program decides which hands need a repair."""
+        return self.gesture is None and not self.every and not self.keep_pose
 
     @property
     def strong(self) -> float:
@@ -46,10 +54,7 @@ def choose(seen: Sequence[Seen], wish: Wish, size: Size, rest: np.ndarray) -> tu
         elif not (one.hand.joints_2d.mean(0) > 0).all() or not (one.hand.joints_2d.mean(0) < (size[1], size[0])).all():
             said.append(f"{the(one)} lies outside of the picture, so it stays.")
         elif one.sureness is not None and one.sureness < SURE and not (wish.gesture or wish.every):
-            said.append(
-                f"{the(one)} stays as it is: its pose is only {one.sureness:.0%} sure. Say what it does with "
-                "--gesture, or take --all."
-            )
+            said.append(f"{the(one)} stays as it is: its pose is only {one.sureness:.0%} sure. {SAY}")
         elif wish.gesture is not None:
             chosen.append(replace(one, hand=posed(one.hand, wish.gesture, rest)))
         else:
