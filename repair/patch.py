@@ -36,7 +36,7 @@ NEAR = 1.6  # a crop's side, in boxes of the hands
 WIDE = 2.8  # of the crop in which the old hand is looked for
 MARGIN = 1 / 16  # of the crop's side: the mask around both hands
 FADE = 4  # pixels of the painted crop over which it fades in
-PLAIN = 8.0  # levels of 255: a background painted nearer than that to what was there stays
+PLAIN = 5.0  # levels of 255: a background painted nearer than that to what was there stays
 
 
 @dataclass
@@ -70,12 +70,6 @@ class Patch:
         )
         self.new = regions.silhouette(points, thick, shape)
         self.mask = regions.dilate(self.new | self.old, round(MARGIN * shape[0]))
-
-    @property
-    def odd(self) -> float:
-        """How much the picture contradicts the hand; see `regions.odd`."""
-        assert self.new is not None, "pose comes first"
-        return regions.odd(self.new, self.old)
 
     def moved(self, picture: np.ndarray, detector: Detector) -> float:
         """How far a detector sees the hand of a repaired picture from where it saw the old one: mean distance of the

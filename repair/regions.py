@@ -19,9 +19,10 @@ ALIKE = 24.0  # a colour's distance from the skin's median in Lab, lightness cou
 LIGHTNESS = 0.45
 NEARBY, REACH = 0.3, 0.9  # sizes of the hand around it: where all that is alike belongs to it, and what hangs together
 NAIL, UNLIKE = 0.12, 14.0  # sizes of the hand around its skin, where what is so unlike the ground is a nail
+HALO = 0.03  # of the crop around a painted hand: there may be a glow
 LEAKED = 2.5  # times what is nearby: then the colour runs out into the ground
-SLACK = 2  # pixels by which a silhouette may be off
-GROUND, GROUNDED = 6, 0.6  # colours of the ground, and how unlike the skin they are, in ALIKE
+GROUND, RARE = 6, 0.02  # colours of the ground, and the share of its pixels that a colour has at least
+GROUNDED = 0.6  # how unlike the skin the ground is at least, in ALIKE
 
 
 def size_of(points: np.ndarray) -> float:
@@ -97,7 +98,9 @@ def _to_ground(lab: np.ndarray, outside: np.ndarray) -> np.ndarray:
         return np.full(lab.shape[:2], np.inf)
     cv2.setRNGSeed(0)
     rule = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 10, 1.0)
-    centres = cv2.kmeans(pixels[:: max(len(pixels) // 2000, 1)], GROUND, None, rule, 1, cv2.KMEANS_PP_CENTERS)[2]
+    some = pixels[:: max(len(pixels) // 2000, 1)]
+    _, labels, centres = cv2.kmeans(some, GROUND, None, rule, 1, cv2.KMEANS_PP_CENTERS)  # type: ignore[call-overload]
+    centres = centres[np.bincount(labels.ravel(), minlength=GROUND) >= RARE * len(some)]  # fewer may be nails
     return np.linalg.norm(lab[:, :, None] - centres, axis=-1).min(-1)
 
 
@@ -113,14 +116,6 @@ def along(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def prefill(crop: np.ndarray, hole: np.ndarray, reach: int = 5) -> np.ndarray:
     """The crop with its hole filled from the border inwards (Telea 2004), uint8 [H, W, 3]."""
     return cv2.inpaint(crop, hole.astype(np.uint8) * 255, reach, cv2.INPAINT_TELEA) if hole.any() else crop
-
-
-def odd(new: np.ndarray, old: np.ndarray) -> float:
-    """How much of a hand's silhouette `new` the picture contradicts: the largest piece of the old hand beyond it, or of
-    it without an old hand, in areas of `new`. A finger is about 0.06. SLACK pixels do not count."""
-    pieces = [old & ~dilate(new, SLACK), new & ~dilate(old, SLACK)]
-    areas = [cv2.connectedComponentsWithStats(one.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA] for one in pieces]
-    return float(max(area.max(initial=0) for area in areas) / max(new.sum(), 1))
 
 
 def dilate(mask: np.ndarray, pixels: int) -> np.ndarray:
@@ -166,7 +161,9 @@ def skin_shift(
     if a.sum() < 20 or b.sum() < 20:
         return picture, new
     middle = np.median(there[a], 0)
-    skin = np.linalg.norm((there - middle) * (LIGHTNESS, 1, 1), axis=-1) < ALIKE
+    away = np.linalg.norm((there - middle) * (LIGHTNESS, 1, 1), axis=-1)
+    ground = (away > GROUNDED * ALIKE) & ~dilate(new, round(HALO * len(new)))
+    skin = (away < ALIKE) & (away < _to_ground(there * (LIGHTNESS, 1, 1), ground))
     shift = (np.median(wanted[b], 0) - middle).clip((-70, -16, -16), (70, 16, 16))
     return cv2.cvtColor((there + shift).clip(0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB), skin
 

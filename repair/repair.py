@@ -26,7 +26,7 @@ from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure
 from .patch import Patch, plan
-from .wish import MOVED, ODD, SAY, Wish, the
+from .wish import MOVED, SAY, Wish, the
 
 SOFT = 4.0  # pixels of the picture that a painted one may cover before the hand looks soft
 
@@ -73,10 +73,9 @@ def repair(
 ) -> Outcome:
     """Paints hands into a picture uint8 [H, W, 3]. seen: from `choose`. settings: of `settings.SETTINGS`.
 
-    Where a person says nothing of found hands, those that look as they should stay. There the detector also looks again
-    at each painted one, and the old one stays where it sees the new one elsewhere. Hands whose masks touch are painted
-    one after the other, all others together. Raises RequestError for a setting, and EngineError when a hand cannot be
-    painted."""
+    Where a person says nothing of found hands, the detector looks again at each painted one; where it sees other points
+    than before, the old hand stays. Hands whose masks touch are painted one after the other, all others together.
+    Raises RequestError for a setting, and EngineError when a hand cannot be painted."""
     outcome = Outcome(picture, np.zeros(picture.shape[:2], bool))
     rest_of = list(seen)
     while rest_of:
@@ -88,7 +87,6 @@ def repair(
             alone = apart(patches)
             done = {id(patch.seen) for patch in alone}
             rest_of = [one for one in rest_of if id(one) not in done]
-            alone = [patch for patch in alone if _wrong(patch, wish, outcome)]
             requests = [_request(patch, Path(folder) / f"{k}.npz", wish, settings) for k, patch in enumerate(alone)]
             prepared, refused = pipeline.prepare(requests, seed=int(settings.get("seed") or 0))
             if refused:
@@ -104,7 +102,7 @@ def repair(
             note = {"side": patch.seen.side, "gesture": patch.seen.gesture, "caption": request.prompt,
                     "seed": request.seed, "strength": request.strength, "window": list(patch.bounds)}  # fmt: skip
             if patch.seen.found is not None and detector is not None:
-                note |= {"odd": patch.odd, "moved": patch.moved(repaired, detector)}
+                note["moved"] = patch.moved(repaired, detector)
                 if wish.automatic and note["moved"] > MOVED:
                     outcome.said.append(f"{the(patch.seen)} came out otherwise than it was, so it stays. {SAY}")
                     continue
@@ -116,14 +114,6 @@ def repair(
                     f"{the(patch.seen)} is {patch.magnified:.0f} times as large as the model paints, so it looks soft."
                 )
     return outcome
-
-
-def _wrong(patch: Patch, wish: Wish, outcome: Outcome) -> bool:
-    """Whether a hand is to be painted; says why not."""
-    if not wish.automatic or patch.seen.sureness is None or patch.odd >= ODD:
-        return True
-    outcome.said.append(f"{the(patch.seen)} looks as it should, so it stays. {SAY}")
-    return False
 
 
 def _pose(pipeline: HanDiffuser, patches: Sequence[Patch], folder: Path) -> None:

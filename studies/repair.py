@@ -38,7 +38,7 @@ from handiffuser.evaluation.hands import Asked, match
 from handiffuser.files import written
 from handiffuser.pictures import encode_png, resized
 from handiffuser.repair.repair import Outcome, repair
-from handiffuser.repair.wish import MOVED, ODD, SURE, Wish, choose
+from handiffuser.repair.wish import MOVED, SURE, Wish, choose
 from handiffuser.runtime.rest import joints_at_rest
 from PIL import Image
 from rich.console import Console
@@ -230,11 +230,10 @@ def measure(bench: Bench, number: int, seed: int, folder: Path | None) -> dict[s
 
 
 def gated(row: dict[str, Any]) -> dict[str, Any]:
-    """The case as hd-repair would leave it: it declines where it is unsure, where nothing looks wrong, and where the
-    painted hand is elsewhere."""
+    """The case as hd-repair would leave it: it declines where it is unsure, and where the painted hand is elsewhere."""
     ways = row["ways"]
     notes = ways["automatic"].get("notes", [])
-    if all(note["sure"] >= SURE and note["odd"] >= ODD and note["moved"] <= MOVED for note in notes):
+    if all(note["sure"] >= SURE and note["moved"] <= MOVED for note in notes):
         return row
     stays = {**ways["spoiled"], "painted": 0.0, **compared(ways["spoiled"], ways["spoiled"])}
     return row | {"ways": ways | {"automatic": stays}}
