@@ -141,9 +141,8 @@ class Job:
                 return self._say(f"See {self.output / name}.hands.png")
             if not chosen:
                 return self._say(f"{path} stays as it is.")
-            outcome = repair(
-                self.pipeline, original.image, chosen, self.rest, self.wish, self._detector, **self.settings
-            )
+            again = self._detector if self.wish.automatic else None
+            outcome = repair(self.pipeline, original.image, chosen, self.rest, self.wish, again, **self.settings)
             for sentence in outcome.said:
                 self._say(sentence)
             if not outcome.painted:

@@ -39,6 +39,7 @@ from handiffuser.files import written
 from handiffuser.pictures import encode_png, resized
 from handiffuser.repair.repair import Outcome, repair
 from handiffuser.repair.wish import MOVED, SURE, Wish, choose
+from handiffuser.rotations import axis_angle_to_matrix
 from handiffuser.runtime.rest import joints_at_rest
 from PIL import Image
 from rich.console import Console
@@ -166,13 +167,22 @@ def look(bench: Bench, case: Case, picture: np.ndarray, skin: np.ndarray) -> dic
     row: dict[str, float | None] = {"found": 0.0, "score": 0.0, "joints": 0.0, "side": None, "gesture": 0.0}
     if pair.found is not None and pair.distances is not None:
         read = fitted(pair.found, crop.shape[:2], bench.rest, bench.detector)
+        assert isinstance(read.hand, Fitted)
         row = {"found": 1.0, "score": pair.found.score, "joints": float((pair.distances <= 0.1).mean()),
                "side": float(pair.found.side == case.side), "gesture": float(read.gesture == case.gesture)}  # fmt: skip
+        row |= {"residual": read.hand.residual, "degrees": float(read.hand.degrees.mean()),
+                "turned": turned(read.hand.fingers, case.hand.fingers)}  # fmt: skip
     shape = counting.silhouette(picture, case.ground, skin, case.hand.joints_2d)
     counted = counting.count(shape)
     row["counted"] = counted
     row["fingers"] = None if case.count is None else float(counted == case.count)
     return row
+
+
+def turned(fingers: np.ndarray, truth: np.ndarray) -> float:
+    """The mean angle between rotations [15, 3], axis-angle, degrees."""
+    a, b = (axis_angle_to_matrix(np.asarray(one, np.float64)) for one in (fingers, truth))
+    return float(np.degrees(np.arccos(((np.einsum("jik,jik->j", a, b) - 1) / 2).clip(-1, 1))).mean())
 
 
 def pixels(case: Case, outcome: Outcome) -> dict[str, float | None]:
