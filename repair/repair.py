@@ -99,11 +99,11 @@ def repair(
         for patch, request in zip(alone, prepared, strict=True):
             made = pictures[str(request.id)]
             repaired = patch.paste(outcome.image, made.image)
-            note = {"side": patch.seen.side, "gesture": patch.seen.gesture, "caption": request.prompt,
+            note: dict[str, Any] = {"side": patch.seen.side, "gesture": patch.seen.gesture, "caption": request.prompt,
                     "seed": request.seed, "strength": request.strength, "window": list(patch.bounds)}  # fmt: skip
             if patch.seen.found is not None and detector is not None:
-                note["moved"] = patch.moved(repaired, detector)
-                if wish.automatic and note["moved"] > MOVED:
+                note["moved"] = moved = patch.moved(repaired, detector)
+                if wish.automatic and moved > MOVED:
                     outcome.said.append(f"{the(patch.seen)} came out otherwise than it was, so it stays. {SAY}")
                     continue
             outcome.image = repaired
