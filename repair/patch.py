@@ -34,6 +34,7 @@ from .wish import STRENGTH
 
 NEAR = 1.6  # a crop's side, in boxes of the hands
 WIDE = 2.8  # of the crop in which the old hand is looked for
+LOOKS, LOOKED_AT = (1.6, 2.4), (320, 320)  # crops in which a detector compares hands: in boxes, in pixels
 MARGIN = 1 / 16  # of the crop's side: the mask around both hands
 FADE = 4  # pixels of the painted crop over which it fades in
 PLAIN = 5.0  # levels of 255: a background painted nearer than that to what was there stays
@@ -71,17 +72,24 @@ class Patch:
         self.new = regions.silhouette(points, thick, shape)
         self.mask = regions.dilate(self.new | self.old, round(MARGIN * shape[0]))
 
-    def moved(self, picture: np.ndarray, detector: Detector) -> float:
-        """How far a detector sees the hand of a repaired picture from where it saw the old one: mean distance of the
-        points in sizes of the hand, and at most 1, where it finds none."""
-        assert self.seen.found is not None, "only a found hand can be found again"
-        window = self.window
-        before = self.seen.found.joints * picture.shape[1::-1] - (window.x, window.y)
-        crop = cut(picture, window, self.crop.shape[:2])
-        size = float(np.ptp(before, axis=0).max())
-        seen = [one.joints * (window.width, window.height) for one in detector(crop)]
-        apart = [float(np.linalg.norm(joints - before, axis=1).mean()) / size for joints in seen]
-        return min([*apart, 1.0])
+    def moved(self, before: np.ndarray, after: np.ndarray, detector: Detector) -> float:
+        """How far a detector sees the hand of a repaired picture from where it sees the old one: mean distance of the
+        points in sizes of the hand, and 1 at most, where it finds none or another side. It looks from two distances,
+        because it reads one hand otherwise in another crop; the larger distance counts."""
+        points = np.stack([self.seen.hand.joints_2d.min(0), self.seen.hand.joints_2d.max(0)])
+        apart = 0.0
+        for near in LOOKS:
+            window = _window(points, self.crop.shape[:2], near)
+            old, new = (detector(cut(picture, window, LOOKED_AT)) for picture in (before, after))
+            if not old:
+                return 1.0
+            was = min(old, key=lambda one: float(np.linalg.norm(one.joints.mean(0) - 0.5)))
+            size = float(np.ptp(was.joints, axis=0).max())
+            ways = [
+                float(np.linalg.norm(one.joints - was.joints, axis=1).mean()) for one in new if one.side == was.side
+            ]
+            apart = max(apart, min([way / size for way in ways] + [1.0]))
+        return apart
 
     def caption(self) -> str:
         """What one sees of the crop: the skin's tone, the side, the gesture and the colour around."""

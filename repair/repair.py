@@ -102,7 +102,7 @@ def repair(
             note: dict[str, Any] = {"side": patch.seen.side, "gesture": patch.seen.gesture, "caption": request.prompt,
                     "seed": request.seed, "strength": request.strength, "window": list(patch.bounds)}  # fmt: skip
             if patch.seen.found is not None and detector is not None:
-                note["moved"] = moved = patch.moved(repaired, detector)
+                note["moved"] = moved = patch.moved(outcome.image, repaired, detector)
                 if wish.automatic and moved > MOVED:
                     outcome.said.append(f"{the(patch.seen)} came out otherwise than it was, so it stays. {SAY}")
                     continue

@@ -106,35 +106,39 @@ def test_fingers_of_another_gesture_belong_to_the_old_hand_to_their_nails():
 
 
 class Eyes:
-    """A detector that sees one hand where it is told to, in shares of any picture."""
+    """A detector that finds one hand in pictures of a brightness, in shares of the picture, and none in others."""
 
-    def __init__(self, joints: np.ndarray | None) -> None:
-        self.joints = joints
+    def __init__(self, **hands: Found) -> None:
+        self.hands = hands
 
     def __call__(self, image: np.ndarray) -> list[Found]:
-        return [] if self.joints is None else [Found("left", 0.9, self.joints)]
+        one = self.hands.get("bright" if image.mean() > 150 else "dark")
+        return [] if one is None else [one]
 
 
 def test_a_painted_hand_is_compared_with_the_old_one(rest):
-    picture = np.full((200, 200, 3), 120, np.uint8)
+    before, after = np.full((200, 200, 3), 120, np.uint8), np.full((200, 200, 3), 180, np.uint8)
     seen = placed(np.array([50.0, 50, 150, 150]), "left", "fist", rest)
-    seen.found = Found("left", 0.9, seen.hand.joints_2d / 200)
-    patch = plan(picture, seen, rest, (128, 128))
-    left, top, right, _ = patch.bounds
-    there = (seen.hand.joints_2d - (left, top)) / (right - left)
-    assert patch.moved(picture, Eyes(there)) == pytest.approx(0, abs=1e-9)
-    size = np.ptp(seen.hand.joints_2d, axis=0).max()
-    assert patch.moved(picture, Eyes(there + np.array([10 / (right - left), 0]))) == pytest.approx(10 / size)
-    assert patch.moved(picture, Eyes(None)) == 1.0
+    patch = plan(before, seen, rest, (128, 128))
+    joints = np.random.default_rng(0).uniform(0.3, 0.7, (21, 2))
+    old, size = Found("left", 0.9, joints), np.ptp(joints, axis=0).max()
+    for new, wanted in (
+        (old, 0.0),
+        (Found("left", 0.9, joints + np.array([0.03, 0.04])), 0.05 / size),
+        (Found("right", 0.9, joints), 1.0),
+        (None, 1.0),
+    ):
+        assert patch.moved(before, after, Eyes(dark=old, bright=new)) == pytest.approx(wanted)
+    assert patch.moved(before, after, Eyes(bright=old)) == 1.0
 
 
 def test_without_a_word_a_hand_that_comes_out_elsewhere_stays(painted, rest):
     made, file, pipeline = painted
     (one,) = given_hands(file, (128, 128), pipeline)
     one.found, one.sureness = Found("right", 0.9, one.hand.joints_2d / 128), 1.0
-    told = repair(pipeline, made.image, [one], rest, Wish(every=True), Eyes(None), seed=1)
+    told = repair(pipeline, made.image, [one], rest, Wish(every=True), Eyes(), seed=1)
     assert told.painted[0]["moved"] == 1.0 and told.mask.any() and (told.image == made.image)[~told.mask].all()
-    alone = repair(pipeline, made.image, [one], rest, Wish(), Eyes(None), seed=1)
+    alone = repair(pipeline, made.image, [one], rest, Wish(), Eyes(), seed=1)
     assert alone.image is made.image and not alone.mask.any() and "so it stays" in alone.said[0]
 
 
