@@ -326,9 +326,18 @@ def command(out: Path, engines: str, count: int, seed: int, sheet: Path | None, 
         strips += [np.zeros_like(strips[0])] * (-len(strips) % 2)
         sheet.write_bytes(encode_png(np.concatenate([np.concatenate(strips[k::2]) for k in (0, 1)], 1)))
         say(f"{sheet}: {', '.join(WAYS)}; twice side by side")
-    finish({"groups": found, "settings": {"engines": engines, "automatic from": CHOSEN, "moved": MOVED, "sure": SURE, "seed": seed, "worse": WORSE, "near": NEAR,
-            "adetailer": {"strength": STRENGTH, "steps": STEPS, "box": BOX, "blur": BLUR},
-            "counted": sorted(STRETCHED)}}, output)  # fmt: skip
+    settings = {
+        "engines": engines,
+        "seed": seed,
+        "sure": SURE,
+        "moved": MOVED,
+        "automatic from": CHOSEN,
+        "worse": WORSE,
+        "near": NEAR,
+        "adetailer": {"strength": STRENGTH, "steps": STEPS, "box": BOX, "blur": BLUR},
+        "counted": sorted(STRETCHED),
+    }
+    finish({"groups": found, "settings": settings}, output)
     return 0
 
 
