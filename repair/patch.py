@@ -34,7 +34,7 @@ from .wish import STRENGTH
 
 NEAR = 1.6  # a crop's side, in boxes of the hands
 WIDE = 2.8  # of the crop in which the old hand is looked for
-LOOKS, LOOKED_AT = (1.6, 2.4), (320, 320)  # crops in which a detector compares hands: in boxes, in pixels
+LOOK, LOOKED_AT = 2.0, (160, 160)  # the crop in which a detector compares hands: in boxes, in pixels
 MARGIN = 1 / 16  # of the crop's side: the mask around both hands
 FADE = 4  # pixels of the painted crop over which it fades in
 PLAIN = 5.0  # levels of 255: a background painted nearer than that to what was there stays
@@ -74,22 +74,15 @@ class Patch:
 
     def moved(self, before: np.ndarray, after: np.ndarray, detector: Detector) -> float:
         """How far a detector sees the hand of a repaired picture from where it sees the old one: mean distance of the
-        points in sizes of the hand, and 1 at most, where it finds none or another side. It looks from two distances,
-        because it reads one hand otherwise in another crop; the larger distance counts."""
-        points = np.stack([self.seen.hand.joints_2d.min(0), self.seen.hand.joints_2d.max(0)])
-        apart = 0.0
-        for near in LOOKS:
-            window = _window(points, self.crop.shape[:2], near)
-            old, new = (detector(cut(picture, window, LOOKED_AT)) for picture in (before, after))
-            if not old:
-                return 1.0
-            was = min(old, key=lambda one: float(np.linalg.norm(one.joints.mean(0) - 0.5)))
-            size = float(np.ptp(was.joints, axis=0).max())
-            ways = [
-                float(np.linalg.norm(one.joints - was.joints, axis=1).mean()) for one in new if one.side == was.side
-            ]
-            apart = max(apart, min([way / size for way in ways] + [1.0]))
-        return apart
+        points in sizes of the hand, and 1 at most, where it finds none or another side."""
+        window = _window(self.seen.hand.joints_2d, LOOKED_AT, LOOK)
+        old, new = (detector(cut(picture, window, LOOKED_AT)) for picture in (before, after))
+        if not old:
+            return 1.0
+        was = min(old, key=lambda one: float(np.linalg.norm(one.joints.mean(0) - 0.5)))
+        alike = [one.joints for one in new if one.side == was.side]
+        size = float(np.ptp(was.joints, axis=0).max())
+        return min([float(np.linalg.norm(joints - was.joints, axis=1).mean()) / size for joints in alike] + [1.0])
 
     def caption(self) -> str:
         """What one sees of the crop: the skin's tone, the side, the gesture and the colour around."""

@@ -18,7 +18,7 @@ from ..hints import hint
 
 SURE = 0.5  # a less sure hand is not painted unless a person says what it does
 SMALLEST = 12.0  # pixels of a hand's box: below, nothing says what it does
-MOVED = 0.042  # sizes of the hand: a painted hand that the detector sees farther from the old one is not kept
+MOVED = 0.04  # sizes of the hand: a painted hand that the detector sees farther from the old one is not kept
 STRENGTH = 0.95
 KEEP_STRENGTH = 0.6  # with the pose kept
 SAY = "Say what it does with --gesture, or take --all."
