@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +25,7 @@ from ..errors import DetectionError
 from .convention import Convention, mediapipe, sureness
 
 SMALL, WINDOW = 0.4, 0.6  # shares of a picture's sides
+SQUARES, LEAST = (1, 2, 4), 160  # where no hand is found: parts of the shorter side, and pixels of a square at least
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,18 @@ def windows(image: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield np.array([x / width, y / height]), image[y : y + rows, x : x + columns]
 
 
+def squares(image: np.ndarray, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Squares of `side` pixels that cover a picture and overlap by at least half, as `windows` gives them."""
+    height, width = image.shape[:2]
+    rows, columns = (
+        np.linspace(0, length - side, 1 + -(-2 * (length - side) // side)).round().astype(int)
+        for length in (height, width)
+    )
+    for y in rows:
+        for x in columns:
+            yield np.array([x / width, y / height]), image[y : y + side, x : x + side]
+
+
 def distinct(found: Sequence[Found]) -> list[Found]:
     """Keeps the surest of hands that overlap. The result starts with the surest hand."""
     kept: list[Found] = []
@@ -99,7 +112,8 @@ class MediaPipe:
     It misses hands that fill a small picture, so `padded` extends the picture by a quarter and enlarges it. The score
     is MediaPipe's handedness score; it gives no other.
 
-    It misses some hands that are small in their picture. Where it finds small hands only, it searches `windows`, too.
+    It misses hands that are small in their picture. Where it finds small hands only, it searches `windows`, too. Where
+    it finds none, it searches `squares`, smaller and smaller ones.
 
     It names sides as in a mirror: its "left" is the right hand of the person in the picture.
     """
@@ -129,6 +143,7 @@ class MediaPipe:
             "scaled to": size,
             "most hands": f"all: {hands}, doubled where so many are found",
             "where hands are smaller than": f"{SMALL} of the picture: also in 9 windows of {WINDOW}",
+            "where no hand is found": f"also in squares of 1, 1/2, 1/4 of the shorter side, at least {LEAST} pixels",
             "min_detection_confidence": confidence,
             "static_image_mode": True,
         }
@@ -148,10 +163,20 @@ class MediaPipe:
     def __call__(self, image: np.ndarray) -> list[Found]:
         found = self._look(image)
         if found and max(_size(hand.joints) for hand in found) < SMALL:
-            for place, window in windows(image):
-                scale = np.array(window.shape[1::-1]) / image.shape[1::-1]
-                found += [replace(hand, joints=hand.joints * scale + place) for hand in self._look(window)]
+            found += self._within(image, windows(image))
+        for part in SQUARES:
+            side = min(image.shape[:2]) // part
+            if not found and LEAST <= side < max(image.shape[:2]):
+                found = self._within(image, squares(image, side))
         return distinct(found)
+
+    def _within(self, image: np.ndarray, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[Found]:
+        """The hands in parts of a picture."""
+        found = []
+        for place, part in parts:
+            scale = np.array(part.shape[1::-1]) / image.shape[1::-1]
+            found += [replace(hand, joints=hand.joints * scale + place) for hand in self._look(part)]
+        return found
 
     def _look(self, image: np.ndarray) -> list[Found]:
         shown, scale, shift = padded(image, self.pad, self.size)

@@ -63,12 +63,20 @@ class Seen:
 
 
 def find(
-    image: np.ndarray, rest: np.ndarray, detector: Detector | None = None, poses: Poses | None = None
+    image: np.ndarray,
+    rest: np.ndarray,
+    detector: Detector | None = None,
+    poses: Poses | None = None,
+    side: str | None = None,
 ) -> list[Seen]:
-    """The hands that a detector finds, fitted; the surest first. image: uint8 [H, W, 3]. Raises DetectionError."""
+    """The hands that a detector finds, fitted; the surest first. image: uint8 [H, W, 3]. side: those of it alone; where
+    the detector finds one hand, a person who names its side is right. Raises DetectionError."""
     used = detector or MediaPipe()
     try:
-        seen = [fitted(found, image.shape[:2], rest, used, poses) for found in used(image)]
+        found = used(image)
+        if side is not None and len(found) != 1:
+            found = [one for one in found if one.side == side]
+        seen = [fitted(one, image.shape[:2], rest, used, poses, side) for one in found]
     finally:
         if detector is None:
             used.close()

@@ -34,7 +34,7 @@ from ..runtime.pipeline import HanDiffuser
 from ..runtime.reporting import line
 from ..runtime.rest import joints_at_rest
 from .files import NOTE, Original
-from .repair import Wish, choose, given_hands, known_gesture, repair
+from .wish import Wish, choose, known_gesture
 
 PATH = click.Path(path_type=Path)
 
@@ -46,7 +46,11 @@ PATH = click.Path(path_type=Path)
               help="Where repaired pictures go.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Write what was found as ID.hands.png, and paint nothing.")
 @click.option("--gesture", metavar="NAME", help="What the hands shall do, such as open_hand; wrist and size stay.")
-@click.option("--side", type=click.Choice(["left", "right"]), help="Repair the hands of this side alone.")
+@click.option(
+    "--side",
+    type=click.Choice(["left", "right"]),
+    help="Repair the hands of this side alone. Of a single hand it says the side.",
+)
 @click.option("--hands", "hands_file", type=PATH, metavar="FILE",
               help="Take the hands of this file instead of looking for some: a .hands.npz, or an estimate of HaMeR or "
               "WiLoR.")  # fmt: skip
@@ -119,6 +123,8 @@ class Job:
 
     def one(self, path: Path, number: int, total: int) -> None:
         """Repairs a picture; what is wrong with it is said, and the next one comes."""
+        from .repair import repair  # needs OpenCV; a wrong word is told without it
+
         try:
             started = time.perf_counter()
             original = Original.read(path)
@@ -135,13 +141,16 @@ class Job:
                 return self._say(f"See {self.output / name}.hands.png")
             if not chosen:
                 return self._say(f"{path} stays as it is.")
-            outcome = repair(self.pipeline, original.image, chosen, self.rest, self.wish, **self.settings)
-            self._write(done, original.encoded(outcome.image, {NOTE: json.dumps(outcome.painted)}))
+            again = self._detector if self.wish.automatic else None
+            outcome = repair(self.pipeline, original.image, chosen, self.rest, self.wish, again, **self.settings)
             for sentence in outcome.said:
                 self._say(sentence)
+            if not outcome.painted:
+                return self._say(f"{path} stays as it is.")
+            self._write(done, original.encoded(outcome.image, {NOTE: json.dumps(outcome.painted)}))
             captions = "; ".join(repr(hand["caption"]) for hand in outcome.painted)
             seconds = time.perf_counter() - started
-            self._say(f"[{number + 1}/{total}] {done} ({len(chosen)} painted as {captions}; {seconds:.1f} s)")
+            self._say(f"[{number + 1}/{total}] {done} ({len(outcome.painted)} painted as {captions}; {seconds:.1f} s)")
         except HanDiffuserError as error:
             self.failed += 1
             line(f"{path}: {error}", "hd-repair:", "red")
@@ -172,6 +181,8 @@ class Job:
 
             return [placed(self.box, self.options["side"], self.wish.gesture or "", self.rest)]
         if file is not None:
+            from .repair import given_hands
+
             own = file.name.endswith(".hands.npz")
             seen = (
                 given_hands(file, size, self.pipeline)
@@ -180,7 +191,7 @@ class Job:
             )
         else:
             self._detector = self._detector or MediaPipe()
-            seen = find(original.image, self.rest, self._detector)
+            seen = find(original.image, self.rest, self._detector, side=self.options["side"])
         seen = [one for one in seen if self.options["side"] in (None, one.side)]
         if not seen:
             raise DetectionError(

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ..contract import HAND_JOINTS
 from ..detection.arms import Arrays, Size
+from ..detection.detect import Detector
 from ..detection.hands import Seen, Window, arrays_of
 from ..errors import DetectionError
 from ..fingers import SIDES
@@ -29,12 +30,14 @@ from ..grammar import BACKGROUNDS, PHRASES, SKINS
 from ..hands import save_hands
 from ..runtime.requests import Request
 from . import regions
+from .wish import STRENGTH
 
 NEAR = 1.6  # a crop's side, in boxes of the hands
+WIDE = 2.8  # of the crop in which the old hand is looked for
+LOOK, LOOKED_AT = 2.0, (160, 160)  # the crop in which a detector compares hands: in boxes, in pixels
 MARGIN = 1 / 16  # of the crop's side: the mask around both hands
 FADE = 4  # pixels of the painted crop over which it fades in
-PLAIN = 8.0  # levels of 255: a background painted nearer than that to what was there stays
-STRENGTH = 0.95
+PLAIN = 5.0  # levels of 255: a background painted nearer than that to what was there stays
 FINE = (
     3.0  # pixels of the picture for one of the crop: above it, what lies behind a hand is filled in at the crop's size
 )
@@ -73,6 +76,18 @@ class Patch:
         self.new = regions.silhouette(points, thick, shape)
         self.mask = regions.dilate(self.new | self.old, round(MARGIN * shape[0]))
 
+    def moved(self, before: np.ndarray, after: np.ndarray, detector: Detector) -> float:
+        """How far a detector sees the hand of a repaired picture from where it sees the old one: mean distance of the
+        points in sizes of the hand, and 1 at most, where it finds none or another side."""
+        window = _window(self.seen.hand.joints_2d, LOOKED_AT, LOOK)
+        old, new = (detector(window.cut(picture, LOOKED_AT)) for picture in (before, after))
+        if not old:
+            return 1.0
+        was = min(old, key=lambda one: float(np.linalg.norm(one.joints.mean(0) - 0.5)))
+        alike = [one.joints for one in new if one.side == was.side]
+        size = float(np.ptp(was.joints, axis=0).max())
+        return min([float(np.linalg.norm(joints - was.joints, axis=1).mean()) / size for joints in alike] + [1.0])
+
     def caption(self) -> str:
         """What one sees of the crop: the skin's tone, the side, the gesture and the colour around."""
         skin = _nearest(
@@ -106,11 +121,11 @@ class Patch:
         shifted, skin = regions.skin_shift(painted, self.new, self.crop, self.old)
         arm = skin & (regions.along(self.points, self.crop.shape[:2]) < 0.06)
         # Nails and highlights do not have the skin's colour, and the silhouette is a little too thick.
-        near = regions.closed(skin & regions.dilate(self.new, 2), 2) | regions.erode(self.new, 3)
+        near = regions.closed(skin & regions.dilate(self.new, 2), 2) | regions.erode(self.new, 2)
         hand = regions.soft((near | arm) & self.mask, 0.7)[..., None]
         ring = self.mask & ~regions.erode(self.mask, 4) & ~regions.dilate(self.new | arm, 3)
         off = np.abs(painted.astype(np.float32) - behind)[ring].mean() if ring.sum() > 20 else 0.0
-        fade = (regions.depth(self.mask, self._at_edges(picture)) / FADE).clip(0, 1)
+        fade = ((regions.depth(self.mask, self._at_edges(picture)) - 0.5) / FADE).clip(0, 1)
         if off < PLAIN:
             layer = (shifted * hand + painted * (1 - hand) + 0.5).astype(np.uint8)
             return self._composed(picture, layer, fade, np.zeros_like(hole))
@@ -123,11 +138,10 @@ class Patch:
 
     def _composed(self, picture: np.ndarray, hand: np.ndarray, alpha: np.ndarray, hole: np.ndarray) -> np.ndarray:
         """Brings all to the picture's own pixels: what the crop shows beyond the picture is left out."""
-        assert self.mask is not None, "pose comes first"
         size = picture.shape[0], picture.shape[1]
         inside = self.window.within(size)
         part = picture[inside]
-        mask = self._stretched(self.mask, size) > 0.5
+        mask = self.covered(picture)[inside]
         opaque = np.where(mask, self._stretched(alpha, size), 0)[..., None]
         gone = (self._stretched(hole, size) > 0.5) & mask
         if self.magnified > FINE:
@@ -137,6 +151,14 @@ class Patch:
         laid = self.window.laid(hand, size) * opaque + behind * (1 - opaque)
         out = picture.copy()
         out[inside] = np.where(mask[..., None], (laid + 0.5).clip(0, 255).astype(np.uint8), part)
+        return out
+
+    def covered(self, picture: np.ndarray) -> np.ndarray:
+        """The mask in the picture's own pixels, bool [h, w]."""
+        assert self.mask is not None, "pose comes first"
+        size = picture.shape[0], picture.shape[1]
+        out = np.zeros(size, bool)
+        out[self.window.within(size)] = self._stretched(self.mask, size) > 0.5
         return out
 
     def _stretched(self, values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -161,17 +183,27 @@ def plan(
     hidden = (there.max(0) < 0).any() or (there.min(0) >= picture.shape[1::-1]).any()
     if not reach <= LARGEST or hidden:
         raise DetectionError("A hand must lie in its picture, got one beyond the edges. Place it again.")
-    window = _window(points, size)
-    crop = window.cut(picture, size)
-    shift, scale = np.array([window.x, window.y]), size[0] / window.height
-    region = regions.old_hand(crop, (there - shift) * scale)
+    wide = _window(points, size, WIDE)
+    found = _old(picture, there, wide, size)[1]
+    y, x = np.nonzero(found)
+    fingers = np.stack([x, y], -1)[:: max(len(x) // 500, 1)] * (wide.height / size[0]) + (wide.x, wide.y)
+    window = _window(np.concatenate([points, fingers]), size, NEAR)
+    crop, region = _old(picture, there, window, size)
     return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest))
 
 
-def _window(points: np.ndarray, size: Size) -> Window:
+def _old(
+    picture: np.ndarray, there: np.ndarray, window: Window, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The window's pixels, and where the old hand is in them."""
+    crop = window.cut(picture, size)
+    return crop, regions.old_hand(crop, (there - (window.x, window.y)) * (size[0] / window.height))
+
+
+def _window(points: np.ndarray, size: Size, near: float) -> Window:
     low, high = points.min(0), points.max(0)
     aspect = size[1] / size[0]
-    height = max(NEAR * max(high[1] - low[1], (high[0] - low[0]) / aspect), 8.0)
+    height = max(near * max(high[1] - low[1], (high[0] - low[0]) / aspect), 8.0)
     x, y = (low + high) / 2 - np.array([height * aspect, height]) / 2
     return Window(float(round(x)), float(round(y)), float(round(height * aspect)), float(round(height)))
 

@@ -23,7 +23,8 @@ from ..hands import NO_HANDS
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure
-from .repair import Outcome, Run, Wish, choose, repair
+from .repair import Outcome, Run, repair
+from .wish import Wish, choose
 
 
 def find_hands(
@@ -81,7 +82,8 @@ def repair_hands(
         raise DetectionError("No hand was found in the picture. Show it larger and sharper, or give hands.")
     wish = Wish(gesture, every, caption, strength, keep_pose)
     chosen, said = choose(seen, wish, size, rest)
-    outcome = repair(engines, picture, chosen, rest, wish, run, **settings)
+    looks = detector if wish.automatic and hands is None else None
+    outcome = repair(engines, picture, chosen, rest, wish, looks, run, **settings)
     outcome.said = [*said, *outcome.said]
     return outcome
 

@@ -17,6 +17,12 @@ PALM = (0, 1, 5, 9, 13, 17)
 WRIST_CUT = -0.04  # sizes of the hand behind the wrist, where a hand ends and the arm begins
 ALIKE = 24.0  # a colour's distance from the skin's median in Lab, lightness counted LIGHTNESS times
 LIGHTNESS = 0.45
+NEARBY, REACH = 0.3, 0.9  # sizes of the hand around it: where all that is alike belongs to it, and what hangs together
+NAIL, UNLIKE = 0.12, 14.0  # sizes of the hand around its skin, where what is so unlike the ground is a nail
+HALO = 0.03  # of the crop around a painted hand: there may be a glow
+LEAKED = 2.5  # times what is nearby: then the colour runs out into the ground
+GROUND, RARE = 6, 0.02  # colours of the ground, and the share of its pixels that a colour has at least
+GROUNDED = 0.6  # how unlike the skin the ground is at least, in ALIKE
 
 
 def size_of(points: np.ndarray) -> float:
@@ -51,19 +57,51 @@ def silhouette(points: np.ndarray, thick: np.ndarray, shape: tuple[int, int]) ->
 
 
 def old_hand(crop: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """What has the colour of the hand's middle and is near it: also fingers that no detector reports."""
+    """What has the colour of the hand's middle, and is near it or hangs together with it: also fingers that no detector
+    reports, and those of another gesture. Beyond the wrist the arm begins, which is left out."""
     size = size_of(points)
     thin, thick = (_lines(points, crop.shape[:2], width) for width in (1, max(round(0.05 * size), 2)))
-    lab = cv2.cvtColor(crop, cv2.COLOR_RGB2LAB).astype(np.float32)
+    lab = cv2.cvtColor(crop, cv2.COLOR_RGB2LAB).astype(np.float32) * (LIGHTNESS, 1, 1)
     if not thin.any():
         return thick
-    away = np.linalg.norm((lab - np.median(lab[thin], 0)) * (LIGHTNESS, 1, 1), axis=-1)
     hull = np.zeros(crop.shape[:2], np.uint8)
     cv2.fillConvexPoly(hull, cv2.convexHull(np.round(points).astype(np.int32)), 1)
-    region = (((away < ALIKE) & dilate(hull > 0, round(0.3 * size))) | thick).astype(np.uint8)
-    region = cv2.morphologyEx(region, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-    region = cv2.morphologyEx(region, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
-    return (region > 0) & (along(points, crop.shape[:2]) > WRIST_CUT)
+    hand, ahead = hull > 0, along(points, crop.shape[:2]) > WRIST_CUT
+    away = np.linalg.norm(lab - np.median(lab[thin], 0), axis=-1)
+    ground = _to_ground(lab, ahead & (away > GROUNDED * ALIKE) & ~dilate(hand, round(NEARBY * size)))
+    alike = (away < ALIKE) & (away < ground)
+    near = (away < ALIKE) & dilate(hand, round(NEARBY * size))
+    near = _cleaned(near | thick) & ahead
+    together = _hanging(_cleaned(alike | thick) & ahead & dilate(hand, round(REACH * size)), thin)
+    region = near | together if together.sum() < LEAKED * near.sum() else near
+    tips = dilate(region, round(NAIL * size)) & (ground > UNLIKE) & ahead
+    return region | _hanging(_cleaned(region | tips), region)
+
+
+def _cleaned(mask: np.ndarray) -> np.ndarray:
+    """The mask without single pixels and cracks."""
+    mask = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    return cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8)) > 0
+
+
+def _hanging(mask: np.ndarray, seed: np.ndarray) -> np.ndarray:
+    """The pieces of the mask that the seed touches."""
+    pieces = cv2.connectedComponents(mask.astype(np.uint8))[1]
+    touched = np.unique(pieces[seed & mask])
+    return np.isin(pieces, touched[touched > 0])
+
+
+def _to_ground(lab: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """How far each pixel's colour is from the nearest of the ground's: float [H, W]."""
+    pixels = lab[outside].astype(np.float32)
+    if len(pixels) < 50:
+        return np.full(lab.shape[:2], np.inf)
+    cv2.setRNGSeed(0)
+    rule = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 10, 1.0)
+    some = pixels[:: max(len(pixels) // 2000, 1)]
+    _, labels, centres = cv2.kmeans(some, GROUND, None, rule, 1, cv2.KMEANS_PP_CENTERS)  # type: ignore[call-overload]
+    centres = centres[np.bincount(labels.ravel(), minlength=GROUND) >= RARE * len(some)]  # fewer may be nails
+    return np.linalg.norm(lab[:, :, None] - centres, axis=-1).min(-1)
 
 
 def along(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -117,12 +155,15 @@ def skin_shift(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The picture with the median Lab colour of its hand `new` moved to that of the hand `old` in the crop `like`, and
     where its skin is: all that has the colour of the new hand, its arm as well, bool [H, W]."""
-    a, b = erode(new, 2), erode(old, 2)
+    a, b = erode(new, 2), erode(old & new, 2)
+    b = b if b.sum() >= 20 else erode(old, 2)
     there, wanted = (cv2.cvtColor(one, cv2.COLOR_RGB2LAB).astype(np.float32) for one in (picture, like))
     if a.sum() < 20 or b.sum() < 20:
         return picture, new
     middle = np.median(there[a], 0)
-    skin = np.linalg.norm((there - middle) * (LIGHTNESS, 1, 1), axis=-1) < ALIKE
+    away = np.linalg.norm((there - middle) * (LIGHTNESS, 1, 1), axis=-1)
+    ground = (away > GROUNDED * ALIKE) & ~dilate(new, round(HALO * len(new)))
+    skin = (away < ALIKE) & (away < _to_ground(there * (LIGHTNESS, 1, 1), ground))
     shift = (np.median(wanted[b], 0) - middle).clip((-70, -16, -16), (70, 16, 16))
     return cv2.cvtColor((there + shift).clip(0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB), skin
 

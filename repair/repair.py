@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +16,29 @@ import numpy as np
 
 from ..contract import HAND_JOINTS
 from ..detection.arms import HandEstimate, Size
-from ..detection.fit import posed
+from ..detection.detect import Detector
 from ..detection.hands import Seen
 from ..errors import DetectionError, EngineError, RequestError
 from ..hands import POSES, hand_arrays, load_hands
-from ..hints import hint
 from ..kinematics import world
 from ..rotations import axis_angle_to_matrix
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure, Picture
-from .patch import STRENGTH, Patch, plan
+from .patch import Patch, plan
+from .wish import MOVED, SAY, Wish, the
 
 Run = Callable[[list[Request]], Iterable[Picture | Failure]]
-SURE = 0.5  # a less sure hand is not painted unless a person says what it does
-SMALLEST = 12.0  # pixels of a hand's box: below, nothing says what it does
 SOFT = 4.0  # pixels of the picture that a painted one may cover before the hand looks soft
-KEEP_STRENGTH = 0.6  # with the pose kept
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a person says. gesture, side: of every hand; None leaves what was found. every: also unsure hands."""
-
-    gesture: str | None = None
-    every: bool = False
-    caption: str | None = None
-    strength: float | None = None
-    keep_pose: bool = False
-
-    @property
-    def strong(self) -> float:
-        return self.strength if self.strength is not None else KEEP_STRENGTH if self.keep_pose else STRENGTH
 
 
 @dataclass
 class Outcome:
-    """image: uint8 [H, W, 3]. painted: what each painted hand was, for the note. said: sentences for the user."""
+    """image: uint8 [H, W, 3]. mask: bool [H, W], outside of it all bytes are as they were. painted: what each painted
+    hand was, for the note. said: sentences for the user."""
 
     image: np.ndarray = field(repr=False)
+    mask: np.ndarray = field(repr=False)
     painted: list[dict[str, Any]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 
@@ -79,41 +63,23 @@ def given_hands(path: Path, size: Size, pipeline: HanDiffuser) -> list[Seen]:
     ]
 
 
-def choose(seen: Sequence[Seen], wish: Wish, size: Size, rest: np.ndarray) -> tuple[list[Seen], list[str]]:
-    """The hands to paint, shaped as the person wishes, and a sentence for each other one."""
-    chosen, said = [], []
-    for one in seen:
-        if float(np.ptp(one.hand.joints_2d, axis=0).max()) < SMALLEST:
-            said.append(f"{_the(one)} is smaller than {SMALLEST:.0f} pixels, so it stays. Give a larger picture.")
-        elif not (one.hand.joints_2d.mean(0) > 0).all() or not (one.hand.joints_2d.mean(0) < (size[1], size[0])).all():
-            said.append(f"{_the(one)} lies outside of the picture, so it stays.")
-        elif one.sureness is not None and one.sureness < SURE and not (wish.gesture or wish.every):
-            said.append(
-                f"{_the(one)} stays as it is: its pose is only {one.sureness:.0%} sure. Say what it does with "
-                "--gesture, or take --all."
-            )
-        elif wish.gesture is not None:
-            chosen.append(replace(one, hand=posed(one.hand, wish.gesture, rest)))
-        else:
-            chosen.append(one)
-    return chosen, said
-
-
 def repair(
     pipeline: HanDiffuser,
     picture: np.ndarray,
     seen: Sequence[Seen],
     rest: np.ndarray,
     wish: Wish,
+    detector: Detector | None = None,
     run: Run | None = None,
     **settings: Any,
 ) -> Outcome:
     """Paints hands into a picture uint8 [H, W, 3]. seen: from `choose`. run: in place of `pipeline.run`, to see each
     step. settings: of `settings.SETTINGS`.
 
-    Hands whose masks touch are painted one after the other, all others together. Raises RequestError for a setting,
-    and EngineError when a hand cannot be painted."""
-    outcome = Outcome(picture)
+    Where a person says nothing of found hands, the detector looks again at each painted one; where it sees other points
+    than before, the old hand stays. Hands whose masks touch are painted one after the other, all others together.
+    Raises RequestError for a setting, and EngineError when a hand cannot be painted."""
+    outcome = Outcome(picture, np.zeros(picture.shape[:2], bool))
     rest_of = list(seen)
     while rest_of:
         patches = [
@@ -122,6 +88,8 @@ def repair(
         with tempfile.TemporaryDirectory(prefix="hd-repair-") as folder:
             _pose(pipeline, patches, Path(folder))
             alone = apart(patches)
+            done = {id(patch.seen) for patch in alone}
+            rest_of = [one for one in rest_of if id(one) not in done]
             requests = [_request(patch, Path(folder) / f"{k}.npz", wish, settings) for k, patch in enumerate(alone)]
             prepared, refused = pipeline.prepare(requests, seed=int(settings.get("seed") or 0))
             if refused:
@@ -133,17 +101,21 @@ def repair(
                 pictures[made.id] = made
         for patch, request in zip(alone, prepared, strict=True):
             made = pictures[str(request.id)]
-            outcome.image = patch.paste(outcome.image, made.image)
-            outcome.painted.append(
-                {"side": patch.seen.side, "gesture": patch.seen.gesture, "caption": request.prompt,
-                 "seed": request.seed, "strength": request.strength, "window": list(patch.bounds)}
-            )  # fmt: skip
+            repaired = patch.paste(outcome.image, made.image)
+            note: dict[str, Any] = {"side": patch.seen.side, "gesture": patch.seen.gesture, "caption": request.prompt,
+                    "seed": request.seed, "strength": request.strength, "window": list(patch.bounds)}  # fmt: skip
+            if patch.seen.found is not None and detector is not None:
+                note["moved"] = moved = patch.moved(outcome.image, repaired, detector)
+                if wish.automatic and moved > MOVED:
+                    outcome.said.append(f"{the(patch.seen)} came out otherwise than it was, so it stays. {SAY}")
+                    continue
+            outcome.image = repaired
+            outcome.mask |= patch.covered(picture)
+            outcome.painted.append(note)
             if patch.magnified > SOFT:
                 outcome.said.append(
-                    f"{_the(patch.seen)} is {patch.magnified:.0f} times as large as the model paints, so it looks soft."
+                    f"{the(patch.seen)} is {patch.magnified:.0f} times as large as the model paints, so it looks soft."
                 )
-        done = {id(patch.seen) for patch in alone}
-        rest_of = [one for one in rest_of if id(one) not in done]
     return outcome
 
 
@@ -186,16 +158,3 @@ def apart(patches: Sequence[Patch]) -> list[Patch]:
 def _request(patch: Patch, hands: Path, wish: Wish, settings: dict[str, Any]) -> Request:
     own = {name: value for name, value in settings.items() if name != "seed"}
     return patch.request(hands, wish.caption, wish.strong, **own)
-
-
-def _the(one: Seen) -> str:
-    return f"The {one.side} hand at ({one.hand.joints_2d[:, 0].mean():.0f}, {one.hand.joints_2d[:, 1].mean():.0f})"
-
-
-def known_gesture(name: str, names: Sequence[str]) -> str:
-    """Raises DetectionError for an unknown gesture."""
-    if name not in names:
-        raise DetectionError(
-            f"--gesture must be one of {', '.join(names)}, got {name!r}. {hint(name, '', names)}".rstrip()
-        )
-    return name

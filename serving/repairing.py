@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ..detection.hands import Seen
 from ..errors import DetectionError, RequestError
+from ..repair.wish import SMALLEST, SURE
 from ..runtime.requests import Request
 from .dispatch import Ticket
 from .fields import as_json
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
     from ..repair.patch import Patch
     from .edits import EditForm
 
-SURE = 0.5  # of a found hand: below it, a person should look first
-SMALLEST, SOFT = 12.0, 4.0  # pixels of a hand, and pixels of the picture that a painted one covers
+SOFT = 4.0  # pixels of the picture that a painted one covers before the hand looks soft
 LACKING = 'This server repairs no hands: OpenCV is missing. Install it: pip install "handiffuser[detect]"'
 
 

@@ -13,7 +13,7 @@ from handiffuser.detection import photo as module
 from handiffuser.detection.arms import HandEstimate
 from handiffuser.detection.convention import Convention, sureness
 from handiffuser.detection.detect import Found
-from handiffuser.detection.hands import Seen, arrays_of, from_estimates, of_one_person, window_of
+from handiffuser.detection.hands import Seen, arrays_of, find, from_estimates, of_one_person, window_of
 from handiffuser.detection.photo import Photo, caption
 from handiffuser.errors import DetectionError
 from handiffuser.fingers import SIDES, gestures
@@ -100,6 +100,15 @@ def test_a_left_and_a_right_hand_are_one_person(rest):
         away = np.linalg.norm(seen[one.hand.side] - one.hand.joints_2d, axis=1).mean()
         assert away < 0.06 * 120, "one camera sees both: within the difference of their sizes"
     assert caption(pair) == "both hands"
+
+
+def test_a_person_who_names_the_side_of_a_single_hand_is_right(rest):
+    """Of several hands, a side chooses."""
+    left, right = hand(rest, 0, "victory", (110, 150), 120), hand(rest, 1, "fist", (290, 150), 120)
+    image = np.zeros((*SIZE, 3), np.uint8)
+    assert [one.side for one in find(image, rest, Truth(left), side="right")] == ["right"]
+    assert [one.side for one in find(image, rest, Truth(left, right), side="right")] == ["right"]
+    assert len(find(image, rest, Truth(left, right))) == 2
 
 
 def test_what_one_person_cannot_show_is_said(rest):

@@ -14,7 +14,7 @@ from commands import run_command
 from datasets import made_sample
 from handiffuser import shipped
 from handiffuser.data.samples import Sample, encode_png, read
-from handiffuser.detection.detect import Found, MediaPipe, distinct, windows
+from handiffuser.detection.detect import Found, MediaPipe, distinct, squares, windows
 from handiffuser.errors import EvaluationError
 from handiffuser.evaluation import measure, painting, pictures, run
 from handiffuser.evaluation.cli import evaluate
@@ -395,3 +395,15 @@ def test_hands_that_lie_on_one_another_are_one():
     assert distinct([other, far, sure]) == [sure, far]
     parts = list(windows(np.zeros((100, 50, 3), np.uint8)))
     assert len(parts) == 9 and parts[-1][0] == pytest.approx([0.4, 0.4]) and parts[0][1].shape == (60, 30, 3)
+
+
+@pytest.mark.parametrize(("size", "side"), [((100, 250), 100), ((100, 250), 50), ((64, 64), 64), ((333, 97), 31)])
+def test_squares_cover_a_picture_and_overlap_by_half(size, side):
+    covered = np.zeros(size, int)
+    for place, part in squares(np.zeros((*size, 3), np.uint8), side):
+        x, y = (place * size[::-1]).round().astype(int)
+        assert part.shape == (side, side, 3)
+        covered[y : y + side, x : x + side] += 1
+    assert covered.min() >= 1
+    inner = covered[side // 2 : size[0] - side // 2, side // 2 : size[1] - side // 2]
+    assert inner.size == 0 or inner.min() >= sum(length > side for length in size)

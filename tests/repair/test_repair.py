@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
 from commands import invoke
 from handiffuser import HanDiffuser, Request, shipped
 from handiffuser.contract import Manifest
+from handiffuser.detection.detect import Found
 from handiffuser.detection.hands import Seen
 from handiffuser.detection.poses import Poses
 from handiffuser.errors import DetectionError
@@ -22,7 +24,8 @@ from handiffuser.repair import regions  # noqa: E402 (it needs OpenCV)
 from handiffuser.repair.files import NOTE, Original  # noqa: E402
 from handiffuser.repair.patch import plan  # noqa: E402
 from handiffuser.repair.place import placed  # noqa: E402
-from handiffuser.repair.repair import Wish, choose, given_hands  # noqa: E402
+from handiffuser.repair.repair import given_hands, repair  # noqa: E402
+from handiffuser.repair.wish import Wish, choose  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,58 @@ def test_the_old_hand_is_found_by_its_colour():
     assert (found & (sixth > 0)).sum() > 0.9 * (sixth > 0).sum()
     between = regions.closed(hand | (sixth > 0), 3)  # it closes cracks between fingers
     assert (found & ~between).sum() < 0.02 * hand.sum()
+
+
+def test_fingers_of_another_gesture_belong_to_the_old_hand_to_their_nails():
+    """Far beyond the points, in one piece with the hand; the arm behind the wrist stays."""
+    picture = np.full((128, 128, 3), (60, 90, 160), np.uint8)
+    points = square(30) + np.array([49, 70])
+    finger, nail, arm = (np.zeros((128, 128), np.uint8) for _ in range(3))
+    cv2.line(finger, (60, 75), (60, 53), 1, 5)
+    cv2.line(nail, (60, 50), (60, 48), 1, 3)
+    cv2.rectangle(arm, (50, 106), (66, 127), 1, -1)
+    picture[regions.silhouette(points, np.full(20, 3.0), (128, 128)) | (finger > 0) | (arm > 0)] = (220, 170, 140)
+    picture[nail > 0] = (250, 225, 220)
+    found = regions.old_hand(picture, points)
+    assert found[finger > 0].mean() > 0.9 and found[nail > 0].mean() > 0.5  # the mask is wider still
+    assert found[arm > 0].mean() < 0.1
+
+
+class Eyes:
+    """A detector that finds one hand in pictures of a brightness, in shares of the picture, and none in others."""
+
+    def __init__(self, **hands: Found) -> None:
+        self.hands = hands
+
+    def __call__(self, image: np.ndarray) -> list[Found]:
+        one = self.hands.get("bright" if image.mean() > 150 else "dark")
+        return [] if one is None else [one]
+
+
+def test_a_painted_hand_is_compared_with_the_old_one(rest):
+    before, after = np.full((200, 200, 3), 120, np.uint8), np.full((200, 200, 3), 180, np.uint8)
+    seen = placed(np.array([50.0, 50, 150, 150]), "left", "fist", rest)
+    patch = plan(before, seen, rest, (128, 128))
+    joints = np.random.default_rng(0).uniform(0.3, 0.7, (21, 2))
+    old, size = Found("left", 0.9, joints), np.ptp(joints, axis=0).max()
+    for new, wanted in (
+        (old, 0.0),
+        (Found("left", 0.9, joints + np.array([0.03, 0.04])), 0.05 / size),
+        (Found("right", 0.9, joints), 1.0),
+        (None, 1.0),
+    ):
+        assert patch.moved(before, after, Eyes(dark=old, bright=new)) == pytest.approx(wanted)
+    assert patch.moved(before, after, Eyes(bright=old)) == 1.0
+
+
+def test_without_a_word_a_hand_that_comes_out_elsewhere_stays(painted, rest):
+    made, file, pipeline = painted
+    (one,) = given_hands(file, (128, 128), pipeline)
+    one.found, one.sureness = Found("right", 0.9, one.hand.joints_2d / 128), 1.0
+    told = repair(pipeline, made.image, [one], rest, Wish(every=True), Eyes(), seed=1)
+    assert told.painted[0]["moved"] == 1.0 and told.mask.any() and (told.image == made.image)[~told.mask].all()
+    alone = repair(pipeline, made.image, [one], rest, Wish(), Eyes(), seed=1)
+    assert alone.image is made.image and not alone.mask.any() and "so it stays" in alone.said[0]
 
 
 def test_pixels_outside_the_mask_keep_their_bytes(rest):
@@ -224,3 +279,11 @@ def test_a_request_starts_without_the_old_hand(rest, tmp_path):
     patch.mask = regions.dilate(patch.new, 8)
     request = patch.request(tmp_path / "a.npz", seed=4)
     assert isinstance(request, Request) and request.strength == 0.95 and "left hand making a fist" in request.prompt
+
+
+def test_a_misspelt_option_is_named_also_without_opencv(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("handiffuser.repair")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    result = invoke("repair.cli", "demo", "a.png", "--misspelt")
+    assert result.returncode == 2 and "--misspelt" in result.stderr and "cv2" not in result.stderr
