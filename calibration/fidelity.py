@@ -185,7 +185,7 @@ def fidelity(
         results = run_all(pipeline, [result.request for result in expected])
         graphs = {}
         for name, spec in ours.graphs.items():
-            exact = open_engine(reference / spec.file, spec, device, threads)
+            exact = open_engine(reference / spec.file, spec, device, threads, manifest.sides())
             graphs[name] = compare(exact, engines[name], inputs[name])
     pairs = [(a, b) for a, b in zip(expected, results, strict=True) if isinstance(a, Picture)]
     agreement = []

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..contract import FLOAT32_GRAPHS
+from ..contract import FLOAT32_GRAPHS, SIDES
 from ..errors import EngineError
 from .rates import Gpu
 
@@ -87,6 +87,7 @@ class Graph:
 
     def __init__(self, model: Any, sizes: Mapping[str, int], name: str = "the graph") -> None:
         """sizes: free dimension -> size. Raises EngineError for a graph with a shape that cannot be inferred."""
+        model = _of_one_size(model, sizes)
         self.shapes, self.widths = _infer(model, sizes)
         self.name = name
         ready = {tensor.name for tensor in model.graph.initializer} | {""}
@@ -226,6 +227,21 @@ def _joined(graph: Graph, runner: Runner) -> Iterator[Kernel]:
             read += graph.size(group[0].inputs[0])
         operations = sum(node.operations for node in group)
         yield Kernel(group[0].op, runner.norm if norm else 1, read + out, operations)
+
+
+def _of_one_size(model: Any, sizes: Mapping[str, int]) -> Any:
+    """The model with the sides of its pictures fixed, so that what follows from them costs nothing."""
+    named = {dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim}
+    sides = {axis: sizes[axis] for axis in SIDES if axis in sizes and axis in named}
+    if not sides:
+        return model
+    import onnx_ir as ir
+
+    from .fixing import fix_sizes
+
+    fixed = ir.from_proto(model)
+    fix_sizes(fixed, sides)
+    return ir.to_proto(fixed)
 
 
 def _infer(model: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Shape | None], dict[str, int]]:

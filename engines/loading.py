@@ -105,10 +105,16 @@ def _opener(folder: Path, manifest: Manifest, device: str, threads: int | None) 
     return lambda path, spec: open_cuda(folder, manifest, path.stem, threads=threads)
 
 
-def open_engine(path: str | Path, spec: GraphSpec, device: str = "cpu", threads: int | None = None) -> Engine:
-    """One graph in ONNX Runtime, on "cpu" or "cuda"."""
+def open_engine(
+    path: str | Path,
+    spec: GraphSpec,
+    device: str = "cpu",
+    threads: int | None = None,
+    own: Mapping[str, int] | None = None,
+) -> Engine:
+    """One graph in ONNX Runtime, on "cpu" or "cuda". own: see `OnnxRuntimeEngine`."""
     if device == "cpu":
-        return OnnxRuntimeEngine(path, spec, threads)
+        return OnnxRuntimeEngine(path, spec, threads, own=own)
     from .onnxruntime_cuda import OnnxRuntimeCudaEngine
 
     return OnnxRuntimeCudaEngine(path, spec, threads)

@@ -254,22 +254,22 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
     assert program is not None
     symbols = side_symbols(program, graph)
     known = at_example(graph, symbols)
-    if graph.sized:
-        settle(program.model)
-    write_out_norms(program.model, known)
-    fold_upsampling(program.model)
-    # Position codes of the levels' grids are the same in each of their layers.
-    DeduplicateInitializersPass(size_limit=MAX_COMPARED_ELEMENTS)(program.model)
-    compact(program.model)
-    fuse_attention(program.model)
     # The outputs' types are read off the graph: running it in half precision takes PyTorch's CPU minutes.
     spec = GraphSpec(
         f"{graph.name}.onnx",
         [graph.spec(name, value) for name, value in graph.inputs.items()],
         [output_spec(graph, *pair) for pair in zip(graph.outputs, program.model.graph.outputs, strict=True)],
     )
+    if graph.sized:
+        settle(program.model)
     if spec.dominant:  # the hand prior takes the text at once, and shares little between branches
         share_branches(program.model)
+    write_out_norms(program.model, known)  # with free sizes they look at their input's shape, which is not shared
+    fold_upsampling(program.model)
+    # Position codes of the levels' grids are the same in each of their layers.
+    DeduplicateInitializersPass(size_limit=MAX_COMPARED_ELEMENTS)(program.model)
+    compact(program.model)
+    fuse_attention(program.model)
     if graph.sized:
         spec.memory = memory_of(program.model, known)
     name_sides(program.model, graph, symbols)

@@ -212,6 +212,7 @@ def connect(
 
     load: (graph, bucket, guidance branches) -> engine. single: graph -> buckets with an engine of one branch.
     """
+    manifest = manifest.fixed()  # buffers and captured launches are for one size
     graphs: dict[str, DeviceGraph] = {}
     feeds = {"text_hand_encoder": "hand_features", "unet_context": "text_hand_encoder"}
     for name in [name for name in ALL_GRAPHS if name in manifest.graphs]:

@@ -28,7 +28,7 @@ def load_device_loop(
     backend: one of the table that runs on GPUs. onnxruntime_graphs: see `onnxruntime_cuda.device_engines`.
     Raises EngineError without a GPU, without the backend, or without engines for them.
     """
-    cuda, manifest = Cuda(), bundle.manifest.fixed()  # buffers and captured launches are for one size
+    cuda, manifest = Cuda(), bundle.manifest.fixed()
     bundle.engine_sizes = frozenset({manifest.image_size})
     check_gpu(manifest, cuda)
     streams = Streams.make(cuda, overlap)

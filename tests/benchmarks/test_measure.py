@@ -9,7 +9,7 @@ import pytest
 from handiffuser import EngineError, HanDiffuser, cpu
 from handiffuser.benchmarks import measure, soak
 from handiffuser.benchmarks.card import Others, bf16_ceiling, card
-from handiffuser.contract import GRAPHS, IMAGE_ENCODER
+from handiffuser.contract import GRAPHS, IMAGE_ENCODER, Manifest
 from handiffuser.engines import load_engines
 from handiffuser.engines.cost import count
 from handiffuser.engines.cuda import Cuda
@@ -70,6 +70,7 @@ def test_operations_are_those_that_torch_counts(tiny_checkpoint, tiny_bundle, br
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    sides = Manifest.load(tiny_bundle, verify=False).sides()
     for exported in graphs(tiny_checkpoint, SMPLH.load(tiny_checkpoint.body), batch=2):
         if exported.name == "hand_features":  # kinematics add up where others multiply
             continue
@@ -80,7 +81,7 @@ def test_operations_are_those_that_torch_counts(tiny_checkpoint, tiny_bundle, br
         counts = counter.get_flop_counts()  # module -> kind -> operations
         left = sum(counts.get("UNetStep.unet.time_embedding", {}).values())  # `unet_time` has it; nothing here uses it
         assert bool(left) == (exported.name == "unet")
-        found = count(tiny_bundle / f"{exported.name}.onnx", {"B": 2, "S": 3, "G": branches})
+        found = count(tiny_bundle / f"{exported.name}.onnx", {"B": 2, "S": 3, "G": branches, **sides})
         wanted = counter.get_total_flops() - left
         if exported.name == "unet" and branches == 2:  # what both branches share, the graph computes once
             assert 0.9 * wanted < sum(found.values()) < wanted, found
