@@ -30,8 +30,8 @@ def said(line: str) -> str:
     [
         ("hd-run demo fist -n 2", "It is --images-per-prompt here."),
         ("hd-run demo fist --negative_prompt x", "It is --negative-prompt here."),
-        ("hd-run demo fist --height 512", "hd-export CHECKPOINT OUT --image-size"),
-        ("hd-run demo fist --width=512", "hd-export CHECKPOINT OUT --image-size"),
+        ("hd-run demo fist --height 512", "Say the size of pictures as size: WIDTHxHEIGHT"),
+        ("hd-run demo fist --width=512", "Say the size of pictures as size: WIDTHxHEIGHT"),
         ("hd-run demo fist --lora x", "hd-export CHECKPOINT OUT --lora FILE"),
         ("hd-run demo fist --gpus 2", "CUDA_VISIBLE_DEVICES"),
         ("hd-run demo fist --lr 1", "hd-train trains"),

@@ -116,7 +116,10 @@ def test_arguments_in_each_other_s_place(arguments, words, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("prompts", "words"),
     [
-        (["height=512", "a fist"], "got 'height=512'. A bundle makes pictures of one size."),
+        (
+            ["height=512", "a fist"],
+            "got 'height=512'. Say the size of pictures as size: WIDTHxHEIGHT, such as 512x768.",
+        ),
         (["a fist", "steps=8"], "A setting must be an option, got 'steps=8'. It is --steps here."),
         (["num_inference_steps=8"], "It is --num-inference-steps here."),
         (["cfg=3"], "It is --guidance here."),
@@ -316,7 +319,7 @@ def test_bad_bundles(toy_copy, tmp_path, damage):
     words = {
         "missing": "is missing",
         "flipped": "is damaged",
-        "newer": "must be at most 1, got 99",
+        "newer": "must be at most 2, got 99",
         "nobundle": "is not a bundle",
     }
     if damage == "missing":

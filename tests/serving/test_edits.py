@@ -161,7 +161,8 @@ def test_the_profile_of_a_picture_stays(served):
 def test_a_repaired_picture_keeps_what_its_file_carried(demo):
     """As hd-repair does: alpha, EXIF, profile and greys; a JPEG is white where the picture was transparent."""
     pytest.importorskip("cv2")
-    array = np.dstack([noise(150, 200), np.full((150, 200), 255, np.uint8)])
+    array = np.full((150, 200, 4), (60, 90, 140, 255), np.uint8)
+    array[45:125, 50:110, :3] = (220, 170, 140)  # what lies under the new hand
     array[:20, :, 3] = 0
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112], exif[0x010E] = 6, "mine"
