@@ -133,7 +133,17 @@ def chosen(page: Path, pattern: re.Pattern[str]) -> list[str]:
     return [line for line in typed(page) if pattern.match(line) and not re.search(r" [A-Z_]{3,}\b", line)]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if chosen(page, RUNS)], ids=lambda page: page.name)
+LONG = ("run.md",)  # many commands
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in LONG else [], id=page.name)
+        for page in PAGES
+        if chosen(page, RUNS)
+    ],
+)
 def test_it_runs(page, tmp_path):
     run_in_order(chosen(page, RUNS), tmp_path)
 

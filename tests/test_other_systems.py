@@ -94,6 +94,7 @@ def test_a_command_without_what_linux_has(command, arguments, tmp_path):
         assert document["first_picture"]["peak_mb"] > 50 and document["runs"][0]["memory"]["rss_mb"] > 50
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="the real thing")
 def test_a_server_without_what_linux_has(tmp_path):
     with start(tmp_path, "hd-serve", "demo", "--port", "0", "--threads", "1") as server:

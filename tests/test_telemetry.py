@@ -112,12 +112,14 @@ def silent(house: House) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_run(house):
     house.run("-m", "handiffuser.runtime.cli", "demo", "a fist", "--steps", 1, "--quiet")
     assert silent(house)
     assert [path.name for path in house.home.iterdir() if path.name not in (".cache", "out")] == []
 
 
+@pytest.mark.slow
 def test_an_import(house, patience):
     """Of the package alone, by a program that then uses ONNX Runtime itself, for as long as telemetry needs."""
     house.run("-c", f"import handiffuser, onnxruntime, time; time.sleep({patience + 1})")

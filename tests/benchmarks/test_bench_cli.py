@@ -65,6 +65,7 @@ def test_the_page_needs_nothing_from_elsewhere(done):
     assert "<script" not in text and "<link" not in text
 
 
+@pytest.mark.slow
 def test_the_page_opens_in_a_browser(done):
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:

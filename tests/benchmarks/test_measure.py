@@ -112,6 +112,7 @@ def test_without_onnx_the_extra_is_named(tmp_path, monkeypatch):
         count(tmp_path / "graph.onnx", {})
 
 
+@pytest.mark.slow
 def test_stages_and_host_add_up_to_the_total(pipeline):
     run, meter = measure.new_run(2, 2, "euler", 2.0), measure.Meter(pipeline)
     run["samples"] = list(measure.samples(pipeline, run, 3, meter))

@@ -104,6 +104,7 @@ def test_a_bundle_paints_and_comes_once(server, capsys):
     assert not list(folder.glob(".*")) and not list(folder.parent.parent.glob("blobs/*"))
 
 
+@pytest.mark.slow
 def test_revisions_of_a_bundle_share_no_file(server):
     repo = server.add("org/demo", shipped.bundle_path())
     first = repo.sha
@@ -183,6 +184,7 @@ def test_the_wrong_kind_is_refused_before_weights_travel(server):
             again(id, kind)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_its_body(server):
     server.add("org/checkpoint", shipped.checkpoint_path())
     folder = hub.fetch("hf://org/checkpoint", "checkpoint")

@@ -298,6 +298,7 @@ def test_mistakes_of_hands_of_any_size_are_found(body, kind, size):
     assert sum(any(problem == "apart" for problem, _ in one) for one in found) >= 27
 
 
+@pytest.mark.slow
 def test_noise_of_annotators_is_no_mistake(body):
     right = [sample for sample, *_ in annotated(body, np.random.default_rng(2), [0.03, 0.05, 0.08, 0.15, 0.3] * 60)]
     assert [found for found in check_samples(right, body) if any(kind == "apart" for kind, _ in found)] == []

@@ -217,6 +217,7 @@ def changed(module: torch.nn.Module, part: str) -> torch.nn.Module:
     return other
 
 
+@pytest.mark.slow
 def test_what_latents_depend_on_is_their_key(tmp_path, tiny_checkpoint, body_path):
     from tokenizers import Tokenizer
 

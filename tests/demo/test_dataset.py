@@ -166,6 +166,7 @@ if __name__ == "__main__":
     assert said.stdout.count("True") == 2 and "False" not in said.stdout, said
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_a_sentence_and_leaves_whole_shards(tmp_path):
     command = [sys.executable, "-m", "handiffuser.data.cli", "demo", str(tmp_path / "out"), "--scenes", "100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:

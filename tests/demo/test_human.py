@@ -86,6 +86,7 @@ def test_nothing_lies_under_clothes():
     assert cloth[:, 1].min() < -1.05 and np.abs(cloth[:, 0]).max() > 0.63  # shoes, sleeves down to the wrist
 
 
+@pytest.mark.slow
 def test_the_components_are_adults_and_hands_differ():
     arrays = load_human().arrays
     rng = np.random.default_rng(0)

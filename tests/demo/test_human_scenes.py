@@ -145,6 +145,7 @@ def test_two_people_are_told_apart_by_place():
 # --- scenes ---
 
 
+@pytest.mark.slow
 def test_named_hands_are_in_the_picture_and_seen(scenes):
     names = Counter()
     for scene, prompts in scenes:
@@ -239,6 +240,7 @@ def test_two_people_are_a_sample_with_two(monkeypatch):
     assert labels_of(scene.spec)["second gesture"] == scene.spec.people[1].gesture
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped_with_the_same_bytes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "SHARD", 4)
     make = partial(dataset.make, world="human", size=64, seed=SEED, processes=1)

@@ -365,6 +365,7 @@ def tf32_on():
         backend.allow_tf32 = value
 
 
+@pytest.mark.slow
 def test_float32_is_compiled_without_tf32(tiny_checkpoint, body_path, tmp_path, monkeypatch, tf32_on):
     seen = []
 
@@ -379,6 +380,7 @@ def test_float32_is_compiled_without_tf32(tiny_checkpoint, body_path, tmp_path, 
     assert seen == [False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "name"), [("cuda", "cuda:0"), ("cpu", "cpu")])
 def test_programs_are_moved_to_where_tensors_say_they_are(
     tiny_checkpoint, body_path, tmp_path, monkeypatch, device, name

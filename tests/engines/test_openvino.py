@@ -162,6 +162,7 @@ def test_what_was_compiled_is_kept_proven_and_made_again_when_damaged(folder, mo
     assert openvino.shelf_of(folder, Manifest.load(folder), HERE).plan("unet", {"B": 1, "G": 2}) is None
 
 
+@pytest.mark.slow
 def test_auto_takes_it_for_long_runs_where_it_was_measured_to_be_true(folder, monkeypatch):
     def device(pictures: int) -> tuple[str, str]:
         with warnings.catch_warnings(record=True) as said:
@@ -261,6 +262,7 @@ def test_int8_of_a_large_model_is_tried_until_one_picture_is_near(folder, monkey
     assert noted["beside_bfloat16"] == 2.0 and noted["quantized"]["unet"]["kept"] == kept["unet"]
 
 
+@pytest.mark.slow
 def test_int8_of_a_large_model_that_never_comes_near_is_refused(folder, monkeypatch):
     seen = []
     monkeypatch.setattr(lower, "beside_bfloat16", lambda *_: seen.append(1) or Verdict(30.0, 2.0, 1.0, 0.0))

@@ -365,6 +365,7 @@ def test_one_signal_ends_an_export(where, numbers, tiny_checkpoint_folder, tmp_p
     all_end(process.pid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "extra"),
     [

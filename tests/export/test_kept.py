@@ -171,6 +171,7 @@ def test_every_weight_of_a_graph_is_in_its_key(tiny_checkpoint):
         assert held and held <= known, graph.name
 
 
+@pytest.mark.slow
 def test_stopped_while_precisions_are_compared(made, tiny_checkpoint_folder, tmp_path, monkeypatch):
     """Nothing is made again, neither of the candidate nor of what it is compared with."""
     calls = []

@@ -60,6 +60,7 @@ def test_in_half_it_is_rounded_once():
     assert np.abs(got - silu).max() < 2**-10 * np.abs(exact).max()
 
 
+@pytest.mark.slow
 def test_what_stays():
     side = 2 * int((MAX_GROUP_SIZE / 8) ** 0.5)  # 8 channels a group
     large = exported(norm(), torch.randn(2, 32, side, side))

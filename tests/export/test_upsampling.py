@@ -85,6 +85,7 @@ def test_what_is_not_the_same_stays(module):
     assert folded or kinds(model) == before
 
 
+@pytest.mark.slow
 def test_narrow_layers_stay():
     assert fold_upsampling(exported(block(), torch.randn(2, 6, 5, 4))) == 0
     assert fold_upsampling(exported(block(NARROW), torch.randn(1, NARROW, 2, 2))) == 1

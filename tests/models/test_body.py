@@ -181,6 +181,7 @@ def test_damaged_files_are_one_sentence(arrays, tmp_path, cut):
             read(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_random_bytes_in_a_pickle_never_escape(arrays, tmp_path):
     random, whole = np.random.default_rng(0), bytearray(pickle.dumps({"a": np.zeros((3, 2)), "b": [1, "x"]}, 2))
     for _ in range(2000):

@@ -179,6 +179,7 @@ def test_after_the_grace_period_requests_get_503(busy):
     assert "Send it again" in stream.result().text.split("event: error")[1]
 
 
+@pytest.mark.slow
 def test_changes_of_the_clock_have_no_effect(busy, monkeypatch):
     """Deadlines, queue times, the measured rate and the age of pictures use a monotonic clock."""
     clock, ahead = time.time, [0.0]
@@ -598,6 +599,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_hanging_loop_in_the_servers_process_ends_the_server(toy_bundle):
     """A thread cannot be killed, so the server ends with a sentence, for its supervisor to start it again."""
     with socket.socket() as free:

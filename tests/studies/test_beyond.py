@@ -59,6 +59,7 @@ def in_frame(scene) -> bool:
     return bool((places >= 0).all() and (places <= 1).all())
 
 
+@pytest.mark.slow
 def test_a_group_has_the_same_scenes_whatever_their_number(groups):
     for name, scenes in beyond.groups(3).items():
         for key, scene in scenes.items():
