@@ -68,7 +68,7 @@ def settle(model: ir.Model) -> None:
         maker = target.producer()
         pieces = list(maker.inputs) if maker is not None and maker.op_type == "Concat" else []
         parts: list[int | ir.Value] = []
-        same = [axis < len(before) and before[axis] == size for axis, size in enumerate(after)]
+        same = [axis < len(before) and _known(size) and before[axis] == size for axis, size in enumerate(after)]
         for axis, size in enumerate(after):
             piece = pieces[axis] if len(pieces) == len(after) else None
             if node.op_type == "Expand" and same[axis]:
@@ -92,6 +92,11 @@ def settle(model: ir.Model) -> None:
         node.replace_input_with(1, made[key])
         node.attributes.pop("allowzero", None)  # 0 now copies a size; no size is 0
     RemoveUnusedNodesPass()(model)
+
+
+def _known(size: Any) -> bool:
+    """Whether a size has a number or a name. Two unknown sizes compare equal, and may differ."""
+    return getattr(size, "value", size) is not None
 
 
 def name_sides(model: ir.Model, graph: Graph, symbols: Mapping[str, tuple[str, int]]) -> None:

@@ -47,7 +47,7 @@ def test_every_graph_is_built_in_the_precision_asked_for(tiny_plans):
 def test_float32_and_dynamic_plans_build_too(backend, tiny_bundle):
     manifest = Manifest.load(tiny_bundle)
     for name in ALL_GRAPHS:
-        sizes = {"S": (1, 20, 1000)} if name == "unet_time" else {"B": (1, 2, 4), "G": 2}
+        sizes = {"S": (1, 20, 1000)} if name == "unet_time" else {"B": (1, 2, 4), "G": 2, **manifest.sides()}
         plan, proof = build_plan(backend, tiny_bundle / manifest.graphs[name].file, sizes, "fp32", Options(level=0))
         assert plan and set(proof["types"]) <= {"FLOAT"}
 
@@ -89,22 +89,23 @@ def test_float32_instead_of_bfloat16_is_an_error(backend, tiny_bundle):
 
 def test_another_precision_than_asked_is_an_error(backend, tiny_plans):
     with pytest.raises(EngineError, match=r"unet that compute must be in fp32.*in HALF.*--precision fp32"):
-        build_plan(backend, tiny_plans / "unet.onnx", {"B": 1, "G": 2}, "fp32", Options())
+        sizes = {"B": 1, "G": 2, **Manifest.load(tiny_plans).sides()}
+        build_plan(backend, tiny_plans / "unet.onnx", sizes, "fp32", Options())
 
 
 def test_progress_is_true_and_can_stop(backend, tiny_plans):
-    seen = []
+    seen, sizes = [], {"B": 1, **Manifest.load(tiny_plans).sides()}
     build_plan(
         backend,
         tiny_plans / "image_decoder.onnx",
-        {"B": 1},
+        sizes,
         "fp16",
         Options(),
         lambda _, done: seen.append(done) or True,
     )
     assert len(seen) > 10 and seen == sorted(seen) and 0 <= seen[0] < 0.5 < seen[-1] <= 1
     with pytest.raises(KeyboardInterrupt):
-        build_plan(backend, tiny_plans / "image_decoder.onnx", {"B": 1}, "fp16", Options(), lambda *_: False)
+        build_plan(backend, tiny_plans / "image_decoder.onnx", sizes, "fp16", Options(), lambda *_: False)
 
 
 def test_chosen_gpus(backend, tiny_plans):
@@ -151,7 +152,7 @@ def test_engines_command(tiny_plans):
     content = plan.path.read_bytes()
     plan.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     damaged = invoke("engines.cli", "verify", tiny_plans)
-    assert damaged.returncode == 1 and "unet B=3,G=2: its plan is damaged" in damaged.stderr
+    assert damaged.returncode == 1 and "unet B=3,G=2,h=16,w=24: its plan is damaged" in damaged.stderr
     (tiny_plans / "plans" / "unet.B9.0123.plan.77.tmp").write_bytes(b"left over")
     dry = invoke("engines.cli", "prune", tiny_plans, "--dry-run")
     assert dry.returncode == 0 and plan.path.exists() and "would remove" in dry.stderr
