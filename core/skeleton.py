@@ -35,7 +35,7 @@ def draw_hands(image: np.ndarray, hands: Sequence[tuple[np.ndarray, str, float]]
     layer = Image.new("RGBA", (size[0] * fine, size[1] * fine))
     draw = ImageDraw.Draw(layer)
     bone = max(2, round(min(size) / 110)) * fine
-    font = ImageFont.load_default(size=min(size) // 18 * fine)
+    font = ImageFont.load_default(size=max(min(size) // 18, 1) * fine)  # a picture may be a thin strip
     for joints, words, strength in hands:
         points = joints * (size[0] * fine, size[1] * fine)
         if not np.isfinite(points).all() or np.abs(points).max() > 1e6:

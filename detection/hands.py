@@ -69,14 +69,13 @@ def find(
     poses: Poses | None = None,
     side: str | None = None,
 ) -> list[Seen]:
-    """The hands that a detector finds, fitted; the surest first. image: uint8 [H, W, 3]. side: those of it alone; where
-    the detector finds one hand, a person who names its side is right. Raises DetectionError."""
+    """The hands that a detector finds, fitted; the surest first. image: uint8 [H, W, 3]. side: where the detector finds
+    one hand, a person who names its side is right. Raises DetectionError."""
     used = detector or MediaPipe()
     try:
         found = used(image)
-        if side is not None and len(found) != 1:
-            found = [one for one in found if one.side == side]
-        seen = [fitted(one, image.shape[:2], rest, used, poses, side) for one in found]
+        said = side if len(found) == 1 else None
+        seen = [fitted(one, image.shape[:2], rest, used, poses, said) for one in found]
     finally:
         if detector is None:
             used.close()

@@ -105,6 +105,10 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
 
     faster_than: see `judge_on_gpu`.
     """
+    said = [name for name, value in (("--hardware-compatibility-level", wanted.options.hardware),
+                                     ("--version-compatible", wanted.options.version_compatible)) if value]  # fmt: skip
+    if said and backend not in GPU_PLANNED:
+        raise EngineError(f"{said[0]} is an option of TensorRT, got --backend {backend}. Leave it out.")
     if backend in GPU_PLANNED:
         wanted, why = fitting(folder, wanted, gpu())
         if why:

@@ -29,7 +29,7 @@ from ..engines.backends import CHOICES, DEVICES
 from ..errors import DetectionError, HanDiffuserError, OutputError
 from ..files import lock, written
 from ..pictures import encode_png
-from ..runtime.options import given, setting_options
+from ..runtime.options import given, settings_without
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.reporting import line
 from ..runtime.rest import joints_at_rest
@@ -62,7 +62,7 @@ PATH = click.Path(path_type=Path)
     "--caption", metavar="TEXT", help="What the picture shows around the hand.  [default: made of its colours]"
 )
 @click.option("--all", "every", is_flag=True, help="Also paint hands whose pose is not sure.")
-@setting_options
+@settings_without("size", "images_per_prompt")  # a repaired picture keeps its size, and there is one
 @click.option("--batch-size", type=click.IntRange(1, 64), default=4, show_default=True, help="Hands painted at once.")
 @click.option("--backend", type=click.Choice(CHOICES), default="auto", show_default=True, help="What runs the engines.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
@@ -118,6 +118,7 @@ class Job:
         self.failed = 0
         self._pipeline: HanDiffuser | None = None
         self._detector: Detector | None = None
+        self._found: list[Seen] = []  # in the picture on its way
         self.settings = {name: value for name, value in given(options).items() if name != "strength"}
         self.settings["seed"] = options["seed"] or 0
 
@@ -142,7 +143,16 @@ class Job:
             if not chosen:
                 return self._say(f"{path} stays as it is.")
             again = self._detector if self.wish.automatic else None
-            outcome = repair(self.pipeline, original.image, chosen, self.rest, self.wish, again, **self.settings)
+            outcome = repair(
+                self.pipeline,
+                original.image,
+                chosen,
+                self.rest,
+                self.wish,
+                again,
+                around=self._around(original),
+                **self.settings,
+            )
             for sentence in outcome.said:
                 self._say(sentence)
             if not outcome.painted:
@@ -191,13 +201,23 @@ class Job:
             )
         else:
             self._detector = self._detector or MediaPipe()
-            seen = find(original.image, self.rest, self._detector, side=self.options["side"])
+            seen = self._found = find(original.image, self.rest, self._detector, side=self.options["side"])
         seen = [one for one in seen if self.options["side"] in (None, one.side)]
         if not seen:
             raise DetectionError(
                 "No hand was found. Say where one is with --box, --side and --gesture, or give --hands."
             )
         return seen
+
+    def _around(self, original: Original) -> list[Seen]:
+        """All hands that the detector finds: those that are not repaired keep their pixels."""
+        if self.box is None and self.options["hands_file"] is None:
+            return self._found
+        try:
+            self._detector = self._detector or MediaPipe()
+            return find(original.image, self.rest, self._detector)
+        except DetectionError:
+            return []
 
     def _digest(self, original: Original) -> str:
         """Eight digits of all that decides the result: another command writes beside, and the same one skips."""

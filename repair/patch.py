@@ -12,7 +12,7 @@ crop fades in over the mask's border; elsewhere only the painted hand is laid ov
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ PLAIN = 5.0  # levels of 255: a background painted nearer than that to what was 
 FINE = (
     3.0  # pixels of the picture for one of the crop: above it, what lies behind a hand is filled in at the crop's size
 )
+SAME = 0.35  # sizes of a hand between the points of two reports of it, at most
 LARGEST = 2.0  # of a hand, in the longer sides of its picture
 
 
@@ -48,7 +49,7 @@ LARGEST = 2.0  # of a hand, in the longer sides of its picture
 class Patch:
     """seen: the hand, in pixels of the picture. window: the crop. crop: uint8 [H, W, 3] at the model's size. old: where
     the old hand is, bool [H, W]. arrays: for `save_hands`, framed by the window. After `pose`: new, the silhouette, and
-    mask, bool [H, W], and points, the new hand's joints [21, 2] in pixels of the crop.
+    mask, bool [H, W], and points, the new hand's joints [21, 2] in pixels of the crop. kept: bool [H, W], other hands.
     """
 
     seen: Seen
@@ -56,6 +57,7 @@ class Patch:
     crop: np.ndarray = field(repr=False)
     old: np.ndarray = field(repr=False)
     arrays: Arrays = field(repr=False)
+    kept: np.ndarray = field(repr=False)
     new: np.ndarray | None = field(default=None, repr=False)
     mask: np.ndarray | None = field(default=None, repr=False)
     points: np.ndarray = field(default_factory=lambda: np.zeros((21, 2)), repr=False)  # of the new hand in the crop
@@ -74,7 +76,7 @@ class Patch:
             made["vertices"], made["joints"][list(HAND_JOINTS[side])], made["camera"][0] * shape[0] / 2
         )
         self.new = regions.silhouette(points, thick, shape)
-        self.mask = regions.dilate(self.new | self.old, round(MARGIN * shape[0]))
+        self.mask = regions.dilate(self.new | self.old, round(MARGIN * shape[0])) & (self.new | ~self.kept)
 
     def moved(self, before: np.ndarray, after: np.ndarray, detector: Detector) -> float:
         """How far a detector sees the hand of a repaired picture from where it sees the old one: mean distance of the
@@ -172,32 +174,55 @@ class Patch:
 
 
 def plan(
-    picture: np.ndarray, seen: Seen, rest: np.ndarray, size: tuple[int, int], old: np.ndarray | None = None
+    picture: np.ndarray,
+    seen: Seen,
+    rest: np.ndarray,
+    size: tuple[int, int],
+    old: np.ndarray | None = None,
+    others: Iterable[Seen] = (),
 ) -> Patch:
     """The crop of a hand. picture: uint8 [h, w, 3]. rest: [62, 3] of the bundle's body. size: (H, W) of its pictures.
-    old: [21, 2] pixels, where the old hand is, if not where `seen` is. Raises DetectionError."""
-    there = seen.found.joints * picture.shape[1::-1] if seen.found is not None else seen.hand.joints_2d
-    there = there if old is None else old
+    old: [21, 2] pixels, where the old hand is, if not where `seen` is. others: hands of the picture, whose pixels stay.
+    Raises DetectionError."""
+    there = place_of(seen, picture) if old is None else old
+    beside = [place for place in (place_of(one, picture) for one in others) if not _one_hand(place, there)]
     points = np.concatenate([seen.hand.joints_2d, there])
     reach = np.abs(points / max(*picture.shape[:2], 16) - 0.5).max()
     hidden = (there.max(0) < 0).any() or (there.min(0) >= picture.shape[1::-1]).any()
     if not reach <= LARGEST or hidden:
         raise DetectionError("A hand must lie in its picture, got one beyond the edges. Place it again.")
     wide = _window(points, size, WIDE)
-    found = _old(picture, there, wide, size)[1]
+    found = _old(picture, there, wide, size, beside)[1]
     y, x = np.nonzero(found)
     fingers = np.stack([x, y], -1)[:: max(len(x) // 500, 1)] * (wide.height / size[0]) + (wide.x, wide.y)
     window = _window(np.concatenate([points, fingers]), size, NEAR)
-    crop, region = _old(picture, there, window, size)
-    return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest))
+    crop, region, kept = _old(picture, there, window, size, beside)
+    return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest), kept)
+
+
+def place_of(seen: Seen, picture: np.ndarray) -> np.ndarray:
+    """Where a hand is in a picture uint8 [h, w, 3], as it was found: pixels [21, 2]."""
+    return seen.hand.joints_2d if seen.found is None else seen.found.joints * picture.shape[1::-1]
+
+
+def _one_hand(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two places are those of one hand: a detector may report it twice."""
+    return float(np.linalg.norm(one - other, axis=1).mean()) < SAME * regions.size_of(other)
 
 
 def _old(
-    picture: np.ndarray, there: np.ndarray, window: Window, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The window's pixels, and where the old hand is in them."""
+    picture: np.ndarray, there: np.ndarray, window: Window, size: tuple[int, int], beside: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The window's pixels, where the old hand is in them, and where other hands are."""
     crop = window.cut(picture, size)
-    return crop, regions.old_hand(crop, (there - (window.x, window.y)) * (size[0] / window.height))
+    scale = size[0] / window.height
+    points, others = (there - (window.x, window.y)) * scale, [(one - (window.x, window.y)) * scale for one in beside]
+    others = [one for one in others if ((one >= 0) & (one < size[::-1])).all(1).any()]
+    region, theirs = regions.old_hand(crop, points), regions.nearer(points, others, size)
+    kept = np.zeros(size, bool)
+    for one in others:
+        kept |= regions.old_hand(crop, one) & theirs
+    return crop, region & ~theirs, regions.dilate(kept, 2) & theirs
 
 
 def _window(points: np.ndarray, size: Size, near: float) -> Window:

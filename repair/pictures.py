@@ -19,6 +19,7 @@ from ..detection.detect import Detector, MediaPipe
 from ..detection.hands import Seen, find, seen_again
 from ..detection.photo import Photo, Told
 from ..errors import DetectionError, EngineError, RequestError
+from ..fingers import SIDES
 from ..hands import NO_HANDS
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
@@ -36,7 +37,7 @@ def find_hands(
     rest, used = joints_of(engines), detector or MediaPipe()
     try:
         for picture in pictures:
-            found = used(picture)
+            found = used(_checked(picture))
             if not found:
                 raise DetectionError(
                     f"{used.name} found no hand in the picture. Show the hand whole, larger and sharper."
@@ -68,13 +69,15 @@ def repair_hands(
     hands: what to paint, with joints_2d in [0, 1] of the picture, as `find_hands` with `whole` gives it; by default
     what is found. gesture: what every hand does. side: "left" or "right" alone. every: also hands whose pose is not
     sure. settings: of SETTINGS. run: in place of `engines.run`. Raises DetectionError, RequestError and EngineError."""
-    rest, size = joints_of(engines), (picture.shape[0], picture.shape[1])
+    if side not in (None, *SIDES):
+        raise RequestError(f"side must be left or right, got {side!r}.", "side")
+    rest, size = joints_of(engines), _checked(picture).shape[:2]
     try:
-        seen = find(picture, rest, detector)
+        seen = found = find(picture, rest, detector)
     except DetectionError:
         if hands is None:
             raise
-        seen = []  # without a detector, the old hands are taken to be where the new ones are
+        seen = found = []  # without a detector, the old hands are taken to be where the new ones are
     if hands is not None:
         seen = [again(hands, number, size, seen) for number in (0, 1) if hands["visibility"][number] >= 0.5]
     seen = [one for one in seen if side in (None, one.side)]
@@ -83,9 +86,20 @@ def repair_hands(
     wish = Wish(gesture, every, caption, strength, keep_pose)
     chosen, said = choose(seen, wish, size, rest)
     looks = detector if wish.automatic and hands is None else None
-    outcome = repair(engines, picture, chosen, rest, wish, looks, run, **settings)
+    outcome = repair(engines, picture, chosen, rest, wish, looks, run, found, **settings)
     outcome.said = [*said, *outcome.said]
     return outcome
+
+
+def _checked(picture: np.ndarray) -> np.ndarray:
+    """Raises RequestError for what is not a picture uint8 [H, W, 3]."""
+    shape, kind = getattr(picture, "shape", None), getattr(picture, "dtype", None)
+    if shape is None or len(shape) != 3 or shape[2] != 3 or 0 in shape or kind != np.uint8:
+        got = f"{kind} {list(shape)}" if shape is not None else type(picture).__name__
+        raise RequestError(
+            f"A picture must be an array uint8 [H, W, 3], got {got}. Convert it, and give a list of them."
+        )
+    return picture
 
 
 def again(hands: Mapping[str, np.ndarray], side: int, size: tuple[int, int], seen: list[Seen]) -> Seen:

@@ -9,6 +9,8 @@ Points are pixels [21, 2]: wrist, then four of each finger, as everywhere. Needs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -76,6 +78,23 @@ def old_hand(crop: np.ndarray, points: np.ndarray) -> np.ndarray:
     region = near | together if together.sum() < LEAKED * near.sum() else near
     tips = dilate(region, round(NAIL * size)) & (ground > UNLIKE) & ahead
     return region | _hanging(_cleaned(region | tips), region)
+
+
+def nearer(points: np.ndarray, others: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Where the bones of another hand are nearer than those of this one: each pixel of two hands belongs to one."""
+    own = _away(points, shape)
+    out = np.zeros(shape, bool)
+    for other in others:
+        out |= _away(other, shape) < own
+    return out
+
+
+def _away(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Pixels from each place to the nearest bone, float32 [H, W]; infinite for a hand beyond the crop."""
+    lines = _lines(points, shape, 1)
+    if not lines.any():
+        return np.full(shape, np.inf, np.float32)
+    return cv2.distanceTransform((~lines).astype(np.uint8), cv2.DIST_L2, 5)
 
 
 def _cleaned(mask: np.ndarray) -> np.ndarray:

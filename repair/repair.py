@@ -71,10 +71,11 @@ def repair(
     wish: Wish,
     detector: Detector | None = None,
     run: Run | None = None,
+    around: Iterable[Seen] = (),
     **settings: Any,
 ) -> Outcome:
     """Paints hands into a picture uint8 [H, W, 3]. seen: from `choose`. run: in place of `pipeline.run`, to see each
-    step. settings: of `settings.SETTINGS`.
+    step. around: other hands of the picture, whose pixels stay. settings: of `settings.SETTINGS`.
 
     Where a person says nothing of found hands, the detector looks again at each painted one; where it sees other points
     than before, the old hand stays. Hands whose masks touch are painted one after the other, all others together.
@@ -83,7 +84,8 @@ def repair(
     rest_of = list(seen)
     while rest_of:
         patches = [
-            plan(outcome.image, one, rest, pipeline.manifest.image_size) for one in rest_of[: pipeline.batch_size]
+            plan(outcome.image, one, rest, pipeline.manifest.image_size, others=[*around, *others(one, seen)])
+            for one in rest_of[: pipeline.batch_size]
         ]
         with tempfile.TemporaryDirectory(prefix="hd-repair-") as folder:
             _pose(pipeline, patches, Path(folder))
@@ -139,6 +141,11 @@ def _hands(pipeline: HanDiffuser, requests: Sequence[Request]) -> list[dict[str,
             raise EngineError(f"A hand could not be posed: {made.sentence}")
         out.append(made)
     return out
+
+
+def others(one: object, hands: Iterable[Seen]) -> list[Seen]:
+    """The hands of a picture without this one."""
+    return [hand for hand in hands if hand is not one]
 
 
 def apart(patches: Sequence[Patch]) -> list[Patch]:

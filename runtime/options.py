@@ -7,6 +7,7 @@ def run(**options): Request("a fist", **given(options))
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -25,27 +26,36 @@ class AliasedOption(click.Option):
             self.opts = names
 
 
-def setting_options(command: Any) -> Any:
-    """Decorates a command with an option for each setting, and for the number of pictures of a prompt."""
-    named = {"images_per_prompt": IMAGES_PER_PROMPT, **SETTINGS}
-    for name, setting in reversed(named.items()):  # the decorator that comes last is the first option
-        default = {"default": 1, "show_default": True} if setting is IMAGES_PER_PROMPT else {}
-        said = "" if default or setting.default == "" else f"  [default: {setting.default_said}]"
-        command = click.option(
-            *option(name, setting),
-            name,
-            cls=AliasedOption,
-            type=_type(setting),
-            metavar="START STOP" if setting.kind is tuple else None,
-            help=setting.help + said,
-            **default,
-        )(command)
-    return command
+def settings_without(*names: str) -> Callable[[Any], Any]:
+    """Decorates a command with an option for each setting but `names`, and for the number of pictures of a prompt."""
+
+    def decorate(command: Any) -> Any:
+        named = {"images_per_prompt": IMAGES_PER_PROMPT, **SETTINGS}
+        for name, setting in reversed(named.items()):  # the decorator that comes last is the first option
+            if name in names:
+                continue
+            default = {"default": 1, "show_default": True} if setting is IMAGES_PER_PROMPT else {}
+            said = "" if default or setting.default == "" else f"  [default: {setting.default_said}]"
+            command = click.option(
+                *option(name, setting),
+                name,
+                cls=AliasedOption,
+                type=_type(setting),
+                metavar="START STOP" if setting.kind is tuple else None,
+                help=setting.help + said,
+                **default,
+            )(command)
+        return command
+
+    return decorate
+
+
+setting_options = settings_without()
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The settings that were typed, for `Request`; without the seed, which repeated prompts count up."""
-    return {name: options[name] for name in SETTINGS if name != "seed" and options[name] is not None}
+    return {name: options[name] for name in SETTINGS if name != "seed" and options.get(name) is not None}
 
 
 def _type(setting: Setting) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,10 +76,16 @@ class Repair:
         seconds = min(body.timeout or service.limits.timeout, service.limits.timeout)
         self.deadline = asyncio.get_running_loop().time() + seconds
         self.seed = drawn_seed(body.seed)
+        self.found: list[Seen] = []  # by the detector
+        self.asked: list[Seen] = []
 
     async def answer(self) -> Response:
         """Raises RequestError, BusyError and UnfinishedError."""
         hands = await self.hands()
+        self.asked = [seen for seen, _ in hands]
+        if not self.found:  # the client says what to repair; other hands keep their pixels
+            with suppress(UnfinishedError):
+                self.found = await self.finder(self.image.original.image)
         most = self.service.most // self.body.n
         if len(hands) > most:
             raise RequestError(f"hands must be at most {most} with n = {self.body.n}, got {len(hands)}.", "hands")
@@ -112,7 +118,8 @@ class Repair:
         if isinstance(given, str):
             raise RequestError("hands must be objects with repair, got text. Send those of /v1/hands/detect.", "hands")
         if given is None:
-            return [(one, None) for one in self.sure(await self.finder(self.image.original.image))]
+            self.found = await self.finder(self.image.original.image)
+            return [(one, None) for one in self.sure(self.found)]
         return [
             (
                 seen_of(one.arrays(), size, one.gesture or ""),
@@ -169,12 +176,13 @@ class Repair:
     def plan(self, picture: np.ndarray, hands: list[tuple[Seen, np.ndarray | None]]) -> list[Patch]:
         """The crops of hands in a picture. Runs in a thread."""
         from ..repair.patch import plan
+        from ..repair.repair import others
 
         size = self.service.bundle.manifest.image_size
         patches = []
         for seen, old in hands:
             try:
-                patch = plan(picture, seen, self.finder.rest, size, old)
+                patch = plan(picture, seen, self.finder.rest, size, old, [*self.found, *others(seen, self.asked)])
             except DetectionError as error:
                 raise RequestError(str(error), "hands") from None
             if self.mask is not None:

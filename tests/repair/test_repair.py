@@ -68,6 +68,22 @@ def test_thumbs_lie_on_the_inner_side(rest):
     assert (left[4, 0] - left[0, 0]) * (right[4, 0] - right[0, 0]) < 0
 
 
+def test_another_hand_keeps_its_pixels(rest, painted):
+    """Two hands of one skin touch. What belongs to the other is neither the old hand nor in the mask."""
+    picture = np.full((128, 256, 3), (60, 140, 90), np.uint8)
+    hands = [placed(np.array([low, 20.0, low + 90, 120]), side, "open_hand", rest)
+             for low, side in ((38.0, "left"), (124.0, "right"))]  # fmt: skip
+    drawn = [regions.silhouette(one.hand.joints_2d, np.full(20, 4.0), (128, 256)) for one in hands]
+    for one in drawn:
+        picture[one] = (220, 170, 140)
+    alone, beside = (plan(picture, hands[0], rest, (128, 128), others=others) for others in ((), hands))
+    theirs = beside.window.cut(np.uint8(255) * (drawn[1] & ~drawn[0]), (128, 128)) > 250
+    own = beside.window.cut(np.uint8(255) * drawn[0], (128, 128)) > 250
+    assert theirs.sum() > 50 and (beside.old & theirs).mean() < 0.02 * theirs.mean()
+    assert (beside.old & own).sum() > 0.9 * own.sum() and (beside.kept & theirs).sum() > 0.9 * theirs.sum()
+    assert not alone.kept.any()
+
+
 def test_masks_end_at_the_crop_unless_the_picture_ends_there():
     mask = np.ones((20, 30), bool)
     inside = regions.depth(mask, (False, False, False, False))
