@@ -231,7 +231,7 @@ def host_engines(folder: Path, manifest: Manifest, threads: int | None, *_: int)
     plans = find_compiled(folder, manifest, "cpu")[1]
     store = PlanStore(folder)
     engines: dict[str, Engine] = {}
-    for name, spec in manifest.graphs.items():
+    for name, spec in manifest.fixed().graphs.items():  # compiled for pictures of the bundle's own size
         store.read(plans[name])
         engines[name] = InductorEngine(plans[name].path, spec, "cpu", threads)
     return engines
@@ -256,7 +256,7 @@ def device_engines(
     def load(graph: str, bucket: int, branches: int) -> DeviceEngine:
         if graph not in loaded:
             store.read(plans[graph])
-            loaded[graph] = InductorEngine(plans[graph].path, manifest.graphs[graph], "cuda", asynchronous=True)
+            loaded[graph] = InductorEngine(plans[graph].path, manifest.fixed().graphs[graph], "cuda", asynchronous=True)
         return InductorDeviceEngine(loaded[graph])
 
     buckets = powers_of_two(slots)
