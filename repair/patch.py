@@ -182,10 +182,12 @@ def plan(
     others: Iterable[Seen] = (),
 ) -> Patch:
     """The crop of a hand. picture: uint8 [h, w, 3]. rest: [62, 3] of the bundle's body. size: (H, W) of its pictures.
-    old: [21, 2] pixels, where the old hand is, if not where `seen` is. others: hands of the picture, whose pixels stay.
+    old: [21, 2] pixels, where the old hand is, if not where `seen` is. others: hands of the picture, whose pixels stay;
+    this one may be among them.
     Raises DetectionError."""
     there = place_of(seen, picture) if old is None else old
-    beside = [place for place in (place_of(one, picture) for one in others) if not _one_hand(place, there)]
+    places = [place_of(one, picture) for one in others if one is not seen]
+    beside = [place for place in places if not _one_hand(place, there)]
     points = np.concatenate([seen.hand.joints_2d, there])
     reach = np.abs(points / max(*picture.shape[:2], 16) - 0.5).max()
     hidden = (there.max(0) < 0).any() or (there.min(0) >= picture.shape[1::-1]).any()

@@ -84,7 +84,7 @@ def repair(
     rest_of = list(seen)
     while rest_of:
         patches = [
-            plan(outcome.image, one, rest, pipeline.manifest.image_size, others=[*around, *others(one, seen)])
+            plan(outcome.image, one, rest, pipeline.manifest.image_size, others=[*around, *seen])
             for one in rest_of[: pipeline.batch_size]
         ]
         with tempfile.TemporaryDirectory(prefix="hd-repair-") as folder:
@@ -141,11 +141,6 @@ def _hands(pipeline: HanDiffuser, requests: Sequence[Request]) -> list[dict[str,
             raise EngineError(f"A hand could not be posed: {made.sentence}")
         out.append(made)
     return out
-
-
-def others(one: object, hands: Iterable[Seen]) -> list[Seen]:
-    """The hands of a picture without this one."""
-    return [hand for hand in hands if hand is not one]
 
 
 def apart(patches: Sequence[Patch]) -> list[Patch]:

@@ -176,13 +176,12 @@ class Repair:
     def plan(self, picture: np.ndarray, hands: list[tuple[Seen, np.ndarray | None]]) -> list[Patch]:
         """The crops of hands in a picture. Runs in a thread."""
         from ..repair.patch import plan
-        from ..repair.repair import others
 
         size = self.service.bundle.manifest.image_size
         patches = []
         for seen, old in hands:
             try:
-                patch = plan(picture, seen, self.finder.rest, size, old, [*self.found, *others(seen, self.asked)])
+                patch = plan(picture, seen, self.finder.rest, size, old, [*self.found, *self.asked])
             except DetectionError as error:
                 raise RequestError(str(error), "hands") from None
             if self.mask is not None:

@@ -78,19 +78,29 @@ def fits(tag: Tag, python: str, platform: str) -> bool:
     return interpreter and (tag.platform == "any" or re.fullmatch(platform, tag.platform) is not None)
 
 
+def extras_of(*names: str) -> list[str]:
+    """Extras, and those that they bring."""
+    ahead = list(names)
+    for name in ahead:
+        for line in project()["optional-dependencies"][name]:
+            if (package := Requirement(line)).name == "handiffuser":
+                ahead += sorted(package.extras - set(ahead))
+    return ahead
+
+
 def requirements(extra: str) -> list[Requirement]:
-    """The packages of an extra, those of extras that it names, and those of the bare package."""
+    """The packages of an extra, those of extras that it brings, and those of the bare package."""
+    said = project()["optional-dependencies"]
+    lines = [*project()["dependencies"], *(line for name in extras_of(extra) for line in said[name])]
+    return [package for package in map(Requirement, lines) if package.name != "handiffuser"]
+
+
+@cache
+def project() -> dict[str, Any]:
+    """The table `project` of pyproject.toml."""
     import tomllib  # from Python 3.11 on
 
-    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    ahead, found = [extra], [Requirement(line) for line in project["dependencies"]]
-    for name in ahead:
-        for line in project["optional-dependencies"][name]:
-            package = Requirement(line)
-            if package.name == "handiffuser":
-                ahead += sorted(package.extras - set(ahead))
-            else:
-                found.append(package)
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return found
 
 

@@ -10,6 +10,7 @@ import urllib.request
 import venv
 from pathlib import Path
 
+import platforms
 import pytest
 from kept import once
 
@@ -27,17 +28,7 @@ pytestmark = pytest.mark.slow
 
 def closure(extras: str) -> frozenset[str]:
     """The extras of an install line with those that they bring."""
-    import tomllib  # from Python 3.11 on
-
-    said = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    found: set[str] = set()
-    ahead = extras.split(",")
-    while ahead:
-        found.add(name := ahead.pop())
-        for package in said[name]:
-            if brought := re.match(r"handiffuser\[([\w,-]+)\]", package):
-                ahead += set(brought[1].split(",")) - found
-    return frozenset(found)
+    return frozenset(platforms.extras_of(*extras.split(",")))
 
 
 # Packages that satisfy a line satisfy each line of fewer extras, so pip solves the longest lines alone.
