@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..adapters import METADATA, WHOLE, Adapter, read
 from ..errors import CheckpointError
 from ..files import written
-from .adapters import METADATA, WHOLE, Adapter, read
 from .checkpoint import Checkpoint
 
 # The layers that get ranks: attention's products, as in diffusers' and peft's own examples.
@@ -77,9 +77,9 @@ def merge(checkpoint: Checkpoint, path: Path, scale: float = 1.0) -> str:
     makes a weight infinite.
     """
     parts = _parts(checkpoint)
-    layers = {n: m for n, m in parts.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    layers = dict(parts.named_modules())
     parameters = dict(parts.named_parameters())
-    adapter = read(layers, path)
+    adapter = read(shapes(checkpoint), path)
     for name, value in adapter.whole.items():
         if name not in parameters or parameters[name].shape != value.shape:
             raise CheckpointError(
@@ -88,16 +88,22 @@ def merge(checkpoint: Checkpoint, path: Path, scale: float = 1.0) -> str:
             )
     for layer, update in adapter.updates.items():
         module, strength = layers[layer], scale * update.factor
-        module.weight.add_(update.delta().reshape(module.weight.shape), alpha=strength)
+        delta = torch.from_numpy(update.delta()).reshape(module.weight.shape)
+        module.weight.add_(delta, alpha=strength)
         if (bias := update.parts.get("bias")) is not None and module.bias is not None:
-            module.bias.add_(bias.float(), alpha=strength)
+            module.bias.add_(torch.from_numpy(bias).float(), alpha=strength)
         if not all(value.isfinite().all() for value in module.parameters()):
             raise CheckpointError(
                 f"{path} makes {layer} infinite. Take an earlier adapter, before its training diverged."
             )
     for name, value in adapter.whole.items():
-        parameters[name].lerp_(value.float(), scale)
+        parameters[name].lerp_(torch.from_numpy(value).float(), scale)
     return _summary(path, adapter, scale)
+
+
+def shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters that an adapter may change, by their names in a file."""
+    return {name: tuple(parameter.shape) for name, parameter in _parts(checkpoint).named_parameters()}
 
 
 def _summary(path: Path, adapter: Adapter, scale: float) -> str:

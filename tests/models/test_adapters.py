@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from handiffuser.errors import CheckpointError
 from handiffuser.models import lora
-from handiffuser.models.adapters import METADATA, addresses
+from handiffuser.adapters import METADATA, addresses
 from handiffuser.models.checkpoint import random_checkpoint
 from handiffuser.models.configs import CONFIGS
 from safetensors.torch import save_file
