@@ -3,9 +3,9 @@
     adapter = read({"unet.conv_in.weight": (64, 4, 3, 3), ...}, Path("style.safetensors"))
     adapter.updates["unet.conv_in"].factor     # alpha / rank
 
-`hd-export --lora` and `hd-run --lora` share it. A table made from the model's own layers holds their names in the spellings of kohya's sd-scripts, diffusers (three
-generations), peft, and Stable Diffusion's first code. A file with an unknown key is refused, by its kind if that is
-known: the reader never drops a tensor.
+`hd-export --lora` and `hd-run --lora` share it. A table made from the model's own layers holds their names in the
+spellings of kohya's sd-scripts, diffusers (three generations), peft, and Stable Diffusion's first code. A file with an
+unknown key is refused, by its kind if that is known: the reader never drops a tensor.
 
 The strength follows peft's LoraConfig: alpha / rank, or alpha / sqrt(rank) with `use_rslora` (Kalajdzievski 2023).
 alpha is beside the layer (kohya), in the file's metadata (diffusers), or in `adapter_config.json` beside it (peft). A
@@ -17,8 +17,10 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypedDict
 
@@ -144,7 +146,9 @@ class Update:
     """Adds factor * up @ down to a layer's weight, and factor * bias to its bias."""
 
     part: str  # by the file: unet, text_encoder, text_hand_encoder, or "" if it names no part
-    parts: dict[str, np.ndarray] = field(default_factory=dict)  # down [r, in, ...], up [out, r, ...], alpha [], bias [out]
+    parts: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # down [r, in, ...], up [out, r, ...], alpha [], bias [out]
     factor: float = 1.0
     stated: bool = False  # whether the file states its strength
 
@@ -164,6 +168,46 @@ class Adapter:
 
     updates: dict[str, Update]
     whole: dict[str, np.ndarray]
+
+    def changes(self, scale: float) -> dict[str, Change]:
+        """What each parameter that it changes becomes, by name."""
+        found: dict[str, Change] = {}
+        for layer, update in self.updates.items():
+            found[f"{layer}.weight"] = Added(update.delta, scale * update.factor)
+            if (bias := update.parts.get("bias")) is not None:
+                found[f"{layer}.bias"] = Added(partial(np.asarray, bias, np.float32), scale * update.factor)
+        return found | {name: Drawn(value, scale) for name, value in self.whole.items()}
+
+
+@dataclass
+class Added:
+    """weight + strength * delta. The delta of a large layer is computed when it is needed."""
+
+    delta: Callable[[], np.ndarray]
+    strength: float
+
+    def __call__(self, weight: np.ndarray, shape: Sequence[int], form: Form = lambda value: value) -> np.ndarray:
+        """The new weight, float32. shape: of the parameter. form: a linear map that makes the weight's shape of it."""
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for infinity
+            delta = self.delta().reshape(shape)
+            return np.asarray(weight + form(np.float32(self.strength) * delta), np.float32)
+
+
+@dataclass
+class Drawn:
+    """The weight, drawn towards another value by a scale: the value itself with a scale of 1."""
+
+    value: np.ndarray
+    scale: float
+
+    def __call__(self, weight: np.ndarray, shape: Sequence[int], form: Form = lambda value: value) -> np.ndarray:
+        """See `Added`."""
+        value = form(self.value.astype(np.float32).reshape(shape))
+        return value if self.scale == 1 else np.asarray(weight + np.float32(self.scale) * (value - weight), np.float32)
+
+
+Change = Added | Drawn
+Form = Callable[[np.ndarray], np.ndarray]
 
 
 def split(said: str) -> tuple[Path, float]:
@@ -214,7 +258,31 @@ def read(shapes: Shapes, path: Path) -> Adapter:
     for layer, update in updates.items():
         _check(path, layer, update, shapes)
     _set_factors(path, updates, header)
+    for name, value in kept.items():
+        if tuple(shapes.get(name, ())) != value.shape:
+            raise CheckpointError(
+                f"{path} does not fit this model: it lacks {name} or has it in another shape. Take the model of the "
+                "adapter's training."
+            )
     return Adapter(updates, kept)
+
+
+def summary(path: Path, adapter: Adapter, scale: float) -> str:
+    """What an adapter changes, in words."""
+    counts = Counter(layer.partition(".")[0] for layer in adapter.updates)
+    found = [f"{count} layers of {part}" for part, count in sorted(counts.items(), reverse=True)]
+    if adapter.whole:
+        found.append(f"{len(adapter.whole)} whole tensors")
+    silent = adapter.updates and not all(update.stated for update in adapter.updates.values())
+    strength = " Its file lacks alpha, so alpha is the rank, as in diffusers." if silent else ""
+    return f"Merged {path.name} at {scale:g}: {', '.join(found)}.{strength}"
+
+
+def diverged(path: Path, name: str) -> CheckpointError:
+    """The error where a merge makes a parameter infinite."""
+    return CheckpointError(
+        f"{path} makes {name.rpartition('.')[0]} infinite. Take an earlier adapter, before its training diverged."
+    )
 
 
 def _is_sound(key: str, value: np.ndarray) -> bool:
@@ -321,7 +389,7 @@ def _refuse(path: Path, unknown: list[str], shapes: Shapes, header: Mapping[str,
         raise CheckpointError(f"{path} must hold a LoRA, got {listed(unknown)}. {_INIT}")
     kind = _named(header)
     raise CheckpointError(
-        f"{path} {f'is {kind} and ' if kind else ''}does not fit this checkpoint, which lacks layers for "
+        f"{path} {f'is {kind} and ' if kind else ''}does not fit this model, which lacks layers for "
         f"{listed(unknown)}. {_BASE}"
     )
 
@@ -364,13 +432,13 @@ def _check(path: Path, layer: str, update: Update, shapes: Shapes) -> None:
         if tuple(shapes.get(f"{layer}.bias", ())) == bias.shape:
             return
         raise CheckpointError(
-            f"{path} does not fit this checkpoint: it has a bias for {layer}, which lacks one or has another size. "
+            f"{path} does not fit this model: it has a bias for {layer}, which lacks one or has another size. "
             "Take an adapter trained without lora_bias."
         )
     reads = layer.endswith(("attn2.to_k", "attn2.to_v")) and down.ndim >= 2 and down.shape[1] != weight[1]
     theirs, ours = (WIDTHS.get(width[1], "") for width in (down.shape, weight)) if reads else ("", "")
     raise CheckpointError(
-        f"{path} does not fit this checkpoint: {f'it is for {theirs}, ' if theirs else ''}its {layer} is of "
+        f"{path} does not fit this model: {f'it is for {theirs}, ' if theirs else ''}its {layer} is of "
         f"{' x '.join(map(str, up.shape))} and {' x '.join(map(str, down.shape))} for a weight of "
         f"{' x '.join(map(str, weight))}. Take an adapter for {ours or 'the same model'}."
     )
