@@ -11,6 +11,7 @@ time in `unet_time`.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,26 +19,31 @@ from typing import Annotated
 import numpy as np
 from msgspec import Meta
 
+from .adapters import Change
 from .contract import WEIGHTS, Word
 from .errors import BundleError
 from .files import written
 from .schema import MisfitError, fit, one_of, read_json
 
+_Size = Annotated[int, Meta(ge=0, lt=2**31)]
 # Of a doubled row 2 i + phase: which taps fall on the same small row, the upper of the two first; and where they begin.
 TAPS = (((0,), (1, 2)), ((0, 1), (2,)))
-# How a graph holds a parameter: as it is, transposed (the exporter turns products around), or as the taps of
-# one of four small convolutions, see `export.upsampling`.
-FORMS = ("plain", "transposed", "taps_0", "taps_1", "taps_2", "taps_3")
-_Size = Annotated[int, Meta(ge=0, lt=2**31)]
+# How a graph holds a parameter: with the same numbers in order, transposed (the exporter turns products around), as the
+# taps of one of four small convolutions (`export.upsampling`), or in columns of a wider constant, the positional
+# kernel's.
+FORMS = ("plain", "transposed", "taps_0", "taps_1", "taps_2", "taps_3", "columns")
 
 
 @dataclass(frozen=True)
 class Place:
-    """An initializer of a graph that holds a parameter, and how."""
+    """An initializer of a graph that holds a parameter, and how. Columns begin at `column` of the last axis and hold
+    `factor` times the parameter."""
 
     graph: Word
     initializer: Annotated[str, Meta(max_length=500)]
     form: Annotated[str, one_of(*FORMS)]
+    column: _Size = 0
+    factor: Annotated[float, Meta(ge=-1e6, le=1e6)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,21 @@ class WeightMap:
 
 
 def written_as(value: np.ndarray, form: str) -> np.ndarray:
-    """A parameter in a form of FORMS, all of which are linear."""
+    """A parameter in one of the first FORMS, all of which are linear."""
     if form == "plain":
         return value
     return value.T if form == "transposed" else phases(value)[int(form.removeprefix("taps_"))]
+
+
+def changed(stored: np.ndarray, place: Place, shape: Sequence[int], change: Change) -> np.ndarray:
+    """An initializer after a change of the parameter that it holds. shape: the parameter's."""
+    if place.form != "columns":
+        return change(stored, shape, lambda value: written_as(value, place.form).reshape(stored.shape))
+    new, width = stored.reshape(-1, stored.shape[-1]).copy(), shape[-1] if len(shape) > 1 else 1
+    columns = slice(place.column, place.column + width)
+    own, factor = new[:, columns], np.float32(place.factor)
+    new[:, columns] = factor * change(own / factor, shape, lambda value: value.reshape(own.shape))
+    return new.reshape(stored.shape)
 
 
 def phases(weight: np.ndarray) -> list[np.ndarray]:

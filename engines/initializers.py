@@ -68,6 +68,10 @@ class OnnxWeights:
         array = np.frombuffer(content, TYPES[stored.kind]).reshape(stored.shape)
         return widened(array) if stored.kind == BFLOAT16 else array.astype(np.float32)
 
+    def most(self, name: str, wide: bool) -> float:
+        """The largest number that an initializer holds. wide: see `write`."""
+        return 65504.0 if self.tensors[name].kind == FLOAT16 and not wide else float(np.finfo(np.float32).max)
+
     def write(self, path: Path, new: Mapping[str, np.ndarray], wide: frozenset[str] = frozenset()) -> None:
         """Writes the graph to another folder, with other numbers in some initializers. A file of weights is written
         beside it.
@@ -102,8 +106,7 @@ class OnnxWeights:
             return FLOAT, np.ascontiguousarray(array, TYPES[FLOAT])
         if stored.kind == BFLOAT16:
             return BFLOAT16, narrowed(array)
-        with np.errstate(over="ignore"):  # the caller looks for infinity
-            return FLOAT16, np.ascontiguousarray(array.astype(TYPES[FLOAT16]))
+        return FLOAT16, np.ascontiguousarray(array.astype(TYPES[FLOAT16]))
 
     def _write_graph(self, path: Path, replaced: Mapping[str, bytes]) -> None:
         parts: list[bytes | memoryview] = []

@@ -10,6 +10,7 @@ has no place: an adapter that changes it must be merged by `hd-export --lora`.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..contract import WEIGHTS, Manifest, file_digest
 from ..engines.initializers import OnnxWeights
 from ..models.checkpoint import Checkpoint
 from ..models.lora import parts
+from ..models.position_kernel import GATED, SCALE, PositionKernel
 from ..tensors import narrowed, widened
 from ..weights import Place, WeightMap, written_as
 
@@ -28,7 +30,6 @@ from ..weights import Place, WeightMap, written_as
 GRAPHS_OF = {
     "unet": ("unet", "unet_context", "unet_time"),
     "text_hand_encoder": ("text_hand_encoder",),
-    "position_kernel": ("unet_context",),
 }
 
 
@@ -41,6 +42,9 @@ def record_weights(checkpoint: Checkpoint, folder: Path) -> WeightMap:
         stored = [Found(graph, OnnxWeights(folder / manifest.graphs[graph].file)) for graph in graphs]
         own = {name: value.float().numpy() for name, value in named.items() if name.startswith(f"{part}.")}
         places |= find(own, stored)
+    if checkpoint.position_kernel is not None:
+        spec = manifest.graphs["unet_context"]
+        places |= kernel_places(checkpoint.position_kernel, Found("unet_context", OnnxWeights(folder / spec.file)))
     found = WeightMap({name: tuple(value.shape) for name, value in named.items()}, places)
     found.save(folder)
     manifest.files[WEIGHTS] = file_digest(folder / WEIGHTS)
@@ -49,13 +53,35 @@ def record_weights(checkpoint: Checkpoint, folder: Path) -> WeightMap:
 
 
 class Found:
-    """A graph's initializers by shape and content."""
+    """A graph's initializers by their numbers in order."""
 
     def __init__(self, graph: str, weights: OnnxWeights) -> None:
-        self.graph, self.shapes = graph, set(weights.shapes.values())
+        self.graph, self.shapes = graph, weights.shapes
+        self.sizes = {math.prod(shape) for shape in weights.shapes.values()}
         self.names: defaultdict[str, list[str]] = defaultdict(list)
         for name in weights.shapes:
             self.names[_digest(weights.read(name))].append(name)
+
+
+def kernel_places(kernel: PositionKernel, graph: Found) -> dict[str, list[Place]]:
+    """Where the positional kernel's parameters are. A layer's constant holds all three kinds in columns, and layers
+    whose kernels begin as equals have one each, in their order."""
+    places: dict[str, list[Place]] = {}
+    layers: defaultdict[str, list[int]] = defaultdict(list)
+    for layer in range(len(kernel.amplitudes)):
+        layers[_digest(kernel.weights(layer).detach().numpy())].append(layer)
+    for digest, equal in layers.items():
+        names = graph.names.get(digest, [])
+        for layer, name in zip(equal, names, strict=True) if len(names) == len(equal) else ():
+            width = kernel.amplitudes[layer].shape[-1]
+            starts = {"amplitudes": range(0, 4 * width, width), "constants": [4 * width]}
+            if kernel.config.gated:
+                starts["gates"] = [4 * width + GATED]
+            for kind, columns in starts.items():
+                places[f"position_kernel.{kind}.{layer}"] = [
+                    Place(graph.graph, name, "columns", column, SCALE) for column in columns
+                ]
+    return places
 
 
 def find(parameters: dict[str, np.ndarray], stored: Iterable[Found]) -> dict[str, list[Place]]:
@@ -89,16 +115,16 @@ def _forms(value: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
 
 def _match(graph: Found, form: str, array: np.ndarray) -> list[Place]:
     """The initializers that hold these numbers, as they are or rounded to half or bfloat16."""
-    if array.shape not in graph.shapes:
+    if array.size not in graph.sizes:
         return []
     with np.errstate(over="ignore"):
         half = array.astype(np.float16).astype(np.float32)
     for rounded in (array, half, widened(narrowed(array))):
-        if found := graph.names.get(_digest(rounded)):
+        names = graph.names.get(_digest(rounded), ())
+        if found := [name for name in names if form == "plain" or graph.shapes[name] == array.shape]:
             return [Place(graph.graph, name, form) for name in found]
     return []
 
 
 def _digest(array: np.ndarray) -> str:
-    shape = str(array.shape).encode()
-    return hashlib.blake2b(shape + np.ascontiguousarray(array, np.float32).tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(np.ascontiguousarray(array, np.float32).tobytes(), digest_size=16).hexdigest()
