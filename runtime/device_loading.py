@@ -30,6 +30,7 @@ def load_device_loop(
     """
     cuda, manifest = Cuda(), bundle.manifest.fixed()
     bundle.engine_sizes = frozenset({manifest.image_size})
+    bundle.adapts = False
     check_gpu(manifest, cuda)
     streams = Streams.make(cuda, overlap)
     found: DeviceEngines = (

@@ -2,7 +2,8 @@
 
 Stage 1 makes the hands of a batch of prompts and turns them into the context of stage 2; these requests then wait for a
 slot. A request takes a free slot of stage 2 at any step and leaves it when it is done. So requests with different
-steps, solvers or guidance share every batch. `device.py` is the same loop on a GPU.
+steps, solvers or guidance share every batch. Requests of another size or with other adapters have a batch of their own
+in stage 2, and share stage 1 and the decoder. `device.py` is the same loop on a GPU.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from operator import length_hint
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..contract import IMAGE_ENCODER, NUM_PARAMS
 from ..engines import Engine
-from ..errors import RequestError
+from ..engines.adapted import Chosen
+from ..errors import HanDiffuserError, RequestError
 from ..hands import load_hands
 from ..schedules import Table
+from .adapting import Adapting, Key, key_of
 from .bundle import Bundle, keep
 from .canvas import Blend, digest
 from .noise import HANDS, LATENTS
@@ -29,6 +32,13 @@ from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finit
 from .room import Size
 from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
+
+
+class Kind(NamedTuple):
+    """What the requests of one batch share."""
+
+    size: Size
+    adapters: Key
 
 
 class HostLoop:
@@ -40,12 +50,17 @@ class HostLoop:
 
     on_gpu = False
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], slots: int = 8) -> None:
-        self.bundle, self.slots = bundle, slots
+    def __init__(
+        self, bundle: Bundle, engines: Mapping[str, Engine], slots: int = 8, adapting: Adapting | None = None
+    ) -> None:
+        """adapting: gives engines for requests with adapters; None: these are refused."""
+        self.bundle, self.slots, self.adapting = bundle, slots, adapting
+        bundle.adapts = adapting is not None
         self.timings: dict[str, float] = dict.fromkeys([*engines, "total"], 0.0)
         self.engines = {name: _Timed(name, engine, self.timings) for name, engine in engines.items()}
         bundle.made_by["device"] = engines["unet"].device
-        self._times: dict[bytes, np.ndarray] = {}  # timesteps -> rows of unet_time
+        self._adapted: dict[Key, dict[str, _Timed]] = {(): {}}  # engines of the graphs that adapters change
+        self._times: dict[Any, np.ndarray] = {}  # adapters and timesteps -> rows of unet_time
         self._latents: dict[Any, np.ndarray] = {}  # shape and hash of a picture's pixels -> its latents [C, h, w]
         self._hand_times = StepTimes(only=engines["hand_prior"].batches)
         self._batches = engines["unet"].batches
@@ -65,7 +80,9 @@ class HostLoop:
 
     def close(self) -> None:
         """Lets go of the engines."""
-        self.engines = {}
+        self.engines, self._adapted = {}, {(): {}}
+        if self.adapting is not None:
+            self.adapting.close()
 
     def run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         """Yields each picture as soon as it is done."""
@@ -74,8 +91,8 @@ class HostLoop:
             return
         source, more = iter(requests), True
         hand_sampler = self._hand_sampler(slots)
-        own = self.bundle.manifest.image_size
-        samplers = SizedSamplers(lambda size: self._sampler(size, slots), slots, own)
+        own = Kind(self.bundle.manifest.image_size, ())
+        samplers = SizedSamplers(lambda kind: self._sampler(kind, slots), slots, own)
         self._ready, self._running, self._samplers = deque(), {}, samplers
         ready, running = self._ready, self._running
         clock = time.perf_counter()
@@ -91,10 +108,14 @@ class HostLoop:
                 ready.extend(works)
                 results += failures
                 tell("hands", len(batch))
-            while ready and samplers.free(size := self.bundle.size(ready[0].request)):
+            while ready and samplers.free(kind := self._kind(ready[0])):
+                if not ready[0].told and not self._tell(ready, results):
+                    break  # until others free memory
+                if not ready or self._kind(ready[0]) != kind:
+                    continue  # its adapters could not be loaded
                 work = ready.popleft()
                 running[work.request.id] = work
-                samplers.submit(self._job(work), size)
+                samplers.submit(self._job(work), kind)
             if samplers.active:
                 done = samplers.step()
                 tell("steps", samplers.advanced)
@@ -109,11 +130,18 @@ class HostLoop:
         engine, history = self.engines["hand_prior"], self.bundle.manifest.num_history["hand_prior"]
         return StepSampler(engine, "x", history, slots, self._hand_times, engine.branched)
 
-    def _sampler(self, size: Any, slots: int) -> StepSampler:
-        """A sampler for pictures of one size, with as many slots as fit into memory."""
-        unet, history = self.engines["unet"], self.bundle.manifest.num_history["unet"]
-        times = self._step_times.setdefault(size, StepTimes(only=self._batches))
-        return StepSampler(unet, "latents", history, self.bundle.room.rows(size, slots), times, unet.branched)
+    def _sampler(self, kind: Any, slots: int) -> StepSampler:
+        """A sampler for pictures of one size and the same adapters, with as many slots as fit into memory."""
+        unet, history = self._engine("unet", kind.adapters), self.bundle.manifest.num_history["unet"]
+        times = self._step_times.setdefault(kind.size, StepTimes(only=self._batches))
+        return StepSampler(unet, "latents", history, self.bundle.room.rows(kind.size, slots), times, unet.branched)
+
+    def _kind(self, work: Work) -> Kind:
+        return Kind(self.bundle.size(work.request), key_of(work.adapters))
+
+    def _engine(self, graph: str, adapters: Key) -> _Timed:
+        """A graph's engine with adapters that are loaded: its own, or the base's where they leave the graph alone."""
+        return self._adapted[adapters].get(graph) or self.engines[graph]
 
     def cancel(self, id: str) -> None:
         """See `HanDiffuser.cancel`. Adding to a set is atomic, so that any thread may call it."""
@@ -151,21 +179,53 @@ class HostLoop:
         return [made[str(request.id)] for request in requests]
 
     def _stage_1(self, requests: list[Request], sampler: StepSampler) -> tuple[list[Work], list[Picture | Failure]]:
-        """Text -> hands -> features -> context -> keys and values, for a batch of B requests."""
-        works, failures = self._hands(requests, sampler)
+        """Text -> hands -> features for a batch of B requests, and the latents of pictures that they bring."""
+        adapters: dict[Hashable, tuple[Chosen, ...]] = {}
+        failures: list[Picture | Failure] = []
+        for request in requests:
+            try:
+                adapters[request.id] = self.bundle.adapters(request)
+            except RequestError as error:  # the file has changed since the run began
+                failures.append(Failure(str(request.id), request, str(error)))
+        works, bad = self._hands([request for request in requests if request.id in adapters], sampler)
+        for work in works:
+            work.adapters = adapters[work.request.id]
         works, unread = self._read(works)
-        failures += unread
-        if not works:
-            return [], failures
+        return works, failures + bad + unread
+
+    def _tell(self, ready: deque[Work], results: list[Picture | Failure]) -> bool:
+        """Context -> keys and values of the first work and of all others with its adapters. Loads these.
+
+        Returns False where there is no room for them now. Takes works whose adapters cannot be loaded out, as Failures.
+        """
+        key = key_of(ready[0].adapters)
+        works = [work for work in ready if not work.told and key_of(work.adapters) == key]
+        if key and self.adapting is not None:
+            in_use = {key_of(work.adapters) for work in self._running.values()}
+            try:
+                found = self.adapting.engines(ready[0].adapters, in_use)
+            except HanDiffuserError as error:
+                for work in works:
+                    ready.remove(work)
+                    results.append(Failure(str(work.request.id), work.request, str(error)))
+                return True
+            if found is None:
+                return False
+            self._adapted = {old: one for old, one in self._adapted.items() if not old or old in self.adapting}
+            self._adapted[key] = {name: _Timed(name, engine, self.timings) for name, engine in found.items()}
+            for work in ready:  # those whose engines had to go are told again, by engines that are loaded again
+                work.told = work.told and key_of(work.adapters) in self._adapted
         features = {name: np.stack([work.features[name] for work in works]) for name in works[0].features}
         ids = np.stack([work.ids for work in works])  # [B, 2, length]
         # With guidance 1 the unconditional branch is unused: its place may hold the conditional one.
-        alone = all(work.request.guidance == 1 for work in works) and self.engines["text_hand_encoder"].branched
-        context = self.engines["text_hand_encoder"]({"input_ids": ids[:, 1:] if alone else ids, **features})["context"]
-        keys = self.engines["unet_context"]({"context": context})
+        encoder = self._engine("text_hand_encoder", key)
+        alone = all(work.request.guidance == 1 for work in works) and encoder.branched
+        context = encoder({"input_ids": ids[:, 1:] if alone else ids, **features})["context"]
+        keys = self._engine("unet_context", key)({"context": context})
         for row, work in enumerate(works):
             work.inputs |= {name: np.broadcast_to(value[row], (2, *value.shape[2:])) for name, value in keys.items()}
-        return works, failures
+            work.told = True
+        return True
 
     def _read(self, works: list[Work]) -> tuple[list[Work], list[Picture | Failure]]:
         """Encodes the pictures of those that bring one. Returns the works without trouble, and a Failure for each of
@@ -276,9 +336,10 @@ class HostLoop:
         steps = {}
         if "time" in self.engines["unet"].names:
             timesteps = table.timesteps.astype(np.float32)
-            key = timesteps.tobytes()
+            adapters = key_of(work.adapters)
+            key = (adapters, timesteps.tobytes())
             if key not in self._times:
-                keep(self._times, key, self.engines["unet_time"]({"timesteps": timesteps})["time"])
+                keep(self._times, key, self._engine("unet_time", adapters)({"timesteps": timesteps})["time"])
             steps["time"] = self._times[key]
         shape = self.bundle.manifest.latents_at(self.bundle.size(request))
         job = _job(request, LATENTS, table, shape, work.inputs, steps)
