@@ -26,6 +26,7 @@ from ..hands import NO_HANDS, hands_file
 from ..runtime.bundle import Bundle
 from ..runtime.requests import Request, gaps
 from ..settings import MAX_SEED, http_name
+from .adapters import Adapters
 from .dispatch import BusyError, Dispatcher
 from .fields import HandsField
 from .keys import Keys
@@ -47,6 +48,7 @@ class Front:
     public_url: str | None = None  # the URL of / for clients, without a slash at the end
     cors: tuple[str, ...] = ()  # origins whose pages may send requests
     negative_prompt: str = ""  # of guided requests that give none
+    loras: Path | None = None  # the folder of adapters that requests may name
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Service:
         self.bundle, self.dispatcher, self.name, self.limits = bundle, dispatcher, name, limits
         self.keys, self.metrics = keys, metrics
         self.folder, self.front = folder, front or Front()
+        self.adapters = Adapters(self.front.loras)
         self.names = list(dict.fromkeys((name, *self.front.aliases)))  # what `model` may be
         self.most = min(limits.n, dispatcher.queue.places)  # pictures of a request: the queue never has room for more
         self.started = int(time.time())
@@ -176,7 +179,7 @@ class Service:
             file = f"the hands file {request.hands}"
             sentence = str(error).replace(f"T{file[1:]} has", "The hands have").replace(f" in {file}", "")
             sentence = sentence.replace(f"T{file[1:]}", "The hands").replace(str(request.hands), "the hands")
-            raise RequestError(sentence, error.param, error.code) from None
+            raise RequestError(self.adapters.hidden(sentence), error.param, error.code) from None
         return [
             replace(filled, seed=(request.seed + i) % (MAX_SEED + 1), id=f"img-{secrets.token_hex(12)}")
             for i in range(count)
