@@ -47,7 +47,7 @@ class Adapting:
         return key in self._loaded
 
     def engines(self, adapters: Sequence[Chosen], in_use: Collection[Key]) -> Mapping[str, Engine] | None:
-        """The engines of the graphs that adapters change, or None where there is no room beside those `in_use`.
+        """The engines of the graphs that adapters change, or None where those `in_use` leave too little memory.
 
         Raises HanDiffuserError: for adapters that do not fit, a full disk, or where they alone take more memory than
         allowed.

@@ -196,7 +196,7 @@ class HostLoop:
     def _tell(self, ready: deque[Work], results: list[Picture | Failure]) -> bool:
         """Context -> keys and values of the first work and of all others with its adapters. Loads these.
 
-        Returns False where there is no room for them now. Takes works whose adapters cannot be loaded out, as Failures.
+        Returns False while memory is short. Takes works whose adapters cannot be loaded out, as Failures.
         """
         key = key_of(ready[0].adapters)
         works = [work for work in ready if not work.told and key_of(work.adapters) == key]
