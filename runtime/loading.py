@@ -94,8 +94,8 @@ def plans_without(folder: Path, adapters: Sequence[Chosen]) -> list[str]:
     """A sentence about plans that lack the adapters."""
     said = " ".join(f"--lora {one.path}:{one.scale:g}" for one in adapters)
     return [
-        f"The plans in {folder} lack these adapters and are not used. hd-engines refit {folder} {said} puts them into "
-        "plans that were built with --refittable."
+        f"The plans in {folder} lack these adapters and are not used. For TensorRT type: hd-engines merge {folder} OUT "
+        f"{said}, then hd-engines build OUT, and run OUT."
     ]
 
 

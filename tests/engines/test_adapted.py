@@ -13,10 +13,10 @@ import onnx
 import pytest
 from handiffuser.adapters import Added
 from handiffuser.contract import WEIGHTS, Manifest
-from handiffuser.engines import adapted
+from handiffuser.engines import adapted, cli
 from handiffuser.engines.adapted import adapted_bundle, chosen, key_of, shrink
 from handiffuser.engines.initializers import OnnxWeights
-from handiffuser.errors import BundleError, CheckpointError, EngineError
+from handiffuser.errors import BundleError, CheckpointError, EngineError, HanDiffuserError
 from handiffuser.schema import MisfitError
 from handiffuser.shipped import bundle_path
 from handiffuser.tensors import TensorFile, narrowed, widened
@@ -114,6 +114,17 @@ def test_made_once_by_content_and_again_where_damaged(tmp_path, cache, monkeypat
     assert made.exists()
     shrink(cache, 10**4)
     assert not made.exists()
+
+
+def test_hd_engines_merges_into_a_folder(tmp_path, capfd):
+    path, out = adapter(tmp_path / "a.safetensors", TO_K), tmp_path / "out"
+    assert cli.commands.main(["merge", "demo", str(out), "--lora", f"{path}:2"], standalone_mode=False) == 0
+    assert "Merged a.safetensors at 2: 1 layers of unet." in capfd.readouterr().err
+    manifest, base = Manifest.load(out), Manifest.load(bundle_path())
+    assert [name for name in base.files if manifest.files[name] != base.files[name]] == ["unet_context.onnx"]
+    for arguments, words in ((["--lora", str(path)], "a new or an empty folder"), (["--lora", "no"], "does not exist")):
+        with pytest.raises(HanDiffuserError, match=words):
+            cli.commands.main(["merge", "demo", str(out), *arguments], standalone_mode=False)
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, small_disk, monkeypatch):
