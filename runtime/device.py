@@ -43,7 +43,6 @@ from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finit
 from .steptimes import StepTimes
 
 JUDGED = ("joints_3d", "visibility")  # features that `clash` reads
-AHEAD = 3  # steps that the host enqueues beyond the current one: the device never waits, new requests hardly do
 HAND_LOG_STEPS = (2 + MAX_REDRAWS) * MAX_STEPS  # a batch of hands takes that many steps at most, with redraws
 
 
@@ -87,10 +86,9 @@ class DeviceLoop:
         self.hands_sampler = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.noise, log_steps=HAND_LOG_STEPS)
         times = StepTimes(graphs["unet"].buckets)
         self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.noise, times)
-        latents = graphs["unet"].inputs["latents"]
         # Latents that wait for the decoder, and a copy of the log of their steps: three of each, so that the UNet never
         # waits for the decoder.
-        shape, lines = (slots, *latents.shape[1:]), self.sampler.log.shape
+        shape, lines = (slots, *graphs["unet"].inputs["latents"].shape[1:]), self.sampler.log.shape
         self.exits: list[tuple[Any, Any, Any]] = [
             (cuda.zeros(shape, "float32"), cuda.zeros(lines, "float32"), None) for _ in range(3)
         ]
@@ -165,28 +163,35 @@ class DeviceLoop:
 
     def _run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         source, more = iter(requests), True
-        self.ready, self.running = deque(), {}
-        ready, running = self.ready, self.running
-        exits: deque[_Exit] = deque()
-        while more or ready or running or exits:
+        ready, running, exits, results = deque(), {}, deque[_Exit](), deque[Picture | Failure]()
+        self.ready, self.running = ready, running
+        while more or ready or running or exits or results:
             while self.cancelled:
-                yield from self._drop(self.cancelled.pop())
+                results.extend(self._drop(self.cancelled.pop()))
             if more and not ready and (self.overlap or self.sampler.free):
                 some, more = take(source, self.slots)
                 if some:
                     batch, failures = self._stage_1(some)
                     ready.extend((batch, row) for row in range(len(batch.works)))
                     tell("hands", len(some))
-                    yield from failures
+                    results.extend(failures)
             self._admit(ready, running)
             if self.sampler.jobs:
                 finished: list[tuple[DeviceJob, Any]] = []
                 tell("steps", self._step(finished, exits))
-                self.sampler.wait(AHEAD)
+                self.sampler.wait()
                 self.timings["unet"] = self.sampler.seconds
+            if self.sampler.hungry():
+                continue  # first the queue, then the results: the caller may take long for each
             while exits and (exits[0].event.done() or not self.sampler.jobs):
                 exits[0].event.synchronize()
-                yield from self._collect(exits.popleft(), running)
+                results.extend(self._collect(exits.popleft(), running))
+            while results:
+                yield results.popleft()
+                if self.sampler.hungry():
+                    break
+        self.sampler.settle()
+        self.timings["unet"] = self.sampler.seconds
 
     def cancel(self, id: str) -> None:
         """See `HanDiffuser.cancel`."""
@@ -231,8 +236,7 @@ class DeviceLoop:
         values = {name: value[row].copy() for name, value in batch.host.items()}
         work = batch.works[row]
         shown = Work(work.request, work.started, work.ids, [], None, self.bundle.params(values.pop("x")), values)
-        steps = len(self.bundle.table(LATENTS, work.request).rows)
-        step, latents = 0, None
+        step, steps, latents = 0, len(self.bundle.table(LATENTS, work.request).rows), None
         if id in self.running:
             i = next((i for i, job in enumerate(self.sampler.jobs) if job.key == id), None)
             if i is None:  # it waits for the decoder
@@ -336,8 +340,7 @@ class DeviceLoop:
         canvases, unread = self.bundle.canvases(requests)
         works, jobs, failures = self._hands([request for request in requests if request.id in canvases])
         blends = self.pictures.encode(side, works, canvases, self.bundle)
-        count = len(works)
-        if count:
+        if count := len(works):
             encoder = graphs["text_hand_encoder"]
             ids = np.stack([work.ids for work in works])
             self.staging.upload(side, encoder.inputs["input_ids"][:count], ids)
@@ -353,9 +356,7 @@ class DeviceLoop:
         """Enqueues text -> hands -> features."""
         bundle, graphs, side = self.bundle, self.graphs, self.side
         started = time.perf_counter()
-        works: list[Work] = []
-        failures = []
-        given: dict[Hashable, np.ndarray] = {}
+        works, failures, given = list[Work](), list[Failure](), dict[Hashable, np.ndarray]()
         for request in requests:
             if request.hands is not None:
                 try:
@@ -437,9 +438,8 @@ class DeviceLoop:
 
     def _job(self, request: Request, stream: str, constants: Mapping[str, Any], draw: int = 0) -> DeviceJob:
         """A job with the noise of its request, as on the host."""
-        device_table = self._table(stream, request)
-        table = device_table.table
-        return DeviceJob(request.id, request.noise(stream, table, draw), device_table, constants)
+        table = self._table(stream, request)
+        return DeviceJob(request.id, request.noise(stream, table.table, draw), table, constants)
 
     def _table(self, stream: str, request: Request) -> DeviceTable:
         """A schedule on the device, uploaded once."""
