@@ -23,7 +23,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,9 +32,10 @@ from ..errors import EngineError, RequestError
 from ..hands import load_hands
 from ..settings import MAX_REDRAWS, MAX_STEPS
 from .bundle import Bundle, keep
+from .device_batches import DeviceBatch, Exit
 from .device_graphs import STREAM, DeviceGraph, Staging, Streams
 from .device_noise import DeviceNoise
-from .device_pictures import DeviceBlend, DevicePictures
+from .device_pictures import DevicePictures
 from .device_sampler import DeviceJob, DeviceSampler, DeviceTable, first_bad
 from .noise import HANDS, LATENTS
 from .requests import Request, take
@@ -44,31 +44,6 @@ from .steptimes import StepTimes
 
 JUDGED = ("joints_3d", "visibility")  # features that `clash` reads
 HAND_LOG_STEPS = (2 + MAX_REDRAWS) * MAX_STEPS  # a batch of hands takes that many steps at most, with redraws
-
-
-@dataclass
-class _Batch:
-    """Requests that go through stage 1 together; row i of every buffer belongs to works[i]."""
-
-    works: list[Work]
-    jobs: dict[Hashable, DeviceJob]  # of the hand prior
-    done: Any  # event: keys and values are ready
-    host: dict[str, np.ndarray]  # pinned copies of x and of the features, valid after `arrived`
-    log: np.ndarray
-    arrived: Any
-    blends: dict[Hashable, DeviceBlend]  # of those that bring a picture
-    left: int = 0  # works that have no result yet
-
-
-@dataclass
-class _Exit:
-    """Pictures on their way out."""
-
-    jobs: list[DeviceJob]
-    image: np.ndarray
-    finite: np.ndarray
-    log: np.ndarray
-    event: Any = None
 
 
 class DeviceLoop:
@@ -104,8 +79,10 @@ class DeviceLoop:
         self.timings = {"unet": 0.0, "total": 0.0}  # seconds of the steps, and of `run`
         self.consumed: list[Any] = []  # events: stage 2 has read the outputs of stage 1
         self.cancelled: set[Hashable] = set()
-        self.ready: deque[tuple[_Batch, int]] = deque()
-        self.running: dict[Hashable, tuple[_Batch, int]] = {}
+        self.ready: deque[tuple[DeviceBatch, int]] = deque()
+        self.running: dict[Hashable, tuple[DeviceBatch, int]] = {}
+        self.leaving: deque[Exit] = deque()
+        self.fed: deque[int] = deque()  # rows of the steps that `_feed` made
 
     def warnings(self) -> list[str]:
         """Warnings about how this runs."""
@@ -163,8 +140,8 @@ class DeviceLoop:
 
     def _run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         source, more = iter(requests), True
-        ready, running, exits, results = deque(), {}, deque[_Exit](), deque[Picture | Failure]()
-        self.ready, self.running = ready, running
+        self.ready, self.running, self.leaving, self.fed = deque(), {}, deque(), deque()
+        ready, running, exits, results = self.ready, self.running, self.leaving, deque[Picture | Failure]()
         while more or ready or running or exits or results:
             while self.cancelled:
                 results.extend(self._drop(self.cancelled.pop()))
@@ -174,13 +151,12 @@ class DeviceLoop:
                     batch, failures = self._stage_1(some)
                     ready.extend((batch, row) for row in range(len(batch.works)))
                     tell("hands", len(some))
+                    while self.fed:
+                        tell("steps", self.fed.popleft())
                     results.extend(failures)
             self._admit(ready, running)
             if self.sampler.jobs:
-                finished: list[tuple[DeviceJob, Any]] = []
-                tell("steps", self._step(finished, exits))
-                self.sampler.wait()
-                self.timings["unet"] = self.sampler.seconds
+                tell("steps", self._step())
             if self.sampler.hungry():
                 continue  # first the queue, then the results: the caller may take long for each
             while exits and (exits[0].event.done() or not self.sampler.jobs):
@@ -210,14 +186,14 @@ class DeviceLoop:
         self.sampler.drop(self.main, id)
         return [self._left(*self.running.pop(id))]
 
-    def _left(self, batch: _Batch, row: int) -> Failure:
+    def _left(self, batch: DeviceBatch, row: int) -> Failure:
         batch.arrived.synchronize()  # copies may be under way
         if batch.blends:
             self.main.record().synchronize()
         self._done(batch, row)
         return cancelled(batch.works[row].request)
 
-    def _done(self, batch: _Batch, row: int) -> None:
+    def _done(self, batch: DeviceBatch, row: int) -> None:
         """One work of a batch has its result; after the last the memory is free."""
         if (blend := batch.blends.get(batch.works[row].request.id)) is not None:
             self.pictures.give(blend)
@@ -283,7 +259,7 @@ class DeviceLoop:
             return not_finite(work.request, "hand_features")
         return None
 
-    def _admit(self, ready: deque[tuple[_Batch, int]], running: dict[Hashable, tuple[_Batch, int]]) -> None:
+    def _admit(self, ready: deque[tuple[DeviceBatch, int]], running: dict[Hashable, tuple[DeviceBatch, int]]) -> None:
         """Fills free slots."""
         admitted = False
         while ready and self.sampler.free:
@@ -300,8 +276,14 @@ class DeviceLoop:
         if admitted and not ready:
             self.consumed = [self.main.record()]
 
-    def _step(self, finished: list[tuple[DeviceJob, Any]], exits: deque[_Exit]) -> int:
+    def _feed(self) -> None:
+        """Enqueues steps of stage 2 between those of stage 1, which may take the host longer than what is queued."""
+        while self.sampler.hungry():
+            self.fed.append(self._step())
+
+    def _step(self) -> int:
         """Enqueues one step of stage 2; finished requests go to the decoder."""
+        finished: list[tuple[DeviceJob, Any]] = []
         buffer, log, busy = self.exits[0]
         if busy is not None:
             self.main.wait(busy)  # until the decoder has read this buffer
@@ -314,16 +296,18 @@ class DeviceLoop:
         if finished:
             jobs = [job for job, _ in finished]
             self.main.copy(log, self.sampler.log)
-            exits.append(self._decode(jobs, buffer, log))
-            self.exits = [*self.exits[1:], (buffer, log, exits[-1].event)]
+            self.leaving.append(self._decode(jobs, buffer, log))
+            self.exits = [*self.exits[1:], (buffer, log, self.leaving[-1].event)]
+        self.sampler.wait()
+        self.timings["unet"] = self.sampler.seconds
         return count
 
-    def _decode(self, jobs: list[DeviceJob], latents: Any, log: Any) -> _Exit:
+    def _decode(self, jobs: list[DeviceJob], latents: Any, log: Any) -> Exit:
         count, decoder = len(jobs), self.graphs["image_decoder"]
         self.out.wait(self.main.record())
         self.out.copy(decoder.inputs["latents"][:count], latents[:count])
         decoder.launch(self.out, count)
-        leaving = _Exit(
+        leaving = Exit(
             jobs,
             self._read(self.out, decoder.outputs["image"][:count]),
             self._read(self.out, decoder.outputs["finite"][:count]),
@@ -332,13 +316,14 @@ class DeviceLoop:
         leaving.event = self.out.record()
         return leaving
 
-    def _stage_1(self, requests: list[Request]) -> tuple[_Batch, list[Failure]]:
+    def _stage_1(self, requests: list[Request]) -> tuple[DeviceBatch, list[Failure]]:
         """Enqueues text -> hands -> features -> context -> keys and values for a batch of requests."""
         graphs, side = self.graphs, self.side
+        self._feed()
         for event in self.consumed:
             side.wait(event)
         canvases, unread = self.bundle.canvases(requests)
-        works, jobs, failures = self._hands([request for request in requests if request.id in canvases])
+        works, jobs, failures = self._hands([request for request in requests if request.id in canvases], self._feed)
         blends = self.pictures.encode(side, works, canvases, self.bundle)
         if count := len(works):
             encoder = graphs["text_hand_encoder"]
@@ -350,9 +335,11 @@ class DeviceLoop:
         host = self._read_hands(count) if count else {}
         log = self._read(side, self.hands_sampler.log)
         failures += unread
-        return _Batch(works, jobs, done, host, log, side.record(), blends, left=count), failures
+        return DeviceBatch(works, jobs, done, host, log, side.record(), blends, left=count), failures
 
-    def _hands(self, requests: list[Request]) -> tuple[list[Work], dict[Hashable, DeviceJob], list[Failure]]:
+    def _hands(
+        self, requests: list[Request], between: Callable[[], None] = lambda: None
+    ) -> tuple[list[Work], dict[Hashable, DeviceJob], list[Failure]]:
         """Enqueues text -> hands -> features."""
         bundle, graphs, side = self.bundle, self.graphs, self.side
         started = time.perf_counter()
@@ -387,6 +374,7 @@ class DeviceLoop:
                     self.hands_sampler.submit(side, jobs[work.request.id])
                     work.draws += 1
             while self.hands_sampler.jobs:
+                between()
                 self.hands_sampler.step(side, lambda job, state: side.copy(x[rows[job.key]], state))
             graphs["hand_features"].launch(side, len(works))
             drawing = self._clashing(drawing, rows)
@@ -473,7 +461,7 @@ class DeviceLoop:
         stream.copy(pinned, source)
         return pinned
 
-    def _collect(self, leaving: _Exit, running: dict[Hashable, tuple[_Batch, int]]) -> list[Picture | Failure]:
+    def _collect(self, leaving: Exit, running: dict[Hashable, tuple[DeviceBatch, int]]) -> list[Picture | Failure]:
         """Pictures and failures, from the copies on the host."""
         results: list[Picture | Failure] = []
         for i, job in enumerate(leaving.jobs):
