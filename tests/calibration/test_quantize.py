@@ -210,7 +210,7 @@ def test_an_old_opset_is_refused(x):
         quantize(model, calibrate(model, [{"x": x}], "fp8"), "fp8")
 
 
-def build(folder: Path, kind: str, x: np.ndarray, options: Options) -> dict:
+def build(folder: Path, kind: str, x: np.ndarray, options: Options, backend: str = "tensorrt-rtx") -> dict:
     """The proof of the quantised block's plan; kind "fp16": of the block as it was."""
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     model = block(128)
@@ -218,7 +218,7 @@ def build(folder: Path, kind: str, x: np.ndarray, options: Options) -> dict:
         x = np.concatenate([x] * 4, 1)
         model = quantize(model, calibrate(model, [{"x": x}], kind), kind)
     onnx.save(model, folder / "unet.onnx")
-    return build_plan(TensorRT("tensorrt-rtx"), folder / "unet.onnx", {"B": 2}, kind, options)[1]
+    return build_plan(TensorRT(backend), folder / "unet.onnx", {"B": 2}, kind, options)[1]
 
 
 @pytest.mark.parametrize(("kind", "target"), [("fp8", "8.9"), ("fp8", "12.0"), ("int8", "8.0"), ("int8", "8.9")])
@@ -245,6 +245,28 @@ def test_layers_without_such_a_kernel_are_built_in_half(tmp_path, x):
 def test_products_alone(tmp_path, x):
     proof = build(tmp_path, "fp8", x, Options(compute_capabilities=("8.9",), eight_bits="products"))
     assert proof["eight_bits"] == {"asked": 3, "compiled": 2} and proof["in_half"] == ["first"]
+
+
+def test_tensorrt_is_asked_which_kernels_it_chose(tmp_path, x, monkeypatch):
+    """Its inspector's JSON; on a GPU whose fp8 convolutions it does not choose, as on an H100 once."""
+    pytest.importorskip("cuda.bindings.runtime")
+    pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+    from fake_runtime import FakeRuntime
+    from fake_tensorrt import FakeTensorRT
+
+    gpu = FakeRuntime().install(monkeypatch)
+    proofs = []
+    for no_kernel in ((), ("CONVOLUTION",), ("CONVOLUTION", "MATRIX_MULTIPLY")):
+        FakeTensorRT(gpu, rtx=False, no_kernel=no_kernel).install(monkeypatch)
+        if len(no_kernel) < 2:
+            proofs.append(build(tmp_path, "fp8", x, Options(), "tensorrt"))
+            continue
+        with pytest.raises(EngineError, match="None of the 3 layers of unet that are quantised to fp8 was compiled"):
+            build(tmp_path, "fp8", x, Options(), "tensorrt")
+    assert [proof["eight_bits"]["compiled"] for proof in proofs] == [3, 2] and "in_half" not in proofs[0]
+    assert proofs[1]["in_half"] == ["first"]
+    (first,) = [layer for layer in proofs[0]["layers"] if layer["name"] == "first"]
+    assert first["kernel"] == "sm90_fp8_convolution" and first["weights"][0]["type"] == "FP8"
 
 
 @pytest.mark.parametrize(("kind", "smooth"), [("int8", 0.0), ("fp8", 0.5)])

@@ -163,6 +163,15 @@ def test_eight_bits_are_faster_or_refused(in_eight_bits, gpu, trt, monkeypatch, 
     times["unet in fp8", 4] = 9.5e-3
     with pytest.raises(EngineError, match=r"fp8 is not faster than fp16 on this GPU at B=4,G=2: .* 9\.50 ms a step"):
         build(eight, "--faster-than", half)
+    assert "Building again with convolutions in half precision" in capsys.readouterr().err
+    products = '"eight_bits": "products"'
+    assert any(products in plan.parts["options"] for plan in PlanStore(eight))
+    times["unet in fp8", 4] = 8e-3  # without convolutions
+    assert build(eight, "--faster-than", half) == 0
+    assert "8.00 ms a step in fp8 against 9.00" in capsys.readouterr().err
+    with pytest.raises(EngineError, match="--eight-bits is an option of fp8 and int8, got --precision fp16"):
+        build(half, "--eight-bits", "products")
+    times["unet in fp8", 4] = 9.5e-3
     # In one folder, exported again in another precision, the plans from before are what it is compared with.
     for file in half.glob("*.*"):
         shutil.copy(eight / file.name, file)
