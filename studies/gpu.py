@@ -109,19 +109,25 @@ def steps(work: Path, out: Path, backends: Sequence[str], size: str, on_gpu: boo
 
 def act_steps(act: str, work: Path, out: Path, quick: bool, on_gpu: bool) -> list[Step]:
     """What act "a" or "b" runs: first what tells most."""
-    floor, variants = (str(Path(__file__).with_name(name)) for name in ("gpu_floor.py", "gpu_variants.py"))
+    scripts = ("gpu_floor.py", "gpu_variants.py", "gpu_profile.py")
+    floor, variants, profile = (str(Path(__file__).with_name(name)) for name in scripts)
+    weights = Step("variant-weights", (variants, "weights", str(work)), 120, work / "unet.onnx.data")
+    demo = ("--model", str(shipped.bundle_path()))  # in place of random weights: its graphs run on a CPU, too
     if act == "a":
         results = [str(out / f"floor-{name}.json") for name in ("libraries", "step")]
+        record = (profile, "run", str(work), str(out / "kernels.json"))
         return [
             Step("machine", (str(Path(__file__)), "machine"), 30),
             Step("floor-libraries", (floor, "libraries", results[0]), 120),
+            *([weights] if on_gpu else []),
+            Step("kernels", record if on_gpu else (*record, *demo), 60, None, (weights.name,) if on_gpu else ()),
             Step("floor-step", (floor, "step", results[1], "--seconds", "150"), 260),
             Step("floor-decide", (floor, "decide", *results), 30, needs=("floor-libraries", "floor-step")),
         ]
     more = ("--quick",) if quick else ()
-    found = [Step("variant-weights", (variants, "weights", str(work)), 120, work / "unet.onnx.data")]
-    if not on_gpu:  # the same steps on the demo, whose graphs a CPU can run
-        found, more = [], (*more, "--model", str(shipped.bundle_path()))
+    found = [weights]
+    if not on_gpu:
+        found, more = [], (*more, *demo)
     first = ("bundle", "derived", "derived-graph", "derived-bias", "derived-search", "derived-all", "bundle-nhwc")
     for graph, batch in (("unet", 1), ("image_decoder", 1), ("unet", 4), ("image_decoder", 4)):
         for variant in first if batch == 1 else first[:3]:

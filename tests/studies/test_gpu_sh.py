@@ -13,6 +13,7 @@ from pathlib import Path
 
 import gpu
 import gpu_floor
+import gpu_profile
 import gpu_variants
 import pytest
 from click.testing import CliRunner
@@ -103,6 +104,28 @@ def test_what_the_variants_mean():
     assert "out again" in " ".join(gpu_variants.decide([line("bundle", 7.0), line("derived", 8.0)]))
 
 
+def test_what_a_recording_of_kernels_says():
+    """Of a trace as torch.profiler writes it: two streams, a copy, work of the host that does not count."""
+    names = ("sm90_xmma_fprop_implicit_gemm_f16f16", "void GroupNormNHWCScaleKernel<__half>", "Memcpy DtoD")
+    events = [
+        {"ph": "X", "cat": "kernel", "name": names[0], "ts": 100.0, "dur": 40, "args": {"stream": 7}},
+        {"ph": "X", "cat": "kernel", "name": names[1], "ts": 120.0, "dur": 40, "args": {"stream": 8}},
+        {"ph": "X", "cat": "gpu_memcpy", "name": names[2], "ts": 280.0, "dur": 20},
+        {"ph": "X", "cat": "kernel", "name": names[0], "ts": 200.0, "dur": 40},
+        {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 90.0, "dur": 5},
+        {"ph": "M", "name": "process_name"},
+    ]
+    found = gpu_profile.summary(gpu_profile.kernels_of({"traceEvents": events}), runs=2)
+    assert (found["count"], found["busy_ms"], found["wall_ms"]) == (2.0, 0.06, 0.1)
+    assert found["kernels"][0] == {"name": names[0], "count": 1.0, "ms": 0.04}
+    assert {row["name"]: row["ms"] for row in found["kinds"]} == {"convolution": 0.04, "norm": 0.02, "layout": 0.01}
+    said = gpu_profile.text("unet", "derived", found)
+    assert (
+        "2 kernels, 0.06 ms of kernels in 0.10 ms a run; the GPU is idle for 40 %" in said[0] and "captured" in said[1]
+    )
+    assert "no kernels were recorded" in gpu_profile.text("unet", "derived", gpu_profile.summary([], 2))[0]
+
+
 @pytest.mark.slow
 def test_the_acts_run_whole_on_a_cpu(tmp_path):
     """A few small shapes, and the demo's graphs with all variants; figures of a CPU mean nothing here."""
@@ -121,6 +144,7 @@ def test_the_acts_run_whole_on_a_cpu(tmp_path):
         logs = "\n".join(path.read_text() for path in (tmp_path / "out").glob("*.txt"))
         assert done.returncode == 0, done.stderr + logs
     assert "A CPU decides nothing" in done.stdout and "derived-all" in done.stdout
+    assert "image_decoder (derived): no kernels were recorded" in logs
 
 
 def test_a_step_that_hangs_is_ended_with_all_it_started(tmp_path):
