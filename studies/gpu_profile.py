@@ -92,9 +92,8 @@ def text(graph: str, variant: str, found: dict[str, Any]) -> list[str]:
         lines.append("Launching takes longer than computing: a captured graph would pay.")
     lines += [f"  {row['ms']:8.3f} ms {row['count']:6.0f}  {row['name']}" for row in found["kinds"]]
     lines.append("  by kernel:")
-    return lines + [
-        f"  {row['ms']:8.3f} ms {row['count']:6.0f}  {row['name'][:90]}" for row in found["kernels"][:SHOWN]
-    ]
+    most = found["kernels"][:SHOWN]
+    return lines + [f"  {row['ms']:8.3f} ms {row['count']:6.0f}  {row['name'][:90]}" for row in most]
 
 
 def recorded(found: Any, device: str, given: dict[str, Any], runs: int) -> list[dict[str, Any]]:
