@@ -113,7 +113,9 @@ def test_plans_from_when_tf32_was_on_are_built_again(manifest, tmp_path):
     assert sum(belongs(plan, manifest) for plan in store) == len(wanted)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "missing", "no record", "bad record", "foreign record"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "flipped", "missing", "no record", "bad record", "foreign record"]
+)
 def test_damaged_plans_are_found_built_again_and_never_read(manifest, tmp_path, damage):
     store = PlanStore(tmp_path)
     wanted = all_parts(manifest)
