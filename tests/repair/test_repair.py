@@ -293,13 +293,13 @@ def test_every_gesture_fits_a_bundle(rest):
         assert np.isfinite(placed(np.array([0.0, 0, 64, 64]), "right", gesture, rest).hand.joints_2d).all()
 
 
-def test_a_request_starts_without_the_old_hand(rest, tmp_path):
+def test_a_request_starts_without_the_old_hand(rest):
     picture = np.full((200, 200, 3), 120, np.uint8)
     patch = plan(picture, placed(np.array([50.0, 50, 150, 150]), "left", "fist", rest), rest, (128, 128))
     patch.new = np.zeros((128, 128), bool)
     patch.new[40:80, 40:80] = True
     patch.mask = regions.dilate(patch.new, 8)
-    request = patch.request(tmp_path / "a.npz", seed=4)
+    request = patch.request(seed=4)
     assert isinstance(request, Request) and request.strength == 0.95 and "left hand making a fist" in request.prompt
 
 
