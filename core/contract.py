@@ -56,6 +56,7 @@ BUNDLE_FORMAT = 2  # 2: pictures of any size
 MANIFEST = "manifest.json"
 _AGAIN = "Export the bundle again with hd-export, or copy it again."
 TOKENIZER = "tokenizer.json"
+WEIGHTS = "weights.json"  # where parameters are in the graphs, see `weights.py`; older bundles lack it
 
 GRAPHS = (
     "text_encoder",

@@ -290,6 +290,7 @@ def export(options: Options, source: dict[str, str]) -> None:
     with console.status("reading the checkpoint"):
         from .bundle import check_target, make_bundle
         from .lower import is_small
+        from .weights import record_weights
         from .workspace import install, workspace
 
         import_module("onnxruntime")  # another process runs it, minutes from now
@@ -316,6 +317,7 @@ def export(options: Options, source: dict[str, str]) -> None:
             compare = options.fidelity == "always" or (options.fidelity == "auto" and is_small(loaded))
             if options.precision != "fp32":
                 lower(options, loaded, made, compare, progress, task)
+            record_weights(loaded, made)
             install(made, options.out)
 
 
