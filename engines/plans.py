@@ -242,7 +242,7 @@ class PlanStore:
     often read-only."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = (_cache() / "demo" if is_shipped(folder) else Path(folder)) / FOLDER
+        self.folder = (cache_folder() / "demo" if is_shipped(folder) else Path(folder)) / FOLDER
 
     def __iter__(self) -> Iterator[Plan]:
         """Every finished plan. It skips unreadable records; `strays` says what is wrong with them."""
@@ -376,10 +376,10 @@ class PlanStore:
 
 def user_cache() -> PlanStore:
     """The plans that this user's runs compiled, for any bundle."""
-    return PlanStore(_cache())
+    return PlanStore(cache_folder())
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/handiffuser`, else `~/.cache/handiffuser`."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

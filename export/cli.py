@@ -37,7 +37,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """ "512" -> (512, 512); "512x768" -> (512, 768), height first."""
+    """ "512" -> (512, 512); "512x768" -> (768, 512): width x height, as every size is typed, to height and width."""
     if value is None:
         return None
     try:
@@ -45,8 +45,8 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
     except ValueError:
         sides = []
     if len(sides) not in (1, 2) or min(sides) < 8:
-        raise click.BadParameter(f"--image-size must be 512, or 512x768 for height x width, got {value!r}.")
-    return sides[0], sides[-1]
+        raise click.BadParameter(f"--image-size must be 512, or 512x768 for width x height, got {value!r}.")
+    return sides[-1], sides[0]
 
 
 def parse_adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[Path, float], ...]:
@@ -155,7 +155,7 @@ class Options:
     metavar="FILE[:SCALE]",
     help="Merge an adapter (.safetensors) of hd-train --lora or for Stable Diffusion into the weights; repeatable.",
 )
-@click.option("--image-size", callback=parse_size, metavar="H[xW]", help="Pixels; default: as trained.")
+@click.option("--image-size", callback=parse_size, metavar="W[xH]", help="In pixels; default: as trained.")
 @click.option("--opset", type=click.IntRange(18, 24), default=23, show_default=True, help="ONNX opset.")
 @click.option(
     "--fidelity",
@@ -290,6 +290,7 @@ def export(options: Options, source: dict[str, str]) -> None:
     with console.status("reading the checkpoint"):
         from .bundle import check_target, make_bundle
         from .lower import is_small
+        from .weights import record_weights
         from .workspace import install, workspace
 
         import_module("onnxruntime")  # another process runs it, minutes from now
@@ -316,6 +317,7 @@ def export(options: Options, source: dict[str, str]) -> None:
             compare = options.fidelity == "always" or (options.fidelity == "auto" and is_small(loaded))
             if options.precision != "fp32":
                 lower(options, loaded, made, compare, progress, task)
+            record_weights(loaded, made)
             install(made, options.out)
 
 
