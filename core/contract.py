@@ -316,12 +316,12 @@ class Manifest:
         return channels, size[0] * h // H, size[1] * w // W
 
     def sides(self, size: tuple[int, int] | None = None) -> dict[str, int]:
-        """The sizes of the axes in SIDES for a picture of this height and width (None: the bundle's own), and of CONTEXT
+        """The sizes of the axes in SIDES for a picture of this height and width; None: the bundle's own. And of CONTEXT
         for a prompt of one chunk."""
         size = size or self.image_size
         context = [tensor.shape[2] for tensor in self.graphs["text_hand_encoder"].outputs if len(tensor.shape) == 4]
         sizes = dict(zip(SIDES, (*self.latents_at(size)[1:], *size), strict=True))
-        return sizes | {CONTEXT: length for length in context if isinstance(length, int)}
+        return sizes | ({CONTEXT: context[0]} if context and isinstance(context[0], int) else {})
 
     @property
     def any_length(self) -> bool:

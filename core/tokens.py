@@ -1,8 +1,8 @@
 """Prompts to token ids, as CLIP in diffusers does it: begin, at most 75 tokens, end, padding up to 77.
 
-    tokenizer = PromptTokenizer("bundle/tokenizer.json", manifest.tokenizer)
-    ids, dropped = tokenizer.encode("a right hand making a fist")     # as it is written, cut at 75 tokens
-    read = tokenizer.read("a (right:1.2) hand", "prompt")             # with weights, in chunks of 75 tokens
+tokenizer = PromptTokenizer("bundle/tokenizer.json", manifest.tokenizer)
+ids, dropped = tokenizer.encode("a right hand making a fist")     # as it is written, cut at 75 tokens
+read = tokenizer.read("a (right:1.2) hand", "prompt")             # with weights, in chunks of 75 tokens
 """
 
 from __future__ import annotations
@@ -106,17 +106,18 @@ class PromptTokenizer:
             total += len(tokens)
             if chunks == 1 and len(tokens) > self.room:
                 cut, tokens = self._dropped(part), tokens[: self.room]
-            first, places = len(rows), dict[int, list[int]]()  # text of the part -> where its tokens are
-            while tokens or len(rows) == first:
-                end = self._split([number for number, *_ in tokens])
+            first, start, places = len(rows), 0, dict[int, list[int]]()  # text of the part -> where its tokens are
+            while start < len(tokens) or len(rows) == first:
+                some = tokens[start : start + self.room + 1]
+                some = some[: self._split([number for number, *_ in some])]
                 row = np.ones(self.length, np.float32)
-                for place, (_, weight, which) in enumerate(tokens[:end], 1):
+                for place, (_, weight, which) in enumerate(some, 1):
                     row[place] = weight
                     if weight < 1:
                         places.setdefault(which, []).append(len(rows) * self.length + place)
-                rows.append(self._chunk([number for number, *_ in tokens[:end]]))
+                rows.append(self._chunk([number for number, *_ in some]))
                 weights.append(row)
-                tokens = tokens[end:]
+                start += len(some)
             weakened = tuple(Weak(part[which][1], at[0], at[-1] + 1) for which, at in places.items())
             ranges.append((first, len(rows), weakened))
         if len(rows) > chunks:

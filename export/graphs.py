@@ -393,19 +393,16 @@ def graphs(
     values["visibility"] = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]).repeat(batch, 1)[:batch]
     both = TextHandEncoderGraph(encoder)
     hands = {name: values[name] for name in (*both.cues, "visibility")} if both.cues else {}
-    mask = torch.ones_like(ids)
-    mask[1:, :, 2:4] = 0
+    mask = (torch.arange(length) != 2).to(torch.int64).expand_as(ids)  # the third token is not read
     inputs = {"input_ids": ids, "attention_mask": mask, **hands}
-    rows = ("input_ids", "attention_mask", "context")
-    yield Graph("text_hand_encoder", stage(both), inputs, ("context",), branched=rows)
+    yield Graph("text_hand_encoder", stage(both), inputs, ("context",), branched=(*list(inputs)[:2], "context"))
 
     context = both(*inputs.values())
     unet = stage(checkpoint.unet)
     grid = attach(unet, copy.deepcopy(checkpoint.position_kernel), checkpoint.latent_size)
     names = tuple(f"{kind}_{i:02}" for i in range(len(cross_attentions(unet))) for kind in ("key", "value"))
-    inputs, worded = {"context": context.to(dtype)}, dict.fromkeys(names, 3)
-    branches = ("context", *names)
-    yield Graph("unet_context", UNetContext(unet), inputs, names, branched=branches, worded=worded | {"context": 2})
+    inputs, worded = {"context": context.to(dtype)}, {"context": 2} | dict.fromkeys(names, 3)
+    yield Graph("unet_context", UNetContext(unet), inputs, names, branched=tuple(worded), worded=worded)
 
     timesteps = torch.tensor([999.0, 500.5, 1.0])
     yield Graph("unet_time", UNetTime(unet), {"timesteps": timesteps}, ("time",), free="S")
@@ -422,10 +419,9 @@ def graphs(
         inputs |= {"mask": mask, "masked_latents": normal(*shape)}
     inputs |= keys_values
     step = UNetStep(unet, checkpoint.inpaints, grid)
-    sized = ("latents", "history", "noise", "mask", "masked_latents")
+    sized, outputs = ("latents", "history", "noise", "mask", "masked_latents"), ("latents", "history", "finite")
     multiple = checkpoint.size_multiple // latent_factor(checkpoint.vae.config)
-    outputs = ("latents", "history", "finite")
-    yield Graph("unet", step, inputs, outputs, branched=names, sized=sized, multiple=multiple, worded=worded)
+    yield Graph("unet", step, inputs, outputs, "B", names, sized, multiple, worded)
     del unet, step
 
     decoder = stage(ImageDecoder(checkpoint.vae))

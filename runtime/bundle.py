@@ -156,11 +156,11 @@ class Bundle:
         new: list[str] = []
         uses: dict[str, list[str]] = {}
         readings = [self.reader.read(request, name) for name in PROMPTS]
-        for name, read in zip(PROMPTS, readings, strict=True):
+        for name, reading in zip(PROMPTS, readings, strict=True):
             warnings += self.reader.unread(request, name)
             if self._words:
-                end = len(read.text) - len(read.cut)
-                strange, unknown = grammar.strangers(read.text, self._words, self._is_demo, end)
+                end = len(reading.text) - len(reading.cut)
+                strange, unknown = grammar.strangers(reading.text, self._words, self._is_demo, end)
                 new += [word for word in strange if word not in new]
                 uses |= unknown
         if said := grammar.sentence(new, uses, self._words):
@@ -238,12 +238,13 @@ class Bundle:
 
     def canvases(self, requests: Iterable[Request]) -> tuple[dict[Hashable, Canvas | None], list[Failure]]:
         """The `canvas` of each request by id, and a Failure for each whose picture cannot be read, because files may
-        change, or whose size these engines do not paint."""
+        change, or whose size or prompt these engines do not take."""
         found: dict[Hashable, Canvas | None] = {}
         failures = []
         for request in requests:
             try:
                 self.size(request)
+                self.reader.check(request)
                 found[request.id] = self.canvas(request)
             except RequestError as error:
                 failures.append(Failure(str(request.id), request, str(error)))
@@ -254,8 +255,7 @@ class Bundle:
         size."""
         self.table(LATENTS, request)
         self.room.check(self.size(request))
-        for name in PROMPTS:
-            self.reader.read(request, name)
+        self.reader.check(request)
         self.canvas(request)
         if request.hands is None:
             self.table(HANDS, request)

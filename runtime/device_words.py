@@ -3,7 +3,7 @@
     words = DeviceWords(cuda, staging, graphs, slots)
     words.encode(side, works, empty)       # enqueues; hand features must be there
 
-Weights act on the host (`words.py`), which waits for the encoder's states: only for batches with a prompt that has some.
+Weights act on the host (`words.py`). It waits for the encoder's states, in batches with such a prompt alone.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
 from .words import Key, Wanted, chunks_of, is_plain
 
-
 Shape = tuple[Size, int]  # size of a picture, and chunks of its prompt
 
 
@@ -178,7 +177,7 @@ class HostLoop:
         return works, failures
 
     def _context(self, ids: np.ndarray, features: Mapping[str, np.ndarray], mask: Any = None) -> np.ndarray:
-        """Token ids [B, G, 77] and rows of hand features -> [B, G, L, W]. mask: of tokens, like ids; None: all count."""
+        """Token ids [B, G, 77] and rows of hand features -> [B, G, L, W]. mask: like ids; None: all tokens count."""
         mask = np.ones_like(ids) if mask is None else mask
         return self.engines["text_hand_encoder"]({**features, "input_ids": ids, "attention_mask": mask})["context"]
 

@@ -1,8 +1,8 @@
 """The prompts of requests as a bundle's text encoder reads them, and what it does not read of them.
 
-    reader = Reader(manifest, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer))
-    reading = reader.read(request, "prompt")        # RequestError for a prompt that is too long
-    reader.unread(request, "prompt")                # sentences
+reader = Reader(manifest, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer))
+reading = reader.read(request, "prompt")        # RequestError for a prompt that is too long
+reader.unread(request, "prompt")                # sentences
 """
 
 from __future__ import annotations
@@ -35,18 +35,22 @@ class Reader:
         if key in self._readings:
             return self._readings[key]
         reading = self.tokenizer.read(*key, self.chunks, self.weakens)
-        most = self.engine_chunks or self.chunks
-        if len(reading.ids) > most:
-            raise RequestError(
-                f"{name} must fit into {most} chunk of {self.tokenizer.room} tokens with these engines, got "
-                f"{reading.tokens:,} tokens in {len(reading.ids)} chunks. Shorten it, or set plain_prompts, which cuts "
-                "it. --device cpu reads all of it.",
-                name,
-            )
         if len(self._readings) >= READINGS:
             self._readings.pop(next(iter(self._readings)))
         self._readings[key] = reading
         return reading
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError as `read` does, and for prompts that these engines do not take."""
+        for name in PROMPTS:
+            reading = self.read(request, name)
+            if len(reading.ids) > (most := self.engine_chunks or self.chunks):
+                raise RequestError(
+                    f"{name} must fit into {most} chunk of {self.tokenizer.room} tokens with these engines, got "
+                    f"{reading.tokens:,} tokens in {len(reading.ids)} chunks. Shorten it, or set plain_prompts, which "
+                    "cuts it. --device cpu reads all of it.",
+                    name,
+                )
 
     def unread(self, request: Request, name: str) -> list[str]:
         """Sentences about text that was cut off, and about marks without meaning."""

@@ -111,4 +111,6 @@ def _masks(reading: Reading, first: int, last: int, start: int, stop: int) -> Se
     mask = np.ones(reading.ids.shape, np.int64)
     mask.reshape(-1)[start:stop] = 0
     mask[:, [0, -1]] = 1  # begin and end are read, also where the text goes on in the next chunk
-    return [(chunk, mask[chunk]) for chunk in range(first, last) if chunk * length < stop and start < (chunk + 1) * length]
+    return [
+        (chunk, mask[chunk]) for chunk in range(first, last) if chunk * length < stop and start < (chunk + 1) * length
+    ]

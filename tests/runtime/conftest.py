@@ -64,7 +64,7 @@ def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]
     """All graphs; latents are h x w, pictures 4h x 4w. "h" and "w" are free sizes; prompts then have any length, too.
     inpaints: the UNet reads a mask and masked latents."""
     free = isinstance(h, str) or isinstance(w, str)
-    L, masked, heard = 77, "", "h = Identity (own)"
+    L, masked, heard = 78, "", "h = Identity (own)"
     if free:
         L, masked = "L", "int64[B,2,77] attention_mask, "
         heard = "m = Cast <to = 1> (attention_mask) h = Mul (own, m)"
@@ -153,9 +153,10 @@ def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]
         # No rotations: a configuration without that cue.
         "text_hand_encoder": HEADER
         + f"""text_hand_encoder (int64[B,2,77] input_ids, {masked}float[B,2,21,2] joints, float[B,2,3] bps,
-            float[B,2] visibility) => (float[B,2,77,3] context)
-        <int64[1] last = {{-1}}, int64[4] three = {{1, 1, 1, 3}}, int64[3] axes = {{1, 2, 3}}, int64[2] axes2 = {{1, 2}},
-         int64[1] axes1 = {{1}}>
+            float[B,2] visibility) => (float[B,2,78,3] context)
+        <int64[1] last = {{-1}}, int64[4] three = {{1, 1, 1, 3}}, int64[3] axes = {{1, 2, 3}},
+         int64[2] axes2 = {{1, 2}}, int64[1] axes1 = {{1}},
+         float[1,2,1,3] ones = {{{", ".join(["8"] * 6)}}}>
         {{
             f = Cast <to = 1> (input_ids)
             own = Sin (f)
@@ -168,7 +169,9 @@ def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]
             v_ = ReduceMean <keepdims = 1> (visibility, axes1)
             v1 = Unsqueeze (v_, last)
             v = Unsqueeze (v1, last)
-            context = Sum (wide, j, k, v)
+            hands = Sum (j, k, v)
+            token = Mul (hands, ones)
+            context = Concat <axis = 2> (wide, token)
         }}""",
         "unet_context": HEADER
         + f"""unet_context (float[B,2,{L},3] context) => (float[B,2,{L},3] key_00, float[B,2,{L},3] value_00)
