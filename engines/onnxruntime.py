@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -190,7 +189,10 @@ def cpu_session(path: str | Path, options: Any) -> Any:
 
 def _numbers(shape: Sequence[int | str]) -> tuple[int, ...]:
     """The last sizes of a shape, up to the last free one."""
-    return tuple(reversed([*takewhile(lambda size: isinstance(size, int), reversed(shape))]))  # type: ignore[arg-type]
+    numbers: list[int] = []
+    for size in shape:
+        numbers = [*numbers, size] if isinstance(size, int) else []
+    return tuple(numbers)
 
 
 def _is_small(path: Path) -> bool:

@@ -169,7 +169,7 @@ class HostLoop:
         # With guidance 1 the unconditional branch is unused: its place may hold the conditional one.
         alone = all(work.request.guidance == 1 for work in works) and self.engines["text_hand_encoder"].branched
         context = self._context(ids[:, 1:] if alone else ids, features)
-        for group, contexts in self._worded(works, context):
+        for group, contexts in self._worded(works, context, features):
             keys = self.engines["unet_context"]({"context": contexts})
             for row, work in enumerate(group):
                 wide = {name: np.broadcast_to(value[row], (2, *value.shape[2:])) for name, value in keys.items()}
@@ -181,19 +181,21 @@ class HostLoop:
         mask = np.ones_like(ids) if mask is None else mask
         return self.engines["text_hand_encoder"]({**features, "input_ids": ids, "attention_mask": mask})["context"]
 
-    def _worded(self, works: list[Work], context: np.ndarray) -> list[tuple[list[Work], np.ndarray]]:
+    def _worded(
+        self, works: list[Work], context: np.ndarray, features: Mapping[str, np.ndarray]
+    ) -> list[tuple[list[Work], np.ndarray]]:
         """Works whose contexts have one length, and these contexts. context: the encoder's, [B, G, L, W]."""
         wanted = Wanted(works, self.bundle.empty)
         if not wanted.works:
             return [(works, context)]
-        encoder, rows, states = self.engines["text_hand_encoder"], list(wanted.rows.items()), dict[Key, np.ndarray]()
+        branched = self.engines["text_hand_encoder"].branched
+        rows, states = list(wanted.rows.items()), dict[Key, np.ndarray]()
         for start in range(0, len(rows), self.slots):
             some = rows[start : start + self.slots]
-            # Words never read hands, so none are given.
-            no_hands = {t.name: np.zeros((len(some), *t.shape[1:]), t.dtype) for t in encoder.engine.spec.inputs[1:]}
+            any_hands = {name: value[np.arange(len(some)) % len(works)] for name, value in features.items()}
             pairs = np.stack([row for _, row in some])[:, :, None]  # [R, (ids, mask), 1, 77]
-            pairs = pairs if encoder.branched else pairs.repeat(2, 2)
-            read = self._context(pairs[:, 0], no_hands, pairs[:, 1])
+            pairs = pairs if branched else pairs.repeat(2, 2)
+            read = self._context(pairs[:, 0], any_hands, pairs[:, 1])  # words never read hands
             states |= {key: read[row, -1] for row, (key, _) in enumerate(some)}
         groups: dict[int, list[tuple[Work, np.ndarray]]] = {}
         for work, own in zip(works, context, strict=True):

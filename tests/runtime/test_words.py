@@ -135,3 +135,29 @@ def test_the_command_and_its_files(sized_bundle, tmp_path):
     records = [(tmp_path / f"out/{name}.json").read_text() for name in ("own", "shared")]
     assert '"plain_prompts": false' in records[0] and '"plain_prompts": true' in records[1]
     assert all('"prompt": "a (b:1.2)"' in record for record in records)
+
+
+def test_a_bundle_of_today_reads_all_of_a_prompt(tiny_bundle, tiny_checkpoint):
+    """The last of three chunks, and weights, change the picture of exported graphs; and `L` is what PyTorch says."""
+    with HanDiffuser.load(tiny_bundle, device="cpu", threads=1) as real:
+        long = "a left hand, " * 60
+        chunks = len(real.bundle.reader.read(Request(long), "prompt").ids)
+        images = [image_of(real, text, steps=2) for text in (long, long + " fist", f"(a left:0.3) {long}", "a hand")]
+        assert chunks > 2 and len({image.tobytes() for image in images}) == 4
+        seen = []
+        timed = real.loop.engines["unet_context"]
+        timed.engine = Watched(timed.engine, seen)
+        real.generate([long, "a hand"], steps=2)
+        encoder = tiny_checkpoint.text_hand_encoder
+        assert sorted(seen) == [encoder.num_tokens, encoder.num_tokens + 77 * (chunks - 1)]
+
+
+class Watched:
+    """An engine that notes the length of its contexts."""
+
+    def __init__(self, engine, seen):
+        self.engine, self.seen = engine, seen
+
+    def __call__(self, feeds):
+        self.seen.append(feeds["context"].shape[2])
+        return self.engine(feeds)
