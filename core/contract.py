@@ -54,12 +54,14 @@ from msgspec import Meta
 from .errors import BundleError
 from .files import written
 from .schema import MisfitError, Sha256, Word, fit, read_json
+from .settings import MAX_SIDE as MAX_SIDE
 from .settings import Defaults
 
 BUNDLE_FORMAT = 2  # 2: pictures of any size
 MANIFEST = "manifest.json"
 _AGAIN = "Export the bundle again with hd-export, or copy it again."
 TOKENIZER = "tokenizer.json"
+WEIGHTS = "weights.json"  # where parameters are in the graphs, see `weights.py`; older bundles lack it
 
 GRAPHS = (
     "text_encoder",
@@ -95,7 +97,6 @@ def row_columns(num_history: int) -> tuple[str, ...]:
 BRANCHES = "G"
 # The free axes of pictures: height and width of latents, then of images in pixels.
 SIDES = ("h", "w", "H", "W")
-MAX_SIDE = 4096  # pixels of a picture's side
 # The free axis of tensors with an entry for each token of the context.
 CONTEXT = "L"
 MAX_CHUNKS = 16  # of a prompt; each has at most 75 tokens of it
