@@ -37,6 +37,7 @@ from .device_graphs import STREAM, DeviceGraph, Staging, Streams
 from .device_noise import DeviceNoise
 from .device_pictures import DevicePictures
 from .device_sampler import DeviceJob, DeviceSampler, DeviceTable, first_bad
+from .device_words import DeviceWords
 from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
@@ -69,6 +70,7 @@ class DeviceLoop:
         ]
         if (span := graphs["hand_features"].inputs.get("span")) is not None:  # pictures have the bundle's own size
             self.staging.upload(self.side, span, np.ones(span.shape, np.float32))
+        self.words = DeviceWords(self.staging, graphs, self.side, slots)
         self.tables: dict[tuple[Any, ...], DeviceTable] = {}
         text = graphs["text_encoder"].outputs["text"]
         self.both = cuda.zeros((slots, 2, *text.shape[1:]), text.dtype)  # for each prompt: the empty text, its own
@@ -211,7 +213,7 @@ class DeviceLoop:
         batch.arrived.synchronize()
         values = {name: value[row].copy() for name, value in batch.host.items()}
         work = batch.works[row]
-        shown = Work(work.request, work.started, work.ids, [], None, self.bundle.params(values.pop("x")), values)
+        shown = Work(work.request, work.started, work.readings, [], None, self.bundle.params(values.pop("x")), values)
         step, steps, latents = 0, len(self.bundle.table(LATENTS, work.request).rows), None
         if id in self.running:
             i = next((i for i, job in enumerate(self.sampler.jobs) if job.key == id), None)
@@ -318,7 +320,7 @@ class DeviceLoop:
 
     def _stage_1(self, requests: list[Request]) -> tuple[DeviceBatch, list[Failure]]:
         """Enqueues text -> hands -> features -> context -> keys and values for a batch of requests."""
-        graphs, side = self.graphs, self.side
+        side = self.side
         self._feed()
         for event in self.consumed:
             side.wait(event)
@@ -326,11 +328,7 @@ class DeviceLoop:
         works, jobs, failures = self._hands([request for request in requests if request.id in canvases], self._feed)
         blends = self.pictures.encode(side, works, canvases, self.bundle)
         if count := len(works):
-            encoder = graphs["text_hand_encoder"]
-            ids = np.stack([work.ids for work in works])
-            self.staging.upload(side, encoder.inputs["input_ids"][:count], ids)
-            encoder.launch(side, count)
-            graphs["unet_context"].launch(side, count)
+            self.words.encode(side, works, self.bundle.empty)
         done = side.record()
         host = self._read_hands(count) if count else {}
         log = self._read(side, self.hands_sampler.log)
@@ -359,7 +357,7 @@ class DeviceLoop:
         jobs: dict[Hashable, DeviceJob] = {}
         textual = [work for work in works if work.request.id not in given]
         if textual:
-            text = self._encode(np.stack([work.ids[1] for work in textual]))
+            text = self._encode(np.stack([work.readings[1].ids[0] for work in textual]))
             for i in range(len(textual)):
                 side.copy(self.both[i][0], self.no_text)
                 side.copy(self.both[i][1], text[i])
@@ -416,7 +414,7 @@ class DeviceLoop:
         """ids [B, length] -> text [B, 77, D]. The first call also encodes the empty prompt."""
         encoder, side = self.graphs["text_encoder"], self.side
         if self.no_text is None:
-            self.staging.upload(side, encoder.inputs["input_ids"][:1], self.bundle.tokenizer.encode("")[0][None])
+            self.staging.upload(side, encoder.inputs["input_ids"][:1], self.bundle.empty[None])
             encoder.launch(side, 1)
             self.no_text = self.cuda.zeros(encoder.outputs["text"].shape[1:], encoder.outputs["text"].dtype)
             side.copy(self.no_text, encoder.outputs["text"][0])
