@@ -105,7 +105,7 @@ class OnnxRuntimeEngine:
         """
         fixed = {axis: size for axis, size in (own or {}).items() if axis in spec.free} if _is_small(Path(path)) else {}
         self._load = functools.partial(self._session, path, spec, threads, shelf)
-        # The inputs with axes that are fixed in the session, and their last axes, all of which are numbers then.
+        # The inputs with axes that are fixed in the session, and their last axes, which are numbers then.
         sided = [tensor.name for tensor in spec.inputs if set(tensor.shape) & fixed.keys()]
         tails = [(t.name, _numbers(t.shape)) for t in spec.at(fixed).inputs if t.name in sided]
         self._fixed = [(name, -len(tail), tail) for name, tail in tails] if fixed else None

@@ -33,7 +33,7 @@ import onnx
 import onnxruntime
 import tensorrt_rtx as real
 from fake_runtime import GARBAGE, OK, CallError, FakeRuntime, Op
-from handiffuser.contract import SIDES
+from handiffuser.contract import CONTEXT, SIDES
 
 SCRATCH = 1024  # bytes of scratch memory for each row
 WEIGHTS = 4096  # bytes that a plan takes on the device
@@ -514,7 +514,7 @@ class FakeTensorRT:
             options.intra_op_num_threads = 1
             for tensor in onnx.load(path, load_external_data=False).graph.input:
                 dims = zip(tensor.type.tensor_type.shape.dim, inputs[tensor.name][0][2], strict=True)
-                for side, size in ((dim.dim_param, size) for dim, size in dims if dim.dim_param in SIDES):
+                for side, size in ((dim.dim_param, size) for dim, size in dims if dim.dim_param in (*SIDES, CONTEXT)):
                     options.add_free_dimension_override_by_name(side, size)
             self.sessions[path] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return self.sessions[path]
