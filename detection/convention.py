@@ -48,13 +48,18 @@ def mediapipe() -> Convention:
     return Convention(np.array(held["offsets"]), np.array(held["noise"]))
 
 
-def sureness(score: float, residual: float, degrees: float) -> float:
+def sureness(score: float, residual: float, degrees: float, apart: float | None = None) -> float:
     """How likely the pose of a hand is right that was fitted to MediaPipe's points, 0 to 1.
 
-    A logistic regression on renders: `studies/fitting.py --write`. See `Detector.sureness` for the arguments."""
-    held = json.loads(FILE.read_text())["sureness"]
-    odds = np.log(np.clip(score, 0.01, 0.999) / (1 - np.clip(score, 0.01, 0.999)))
-    z = np.array(held["weights"]) @ (1.0, odds, np.log(max(residual, 1e-4)), np.log(max(degrees, 1e-2)))
+    A logistic regression, on renders for hands that were looked at once (`studies/fitting.py --write`), and on good and
+    spoiled hands together for those with looks from near, which are `apart`. See `Detector.sureness` for the rest."""
+    held = json.loads(FILE.read_text())
+    score = float(np.clip(score, 0.01, 0.999))
+    known = [1.0, np.log(score / (1 - score)), np.log(max(residual, 1e-4)), np.log(max(degrees, 1e-2))]
+    if apart is None:
+        z = np.array(held["sureness"]["weights"]) @ known
+    else:
+        z = np.array(held["sureness from near"]["weights"]) @ [*known, np.log(apart + 0.01)]
     return float(1 / (1 + np.exp(-z)))
 
 

@@ -25,7 +25,7 @@ from ..errors import DetectionError
 from .convention import Convention, mediapipe, sureness
 
 SMALL, WINDOW = 0.4, 0.6  # shares of a picture's sides
-SQUARES, LEAST = (1, 2, 4), 160  # where no hand is found: parts of the shorter side, and pixels of a square at least
+SQUARES, LEAST = (1, 2, 3, 4), 96  # where no hand is found: parts of the shorter side, and pixels of a square at least
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Found:
     side: str  # "left" or "right", as the person in the picture would say
     score: float  # the detector's confidence, 0 to 1
     joints: np.ndarray = field(repr=False)  # [21, 2] in [0, 1] of width and height: wrist, thumb to little finger
+    apart: float | None = None  # how far looks from near are apart, see `hands.closer`; None without any
 
 
 class Detector(Protocol):
@@ -143,7 +144,7 @@ class MediaPipe:
             "scaled to": size,
             "most hands": f"all: {hands}, doubled where so many are found",
             "where hands are smaller than": f"{SMALL} of the picture: also in 9 windows of {WINDOW}",
-            "where no hand is found": f"also in squares of 1, 1/2, 1/4 of the shorter side, at least {LEAST} pixels",
+            "where no hand is found": f"also in squares of 1, 1/2, 1/3, 1/4 of the shorter side, at least {LEAST} pixels",
             "min_detection_confidence": confidence,
             "static_image_mode": True,
         }
@@ -194,7 +195,7 @@ class MediaPipe:
 
     def sureness(self, found: Found, residual: float, degrees: float) -> float:
         """See `Detector`. A logistic regression on renders; `mediapipe.json` has its numbers."""
-        return sureness(found.score, residual, degrees)
+        return sureness(found.score, residual, degrees, found.apart)
 
     def close(self) -> None:
         for model in self._models.values():

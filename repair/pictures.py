@@ -73,7 +73,7 @@ def repair_hands(
         raise RequestError(f"side must be left or right, got {side!r}.", "side")
     rest, size = joints_of(engines), _checked(picture).shape[:2]
     try:
-        seen = found = find(picture, rest, detector)
+        seen = found = find(picture, rest, detector, side=side)
     except DetectionError:
         if hands is None:
             raise

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..detection.arms import Size
-from ..detection.fit import posed
 from ..detection.hands import Seen
+from ..detection.named import posed
 from ..errors import DetectionError
 from ..hints import hint
 

@@ -66,7 +66,7 @@ def test_kinematics_are_those_of_the_body(rest):
 def test_derivatives_are_exact(rest):
     rng = np.random.default_rng(1)
     hand = rest[list(HAND_JOINTS[0])] - rest[20]
-    rig = module._Rig(hand, 0.02 * rng.normal(size=(21, 3)))
+    rig = module.Rig(hand, 0.02 * rng.normal(size=(21, 3)))
     turns, angles = axis_angle_to_matrix(rng.normal(size=(2, 3))), rng.normal(0, 0.6, (2, 45))
     angles[1] = 0.0  # where the exponential map's Jacobian is a limit
     points, slope = rig.derivatives(turns, angles)

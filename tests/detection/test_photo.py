@@ -51,9 +51,11 @@ class Truth:
     def __init__(self, *hands: HandEstimate, size: tuple[int, int] = SIZE) -> None:
         self.found = [Found(SIDES[one.side], 0.98 - 0.02 * k, one.joints_2d / (size[1], size[0]))
                       for k, one in enumerate(hands)]  # fmt: skip
-        self.shape: tuple[int, ...] = ()
+        self.size, self.shape = size, (0, 0, 0)
 
     def __call__(self, image: np.ndarray) -> list[Found]:
+        if image.shape[:2] != self.size:  # a crop
+            return []
         self.shape = image.shape
         return self.found
 
