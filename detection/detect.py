@@ -24,7 +24,7 @@ from PIL import Image
 from ..errors import DetectionError
 from .convention import Convention, mediapipe, sureness
 
-SMALL, WINDOW = 0.4, 0.6  # shares of a picture's sides
+SMALL, WINDOW = 0.4, 0.7  # shares of a picture's sides: a smaller hand lies whole in one of the windows
 SQUARES, LEAST = (1, 2, 3, 4), 96  # where no hand is found: parts of the shorter side, and pixels of a square at least
 
 
@@ -71,11 +71,11 @@ def padded(image: np.ndarray, share: float, size: int) -> tuple[np.ndarray, np.n
 
 
 def windows(image: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Nine overlapping parts of a picture: (the part's corner, [2] (x, y) in [0, 1] of the picture; the part)."""
+    """Four overlapping parts of a picture: (the part's corner, [2] (x, y) in [0, 1] of the picture; the part)."""
     height, width = image.shape[:2]
     rows, columns = round(height * WINDOW), round(width * WINDOW)
-    for y in np.linspace(0, height - rows, 3).round().astype(int):
-        for x in np.linspace(0, width - columns, 3).round().astype(int):
+    for y in np.linspace(0, height - rows, 2).round().astype(int):
+        for x in np.linspace(0, width - columns, 2).round().astype(int):
             yield np.array([x / width, y / height]), image[y : y + rows, x : x + columns]
 
 
@@ -143,8 +143,8 @@ class MediaPipe:
             "padded by": pad,
             "scaled to": size,
             "most hands": f"all: {hands}, doubled where so many are found",
-            "where hands are smaller than": f"{SMALL} of the picture: also in 9 windows of {WINDOW}",
-            "where no hand is found": f"also in squares of 1, 1/2, 1/3, 1/4 of the shorter side, at least {LEAST} pixels",
+            "where hands are smaller than": f"{SMALL} of the picture: also in 4 windows of {WINDOW}",
+            "where no hand is found": f"also in squares of 1 to 1/4 of the shorter side, at least {LEAST} pixels",
             "min_detection_confidence": confidence,
             "static_image_mode": True,
         }

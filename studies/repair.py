@@ -54,7 +54,8 @@ TURNED = 15.0  # degrees a joint: the pose is right
 DROP = 0.1  # of the joints: more of them lost is worse than before
 BOX, STRENGTH, STEPS, BLUR = 1.2, 0.5, 8, 4.0  # ADetailer's: box, denoising, steps and pixels of blur
 SHOWN = {"found": "found", "score": "score, misses 0", "joints": "joints within 10 %", "side": "side",
-         "gesture": "gesture read right", "voted": "gesture read right in three looks", "fingers": "fingers right", "seam": "seam", "seam_truth": "seam of the truth",
+         "gesture": "gesture read right", "voted": "gesture read right in three looks", "fingers": "fingers right",
+         "seam": "seam", "seam_truth": "seam of the truth",
          "ground": "background error, 0 to 255", "outside": "bytes changed outside", "painted": "painted",
          "worse": "worse than before", "better": "better than before", "pictures": "time, in pictures"}  # fmt: skip
 SHARES = ("found", "joints", "side", "gesture", "voted", "fingers", "painted", "worse", "better")
