@@ -25,6 +25,7 @@ MAX_GUIDANCE = 100.0
 MAX_SEED = 2**63 - 1
 MAX_REDRAWS = 4
 MAX_TEXT = 100_000  # characters
+MAX_SIDE = 4096  # pixels of a picture's side
 # `schedules.SOLVERS` has a function for each.
 SOLVERS = ("ddim", "ddpm", "euler", "dpm++2m", "dpm++2m-karras", "plms", "lcm", "ddim-early")
 
@@ -33,7 +34,7 @@ SOLVERS = ("ddim", "ddpm", "euler", "dpm++2m", "dpm++2m-karras", "plms", "lcm", 
 class Setting:
     """One setting of a request.
 
-    kind: int, float, str, or tuple for a part of the steps, (start, stop) with 0 <= start < stop <= 1.
+    kind: bool, int, float, str, or tuple for a part of the steps, (start, stop) with 0 <= start < stop <= 1.
     alias: diffusers' name. hd-run accepts it, too; over HTTP it is the field's name.
     bundle: whether a request without it takes it from the bundle's defaults. default: the value where there is no
     other; where both are there, bundles may leave it out.
@@ -55,6 +56,8 @@ class Setting:
     @property
     def constraint(self) -> str:
         """What a value must be: "a number from 0 to 100"."""
+        if self.kind is bool:
+            return "true or false"
         if self.kind is tuple:
             return "two numbers that rise, from 0 to 1, such as [0, 0.5]"
         if self.pattern:
@@ -66,6 +69,8 @@ class Setting:
     @property
     def annotation(self) -> Any:
         """The type and bounds of a value, for `schema.fit`."""
+        if self.kind is bool:
+            return Annotated[bool, Meta(description=self.constraint)]
         if self.kind is tuple:
             return Annotated[tuple[float, float], Meta(description=self.constraint)]
         if self.kind is int:
@@ -83,6 +88,8 @@ class Setting:
         """Where a value comes from that a request does not give: "the bundle's", "0 1"."""
         if self.origin or self.bundle:
             return self.origin or "the bundle's"
+        if self.kind is bool:
+            return str(self.default).lower()
         if isinstance(self.default, tuple):
             return " ".join(f"{value:g}" for value in self.default)
         return str(self.default or "none")
@@ -108,7 +115,7 @@ SETTINGS: dict[str, Setting] = {
         str,
         "Width and height of the picture in pixels.",
         pattern=r"^[1-9]\d{1,4}x[1-9]\d{1,4}\Z",
-        must="WIDTHxHEIGHT in pixels, such as 512x768",
+        must=f"WIDTHxHEIGHT with sides from 10 to {MAX_SIDE} pixels, such as 512x768",
         origin="the bundle's",
     ),
     "steps": _steps("Steps of the picture.", "num_inference_steps"),
@@ -120,6 +127,11 @@ SETTINGS: dict[str, Setting] = {
         default=(0.0, 1.0),
     ),
     "negative_prompt": Setting(str, "What the picture must not show.", default=""),
+    "plain_prompts": Setting(
+        bool,
+        "Read brackets and BREAK in prompts as text, and cut long prompts.",
+        default=False,
+    ),
     "noise_offset": Setting(
         float,
         "How much colours vary that the prompt leaves open.",
@@ -171,13 +183,14 @@ class Settings(TypedDict, total=False):
     guidance: float | None
     guidance_interval: tuple[float, float]
     negative_prompt: str
+    plain_prompts: bool
     noise_offset: float | None
     strength: float | None
     hand_steps: int | None
     hand_solver: str | None
     hand_guidance: float | None
     hand_redraws: int | None
-    hands: str | None
+    hands: Any
     image: Any
     mask: Any
     lora: str | Sequence[str] | None
@@ -197,7 +210,7 @@ class RequestFields:
     hand_steps: int | None = None
     hand_solver: str | None = None
     hand_guidance: float | None = None
-    hands: str | None = None
+    hands: Any = field(default=None, repr=False)  # the name of a file (str), or the content of one (bytes)
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     noise_offset: float | None = None
     hand_redraws: int | None = None
@@ -205,6 +218,7 @@ class RequestFields:
     mask: Any = field(default=None, repr=False)  # the same
     strength: float | None = None
     size: str | None = None
+    plain_prompts: bool = False
     lora: Any = None  # FILE[:SCALE] of each adapter; a tuple once it is checked
 
 
@@ -217,7 +231,7 @@ GIVEN = {
         description="up to 100 letters, digits, dots, dashes and underscores, no path, no dot at the start: it names "
         "files",
     ),
-    "hands": Meta(pattern=r"^[^\0]{1,4096}\Z", description="the name of a .hands.npz file"),
+    "hands": Meta(pattern=r"^[^\0]{1,4096}\Z", description="the name of a .hands.npz file, or its arrays"),
     "image": _PICTURE,
     "mask": _PICTURE,
 }

@@ -19,7 +19,7 @@ from ..schema import MisfitError, read_file
 from .arms import Arrays, Size
 from .detect import Detector, Found, MediaPipe
 from .draw import draw
-from .hands import Seen, Window, arrays_of, fitted, of_one_person, window_of
+from .hands import Seen, Window, arrays_of, closer, fitted, of_one_person, window_of
 from .poses import Poses
 
 MAX_PHOTO = 1 << 28  # bytes
@@ -27,13 +27,16 @@ MAX_PHOTO = 1 << 28  # bytes
 
 @dataclass
 class Told:
-    """arrays: of `save_hands`; caption: what the hands show; said: sentences for the user; drawing: uint8 [H, W, 3],
-    every found hand over the photograph."""
+    """arrays: of `save_hands`, empty where no hand was found; caption: what the hands show; said: sentences for the
+    user; drawing: uint8 [H, W, 3], every found hand over the photograph. whole: whether the places of the hands are
+    those in the whole photograph. `generate(hands=told)` and `repair_hands(engines, picture, told)` take it as it is.
+    """
 
     arrays: Arrays = field(repr=False)
     caption: str
     said: list[str]
     drawing: np.ndarray = field(repr=False)
+    whole: bool = False
 
     def png(self) -> bytes:
         """The drawing as a PNG file."""
@@ -71,7 +74,8 @@ class Photo:
     def hands_for(self, rest: np.ndarray, target: Size, poses: Poses | None = None, whole: bool = False) -> Told:
         """What a bundle can show of them. rest: [62, 3] of its body; target: height and width of its pictures. whole:
         the hands have their places in the whole photograph, not in the part that a new picture shows."""
-        seen = [fitted(one, self.size, rest, self.detector, poses) for one in self.found]
+        near = [closer(self.image, one, self.detector) for one in self.found]
+        seen = [fitted(one, self.size, rest, self.detector, poses) for one in near]
         seen.sort(key=lambda one: -(one.sureness or 0.0))
         pair, said = of_one_person(seen, self.size, rest)
         window = Window(0, 0, self.size[1], self.size[0]) if whole else window_of(pair, self.size, target)
@@ -79,7 +83,7 @@ class Photo:
         if not whole and window.height < 0.999 * min(self.size[0], self.size[1] * target[0] / target[1]):
             said.append(f"The hands are small in {self.path}, so the picture shows them nearer.")
         said = [f"{self.path} shows {' and '.join(str(one) for one in pair)}.", *said]
-        return Told(arrays_of(framed, window.size, rest), caption(pair), said, draw(self.image, seen))
+        return Told(arrays_of(framed, window.size, rest), caption(pair), said, draw(self.image, seen), whole)
 
 
 def read_photo(path: str | Path) -> np.ndarray:

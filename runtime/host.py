@@ -23,7 +23,8 @@ from ..engines.adapted import Chosen
 from ..errors import HanDiffuserError, RequestError
 from ..hands import load_hands
 from ..schedules import Table
-from .adapting import Adapting, Key, key_of
+from .adapting import Adapting, key_of
+from .adapting import Key as Adapters
 from .bundle import Bundle, keep
 from .canvas import Blend, digest
 from .noise import HANDS, LATENTS
@@ -32,13 +33,15 @@ from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finit
 from .room import Size
 from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
+from .words import Key, Wanted, chunks_of, is_plain
 
 
 class Kind(NamedTuple):
     """What the requests of one batch share."""
 
     size: Size
-    adapters: Key
+    chunks: int  # of its prompt
+    adapters: Adapters
 
 
 class HostLoop:
@@ -59,12 +62,12 @@ class HostLoop:
         self.timings: dict[str, float] = dict.fromkeys([*engines, "total"], 0.0)
         self.engines = {name: _Timed(name, engine, self.timings) for name, engine in engines.items()}
         bundle.made_by["device"] = engines["unet"].device
-        self._adapted: dict[Key, dict[str, _Timed]] = {(): {}}  # engines of the graphs that adapters change
+        self._adapted: dict[Adapters, dict[str, _Timed]] = {(): {}}  # engines of the graphs that adapters change
         self._times: dict[Any, np.ndarray] = {}  # adapters and timesteps -> rows of unet_time
         self._latents: dict[Any, np.ndarray] = {}  # shape and hash of a picture's pixels -> its latents [C, h, w]
         self._hand_times = StepTimes(only=engines["hand_prior"].batches)
         self._batches = engines["unet"].batches
-        self._step_times: dict[Size, StepTimes] = {}  # of the UNet, by the size of pictures
+        self._step_times: dict[Any, StepTimes] = {}  # of the UNet
         self._no_text: np.ndarray | None = None  # text_encoder of "", [77, D]
         self._cancelled: set[Hashable] = set()
         self._ready: deque[Work] = deque()  # has its context, waits for a slot
@@ -91,7 +94,7 @@ class HostLoop:
             return
         source, more = iter(requests), True
         hand_sampler = self._hand_sampler(slots)
-        own = Kind(self.bundle.manifest.image_size, ())
+        own = Kind(self.bundle.manifest.image_size, 1, ())
         samplers = SizedSamplers(lambda kind: self._sampler(kind, slots), slots, own)
         self._ready, self._running, self._samplers = deque(), {}, samplers
         ready, running = self._ready, self._running
@@ -131,15 +134,15 @@ class HostLoop:
         return StepSampler(engine, "x", history, slots, self._hand_times, engine.branched)
 
     def _sampler(self, kind: Any, slots: int) -> StepSampler:
-        """A sampler for pictures of one size and the same adapters, with as many slots as fit into memory."""
+        """A sampler for pictures of one kind, with as many slots as fit into memory."""
         unet, history = self._engine("unet", kind.adapters), self.bundle.manifest.num_history["unet"]
-        times = self._step_times.setdefault(kind.size, StepTimes(only=self._batches))
+        times = self._step_times.setdefault((kind.size, kind.chunks), StepTimes(only=self._batches))
         return StepSampler(unet, "latents", history, self.bundle.room.rows(kind.size, slots), times, unet.branched)
 
     def _kind(self, work: Work) -> Kind:
-        return Kind(self.bundle.size(work.request), key_of(work.adapters))
+        return Kind(self.bundle.size(work.request), chunks_of(work), key_of(work.adapters))
 
-    def _engine(self, graph: str, adapters: Key) -> _Timed:
+    def _engine(self, graph: str, adapters: Adapters) -> _Timed:
         """A graph's engine with adapters that are loaded: its own, or the base's where they leave the graph alone."""
         return self._adapted[adapters].get(graph) or self.engines[graph]
 
@@ -218,14 +221,38 @@ class HostLoop:
         features = {name: np.stack([work.features[name] for work in works]) for name in works[0].features}
         ids = np.stack([work.ids for work in works])  # [B, 2, length]
         # With guidance 1 the unconditional branch is unused: its place may hold the conditional one.
-        encoder = self._engine("text_hand_encoder", key)
+        encoder, unet_context = (self._engine(name, key) for name in ("text_hand_encoder", "unet_context"))
         alone = all(work.request.guidance == 1 for work in works) and encoder.branched
-        context = encoder({"input_ids": ids[:, 1:] if alone else ids, **features})["context"]
-        keys = self._engine("unet_context", key)({"context": context})
-        for row, work in enumerate(works):
-            work.inputs |= {name: np.broadcast_to(value[row], (2, *value.shape[2:])) for name, value in keys.items()}
-            work.told = True
+        context = _context(encoder, ids[:, 1:] if alone else ids, features)
+        for group, contexts in self._worded(works, context, features, encoder):
+            keys = unet_context({"context": contexts})
+            for row, work in enumerate(group):
+                wide = {name: np.broadcast_to(value[row], (2, *value.shape[2:])) for name, value in keys.items()}
+                work.inputs |= wide
+                work.told = True
         return True
+
+    def _worded(
+        self, works: list[Work], context: np.ndarray, features: Mapping[str, np.ndarray], encoder: _Timed
+    ) -> list[tuple[list[Work], np.ndarray]]:
+        """Works whose contexts have one length, and these contexts. context: the encoder's, [B, G, L, W]."""
+        wanted = Wanted(works, self.bundle.empty)
+        if not wanted.works:
+            return [(works, context)]
+        branched = encoder.branched
+        rows, states = list(wanted.rows.items()), dict[Key, np.ndarray]()
+        for start in range(0, len(rows), self.slots):
+            some = rows[start : start + self.slots]
+            any_hands = {name: value[np.arange(len(some)) % len(works)] for name, value in features.items()}
+            pairs = np.stack([row for _, row in some])[:, :, None]  # [R, (ids, mask), 1, 77]
+            pairs = pairs if branched else pairs.repeat(2, 2)
+            read = _context(encoder, pairs[:, 0], any_hands, pairs[:, 1])  # words never read hands
+            states |= {key: read[row, -1] for row, (key, _) in enumerate(some)}
+        groups: dict[int, list[tuple[Work, np.ndarray]]] = {}
+        for work, own in zip(works, context, strict=True):
+            own = own if is_plain(work) else wanted.context(work, own, states)
+            groups.setdefault(own.shape[1], []).append((work, own))
+        return [([work for work, _ in group], np.stack([own for _, own in group])) for group in groups.values()]
 
     def _read(self, works: list[Work]) -> tuple[list[Work], list[Picture | Failure]]:
         """Encodes the pictures of those that bring one. Returns the works without trouble, and a Failure for each of
@@ -263,7 +290,7 @@ class HostLoop:
         texts: dict[Hashable, np.ndarray] = {}
         textual = [work for work in works if work.request.hands is None]
         if textual:
-            ids = np.stack([work.ids[1] for work in textual])  # [B, length]
+            ids = np.stack([work.readings[1].ids[0] for work in textual])  # [B, length]
             encoded = self.engines["text_encoder"]({"input_ids": ids})["text"]
             texts = {work.request.id: text for work, text in zip(textual, encoded, strict=True)}
         for work in works:
@@ -323,8 +350,7 @@ class HostLoop:
     def _hand_job(self, work: Work, text: np.ndarray) -> Job:
         """The job of the next draw of stage 1. text: the text encoder's output for the prompt, [77, D]."""
         if self._no_text is None:
-            ids = self.bundle.tokenizer.encode("")[0]
-            self._no_text = self.engines["text_encoder"]({"input_ids": ids[None]})["text"][0]
+            self._no_text = self.engines["text_encoder"]({"input_ids": self.bundle.empty[None]})["text"][0]
         both = np.stack([self._no_text, text])  # [2, 77, D]
         table = self.bundle.table(HANDS, work.request)
         return _job(work.request, HANDS, table, (NUM_PARAMS,), {"text": both}, draw=work.draws)
@@ -388,6 +414,12 @@ class _Timed:
             return self.engine(feeds)
         finally:
             self.timings[self.name] += time.perf_counter() - started
+
+
+def _context(encoder: _Timed, ids: np.ndarray, features: Mapping[str, np.ndarray], mask: Any = None) -> np.ndarray:
+    """Token ids [B, G, 77] and rows of hand features -> [B, G, L, W]. mask: like ids; None: all tokens count."""
+    mask = np.ones_like(ids) if mask is None else mask
+    return encoder({**features, "input_ids": ids, "attention_mask": mask})["context"]
 
 
 def _job(

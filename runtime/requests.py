@@ -32,10 +32,12 @@ import numpy as np
 
 from ..engines.adapted import Chosen, chosen
 from ..errors import CheckpointError, RequestError
-from ..hands import MAX_HANDS, NO_HANDS
+from ..hands import CAMERA, NO_HANDS, SHAPES, given_arrays, hands_file
+from ..hands import content_of as hands_content
 from ..hints import hint
+from ..prompts import marked, words
 from ..schedules import Table
-from ..schema import MisfitError, fit, parse_json, read_file
+from ..schema import MisfitError, fit, parse_json
 from ..settings import SETTINGS, RequestFields, checked, with_defaults
 from .canvas import as_source, content_of, digest
 from .noise import LATENTS, RequestNoise, drawn_again
@@ -76,7 +78,8 @@ class Request(RequestFields):
     Settings and their ranges are in `settings.SETTINGS`; see also `schedules.rows` (guidance_interval), `noise.initial`
     (noise_offset) and `clash` (hand_redraws).
     id: letters, digits, dots, dashes and underscores; the files of the picture are named after it.
-    hands: a `.hands.npz` whose hands replace those of stage 1; "none" for a picture without hands.
+    hands: what replaces the hands of stage 1: a `.hands.npz`; or its arrays in a dictionary, such as those of a
+    Picture; or what `find_hands` yields. "none" for a picture without hands.
     image: a picture to start from: its file, the content of one (bytes), or an array, uint8 [H, W, 3]. mask: the same,
     as large: white where the request paints again, black where it keeps, grey between. Transparent pixels count as
     white.
@@ -92,7 +95,12 @@ class Request(RequestFields):
         if isinstance(given["lora"], (str, Path)):
             given["lora"] = (str(given["lora"]),)
         given["lora"] = given["lora"] or None
-        contents = {name: given.pop(name) for name in PICTURES if isinstance(given[name], bytes)}
+        if isinstance(self.hands, Path):
+            given["hands"] = str(self.hands)
+        elif not isinstance(self.hands, (str, bytes, type(None))):
+            arrays = given_arrays(self.hands, *SHAPES)
+            given["hands"] = hands_file({name: arrays[name] for name in (*SHAPES, CAMERA) if name in arrays}, "")
+        contents = {name: given.pop(name) for name in FILES if isinstance(given[name], bytes)}
         try:
             fitted = fit({**given, **dict.fromkeys(contents)}, checked())
         except MisfitError as error:
@@ -101,7 +109,7 @@ class Request(RequestFields):
             object.__setattr__(self, name, value)  # 3 and 3.0 are the same picture
         if not self.prompt.strip():
             raise RequestError("The prompt is empty. Say what the picture shows.", "prompt")
-        for name in ("prompt", "negative_prompt", "hands", *PICTURES, "lora"):
+        for name in ("prompt", "negative_prompt", *FILES, "lora"):
             try:
                 str(getattr(self, name) or "").encode("utf-8")
             except UnicodeEncodeError:
@@ -124,9 +132,8 @@ class Request(RequestFields):
         draw: how often its hands were drawn before. Each draw has a stream of its own, of the same seed.
         """
         offset = (self.noise_offset or 0.0) if stream == LATENTS else 0.0
-        return RequestNoise(
-            self.seed or 0, drawn_again(stream, draw), table.init_sigma, table.stochastic, offset, self.prompt
-        )
+        said = self.prompt if self.plain_prompts else words(self.prompt)  # other weights, the same colours
+        return RequestNoise(self.seed or 0, drawn_again(stream, draw), table.init_sigma, table.stochastic, offset, said)
 
     def said(self) -> dict[str, Any]:
         """All fields as plain values, for a record: a picture that is not in a file is named by its hash."""
@@ -359,9 +366,12 @@ def picture_key(request: Request, bundle: str = "") -> str:
     del values["lora"]
     if request.lora is not None and (adapters := adapters_of(request)):
         values["lora"] = [one.key for one in adapters]
+    # Prompts without marks keep the keys that they had before marks had a meaning.
+    if not (request.plain_prompts or marked(request.prompt) or marked(request.negative_prompt)):
+        del values["plain_prompts"]
     if request.hands is not None and request.hands != NO_HANDS:
         try:
-            values["hands"] = hashlib.sha256(read_file(Path(request.hands), MAX_HANDS)).hexdigest()
+            values["hands"] = digest(hands_content(request.hands))
         except (OSError, MisfitError) as error:
             why = getattr(error, "strerror", None) or error
             raise RequestError(f"The hands file {request.hands} cannot be read: {why}.", "hands") from error

@@ -29,6 +29,7 @@ from ..contract import Manifest
 from ..engines.backends import CHOICES, DEVICES
 from ..errors import HanDiffuserError
 from ..runtime.bundle import Bundle
+from ..settings import SETTINGS
 from .app import make_app
 from .dispatch import STUCK_SECONDS, Dispatcher
 from .guard import Protocol
@@ -77,6 +78,7 @@ def _named(_: click.Context, parameter: click.Parameter, given: Any) -> Any:
               help="Form of pictures when a request does not name one.")  # fmt: skip
 @click.option("--default-negative-prompt", default="", metavar="TEXT",
               help="Negative prompt of requests that give none.")  # fmt: skip
+@click.option("--plain-prompts", is_flag=True, help=SETTINGS["plain_prompts"].help)
 @click.option("--lora-folder", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER",
               help="Adapters (LoRA, .safetensors) that requests may name. On a CPU only.")  # fmt: skip
 @click.option("--lora-memory", type=click.FloatRange(0, 10_000, min_open=True), metavar="GB",
@@ -131,6 +133,7 @@ def serve(engines: str, **options: Any) -> int:
         checked_url(options["public_url"]) if options["public_url"] else None,
         tuple(checked_origin(origin) for origin in options["cors"]),
         options["default_negative_prompt"],
+        options["plain_prompts"],
         options["lora_folder"],
     )
     if front.negative_prompt and bundle.manifest.defaults["guidance"] == 1:

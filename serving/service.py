@@ -36,6 +36,7 @@ KEPT_HANDS = 1000  # files of hands from clients or for clients
 KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # pictures that clients may fetch by URL
 MAX_UPLOADS = 16  # requests with pictures at once: each holds its pictures in memory
 MIN_SIDE_PIXELS, MAX_SIDE_PIXELS = 16, 2048  # of a picture that is scaled
+MAX_AREA = 4  # times the pixels of the bundle's own size that a client may ask for
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Front:
     public_url: str | None = None  # the URL of / for clients, without a slash at the end
     cors: tuple[str, ...] = ()  # origins whose pages may send requests
     negative_prompt: str = ""  # of guided requests that give none
+    plain_prompts: bool = False  # of all requests
     loras: Path | None = None  # the folder of adapters that requests may name
 
 
@@ -103,6 +105,12 @@ class Service:
     def size(self) -> str:
         height, width = self.bundle.manifest.image_size
         return f"{width}x{height}"
+
+    @property
+    def most_pixels(self) -> int:
+        """That a client's picture may have, where the bundle paints other sizes than its own."""
+        height, width = self.bundle.manifest.image_size
+        return MAX_AREA * height * width
 
     @property
     def engines(self) -> Path:
@@ -164,6 +172,7 @@ class Service:
         """Fills in the bundle's defaults, seeds and ids. Raises RequestError for what this bundle cannot run."""
         assert request.seed is not None
         filled = replace(request, **gaps(request, self.bundle.manifest.defaults))
+        filled = replace(filled, plain_prompts=request.plain_prompts or self.front.plain_prompts)
         for name, steps in (("steps", filled.steps), ("hand_steps", request.hand_steps)):
             if (steps or 1) > self.limits.steps:
                 raise RequestError(
@@ -177,8 +186,12 @@ class Service:
         except RequestError as error:
             # The client sent arrays, not a file: its name on this machine is not for clients.
             file = f"the hands file {request.hands}"
+            if isinstance(request.hands, bytes):
+                file = "the dictionary of hands"
             sentence = str(error).replace(f"T{file[1:]} has", "The hands have").replace(f" in {file}", "")
-            sentence = sentence.replace(f"T{file[1:]}", "The hands").replace(str(request.hands), "the hands")
+            sentence = sentence.replace(f"T{file[1:]}", "The hands")
+            if isinstance(request.hands, str):
+                sentence = sentence.replace(request.hands, "the hands")
             raise RequestError(self.adapters.hidden(sentence), error.param, error.code) from None
         return [
             replace(filled, seed=(request.seed + i) % (MAX_SEED + 1), id=f"img-{secrets.token_hex(12)}")
