@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -15,13 +16,14 @@ from ..commands import run
 from ..contract import EIGHT_BITS, Manifest
 from ..errors import EngineError
 from . import inspect, timing, verdict
-from .backends import BACKENDS, GPU_PLANNED, PLANNED
+from .backends import BACKENDS, GPU_PLANNED, PLANNED, runner
 from .build import choose_builder, fitting, gpu
 from .cost import costs
 from .cost import text as cost_text
+from .eight_bits import CHOICES as EIGHT_CHOICES
 from .plans import Built, Plan, PlanStore, Sizes, Wanted, belongs, size_text
 from .rates import GPUS
-from .tensorrt import HARDWARE, NAMES, TILING, Options, loads
+from .tensorrt import HARDWARE, NAMES, TILING, Options, TensorRT, loads
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -66,6 +68,10 @@ def build_options(command):  # type: ignore[no-untyped-def]
             click.option("--version-compatible", is_flag=True,
                          help="TensorRT: plans that later versions and --backend tensorrt-lean run, too. They may be "
                          "slower."),
+            click.option("--eight-bits", type=click.Choice(EIGHT_CHOICES), default="all", show_default=True,
+                         help="TensorRT, fp8 and int8: which quantised layers stay so. products: no convolutions. A "
+                         "layer without such a kernel is always in half precision. On a GPU, products are tried where "
+                         "all are not faster."),
             click.option("--faster-than", metavar="FOLDER", type=click.Path(path_type=Path),
                          help="Engines of the same model in fp16: fp8 and int8 are refused where they take longer on "
                          "this GPU. [default: fp16 plans that the folder still has]"),
@@ -85,10 +91,42 @@ def wanted_of(values: dict) -> Wanted:
         tuple(values["compute_capabilities"]),
         None if values["hardware"] == "none" else values["hardware"],
         values["version_compatible"] or None,
+        None if values["eight_bits"] == "all" else values["eight_bits"],
     )
     return Wanted(
         values["batch_sizes"] or (), values["dynamic"], values["shared_weights"], values["guidance_free"], options
     )
+
+
+def check_options(backend: str, precision: str, wanted: Wanted, faster_than: Path | None = None) -> None:
+    """Raises EngineError for an option of `build_options` that has no effect on what is made for a backend."""
+    options = wanted.options or Options()
+    if options.eight_bits and precision not in EIGHT_BITS:
+        raise EngineError(f"--eight-bits is an option of fp8 and int8, got --precision {precision}. Leave it out.")
+    if backend in GPU_PLANNED:
+        return
+    sizes = {"--batch-sizes": wanted.batch_sizes, "--guidance-free": wanted.guidance_free}
+    given = {
+        **sizes,
+        "--dynamic": wanted.dynamic,
+        "--shared-weights": wanted.shared,
+        "--build-level": options.level is not None,
+        "--tiling": options.tiling,
+        "--aux-streams": options.aux_streams is not None,
+        "--workspace": options.workspace,
+        "--compute-capability": options.compute_capabilities,
+        "--hardware-compatibility-level": options.hardware,
+        "--version-compatible": options.version_compatible,
+        "--eight-bits": options.eight_bits,
+        "--faster-than": faster_than,
+    }
+    takes = sizes if BACKENDS[backend].plans or BACKENDS[backend].compiles else {}
+    for name in (name for name, value in given.items() if value and name not in takes):
+        kind = "compiled plans" if name in sizes else "TensorRT"
+        raise EngineError(
+            f"{name} is an option of {kind}, got --backend {backend}. Leave it out, or name another backend, such as "
+            "--backend tensorrt."
+        )
 
 
 def resolve_backend(backend: str) -> str:
@@ -105,10 +143,7 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
 
     faster_than: see `judge_on_gpu`.
     """
-    said = [name for name, value in (("--hardware-compatibility-level", wanted.options.hardware),
-                                     ("--version-compatible", wanted.options.version_compatible)) if value]  # fmt: skip
-    if said and backend not in GPU_PLANNED:
-        raise EngineError(f"{said[0]} is an option of TensorRT, got --backend {backend}. Leave it out.")
+    check_options(backend, Manifest.load(folder, verify=False).precision, wanted, faster_than)
     if backend in GPU_PLANNED:
         wanted, why = fitting(folder, wanted, gpu())
         if why:
@@ -142,8 +177,15 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
         console.print(f"All {len(done)} plans are there and current: nothing was built.")
     if BACKENDS[backend].measured:
         judge_on_cpu(folder, backend)
-    else:
+        return done
+    try:
         judge_on_gpu(folder, backend, faster_than)
+    except timing.NotFasterError as slower:
+        if wanted.options.eight_bits is not None:
+            raise
+        console.print(f"{slower} Building again with convolutions in half precision (--eight-bits products).")
+        wanted = replace(wanted, options=replace(wanted.options, eight_bits="products"))
+        return build_with_progress(folder, backend, wanted, faster_than)
     return done
 
 
@@ -238,7 +280,7 @@ def list_plans(folder: str) -> int:
         if plan.made_for != heading:
             heading = plan.made_for
             click.echo(f"{heading}, {plan.parts['precision']}")
-        state = stale(plan, manifest, versions) or store.problem(plan, verify=False) or "current"
+        state = stale(plan, manifest, versions) or store.problem(plan, verify=False) or not_here(plan) or "current"
         size = f"{plan.size / 1e6:8.1f} MB   built in {plan.seconds:6.1f} s"
         click.echo(f"  {plan.graph:18} {plan.parts['sizes']:12} {size}   {state}")
     if not heading:
@@ -378,6 +420,20 @@ def stale(plan: Plan, manifest: Manifest, versions: dict[str, str]) -> str:
         return f"stale: {backend} is {versions[backend]} now"
     elsewhere: str = BACKENDS[backend].builder().elsewhere(backend, plan.parts["target"]) if backend in PLANNED else ""
     return elsewhere
+
+
+def not_here(plan: Plan) -> str:
+    """Why the lean run time does not run a current plan, where it alone is installed; or ""."""
+    backend = plan.parts["backend"]
+    name = runner(backend)
+    if name == backend:
+        return ""
+    if not plan.version_compatible:
+        return f"not for {name}: built without --version-compatible"
+    with contextlib.suppress(EngineError):
+        version = TensorRT(name).version
+        return "" if loads(plan, version) else f"not for {name} {version}"
+    return ""
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,43 +32,19 @@ from ..errors import EngineError, RequestError
 from ..hands import load_hands
 from ..settings import MAX_REDRAWS, MAX_STEPS
 from .bundle import Bundle, keep
+from .device_batches import DeviceBatch, Exit
 from .device_graphs import STREAM, DeviceGraph, Staging, Streams
 from .device_noise import DeviceNoise
-from .device_pictures import DeviceBlend, DevicePictures
+from .device_pictures import DevicePictures
 from .device_sampler import DeviceJob, DeviceSampler, DeviceTable, first_bad
+from .device_words import DeviceWords
 from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
 from .steptimes import StepTimes
 
 JUDGED = ("joints_3d", "visibility")  # features that `clash` reads
-AHEAD = 3  # steps that the host enqueues beyond the current one: the device never waits, new requests hardly do
 HAND_LOG_STEPS = (2 + MAX_REDRAWS) * MAX_STEPS  # a batch of hands takes that many steps at most, with redraws
-
-
-@dataclass
-class _Batch:
-    """Requests that go through stage 1 together; row i of every buffer belongs to works[i]."""
-
-    works: list[Work]
-    jobs: dict[Hashable, DeviceJob]  # of the hand prior
-    done: Any  # event: keys and values are ready
-    host: dict[str, np.ndarray]  # pinned copies of x and of the features, valid after `arrived`
-    log: np.ndarray
-    arrived: Any
-    blends: dict[Hashable, DeviceBlend]  # of those that bring a picture
-    left: int = 0  # works that have no result yet
-
-
-@dataclass
-class _Exit:
-    """Pictures on their way out."""
-
-    jobs: list[DeviceJob]
-    image: np.ndarray
-    finite: np.ndarray
-    log: np.ndarray
-    event: Any = None
 
 
 class DeviceLoop:
@@ -87,15 +62,15 @@ class DeviceLoop:
         self.hands_sampler = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.noise, log_steps=HAND_LOG_STEPS)
         times = StepTimes(graphs["unet"].buckets)
         self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.noise, times)
-        latents = graphs["unet"].inputs["latents"]
         # Latents that wait for the decoder, and a copy of the log of their steps: three of each, so that the UNet never
         # waits for the decoder.
-        shape, lines = (slots, *latents.shape[1:]), self.sampler.log.shape
+        shape, lines = (slots, *graphs["unet"].inputs["latents"].shape[1:]), self.sampler.log.shape
         self.exits: list[tuple[Any, Any, Any]] = [
             (cuda.zeros(shape, "float32"), cuda.zeros(lines, "float32"), None) for _ in range(3)
         ]
         if (span := graphs["hand_features"].inputs.get("span")) is not None:  # pictures have the bundle's own size
             self.staging.upload(self.side, span, np.ones(span.shape, np.float32))
+        self.words = DeviceWords(self.staging, graphs, self.side, slots)
         self.tables: dict[tuple[Any, ...], DeviceTable] = {}
         text = graphs["text_encoder"].outputs["text"]
         self.both = cuda.zeros((slots, 2, *text.shape[1:]), text.dtype)  # for each prompt: the empty text, its own
@@ -106,8 +81,10 @@ class DeviceLoop:
         self.timings = {"unet": 0.0, "total": 0.0}  # seconds of the steps, and of `run`
         self.consumed: list[Any] = []  # events: stage 2 has read the outputs of stage 1
         self.cancelled: set[Hashable] = set()
-        self.ready: deque[tuple[_Batch, int]] = deque()
-        self.running: dict[Hashable, tuple[_Batch, int]] = {}
+        self.ready: deque[tuple[DeviceBatch, int]] = deque()
+        self.running: dict[Hashable, tuple[DeviceBatch, int]] = {}
+        self.leaving: deque[Exit] = deque()
+        self.fed: deque[int] = deque()  # rows of the steps that `_feed` made
 
     def warnings(self) -> list[str]:
         """Warnings about how this runs."""
@@ -165,28 +142,34 @@ class DeviceLoop:
 
     def _run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         source, more = iter(requests), True
-        self.ready, self.running = deque(), {}
-        ready, running = self.ready, self.running
-        exits: deque[_Exit] = deque()
-        while more or ready or running or exits:
+        self.ready, self.running, self.leaving, self.fed = deque(), {}, deque(), deque()
+        ready, running, exits, results = self.ready, self.running, self.leaving, deque[Picture | Failure]()
+        while more or ready or running or exits or results:
             while self.cancelled:
-                yield from self._drop(self.cancelled.pop())
+                results.extend(self._drop(self.cancelled.pop()))
             if more and not ready and (self.overlap or self.sampler.free):
                 some, more = take(source, self.slots)
                 if some:
                     batch, failures = self._stage_1(some)
                     ready.extend((batch, row) for row in range(len(batch.works)))
                     tell("hands", len(some))
-                    yield from failures
+                    while self.fed:
+                        tell("steps", self.fed.popleft())
+                    results.extend(failures)
             self._admit(ready, running)
             if self.sampler.jobs:
-                finished: list[tuple[DeviceJob, Any]] = []
-                tell("steps", self._step(finished, exits))
-                self.sampler.wait(AHEAD)
-                self.timings["unet"] = self.sampler.seconds
+                tell("steps", self._step())
+            if self.sampler.hungry():
+                continue  # first the queue, then the results: the caller may take long for each
             while exits and (exits[0].event.done() or not self.sampler.jobs):
                 exits[0].event.synchronize()
-                yield from self._collect(exits.popleft(), running)
+                results.extend(self._collect(exits.popleft(), running))
+            while results:
+                yield results.popleft()
+                if self.sampler.hungry():
+                    break
+        self.sampler.settle()
+        self.timings["unet"] = self.sampler.seconds
 
     def cancel(self, id: str) -> None:
         """See `HanDiffuser.cancel`."""
@@ -205,14 +188,14 @@ class DeviceLoop:
         self.sampler.drop(self.main, id)
         return [self._left(*self.running.pop(id))]
 
-    def _left(self, batch: _Batch, row: int) -> Failure:
+    def _left(self, batch: DeviceBatch, row: int) -> Failure:
         batch.arrived.synchronize()  # copies may be under way
         if batch.blends:
             self.main.record().synchronize()
         self._done(batch, row)
         return cancelled(batch.works[row].request)
 
-    def _done(self, batch: _Batch, row: int) -> None:
+    def _done(self, batch: DeviceBatch, row: int) -> None:
         """One work of a batch has its result; after the last the memory is free."""
         if (blend := batch.blends.get(batch.works[row].request.id)) is not None:
             self.pictures.give(blend)
@@ -230,9 +213,8 @@ class DeviceLoop:
         batch.arrived.synchronize()
         values = {name: value[row].copy() for name, value in batch.host.items()}
         work = batch.works[row]
-        shown = Work(work.request, work.started, work.ids, [], None, self.bundle.params(values.pop("x")), values)
-        steps = len(self.bundle.table(LATENTS, work.request).rows)
-        step, latents = 0, None
+        shown = Work(work.request, work.started, work.readings, [], None, self.bundle.params(values.pop("x")), values)
+        step, steps, latents = 0, len(self.bundle.table(LATENTS, work.request).rows), None
         if id in self.running:
             i = next((i for i, job in enumerate(self.sampler.jobs) if job.key == id), None)
             if i is None:  # it waits for the decoder
@@ -279,7 +261,7 @@ class DeviceLoop:
             return not_finite(work.request, "hand_features")
         return None
 
-    def _admit(self, ready: deque[tuple[_Batch, int]], running: dict[Hashable, tuple[_Batch, int]]) -> None:
+    def _admit(self, ready: deque[tuple[DeviceBatch, int]], running: dict[Hashable, tuple[DeviceBatch, int]]) -> None:
         """Fills free slots."""
         admitted = False
         while ready and self.sampler.free:
@@ -296,8 +278,14 @@ class DeviceLoop:
         if admitted and not ready:
             self.consumed = [self.main.record()]
 
-    def _step(self, finished: list[tuple[DeviceJob, Any]], exits: deque[_Exit]) -> int:
+    def _feed(self) -> None:
+        """Enqueues steps of stage 2 between those of stage 1, which may take the host longer than what is queued."""
+        while self.sampler.hungry():
+            self.fed.append(self._step())
+
+    def _step(self) -> int:
         """Enqueues one step of stage 2; finished requests go to the decoder."""
+        finished: list[tuple[DeviceJob, Any]] = []
         buffer, log, busy = self.exits[0]
         if busy is not None:
             self.main.wait(busy)  # until the decoder has read this buffer
@@ -310,16 +298,18 @@ class DeviceLoop:
         if finished:
             jobs = [job for job, _ in finished]
             self.main.copy(log, self.sampler.log)
-            exits.append(self._decode(jobs, buffer, log))
-            self.exits = [*self.exits[1:], (buffer, log, exits[-1].event)]
+            self.leaving.append(self._decode(jobs, buffer, log))
+            self.exits = [*self.exits[1:], (buffer, log, self.leaving[-1].event)]
+        self.sampler.wait()
+        self.timings["unet"] = self.sampler.seconds
         return count
 
-    def _decode(self, jobs: list[DeviceJob], latents: Any, log: Any) -> _Exit:
+    def _decode(self, jobs: list[DeviceJob], latents: Any, log: Any) -> Exit:
         count, decoder = len(jobs), self.graphs["image_decoder"]
         self.out.wait(self.main.record())
         self.out.copy(decoder.inputs["latents"][:count], latents[:count])
         decoder.launch(self.out, count)
-        leaving = _Exit(
+        leaving = Exit(
             jobs,
             self._read(self.out, decoder.outputs["image"][:count]),
             self._read(self.out, decoder.outputs["finite"][:count]),
@@ -328,34 +318,30 @@ class DeviceLoop:
         leaving.event = self.out.record()
         return leaving
 
-    def _stage_1(self, requests: list[Request]) -> tuple[_Batch, list[Failure]]:
+    def _stage_1(self, requests: list[Request]) -> tuple[DeviceBatch, list[Failure]]:
         """Enqueues text -> hands -> features -> context -> keys and values for a batch of requests."""
-        graphs, side = self.graphs, self.side
+        side = self.side
+        self._feed()
         for event in self.consumed:
             side.wait(event)
         canvases, unread = self.bundle.canvases(requests)
-        works, jobs, failures = self._hands([request for request in requests if request.id in canvases])
+        works, jobs, failures = self._hands([request for request in requests if request.id in canvases], self._feed)
         blends = self.pictures.encode(side, works, canvases, self.bundle)
-        count = len(works)
-        if count:
-            encoder = graphs["text_hand_encoder"]
-            ids = np.stack([work.ids for work in works])
-            self.staging.upload(side, encoder.inputs["input_ids"][:count], ids)
-            encoder.launch(side, count)
-            graphs["unet_context"].launch(side, count)
+        if count := len(works):
+            self.words.encode(side, works, self.bundle.empty)
         done = side.record()
         host = self._read_hands(count) if count else {}
         log = self._read(side, self.hands_sampler.log)
         failures += unread
-        return _Batch(works, jobs, done, host, log, side.record(), blends, left=count), failures
+        return DeviceBatch(works, jobs, done, host, log, side.record(), blends, left=count), failures
 
-    def _hands(self, requests: list[Request]) -> tuple[list[Work], dict[Hashable, DeviceJob], list[Failure]]:
+    def _hands(
+        self, requests: list[Request], between: Callable[[], None] = lambda: None
+    ) -> tuple[list[Work], dict[Hashable, DeviceJob], list[Failure]]:
         """Enqueues text -> hands -> features."""
         bundle, graphs, side = self.bundle, self.graphs, self.side
         started = time.perf_counter()
-        works: list[Work] = []
-        failures = []
-        given: dict[Hashable, np.ndarray] = {}
+        works, failures, given = list[Work](), list[Failure](), dict[Hashable, np.ndarray]()
         for request in requests:
             if request.hands is not None:
                 try:
@@ -371,7 +357,7 @@ class DeviceLoop:
         jobs: dict[Hashable, DeviceJob] = {}
         textual = [work for work in works if work.request.id not in given]
         if textual:
-            text = self._encode(np.stack([work.ids[1] for work in textual]))
+            text = self._encode(np.stack([work.readings[1].ids[0] for work in textual]))
             for i in range(len(textual)):
                 side.copy(self.both[i][0], self.no_text)
                 side.copy(self.both[i][1], text[i])
@@ -386,6 +372,7 @@ class DeviceLoop:
                     self.hands_sampler.submit(side, jobs[work.request.id])
                     work.draws += 1
             while self.hands_sampler.jobs:
+                between()
                 self.hands_sampler.step(side, lambda job, state: side.copy(x[rows[job.key]], state))
             graphs["hand_features"].launch(side, len(works))
             drawing = self._clashing(drawing, rows)
@@ -427,7 +414,7 @@ class DeviceLoop:
         """ids [B, length] -> text [B, 77, D]. The first call also encodes the empty prompt."""
         encoder, side = self.graphs["text_encoder"], self.side
         if self.no_text is None:
-            self.staging.upload(side, encoder.inputs["input_ids"][:1], self.bundle.tokenizer.encode("")[0][None])
+            self.staging.upload(side, encoder.inputs["input_ids"][:1], self.bundle.empty[None])
             encoder.launch(side, 1)
             self.no_text = self.cuda.zeros(encoder.outputs["text"].shape[1:], encoder.outputs["text"].dtype)
             side.copy(self.no_text, encoder.outputs["text"][0])
@@ -437,9 +424,8 @@ class DeviceLoop:
 
     def _job(self, request: Request, stream: str, constants: Mapping[str, Any], draw: int = 0) -> DeviceJob:
         """A job with the noise of its request, as on the host."""
-        device_table = self._table(stream, request)
-        table = device_table.table
-        return DeviceJob(request.id, request.noise(stream, table, draw), device_table, constants)
+        table = self._table(stream, request)
+        return DeviceJob(request.id, request.noise(stream, table.table, draw), table, constants)
 
     def _table(self, stream: str, request: Request) -> DeviceTable:
         """A schedule on the device, uploaded once."""
@@ -473,7 +459,7 @@ class DeviceLoop:
         stream.copy(pinned, source)
         return pinned
 
-    def _collect(self, leaving: _Exit, running: dict[Hashable, tuple[_Batch, int]]) -> list[Picture | Failure]:
+    def _collect(self, leaving: Exit, running: dict[Hashable, tuple[DeviceBatch, int]]) -> list[Picture | Failure]:
         """Pictures and failures, from the copies on the host."""
         results: list[Picture | Failure] = []
         for i, job in enumerate(leaving.jobs):

@@ -29,7 +29,7 @@ def load_device_loop(
     Raises EngineError without a GPU, without the backend, or without engines for them.
     """
     cuda, manifest = Cuda(), bundle.manifest.fixed()
-    bundle.engine_sizes = frozenset({manifest.image_size})
+    bundle.engine_sizes, bundle.reader.engine_chunks = frozenset({manifest.image_size}), 1
     check_gpu(manifest, cuda)
     streams = Streams.make(cuda, overlap)
     found: DeviceEngines = (

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,11 @@ from .noise import RequestNoise
 from .sampler import GUIDANCE
 from .steptimes import StepTimes
 
+# Seconds of steps that the host enqueues beyond the current one. A caller may take so long for a picture, such as for a
+# PNG of 45 ms, and the device does not wait; a new request hardly does.
+AHEAD = 0.06
+UNKNOWN = AHEAD / 3  # of a step that was not measured yet
+PATIENCE = 4  # steps that the host enqueues before it takes it that the queue does not get longer
 LOG_STEPS = 2 * MAX_STEPS  # steps that the log holds: more than a request may take
 
 
@@ -79,8 +85,9 @@ class DeviceSampler:
         self.advance = _advance([(graph.inputs[name], graph.outputs[name]) for name in moving])
         self.count = 0  # steps that were launched
         self.times = times
-        self.seconds = 0.0  # on the device, of the steps that `wait` has waited for
+        self.seconds = 0.0  # on the device, of the steps whose end the host has seen
         self.marks: deque[tuple[Any, Any, int, bool]] = deque()  # start, end, rows, alone of each step under way
+        self.seen, self.grew = 0.0, 0  # what was queued when last asked; the step after which it was more, or enough
 
     @property
     def free(self) -> int:
@@ -141,20 +148,48 @@ class DeviceSampler:
                 self._remove(stream, i)
                 return
 
-    def wait(self, ahead: int) -> None:
-        """Waits until at most `ahead` steps are under way, and notes the times of the others."""
-        while len(self.marks) > ahead:
-            start, end, rows, alone = self.marks.popleft()
-            end.synchronize()
-            seconds = end.seconds_since(start)
-            self.seconds += seconds
-            if self.times is not None:
-                self.times.add(rows, seconds, alone)
+    def hungry(self) -> bool:
+        """Whether the device may soon be idle although there are steps to make.
+
+        Not where the queue stays short whatever the host enqueues: launching then takes longer than computing.
+        """
+        while self.marks and self.marks[0][1].done():
+            self._note()
+        queued = self._queued(1)
+        if queued > self.seen or queued >= AHEAD:
+            self.grew = self.count
+        self.seen = queued
+        return bool(self.jobs) and queued < AHEAD and self.count - self.grew < PATIENCE
+
+    def wait(self) -> None:
+        """Waits for the oldest steps while AHEAD would be left behind the next one."""
+        while self._queued(2) >= AHEAD:
+            self._note()
+
+    def settle(self) -> None:
+        """Waits for all steps, and notes their times."""
+        while self.marks:
+            self._note()
+
+    def _queued(self, first: int) -> float:
+        """Seconds that the steps under way take by their measured times, from the given one on."""
+        assert self.times is not None
+        return sum(self.times.expected(rows, alone, UNKNOWN) for *_, rows, alone in islice(self.marks, first, None))
+
+    def _note(self) -> None:
+        """Waits for the oldest step under way, and notes its time."""
+        start, end, rows, alone = self.marks.popleft()
+        end.synchronize()
+        seconds = end.seconds_since(start)
+        self.seconds += seconds
+        if self.times is not None:
+            self.times.add(rows, seconds, alone)
 
     def clear(self) -> None:
         """Forgets the jobs and the steps under way."""
         self.jobs.clear()
         self.marks.clear()
+        self.seen, self.grew = 0.0, self.count
 
     def _unguided(self) -> list[bool]:
         """For each job whether its step is without guidance."""

@@ -48,6 +48,7 @@ class Front:
     public_url: str | None = None  # the URL of / for clients, without a slash at the end
     cors: tuple[str, ...] = ()  # origins whose pages may send requests
     negative_prompt: str = ""  # of guided requests that give none
+    plain_prompts: bool = False  # of all requests
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ class Service:
         """Fills in the bundle's defaults, seeds and ids. Raises RequestError for what this bundle cannot run."""
         assert request.seed is not None
         filled = replace(request, **gaps(request, self.bundle.manifest.defaults))
+        filled = replace(filled, plain_prompts=request.plain_prompts or self.front.plain_prompts)
         for name, steps in (("steps", filled.steps), ("hand_steps", request.hand_steps)):
             if (steps or 1) > self.limits.steps:
                 raise RequestError(

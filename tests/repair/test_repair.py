@@ -238,8 +238,8 @@ def test_unsure_and_tiny_hands_stay(rest):
     assert choose([unsure], Wish(), (200, 200), rest)[0] == []
     assert "20% sure" in choose([unsure], Wish(), (200, 200), rest)[1][0]
     assert len(choose([unsure], Wish(every=True), (200, 200), rest)[0]) == 1
-    shaped = choose([unsure], Wish(gesture="open_hand"), (200, 200), rest)[0][0]
-    assert shaped.gesture == "open_hand"
+    (shaped,), said = choose([unsure], Wish(gesture="open_hand"), (200, 200), rest)
+    assert shaped.gesture == "open_hand" and "may lie otherwise" in said[0]
     small = placed(np.array([10.0, 10, 18, 18]), "left", "fist", rest)
     assert "smaller than" in choose([small], Wish(), (200, 200), rest)[1][0]
     outside = placed(np.array([300.0, 300, 400, 400]), "left", "fist", rest)
