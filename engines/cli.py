@@ -182,10 +182,11 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
     try:
         judge_on_gpu(folder, backend, faster_than)
     except timing.NotFasterError as slower:
-        if wanted.options.eight_bits is not None:
+        options = wanted.options or Options()
+        if options.eight_bits is not None:
             raise
         console.print(f"{slower} Building again with convolutions in half precision (--eight-bits products).")
-        wanted = replace(wanted, options=replace(wanted.options, eight_bits="products"))
+        wanted = replace(wanted, options=replace(options, eight_bits="products"))
         return build_with_progress(folder, backend, wanted, faster_than)
     return done
 
