@@ -202,7 +202,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "kinds": dict(Counter(layer["kind"] for layer in layers).most_common()),
         "types": dict(Counter(types_of(layer) for layer in layers).most_common()),
         "kernels": dict(Counter(layer["kernel"] for layer in layers).most_common()),
-        **(proven if precision in EIGHT_BITS else {}),
+        **(proven if eight or "eight_bits" in plan.proof else {}),
         "layers": layers,
     }
 

@@ -35,6 +35,7 @@ KEPT_HANDS = 1000  # files of hands from clients or for clients
 KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # pictures that clients may fetch by URL
 MAX_UPLOADS = 16  # requests with pictures at once: each holds its pictures in memory
 MIN_SIDE_PIXELS, MAX_SIDE_PIXELS = 16, 2048  # of a picture that is scaled
+MAX_AREA = 4  # times the pixels of the bundle's own size that a client may ask for
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,12 @@ class Service:
     def size(self) -> str:
         height, width = self.bundle.manifest.image_size
         return f"{width}x{height}"
+
+    @property
+    def most_pixels(self) -> int:
+        """That a client's picture may have, where the bundle paints other sizes than its own."""
+        height, width = self.bundle.manifest.image_size
+        return MAX_AREA * height * width
 
     @property
     def engines(self) -> Path:

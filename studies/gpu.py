@@ -1,7 +1,7 @@
 """Measures everything on a GPU in one run: first whether it works, then how fast. `benchmarks/gpu.sh` calls it.
 
     benchmarks/gpu.sh a                 # seven minutes: what a step costs at least, and what compiling reaches
-    benchmarks/gpu.sh b                 # seven minutes: ONNX Runtime's graphs and options, TensorRT's plans, which to take
+    benchmarks/gpu.sh b                 # seven minutes: ONNX Runtime's graphs and options, and TensorRT's plans
     benchmarks/gpu.sh                   # every backend; Stable Diffusion 1.5's size with random weights
     benchmarks/gpu.sh --size tiny --backends onnxruntime        # another size; without a GPU it runs on the CPU
 
