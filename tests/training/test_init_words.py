@@ -35,7 +35,7 @@ CASES = [
 ]
 
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # hd-train init of a small Stable Diffusion
 
 
 @pytest.fixture(scope="module")
