@@ -236,7 +236,7 @@ class HostLoop:
         self, works: list[Work], context: np.ndarray, features: Mapping[str, np.ndarray], encoder: _Timed
     ) -> list[tuple[list[Work], np.ndarray]]:
         """Works whose contexts have one length, and these contexts. context: the encoder's, [B, G, L, W]."""
-        wanted = Wanted(works, self.bundle.empty)
+        wanted, length = Wanted(works, self.bundle.empty), len(self.bundle.empty)
         if not wanted.works:
             return [(works, context)]
         branched = encoder.branched
@@ -247,7 +247,8 @@ class HostLoop:
             pairs = np.stack([row for _, row in some])[:, :, None]  # [R, (ids, mask), 1, 77]
             pairs = pairs if branched else pairs.repeat(2, 2)
             read = _context(encoder, pairs[:, 0], any_hands, pairs[:, 1])  # words never read hands
-            states |= {key: read[row, -1] for row, (key, _) in enumerate(some)}
+            words = read[:, -1, :length].astype(np.float32)
+            states |= {key: words[row] for row, (key, _) in enumerate(some)}
         groups: dict[int, list[tuple[Work, np.ndarray]]] = {}
         for work, own in zip(works, context, strict=True):
             own = own if is_plain(work) else wanted.context(work, own, states)

@@ -19,6 +19,7 @@ from handiffuser.contract import Manifest
 from handiffuser.engines import load_engines
 from handiffuser.engines.cuda import Cuda, Stream
 from handiffuser.errors import EngineError
+from handiffuser.runtime import device_words
 from handiffuser.runtime.bundle import Bundle
 from handiffuser.runtime.device import DeviceLoop
 from handiffuser.runtime.device_graphs import Streams, connect
@@ -550,6 +551,13 @@ def test_weights_of_prompts_are_those_of_the_host(device_loop, request, any_leng
     results, _ = run(loop, requests)
     same(results, {r.id: r for r in loop.pipeline.run(requests)}, levels=1)
     assert len({result.image.tobytes() for result in results.values()}) == len(texts)
+
+
+def test_bfloat16_comes_to_the_host_and_goes_back():
+    values = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    exact = values.astype("bfloat16")
+    np.testing.assert_array_equal(device_words._stored(values, "bfloat16"), exact.view(np.uint16))
+    np.testing.assert_array_equal(device_words._floats(exact.view(np.uint16), "bfloat16"), exact.astype(np.float32))
 
 
 def test_a_prompt_of_several_chunks_is_refused_or_cut(device_loop, sized_bundle):
