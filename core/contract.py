@@ -68,6 +68,7 @@ GRAPHS = (
 )
 IMAGE_ENCODER = "image_encoder"  # the graph that a bundle may lack
 ALL_GRAPHS = (*GRAPHS, IMAGE_ENCODER)
+PICTURES = ("unet", "image_decoder", IMAGE_ENCODER)  # graphs whose tensors have the sides of a picture
 
 # K, the history tensors of exported step graphs: 4 lets the UNet run every solver (PLMS needs them), 1 the hand prior
 # all others.
@@ -91,6 +92,7 @@ BRANCHES = "G"
 # The free axes of pictures: height and width of latents, then of images in pixels.
 SIDES = ("h", "w", "H", "W")
 MAX_SIDE = 4096  # pixels of a picture's side
+Size = tuple[int, int]  # height and width of a picture in pixels
 FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever a bundle's precision
 EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16 or float32
 EXTERNAL = 1 << 26  # bytes: larger weights go into a file beside the graph, which can be mapped
@@ -302,19 +304,19 @@ class Manifest:
                         f"has {tensor}."
                     )
 
-    def latents_at(self, size: tuple[int, int]) -> tuple[int, int, int]:
+    def latents_at(self, size: Size) -> tuple[int, int, int]:
         """The latents' channels, height and width for a picture of this height and width in pixels."""
         (H, W), (channels, h, w) = self.image_size, self.latent_size
         return channels, size[0] * h // H, size[1] * w // W
 
-    def sides(self, size: tuple[int, int] | None = None) -> dict[str, int]:
+    def sides(self, size: Size | None = None) -> dict[str, int]:
         """The sizes of the axes in SIDES for a picture of this height and width; None: the bundle's own."""
         size = size or self.image_size
         return dict(zip(SIDES, (*self.latents_at(size)[1:], *size), strict=True))
 
-    def fixed(self) -> Manifest:
-        """The same bundle for pictures of its own size alone: no graph has a free side."""
-        sides = self.sides()
+    def fixed(self, size: Size | None = None) -> Manifest:
+        """The same bundle for pictures of one height and width alone, by default its own: no graph has a free side."""
+        sides = self.sides(size)
         return replace(self, graphs={name: graph.at(sides) for name, graph in self.graphs.items()})
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import grammar
-from ..contract import IMAGE_ENCODER, MAX_SIDE, ROW_HEAD, TOKENIZER, Manifest
+from ..contract import IMAGE_ENCODER, MAX_SIDE, ROW_HEAD, TOKENIZER, Manifest, Size
 from ..errors import RequestError
 from ..hands import Hands, hand_arrays, keep_camera, load_hands
 from ..installed import version
@@ -24,7 +24,7 @@ from .clash import clash
 from .noise import HANDS, LATENTS
 from .requests import Request
 from .results import Failure, Picture, Work
-from .room import Room, Size, read, shown
+from .room import Room, apart, read, shown
 
 WIDE = 2  # spans from which the positions of the left edge and of the right look alike
 TABLES = 64  # schedules in a cache
@@ -56,6 +56,7 @@ class Bundle:
         self.inpaints = any(tensor.name == "masked_latents" for tensor in manifest.graphs["unet"].inputs)
         self._canvases: dict[tuple[Any, ...], Canvas] = {}  # hashes of picture and mask, size -> both, read
         self.engine_sizes: frozenset[Size] | None = None  # that the engines were built for; None: any
+        self.other_sizes = "take --device cpu, which paints any"  # how to get engines for another size
         self.room = Room(manifest)
         self._placed: dict[bytes, np.ndarray] = {}  # params and camera of a file -> params that keep that camera
 
@@ -100,9 +101,10 @@ class Bundle:
                 "size",
             )
         if self.engine_sizes is not None and size not in self.engine_sizes:
+            near = min(self.engine_sizes, key=lambda one: (apart(one, size), one))
             raise RequestError(
                 f"size must be {' or '.join(map(shown, sorted(self.engine_sizes)))} with these engines, got "
-                f"{request.size}. --device cpu paints any size.",
+                f"{request.size}. The nearest is {shown(near)}. For another, {self.other_sizes}.",
                 "size",
             )
         near = tuple(min(max(round(side / multiple), 1), MAX_SIDE // multiple) * multiple for side in size)

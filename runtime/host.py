@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import IMAGE_ENCODER, NUM_PARAMS
+from ..contract import IMAGE_ENCODER, NUM_PARAMS, Size
 from ..engines import Engine
 from ..errors import RequestError
 from ..hands import load_hands
@@ -26,7 +26,6 @@ from .canvas import Blend, digest
 from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
-from .room import Size
 from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
 

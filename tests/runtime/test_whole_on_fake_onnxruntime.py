@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import re
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,10 +39,22 @@ def ort(gpu, monkeypatch):
     return FakeOnnxRuntime(gpu).install(monkeypatch)
 
 
-def test_a_bundle_of_any_size_has_one_on_a_gpu(sized_bundle, gpu, ort, tmp_path):
-    assert hd_run(sized_bundle, tmp_path / "cpu", "--device", "cpu") == (0, "")
-    assert hd_run(sized_bundle, tmp_path / "gpu", "--backend", "onnxruntime", "--device", "cuda") == (0, "")
-    same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+def test_any_size_on_a_gpu(sized_bundle, gpu, ort):
+    """A session of UNet and decoder for each size, which goes with the size; the other graphs have one for all."""
+    requests = [replace(request, size=("40x24", None, "24x40")[i % 3]) for i, request in enumerate(mixed(8))]
+    with HanDiffuser.load(sized_bundle, device="cpu") as on_cpu:
+        expected = run(on_cpu, requests)
+    with HanDiffuser.load(sized_bundle, device="cuda", batch_size=4) as pipeline:
+        same(run(pipeline, requests), expected)
+        counts = Counter(name.removesuffix(".onnx") for name, _ in ort.sessions)
+        assert counts == {name: 3 if name in ("unet", "image_decoder") else 1 for name in GRAPHS}, counts
+        live, sizes = gpu.live(), pipeline.loop.sizes
+        sizes.drop(sizes.easels[24, 40])
+        gc.collect()
+        assert gpu.live() < live - 10
+        same(run(pipeline, requests), expected)
+    gc.collect()
+    assert not gpu.live()
 
 
 @pytest.mark.parametrize("extra", [(), ("--no-overlap", "--no-warm-up"), ("--solver", "ddpm"), ("--guidance", "1")])
