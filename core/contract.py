@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -314,6 +315,21 @@ class Manifest:
         size = size or self.image_size
         return dict(zip(SIDES, (*self.latents_at(size)[1:], *size), strict=True))
 
+    def size_at(self, sides: Mapping[str, int]) -> Size:
+        """The inverse of `sides`, from the sides of latents or of the image."""
+        if "H" in sides:
+            return sides["H"], sides["W"]
+        (H, W), (_, h, w) = self.image_size, self.latent_size
+        return sides["h"] * H // h, sides["w"] * W // w
+
+    def nearest(self, size: Size) -> Size:
+        """The nearest height and width that the graphs take."""
+        multiple = self.size_multiple
+        if not multiple:
+            return self.image_size
+        height, width = (min(max(round(n / multiple), 1), MAX_SIDE // multiple) * multiple for n in size)
+        return height, width
+
     def fixed(self, size: Size | None = None) -> Manifest:
         """The same bundle for pictures of one height and width alone, by default its own: no graph has a free side."""
         sides = self.sides(size)
@@ -342,6 +358,22 @@ class Manifest:
                 yield f"{folder / name} is missing."
             elif file_digest(folder / name) != digest:
                 yield f"{folder / name} is damaged: its SHA-256 differs from the manifest's."
+
+
+def read_size(text: str) -> Size:
+    """Height and width of a size as `shown_size` writes it."""
+    width, height = map(int, text.split("x"))
+    return height, width
+
+
+def shown_size(size: Size) -> str:
+    """Height and width as a request says them: "512x768" for 768 rows of 512 pixels."""
+    return f"{size[1]}x{size[0]}"
+
+
+def apart(one: Size, other: Size) -> float:
+    """How far two sizes are from each other: by the ratios of their sides."""
+    return math.hypot(*(math.log(a / b) for a, b in zip(one, other, strict=True)))
 
 
 def _not_a_folder(file: Path) -> str:

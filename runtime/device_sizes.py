@@ -150,19 +150,17 @@ class DeviceSizes:
     def _make_room(self, size: Size, needed: int) -> bool:
         """Drops what is least recently used until a new size fits; False where it does not fit beside the others."""
         while needed > self.cuda.free_memory():
-            idle = self._idle()
-            if not idle:
+            if not self._idle():
                 if not self.taken:
                     self.room.refuse(size, needed)
                 return False
-            self.drop(idle[0])
+            self.drop(self._idle()[0].size)
         return True
 
-    def drop(self, easel: Easel) -> None:
+    def drop(self, size: Size) -> None:
         """Frees what a size takes; the next picture of this size makes it again."""
         self.streams.synchronize()
-        del self.easels[easel.size]
-        easel.close()
+        self.easels.pop(size).close()
         self.noise.staging.forget()
 
     def _idle(self) -> list[Easel]:

@@ -10,13 +10,12 @@ that such pictures have used before stays with the process, so a size that has r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from ..contract import Manifest, Size
+from ..contract import Manifest, Size, shown_size
 from ..errors import RequestError
 
 SPARE = 1.25  # of an estimate: what engines pack, and what their arenas lose
@@ -56,9 +55,9 @@ class Room:
     def refuse(self, size: Size, needed: int) -> NoReturn:
         """Raises the RequestError for a size that takes so many bytes."""
         raise RequestError(
-            f"size must fit into memory: {shown(size)} takes about {needed / 1e9:.1f} GB, and "
+            f"size must fit into memory: {shown_size(size)} takes about {needed / 1e9:.1f} GB, and "
             f"{(self.free() or 0) / 1e9:.1f} GB are free. Take a smaller one, such as "
-            f"{shown(self.manifest.image_size)}.",
+            f"{shown_size(self.manifest.image_size)}.",
             "size",
         )
 
@@ -75,22 +74,6 @@ class Room:
     def ran(self, size: Size) -> None:
         """Notes that a picture of this size was made."""
         self._ran = max(self._ran, size[0] * size[1])
-
-
-def read(text: str) -> Size:
-    """Height and width of a size as `shown` writes it."""
-    width, height = map(int, text.split("x"))
-    return height, width
-
-
-def shown(size: Size) -> str:
-    """Height and width as a request says them: "512x768" for 768 rows of 512 pixels."""
-    return f"{size[1]}x{size[0]}"
-
-
-def apart(one: Size, other: Size) -> float:
-    """How far two sizes are from each other: by shape and by area, which count alike."""
-    return math.hypot(*(math.log(a / b) for a, b in zip(one, other, strict=True)))
 
 
 def available() -> int | None:

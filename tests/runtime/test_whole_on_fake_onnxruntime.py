@@ -49,7 +49,7 @@ def test_any_size_on_a_gpu(sized_bundle, gpu, ort):
         counts = Counter(name.removesuffix(".onnx") for name, _ in ort.sessions)
         assert counts == {name: 3 if name in ("unet", "image_decoder") else 1 for name in GRAPHS}, counts
         live, sizes = gpu.live(), pipeline.loop.sizes
-        sizes.drop(sizes.easels[24, 40])
+        sizes.drop((24, 40))
         gc.collect()
         assert gpu.live() < live - 10
         same(run(pipeline, requests), expected)
