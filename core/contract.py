@@ -316,9 +316,11 @@ class Manifest:
         return dict(zip(SIDES, (*self.latents_at(size)[1:], *size), strict=True))
 
     def size_at(self, sides: Mapping[str, int]) -> Size:
-        """The inverse of `sides`, from the sides of latents or of the image."""
+        """The inverse of `sides`, from the sides of latents or of the image; without them the bundle's own size."""
         if "H" in sides:
             return sides["H"], sides["W"]
+        if "h" not in sides:
+            return self.image_size
         (H, W), (_, h, w) = self.image_size, self.latent_size
         return sides["h"] * H // h, sides["w"] * W // w
 

@@ -118,6 +118,11 @@ def powers_of_two(most: int) -> list[int]:
     return out
 
 
+def enough(buckets: list[int], slots: int) -> list[int]:
+    """Of rising batch sizes those up to the first that holds all slots."""
+    return [size for size in buckets if size < slots] + [size for size in buckets if size >= slots][:1]
+
+
 def check_host(manifest: Manifest, folder: str | Path) -> None:
     """Raises EngineError for a bundle in bfloat16, which only a GPU runs.
 

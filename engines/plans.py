@@ -152,6 +152,8 @@ class Plan:
 
     def shown(self, manifest: Manifest) -> str:
         """Its sizes in words: "B=1,G=2 512x768"."""
+        if "T" in self._axes:  # see `inductor_files.py`
+            return "weights"
         others = ((axis, text.split("+")) for axis, text in self._axes.items() if axis not in SIDES)
         rest = [f"{axis}={'+'.join(dict.fromkeys(numbers))}" for axis, numbers in others]
         sizes = [shown_size(manifest.size_at(one)) for one in self.sides() if one]

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 from ..contract import PICTURES, Manifest, Size
 from ..errors import EngineError
-from .base import DeviceEngine, DeviceEngines, Sized
+from .base import DeviceEngine, DeviceEngines, Sized, enough
 from .cuda import Cuda
 from .plans import KERNELS, Plan, PlanStore, belongs
 from .tensorrt import LoadedPlan, Scratch, TensorRT, TensorRTEngine
@@ -94,11 +94,6 @@ def _of_pictures(plans: ByBranches) -> list[Plan]:
 def check_plans(name: str, folder: Path, manifest: Manifest, cuda: Cuda) -> None:
     """Raises EngineError unless the folder has plans of this backend that run on this GPU."""
     usable_plans(PlanStore(folder), manifest, TensorRT(name), cuda)
-
-
-def enough(buckets: list[int], slots: int) -> list[int]:
-    """Of rising batch sizes those up to the first that holds all slots."""
-    return [size for size in buckets if size < slots] + [size for size in buckets if size >= slots][:1]
 
 
 def usable_plans(

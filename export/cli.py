@@ -261,14 +261,17 @@ def compile_graphs(options: Options) -> None:
 
     from .inductor import compile_bundle
 
-    with console.status("compiling; a minute or two a graph"):
+    manifest = Manifest.load(options.out, verify=False)
+    with console.status("compiling; a minute or two a graph and shape"):
         count = compile_bundle(
             options.load,
             options.out,
             options.body,
             "cuda" if torch.cuda.is_available() else "cpu",
+            options.wanted,
             lambda plan, why: console.print(
-                f"{plan.graph:18} {plan.size / 1e6:8.1f} MB   compiled in {plan.seconds:.0f} s   ({why})"
+                f"{plan.graph:18} {plan.shown(manifest):16} {plan.size / 1e6:8.1f} MB   compiled in "
+                f"{plan.seconds:.0f} s   ({why})"
             ),
         )
     if not count:
