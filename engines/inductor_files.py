@@ -19,7 +19,7 @@ from ..contract import BRANCHES, MAX_ROWS, PICTURES, Manifest, Size
 from ..errors import EngineError
 from .plans import Plan, PlanStore, Sizes, Wanted, belongs, picture_sizes
 
-BATCH_SIZES = {"cpu": (1,), "cuda": (1, 4)}  # unless others are asked for: each takes minutes to compile
+BATCH_SIZES = {"cpu": (1,), "cuda": (1, 4, 8)}  # unless others are asked for: each takes minutes to compile
 ANY_BATCH = {"B": (1, 2, MAX_ROWS)}
 WEIGHTS = "T"  # the axis of a file of weights
 

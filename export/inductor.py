@@ -21,11 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.upsampling import Upsample2D
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -77,7 +74,7 @@ def compile_graph(
     with TemporaryDirectory(prefix=f".{graph.name}-", dir=path.parent) as work:
         written = Path(work) / f"{graph.name}.pt2"
         try:
-            with torch.no_grad(), patch.object(Upsample2D, "forward", upsample):
+            with torch.no_grad():
                 program = torch.export.export(graph.module, tuple(inputs.values()), dynamic_shapes=dynamic)
             weights = weights_of(program) if shape is not None else {}
             # Moving the program leaves the module in place (three graphs share the UNet), and also moves the kernels of
@@ -238,17 +235,6 @@ def check_tools(device: str) -> None:
             "Compiling needs a C++ compiler, and none was found. Install one (`apt install g++` on Debian and Ubuntu, "
             "`xcode-select --install` on a Mac), or name yours in the variable CXX."
         ) from error
-
-
-def upsample(self: Upsample2D, hidden_states: Tensor, output_size: Any = None, *_: Any, **__: Any) -> Tensor:
-    """`Upsample2D.forward` for any batch: [N, C, h, w] -> [N, C', 2 h, 2 w], or of `output_size`.
-
-    diffusers first copies big batches, for old versions of PyTorch. Its test for a big batch would bind the free axis
-    to the example's answer (the UNet: at most 31).
-    """
-    assert self.interpolate and self.norm is None and self.name == "conv"
-    size = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
-    return self.conv(F.interpolate(hidden_states, mode="nearest", **size))
 
 
 def sentence(error: Exception) -> str:
