@@ -50,12 +50,14 @@ from msgspec import Meta
 from .errors import BundleError
 from .files import written
 from .schema import MisfitError, Sha256, Word, fit, read_json
+from .settings import MAX_SIDE as MAX_SIDE
 from .settings import Defaults
 
 BUNDLE_FORMAT = 2  # 2: pictures of any size
 MANIFEST = "manifest.json"
 _AGAIN = "Export the bundle again with hd-export, or copy it again."
 TOKENIZER = "tokenizer.json"
+WEIGHTS = "weights.json"  # where parameters are in the graphs, see `weights.py`; older bundles lack it
 
 GRAPHS = (
     "text_encoder",
@@ -92,7 +94,6 @@ def row_columns(num_history: int) -> tuple[str, ...]:
 BRANCHES = "G"
 # The free axes of pictures: height and width of latents, then of images in pixels.
 SIDES = ("h", "w", "H", "W")
-MAX_SIDE = 4096  # pixels of a picture's side
 Size = tuple[int, int]  # height and width of a picture in pixels
 FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever a bundle's precision
 EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16 or float32

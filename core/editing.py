@@ -14,13 +14,14 @@ A hand's joints are the wrist, then thumb, index, middle, ring and little finger
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
 from .contract import HAND_JOINTS, NUM_JOINTS
 from .errors import RequestError
 from .fingers import SIDES, axes, gestures, limits
-from .hands import POSES
+from .hands import POSES, given_arrays
 from .kinematics import at_rest, forward
 from .rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
@@ -33,6 +34,7 @@ FLIP = np.array([1.0, -1.0, -1.0])  # multiplies a rotation vector in a mirror a
 
 # Of the solver: rounds at most, the first damping, and the weight of the old pose.
 MAX_ROUNDS, DAMPING, REST = 30, 1e-3, 2e-3
+FAR = 1.0  # widths and heights of the picture that a joint may be dragged beyond it
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,18 @@ class Drag:
 def edit(hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str] | None = None) -> Arrays:
     """New hands, with new `joints` and `joints_2d`. The camera changes only if a wrist is dragged.
 
-    Raises RequestError if the gesture is unknown, or the hands come without camera or joints.
+    hands: a Picture's, or what `find_hands` yields. drags: places in [0, 1]. gesture: (side, name).
+    Raises RequestError for an unknown side, joint or gesture, a place that is no number, and hands without camera or
+    joints.
     """
-    for name in ("camera", "joints", "joints_2d"):
-        if name not in hands:
-            raise RequestError(
-                f"hands.{name} must be given. Send hands as /v1/hands returns them, or send yours through it first.",
-                f"hands.{name}",
-            )
     pose = Pose(hands)
     if gesture is not None:
+        if isinstance(gesture, str) or len(gesture) != 2:
+            raise RequestError(
+                f'gesture must be a side and a name, such as ("left", "fist"), got {gesture!r}.', "gesture"
+            )
         which, name = gesture
+        _side("gesture.hand", which)
         if name not in gestures():
             raise RequestError(f"gesture.name must be one of {', '.join(gestures())}, got {name!r}.", "gesture.name")
         vectors = gestures()[name].reshape(15, 3)
@@ -66,6 +69,15 @@ def edit(hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str
         pose.local[first : first + 15] = axis_angle_to_matrix(vectors * (FLIP if which == "right" else 1.0))
     by_finger: dict[tuple[int, int], list[Drag]] = {}
     for drag in drags or []:
+        _side("drags.hand", drag.side)
+        if isinstance(drag.joint, bool) or not isinstance(drag.joint, Integral) or not 0 <= drag.joint <= 20:
+            raise RequestError(
+                f"drags.joint must be a whole number from 0 to 20, got {drag.joint!r}. 0 is the wrist; then four for "
+                "each finger, from the thumb.",
+                "drags.joint",
+            )
+        for axis, value in (("x", drag.x), ("y", drag.y)):
+            _number(f"drags.{axis}", value, -FAR, 1 + FAR, " of the picture's width and height")
         side = SIDES.index(drag.side)
         if drag.joint == 0:
             pose.move(side, np.array([drag.x, drag.y]))
@@ -76,8 +88,20 @@ def edit(hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str
     return pose.hands()
 
 
+def _side(name: str, side: object) -> None:
+    if side not in SIDES:
+        raise RequestError(f"{name} must be left or right, got {side!r}.", name)
+
+
+def _number(name: str, value: object, least: float, most: float, unit: str) -> None:
+    """Raises RequestError; NaN is in no range."""
+    if not isinstance(value, Real) or not least <= float(value) <= most:
+        raise RequestError(f"{name} must be a number from {least:g} to {most:g}{unit}, got {value!r}.", name)
+
+
 def mirrored(hands: Arrays) -> Arrays:
-    """The mirror image: a right hand becomes a left one. Exact for a symmetric body."""
+    """The mirror image: a right hand becomes a left one. Exact for a symmetric body. Raises RequestError."""
+    hands = given_arrays(hands, *POSES, "placement")
     out = dict(hands)
     vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES])[MIRROR[:NUM_JOINTS]] * FLIP
     out.update({name: vectors[joints].reshape(-1) for name, joints in POSES.items()})
@@ -96,10 +120,10 @@ def mirrored(hands: Arrays) -> Arrays:
 
 
 def swapped(hands: Arrays) -> Arrays:
-    """Both hands keep their places and exchange their finger poses."""
-    left, right = (np.reshape(hands[f"{side}_hand_pose"], (-1, 3)) for side in SIDES)
-    changed = {"left_hand_pose": (right * FLIP).reshape(-1), "right_hand_pose": (left * FLIP).reshape(-1)}
+    """Both hands keep their places and exchange their finger poses. Raises RequestError."""
     pose = Pose(hands)
+    left, right = (np.reshape(pose.given[f"{side}_hand_pose"], (-1, 3)) for side in SIDES)
+    changed = {"left_hand_pose": (right * FLIP).reshape(-1), "right_hand_pose": (left * FLIP).reshape(-1)}
     for name, value in changed.items():
         pose.local[POSES[name]] = axis_angle_to_matrix(value.reshape(-1, 3).astype(np.float64))
     return pose.hands()
@@ -107,7 +131,10 @@ def swapped(hands: Arrays) -> Arrays:
 
 def moved(hands: Arrays, scale: float = 1.0, turn: float = 0.0, over: bool = False, flip: bool = False) -> Arrays:
     """The hands elsewhere around their middle, which stays. scale: factor of their size. turn: degrees clockwise in the
-    picture. over: palms that showed turn away. flip: their mirror image, so that a right hand becomes a left one."""
+    picture. over: palms that showed turn away. flip: their mirror image: a right hand becomes a left one. Raises
+    RequestError."""
+    _number("scale", scale, 0.05, 20, "")
+    _number("turn", turn, -360, 360, " degrees")
     middle = Pose(hands).middle()
     pose = Pose(mirrored(hands) if flip else hands)
     angle = -np.radians(turn)  # y points up in the world
@@ -122,7 +149,8 @@ class Pose:
     """The joints' turns in their parents' frames, [52, 3, 3], and the joints at rest, [62, 3]."""
 
     def __init__(self, hands: Arrays) -> None:
-        self.given = hands
+        """Raises RequestError."""
+        hands = self.given = given_arrays(hands, *POSES, "placement", "camera", "joints", "joints_2d")
         vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES]).astype(np.float64)
         self.local = axis_angle_to_matrix(vectors)
         joints = np.asarray(hands["joints"], np.float64)

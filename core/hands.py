@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,11 @@ SHAPES: dict[str, tuple[tuple[int, ...], float]] = {
     "placement": ((2, 4), 10.0),
 }
 CAMERA = "camera"  # may be left out
+# Of the arrays that hands have beside them or in the same file, for looking and editing.
+SHOWN: dict[str, tuple[int, ...]] = {
+    **{name: shape for name, (shape, _) in SHAPES.items()},
+    CAMERA: (3,), "joints": (62, 3), "joints_2d": (2, 21, 2), "visibility": (2,),
+}  # fmt: skip
 MAX_CAMERA = 1e6  # of s, in half heights of the picture a metre, and of tx and ty, in metres
 MAX_HANDS, MAX_ARRAY = 1 << 24, 1 << 16  # bytes of a .hands.npz, and of an array in it that is read
 
@@ -95,8 +101,39 @@ class Hands(NamedTuple):
     camera: np.ndarray | None = None
 
 
-def load_hands(path: str | Path) -> Hands:
-    """Reads the SMPL-H arrays of a `.hands.npz`, and its camera where it has one. NO_HANDS gives absent hands.
+def given_arrays(hands: object, *names: str) -> dict[str, np.ndarray]:
+    """A copy of the hands that a program gives, which must have the arrays `names`: a dictionary, or an object with
+    `arrays`, as `find_hands` yields it. Raises RequestError for what lacks some, and for an array of SHOWN with another
+    shape, NaN or infinity."""
+    arrays, said = getattr(hands, "arrays", hands), getattr(hands, "said", ())
+    if not isinstance(arrays, Mapping):
+        raise RequestError(
+            f"hands must be a dictionary of arrays, got {type(hands).__name__}. Take those of a picture.", "hands"
+        )
+    if not arrays:
+        raise RequestError(f"hands must hold arrays, got none. {' '.join(said) or 'Take those of a picture.'}", "hands")
+    out = dict(arrays)
+    for name in dict.fromkeys([*names, *(name for name in SHOWN if name in arrays)]):
+        if name not in arrays:
+            raise RequestError(
+                f"hands.{name} must be given, got none. Take hands of a picture, of "
+                "find_hands or of /v1/hands, and change their values.",
+                f"hands.{name}",
+            )
+        value, shape = np.asarray(arrays[name]), SHOWN[name]
+        if value.dtype.kind not in "fiu" or value.size != np.prod(shape) or not np.isfinite(value).all():
+            got = f"{value.dtype} {list(value.shape)}" if value.size != np.prod(shape) else "NaN, infinity or no number"
+            raise RequestError(
+                f"hands.{name} must be finite numbers {list(shape)}, got {got}. Take hands of a picture.",
+                f"hands.{name}",
+            )
+        out[name] = value.reshape(shape)
+    return out
+
+
+def load_hands(path: str | Path | bytes) -> Hands:
+    """Reads the SMPL-H arrays of a `.hands.npz` (its path, or its content), and its camera where it has one. NO_HANDS
+    gives absent hands.
 
     Raises RequestError when the file is missing or is not an `.npz` of plain numbers. Raises it also when an array is
     missing, has another shape, NaN or infinity, or values that no body has.
@@ -105,48 +142,53 @@ def load_hands(path: str | Path) -> Hands:
         arrays = {name: np.zeros(shape, np.float32) for name, (shape, _) in SHAPES.items()}
         arrays["placement"][:, 3] = np.log(0.5)  # neutral, as training has it
         return Hands(hand_params(arrays))
-    path = Path(path)
+    what = "The dictionary of hands" if isinstance(path, bytes) else f"The hands file {path}"
     wanted = ", ".join(f"{name}{list(shape)}" for name, (shape, _) in SHAPES.items())
     advice = f"Give an .npz as hd-run writes it, with {wanted}."
     try:
-        with zipfile.ZipFile(io.BytesIO(read_file(path, MAX_HANDS))) as archive:
+        with zipfile.ZipFile(io.BytesIO(content_of(path))) as archive:
             there = {name.removesuffix(".npy") for name in archive.namelist()}
             missing = [name for name in SHAPES if name not in there]
             if missing:
-                raise RequestError(f"The hands file {path} lacks {', '.join(missing)}. {advice}")
+                raise RequestError(f"{what} lacks {', '.join(missing)}. {advice}")
             arrays = {name: _array(archive, name) for name in (*SHAPES, CAMERA) if name in there}
     except FileNotFoundError:
-        raise RequestError(f"The hands file {path} does not exist. Check the path.") from None
+        raise RequestError(f"{what} does not exist. Check the path.") from None
     except MisfitError as error:
-        raise RequestError(f"The hands file {path} cannot be read: {error} {advice}") from None
+        raise RequestError(f"{what} cannot be read: {error} {advice}") from None
     except RequestError:
         raise
     except Exception as error:  # a bad file fails numpy, zipfile and zlib in many ways; pickles are not opened
-        raise RequestError(f"The hands file {path} cannot be read as plain arrays. {advice}") from error
+        raise RequestError(f"{what} cannot be read as plain arrays. {advice}") from error
     for name, value in arrays.items():
         shape, limit = SHAPES.get(name, ((3,), MAX_CAMERA))
         if name == "placement" and CAMERA in arrays:  # the camera counts, and may see a hand far off the picture
             limit = MAX_CAMERA
         if value.shape != shape:
-            raise RequestError(f"The hands file {path} has {name} of shape {list(value.shape)}. {advice}")
+            raise RequestError(f"{what} has {name} of shape {list(value.shape)}. {advice}")
         if value.dtype.kind not in "fiu":
-            raise RequestError(f"The hands file {path} has {name} as {value.dtype}, not as numbers. {advice}")
+            raise RequestError(f"{what} has {name} as {value.dtype}, not as numbers. {advice}")
         value = value.astype(np.float64)  # an integer's magnitude may not fit into its own type
         if not np.isfinite(value).all():
-            raise RequestError(f"The hands file {path} has NaN or infinity in {name}. Mend or remove it.")
+            raise RequestError(f"{what} has NaN or infinity in {name}. Mend or remove it.")
         if np.abs(value).max() > np.float32(limit):  # a file of float32 rounds the limit, too
             most = float(np.abs(value).max())
             raise RequestError(
-                f"{name} must be at most {limit:.4g} in magnitude, got {most:g} in the hands file {path}. "
+                f"{name} must be at most {limit:.4g} in magnitude, got {most:g} in {what[0].lower()}{what[1:]}. "
                 "Angles are in radians, places in [-1, 1] of the image."
             )
     camera = arrays.get(CAMERA)
     if camera is not None and not camera[0] > 0:
         raise RequestError(
-            f"The scale of the camera must be above 0, got {camera[0]:g} in the hands file {path}. Mend it, or remove "
-            "camera: then placement counts."
+            f"The scale of the camera must be above 0, got {camera[0]:g} in {what[0].lower()}{what[1:]}. Mend it, or "
+            "remove camera: then placement counts."
         )
     return Hands(hand_params(arrays), None if camera is None else camera.astype(np.float64))
+
+
+def content_of(source: str | Path | bytes) -> bytes:
+    """The content of a `.hands.npz`, or of one that was read. Raises OSError and MisfitError."""
+    return source if isinstance(source, bytes) else read_file(Path(source), MAX_HANDS)
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:

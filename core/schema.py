@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -115,6 +116,13 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of more digits than Python prints
         return "too large to show"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first few names in a sentence, and the number of the rest."""
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def whole(least: int, most: int) -> Meta:

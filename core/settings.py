@@ -25,6 +25,7 @@ MAX_GUIDANCE = 100.0
 MAX_SEED = 2**63 - 1
 MAX_REDRAWS = 4
 MAX_TEXT = 100_000  # characters
+MAX_SIDE = 4096  # pixels of a picture's side
 # `schedules.SOLVERS` has a function for each.
 SOLVERS = ("ddim", "ddpm", "euler", "dpm++2m", "dpm++2m-karras", "plms", "lcm", "ddim-early")
 
@@ -108,7 +109,7 @@ SETTINGS: dict[str, Setting] = {
         str,
         "Width and height of the picture in pixels.",
         pattern=r"^[1-9]\d{1,4}x[1-9]\d{1,4}\Z",
-        must="WIDTHxHEIGHT in pixels, such as 512x768",
+        must=f"WIDTHxHEIGHT with sides from 10 to {MAX_SIDE} pixels, such as 512x768",
         origin="the bundle's",
     ),
     "steps": _steps("Steps of the picture.", "num_inference_steps"),
@@ -177,7 +178,7 @@ class Settings(TypedDict, total=False):
     hand_solver: str | None
     hand_guidance: float | None
     hand_redraws: int | None
-    hands: str | None
+    hands: Any
     image: Any
     mask: Any
 
@@ -196,7 +197,7 @@ class RequestFields:
     hand_steps: int | None = None
     hand_solver: str | None = None
     hand_guidance: float | None = None
-    hands: str | None = None
+    hands: Any = field(default=None, repr=False)  # the name of a file (str), or the content of one (bytes)
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     noise_offset: float | None = None
     hand_redraws: int | None = None
@@ -215,7 +216,7 @@ GIVEN = {
         description="up to 100 letters, digits, dots, dashes and underscores, no path, no dot at the start: it names "
         "files",
     ),
-    "hands": Meta(pattern=r"^[^\0]{1,4096}\Z", description="the name of a .hands.npz file"),
+    "hands": Meta(pattern=r"^[^\0]{1,4096}\Z", description="the name of a .hands.npz file, or its arrays"),
     "image": _PICTURE,
     "mask": _PICTURE,
 }

@@ -27,13 +27,16 @@ MAX_PHOTO = 1 << 28  # bytes
 
 @dataclass
 class Told:
-    """arrays: of `save_hands`; caption: what the hands show; said: sentences for the user; drawing: uint8 [H, W, 3],
-    every found hand over the photograph."""
+    """arrays: of `save_hands`, empty where no hand was found; caption: what the hands show; said: sentences for the
+    user; drawing: uint8 [H, W, 3], every found hand over the photograph. whole: whether the places of the hands are
+    those in the whole photograph. `generate(hands=told)` and `repair_hands(engines, picture, told)` take it as it is.
+    """
 
     arrays: Arrays = field(repr=False)
     caption: str
     said: list[str]
     drawing: np.ndarray = field(repr=False)
+    whole: bool = False
 
     def png(self) -> bytes:
         """The drawing as a PNG file."""
@@ -79,7 +82,7 @@ class Photo:
         if not whole and window.height < 0.999 * min(self.size[0], self.size[1] * target[0] / target[1]):
             said.append(f"The hands are small in {self.path}, so the picture shows them nearer.")
         said = [f"{self.path} shows {' and '.join(str(one) for one in pair)}.", *said]
-        return Told(arrays_of(framed, window.size, rest), caption(pair), said, draw(self.image, seen))
+        return Told(arrays_of(framed, window.size, rest), caption(pair), said, draw(self.image, seen), whole)
 
 
 def read_photo(path: str | Path) -> np.ndarray:

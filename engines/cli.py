@@ -15,13 +15,13 @@ from ..commands import run
 from ..contract import EIGHT_BITS, Manifest, Size, read_size
 from ..errors import EngineError
 from . import inspect, timing, verdict
-from .backends import BACKENDS, GPU_PLANNED, PLANNED
+from .backends import BACKENDS, GPU_PLANNED, PLANNED, runner
 from .build import choose_builder, fitting, gpu
 from .cost import costs
 from .cost import text as cost_text
 from .plans import Built, Plan, PlanStore, Sizes, Wanted, belongs, size_text
 from .rates import GPUS
-from .tensorrt import HARDWARE, NAMES, TILING, Options, loads
+from .tensorrt import HARDWARE, NAMES, TILING, Options, TensorRT, loads
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -108,6 +108,34 @@ def wanted_of(values: dict) -> Wanted:
     )
 
 
+def check_options(backend: str, wanted: Wanted, faster_than: Path | None = None) -> None:
+    """Raises EngineError for an option of `build_options` that has no effect on what is made for a backend."""
+    if backend in GPU_PLANNED:
+        return
+    options = wanted.options or Options()
+    sizes = {"--batch-sizes": wanted.batch_sizes, "--guidance-free": wanted.guidance_free}
+    given = {
+        **sizes,
+        "--dynamic": wanted.dynamic,
+        "--shared-weights": wanted.shared,
+        "--build-level": options.level is not None,
+        "--tiling": options.tiling,
+        "--aux-streams": options.aux_streams is not None,
+        "--workspace": options.workspace,
+        "--compute-capability": options.compute_capabilities,
+        "--hardware-compatibility-level": options.hardware,
+        "--version-compatible": options.version_compatible,
+        "--faster-than": faster_than,
+    }
+    takes = sizes if BACKENDS[backend].plans or BACKENDS[backend].compiles else {}
+    for name in (name for name, value in given.items() if value and name not in takes):
+        kind = "compiled plans" if name in sizes else "TensorRT"
+        raise EngineError(
+            f"{name} is an option of {kind}, got --backend {backend}. Leave it out, or name another backend, such as "
+            "--backend tensorrt."
+        )
+
+
 def resolve_backend(backend: str) -> str:
     """The backend that "auto" means on this machine, which is printed."""
     if backend != "auto":
@@ -122,10 +150,7 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
 
     faster_than: see `judge_on_gpu`.
     """
-    said = [name for name, value in (("--hardware-compatibility-level", wanted.options.hardware),
-                                     ("--version-compatible", wanted.options.version_compatible)) if value]  # fmt: skip
-    if said and backend not in GPU_PLANNED:
-        raise EngineError(f"{said[0]} is an option of TensorRT, got --backend {backend}. Leave it out.")
+    check_options(backend, wanted, faster_than)
     if backend in GPU_PLANNED:
         wanted, why = fitting(folder, wanted, gpu())
         if why:
@@ -255,7 +280,7 @@ def list_plans(folder: str) -> int:
         if plan.made_for != heading:
             heading = plan.made_for
             click.echo(f"{heading}, {plan.parts['precision']}")
-        state = stale(plan, manifest, versions) or store.problem(plan, verify=False) or "current"
+        state = stale(plan, manifest, versions) or store.problem(plan, verify=False) or not_here(plan) or "current"
         size = f"{plan.size / 1e6:8.1f} MB   built in {plan.seconds:6.1f} s"
         shown = plan.shown(manifest) if plan.graph in manifest.graphs else plan.parts["sizes"]
         click.echo(f"  {plan.graph:18} {shown:16} {size}   {state}")
@@ -396,6 +421,20 @@ def stale(plan: Plan, manifest: Manifest, versions: dict[str, str]) -> str:
         return f"stale: {backend} is {versions[backend]} now"
     elsewhere: str = BACKENDS[backend].builder().elsewhere(backend, plan.parts["target"]) if backend in PLANNED else ""
     return elsewhere
+
+
+def not_here(plan: Plan) -> str:
+    """Why the lean run time does not run a current plan, where it alone is installed; or ""."""
+    backend = plan.parts["backend"]
+    name = runner(backend)
+    if name == backend:
+        return ""
+    if not plan.version_compatible:
+        return f"not for {name}: built without --version-compatible"
+    with contextlib.suppress(EngineError):
+        version = TensorRT(name).version
+        return "" if loads(plan, version) else f"not for {name} {version}"
+    return ""
 
 
 def main() -> None:

@@ -38,6 +38,8 @@ class Cuda:
     def __init__(self, device: int = 0) -> None:
         self.api = _bindings()
         self._made: weakref.WeakSet[Any] = weakref.WeakSet()  # objects that `close` frees
+        self.events: dict[bool, list[Any]] = {True: [], False: []}  # timed, or not: handles to be used again
+        weakref.finalize(self, _destroy_events, self.api, self.events)
         error, count = self.api.cudaGetDeviceCount()
         if error != self.api.cudaError_t.cudaSuccess or not count:
             raise EngineError(
@@ -72,6 +74,7 @@ class Cuda:
         for one in list(self._made):
             one.close()
         self._made.clear()
+        _destroy_events(self.api, self.events)
 
     def keep(self, one: Any, free: Callable[[Any], Any], handle: Any) -> Callable[[], Any]:
         """Arranges for one call of `free(handle)`: by the function returned, by `close`, or when `one` is unused."""
@@ -265,17 +268,29 @@ class Stream:
 
 
 class Event:
-    """A point in a stream's work."""
+    """A point in a stream's work.
+
+    Its handle is used again once the event is no longer used: a step records several events. Streams that wait for it
+    keep waiting for this point.
+    """
 
     def __init__(self, stream: Stream, timed: bool = False) -> None:
-        self.cuda = stream.cuda
-        # Who waits sleeps, which leaves the core to the encoding of pictures. A sleeper wakes some 50 us later than one
-        # that spins, which is little beside a step.
-        api = self.cuda.api
-        flags = api.cudaEventDefault if timed else api.cudaEventDisableTiming | api.cudaEventBlockingSync
-        self.handle = self.cuda.call("cudaEventCreateWithFlags", flags)
-        self.close = self.cuda.keep(self, self.cuda.api.cudaEventDestroy, self.handle)
+        self.cuda, unused = stream.cuda, stream.cuda.events[timed]
+        if unused:
+            self.handle = unused.pop()
+        else:
+            # Who waits sleeps, which leaves the core to the encoding of pictures. A sleeper wakes some 50 us later than
+            # one that spins, which is little beside a step.
+            api = self.cuda.api
+            flags = api.cudaEventBlockingSync | (0 if timed else api.cudaEventDisableTiming)
+            self.handle = self.cuda.call("cudaEventCreateWithFlags", flags)
+        self._give_back = self.cuda.keep(self, unused.append, self.handle)
         self.cuda.call("cudaEventRecord", self.handle, stream.handle)
+
+    def close(self) -> None:
+        """Gives the handle back; do not use the event afterwards. A second call does nothing."""
+        self._give_back()
+        self.handle = 0
 
     def done(self) -> bool:
         """Whether it happened, without waiting."""
@@ -309,6 +324,12 @@ class Graph:
 
     def launch(self, stream: Stream) -> None:
         self.cuda.call("cudaGraphLaunch", self.handle, stream.handle)
+
+
+def _destroy_events(api: Any, events: dict[bool, list[Any]]) -> None:
+    for handles in events.values():
+        while handles:
+            api.cudaEventDestroy(handles.pop())
 
 
 def dtype_name(dtype: Any) -> str:

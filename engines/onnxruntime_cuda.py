@@ -23,6 +23,7 @@ from .derived import derived_graph
 from .onnxruntime import NO_CUDA, OnnxRuntimeEngine, has_cuda_provider, import_onnxruntime, loading, session_options
 
 _SAID: list[str] = []  # why the bundle's graphs run
+PRIOR = "hand_prior"
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 # What ONNX Runtime keeps on the CPU by design: the arithmetic of shapes, a few integers each, which stay there.
 SHAPES = frozenset(
@@ -172,9 +173,11 @@ def device_engines(
 ) -> DeviceEngines:
     """One session a graph on its stream, and one binding a bucket; for each size of pictures.
 
-    replay: ONNX Runtime replays the sampling steps as CUDA graphs of its own, with a session and its weights for each
-    bucket. That saves the launch of each kernel, but the host waits for every step. A session that refuses runs
-    without.
+    ONNX Runtime replays the steps of stage 1 as CUDA graphs of its own, with a session and its weights for each bucket.
+    That saves the launch of each kernel, but the host waits for every step. The prior is small, so its launches would
+    take longer than its kernels, and its copies take little memory.
+
+    replay: likewise the steps of stage 2. A session that refuses runs without.
     """
     shared: dict[str, OnnxRuntimeCudaEngine] = {}  # sessions of graphs without a size
 
@@ -188,7 +191,7 @@ def device_engines(
             return open_cuda(folder, manifest, graph, size, stream=stream, capture=capture)
 
         def load(graph: str, bucket: int, branches: int) -> DeviceEngine:
-            if replay and manifest.graphs[graph].steps:
+            if graph == PRIOR or (replay and manifest.graphs[graph].steps):
                 try:
                     return OnnxRuntimeDeviceEngine(session(graph, {"B": bucket, BRANCHES: branches}))
                 except BundleError:

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from .. import cpu
+from ..weights import phases
 
 REWRITES = "norms by channel, folded upsampling"  # part of the key of what was compiled
-# Of a doubled row 2 i + phase: which taps fall on the same small row, the upper of the two first; and where they begin.
-TAPS = (((0,), (1, 2)), ((0, 1), (2,)))
 
 
 def rewrite(model: Any) -> None:
@@ -92,14 +91,6 @@ def fold_upsampling(model: Any) -> int:
         conv.output(0).replace(new.output(0))
         folded += 1
     return folded
-
-
-def phases(weight: np.ndarray) -> list[np.ndarray]:
-    """[O, C, 3, 3] -> four of [O, C, 2, 2]: for the upper left, upper right, lower left and lower right pixel."""
-    exact = weight.astype(np.float64)
-    rows = [np.stack([exact[:, :, list(taps)].sum(2) for taps in pair], 2) for pair in TAPS]  # [O, C, 2, 3]
-    found = [np.stack([half[..., list(taps)].sum(3) for taps in pair], 3) for half in rows for pair in TAPS]
-    return [one.astype(weight.dtype) for one in found]
 
 
 def _is_same(conv: Any) -> bool:

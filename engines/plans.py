@@ -22,6 +22,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import mmap
 import os
 import re
 import warnings
@@ -292,7 +293,7 @@ class PlanStore:
     often read-only."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = (_cache() / "demo" if is_shipped(folder) else Path(folder)) / FOLDER
+        self.folder = (cache_folder() / "demo" if is_shipped(folder) else Path(folder)) / FOLDER
 
     def __iter__(self) -> Iterator[Plan]:
         """Every finished plan. It skips unreadable records; `strays` says what is wrong with them."""
@@ -373,13 +374,18 @@ class PlanStore:
             return "its plan is damaged (its SHA-256 differs)"
         return ""
 
-    def read(self, plan: Plan) -> bytes:
-        """A plan's content, verified. Raises EngineError for a damaged one, because a plan is code."""
+    def read(self, plan: Plan) -> memoryview:
+        """A plan's content, verified. It is mapped, so gigabytes are not copied into the process.
+
+        Raises EngineError for a damaged plan, because a plan is code.
+        """
         try:
-            content = plan.path.read_bytes()
-        except OSError as error:
+            with open(plan.path, "rb") as file:
+                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:  # ValueError: it is empty
+            why = getattr(error, "strerror", None) or "it is empty"
             raise EngineError(
-                f"The plan {plan.path} cannot be read ({error.strerror}). Build it again: hd-engines build FOLDER."
+                f"The plan {plan.path} cannot be read ({why}). Build it again: hd-engines build FOLDER."
             ) from error
         if hashlib.sha256(content).hexdigest() != plan.sha256:
             raise EngineError(
@@ -422,10 +428,10 @@ class PlanStore:
 
 def user_cache() -> PlanStore:
     """The plans that this user's runs compiled, for any bundle."""
-    return PlanStore(_cache())
+    return PlanStore(cache_folder())
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/handiffuser`, else `~/.cache/handiffuser`."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

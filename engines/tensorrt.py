@@ -168,7 +168,7 @@ class TensorRT:
         return options
 
     def load(
-        self, plan: bytes, graph: str, cuda: Cuda, kernels: Path | None = None, host_code: bool = False
+        self, plan: bytes | memoryview, graph: str, cuda: Cuda, kernels: Path | None = None, host_code: bool = False
     ) -> LoadedPlan:
         """Loads a verified plan onto the GPU.
 

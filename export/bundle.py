@@ -54,6 +54,7 @@ from .kept import Shelf, keys
 from .norms import write_out_norms
 from .sizes import at_example, memory_of, name_sides, settle, side_symbols
 from .upsampling import fold_upsampling
+from .weights import record_weights
 from .workspace import install, workspace
 
 # Largest difference to float32 PyTorch on the same inputs, relative to the largest value of the output. An error in the
@@ -92,6 +93,7 @@ def export_bundle(checkpoint: Checkpoint, out: Path, *arguments: Any, **options:
     check_target(out)
     with workspace(out) as folder:
         results = make_bundle(checkpoint, folder / "bundle", *arguments, **options)
+        record_weights(checkpoint, folder / "bundle")
         install(folder / "bundle", out)
     return results
 
@@ -266,8 +268,9 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
         share_branches(program.model)
     write_out_norms(program.model, known)  # with free sizes they look at their input's shape, which is not shared
     fold_upsampling(program.model)
-    # Position codes of the levels' grids are the same in each of their layers.
-    DeduplicateInitializersPass(size_limit=MAX_COMPARED_ELEMENTS)(program.model)
+    if graph.name != "unet_context":  # an adapter may change one of two layers whose kernels begin as equals
+        # Position codes of the levels' grids are the same in each of their layers.
+        DeduplicateInitializersPass(size_limit=MAX_COMPARED_ELEMENTS)(program.model)
     compact(program.model)
     fuse_attention(program.model)
     if graph.sized:

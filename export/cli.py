@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from .. import commands, hub  # noqa: E402
 from ..contract import ALL_GRAPHS, EIGHT_BITS, MANIFEST, Manifest  # noqa: E402
 from ..engines.backends import BACKENDS, CHOICES, DEFAULT, PRECISIONS, Backend  # noqa: E402
-from ..engines.cli import build_options, build_with_progress, resolve_backend, wanted_of  # noqa: E402
+from ..engines.cli import build_options, build_with_progress, check_options, resolve_backend, wanted_of  # noqa: E402
 from ..engines.openvino import WORDS, inference  # noqa: E402
 from ..engines.plans import Wanted  # noqa: E402
 from ..errors import HanDiffuserError  # noqa: E402
@@ -37,7 +37,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """ "512" -> (512, 512); "512x768" -> (512, 768), height first."""
+    """ "512" -> (512, 512); "512x768" -> (768, 512): width x height, as every size is typed, to height and width."""
     if value is None:
         return None
     try:
@@ -45,8 +45,8 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
     except ValueError:
         sides = []
     if len(sides) not in (1, 2) or min(sides) < 8:
-        raise click.BadParameter(f"--image-size must be 512, or 512x768 for height x width, got {value!r}.")
-    return sides[0], sides[-1]
+        raise click.BadParameter(f"--image-size must be 512, or 512x768 for width x height, got {value!r}.")
+    return sides[-1], sides[0]
 
 
 def parse_adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[Path, float], ...]:
@@ -80,6 +80,7 @@ class Options:
     fidelity: str
     accept_low_fidelity: bool
     wanted: Wanted
+    faster_than: Path | None = None
 
     @property
     def base(self) -> str:
@@ -111,6 +112,7 @@ class Options:
                 f"--backend must be one that builds plans, got {name}, which only runs those of "
                 f"{self.backend.plans_of}. Take --backend {self.backend.plans_of} --version-compatible."
             )
+        check_options(name, self.wanted, self.faster_than)
         if self.backend.plans:
             self.backend.builder().check_build(name, self.wanted.options)
 
@@ -153,7 +155,7 @@ class Options:
     metavar="FILE[:SCALE]",
     help="Merge an adapter (.safetensors) of hd-train --lora or for Stable Diffusion into the weights; repeatable.",
 )
-@click.option("--image-size", callback=parse_size, metavar="H[xW]", help="Pixels; default: as trained.")
+@click.option("--image-size", callback=parse_size, metavar="W[xH]", help="In pixels; default: as trained.")
 @click.option("--opset", type=click.IntRange(18, 24), default=23, show_default=True, help="ONNX opset.")
 @click.option(
     "--fidelity",
@@ -202,7 +204,15 @@ def command(
         out = Path(push.rpartition("/")[2])
     folder = resolve(checkpoint, "checkpoint")
     target = check_push(push, licence, folder, values["body"]) if push is not None else None
-    options = Options(folder, out, chosen, precision or chosen.precisions[0], **asked, wanted=wanted_of(values))
+    options = Options(
+        folder,
+        out,
+        chosen,
+        precision or chosen.precisions[0],
+        **asked,
+        wanted=wanted_of(values),
+        faster_than=values["faster_than"],
+    )
     options.check()
     source = options.source()
     why = changed(out, source)
@@ -213,7 +223,7 @@ def command(
     else:
         console.print(f"The bundle in {out} is current: nothing was exported.")
     if chosen.plans:
-        build_with_progress(out, chosen.name, options.wanted, values["faster_than"])
+        build_with_progress(out, chosen.name, options.wanted, options.faster_than)
     if chosen.compiles:
         compile_graphs(options)
     if triton is not None:
@@ -302,6 +312,7 @@ def export(options: Options, source: dict[str, str]) -> None:
     with console.status("reading the checkpoint"):
         from .bundle import check_target, make_bundle
         from .lower import is_small
+        from .weights import record_weights
         from .workspace import install, workspace
 
         import_module("onnxruntime")  # another process runs it, minutes from now
@@ -328,6 +339,7 @@ def export(options: Options, source: dict[str, str]) -> None:
             compare = options.fidelity == "always" or (options.fidelity == "auto" and is_small(loaded))
             if options.precision != "fp32":
                 lower(options, loaded, made, compare, progress, task)
+            record_weights(loaded, made)
             install(made, options.out)
 
 

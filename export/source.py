@@ -34,6 +34,7 @@ REWRITES = (
     "branches",
     "norms",
     "upsampling",
+    "weights",
 )  # modules that decide what a graph computes
 PACKAGES = ("handiffuser", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 CHECKERS = ("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")  # and packages that make and check a graph

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ..engines.openvino_rewrites import phases
+from ..weights import phases
 
 NARROW = 256
 

@@ -12,16 +12,15 @@ whole tensors, in the same file under their names. `merge` also reads other prog
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..adapters import METADATA, WHOLE, diverged, read, summary
 from ..files import written
-from .adapters import METADATA, WHOLE, Adapter, read
 from .checkpoint import Checkpoint
 
 # The layers that get ranks: attention's products, as in diffusers' and peft's own examples.
@@ -48,14 +47,14 @@ def inject(checkpoint: Checkpoint, rank: int) -> list[nn.Parameter]:
             parameter.requires_grad_(True)
     if checkpoint.position_kernel is not None:
         checkpoint.position_kernel.requires_grad_(True)
-    return [parameter for parameter in _parts(checkpoint).parameters() if parameter.requires_grad]
+    return [parameter for parameter in parts(checkpoint).parameters() if parameter.requires_grad]
 
 
 def trained(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The tensors that `inject` left trainable, by their names in the file."""
     return {
         name.replace(".default.weight", ".weight"): parameter.detach()
-        for name, parameter in _parts(checkpoint).named_parameters()
+        for name, parameter in parts(checkpoint).named_parameters()
         if parameter.requires_grad
     }
 
@@ -76,41 +75,22 @@ def merge(checkpoint: Checkpoint, path: Path, scale: float = 1.0) -> str:
     Raises CheckpointError for a file that `adapters.read` refuses, before it changes a weight, and for a merge that
     makes a weight infinite.
     """
-    parts = _parts(checkpoint)
-    layers = {n: m for n, m in parts.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    parameters = dict(parts.named_parameters())
-    adapter = read(layers, path)
-    for name, value in adapter.whole.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            raise CheckpointError(
-                f"{path} does not fit this checkpoint: it lacks {name} or has it in another shape. Take the checkpoint "
-                "of the adapter's training."
-            )
-    for layer, update in adapter.updates.items():
-        module, strength = layers[layer], scale * update.factor
-        module.weight.add_(update.delta().reshape(module.weight.shape), alpha=strength)
-        if (bias := update.parts.get("bias")) is not None and module.bias is not None:
-            module.bias.add_(bias.float(), alpha=strength)
-        if not all(value.isfinite().all() for value in module.parameters()):
-            raise CheckpointError(
-                f"{path} makes {layer} infinite. Take an earlier adapter, before its training diverged."
-            )
-    for name, value in adapter.whole.items():
-        parameters[name].lerp_(value.float(), scale)
-    return _summary(path, adapter, scale)
+    parameters = dict(parts(checkpoint).named_parameters())
+    adapter = read(shapes(checkpoint), path)
+    for name, change in adapter.changes(scale).items():
+        merged = change(parameters[name].float().numpy(), parameters[name].shape)
+        if not np.isfinite(merged).all():
+            raise diverged(path, name)
+        parameters[name].copy_(torch.from_numpy(merged))
+    return summary(path, adapter, scale)
 
 
-def _summary(path: Path, adapter: Adapter, scale: float) -> str:
-    counts = Counter(layer.partition(".")[0] for layer in adapter.updates)
-    found = [f"{count} layers of {part}" for part, count in sorted(counts.items(), reverse=True)]
-    if adapter.whole:
-        found.append(f"{len(adapter.whole)} whole tensors")
-    silent = adapter.updates and not all(update.stated for update in adapter.updates.values())
-    strength = " Its file lacks alpha, so alpha is the rank, as in diffusers." if silent else ""
-    return f"Merged {path.name} at {scale:g}: {', '.join(found)}.{strength}"
+def shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters that an adapter may change, by their names in a file."""
+    return {name: tuple(parameter.shape) for name, parameter in parts(checkpoint).named_parameters()}
 
 
-def _parts(checkpoint: Checkpoint) -> nn.ModuleDict:
+def parts(checkpoint: Checkpoint) -> nn.ModuleDict:
     """The parts that an adapter touches, under their names."""
-    parts = {name: getattr(checkpoint, name) for name in (*TARGETS, "position_kernel")}
-    return nn.ModuleDict({name: module for name, module in parts.items() if module is not None})
+    found = {name: getattr(checkpoint, name) for name in (*TARGETS, "position_kernel")}
+    return nn.ModuleDict({name: module for name, module in found.items() if module is not None})

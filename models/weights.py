@@ -22,12 +22,11 @@ from transformers import CLIPTextConfig, PreTrainedModel
 from ..contract import FileName, Word
 from ..errors import CheckpointError
 from ..hub import VARIANTS, candidates
-from ..schema import MisfitError, fit, read_json
+from ..schema import MisfitError, fit, listed, read_json
 from .layout import read_config
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # in the words of safetensors
 SPARE = 1 << 20  # elements: a network larger than twice its file plus this is refused before it is built
-SHOWN = 3  # names in a sentence; it counts the rest
 
 
 class Index(Struct):
@@ -191,10 +190,3 @@ def check_finite(module: nn.Module, folder: Path) -> None:
             f"The weights in {folder} must be finite, got NaN or infinity in {listed(broken)}. "
             "Take an earlier checkpoint, before the training diverged."
         )
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few names, and the number of the rest."""
-    names = sorted(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

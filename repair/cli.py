@@ -34,7 +34,7 @@ from ..runtime.pipeline import HanDiffuser
 from ..runtime.reporting import line
 from ..runtime.rest import joints_at_rest
 from .files import NOTE, Original
-from .wish import Wish, choose, known_gesture
+from .wish import SMALLEST, Wish, choose, known_gesture
 
 PATH = click.Path(path_type=Path)
 
@@ -189,6 +189,17 @@ class Job:
         if self.box is not None:
             from .place import placed
 
+            middle = (self.box[:2] + self.box[2:]) / 2
+            if not ((middle > 0) & (middle < size[::-1])).all():
+                raise DetectionError(
+                    f"--box must have its middle in the picture of {size[1]}x{size[0]} pixels, got "
+                    f"{self.options['box']}. Take the pixels of the upright picture."
+                )
+            if (self.box[2:] - self.box[:2]).max() < SMALLEST:
+                raise DetectionError(
+                    f"--box must be at least {SMALLEST:.0f} pixels wide or high, got {self.options['box']}. Give a "
+                    "larger picture."
+                )
             return [placed(self.box, self.options["side"], self.wish.gesture or "", self.rest)]
         if file is not None:
             from .repair import given_hands

@@ -1,7 +1,7 @@
 """One hand of a picture, cut out at the model's size, painted again and put back.
 
     patch = plan(picture, seen, rest, (512, 512))         # seen: detection.hands.Seen, in the picture's pixels
-    request = patch.request(folder, strength=0.95)        # for HanDiffuser.prepare, after `patch.pose(made)`
+    request = patch.request(strength=0.95)                # for HanDiffuser.prepare, after `patch.pose(made)`
     picture = patch.paste(picture, painted)               # the same bytes outside the mask
 
 The crop is NEAR times the box of the old and the new hand, so that a small hand gets all the pixels that the model has
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from ..detection.hands import Seen, Window, arrays_of
 from ..errors import DetectionError
 from ..fingers import SIDES
 from ..grammar import BACKGROUNDS, PHRASES, SKINS
-from ..hands import save_hands
 from ..runtime.requests import Request
 from . import regions
 from .wish import STRENGTH
@@ -48,9 +46,9 @@ LARGEST = 2.0  # of a hand, in the longer sides of its picture
 @dataclass
 class Patch:
     """seen: the hand, in pixels of the picture. window: the crop. crop: uint8 [H, W, 3] at the model's size. old: where
-    the old hand is, bool [H, W]. arrays: for `save_hands`, framed by the window. After `pose`: new, the silhouette, and
-    mask, bool [H, W], and points, the new hand's joints [21, 2] in pixels of the crop. kept: bool [H, W], other hands.
-    """
+    the old hand is, bool [H, W]. arrays: of `Request.hands`, framed by the window. After `pose`: new, the silhouette,
+    and mask, bool [H, W], and points, the new hand's joints [21, 2] in pixels of the crop. kept: bool [H, W], where
+    other hands are."""
 
     seen: Seen
     window: Window
@@ -101,18 +99,12 @@ class Patch:
         hand = " ".join(word for word in (f"a {skin}", f"{SIDES[self.seen.hand.side]} hand", phrase) if word)
         return f"{hand}, {ground} background"
 
-    def save(self, path: Path) -> None:
-        """Writes the hand, framed by the crop, as a `.hands.npz`."""
-        save_hands(path, self.arrays)
-
-    def request(self, hands: Path, caption: str | None = None, strength: float = STRENGTH, **settings: Any) -> Request:
-        """The request that paints the crop. hands: a file to write, which must stay until the picture is made. Raises
-        RequestError for a setting."""
+    def request(self, caption: str | None = None, strength: float = STRENGTH, **settings: Any) -> Request:
+        """The request that paints the crop. Raises RequestError for a setting."""
         assert self.mask is not None, "pose comes first"
-        self.save(hands)
         start = regions.prefill(self.crop, self.mask)
         return Request(
-            caption or self.caption(), hands=str(hands), image=start, mask=self.mask, strength=strength, **settings
+            caption or self.caption(), hands=self.arrays, image=start, mask=self.mask, strength=strength, **settings
         )
 
     def paste(self, picture: np.ndarray, painted: np.ndarray) -> np.ndarray:

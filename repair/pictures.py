@@ -1,7 +1,8 @@
 """Pictures that a program holds as arrays: their hands found, and painted again.
 
 with HanDiffuser.load("demo") as engines:
-    (told,) = find_hands(engines, [picture])           # told.arrays are as Picture.hands
+    (told,) = find_hands(engines, [picture])
+    (new,) = engines.generate(told.caption, hands=told)   # its hands in a new picture
     outcome = repair_hands(engines, picture, gesture="open_hand", seed=4)
     outcome.image, outcome.said
 """
@@ -19,8 +20,8 @@ from ..detection.detect import Detector, MediaPipe
 from ..detection.hands import Seen, find, seen_again
 from ..detection.photo import Photo, Told
 from ..errors import DetectionError, EngineError, RequestError
-from ..fingers import SIDES
-from ..hands import NO_HANDS
+from ..fingers import SIDES, gestures
+from ..hands import NO_HANDS, POSES, given_arrays
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure
@@ -33,15 +34,20 @@ def find_hands(
 ) -> Iterator[Told]:
     """The hands of each picture uint8 [H, W, 3], as one person of the bundle shows them: a left and a right one, the
     surest. whole: their places are those in the picture, for `repair_hands`; else those in a new picture, which shows
-    small hands nearer, for `Request.hands`. Raises DetectionError where no hand is found."""
+    small hands nearer, for `generate`. Both take what this yields.
+
+    A picture without hands yields a Told whose `arrays` are empty and whose `said` tells why; the next ones follow.
+    Raises DetectionError where the detector is missing, and RequestError for what is not a picture."""
+    if getattr(pictures, "ndim", None) == 3:
+        raise RequestError("pictures must be a list of arrays uint8 [H, W, 3], got one array. Put it into a list.")
     rest, used = joints_of(engines), detector or MediaPipe()
     try:
         for picture in pictures:
             found = used(_checked(picture))
             if not found:
-                raise DetectionError(
-                    f"{used.name} found no hand in the picture. Show the hand whole, larger and sharper."
-                )
+                said = f"{used.name} found no hand in the picture. Show the hand whole, larger and sharper."
+                yield Told({}, "", [said], picture, whole)
+                continue
             photo = Photo(Path("The picture"), picture, found, used)
             yield photo.hands_for(rest, engines.manifest.image_size, whole=whole)
     finally:
@@ -52,7 +58,7 @@ def find_hands(
 def repair_hands(
     engines: HanDiffuser,
     picture: np.ndarray,
-    hands: Mapping[str, np.ndarray] | None = None,
+    hands: Mapping[str, np.ndarray] | Told | None = None,
     *,
     gesture: str | None = None,
     side: str | None = None,
@@ -66,20 +72,24 @@ def repair_hands(
 ) -> Outcome:
     """Paints the hands of a picture uint8 [H, W, 3] again, and leaves all other pixels as they are; see `hd-repair`.
 
-    hands: what to paint, with joints_2d in [0, 1] of the picture, as `find_hands` with `whole` gives it; by default
+    hands: what to paint, with joints_2d in [0, 1] of the picture, as `find_hands` with `whole` yields it; by default
     what is found. gesture: what every hand does. side: "left" or "right" alone. every: also hands whose pose is not
     sure. settings: of SETTINGS. run: in place of `engines.run`. Raises DetectionError, RequestError and EngineError."""
     if side not in (None, *SIDES):
         raise RequestError(f"side must be left or right, got {side!r}.", "side")
-    rest, size = joints_of(engines), _checked(picture).shape[:2]
+    size = _checked(picture).shape[:2]
+    given = None if hands is None else _placed(hands)
+    if gesture is not None and gesture not in gestures():
+        raise RequestError(f"gesture must be one of {', '.join(gestures())}, got {gesture!r}.", "gesture")
+    rest = joints_of(engines)
     try:
         seen = found = find(picture, rest, detector)
     except DetectionError:
         if hands is None:
             raise
         seen = found = []  # without a detector, the old hands are taken to be where the new ones are
-    if hands is not None:
-        seen = [again(hands, number, size, seen) for number in (0, 1) if hands["visibility"][number] >= 0.5]
+    if given is not None:
+        seen = [again(given, number, size, seen) for number in (0, 1) if given["visibility"][number] >= 0.5]
     seen = [one for one in seen if side in (None, one.side)]
     if not seen:
         raise DetectionError("No hand was found in the picture. Show it larger and sharper, or give hands.")
@@ -89,6 +99,17 @@ def repair_hands(
     outcome = repair(engines, picture, chosen, rest, wish, looks, run, found, **settings)
     outcome.said = [*said, *outcome.said]
     return outcome
+
+
+def _placed(hands: object) -> Mapping[str, np.ndarray]:
+    """Arrays of hands that have their places in the picture. Raises RequestError."""
+    if not getattr(hands, "whole", True) and getattr(hands, "arrays", None):
+        raise RequestError(
+            "hands must have their places in the whole picture, got those for a new one. Call find_hands with "
+            "whole=True.",
+            "hands",
+        )
+    return given_arrays(hands, *POSES, "joints_2d", "visibility")
 
 
 def _checked(picture: np.ndarray) -> np.ndarray:

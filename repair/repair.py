@@ -6,7 +6,6 @@ for done in repaired(pipeline, picture, hands, rest, settings): ...
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,45 +86,64 @@ def repair(
             plan(outcome.image, one, rest, pipeline.manifest.image_size, others=[*around, *seen])
             for one in rest_of[: pipeline.batch_size]
         ]
-        with tempfile.TemporaryDirectory(prefix="hd-repair-") as folder:
-            _pose(pipeline, patches, Path(folder))
-            alone = apart(patches)
-            done = {id(patch.seen) for patch in alone}
-            rest_of = [one for one in rest_of if id(one) not in done]
-            requests = [_request(patch, Path(folder) / f"{k}.npz", wish, settings) for k, patch in enumerate(alone)]
-            prepared, refused = pipeline.prepare(requests, seed=int(settings.get("seed") or 0))
-            if refused:
-                raise RequestError(refused[0].sentence)
-            pictures = {}
-            for made in (run or pipeline.run)(prepared):
-                if isinstance(made, Failure):
-                    raise EngineError(f"A hand could not be painted: {made.sentence}")
-                pictures[made.id] = made
+        _pose(pipeline, patches)
+        alone = apart(patches)
+        done = {id(patch.seen) for patch in alone}
+        rest_of = [one for one in rest_of if id(one) not in done]
+        own = {name: value for name, value in settings.items() if name != "seed"}
+        requests = [patch.request(wish.caption, wish.strong, **own) for patch in alone]
+        prepared, refused = pipeline.prepare(requests, seed=int(settings.get("seed") or 0))
+        if refused:
+            raise RequestError(refused[0].sentence)
+        pictures = {}
+        for made in (run or pipeline.run)(prepared):
+            if isinstance(made, Failure):
+                raise EngineError(f"A hand could not be painted: {made.sentence}")
+            pictures[made.id] = made
         for patch, request in zip(alone, prepared, strict=True):
-            made = pictures[str(request.id)]
-            repaired = patch.paste(outcome.image, made.image)
+            laid, moved = lay(outcome.image, patch, pictures[str(request.id)].image, detector, wish.automatic)
+            if laid is outcome.image:
+                outcome.said.append(stays(patch, SAY))
+                continue
             note: dict[str, Any] = {"side": patch.seen.side, "gesture": patch.seen.gesture, "caption": request.prompt,
                     "seed": request.seed, "strength": request.strength, "window": list(patch.bounds)}  # fmt: skip
-            if patch.seen.found is not None and detector is not None:
-                note["moved"] = moved = patch.moved(outcome.image, repaired, detector)
-                if wish.automatic and moved > MOVED:
-                    outcome.said.append(f"{the(patch.seen)} came out otherwise than it was, so it stays. {SAY}")
-                    continue
-            outcome.image = repaired
+            if moved is not None:
+                note["moved"] = moved
+            outcome.image = laid
             outcome.mask |= patch.covered(picture)
             outcome.painted.append(note)
-            if patch.magnified > SOFT:
-                outcome.said.append(
-                    f"{the(patch.seen)} is {patch.magnified:.0f} times as large as the model paints, so it looks soft."
-                )
+            outcome.said += soft(patch)
     return outcome
 
 
-def _pose(pipeline: HanDiffuser, patches: Sequence[Patch], folder: Path) -> None:
-    requests = []
-    for k, patch in enumerate(patches):
-        patch.save(folder / f"pose-{k}.npz")
-        requests.append(Request(patch.caption(), id=f"pose-{k}", hands=str(folder / f"pose-{k}.npz")))
+def lay(
+    picture: np.ndarray, patch: Patch, painted: np.ndarray, detector: Detector | None = None, automatic: bool = True
+) -> tuple[np.ndarray, float | None]:
+    """A picture uint8 [H, W, 3] with a painted crop in it, and how far the detector sees the hand from the old one; see
+    `Patch.moved`. Without a detector, and for a hand that it did not find before, that is None.
+
+    automatic: where that is farther than MOVED, the old hand stays: `picture` itself comes back."""
+    laid = patch.paste(picture, painted)
+    if detector is None or patch.seen.found is None:
+        return laid, None
+    moved = patch.moved(picture, laid, detector)
+    return (picture if automatic and moved > MOVED else laid), moved
+
+
+def stays(patch: Patch, advice: str) -> str:
+    """What is said of a hand that `lay` left as it was."""
+    return f"{the(patch.seen)} came out otherwise than it was, so it stays. {advice}"
+
+
+def soft(patch: Patch) -> list[str]:
+    """A sentence where a hand is much larger than the model paints it."""
+    if patch.magnified <= SOFT:
+        return []
+    return [f"{the(patch.seen)} is {patch.magnified:.0f} times as large as the model paints, so it looks soft."]
+
+
+def _pose(pipeline: HanDiffuser, patches: Sequence[Patch]) -> None:
+    requests = [Request(patch.caption(), id=f"pose-{k}", hands=patch.arrays) for k, patch in enumerate(patches)]
     for patch, made in zip(patches, _hands(pipeline, requests), strict=True):
         patch.pose(made)
 
@@ -143,6 +161,16 @@ def _hands(pipeline: HanDiffuser, requests: Sequence[Request]) -> list[dict[str,
     return out
 
 
+def rounds_of(patches: Sequence[Patch]) -> int:
+    """How often hands are painted, all those `apart` at once, until none is left."""
+    left, count = list(patches), 0
+    while left:
+        now = apart(left)
+        left = [patch for patch in left if not any(patch is one for one in now)]
+        count += 1
+    return count
+
+
 def apart(patches: Sequence[Patch]) -> list[Patch]:
     """The first patch, and those whose windows touch none before them."""
     out: list[Patch] = []
@@ -155,8 +183,3 @@ def apart(patches: Sequence[Patch]) -> list[Patch]:
         if free:
             out.append(patch)
     return out
-
-
-def _request(patch: Patch, hands: Path, wish: Wish, settings: dict[str, Any]) -> Request:
-    own = {name: value for name, value in settings.items() if name != "seed"}
-    return patch.request(hands, wish.caption, wish.strong, **own)

@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 
 from .. import grammar
-from ..contract import IMAGE_ENCODER, MAX_SIDE, ROW_HEAD, TOKENIZER, Manifest, Size, apart, read_size, shown_size
+from ..contract import (
+    IMAGE_ENCODER,
+    MAX_SIDE,
+    ROW_HEAD,
+    TOKENIZER,
+    WEIGHTS,
+    Manifest,
+    Size,
+    apart,
+    read_size,
+    shown_size,
+)
 from ..errors import RequestError
 from ..hands import Hands, hand_arrays, keep_camera, load_hands
 from ..installed import version
@@ -301,6 +312,7 @@ def _digest(manifest: Manifest) -> str:
     """
     names = ("files", "schedules", "num_history", "latent_size", "tokenizer", "params_mean", "params_std")
     values = {name: getattr(manifest, name) for name in names}
+    values["files"] = {name: one for name, one in manifest.files.items() if name != WEIGHTS}  # which no graph reads
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -24,7 +24,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,32 +34,18 @@ from ..errors import EngineError, RequestError
 from ..hands import load_hands
 from ..settings import MAX_REDRAWS, MAX_STEPS
 from .bundle import Bundle
+from .device_batches import DeviceBatch, Exit
 from .device_graphs import STREAM, DeviceGraph, Staging, Streams
 from .device_noise import DeviceNoise
 from .device_pictures import DeviceBlend
 from .device_sampler import DeviceJob, DeviceSampler, DeviceTables, Steps, first_bad
-from .device_sizes import DeviceSizes, Easel, Exit
+from .device_sizes import DeviceSizes, Easel
 from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
 
 JUDGED = ("joints_3d", "visibility")  # features that `clash` reads
-AHEAD = 3  # steps that the host enqueues beyond the current one: the device never waits, new requests hardly do
 HAND_LOG_STEPS = (2 + MAX_REDRAWS) * MAX_STEPS  # a batch of hands takes that many steps at most, with redraws
-
-
-@dataclass
-class _Batch:
-    """Requests that go through stage 1 together; row i of every buffer belongs to works[i]."""
-
-    works: list[Work]
-    jobs: dict[Hashable, DeviceJob]  # of the hand prior
-    done: Any  # event: keys and values are ready
-    host: dict[str, np.ndarray]  # pinned copies of x and of the features, valid after `arrived`
-    log: np.ndarray
-    arrived: Any
-    blends: dict[Hashable, DeviceBlend]  # of those that bring a picture
-    left: int = 0  # works that have no result yet
 
 
 class DeviceLoop:
@@ -101,8 +86,10 @@ class DeviceLoop:
         self.consumed: list[Any] = []  # events: stage 2 has read the outputs of stage 1
         self.cancelled: set[Hashable] = set()
         self.held: list[Request] = []  # of a size that has no room beside those in work
-        self.ready: deque[tuple[_Batch, int]] = deque()
-        self.running: dict[Hashable, tuple[_Batch, int]] = {}
+        self.ready: deque[tuple[DeviceBatch, int]] = deque()
+        self.running: dict[Hashable, tuple[DeviceBatch, int]] = {}
+        self.leaving: deque[Exit] = deque()
+        self.fed: deque[int] = deque()  # rows of the steps that `_feed` made
 
     def warnings(self) -> list[str]:
         """Warnings about how this runs."""
@@ -160,33 +147,38 @@ class DeviceLoop:
 
     def _run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         source, more = iter(requests), True
-        self.ready, self.running, self.held = deque(), {}, []
-        ready, running = self.ready, self.running
-        exits: deque[Exit] = deque()
-        while more or self.held or ready or running or exits:
+        self.ready, self.running, self.leaving, self.fed, self.held = deque(), {}, deque(), deque(), []
+        ready, running, exits, results = self.ready, self.running, self.leaving, deque[Picture | Failure]()
+        while more or self.held or ready or running or exits or results:
             while self.cancelled:
-                yield from self._drop(self.cancelled.pop())
+                results.extend(self._drop(self.cancelled.pop()))
             if (more or self.held) and not ready and (self.overlap or self.sizes.free()):
                 some = self.held
                 if not some:
                     some, more = take(source, self.slots)
                 some, unpainted = self._place(some)
-                yield from unpainted
+                results.extend(unpainted)
                 if some:
                     batch, failures = self._stage_1(some)
                     ready.extend((batch, row) for row in range(len(batch.works)))
                     tell("hands", len(some))
-                    yield from failures
+                    while self.fed:
+                        tell("steps", self.fed.popleft())
+                    results.extend(failures)
             self._admit(ready, running)
             if self.sizes.active:
-                count, leaving = self.sizes.step(self.main, self.out)
-                tell("steps", count)
-                exits += leaving
-                self.steps.wait(AHEAD)
-                self.timings["unet"] = self.steps.seconds
+                tell("steps", self._step())
+            if self.sizes.hungry():
+                continue  # first the queue, then the results: the caller may take long for each
             while exits and (exits[0].event.done() or not self.sizes.active):
                 exits[0].event.synchronize()
-                yield from self._collect(exits.popleft(), running)
+                results.extend(self._collect(exits.popleft(), running))
+            while results:
+                yield results.popleft()
+                if self.sizes.hungry():
+                    break
+        self.steps.settle()
+        self.timings["unet"] = self.steps.seconds
 
     def _place(self, requests: list[Request]) -> tuple[list[Request], list[Failure]]:
         """Those whose size is on the device now, and a Failure for each that never fits there. The others are held.
@@ -228,14 +220,14 @@ class DeviceLoop:
         self.sizes.drop_job(self.main, id)
         return [self._left(*self.running.pop(id))]
 
-    def _left(self, batch: _Batch, row: int) -> Failure:
+    def _left(self, batch: DeviceBatch, row: int) -> Failure:
         batch.arrived.synchronize()  # copies may be under way
         if batch.blends:
             self.main.record().synchronize()
         self._done(batch, row)
         return cancelled(batch.works[row].request)
 
-    def _done(self, batch: _Batch, row: int) -> None:
+    def _done(self, batch: DeviceBatch, row: int) -> None:
         """One work of a batch has its result; after the last the memory is free."""
         id = batch.works[row].request.id
         if (blend := batch.blends.get(id)) is not None:
@@ -305,7 +297,7 @@ class DeviceLoop:
             return not_finite(work.request, "hand_features")
         return None
 
-    def _admit(self, ready: deque[tuple[_Batch, int]], running: dict[Hashable, tuple[_Batch, int]]) -> None:
+    def _admit(self, ready: deque[tuple[DeviceBatch, int]], running: dict[Hashable, tuple[DeviceBatch, int]]) -> None:
         """Fills free slots."""
         admitted = False
         while ready:
@@ -326,13 +318,27 @@ class DeviceLoop:
         if admitted and not ready:
             self.consumed = [self.main.record()]
 
-    def _stage_1(self, requests: list[Request]) -> tuple[_Batch, list[Failure]]:
+    def _feed(self) -> None:
+        """Enqueues steps of stage 2 between those of stage 1, which may take the host longer than what is queued."""
+        while self.sizes.hungry():
+            self.fed.append(self._step())
+
+    def _step(self) -> int:
+        """Enqueues one step of stage 2; finished requests go to the decoder."""
+        count, leaving = self.sizes.step(self.main, self.out)
+        self.leaving += leaving
+        self.steps.wait()
+        self.timings["unet"] = self.steps.seconds
+        return count
+
+    def _stage_1(self, requests: list[Request]) -> tuple[DeviceBatch, list[Failure]]:
         """Enqueues text -> hands -> features -> context -> keys and values for a batch of requests."""
         graphs, side = self.graphs, self.side
+        self._feed()
         for event in self.consumed:
             side.wait(event)
         canvases, unread = self.bundle.canvases(requests)
-        works, jobs, failures = self._hands([request for request in requests if request.id in canvases])
+        works, jobs, failures = self._hands([request for request in requests if request.id in canvases], self._feed)
         blends: dict[Hashable, DeviceBlend] = {}
         for easel in {id(easel): easel for easel in self.sizes.taken.values()}.values():
             of_size = [work for work in works if self.sizes.taken[work.request.id] is easel]
@@ -350,9 +356,11 @@ class DeviceLoop:
         failures += unread
         for failure in failures:
             del self.sizes.taken[failure.request.id]
-        return _Batch(works, jobs, done, host, log, side.record(), blends, left=count), failures
+        return DeviceBatch(works, jobs, done, host, log, side.record(), blends, left=count), failures
 
-    def _hands(self, requests: list[Request]) -> tuple[list[Work], dict[Hashable, DeviceJob], list[Failure]]:
+    def _hands(
+        self, requests: list[Request], between: Callable[[], None] = lambda: None
+    ) -> tuple[list[Work], dict[Hashable, DeviceJob], list[Failure]]:
         """Enqueues text -> hands -> features."""
         bundle, graphs, side = self.bundle, self.graphs, self.side
         started = time.perf_counter()
@@ -391,6 +399,7 @@ class DeviceLoop:
                     self.hands_sampler.submit(side, jobs[work.request.id])
                     work.draws += 1
             while self.hands_sampler.jobs:
+                between()
                 self.hands_sampler.step(side, lambda job, state: side.copy(x[rows[job.key]], state))
             graphs["hand_features"].launch(side, len(works))
             drawing = self._clashing(drawing, rows)
@@ -448,7 +457,7 @@ class DeviceLoop:
         table = device_table.table
         return DeviceJob(request.id, request.noise(stream, table, draw), device_table, constants)
 
-    def _collect(self, leaving: Exit, running: dict[Hashable, tuple[_Batch, int]]) -> list[Picture | Failure]:
+    def _collect(self, leaving: Exit, running: dict[Hashable, tuple[DeviceBatch, int]]) -> list[Picture | Failure]:
         """Pictures and failures, from the copies on the host."""
         results: list[Picture | Failure] = []
         for i, job in enumerate(leaving.jobs):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ from .requests import Request
 from .sampler import GUIDANCE
 from .steptimes import StepTimes
 
+# Seconds of steps that the host enqueues beyond the current one. A caller may take so long for a picture, such as for a
+# PNG of 45 ms, and the device does not wait; a new request hardly does.
+AHEAD = 0.06
+UNKNOWN = AHEAD / 3  # of a step that was not measured yet
+PATIENCE = 4  # steps that the host enqueues before it takes it that the queue does not get longer
 LOG_STEPS = 2 * MAX_STEPS  # steps that the log holds: more than a request may take
 
 
@@ -33,22 +39,57 @@ class Steps:
     """The steps under way on one stream, of all samplers there."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0  # on the device, of the steps that `wait` has waited for
-        # Start, end, rows, alone of each, and where its time is noted.
+        self.seconds = 0.0  # on the device, of the steps whose end the host has seen
+        # Start, end, rows, alone of each, and the measured times of its sampler.
         self.marks: deque[tuple[Any, Any, int, bool, StepTimes]] = deque()
+        self.count = 0  # steps that were launched
+        self.seen, self.grew = 0.0, 0  # what was queued when last asked; the step after which it was more, or enough
 
-    def wait(self, ahead: int) -> None:
-        """Waits until at most `ahead` steps are under way, and notes the times of the others."""
-        while len(self.marks) > ahead:
-            start, end, rows, alone, times = self.marks.popleft()
-            end.synchronize()
-            seconds = end.seconds_since(start)
-            self.seconds += seconds
-            times.add(rows, seconds, alone)
+    def add(self, start: Any, end: Any, rows: int, alone: bool, times: StepTimes) -> None:
+        """Notes a step that was launched."""
+        self.marks.append((start, end, rows, alone, times))
+        self.count += 1
+
+    def hungry(self) -> bool:
+        """Whether the device may soon be idle although there are steps to make.
+
+        Not where the queue stays short whatever the host enqueues: launching then takes longer than computing.
+        """
+        while self.marks and self.marks[0][1].done():
+            self._note()
+        queued = self._queued(1)
+        if queued > self.seen or queued >= AHEAD:
+            self.grew = self.count
+        self.seen = queued
+        return queued < AHEAD and self.count - self.grew < PATIENCE
+
+    def wait(self) -> None:
+        """Waits for the oldest steps while AHEAD would be left behind the next one."""
+        while self._queued(2) >= AHEAD:
+            self._note()
+
+    def settle(self) -> None:
+        """Waits for all steps, and notes their times."""
+        while self.marks:
+            self._note()
 
     def clear(self) -> None:
         """Forgets the steps under way."""
         self.marks.clear()
+        self.seen, self.grew = 0.0, self.count
+
+    def _queued(self, first: int) -> float:
+        """Seconds that the steps under way take by their measured times, from the given one on."""
+        marks = islice(self.marks, first, None)
+        return sum(times.expected(rows, alone, UNKNOWN) for *_, rows, alone, times in marks)
+
+    def _note(self) -> None:
+        """Waits for the oldest step under way, and notes its time."""
+        start, end, rows, alone, times = self.marks.popleft()
+        end.synchronize()
+        seconds = end.seconds_since(start)
+        self.seconds += seconds
+        times.add(rows, seconds, alone)
 
 
 @dataclass
@@ -188,7 +229,7 @@ class DeviceSampler:
         stream.copy(self.log[line][:count], self.graph.outputs["finite"][:count])
         self.count += 1
         if start is not None and self.times is not None:
-            self.steps.marks.append((start, stream.record(timed=True), count, alone, self.times))
+            self.steps.add(start, stream.record(timed=True), count, alone, self.times)
         for i in reversed(range(count)):
             job = self.jobs[i]
             job.position += 1

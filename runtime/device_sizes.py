@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from ..contract import IMAGE_ENCODER, PICTURES, GraphSpec, Manifest, Size
 from ..engines.base import DeviceEngines
 from ..engines.cuda import itemsize
+from .device_batches import Exit
 from .device_graphs import DeviceGraph, Staging, Streams, connect
 from .device_noise import DeviceNoise
 from .device_pictures import DevicePictures
@@ -31,17 +29,6 @@ from .steptimes import StepTimes
 # Latents that wait for the decoder, and a copy of the log of their steps: so many of each, so that the UNet never waits
 # for the decoder.
 EXITS = 3
-
-
-@dataclass
-class Exit:
-    """Pictures on their way out."""
-
-    jobs: list[DeviceJob]
-    image: np.ndarray
-    finite: np.ndarray
-    log: np.ndarray
-    event: Any = None
 
 
 class Easel:
@@ -190,6 +177,10 @@ class DeviceSizes:
         """See `DeviceSampler.submit`."""
         easel.sampler.submit(stream, job)
         self.flying[job.key] = easel
+
+    def hungry(self) -> bool:
+        """Whether the device may soon be idle although there are steps to make."""
+        return self.steps.hungry() and bool(self.flying)
 
     def step(self, main: Any, out: Any) -> tuple[int, list[Exit]]:
         """Enqueues one step of the size of the oldest job. See `Easel.step`."""

@@ -58,8 +58,9 @@ class Reporter:
         for count, what in ((skipped, "skipped (done before)"), (refused, "refused"), (failed, "failed")):
             if count:
                 counts.append(f"{count} {what}")
-        line(f"{', '.join(counts)}. They are in {folder.where}")
-        if index:
+        there = done or skipped
+        line(f"{', '.join(counts)}." + f" They are in {folder.where}" * bool(there))
+        if index and there:
             line(f"See them all: {index}")
 
 

@@ -31,10 +31,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import RequestError
-from ..hands import MAX_HANDS, NO_HANDS
+from ..hands import CAMERA, NO_HANDS, SHAPES, given_arrays, hands_file
+from ..hands import content_of as hands_content
 from ..hints import hint
 from ..schedules import Table
-from ..schema import MisfitError, fit, parse_json, read_file
+from ..schema import MisfitError, fit, parse_json
 from ..settings import SETTINGS, RequestFields, checked, with_defaults
 from .canvas import as_source, content_of, digest
 from .noise import LATENTS, RequestNoise, drawn_again
@@ -75,7 +76,8 @@ class Request(RequestFields):
     Settings and their ranges are in `settings.SETTINGS`; see also `schedules.rows` (guidance_interval), `noise.initial`
     (noise_offset) and `clash` (hand_redraws).
     id: letters, digits, dots, dashes and underscores; the files of the picture are named after it.
-    hands: a `.hands.npz` whose hands replace those of stage 1; "none" for a picture without hands.
+    hands: what replaces the hands of stage 1: a `.hands.npz`; or its arrays in a dictionary, such as those of a
+    Picture; or what `find_hands` yields. "none" for a picture without hands.
     image: a picture to start from: its file, the content of one (bytes), or an array, uint8 [H, W, 3]. mask: the same,
     as large: white where the request paints again, black where it keeps, grey between. Transparent pixels count as
     white.
@@ -87,7 +89,12 @@ class Request(RequestFields):
         """Raises RequestError for a value outside its range."""
         given = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(self).items()}
         given |= {name: as_source(name, given[name]) for name in PICTURES}
-        contents = {name: given.pop(name) for name in PICTURES if isinstance(given[name], bytes)}
+        if isinstance(self.hands, Path):
+            given["hands"] = str(self.hands)
+        elif not isinstance(self.hands, (str, bytes, type(None))):
+            arrays = given_arrays(self.hands, *SHAPES)
+            given["hands"] = hands_file({name: arrays[name] for name in (*SHAPES, CAMERA) if name in arrays}, "")
+        contents = {name: given.pop(name) for name in FILES if isinstance(given[name], bytes)}
         try:
             fitted = fit({**given, **dict.fromkeys(contents)}, checked())
         except MisfitError as error:
@@ -96,7 +103,7 @@ class Request(RequestFields):
             object.__setattr__(self, name, value)  # 3 and 3.0 are the same picture
         if not self.prompt.strip():
             raise RequestError("The prompt is empty. Say what the picture shows.", "prompt")
-        for name in ("prompt", "negative_prompt", "hands", *PICTURES):
+        for name in ("prompt", "negative_prompt", *FILES):
             try:
                 str(getattr(self, name) or "").encode("utf-8")
             except UnicodeEncodeError:
@@ -321,7 +328,7 @@ def picture_key(request: Request, bundle: str = "") -> str:
             del values[name]
     if request.hands is not None and request.hands != NO_HANDS:
         try:
-            values["hands"] = hashlib.sha256(read_file(Path(request.hands), MAX_HANDS)).hexdigest()
+            values["hands"] = digest(hands_content(request.hands))
         except (OSError, MisfitError) as error:
             why = getattr(error, "strerror", None) or error
             raise RequestError(f"The hands file {request.hands} cannot be read: {why}.", "hands") from error

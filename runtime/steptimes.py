@@ -78,6 +78,10 @@ class StepTimes:
             chosen, most = rows, rate
         return chosen
 
+    def expected(self, rows: int, alone: bool, unknown: float) -> float:
+        """Seconds that a step of `rows` rows takes by its shortest measurement; `unknown` without one."""
+        return self.best.get((self.batch(rows), alone), unknown)
+
     def add(self, rows: int, seconds: float, alone: bool = False) -> None:
         """Notes the seconds of a step of `rows` rows. alone: it ran the conditional branch alone."""
         key = (self.batch(rows), alone)

@@ -61,6 +61,10 @@ class Finder:
         finally:
             self.waiting -= 1
 
+    async def later(self, work: Any, *arguments: Any) -> Any:
+        """The same for a request that the server has taken already: it waits for its turn."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
+
     def _find(self, image: np.ndarray) -> list[Seen]:
         if self.detector is None:
             try:

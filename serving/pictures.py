@@ -16,10 +16,10 @@ from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ..contract import shown_size
-from ..errors import RequestError
+from ..errors import HanDiffuserError, RequestError
 from ..repair.files import Original
 from ..runtime.requests import Request
-from .dispatch import Ticket
+from .dispatch import BusyError, Ticket
 from .fields import Generation, as_json
 from .images import base64_of, encoded, fitted, over, preview, preview_steps, skeleton
 from .messages import Answer, Failed, HandsMade, PictureMade, Preview
@@ -227,23 +227,30 @@ def checked(answer: Answer) -> HandsMade | Preview | PictureMade:
 
 
 async def wait_for(
-    http: Http,
+    http: Http | None,
     service: Service,
     tickets: list[Ticket],
     deadline: float,
     hear: Callable[[Answer], None] = lambda answer: None,
 ) -> list[Answer] | None:
-    """The last answer of each ticket; None when the client has gone. Raises UnfinishedError. hear: see `Ticket.result`.
+    """The last answer of each ticket; None when the client has gone. Raises UnfinishedError. http: None for a stream,
+    which hears by itself that its client has gone. hear: see `Ticket.result`.
 
     In every case the loop then drops the tickets that are not done.
     """
 
     async def gone() -> None:
+        if http is None:
+            await asyncio.Event().wait()
+            return
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
+    async def one(ticket: Ticket) -> Answer:
+        return checked(await ticket.result(hear))
+
     async def all_of() -> list[Answer]:
-        return [checked(await ticket.result(hear)) for ticket in tickets]
+        return await asyncio.gather(*map(one, tickets))
 
     answer, left = asyncio.create_task(all_of()), asyncio.create_task(gone())
     try:
@@ -260,13 +267,23 @@ async def wait_for(
         service.dispatcher.cancel(tickets)
 
 
+def event(kind: str, values: dict[str, Any]) -> str:
+    """An event of a stream, as text."""
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **values})}\n\n"
+
+
+def trouble(error: HanDiffuserError) -> str:
+    """The last event of a stream that cannot go on."""
+    status = getattr(error, "status", 429 if isinstance(error, BusyError) else None)
+    kind = "invalid_request_error" if isinstance(error, RequestError) else "server_error"
+    said = {"message": str(error), "type": kind, "param": getattr(error, "param", None)}
+    return event("error", {"error": {**said, "code": CODES.get(status) if status else getattr(error, "code", None)}})
+
+
 async def _stream(painting: Painting, ticket: Ticket, deadline: float) -> AsyncIterator[str]:
     """Server-sent events: the skeleton, previews, and the picture or an error."""
     index, size = 0, painting.painted
     loop = asyncio.get_running_loop()
-
-    def sent(kind: str, values: dict[str, Any]) -> str:
-        return f"event: {kind}\ndata: {json.dumps({'type': kind, **values})}\n\n"
 
     def partial(answer: HandsMade | Preview) -> dict[str, Any]:
         """The fields of a partial image. Runs in a thread."""
@@ -292,11 +309,10 @@ async def _stream(painting: Painting, ticket: Ticket, deadline: float) -> AsyncI
             if isinstance(answer, PictureMade):
                 values = await painting.finished(ticket, answer) | now
                 warnings = {"warnings": painting.warnings} if painting.warnings else {}
-                yield sent(f"{painting.kind}.completed", values | warnings)
+                yield event(f"{painting.kind}.completed", values | warnings)
                 return
             values = {"partial_image_index": index, **now, "output_format": "png"}
-            yield sent(f"{painting.kind}.partial_image", values | await asyncio.to_thread(partial, answer))
+            yield event(f"{painting.kind}.partial_image", values | await asyncio.to_thread(partial, answer))
             index += 1
     except UnfinishedError as error:
-        kind = {"message": str(error), "type": "server_error", "param": None}
-        yield sent("error", {"error": {**kind, "code": CODES.get(error.status)}})
+        yield trouble(error)

@@ -174,8 +174,12 @@ class Service:
         except RequestError as error:
             # The client sent arrays, not a file: its name on this machine is not for clients.
             file = f"the hands file {request.hands}"
+            if isinstance(request.hands, bytes):
+                file = "the dictionary of hands"
             sentence = str(error).replace(f"T{file[1:]} has", "The hands have").replace(f" in {file}", "")
-            sentence = sentence.replace(f"T{file[1:]}", "The hands").replace(str(request.hands), "the hands")
+            sentence = sentence.replace(f"T{file[1:]}", "The hands")
+            if isinstance(request.hands, str):
+                sentence = sentence.replace(request.hands, "the hands")
             raise RequestError(sentence, error.param, error.code) from None
         return [
             replace(filled, seed=(request.seed + i) % (MAX_SEED + 1), id=f"img-{secrets.token_hex(12)}")

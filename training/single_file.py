@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..models.foreign import CHANNELS, MODEL_INDEX, PICKLES, TAKES, refuse_pointer
-from ..models.weights import first_line, listed
-from ..schema import shown
+from ..models.weights import first_line
+from ..schema import listed, shown
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 INPUT = f"{UNET}input_blocks.0.0.weight"

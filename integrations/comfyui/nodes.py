@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from handiffuser import (
     SETTINGS,
+    DetectionError,
     EngineError,
     Failure,
     HanDiffuser,
@@ -267,6 +268,8 @@ class HandsOfImage:
         pictures = as_pictures(image)
         watch, told = Watch(len(pictures)), []
         for one in find_hands(engines, pictures, whole=places == self.PLACES[1]):
+            if not one.arrays:
+                raise DetectionError(one.said[0])
             told.append(one)
             watch.step(1)
             watch.end()

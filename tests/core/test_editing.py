@@ -184,3 +184,42 @@ def test_hands_move_around_their_middle(made, pipeline, tmp_path):
     right = moved(shown, turn=90.0)["joints_2d"][1]  # clockwise: what was above the middle is to its right
     was = shown["joints_2d"][1] - middle
     assert np.allclose((right - middle)[:, 0], -was[:, 1], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda hands: edit(hands, [Drag("Left", 8, 0.5, 0.5)]), "drags.hand must be left or right, got 'Left'"),
+        (lambda hands: edit(hands, [Drag("left", 21, 0.5, 0.5)]), "drags.joint must be a whole number from 0 to 20"),
+        (lambda hands: edit(hands, [Drag("left", 8, np.nan, 0.5)]), "drags.x must be a number from -1 to 2 .* got nan"),
+        (lambda hands: edit(hands, gesture=("both", "fist")), "gesture.hand must be left or right, got 'both'"),
+        (lambda hands: edit(hands, gesture=("left", "fists")), "gesture.name must be one of fist"),
+        (lambda hands: moved(hands, 0), "scale must be a number from 0.05 to 20, got 0"),
+        (lambda hands: moved(hands, turn=np.inf), "turn must be a number from -360 to 360 degrees, got inf"),
+        (lambda hands: swapped({**hands, "joints": None}), r"hands.joints must be finite numbers \[62, 3\]"),
+        (
+            lambda hands: mirrored({**hands, "camera": hands["camera"][:2]}),
+            r"hands.camera must be finite numbers \[3\]",
+        ),
+        (lambda hands: edit({"camera": hands["camera"]}), "hands.global_orient must be given"),
+        (lambda hands: mirrored({}), "hands must hold arrays, got none"),
+        (lambda hands: mirrored([hands]), "hands must be a dictionary of arrays, got list"),
+    ],
+)
+def test_wrong_values_are_sentences(made, call, said):
+    with pytest.raises(RequestError, match=said):
+        call(made["both"])
+
+
+def test_hands_of_a_picture_go_straight_into_the_next_one(pipeline, made):
+    """As a dictionary, as in a file; and the ids tell other hands apart."""
+    hands = made["left"]
+    requests, refused = pipeline.prepare([Request("a", hands=hands), Request("a", hands=mirrored(hands))], seed=1)
+    assert not refused and requests[0].id != requests[1].id and "sha256" in requests[0].said()["hands"]
+    again = pipeline.hands(requests[:1])[0]
+    np.testing.assert_allclose(again["joints_2d"][0], hands["joints_2d"][0], atol=0.01)
+    for wrong, said in ((7, "got int"), ({}, "got none"), ({**hands, "betas": np.full(10, np.nan)}, "hands.betas")):
+        with pytest.raises(RequestError, match=said):
+            Request("a", hands=wrong)
+    _, refused = pipeline.prepare([Request("a", hands={**hands, "betas": np.full(10, 99.0)})])
+    assert "betas must be at most 20 in magnitude, got 99 in the dictionary of hands" in refused[0].sentence

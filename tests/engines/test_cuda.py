@@ -102,6 +102,23 @@ def test_close_frees_everything_once(driver):
     assert set(driver.freed.values()) == {1} and driver.calls.count("cudaFreeHost") == 1
 
 
+def test_events_sleep_and_are_used_again(driver):
+    """A loop that records for hours makes a few events, and whoever waits leaves the core to others."""
+    cuda, flags = Cuda(), []
+    create = driver.cudaEventCreateWithFlags
+    driver.cudaEventCreateWithFlags = lambda flag: flags.append(flag) or create(flag)
+    stream = cuda.stream()
+    for timed in (True, False) * 3:
+        kept = [stream.record(timed) for _ in range(4)]
+        del kept
+    assert driver.calls.count("cudaEventCreateWithFlags") == 8 and driver.calls.count("cudaEventRecord") == 24
+    assert all(flag & runtime.cudaEventBlockingSync for flag in flags) and not driver.freed
+    assert {bool(flag & runtime.cudaEventDisableTiming) for flag in flags} == {True, False}
+    cuda.close()
+    assert sum(count for (name, _), count in driver.freed.items() if name == "cudaEventDestroy") == 8
+    assert set(driver.freed.values()) == {1}
+
+
 def test_an_array_can_be_closed_alone(driver):
     cuda = Cuda()
     array = cuda.zeros((4,), "float32")

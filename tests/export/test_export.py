@@ -174,7 +174,7 @@ LAYOUTS = {
 def test_other_layouts_export_and_run(name, body_path, tmp_path):
     """And one of them in another image size."""
     config = LAYOUTS[name]
-    size, *said = ((96, 64), "--image-size", "96x64") if config.frequencies == () else (config.image_size,)
+    size, *said = ((96, 64), "--image-size", "64x96") if config.frequencies == () else (config.image_size,)
     assert not said or size != config.image_size
     random_checkpoint(config, body=body_path).save(tmp_path / "checkpoint")
     result = invoke("export.cli", tmp_path / "checkpoint", tmp_path / "b", *said)

@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from handiffuser.adapters import METADATA, addresses
 from handiffuser.errors import CheckpointError
 from handiffuser.models import lora
-from handiffuser.models.adapters import METADATA, addresses
 from handiffuser.models.checkpoint import random_checkpoint
 from handiffuser.models.configs import CONFIGS
 from safetensors.torch import save_file

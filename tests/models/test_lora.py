@@ -105,7 +105,7 @@ def test_a_kohya_file_is_read(load, tmp_path):
         (
             {"text_hand_encoder.place": (3, 3)},
             "a.safetensors",
-            "does not fit this checkpoint: it lacks text_hand_encoder.place",
+            "does not fit this model: it lacks text_hand_encoder.place",
         ),
         ({"conv.weight": (3, 3)}, "a.safetensors", "must hold a LoRA"),
         ({}, "a.bin", "must be a .safetensors file"),

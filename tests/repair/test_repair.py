@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 from commands import invoke
-from handiffuser import HanDiffuser, Request, shipped
+from handiffuser import HanDiffuser, Request, RequestError, find_hands, repair_hands, shipped
 from handiffuser.contract import Manifest
+from handiffuser.detection.convention import Convention
 from handiffuser.detection.detect import Found
 from handiffuser.detection.hands import Seen
 from handiffuser.detection.poses import Poses
@@ -273,6 +274,11 @@ def test_the_command_repairs_and_skips(painted, tmp_path):
         (("--gesture", "wave_hello"), "--gesture must be one of"),
         (("--box", "1,2,3"), "--box must be left,top,right,bottom"),
         (("--box", "10,10,90,90"), "--box must come with --gesture and --side"),
+        (
+            ("--box", "50,50,90,90", "--gesture", "fist", "--side", "left"),
+            "--box must have its middle in the picture of 50x50 pixels, got 50,50,90,90",
+        ),
+        (("--box", "1,1,9,9", "--gesture", "fist", "--side", "left"), "--box must be at least 12 pixels wide or high"),
     ],
 )
 def test_wrong_words_are_sentences(tmp_path, words, sentence):
@@ -287,13 +293,13 @@ def test_every_gesture_fits_a_bundle(rest):
         assert np.isfinite(placed(np.array([0.0, 0, 64, 64]), "right", gesture, rest).hand.joints_2d).all()
 
 
-def test_a_request_starts_without_the_old_hand(rest, tmp_path):
+def test_a_request_starts_without_the_old_hand(rest):
     picture = np.full((200, 200, 3), 120, np.uint8)
     patch = plan(picture, placed(np.array([50.0, 50, 150, 150]), "left", "fist", rest), rest, (128, 128))
     patch.new = np.zeros((128, 128), bool)
     patch.new[40:80, 40:80] = True
     patch.mask = regions.dilate(patch.new, 8)
-    request = patch.request(tmp_path / "a.npz", seed=4)
+    request = patch.request(seed=4)
     assert isinstance(request, Request) and request.strength == 0.95 and "left hand making a fist" in request.prompt
 
 
@@ -303,3 +309,39 @@ def test_a_misspelt_option_is_named_also_without_opencv(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     result = invoke("repair.cli", "demo", "a.png", "--misspelt")
     assert result.returncode == 2 and "--misspelt" in result.stderr and "cv2" not in result.stderr
+
+
+class Known:
+    """A detector that finds a hand in every picture but dark ones."""
+
+    name, convention = "Known", Convention.true(0.004)
+
+    def __init__(self, joints: np.ndarray) -> None:
+        self.joints = joints
+
+    def __call__(self, image: np.ndarray) -> list[Found]:
+        return [Found("right", 0.9, self.joints)] if image.mean() > 60 else []
+
+    def sureness(self, found: Found, residual: float, degrees: float) -> float:
+        return 0.9
+
+
+def test_hands_are_found_in_one_picture_after_the_other(painted):
+    """What is found goes straight into a new picture, or into a repair; and what has no hands is refused there."""
+    made, _, engines = painted
+    eyes = Known(made.hands["joints_2d"][1])
+    dark = np.zeros((40, 60, 3), np.uint8)
+    first, none, last = find_hands(engines, [made.image, dark, made.image], detector=eyes)
+    assert not none.arrays and "found no hand" in none.said[0] and np.array_equal(first.drawing, last.drawing)
+    requests, refused = engines.prepare([Request(last.caption, hands=last)])
+    assert not refused and requests[0].hands is not None
+    for hands, said in (
+        (none, "hands must hold arrays, got none. Known found no hand"),
+        (first, "Call find_hands with whole=True"),
+        ({}, "hands must hold arrays, got none"),
+        ({"visibility": [0, 1]}, "hands.global_orient must be given"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            repair_hands(engines, made.image, hands, detector=eyes)
+    with pytest.raises(RequestError, match="pictures must be a list"):
+        next(find_hands(engines, made.image, detector=eyes))

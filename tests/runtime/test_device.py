@@ -21,8 +21,9 @@ from handiffuser.engines.base import DeviceEngines, Sized
 from handiffuser.engines.cuda import Cuda, Stream
 from handiffuser.errors import EngineError
 from handiffuser.runtime.bundle import Bundle
-from handiffuser.runtime.device import AHEAD, DeviceLoop
+from handiffuser.runtime.device import DeviceLoop
 from handiffuser.runtime.device_graphs import Streams, connect
+from handiffuser.runtime.device_sampler import AHEAD
 from handiffuser.runtime.results import Failure
 from handiffuser.runtime.steptimes import StepTimes
 from whole import mixed
@@ -305,9 +306,45 @@ def test_padding_up_and_holding_back_are_compared(device_loop, toy_bundle, monke
     counts = [count for kind, count in events if kind == "steps"]
     assert sum(counts) == 90 and set(counts[12:25]) == {most}
     costs = [seconds[next(bucket for bucket in seconds if bucket >= count)] for count in counts]
-    assert sum(costs[:-AHEAD]) * 0.99 < loop.timings["unet"] < sum(costs) * 1.01
+    assert loop.timings["unet"] == pytest.approx(sum(costs), rel=0.01)
     if most == 2:
         assert list(on_device)[-1] == requests[-1].id  # the youngest waited
+
+
+@pytest.mark.parametrize("milliseconds", [5, 400])
+def test_a_slow_host_leaves_no_gap(device_loop, toy_bundle, milliseconds):
+    """While a caller takes 45 ms for each picture, or the host 20 ms for each step of stage 1, the device has work."""
+    loop = device_loop(toy_bundle, 1, unet=dict.fromkeys(BUCKETS, milliseconds / 1e3))
+    loop.gpu.lazy = True
+    requests = prepared(loop, [Request(f"p{i}", seed=i, steps=12 + 9 * (i % 3), hand_steps=6) for i in range(9)])
+    main, queued, stepped = loop.gpu.streams[int(loop.main.handle)], [], []
+    on_host = {picture.id: picture for picture in loop.pipeline.run(requests)}
+    run(loop, requests)  # measures the steps
+
+    def work(seconds):
+        """The device goes on meanwhile, and must not come to the end of what it has."""
+        if loop.sizes.active:
+            queued.append(sum(entry[0] == "op" and "unet.onnx" in entry[1].name for entry in main.queue))
+            ends = loop.gpu.clock + seconds
+            while loop.gpu.clock < ends and main.queue:
+                loop.gpu.run_one()
+            assert main.queue, "the device waits for the host"
+
+    def slow_step(*arguments, step=loop.hands_sampler.step):
+        stepped.append(bool(loop.sizes.active))
+        step(*arguments)
+        work(0.02)
+
+    def tell(*_):
+        loop.gpu.polls = -1000  # the device gets no further while the host asks
+
+    loop.hands_sampler.step, results = slow_step, {}
+    for result in loop.run(requests, tell):
+        results[result.id] = result
+        work(0.045)
+    same(results, on_host, levels=1)
+    assert len(queued) > 12 and sum(stepped) >= 6, "hands of the next requests beside the steps of the last"
+    assert milliseconds * min(queued) >= 20 and milliseconds * (max(queued) - 2) <= 1e3 * AHEAD
 
 
 def test_given_hands(device_loop, toy_bundle, tmp_path):

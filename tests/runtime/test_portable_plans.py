@@ -85,6 +85,10 @@ def test_plans_for_one_gpu_and_version_are_refused_with_the_way_out(toy_bundle, 
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"It has plans for tensorrt 11.0.0, {gpu.name}, compute capability" in result.stderr
     assert "--backend tensorrt --version-compatible, on a machine with tensorrt and the same GPU" in result.stderr
+    listed = invoke("engines.cli", "list", folder).stdout
+    assert "not for tensorrt-lean: built without --version-compatible" in listed and "current" not in listed
+    count = len(list(PlanStore(folder)))
+    assert invoke("engines.cli", "prune", folder).returncode == 0 and len(list(PlanStore(folder))) == count
 
 
 def test_the_plan_for_this_gpu_alone_goes_first(toy_bundle, gpu, monkeypatch, tmp_path):
@@ -155,4 +159,11 @@ def test_what_cannot_be_built_is_one_sentence(toy_bundle, gpu, monkeypatch, tmp_
         TensorRT("tensorrt").target(Options(hardware="ampere-plus"), fake_cuda("7.5"))
     result = invoke("export.cli", "demo", tmp_path / "out", "--backend", "tensorrt-lean")
     assert result.returncode == 1 and "Take --backend tensorrt --version-compatible." in result.stderr
+    for options, words in (
+        (("--version-compatible",), "--version-compatible is an option of TensorRT, got --backend onnxruntime."),
+        (("--batch-sizes", "1"), "--batch-sizes is an option of compiled plans, got --backend onnxruntime."),
+        (("--backend", "openvino", "--build-level", "0"), "--build-level is an option of TensorRT, got --backend open"),
+    ):
+        result = invoke("export.cli", "demo", tmp_path / "out", *options)
+        assert result.returncode == 1 and words in result.stderr and "Leave it out" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -66,7 +66,7 @@ def read_requests(path, **shared) -> tuple[dict[int, Request], list[Refused]]:
         ({"prompt": "a", "noise_offset": float("nan")}, "0 to 1"),
         ({"prompt": "a", "solver": "magic"}, "ddim"),
         ({"prompt": "a", "hand_solver": 3}, "ddim"),
-        ({"prompt": "a", "hands": {}}, "hands.npz"),
+        ({"prompt": "a", "hands": {}}, "hands must hold arrays, got none"),
         ({"prompt": "a", "hands": ""}, "hands.npz"),
     ],
 )

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from handiffuser import shipped
+from handiffuser.detection.convention import Convention
+from handiffuser.detection.detect import Found
 from handiffuser.detection.hands import arrays_of
 from handiffuser.pictures import encode_png
 from handiffuser.repair.place import placed
@@ -184,6 +186,61 @@ def test_a_repaired_picture_keeps_what_its_file_carried(demo):
     assert made.format == "JPEG" and made.getexif()[0x010E] == "mine" and np.asarray(made)[:8].min() > 240
 
 
+class Eyes:
+    """A detector that finds one hand in each of the first `after` pictures and crops."""
+
+    convention, name = Convention.true(0.004), "Eyes"
+    after = 1 << 30
+
+    def __init__(self):
+        self.looks = 0
+
+    def __call__(self, image):
+        self.looks += 1
+        rest = joints_at_rest(shipped.bundle_path())
+        joints = placed(np.array([40.0, 40, 120, 130]), "right", "open_hand", rest).hand.joints_2d
+        return [Found("right", 0.9, joints / (200, 150))] if self.looks <= self.after else []
+
+    def sureness(self, found, residual, degrees):
+        return 0.9
+
+
+@pytest.mark.slow
+def test_the_detector_looks_again_at_painted_hands(tmp_path, monkeypatch):
+    """As in hd-repair: the hand comes out elsewhere in the second of two pictures, so it stays there."""
+    pytest.importorskip("cv2")
+    from handiffuser.serving import finding
+
+    monkeypatch.setattr(finding, "MediaPipe", Eyes)
+    plain = noise(150, 200)
+    files, form = {"image": encode_png(plain)}, {"repair": "true", "seed": "1", "num_inference_steps": "2"}
+    with serving(shipped.bundle_path(), tmp_path) as own:
+        monkeypatch.setattr(Eyes, "after", 4)  # the picture; the hand before and after, twice
+        answer = own.client.post(EDITS, files=files, data={**form, "n": "2"})
+        first, second = shown(answer), shown(answer, 1)
+        assert not np.array_equal(first, plain) and np.array_equal(second, plain)
+        assert [one["repaired"] for one in answer.json()["data"]] == [1, 0]
+        (said,) = answer.json()["warnings"]
+        assert said.startswith("Picture 2: The right hand at (") and "so it stays. Send it as hands" in said
+        monkeypatch.setattr(Eyes, "after", 1 << 30)
+        given = {**form, "stream": "true", "partial_images": "4", "return_hands": "true", "num_inference_steps": "8"}
+        lines = own.client.post(EDITS, files=files, data=given).text.splitlines()
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+        hands, *previews, done = events
+        assert hands["kind"] == "hands" and [one["visibility"] for one in hands["hands"]] == [[0, 1]]
+        assert 1 <= len(previews) <= 3 and done["type"] == "image_edit.completed" and done["repaired"] == 1
+        assert [one["step"] for one in previews] == sorted({one["step"] for one in previews})
+        assert {(one["type"], one["steps"], one["size"]) for one in previews} == {
+            ("image_edit.partial_image", 8, "200x150")
+        }
+        pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one["b64_json"])))) for one in [*previews, done]]
+        whole = own.client.post(EDITS, files=files, data={**form, "num_inference_steps": "8"})
+        assert np.array_equal(pictures[-1], shown(whole)) and not np.array_equal(pictures[0], pictures[-1])
+        assert (pictures[0][:, 180:] == plain[:, 180:]).all()
+        wrong = own.client.post(EDITS, files=files, data={**form, "stream": "true", "num_inference_steps": "5000"})
+        assert "num_inference_steps must be" in error_of(wrong)["message"]
+
+
 def bomb(width, height):
     """A PNG of a few bytes whose header promises many pixels."""
 
@@ -329,7 +386,7 @@ def test_repairs_that_are_refused(demo):
     plain = np.full((200, 200, 3), 90, np.uint8)
     assert "hand that the detector finds" in error_of(repair(demo, plain))["message"]
     assert "size must be auto" in error_of(repair(demo, plain, size="64x64"))["message"]
-    assert "stream must be false" in error_of(repair(demo, plain, stream="true"))["message"]
+    assert "hand that the detector finds" in error_of(repair(demo, plain, stream="true"))["message"]
     (placed,) = detect(demo, plain, box="[0.2,0.2,0.8,0.8]")
     two = {**placed["hands"], "visibility": [1, 1]}
     assert "one hand each" in error_of(repair(demo, plain, hands=[two]))["message"]

@@ -1,11 +1,11 @@
-"""Reads a LoRA file, ours or another program's: finds each tensor's layer and each update's strength.
+"""Reads a LoRA file, ours or another program's: finds each tensor's layer and each update's strength. Needs no PyTorch.
 
-    adapter = read(checkpoint, Path("style.safetensors"))
-    adapter.updates["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].factor     # alpha / rank
+    adapter = read({"unet.conv_in.weight": (64, 4, 3, 3), ...}, Path("style.safetensors"))
+    adapter.updates["unet.conv_in"].factor     # alpha / rank
 
-A table made from the checkpoint's own layers holds their names in the spellings of kohya's sd-scripts, diffusers (three
-generations), peft, and Stable Diffusion's first code. A file with an unknown key is refused, by its kind if that is
-known: the reader never drops a tensor.
+`hd-export --lora` and `hd-run --lora` share it. A table made from the model's own layers holds their names in the
+spellings of kohya's sd-scripts, diffusers (three generations), peft, and Stable Diffusion's first code. A file with an
+unknown key is refused, by its kind if that is known: the reader never drops a tensor.
 
 The strength follows peft's LoraConfig: alpha / rank, or alpha / sqrt(rank) with `use_rslora` (Kalajdzievski 2023).
 alpha is beside the layer (kohya), in the file's metadata (diffusers), or in `adapter_config.json` beside it (peft). A
@@ -14,20 +14,22 @@ missing alpha equals the rank.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypedDict
 
+import numpy as np
 from msgspec import Meta
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from ..schema import TRUTH, MisfitError, fit, parse_json, read_json, shown, whole
-from .weights import first_line, listed
+from .errors import CheckpointError
+from .schema import TRUTH, MisfitError, fit, listed, parse_json, read_json, shown, whole
+from .tensors import TensorFile
 
 METADATA = "lora_adapter_metadata"  # diffusers' key for LoraConfig, each entry prefixed by its part: "unet.lora_alpha"
 PEFT_CONFIG = "adapter_config.json"  # peft's file for LoraConfig, beside the weights
@@ -108,6 +110,9 @@ NAMED = {
 }
 WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}  # of cross-attention's input
 
+MAX_SCALE = 10
+Shapes = Mapping[str, Sequence[int]]  # of a model's parameters, by name
+
 Number = Annotated[float, Meta(ge=-1e6, le=1e6, description="a number")]
 Rank = Annotated[int, whole(1, 65_536)]
 Pattern = Annotated[str, Meta(max_length=300)]
@@ -141,7 +146,9 @@ class Update:
     """Adds factor * up @ down to a layer's weight, and factor * bias to its bias."""
 
     part: str  # by the file: unet, text_encoder, text_hand_encoder, or "" if it names no part
-    parts: dict[str, Tensor] = field(default_factory=dict)  # down [r, in, ...], up [out, r, ...], alpha [], bias [out]
+    parts: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # down [r, in, ...], up [out, r, ...], alpha [], bias [out]
     factor: float = 1.0
     stated: bool = False  # whether the file states its strength
 
@@ -149,10 +156,10 @@ class Update:
     def rank(self) -> int:
         return len(self.parts["down"])
 
-    def delta(self) -> Tensor:
+    def delta(self) -> np.ndarray:
         """[out, in, ...] in float32, of a linear layer or a convolution."""
-        down, up = (self.parts[name].float() for name in ("down", "up"))
-        return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+        down, up = (self.parts[name].astype(np.float32) for name in ("down", "up"))
+        return (up.reshape(len(up), -1) @ down.reshape(len(down), -1)).reshape(len(up), *down.shape[1:])
 
 
 @dataclass
@@ -160,19 +167,75 @@ class Adapter:
     """A file's content: updates by the layer of our modules, and whole tensors by name."""
 
     updates: dict[str, Update]
-    whole: dict[str, Tensor]
+    whole: dict[str, np.ndarray]
+
+    def changes(self, scale: float) -> dict[str, Change]:
+        """What each parameter that it changes becomes, by name."""
+        found: dict[str, Change] = {}
+        for layer, update in self.updates.items():
+            found[f"{layer}.weight"] = Added(update.delta, scale * update.factor)
+            if (bias := update.parts.get("bias")) is not None:
+                found[f"{layer}.bias"] = Added(partial(np.asarray, bias, np.float32), scale * update.factor)
+        return found | {name: Drawn(value, scale) for name, value in self.whole.items()}
 
 
-def read(layers: Mapping[str, nn.Module], path: Path) -> Adapter:
-    """Reads an adapter for these layers, by their names: "unet.conv_in", "text_hand_encoder.layers.0.mlp.fc1".
+@dataclass
+class Added:
+    """weight + strength * delta. The delta of a large layer is computed when it is needed."""
+
+    delta: Callable[[], np.ndarray]
+    strength: float
+
+    def __call__(self, weight: np.ndarray, shape: Sequence[int], form: Form = lambda value: value) -> np.ndarray:
+        """The new weight, float32. shape: of the parameter. form: a linear map that makes the weight's shape of it."""
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for infinity
+            delta = self.delta().reshape(shape)
+            return np.asarray(weight + form(np.float32(self.strength) * delta), np.float32)
+
+
+@dataclass
+class Drawn:
+    """The weight, drawn towards another value by a scale: the value itself with a scale of 1."""
+
+    value: np.ndarray
+    scale: float
+
+    def __call__(self, weight: np.ndarray, shape: Sequence[int], form: Form = lambda value: value) -> np.ndarray:
+        """See `Added`."""
+        value = form(self.value.astype(np.float32).reshape(shape))
+        return value if self.scale == 1 else np.asarray(weight + np.float32(self.scale) * (value - weight), np.float32)
+
+
+Change = Added | Drawn
+Form = Callable[[np.ndarray], np.ndarray]
+
+
+def split(said: str) -> tuple[Path, float]:
+    """A file and its scale: "style.safetensors:0.8" -> (path, 0.8). Raises CheckpointError for another scale."""
+    path, colon, number = said.rpartition(":")
+    try:
+        found = (Path(path), float(number)) if colon and path else (Path(said), 1.0)
+    except ValueError:  # the colon is the path's own
+        found = (Path(said), 1.0)
+    if not -MAX_SCALE <= found[1] <= MAX_SCALE:
+        raise CheckpointError(
+            f"The scale of an adapter must be from -{MAX_SCALE} to {MAX_SCALE}, got {said!r}. Most often it is 0.5 to "
+            "1."
+        )
+    return found
+
+
+def read(shapes: Shapes, path: Path) -> Adapter:
+    """Reads an adapter for a model with parameters of these names and shapes: "unet.conv_in.weight".
 
     Raises CheckpointError for a file that is missing, damaged, incomplete, not an adapter, of a kind that we do not
     merge, for another network, or that holds NaN or infinity.
     """
+    layers = layers_of(shapes)
     tensors, header = _open(path, layers)
     homes = addresses(layers)
     updates: dict[str, Update] = {}
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
         found = _KEY.fullmatch(key)
         if found is None:
@@ -193,17 +256,46 @@ def read(layers: Mapping[str, nn.Module], path: Path) -> Adapter:
             "before its training diverged."
         )
     for layer, update in updates.items():
-        _check(path, layer, update, layers[layer])
+        _check(path, layer, update, shapes)
     _set_factors(path, updates, header)
+    for name, value in kept.items():
+        if tuple(shapes.get(name, ())) != value.shape:
+            raise CheckpointError(
+                f"{path} does not fit this model: it lacks {name} or has it in another shape. Take the model of the "
+                "adapter's training."
+            )
     return Adapter(updates, kept)
 
 
-def _is_sound(key: str, value: Tensor) -> bool:
+def summary(path: Path, adapter: Adapter, scale: float) -> str:
+    """What an adapter changes, in words."""
+    counts = Counter(layer.partition(".")[0] for layer in adapter.updates)
+    found = [f"{count} layers of {part}" for part, count in sorted(counts.items(), reverse=True)]
+    if adapter.whole:
+        found.append(f"{len(adapter.whole)} whole tensors")
+    silent = adapter.updates and not all(update.stated for update in adapter.updates.values())
+    strength = " Its file lacks alpha, so alpha is the rank, as in diffusers." if silent else ""
+    return f"Merged {path.name} at {scale:g}: {', '.join(found)}.{strength}"
+
+
+def diverged(path: Path, name: str) -> CheckpointError:
+    """The error where a merge makes a parameter infinite."""
+    return CheckpointError(
+        f"{path} makes {name.rpartition('.')[0]} infinite. Take an earlier adapter, before its training diverged."
+    )
+
+
+def _is_sound(key: str, value: np.ndarray) -> bool:
     """Whether a tensor holds finite floating-point numbers; an alpha may be an integer."""
-    return bool(value.isfinite().all()) and (value.is_floating_point() or key.endswith(".alpha"))
+    return (value.dtype.kind == "f" or key.endswith(".alpha")) and bool(np.isfinite(value).all())
 
 
-def addresses(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def layers_of(shapes: Shapes) -> list[str]:
+    """The layers that an adapter may update: linear ones and convolutions."""
+    return [name.removesuffix(".weight") for name in shapes if name.endswith(".weight") and len(shapes[name]) > 1]
+
+
+def addresses(layers: Sequence[str]) -> dict[str, str]:
     """Every spelling of a layer's name that files use -> the layer."""
     homes: dict[str, str] = {}
     depth = sum(bool(re.fullmatch(r"unet\.down_blocks\.0\.resnets\.\d+\.conv1", name)) for name in layers)
@@ -248,7 +340,7 @@ def _first_name(name: str, depth: int, layers: Iterable[str]) -> str:
     return re.sub(r"^(input_blocks\.\d+\.0)\.conv$", r"\1.op", name)
 
 
-def _open(path: Path, layers: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _open(path: Path, layers: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors of a file and its header. It checks that every key has a place before it reads a tensor."""
     if path.is_dir():
         raise CheckpointError(
@@ -261,29 +353,30 @@ def _open(path: Path, layers: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} must be a .safetensors file: others can run code when opened.")
     try:
-        with safe_open(path, "pt") as file:
-            names, header = list(file.keys()), file.metadata() or {}
-            shapes = {name: file.get_slice(name).get_shape() for name in names}
-            if not names:
-                raise CheckpointError(f"{path} must hold an adapter, got no tensor. Save or download it again.")
-            homes = addresses(layers)
-            unknown = [name for name in names if not name.startswith(OWN) or _KEY.fullmatch(name)]
-            unknown = [n for n in unknown if not (m := _KEY.fullmatch(n)) or _address(m["layer"]) not in homes]
-            if unknown:
-                _refuse(path, unknown, shapes, header)
-            return {name: file.get_tensor(name) for name in names}, header
-    except (SafetensorError, OSError) as error:
-        with open(path, "rb") as start:
+        file = TensorFile(path)
+        names = list(file.shapes)
+        if not names:
+            raise CheckpointError(f"{path} must hold an adapter, got no tensor. Save or download it again.")
+        homes = addresses(layers)
+        unknown = [name for name in names if not name.startswith(OWN) or _KEY.fullmatch(name)]
+        unknown = [n for n in unknown if not (m := _KEY.fullmatch(n)) or _address(m["layer"]) not in homes]
+        if unknown:
+            _refuse(path, unknown, file.shapes, file.metadata)
+        return {name: file.read(name) for name in names}, file.metadata
+    except (MisfitError, OSError, MemoryError) as error:
+        content = b"?"
+        with contextlib.suppress(OSError), open(path, "rb") as start:
             content = start.read(len(LFS))
         if content == LFS:
             raise CheckpointError(
                 f"{path} is a Git LFS pointer: fetch the file itself. Run there: git lfs pull"
             ) from None
-        what = "is empty" if not content else f"cannot be read: {first_line(error)}"
+        why = (getattr(error, "strerror", None) or str(error) or "memory ran out").rstrip(".")
+        what = "is empty" if not content else f"cannot be read: {why}"
         raise CheckpointError(f"The adapter {path} {what}. Save or download it again.") from None
 
 
-def _refuse(path: Path, unknown: list[str], shapes: Mapping[str, list[int]], header: Mapping[str, str]) -> NoReturn:
+def _refuse(path: Path, unknown: list[str], shapes: Shapes, header: Mapping[str, str]) -> NoReturn:
     """Raises CheckpointError that names the kind of a file with unknown keys."""
     for pattern, kind, advice in KINDS:
         if any(pattern.search(name) for name in unknown):
@@ -296,7 +389,7 @@ def _refuse(path: Path, unknown: list[str], shapes: Mapping[str, list[int]], hea
         raise CheckpointError(f"{path} must hold a LoRA, got {listed(unknown)}. {_INIT}")
     kind = _named(header)
     raise CheckpointError(
-        f"{path} {f'is {kind} and ' if kind else ''}does not fit this checkpoint, which lacks layers for "
+        f"{path} {f'is {kind} and ' if kind else ''}does not fit this model, which lacks layers for "
         f"{listed(unknown)}. {_BASE}"
     )
 
@@ -318,10 +411,9 @@ def _part(address: str) -> str:
     return "" if not found else found[1] or {"unet": "unet", "te": "text_encoder"}[found[2]]
 
 
-def _check(path: Path, layer: str, update: Update, module: nn.Module) -> None:
+def _check(path: Path, layer: str, update: Update, shapes: Shapes) -> None:
     """Raises CheckpointError where an update is incomplete, or not for a layer of this shape."""
-    parts, weight = update.parts, module.weight
-    assert isinstance(weight, Tensor)
+    parts, weight = update.parts, shapes[f"{layer}.weight"]
     lacking = [name for name in ("down (lora_A)", "up (lora_B)") if name.split()[0] not in parts]
     if lacking:
         raise CheckpointError(
@@ -329,27 +421,26 @@ def _check(path: Path, layer: str, update: Update, module: nn.Module) -> None:
         )
     down, up = parts["down"], parts["up"]
     alpha, bias = parts.get("alpha"), parts.get("bias")
-    if alpha is not None and alpha.numel() != 1:
+    if alpha is not None and alpha.size != 1:
         raise CheckpointError(
             f"{path} must give alpha of {layer} as one number, got shape {list(alpha.shape)}. Save it again."
         )
-    fits = down.dim() >= 2 and up.dim() >= 2 and 0 < len(down) == up.shape[1] and up[0, 0].numel() == 1
-    if fits and (len(up), *_short(down.shape[1:])) == (weight.shape[0], *_short(weight.shape[1:])):
+    fits = down.ndim >= 2 and up.ndim >= 2 and 0 < len(down) == up.shape[1] and math.prod(up.shape[2:]) == 1
+    if fits and (len(up), *_short(down.shape[1:])) == (weight[0], *_short(weight[1:])):
         if bias is None:
             return
-        own = module.bias
-        if isinstance(own, Tensor) and own.shape == bias.shape:
+        if tuple(shapes.get(f"{layer}.bias", ())) == bias.shape:
             return
         raise CheckpointError(
-            f"{path} does not fit this checkpoint: it has a bias for {layer}, which lacks one or has another size. "
+            f"{path} does not fit this model: it has a bias for {layer}, which lacks one or has another size. "
             "Take an adapter trained without lora_bias."
         )
-    reads = layer.endswith(("attn2.to_k", "attn2.to_v")) and down.dim() >= 2 and down.shape[1] != weight.shape[1]
-    theirs, ours = (WIDTHS.get(width.shape[1], "") for width in (down, weight)) if reads else ("", "")
+    reads = layer.endswith(("attn2.to_k", "attn2.to_v")) and down.ndim >= 2 and down.shape[1] != weight[1]
+    theirs, ours = (WIDTHS.get(width[1], "") for width in (down.shape, weight)) if reads else ("", "")
     raise CheckpointError(
-        f"{path} does not fit this checkpoint: {f'it is for {theirs}, ' if theirs else ''}its {layer} is of "
+        f"{path} does not fit this model: {f'it is for {theirs}, ' if theirs else ''}its {layer} is of "
         f"{' x '.join(map(str, up.shape))} and {' x '.join(map(str, down.shape))} for a weight of "
-        f"{' x '.join(map(str, weight.shape))}. Take an adapter for {ours or 'the same model'}."
+        f"{' x '.join(map(str, weight))}. Take an adapter for {ours or 'the same model'}."
     )
 
 
@@ -380,7 +471,7 @@ def _set_factors(path: Path, updates: Mapping[str, Update], header: Mapping[str,
         for layer, update in own.items():
             update.stated = not without or strength is not None
             if not without:
-                update.factor = float(update.parts["alpha"]) / update.rank
+                update.factor = float(update.parts["alpha"].reshape(())) / update.rank
             elif strength is not None:
                 update.factor = _factor(path, layer, update, strength)
 
