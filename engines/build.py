@@ -52,7 +52,8 @@ def wanted_plans(manifest: Manifest, wanted: Wanted) -> list[tuple[str, Sizes]]:
     out: list[tuple[str, Sizes]] = []
     for name, spec in manifest.graphs.items():
         sides = [{axis: n for axis, n in manifest.sides(size).items() if axis in spec.free} for size in pictures]
-        shapes = [(batch, some) for some in (sides if sides[0] else [{}]) for batch in batches]
+        own = sides if sides[0] else [{}]
+        shapes: list[tuple[Sizes, Sizes]] = [(batch, some) for some in own for batch in batches]
         if wanted.shared and sides[0] and len(pictures) > 1:  # a profile for each pair of batch size and size
             pairs = [{"B": size, **some} for some in sides for size in sizes]
             several = {axis: [pair[axis] for pair in pairs] for axis in pairs[0]}

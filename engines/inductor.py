@@ -308,9 +308,9 @@ def host_engines(folder: Path, manifest: Manifest, threads: int | None, *_: int)
         if name in found.loose:
             engines[name] = load(found.loose[name], spec)
         else:
-            plans = [(shape, plan) for shape, plan in found.shapes[name] if manifest.size_at(shape) in found.sizes]
-            engines[name] = InductorShapes(spec, plans, found.sizes, load)
-            for shape, _ in plans:
+            files = [(shape, plan) for shape, plan in found.shapes[name] if manifest.size_at(shape) in found.sizes]
+            engines[name] = InductorShapes(spec, files, found.sizes, load)
+            for shape, _ in files:
                 if manifest.size_at(shape) == manifest.image_size:
                     engines[name].prepare(shape)
     return engines

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch._inductor import aoti_compile_and_package
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.utils import fresh_cache
+from torch.export.graph_signature import InputKind, InputSpec
 from torch.export.passes import move_to_device_pass
 
 from ..contract import BRANCHES, Manifest, TensorSpec
@@ -67,7 +68,7 @@ def compile_graph(
         dynamic = graph.dynamic_shapes()
     else:
         inputs, dynamic = {name: example(graph, name, shape) for name in graph.inputs}, None
-        graph.module.to(memory_format=torch.channels_last)
+        graph.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     specs = [fixed(graph.spec(name, value), shape or {}) for name, value in inputs.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     # The compiler's files take several times the weights' size, for which /tmp often lacks room.
@@ -76,7 +77,7 @@ def compile_graph(
         try:
             with torch.no_grad():
                 program = torch.export.export(graph.module, tuple(inputs.values()), dynamic_shapes=dynamic)
-            weights = weights_of(program) if shape is not None else {}
+            weights = weights_of(program) if shape is not None else {}  # before it is moved
             # Moving the program leaves the module in place (three graphs share the UNet), and also moves the kernels of
             # the attention processors, which are not part of the module.
             program = move_to_device_pass(program, "cuda:0" if device == "cuda" else device)  # as tensors there name it
@@ -125,16 +126,17 @@ def fixed(spec: TensorSpec, shape: Mapping[str, int]) -> TensorSpec:
 
 
 def weights_of(program: Any) -> dict[str, Tensor]:
-    """Parameters, buffers and constants that an exported program reads."""
-    signature, values = program.graph_signature, {**program.state_dict, **program.constants}
-    kinds = (
-        signature.inputs_to_parameters,
-        signature.inputs_to_buffers,
-        signature.inputs_to_lifted_tensor_constants,
-    )
-    names = {node: name for kind in kinds for node, name in kind.items()}
-    read = [node.name for node in program.graph.nodes if node.op == "placeholder" and node.users]
-    return {names[node]: values[names[node]] for node in read if node in names}
+    """Parameters, buffers and constants that an exported program reads. Its constants become buffers, because Inductor
+    numbers constants anew and keeps the names of buffers."""
+    signature, weights = program.graph_signature, dict[str, Tensor]()
+    read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    for i, spec in enumerate(signature.input_specs):
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            program.state_dict[spec.target] = program.constants[spec.target]
+            signature.input_specs[i] = InputSpec(InputKind.BUFFER, spec.arg, spec.target, persistent=True)
+        if spec.kind != InputKind.USER_INPUT and spec.arg.name in read:
+            weights[spec.target] = program.state_dict[spec.target]
+    return weights
 
 
 def layouts(path: Path) -> tuple[int, int]:
