@@ -224,8 +224,9 @@ class PlainOnnx(Eager):
 
     def context(self, ids: Tensor, hands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         engine = self.engines["text_hand_encoder"]
-        names = {spec.name for spec in engine.spec.inputs} - {"input_ids"}
-        feeds = {"input_ids": ids.numpy(), **{name: hands[name].numpy() for name in names}}
+        names = [spec.name for spec in engine.spec.inputs]
+        feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids.numpy())}
+        feeds = {name: feeds[name] if name in feeds else hands[name].numpy() for name in names}
         context = _tensors(engine(feeds))["context"]
         return context[:, 0], context[:, 1]
 

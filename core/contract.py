@@ -13,7 +13,8 @@ text_encoder       input_ids[B,77]                                          -> t
 hand_prior         x[B,P] history[B,K,P] noise[B,P] text[B,2,77,D] row[B,R] -> x, history, finite[B]
 hand_features      x[B,P] span[B] -> joints[B,2,21,2] rotations[B,2,16,6] bps[B,2,N] visibility[B,2]
                               vertices[B,V,3] joints_3d[B,62,3] camera[B,3]
-text_hand_encoder  input_ids[B,2,77] joints rotations bps visibility        -> context[B,2,L,W]
+text_hand_encoder  input_ids[B,2,77] attention_mask joints rotations bps visibility
+                                                                            -> context[B,2,L,W]
 unet_context       context[B,2,L,W]                                         -> key_00 value_00 key_01 ...
 unet_time          timesteps[S]                                             -> time[S,T]
 unet               latents[B,C,h,w] history[B,K,C,h,w] noise time[B,T] row[B,R] key_00 value_00 ...
@@ -28,6 +29,10 @@ mask[B,1,h,w] (1 where it paints) and masked_latents[B,C,h,w] (of the picture, g
 A bundle has one size of its own, in which it was trained. `hand_features` reads `span`: how many times as wide as that
 the picture is at the same height. `joints` are image coordinates in [0, 1] of the own size's width and height, y down,
 so a wider picture sees more at the sides. In older bundles h, w, H and W are numbers, and `span` is missing.
+
+`text_hand_encoder` reads one chunk of a prompt, 77 tokens. The runtime appends the states of further chunks to its
+context, so `unet_context` and `unet` take any L. `attention_mask[B,2,77]` (int64) is 0 for tokens that no other token
+reads: prompts with weights below 1 need it. In older bundles L is a number, and the mask is missing.
 
 `x` is normalised with the manifest's mean and standard deviation. `text` holds a vector for each word of a prompt, for
 the hand prior; from the end token on, the vectors are the sentence's. Older bundles have the sentence's vector alone:
@@ -95,6 +100,9 @@ BRANCHES = "G"
 # The free axes of pictures: height and width of latents, then of images in pixels.
 SIDES = ("h", "w", "H", "W")
 Size = tuple[int, int]  # height and width of a picture in pixels
+# The free axis of tensors with an entry for each token of the context.
+CONTEXT = "L"
+MAX_CHUNKS = 16  # of a prompt; each has at most 75 tokens of it
 FLOAT32_GRAPHS = ("hand_features",)  # kinematics are float32 whatever a bundle's precision
 EIGHT_BITS = ("fp8", "int8")  # precisions of eight bits: explicit quantisation in graphs of float16 or float32
 EXTERNAL = 1 << 26  # bytes: larger weights go into a file beside the graph, which can be mapped
@@ -312,9 +320,17 @@ class Manifest:
         return channels, size[0] * h // H, size[1] * w // W
 
     def sides(self, size: Size | None = None) -> dict[str, int]:
-        """The sizes of the axes in SIDES for a picture of this height and width; None: the bundle's own."""
+        """The sizes of the axes in SIDES for a picture of this height and width; None: the bundle's own. And of CONTEXT
+        for a prompt of one chunk."""
         size = size or self.image_size
-        return dict(zip(SIDES, (*self.latents_at(size)[1:], *size), strict=True))
+        context = [tensor.shape[2] for tensor in self.graphs["text_hand_encoder"].outputs if len(tensor.shape) == 4]
+        sizes = dict(zip(SIDES, (*self.latents_at(size)[1:], *size), strict=True))
+        return sizes | ({CONTEXT: context[0]} if context and isinstance(context[0], int) else {})
+
+    @property
+    def any_length(self) -> bool:
+        """Whether the graphs read prompts of more than one chunk."""
+        return CONTEXT in self.graphs["unet"].free
 
     def size_at(self, sides: Mapping[str, int]) -> Size:
         """The inverse of `sides`, from the sides of latents or of the image; without them the bundle's own size."""
@@ -334,7 +350,8 @@ class Manifest:
         return height, width
 
     def fixed(self, size: Size | None = None) -> Manifest:
-        """The same bundle for pictures of one height and width alone, by default its own: no graph has a free side."""
+        """The same bundle for pictures of one height and width, by default its own, and prompts of one chunk:
+        no graph has a free side."""
         sides = self.sides(size)
         return replace(self, graphs={name: graph.at(sides) for name, graph in self.graphs.items()})
 

@@ -51,7 +51,7 @@ def edit(hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str
     """New hands, with new `joints` and `joints_2d`. The camera changes only if a wrist is dragged.
 
     hands: a Picture's, or what `find_hands` yields. drags: places in [0, 1]. gesture: (side, name).
-    Raises RequestError for an unknown side, joint or gesture, a place that is no number, and hands without camera or
+    Raises RequestError for an unknown side, joint or gesture, a place that is not a number, and hands without camera or
     joints.
     """
     pose = Pose(hands)

@@ -34,7 +34,7 @@ SOLVERS = ("ddim", "ddpm", "euler", "dpm++2m", "dpm++2m-karras", "plms", "lcm", 
 class Setting:
     """One setting of a request.
 
-    kind: int, float, str, or tuple for a part of the steps, (start, stop) with 0 <= start < stop <= 1.
+    kind: bool, int, float, str, or tuple for a part of the steps, (start, stop) with 0 <= start < stop <= 1.
     alias: diffusers' name. hd-run accepts it, too; over HTTP it is the field's name.
     bundle: whether a request without it takes it from the bundle's defaults. default: the value where there is no
     other; where both are there, bundles may leave it out.
@@ -56,6 +56,8 @@ class Setting:
     @property
     def constraint(self) -> str:
         """What a value must be: "a number from 0 to 100"."""
+        if self.kind is bool:
+            return "true or false"
         if self.kind is tuple:
             return "two numbers that rise, from 0 to 1, such as [0, 0.5]"
         if self.pattern:
@@ -67,6 +69,8 @@ class Setting:
     @property
     def annotation(self) -> Any:
         """The type and bounds of a value, for `schema.fit`."""
+        if self.kind is bool:
+            return Annotated[bool, Meta(description=self.constraint)]
         if self.kind is tuple:
             return Annotated[tuple[float, float], Meta(description=self.constraint)]
         if self.kind is int:
@@ -84,6 +88,8 @@ class Setting:
         """Where a value comes from that a request does not give: "the bundle's", "0 1"."""
         if self.origin or self.bundle:
             return self.origin or "the bundle's"
+        if self.kind is bool:
+            return str(self.default).lower()
         if isinstance(self.default, tuple):
             return " ".join(f"{value:g}" for value in self.default)
         return str(self.default or "none")
@@ -121,6 +127,11 @@ SETTINGS: dict[str, Setting] = {
         default=(0.0, 1.0),
     ),
     "negative_prompt": Setting(str, "What the picture must not show.", default=""),
+    "plain_prompts": Setting(
+        bool,
+        "Read brackets and BREAK in prompts as text, and cut long prompts.",
+        default=False,
+    ),
     "noise_offset": Setting(
         float,
         "How much colours vary that the prompt leaves open.",
@@ -172,6 +183,7 @@ class Settings(TypedDict, total=False):
     guidance: float | None
     guidance_interval: tuple[float, float]
     negative_prompt: str
+    plain_prompts: bool
     noise_offset: float | None
     strength: float | None
     hand_steps: int | None
@@ -205,6 +217,7 @@ class RequestFields:
     mask: Any = field(default=None, repr=False)  # the same
     strength: float | None = None
     size: str | None = None
+    plain_prompts: bool = False
 
 
 _TEXT = Setting(str, "").annotation

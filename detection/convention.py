@@ -24,6 +24,7 @@ BONES = tuple(
     for side in range(2)
 )
 WRIST, KNUCKLE = 0, 9
+ONCE = 0.06  # sizes of a hand: looks at a hand differ so much where nothing is wrong, or a little
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,21 @@ def mediapipe() -> Convention:
     return Convention(np.array(held["offsets"]), np.array(held["noise"]))
 
 
-def sureness(score: float, residual: float, degrees: float) -> float:
+def sureness(score: float, residual: float, degrees: float, apart: float | None = None) -> float:
     """How likely the pose of a hand is right that was fitted to MediaPipe's points, 0 to 1.
 
-    A logistic regression on renders: `studies/fitting.py --write`. See `Detector.sureness` for the arguments."""
-    held = json.loads(FILE.read_text())["sureness"]
-    odds = np.log(np.clip(score, 0.01, 0.999) / (1 - np.clip(score, 0.01, 0.999)))
-    z = np.array(held["weights"]) @ (1.0, odds, np.log(max(residual, 1e-4)), np.log(max(degrees, 1e-2)))
-    return float(1 / (1 + np.exp(-z)))
+    A logistic regression on good and spoiled hands: `studies/fitting.py --write`. See `Detector.sureness` for the
+    arguments. apart: how far two looks at the hand differ; a hand that was looked at once counts as ONCE."""
+    held = json.loads(FILE.read_text())["sureness"]["weights"]
+    return float(1 / (1 + np.exp(-np.array(held) @ signs(score, residual, degrees, ONCE if apart is None else apart))))
+
+
+def signs(score: float, residual: float, degrees: float, apart: float) -> ndarray:
+    """What `sureness` weighs, [5]."""
+    likely = float(np.clip(score, 0.01, 0.999))
+    return np.array(
+        [1.0, np.log(likely / (1 - likely)), *np.log([max(residual, 1e-4), max(degrees, 1e-2), apart + 0.01])]
+    )
 
 
 def bone_frames(turns: ndarray, side: int) -> ndarray:

@@ -24,8 +24,8 @@ from PIL import Image
 from ..errors import DetectionError
 from .convention import Convention, mediapipe, sureness
 
-SMALL, WINDOW = 0.4, 0.6  # shares of a picture's sides
-SQUARES, LEAST = (1, 2, 4), 160  # where no hand is found: parts of the shorter side, and pixels of a square at least
+SMALL, WINDOW = 0.4, 0.7  # shares of a picture's sides: a smaller hand lies whole in one of the windows
+SQUARES, LEAST = (1, 2, 3, 4), 96  # where no hand is found: parts of the shorter side, and pixels of a square at least
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Found:
     side: str  # "left" or "right", as the person in the picture would say
     score: float  # the detector's confidence, 0 to 1
     joints: np.ndarray = field(repr=False)  # [21, 2] in [0, 1] of width and height: wrist, thumb to little finger
+    apart: float | None = None  # how far looks from near are apart, see `hands.closer`; None without any
 
 
 class Detector(Protocol):
@@ -70,11 +71,11 @@ def padded(image: np.ndarray, share: float, size: int) -> tuple[np.ndarray, np.n
 
 
 def windows(image: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Nine overlapping parts of a picture: (the part's corner, [2] (x, y) in [0, 1] of the picture; the part)."""
+    """Four overlapping parts of a picture: (the part's corner, [2] (x, y) in [0, 1] of the picture; the part)."""
     height, width = image.shape[:2]
     rows, columns = round(height * WINDOW), round(width * WINDOW)
-    for y in np.linspace(0, height - rows, 3).round().astype(int):
-        for x in np.linspace(0, width - columns, 3).round().astype(int):
+    for y in np.linspace(0, height - rows, 2).round().astype(int):
+        for x in np.linspace(0, width - columns, 2).round().astype(int):
             yield np.array([x / width, y / height]), image[y : y + rows, x : x + columns]
 
 
@@ -142,8 +143,8 @@ class MediaPipe:
             "padded by": pad,
             "scaled to": size,
             "most hands": f"all: {hands}, doubled where so many are found",
-            "where hands are smaller than": f"{SMALL} of the picture: also in 9 windows of {WINDOW}",
-            "where no hand is found": f"also in squares of 1, 1/2, 1/4 of the shorter side, at least {LEAST} pixels",
+            "where hands are smaller than": f"{SMALL} of the picture: also in 4 windows of {WINDOW}",
+            "where no hand is found": f"also in squares of 1 to 1/4 of the shorter side, at least {LEAST} pixels",
             "min_detection_confidence": confidence,
             "static_image_mode": True,
         }
@@ -194,7 +195,7 @@ class MediaPipe:
 
     def sureness(self, found: Found, residual: float, degrees: float) -> float:
         """See `Detector`. A logistic regression on renders; `mediapipe.json` has its numbers."""
-        return sureness(found.score, residual, degrees)
+        return sureness(found.score, residual, degrees, found.apart)
 
     def close(self) -> None:
         for model in self._models.values():

@@ -25,8 +25,10 @@ from .convention import Convention
 from .poses import Poses
 
 EXACT = 0.004  # what a true point is worth: its standard deviation in sizes of the hand
-STARTS, FREE = 24, 6  # hands that are solved to the end, and those of them that go on without their gesture
-ROUNDS, ALIGNED = 30, 8  # of all unknowns, and of the wrist alone
+STARTS, KEPT, FREE = 24, 8, 5  # hands that are solved, those solved to the end, and of them without their gesture
+ROUNDS, FIRST, ALIGNED = 30, 5, 8  # of all unknowns, of those before the worse starts end, and of the wrist alone
+GAIN = 1e-3  # of the posterior's logarithm: less ends the rounds
+BEHIND = 30.0  # of it: a hand that is farther behind the best one goes no further
 X, Y, Z = np.eye(3)
 # How a left hand may face the viewer: palm, back, thumb's side, little finger's. Columns are where fingers, the back of
 # the hand and the thumb point.
@@ -46,12 +48,15 @@ class Fitted(HandEstimate):
 
     residual: how far its points are from the given ones, root mean square in sizes of the hand. degrees: [16], the
     standard deviation of the wrist and the 15 joints in MANO's order, by the curvature of the posterior. gestures:
-    names with their probabilities, the likeliest first; "" stands for all hands without a known gesture.
+    names with their probabilities, the likeliest first; "" stands for all hands without a known gesture. points,
+    convention: what it was fitted to, [21, 2] pixels.
     """
 
     residual: float
     degrees: np.ndarray = field(repr=False)
     gestures: dict[str, float]
+    points: np.ndarray | None = field(default=None, repr=False)
+    convention: Convention | None = field(default=None, repr=False)
 
     @property
     def gesture(self) -> str:
@@ -59,7 +64,7 @@ class Fitted(HandEstimate):
         return next(iter(self.gestures), "")
 
 
-class _Rig:
+class Rig:
     """A left hand at the origin. N hands at once: turns [N, 3, 3], angles [N, 45]."""
 
     def __init__(self, rest: np.ndarray, offsets: np.ndarray) -> None:
@@ -102,18 +107,15 @@ class _Rig:
         out[..., 1, 0], out[..., 1, 2] = -points[..., 2], points[..., 0]
         # A joint's angle turns what follows about this axis of the world.
         about = np.einsum("nfjcd,nfjde,fjae->nfjac", frames, _right_jacobian(vectors), self.axes)
+        own = np.zeros((len(turns), 5, 4, 2, 9))  # of a finger's points, by its own angles
         for joint in range(3):
-            for point in range(joint, 4):
-                if point == joint and not self.offsets[CHAIN[:, point]].any():
-                    continue
-                arm = points[:, CHAIN[:, point]] - places[:, :, joint]  # [N, 5, 3]
-                axis = about[:, :, joint]  # [N, 5, 3 axes, 3]
-                dx = axis[..., 1] * arm[:, :, None, 2] - axis[..., 2] * arm[:, :, None, 1]
-                dy = axis[..., 2] * arm[:, :, None, 0] - axis[..., 0] * arm[:, :, None, 2]
-                for finger in range(5):
-                    columns = slice(3 + 9 * finger + 3 * joint, 6 + 9 * finger + 3 * joint)
-                    out[:, CHAIN[finger, point], 0, columns] = dx[:, finger]
-                    out[:, CHAIN[finger, point], 1, columns] = dy[:, finger]
+            arm = points[:, CHAIN[:, joint:]] - places[:, :, joint, None]  # [N, 5, points, 3]
+            axis = about[:, :, joint, None]  # [N, 5, 1, 3 axes, 3]
+            columns = slice(3 * joint, 3 * joint + 3)
+            own[:, :, joint:, 0, columns] = axis[..., 1] * arm[..., None, 2] - axis[..., 2] * arm[..., None, 1]
+            own[:, :, joint:, 1, columns] = axis[..., 2] * arm[..., None, 0] - axis[..., 0] * arm[..., None, 2]
+        for finger in range(5):
+            out[:, CHAIN[finger], :, 3 + 9 * finger : 12 + 9 * finger] = own[:, finger]
         return points, out
 
 
@@ -138,7 +140,7 @@ def _bounds() -> tuple[np.ndarray, np.ndarray]:
 class _Problem:
     """One hand's points and the hands that may explain them. Everything is in sizes of the hand, y up."""
 
-    def __init__(self, rig: _Rig, target: np.ndarray, noise: np.ndarray, poses: Poses) -> None:
+    def __init__(self, rig: Rig, target: np.ndarray, noise: np.ndarray, poses: Poses) -> None:
         """target: [21, 2]; noise: [21] standard deviations; poses: the prior."""
         self.rig, self.target, self.poses = rig, target, poses
         self.weight = np.repeat(1 / noise, 2)
@@ -153,9 +155,10 @@ class _Problem:
         turns = np.tile(spin @ FACING, (count, 1, 1))
         angles = np.repeat(self.poses.mean.clip(self.low, self.high), len(FACING), 0)
         parts = np.repeat(np.arange(count), len(FACING))
-        scale, shift = self.placed(turns, angles)
-        for _ in range(ALIGNED):  # the wrist alone
-            points = self.rig.points(turns, angles)
+        shapes = self.rig.points(np.broadcast_to(np.eye(3), turns.shape), angles)  # fingers rest while the wrist turns
+        points = shapes @ turns.swapaxes(1, 2)
+        scale, shift = self.placed(points)
+        for _ in range(ALIGNED):
             x, y, z = np.moveaxis(points, -1, 0)
             zero = np.zeros_like(x)
             move = np.stack([np.stack([zero, z, -y], -1), np.stack([-z, zero, x], -1)], -2)  # [N, 21, 2, 3]
@@ -164,14 +167,15 @@ class _Problem:
             step = _solve(move.reshape(len(turns), 42, 3), away, 1e-3)
             length = np.linalg.norm(step, axis=1, keepdims=True)
             turns = axis_angle_to_matrix(step * np.minimum(1, 0.6 / np.maximum(length, 1e-9))) @ turns
-            scale, shift = self.placed(turns, angles)
-        away = scale[:, None, None] * self.rig.points(turns, angles)[..., :2] + shift[:, None] - self.target
+            points = shapes @ turns.swapaxes(1, 2)
+            scale, shift = self.placed(points)
+        away = scale[:, None, None] * points[..., :2] + shift[:, None] - self.target
         order = np.argsort(np.square(away).sum((1, 2)))[:STARTS]
         return turns[order], angles[order], scale[order], shift[order], parts[order]
 
-    def placed(self, turns: np.ndarray, angles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The scale [N] and shift [N, 2] that fit best."""
-        flat = self.rig.points(turns, angles)[..., :2]
+    def placed(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The scale [N] and shift [N, 2] with which points [N, 21, 3] fit best."""
+        flat = points[..., :2]
         middle, goal = flat.mean(1), self.target.mean(0)
         around = flat - middle[:, None]
         scale = (around * (self.target - goal)).sum((1, 2)) / np.maximum(np.square(around).sum((1, 2)), 1e-12)
@@ -213,7 +217,12 @@ class _Problem:
         damping = np.full(len(x), 1e-3)
         now, residual, slope, pull = self.cost(turns, x, parts)
         live = np.ones(len(x), bool)
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
+            if number == FIRST and len(x) > KEPT:
+                best = np.argsort(now)[:KEPT]
+                turns, x, parts, damping, now, residual, slope, pull, live = (
+                    one[best] for one in (turns, x, parts, damping, now, residual, slope, pull, live)
+                )
             gradient = np.einsum("nrk,nr->nk", slope, residual)
             gradient[:, ANGLES] += pull
             hessian = slope.swapaxes(1, 2) @ slope
@@ -238,7 +247,7 @@ class _Problem:
             )
             now = np.where(better, cost, now)
             damping = np.where(better, np.maximum(damping / 4, 1e-7), damping * 6)
-            live = (gain > 1e-4) | (~better & (damping < 1e4))
+            live = ((gain > GAIN) | (~better & (damping < 1e4))) & (now < now.min() + BEHIND)
             if not live.any():
                 break
         hessian = slope.swapaxes(1, 2) @ slope
@@ -283,7 +292,7 @@ def fit(
     if number:  # a right hand is solved as the left hand of the mirrored picture
         hand, view = hand * (-1, 1, 1), view * (-1, 1)
     size, middle = float(np.ptp(view, axis=0).max()), view.mean(0)
-    rig = _Rig(hand, convention.offsets * np.linalg.norm(hand[9]))
+    rig = Rig(hand, convention.offsets * np.linalg.norm(hand[9]))
     problem = _Problem(rig, (view - middle) / size, np.broadcast_to(convention.noise, 21), poses)
     turns, x, parts, costs, hessians = problem.solve()
     log = poses.log_weight[parts] - costs - 0.5 * np.linalg.slogdet(hessians)[1]
@@ -301,27 +310,7 @@ def fit(
         turn, vectors, joints = turn * MIRROR, vectors * FLIP, joints * (-1, 1)
     residual = float(np.sqrt(np.square(away).sum(1).mean()))
     told = upright(poses.told(parts, log), joints[4, 1] > joints[2, 1])  # y points up here
-    return Fitted(number, turn, vectors, joints * (1, -1), residual, np.degrees(degrees), told)
-
-
-def posed(hand: HandEstimate, gesture: str, rest: np.ndarray, poses: Poses | None = None) -> Fitted:
-    """The hand with the fingers of a gesture, where a person says what it shall do: wrist, direction and size stay.
-
-    rest: [62, 3] metres, as `fit` had them. Raises DetectionError for an unknown gesture."""
-    poses = (poses or Poses.load()).only(gesture)
-    bones = np.asarray(rest, np.float64)[list(HAND_JOINTS[hand.side])]
-    mirror = np.array((-1.0, 1.0, 1.0)) if hand.side else np.ones(3)
-    rig = _Rig((bones - bones[0]) * mirror, np.zeros((21, 3)))
-    turn = hand.turn * MIRROR if hand.side else hand.turn
-    vectors = np.empty((15, 3))
-    vectors[MANO] = rig.local(poses.mean[:1])[0].reshape(15, 3)
-    flat = rig.points(turn[None], poses.mean[:1])[0, :, :2] * mirror[:2] * (1, -1)  # metres from the wrist, y down
-    palm = [5, 9, 13, 17]  # bending fingers moves no knuckle
-    seen = hand.joints_2d[palm] - hand.joints_2d[0]
-    scale = (flat[palm] * seen).sum() / np.square(flat[palm]).sum()
-    joints = hand.joints_2d[0] + scale * flat
-    fingers = vectors * FLIP if hand.side else vectors
-    return Fitted(hand.side, hand.turn, fingers, joints, 0.0, np.zeros(16), {gesture: 1.0})
+    return Fitted(number, turn, vectors, joints * (1, -1), residual, np.degrees(degrees), told, points, convention)
 
 
 def upright(gestures: dict[str, float], up: bool) -> dict[str, float]:

@@ -31,6 +31,15 @@ from .mano import hand_means, in_picture, mano_estimates
 from .poses import Poses
 
 LANCZOS = Image.Resampling.LANCZOS
+LOOK, LOOKED_AT = (
+    2.2,
+    (190, 190),
+)  # a crop to look at again: boxes of the hand, and pixels, too few to be searched in parts
+ASIDE, UNSEEN = (
+    0.5,
+    0.5,
+)  # sizes of the hand: another hand is farther away; looks of which one sees no hand are so apart
+FIRST, TOLD = 0.5, 3.0  # what the first look counts beside those from near, and a look that sees the side a person says
 MIN_HAND_PIXELS = 40  # pixels of a painted picture: smaller hands are brought nearer
 NEAR = 1.6  # a window that brings hands nearer, times their box
 
@@ -75,11 +84,55 @@ def find(
     try:
         found = used(image)
         said = side if len(found) == 1 else None
-        seen = [fitted(one, image.shape[:2], rest, used, poses, said) for one in found]
+        seen = [fitted(closer(image, one, used, said), image.shape[:2], rest, used, poses, said) for one in found]
     finally:
         if detector is None:
             used.close()
     return sorted(seen, key=lambda one: -(one.sureness or 0.0))
+
+
+def closer(image: np.ndarray, found: Found, detector: Detector, side: str | None = None) -> Found:
+    """A found hand after two looks from near: at a crop of it, and at the crop's mirror image.
+
+    A detector that confuses thumb and little finger in one look rarely does so in others. So the looks vote which side
+    the hand is and which way round it lies, and the mean of those that agree is taken. image: uint8 [H, W, 3]. side:
+    what a person says. The score becomes the share of the votes, times their mean score; `apart` says how far the two
+    looks are apart, in sizes of the hand."""
+    wide = np.array(image.shape[1::-1], np.float64)
+    points = found.joints * wide
+    size = max(float(np.ptp(points, axis=0).max()), 1.0)
+    corner = points.min(0) / 2 + points.max(0) / 2 - LOOK * size / 2
+    window = Window(float(corner[0]), float(corner[1]), LOOK * size, LOOK * size)
+    left, top, right, bottom = window.bounds
+    crop = window.cut(image, LOOKED_AT)
+    looks = [found]
+    for mirrored in (False, True):
+        there = []
+        for one in detector(np.ascontiguousarray(crop[:, ::-1]) if mirrored else crop):
+            joints, name = one.joints, one.side
+            if mirrored:
+                joints, name = joints * (-1, 1) + (1, 0), SIDES[1 - SIDES.index(name)]
+            joints = joints * (right - left, bottom - top) + (left, top)
+            ratio = float(np.ptp(joints, axis=0).max()) / size
+            if np.linalg.norm(joints.mean(0) - points.mean(0)) < ASIDE * size and ASIDE < ratio < 1 / ASIDE:
+                there.append(Found(name, one.score, joints / wide))
+        looks += sorted(there, key=lambda one: -one.score)[:1]
+    near = [one.joints * wide for one in looks[1:]]
+    apart = float(np.linalg.norm(near[0] - near[1], axis=1).mean()) / size if len(near) == 2 else UNSEEN
+    votes: dict[tuple[str, bool], list[tuple[float, Found]]] = {}
+    for number, one in enumerate(looks):
+        weight = one.score * (1 if number else FIRST) * (TOLD if one.side == side else 1)
+        votes.setdefault((side or one.side, _clockwise(one.joints * wide)), []).append((weight, one))
+    most = max(votes.values(), key=lambda group: sum(weight for weight, _ in group))
+    agreeing = [one for _, one in most if one is not found] or [found]
+    score = float(np.mean([one.score for one in agreeing])) * len(agreeing) / max(len(near), 1)
+    return Found(side or agreeing[0].side, score, np.mean([one.joints for one in agreeing], axis=0), apart)
+
+
+def _clockwise(points: np.ndarray) -> bool:
+    """Whether the knuckles of index and little finger follow each other clockwise around the wrist: palm or back."""
+    a, b = points[5] - points[0], points[17] - points[0]
+    return bool(a[0] * b[1] - a[1] * b[0] > 0)
 
 
 def fitted(

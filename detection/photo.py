@@ -19,7 +19,7 @@ from ..schema import MisfitError, read_file
 from .arms import Arrays, Size
 from .detect import Detector, Found, MediaPipe
 from .draw import draw
-from .hands import Seen, Window, arrays_of, fitted, of_one_person, window_of
+from .hands import Seen, Window, arrays_of, closer, fitted, of_one_person, window_of
 from .poses import Poses
 
 MAX_PHOTO = 1 << 28  # bytes
@@ -74,7 +74,8 @@ class Photo:
     def hands_for(self, rest: np.ndarray, target: Size, poses: Poses | None = None, whole: bool = False) -> Told:
         """What a bundle can show of them. rest: [62, 3] of its body; target: height and width of its pictures. whole:
         the hands have their places in the whole photograph, not in the part that a new picture shows."""
-        seen = [fitted(one, self.size, rest, self.detector, poses) for one in self.found]
+        near = [closer(self.image, one, self.detector) for one in self.found]
+        seen = [fitted(one, self.size, rest, self.detector, poses) for one in near]
         seen.sort(key=lambda one: -(one.sureness or 0.0))
         pair, said = of_one_person(seen, self.size, rest)
         window = Window(0, 0, self.size[1], self.size[0]) if whole else window_of(pair, self.size, target)

@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ..contract import BRANCHES, MAX_ROWS, Manifest
+from ..contract import BRANCHES, MAX_ROWS, SIDES, Manifest
 from ..errors import EngineError
 from .backends import BACKENDS
 from .base import check_gpu
@@ -51,13 +52,16 @@ def wanted_plans(manifest: Manifest, wanted: Wanted) -> list[tuple[str, Sizes]]:
     pictures = picture_sizes(manifest, wanted.pictures)
     out: list[tuple[str, Sizes]] = []
     for name, spec in manifest.graphs.items():
-        sides = [{axis: n for axis, n in manifest.sides(size).items() if axis in spec.free} for size in pictures]
-        own = sides if sides[0] else [{}]
-        shapes: list[tuple[Sizes, Sizes]] = [(batch, some) for some in own for batch in batches]
-        if wanted.shared and sides[0] and len(pictures) > 1:  # a profile for each pair of batch size and size
-            pairs = [{"B": size, **some} for some in sides for size in sizes]
-            several = {axis: [pair[axis] for pair in pairs] for axis in pairs[0]}
-            shapes = [({"B": several.pop("B")}, several)]
+        sides: list[Sizes] = []
+        for size in pictures:
+            some = {axis: n for axis, n in manifest.sides(size).items() if axis in spec.free}
+            sides += [some] if some not in sides else []
+        shapes: list[tuple[Sizes, Sizes]] = [(batch, some) for some in sides for batch in batches]
+        if wanted.shared and len(sides) > 1:  # a profile for each pair of batch size and size
+            pairs = [{**batch, **some} for some in sides for batch in ({"B": size} for size in sizes)]
+            axes = {axis: [pair[axis] for pair in pairs] for axis in pairs[0]}
+            several: dict[str, Any] = {axis: numbers for axis, numbers in axes.items() if axis in ("B", *SIDES)}
+            shapes = [({"B": several.pop("B")}, {**sides[0], **several})]
         if spec.free == ["S"]:
             out.append((name, {"S": SCHEDULE_LENGTHS}))
         elif BRANCHES in spec.free:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -19,6 +20,7 @@ from .backends import BACKENDS, GPU_PLANNED, PLANNED, runner
 from .build import choose_builder, fitting, gpu
 from .cost import costs
 from .cost import text as cost_text
+from .eight_bits import CHOICES as EIGHT_CHOICES
 from .plans import Built, Plan, PlanStore, Sizes, Wanted, belongs, size_text
 from .rates import GPUS
 from .tensorrt import HARDWARE, NAMES, TILING, Options, TensorRT, loads
@@ -78,6 +80,10 @@ def build_options(command):  # type: ignore[no-untyped-def]
             click.option("--version-compatible", is_flag=True,
                          help="TensorRT: plans that later versions and --backend tensorrt-lean run, too. They may be "
                          "slower."),
+            click.option("--eight-bits", type=click.Choice(EIGHT_CHOICES), default="all", show_default=True,
+                         help="TensorRT, fp8 and int8: which quantised layers stay so. products: no convolutions. A "
+                         "layer without such a kernel is always in half precision. On a GPU, products are tried where "
+                         "all are not faster."),
             click.option("--faster-than", metavar="FOLDER", type=click.Path(path_type=Path),
                          help="Engines of the same model in fp16: fp8 and int8 are refused where they take longer on "
                          "this GPU. [default: fp16 plans that the folder still has]"),
@@ -97,6 +103,7 @@ def wanted_of(values: dict) -> Wanted:
         tuple(values["compute_capabilities"]),
         None if values["hardware"] == "none" else values["hardware"],
         values["version_compatible"] or None,
+        None if values["eight_bits"] == "all" else values["eight_bits"],
     )
     return Wanted(
         values["batch_sizes"] or (),
@@ -108,11 +115,13 @@ def wanted_of(values: dict) -> Wanted:
     )
 
 
-def check_options(backend: str, wanted: Wanted, faster_than: Path | None = None) -> None:
+def check_options(backend: str, precision: str, wanted: Wanted, faster_than: Path | None = None) -> None:
     """Raises EngineError for an option of `build_options` that has no effect on what is made for a backend."""
+    options = wanted.options or Options()
+    if options.eight_bits and precision not in EIGHT_BITS:
+        raise EngineError(f"--eight-bits is an option of fp8 and int8, got --precision {precision}. Leave it out.")
     if backend in GPU_PLANNED:
         return
-    options = wanted.options or Options()
     sizes = {"--batch-sizes": wanted.batch_sizes, "--guidance-free": wanted.guidance_free}
     given = {
         **sizes,
@@ -125,6 +134,7 @@ def check_options(backend: str, wanted: Wanted, faster_than: Path | None = None)
         "--compute-capability": options.compute_capabilities,
         "--hardware-compatibility-level": options.hardware,
         "--version-compatible": options.version_compatible,
+        "--eight-bits": options.eight_bits,
         "--faster-than": faster_than,
     }
     takes = sizes if BACKENDS[backend].plans or BACKENDS[backend].compiles else {}
@@ -150,7 +160,7 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
 
     faster_than: see `judge_on_gpu`.
     """
-    check_options(backend, wanted, faster_than)
+    check_options(backend, Manifest.load(folder, verify=False).precision, wanted, faster_than)
     if backend in GPU_PLANNED:
         wanted, why = fitting(folder, wanted, gpu())
         if why:
@@ -184,8 +194,15 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
         console.print(f"All {len(done)} plans are there and current: nothing was built.")
     if BACKENDS[backend].measured:
         judge_on_cpu(folder, backend)
-    else:
+        return done
+    try:
         judge_on_gpu(folder, backend, faster_than)
+    except timing.NotFasterError as slower:
+        if wanted.options.eight_bits is not None:
+            raise
+        console.print(f"{slower} Building again with convolutions in half precision (--eight-bits products).")
+        wanted = replace(wanted, options=replace(wanted.options, eight_bits="products"))
+        return build_with_progress(folder, backend, wanted, faster_than)
     return done
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..contract import FLOAT32_GRAPHS, SIDES
+from ..contract import CONTEXT, FLOAT32_GRAPHS, SIDES
 from ..errors import EngineError
 from .rates import Gpu
 
@@ -232,7 +232,7 @@ def _joined(graph: Graph, runner: Runner) -> Iterator[Kernel]:
 def _of_one_size(model: Any, sizes: Mapping[str, int]) -> Any:
     """The model with the sides of its pictures fixed, so that what follows from them costs nothing."""
     named = {dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim}
-    sides = {axis: sizes[axis] for axis in SIDES if axis in sizes and axis in named}
+    sides = {axis: sizes[axis] for axis in (*SIDES, CONTEXT) if axis in sizes and axis in named}
     if not sides:
         return model
     import onnx_ir as ir

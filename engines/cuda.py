@@ -230,7 +230,8 @@ class Stream:
         self.cuda.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
 
     def synchronize(self) -> None:
-        self.cuda.call("cudaStreamSynchronize", self.handle)
+        """Waits, asleep, until all work so far is done."""
+        self.record().synchronize()
 
     def capture(self, function: Callable[[], None]) -> Graph | None:
         """Records what `function` enqueues on this stream, without running it. None where CUDA refuses to record it.

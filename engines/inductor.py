@@ -306,10 +306,10 @@ def host_engines(folder: Path, manifest: Manifest, threads: int | None, *_: int)
     engines: dict[str, Any] = {}
     for name, spec in manifest.graphs.items():
         if name in found.loose:
-            engines[name] = load(found.loose[name], spec)
+            engines[name] = load(found.loose[name], manifest.fixed().graphs[name])
         else:
             files = [(shape, plan) for shape, plan in found.shapes[name] if manifest.size_at(shape) in found.sizes]
-            engines[name] = InductorShapes(spec, files, found.sizes, load)
+            engines[name] = InductorShapes(spec, files, found.sizes, load)  # of prompts with one chunk, too
             for shape, _ in files:
                 if manifest.size_at(shape) == manifest.image_size:
                     engines[name].prepare(shape)
@@ -341,7 +341,7 @@ def device_engines(
                 pools[stream] = new_pool()
             if graph in found.loose:
                 if graph not in loose:
-                    loose[graph] = load_plan(found.loose[graph], manifest.graphs[graph])
+                    loose[graph] = load_plan(found.loose[graph], graphs[graph])
                 return InductorDeviceEngine(loose[graph], pools[stream])
             spec = graphs[graph].at({"B": bucket, BRANCHES: branches})
             return InductorDeviceEngine(

@@ -1,8 +1,9 @@
 """Shows what a compiled plan consists of: its layers by kind and kernel, the types they compute in, and its memory.
 
-TensorRT's own inspector needs a GPU that can load the plan. With detailed profiling verbosity the builder writes the
-same report into its verbose log, even without a GPU. `build_plan` picks it out, `PlanStore` keeps it beside the plan,
-and `hd-engines inspect` reads it there. A layer is a kernel, so a step costs as many launches as there are layers.
+TensorRT's own inspector needs a GPU that can load the plan. With detailed profiling verbosity TensorRT-RTX's builder
+writes the same report into its verbose log, even without a GPU. `build_plan` picks it out, or asks full TensorRT's
+inspector. `PlanStore` keeps it beside the plan, and `hd-engines inspect` reads it there. A layer is a kernel, so a step
+costs as many launches as there are layers.
 TensorRT-RTX leaves the choice of some kernels (its `__myelin_CASK_STUB`: convolutions and matrix products) to the GPU
 that runs the plan.
 
@@ -12,6 +13,7 @@ that runs the plan.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -20,9 +22,10 @@ from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
-from ..contract import Manifest
+from ..contract import EIGHT_BITS, Manifest
 from ..errors import EngineError
 from ..schema import MisfitError, fit, read_json
+from .eight_bits import computes_in
 from .plans import LAYERS, Plan, PlanStore, belongs
 
 MAX_LAYER_BYTES = 1 << 28  # bytes of a file of layers
@@ -78,6 +81,42 @@ def read_log(messages: Iterable[str]) -> dict[str, Any]:
             if message.startswith(start):
                 memory[name] = int(message.removeprefix(start).split()[0])
     return {"layers": layers, "memory": memory}
+
+
+def read_report(text: str) -> list[Layer]:
+    """The JSON of TensorRT's `IEngineInspector` -> layers of the plan, in order. It skips those with a mere name."""
+
+    def tensors(found: list[dict[str, Any]]) -> list[Tensor]:
+        return [
+            {
+                "name": one.get("Name", ""),
+                "shape": one.get("Dimensions", []),
+                "type": one.get("Format/Datatype") or one.get("Datatype", ""),
+            }
+            for one in found
+        ]
+
+    layers: list[Layer] = []
+    for one in json.loads(text).get("Layers", []):
+        if not isinstance(one, dict):
+            continue
+        weights = tensors(one.get("Constants", []))
+        if isinstance(kept := one.get("Weights"), dict) and kept.get("Count"):  # of a convolution
+            weights.append({"name": "weights", "shape": [kept["Count"]], "type": kept.get("Type", "")})
+        tactic = one.get("TacticName", "")
+        layers.append(
+            {
+                "name": one.get("Name", ""),
+                "kind": one.get("LayerType", ""),
+                "kernel": _HASH.sub("", tactic) or _NUMBER.sub("", one.get("Name", "")),
+                "tactic": tactic or str(one.get("TacticValue", "")),
+                "inputs": tensors(one.get("Inputs", [])),
+                "weights": weights,
+                "outputs": tensors(one.get("Outputs", [])),
+                "nodes": _NODE.findall(one.get("Metadata", "")),
+            }
+        )
+    return layers
 
 
 def _layer(name: str, kind: str, rest: str) -> Layer:
@@ -145,7 +184,15 @@ def types_of(layer: Layer) -> str:
 
 def summary(plan: Plan) -> dict[str, Any]:
     """Counts of a plan's layers by kind, by type and by kernel, and its memory in bytes; ready for JSON."""
-    layers = layers_of(plan)
+    layers, precision = layers_of(plan), plan.parts["precision"]
+    eight = [layer for layer in layers if precision in EIGHT_BITS and computes_in(layer, precision)]
+    proven = {
+        "eight_bits": {
+            **plan.proof.get("eight_bits", {}),
+            "kernels": dict(Counter(layer["kernel"] for layer in eight).most_common()),
+            "in_half": plan.proof.get("in_half", []),
+        }
+    }
     return {
         "plan": plan.path.name,
         "graph": plan.graph,
@@ -155,6 +202,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "kinds": dict(Counter(layer["kind"] for layer in layers).most_common()),
         "types": dict(Counter(types_of(layer) for layer in layers).most_common()),
         "kernels": dict(Counter(layer["kernel"] for layer in layers).most_common()),
+        **(proven if eight or "eight_bits" in plan.proof else {}),
         "layers": layers,
     }
 
@@ -168,6 +216,14 @@ def text(counts: dict[str, Any], most: int = 40) -> str:
     ]
     for title, name in (("by kind", "kinds"), ("by type", "types")):
         lines.append(f"  {title}: " + ", ".join(f"{count} {what or 'none'}" for what, count in counts[name].items()))
+    if (found := counts.get("eight_bits")) is not None:
+        lines.append(
+            f"  in {counts['precision']}: {found.get('compiled', 0)} of {found.get('asked', 0)} quantised layers, in "
+            f"{sum(found['kernels'].values())} kernels"
+        )
+        lines += [f"    {count:5} {name}" for name, count in list(found["kernels"].items())[:most]]
+        if found["in_half"]:
+            lines.append(f"  in half, without such a kernel: {', '.join(found['in_half'])}")
     lines.append("  by kernel:")
     kernels = list(counts["kernels"].items())
     lines += [f"    {count:5} {name}" for name, count in kernels[:most]]

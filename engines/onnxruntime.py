@@ -11,7 +11,7 @@ import functools
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..commands import imported
-from ..contract import BRANCHES, MAX_ROWS, MAX_SIDE, GraphSpec, Manifest, TensorSpec
+from ..contract import BRANCHES, MAX_ROWS, MAX_SIDE, GraphSpec, Manifest
 from ..cpu import target, usable_cores
 from ..errors import BundleError, EngineError
 from ..installed import version
@@ -86,7 +86,7 @@ class OnnxRuntimeEngine:
     """One graph in ONNX Runtime on the CPU. See `Engine` for calling it."""
 
     device, batches = "cpu", None
-    _fixed: list[TensorSpec] | None = None
+    _fixed: list[tuple[str, int, tuple[int, ...]]] | None = None
 
     def __init__(
         self,
@@ -105,9 +105,10 @@ class OnnxRuntimeEngine:
         """
         fixed = {axis: size for axis, size in (own or {}).items() if axis in spec.free} if _is_small(Path(path)) else {}
         self._load = functools.partial(self._session, path, spec, threads, shelf)
-        # The inputs whose sides are fixed in the session. Their last three axes hold no free axis but the sides.
+        # The inputs with axes that are fixed in the session, and their last axes, which are numbers then.
         sided = [tensor.name for tensor in spec.inputs if set(tensor.shape) & fixed.keys()]
-        self._fixed = [tensor for tensor in spec.at(fixed).inputs if tensor.name in sided] if fixed else None
+        tails = [(t.name, _numbers(t.shape)) for t in spec.at(fixed).inputs if t.name in sided]
+        self._fixed = [(name, -len(tail), tail) for name, tail in tails] if fixed else None
         self._others: Any = None
         self.session = self._load(fixed)
         self._settle(path, spec, own if fixed else None)
@@ -142,7 +143,7 @@ class OnnxRuntimeEngine:
 
     def _session_for(self, feeds: Mapping[str, Any]) -> Any:
         """The session that takes tensors of these sizes."""
-        if self._fixed is None or all(tuple(feeds[t.name].shape[-3:]) == t.shape[-3:] for t in self._fixed):
+        if self._fixed is None or all(feeds[name].shape[start:] == tail for name, start, tail in self._fixed):
             return self.session
         if self._others is None:
             self._others = self._load({})
@@ -184,6 +185,14 @@ def loading(path: str | Path, spec: GraphSpec) -> Iterator[None]:
 
 def cpu_session(path: str | Path, options: Any) -> Any:
     return import_onnxruntime().InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _numbers(shape: Sequence[int | str]) -> tuple[int, ...]:
+    """The last sizes of a shape, up to the last free one."""
+    numbers: list[int] = []
+    for size in shape:
+        numbers = [*numbers, size] if isinstance(size, int) else []
+    return tuple(numbers)
 
 
 def _is_small(path: Path) -> bool:

@@ -50,7 +50,8 @@ class Options:
     level: 0 ... 5, how hard it searches. tiling: one of TILING. aux_streams: additional streams a graph may run on.
     workspace: MiB of scratch that a kernel may want. compute_capabilities: of the GPUs a TensorRT-RTX plan is for,
     such as ("8.9", "12.0"); empty: every one from 8.0 on that it supports. hardware: one of HARDWARE, of full TensorRT;
-    None: for the GPU that builds. version_compatible: later versions and the lean run time load it, too.
+    None: for the GPU that builds. version_compatible: later versions and the lean run time load it, too. eight_bits:
+    one of `eight_bits.CHOICES`, which quantised layers stay so; None: all.
     """
 
     level: int | None = None
@@ -60,6 +61,7 @@ class Options:
     compute_capabilities: tuple[str, ...] = ()
     hardware: str | None = None
     version_compatible: bool | None = None
+    eight_bits: str | None = None
 
 
 class TensorRT:
@@ -191,6 +193,17 @@ class TensorRT:
         loaded = LoadedPlan(self, runtime, engine, graph, cuda, kernels)
         self.loaded.add(loaded)
         return loaded
+
+    def layers(self, plan: bytes) -> list[inspect.Layer]:
+        """The layers of a plan for this machine's GPU, by TensorRT's inspector; none where it does not load."""
+        self.messages.clear()
+        runtime = self.made("Runtime")
+        runtime.engine_host_code_allowed = True  # it was built here, right now
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            return []
+        text = engine.create_engine_inspector().get_engine_information(self.module.LayerInformationFormat.JSON)
+        return inspect.read_report(text)
 
     def keep_kernels(self) -> None:
         """Writes the kernels that TensorRT-RTX compiled in a run. The loop calls it after each run."""

@@ -20,7 +20,7 @@ from typing import Any
 from ..contract import EIGHT_BITS, FLOAT32_GRAPHS
 from ..errors import EngineError
 from ..files import written
-from . import inspect
+from . import eight_bits, inspect
 from .plans import Sizes
 from .tensorrt import TURING, Options, TensorRT
 
@@ -55,7 +55,9 @@ def build_plan(
     on_progress: called from another thread; False stops the build, as Ctrl-C does, with KeyboardInterrupt.
     timing_cache: a file of kernel timings, which TensorRT reads and extends; TensorRT-RTX has none.
     Returns the plan and {"types": layers that compute by type, "inputs", "outputs", "tf32": False, "layers": what
-    it was compiled to, "memory": bytes}; see `inspect.py`.
+    it was compiled to, "memory": bytes}; see `inspect.py`. Of a graph in eight bits also {"eight_bits": {"asked":
+    quantised layers, "compiled": kernels were chosen for}, "in_half": names of the others}. These are in half precision
+    then, in a second build.
     """
     # Python raises KeyboardInterrupt in the main thread, the next time that this runs Python. That must not be inside
     # TensorRT's callbacks, which swallow every exception, and some phases call none: so TensorRT gets a thread.
@@ -64,7 +66,7 @@ def build_plan(
 
     def work() -> None:
         try:
-            result.append(_build(backend, onnx, sizes, precision, options, monitor, timing_cache))
+            result.append(_build_proven(backend, Path(onnx), sizes, precision, options, monitor, timing_cache))
         except BaseException as error:
             result.append(error)
 
@@ -82,15 +84,37 @@ def build_plan(
     return result[0]
 
 
+def _build_proven(
+    backend: TensorRT, onnx: Path, sizes: Sizes, precision: str, options: Options, monitor: Any, cache: Path | None
+) -> tuple[bytes, dict[str, Any]]:
+    """Builds a plan; of a graph in eight bits once more without the layers that no such kernel was chosen for."""
+    in_half = eight_bits.convolutions(onnx) if options.eight_bits == "products" else set()
+    asked = 0
+    while True:
+        content = eight_bits.restored(onnx, in_half) if in_half else None
+        plan, proof, quantized = _build(backend, onnx, sizes, precision, options, monitor, cache, content)
+        asked = asked or len(quantized) + len(in_half)
+        missing = left_out(onnx.stem, precision, quantized, proof["layers"]) if quantized and proof["layers"] else set()
+        if not missing:
+            break
+        in_half |= missing
+        monitor.restart()
+    if asked and proof["layers"]:
+        proof["eight_bits"] = {"asked": asked, "compiled": asked - len(in_half)}
+    return plan, proof | ({"in_half": sorted(in_half)} if in_half else {})
+
+
 def _build(
     backend: TensorRT,
-    onnx: str | Path,
+    onnx: Path,
     sizes: Sizes,
     precision: str,
     options: Options,
     monitor: Any,
     timing_cache: Path | None,
-) -> tuple[bytes, dict[str, Any]]:
+    content: bytes | None,
+) -> tuple[bytes, dict[str, Any], list[str]]:
+    """Builds a plan once. content: the graph, if not the file's. Also returns the quantised layers."""
     trt = backend.module
     backend.messages.clear()
     backend.report.clear()
@@ -110,8 +134,9 @@ def _build(
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, backend.logger)
-    if not parser.parse_from_file(str(onnx)) or not network.num_outputs:
-        raise backend.failure(f"cannot read {Path(onnx).name}")
+    read = parser.parse_from_file(str(onnx)) if content is None else parser.parse(content, str(onnx))
+    if not read or not network.num_outputs:
+        raise backend.failure(f"cannot read {onnx.name}")
     config = builder.create_builder_config()
     _configure(backend, config, options)
     count = max((len(size) for size in sizes.values() if isinstance(size, list)), default=1)
@@ -120,9 +145,9 @@ def _build(
         _shape(network.get_input(i), sizes, profiles)
     for profile in profiles:
         if config.add_optimization_profile(profile) < 0:
-            raise backend.failure(f"refuses the sizes {dict(sizes)} for {Path(onnx).name}")
+            raise backend.failure(f"refuses the sizes {dict(sizes)} for {onnx.name}")
     _allow_any_attention(backend.module, network)
-    proof = _proof(backend, network, config, precision, Path(onnx).stem)
+    proof = _proof(backend, network, config, precision, onnx.stem)
     quantized = proof.pop("quantized")
     cache = _read_timings(backend, config, timing_cache)
     config.progress_monitor = monitor
@@ -132,15 +157,16 @@ def _build(
     if monitor.stopped:
         raise KeyboardInterrupt
     if plan is None:
-        raise backend.failure(f"cannot build {Path(onnx).name}")
+        raise backend.failure(f"cannot build {onnx.name}")
     if cache is not None and timing_cache is not None:
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
         with written(timing_cache) as temporary:
             temporary.write_bytes(memoryview(cache.serialize()))
     proof |= inspect.read_log(backend.report)
-    if quantized and proof["layers"]:
-        proof["eight_bits"] = prove_kernels(Path(onnx).stem, precision, quantized, proof["layers"])
-    return bytes(plan), proof
+    content = bytes(plan)
+    if not proof["layers"] and not backend.rtx:  # TensorRT's log has another form, and its GPU is here
+        proof["layers"] = backend.layers(content)
+    return content, proof, quantized
 
 
 def _configure(backend: TensorRT, config: Any, options: Options) -> None:
@@ -260,26 +286,19 @@ def _read_timings(backend: TensorRT, config: Any, path: Path | None) -> Any:
     return cache
 
 
-def prove_kernels(name: str, precision: str, quantized: list[str], layers: list[inspect.Layer]) -> dict[str, int]:
-    """Counts how many of the network's layers named `quantized` became kernels that multiply eight-bit numbers.
+def left_out(name: str, precision: str, quantized: list[str], layers: list[inspect.Layer]) -> set[str]:
+    """Of the network's layers that are `quantized`, those that became no kernels of eight bits.
 
-    A graph only allows eight bits: where a GPU lacks a kernel, TensorRT silently dequantises first (int8 convolutions
-    on Turing). Raises EngineError where more than a few layers do so.
+    Raises EngineError where these are all.
     """
-    kind = precision.upper()
-    compiled: set[str] = set()
-    for layer in layers:
-        operands = [tensor["type"].upper() for tensor in (*layer["inputs"][:2], *layer["weights"][:1])]
-        if operands.count(kind) >= 2:
-            compiled.update(layer["nodes"])
-    count = len(compiled.intersection(quantized))
-    if count < SHARE * len(quantized):
+    missing = set(quantized) - eight_bits.compiled(layers, precision)
+    if missing == set(quantized):
         raise EngineError(
-            f"Of the {len(quantized)} layers of {name} that are quantised to {precision}, only {count} were compiled "
-            "to kernels that compute in it. TensorRT would dequantise the others, which gains nothing. A GPU that this "
-            "is for lacks such kernels: name others (--compute-capability), or export again with --precision fp16."
+            f"None of the {len(quantized)} layers of {name} that are quantised to {precision} was compiled to a kernel "
+            "that computes in it. TensorRT would dequantise them, which gains nothing. A GPU that this is for lacks "
+            "such kernels: name others (--compute-capability), or export again with --precision fp16."
         )
-    return {"asked": len(quantized), "compiled": count}
+    return missing
 
 
 def _monitor(trt: Any, on_progress: OnProgress | None) -> Any:
@@ -311,6 +330,11 @@ def _monitor(trt: Any, on_progress: OnProgress | None) -> Any:
 
         def phase_finish(self, name: str) -> None:
             self.phases.pop(name, None)
+
+        def restart(self) -> None:
+            """Another build begins."""
+            self.phases.clear()
+            self.furthest = 0.0
 
         def fraction(self) -> float:
             total, share = 0.0, 1.0

@@ -31,6 +31,10 @@ OTHER = "fp16"  # what eight bits must beat
 ROUNDS, LAUNCHES = 7, 10  # the median of so many rounds counts, each of so many launches in a row
 
 
+class NotFasterError(EngineError):
+    """Eight bits take as long as half precision, or longer."""
+
+
 def compare(folder: str | Path, other: str | Path, backend_name: str) -> list[Verdict]:
     """A verdict for each batch size that both folders have a static plan for, by this backend for this GPU.
 
@@ -123,14 +127,14 @@ def _seconds(engines: list[DeviceEngine], spec: GraphSpec, cuda: Cuda, stream: S
 
 
 def report(found: list[Verdict], precision: str) -> str:
-    """The figures in one sentence. Raises EngineError where eight bits are not faster."""
+    """The figures in one sentence. Raises NotFasterError where eight bits are not faster."""
     text = ", ".join(
         f"{one.fast * 1e3:.2f} ms a step in {precision} against {one.exact * 1e3:.2f} in {OTHER} at {one.sizes}"
         for one in found
     )
     slow = [one.sizes for one in found if not one.passes]
     if slow:
-        raise EngineError(
+        raise NotFasterError(
             f"{precision} is not faster than {OTHER} on this GPU at {' and '.join(slow)}: {text}. Leave those "
             f"--batch-sizes out, or export with --precision {OTHER}."
         )

@@ -262,7 +262,7 @@ def export_graph(graph: Graph, folder: Path, opset: int) -> GraphSpec:
         [graph.spec(name, value) for name, value in graph.inputs.items()],
         [output_spec(graph, *pair) for pair in zip(graph.outputs, program.model.graph.outputs, strict=True)],
     )
-    if graph.sized:
+    if graph.sized or graph.worded:
         settle(program.model)
     if spec.dominant:  # the hand prior takes the text at once, and shares little between branches
         share_branches(program.model)
@@ -419,9 +419,10 @@ def smaller(graph: Graph, name: str, value: Tensor) -> Tensor:
     """An example input with another size of each free axis: one row, one branch, and a part of the picture."""
     value = (value[:, -1:] if name in graph.branched else value)[:1]
     for axis, side in graph.sides(name).items():
-        whole = value.shape[axis] // graph.multiple
+        multiple = graph.multiple_of(side)
+        whole = value.shape[axis] // multiple
         part = whole // 2 if side in SIDES[::2] else whole * 3 // 4  # another shape, too
-        value = value.narrow(axis, 0, max(part, 1) * graph.multiple)
+        value = value.narrow(axis, 0, max(part, 1) * multiple)
     return value.contiguous()
 
 

@@ -112,7 +112,7 @@ class Options:
                 f"--backend must be one that builds plans, got {name}, which only runs those of "
                 f"{self.backend.plans_of}. Take --backend {self.backend.plans_of} --version-compatible."
             )
-        check_options(name, self.wanted, self.faster_than)
+        check_options(name, self.precision, self.wanted, self.faster_than)
         if self.backend.plans:
             self.backend.builder().check_build(name, self.wanted.options)
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.export import Dim
 
 from ..contract import (
     BRANCHES,
+    CONTEXT,
     IMAGE_ENCODER,
     MAX_ROWS,
     MAX_SIDE,
@@ -136,10 +137,11 @@ class TextHandEncoderGraph(nn.Module):
         names = {"joints": "joints", "rotations": "rotations", "vertices": "bps"}
         self.cues = [names[cue] for cue in CUES if cue in encoder.config.cues]
 
-    def forward(self, input_ids: Tensor, *hands: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *hands: Tensor) -> Tensor:
         dtype, branches = self.encoder.final_layer_norm.weight.dtype, input_ids.shape[1]
+        text = {"input_ids": input_ids.flatten(0, 1), "attention_mask": attention_mask.flatten(0, 1)}
         if not hands:
-            return self.encoder(input_ids.flatten(0, 1)).unflatten(0, (-1, branches))
+            return self.encoder(**text).unflatten(0, (-1, branches))
         named = {name: branched(value, branches) for name, value in zip((*self.cues, "visibility"), hands, strict=True)}
         # The first of each pair of rows is the unconditional branch, which has no hands.
         shown = (torch.arange(branches, device=input_ids.device) == branches - 1).float()
@@ -147,7 +149,7 @@ class TextHandEncoderGraph(nn.Module):
         cues = {name: named[name].to(dtype) for name in self.cues if name != "joints"}
         if "joints" in self.cues:
             cues["joints"] = named["joints"]  # float32: half of a pixel matters to the position codes
-        return self.encoder(input_ids.flatten(0, 1), **cues, visibility=visibility).unflatten(0, (-1, branches))
+        return self.encoder(**text, **cues, visibility=visibility).unflatten(0, (-1, branches))
 
 
 class UNetContext(nn.Module):
@@ -277,15 +279,22 @@ class Graph:
     # Tensors whose height and width are free, too, and what each side is a multiple of. See SIDES in the contract.
     sized: tuple[str, ...] = ()
     multiple: int = 1
+    worded: Mapping[str, int] = field(default_factory=dict)  # tensor -> its axis of tokens, which is free, too
 
     def sides(self, name: str) -> dict[int, str]:
-        """The axes of a tensor that are the picture's sides, with their names."""
+        """The axes of a tensor that are the picture's sides or the context's tokens, with their names."""
+        if name in self.worded:
+            return {self.worded[name]: CONTEXT}
         if name not in self.sized:
             return {}
         if name == "image":  # channels last
             return {1: SIDES[2], 2: SIDES[3]}
         rank = 5 if name == "history" else 4
         return {rank - 2: SIDES[0], rank - 1: SIDES[1]}
+
+    def multiple_of(self, side: str) -> int:
+        """What the size of a free axis is a multiple of."""
+        return 1 if side == CONTEXT else self.multiple
 
     def spec(self, name: str, value: Tensor) -> TensorSpec:
         """The contract of an input or output with this value."""
@@ -301,7 +310,9 @@ class Graph:
         as a tuple. rows: fixes the first axis."""
         first = {} if rows is not None else {0: Dim(self.free, min=1, max=MAX_ROWS)}
         second = {1: Dim(BRANCHES, min=1, max=2)}
-        sides = {side: self.multiple * Dim(f"{side}_", min=1, max=MAX_SIDE // self.multiple) for side in SIDES}
+        most = MAX_SIDE // self.multiple
+        sides: dict[str, Any] = {side: self.multiple * Dim(f"{side}_", min=1, max=most) for side in SIDES}
+        sides[CONTEXT] = Dim(f"{CONTEXT}_", min=1, max=MAX_SIDE)
         axes = [
             first
             | (second if name in self.branched else {})
@@ -382,14 +393,16 @@ def graphs(
     values["visibility"] = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]).repeat(batch, 1)[:batch]
     both = TextHandEncoderGraph(encoder)
     hands = {name: values[name] for name in (*both.cues, "visibility")} if both.cues else {}
-    inputs = {"input_ids": ids, **hands}
-    yield Graph("text_hand_encoder", stage(both), inputs, ("context",), branched=("input_ids", "context"))
+    mask = (torch.arange(length) != 2).to(torch.int64).expand_as(ids)  # the third token is not read
+    inputs = {"input_ids": ids, "attention_mask": mask, **hands}
+    yield Graph("text_hand_encoder", stage(both), inputs, ("context",), branched=(*list(inputs)[:2], "context"))
 
-    context = both(ids, *hands.values())
+    context = both(*inputs.values())
     unet = stage(checkpoint.unet)
     grid = attach(unet, copy.deepcopy(checkpoint.position_kernel), checkpoint.latent_size)
     names = tuple(f"{kind}_{i:02}" for i in range(len(cross_attentions(unet))) for kind in ("key", "value"))
-    yield Graph("unet_context", UNetContext(unet), {"context": context.to(dtype)}, names, branched=("context", *names))
+    inputs, worded = {"context": context.to(dtype)}, {"context": 2} | dict.fromkeys(names, 3)
+    yield Graph("unet_context", UNetContext(unet), inputs, names, branched=tuple(worded), worded=worded)
 
     timesteps = torch.tensor([999.0, 500.5, 1.0])
     yield Graph("unet_time", UNetTime(unet), {"timesteps": timesteps}, ("time",), free="S")
@@ -406,9 +419,9 @@ def graphs(
         inputs |= {"mask": mask, "masked_latents": normal(*shape)}
     inputs |= keys_values
     step = UNetStep(unet, checkpoint.inpaints, grid)
-    sized = ("latents", "history", "noise", "mask", "masked_latents")
+    sized, outputs = ("latents", "history", "noise", "mask", "masked_latents"), ("latents", "history", "finite")
     multiple = checkpoint.size_multiple // latent_factor(checkpoint.vae.config)
-    yield Graph("unet", step, inputs, ("latents", "history", "finite"), branched=names, sized=sized, multiple=multiple)
+    yield Graph("unet", step, inputs, outputs, "B", names, sized, multiple, worded)
     del unet, step
 
     decoder = stage(ImageDecoder(checkpoint.vae))

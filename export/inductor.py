@@ -61,7 +61,7 @@ def compile_graph(
     check_tools(device)
     forbid_tf32()  # the choice is compiled in
     if shape is None:
-        graph = replace(graph, sized=())  # pictures have the checkpoint's own size
+        graph = replace(graph, sized=(), worded={})  # own size, prompts of one chunk
         # 0 and 1 are special to the exporter: an example of one row makes it broadcast rows.
         rows = torch.arange(max(2, len(next(iter(graph.inputs.values())))))
         inputs = {name: value[rows % len(value)] for name, value in graph.inputs.items()}

@@ -31,10 +31,10 @@ def side_symbols(program: Any, graph: Graph) -> dict[str, tuple[str, int]]:
     placeholders = {node.name: node for node in program.exported_program.graph.nodes if node.op == "placeholder"}
     for name in graph.inputs:
         for axis, side in graph.sides(name).items():
-            found[f"{side}_"] = (side, graph.multiple)
+            found[f"{side}_"] = (side, graph.multiple_of(side))
             if name in placeholders:
                 expression = placeholders[name].meta["val"].shape[axis].node.expr
-                found |= {str(symbol): (side, graph.multiple) for symbol in expression.free_symbols}
+                found |= {str(symbol): (side, graph.multiple_of(side)) for symbol in expression.free_symbols}
     return found
 
 

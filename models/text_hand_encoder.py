@@ -267,11 +267,13 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         rotations: Tensor | None = None,
         bps: Tensor | None = None,
         visibility: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Encodes prompts and hands.
 
         input_ids: [N, 77]; joints: [N, 2, 21, 2] in [0, 1]; rotations: [N, 2, 16, 6]; bps: [N, 2, 512] metres;
-        visibility: [N, 2], 1 for a visible hand (None: without hands, the unconditional case).
+        visibility: [N, 2], 1 for a visible hand (None: without hands, the unconditional case). attention_mask: [N, 77],
+        0 for text tokens that no token attends to, as in transformers (None: none); the first is always attended to.
         Returns the context [N, L, W + code].
         """
         batch = input_ids.shape[0]
@@ -287,6 +289,11 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
             if self.config.joint:
                 hidden = torch.cat([hidden, hands], 1)
         mask = causal_mask(hidden.shape[1], self.config.max_position_embeddings, hidden.device)
+        if attention_mask is not None:
+            # The first token is always attended to, or nothing but NaN would be left of a mask of zeros.
+            ones = attention_mask.new_ones(batch, 1 + hidden.shape[1] - attention_mask.shape[1])
+            seen = torch.cat([ones[:, :1], attention_mask[:, 1:], ones[:, 1:]], 1)
+            mask = mask & (seen > 0)[:, None, None]
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask)
         hidden = self.final_layer_norm(hidden)

@@ -6,8 +6,8 @@
 
 The crop is NEAR times the box of the old and the new hand, so that a small hand gets all the pixels that the model has
 (as ADetailer does; RHanDS, arXiv 2404.13984). The mask is the new hand's silhouette with the old hand's region, MARGIN
-wider. The steps start from the crop without the old hand. Where the model paints the background as it is, the painted
-crop fades in over the mask's border; elsewhere only the painted hand is laid over the crop without the old one.
+wider. The steps start from the crop without the old hand. Only the painted hand is taken from the result, by a matte,
+and laid over the crop without the old one.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ WIDE = 2.8  # of the crop in which the old hand is looked for
 LOOK, LOOKED_AT = 2.0, (160, 160)  # the crop in which a detector compares hands: in boxes, in pixels
 MARGIN = 1 / 16  # of the crop's side: the mask around both hands
 FADE = 4  # pixels of the painted crop over which it fades in
-PLAIN = 5.0  # levels of 255: a background painted nearer than that to what was there stays
-FINE = (
-    3.0  # pixels of the picture for one of the crop: above it, what lies behind a hand is filled in at the crop's size
-)
+GLOW = 4  # pixels of the crop around the old hand whose colours are mixed with it
 SAME = 0.35  # sizes of a hand between the points of two reports of it, at most
 LARGEST = 2.0  # of a hand, in the longer sides of its picture
 
@@ -48,7 +45,7 @@ class Patch:
     """seen: the hand, in pixels of the picture. window: the crop. crop: uint8 [H, W, 3] at the model's size. old: where
     the old hand is, bool [H, W]. arrays: of `Request.hands`, framed by the window. After `pose`: new, the silhouette,
     and mask, bool [H, W], and points, the new hand's joints [21, 2] in pixels of the crop. kept: bool [H, W], where
-    other hands are."""
+    other hands are. skin: bool [H, W], what has the old hand's colour, or is another hand."""
 
     seen: Seen
     window: Window
@@ -56,6 +53,7 @@ class Patch:
     old: np.ndarray = field(repr=False)
     arrays: Arrays = field(repr=False)
     kept: np.ndarray = field(repr=False)
+    skin: np.ndarray = field(repr=False)
     new: np.ndarray | None = field(default=None, repr=False)
     mask: np.ndarray | None = field(default=None, repr=False)
     points: np.ndarray = field(default_factory=lambda: np.zeros((21, 2)), repr=False)  # of the new hand in the crop
@@ -102,7 +100,7 @@ class Patch:
     def request(self, caption: str | None = None, strength: float = STRENGTH, **settings: Any) -> Request:
         """The request that paints the crop. Raises RequestError for a setting."""
         assert self.mask is not None, "pose comes first"
-        start = regions.prefill(self.crop, self.mask)
+        start = regions.prefill(self.crop, self.mask, self.skin)
         return Request(
             caption or self.caption(), hands=self.arrays, image=start, mask=self.mask, strength=strength, **settings
         )
@@ -110,38 +108,27 @@ class Patch:
     def paste(self, picture: np.ndarray, painted: np.ndarray) -> np.ndarray:
         """A picture uint8 [h, w, 3] with the painted crop uint8 [H, W, 3] in it; the same bytes outside the mask."""
         assert self.new is not None and self.mask is not None, "pose comes first"
-        hole = regions.dilate(self.old, 3) & self.mask
-        behind = regions.prefill(self.crop, hole)
-        shifted, skin = regions.skin_shift(painted, self.new, self.crop, self.old)
+        shift, skin = regions.skin_shift(painted, self.new, self.crop, self.old)
         arm = skin & (regions.along(self.points, self.crop.shape[:2]) < 0.06)
-        # Nails and highlights do not have the skin's colour, and the silhouette is a little too thick.
-        near = regions.closed(skin & regions.dilate(self.new, 2), 2) | regions.erode(self.new, 2)
-        hand = regions.soft((near | arm) & self.mask, 0.7)[..., None]
-        ring = self.mask & ~regions.erode(self.mask, 4) & ~regions.dilate(self.new | arm, 3)
-        off = np.abs(painted.astype(np.float32) - behind)[ring].mean() if ring.sum() > 20 else 0.0
+        colours, alpha = regions.matte(painted, self.new | arm, skin)
         fade = ((regions.depth(self.mask, self._at_edges(picture)) - 0.5) / FADE).clip(0, 1)
-        if off < PLAIN:
-            layer = (shifted * hand + painted * (1 - hand) + 0.5).astype(np.uint8)
-            return self._composed(picture, layer, fade, np.zeros_like(hole))
-        return self._composed(picture, shifted, hand[..., 0] * fade, hole)
+        return self._composed(picture, regions.shifted(colours, shift), alpha * fade)
 
     def _at_edges(self, picture: np.ndarray) -> tuple[bool, bool, bool, bool]:
         """Whether the crop's top, bottom, left and right edge lie at or beyond those of the picture."""
         left, top, right, bottom = self.bounds
         return top <= 0, bottom >= picture.shape[0], left <= 0, right >= picture.shape[1]
 
-    def _composed(self, picture: np.ndarray, hand: np.ndarray, alpha: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    def _composed(self, picture: np.ndarray, hand: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         """Brings all to the picture's own pixels: what the crop shows beyond the picture is left out."""
+        hole = regions.dilate(self.old, GLOW) & self.mask
         size = picture.shape[0], picture.shape[1]
         inside = self.window.within(size)
         part = picture[inside]
         mask = self.covered(picture)[inside]
         opaque = np.where(mask, self._stretched(alpha, size), 0)[..., None]
-        gone = (self._stretched(hole, size) > 0.5) & mask
-        if self.magnified > FINE:
-            behind = np.where(gone[..., None], self.window.laid(regions.prefill(self.crop, hole), size), part)
-        else:
-            behind = regions.prefill(part, gone, max(round(5 * self.magnified), 3))
+        gone = self._stretched(hole, size)[..., None]
+        behind = self.window.laid(regions.prefill(self.crop, hole, self.skin), size) * gone + part * (1 - gone)
         laid = self.window.laid(hand, size) * opaque + behind * (1 - opaque)
         out = picture.copy()
         out[inside] = np.where(mask[..., None], (laid + 0.5).clip(0, 255).astype(np.uint8), part)
@@ -190,8 +177,8 @@ def plan(
     y, x = np.nonzero(found)
     fingers = np.stack([x, y], -1)[:: max(len(x) // 500, 1)] * (wide.height / size[0]) + (wide.x, wide.y)
     window = _window(np.concatenate([points, fingers]), size, NEAR)
-    crop, region, kept = _old(picture, there, window, size, beside)
-    return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest), kept)
+    crop, region, kept, skin = _old(picture, there, window, size, beside)
+    return Patch(seen, window, crop, region, arrays_of([window.inside(seen)], window.size, rest), kept, skin)
 
 
 def place_of(seen: Seen, picture: np.ndarray) -> np.ndarray:
@@ -206,17 +193,17 @@ def _one_hand(one: np.ndarray, other: np.ndarray) -> bool:
 
 def _old(
     picture: np.ndarray, there: np.ndarray, window: Window, size: tuple[int, int], beside: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The window's pixels, where the old hand is in them, and where other hands are."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The window's pixels, where the old hand is in them, where other hands are, and where skin is."""
     crop = window.cut(picture, size)
     scale = size[0] / window.height
     points, others = (there - (window.x, window.y)) * scale, [(one - (window.x, window.y)) * scale for one in beside]
     others = [one for one in others if ((one >= 0) & (one < size[::-1])).all(1).any()]
-    region, theirs = regions.old_hand(crop, points), regions.nearer(points, others, size)
+    (region, skin), theirs = regions.old_hand(crop, points), regions.nearer(points, others, size)
     kept = np.zeros(size, bool)
     for one in others:
-        kept |= regions.old_hand(crop, one) & theirs
-    return crop, region & ~theirs, regions.dilate(kept, 2) & theirs
+        kept |= regions.old_hand(crop, one)[0] & theirs
+    return crop, region & ~theirs, regions.dilate(kept, 2) & theirs, skin | kept
 
 
 def _window(points: np.ndarray, size: Size, near: float) -> Window:

@@ -83,7 +83,7 @@ def repair_hands(
         raise RequestError(f"gesture must be one of {', '.join(gestures())}, got {gesture!r}.", "gesture")
     rest = joints_of(engines)
     try:
-        seen = found = find(picture, rest, detector)
+        seen = found = find(picture, rest, detector, side=side)
     except DetectionError:
         if hands is None:
             raise

@@ -6,8 +6,9 @@ import numpy as np
 
 from ..contract import HAND_JOINTS
 from ..detection.arms import HandEstimate
-from ..detection.fit import FACING, MIRROR, posed
+from ..detection.fit import FACING, MIRROR
 from ..detection.hands import Seen
+from ..detection.named import posed
 from ..fingers import SIDES
 
 

@@ -1,8 +1,9 @@
 """Regions of a crop, as boolean masks [H, W]: where a hand will be, where the old one is, and what lies behind it.
 
     new = silhouette(points, radii, shape)          # the hand that will be painted
-    old = old_hand(crop, points)                    # the one that is there, with a sixth finger or none at all
-    behind = prefill(crop, old)                     # the crop without it
+    old, skin = old_hand(crop, points)              # the one that is there, with a sixth finger or none at all
+    behind = prefill(crop, old, skin)               # the crop without it
+    colours, alpha = matte(painted, new)            # a painted hand without what lies behind it
 
 Points are pixels [21, 2]: wrist, then four of each finger, as everywhere. Needs OpenCV, which comes with MediaPipe.
 """
@@ -24,6 +25,10 @@ NAIL, UNLIKE = 0.12, 14.0  # sizes of the hand around its skin, where what is so
 HALO = 0.03  # of the crop around a painted hand: there may be a glow
 LEAKED = 2.5  # times what is nearby: then the colour runs out into the ground
 GROUND, RARE = 6, 0.02  # colours of the ground, and the share of its pixels that a colour has at least
+TIP = 0.3  # of a finger's last bone, that its end lies beyond the detector's point
+SWEEPS = 10  # over each size of a picture whose hole is filled
+ROUGH = 3  # pixels around a hand whose colours are mixed with it
+CLEAR = (20.0, 60.0)  # levels between hand and background: below, colours do not tell them apart, and above they do
 GROUNDED = 0.6  # how unlike the skin the ground is at least, in ALIKE
 
 
@@ -58,14 +63,15 @@ def silhouette(points: np.ndarray, thick: np.ndarray, shape: tuple[int, int]) ->
     return drawn > 0
 
 
-def old_hand(crop: np.ndarray, points: np.ndarray) -> np.ndarray:
+def old_hand(crop: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What has the colour of the hand's middle, and is near it or hangs together with it: also fingers that no detector
-    reports, and those of another gesture. Beyond the wrist the arm begins, which is left out."""
+    reports, and those of another gesture. Beyond the wrist the arm begins, which is left out. And all that has the
+    hand's colour, the arm as well."""
     size = size_of(points)
     thin, thick = (_lines(points, crop.shape[:2], width) for width in (1, max(round(0.05 * size), 2)))
     lab = cv2.cvtColor(crop, cv2.COLOR_RGB2LAB).astype(np.float32) * (LIGHTNESS, 1, 1)
     if not thin.any():
-        return thick
+        return thick, thick
     hull = np.zeros(crop.shape[:2], np.uint8)
     cv2.fillConvexPoly(hull, cv2.convexHull(np.round(points).astype(np.int32)), 1)
     hand, ahead = hull > 0, along(points, crop.shape[:2]) > WRIST_CUT
@@ -77,11 +83,13 @@ def old_hand(crop: np.ndarray, points: np.ndarray) -> np.ndarray:
     together = _hanging(_cleaned(alike | thick) & ahead & dilate(hand, round(REACH * size)), thin)
     region = near | together if together.sum() < LEAKED * near.sum() else near
     tips = dilate(region, round(NAIL * size)) & (ground > UNLIKE) & ahead
-    return region | _hanging(_cleaned(region | tips), region)
+    return region | _hanging(_cleaned(region | tips), region), alike
 
 
 def nearer(points: np.ndarray, others: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """Where the bones of another hand are nearer than those of this one: each pixel of two hands belongs to one."""
+    """Where the bones of another hand are nearer than those of this one: each pixel of two hands belongs to one.
+
+    Detectors put the points of finger tips before their ends, so the last bones are longer here."""
     own = _away(points, shape)
     out = np.zeros(shape, bool)
     for other in others:
@@ -91,7 +99,9 @@ def nearer(points: np.ndarray, others: Sequence[np.ndarray], shape: tuple[int, i
 
 def _away(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Pixels from each place to the nearest bone, float32 [H, W]; infinite for a hand beyond the crop."""
-    lines = _lines(points, shape, 1)
+    longer = points.copy()
+    longer[4::4] += TIP * (points[4::4] - points[3::4])
+    lines = _lines(longer, shape, 1)
     if not lines.any():
         return np.full(shape, np.inf, np.float32)
     return cv2.distanceTransform((~lines).astype(np.uint8), cv2.DIST_L2, 5)
@@ -132,9 +142,56 @@ def along(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return out
 
 
-def prefill(crop: np.ndarray, hole: np.ndarray, reach: int = 5) -> np.ndarray:
-    """The crop with its hole filled from the border inwards (Telea 2004), uint8 [H, W, 3]."""
-    return cv2.inpaint(crop, hole.astype(np.uint8) * 255, reach, cv2.INPAINT_TELEA) if hole.any() else crop
+def prefill(crop: np.ndarray, hole: np.ndarray, skin: np.ndarray | None = None) -> np.ndarray:
+    """The crop with its hole filled by what is around it, uint8 [H, W, 3]; see `membrane`. skin: what must not run into
+    the hole, such as the arm and other hands."""
+    if not hole.any():
+        return crop
+    known = ~hole if skin is None else ~hole & ~dilate(skin, ROUGH)
+    filled = membrane(crop.astype(np.float32), known if known.any() else ~hole)
+    return np.where(hole[..., None], (filled + 0.5).clip(0, 255).astype(np.uint8), crop)
+
+
+def membrane(colours: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """float32 [H, W, 3]: what is known, and elsewhere a membrane that is stretched over it: each pixel is the mean of
+    its neighbours (Laplace's equation), found at half the size first. A wall in even light stays one."""
+    height, width = known.shape
+    if known.all():
+        return colours
+    if min(height, width) <= 4:
+        return np.where(known[..., None], colours, colours[known].mean(0) if known.any() else np.float32(128))
+    half = ((width + 1) // 2, (height + 1) // 2)
+    share = cv2.resize(known.astype(np.float32), half, interpolation=cv2.INTER_AREA)
+    below = cv2.resize(colours * known[..., None], half, interpolation=cv2.INTER_AREA)
+    below = membrane((below / np.maximum(share, 1e-6)[..., None]).astype(np.float32), share > 0)
+    out = np.where(known[..., None], colours, cv2.resize(below, (width, height), interpolation=cv2.INTER_LINEAR))
+    cross = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], np.float32) / 4
+    for _ in range(SWEEPS):
+        out = np.where(known[..., None], colours, cv2.filter2D(out, -1, cross, borderType=cv2.BORDER_REPLICATE))
+    return out
+
+
+def matte(painted: np.ndarray, body: np.ndarray, skin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A hand that was painted over some background: its colours uint8 [H, W, 3] without that, also beyond its border,
+    and how much of each pixel it covers, float32 [H, W].
+
+    body: where the hand and its arm are, to a pixel or two. skin: what has their colour. Each pixel of the border lies
+    between the colours within and those behind (as in the matting equation, Porter and Duff 1984). Where these are
+    alike, `body` decides."""
+    seen = painted.astype(np.float32)
+    back = membrane(seen, ~dilate(body, ROUGH) & ~dilate(skin, ROUGH))
+    inner = erode(body, 2)
+    middle = np.median(seen[inner], 0) if inner.any() else np.zeros(3, np.float32)
+    core = inner & (np.linalg.norm(seen - middle, axis=-1) < 2 * np.linalg.norm(seen - back, axis=-1))
+    front = membrane(seen, core)
+    axis = front - back
+    far = np.maximum(np.square(axis).sum(-1), 1.0)
+    share = (((seen - back) * axis).sum(-1) / far).clip(0, 1)
+    near = soft(closed(skin & dilate(body, 2), 2) | inner, 0.7)
+    sure = ((np.sqrt(far) - CLEAR[0]) / (CLEAR[1] - CLEAR[0])).clip(0, 1)
+    alpha = np.where(core, 1, sure * share + (1 - sure) * near) * soft(dilate(body, 2), 0.7)
+    whole = core | (share > 0.95)
+    return np.where(whole[..., None], painted, (front + 0.5).clip(0, 255).astype(np.uint8)), alpha.astype(np.float32)
 
 
 def dilate(mask: np.ndarray, pixels: int) -> np.ndarray:
@@ -172,19 +229,25 @@ def soft(mask: np.ndarray, sigma: float) -> np.ndarray:
 def skin_shift(
     picture: np.ndarray, new: np.ndarray, like: np.ndarray, old: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The picture with the median Lab colour of its hand `new` moved to that of the hand `old` in the crop `like`, and
-    where its skin is: all that has the colour of the new hand, its arm as well, bool [H, W]."""
+    """How far the median colour of the hand `old` in the crop `like` is from that of the picture's hand `new`, [3] of
+    Lab; and where skin is: all that has the colour of the new hand, its arm as well, bool [H, W]."""
     a, b = erode(new, 2), erode(old & new, 2)
     b = b if b.sum() >= 20 else erode(old, 2)
     there, wanted = (cv2.cvtColor(one, cv2.COLOR_RGB2LAB).astype(np.float32) for one in (picture, like))
     if a.sum() < 20 or b.sum() < 20:
-        return picture, new
+        return np.zeros(3), new
     middle = np.median(there[a], 0)
     away = np.linalg.norm((there - middle) * (LIGHTNESS, 1, 1), axis=-1)
     ground = (away > GROUNDED * ALIKE) & ~dilate(new, round(HALO * len(new)))
     skin = (away < ALIKE) & (away < _to_ground(there * (LIGHTNESS, 1, 1), ground))
-    shift = (np.median(wanted[b], 0) - middle).clip((-70, -16, -16), (70, 16, 16))
-    return cv2.cvtColor((there + shift).clip(0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB), skin
+    shift: np.ndarray = (np.median(wanted[b], 0) - middle).clip((-70, -16, -16), (70, 16, 16))
+    return shift, skin
+
+
+def shifted(picture: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """A picture uint8 [H, W, 3] in colours that are `shift` away in Lab."""
+    lab = cv2.cvtColor(picture, cv2.COLOR_RGB2LAB).astype(np.float32)
+    return cv2.cvtColor((lab + shift).clip(0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB)
 
 
 def _morph(how: object, mask: np.ndarray, pixels: int) -> np.ndarray:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..detection.arms import Size
-from ..detection.fit import posed
 from ..detection.hands import Seen
+from ..detection.named import posed
 from ..errors import DetectionError
 from ..hints import hint
 
@@ -55,6 +55,8 @@ def choose(seen: Sequence[Seen], wish: Wish, size: Size, rest: np.ndarray) -> tu
         elif one.sureness is not None and one.sureness < SURE and not (wish.gesture or wish.every):
             said.append(f"{the(one)} stays as it is: its pose is only {one.sureness:.0%} sure. {SAY}")
         elif wish.gesture is not None:
+            if one.sureness is not None and one.sureness < SURE:
+                said.append(f"{the(one)} is only {one.sureness:.0%} sure, so it may lie otherwise. Look at the result.")
             chosen.append(replace(one, hand=posed(one.hand, wish.gesture, rest)))
         else:
             chosen.append(one)

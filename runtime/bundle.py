@@ -29,10 +29,11 @@ from ..hands import Hands, hand_arrays, keep_camera, load_hands
 from ..installed import version
 from ..schedules import NoiseSchedule, Table, rows, skipped
 from ..settings import SETTINGS
-from ..tokens import PromptTokenizer, marks
+from ..tokens import PromptTokenizer, Reading
 from .canvas import Canvas, canvas_of, content_of, digest
 from .clash import clash
 from .noise import HANDS, LATENTS
+from .reading import PROMPTS, Reader
 from .requests import Request
 from .results import Failure, Picture, Work
 from .room import Room
@@ -56,6 +57,8 @@ class Bundle:
 
     def __init__(self, manifest: Manifest, tokenizer: PromptTokenizer) -> None:
         self.manifest, self.tokenizer = manifest, tokenizer
+        self.reader = Reader(manifest, tokenizer)
+        self.empty = tokenizer.encode("")[0]  # ids of the empty prompt [77]
         self.digest = _digest(manifest)
         self.made_by = _made_by(self.digest)
         self._schedules = {name: NoiseSchedule.from_config(config) for name, config in manifest.schedules.items()}
@@ -160,29 +163,18 @@ class Bundle:
         """The inverse of `normalised`."""
         return x * self._std + self._mean
 
-    def tokens(self, request: Request) -> tuple[np.ndarray, list[str]]:
-        """int64 [2, length]: the negative prompt, then the prompt. And warnings: text that was cut off, words that this
-        bundle was not trained on, and settings without effect."""
-        rows, warnings = [], []
+    def tokens(self, request: Request) -> tuple[tuple[Reading, Reading], list[str]]:
+        """The negative prompt, then the prompt. And warnings: text that was not read, words that this bundle was not
+        trained on, and settings without effect."""
+        warnings: list[str] = []
         new: list[str] = []
         uses: dict[str, list[str]] = {}
-        for name in ("negative_prompt", "prompt"):
-            text = getattr(request, name)
-            ids, cut = self.tokenizer.encode(text)
-            rows.append(ids)
-            if cut:
-                dropped = cut.strip()
-                excerpt = dropped if len(dropped) <= 200 else dropped[:200] + " ..."
-                what, room = name.replace("_", " "), self.tokenizer.length - 2
-                warnings.append(f"The {what} is longer than {room} tokens. This part was cut: {excerpt!r}")
-            if mark := marks(text):
-                warnings.append(
-                    f"The {name.replace('_', ' ')} has {mark[:60]!r}, which is read as plain text: weights and BREAK "
-                    "have no meaning here. Put what matters first."
-                )
+        readings = [self.reader.read(request, name) for name in PROMPTS]
+        for name, reading in zip(PROMPTS, readings, strict=True):
+            warnings += self.reader.unread(request, name)
             if self._words:
-                end = len(text) - len(cut)
-                strange, unknown = grammar.strangers(text, self._words, self._is_demo, end)
+                end = len(reading.text) - len(reading.cut)
+                strange, unknown = grammar.strangers(reading.text, self._words, self._is_demo, end)
                 new += [word for word in strange if word not in new]
                 uses |= unknown
         if said := grammar.sentence(new, uses, self._words):
@@ -190,7 +182,7 @@ class Bundle:
         if self.span(request) >= WIDE:
             own = shown_size(self.manifest.image_size)
             warnings.append(f"The picture is more than {WIDE} times as wide as {own}. Hands may show up at both sides.")
-        return np.stack(rows), warnings + _idle(request)
+        return (readings[0], readings[1]), warnings + _idle(request)
 
     def table(self, stream: str, request: Request) -> Table:
         """The schedule of one stage of a filled request. Raises RequestError for a solver or steps that it cannot
@@ -260,12 +252,13 @@ class Bundle:
 
     def canvases(self, requests: Iterable[Request]) -> tuple[dict[Hashable, Canvas | None], list[Failure]]:
         """The `canvas` of each request by id, and a Failure for each whose picture cannot be read, because files may
-        change, or whose size these engines do not paint."""
+        change, or whose size or prompt these engines do not take."""
         found: dict[Hashable, Canvas | None] = {}
         failures = []
         for request in requests:
             try:
                 self.size(request)
+                self.reader.check(request)
                 found[request.id] = self.canvas(request)
             except RequestError as error:
                 failures.append(Failure(str(request.id), request, str(error)))
@@ -276,6 +269,7 @@ class Bundle:
         size."""
         self.table(LATENTS, request)
         self.room.check(self.size(request))
+        self.reader.check(request)
         self.canvas(request)
         if request.hands is None:
             self.table(HANDS, request)

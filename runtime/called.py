@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .pipeline import HanDiffuser
 
 OUTPUT_TYPES = ("pil", "np")
-_EMBEDS = "Give the text itself."
+_EMBEDS = "Give the text itself; it may have weights, as in (word:1.3)."
 _LORA = "Merge an adapter when you export: hd-export CHECKPOINT BUNDLE --lora FILE:SCALE."
 # Arguments of diffusers' call that have another meaning here, or none -> what to do instead.
 ARGUMENTS = {

@@ -40,6 +40,7 @@ from .device_noise import DeviceNoise
 from .device_pictures import DeviceBlend
 from .device_sampler import DeviceJob, DeviceSampler, DeviceTables, Steps, first_bad
 from .device_sizes import DeviceSizes, Easel
+from .device_words import DeviceWords
 from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
@@ -76,6 +77,7 @@ class DeviceLoop:
         self.span = graphs["hand_features"].inputs.get("span")  # older bundles have one size
         samplers = {HANDS: (self.hands_sampler, self.side), LATENTS: (self.own.sampler, self.main)}
         self.tables = DeviceTables(bundle, cuda, self.staging, graphs["unet_time"], samplers)
+        self.words = DeviceWords(self.staging, graphs, self.side, slots)
         text = graphs["text_encoder"].outputs["text"]
         self.both = cuda.zeros((slots, 2, *text.shape[1:]), text.dtype)  # for each prompt: the empty text, its own
         self.no_text: Any = None  # the empty prompt's [77, D], on the device
@@ -247,9 +249,8 @@ class DeviceLoop:
         batch.arrived.synchronize()
         values = {name: value[row].copy() for name, value in batch.host.items()}
         work = batch.works[row]
-        shown = Work(work.request, work.started, work.ids, [], None, self.bundle.params(values.pop("x")), values)
-        steps = len(self.bundle.table(LATENTS, work.request).rows)
-        step, latents = 0, None
+        shown = Work(work.request, work.started, work.readings, [], None, self.bundle.params(values.pop("x")), values)
+        step, steps, latents = 0, len(self.bundle.table(LATENTS, work.request).rows), None
         if id in self.running:
             found = self.sizes.find(id)
             if found is None:  # it waits for the decoder
@@ -333,7 +334,7 @@ class DeviceLoop:
 
     def _stage_1(self, requests: list[Request]) -> tuple[DeviceBatch, list[Failure]]:
         """Enqueues text -> hands -> features -> context -> keys and values for a batch of requests."""
-        graphs, side = self.graphs, self.side
+        side = self.side
         self._feed()
         for event in self.consumed:
             side.wait(event)
@@ -343,13 +344,8 @@ class DeviceLoop:
         for easel in {id(easel): easel for easel in self.sizes.taken.values()}.values():
             of_size = [work for work in works if self.sizes.taken[work.request.id] is easel]
             blends |= easel.pictures.encode(side, of_size, canvases, self.bundle)
-        count = len(works)
-        if count:
-            encoder = graphs["text_hand_encoder"]
-            ids = np.stack([work.ids for work in works])
-            self.staging.upload(side, encoder.inputs["input_ids"][:count], ids)
-            encoder.launch(side, count)
-            graphs["unet_context"].launch(side, count)
+        if count := len(works):
+            self.words.encode(side, works, self.bundle.empty)
         done = side.record()
         host = self._read_hands(count) if count else {}
         log = self.staging.read(side, self.hands_sampler.log)
@@ -384,7 +380,7 @@ class DeviceLoop:
         jobs: dict[Hashable, DeviceJob] = {}
         textual = [work for work in works if work.request.id not in given]
         if textual:
-            text = self._encode(np.stack([work.ids[1] for work in textual]))
+            text = self._encode(np.stack([work.readings[1].ids[0] for work in textual]))
             for i in range(len(textual)):
                 side.copy(self.both[i][0], self.no_text)
                 side.copy(self.both[i][1], text[i])
@@ -443,7 +439,7 @@ class DeviceLoop:
         """ids [B, length] -> text [B, 77, D]. The first call also encodes the empty prompt."""
         encoder, side = self.graphs["text_encoder"], self.side
         if self.no_text is None:
-            self.staging.upload(side, encoder.inputs["input_ids"][:1], self.bundle.tokenizer.encode("")[0][None])
+            self.staging.upload(side, encoder.inputs["input_ids"][:1], self.bundle.empty[None])
             encoder.launch(side, 1)
             self.no_text = self.cuda.zeros(encoder.outputs["text"].shape[1:], encoder.outputs["text"].dtype)
             side.copy(self.no_text, encoder.outputs["text"][0])

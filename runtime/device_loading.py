@@ -41,7 +41,7 @@ def load_device_loop(
     own = found.at(manifest.image_size)
     loop = DeviceLoop(bundle, cuda, connect(cuda, manifest, own), streams, min(slots, own.buckets[-1]), found)
     loop.after_run, loop.at_close = found.after_run, found.close
-    bundle.engine_sizes, bundle.room = found.sizes, loop.sizes.room
+    bundle.engine_sizes, bundle.room, bundle.reader.engine_chunks = found.sizes, loop.sizes.room, 1
     command = "hd-export CHECKPOINT" if BACKENDS[backend].compiles else "hd-engines build"
     bundle.build_sizes = f"{command} {folder} --backend {BACKENDS[backend].plans_of or backend} --sizes"
     bundle.made_by |= {"device": cuda.name, "backend": backend}

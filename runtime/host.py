@@ -28,6 +28,9 @@ from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
 from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
+from .words import Key, Wanted, chunks_of, is_plain
+
+Shape = tuple[Size, int]  # size of a picture, and chunks of its prompt
 
 
 class HostLoop:
@@ -48,7 +51,7 @@ class HostLoop:
         self._latents: dict[Any, np.ndarray] = {}  # shape and hash of a picture's pixels -> its latents [C, h, w]
         self._hand_times = StepTimes(only=engines["hand_prior"].batches)
         self._batches = engines["unet"].batches
-        self._step_times: dict[Size, StepTimes] = {}  # of the UNet, by the size of pictures
+        self._step_times: dict[Shape, StepTimes] = {}  # of the UNet
         self._no_text: np.ndarray | None = None  # text_encoder of "", [77, D]
         self._cancelled: set[Hashable] = set()
         self._ready: deque[Work] = deque()  # has its context, waits for a slot
@@ -73,8 +76,8 @@ class HostLoop:
             return
         source, more = iter(requests), True
         hand_sampler = self._hand_sampler(slots)
-        own = self.bundle.manifest.image_size
-        samplers = SizedSamplers(lambda size: self._sampler(size, slots), slots, own)
+        own = (self.bundle.manifest.image_size, 1)
+        samplers = SizedSamplers(lambda shape: self._sampler(shape, slots), slots, own)
         self._ready, self._running, self._samplers = deque(), {}, samplers
         ready, running = self._ready, self._running
         clock = time.perf_counter()
@@ -90,10 +93,10 @@ class HostLoop:
                 ready.extend(works)
                 results += failures
                 tell("hands", len(batch))
-            while ready and samplers.free(size := self.bundle.size(ready[0].request)):
+            while ready and samplers.free(shape := self._shape(ready[0])):
                 work = ready.popleft()
                 running[work.request.id] = work
-                samplers.submit(self._job(work), size)
+                samplers.submit(self._job(work), shape)
             if samplers.active:
                 done = samplers.step()
                 tell("steps", samplers.advanced)
@@ -108,11 +111,15 @@ class HostLoop:
         engine, history = self.engines["hand_prior"], self.bundle.manifest.num_history["hand_prior"]
         return StepSampler(engine, "x", history, slots, self._hand_times, engine.branched)
 
-    def _sampler(self, size: Any, slots: int) -> StepSampler:
-        """A sampler for pictures of one size, with as many slots as fit into memory."""
+    def _shape(self, work: Work) -> Shape:
+        """What requests that share a step have in common."""
+        return self.bundle.size(work.request), chunks_of(work)
+
+    def _sampler(self, shape: Any, slots: int) -> StepSampler:
+        """A sampler for pictures of one shape, with as many slots as fit into memory."""
         unet, history = self.engines["unet"], self.bundle.manifest.num_history["unet"]
-        times = self._step_times.setdefault(size, StepTimes(only=self._batches))
-        return StepSampler(unet, "latents", history, self.bundle.room.rows(size, slots), times, unet.branched)
+        times = self._step_times.setdefault(shape, StepTimes(only=self._batches))
+        return StepSampler(unet, "latents", history, self.bundle.room.rows(shape[0], slots), times, unet.branched)
 
     def cancel(self, id: str) -> None:
         """See `HanDiffuser.cancel`. Adding to a set is atomic, so that any thread may call it."""
@@ -160,11 +167,40 @@ class HostLoop:
         ids = np.stack([work.ids for work in works])  # [B, 2, length]
         # With guidance 1 the unconditional branch is unused: its place may hold the conditional one.
         alone = all(work.request.guidance == 1 for work in works) and self.engines["text_hand_encoder"].branched
-        context = self.engines["text_hand_encoder"]({"input_ids": ids[:, 1:] if alone else ids, **features})["context"]
-        keys = self.engines["unet_context"]({"context": context})
-        for row, work in enumerate(works):
-            work.inputs |= {name: np.broadcast_to(value[row], (2, *value.shape[2:])) for name, value in keys.items()}
+        context = self._context(ids[:, 1:] if alone else ids, features)
+        for group, contexts in self._worded(works, context, features):
+            keys = self.engines["unet_context"]({"context": contexts})
+            for row, work in enumerate(group):
+                wide = {name: np.broadcast_to(value[row], (2, *value.shape[2:])) for name, value in keys.items()}
+                work.inputs |= wide
         return works, failures
+
+    def _context(self, ids: np.ndarray, features: Mapping[str, np.ndarray], mask: Any = None) -> np.ndarray:
+        """Token ids [B, G, 77] and rows of hand features -> [B, G, L, W]. mask: like ids; None: all tokens count."""
+        mask = np.ones_like(ids) if mask is None else mask
+        return self.engines["text_hand_encoder"]({**features, "input_ids": ids, "attention_mask": mask})["context"]
+
+    def _worded(
+        self, works: list[Work], context: np.ndarray, features: Mapping[str, np.ndarray]
+    ) -> list[tuple[list[Work], np.ndarray]]:
+        """Works whose contexts have one length, and these contexts. context: the encoder's, [B, G, L, W]."""
+        wanted = Wanted(works, self.bundle.empty)
+        if not wanted.works:
+            return [(works, context)]
+        branched = self.engines["text_hand_encoder"].branched
+        rows, states = list(wanted.rows.items()), dict[Key, np.ndarray]()
+        for start in range(0, len(rows), self.slots):
+            some = rows[start : start + self.slots]
+            any_hands = {name: value[np.arange(len(some)) % len(works)] for name, value in features.items()}
+            pairs = np.stack([row for _, row in some])[:, :, None]  # [R, (ids, mask), 1, 77]
+            pairs = pairs if branched else pairs.repeat(2, 2)
+            read = self._context(pairs[:, 0], any_hands, pairs[:, 1])  # words never read hands
+            states |= {key: read[row, -1] for row, (key, _) in enumerate(some)}
+        groups: dict[int, list[tuple[Work, np.ndarray]]] = {}
+        for work, own in zip(works, context, strict=True):
+            own = own if is_plain(work) else wanted.context(work, own, states)
+            groups.setdefault(own.shape[1], []).append((work, own))
+        return [([work for work, _ in group], np.stack([own for _, own in group])) for group in groups.values()]
 
     def _read(self, works: list[Work]) -> tuple[list[Work], list[Picture | Failure]]:
         """Encodes the pictures of those that bring one. Returns the works without trouble, and a Failure for each of
@@ -202,7 +238,7 @@ class HostLoop:
         texts: dict[Hashable, np.ndarray] = {}
         textual = [work for work in works if work.request.hands is None]
         if textual:
-            ids = np.stack([work.ids[1] for work in textual])  # [B, length]
+            ids = np.stack([work.readings[1].ids[0] for work in textual])  # [B, length]
             encoded = self.engines["text_encoder"]({"input_ids": ids})["text"]
             texts = {work.request.id: text for work, text in zip(textual, encoded, strict=True)}
         for work in works:
@@ -262,8 +298,7 @@ class HostLoop:
     def _hand_job(self, work: Work, text: np.ndarray) -> Job:
         """The job of the next draw of stage 1. text: the text encoder's output for the prompt, [77, D]."""
         if self._no_text is None:
-            ids = self.bundle.tokenizer.encode("")[0]
-            self._no_text = self.engines["text_encoder"]({"input_ids": ids[None]})["text"][0]
+            self._no_text = self.engines["text_encoder"]({"input_ids": self.bundle.empty[None]})["text"][0]
         both = np.stack([self._no_text, text])  # [2, 77, D]
         table = self.bundle.table(HANDS, work.request)
         return _job(work.request, HANDS, table, (NUM_PARAMS,), {"text": both}, draw=work.draws)

@@ -34,7 +34,9 @@ def settings_without(*names: str) -> Callable[[Any], Any]:
         for name, setting in reversed(named.items()):  # the decorator that comes last is the first option
             if name in names:
                 continue
-            default = {"default": 1, "show_default": True} if setting is IMAGES_PER_PROMPT else {}
+            default: dict[str, Any] = {"default": 1, "show_default": True} if setting is IMAGES_PER_PROMPT else {}
+            if setting.kind is bool:
+                default = {"is_flag": True, "default": None}  # None: not typed
             said = "" if default or setting.default == "" else f"  [default: {setting.default_said}]"
             command = click.option(
                 *option(name, setting),
@@ -59,6 +61,8 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _type(setting: Setting) -> Any:
+    if setting.kind is bool:
+        return click.BOOL
     if setting.kind is tuple:
         return (click.FloatRange(0, 1), click.FloatRange(0, 1))
     if setting.kind is int:

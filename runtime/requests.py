@@ -34,6 +34,7 @@ from ..errors import RequestError
 from ..hands import CAMERA, NO_HANDS, SHAPES, given_arrays, hands_file
 from ..hands import content_of as hands_content
 from ..hints import hint
+from ..prompts import marked, words
 from ..schedules import Table
 from ..schema import MisfitError, fit, parse_json
 from ..settings import SETTINGS, RequestFields, checked, with_defaults
@@ -126,9 +127,8 @@ class Request(RequestFields):
         draw: how often its hands were drawn before. Each draw has a stream of its own, of the same seed.
         """
         offset = (self.noise_offset or 0.0) if stream == LATENTS else 0.0
-        return RequestNoise(
-            self.seed or 0, drawn_again(stream, draw), table.init_sigma, table.stochastic, offset, self.prompt
-        )
+        said = self.prompt if self.plain_prompts else words(self.prompt)  # other weights, the same colours
+        return RequestNoise(self.seed or 0, drawn_again(stream, draw), table.init_sigma, table.stochastic, offset, said)
 
     def said(self) -> dict[str, Any]:
         """All fields as plain values, for a record: a picture that is not in a file is named by its hash."""
@@ -326,6 +326,9 @@ def picture_key(request: Request, bundle: str = "") -> str:
     for name in ("strength", "size"):
         if values[name] is None:
             del values[name]
+    # Prompts without marks keep the keys that they had before marks had a meaning.
+    if not (request.plain_prompts or marked(request.prompt) or marked(request.negative_prompt)):
+        del values["plain_prompts"]
     if request.hands is not None and request.hands != NO_HANDS:
         try:
             values["hands"] = digest(hands_content(request.hands))

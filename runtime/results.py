@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..errors import OutputError
 from ..files import written
+from ..tokens import Reading
 from .canvas import Canvas
 from .requests import Request
 
@@ -111,7 +112,7 @@ class Work:
 
     request: Request
     started: float
-    ids: np.ndarray  # int64 [2, length]: negative prompt, prompt
+    readings: tuple[Reading, Reading]  # of the negative prompt and the prompt
     warnings: list[str]
     x: np.ndarray | None = None  # hand parameters [P], normalised
     params: np.ndarray = field(default_factory=lambda: np.empty(0))  # the same, not normalised
@@ -120,6 +121,11 @@ class Work:
     draws: int = 0  # how often stage 1 has drawn its hands
     canvas: Canvas | None = None  # the picture that it brings
     known: np.ndarray = field(default_factory=lambda: np.empty(0))  # its latents [C, h, w]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int64 [2, length]: the first chunks of the negative prompt and the prompt."""
+        return np.stack([reading.ids[0] for reading in self.readings])
 
 
 def cancelled(request: Request) -> Failure:

@@ -28,6 +28,7 @@ from ..editing import Arrays
 from ..errors import RequestError
 from ..runtime.requests import Request
 from ..schedules import SOLVERS
+from ..settings import MAX_SIDE
 from . import edits, sdapi
 from . import service as keeping
 from .fields import Edit, Generation, HandsRequest, as_json
@@ -168,9 +169,16 @@ def add_models(app: FastAPI, service: Service) -> None:
             "created": service.started,
             "owned_by": "handiffuser",
             "size": service.size,
+            "size_multiple": service.bundle.manifest.size_multiple,  # of other sizes' sides; 0: there is the one size
             "defaults": service.bundle.manifest.defaults,
             "solvers": list(SOLVERS),
-            "limits": {"n": service.most, "steps": service.limits.steps, "timeout": service.limits.timeout},
+            "limits": {
+                "n": service.most,
+                "steps": service.limits.steps,
+                "timeout": service.limits.timeout,
+                "side": MAX_SIDE,
+                "pixels": service.most_pixels,
+            },
         }
 
     @app.get("/v1/models", responses={401: RESPONSES[401]})

@@ -29,6 +29,7 @@ from ..contract import Manifest
 from ..engines.backends import CHOICES, DEVICES
 from ..errors import HanDiffuserError
 from ..runtime.bundle import Bundle
+from ..settings import SETTINGS
 from .app import make_app
 from .dispatch import STUCK_SECONDS, Dispatcher
 from .guard import Protocol
@@ -77,6 +78,7 @@ def _named(_: click.Context, parameter: click.Parameter, given: Any) -> Any:
               help="Form of pictures when a request does not name one.")  # fmt: skip
 @click.option("--default-negative-prompt", default="", metavar="TEXT",
               help="Negative prompt of requests that give none.")  # fmt: skip
+@click.option("--plain-prompts", is_flag=True, help=SETTINGS["plain_prompts"].help)
 @click.option("--public-url", metavar="URL",
               help="URL of this server behind a proxy: the URLs in answers begin with it.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, help="Pictures that a worker makes at once.")
@@ -121,6 +123,7 @@ def serve(engines: str, **options: Any) -> int:
         checked_url(options["public_url"]) if options["public_url"] else None,
         tuple(checked_origin(origin) for origin in options["cors"]),
         options["default_negative_prompt"],
+        options["plain_prompts"],
     )
     if front.negative_prompt and bundle.manifest.defaults["guidance"] == 1:
         _say("--default-negative-prompt has an effect on requests with a guidance alone: this bundle's guidance is 1.")

@@ -16,7 +16,7 @@ from ..errors import RequestError
 from ..hands import CAMERA, MAX_CAMERA, SHAPES
 from ..settings import MAX_SEED, SETTINGS, Setting, http_name
 
-MAX_PROMPT = 4000  # characters; the tokenizer reads some 75 words of them and warns about the rest
+MAX_PROMPT = 4000  # characters
 MAX_PREVIEWS = 16
 MAX_TIMEOUT_SECONDS = 3600.0
 
@@ -93,6 +93,8 @@ class HandsField(Strict):
 
 def _field(setting: Setting) -> Any:
     """The type of a setting's field. Without one, it is as the bundle or the table of settings says."""
+    if setting.kind is bool:
+        return Annotated[bool, Field(description=setting.help)]
     if setting.kind is tuple:
         share = Annotated[float, Field(ge=0, le=1)]
         return Annotated[list[share], Field(min_length=2, max_length=2, description=setting.help)]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..detection.detect import Detector, MediaPipe
-from ..detection.hands import Seen, arrays_of, fitted, seen_again
+from ..detection.hands import Seen, arrays_of, closer, fitted, seen_again
 from ..editing import Arrays
 from ..errors import DetectionError, RequestError
 from ..fingers import gestures
@@ -72,7 +72,8 @@ class Finder:
             except DetectionError as error:
                 raise UnfinishedError(f"This server finds no hands: {error}", 501) from None
         seen = []
-        for found in self.detector(image):
+        for one in self.detector(image):
+            found = closer(image, one, self.detector)
             try:
                 seen.append(fitted(found, image.shape[:2], self.rest, self.detector))
             except DetectionError:  # points in one place: what was found there is not a hand

@@ -25,10 +25,9 @@ from .images import base64_of, encoded, fitted, over, preview, preview_steps, sk
 from .messages import Answer, Failed, HandsMade, PictureMade, Preview
 from .problems import CODES, LATE
 from .proxy import base_url
-from .service import MAX_SIDE_PIXELS, MIN_SIDE_PIXELS, Service, UnfinishedError
+from .service import MAX_AREA, MAX_SIDE_PIXELS, MIN_SIDE_PIXELS, Service, UnfinishedError
 
 PING_SECONDS = 15.0  # of silence, after which a stream says that it is alive
-MAX_AREA = 4  # times the pixels of the bundle's own size that a client may ask for
 DRAWN_SEEDS = 2**31  # the server draws smaller seeds, which fit any client's integers
 
 
@@ -102,7 +101,7 @@ class Painting:
             try:
                 size = bundle.size(Request("a picture", size=asked))
                 bundle.room.check(size)
-                if size[0] * size[1] > MAX_AREA * self.painted[0] * self.painted[1]:
+                if size[0] * size[1] > self.service.most_pixels:
                     raise RequestError(
                         f"size must have at most {MAX_AREA} times the pixels of {own}, got {asked}.", "size"
                     )

@@ -35,6 +35,7 @@ KEPT_HANDS = 1000  # files of hands from clients or for clients
 KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # pictures that clients may fetch by URL
 MAX_UPLOADS = 16  # requests with pictures at once: each holds its pictures in memory
 MIN_SIDE_PIXELS, MAX_SIDE_PIXELS = 16, 2048  # of a picture that is scaled
+MAX_AREA = 4  # times the pixels of the bundle's own size that a client may ask for
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Front:
     public_url: str | None = None  # the URL of / for clients, without a slash at the end
     cors: tuple[str, ...] = ()  # origins whose pages may send requests
     negative_prompt: str = ""  # of guided requests that give none
+    plain_prompts: bool = False  # of all requests
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ class Service:
     def size(self) -> str:
         height, width = self.bundle.manifest.image_size
         return f"{width}x{height}"
+
+    @property
+    def most_pixels(self) -> int:
+        """That a client's picture may have, where the bundle paints other sizes than its own."""
+        height, width = self.bundle.manifest.image_size
+        return MAX_AREA * height * width
 
     @property
     def engines(self) -> Path:
@@ -161,6 +169,7 @@ class Service:
         """Fills in the bundle's defaults, seeds and ids. Raises RequestError for what this bundle cannot run."""
         assert request.seed is not None
         filled = replace(request, **gaps(request, self.bundle.manifest.defaults))
+        filled = replace(filled, plain_prompts=request.plain_prompts or self.front.plain_prompts)
         for name, steps in (("steps", filled.steps), ("hand_steps", request.hand_steps)):
             if (steps or 1) > self.limits.steps:
                 raise RequestError(

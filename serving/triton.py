@@ -23,6 +23,8 @@ FIELDS = {name.upper(): name for name in ("prompt", *SETTINGS)}  # Triton's inpu
 
 
 def _type(setting: Setting) -> str:
+    if setting.kind is bool:
+        return "TYPE_BOOL"
     if setting.kind is int:
         return "TYPE_INT32" if setting.most < 2**31 else "TYPE_INT64"
     return "TYPE_STRING" if setting.kind is str else "TYPE_FP32"

@@ -2,11 +2,11 @@
 
     python -m studies.fitting --hands 200 --world hands          # the demo's hands; or people
     python -m studies.fitting --hands 60 --world hands --true    # of true points, without the detector
-    python -m studies.fitting --world hands people --write       # also writes the weights of `sureness`
+    python -m studies.fitting --world spoiled --write            # also writes the weights of `sureness`
 
-Renders at 256 pixels, of seeds that the convention's offsets were not fitted on. A fit counts as right where its side
-is and its joints are within TURNED degrees on average. Half of the hands fit the logistic regression of `sureness`; the
-other half tells how often a hand is right that says so.
+Renders at 256 pixels, of seeds that the convention's offsets were not fitted on; `spoiled` are pictures of `spoiled.py`
+whose hand should do what it tries to. A fit counts as right where its side is and its joints are within TURNED degrees
+on average. `--write` fits the logistic regression of `sureness`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from handiffuser.demo.human_dataset import scene_of
 from handiffuser.demo.human_scenes import draw, in_picture
 from handiffuser.demo.render import demo_body
 from handiffuser.demo.scenes import sample_scene
-from handiffuser.detection.convention import FILE, Convention
+from handiffuser.detection.convention import FILE, ONCE, Convention, signs
 from handiffuser.detection.detect import Found, MediaPipe
 from handiffuser.detection.fit import EXACT, Fitted
-from handiffuser.detection.hands import fitted
+from handiffuser.detection.hands import closer, fitted
 from handiffuser.detection.poses import Poses
 from handiffuser.evaluation.hands import Asked, match
 from handiffuser.evaluation.pictures import asked_hands
@@ -39,7 +39,9 @@ from handiffuser.fingers import SIDES
 from handiffuser.kinematics import world
 from handiffuser.rotations import axis_angle_to_matrix
 
-SEEDS = {"hands": 7001, "people": 7002}  # `studies/convention.py` has others
+from .spoiled import make
+
+SEEDS = {"hands": 7001, "people": 7002, "spoiled": 555}  # `studies/convention.py` has others
 TURNED = 15.0  # degrees a joint, on average
 UNTOLD = ("arms_crossed", "hands_on_hips")  # poses whose hands no caption tells
 
@@ -83,6 +85,15 @@ def people(number: int, size: int) -> tuple[np.ndarray, list[Truth]]:
     return (draw(scene, size), found) if found else (np.zeros((1, 1, 3), np.uint8), [])
 
 
+def spoiled(number: int, size: int) -> tuple[np.ndarray, list[Truth]]:
+    """A picture with a spoiled or a good hand, and what it should be; none where it does something else well."""
+    case = make(number, SEEDS["spoiled"])
+    if case.kind == "gesture":
+        return case.picture, []
+    asked = Asked(case.side, case.hand.joints_2d / case.picture.shape[1::-1])
+    return case.picture, [Truth(asked, case.gesture, case.hand.turn, axis_angle_to_matrix(case.hand.fingers))]
+
+
 def degrees(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The angle between rotations [..., 3, 3]."""
     return np.degrees(np.arccos(((np.einsum("...ij,...ij->...", a, b) - 1) / 2).clip(-1, 1)))
@@ -100,11 +111,12 @@ class Knowing(MediaPipe):
 
 def rows(kind: str, count: int, size: int, true: bool) -> Iterator[dict]:
     """A row for each hand: whether it was found, and how far its fit is from the truth. true: of true points."""
-    rest = joints_at_rest(demo_body() if kind == "hands" else human_body())
+    rest = joints_at_rest(human_body() if kind == "people" else demo_body())
+    made = {"hands": hands, "people": people, "spoiled": spoiled}[kind]
     detector, number, done = Knowing() if true else MediaPipe(), 0, 0
     known = set(Poses.load().names)
     while done < count:
-        image, truths = (hands if kind == "hands" else people)(number, size)
+        image, truths = made(number, size)
         number += 1
         if isinstance(detector, Knowing):
             detector.truths = truths
@@ -114,28 +126,28 @@ def rows(kind: str, count: int, size: int, true: bool) -> Iterator[dict]:
             if pair.found is None:
                 yield {"found": False}
                 continue
-            seen = fitted(pair.found, image.shape[:2], rest, detector)
+            found = pair.found if true else closer(image, pair.found, detector)
+            seen = fitted(found, image.shape[:2], rest, detector)
             assert isinstance(seen.hand, Fitted)
             side = seen.side == truth.asked.side
             joints = degrees(axis_angle_to_matrix(seen.hand.fingers), truth.fingers).mean()
             named = next((name for name in seen.hand.gestures if name), "") == truth.gesture
             yield {"found": True, "side": side, "joints": joints if side else np.nan, "named": named,
                    "wrist": degrees(seen.hand.turn, truth.turn) if side else np.nan, "sure": seen.sureness,
-                   "right": side and joints <= TURNED, "told": truth.gesture in known, "score": pair.found.score,
-                   "residual": seen.hand.residual, "spread": seen.hand.degrees.mean()}  # fmt: skip
+                   "right": side and joints <= TURNED, "told": truth.gesture in known,
+                   "signs": signs(found.score, seen.hand.residual, seen.hand.degrees.mean(),
+                                  ONCE if found.apart is None else found.apart)}  # fmt: skip
     detector.close()
 
 
 def regression(found: list[dict]) -> np.ndarray:
-    """The weights [4] of `convention.sureness` by Newton's method, with a weak pull to 0."""
-    score = np.clip([row["score"] for row in found], 0.01, 0.999)
-    table = np.stack([np.ones(len(found)), np.log(score / (1 - score)), np.log([row["residual"] for row in found]),
-                      np.log([row["spread"] for row in found])], 1)  # fmt: skip
-    right, weights = np.array([row["right"] for row in found], float), np.zeros(4)
+    """The weights [5] of `convention.sureness` by Newton's method, with a weak pull to 0."""
+    table, right = np.stack([row["signs"] for row in found]), np.array([row["right"] for row in found], float)
+    weights = np.zeros(table.shape[1])
     for _ in range(50):
         chance = 1 / (1 + np.exp(-table @ weights))
         slope = table.T @ (right - chance) - 0.1 * weights
-        weights += np.linalg.solve((table * (chance * (1 - chance))[:, None]).T @ table + 0.1 * np.eye(4), slope)
+        weights += np.linalg.solve((table * (chance * (1 - chance))[:, None]).T @ table + 0.1 * np.eye(5), slope)
     return weights
 
 
@@ -167,8 +179,8 @@ def main() -> None:
             print(f"sure {low:.2f} to {min(high, 1):.2f}: {here.sum()} hands, {right[here].mean():.1%} right")
     if arguments.write:
         held = json.loads(FILE.read_text())
-        held["sureness"] = {"fitted on": f"{len(found[::2])} hands of renders ({arguments.world})",
-                            "weights": np.round(regression(found[::2]), 3).tolist()}  # fmt: skip
+        held["sureness"] = {"fitted on": f"{len(found)} hands of renders ({arguments.world})",
+                            "weights": np.round(regression(found), 3).tolist()}  # fmt: skip
         FILE.write_text(json.dumps(held) + "\n")
 
 

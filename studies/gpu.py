@@ -1,7 +1,7 @@
 """Measures everything on a GPU in one run: first whether it works, then how fast. `benchmarks/gpu.sh` calls it.
 
     benchmarks/gpu.sh a                 # seven minutes: what a step costs at least, and what compiling reaches
-    benchmarks/gpu.sh b                 # seven minutes: ONNX Runtime's graphs and options, and which to take
+    benchmarks/gpu.sh b                 # seven minutes: ONNX Runtime's graphs and options, and TensorRT's plans
     benchmarks/gpu.sh                   # every backend; Stable Diffusion 1.5's size with random weights
     benchmarks/gpu.sh --size tiny --backends onnxruntime        # another size; without a GPU it runs on the CPU
 
@@ -107,21 +107,27 @@ def steps(work: Path, out: Path, backends: Sequence[str], size: str, on_gpu: boo
     return found
 
 
-def act_steps(act: str, work: Path, out: Path, quick: bool, on_gpu: bool) -> list[Step]:
-    """What act "a" or "b" runs: first what tells most."""
-    floor, variants = (str(Path(__file__).with_name(name)) for name in ("gpu_floor.py", "gpu_variants.py"))
+def act_steps(act: str, work: Path, out: Path, quick: bool, on_gpu: bool, planned: Sequence[str] = ()) -> list[Step]:
+    """What act "a" or "b" runs: first what tells most. planned: backends whose plans run on this GPU."""
+    scripts = ("gpu_floor.py", "gpu_variants.py", "gpu_profile.py", "gpu_plans.py")
+    floor, variants, profile, plans = (str(Path(__file__).with_name(name)) for name in scripts)
+    weights = Step("variant-weights", (variants, "weights", str(work)), 120, work / "unet.onnx.data")
+    demo = ("--model", str(shipped.bundle_path()))  # in place of random weights: its graphs run on a CPU, too
     if act == "a":
         results = [str(out / f"floor-{name}.json") for name in ("libraries", "step")]
+        record = (profile, "run", str(work), str(out / "kernels.json"))
         return [
             Step("machine", (str(Path(__file__)), "machine"), 30),
             Step("floor-libraries", (floor, "libraries", results[0]), 120),
+            *([weights] if on_gpu else []),
+            Step("kernels", record if on_gpu else (*record, *demo), 60, None, (weights.name,) if on_gpu else ()),
             Step("floor-step", (floor, "step", results[1], "--seconds", "150"), 260),
             Step("floor-decide", (floor, "decide", *results), 30, needs=("floor-libraries", "floor-step")),
         ]
     more = ("--quick",) if quick else ()
-    found = [Step("variant-weights", (variants, "weights", str(work)), 120, work / "unet.onnx.data")]
-    if not on_gpu:  # the same steps on the demo, whose graphs a CPU can run
-        found, more = [], (*more, "--model", str(shipped.bundle_path()))
+    found = [weights]
+    if not on_gpu:
+        found, more = [], (*more, *demo)
     first = ("bundle", "derived", "derived-graph", "derived-bias", "derived-search", "derived-all", "bundle-nhwc")
     for graph, batch in (("unet", 1), ("image_decoder", 1), ("unet", 4), ("image_decoder", 4)):
         for variant in first if batch == 1 else first[:3]:
@@ -129,6 +135,10 @@ def act_steps(act: str, work: Path, out: Path, quick: bool, on_gpu: bool) -> lis
             needs = (base,) if name != base else tuple(step.name for step in found[:1] if on_gpu)
             words = (variants, "run", str(work), graph, variant, "--batch", str(batch), *more)
             found.append(Step(name, words, 60, None, needs))
+        for backend in planned if batch == 1 else ():  # a build takes minutes
+            name, words = f"plan-{graph}-{backend}", (str(work), graph, backend)
+            built = Step(f"{name}-build", (plans, "build", *words), 300, work / f"{graph}-1-{backend}.plan", needs[:1])
+            found += [built, Step(name, (plans, "run", *words), 60, None, (built.name,))]
     found.append(Step("variant-table", (variants, "table", str(work)), 30))
     return found
 
@@ -242,7 +252,12 @@ def everything(size: str, backends: str | None, out: Path | None, work: Path | N
 def act_command(act: str, out: Path | None, work: Path | None, seconds: float, quick: bool) -> int:
     """Runs one act, and prints what its figures mean."""
     out, work, cuda = folders(out, work)
-    found = act_steps(act, work, out, quick, cuda is not None)
+    planned: list[str] = []
+    if cuda is not None:
+        from gpu_plans import runs_here
+
+        planned = [name for name in GPU_PLANNED if TABLE[name].installed() and runs_here(name)]
+    found = act_steps(act, work, out, quick, cuda is not None, planned)
     if cuda is None:  # a trial of the act: a CPU may take its time
         found = [replace(step, limit=step.limit * CPU_PATIENCE) for step in found]
     failed = measure(found, out, say=lambda text: click.echo(text, err=True), budget=seconds)

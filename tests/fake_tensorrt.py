@@ -33,7 +33,7 @@ import onnx
 import onnxruntime
 import tensorrt_rtx as real
 from fake_runtime import GARBAGE, OK, CallError, FakeRuntime, Op
-from handiffuser.contract import SIDES
+from handiffuser.contract import CONTEXT, SIDES
 
 SCRATCH = 1024  # bytes of scratch memory for each row
 WEIGHTS = 4096  # bytes that a plan takes on the device
@@ -340,6 +340,51 @@ class Full:
             assert strategy == real.ExecutionContextAllocationStrategy.USER_MANAGED
             return Full.IExecutionContext(self, None)
 
+        def create_engine_inspector(self):
+            return EngineInspector(self)
+
+
+class EngineInspector(Strict):
+    """Says what `layers_of` noted."""
+
+    def __init__(self, engine) -> None:
+        self._fake, self._layers = engine._fake, engine._plan["layers"]
+
+    def get_engine_information(self, format):
+        assert format == real.LayerInformationFormat.JSON
+        return json.dumps({"Layers": [*self._layers, "a layer with a name alone"], "Bindings": []})
+
+
+def layers_of(network, no_kernel) -> list[dict]:
+    """The layers of a network that compute, as TensorRT's inspector says them.
+
+    no_kernel: kinds of layers that TensorRT dequantises before it computes.
+    """
+    found, stored = [], {}
+    for layer in map(network.get_layer, range(network.num_layers)):
+        kind = str(layer.type).rsplit(".", 1)[-1]
+        if kind == "DEQUANTIZE":
+            stored[layer.get_output(0).name] = str(layer.get_input(0).dtype).rsplit(".", 1)[-1]
+        if kind == "SHUFFLE" and layer.get_input(0).name in stored:  # weights of a product, made as deep as its tokens
+            stored[layer.get_output(0).name] = stored[layer.get_input(0).name]
+        if kind in ("CONVOLUTION", "MATRIX_MULTIPLY"):
+            operands = [layer.get_input(i) for i in range(layer.num_inputs)]
+            names = ["Half" if kind in no_kernel else stored.get(one.name, "Half") for one in operands]
+            entry = {"Name": layer.name, "LayerType": kind, "Metadata": f"[ONNX Layer: {layer.name}]\x1e"}
+            entry["TacticName"] = f"sm90_{names[0].lower()}_{kind.lower()}_0x12ab"
+            described = [
+                {
+                    "Name": one.name,
+                    "Location": "Device",
+                    "Dimensions": [],
+                    "Format/Datatype": f"Row major {name} format",
+                }
+                for one, name in zip(operands, names, strict=True)
+            ]
+            weights = {"Weights": {"Type": names[-1], "Count": 1}} if kind == "CONVOLUTION" else {}
+            found.append({**entry, "Inputs": described[: 1 if weights else 2], "Outputs": [], **weights})
+    return found
+
 
 class OnnxParser(real.OnnxParser):
     """The real one; it remembers which file a network is from."""
@@ -352,6 +397,10 @@ class OnnxParser(real.OnnxParser):
         FILES[id(self.network)] = model
         return super().parse_from_file(model)
 
+    def parse(self, model, path=None):
+        FILES[id(self.network)] = path
+        return super().parse(model, path)
+
 
 class Builder(real.Builder):
     """The real one, but for its last step."""
@@ -360,7 +409,7 @@ class Builder(real.Builder):
         self.profiles = [*getattr(self, "profiles", []), super().create_optimization_profile()]
         return self.profiles[-1]
 
-    rtx, version = True, real.__version__
+    rtx, version, no_kernel = True, real.__version__, ()
 
     def build_serialized_network(self, network, config):
         assert config.get_flag(real.BuilderFlag.REQUIRE_USER_ALLOCATION) == self.rtx
@@ -383,6 +432,7 @@ class Builder(real.Builder):
         name = onnx.load(path, load_external_data=False).graph.name
         plan = {"onnx": path, "name": name, "rows": rows, "inputs": inputs, "outputs": outputs, "version": self.version}
         plan["version_compatible"] = config.get_flag(real.BuilderFlag.VERSION_COMPATIBLE)
+        plan["layers"] = layers_of(network, self.no_kernel)
         plan["hardware"] = config.hardware_compatibility_level.name
         return json.dumps(plan).encode()
 
@@ -426,10 +476,17 @@ class FakeTensorRT:
     """The module. runs: how often each graph was enqueued. spoil: graph -> function(inputs, results).
 
     seconds: (graph, rows) -> what a run takes by the fake GPU's clock. rtx: TensorRT-RTX, or else TensorRT. lean:
-    TensorRT's lean run time. version: of the module, by default the installed one's.
+    TensorRT's lean run time. version: of the module, by default the installed one's. no_kernel: see `layers_of`.
     """
 
-    def __init__(self, gpu: FakeRuntime, rtx: bool = True, lean: bool = False, version: str = real.__version__) -> None:
+    def __init__(
+        self,
+        gpu: FakeRuntime,
+        rtx: bool = True,
+        lean: bool = False,
+        version: str = real.__version__,
+        no_kernel: tuple[str, ...] = (),
+    ) -> None:
         rtx = rtx and not lean
         self.gpu, self.number, self.refuse, self.runs, self.spoil = gpu, 0, None, {}, {}
         self.seconds = lambda name, rows: 1e-6
@@ -439,7 +496,7 @@ class FakeTensorRT:
         self.module = ModuleType(name)
         vars(self.module).update({k: v for k, v in vars(real).items() if k not in ("__name__", "__spec__")})
         self.module.__spec__, self.module.__version__ = ModuleSpec(name, None), version
-        builder = Builder if rtx else type("Builder", (FullBuilder,), {"version": version})
+        builder = Builder if rtx else type("Builder", (FullBuilder,), {"version": version, "no_kernel": no_kernel})
         self.module.Builder, self.module.OnnxParser = builder, OnnxParser
         runtime, self.engine = (Runtime, ICudaEngine) if rtx else (Full.Runtime, Full.ICudaEngine)
         self.module.Runtime = lambda logger: runtime(self, logger)
@@ -462,7 +519,7 @@ class FakeTensorRT:
             self.dimensions[path] = {t.name: [d.dim_param for d in t.type.tensor_type.shape.dim] for t in graph.input}
         found = {}
         for name, names in self.dimensions[path].items():
-            found |= {side: size for side, size in zip(names, shapes[name], strict=True) if side in SIDES}
+            found |= {side: size for side, size in zip(names, shapes[name], strict=True) if side in (*SIDES, CONTEXT)}
         key = (path, *sorted(found.items()))
         if key not in self.sessions:
             options = onnxruntime.SessionOptions()

@@ -108,27 +108,29 @@ def change(path: Path, **entries) -> None:
     write(path, {name: entry for name, entry in value.items() if entry is not None})
 
 
-def their_picture(folder, prompt, prepare=lambda pipeline: None):
-    """diffusers' own picture with the folder's own scheduler, from our noise. uint8 [H, W, 3]."""
+def their_picture(folder, prompt, prepare=lambda pipeline: None, embeds=None):
+    """diffusers' own picture with the folder's own scheduler, from our noise. uint8 [H, W, 3].
+
+    embeds: prompt_embeds and negative_prompt_embeds in place of the prompt."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     prepare(pipeline)
     latents = torch.from_numpy(normal(SEED, LATENTS, 0, (4, SIZE // 2, SIZE // 2)))[None]
-    image = pipeline(
-        prompt, latents=latents, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np"
-    ).images[0]
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "np", **(embeds or {})}
+    image = pipeline(prompt, latents=latents, **settings).images[0]
     return (image * 255).round().astype(np.uint8)
 
 
 @torch.no_grad()
-def our_picture(checkpoint, folder, prompt, solver):
+def our_picture(checkpoint, folder, prompt, solver, context=None):
     """A checkpoint's picture without hands, in PyTorch: what its exported graphs compute. uint8 [H, W, 3].
 
-    folder: where the checkpoint was saved, whose tokenizer.json a bundle keeps.
+    folder: where the checkpoint was saved, whose tokenizer.json a bundle keeps. context: in place of the prompt's.
     """
-    words = PromptTokenizer(folder / "tokenizer" / "tokenizer.json", checkpoint.special_tokens)
-    ids = np.stack([words.encode(text)[0] for text in ("", prompt)])
-    context = checkpoint.text_hand_encoder(torch.from_numpy(ids))
+    if context is None:
+        words = PromptTokenizer(folder / "tokenizer" / "tokenizer.json", checkpoint.special_tokens)
+        ids = np.stack([words.encode(text)[0] for text in ("", prompt)])
+        context = checkpoint.text_hand_encoder(torch.from_numpy(ids))
     table = rows(NoiseSchedule.from_config(checkpoint.scheduler), solver, STEPS, GUIDANCE, 4)
     x = normal(SEED, LATENTS, 0, (4, *checkpoint.latent_size))[None] * np.float32(table.init_sigma)
     history = np.zeros((1, 4, *x.shape[1:]), np.float32)

@@ -48,6 +48,7 @@ Hands = dict[str, np.ndarray]
 PROMPT = ("STRING", {"multiline": True, "default": "a right hand making a fist, blue background"})
 SEED = ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True})
 COUNT = ("INT", {"default": 1, "min": 1, "max": 256, "tooltip": "Pictures, with the seeds seed, seed + 1, ..."})
+PLAIN = ("BOOLEAN", {"default": False, "tooltip": SETTINGS["plain_prompts"].help})
 
 
 def number(name: str, least: float) -> tuple[str, dict[str, Any]]:
@@ -230,6 +231,7 @@ class HandsOfPrompt:
                 "hand_steps": number("hand_steps", 0),
                 "hand_guidance": number("hand_guidance", -1),
                 "hand_solver": choice("hand_solver"),
+                "plain_prompts": PLAIN,
             },
         }
 
@@ -406,6 +408,7 @@ class Paint:
                 "image": ("IMAGE",),
                 "mask": ("MASK",),
                 "denoise": number("strength", -1),
+                "plain_prompts": PLAIN,
             },
         }
 

@@ -92,7 +92,7 @@ export async function dataset(entries, model) {
     const name = named(request, taken);
     const { hands: given, ...asked } = request;
     const settings = Object.entries(asked).map(([key, value]) => [SETTINGS[key] ?? key, value]);
-    const [width, height] = model.size.split("x").map(Number);
+    const [width, height] = (request.size ?? model.size).split("x").map(Number);
     const record = { ...model.defaults, ...Object.fromEntries(settings), id: name, width, height, edited_hands: Boolean(given), model: model.id };
     const bytes = Uint8Array.from(atob(image.slice(image.indexOf(",") + 1)), (one) => one.charCodeAt(0));
     const arrays = Object.entries(hands).map(([array, values]) => [`${array}.npy`, npy(values)]);

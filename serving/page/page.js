@@ -3,6 +3,7 @@
 import { dataset } from "./dataset.js";
 import { offer } from "./repair.js";
 import { $, ask, curlLine, picture } from "./server.js";
+import { chosenSize, offerSizes, recallSize, sizeIsValid } from "./size.js";
 import { GESTURES, announce, draw, failed, note, say, setHands, setState, show, state, toStage, undo } from "./stage.js";
 
 const PREVIEWS = 9;
@@ -16,6 +17,7 @@ const drawn = () => Math.floor(Math.random() * 1e6);
 // Returns whether the form is valid. If not, the browser shows the error beside the field.
 function valid() {
   $("prompt").setCustomValidity($("prompt").value.trim() ? "" : "Say what the picture shows.");
+  sizeIsValid(state.model);
   return $("form").reportValidity();
 }
 
@@ -25,8 +27,15 @@ function wanted(hands, seed) {
   if ($("steps").value) body.num_inference_steps = Number($("steps").value);
   if ($("guidance").value) body.guidance_scale = Number($("guidance").value);
   if ($("solver").value) body.solver = $("solver").value;
+  if (chosenSize()) body.size = chosenSize();
   if (hands) body.hands = hands;
   return body;
+}
+
+// The stage has the shape of its picture.
+function shape(size = state.model?.size) {
+  const [width, height] = (size ?? "1x1").split("x").map(Number);
+  $("stage").style.setProperty("--ratio", width / height);
 }
 
 // What the stage shows, so that it can come back if the next picture fails.
@@ -34,6 +43,7 @@ const scene = () => ({ image: state.image, request: state.request, hands: state.
 
 function restore({ image, request, hands, undo }) {
   state.request = request;
+  shape(request?.size);
   show(image);
   setHands(hands);
   state.undo = undo;
@@ -76,6 +86,8 @@ async function paint(hands = null) {
   const run = start(hands ? "Painting these hands …" : "Making hands …");
   announce(count > 1 ? `Painting ${count} pictures.` : "Painting.");
   if (!hands) setHands(null);
+  if (bodies[0].size !== run.before.request?.size) show(null);
+  shape(bodies[0].size);
   Object.assign(run, { hands, seen: state.hands, count, done: 0, parts: Array(count).fill(0), notes: [] });
   const ends = await Promise.allSettled(bodies.map((body, i) => follow(body, i, run)));
   if (!end(run)) return; // the person stopped it, or started another one
@@ -136,6 +148,7 @@ async function onlyHands() {
     if (!end(run)) return;
     state.request = body;
     show(null);
+    shape();
     setHands(data[0].hands);
     showSeed();
     note(warnings ?? []);
@@ -221,6 +234,8 @@ function recall(entry) {
   for (const [id, name] of [["steps", "num_inference_steps"], ["guidance", "guidance_scale"], ["solver", "solver"]]) {
     if (entry.request[name] !== undefined) $(id).value = entry.request[name];
   }
+  recallSize(entry.request.size);
+  shape(entry.request.size);
   show(entry.image);
   setHands(entry.hands);
   setState("From the history");
@@ -266,7 +281,7 @@ async function copyCurl() {
 
 const STORED = "handiffuser";
 const KEPT = ["prompt", "negative", "seed", "count", "key"];
-const OF_MODEL = ["steps", "guidance", "solver"]; // known once the server has said what it paints with
+const OF_MODEL = ["steps", "guidance", "solver", "size", "width", "height"]; // known once the server has said what it paints with
 
 // This tab's storage alone: it ends with the tab, and no other page of this address sees the key.
 function store() {
@@ -354,7 +369,7 @@ document.addEventListener("keydown", (event) => {
 function describe(model, gestures, before) {
   const { id, size, defaults, solvers, limits } = model;
   const [width, height] = size.split("x").map(Number);
-  $("stage").style.setProperty("--ratio", width / height);
+  shape();
   $("model").textContent = `${id}, ${width} × ${height}`;
   $("steps").max = limits.steps;
   $("count").max = limits.n;
@@ -368,6 +383,7 @@ function describe(model, gestures, before) {
   $("steps").value = (same && before.steps) || defaults.steps;
   $("guidance").value = (same && before.guidance) || defaults.guidance;
   if (same && solvers.includes(before.solver)) $("solver").value = before.solver;
+  offerSizes(model, same ? before : {});
 }
 
 async function begin() {

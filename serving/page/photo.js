@@ -7,6 +7,7 @@ import { GESTURES } from "./stage.js";
 export const photo = {
   file: null, url: null, first: null, width: 1, height: 1, hands: [], chosen: -1, strokes: [], undo: [],
   zoomed: false, running: null,
+  preview: null, // what a repair looks like so far
 };
 
 export const chosen = () => photo.hands[photo.chosen];
@@ -24,6 +25,16 @@ export function noted(sentences) {
     ...sentences.map((sentence) => Object.assign(document.createElement("p"), { textContent: plain(sentence) })),
   );
   $("repairnotes").hidden = !sentences.length;
+}
+
+// Resolves to an Image, or fails with a sentence.
+export function loaded(url) {
+  return new Promise((done, failed) => {
+    const image = new Image();
+    image.onload = () => done(image);
+    image.onerror = () => failed(new Error("This file is not a picture that the browser can show. Take a PNG, JPEG or WebP file."));
+    image.src = url;
+  });
 }
 
 export function wrong(error) {

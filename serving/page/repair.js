@@ -1,15 +1,16 @@
 // Repairing a picture: its hands as skeletons over it, which a person drags, places and paints again.
 
 import * as brush from "./brush.js";
-import { arriving, chosen, noted, photo, places, said, sideOf, tell, words, wrong } from "./photo.js";
+import { arriving, chosen, loaded, noted, photo, places, said, sideOf, tell, words, wrong } from "./photo.js";
 import { drawBox, isPlacing, placing } from "./place.js";
-import { $, ask } from "./server.js";
+import { $, ask, picture } from "./server.js";
 import { COLOURS, NAMES, PARTS, SIDES } from "./stage.js";
 
 const NEAR = 0.55; // of the stage, that a hand takes when the view zooms to it
 const SMALL = 0.3; // of the picture: the view zooms to smaller hands by itself
 const MAX_UNDO = 30;
 const EDITS = "v1/images/edits";
+const PREVIEWS = 6;
 const TURN = 15; // degrees of a click
 const GROW = 1.1;
 const LEAST = 8; // pixels of a box
@@ -23,15 +24,6 @@ export function mode(repairing) {
 }
 
 // ---------------------------------------------------------------- a picture comes in
-
-function loaded(url) {
-  return new Promise((done, failed) => {
-    const image = new Image();
-    image.onload = () => done(image);
-    image.onerror = () => failed(new Error("This file is not a picture that the browser can show. Take a PNG, JPEG or WebP file."));
-    image.src = url;
-  });
-}
 
 async function open(file) {
   mode(true);
@@ -101,7 +93,7 @@ function start(sentence) {
 
 function ended(run) {
   if (photo.running !== run) return false;
-  photo.running = null;
+  photo.running = photo.preview = null;
   $("repairprogress").value = 0;
   return true;
 }
@@ -166,10 +158,13 @@ function draw() {
   $("before").hidden = !there;
   if (there && $("before").getAttribute("src") !== photo.first) $("before").src = photo.first;
   const repaired = there && photo.url !== photo.first;
-  $("after").hidden = $("compare").hidden = !repaired;
-  $("plane").classList.toggle("compared", repaired);
-  $("saverepair").hidden = !repaired;
-  if (repaired && $("after").getAttribute("src") !== photo.url) $("after").src = $("saverepair").href = photo.url;
+  const shown = photo.preview ?? (repaired ? photo.url : null);
+  $("after").hidden = !shown;
+  $("compare").hidden = !repaired || busy;
+  $("plane").classList.toggle("compared", Boolean(shown));
+  $("saverepair").hidden = !repaired || busy;
+  if (shown && $("after").getAttribute("src") !== shown) $("after").src = shown;
+  if (repaired) $("saverepair").href = photo.url;
   $("handtools").disabled = !there;
   $("handhint").textContent = !there
     ? "Choose a picture first."
@@ -381,7 +376,7 @@ function middleBox() {
 async function repair(which) {
   if (!which.length) return;
   const run = start(which.length > 1 ? "Repairing the hands …" : "Repairing the hand …");
-  const fields = { repair: "true" };
+  const fields = { repair: "true", stream: "true", partial_images: PREVIEWS };
   fields.hands = JSON.stringify(
     which.map(({ hands, points, gesture }) => ({ ...hands, ...(points ? { old: points } : {}), ...(gesture ? { gesture } : {}) })),
   );
@@ -389,8 +384,14 @@ async function repair(which) {
   for (const [name, value] of Object.entries(given)) if (value) fields[name] = value;
   try {
     const extra = photo.strokes.length ? { mask: await brush.mask(photo.width, photo.height) } : {};
-    const answer = await (await ask(EDITS, form(fields, extra), run.signal)).json();
-    const bytes = Uint8Array.from(atob(answer.data[0].b64_json), (letter) => letter.charCodeAt(0));
+    let answer;
+    for await (answer of picture(form(fields, extra), run.signal, EDITS)) {
+      if (answer.kind !== "preview" || photo.running !== run) continue;
+      photo.preview = `data:image/png;base64,${answer.b64_json}`;
+      $("repairprogress").value = answer.step / answer.steps;
+      draw();
+    }
+    const bytes = Uint8Array.from(atob(answer.b64_json), (letter) => letter.charCodeAt(0));
     const file = new Blob([bytes], { type: "image/png" });
     if (!ended(run)) return;
     keep();
@@ -401,7 +402,7 @@ async function repair(which) {
     $("slider").value = 0;
     $("showskeletons").checked = false;
     noted(answer.warnings ?? []);
-    tell(`Done in ${((performance.now() - run.began) / 1000).toFixed(1)} s, seed ${answer.data[0].seed}`);
+    tell(`Done in ${((performance.now() - run.began) / 1000).toFixed(1)} s, seed ${answer.seed}`);
   } catch (error) {
     if (ended(run)) tell("");
     wrong(error);

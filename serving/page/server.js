@@ -81,9 +81,10 @@ export async function ask(path, body, signal) {
   throw new Trouble(sentence(answer, error), answer.status);
 }
 
-// One picture, as server-sent events: partial pictures, then the picture. Raises Trouble if it fails.
-export async function* picture(body, signal) {
-  const answer = await ask(PATH, body, signal);
+// One picture, as server-sent events: partial pictures, then the picture. body: an object, or a FormData for another
+// path. Raises Trouble if it fails.
+export async function* picture(body, signal, path = PATH) {
+  const answer = await ask(path, body, signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
@@ -102,7 +103,7 @@ export async function* picture(body, signal) {
       const event = JSON.parse(data.map((line) => line.slice(6)).join("\n"));
       if (event.error) throw new Trouble(plain(event.error.message));
       yield event;
-      if (event.type === "image_generation.completed") return;
+      if (event.type.endsWith(".completed")) return;
     }
   }
 }

@@ -12,8 +12,9 @@ import pytest
 from handiffuser.calibration import graphs
 from handiffuser.calibration.emulate import emulate
 from handiffuser.calibration.quantize import calibrate, quantize, scale_for, to_eight_bits
+from handiffuser.engines import eight_bits
 from handiffuser.engines.tensorrt import Options, TensorRT
-from handiffuser.engines.tensorrt_build import build_plan, prove_kernels
+from handiffuser.engines.tensorrt_build import build_plan, left_out
 from handiffuser.errors import BundleError, EngineError
 from onnx import ModelProto, TensorProto, helper, numpy_helper, shape_inference
 
@@ -209,7 +210,7 @@ def test_an_old_opset_is_refused(x):
         quantize(model, calibrate(model, [{"x": x}], "fp8"), "fp8")
 
 
-def build(folder: Path, kind: str, x: np.ndarray, options: Options) -> dict:
+def build(folder: Path, kind: str, x: np.ndarray, options: Options, backend: str = "tensorrt-rtx") -> dict:
     """The proof of the quantised block's plan; kind "fp16": of the block as it was."""
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     model = block(128)
@@ -217,7 +218,7 @@ def build(folder: Path, kind: str, x: np.ndarray, options: Options) -> dict:
         x = np.concatenate([x] * 4, 1)
         model = quantize(model, calibrate(model, [{"x": x}], kind), kind)
     onnx.save(model, folder / "unet.onnx")
-    return build_plan(TensorRT("tensorrt-rtx"), folder / "unet.onnx", {"B": 2}, kind, options)[1]
+    return build_plan(TensorRT(backend), folder / "unet.onnx", {"B": 2}, kind, options)[1]
 
 
 @pytest.mark.parametrize(("kind", "target"), [("fp8", "8.9"), ("fp8", "12.0"), ("int8", "8.0"), ("int8", "8.9")])
@@ -231,17 +232,70 @@ def test_the_plan_is_proven_to_compute_in_eight_bits(tmp_path, x, kind, target):
     assert proof["memory"]["weights"] < 0.6 * half["memory"]["weights"]
 
 
-def test_a_gpu_without_the_kernels_is_refused(tmp_path, x):
-    """TensorRT-RTX has no int8 convolutions for Turing: it dequantises, and would say nothing."""
-    with pytest.raises(EngineError, match=r"Of the 3 layers of unet that are quantised to int8, only \d were compiled"):
-        build(tmp_path, "int8", x, Options(compute_capabilities=("7.5",)))
+def test_layers_without_such_a_kernel_are_built_in_half(tmp_path, x):
+    """TensorRT-RTX has no int8 convolutions for Turing: it would dequantise them, and say nothing."""
+    proof = build(tmp_path, "int8", x, Options(compute_capabilities=("7.5",)))
+    assert proof["eight_bits"] == {"asked": 3, "compiled": 2} and proof["in_half"] == ["first"]
+    assert proof["types"] == {"INT8": 2, "HALF": 3}
+    assert not any("Quantize" in layer["name"] and "first" in layer["nodes"] for layer in proof["layers"])
     with pytest.raises(EngineError, match=r"compute capability 8\.6 do not compute in fp8.*--precision int8"):
         build(tmp_path, "fp8", x, Options(compute_capabilities=("8.6", "8.9")))
 
 
+def test_products_alone(tmp_path, x):
+    proof = build(tmp_path, "fp8", x, Options(compute_capabilities=("8.9",), eight_bits="products"))
+    assert proof["eight_bits"] == {"asked": 3, "compiled": 2} and proof["in_half"] == ["first"]
+
+
+def test_tensorrt_is_asked_which_kernels_it_chose(tmp_path, x, monkeypatch):
+    """Its inspector's JSON; on a GPU whose fp8 convolutions it does not choose, as on an H100 once."""
+    pytest.importorskip("cuda.bindings.runtime")
+    pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+    from fake_runtime import FakeRuntime
+    from fake_tensorrt import FakeTensorRT
+
+    gpu = FakeRuntime().install(monkeypatch)
+    proofs = []
+    for no_kernel in ((), ("CONVOLUTION",), ("CONVOLUTION", "MATRIX_MULTIPLY")):
+        FakeTensorRT(gpu, rtx=False, no_kernel=no_kernel).install(monkeypatch)
+        if len(no_kernel) < 2:
+            proofs.append(build(tmp_path, "fp8", x, Options(), "tensorrt"))
+            continue
+        with pytest.raises(EngineError, match="None of the 3 layers of unet that are quantised to fp8 was compiled"):
+            build(tmp_path, "fp8", x, Options(), "tensorrt")
+    assert [proof["eight_bits"]["compiled"] for proof in proofs] == [3, 2] and "in_half" not in proofs[0]
+    assert proofs[1]["in_half"] == ["first"]
+    (first,) = [layer for layer in proofs[0]["layers"] if layer["name"] == "first"]
+    assert first["kernel"] == "sm90_fp8_convolution" and first["weights"][0]["type"] == "FP8"
+
+
+@pytest.mark.parametrize(("kind", "smooth"), [("int8", 0.0), ("fp8", 0.5)])
+def test_restored_layers_have_the_rounded_weights(tmp_path, kind, smooth, x):
+    """In half precision, and from files beside the graph, too; the others stay as they are."""
+    model = block()
+    small = quantize(model, calibrate(model, [{"x": x}], kind, smooth), kind)
+    outside = {"save_as_external_data": True, "location": "unet.onnx.data", "size_threshold": 0}
+    onnx.save(ModelProto.FromString(small.SerializeToString()), tmp_path / "unet.onnx", **outside)
+    assert eight_bits.convolutions(tmp_path / "unet.onnx") == {"first"}
+    content = eight_bits.restored(tmp_path / "unet.onnx", {"first", "b"})
+    (tmp_path / "restored.onnx").write_bytes(content)
+    found = onnx.load(tmp_path / "restored.onnx")
+    onnx.checker.check_model(found)
+    exact, quantized, ours = (run(one, x) for one in (model, small, found))
+    kinds = [node.op_type for node in found.graph.node]
+    assert kinds.count("QuantizeLinear") == 1 and kinds.count("DequantizeLinear") == 2
+
+    def far(one, name):
+        return np.abs(one[name].astype(np.float32) - exact[name]).max() / np.abs(exact[name]).max()
+
+    assert 0 < far(ours, "narrow") < far(quantized, "narrow"), "activations are no longer rounded"
+
+
 def test_only_kernels_with_both_operands_in_eight_bits_count():
-    layers = [{"nodes": ["first", "a"], "inputs": [{"type": "FP8"}], "weights": [{"type": "FP8"}]}]
+    wide = "Thirty-two wide channel vectorized row major FP8 format"
+    layers = [{"nodes": ["first", "a"], "inputs": [{"type": wide}], "weights": [{"type": "FP8"}]}]
     layers.append({"nodes": ["b"], "inputs": [{"type": "Half"}, {"type": "FP8"}], "weights": []})
-    assert prove_kernels("unet", "fp8", ["first", "a"], layers) == {"asked": 2, "compiled": 2}
-    with pytest.raises(EngineError, match="only 2 were compiled"):
-        prove_kernels("unet", "fp8", ["first", "a", "b"], layers)
+    assert left_out("unet", "fp8", ["first", "a"], layers) == set()
+    assert left_out("unet", "fp8", ["first", "a", "b"], layers) == {"b"}
+    with pytest.raises(EngineError, match="None of the 1 layers"):
+        left_out("unet", "fp8", ["b"], layers)

@@ -15,6 +15,7 @@ from handiffuser.demo.scenes import sample_scene
 from handiffuser.detection import fit as module
 from handiffuser.detection.convention import Convention, mediapipe
 from handiffuser.detection.fit import Fitted, angles_of, fit, upright
+from handiffuser.detection.named import posed
 from handiffuser.detection.poses import Poses
 from handiffuser.errors import DetectionError
 from handiffuser.fingers import SIDES
@@ -66,7 +67,7 @@ def test_kinematics_are_those_of_the_body(rest):
 def test_derivatives_are_exact(rest):
     rng = np.random.default_rng(1)
     hand = rest[list(HAND_JOINTS[0])] - rest[20]
-    rig = module._Rig(hand, 0.02 * rng.normal(size=(21, 3)))
+    rig = module.Rig(hand, 0.02 * rng.normal(size=(21, 3)))
     turns, angles = axis_angle_to_matrix(rng.normal(size=(2, 3))), rng.normal(0, 0.6, (2, 45))
     angles[1] = 0.0  # where the exponential map's Jacobian is a limit
     points, slope = rig.derivatives(turns, angles)
@@ -139,6 +140,20 @@ def test_a_person_may_name_the_gesture(rest):
     assert fit(points, SIDES[side], rest, gesture=gesture).gestures.keys() == {gesture}
     with pytest.raises(DetectionError, match=r"gesture must be one of .*fist.*, got 'waving'"):
         fit(points, SIDES[side], rest, gesture="waving")
+
+
+def test_a_named_gesture_gets_the_wrist_that_explains_the_points(rest):
+    """A finger is missing: the other points give wrist, size and place. Points of another gesture keep their wrist."""
+    number = next(n for n in range(200) if made(n, rest)[1] == "spread_fingers")
+    side, gesture, rotations, points = made(number, rest)
+    spoiled = points.copy()
+    spoiled[10:13] = points[9]  # the middle finger ends at its knuckle
+    noisy = Convention.true(0.04)
+    hand = posed(fit(spoiled, SIDES[side], rest, convention=noisy), gesture, rest)
+    away, joints, wrist = errors(hand, rotations, points)
+    assert away < 3 and joints < 6 and wrist < 12 and hand.gestures == {gesture: 1.0}
+    whole = fit(points, SIDES[side], rest, convention=noisy)
+    assert np.allclose(posed(whole, "fist", rest).turn, whole.turn)
 
 
 def test_noise_widens_the_error_bars(rest):

@@ -13,7 +13,16 @@ from handiffuser.detection import photo as module
 from handiffuser.detection.arms import HandEstimate
 from handiffuser.detection.convention import Convention, sureness
 from handiffuser.detection.detect import Found
-from handiffuser.detection.hands import Seen, arrays_of, find, from_estimates, of_one_person, window_of
+from handiffuser.detection.hands import (
+    LOOK,
+    Seen,
+    arrays_of,
+    closer,
+    find,
+    from_estimates,
+    of_one_person,
+    window_of,
+)
 from handiffuser.detection.photo import Photo, caption
 from handiffuser.errors import DetectionError
 from handiffuser.fingers import SIDES, gestures
@@ -51,9 +60,11 @@ class Truth:
     def __init__(self, *hands: HandEstimate, size: tuple[int, int] = SIZE) -> None:
         self.found = [Found(SIDES[one.side], 0.98 - 0.02 * k, one.joints_2d / (size[1], size[0]))
                       for k, one in enumerate(hands)]  # fmt: skip
-        self.shape: tuple[int, ...] = ()
+        self.size, self.shape = size, (0, 0, 0)
 
     def __call__(self, image: np.ndarray) -> list[Found]:
+        if image.shape[:2] != self.size:  # a crop
+            return []
         self.shape = image.shape
         return self.found
 
@@ -108,6 +119,37 @@ def test_a_person_who_names_the_side_of_a_single_hand_is_right(rest):
     image = np.zeros((*SIZE, 3), np.uint8)
     assert [one.side for one in find(image, rest, Truth(left), side="right")] == ["right"]
     assert {one.side for one in find(image, rest, Truth(left, right), side="right")} == {"left", "right"}
+
+
+class Looks(Truth):
+    """Sees what it is told to, look after look."""
+
+    def __init__(self, *looks: Found | None) -> None:
+        self.looks = list(looks)
+
+    def __call__(self, image: np.ndarray) -> list[Found]:
+        one = self.looks.pop(0)
+        return [] if one is None else [one]
+
+
+def test_looks_from_near_outvote_the_first_one(rest):
+    """The first look takes palm for back. Two looks from near, one of them in a mirror, see the hand as it is."""
+    true = hand(rest, 0, "victory", (150, 150), 120).joints_2d
+    first = Found("right", 0.97, (true * (-1, 1) + (2 * true[:, 0].mean(), 0)) / (400, 300))
+    low, high = first.joints.min(0) * (400, 300), first.joints.max(0) * (400, 300)
+    half = np.round(LOOK * float((high - low).max())) / 2
+    share = (true - np.round((low + high) / 2 - half)) / (2 * half)
+    plain, mirrored = Found("left", 0.8, share), Found("right", 0.9, share * (-1, 1) + (1, 0))
+    image = np.zeros((*SIZE, 3), np.uint8)
+    near = closer(image, first, Looks(plain, mirrored))
+    assert near.side == "left" and near.score == pytest.approx(0.85) and near.apart < 0.02
+    assert np.abs(near.joints * (400, 300) - true).max() < 2
+    unseen = closer(image, first, Looks(None, None))
+    assert unseen.side == "right" and np.allclose(unseen.joints, first.joints) and unseen.apart == 0.5
+    said = closer(image, first, Looks(plain, None), side="right")
+    assert said.side == "right"
+    other = Found("left", 0.9, share / 8)  # another hand in a corner of the crop
+    assert np.allclose(closer(image, first, Looks(other, other)).joints, first.joints)
 
 
 def test_what_one_person_cannot_show_is_said(rest):

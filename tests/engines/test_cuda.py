@@ -103,7 +103,7 @@ def test_close_frees_everything_once(driver):
 
 
 def test_events_sleep_and_are_used_again(driver):
-    """A loop that records for hours makes a few events, and whoever waits leaves the core to others."""
+    """A loop that records for hours makes a few events, and a host that waits leaves the core to others."""
     cuda, flags = Cuda(), []
     create = driver.cudaEventCreateWithFlags
     driver.cudaEventCreateWithFlags = lambda flag: flags.append(flag) or create(flag)

@@ -349,7 +349,7 @@ def small(tmp_path_factory):
     return found
 
 
-SIDES = {"h": 8, "w": 12, "H": 64, "W": 96}
+SIDES = {"h": 8, "w": 12, "H": 64, "W": 96, "L": 121}
 
 
 def at_64_by_96(specs):

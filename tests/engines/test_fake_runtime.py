@@ -219,7 +219,7 @@ SPOILERS = {
     "cudaMalloc": lambda cuda, **_: cuda.zeros((4,), "float32"),
     "cudaFree": lambda array, **_: array.close(),
     "cudaMallocHost": lambda cuda, **_: cuda.pinned((4,), "float32"),
-    "cudaStreamSynchronize": lambda stream, **_: stream.synchronize(),
+    "cudaStreamSynchronize": lambda stream, **_: stream.cuda.call("cudaStreamSynchronize", stream.handle),
     "cudaEventQuery": lambda event, **_: event.done(),
     "cudaEventSynchronize": lambda event, **_: event.synchronize(),
     "a wait": lambda stream, event, **_: stream.wait(event),

@@ -45,6 +45,31 @@ def test_report_of_the_builder():
     assert convolution["nodes"] == ["conv", "add"]
 
 
+def test_which_kernels_compute_in_eight_bits(tmp_path):
+    """A layer that multiplies them, and one that was built in half precision because no such kernel was chosen."""
+    layers = inspect.read_report(
+        json.dumps({"Layers": [
+            {"Name": "conv", "LayerType": "CaskConvolution", "TacticName": "sm89_xmma_e4m3", "Metadata": "",
+             "Inputs": [{"Name": "x", "Dimensions": [1, 4], "Format/Datatype": "Channel major FP8 format"}],
+             "Weights": {"Type": "FP8", "Count": 9}, "Outputs": []},
+            {"Name": "late", "LayerType": "CaskConvolution", "Metadata": "[ONNX Layer: late]",
+             "Inputs": [{"Name": "y", "Dimensions": [1, 4], "Format/Datatype": "Half"}],
+             "Weights": {"Type": "Half", "Count": 9}, "Outputs": []},
+            "a name alone",
+        ]})
+    )  # fmt: skip
+    wanted = {"name": "unet", "graph": "0" * 16, "sizes": "B=1", "precision": "fp8", "backend": "tensorrt",
+              "version": "11.0", "target": "", "options": "{}"}  # fmt: skip
+    proof = {"layers": layers, "eight_bits": {"asked": 2, "compiled": 1}, "in_half": ["late"]}
+    counts = inspect.summary(PlanStore(tmp_path).add(wanted, b"plan", proof, 1.0))
+    assert counts["eight_bits"] == {
+        "asked": 2, "compiled": 1, "kernels": {"sm89_xmma_e4m3": 1}, "in_half": ["late"]
+    }  # fmt: skip
+    said = inspect.text(counts)
+    assert "in fp8: 1 of 2 quantised layers, in 1 kernels\n        1 sm89_xmma_e4m3" in said
+    assert "in half, without such a kernel: late" in said
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The demo's manifest, and a plan of one of its graphs."""

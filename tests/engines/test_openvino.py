@@ -41,7 +41,7 @@ def folder(tiny_bundle, tmp_path):
 
 def feeds_of(spec, **sizes) -> dict:
     random = np.random.default_rng(0)
-    sizes = {"h": 16, "w": 24, "H": 32, "W": 48, **sizes}
+    sizes = {"h": 16, "w": 24, "H": 32, "W": 48, "L": 121, **sizes}
     shapes = {t.name: [sizes[n] if isinstance(n, str) else n for n in t.shape] for t in spec.inputs}
     return {
         t.name: random.integers(0, 30, shapes[t.name], t.dtype)
@@ -56,7 +56,7 @@ def test_every_graph_gives_what_onnx_runtime_gives(tiny_bundle, name):
     spec = Manifest.load(tiny_bundle, verify=False).graphs[name]
     engine = openvino.OpenVinoEngine(tiny_bundle / spec.file, spec, "fp32", threads=1)
     reference = OnnxRuntimeEngine(tiny_bundle / spec.file, spec, threads=1)
-    for sizes in ({"B": 2, "G": 2, "S": 3}, {"B": 1, "G": 1, "S": 1, "h": 8, "w": 32, "H": 16, "W": 64}):
+    for sizes in ({"B": 2, "G": 2, "S": 3}, {"B": 1, "G": 1, "S": 1, "h": 8, "w": 32, "H": 16, "W": 64, "L": 198}):
         feeds = feeds_of(spec, **sizes)
         exact, got = reference(feeds), engine(feeds)
         assert list(got) == list(exact)

@@ -113,7 +113,9 @@ def test_plans_from_when_tf32_was_on_are_built_again(manifest, tmp_path):
     assert sum(belongs(plan, manifest) for plan in store) == len(wanted)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no record", "bad record", "foreign record"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "flipped", "missing", "no record", "bad record", "foreign record"]
+)
 def test_damaged_plans_are_found_built_again_and_never_read(manifest, tmp_path, damage):
     store = PlanStore(tmp_path)
     wanted = all_parts(manifest)
@@ -122,6 +124,8 @@ def test_damaged_plans_are_found_built_again_and_never_read(manifest, tmp_path, 
     record = plan.path.with_suffix(".json")
     if damage == "truncated":
         plan.path.write_bytes(plan.path.read_bytes()[:-5])
+    elif damage == "empty":
+        plan.path.write_bytes(b"")
     elif damage == "flipped":
         content = bytearray(plan.path.read_bytes())
         content[3] ^= 1
@@ -134,7 +138,7 @@ def test_damaged_plans_are_found_built_again_and_never_read(manifest, tmp_path, 
         record.write_text('{"graph": ')
     else:
         record.write_text(json.dumps({"something": "else"}))
-    if damage in ("truncated", "flipped", "missing"):
+    if damage in ("truncated", "empty", "flipped", "missing"):
         with pytest.raises(EngineError, match="hd-engines build"):
             store.read(plan)
         assert store.problem(plan, verify=True)

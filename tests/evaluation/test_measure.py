@@ -394,7 +394,7 @@ def test_hands_that_lie_on_one_another_are_one():
     sure, other, far = Found("left", 0.9, joints), Found("left", 0.6, joints + 0.02), Found("left", 0.5, joints + 0.3)
     assert distinct([other, far, sure]) == [sure, far]
     parts = list(windows(np.zeros((100, 50, 3), np.uint8)))
-    assert len(parts) == 9 and parts[-1][0] == pytest.approx([0.4, 0.4]) and parts[0][1].shape == (60, 30, 3)
+    assert len(parts) == 4 and parts[-1][0] == pytest.approx([0.3, 0.3]) and parts[0][1].shape == (70, 35, 3)
 
 
 @pytest.mark.parametrize(("size", "side"), [((100, 250), 100), ((100, 250), 50), ((64, 64), 64), ((333, 97), 31)])

@@ -57,6 +57,15 @@ def test_text_outputs_are_clips_whatever_the_hands(clip, ids):
         torch.testing.assert_close(context[:, :77, :48], wanted, atol=2e-6, rtol=1e-5)
 
 
+def test_a_mask_of_words_is_clips(clip, ids):
+    encoder, mask = TextHandEncoder.from_clip(clip).eval(), torch.ones_like(ids)
+    mask[0, 2:5], mask[1, 10:70] = 0, 0
+    wanted = clip(ids, attention_mask=mask).last_hidden_state
+    context = encoder(ids, **hands(), attention_mask=mask)
+    torch.testing.assert_close(context[:, :77, :48], wanted, atol=2e-6, rtol=1e-5)
+    assert encoder(ids, **hands(), attention_mask=torch.zeros_like(ids)).isfinite().all()
+
+
 def test_without_hand_cues_it_is_clip(clip, ids):
     encoder = TextHandEncoder.from_clip(clip, cues=[], frequencies=[]).eval()
     torch.testing.assert_close(encoder(ids), clip(ids).last_hidden_state, atol=2e-6, rtol=1e-5)

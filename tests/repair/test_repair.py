@@ -101,7 +101,7 @@ def test_the_old_hand_is_found_by_its_colour():
     sixth = np.zeros((80, 80), np.uint8)
     cv2.line(sixth, (40, 45), (62, 40), 1, 5)
     picture[hand | (sixth > 0)] = (220, 170, 140)
-    found = regions.old_hand(picture, points)
+    found, _ = regions.old_hand(picture, points)
     assert (found & (sixth > 0)).sum() > 0.9 * (sixth > 0).sum()
     between = regions.closed(hand | (sixth > 0), 3)  # it closes cracks between fingers
     assert (found & ~between).sum() < 0.02 * hand.sum()
@@ -117,9 +117,57 @@ def test_fingers_of_another_gesture_belong_to_the_old_hand_to_their_nails():
     cv2.rectangle(arm, (50, 106), (66, 127), 1, -1)
     picture[regions.silhouette(points, np.full(20, 3.0), (128, 128)) | (finger > 0) | (arm > 0)] = (220, 170, 140)
     picture[nail > 0] = (250, 225, 220)
-    found = regions.old_hand(picture, points)
+    found, _ = regions.old_hand(picture, points)
     assert found[finger > 0].mean() > 0.9 and found[nail > 0].mean() > 0.5  # the mask is wider still
     assert found[arm > 0].mean() < 0.1
+
+
+def test_a_wall_stays_a_wall_where_the_old_hand_was(rest):
+    """Neither the arm nor another hand nor the mixed colours at the old hand's border run into it."""
+    y, x = np.mgrid[:256, :256] / 255.0
+    wall = np.stack([90 + 30 * x, 120 + 20 * y, 190 - 25 * x * y], -1)
+    seen = placed(np.array([60.0, 40, 190, 190]), "right", "spread_fingers", rest)
+    other = placed(np.array([200.0, 60, 256, 130]), "left", "fist", rest)
+    skin = np.zeros((256, 256), np.uint8)
+    for one, thick in ((seen, 7.0), (other, 6.0)):
+        skin |= regions.silhouette(one.hand.joints_2d, np.full(20, thick), (256, 256))
+    wrist = seen.hand.joints_2d[0].round().astype(int)
+    cv2.rectangle(skin, (int(wrist[0]) - 16, int(wrist[1]) - 8), (int(wrist[0]) + 16, 255), 1, -1)
+    cover = cv2.GaussianBlur(skin.astype(np.float32), (0, 0), 1.0)[..., None]
+    picture = (wall * (1 - cover) + cover * (235, 190, 165) + 0.5).astype(np.uint8)
+    patch = plan(picture, seen, rest, (128, 128), others=[seen, other])
+    patch.new = patch.old & (regions.along(patch.points + 200, (128, 128)) > 9)  # no new hand
+    patch.mask = regions.dilate(patch.old, 8) & ~patch.kept
+    out = patch.paste(picture, patch.crop).astype(float)
+    fingers = (regions.along(seen.hand.joints_2d, (256, 256)) > 0.12) & (cover[..., 0] > 0.01) & patch.covered(picture)
+    assert fingers.sum() > 3000 and np.abs(out - wall)[fingers].max() < 6 and np.abs(out - wall)[fingers].mean() < 1.5
+
+
+def test_a_finger_fades_once_and_keeps_its_colour():
+    """With a bright nail, painted over another background than the picture has, and larger in the silhouette."""
+    ground, skin, nail = np.array([200.0, 60, 160]), np.array([150.0, 105, 80]), np.array([215.0, 170, 155])
+    drawn, tip = np.zeros((96, 96), np.uint8), np.zeros((96, 96), np.uint8)
+    cv2.line(drawn, (48, 95), (48, 40), 1, 9)
+    cv2.circle(tip, (48, 40), 2, 1, -1)
+    cover, light = (cv2.GaussianBlur(one.astype(np.float32), (0, 0), 0.9)[..., None] for one in (drawn, tip))
+    painted = (ground * (1 - cover) + cover * (skin * (1 - light) + nail * light) + 0.5).astype(np.uint8)
+    alike = (np.abs(painted - skin).max(-1) < 30) & (np.random.default_rng(0).random((96, 96)) < 0.4)  # in tatters
+    colours, alpha = regions.matte(painted, regions.dilate(drawn > 0, 2), alike)
+    along = alpha[20:90, 48]
+    assert (np.diff(along) >= -0.03).all() and along[0] < 0.02 and along[-1] > 0.99 and along[25:].min() > 0.95
+    border = (cover[..., 0] > 0.2) & (cover[..., 0] < 0.8)
+    assert np.abs(colours - skin)[border & (np.mgrid[:96, :96][0] > 50)].max() < 30  # nothing of the ground
+
+
+def test_the_end_of_a_thumb_belongs_to_its_hand():
+    """Detectors see a tip before its end: the end does not belong to the hand that it touches."""
+    one = square(40) + np.array([10, 20])
+    other = one + np.array([60.0, 0])
+    one[4] = (58, 50)  # the thumb, which ends at 66
+    one[3] = (40, 50)
+    other[1:5] = other[0]
+    other[5:] = np.array([70.0, 50]) + np.arange(16)[:, None] * (0, 0.5)
+    assert not regions.nearer(one, [other], (100, 120))[50, 50:66].any()
 
 
 class Eyes:
@@ -190,8 +238,8 @@ def test_unsure_and_tiny_hands_stay(rest):
     assert choose([unsure], Wish(), (200, 200), rest)[0] == []
     assert "20% sure" in choose([unsure], Wish(), (200, 200), rest)[1][0]
     assert len(choose([unsure], Wish(every=True), (200, 200), rest)[0]) == 1
-    shaped = choose([unsure], Wish(gesture="open_hand"), (200, 200), rest)[0][0]
-    assert shaped.gesture == "open_hand"
+    (shaped,), said = choose([unsure], Wish(gesture="open_hand"), (200, 200), rest)
+    assert shaped.gesture == "open_hand" and "may lie otherwise" in said[0]
     small = placed(np.array([10.0, 10, 18, 18]), "left", "fist", rest)
     assert "smaller than" in choose([small], Wish(), (200, 200), rest)[1][0]
     outside = placed(np.array([300.0, 300, 400, 400]), "left", "fist", rest)

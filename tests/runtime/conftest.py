@@ -61,9 +61,14 @@ def step_graph(name: str, state: str, shape: str, K: int, extra: str, constants:
 
 
 def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]:
-    """All graphs; latents are h x w, pictures 4h x 4w. "h" and "w" are free sizes. inpaints: the UNet reads a mask and
-    masked latents."""
+    """All graphs; latents are h x w, pictures 4h x 4w. "h" and "w" are free sizes; prompts then have any length, too.
+    inpaints: the UNet reads a mask and masked latents."""
     free = isinstance(h, str) or isinstance(w, str)
+    L, masked, heard = 78, "", "h = Identity (own)"
+    if free:
+        L, masked = "L", "int64[B,2,77] attention_mask, "
+        heard = "m = Cast <to = 1> (attention_mask) h = Mul (own, m)"
+    heard += " a = ReduceMean <keepdims = 1> (h, last) s = Add (own, a)"  # each token reads those that count
     H, W = ("H", "W") if free else (4 * h, 4 * w)
     span, spanned = "", "visibility = Identity (shown)"
     if free:
@@ -147,13 +152,15 @@ def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]
         }}""",
         # No rotations: a configuration without that cue.
         "text_hand_encoder": HEADER
-        + """text_hand_encoder (int64[B,2,77] input_ids, float[B,2,21,2] joints, float[B,2,3] bps,
-            float[B,2] visibility) => (float[B,2,77,3] context)
-        <int64[1] last = {-1}, int64[4] three = {1, 1, 1, 3}, int64[3] axes = {1, 2, 3}, int64[2] axes2 = {1, 2},
-         int64[1] axes1 = {1}>
-        {
+        + f"""text_hand_encoder (int64[B,2,77] input_ids, {masked}float[B,2,21,2] joints, float[B,2,3] bps,
+            float[B,2] visibility) => (float[B,2,78,3] context)
+        <int64[1] last = {{-1}}, int64[4] three = {{1, 1, 1, 3}}, int64[3] axes = {{1, 2, 3}},
+         int64[2] axes2 = {{1, 2}}, int64[1] axes1 = {{1}},
+         float[1,2,1,3] ones = {{{", ".join(["8"] * 6)}}}>
+        {{
             f = Cast <to = 1> (input_ids)
-            s = Sin (f)
+            own = Sin (f)
+            {heard}
             t = Unsqueeze (s, last)
             wide = Tile (t, three)
             j = ReduceMean <keepdims = 1> (joints, axes)
@@ -162,12 +169,14 @@ def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]
             v_ = ReduceMean <keepdims = 1> (visibility, axes1)
             v1 = Unsqueeze (v_, last)
             v = Unsqueeze (v1, last)
-            context = Sum (wide, j, k, v)
-        }""",
+            hands = Sum (j, k, v)
+            token = Mul (hands, ones)
+            context = Concat <axis = 2> (wide, token)
+        }}""",
         "unet_context": HEADER
-        + """unet_context (float[B,2,77,3] context) => (float[B,2,77,3] key_00, float[B,2,77,3] value_00)
-        { key_00 = Sin (context)
-          value_00 = Cos (context) }""",
+        + f"""unet_context (float[B,2,{L},3] context) => (float[B,2,{L},3] key_00, float[B,2,{L},3] value_00)
+        {{ key_00 = Sin (context)
+          value_00 = Cos (context) }}""",
         "unet_time": HEADER
         + """unet_time (float[S] timesteps) => (float[S,2] time)
         <int64[1] last = {-1}, int64[2] two = {1, 2}>
@@ -179,7 +188,7 @@ def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]
             "latents",
             f"B,4,{h},{w}",
             HISTORY["unet"],
-            f"float[B,2] time, {pictures}float[B,G,77,3] key_00, float[B,G,77,3] value_00",
+            f"float[B,2] time, {pictures}float[B,G,{L},3] key_00, float[B,G,{L},3] value_00",
             "int64[2] axes = {2, 3}, int64[3] all = {1, 2, 3}, int64[1] start = {0}, int64[1] end = {-1}",
             unet,
         ),
@@ -251,7 +260,8 @@ def write_tokenizer(path: Path) -> dict[str, int]:
 def write_bundle(
     folder: Path, latent: tuple[int, int] = (8, 8), inpaints: bool = False, any_size: bool = False
 ) -> Path:
-    """Writes the bundle into `folder` and returns it. any_size: sides may be any multiple of 8 pixels."""
+    """Writes the bundle into `folder` and returns it. any_size: sides may be any multiple of 8 pixels, and prompts
+    have any length."""
     folder.mkdir(parents=True, exist_ok=True)
     specs = {}
     for name, text in graphs(*(("h", "w") if any_size else latent), inpaints).items():

@@ -597,3 +597,30 @@ def test_cancelled_between_two_steps(device_loop, toy_bundle):
         assert n > 3 or left
         kept = {result.id: result for result in results if result.id not in left}
         same(kept, {name: whole[name] for name in kept}, levels=1)
+
+
+@pytest.mark.parametrize("any_length", [True, False])
+def test_weights_of_prompts_are_those_of_the_host(device_loop, request, any_length):
+    """In a batch with plain ones, with more rows to read than slots; a weight below 1 needs a bundle of today."""
+    folder = request.getfixturevalue("sized_bundle" if any_length else "toy_bundle")
+    texts = ["a fist", "a (fist:1.4)", "[a] (b:0.3) [[c]] (d:-1)", "two hands", "a (b)"]
+    asked = [Request(text, negative_prompt=("", "(x:1.5)")[i % 2], seed=i) for i, text in enumerate(texts)]
+    loop = device_loop(folder)
+    requests = prepared(loop, asked)
+    results, _ = run(loop, requests)
+    same(results, {r.id: r for r in loop.pipeline.run(requests)}, levels=1)
+    assert len({result.image.tobytes() for result in results.values()}) == len(texts)
+
+
+def test_a_prompt_of_several_chunks_is_refused_or_cut(device_loop, sized_bundle):
+    loop = device_loop(sized_bundle)
+    loop.pipeline.bundle.reader.engine_chunks = 1
+    said = "prompt must fit into 1 chunk of 75 tokens with these engines, got 90 tokens in 2 chunks. Shorten it, or set"
+    assert said in loop.pipeline.prepare([Request("a" * 90)])[1][0].sentence
+    requests = prepared(loop, [Request("a" * 90, plain_prompts=True), Request("a fist")])
+    long = replace(requests[1], prompt="a" * 90, id="long")  # as a server sends it, which does not know the engines
+    results, _ = run(loop, [*requests, long])
+    assert said in results["long"].sentence and isinstance(results["long"], Failure)
+    assert results[requests[0].id].image.shape == (32, 32, 3)
+    (hands,) = loop.hands([long])
+    assert isinstance(hands, dict), "stage 1 reads the first chunk"

@@ -7,9 +7,7 @@ import json
 import pytest
 from handiffuser import BundleError
 from handiffuser.grammar import words_of
-from handiffuser.runtime.bundle import Bundle
-from handiffuser.runtime.requests import Request
-from handiffuser.tokens import PromptTokenizer, marks
+from handiffuser.tokens import PromptTokenizer
 from tokenizers import AddedToken, Tokenizer
 
 
@@ -84,21 +82,3 @@ def test_a_placeholder_of_several_vectors(tmp_path, toy_bundle, special):
     latents = pytest.importorskip("handiffuser.data.latents")
     for prompt in ("<cat> <dog>", "<cat>" * 30, "a <Cat> fist"):
         assert latents.encode_prompts([prompt], raw, special)[0].tolist() == tokenizer.encode(prompt)[0].tolist()
-
-
-@pytest.mark.parametrize(
-    ("prompt", "mark"),
-    [
-        ("a (red:1.3) fist", "(red:1.3)"),
-        ("a (red sky: .8), hands", "(red sky: .8)"),
-        ("a [red] fist", "[red]"),
-        ("a fist BREAK a cat", "BREAK"),
-        ("a fist (left), at 10:30, BREAKFAST, a break", ""),
-        ("", ""),
-    ],
-)
-def test_marks_of_other_programs(prompt, mark, toy_bundle):
-    """They have no meaning here, and a picture says so."""
-    assert marks(prompt) == mark
-    said = Bundle.load(toy_bundle).tokens(Request("a fist", negative_prompt=prompt))[1]
-    assert bool(mark) == any("which is read as plain text" in sentence for sentence in said)

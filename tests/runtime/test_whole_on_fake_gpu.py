@@ -7,6 +7,7 @@ and `fake_tensorrt.py`.
 from __future__ import annotations
 
 import gc
+import mmap
 import re
 import shutil
 import sys
@@ -80,11 +81,21 @@ def test_pictures_are_those_of_the_cpu(toy_engines, gpu, trt, tmp_path, extra, c
 
 
 @pytest.mark.parametrize("kind", ["--dynamic", "--shared-weights"])
-def test_one_plan_for_several_sizes(toy_bundle, gpu, trt, tmp_path, kind):
+def test_one_plan_for_several_sizes(toy_bundle, gpu, trt, tmp_path, kind, monkeypatch):
+    """It is hashed once, and mapped, not copied into the process."""
     folder = built(toy_bundle, tmp_path / "toy", "--batch-sizes", "1,2,4", kind)
+    read, mapped = PlanStore.read, []
+
+    def noted(store, plan):
+        content = read(store, plan)
+        mapped.append((plan.key, isinstance(content.obj, mmap.mmap)))
+        return content
+
+    monkeypatch.setattr(PlanStore, "read", noted)
     assert hd_run(folder, tmp_path / "gpu", "--backend", "tensorrt-rtx") == (0, "")
     assert hd_run(folder, tmp_path / "cpu", "--device", "cpu") == (0, "")
     same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+    assert len({key for key, _ in mapped}) == len(mapped) > 5 and all(is_mapped for _, is_mapped in mapped)
 
 
 @pytest.mark.parametrize("kind", [(), ("--shared-weights",), ("--dynamic",)])
@@ -198,6 +209,15 @@ def test_eight_bits_are_faster_or_refused(in_eight_bits, gpu, trt, monkeypatch, 
     times["unet in fp8", 4] = 9.5e-3
     with pytest.raises(EngineError, match=r"fp8 is not faster than fp16 on this GPU at B=4,G=2: .* 9\.50 ms a step"):
         build(eight, "--faster-than", half)
+    assert "Building again with convolutions in half precision" in capsys.readouterr().err
+    products = '"eight_bits": "products"'
+    assert any(products in plan.parts["options"] for plan in PlanStore(eight))
+    times["unet in fp8", 4] = 8e-3  # without convolutions
+    assert build(eight, "--faster-than", half) == 0
+    assert "8.00 ms a step in fp8 against 9.00" in capsys.readouterr().err
+    with pytest.raises(EngineError, match="--eight-bits is an option of fp8 and int8, got --precision fp16"):
+        build(half, "--eight-bits", "products")
+    times["unet in fp8", 4] = 9.5e-3
     # In one folder, exported again in another precision, the plans from before are what it is compared with.
     for file in half.glob("*.*"):
         shutil.copy(eight / file.name, file)

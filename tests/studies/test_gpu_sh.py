@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import gpu
 import gpu_floor
+import gpu_plans
+import gpu_profile
 import gpu_variants
 import pytest
 from click.testing import CliRunner
@@ -76,7 +79,7 @@ def test_an_act_leaves_for_its_next_call_what_does_not_fit(tmp_path):
 @pytest.mark.parametrize("act", ["a", "b"])
 def test_the_steps_of_an_act(tmp_path, act):
     """What tells most comes first, each need is there, and what must be run fits into the time."""
-    found = gpu.act_steps(act, tmp_path, tmp_path, False, on_gpu=True)
+    found = gpu.act_steps(act, tmp_path, tmp_path, False, on_gpu=True, planned=("tensorrt",))
     names = [step.name for step in found]
     assert len(set(names)) == len(names)
     for number, step in enumerate(found):
@@ -84,6 +87,7 @@ def test_the_steps_of_an_act(tmp_path, act):
     first = ("machine", "floor-libraries") if act == "a" else ("variant-weights", "variant-unet-1-bundle")
     assert tuple(names[:2]) == first
     assert names[-1] in ("floor-decide", "variant-table")
+    assert (act == "b") == ("plan-unet-tensorrt-build" in names)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +105,53 @@ def test_what_the_variants_mean():
     said = " ".join(gpu_variants.decide([line("bundle", 16.0), line("derived", 8.0), line("derived-bias", 7.0)]))
     assert "2.00 times" in said and "options of derived-bias the default" in said and "out again" not in said
     assert "out again" in " ".join(gpu_variants.decide([line("bundle", 7.0), line("derived", 8.0)]))
+
+
+def test_what_a_recording_of_kernels_says():
+    """Of a trace as torch.profiler writes it: two streams, a copy, work of the host that does not count."""
+    names = ("sm90_xmma_fprop_implicit_gemm_f16f16", "void GroupNormNHWCScaleKernel<__half>", "Memcpy DtoD")
+    events = [
+        {"ph": "X", "cat": "kernel", "name": names[0], "ts": 100.0, "dur": 40, "args": {"stream": 7}},
+        {"ph": "X", "cat": "kernel", "name": names[1], "ts": 120.0, "dur": 40, "args": {"stream": 8}},
+        {"ph": "X", "cat": "gpu_memcpy", "name": names[2], "ts": 280.0, "dur": 20},
+        {"ph": "X", "cat": "kernel", "name": names[0], "ts": 200.0, "dur": 40},
+        {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 90.0, "dur": 5},
+        {"ph": "M", "name": "process_name"},
+    ]
+    found = gpu_profile.summary(gpu_profile.kernels_of({"traceEvents": events}), runs=2)
+    assert (found["count"], found["busy_ms"], found["wall_ms"]) == (2.0, 0.06, 0.1)
+    assert found["kernels"][0] == {"name": names[0], "count": 1.0, "ms": 0.04}
+    assert {row["name"]: row["ms"] for row in found["kinds"]} == {"convolution": 0.04, "norm": 0.02, "layout": 0.01}
+    said = gpu_profile.text("unet", "derived", found)
+    assert (
+        "2 kernels, 0.06 ms of kernels in 0.10 ms a run; the GPU is idle for 40 %" in said[0] and "captured" in said[1]
+    )
+    assert "no kernels were recorded" in gpu_profile.text("unet", "derived", gpu_profile.summary([], 2))[0]
+
+
+def test_a_plan_is_timed_beside_the_graph(toy_bundle, tmp_path, monkeypatch):
+    """By the clock of a GPU that is not there, from a captured graph, with outputs that are compared."""
+    pytest.importorskip("cuda.bindings.runtime")
+    pytest.importorskip("tensorrt_rtx")
+    from fake_runtime import FakeRuntime
+    from fake_tensorrt import FakeTensorRT
+
+    def invoke(commands, *words):
+        words = [*map(str, words), "--model", str(toy_bundle)]
+        return CliRunner().invoke(commands, words)
+
+    fake = FakeRuntime(seed=1).install(monkeypatch)
+    trt = FakeTensorRT(fake).install(monkeypatch)
+    trt.seconds = lambda name, rows: 3e-3
+    assert gpu_plans.runs_here("tensorrt-rtx")
+    done = invoke(gpu_variants.commands, "run", tmp_path, "unet", "bundle", "--quick")
+    assert done.exit_code == 0, done.output
+    for command in ("build", "run"):
+        done = invoke(gpu_plans.commands, command, tmp_path, "unet", "tensorrt-rtx")
+        assert done.exit_code == 0, (done.output, done.exception)
+    line = json.loads(done.output)
+    assert line["ms"] == pytest.approx(3.0, rel=0.01) and line["error"] < 1e-5 and not fake.problems
+    assert trt.runs["unet"] == 2 and not fake.live()
 
 
 @pytest.mark.slow
@@ -121,6 +172,7 @@ def test_the_acts_run_whole_on_a_cpu(tmp_path):
         logs = "\n".join(path.read_text() for path in (tmp_path / "out").glob("*.txt"))
         assert done.returncode == 0, done.stderr + logs
     assert "A CPU decides nothing" in done.stdout and "derived-all" in done.stdout
+    assert "image_decoder (derived): no kernels were recorded" in logs
 
 
 def test_a_step_that_hangs_is_ended_with_all_it_started(tmp_path):
