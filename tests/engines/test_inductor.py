@@ -393,8 +393,8 @@ def test_what_is_compiled_is_found_by_device_and_version(sized_bundle, tmp_path)
     compiled = find_compiled(tmp_path, manifest, Here(torch.__version__.partition("+")[0], True), "cuda")
     assert compiled.sizes == {own, (24, 40)} and set(compiled.weights) == set(PICTURES)
     assert compiled.batches(manifest, (24, 40)) == compiled.batches(manifest, own, 1) == [1, 4]
-    assert compiled.plan("unet", manifest, (24, 40), 4, 1).parts["sizes"] == "B=4,G=1,h=6,w=10,L=77"
-    assert compiled.plan("unet", manifest, (24, 40), 4, 1).shown(manifest) == "B=4,G=1,L=77 40x24"
+    assert compiled.plan("unet", manifest, (24, 40), 4, 1).parts["sizes"] == "B=4,G=1,h=6,w=10,L=78"
+    assert compiled.plan("unet", manifest, (24, 40), 4, 1).shown(manifest) == "B=4,G=1,L=78 40x24"
     assert compiled.weights["unet"].shown(manifest) == "weights"
 
 
