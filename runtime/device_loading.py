@@ -29,6 +29,7 @@ def load_device_loop(
     Raises EngineError without a GPU, without the backend, or without engines for them.
     """
     cuda, manifest = Cuda(), bundle.manifest
+    bundle.adapts = False
     check_gpu(manifest, cuda)
     streams = Streams.make(cuda, overlap)
     found: DeviceEngines = (
