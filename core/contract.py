@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -75,6 +76,7 @@ GRAPHS = (
 )
 IMAGE_ENCODER = "image_encoder"  # the graph that a bundle may lack
 ALL_GRAPHS = (*GRAPHS, IMAGE_ENCODER)
+PICTURES = ("unet", "image_decoder", IMAGE_ENCODER)  # graphs whose tensors have the sides of a picture
 
 # K, the history tensors of exported step graphs: 4 lets the UNet run every solver (PLMS needs them), 1 the hand prior
 # all others.
@@ -97,6 +99,7 @@ def row_columns(num_history: int) -> tuple[str, ...]:
 BRANCHES = "G"
 # The free axes of pictures: height and width of latents, then of images in pixels.
 SIDES = ("h", "w", "H", "W")
+Size = tuple[int, int]  # height and width of a picture in pixels
 # The free axis of tensors with an entry for each token of the context.
 CONTEXT = "L"
 MAX_CHUNKS = 16  # of a prompt; each has at most 75 tokens of it
@@ -311,12 +314,12 @@ class Manifest:
                         f"has {tensor}."
                     )
 
-    def latents_at(self, size: tuple[int, int]) -> tuple[int, int, int]:
+    def latents_at(self, size: Size) -> tuple[int, int, int]:
         """The latents' channels, height and width for a picture of this height and width in pixels."""
         (H, W), (channels, h, w) = self.image_size, self.latent_size
         return channels, size[0] * h // H, size[1] * w // W
 
-    def sides(self, size: tuple[int, int] | None = None) -> dict[str, int]:
+    def sides(self, size: Size | None = None) -> dict[str, int]:
         """The sizes of the axes in SIDES for a picture of this height and width; None: the bundle's own. And of CONTEXT
         for a prompt of one chunk."""
         size = size or self.image_size
@@ -329,9 +332,27 @@ class Manifest:
         """Whether the graphs read prompts of more than one chunk."""
         return CONTEXT in self.graphs["unet"].free
 
-    def fixed(self) -> Manifest:
-        """The same bundle for pictures of its own size and prompts of one chunk: no graph has a free side."""
-        sides = self.sides()
+    def size_at(self, sides: Mapping[str, int]) -> Size:
+        """The inverse of `sides`, from the sides of latents or of the image; without them the bundle's own size."""
+        if "H" in sides:
+            return sides["H"], sides["W"]
+        if "h" not in sides:
+            return self.image_size
+        (H, W), (_, h, w) = self.image_size, self.latent_size
+        return sides["h"] * H // h, sides["w"] * W // w
+
+    def nearest(self, size: Size) -> Size:
+        """The nearest height and width that the graphs take."""
+        multiple = self.size_multiple
+        if not multiple:
+            return self.image_size
+        height, width = (min(max(round(n / multiple), 1), MAX_SIDE // multiple) * multiple for n in size)
+        return height, width
+
+    def fixed(self, size: Size | None = None) -> Manifest:
+        """The same bundle for pictures of one height and width, by default its own, and prompts of one chunk:
+        no graph has a free side."""
+        sides = self.sides(size)
         return replace(self, graphs={name: graph.at(sides) for name, graph in self.graphs.items()})
 
     @property
@@ -357,6 +378,22 @@ class Manifest:
                 yield f"{folder / name} is missing."
             elif file_digest(folder / name) != digest:
                 yield f"{folder / name} is damaged: its SHA-256 differs from the manifest's."
+
+
+def read_size(text: str) -> Size:
+    """Height and width of a size as `shown_size` writes it."""
+    width, height = map(int, text.split("x"))
+    return height, width
+
+
+def shown_size(size: Size) -> str:
+    """Height and width as a request says them: "512x768" for 768 rows of 512 pixels."""
+    return f"{size[1]}x{size[0]}"
+
+
+def apart(one: Size, other: Size) -> float:
+    """How far two sizes are from each other: by the ratios of their sides."""
+    return math.hypot(*(math.log(a / b) for a, b in zip(one, other, strict=True)))
 
 
 def _not_a_folder(file: Path) -> str:

@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 
 from .. import grammar
-from ..contract import IMAGE_ENCODER, MAX_SIDE, ROW_HEAD, TOKENIZER, WEIGHTS, Manifest
+from ..contract import (
+    IMAGE_ENCODER,
+    MAX_SIDE,
+    ROW_HEAD,
+    TOKENIZER,
+    WEIGHTS,
+    Manifest,
+    Size,
+    apart,
+    read_size,
+    shown_size,
+)
 from ..engines.adapted import Chosen, changes
 from ..errors import BundleError, CheckpointError, RequestError
 from ..hands import Hands, hand_arrays, keep_camera, load_hands
@@ -26,7 +37,7 @@ from .noise import HANDS, LATENTS
 from .reading import PROMPTS, Reader
 from .requests import Request, adapters_of
 from .results import Failure, Picture, Work
-from .room import Room, Size, read, shown
+from .room import Room
 
 WIDE = 2  # spans from which the positions of the left edge and of the right look alike
 TABLES = 64  # schedules in a cache
@@ -60,6 +71,7 @@ class Bundle:
         self.inpaints = any(tensor.name == "masked_latents" for tensor in manifest.graphs["unet"].inputs)
         self._canvases: dict[tuple[Any, ...], Canvas] = {}  # hashes of picture and mask, size -> both, read
         self.engine_sizes: frozenset[Size] | None = None  # that the engines were built for; None: any
+        self.build_sizes = ""  # the command that builds engines for another size
         self.room = Room(manifest)
         self.folder: Path | None = None
         # Adapters that all pictures have, because their weights were merged when the engines were loaded.
@@ -101,26 +113,28 @@ class Bundle:
         own, multiple = self.manifest.image_size, self.manifest.size_multiple
         if request.size is None:
             return own
-        size = read(request.size)
+        size = read_size(request.size)
         if size == own:
             return own
         if not multiple:
             raise RequestError(
-                f"size must be {shown(own)} for this bundle, got {request.size}. To paint any size, export it again: "
-                "hd-export CHECKPOINT OUT.",
+                f"size must be {shown_size(own)} for this bundle, got {request.size}. To paint any size, export it "
+                "again: hd-export CHECKPOINT OUT.",
                 "size",
             )
         if self.engine_sizes is not None and size not in self.engine_sizes:
+            near = min(sorted(self.engine_sizes), key=lambda one: apart(one, size))
             raise RequestError(
-                f"size must be {' or '.join(map(shown, sorted(self.engine_sizes)))} with these engines, got "
-                f"{request.size}. --device cpu paints any size.",
+                f"size must be {' or '.join(map(shown_size, sorted(self.engine_sizes)))} with these engines, got "
+                f"{request.size}. The nearest is {shown_size(near)}. Or build for it: "
+                f"{self.build_sizes} {request.size}.",
                 "size",
             )
-        near = tuple(min(max(round(side / multiple), 1), MAX_SIDE // multiple) * multiple for side in size)
+        near = self.manifest.nearest(size)
         if size != near:
             raise RequestError(
                 f"size must be multiples of {multiple} up to {MAX_SIDE} pixels, got {request.size}. The nearest is "
-                f"{shown(near)}.",  # type: ignore[arg-type]
+                f"{shown_size(near)}.",
                 "size",
             )
         return size
@@ -196,7 +210,7 @@ class Bundle:
         if said := grammar.sentence(new, uses, self._words):
             warnings.append(said)
         if self.span(request) >= WIDE:
-            own = shown(self.manifest.image_size)
+            own = shown_size(self.manifest.image_size)
             warnings.append(f"The picture is more than {WIDE} times as wide as {own}. Hands may show up at both sides.")
         return (readings[0], readings[1]), warnings + _idle(request)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..contract import IMAGE_ENCODER, NUM_PARAMS
+from ..contract import IMAGE_ENCODER, NUM_PARAMS, Size
 from ..engines import Engine
 from ..engines.adapted import Chosen
 from ..errors import HanDiffuserError, RequestError
@@ -30,7 +30,6 @@ from .canvas import Blend, digest
 from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
-from .room import Size
 from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
 from .words import Key, Wanted, chunks_of, is_plain
