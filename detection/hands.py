@@ -35,10 +35,8 @@ LOOK, LOOKED_AT = (
     2.2,
     (190, 190),
 )  # a crop to look at again: boxes of the hand, and pixels, too few to be searched in parts
-ASIDE, UNSEEN = (
-    0.5,
-    0.5,
-)  # sizes of the hand: another hand is farther away; looks of which one sees no hand are so apart
+ASIDE = 0.5  # sizes of the hand: another hand is farther away
+UNSEEN = 0.5  # sizes of the hand: two looks are so far apart where one of them sees nothing
 FIRST, TOLD = 0.5, 3.0  # what the first look counts beside those from near, and a look that sees the side a person says
 MIN_HAND_PIXELS = 40  # pixels of a painted picture: smaller hands are brought nearer
 NEAR = 1.6  # a window that brings hands nearer, times their box
