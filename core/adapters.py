@@ -27,6 +27,7 @@ from typing import Annotated, Any, NoReturn, TypedDict
 import numpy as np
 from msgspec import Meta
 
+from .adapter_kinds import BASE, INIT, KINDS, MERGE, NAMED
 from .errors import CheckpointError
 from .schema import TRUTH, MisfitError, fit, listed, parse_json, read_json, shown, whole
 from .tensors import TensorFile
@@ -56,58 +57,6 @@ _KEY = re.compile(
 )
 _SLOTS = {"A": "down", "B": "up", "down": "down", "up": "up"}
 
-_MERGE = (
-    "Merge it into its Stable Diffusion weights with the program that trained it and run hd-train init on the result, "
-    "or take a plain LoRA."
-)
-_BASE = "Take an adapter that was trained for this checkpoint's kind of model, Stable Diffusion 1.x or 2.x."
-_INIT = "Give --lora an adapter; a Stable Diffusion folder becomes a checkpoint with hd-train init."
-# Pattern of a key -> the kind of file, and the way out. The first match counts.
-KINDS = tuple(
-    (re.compile(pattern), kind, advice)
-    for pattern, kind, advice in (
-        (r"\.hada_", "a LoHa adapter", _MERGE),
-        (r"\.lokr_", "a LoKr adapter", _MERGE),
-        (r"\bb?oft_", "an OFT adapter", _MERGE),
-        (r"\.dora_scale$|lora_magnitude_vector", "a DoRA adapter", _MERGE),
-        (r"\.lora_mid\.", "a LoCon adapter with Tucker decomposition", _MERGE),
-        (r"\.on_input$|\.ia3_l", "an (IA)3 adapter", _MERGE),
-        (r"\.[ab][12]\.weight$", "a GLoRA adapter", _MERGE),
-        (r"\.vera_lambda", "a VeRA adapter", _MERGE),
-        (r"\.lora_E\b|\.ranknum\b", "an AdaLoRA adapter", _MERGE),
-        (r"\.(diff|diff_b|w_norm|b_norm)$", "a LyCORIS adapter with whole weights", _MERGE),
-        (r"lora_controlnet|^control_model\.|controlnet_|input_hint_block", "a ControlNet", _INIT),
-        (r"^ip_adapter\.|^image_proj\.|\.to_[kv]_ip\.", "an IP-Adapter", _INIT),
-        (r"motion_modules", "a motion module", _INIT),
-        (r"single_transformer_blocks|(single|double)_blocks", "an adapter for Flux", _BASE),
-        (r"joint_blocks|^lora_te3_|^text_encoder_3\.", "an adapter for Stable Diffusion 3", _BASE),
-        (r"^lora_te2_|^text_encoder_2\.|add_embedding|label_emb", "an adapter for SDXL", _BASE),
-        (
-            r"(attentions|put_blocks_\d+|middle_block)[._]\d+[._]transformer_blocks[._][1-9]",
-            "an adapter for SDXL",
-            _BASE,
-        ),
-        (r"^(lora_)?transformer[._]", "an adapter for a transformer, such as Flux or Stable Diffusion 3", _BASE),
-        (r"^diffusion_model\.(?!input_blocks|middle_block|output_blocks)", "an adapter for a transformer", _BASE),
-        (
-            r"^emb_params$|^clip_[lg]$|^<.+>$|^string_to_param",
-            "a textual inversion",
-            "Give it to hd-train init --embedding.",
-        ),
-        (r"^model\.diffusion_model\.", "a whole checkpoint in one file", _INIT),
-        (r"^first_stage_model\.|^(encoder|decoder)\.(conv_in|mid|down|up)|^(post_)?quant_conv\.", "a VAE", _INIT),
-        (r"text_model\.(embeddings|final_layer_norm)\.|^cond_stage_model\.", "a text encoder", _INIT),
-        (r"^(unet\.)?(conv_in|conv_norm_out|time_embedding\.linear_1)\.(weight|bias)$", "a UNet", _INIT),
-    )
-)
-# Pattern of the model's name in the header of kohya's and Stability's files -> kind of adapter.
-NAMED = {
-    "xl": "an adapter for SDXL",
-    "flux": "an adapter for Flux",
-    "(sd|diffusion-)3": "an adapter for Stable Diffusion 3",
-    "v2": "an adapter for Stable Diffusion 2.x",
-    "v1": "an adapter for Stable Diffusion 1.x",
-}
 WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}  # of cross-attention's input
 
 MAX_SCALE = 10
@@ -386,11 +335,11 @@ def _refuse(path: Path, unknown: list[str], shapes: Shapes, header: Mapping[str,
             raise CheckpointError(
                 f"{path} is a textual inversion, which is not merged here. Give it to hd-train init --embedding."
             )
-        raise CheckpointError(f"{path} must hold a LoRA, got {listed(unknown)}. {_INIT}")
+        raise CheckpointError(f"{path} must hold a LoRA, got {listed(unknown)}. {INIT}")
     kind = _named(header)
     raise CheckpointError(
         f"{path} {f'is {kind} and ' if kind else ''}does not fit this model, which lacks layers for "
-        f"{listed(unknown)}. {_BASE}"
+        f"{listed(unknown)}. {BASE}"
     )
 
 
@@ -500,16 +449,16 @@ def _strength(path: Path, config: dict[str, Any]) -> Strength | None:
     rest = {key: value for key, value in config.items() if key not in NO_SAY and key not in Strength.__annotations__}
     other = [key for key, value in rest.items() if value]
     if config.get("use_dora"):
-        raise CheckpointError(f"{path} must be a LoRA, got a DoRA adapter. {_MERGE}")
+        raise CheckpointError(f"{path} must be a LoRA, got a DoRA adapter. {MERGE}")
     if str(kind).upper() not in ("LORA", "PEFTTYPE.LORA"):
-        raise CheckpointError(f"{path} must be a LoRA, got an adapter of the kind {shown(kind)}. {_MERGE}")
+        raise CheckpointError(f"{path} must be a LoRA, got an adapter of the kind {shown(kind)}. {MERGE}")
     if isinstance(start, str) and start.lower().startswith(MOVES):
         raise CheckpointError(
             f"{path} must be a plain LoRA, got {shown(start)}, which also changes the weights under it. Convert it "
             "with peft (path_initial_model_for_weight_conversion) and save it again."
         )
     if other:
-        raise CheckpointError(f"{path} must be a plain LoRA, got one with {listed(other)}. {_MERGE}")
+        raise CheckpointError(f"{path} must be a plain LoRA, got one with {listed(other)}. {MERGE}")
     try:
         said = {key: value for key, value in config.items() if key in Strength.__annotations__ and value is not None}
         return fit({**DEFAULTS, **said}, Strength)

@@ -83,6 +83,10 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
             yield image
     except MisfitError:
         raise
+    except Image.DecompressionBombError:
+        raise MisfitError(
+            f"Its picture must have at most {MAX_PIXELS / 1e6:.0f} million pixels, got twice as many. Make it smaller."
+        ) from None
     except Exception as error:  # Pillow raises many kinds
         if isinstance(error, UnidentifiedImageError) and (brand := _brand(content)):
             raise MisfitError(HEIC.format(brand)) from None

@@ -10,7 +10,7 @@ RequestFields here, and use `request.<name>` where it acts. Tests hold all of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
@@ -193,6 +193,7 @@ class Settings(TypedDict, total=False):
     hands: Any
     image: Any
     mask: Any
+    lora: str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ class RequestFields:
     strength: float | None = None
     size: str | None = None
     plain_prompts: bool = False
+    lora: Any = None  # FILE[:SCALE] of each adapter; a tuple once it is checked
 
 
 _TEXT = Setting(str, "").annotation
@@ -233,12 +235,18 @@ GIVEN = {
     "image": _PICTURE,
     "mask": _PICTURE,
 }
+MAX_ADAPTERS = 16
+LORA = Annotated[
+    tuple[Annotated[str, Meta(pattern=r"^[^\0]{1,4096}\Z")], ...],
+    Meta(min_length=1, max_length=MAX_ADAPTERS, description=f"FILE[:SCALE], or a list of 1 to {MAX_ADAPTERS} of them"),
+]
 
 
 @cache
 def checked() -> type[msgspec.Struct]:
     """What a request may be, for `schema.fit`: a struct with the fields of RequestFields."""
     kinds: dict[str, Any] = {"prompt": _TEXT, **{name: Annotated[str, meta] | None for name, meta in GIVEN.items()}}
+    kinds["lora"] = LORA | None
     for name, setting in SETTINGS.items():
         optional = setting.bundle or setting.default is None
         kinds[name] = setting.annotation | None if optional else setting.annotation

@@ -50,7 +50,7 @@ class TensorFile:
                 raise MisfitError("its header is longer than the file")
             header = parse_json(file.read(length))
         if not isinstance(header, dict):
-            raise MisfitError("its header is no object")
+            raise MisfitError("its header must be an object")
         self.metadata: dict[str, str] = fit(header.pop("__metadata__", None) or {}, dict[str, str])
         self._start = 8 + length
         self._entries = {name: self._entry(name, value, size - self._start) for name, value in header.items()}

@@ -73,7 +73,7 @@ class WeightMap:
 
 
 def written_as(value: np.ndarray, form: str) -> np.ndarray:
-    """A parameter in one of the first FORMS, all of which are linear."""
+    """A parameter in one of the first FORMS. They are linear maps."""
     if form == "plain":
         return value
     return value.T if form == "transposed" else phases(value)[int(form.removeprefix("taps_"))]

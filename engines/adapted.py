@@ -117,27 +117,36 @@ def adapted_bundle(folder: Path, adapters: Sequence[Chosen]) -> Path:
         with contextlib.suppress(OSError):
             os.utime(made)  # see `shrink`
         return made
-    weights, found = changes(folder, adapters)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
         shrink(cache, MAX_BYTES)
-        unfinished = cache / f".{made.name}.{os.getpid()}.{time.monotonic_ns()}"
-        try:
-            merge_into(unfinished, folder, manifest, weights, found)
-            shutil.rmtree(made, ignore_errors=True)  # a damaged one
-            with contextlib.suppress(FileExistsError):  # another process made it meanwhile
-                unfinished.rename(made)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
+    try:
+        return make_bundle(made, folder, adapters)
+    except EngineError as error:
         if _is_whole(made):  # another process was faster: a folder that is not empty keeps its name
             return made
+        raise EngineError(f"{error} Or set XDG_CACHE_HOME to another folder.") from error
+
+
+def make_bundle(out: Path, folder: Path, adapters: Sequence[Chosen]) -> Path:
+    """Writes a bundle with adapters to `out`, whole or not at all; replaces a folder there. Returns `out`.
+
+    Raises as `adapted_bundle` does.
+    """
+    manifest, (weights, found) = Manifest.load(folder, verify=False), changes(folder, adapters)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        merge_into(unfinished, folder, manifest, weights, found)
+        shutil.rmtree(out, ignore_errors=True)
+        unfinished.rename(out)
+    except OSError as error:
         why = "the disk is full" if error.errno in FULL else error.strerror or error
         raise EngineError(
-            f"The weights with {', '.join(one.path.name for one in adapters)} cannot be written to {cache}: {why}. "
-            "Make room there, or set XDG_CACHE_HOME to another folder."
+            f"The weights with {', '.join(one.path.name for one in adapters)} cannot be written to {out.parent}: "
+            f"{why}. Make room there."
         ) from error
-    return made
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return out
 
 
 def key_of(manifest: Manifest, adapters: Sequence[Chosen]) -> str:

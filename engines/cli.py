@@ -16,6 +16,7 @@ from ..commands import run
 from ..contract import EIGHT_BITS, Manifest
 from ..errors import EngineError
 from . import inspect, timing, verdict
+from .adapted import chosen, make_bundle, sentences
 from .backends import BACKENDS, GPU_PLANNED, PLANNED, runner
 from .build import choose_builder, fitting, gpu
 from .cost import costs
@@ -181,10 +182,11 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
     try:
         judge_on_gpu(folder, backend, faster_than)
     except timing.NotFasterError as slower:
-        if wanted.options.eight_bits is not None:
+        options = wanted.options or Options()
+        if options.eight_bits is not None:
             raise
         console.print(f"{slower} Building again with convolutions in half precision (--eight-bits products).")
-        wanted = replace(wanted, options=replace(wanted.options, eight_bits="products"))
+        wanted = replace(wanted, options=replace(options, eight_bits="products"))
         return build_with_progress(folder, backend, wanted, faster_than)
     return done
 
@@ -265,6 +267,28 @@ def build(folder: str, backend: str, **values) -> int:  # type: ignore[no-untype
     build_with_progress(path, resolve_backend(backend), wanted_of(values), values["faster_than"])
     if shipped.is_shipped(path):
         console.print(f"The demo's plans are in {PlanStore(path).folder}, not in the installed package.")
+    return 0
+
+
+@commands.command()
+@click.argument("folder")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--lora", multiple=True, required=True, metavar="FILE[:SCALE]",
+              help="An adapter (LoRA, .safetensors) to merge; repeatable.")  # fmt: skip
+def merge(folder: str, out: Path, lora: tuple[str, ...]) -> int:
+    """Writes the bundle FOLDER with adapters merged into its weights to OUT, in seconds and without PyTorch.
+
+    `hd-engines build OUT` then builds plans of it. Files that the adapters leave alone are links.
+    """
+    path, adapters = shipped.resolve(folder, "bundle"), chosen(lora)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise EngineError(f"{out} must be a new or an empty folder. Choose another one, or empty it.")
+    if not adapters:
+        raise EngineError("--lora must have a scale other than 0. The bundle itself is what scale 0 gives.")
+    made = make_bundle(out.absolute(), path, adapters)
+    for sentence in sentences(adapters, path):
+        console.print(sentence)
+    console.print(f"The bundle is in {made}. For TensorRT, build its plans: hd-engines build {out}.")
     return 0
 
 

@@ -271,8 +271,8 @@ class Stream:
 class Event:
     """A point in a stream's work.
 
-    Its handle is used again once the event is no longer used: a step records several events. Streams that wait for it
-    keep waiting for this point.
+    When nothing refers to it, its handle serves another event: a step records several. Streams that wait for this one
+    keep waiting for its point.
     """
 
     def __init__(self, stream: Stream, timed: bool = False) -> None:

@@ -43,7 +43,7 @@ class Stored:
 
 
 class OnnxWeights:
-    """The floating-point initializers of a graph. Raises OSError, BundleError for a file that is no ONNX graph."""
+    """The floating-point initializers of a graph. Raises OSError, BundleError for another file."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._content = path, memoryview(path.read_bytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ def load_engines(
     threads: int | None = None,
     verify: bool = True,
     others: Callable[[Manifest], Mapping[str, Engine]] | None = None,
+    only: Collection[str] | None = None,
 ) -> tuple[Manifest, dict[str, Engine]]:
     """Loads a bundle: its manifest, and one engine for each of its graphs.
 
@@ -32,6 +33,7 @@ def load_engines(
     threads: CPU threads of one graph; by default as many as there are usable cores.
     verify: check every file against the manifest's SHA-256 (about 1 s a GB).
     others: gives engines of another backend, which verifies the files that it reads. ONNX Runtime runs the rest.
+    only: graphs to load and verify; by default all.
 
     Raises BundleError for a bundle that is missing, damaged or not what its manifest says. Raises EngineError for one
     in bfloat16, and without ONNX Runtime or the device. Warns when both of ONNX Runtime's packages are installed.
@@ -43,8 +45,9 @@ def load_engines(
     folder = Path(folder)
     manifest = Manifest.load(folder, verify, files=False)
     check_host(manifest, folder)
-    given = dict(others(manifest)) if others is not None else {}
-    files = {name: spec.file for name, spec in manifest.graphs.items() if name not in given}
+    wanted = frozenset(manifest.graphs if only is None else only)
+    given = {name: one for name, one in (others(manifest) if others is not None else {}).items() if name in wanted}
+    files = {name: manifest.graphs[name].file for name in wanted - given.keys()}
     open_graph = _opener(folder, manifest, device, threads) if files else None
 
     def load(name: str) -> Engine:
@@ -60,7 +63,8 @@ def load_engines(
     # The biggest go first, so that none of them is left alone at the end.
     names = sorted(files.keys() - later.keys(), key=lambda name: -_size(folder / files[name]))
     theirs = {file for name in (*given, *later) for file in manifest.files_of(name)}
-    rest = [name for name in manifest.files if name not in files.values() and name not in theirs]
+    mine = manifest.files if only is None else [file for name in files for file in manifest.files_of(name)]
+    rest = [name for name in mine if name not in files.values() and name not in theirs]
     with ThreadPoolExecutor(min(4, usable_cores()) + 1) as pool:
         checked = pool.submit(manifest.check_files, folder, rest if verify else [])
         loaded = [pool.submit(load, name) for name in names]

@@ -85,7 +85,7 @@ def kernel_places(kernel: PositionKernel, graph: Found) -> dict[str, list[Place]
 
 
 def find(parameters: dict[str, np.ndarray], stored: Iterable[Found]) -> dict[str, list[Place]]:
-    """Where each parameter is. Leaves out those that are nowhere, and those of which others share an initializer."""
+    """Where each parameter is. Leaves out those that are nowhere, and those that share an initializer."""
     places: defaultdict[str, list[Place]] = defaultdict(list)
     owners: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for graph in stored:

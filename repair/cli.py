@@ -134,7 +134,7 @@ class Job:
             if done.exists() and not self.options["dry_run"]:
                 return self._say(f"{path} is done: {done}")
             seen = self._seen(original)
-            self._write(self.output / f"{name}.hands.png", encode_png(draw(original.image, seen)))
+            self._write(self.output / f"{name}.hands.png", encode_png(draw(original.shown, seen)))
             chosen, said = choose(seen, self.wish, original.image.shape[:2], self.rest)
             for sentence in [f"{path} shows {' and '.join(map(str, seen))}.", *said]:
                 self._say(sentence)
@@ -212,7 +212,7 @@ class Job:
             )
         else:
             self._detector = self._detector or MediaPipe()
-            seen = self._found = find(original.image, self.rest, self._detector, side=self.options["side"])
+            seen = self._found = find(original.shown, self.rest, self._detector, side=self.options["side"])
         seen = [one for one in seen if self.options["side"] in (None, one.side)]
         if not seen:
             raise DetectionError(
@@ -226,7 +226,7 @@ class Job:
             return self._found
         try:
             self._detector = self._detector or MediaPipe()
-            return find(original.image, self.rest, self._detector)
+            return find(original.shown, self.rest, self._detector)
         except DetectionError:
             return []
 

@@ -71,6 +71,14 @@ class Original:
             grey = held.mode in ("1", "L", "LA") or held.mode.startswith("I")
         return cls(content, image, alpha, grey, {**info, "text": texts})
 
+    @property
+    def shown(self) -> np.ndarray:
+        """uint8 [H, W, 3]: what one sees of it, on white where it is transparent."""
+        if self.alpha is None or (self.alpha == 255).all():
+            return self.image
+        share = self.alpha[..., None] / np.float32(255)
+        return (self.image * share + 255 * (1 - share) + 0.5).astype(np.uint8)
+
     def in_colours(self) -> Original:
         """What an opaque picture in colours takes of it."""
         info = {name: value for name, value in self.info.items() if not (self.grey and name == "icc_profile")}

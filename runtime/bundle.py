@@ -13,7 +13,8 @@ import numpy as np
 
 from .. import grammar
 from ..contract import IMAGE_ENCODER, MAX_SIDE, ROW_HEAD, TOKENIZER, WEIGHTS, Manifest
-from ..errors import RequestError
+from ..engines.adapted import Chosen, changes
+from ..errors import BundleError, CheckpointError, RequestError
 from ..hands import Hands, hand_arrays, keep_camera, load_hands
 from ..installed import version
 from ..schedules import NoiseSchedule, Table, rows, skipped
@@ -23,7 +24,7 @@ from .canvas import Canvas, canvas_of, content_of, digest
 from .clash import clash
 from .noise import HANDS, LATENTS
 from .reading import PROMPTS, Reader
-from .requests import Request
+from .requests import Request, adapters_of
 from .results import Failure, Picture, Work
 from .room import Room, Size, read, shown
 
@@ -60,6 +61,11 @@ class Bundle:
         self._canvases: dict[tuple[Any, ...], Canvas] = {}  # hashes of picture and mask, size -> both, read
         self.engine_sizes: frozenset[Size] | None = None  # that the engines were built for; None: any
         self.room = Room(manifest)
+        self.folder: Path | None = None
+        # Adapters that all pictures have, because their weights were merged when the engines were loaded.
+        self.loaded: tuple[Chosen, ...] = ()
+        self.adapts = True  # whether requests may bring adapters of their own
+        self._fitting: set[Any] = set()  # keys of adapters that fit this bundle
         self._placed: dict[bytes, np.ndarray] = {}  # params and camera of a file -> params that keep that camera
 
     @classmethod
@@ -69,7 +75,9 @@ class Bundle:
         Raises BundleError for a missing or damaged bundle.
         """
         manifest = manifest or Manifest.load(folder)
-        return cls(manifest, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer))
+        bundle = cls(manifest, PromptTokenizer(folder / TOKENIZER, manifest.tokenizer))
+        bundle.folder = Path(folder)
+        return bundle
 
     def picture(self, work: Work, image: np.ndarray) -> Picture:
         """The Picture of finished work; image: [H, W, 3], copied."""
@@ -135,6 +143,28 @@ class Bundle:
         if key not in self._placed:
             keep(self._placed, key, keep_camera(hands, joints_of(self.normalised(hands.params))))
         return self.normalised(self._placed[key])
+
+    def adapters(self, request: Request) -> tuple[Chosen, ...]:
+        """The adapters to merge for a request, beside those that are loaded. Raises RequestError where it may not bring
+        any, or where one does not fit this bundle."""
+        adapters = adapters_of(request)
+        if not adapters or [one.key for one in adapters] == [one.key for one in self.loaded]:
+            return ()
+        if not self.adapts or self.loaded or self.folder is None:
+            there, asked = (" ".join(map(shown_adapter, some)) for some in (self.loaded, adapters))
+            raise RequestError(
+                f"lora must be {there or 'left out'}, as these engines were loaded, got {asked}. Give all pictures of "
+                "a run the same adapters: hd-run --lora.",
+                "lora",
+            )
+        key = tuple(one.key for one in adapters)
+        if key not in self._fitting:
+            try:
+                changes(self.folder, adapters)
+            except (BundleError, CheckpointError) as error:
+                raise RequestError(str(error), "lora") from None
+            self._fitting.add(key)
+        return adapters
 
     def again(self, work: Work, x: np.ndarray, features: Mapping[str, np.ndarray]) -> bool:
         """Whether stage 1 draws these hands again: x [P] and their row of `hand_features`."""
@@ -238,13 +268,15 @@ class Bundle:
 
     def canvases(self, requests: Iterable[Request]) -> tuple[dict[Hashable, Canvas | None], list[Failure]]:
         """The `canvas` of each request by id, and a Failure for each whose picture cannot be read, because files may
-        change, or whose size or prompt these engines do not take."""
+        change, or whose size, prompt or adapters these engines do not take."""
         found: dict[Hashable, Canvas | None] = {}
         failures = []
         for request in requests:
             try:
                 self.size(request)
                 self.reader.check(request)
+                if not self.adapts:
+                    self.adapters(request)
                 found[request.id] = self.canvas(request)
             except RequestError as error:
                 failures.append(Failure(str(request.id), request, str(error)))
@@ -257,6 +289,7 @@ class Bundle:
         self.room.check(self.size(request))
         self.reader.check(request)
         self.canvas(request)
+        self.adapters(request)
         if request.hands is None:
             self.table(HANDS, request)
         else:
@@ -283,6 +316,11 @@ def keep(cache: dict[Any, Any], key: Any, value: Any, most: int = TABLES) -> Non
     if len(cache) >= most:
         cache.pop(next(iter(cache)))
     cache[key] = value
+
+
+def shown_adapter(one: Chosen) -> str:
+    """An adapter as a user names it."""
+    return f"{one.path.name}:{one.scale:g}"
 
 
 def _digest(manifest: Manifest) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np")
 _EMBEDS = "Give the text itself; it may have weights, as in (word:1.3)."
-_LORA = "Merge an adapter when you export: hd-export CHECKPOINT BUNDLE --lora FILE:SCALE."
+_LORA = 'Give an adapter in the call: lora="style.safetensors:0.8", or to from_pretrained for all pictures.'
 # Arguments of diffusers' call that have another meaning here, or none -> what to do instead.
 ARGUMENTS = {
     **dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), _EMBEDS),

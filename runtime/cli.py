@@ -22,6 +22,7 @@ import click
 from .. import commands, grammar, shipped
 from ..commands import INTERRUPTED
 from ..contract import MANIFEST, Manifest
+from ..engines.adapted import chosen, sentences
 from ..engines.backends import CHOICES, DEVICES
 from ..errors import HanDiffuserError, OutputError, RequestError
 from ..files import written
@@ -94,6 +95,18 @@ def check(context: click.Context, _: click.Parameter, asked: bool) -> None:
     metavar="FILE",
     help="With --init-image: paint again what is white or transparent in this picture, and keep the rest.",
 )
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="Paint with an adapter (LoRA, .safetensors) merged into the weights; repeatable. It is merged once and kept.",
+)
+@click.option(
+    "--lora-memory",
+    type=click.FloatRange(0, 10_000, min_open=True),
+    metavar="GB",
+    help="Memory for engines of adapters that lines of a .jsonl name.  [default: half of what is free]",
+)
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, show_default=True, help="Pictures made at once.")
 @click.option("--backend", type=click.Choice(CHOICES), default="auto", show_default=True, help="What runs the engines.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
@@ -138,6 +151,7 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         prompts = hands_of_photo(engines, prompts if prompts or prompts_file else None, output, options, say)
     hands = NO_HANDS if options["no_hands"] else options["hand_params"]
     settings = {**given(options), "hands": hands, "image": options["image"], "mask": options["mask"]}
+    settings["lora"] = options["lora"] or None
     check_files(options)
     source = Prompts(prompts, prompts_file, settings, say)
     lines = iter(source)
@@ -153,7 +167,9 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     from .remote import open_folder  # which imports fsspec for URLs
 
     with open_folder(output, say=say.warning) as folder:
-        pipeline = _loaded(bundle, len(source) * options["images_per_prompt"], options, say)
+        # Where all pictures have the same adapters, the weights without them are not loaded.
+        lora = () if source.file is not None and source.file.names_adapters else options["lora"]
+        pipeline = _loaded(bundle, len(source) * options["images_per_prompt"], options, say, lora)
         resolver = pipeline.resolver(options["seed"] or 0, options["images_per_prompt"])
         queue = Todo(chain([first], lines), resolver, folder, pipeline.digest, source)
 
@@ -188,8 +204,10 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         return _end(folder, say, seconds, queue.skipped, source.refused, failed, stopped, code, options["strict"])
 
 
-def _loaded(bundle: Path, pictures: int, options: dict[str, Any], say: Reporter) -> HanDiffuser:
-    """The bundle, for a run of so many pictures; warnings go to `say`."""
+def _loaded(bundle: Path, pictures: int, options: dict[str, Any], say: Reporter, lora: tuple[str, ...]) -> HanDiffuser:
+    """The bundle, for a run of so many pictures, with the adapters of all; warnings go to `say`."""
+    for sentence in sentences(chosen(lora), bundle) if lora else ():
+        say.note(sentence)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
         return HanDiffuser.load(
@@ -200,6 +218,8 @@ def _loaded(bundle: Path, pictures: int, options: dict[str, Any], say: Reporter)
             options["backend"],
             overlap=not options["no_overlap"],
             pictures=pictures,
+            lora=lora,
+            lora_memory=options["lora_memory"],
         )
 
 
@@ -247,6 +267,7 @@ def check_files(options: dict[str, Any]) -> None:
     for name in PICTURES:
         if options[name] is not None:
             content_of(name, options[name])
+    chosen(options["lora"])
 
 
 def list_words(engines: str) -> int:

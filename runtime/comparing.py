@@ -7,7 +7,7 @@ if verdict.passes: ...                                   # near enough, and fast
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ..contract import Manifest
@@ -15,6 +15,7 @@ from ..engines import Engine, load_engines
 from ..engines.backends import BACKENDS
 from ..engines.verdict import Verdict, mean_psnr, psnr, write
 from ..errors import EngineError
+from .adapting import Adapting
 from .bundle import Bundle
 from .host import HostLoop
 from .requests import Request, Resolver, resolve
@@ -32,9 +33,16 @@ PROMPTS = (
 
 
 def load_host_loop(
-    folder: Path, backend: str, slots: int = 1, threads: int | None = None, pictures: int = 1
+    folder: Path,
+    backend: str,
+    slots: int = 1,
+    threads: int | None = None,
+    pictures: int = 1,
+    lora_memory: int | None = None,
 ) -> HostLoop:
     """The loop of a backend of the CPU. ONNX Runtime runs the graphs that the backend leaves out.
+
+    lora_memory: see `Adapting`.
 
     Raises BundleError for a damaged bundle, EngineError where the backend cannot run it.
     """
@@ -44,8 +52,17 @@ def load_host_loop(
         found: Mapping[str, Engine] = one.on_host().host_engines(folder, manifest, threads, slots, pictures)
         return found
 
+    def adapted(made: Path, graphs: Collection[str]) -> Mapping[str, Engine]:
+        def others(manifest: Manifest) -> Mapping[str, Engine]:
+            if not {"unet", "image_decoder"} & set(graphs):
+                return {}
+            found: Mapping[str, Engine] = one.on_host().host_engines(made, manifest, threads, slots, pictures)
+            return found
+
+        return load_engines(made, "cpu", threads, False, others, graphs)[1]
+
     manifest, engines = load_engines(folder, "cpu", threads, others=others)
-    loop = HostLoop(Bundle.load(folder, manifest), engines, slots)
+    loop = HostLoop(Bundle.load(folder, manifest), engines, slots, Adapting(folder, adapted, lora_memory))
     if "h" not in engines["unet"].spec.free:  # compiled for one size
         loop.bundle.engine_sizes = frozenset({manifest.image_size})
     if one.measured:

@@ -30,6 +30,7 @@ def load_device_loop(
     """
     cuda, manifest = Cuda(), bundle.manifest.fixed()
     bundle.engine_sizes, bundle.reader.engine_chunks = frozenset({manifest.image_size}), 1
+    bundle.adapts = False
     check_gpu(manifest, cuda)
     streams = Streams.make(cuda, overlap)
     found: DeviceEngines = (

@@ -2,7 +2,8 @@
 
 Stage 1 makes the hands of a batch of prompts and turns them into the context of stage 2; these requests then wait for a
 slot. A request takes a free slot of stage 2 at any step and leaves it when it is done. So requests with different
-steps, solvers or guidance share every batch. `device.py` is the same loop on a GPU.
+steps, solvers or guidance share every batch. Requests of another size or with other adapters have a batch of their own
+in stage 2, and share stage 1 and the decoder. `device.py` is the same loop on a GPU.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from operator import length_hint
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..contract import IMAGE_ENCODER, NUM_PARAMS
 from ..engines import Engine
-from ..errors import RequestError
+from ..engines.adapted import Chosen
+from ..errors import HanDiffuserError, RequestError
 from ..hands import load_hands
 from ..schedules import Table
+from .adapting import Adapting, key_of
+from .adapting import Key as Adapters
 from .bundle import Bundle, keep
 from .canvas import Blend, digest
 from .noise import HANDS, LATENTS
@@ -31,7 +35,13 @@ from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
 from .words import Key, Wanted, chunks_of, is_plain
 
-Shape = tuple[Size, int]  # size of a picture, and chunks of its prompt
+
+class Kind(NamedTuple):
+    """What the requests of one batch share."""
+
+    size: Size
+    chunks: int  # of its prompt
+    adapters: Adapters
 
 
 class HostLoop:
@@ -43,16 +53,21 @@ class HostLoop:
 
     on_gpu = False
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], slots: int = 8) -> None:
-        self.bundle, self.slots = bundle, slots
+    def __init__(
+        self, bundle: Bundle, engines: Mapping[str, Engine], slots: int = 8, adapting: Adapting | None = None
+    ) -> None:
+        """adapting: gives engines for requests with adapters; None: these are refused."""
+        self.bundle, self.slots, self.adapting = bundle, slots, adapting
+        bundle.adapts = adapting is not None
         self.timings: dict[str, float] = dict.fromkeys([*engines, "total"], 0.0)
         self.engines = {name: _Timed(name, engine, self.timings) for name, engine in engines.items()}
         bundle.made_by["device"] = engines["unet"].device
-        self._times: dict[bytes, np.ndarray] = {}  # timesteps -> rows of unet_time
+        self._adapted: dict[Adapters, dict[str, _Timed]] = {(): {}}  # engines of the graphs that adapters change
+        self._times: dict[Any, np.ndarray] = {}  # adapters and timesteps -> rows of unet_time
         self._latents: dict[Any, np.ndarray] = {}  # shape and hash of a picture's pixels -> its latents [C, h, w]
         self._hand_times = StepTimes(only=engines["hand_prior"].batches)
         self._batches = engines["unet"].batches
-        self._step_times: dict[Shape, StepTimes] = {}  # of the UNet
+        self._step_times: dict[Any, StepTimes] = {}  # of the UNet
         self._no_text: np.ndarray | None = None  # text_encoder of "", [77, D]
         self._cancelled: set[Hashable] = set()
         self._ready: deque[Work] = deque()  # has its context, waits for a slot
@@ -68,7 +83,9 @@ class HostLoop:
 
     def close(self) -> None:
         """Lets go of the engines."""
-        self.engines = {}
+        self.engines, self._adapted = {}, {(): {}}
+        if self.adapting is not None:
+            self.adapting.close()
 
     def run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         """Yields each picture as soon as it is done."""
@@ -77,8 +94,8 @@ class HostLoop:
             return
         source, more = iter(requests), True
         hand_sampler = self._hand_sampler(slots)
-        own = (self.bundle.manifest.image_size, 1)
-        samplers = SizedSamplers(lambda shape: self._sampler(shape, slots), slots, own)
+        own = Kind(self.bundle.manifest.image_size, 1, ())
+        samplers = SizedSamplers(lambda kind: self._sampler(kind, slots), slots, own)
         self._ready, self._running, self._samplers = deque(), {}, samplers
         ready, running = self._ready, self._running
         clock = time.perf_counter()
@@ -94,10 +111,14 @@ class HostLoop:
                 ready.extend(works)
                 results += failures
                 tell("hands", len(batch))
-            while ready and samplers.free(shape := self._shape(ready[0])):
+            while ready and samplers.free(kind := self._kind(ready[0])):
+                if not ready[0].told and not self._tell(ready, results):
+                    break  # until others free memory
+                if not ready or self._kind(ready[0]) != kind:
+                    continue  # its adapters could not be loaded
                 work = ready.popleft()
                 running[work.request.id] = work
-                samplers.submit(self._job(work), shape)
+                samplers.submit(self._job(work), kind)
             if samplers.active:
                 done = samplers.step()
                 tell("steps", samplers.advanced)
@@ -112,15 +133,18 @@ class HostLoop:
         engine, history = self.engines["hand_prior"], self.bundle.manifest.num_history["hand_prior"]
         return StepSampler(engine, "x", history, slots, self._hand_times, engine.branched)
 
-    def _shape(self, work: Work) -> Shape:
-        """What requests that share a step have in common."""
-        return self.bundle.size(work.request), chunks_of(work)
+    def _sampler(self, kind: Any, slots: int) -> StepSampler:
+        """A sampler for pictures of one kind, with as many slots as fit into memory."""
+        unet, history = self._engine("unet", kind.adapters), self.bundle.manifest.num_history["unet"]
+        times = self._step_times.setdefault((kind.size, kind.chunks), StepTimes(only=self._batches))
+        return StepSampler(unet, "latents", history, self.bundle.room.rows(kind.size, slots), times, unet.branched)
 
-    def _sampler(self, shape: Any, slots: int) -> StepSampler:
-        """A sampler for pictures of one shape, with as many slots as fit into memory."""
-        unet, history = self.engines["unet"], self.bundle.manifest.num_history["unet"]
-        times = self._step_times.setdefault(shape, StepTimes(only=self._batches))
-        return StepSampler(unet, "latents", history, self.bundle.room.rows(shape[0], slots), times, unet.branched)
+    def _kind(self, work: Work) -> Kind:
+        return Kind(self.bundle.size(work.request), chunks_of(work), key_of(work.adapters))
+
+    def _engine(self, graph: str, adapters: Adapters) -> _Timed:
+        """A graph's engine with adapters that are loaded: its own, or the base's where they leave the graph alone."""
+        return self._adapted[adapters].get(graph) or self.engines[graph]
 
     def cancel(self, id: str) -> None:
         """See `HanDiffuser.cancel`. Adding to a set is atomic, so that any thread may call it."""
@@ -158,44 +182,71 @@ class HostLoop:
         return [made[str(request.id)] for request in requests]
 
     def _stage_1(self, requests: list[Request], sampler: StepSampler) -> tuple[list[Work], list[Picture | Failure]]:
-        """Text -> hands -> features -> context -> keys and values, for a batch of B requests."""
-        works, failures = self._hands(requests, sampler)
+        """Text -> hands -> features for a batch of B requests, and the latents of pictures that they bring."""
+        adapters: dict[Hashable, tuple[Chosen, ...]] = {}
+        failures: list[Picture | Failure] = []
+        for request in requests:
+            try:
+                adapters[request.id] = self.bundle.adapters(request)
+            except RequestError as error:  # the file has changed since the run began
+                failures.append(Failure(str(request.id), request, str(error)))
+        works, bad = self._hands([request for request in requests if request.id in adapters], sampler)
+        for work in works:
+            work.adapters = adapters[work.request.id]
         works, unread = self._read(works)
-        failures += unread
-        if not works:
-            return [], failures
+        return works, failures + bad + unread
+
+    def _tell(self, ready: deque[Work], results: list[Picture | Failure]) -> bool:
+        """Context -> keys and values of the first work and of all others with its adapters. Loads these.
+
+        Returns False while memory is short. Takes works whose adapters cannot be loaded out, as Failures.
+        """
+        key = key_of(ready[0].adapters)
+        works = [work for work in ready if not work.told and key_of(work.adapters) == key]
+        if key and self.adapting is not None:
+            in_use = {key_of(work.adapters) for work in self._running.values()}
+            try:
+                found = self.adapting.engines(ready[0].adapters, in_use)
+            except HanDiffuserError as error:
+                for work in works:
+                    ready.remove(work)
+                    results.append(Failure(str(work.request.id), work.request, str(error)))
+                return True
+            if found is None:
+                return False
+            self._adapted = {old: one for old, one in self._adapted.items() if not old or old in self.adapting}
+            self._adapted[key] = {name: _Timed(name, engine, self.timings) for name, engine in found.items()}
+            for work in ready:  # those whose engines had to go are told again, by engines that are loaded again
+                work.told = work.told and key_of(work.adapters) in self._adapted
         features = {name: np.stack([work.features[name] for work in works]) for name in works[0].features}
         ids = np.stack([work.ids for work in works])  # [B, 2, length]
         # With guidance 1 the unconditional branch is unused: its place may hold the conditional one.
-        alone = all(work.request.guidance == 1 for work in works) and self.engines["text_hand_encoder"].branched
-        context = self._context(ids[:, 1:] if alone else ids, features)
-        for group, contexts in self._worded(works, context, features):
-            keys = self.engines["unet_context"]({"context": contexts})
+        encoder, unet_context = (self._engine(name, key) for name in ("text_hand_encoder", "unet_context"))
+        alone = all(work.request.guidance == 1 for work in works) and encoder.branched
+        context = _context(encoder, ids[:, 1:] if alone else ids, features)
+        for group, contexts in self._worded(works, context, features, encoder):
+            keys = unet_context({"context": contexts})
             for row, work in enumerate(group):
                 wide = {name: np.broadcast_to(value[row], (2, *value.shape[2:])) for name, value in keys.items()}
                 work.inputs |= wide
-        return works, failures
-
-    def _context(self, ids: np.ndarray, features: Mapping[str, np.ndarray], mask: Any = None) -> np.ndarray:
-        """Token ids [B, G, 77] and rows of hand features -> [B, G, L, W]. mask: like ids; None: all tokens count."""
-        mask = np.ones_like(ids) if mask is None else mask
-        return self.engines["text_hand_encoder"]({**features, "input_ids": ids, "attention_mask": mask})["context"]
+                work.told = True
+        return True
 
     def _worded(
-        self, works: list[Work], context: np.ndarray, features: Mapping[str, np.ndarray]
+        self, works: list[Work], context: np.ndarray, features: Mapping[str, np.ndarray], encoder: _Timed
     ) -> list[tuple[list[Work], np.ndarray]]:
         """Works whose contexts have one length, and these contexts. context: the encoder's, [B, G, L, W]."""
         wanted = Wanted(works, self.bundle.empty)
         if not wanted.works:
             return [(works, context)]
-        branched = self.engines["text_hand_encoder"].branched
+        branched = encoder.branched
         rows, states = list(wanted.rows.items()), dict[Key, np.ndarray]()
         for start in range(0, len(rows), self.slots):
             some = rows[start : start + self.slots]
             any_hands = {name: value[np.arange(len(some)) % len(works)] for name, value in features.items()}
             pairs = np.stack([row for _, row in some])[:, :, None]  # [R, (ids, mask), 1, 77]
             pairs = pairs if branched else pairs.repeat(2, 2)
-            read = self._context(pairs[:, 0], any_hands, pairs[:, 1])  # words never read hands
+            read = _context(encoder, pairs[:, 0], any_hands, pairs[:, 1])  # words never read hands
             states |= {key: read[row, -1] for row, (key, _) in enumerate(some)}
         groups: dict[int, list[tuple[Work, np.ndarray]]] = {}
         for work, own in zip(works, context, strict=True):
@@ -311,9 +362,10 @@ class HostLoop:
         steps = {}
         if "time" in self.engines["unet"].names:
             timesteps = table.timesteps.astype(np.float32)
-            key = timesteps.tobytes()
+            adapters = key_of(work.adapters)
+            key = (adapters, timesteps.tobytes())
             if key not in self._times:
-                keep(self._times, key, self.engines["unet_time"]({"timesteps": timesteps})["time"])
+                keep(self._times, key, self._engine("unet_time", adapters)({"timesteps": timesteps})["time"])
             steps["time"] = self._times[key]
         shape = self.bundle.manifest.latents_at(self.bundle.size(request))
         job = _job(request, LATENTS, table, shape, work.inputs, steps)
@@ -362,6 +414,12 @@ class _Timed:
             return self.engine(feeds)
         finally:
             self.timings[self.name] += time.perf_counter() - started
+
+
+def _context(encoder: _Timed, ids: np.ndarray, features: Mapping[str, np.ndarray], mask: Any = None) -> np.ndarray:
+    """Token ids [B, G, 77] and rows of hand features -> [B, G, L, W]. mask: like ids; None: all tokens count."""
+    mask = np.ones_like(ids) if mask is None else mask
+    return encoder({**features, "input_ids": ids, "attention_mask": mask})["context"]
 
 
 def _job(

@@ -6,11 +6,14 @@ loop, sentences = load_loop(folder, backend="auto", device="auto", slots=8)
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..contract import Manifest
 from ..engines import verdict
+from ..engines.adapted import Chosen, adapted_bundle
+from ..engines.adapted import chosen as chosen_adapters
 from ..engines.backends import BACKENDS, CHOICES, DEFAULT, DEVICES, GPU_PLANNED, Backend, runner
 from ..engines.cuda import Cuda
 from ..engines.onnxruntime import NO_CUDA, has_cuda_provider
@@ -46,12 +49,25 @@ def load_loop(
     overlap: bool = True,
     onnxruntime_graphs: bool = False,
     pictures: int = 1,
+    lora: Sequence[str] = (),
+    lora_memory: int | None = None,
 ) -> tuple[HostLoop | DeviceLoop, list[str]]:
     """The loop of a bundle or engines folder on this machine, and what the user should know about it.
 
     See `HanDiffuser.load` for the arguments. Raises BundleError for a missing or damaged bundle, EngineError when it
-    cannot run here.
+    cannot run here, CheckpointError for an adapter that does not fit.
     """
+    if adapters := chosen_adapters(lora):
+        made = adapted_bundle(folder, adapters)
+        # What was measured of the bundle holds for it with adapters, but plans hold one set of weights.
+        where = folder if not has_plans(folder) and not has_plans(made) else made
+        how = choose(where, backend, device, threads, pictures)
+        said = [*how.sentences, *plans_without(folder, adapters)] if where is made and not has_plans(made) else []
+        loop, more = load_loop(made, how.backend, how.device, slots, threads, overlap, onnxruntime_graphs, pictures)
+        base = Bundle.load(folder, Manifest.load(folder, verify=False))
+        loop.bundle.loaded, loop.bundle.folder, loop.bundle.digest = adapters, folder, base.digest
+        loop.bundle.made_by["bundle"] = base.digest
+        return loop, (said or how.sentences) + more
     chosen = choose(folder, backend, device, threads, pictures)
     if chosen.device == "cuda":
         from .device_loading import load_device_loop  # a run on a CPU does without, and starts sooner
@@ -61,12 +77,26 @@ def load_loop(
         )
         return loop, chosen.sentences + sentences
     try:
-        return load_host_loop(folder, chosen.backend, slots, threads, pictures), chosen.sentences
+        return load_host_loop(folder, chosen.backend, slots, threads, pictures, lora_memory), chosen.sentences
     except EngineError as error:
         if backend != "auto" or chosen.backend == DEFAULT:
             raise
         instead = f"ONNX Runtime is used instead of {chosen.backend}. {error}"
-        return load_host_loop(folder, DEFAULT, slots, threads, pictures), [*chosen.sentences[:-1], instead]
+        return load_host_loop(folder, DEFAULT, slots, threads, pictures, lora_memory), [*chosen.sentences[:-1], instead]
+
+
+def has_plans(folder: Path) -> bool:
+    """Whether a folder has plans of a backend of the GPU."""
+    return any(plan.parts["backend"] in GPU_PLANNED for plan in PlanStore(folder))
+
+
+def plans_without(folder: Path, adapters: Sequence[Chosen]) -> list[str]:
+    """A sentence about plans that lack the adapters."""
+    said = " ".join(f"--lora {one.path}:{one.scale:g}" for one in adapters)
+    return [
+        f"The plans in {folder} lack these adapters and are not used. For TensorRT type: hd-engines merge {folder} OUT "
+        f"{said}, then hd-engines build OUT, and run OUT."
+    ]
 
 
 def choose(folder: Path, backend: str, device: str, threads: int | None = None, pictures: int = 1) -> Choice:

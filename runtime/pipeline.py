@@ -61,6 +61,8 @@ class HanDiffuser:
         overlap: bool = True,
         onnxruntime_graphs: bool = False,
         pictures: int = 1,
+        lora: str | Sequence[str] | None = None,
+        lora_memory: float | None = None,
     ) -> HanDiffuser:
         """Loads a bundle or an engines folder, the word "demo" for the shipped one, or an id of the Hub (org/name).
 
@@ -72,13 +74,20 @@ class HanDiffuser:
         overlap: on a GPU, run hands of the next requests and the decoder of the last beside the current steps.
         onnxruntime_graphs: with ONNX Runtime on a GPU, replay the steps as its own CUDA graphs; the host waits for
         each.
+        lora: adapters (LoRA) that all pictures have, FILE[:SCALE] each. Without it, requests may bring their own on a
+        CPU. lora_memory: gigabytes that the weights of these may take at once; by default half of what is free.
         Raises BundleError for a missing or damaged bundle, HubError for an id that cannot be fetched, EngineError when
-        it cannot run here. Warns where it uses other engines than those of the folder.
+        it cannot run here, CheckpointError for an adapter that does not fit. Warns where it uses other engines than
+        those of the folder.
         """
         if batch_size < 1:
             raise RequestError(f"batch_size must be at least 1, got {batch_size}.")
         folder = shipped.resolve(path, "bundle")
-        loop, sentences = load_loop(folder, backend, device, batch_size, threads, overlap, onnxruntime_graphs, pictures)
+        lora = (lora,) if isinstance(lora, str) else tuple(lora or ())
+        memory = None if lora_memory is None else int(lora_memory * 1e9)
+        loop, sentences = load_loop(
+            folder, backend, device, batch_size, threads, overlap, onnxruntime_graphs, pictures, lora, memory
+        )
         for sentence in sentences:
             warnings.warn(sentence, RuntimeWarning, stacklevel=2)
         return cls(loop.bundle, loop)
@@ -261,6 +270,7 @@ class HanDiffuser:
             seed=seed,
             images=images_per_prompt,
             check=self.bundle.check,
+            lora=[f"{one.path}:{one.scale:g}" for one in self.bundle.loaded] or None,
         )
 
     def run(self, requests: Iterable[Request | None], on_event: OnEvent | None = None) -> Iterator[Picture | Failure]:

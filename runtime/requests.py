@@ -23,14 +23,15 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import RequestError
+from ..engines.adapted import Chosen, chosen
+from ..errors import CheckpointError, RequestError
 from ..hands import CAMERA, NO_HANDS, SHAPES, given_arrays, hands_file
 from ..hands import content_of as hands_content
 from ..hints import hint
@@ -84,12 +85,16 @@ class Request(RequestFields):
     white.
     strength: the part of the steps that run; see `canvas`.
     size: width and height, "512x768"; see `Bundle.size`.
+    lora: adapters, "FILE[:SCALE]" each: one, or several in a tuple; see `engines.adapted`.
     """
 
     def __post_init__(self) -> None:
         """Raises RequestError for a value outside its range."""
         given = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(self).items()}
         given |= {name: as_source(name, given[name]) for name in PICTURES}
+        if isinstance(given["lora"], (str, Path)):
+            given["lora"] = (str(given["lora"]),)
+        given["lora"] = given["lora"] or None
         if isinstance(self.hands, Path):
             given["hands"] = str(self.hands)
         elif not isinstance(self.hands, (str, bytes, type(None))):
@@ -104,7 +109,7 @@ class Request(RequestFields):
             object.__setattr__(self, name, value)  # 3 and 3.0 are the same picture
         if not self.prompt.strip():
             raise RequestError("The prompt is empty. Say what the picture shows.", "prompt")
-        for name in ("prompt", "negative_prompt", *FILES):
+        for name in ("prompt", "negative_prompt", *FILES, "lora"):
             try:
                 str(getattr(self, name) or "").encode("utf-8")
             except UnicodeEncodeError:
@@ -132,9 +137,20 @@ class Request(RequestFields):
 
     def said(self) -> dict[str, Any]:
         """All fields as plain values, for a record: a picture that is not in a file is named by its hash."""
-        return {
+        said = {
             name: f"sha256 {digest(value)}" if isinstance(value, bytes) else value for name, value in vars(self).items()
         }
+        if said.pop("lora") is not None:
+            said["lora"] = [str(one) for one in adapters_of(self)]
+        return said
+
+
+def adapters_of(request: Request) -> tuple[Chosen, ...]:
+    """The adapters of a request that change something. Raises RequestError for a file that cannot be read."""
+    try:
+        return chosen(request.lora)
+    except CheckpointError as error:
+        raise RequestError(str(error), "lora") from None
 
 
 KEYS = tuple(field.name for field in fields(Request))
@@ -146,7 +162,16 @@ def absolute(request: Request) -> Request:
     for name, value in named.items():
         if isinstance(value, str) and value != NO_HANDS:
             named[name] = str(Path(value).resolve())
+    if request.lora is not None:
+        named["lora"] = moved(request.lora, Path.cwd())
     return replace(request, **named)
+
+
+def moved(lora: Any, folder: Path) -> Any:
+    """Adapters of a file's line, whose names are relative to a folder."""
+    if isinstance(lora, str):
+        return str(folder / lora)
+    return tuple(str(folder / one) if isinstance(one, str) else one for one in lora)
 
 
 class Refused(NamedTuple):
@@ -195,6 +220,11 @@ class RequestFile:
             raise RequestError(_must_be(self.name, "Rename it to .jsonl.", "JSON under another name"))
         self.jsonl = start.startswith(b"{") if str(path) == "-" else suffix in JSON_LINES
 
+    @property
+    def names_adapters(self) -> bool:
+        """Whether some line may bring adapters of its own; found without parsing them."""
+        return self.jsonl and b'"lora"' in self.content
+
     def __len__(self) -> int:
         return sum(not line.isspace() for line in io.BytesIO(self.content))
 
@@ -217,6 +247,8 @@ class RequestFile:
             for name in FILES:
                 if isinstance(values.get(name), str) and values[name] != NO_HANDS:
                     values[name] = str(self.folder / values[name])
+            if isinstance(values.get("lora"), (str, list)):
+                values["lora"] = moved(values["lora"], self.folder)
         else:
             if b"\0" in line:
                 raise RequestError("The line must be UTF-8, got NUL bytes. Save the file as UTF-8.")
@@ -243,6 +275,7 @@ class Resolver:
     seed: of requests without one. A request that repeats an earlier one (prompt and settings) takes the next seed.
     images: pictures of each request, with the seeds seed, seed + 1, ...; a given id then becomes `<id>-<seed>`.
     check: called with each filled request; raises RequestError when the bundle cannot run it.
+    lora: adapters of requests that bring none, because they are loaded.
     """
 
     def __init__(
@@ -253,7 +286,9 @@ class Resolver:
         seed: int = 0,
         images: int = 1,
         check: Callable[[Request], None] | None = None,
+        lora: Sequence[str] | None = None,
     ) -> None:
+        self.lora = lora
         self.defaults, self.bundle, self.seed, self.images, self.check = defaults, bundle, seed, images, check
         self._taken: set[str] = set()  # ids in lower case: many file systems ignore case
         self._seen: Counter[Request] = Counter()
@@ -265,6 +300,8 @@ class Resolver:
             first = self.seed + self.images * self._seen[request]
             self._seen[request] += 1
         defaults = gaps(request, self.defaults)
+        if request.lora is None and self.lora:
+            defaults["lora"] = self.lora
         for seed in range(first, first + self.images):
             filled = replace(request, seed=seed, **defaults)
             if self.check is not None:
@@ -326,6 +363,9 @@ def picture_key(request: Request, bundle: str = "") -> str:
     for name in ("strength", "size"):
         if values[name] is None:
             del values[name]
+    del values["lora"]
+    if request.lora is not None and (adapters := adapters_of(request)):
+        values["lora"] = [one.key for one in adapters]
     # Prompts without marks keep the keys that they had before marks had a meaning.
     if not (request.plain_prompts or marked(request.prompt) or marked(request.negative_prompt)):
         del values["plain_prompts"]

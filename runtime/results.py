@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..engines.adapted import Chosen
 from ..errors import OutputError
 from ..files import written
 from ..tokens import Reading
@@ -118,6 +119,8 @@ class Work:
     params: np.ndarray = field(default_factory=lambda: np.empty(0))  # the same, not normalised
     features: dict[str, np.ndarray] = field(default_factory=dict)  # a row of every output of hand_features
     inputs: dict[str, np.ndarray] = field(default_factory=dict)  # a row of every output of unet_context
+    adapters: tuple[Chosen, ...] = ()
+    told: bool = False  # whether its inputs have what unet_context says
     draws: int = 0  # how often stage 1 has drawn its hands
     canvas: Canvas | None = None  # the picture that it brings
     known: np.ndarray = field(default_factory=lambda: np.empty(0))  # its latents [C, h, w]

@@ -373,7 +373,7 @@ class SizedSamplers:
 
     def _leave(self, key: Hashable) -> None:
         size = self._sizes.pop(key)
-        if size != self._keep and not self._samplers[size].active:
+        if size != self._keep and size not in self._sizes.values():  # several jobs may leave at once
             del self._samplers[size]
 
 

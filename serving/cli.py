@@ -79,6 +79,10 @@ def _named(_: click.Context, parameter: click.Parameter, given: Any) -> Any:
 @click.option("--default-negative-prompt", default="", metavar="TEXT",
               help="Negative prompt of requests that give none.")  # fmt: skip
 @click.option("--plain-prompts", is_flag=True, help=SETTINGS["plain_prompts"].help)
+@click.option("--lora-folder", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER",
+              help="Adapters (LoRA, .safetensors) that requests may name. On a CPU only.")  # fmt: skip
+@click.option("--lora-memory", type=click.FloatRange(0, 10_000, min_open=True), metavar="GB",
+              help="Memory of each worker for engines with adapters.  [default: half of what is free]")  # fmt: skip
 @click.option("--public-url", metavar="URL",
               help="URL of this server behind a proxy: the URLs in answers begin with it.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=8, help="Pictures that a worker makes at once.")
@@ -108,7 +112,13 @@ def serve(engines: str, **options: Any) -> int:
     if threads is None and options["workers"] > 1:
         threads = max(1, (os.cpu_count() or 1) // options["workers"])
     one = Options(
-        str(folder), options["device"], threads, options["batch_size"], options["backend"], not options["no_warm_up"]
+        str(folder),
+        options["device"],
+        threads,
+        options["batch_size"],
+        options["backend"],
+        not options["no_warm_up"],
+        lora_memory=options["lora_memory"],
     )
     each = [replace(one, device="cuda", gpu=gpu) for gpu in gpus] or [one] * options["workers"]
     metrics = Metrics()
@@ -124,6 +134,7 @@ def serve(engines: str, **options: Any) -> int:
         tuple(checked_origin(origin) for origin in options["cors"]),
         options["default_negative_prompt"],
         options["plain_prompts"],
+        options["lora_folder"],
     )
     if front.negative_prompt and bundle.manifest.defaults["guidance"] == 1:
         _say("--default-negative-prompt has an effect on requests with a guidance alone: this bundle's guidance is 1.")

@@ -164,7 +164,7 @@ def make_router(service: Service) -> APIRouter:
         """Paints pictures again, or the part of one that a mask names, as OpenAI's images API does; or their hands."""
         with service.bringing():
             files, fields = await given(http, ("image", "mask"))
-            body = fit_fields(EditForm, fields, ("hands", "guidance_interval"))
+            body = fit_fields(EditForm, fields, ("hands", "guidance_interval", "lora"))
             check_model(service, body.model)
             images, mask = await asyncio.to_thread(read_pictures, files, service.limits.pixels, not body.repair)
             files.clear()  # the pictures are read

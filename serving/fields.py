@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from ..editing import Arrays, Drag
 from ..errors import RequestError
 from ..hands import CAMERA, MAX_CAMERA, SHAPES
-from ..settings import MAX_SEED, SETTINGS, Setting, http_name
+from ..settings import MAX_ADAPTERS, MAX_SEED, SETTINGS, Setting, http_name
 
 MAX_PROMPT = 4000  # characters
 MAX_PREVIEWS = 16
@@ -23,6 +23,9 @@ MAX_TIMEOUT_SECONDS = 3600.0
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, pattern=r"\S", description="What to paint.")]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, description="Without one it is drawn, and named in the answer.")]
 Coordinate = Annotated[float, Field(ge=-MAX_CAMERA, le=MAX_CAMERA)]
+Lora = Annotated[
+    str, Field(min_length=1, max_length=200, description="NAME[:SCALE] of an adapter that the server has.")
+]
 Unit = Annotated[float, Field(ge=-1, le=2)]
 Side = Literal["left", "right"]
 
@@ -132,6 +135,7 @@ class Generation(_WithSettings):  # type: ignore[misc]
         | Annotated[str, Field(max_length=100, description='An id from hands_id, or "none" for no hands.')]
         | None
     ) = None
+    lora: Lora | Annotated[list[Lora], Field(max_length=MAX_ADAPTERS)] | None = None
     return_hands: Annotated[bool, Field(description="SMPL-H arrays and joints with each picture.")] = False
     timeout: (
         Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS, description="Seconds until the request fails.")] | None

@@ -116,9 +116,7 @@ class Upload:
         alpha = original.alpha
         if alpha is None or (alpha == 255).all():
             return cls(original, original.image)
-        share = alpha[..., None] / np.float32(255)
-        pixels = (original.image * share + 255 * (1 - share) + 0.5).astype(np.uint8)
-        return cls(original, pixels, 255 - alpha)
+        return cls(original, original.shown, 255 - alpha)
 
 
 def mask_of(content: bytes, size: tuple[int, int], most: int, opaque: bool = False) -> np.ndarray:
@@ -146,6 +144,8 @@ def checked(name: str, content: bytes, most: int) -> None:
             width, height = image.size
     except MisfitError as error:
         raise refused(name, error) from None
+    except Image.DecompressionBombError:
+        raise RequestError(f"{name} must have at most {most / 1e6:g} million pixels, got many more.", name) from None
     except Exception as error:  # Pillow raises many kinds
         raise refused(name, MisfitError(f"Its picture cannot be decoded: {str(error)[:100].rstrip('.')}.")) from None
     if width * height > most:

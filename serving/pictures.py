@@ -137,6 +137,7 @@ class Painting:
         if settings.get("guidance", self.service.bundle.manifest.defaults["guidance"]) != 1:
             settings.setdefault("negative_prompt", self.service.front.negative_prompt)
         settings["hands"] = self.service.hands_path(body.hands)
+        settings["lora"] = self.service.adapters.paths(body.lora)
         settings["size"] = shown(self.painted) if self.painted != self.service.bundle.manifest.image_size else None
         requests = [Request(body.prompt, **settings, **brought) for brought in self.brought]
         return [one for request in requests for one in self.service.prepare(request, body.n)]

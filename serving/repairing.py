@@ -106,7 +106,7 @@ class Repair:
         self.asked = [seen for seen, _ in hands]
         if not self.found:  # the client says what to repair; other hands keep their pixels
             with suppress(UnfinishedError):
-                self.found = await self.finder(self.image.original.image)
+                self.found = await self.finder(self.image.pixels)
         most = self.service.most // self.body.n
         if len(hands) > most:
             raise RequestError(f"hands must be at most {most} with n = {self.body.n}, got {len(hands)}.", "hands")
@@ -163,7 +163,7 @@ class Repair:
         if isinstance(given, str):
             raise RequestError("hands must be objects with repair, got text. Send those of /v1/hands/detect.", "hands")
         if given is None:
-            self.found = await self.finder(self.image.original.image)
+            self.found = await self.finder(self.image.pixels)
             return [(one, None) for one in self.sure(self.found)]
         return [
             (
@@ -340,7 +340,7 @@ class Repair:
 
     def skeletons(self) -> dict[str, Any]:
         """The fields of the first partial image: the hands that will be painted, over the picture. Runs in a thread."""
-        image = draw(self.image.original.image, self.asked)
+        image = draw(self.image.pixels, self.asked)
         values = {"kind": "hands", "step": 0, "hands": self.shown()}
         return values | {"b64_json": base64_of(encoded(small(image)))}
 

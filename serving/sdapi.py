@@ -108,7 +108,7 @@ def make_router(service: Service) -> APIRouter:
     async def made(body: Txt2Img, http: Http, name: str) -> Response:
         checked_model(service, body.override_settings)
         solver, warnings = body.solver()
-        warnings += body.warnings()
+        warnings += body.warnings() + body.adapters(service)[1]
         count, most = body.batch_size * body.n_iter, service.most
         if count > most:
             raise RequestError(
@@ -185,7 +185,7 @@ def add_lists(router: APIRouter, service: Service) -> None:
     ]
     nothing: dict[str, Any] = {
         name: []
-        for name in ("sd-vae", "loras", "upscalers", "latent-upscale-modes", "hypernetworks", "face-restorers",
+        for name in ("sd-vae", "upscalers", "latent-upscale-modes", "hypernetworks", "face-restorers",
                      "realesrgan-models", "prompt-styles", "script-info")
     }  # fmt: skip
     lists = nothing | {
@@ -206,8 +206,13 @@ def add_lists(router: APIRouter, service: Service) -> None:
     for name, content in lists.items():
         router.add_api_route(f"{PREFIX}/{name}", give(content), methods=["GET"], name=name)
 
+    @router.get(f"{PREFIX}/loras")
+    async def loras() -> Response:
+        """The adapters that a prompt may name, as <lora:NAME:SCALE>."""
+        return JSONResponse(await asyncio.to_thread(service.adapters.listed))
+
     async def refresh(http: Http) -> Response:
-        """Does nothing: a running server keeps its model."""
+        """Does nothing: a running server keeps its model, and always sees its folder of adapters."""
         own_page(http, service.front.cors)
         return JSONResponse(None)
 

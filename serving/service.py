@@ -26,6 +26,7 @@ from ..hands import NO_HANDS, hands_file
 from ..runtime.bundle import Bundle
 from ..runtime.requests import Request, gaps
 from ..settings import MAX_SEED, http_name
+from .adapters import Adapters
 from .dispatch import BusyError, Dispatcher
 from .fields import HandsField
 from .keys import Keys
@@ -49,6 +50,7 @@ class Front:
     cors: tuple[str, ...] = ()  # origins whose pages may send requests
     negative_prompt: str = ""  # of guided requests that give none
     plain_prompts: bool = False  # of all requests
+    loras: Path | None = None  # the folder of adapters that requests may name
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Service:
         self.bundle, self.dispatcher, self.name, self.limits = bundle, dispatcher, name, limits
         self.keys, self.metrics = keys, metrics
         self.folder, self.front = folder, front or Front()
+        self.adapters = Adapters(self.front.loras)
         self.names = list(dict.fromkeys((name, *self.front.aliases)))  # what `model` may be
         self.most = min(limits.n, dispatcher.queue.places)  # pictures of a request: the queue never has room for more
         self.started = int(time.time())
@@ -189,7 +192,7 @@ class Service:
             sentence = sentence.replace(f"T{file[1:]}", "The hands")
             if isinstance(request.hands, str):
                 sentence = sentence.replace(request.hands, "the hands")
-            raise RequestError(sentence, error.param, error.code) from None
+            raise RequestError(self.adapters.hidden(sentence), error.param, error.code) from None
         return [
             replace(filled, seed=(request.seed + i) % (MAX_SEED + 1), id=f"img-{secrets.token_hex(12)}")
             for i in range(count)

@@ -91,7 +91,8 @@ IGNORED = {
     "comments", "disable_extra_networks", "refiner_switch_at", "refiner_start", "include_init_images", "url",
     "auth", "latent_sampler", "full_quality", "image_cfg_scale", "mask_round",
 }  # fmt: skip
-ADAPTER = re.compile(r"<(lora|lyco|hypernet):([^:<>]{1,200})[^<>]{0,100}>")
+ADAPTER = re.compile(r"<(lora|lyco|hypernet):([^:<>]{1,200})([^<>]{0,100})>")
+SCALE = re.compile(r":-?\d{0,3}\.?\d{1,6}(?=:|\Z)")  # another one behind it is the text encoder's in the web UI
 
 
 class Txt2Img(Nullable):
@@ -159,9 +160,18 @@ class Txt2Img(Nullable):
                 said.append(f"The field {name} has no effect.")
             elif name not in {*NAMED, *REFUSED, *IGNORED} and not name.startswith("hr_"):
                 said.append(f"The field {name[:60]} is unknown and has no effect.")
-        if found := ADAPTER.search(self.prompt):
-            said.append(f"The prompt asks for the adapter {found[2]}, which has no effect.")
         return said
+
+    def adapters(self, service: Service) -> tuple[list[str], list[str]]:
+        """The adapters of <lora:NAME:SCALE> in the prompt, and a sentence for each that is not here."""
+        names, found, said = service.adapters.names(), [], []
+        for kind, name, rest in ADAPTER.findall(self.prompt):
+            scale = SCALE.match(rest)
+            if kind != "hypernet" and name in names and (scale or not rest):
+                found.append(f"{name}{scale[0] if scale else ''}")
+            else:
+                said.append(f"The prompt asks for the adapter {name}, which has no effect.")
+        return found, said
 
     def generation(self, service: Service, solver: str | None) -> Generation:
         """The same request to /v1/images/generations."""
@@ -173,6 +183,7 @@ class Txt2Img(Nullable):
             num_inference_steps=self.steps,
             guidance_scale=self.cfg_scale,
             solver=solver,
+            lora=self.adapters(service)[0] or None,
             n=self.batch_size * self.n_iter,
             size=f"{self.width or width}x{self.height or height}",
             response_format="b64_json",

@@ -47,12 +47,14 @@ class Options:
     warm_up: bool = True
     gpu: str | None = None  # an entry of CUDA_VISIBLE_DEVICES
     pictures: int = SERVER_PICTURES  # that the loop will make, as far as its owner knows
+    lora_memory: float | None = None
 
     def load(self) -> HanDiffuser:
         """Raises HanDiffuserError."""
         return HanDiffuser.load(
-            self.engines, self.device, self.threads, self.batch_size, self.backend, pictures=self.pictures
-        )
+            self.engines, self.device, self.threads, self.batch_size, self.backend, pictures=self.pictures,
+            lora_memory=self.lora_memory,
+        )  # fmt: skip
 
 
 def work_alone(pipe: Connection, options: Options) -> None:

@@ -32,7 +32,7 @@ from handiffuser.settings import SOLVERS as NAMES
 
 ROOT = Path(__file__).parents[2]
 # What a request is, not how it is made: each front end has its own way to say it.
-OWN = {"prompt", "id", "hands", "image", "mask"}
+OWN = {"prompt", "id", "hands", "image", "mask", "lora"}
 
 
 def test_all_front_ends_know_the_same_set():

@@ -568,3 +568,30 @@ def test_a_person_drops_places_and_brushes(server, hand_picture, tmp_path):
         until(page, lambda: "not a picture" in page.inner_text("#repairmessage"))
         page.click("#topaint")
         assert page.is_visible("#painting")
+
+
+@pytest.mark.slow
+def test_the_page_offers_sizes_where_a_bundle_paints_any(sized_bundle, tmp_path):
+    with serving(sized_bundle, tmp_path) as served, browse(served.url) as page:
+        loaded(page)
+        assert page.locator("#size option").all_inner_texts()[1:3] == ["Portrait, 32 × 48", "Landscape, 48 × 32"]
+        page.fill("#prompt", "a fist")
+        page.select_option("#size", "32x48")
+        page.click("#paint")
+        assert picture(page).shape == (48, 32, 3)
+        canvas = page.locator("#canvas").bounding_box()
+        assert canvas["height"] / canvas["width"] == pytest.approx(1.5, abs=0.01)
+        page.select_option("#size", "custom")
+        page.fill("#width", "64")
+        page.fill("#height", "72")
+        page.click("#paint")  # 4608 pixels, and four times its own are 4096: the browser says it beside the field
+        assert "at most 4,096" in page.evaluate("document.getElementById('height').validationMessage")
+        page.fill("#height", "64")
+        page.click("#paint")
+        until(page, lambda: page.locator("#history li").count() == 2)
+        assert picture(page).shape == (64, 64, 3)
+        page.click("#history li:nth-child(2) button")
+        assert page.input_value("#size") == "32x48" and on_stage(page).shape == (48, 32, 3)
+        page.reload()
+        loaded(page)
+        assert page.input_value("#size") == "32x48"
