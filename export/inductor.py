@@ -127,7 +127,7 @@ def fixed(spec: TensorSpec, shape: Mapping[str, int]) -> TensorSpec:
 
 def weights_of(program: Any) -> dict[str, Tensor]:
     """Parameters, buffers and constants that an exported program reads. Its constants become buffers, because Inductor
-    numbers constants anew and keeps the names of buffers."""
+    renames constants and keeps the names of buffers."""
     signature, weights = program.graph_signature, dict[str, Tensor]()
     read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     for i, spec in enumerate(signature.input_specs):
@@ -158,7 +158,7 @@ def laid(tensor: Tensor) -> Tensor:
 
 
 def check_weights(path: Path, weights: Mapping[str, Tensor], module: torch.nn.Module) -> None:
-    """Raises ExportError unless a file of weights has these. Only what is no parameter may differ between shapes."""
+    """Raises ExportError unless a file of weights has these. Constants alone might differ between shapes."""
     own = dict(module.state_dict())
     with safe_open(path, "pt") as file:
         there = set(file.keys())

@@ -179,7 +179,7 @@ class Staging:
             self.give(array)
 
     def forget(self) -> None:
-        """Frees the arrays that nobody has: pictures of other sizes need other ones."""
+        """Frees the arrays that are not in use: pictures of other sizes need other ones."""
         self.free.clear()
 
     def sweep(self) -> None:

@@ -1,6 +1,6 @@
 """Pictures of several sizes on a GPU: for each size the slots of its UNet, its decoder and what pictures bring.
 
-    easel = sizes.get((768, 512))          # made where it is missing; None while there is no memory for it
+    easel = sizes.get((768, 512))          # made where it is missing; None while it lacks memory
     sizes.submit(stream, job, easel)
     sizes.step(main, out)                  # of the size of the oldest job
 

@@ -143,7 +143,7 @@ def test_another_batch_than_the_compiled_one(cases):
 
 
 class Toy(nn.Module):
-    """Two convolutions, and a constant that is no parameter."""
+    """Two convolutions, and a constant beside its parameters."""
 
     def __init__(self) -> None:
         super().__init__()

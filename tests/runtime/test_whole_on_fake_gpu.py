@@ -117,7 +117,7 @@ def test_sizes_that_were_built_for(sized_bundle, gpu, trt, tmp_path, kind, capsy
     gc.collect()
     assert not gpu.live()
     engines_cli.commands.main(["list", str(folder)], standalone_mode=False)
-    sizes = "B=1+2,G=2 32x32+40x24+24x40" if kind == ("--shared-weights",) else "G=2 24x40"
+    sizes = "B=1+2,G=2,L=78 32x32+40x24+24x40" if kind == ("--shared-weights",) else "G=2,L=78 24x40"
     assert sizes in capsys.readouterr().out
     if not kind:  # a size without its decoder is not there yet, and its plans are
         store = PlanStore(folder)
