@@ -26,7 +26,7 @@ from ..contract import (
 )
 from ..engines.adapted import Chosen, changes
 from ..errors import BundleError, CheckpointError, RequestError
-from ..hands import Hands, hand_arrays, keep_camera, load_hands
+from ..hands import Hands, by_person, hand_arrays, keep_camera, load_hands
 from ..installed import version
 from ..schedules import NoiseSchedule, Table, rows, skipped
 from ..settings import SETTINGS
@@ -103,6 +103,7 @@ class Bundle:
         """The hands of work whose hands are made, as in `Picture.hands`."""
         hands = {"params": work.params, **hand_arrays(work.params)}
         hands.update((ours, work.features[name]) for name, ours in _FEATURE_NAMES.items() if name in work.features)
+        hands = by_person(hands, self.manifest.num_people)
         if (span := self.span(work.request)) != 1 and "joints_2d" in hands:  # of the own width -> of the picture's
             x, y = hands["joints_2d"][..., 0], hands["joints_2d"][..., 1]
             hands["joints_2d"] = np.stack([np.float32(0.5) + (x - np.float32(0.5)) / np.float32(span), y], -1)
@@ -150,7 +151,9 @@ class Bundle:
 
     def given(self, hands: Hands, joints_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Normalised parameters [P] of hands from a file. Where the file has a camera, they are placed so that this
-        camera follows from them. joints_of: runs `hand_features` on one row, x [P] -> joints_3d [62, 3] metres."""
+        camera follows from them. joints_of: runs `hand_features` on one row, x [P] -> joints_3d [62, 3] metres, or
+        [people, 62, 3]. Raises RequestError for more people than the bundle knows."""
+        hands = hands.of(self.manifest.num_people)
         if hands.camera is None:
             return self.normalised(hands.params)
         key = hands.params.tobytes() + hands.camera.tobytes()
@@ -187,7 +190,7 @@ class Bundle:
 
     def normalised(self, params: np.ndarray) -> np.ndarray:
         """Hand parameters [P] in the units of the hand prior: mean 0, standard deviation 1."""
-        return (params - self._mean) / self._std
+        return (params.reshape(-1) - self._mean) / self._std
 
     def params(self, x: np.ndarray) -> np.ndarray:
         """The inverse of `normalised`."""
@@ -308,7 +311,7 @@ class Bundle:
             self.table(HANDS, request)
         else:
             try:
-                load_hands(request.hands)
+                load_hands(request.hands).of(self.manifest.num_people)
             except RequestError as error:
                 error.param = "hands"
                 raise

@@ -423,7 +423,7 @@ class DeviceLoop:
         return again
 
     def _joints(self, x: np.ndarray) -> np.ndarray:
-        """[P] -> [62, 3] metres. The host waits, once for each file of hands."""
+        """[P] -> joints_3d [62, 3] metres, or [people, 62, 3]. The host waits, once for each file of hands."""
         features, side = self.graphs["hand_features"], self.side
         self.staging.upload(side, features.inputs["x"][:1], x[None])
         if self.span is not None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..contract import IMAGE_ENCODER, NUM_PARAMS, Size
+from ..contract import IMAGE_ENCODER, Size
 from ..engines import Engine
 from ..engines.adapted import Chosen
 from ..errors import HanDiffuserError, RequestError
@@ -344,7 +344,7 @@ class HostLoop:
         return failures
 
     def _joints(self, x: np.ndarray) -> np.ndarray:
-        """[P] -> [62, 3] metres."""
+        """[P] -> joints_3d [62, 3] metres; of several people [people, 62, 3]."""
         return self.engines["hand_features"]({"x": x[None], "span": np.ones(1, np.float32)})["joints_3d"][0]
 
     def _hand_job(self, work: Work, text: np.ndarray) -> Job:
@@ -353,7 +353,8 @@ class HostLoop:
             self._no_text = self.engines["text_encoder"]({"input_ids": self.bundle.empty[None]})["text"][0]
         both = np.stack([self._no_text, text])  # [2, 77, D]
         table = self.bundle.table(HANDS, work.request)
-        return _job(work.request, HANDS, table, (NUM_PARAMS,), {"text": both}, draw=work.draws)
+        shape = (len(self.bundle.manifest.params_mean),)
+        return _job(work.request, HANDS, table, shape, {"text": both}, draw=work.draws)
 
     def _job(self, work: Work) -> Job:
         """The job of stage 2."""

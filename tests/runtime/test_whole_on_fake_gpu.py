@@ -141,6 +141,18 @@ def test_sizes_that_cannot_be_built_for(sized_bundle, gpu, trt, sizes, said):
         engines_cli.commands.main(["build", str(sized_bundle), "--sizes", sizes], standalone_mode=False)
 
 
+def test_two_people(pair_bundle, gpu, trt, tmp_path):
+    """Larger tensors are all that the device loop sees, with hands of its own and those of a file."""
+    folder = built(pair_bundle, tmp_path / "pair", "--batch-sizes", "1,2")
+    assert hd_run(folder, tmp_path / "gpu", "--backend", "tensorrt-rtx") == (0, "")
+    assert hd_run(folder, tmp_path / "cpu", "--device", "cpu") == (0, "")
+    same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+    given = ("--hand-params", next((tmp_path / "cpu").glob("*.hands.npz")))
+    assert hd_run(folder, tmp_path / "gpu given", "--backend", "tensorrt-rtx", *given) == (0, "")
+    assert hd_run(folder, tmp_path / "cpu given", "--device", "cpu", *given) == (0, "")
+    same(pictures(tmp_path / "gpu given"), pictures(tmp_path / "cpu given"))
+
+
 def test_plans_are_compared_on_the_gpu(toy_engines, gpu, trt, tmp_path):
     """Every output of every plan beside float32; and a plan that computes something else is found."""
     pytest.importorskip("polygraphy")
