@@ -160,7 +160,7 @@ def device_stages(loop: DeviceLoop, run: dict[str, Any], launches: int = 10) -> 
     times = {"unet": run["steps"], "hand_prior": defaults["hand_steps"]}
     alone = {"unet": run["guidance"] == 1, "hand_prior": defaults["hand_guidance"] == 1}
     # A graph is captured at its first launch, so a step must be captured with the update that follows it.
-    after = {"unet": loop.sampler.advance, "hand_prior": loop.hands_sampler.advance}
+    after = {"unet": loop.own.sampler.advance, "hand_prior": loop.hands_sampler.advance}
     for name, graph in loop.graphs.items():
         count = run["steps"] if name == "unet_time" else run["batch"]
         stream = {"unet": loop.main, "unet_time": loop.main, "image_decoder": loop.out}.get(name, loop.side)

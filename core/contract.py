@@ -6,8 +6,9 @@ A bundle is a folder: `manifest.json`, one ONNX graph for each stage, `tokenizer
 SHA-256, so a check finds a flipped byte before anything runs.
 
 Axes: B rows of a batch, S steps of a schedule, K history tensors of a step graph, P hand parameters, D text width,
-L tokens of the context, W width of the context, T width of a time row, V mesh vertices, C h w latent channels and size,
-H W image size. A branch axis of 2 is always (unconditional, conditional); a hand axis of 2 is always (left, right).
+N points, L tokens of the context, W width of the context, T width of a time row, V mesh vertices, C h w latent channels
+and size, H W image size. A branch axis of 2 is always (unconditional, conditional); a hand axis of 2 is always (left,
+right).
 
 text_encoder       input_ids[B,77]                                          -> text[B,77,D]
 hand_prior         x[B,P] history[B,K,P] noise[B,P] text[B,2,77,D] row[B,R] -> x, history, finite[B]
@@ -34,6 +35,10 @@ so a wider picture sees more at the sides. In older bundles h, w, H and W are nu
 context, so `unet_context` and `unet` take any L. `attention_mask[B,2,77]` (int64) is 0 for tokens that no other token
 reads: prompts with weights below 1 need it. In older bundles L is a number, and the mask is missing.
 
+A bundle knows `num_people` people. With one, P is 330, and its hands are (left, right). With more, P is 330 for each;
+a hand axis has two for each person, who stand from left to right; vertices, joints_3d and camera have an axis of people
+behind B.
+
 `x` is normalised with the manifest's mean and standard deviation. `text` holds a vector for each word of a prompt, for
 the hand prior; from the end token on, the vectors are the sentence's. Older bundles have the sentence's vector alone:
 text[B,D] and text[B,2,D]. `finite` is 1 for rows without NaN or infinity, else 0, so that a loop on a device can check
@@ -44,6 +49,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -57,7 +63,7 @@ from .schema import MisfitError, Sha256, Word, fit, read_json
 from .settings import MAX_SIDE as MAX_SIDE
 from .settings import Defaults
 
-BUNDLE_FORMAT = 2  # 2: pictures of any size
+BUNDLE_FORMAT = 3  # 2: pictures of any size; 3: several people, and written for such bundles alone
 MANIFEST = "manifest.json"
 _AGAIN = "Export the bundle again with hd-export, or copy it again."
 TOKENIZER = "tokenizer.json"
@@ -75,6 +81,7 @@ GRAPHS = (
 )
 IMAGE_ENCODER = "image_encoder"  # the graph that a bundle may lack
 ALL_GRAPHS = (*GRAPHS, IMAGE_ENCODER)
+PICTURES = ("unet", "image_decoder", IMAGE_ENCODER)  # graphs whose tensors have the sides of a picture
 
 # K, the history tensors of exported step graphs: 4 lets the UNet run every solver (PLMS needs them), 1 the hand prior
 # all others.
@@ -97,6 +104,7 @@ def row_columns(num_history: int) -> tuple[str, ...]:
 BRANCHES = "G"
 # The free axes of pictures: height and width of latents, then of images in pixels.
 SIDES = ("h", "w", "H", "W")
+Size = tuple[int, int]  # height and width of a picture in pixels
 # The free axis of tensors with an entry for each token of the context.
 CONTEXT = "L"
 MAX_CHUNKS = 16  # of a prompt; each has at most 75 tokens of it
@@ -120,10 +128,12 @@ HAND_JOINTS = (
     (20, 34, 35, 36, 52, 22, 23, 24, 53, 25, 26, 27, 54, 31, 32, 33, 55, 28, 29, 30, 56),
     (21, 49, 50, 51, 57, 37, 38, 39, 58, 40, 41, 42, 59, 46, 47, 48, 60, 43, 44, 45, 61),
 )
+MAX_PEOPLE = 8  # of a checkpoint; P people have P * NUM_PARAMS parameters and 2 P hands
 MAX_PARAMETER = 1e6  # bound of the parameters' means and standard deviations
 
 
-_FEW, _MANY, _PARAMS = Meta(max_length=8), Meta(max_length=10_000), Meta(min_length=NUM_PARAMS, max_length=NUM_PARAMS)
+_FEW, _MANY = Meta(max_length=8), Meta(max_length=10_000)
+_PARAMS = Meta(min_length=NUM_PARAMS, max_length=MAX_PEOPLE * NUM_PARAMS)
 Precision = Annotated[str, Meta(pattern=r"^(fp32|fp16|bf16|fp8|int8)\Z", description="fp32, fp16, bf16, fp8 or int8")]
 Side = Annotated[int, Meta(ge=1, le=16384)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -233,12 +243,17 @@ class Manifest:
     made_by: dict[str, Any] = field(default_factory=dict)  # versions, opset, name of the checkpoint, body's origin
     # What the sides of pictures must be multiples of, in pixels; 0: pictures have `image_size`, and no other.
     size_multiple: Annotated[int, Meta(ge=0, le=1024)] = 0
-    format: Annotated[int, Meta(ge=1, le=BUNDLE_FORMAT)] = BUNDLE_FORMAT
+    num_people: Annotated[int, Meta(ge=1, le=MAX_PEOPLE)] = 1  # that a picture shows at most
+    format: Annotated[int, Meta(ge=1, le=BUNDLE_FORMAT)] = 2
     sha256: str = ""  # of the manifest itself, all other entries; written by `save`
 
     def save(self, folder: Path) -> None:
         """Writes `manifest.json` last and atomically: a bundle without it is not a bundle."""
         value = json.loads(json.dumps(asdict(self)))
+        if self.num_people == 1:
+            del value["num_people"]  # earlier versions know such bundles, and refuse entries that they do not know
+        else:
+            self.format = value["format"] = BUNDLE_FORMAT
         self.sha256 = value["sha256"] = _own_digest(value)
         text = json.dumps(value, indent=1, ensure_ascii=False)
         with written(folder / MANIFEST) as temporary:
@@ -300,6 +315,10 @@ class Manifest:
         unhashed = [graph.file for graph in self.graphs.values() if graph.file not in self.files]
         if unhashed:
             raise MisfitError(f"It lacks the hash of {', '.join(unhashed)}.")
+        numbers = NUM_PARAMS * self.num_people
+        for name in ("params_mean", "params_std"):
+            if len(getattr(self, name)) != numbers:
+                raise MisfitError(f"{name} must have {numbers} numbers, got {len(getattr(self, name))}.")
         sizes = {"latents": self.latent_size, "image": (*self.image_size, 3)}
         own = self.sides()
         for name, what in (("image_decoder", "decoder"), (IMAGE_ENCODER, "encoder")):
@@ -311,12 +330,12 @@ class Manifest:
                         f"has {tensor}."
                     )
 
-    def latents_at(self, size: tuple[int, int]) -> tuple[int, int, int]:
+    def latents_at(self, size: Size) -> tuple[int, int, int]:
         """The latents' channels, height and width for a picture of this height and width in pixels."""
         (H, W), (channels, h, w) = self.image_size, self.latent_size
         return channels, size[0] * h // H, size[1] * w // W
 
-    def sides(self, size: tuple[int, int] | None = None) -> dict[str, int]:
+    def sides(self, size: Size | None = None) -> dict[str, int]:
         """The sizes of the axes in SIDES for a picture of this height and width; None: the bundle's own. And of CONTEXT
         for a prompt of one chunk."""
         size = size or self.image_size
@@ -329,9 +348,27 @@ class Manifest:
         """Whether the graphs read prompts of more than one chunk."""
         return CONTEXT in self.graphs["unet"].free
 
-    def fixed(self) -> Manifest:
-        """The same bundle for pictures of its own size and prompts of one chunk: no graph has a free side."""
-        sides = self.sides()
+    def size_at(self, sides: Mapping[str, int]) -> Size:
+        """The inverse of `sides`, from the sides of latents or of the image; without them the bundle's own size."""
+        if "H" in sides:
+            return sides["H"], sides["W"]
+        if "h" not in sides:
+            return self.image_size
+        (H, W), (_, h, w) = self.image_size, self.latent_size
+        return sides["h"] * H // h, sides["w"] * W // w
+
+    def nearest(self, size: Size) -> Size:
+        """The nearest height and width that the graphs take."""
+        multiple = self.size_multiple
+        if not multiple:
+            return self.image_size
+        height, width = (min(max(round(n / multiple), 1), MAX_SIDE // multiple) * multiple for n in size)
+        return height, width
+
+    def fixed(self, size: Size | None = None) -> Manifest:
+        """The same bundle for pictures of one height and width, by default its own, and prompts of one chunk:
+        no graph has a free side."""
+        sides = self.sides(size)
         return replace(self, graphs={name: graph.at(sides) for name, graph in self.graphs.items()})
 
     @property
@@ -357,6 +394,22 @@ class Manifest:
                 yield f"{folder / name} is missing."
             elif file_digest(folder / name) != digest:
                 yield f"{folder / name} is damaged: its SHA-256 differs from the manifest's."
+
+
+def read_size(text: str) -> Size:
+    """Height and width of a size as `shown_size` writes it."""
+    width, height = map(int, text.split("x"))
+    return height, width
+
+
+def shown_size(size: Size) -> str:
+    """Height and width as a request says them: "512x768" for 768 rows of 512 pixels."""
+    return f"{size[1]}x{size[0]}"
+
+
+def apart(one: Size, other: Size) -> float:
+    """How far two sizes are from each other: by the ratios of their sides."""
+    return math.hypot(*(math.log(a / b) for a, b in zip(one, other, strict=True)))
 
 
 def _not_a_folder(file: Path) -> str:

@@ -3,6 +3,7 @@
     hands = edit(hands, drags=[Drag("right", 8, 0.4, 0.3)])       # the tip of the right index finger
     hands = edit(hands, gesture=("left", "fist"))
     hands = mirrored(hands)
+    hands = edit(hands, gesture=("left", "fist"), person=1)       # of several people, from 0
 
 `hands` are those of a picture (see `runtime.results.Picture`): arrays of SMPL-H, the camera, and the joints' places.
 The code needs no body model: the length of each bone follows from the joints and rotations that come with the hands. It
@@ -13,6 +14,7 @@ A hand's joints are the wrist, then thumb, index, middle, ring and little finger
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -21,7 +23,8 @@ import numpy as np
 from .contract import HAND_JOINTS, NUM_JOINTS
 from .errors import RequestError
 from .fingers import SIDES, axes, gestures, limits
-from .hands import POSES, given_arrays
+from .hands import POSES, given_arrays, people_in
+from .hands import person as person_of
 from .kinematics import at_rest, forward
 from .rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
@@ -47,13 +50,35 @@ class Drag:
     y: float
 
 
-def edit(hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str] | None = None) -> Arrays:
+def edit(
+    hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str] | None = None, person: int = 0
+) -> Arrays:
     """New hands, with new `joints` and `joints_2d`. The camera changes only if a wrist is dragged.
 
-    hands: a Picture's, or what `find_hands` yields. drags: places in [0, 1]. gesture: (side, name).
-    Raises RequestError for an unknown side, joint or gesture, a place that is not a number, and hands without camera or
-    joints.
+    hands: a Picture's, or what `find_hands` yields. drags: places in [0, 1]. gesture: (side, name). person: whose, of
+    several people, from 0; the others stay.
+    Raises RequestError for an unknown side, joint, gesture or person, a place that is not a number, and hands
+    without camera or joints.
     """
+    return _of_one(hands, person, lambda one: _edited(one, drags or [], gesture))
+
+
+def _of_one(hands: Arrays, person: int, change: Callable[[Arrays], Arrays]) -> Arrays:
+    """The hands with one person changed. Raises RequestError for a person that is not there."""
+    arrays = given_arrays(hands, *POSES)
+    count = people_in(arrays)
+    if isinstance(person, bool) or not isinstance(person, Integral) or not 0 <= person < count:
+        raise RequestError(
+            f"person must be a whole number from 0 to {count - 1} for these hands, got {person!r}.", "person"
+        )
+    if count == 1:
+        return change(arrays)
+    changed = change(person_of(arrays, int(person)))
+    people = [changed if number == person else person_of(arrays, number) for number in range(count)]
+    return {name: np.stack([one[name] for one in people]) for name in changed}
+
+
+def _edited(hands: Arrays, drags: list[Drag], gesture: tuple[str, str] | None) -> Arrays:
     pose = Pose(hands)
     if gesture is not None:
         if isinstance(gesture, str) or len(gesture) != 2:
@@ -68,7 +93,7 @@ def edit(hands: Arrays, drags: list[Drag] | None = None, gesture: tuple[str, str
         first = 22 + 15 * SIDES.index(which)
         pose.local[first : first + 15] = axis_angle_to_matrix(vectors * (FLIP if which == "right" else 1.0))
     by_finger: dict[tuple[int, int], list[Drag]] = {}
-    for drag in drags or []:
+    for drag in drags:
         _side("drags.hand", drag.side)
         if isinstance(drag.joint, bool) or not isinstance(drag.joint, Integral) or not 0 <= drag.joint <= 20:
             raise RequestError(
@@ -100,8 +125,12 @@ def _number(name: str, value: object, least: float, most: float, unit: str) -> N
 
 
 def mirrored(hands: Arrays) -> Arrays:
-    """The mirror image: a right hand becomes a left one. Exact for a symmetric body. Raises RequestError."""
+    """The mirror image: a right hand becomes a left one. Exact for a symmetric body. Several people stay in order from
+    left to right. Raises RequestError."""
     hands = given_arrays(hands, *POSES, "placement")
+    if (count := people_in(hands)) > 1:
+        people = [mirrored(person_of(hands, number)) for number in reversed(range(count))]
+        return {name: np.stack([one[name] for one in people]) for name in people[0]}
     out = dict(hands)
     vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES])[MIRROR[:NUM_JOINTS]] * FLIP
     out.update({name: vectors[joints].reshape(-1) for name, joints in POSES.items()})
@@ -119,8 +148,12 @@ def mirrored(hands: Arrays) -> Arrays:
     return out
 
 
-def swapped(hands: Arrays) -> Arrays:
-    """Both hands keep their places and exchange their finger poses. Raises RequestError."""
+def swapped(hands: Arrays, person: int = 0) -> Arrays:
+    """Both hands keep their places and exchange their finger poses. person: see `edit`. Raises RequestError."""
+    return _of_one(hands, person, _swapped)
+
+
+def _swapped(hands: Arrays) -> Arrays:
     pose = Pose(hands)
     left, right = (np.reshape(pose.given[f"{side}_hand_pose"], (-1, 3)) for side in SIDES)
     changed = {"left_hand_pose": (right * FLIP).reshape(-1), "right_hand_pose": (left * FLIP).reshape(-1)}
@@ -129,12 +162,18 @@ def swapped(hands: Arrays) -> Arrays:
     return pose.hands()
 
 
-def moved(hands: Arrays, scale: float = 1.0, turn: float = 0.0, over: bool = False, flip: bool = False) -> Arrays:
+def moved(
+    hands: Arrays, scale: float = 1.0, turn: float = 0.0, over: bool = False, flip: bool = False, person: int = 0
+) -> Arrays:
     """The hands elsewhere around their middle, which stays. scale: factor of their size. turn: degrees clockwise in the
-    picture. over: palms that showed turn away. flip: their mirror image: a right hand becomes a left one. Raises
-    RequestError."""
+    picture. over: palms that showed turn away. flip: their mirror image: a right hand becomes a left one. person: see
+    `edit`. Raises RequestError."""
     _number("scale", scale, 0.05, 20, "")
     _number("turn", turn, -360, 360, " degrees")
+    return _of_one(hands, person, lambda one: _moved(one, scale, turn, over, flip))
+
+
+def _moved(hands: Arrays, scale: float, turn: float, over: bool, flip: bool) -> Arrays:
     middle = Pose(hands).middle()
     pose = Pose(mirrored(hands) if flip else hands)
     angle = -np.radians(turn)  # y points up in the world

@@ -10,6 +10,9 @@ Where the hands are in the picture is said twice. `camera` (s, tx, ty) sees a po
 and y up, +-1 over the picture's height. Bending a finger must leave the wrist and the other fingers in place, so a file
 with a camera keeps it. Without a camera, `placement` says where each hand's middle is and how large the hand is.
 Bending a finger then moves the whole hand a little. `placement` always says which hands are there.
+
+With several people each array has an axis of people in front, from left to right in the picture. A person without hands
+is absent.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .contract import BETAS, HAND_JOINTS, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
+from .contract import BETAS, HAND_JOINTS, MAX_PEOPLE, NUM_JOINTS, NUM_PARAMS, PLACEMENT, ROTATIONS
 from .errors import RequestError
 from .rotations import axis_angle_to_matrix, matrix_to_axis_angle, rotation_6d_to_matrix
 from .schema import MisfitError, read_file
@@ -58,7 +61,11 @@ NO_HANDS = "none"  # instead of a file's name: a picture without hands (./none i
 
 
 def hand_arrays(params: np.ndarray) -> dict[str, np.ndarray]:
-    """params [330] (not normalised) -> the arrays of SHAPES, float32."""
+    """params [330] (not normalised) -> the arrays of SHAPES, float32. Those of several people, in a row or a row each,
+    give arrays with an axis of people in front."""
+    if params.size != NUM_PARAMS:
+        each = [hand_arrays(one) for one in params.reshape(-1, NUM_PARAMS)]
+        return {name: np.stack([one[name] for one in each]) for name in each[0]}
     vectors = matrix_to_axis_angle(rotation_6d_to_matrix(params[ROTATIONS].reshape(NUM_JOINTS, 6)))
     arrays: dict[str, np.ndarray] = {name: vectors[joints].reshape(-1) for name, joints in POSES.items()}
     arrays["betas"] = params[BETAS]
@@ -67,7 +74,10 @@ def hand_arrays(params: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def hand_params(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The arrays of SHAPES -> params float32 [330], not normalised."""
+    """The arrays of SHAPES -> params float32 [330], not normalised; with an axis of people in front, [people, 330]."""
+    if np.ndim(arrays["global_orient"]) == 2:
+        people = range(len(arrays["global_orient"]))
+        return np.stack([hand_params({name: arrays[name][i] for name in SHAPES}) for i in people])
     params = np.empty(NUM_PARAMS, np.float32)
     vectors = np.concatenate([np.reshape(arrays[name], (-1, 3)) for name in POSES])
     matrices = axis_angle_to_matrix(vectors.astype(np.float64))
@@ -77,11 +87,34 @@ def hand_params(arrays: dict[str, np.ndarray]) -> np.ndarray:
     return params
 
 
+def by_person(hands: dict[str, np.ndarray], num_people: int) -> dict[str, np.ndarray]:
+    """The arrays of a picture with an axis of people in front, where a model knows several: it gives `params` and the
+    hands of `joints_2d` and `visibility` in a row."""
+    if num_people == 1:
+        return hands
+    rows = {"params": (-1,), "joints_2d": (2, 21, 2), "visibility": (2,)}
+    return {name: value.reshape(num_people, *rows[name]) if name in rows else value for name, value in hands.items()}
+
+
+def people_in(hands: Mapping[str, np.ndarray]) -> int:
+    """How many people the arrays of hands hold, absent ones too."""
+    return len(hands["global_orient"]) if np.ndim(hands["global_orient"]) == 2 else 1
+
+
+def person(hands: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """The arrays of one of several people (number from 0); of one person as they are."""
+    if np.ndim(hands["global_orient"]) == 1:
+        return dict(hands)
+    count = len(hands["global_orient"])
+    return {name: value[number] if np.shape(value)[:1] == (count,) else value for name, value in hands.items()}
+
+
 def hands_file(hands: dict[str, np.ndarray], prompt: str) -> bytes:
     """The content of a `.hands.npz`: SMPL-H arrays and whatever else `hands` holds, but not `params`.
 
     What a Picture has: joints [62, 3] and vertices [V, 3] in metres, joints_2d [2, 21, 2] in [0, 1] of the image,
-    visibility [2], camera [3]. Only the arrays of SHAPES and the camera are read back; the others are for looking at.
+    visibility [2], camera [3]; with several people each has an axis of people in front. Only the
+    arrays of SHAPES and the camera are read back; the others are for looking at.
     """
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {name: value for name, value in hands.items() if name != "params"}
@@ -95,16 +128,44 @@ def save_hands(path: str | Path, hands: dict[str, np.ndarray], prompt: str = "")
 
 
 class Hands(NamedTuple):
-    """What a `.hands.npz` says: params float32 [330], not normalised, and the camera (s, tx, ty) to keep, if any."""
+    """What a `.hands.npz` says: params float32 [330], not normalised, and the camera (s, tx, ty) to keep, if any.
+
+    With several people: params [people, 330], and a camera for each, or for the first of them.
+    """
 
     params: np.ndarray
     camera: np.ndarray | None = None
 
+    def of(self, num_people: int) -> Hands:
+        """The same hands for a model of so many people: absent people are added, or left out.
+
+        Raises RequestError where more people than that show a hand.
+        """
+        if self.params.ndim == 1 and num_people == 1:
+            return self
+        params = self.params.reshape(-1, NUM_PARAMS)
+        cameras = None if self.camera is None else self.camera.reshape(-1, 3)
+        if len(params) > num_people:
+            there = np.flatnonzero(params[:, PLACEMENT].reshape(-1, 2, 4)[..., 0].max(1) > 0.5)
+            if len(there) > num_people:
+                people = "person" if num_people == 1 else "people"
+                raise RequestError(
+                    f"hands must show at most {num_people} {people} with this bundle, got {len(there)}. Remove some, "
+                    "or take a bundle of more people (hd-train --num-people).",
+                    "hands",
+                )
+            rest = np.setdiff1d(np.arange(len(params)), there)
+            kept = np.concatenate([there, rest])[:num_people]
+            params, cameras = params[kept], None if cameras is None else cameras[kept]
+        if num_people == 1:
+            return Hands(params[0], None if cameras is None else cameras[0])
+        return Hands(np.stack([*params, *[absent()] * (num_people - len(params))]), cameras)
+
 
 def given_arrays(hands: object, *names: str) -> dict[str, np.ndarray]:
     """A copy of the hands that a program gives, which must have the arrays `names`: a dictionary, or an object with
-    `arrays`, as `find_hands` yields it. Raises RequestError for what lacks some, and for an array of SHOWN with another
-    shape, NaN or infinity."""
+    `arrays`, as `find_hands` yields it. Those of several people keep their axis of people in front. Raises RequestError
+    for what lacks some, and for an array of SHOWN with another shape, NaN or infinity."""
     arrays, said = getattr(hands, "arrays", hands), getattr(hands, "said", ())
     if not isinstance(arrays, Mapping):
         raise RequestError(
@@ -112,7 +173,8 @@ def given_arrays(hands: object, *names: str) -> dict[str, np.ndarray]:
         )
     if not arrays:
         raise RequestError(f"hands must hold arrays, got none. {' '.join(said) or 'Take those of a picture.'}", "hands")
-    out = dict(arrays)
+    out, people = dict(arrays), np.shape(arrays.get("global_orient", ()))[:-1]
+    lead = people if len(people) == 1 and 1 < people[0] <= MAX_PEOPLE else ()
     for name in dict.fromkeys([*names, *(name for name in SHOWN if name in arrays)]):
         if name not in arrays:
             raise RequestError(
@@ -120,7 +182,7 @@ def given_arrays(hands: object, *names: str) -> dict[str, np.ndarray]:
                 "find_hands or of /v1/hands, and change their values.",
                 f"hands.{name}",
             )
-        value, shape = np.asarray(arrays[name]), SHOWN[name]
+        value, shape = np.asarray(arrays[name]), (*lead, *SHOWN[name])
         if value.dtype.kind not in "fiu" or value.size != np.prod(shape) or not np.isfinite(value).all():
             got = f"{value.dtype} {list(value.shape)}" if value.size != np.prod(shape) else "NaN, infinity or no number"
             raise RequestError(
@@ -139,12 +201,11 @@ def load_hands(path: str | Path | bytes) -> Hands:
     missing, has another shape, NaN or infinity, or values that no body has.
     """
     if str(path) == NO_HANDS:
-        arrays = {name: np.zeros(shape, np.float32) for name, (shape, _) in SHAPES.items()}
-        arrays["placement"][:, 3] = np.log(0.5)  # neutral, as training has it
-        return Hands(hand_params(arrays))
+        return Hands(absent())
     what = "The dictionary of hands" if isinstance(path, bytes) else f"The hands file {path}"
     wanted = ", ".join(f"{name}{list(shape)}" for name, (shape, _) in SHAPES.items())
     advice = f"Give an .npz as hd-run writes it, with {wanted}."
+    lead: tuple[int, ...] = ()  # the axis of people
     try:
         with zipfile.ZipFile(io.BytesIO(content_of(path))) as archive:
             there = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -160,11 +221,13 @@ def load_hands(path: str | Path | bytes) -> Hands:
         raise
     except Exception as error:  # a bad file fails numpy, zipfile and zlib in many ways; pickles are not opened
         raise RequestError(f"{what} cannot be read as plain arrays. {advice}") from error
+    if arrays["global_orient"].ndim == 2 and 1 <= len(arrays["global_orient"]) <= MAX_PEOPLE:
+        lead = arrays["global_orient"].shape[:1]
     for name, value in arrays.items():
         shape, limit = SHAPES.get(name, ((3,), MAX_CAMERA))
         if name == "placement" and CAMERA in arrays:  # the camera counts, and may see a hand far off the picture
             limit = MAX_CAMERA
-        if value.shape != shape:
+        if value.shape != (*lead, *shape):
             raise RequestError(f"{what} has {name} of shape {list(value.shape)}. {advice}")
         if value.dtype.kind not in "fiu":
             raise RequestError(f"{what} has {name} as {value.dtype}, not as numbers. {advice}")
@@ -178,10 +241,10 @@ def load_hands(path: str | Path | bytes) -> Hands:
                 "Angles are in radians, places in [-1, 1] of the image."
             )
     camera = arrays.get(CAMERA)
-    if camera is not None and not camera[0] > 0:
+    if camera is not None and not camera[..., 0].min() > 0:
         raise RequestError(
-            f"The scale of the camera must be above 0, got {camera[0]:g} in {what[0].lower()}{what[1:]}. Mend it, or "
-            "remove camera: then placement counts."
+            f"The scale of the camera must be above 0, got {camera[..., 0].min():g} in {what[0].lower()}{what[1:]}. "
+            "Mend it, or remove camera: then placement counts."
         )
     return Hands(hand_params(arrays), None if camera is None else camera.astype(np.float64))
 
@@ -189,6 +252,13 @@ def load_hands(path: str | Path | bytes) -> Hands:
 def content_of(source: str | Path | bytes) -> bytes:
     """The content of a `.hands.npz`, or of one that was read. Raises OSError and MisfitError."""
     return source if isinstance(source, bytes) else read_file(Path(source), MAX_HANDS)
+
+
+def absent() -> np.ndarray:
+    """params [330] of a person at rest who shows no hand, as training has it."""
+    arrays = {name: np.zeros(shape, np.float32) for name, (shape, _) in SHAPES.items()}
+    arrays["placement"][:, 3] = np.log(0.5)
+    return hand_params(arrays)
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -206,9 +276,14 @@ def keep_camera(hands: Hands, joints: np.ndarray) -> np.ndarray:
     """params [330] with the placement that the camera of `hands` sees, so that the same camera follows from it.
 
     joints: [62, 3] metres, what `hand_features` gives for these params; their place in the picture does not matter.
+    With several people each has params and joints, and the first of them, or all, a camera.
     The inverse of `HandFeatures.camera`, which clips sizes to 1/400 to 20 half heights of the picture.
     """
     assert hands.camera is not None
+    if hands.params.ndim == 2:
+        seen = zip(hands.params, hands.camera, joints, strict=False)  # people without a camera are absent
+        placed = [keep_camera(Hands(params, camera), own) for params, camera, own in seen]
+        return np.stack([*placed, *hands.params[len(placed) :]])
     params, scale, shift = hands.params.copy(), hands.camera[0], hands.camera[1:]
     placement = params[PLACEMENT].reshape(2, 4).astype(np.float64)
     present = placement[:, 0] > 0.5

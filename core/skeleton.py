@@ -13,12 +13,16 @@ MIN_SKELETON, MAX_SKELETON = 256, 4096  # pixels: smaller pictures are enlarged,
 
 
 def draw_skeleton(image: np.ndarray, joints_2d: np.ndarray, visibility: np.ndarray) -> np.ndarray:
-    """Draws both hands' bones over a picture, a colour a finger, with L and R at the wrists.
+    """Draws the hands' bones over a picture, a colour a finger, with L and R at the wrists; L2 and R2 are those of the
+    second of several people.
 
     image: uint8 [H, W, 3]. joints_2d: [2, 21, 2], in [0, 1] of width and height, wrist then thumb to little finger.
-    visibility: [2]; a hand below 0.5 is not drawn. Returns uint8, enlarged to at least 256 pixels a side.
+    visibility: [2]; a hand below 0.5 is not drawn. Both may have an axis of people in front. Returns uint8, enlarged to
+    at least 256 pixels a side.
     """
-    return draw_hands(image, [(joints_2d[side], "LR"[side], 1.0) for side in range(2) if visibility[side] >= 0.5])
+    hands = enumerate(zip(joints_2d.reshape(-1, 21, 2), visibility.reshape(-1), strict=True))
+    shown = [(joints, f"{'LR'[i % 2]}{i // 2 + 1 if i > 1 else ''}", 1.0) for i, (joints, seen) in hands if seen >= 0.5]
+    return draw_hands(image, shown)
 
 
 def draw_hands(image: np.ndarray, hands: Sequence[tuple[np.ndarray, str, float]]) -> np.ndarray:

@@ -42,7 +42,7 @@ def flip(sample: Sample) -> Sample:
 
 
 def flip_hands(hands: Hands) -> Hands:
-    """The arrays of `samples.HANDS`, [..., shape], mirrored."""
+    """The arrays of `samples.HANDS`, [..., shape], mirrored. Several people stay in order from left to right."""
 
     def mirrored(vectors: np.ndarray) -> np.ndarray:
         turned = vectors.reshape(*vectors.shape[:-1], -1, 3) * _MIRROR
@@ -63,6 +63,8 @@ def flip_hands(hands: Hands) -> Hands:
     if "joints_2d" in hands:
         swapped = hands["joints_2d"][..., ::-1, :, :]
         out["joints_2d"] = np.stack([1 - swapped[..., 0], swapped[..., 1]], -1)
+    if hands["global_orient"].ndim == 2:
+        out = {name: value[::-1] for name, value in out.items()}
     return {name: np.ascontiguousarray(value) for name, value in out.items()}
 
 

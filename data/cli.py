@@ -242,8 +242,9 @@ def check(folder: Path, body: Path | None, min_size: int, fix: bool, processes: 
     )
     if counts["dropped"]:
         console.print(
-            f"Training takes the most visible person of each picture: {counts['dropped']} of {counts['people']} people "
-            "are dropped. hd-data latents --people each takes all."
+            f"A checkpoint of one person learns the most visible one of each picture: {counts['dropped']} of "
+            f"{counts['people']} people are dropped. hd-train --num-people 2 takes two, and hd-data latents --people "
+            "each takes all, one by one."
         )
     kinds = Counter(problem.kind for problem in report.problems)
     console.print("Problems: " + (", ".join(f"{kind} {n}" for kind, n in kinds.most_common()) or "none."))

@@ -4,7 +4,8 @@
     rows = hand_rows([sample.hands], features)       # params, joints, rotations, bps, visibility
 
 Where a sample has a camera instead of a placement, forward kinematics computes the placement. A hand counts as absent
-where `visibility` or its presence says so, or where more than half of its joints lie outside the picture.
+where `visibility` or its presence says so, or where more than half of its joints lie outside the picture. For a model
+of several people, `people_rows` takes those of each picture.
 """
 
 from __future__ import annotations
@@ -90,13 +91,36 @@ def hand_rows(hands: Sequence[Hands | None], features: HandFeatures) -> dict[str
     return {"params": params, **{name: found[name] for name in FEATURES}}
 
 
-def most_visible(hands: Hands, body: SMPLH) -> int:
-    """The number of the person with the largest hands in the picture, both together; 0 without visible hands."""
+@torch.no_grad()
+def people_rows(pictures: Sequence[Sequence[Hands | None]], features: HandFeatures, count: int) -> dict[str, Tensor]:
+    """As `hand_rows` for pictures of up to `count` people each: params [N, count * 330], and of 2 * count hands joints,
+    rotations, bps and visibility. features: of one person.
+
+    People stand from left to right, by their pelvis. A person without a visible hand is absent: at rest, and last.
+    """
+    if count == 1:
+        return hand_rows([people[0] for people in pictures], features)
+    filled = [[*people, *[None] * (count - len(people))] for people in pictures]
+    rows = hand_rows([one for people in filled for one in people], features)
+    found = features(rows["params"])
+    absent = rows["visibility"].amax(1) < 0.5
+    for name, value in hand_rows([None], features).items():
+        rows[name][absent] = value
+    pelvis = found["camera"][:, 0] * (found["joints_3d"][:, 0, 0] + found["camera"][:, 1])
+    order = torch.where(absent, torch.inf, pelvis).unflatten(0, (-1, count)).argsort(dim=1, stable=True)
+    order = (order + count * torch.arange(len(pictures))[:, None]).flatten()
+    ordered = {name: value[order].unflatten(0, (-1, count)) for name, value in rows.items()}
+    return {name: value.flatten(1, 2) for name, value in ordered.items()}
+
+
+def most_visible(hands: Hands, body: SMPLH, count: int = 1) -> list[int]:
+    """The numbers of up to `count` people with the largest hands in the picture, both together; the largest first."""
     if hands["global_orient"].ndim == 1:
-        return 0
+        return [0]
     people = [person(hands, number) for number in range(len(hands["global_orient"]))]
     place = params_of(people, body)[:, PLACEMENT].unflatten(1, (2, 4))
-    return int(((place[..., 0] > 0.5) * place[..., 3].exp()).sum(1).argmax())
+    size = ((place[..., 0] > 0.5) * place[..., 3].exp()).sum(1)
+    return size.argsort(dim=0, descending=True, stable=True)[:count].tolist()
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from ..placeholders import runs, spread
 from ..schema import MisfitError
 from .augment import Hands, centre_box, crop_hands, fit_picture, flip
 from .dataset import Index
-from .hands import hand_rows, most_visible, plain_features
+from .hands import most_visible, people_rows, plain_features
 from .samples import Bad, Sample, person, picture, picture_size
 
 FORMAT = 3  # of the files; raise it when the rows change
@@ -48,10 +48,11 @@ BATCH = 16  # pictures, or people, at a time
 class LatentCache:
     """Rows of a dataset, ready to train on. Make one with `open` or `make_latents`.
 
-    A row is a sample, or with people="each" one person of a sample. `len` counts the rows; samples [R]: each row's
-    sample. usable: the rows to train on (with `pictures`: those whose picture could be encoded). annotated: bool [R],
-    rows whose hands the data states; stage 1 learns from these alone. left_out: a Bad for each sample without a usable
-    row, and for each damaged shard. labels: name -> its classes, in the order of the numbers of `rows()["labels"]`.
+    A row is a sample with its most visible people, as many as the checkpoint knows; or with people="each" one person of
+    a sample. `len` counts the rows; samples [R]: each row's sample. usable: the rows to train on (with `pictures`:
+    those whose picture could be encoded). annotated: bool [R], rows whose hands the data states; stage 1 learns from
+    these alone. left_out: a Bad for each sample without a usable row, and for each damaged shard. labels: name -> its
+    classes, in the order of the numbers of `rows()["labels"]`.
     """
 
     def __init__(self, index: Index, hands: list[_File], latents: list[_File] | None) -> None:
@@ -111,8 +112,8 @@ class LatentCache:
 
     def rows(self, rows: Sequence[int] | np.ndarray, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Some rows: mean, std float16 [N, C, h, w] (not scaled), ids int64 [N, W, 77] (W wordings; fewer are
-        repeated), joints [N, 2, 21, 2], rotations [N, 2, 16, 6], bps [N, 2, 512], visibility [N, 2], params [N, 330]
-        (all float32), labels int64 [N, len(labels)] (-1: unlabelled). names: these alone.
+        repeated), joints [N, H, 21, 2], rotations [N, H, 16, 6], bps [N, H, 512], visibility [N, H], params [N, P]
+        (all float32; H hands: two of each person), labels int64 [N, len(labels)] (-1: unlabelled). names: these alone.
         """
         wanted = list(names) if names is not None else [*HAND_ROWS, *(LATENT_ROWS if self.pictures else ())]
         rows = np.asarray(rows, np.int64)
@@ -229,6 +230,7 @@ class _Work:
             "hands": {
                 **shared,
                 "people": people,
+                **({"num_people": checkpoint.num_people} if checkpoint.num_people > 1 else {}),
                 "tokenizer": _digest([checkpoint.tokenizer.to_str(), json.dumps(checkpoint.special_tokens)]),
                 "body": _digest(self.body.buffers()),
                 "basis": _digest([checkpoint.text_hand_encoder.basis]),
@@ -319,7 +321,7 @@ class _Hands:
         self.annotated: list[bool] = []
 
     def add(self, first: int, samples: list[Sample | Bad]) -> None:
-        people: list[Hands | None] = []
+        pictures: list[list[Hands | None]] = []
         for number, sample in enumerate(samples, first):
             if isinstance(sample, Bad):
                 self.bad.append(sample)
@@ -330,19 +332,24 @@ class _Hands:
                 self.bad.append(Bad(sample.key, self.shard, str(error)))
                 continue
             if hands is None:
-                chosen: list[Hands | None] = [None]
+                chosen: list[list[Hands | None]] = [[None]]
             elif self.work.people == "each":
-                chosen = [person(hands, number) for number in range(sample.people)]
+                chosen = [[person(hands, one)] for one in range(sample.people)]
             else:
-                chosen = [person(hands, most_visible(hands, self.work.body))]
-            for one in chosen:
-                people.append(one)
+                most = most_visible(hands, self.work.body, self.work.checkpoint.num_people)
+                chosen = [[person(hands, one) for one in most]]
+            for people in chosen:
+                pictures.append(people)
                 self.of.append(number)
                 self.words.append(sample.prompts)
                 self.said.append(sample.meta.get("labels") or {})
                 self.annotated.append(sample.annotated)
-        if people:
-            self.parts.append(hand_rows(people, self.work.features))
+        if pictures:
+            self.parts.append(self.rows(pictures))
+
+    def rows(self, pictures: list[list[Hands | None]]) -> dict[str, Tensor]:
+        """Parameters and features, a row a picture."""
+        return people_rows(pictures, self.work.features, self.work.checkpoint.num_people)
 
     def framed(self, sample: Sample) -> Hands | None:
         """The hands in the cropped picture."""
@@ -360,7 +367,7 @@ class _Hands:
         self.labels = {name: sorted({said[name] for said in self.said if name in said}) for name in names}
         numbers = [[self.labels[n].index(said[n]) if n in said else -1 for n in names] for said in self.said]
         rows = len(self.of)
-        empty = hand_rows([None], self.work.features)
+        empty = self.rows([[None]])
         out = {name: torch.cat([part[name] for part in self.parts] or [empty[name][:0]]) for name in empty}
         return {
             **out,

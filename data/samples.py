@@ -36,6 +36,7 @@ from msgspec import Meta
 from ..errors import DatasetError
 from ..files import written
 from ..hands import SHAPES
+from ..hands import person as person
 from ..pictures import SPELLINGS, decode, kind_of, size_of
 from ..pictures import encode_png as encode_png
 from ..schema import TRUTH, MisfitError, fit, parse_json
@@ -141,13 +142,6 @@ def picture(sample: Sample) -> np.ndarray:
 def picture_size(sample: Sample) -> tuple[int, int] | None:
     """Height and width of the upright picture by its header alone; None without one. Raises MisfitError."""
     return None if sample.image is None else size_of(sample.image)
-
-
-def person(hands: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-    """The arrays of one of several people (number from 0); of one person as they are."""
-    if hands["global_orient"].ndim == 1:
-        return hands
-    return {name: value[number] for name, value in hands.items()}
 
 
 # --- writing ---

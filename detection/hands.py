@@ -31,14 +31,10 @@ from .mano import hand_means, in_picture, mano_estimates
 from .poses import Poses
 
 LANCZOS = Image.Resampling.LANCZOS
-LOOK, LOOKED_AT = (
-    2.2,
-    (190, 190),
-)  # a crop to look at again: boxes of the hand, and pixels, too few to be searched in parts
-ASIDE, UNSEEN = (
-    0.5,
-    0.5,
-)  # sizes of the hand: another hand is farther away; looks of which one sees no hand are so apart
+LOOK = 2.2  # boxes of the hand: a crop to look at again
+LOOKED_AT = 190, 190  # its pixels: so few that a detector does not search parts of it
+ASIDE = 0.5  # sizes of the hand: another hand is farther away
+UNSEEN = 0.5  # sizes of the hand: so far apart count two looks where one sees no hand
 FIRST, TOLD = 0.5, 3.0  # what the first look counts beside those from near, and a look that sees the side a person says
 MIN_HAND_PIXELS = 40  # pixels of a painted picture: smaller hands are brought nearer
 NEAR = 1.6  # a window that brings hands nearer, times their box

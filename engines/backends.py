@@ -114,7 +114,8 @@ BACKENDS = {
             "tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx", gpu="tensorrt_loading", plans="build", auto=True,
             precisions=("fp16", "fp32", "bf16", "fp8", "int8"),
         ),
-        # Not for "auto": it needs PyTorch, which no command imports unasked.
+        # For "auto" on a GPU only where hd-export measured a faster step: it needs PyTorch, which no command imports
+        # unasked.
         Backend(
             "inductor", "torch", "export", host="inductor", gpu="inductor", precisions=("fp32", "fp16", "bf16"),
             compiles=True,

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..contract import GraphSpec, Manifest
+from ..contract import GraphSpec, Manifest, Size
 from ..errors import EngineError
 
 # The first compute capability that has a precision, its name in a sentence, and what does instead on older GPUs.
@@ -80,18 +80,31 @@ def nothing() -> None:
     """What a backend does after a run and at the end, unless it says otherwise."""
 
 
+class Sized(NamedTuple):
+    """Engines for pictures of one size.
+
+    load: makes an engine when the loop first needs it. buckets: batch sizes, rising. single: graph -> buckets that also
+    have an engine of the conditional branch alone. weights: bytes that the UNet and its like take of the GPU's memory
+    for this size alone.
+    """
+
+    load: Load
+    buckets: Sequence[int]
+    single: Mapping[str, Collection[int]] = {}
+    weights: int = 0
+
+
 @dataclass
 class DeviceEngines:
     """What a backend gives to the loop on a GPU.
 
-    load: makes an engine when the loop first needs it. buckets: batch sizes, rising. single: graph -> buckets that also
-    have an engine of the conditional branch alone. sentences: what the user should know. after_run, close: the loop
-    calls them after each run and at its end.
+    at: the engines for a size of pictures; those of another size than the bundle's own only have PICTURES. sizes: that
+    it paints; None: any. sentences: what the user should know. after_run, close: the loop calls them after each run and
+    at its end.
     """
 
-    load: Load
-    buckets: list[int]
-    single: Mapping[str, Collection[int]]
+    at: Callable[[Size], Sized]
+    sizes: frozenset[Size] | None = None
     sentences: list[str] = field(default_factory=list)
     after_run: Callable[[], None] = nothing
     close: Callable[[], None] = nothing
@@ -103,6 +116,11 @@ def powers_of_two(most: int) -> list[int]:
     while out[-1] < most:
         out.append(2 * out[-1])
     return out
+
+
+def enough(buckets: list[int], slots: int) -> list[int]:
+    """Of rising batch sizes those up to the first that holds all slots."""
+    return [size for size in buckets if size < slots] + [size for size in buckets if size >= slots][:1]
 
 
 def check_host(manifest: Manifest, folder: str | Path) -> None:

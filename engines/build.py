@@ -3,9 +3,10 @@
     for built in build("tensorrt-rtx", "engines/", Wanted(batch_sizes=(1, 4))):
         print(built.plan.graph, built.why or "cached")
 
-By default each batch size gets a static plan of its own, because static engines are faster. `dynamic` makes one plan
-for all sizes up to the largest. `shared` makes one plan that is compiled for each size: the same kernels over one copy
-of the weights. Another size then means building it all again.
+By default each batch size and each size of pictures gets a static plan of its own, because static engines are faster,
+and another size later builds its own plans alone. `dynamic` makes one plan for all batch sizes up to the largest.
+`shared` makes one plan that is compiled for each size: the same kernels over one copy of the weights. Another size then
+means building it all again.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ..contract import BRANCHES, MAX_ROWS, Manifest
+from ..contract import BRANCHES, MAX_ROWS, SIDES, Manifest
 from ..errors import EngineError
 from .backends import BACKENDS
 from .base import check_gpu
 from .cuda import Cuda
-from .plans import Built, OnBuild, PlanStore, Sizes, Wanted, parts
+from .plans import Built, OnBuild, PlanStore, Sizes, Wanted, parts, picture_sizes
 from .tensorrt import EVERYWHERE, NAMES, TURING, Options, TensorRT, fits
 from .tensorrt_build import OnProgress, build_plan
 
@@ -47,16 +49,26 @@ def wanted_plans(manifest: Manifest, wanted: Wanted) -> list[tuple[str, Sizes]]:
         batches = [{"B": (1, sizes[-1], sizes[-1])}]
     elif wanted.shared and len(sizes) > 1:
         batches = [{"B": sizes}]
+    pictures = picture_sizes(manifest, wanted.pictures)
     out: list[tuple[str, Sizes]] = []
     for name, spec in manifest.graphs.items():
-        sides = {axis: size for axis, size in manifest.sides().items() if axis in spec.free}
+        sides: list[Sizes] = []
+        for size in pictures:
+            some = {axis: n for axis, n in manifest.sides(size).items() if axis in spec.free}
+            sides += [some] if some not in sides else []
+        shapes: list[tuple[Sizes, Sizes]] = [(batch, some) for some in sides for batch in batches]
+        if wanted.shared and len(sides) > 1:  # a profile for each pair of batch size and size
+            pairs = [{**batch, **some} for some in sides for batch in ({"B": size} for size in sizes)]
+            axes = {axis: [pair[axis] for pair in pairs] for axis in pairs[0]}
+            several: dict[str, Any] = {axis: numbers for axis, numbers in axes.items() if axis in ("B", *SIDES)}
+            shapes = [({"B": several.pop("B")}, {**sides[0], **several})]
         if spec.free == ["S"]:
             out.append((name, {"S": SCHEDULE_LENGTHS}))
         elif BRANCHES in spec.free:
             branches = (2, 1) if name == "hand_prior" or (wanted.guidance_free and spec.dominant) else (2,)
-            out += [(name, {**batch, BRANCHES: count, **sides}) for count in branches for batch in batches]
+            out += [(name, {**batch, BRANCHES: count, **some}) for count in branches for batch, some in shapes]
         else:
-            out += [(name, {**batch, **sides}) for batch in batches]
+            out += [(name, {**batch, **some}) for batch, some in shapes]
     return out
 
 
@@ -66,6 +78,7 @@ def fitting(folder: Path, wanted: Wanted, cuda: Cuda | None) -> tuple[Wanted, st
     Else what was asked for, and "". The one plan for all sizes may be slower, so it is taken for need only.
     """
     sizes = len(set(wanted.batch_sizes or BATCH_SIZES)) * (2 if wanted.guidance_free else 1)
+    sizes *= len({*wanted.pictures, Manifest.load(folder, verify=False).image_size})
     if cuda is None or wanted.shared or wanted.dynamic or sizes == 1:
         return wanted, ""
     file = folder / Manifest.load(folder, verify=False).graphs["unet"].file
@@ -75,7 +88,7 @@ def fitting(folder: Path, wanted: Wanted, cuda: Cuda | None) -> tuple[Wanted, st
         return wanted, ""
     return replace(wanted, shared=True), (
         f"{sizes} copies of the UNet's weights would take {needed / 1e9:.1f} of this GPU's {there / 1e9:.1f} GB, so "
-        "one plan serves all batch sizes (--shared-weights). Name fewer --batch-sizes for a plan each."
+        "one plan serves all of them (--shared-weights). Name fewer --batch-sizes or --sizes for a plan each."
     )
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from .. import shipped
 from ..commands import run
-from ..contract import EIGHT_BITS, Manifest
+from ..contract import EIGHT_BITS, Manifest, Size, read_size
 from ..errors import EngineError
 from . import inspect, timing, verdict
 from .adapted import chosen, make_bundle, sentences
@@ -42,15 +42,27 @@ def parse_batch_sizes(_: click.Context, __: click.Parameter, value: str | None) 
     return sizes
 
 
+def parse_sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[Size, ...]:
+    """ "512x768,768x512" -> ((768, 512), (512, 768)), height first."""
+    try:
+        return tuple(read_size(size.strip().lower()) for size in (value or "").split(",") if value)
+    except ValueError:
+        raise click.BadParameter(
+            f"--sizes must be a list of WIDTHxHEIGHT in pixels, such as 512x768,768x512, got {value!r}."
+        ) from None
+
+
 def build_options(command):  # type: ignore[no-untyped-def]
     """Adds the options of a build, for `hd-engines build` and `hd-export` alike."""
     for option in reversed(
         [
             click.option("--batch-sizes", callback=parse_batch_sizes, metavar="N,N,...",
                          help="Build a static plan for each.  [default: 1,2,4,8; openvino: 1]"),
-            click.option("--dynamic", is_flag=True, help="One plan for all sizes up to the largest; slower to run."),
+            click.option("--sizes", callback=parse_sizes, metavar="WxH,WxH,...",
+                         help="Compile for these sizes of pictures, too; the bundle's own is always among them."),
+            click.option("--dynamic", is_flag=True, help="One plan for all batch sizes up to the largest; slower."),
             click.option("--shared-weights", is_flag=True,
-                         help="One plan for all batch sizes, compiled for each: their weights are on the GPU once.  "
+                         help="One plan for all batch sizes and --sizes, compiled for each: one copy of the weights.  "
                          "[default: where a copy for each would take over half of its memory]"),
             click.option("--guidance-free", is_flag=True,
                          help="Also build UNets without the unconditional branch: half the work where guidance is 1."),
@@ -95,7 +107,12 @@ def wanted_of(values: dict) -> Wanted:
         None if values["eight_bits"] == "all" else values["eight_bits"],
     )
     return Wanted(
-        values["batch_sizes"] or (), values["dynamic"], values["shared_weights"], values["guidance_free"], options
+        values["batch_sizes"] or (),
+        values["dynamic"],
+        values["shared_weights"],
+        values["guidance_free"],
+        options,
+        values["sizes"],
     )
 
 
@@ -150,7 +167,7 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
         if why:
             console.print(why)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    done: list[Built] = []
+    done, manifest = list[Built](), Manifest.load(folder, verify=False)
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=1.0, visible=False)
 
@@ -167,7 +184,7 @@ def build_with_progress(folder: Path, backend: str, wanted: Wanted, faster_than:
                     cpu_types = f"{built.plan.parts['precision']} and {cpu_types}"
                 types = ", ".join(f"{n} {kind.lower()}" for kind, n in built.plan.proof.get("types", {}).items())
                 console.print(
-                    f"{built.plan.graph:18} {built.plan.parts['sizes']:10} {built.plan.seconds:6.1f} s "
+                    f"{built.plan.graph:18} {built.plan.shown(manifest):16} {built.plan.seconds:6.1f} s "
                     f"{built.plan.size / 1e6:8.1f} MB   computes in: {types or cpu_types}   ({built.why})"
                 )
     new = sum(bool(built.why) for built in done)
@@ -306,7 +323,8 @@ def list_plans(folder: str) -> int:
             click.echo(f"{heading}, {plan.parts['precision']}")
         state = stale(plan, manifest, versions) or store.problem(plan, verify=False) or not_here(plan) or "current"
         size = f"{plan.size / 1e6:8.1f} MB   built in {plan.seconds:6.1f} s"
-        click.echo(f"  {plan.graph:18} {plan.parts['sizes']:12} {size}   {state}")
+        shown = plan.shown(manifest) if plan.graph in manifest.graphs else plan.parts["sizes"]
+        click.echo(f"  {plan.graph:18} {shown:16} {size}   {state}")
     if not heading:
         click.echo(f"{path} has no plans. Build some: hd-engines build {folder}")
     return 0

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..contract import Manifest
+from ..contract import PICTURES, Manifest
 from ..errors import EngineError
 from .onnxruntime import every
 from .plans import Shelf
 
 PRECISIONS = ("fp32", "fp16")  # of bundles; the contributed kernels know no other types
-PICTURES = ("unet", "image_encoder", "image_decoder")  # graphs with convolutions
 REWRITES = (
     "editing",
     "fixing",
@@ -58,12 +57,15 @@ def has_derived(manifest: Manifest, graph: str) -> bool:
     return manifest.precision in PRECISIONS and graph in PICTURES
 
 
-def derived_graph(folder: Path, manifest: Manifest, graph: str) -> bytes | None:
-    """The derived form of a bundle's graph; None for graphs and precisions that have none."""
+def derived_graph(folder: Path, manifest: Manifest, graph: str, sides: Mapping[str, int] | None = None) -> bytes | None:
+    """The derived form of a bundle's graph; None for graphs and precisions that have none.
+
+    sides: of the pictures, see `Manifest.sides`; None: of the bundle's own size.
+    """
     if not has_derived(manifest, graph):
         return None
     spec, shelf = manifest.graphs[graph], shelf_of(folder, manifest)
-    sides = manifest.sides()
+    sides = sides or manifest.sides()
     sizes = every(spec, sides)
     if (kept := shelf.find(graph, sizes)) is not None:
         return kept.read_bytes()

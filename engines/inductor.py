@@ -1,4 +1,4 @@
-"""AOTInductor: a graph that PyTorch itself compiled, for GPUs without TensorRT. It alone needs PyTorch when it runs.
+"""AOTInductor: graphs that PyTorch itself compiled, for GPUs without TensorRT. They alone need PyTorch to run.
 
 engine = InductorEngine("engines/unet.pt2", manifest.graphs["unet"], device="cuda")
 outputs = engine(feeds)                 # numpy in, numpy out
@@ -7,13 +7,16 @@ on_gpu = InductorDeviceEngine(engine)   # bound to device arrays, enqueued on a 
 A `.pt2` file holds native code, and loading it runs that code: trust it as you trust a program. Load only what you
 compiled yourself, and only after you verified the SHA-256 that was noted when it was written, as `host_engines` does.
 Such a file is bound to the kind of processor and to the PyTorch that compiled it.
+
+A graph with convolutions has a file for each shape: Inductor lays channels last only where it knows all sizes. Such a
+file is code alone. The weights are in one more file, and are loaded once for all shapes; see `inductor_files.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,20 +24,22 @@ from typing import Any
 import numpy as np
 
 from ..commands import imported
-from ..contract import MAX_ROWS, GraphSpec, Manifest, TensorSpec
+from ..contract import BRANCHES, MAX_ROWS, PICTURES, GraphSpec, Manifest, Size, TensorSpec
 from ..cpu import usable_cores
 from ..errors import EngineError
-from .base import DeviceEngine, DeviceEngines, Engine, check_feeds, powers_of_two
+from .base import DeviceEngine, DeviceEngines, Sized, check_feeds, enough
 from .cuda import Cuda
-from .plans import Plan, PlanStore, belongs
+from .inductor_files import Compiled, Here, find_compiled
+from .plans import Plan, PlanStore
 
-REMEDY = "Compile it again on this machine: hd-export CHECKPOINT OUT --backend inductor."
+COMPILE = "hd-export CHECKPOINT OUT --backend inductor"
+REMEDY = f"Compile it again on this machine: {COMPILE}."
 
 
 class InductorEngine:
     """One compiled graph. See `Engine` for calling it.
 
-    device: "cpu" or "cuda", which the file was compiled for. batch: the only batch size that it takes, or None.
+    device: "cpu" or "cuda", which the file was compiled for.
     """
 
     batches: Sequence[int] | None = None
@@ -46,12 +51,14 @@ class InductorEngine:
         device: str = "auto",
         threads: int | None = None,
         asynchronous: bool = False,
+        weights: Mapping[str, Any] | None = None,
     ) -> None:
         """Loads `path`, whose SHA-256 the caller has verified: this runs code from it.
 
         device: "cpu", "cuda", or "auto" for the one that the file was compiled for. threads: of the CPU; by default
         as many as there are usable cores. asynchronous: all runs come from one thread on one stream, which is order
-        enough; otherwise a run waits for the end of the one before it.
+        enough; otherwise a run waits for the end of the one before it. weights: tensors by name, of a file that is code
+        alone; other files of the same graph may share them.
 
         Raises EngineError when PyTorch is missing, when the file is damaged or none of ours, when it was compiled
         for another device, processor or PyTorch, or when its tensors differ from `spec`.
@@ -61,24 +68,30 @@ class InductorEngine:
         self.threads = threads or usable_cores()
         # What `torch._inductor.aoti_load_package` ends in. By itself it takes milliseconds; that function imports the
         # whole compiler (3 s), runs the C++ compiler to tell the processor, and calls a damaged file an outdated one.
-        loader = torch._C._aoti.AOTIModelPackageLoader
+        package = torch._C._aoti.AOTIModelPackageLoader
         try:
-            noted = loader.load_metadata_from_package(str(path), "model")  # reads, runs nothing
+            noted = package.load_metadata_from_package(str(path), "model")  # reads, runs nothing
         except Exception as error:
             raise EngineError(f"{path} is damaged or no compiled graph ({_sentence(error)}). {REMEDY}") from error
         self._check_origin(path, noted, device)
         self.device: str = noted["device"]
-        self.batch = int(noted["batch"]) if noted["batch"] else None
         if self.device == "cuda":
             forbid_tf32()  # compiled code asks again when it calls cuDNN and cuBLAS
         try:
-            self._model = loader(str(path), "model", asynchronous, 1, -1)  # one runner, the current GPU
+            self._model = package(str(path), "model", asynchronous, 1, -1)  # one runner, the current GPU
+            if weights is not None:
+                lacking = sorted(set(self._model.get_constant_fqns()) - weights.keys())
+                if lacking:
+                    raise EngineError(f"its weights lack {', '.join(lacking[:3])}")
+                taken = {name: weights[name] for name in self._model.get_constant_fqns()}
+                self._model.load_constants(taken, False, True, True)  # all of them, where they are
+                self.weights = weights
         except Exception as error:
             raise EngineError(f"PyTorch cannot load {path} ({_sentence(error)}). {REMEDY}") from error
 
     def _check_origin(self, path: str | Path, noted: Mapping[str, str], device: str) -> None:
         """Raises EngineError unless the file was made for `spec`, for `device` and for this machine."""
-        if not noted.keys() >= {"device", "batch", "processor", "torch", "tensors"}:
+        if not noted.keys() >= {"device", "processor", "torch", "tensors"}:
             raise EngineError(f"{path} was not compiled by hd-export. {REMEDY}")
         made_for = noted["device"]
         if made_for == "cuda" and not _import_torch().cuda.is_available():
@@ -134,15 +147,11 @@ class InductorEngine:
 
     def check_batch(self, feeds: Mapping[str, Any]) -> None:
         want = self.spec.inputs[0]
-        size = feeds[want.name].shape[0]
-        if self.batch in (None, size) and size <= MAX_ROWS:
-            return
-        allowed = f"exactly {self.batch}" if self.batch else f"at most {MAX_ROWS}"
-        raise EngineError(
-            f"The graph {Path(self.spec.file).stem} got {want.name} of shape {list(feeds[want.name].shape)}; it was "
-            f"compiled for {want}, where {want.shape[0]} is {allowed}. Send batches of that size, or compile others: "
-            f"hd-export CHECKPOINT OUT --backend inductor --batch-sizes {size}."
-        )
+        if feeds[want.name].shape[0] > MAX_ROWS:
+            raise EngineError(
+                f"The graph {Path(self.spec.file).stem} got {want.name} of shape {list(feeds[want.name].shape)}; it "
+                f"was compiled for {want}, where {want.shape[0]} is at most {MAX_ROWS}. Send smaller batches."
+            )
 
 
 class InductorDeviceEngine:
@@ -150,12 +159,15 @@ class InductorDeviceEngine:
 
     PyTorch reads the inputs where they are. Its outputs are in memory of its own, and copied from there into the bound
     arrays: two copies of the state a step, which is little beside the step.
+
+    pool: of PyTorch's allocator. What a run hands out and takes back there is used again by runs of this pool alone, so
+    a captured run writes nowhere else when it is replayed. Engines of one stream share a pool.
     """
 
     own_graph = False
 
-    def __init__(self, engine: InductorEngine) -> None:
-        self.engine, self.spec = engine, engine.spec
+    def __init__(self, engine: InductorEngine, pool: Any = None) -> None:
+        self.engine, self.spec, self.pool = engine, engine.spec, pool
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         check_feeds(self.spec, inputs)
@@ -178,9 +190,8 @@ class InductorDeviceEngine:
             raise self.engine.failure(error) from error
 
     def capturable(self, stream: Any) -> bool:
-        # PyTorch's allocator must know of a capture: what it hands out meanwhile would be used for other things while
-        # the captured graph still writes there. It knows of captures by torch.cuda.graph only, and not of ours.
-        return False
+        """Whether its memory comes from a pool. The run before the capture has filled it, so nothing is allocated."""
+        return self.pool is not None
 
     def _tensor(self, array: Any) -> Any:
         """A tensor over the memory of a device array."""
@@ -190,50 +201,118 @@ class InductorDeviceEngine:
             raise EngineError("PyTorch uses another GPU than the one that holds the arrays. Leave it one to see.")
         return tensor.view(torch.bfloat16) if str(array.dtype) == "bfloat16" else tensor
 
-    def _on(self, stream: Any) -> AbstractContextManager[Any]:
-        """Makes a stream PyTorch's current one."""
+    @contextlib.contextmanager
+    def _on(self, stream: Any) -> Iterator[None]:
+        """Makes a stream PyTorch's current one, and its memory that of the pool."""
         torch = _import_torch()
-        return torch.cuda.stream(torch.cuda.ExternalStream(int(stream.handle)))
+        pool = torch.cuda.use_mem_pool(self.pool) if self.pool is not None else contextlib.nullcontext()
+        with torch.cuda.stream(torch.cuda.ExternalStream(int(stream.handle))), pool:
+            yield
 
 
-def find_compiled(folder: Path, manifest: Manifest, device: str = "auto") -> tuple[str, dict[str, Plan]]:
-    """The compiled graphs of a folder for this PyTorch, and the device they are for.
+class InductorShapes:
+    """A graph with a file for each shape, on arrays of the host. See `Engine` for calling it.
 
-    device: "cpu", "cuda", or "auto" for the GPU where there is one and all is compiled for it, else the CPU.
-    Raises EngineError when a graph is missing.
+    plans: shape, such as {"B": 1, "G": 2, "h": 64, "w": 64}, and its plan. sizes: of pictures that it takes.
     """
-    torch = _import_torch()
-    version, gpu = torch.__version__.partition("+")[0], torch.cuda.is_available()
-    tried = (device,) if device != "auto" else ("cuda", "cpu") if gpu else ("cpu", "cuda")
-    missing = []
-    for target in tried:
-        plans = {
-            plan.graph: plan
-            for plan in PlanStore(folder)
-            if belongs(plan, manifest)
-            and plan.parts["backend"] == "inductor"
-            and plan.parts["version"].partition("+")[0] == version
-            and plan.parts["target"].partition(" ")[0] == target
+
+    device = "cpu"
+
+    def __init__(
+        self,
+        spec: GraphSpec,
+        plans: Sequence[tuple[dict[str, int], Plan]],
+        sizes: frozenset[Size],
+        load: Callable[[Plan, GraphSpec], InductorEngine],
+    ) -> None:
+        branches = {shape.get(BRANCHES, 2) for shape, _ in plans}
+        self.spec = spec if branches == {1, 2} else spec.at({BRANCHES: max(branches)})
+        self.batches: Sequence[int] | None = sorted({shape["B"] for shape, _ in plans})
+        self.sizes, self._graph, self._load = sizes, spec, load
+        self._plans = {tuple(sorted(shape.items())): plan for shape, plan in plans}
+        self._engines: dict[tuple[tuple[str, int], ...], InductorEngine] = {}
+
+    def prepare(self, sizes: Mapping[str, int]) -> None:
+        """Loads the file for these sizes."""
+        self._engine(sizes)
+
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        check_feeds(self.spec, feeds)
+        shape = {
+            size: feeds[tensor.name].shape[axis]
+            for tensor in self._graph.inputs
+            for axis, size in enumerate(tensor.shape)
+            if isinstance(size, str)
         }
-        if plans.keys() >= manifest.graphs.keys():
-            return target, plans
-        missing.append(next(name for name in manifest.graphs if name not in plans))
-    raise EngineError(f"{folder} has no compiled {missing[0]} for PyTorch {version} on {tried[0]}. {REMEDY}")
+        return self._engine(shape)(feeds)
+
+    def _engine(self, sizes: Mapping[str, int]) -> InductorEngine:
+        key = tuple(sorted(sizes.items()))
+        if key not in self._engines:
+            if key not in self._plans:
+                there = "; ".join(",".join(f"{axis}={n}" for axis, n in shape) for shape in sorted(self._plans))
+                raise EngineError(
+                    f"The shape of {Path(self.spec.file).stem} must be one of {there}, got "
+                    f"{','.join(f'{axis}={n}' for axis, n in key)}. Compile it: {COMPILE} --batch-sizes {sizes['B']}."
+                )
+            self._engines[key] = self._load(self._plans[key], self._graph.at(sizes))
+        return self._engines[key]
 
 
 def device_for(folder: Path, device: str) -> str:
     """The device that the folder's graphs are compiled for. Raises EngineError where one is missing."""
-    return find_compiled(folder, Manifest.load(folder, verify=False), device)[0]
+    return find_compiled(folder, Manifest.load(folder, verify=False), here(), device).device
 
 
-def host_engines(folder: Path, manifest: Manifest, threads: int | None, *_: int) -> dict[str, Engine]:
+def here() -> Here:
+    """This process's PyTorch, and whether it sees a GPU."""
+    torch = _import_torch()
+    return Here(torch.__version__.partition("+")[0], torch.cuda.is_available())
+
+
+def loader(store: PlanStore, found: Compiled, threads: int | None = None, asynchronous: bool = False) -> Any:
+    """A function (plan, spec) -> engine, which verifies a file and loads it. Shapes of a graph share its weights."""
+    weights: dict[str, dict[str, Any]] = {}
+
+    def load(plan: Plan, spec: GraphSpec) -> InductorEngine:
+        if (problem := store.problem(plan, verify=True)) != "":
+            raise EngineError(f"{plan.path}: {problem}. {REMEDY}")
+        if plan.graph in found.weights and plan.graph not in weights:
+            weights[plan.graph] = read_weights(store, found.weights[plan.graph], found.device)
+        own = weights.get(plan.graph)
+        return InductorEngine(plan.path, spec, found.device, threads, asynchronous, own)
+
+    return load
+
+
+def read_weights(store: PlanStore, plan: Plan, device: str) -> dict[str, Any]:
+    """The tensors of a file of weights by name, on a device. Those of convolutions lie there with channels last."""
+    torch = _import_torch()
+    if (problem := store.problem(plan, verify=True)) != "":
+        raise EngineError(f"{plan.path}: {problem}. {REMEDY}")
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(plan.path, device=device if device == "cpu" else torch.cuda.current_device())
+    except Exception as error:
+        raise EngineError(f"PyTorch cannot read {plan.path} ({_sentence(error)}). {REMEDY}") from error
+    return {name: t.permute(0, 3, 1, 2) if t.dim() == 4 else t for name, t in tensors.items()}
+
+
+def host_engines(folder: Path, manifest: Manifest, threads: int | None, *_: int) -> dict[str, Any]:
     """The compiled graphs of a folder for the CPU, verified."""
-    plans = find_compiled(folder, manifest, "cpu")[1]
-    store = PlanStore(folder)
-    engines: dict[str, Engine] = {}
-    for name, spec in manifest.fixed().graphs.items():  # compiled for pictures of the bundle's own size
-        store.read(plans[name])
-        engines[name] = InductorEngine(plans[name].path, spec, "cpu", threads)
+    found, store = find_compiled(folder, manifest, here(), "cpu"), PlanStore(folder)
+    load = loader(store, found, threads)
+    engines: dict[str, Any] = {}
+    for name, spec in manifest.graphs.items():
+        if name in found.loose:
+            engines[name] = load(found.loose[name], manifest.fixed().graphs[name])
+        else:
+            files = [(shape, plan) for shape, plan in found.shapes[name] if manifest.size_at(shape) in found.sizes]
+            engines[name] = InductorShapes(spec, files, found.sizes, load)  # of prompts with one chunk, too
+            for shape, _ in files:
+                if manifest.size_at(shape) == manifest.image_size:
+                    engines[name].prepare(shape)
     return engines
 
 
@@ -246,21 +325,46 @@ def device_engines(
     slots: int,
     replay: bool = False,
 ) -> DeviceEngines:
-    """One compiled file a graph, and one binding a bucket.
+    """A file for each shape of a graph with convolutions; of the others one file, and one binding a bucket.
 
     A file is verified and loaded when the loop first uses it, on the thread and for the stream that it stays with.
     """
-    _, plans = find_compiled(folder, manifest, "cuda")
-    store, loaded = PlanStore(folder), dict[str, InductorEngine]()
+    found, store = find_compiled(folder, manifest, here(), "cuda"), PlanStore(folder)
+    load_plan, loose, pools = loader(store, found, asynchronous=True), dict[str, InductorEngine](), dict[int, Any]()
 
-    def load(graph: str, bucket: int, branches: int) -> DeviceEngine:
-        if graph not in loaded:
-            store.read(plans[graph])
-            loaded[graph] = InductorEngine(plans[graph].path, manifest.fixed().graphs[graph], "cuda", asynchronous=True)
-        return InductorDeviceEngine(loaded[graph])
+    def at(size: Size) -> Sized:
+        graphs = manifest.fixed(size).graphs
 
-    buckets = powers_of_two(slots)
-    return DeviceEngines(load, buckets, {graph: buckets for graph, spec in manifest.graphs.items() if spec.steps})
+        def load(graph: str, bucket: int, branches: int) -> DeviceEngine:
+            stream = int(stream_of(graph).handle)
+            if stream not in pools:
+                pools[stream] = new_pool()
+            if graph in found.loose:
+                if graph not in loose:
+                    loose[graph] = load_plan(found.loose[graph], graphs[graph])
+                return InductorDeviceEngine(loose[graph], pools[stream])
+            spec = graphs[graph].at({"B": bucket, BRANCHES: branches})
+            return InductorDeviceEngine(
+                load_plan(found.plan(graph, manifest, size, bucket, branches), spec), pools[stream]
+            )
+
+        buckets = enough(found.batches(manifest, size), slots)
+        steps = [graph for graph, spec in manifest.graphs.items() if spec.steps]
+        single = {graph: found.batches(manifest, size, 1) if graph in PICTURES else buckets for graph in steps}
+        return Sized(load, buckets, single)
+
+    buckets, sentences = found.batches(manifest, manifest.image_size), []
+    if slots > buckets[-1]:
+        sentences.append(
+            f"The engines take up to {buckets[-1]} pictures at once, so the batch size {slots} became that. For "
+            f"more: {COMPILE} --batch-sizes {','.join(map(str, (*buckets, slots)))}."
+        )
+    return DeviceEngines(at, found.sizes, sentences)
+
+
+def new_pool() -> Any:
+    """A pool of PyTorch's memory on the GPU."""
+    return _import_torch().cuda.MemPool()
 
 
 def origin(device: str) -> dict[str, str]:

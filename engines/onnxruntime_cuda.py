@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import BRANCHES, FLOAT32_GRAPHS, GraphSpec, Manifest
+from ..contract import BRANCHES, FLOAT32_GRAPHS, PICTURES, GraphSpec, Manifest, Size
 from ..errors import BundleError, EngineError
-from .base import DeviceEngine, DeviceEngines, check_feeds, powers_of_two
+from .base import DeviceEngine, DeviceEngines, Sized, check_feeds, powers_of_two
 from .cuda import Cuda
 from .derived import derived_graph
 from .onnxruntime import NO_CUDA, OnnxRuntimeEngine, has_cuda_provider, import_onnxruntime, loading, session_options
@@ -171,7 +171,7 @@ def device_engines(
     slots: int,
     replay: bool = False,
 ) -> DeviceEngines:
-    """One session a graph on its stream, and one binding a bucket.
+    """One session a graph on its stream, and one binding a bucket; for each size of pictures.
 
     ONNX Runtime replays the steps of stage 1 as CUDA graphs of its own, with a session and its weights for each bucket.
     That saves the launch of each kernel, but the host waits for every step. The prior is small, so its launches would
@@ -179,34 +179,48 @@ def device_engines(
 
     replay: likewise the steps of stage 2. A session that refuses runs without.
     """
-    sessions: dict[str, OnnxRuntimeCudaEngine] = {}
+    shared: dict[str, OnnxRuntimeCudaEngine] = {}  # sessions of graphs without a size
 
-    def session(graph: str, capture: dict[str, int] | None = None) -> OnnxRuntimeCudaEngine:
-        return open_cuda(folder, manifest, graph, stream=int(stream_of(graph).handle), capture=capture)
+    def at(size: Size) -> Sized:
+        """Sessions for a size, which go when the loop lets go of the size. The rewrites for CUDA need numbers, so each
+        size has a graph of its own, and the weights of UNet and decoder once more."""
+        sessions: dict[str, OnnxRuntimeCudaEngine] = {}
 
-    def load(graph: str, bucket: int, branches: int) -> DeviceEngine:
-        if graph == PRIOR or (replay and manifest.graphs[graph].steps):
-            try:
-                return OnnxRuntimeDeviceEngine(session(graph, {"B": bucket, BRANCHES: branches}))
-            except BundleError:
-                pass  # a node does not run on the GPU; the plain session repeats any other problem
-        if graph not in sessions:
-            sessions[graph] = session(graph)
-        return OnnxRuntimeDeviceEngine(sessions[graph])
+        def session(graph: str, capture: dict[str, int] | None = None) -> OnnxRuntimeCudaEngine:
+            stream = int(stream_of(graph).handle)
+            return open_cuda(folder, manifest, graph, size, stream=stream, capture=capture)
 
-    buckets = powers_of_two(slots)
-    return DeviceEngines(load, buckets, {graph: buckets for graph, spec in manifest.graphs.items() if spec.steps})
+        def load(graph: str, bucket: int, branches: int) -> DeviceEngine:
+            if graph == PRIOR or (replay and manifest.graphs[graph].steps):
+                try:
+                    return OnnxRuntimeDeviceEngine(session(graph, {"B": bucket, BRANCHES: branches}))
+                except BundleError:
+                    pass  # a node does not run on the GPU; the plain session repeats any other problem
+            kept = sessions if graph in PICTURES else shared
+            if graph not in kept:
+                kept[graph] = session(graph)
+            return OnnxRuntimeDeviceEngine(kept[graph])
+
+        buckets = powers_of_two(slots)
+        single = {graph: buckets for graph, spec in manifest.graphs.items() if spec.steps}
+        files = (folder / name for graph in PICTURES if graph in manifest.graphs for name in manifest.files_of(graph))
+        return Sized(load, buckets, single, sum(file.stat().st_size for file in files))
+
+    return DeviceEngines(at, None if manifest.size_multiple else frozenset({manifest.image_size}))
 
 
-def open_cuda(folder: Path, manifest: Manifest, graph: str, **options: Any) -> OnnxRuntimeCudaEngine:
+def open_cuda(
+    folder: Path, manifest: Manifest, graph: str, size: Size | None = None, **options: Any
+) -> OnnxRuntimeCudaEngine:
     """A session of the graph that is derived from a bundle's, or of the bundle's own where that one fails.
 
-    options: of `OnnxRuntimeCudaEngine`. A derived graph runs once on zeros, because kernels refuse shapes only then.
+    size: height and width of the pictures; None: the bundle's own. options: of `OnnxRuntimeCudaEngine`. A derived graph
+    runs once on zeros, because kernels refuse shapes only then.
     """
-    spec = manifest.fixed().graphs[graph]
-    path, options = folder / spec.file, {"half": in_half(manifest, graph), "sides": manifest.sides(), **options}
+    spec, sides = manifest.fixed(size).graphs[graph], manifest.sides(size)
+    path, options = folder / spec.file, {"half": in_half(manifest, graph), "sides": sides, **options}
     try:
-        derived = derived_graph(folder, manifest, graph)
+        derived = derived_graph(folder, manifest, graph, sides)
         if derived is not None:
             engine = OnnxRuntimeCudaEngine(path, spec, derived=derived, **options)
             if not options.get("capture"):

@@ -29,14 +29,14 @@ import numpy as np
 
 from .. import installed
 from ..commands import imported
-from ..contract import BRANCHES, GraphSpec, Manifest
+from ..contract import BRANCHES, GraphSpec, Manifest, Size
 from ..cpu import cpu_name, target, usable_cores
 from ..cpu import has_bf16 as cpu_has_bf16
 from ..errors import BundleError, EngineError, HanDiffuserError
 from .backends import BACKENDS
 from .base import check_feeds, powers_of_two
 from .openvino_rewrites import REWRITES, rewrite
-from .plans import Built, OnBuild, PlanStore, Shelf, Wanted, size_text, usual
+from .plans import Built, OnBuild, PlanStore, Shelf, Wanted, picture_sizes, size_text, usual
 
 LOWERED = ("unet", "image_decoder")  # the graphs that OpenVINO runs
 TYPES = {"bf16": "bf16", "fp32": "f32"}  # our name of a precision -> OpenVINO's
@@ -243,12 +243,12 @@ def shelf_of(folder: Path, manifest: Manifest, precision: str) -> Shelf:
 
 
 def wanted_sizes(
-    spec: GraphSpec, manifest: Manifest, batches: Iterable[int], guidance_free: bool = False
+    spec: GraphSpec, manifest: Manifest, batches: Iterable[int], guidance_free: bool, pictures: Iterable[Size]
 ) -> list[dict[str, int]]:
     """The sizes to compile a graph for: the usual ones, and perhaps the conditional branch alone, too."""
     if not spec.branched:
-        return [usual(spec, manifest)]  # the decoder takes pictures one by one
-    sizes = [usual(spec, manifest, batch) for batch in batches]
+        return [usual(spec, manifest, size=size) for size in pictures]  # the decoder takes pictures one by one
+    sizes = [usual(spec, manifest, batch, size) for size in pictures for batch in batches]
     return sizes + [size | {BRANCHES: 1} for size in sizes if guidance_free and size[BRANCHES] != 1]
 
 
@@ -264,11 +264,11 @@ def build(_: str, folder: Path, wanted: Wanted, on_build: OnBuild | None = None)
             "to bfloat16 itself. Export it with --backend openvino."
         )
     store, shelf = PlanStore(folder), shelf_of(folder, manifest, inference())
-    batches = sorted(set(wanted.batch_sizes or (1,)))
+    batches, pictures = sorted(set(wanted.batch_sizes or (1,))), picture_sizes(manifest, wanted.pictures)
     jobs = [
         (name, engine, sizes)
         for name, engine in load_openvino(folder, manifest, inference()).items()
-        for sizes in wanted_sizes(engine.spec, manifest, batches, wanted.guidance_free)
+        for sizes in wanted_sizes(engine.spec, manifest, batches, wanted.guidance_free, pictures)
     ]
     for number, (name, engine, sizes) in enumerate(jobs):
         parts = shelf.parts(name, sizes)

@@ -26,18 +26,19 @@ import mmap
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from msgspec import Meta
 
-from ..contract import BRANCHES, GraphSpec, Manifest, file_digest
+from ..contract import BRANCHES, MAX_SIDE, SIDES, GraphSpec, Manifest, Size, file_digest, shown_size
 from ..errors import EngineError
 from ..files import written
 from ..schema import MisfitError, Sha256, Word, fit, read_json
 from ..shipped import is_shipped
+from .base import powers_of_two
 
 FOLDER = "plans"
 LAYERS = ".layers"  # beside a plan: its layers, see `inspect.py`
@@ -122,7 +123,42 @@ class Plan:
 
     @property
     def _first(self) -> str:
-        return self.parts["sizes"].split(",")[0].split("=")[1]
+        return self._axes["B"] if "B" in self._axes else next(iter(self._axes.values()))
+
+    @property
+    def _axes(self) -> dict[str, str]:
+        return dict(part.split("=") for part in self.parts["sizes"].split(","))  # type: ignore[misc]
+
+    def sides(self) -> list[dict[str, int]]:
+        """The sides of pictures that its profiles are for; one without sides where its graph has none."""
+        named = {axis: [int(n) for n in text.split("+")] for axis, text in self._axes.items() if axis in SIDES}
+        count = max(map(len, named.values()), default=1)
+        every = [{axis: numbers[i % len(numbers)] for axis, numbers in named.items()} for i in range(count)]
+        return [one for i, one in enumerate(every) if one not in every[:i]]
+
+    def batches_at(self, sides: Mapping[str, int]) -> list[int]:
+        """The batch sizes to take it for with pictures of these sides; empty where it is for other ones."""
+        least, most = self.batch
+        if "-" in self._first:
+            sizes = [size for size in powers_of_two(most) if least <= size <= most]
+            return sorted({*sizes, most}) if all(one.items() <= sides.items() for one in self.sides()) else []
+        named = {axis: [int(n) for n in text.split("+")] for axis, text in self._axes.items() if axis in SIDES}
+        return sorted(
+            {
+                batch
+                for i, batch in enumerate(self.batches)
+                if all(numbers[i % len(numbers)] == sides[axis] for axis, numbers in named.items())
+            }
+        )
+
+    def shown(self, manifest: Manifest) -> str:
+        """Its sizes in words: "B=1,G=2 512x768"."""
+        if "T" in self._axes:  # see `inductor_files.py`
+            return "weights"
+        others = ((axis, text.split("+")) for axis, text in self._axes.items() if axis not in SIDES)
+        rest = [f"{axis}={'+'.join(dict.fromkeys(numbers))}" for axis, numbers in others]
+        sizes = [shown_size(manifest.size_at(one)) for one in self.sides() if one]
+        return " ".join((",".join(rest), *(["+".join(sizes)] if sizes else [])))
 
     @property
     def version_compatible(self) -> bool:
@@ -146,7 +182,7 @@ class Wanted:
     """What to build. batch_sizes: empty for the backend's default. options: of the backend (`tensorrt.Options`).
 
     dynamic: one plan for all sizes up to the largest. shared: one plan that is compiled for each size. guidance_free:
-    also UNets that run the conditional branch alone.
+    also UNets that run the conditional branch alone. pictures: sizes beside the bundle's own.
     """
 
     batch_sizes: tuple[int, ...] = ()
@@ -154,6 +190,7 @@ class Wanted:
     shared: bool = False
     guidance_free: bool = False
     options: Any = None
+    pictures: tuple[Size, ...] = ()
 
 
 @dataclass
@@ -185,10 +222,24 @@ def parts(
     }
 
 
-def usual(spec: GraphSpec, manifest: Manifest, batch: int = 1) -> dict[str, int]:
-    """A graph's sizes with the bundle's default guidance: both branches, or the conditional one alone."""
+def picture_sizes(manifest: Manifest, wanted: Iterable[Size]) -> list[Size]:
+    """The sizes of pictures to compile for, the bundle's own first. Raises EngineError for what it cannot paint."""
+    for size in wanted:
+        if size != manifest.nearest(size):
+            multiple, own = manifest.size_multiple, shown_size(manifest.image_size)
+            may = f"multiples of {multiple} up to {MAX_SIDE} pixels" if multiple else f"{own} for this bundle"
+            instead = f"The nearest is {shown_size(manifest.nearest(size))}." if multiple else "Leave it out."
+            raise EngineError(f"--sizes must be {may}, got {shown_size(size)}. {instead}")
+    return list(dict.fromkeys((manifest.image_size, *wanted)))
+
+
+def usual(spec: GraphSpec, manifest: Manifest, batch: int = 1, size: Size | None = None) -> dict[str, int]:
+    """A graph's sizes with the bundle's default guidance: both branches, or the conditional one alone.
+
+    size: height and width of the picture; None: the bundle's own.
+    """
     branches = 1 if manifest.defaults["guidance"] == 1 else 2
-    sides = {axis: size for axis, size in manifest.sides().items() if axis in spec.free}
+    sides = {axis: n for axis, n in manifest.sides(size).items() if axis in spec.free}
     return {"B": batch, **({BRANCHES: branches} if spec.branched else {}), **sides}
 
 
@@ -291,7 +342,8 @@ class PlanStore:
         proof = dict(proof)
         layers = proof.pop("layers", [])
         graph, key = wanted["name"], key_of(wanted)
-        path = self.folder / f"{graph}.{wanted['sizes'].replace('=', '').replace(',', '.')}.{key}.plan"
+        sizes = wanted["sizes"].replace("=", "").replace(",", ".")[:80]  # a name has 255 letters at most
+        path = self.folder / f"{graph}.{sizes}.{key}.plan"
         digest = hashlib.sha256(plan).hexdigest()
         entry = Plan(graph, key, dict(wanted), digest, len(plan), round(seconds, 2), proof, path)
         record = {name: value for name, value in asdict(entry).items() if name != "path"}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
-from ..contract import Manifest
+from ..contract import PICTURES, Manifest, Size
 from ..errors import EngineError
-from .base import DeviceEngine, DeviceEngines, powers_of_two
+from .base import DeviceEngine, DeviceEngines, Sized, enough
 from .cuda import Cuda
 from .plans import KERNELS, Plan, PlanStore, belongs
 from .tensorrt import LoadedPlan, Scratch, TensorRT, TensorRTEngine
+
+ByGraph = dict[str, dict[int, Plan]]  # graph -> batch size -> plan
+ByBranches = dict[int, ByGraph]
 
 
 def device_engines(
@@ -29,9 +34,13 @@ def device_engines(
     this GPU.
     """
     backend, store = TensorRT(name), PlanStore(folder)
-    plans = {branches: usable_plans(store, manifest, backend, cuda, branches) for branches in (2, 1)}
-    sized = (set(sizes) for graph, sizes in plans[2].items() if graph != "unet_time")
-    buckets, sentences = sorted(set.intersection(*sized)), []
+    own = manifest.image_size
+    plans = {own: plans_at(store, manifest, backend, cuda, own)}  # says what is missing
+    here = [plan for plan in store if plan.graph == "unet" and belongs(plan, manifest) and backend.takes(plan, cuda)]
+    for size in sorted({manifest.size_at(sides) for plan in here for sides in plan.sides() if sides} - {own}):
+        with contextlib.suppress(EngineError):  # a build that was interrupted
+            plans[size] = plans_at(store, manifest, backend, cuda, size)
+    buckets, sentences = batch_sizes(plans[own][2]), []
     if not buckets:
         raise EngineError(f"{folder} has no batch size that all graphs have plans for: hd-engines build {folder}.")
     if slots > buckets[-1]:
@@ -40,21 +49,46 @@ def device_engines(
             f"more: hd-engines build {folder} --batch-sizes {','.join(map(str, (*buckets, slots)))}."
         )
     scratch: dict[Any, Scratch] = {}  # by stream: its engines never run at once
-    loaded: dict[str, LoadedPlan] = {}
+    loaded = WeakValueDictionary[str, LoadedPlan]()  # a plan goes with the last of its engines
 
-    def load(graph: str, bucket: int, branches: int) -> DeviceEngine:
-        sizes = plans[branches][graph]
-        plan = next(iter(sizes.values())) if graph == "unet_time" else sizes[bucket]
-        if plan.key not in loaded:
-            kernels = plan.path.with_suffix(KERNELS)
-            loaded[plan.key] = backend.load(store.read(plan), graph, cuda, kernels, plan.version_compatible)
-        stream = stream_of(graph)
-        if stream not in scratch:
-            scratch[stream] = Scratch(cuda)
-        return TensorRTEngine(loaded[plan.key], manifest.graphs[graph], scratch[stream])
+    def at(size: Size) -> Sized:
+        graphs = manifest.fixed(size).graphs
 
-    single = {graph: list(sizes) for graph, sizes in plans[1].items()}
-    return DeviceEngines(load, enough(buckets, slots), single, sentences, backend.keep_kernels, backend.close)
+        def load(graph: str, bucket: int, branches: int) -> DeviceEngine:
+            sizes = plans[size][branches][graph]
+            plan = next(iter(sizes.values())) if graph == "unet_time" else sizes[bucket]
+            if (ready := loaded.get(plan.key)) is None:
+                kernels = plan.path.with_suffix(KERNELS)
+                ready = backend.load(store.read(plan), graph, cuda, kernels, plan.version_compatible)
+                loaded[plan.key] = ready
+            stream = stream_of(graph)
+            if stream not in scratch:
+                scratch[stream] = Scratch(cuda)
+            return TensorRTEngine(ready, graphs[graph], scratch[stream])
+
+        single = {graph: list(sizes) for graph, sizes in plans[size][1].items()}
+        of_own = {plan.key for plan in _of_pictures(plans[own])}
+        weights = sum(plan.size for plan in _of_pictures(plans[size]) if plan.key not in of_own)
+        return Sized(load, enough(batch_sizes(plans[size][2]), slots), single, weights)
+
+    sizes = frozenset(size for size in plans if batch_sizes(plans[size][2]))
+    return DeviceEngines(at, sizes, sentences, backend.keep_kernels, backend.close)
+
+
+def plans_at(store: PlanStore, manifest: Manifest, backend: TensorRT, cuda: Cuda, size: Size) -> ByBranches:
+    """Guidance branches -> the usable plans for a size of pictures."""
+    return {branches: usable_plans(store, manifest, backend, cuda, branches, size) for branches in (2, 1)}
+
+
+def batch_sizes(plans: ByGraph) -> list[int]:
+    """The batch sizes that all graphs have plans for, rising."""
+    return sorted(set.intersection(*(set(sizes) for graph, sizes in plans.items() if graph != "unet_time")))
+
+
+def _of_pictures(plans: ByBranches) -> list[Plan]:
+    """The plans that a size of pictures has for itself, each once."""
+    found = (sizes for by_graph in plans.values() for graph, sizes in by_graph.items() if graph in PICTURES)
+    return list({plan.key: plan for sizes in found for plan in sizes.values()}.values())
 
 
 def check_plans(name: str, folder: Path, manifest: Manifest, cuda: Cuda) -> None:
@@ -62,24 +96,21 @@ def check_plans(name: str, folder: Path, manifest: Manifest, cuda: Cuda) -> None
     usable_plans(PlanStore(folder), manifest, TensorRT(name), cuda)
 
 
-def enough(buckets: list[int], slots: int) -> list[int]:
-    """Of rising batch sizes those up to the first that holds all slots."""
-    return [size for size in buckets if size < slots] + [size for size in buckets if size >= slots][:1]
-
-
 def usable_plans(
-    store: PlanStore, manifest: Manifest, backend: TensorRT, cuda: Any, branches: int = 2
-) -> dict[str, dict[int, Plan]]:
+    store: PlanStore, manifest: Manifest, backend: TensorRT, cuda: Any, branches: int = 2, size: Size | None = None
+) -> ByGraph:
     """Graph -> batch size -> plan, of the plans that belong to this bundle, backend and GPU; the newest of equals.
 
     A plan for this GPU and version alone goes before one that serves others, which may be slower.
 
-    branches: of plans that run this many guidance branches. Raises EngineError when a graph has no plan for two
+    branches: of plans that run this many guidance branches. size: of the pictures; None: the bundle's own. Raises
+    EngineError when a graph has no plan for two
     branches; plans for one branch are optional.
     """
     if refusal := backend.refusal(cuda):
         raise EngineError(refusal)
-    found: dict[str, dict[int, Plan]] = {name: {} for name in manifest.graphs}
+    sides = manifest.sides(size)
+    found: ByGraph = {name: {} for name in manifest.graphs}
     others: set[str] = set()  # what the plans are for that do not run here
     for plan in sorted(store, key=_worth):
         if plan.graph not in found or plan.branches != branches or store.problem(plan, verify=False):
@@ -90,9 +121,7 @@ def usable_plans(
             if plan.parts["backend"] == backend.builder:
                 others.add(plan.made_for)
             continue
-        least, most = plan.batch
-        sizes = plan.batches or [n for n in powers_of_two(most) if least <= n <= most]
-        found[plan.graph].update(dict.fromkeys({*sizes, most}, plan))
+        found[plan.graph].update(dict.fromkeys(plan.batches_at(sides), plan))
     missing = [name for name, sizes in found.items() if not sizes]
     if missing and branches == 2:
         there = f" It has plans for {'; '.join(sorted(others))}." if others else ""

@@ -1,10 +1,11 @@
-"""Times a step of the UNet in eight bits beside float16 on this machine's GPU: see `verdict.py`.
+"""Times a step of the UNet on this machine's GPU, in two ways: see `verdict.py`.
 
     found = compare("engines-fp8", "engines-fp16", "tensorrt")
     print(report(found, "fp8"))                 # or EngineError: not faster
+    verdict = beside_onnxruntime("engines")     # Inductor, which hd-run then takes where it is faster
 
 Eight bits can be slower: quantising costs kernels of its own, and a GPU may lack the fused ones. The two are measured
-with the graphs that a run replays, in turns, so that a clock that rises or falls favours neither.
+as a run launches them, in turns, so that a clock that rises or falls favours neither.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..contract import GraphSpec, Manifest
+from ..contract import BRANCHES, GraphSpec, Manifest
 from ..errors import EngineError
-from .cuda import Cuda
+from . import inductor, onnxruntime_cuda
+from .backends import DEFAULT
+from .base import DeviceEngine
+from .cuda import Cuda, Stream
+from .inductor_files import find_compiled
 from .plans import Plan, PlanStore, belongs
 from .tensorrt import Scratch, TensorRT, TensorRTEngine
-from .verdict import EQUAL, Verdict
+from .verdict import EQUAL, Verdict, write_beside
 
 GRAPH = "unet"  # most of a picture's time
 OTHER = "fp16"  # what eight bits must beat
@@ -45,7 +50,12 @@ def compare(folder: str | Path, other: str | Path, backend_name: str) -> list[Ve
     for sizes in sorted(ours.keys() & theirs.keys(), key=lambda sizes: (ours[sizes].batch, sizes)):
         pair = [(store, plans[sizes]) for store, plans in zip(stores, (ours, theirs), strict=True)]
         try:
-            ours_took, theirs_took = _seconds(pair, manifest.graphs[GRAPH], backend, cuda)
+            stream, scratch, engines = cuda.stream(), Scratch(cuda), list[DeviceEngine]()
+            for store, plan in pair:
+                loaded = backend.load(store.read(plan), GRAPH, cuda, host_code=plan.version_compatible)
+                engines.append(TensorRTEngine(loaded, manifest.graphs[GRAPH], scratch))
+            axes = {axis: int(size) for axis, size in (part.split("=") for part in sizes.split(","))}
+            ours_took, theirs_took = _seconds(engines, manifest.graphs[GRAPH].at(axes), cuda, stream)
             steps.append(Verdict(EQUAL, theirs_took, ours_took, sizes=sizes))
         finally:
             cuda.close()  # frees the graphs before their engines
@@ -67,33 +77,49 @@ def _plans(store: PlanStore, backend: TensorRT, cuda: Cuda, wanted: Callable[[Pl
     return {plan.parts["sizes"]: plan for plan in sorted(found, key=lambda plan: plan.path.stat().st_mtime)}
 
 
-def _seconds(pair: list[tuple[PlanStore, Plan]], spec: GraphSpec, backend: TensorRT, cuda: Cuda) -> list[float]:
-    """Seconds of one launch of each plan."""
-    stream, scratch = cuda.stream(), Scratch(cuda)
-    engines, graphs = [], []  # an engine must live as long as its graph
-    for store, plan in pair:
-        sizes = {axis: int(size) for axis, size in (part.split("=") for part in plan.parts["sizes"].split(","))}
-        loaded = backend.load(store.read(plan), GRAPH, cuda, host_code=plan.version_compatible)
-        engine = TensorRTEngine(loaded, spec, scratch)
+def beside_onnxruntime(folder: str | Path) -> Verdict:
+    """A guided step of the bundle's own size as Inductor compiled it, beside ONNX Runtime's on CUDA.
+
+    The verdict is kept beside the compiled step. Raises EngineError where one of them does not run here.
+    """
+    folder = Path(folder)
+    manifest, cuda = Manifest.load(folder, verify=False), Cuda()
+    stream, size = cuda.stream(), manifest.image_size
+    found = find_compiled(folder, manifest, inductor.here(), "cuda")
+    batch = found.batches(manifest, size)[0]
+    pair = (("inductor", inductor), (DEFAULT, onnxruntime_cuda))
+    given = [one.device_engines(name, folder, manifest, cuda, lambda _: stream, batch) for name, one in pair]
+    try:
+        engines = [one.at(size).load(GRAPH, batch, 2) for one in given]
+        spec = manifest.fixed(size).graphs[GRAPH].at({"B": batch, BRANCHES: 2})
+        ours, theirs = _seconds(engines, spec, cuda, stream)
+    finally:
+        cuda.close()
+    verdict = Verdict(EQUAL, theirs, ours, sizes=f"B={batch},{BRANCHES}=2")
+    write_beside(found.plan(GRAPH, manifest, size, batch).path, verdict)
+    return verdict
+
+
+def _seconds(engines: list[DeviceEngine], spec: GraphSpec, cuda: Cuda, stream: Stream) -> list[float]:
+    """Seconds of one launch of each engine. spec: without free axes."""
+    launches: list[Callable[[Stream], None]] = []
+    for engine in engines:
         inputs, outputs = (
-            {t.name: cuda.zeros(tuple(sizes[n] if isinstance(n, str) else n for n in t.shape), t.dtype) for t in some}
+            {tensor.name: cuda.zeros(tensor.shape, tensor.dtype) for tensor in some}  # type: ignore[arg-type]
             for some in (spec.inputs, spec.outputs)
         )
         engine.bind(inputs, outputs)
         engine.enqueue(stream)  # what is loaded at the first run is not captured
         stream.synchronize()
-        graph = stream.capture(partial(engine.enqueue, stream))
-        if graph is None:
-            raise EngineError(f"The plan {plan.path.name} could not be captured, so it was not timed.")
-        graph.launch(stream)
-        engines.append(engine)
-        graphs.append(graph)
-    taken: list[list[float]] = [[] for _ in graphs]
+        graph = stream.capture(partial(engine.enqueue, stream)) if engine.capturable(stream) else None
+        launches.append(engine.enqueue if graph is None else graph.launch)
+        launches[-1](stream)
+    taken: list[list[float]] = [[] for _ in launches]
     for _ in range(ROUNDS):
-        for graph, seconds in zip(graphs, taken, strict=True):
+        for launch, seconds in zip(launches, taken, strict=True):
             start = stream.record(timed=True)
             for _ in range(LAUNCHES):
-                graph.launch(stream)
+                launch(stream)
             end = stream.record(timed=True)
             end.synchronize()
             seconds.append(end.seconds_since(start) / LAUNCHES)

@@ -9,7 +9,7 @@ Every bar that a precision must clear is here. What measures for it:
 - `export/check.py`: each graph beside PyTorch while it is exported, with the tolerances of `export/bundle.py`;
 - `calibration/fidelity.py`: each graph and whole pictures of a bundle beside the float32 bundle;
 - `runtime/comparing.py`: pictures and CPU time of a backend that lowers a float32 bundle, beside ONNX Runtime;
-- `engines/timing.py`: steps of the UNet in eight bits beside float16 on a GPU.
+- `engines/timing.py`: steps of the UNet on a GPU, in eight bits beside float16, and Inductor's beside ONNX Runtime's.
 
 A verdict is kept beside the compiled UNet that it is about, so another graph, processor or version has none.
 """
@@ -101,20 +101,29 @@ def mean_psnr(values: list[float]) -> float:
 
 def read(shelf: Shelf) -> Verdict | None:
     """The verdict beside the UNet on this shelf; None where it cannot be read."""
+    path = _path(shelf)
+    return None if path is None else read_beside(path)
+
+
+def read_beside(plan: Path) -> Verdict | None:
+    """The verdict beside a plan; None where it cannot be read."""
     try:
-        path = _path(shelf)
-        return None if path is None else fit(read_json(path), Verdict)
+        return fit(read_json(plan.with_suffix(VERDICT)), Verdict)
     except (OSError, MisfitError):
         return None
 
 
 def write(shelf: Shelf, verdict: Verdict) -> None:
-    """Writes a verdict beside the UNet, where the shelf holds the UNet and can be written to."""
+    """Writes a verdict beside the UNet, where the shelf holds the UNet."""
     path = _path(shelf)
-    if path is None:
-        return
+    if path is not None:
+        write_beside(path, verdict)
+
+
+def write_beside(plan: Path, verdict: Verdict) -> None:
+    """Writes a verdict beside a plan, where that can be written to."""
     try:
-        with written(path) as temporary:
+        with written(plan.with_suffix(VERDICT)) as temporary:
             temporary.write_text(json.dumps(asdict(verdict)), encoding="utf-8")
     except OSError:
         pass  # the next run measures again
@@ -122,4 +131,4 @@ def write(shelf: Shelf, verdict: Verdict) -> None:
 
 def _path(shelf: Shelf) -> Path | None:
     found = shelf.plan("unet", usual(shelf.manifest.graphs["unet"], shelf.manifest))
-    return None if found is None else found[1].path.with_suffix(VERDICT)
+    return None if found is None else found[1].path

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..data.latents import encode_prompts
 from ..errors import CheckpointError, RequestError
-from ..hands import hand_arrays, keep_camera, load_hands
+from ..hands import by_person, hand_arrays, keep_camera, load_hands
 from ..models.checkpoint import Checkpoint, decode
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
@@ -224,7 +224,7 @@ class Torch:
         def check(request: Request) -> None:
             scheduler_of(request.solver or "", {}, 1)
             if request.hands is not None:
-                load_hands(request.hands)
+                load_hands(request.hands).of(self.checkpoint.num_people)
 
         return resolve(requests, Resolver(self.checkpoint.defaults, bundle=self.digest, check=check))
 
@@ -259,6 +259,7 @@ class Torch:
             hands = {"params": params[row], **hand_arrays(params[row])}
             for name, called in (("joints", "joints_2d"), ("visibility", "visibility"), ("camera", "camera")):
                 hands[called] = painted.features[name][row].float().cpu().numpy()
+            hands = by_person(hands, self.checkpoint.num_people)
             pictures.append(
                 Picture(str(request.id), request, painted.images[row], hands, seconds, made_by=made_by,
                         hand_draws=painted.draws[row])
@@ -267,11 +268,11 @@ class Torch:
 
     def _given(self, path: str) -> Tensor:
         """Normalised parameters [P] of hands from a file, placed as their camera sees them."""
-        hands, eager = load_hands(path), self.eager
-        params = hands.params
+        hands, eager = load_hands(path).of(self.checkpoint.num_people), self.eager
+        params = hands.params.reshape(-1)
         if hands.camera is not None:
             x = ((torch.from_numpy(params) - eager.mean) / eager.std)[None].to(eager.device)
-            params = keep_camera(hands, eager.features(x)["joints_3d"][0].cpu().numpy())
+            params = keep_camera(hands, eager.features(x)["joints_3d"][0].cpu().numpy()).reshape(-1)
         return (torch.from_numpy(params).float() - eager.mean) / eager.std
 
 

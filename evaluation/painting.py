@@ -70,7 +70,7 @@ def wanted(
 
 
 def _given(sample: Sample, folder: Path) -> str | None:
-    if sample.hands is None or sample.people != 1 or "placement" not in sample.hands:
+    if sample.hands is None or "placement" not in sample.hands:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{picture_id(sample.key)}.hands.npz"

@@ -224,6 +224,7 @@ def manifest_of(
         words=checkpoint.words,
         made_by=made_by,
         size_multiple=checkpoint.size_multiple,
+        num_people=checkpoint.num_people,
     )
 
 

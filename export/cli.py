@@ -271,18 +271,40 @@ def compile_graphs(options: Options) -> None:
 
     from .inductor import compile_bundle
 
-    with console.status("compiling; a minute or two a graph"):
+    manifest = Manifest.load(options.out, verify=False)
+    with console.status("compiling; a minute or two a graph and shape"):
         count = compile_bundle(
             options.load,
             options.out,
             options.body,
             "cuda" if torch.cuda.is_available() else "cpu",
+            options.wanted,
             lambda plan, why: console.print(
-                f"{plan.graph:18} {plan.size / 1e6:8.1f} MB   compiled in {plan.seconds:.0f} s   ({why})"
+                f"{plan.graph:18} {plan.shown(manifest):16} {plan.size / 1e6:8.1f} MB   compiled in "
+                f"{plan.seconds:.0f} s   ({why})"
             ),
         )
     if not count:
         console.print("All graphs are compiled and current: nothing was compiled.")
+    if torch.cuda.is_available():
+        time_compiled(options.out)
+
+
+def time_compiled(folder: Path) -> None:
+    """Prints how fast a compiled step is on this GPU, and notes it for `hd-run`."""
+    from ..engines.timing import beside_onnxruntime
+
+    with console.status("timing the UNet beside ONNX Runtime"):
+        try:
+            found = beside_onnxruntime(folder)
+        except HanDiffuserError as error:
+            console.print(f"The compiled step was not timed beside ONNX Runtime's, so take --backend inductor. {error}")
+            return
+    taken = "inductor" if found.passes else "onnxruntime"
+    console.print(
+        f"On this GPU a step takes {found.fast * 1e3:.2f} ms with inductor and {found.exact * 1e3:.2f} ms with "
+        f"onnxruntime at {found.sizes}: hd-run --backend auto takes {taken}."
+    )
 
 
 def export(options: Options, source: dict[str, str]) -> None:

@@ -29,7 +29,6 @@ from ..contract import (
     MAX_ROWS,
     MAX_SIDE,
     NUM_HISTORY,
-    NUM_PARAMS,
     ROW_HEAD,
     SIDES,
     TensorSpec,
@@ -377,9 +376,9 @@ def graphs(
     yield Graph("text_encoder", stage(text_graph), {"input_ids": ids[:, 1]}, ("text",))
 
     text = text_graph(ids.flatten(0, 1)).unflatten(0, (-1, 2))
-    x = normal(batch, NUM_PARAMS)
-    history = 0.1 * normal(batch, NUM_HISTORY["hand_prior"], NUM_PARAMS)
-    inputs = {"x": x, "history": history, "noise": normal(batch, NUM_PARAMS), "text": text, "row": row("hand_prior")}
+    x = normal(batch, len(checkpoint.hand_prior.mean))
+    history = 0.1 * normal(batch, NUM_HISTORY["hand_prior"], x.shape[1])
+    inputs = {"x": x, "history": history, "noise": normal(*x.shape), "text": text, "row": row("hand_prior")}
     step = stage(HandPriorStep(checkpoint.hand_prior))
     yield Graph("hand_prior", step, inputs, ("x", "history", "finite"), branched=("text",))
 
@@ -390,7 +389,8 @@ def graphs(
     yield Graph("hand_features", features, {"x": 0.5 * x, "span": span}, features.outputs)
 
     values = dict(zip(features.outputs, features(0.5 * x, span), strict=True))
-    values["visibility"] = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]).repeat(batch, 1)[:batch]
+    shown = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]).repeat(batch, 1)
+    values["visibility"] = torch.cat([shown.roll(-i, 0)[:batch] for i in range(checkpoint.num_people)], 1)
     both = TextHandEncoderGraph(encoder)
     hands = {name: values[name] for name in (*both.cues, "visibility")} if both.cues else {}
     mask = (torch.arange(length) != 2).to(torch.int64).expand_as(ids)  # the third token is not read
@@ -404,8 +404,7 @@ def graphs(
     inputs, worded = {"context": context.to(dtype)}, {"context": 2} | dict.fromkeys(names, 3)
     yield Graph("unet_context", UNetContext(unet), inputs, names, branched=tuple(worded), worded=worded)
 
-    timesteps = torch.tensor([999.0, 500.5, 1.0])
-    yield Graph("unet_time", UNetTime(unet), {"timesteps": timesteps}, ("time",), free="S")
+    yield Graph("unet_time", UNetTime(unet), {"timesteps": torch.tensor([999.0, 500.5, 1.0])}, ("time",), free="S")
 
     exact = [tensor.to(dtype) for tensor in UNetContext(checkpoint.unet)(context)]
     keys_values = dict(zip(names, exact, strict=True))

@@ -16,17 +16,15 @@ import copy
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -39,9 +37,10 @@ from .autoencoder import PatchAutoencoderKL
 from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config, default_settings, latent_factor
 from .foreign import MODEL_INDEX
 from .hand_prior import HandPrior
-from .layout import BOS, EOS, NO_LENGTH, PARTS, PATCH_VAE, read_layout, read_tokenizer_config
+from .layout import NO_LENGTH, PARTS, PATCH_VAE, read_layout, read_tokenizer_config
 from .position_kernel import PositionKernel, attach, cross_attentions
 from .text_hand_encoder import TextHandEncoder
+from .vocabulary import make_tokenizer, special_tokens
 from .weights import first_line, load_part
 
 # The libraries' bars and remarks would interrupt our commands' own progress.
@@ -115,6 +114,11 @@ class Checkpoint:
     def latent_size(self) -> tuple[int, int]:
         factor = latent_factor(self.vae.config)
         return self.image_size[0] // factor, self.image_size[1] // factor
+
+    @property
+    def num_people(self) -> int:
+        """How many people a picture shows at most."""
+        return int(self.hand_prior.config.num_people)
 
     @property
     def size_multiple(self) -> int:
@@ -207,6 +211,7 @@ class Checkpoint:
              encoder.config.vocab_size),
             ("the tokenizer's model_max_length", self.special_tokens["length"], "text_hand_encoder's positions",
              encoder.config.max_position_embeddings),
+            ("hand_prior's num_people", prior.config.num_people, "text_hand_encoder's", encoder.config.num_people),
         ]  # fmt: skip
         kernel = list(self.position_kernel.config.frequencies) if self.position_kernel is not None else []
         pairs.append(("text_hand_encoder's frequencies", list(encoder.config.frequencies), "position_kernel's", kernel))
@@ -323,79 +328,6 @@ def plain_tokenizer(tokenizer: CLIPTokenizer) -> tuple[Tokenizer, dict[str, int]
     return plain, {**special, "length": int(length) if length < NO_LENGTH else 77}
 
 
-def _normalizer() -> normalizers.Normalizer:
-    return normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-
-
-def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    pattern = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE like CLIP's, trained on `texts`. Its alphabet is all bytes, so it reads any script."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = _normalizer(), _pre_tokenizer()
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words: Counter[tuple[str, ...]] = Counter()
-    for text in texts:
-        for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
-            words[(*piece[:-1], piece[-1] + "</w>")] += 1
-    symbols = [*alphabet, *(symbol + "</w>" for symbol in alphabet)]
-    merges = learn_merges(words, vocab_size - 2 - len(symbols))
-    symbols += dict.fromkeys(first + second for first, second in merges)
-    vocabulary = {symbol: number for number, symbol in enumerate(dict.fromkeys(symbols))}
-    tokenizer.model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
-    tokenizer.add_special_tokens([BOS, EOS])
-    return tokenizer
-
-
-def learn_merges(words: Mapping[tuple[str, ...], int], most: int) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al. 2016): at most `most` merges, the commonest pair first, ties by alphabet.
-
-    So every process finds the same merges; the trainer of `tokenizers` does not guarantee that.
-    words: a word as symbols -> its count.
-    """
-    words = dict(words)
-    merges: list[tuple[str, str]] = []
-    while len(merges) < most:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, count in words.items():
-            for pair in pairwise(word):
-                pairs[pair] += count
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        merged: Counter[tuple[str, ...]] = Counter()
-        for word, count in words.items():
-            merged[_merge(word, best)] += count
-        words = merged
-    return merges
-
-
-def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    out: list[str] = []
-    for symbol in word:
-        if out and (out[-1], symbol) == pair:
-            out[-1] += symbol
-        else:
-            out.append(symbol)
-    return tuple(out)
-
-
-def special_tokens(tokenizer: Tokenizer, length: int) -> dict[str, int]:
-    """Ids of a tokenizer from `make_tokenizer`; padding is the end-of-text token, as in CLIP."""
-    vocabulary = tokenizer.get_vocab()
-    return {"bos": vocabulary[BOS], "eos": vocabulary[EOS], "pad": vocabulary[EOS], "length": length}
-
-
 def random_checkpoint(
     config: Config,
     seed: int = 0,
@@ -436,9 +368,8 @@ def random_checkpoint(
         attention_head_dim=config.unet_heads,
         norm_num_groups=config.unet_groups,
     )
-    levels, patched = len(config.vae_channels), config.vae_patch > 1
-    kind, patch = (PatchAutoencoderKL, {"patch_size": config.vae_patch}) if patched else (AutoencoderKL, {})
-    vae = kind(
+    levels, patch = len(config.vae_channels), {"patch_size": config.vae_patch} if config.vae_patch > 1 else {}
+    vae = (PatchAutoencoderKL if patch else AutoencoderKL)(
         **patch,
         sample_size=config.image_size[0],
         latent_channels=config.latent_channels,
@@ -452,12 +383,15 @@ def random_checkpoint(
         tokenizer=tokenizer,
         special_tokens=special,
         text_encoder=CLIPTextModel(clip),
-        hand_prior=HandPrior(config.prior_width, config.prior_layers, config.prior_heads, config.text_width),
+        hand_prior=HandPrior(
+            config.prior_width, config.prior_layers, config.prior_heads, config.text_width, config.num_people
+        ),
         text_hand_encoder=TextHandEncoder.from_clip(
             CLIPTextModel(clip),
             cues=list(config.cues),
             frequencies=list(config.frequencies),
             rotation_frame=config.rotation_frame,
+            num_people=config.num_people,
         ),
         unet=unet,
         position_kernel=PositionKernel.for_unet(unet, config.frequencies) if config.frequencies else None,

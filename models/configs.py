@@ -49,6 +49,7 @@ class Config:
     """The sizes of every stage. Names follow diffusers and transformers."""
 
     image_size: tuple[int, int] = (128, 128)  # H, W in pixels
+    num_people: int = 1  # that a picture shows at most
     # Text: both the text encoder of stage 1 and the Text+Hand encoder
     vocab_size: int = 1024
     text_width: int = 128

@@ -5,6 +5,9 @@ A camera that a network predicts beside the pose puts hands off the frame.
 
     features = HandFeatures(body, mean, std, basis)(x)
     features["joints"]  # [B, 2, 21, 2], in [0, 1] of the image's width and height
+
+With several people (N), x is [B, N * 330] and there are 2 N hands; vertices, joints in metres and cameras get an axis
+of people. Each body stands at its own origin, so each has a camera of its own.
 """
 
 from __future__ import annotations
@@ -86,7 +89,7 @@ def presence(placement: Tensor) -> Tensor:
 class HandFeatures(nn.Module):
     """Forward kinematics and the three hand cues; float32 always.
 
-    mean, std: [P], the normalisation of the hand prior's parameters; basis: [2, N, 3] from `make_basis`;
+    mean, std: [P], the normalisation of the hand prior's parameters, 330 a person; basis: [2, N, 3] from `make_basis`;
     aspect: width / height of the model's own pictures.
     """
 
@@ -96,8 +99,9 @@ class HandFeatures(nn.Module):
 
     def __init__(self, body: SMPLH, mean: Tensor, std: Tensor, basis: Tensor, aspect: float = 1.0) -> None:
         super().__init__()
-        assert mean.shape == std.shape == (NUM_PARAMS,), mean.shape
+        assert mean.shape == std.shape and len(mean) % NUM_PARAMS == 0, mean.shape
         self.body = body
+        self.people = len(mean) // NUM_PARAMS
         self.aspect = aspect
         self.register_buffer("mean", mean.detach().float().clone())
         self.register_buffer("std", std.detach().float().clone())
@@ -112,6 +116,21 @@ class HandFeatures(nn.Module):
         """x: [B, P] normalised parameters. span: [B], how many times as wide as the model's own the picture is at the
         same height; None: 1. Returns the outputs of the graph `hand_features` (see the contract)."""
         params = x * self.std + self.mean
+        if self.people == 1:
+            return self.of_bodies(params, span)
+        if span is not None:
+            span = span[:, None].expand(-1, self.people).flatten()
+        out = self.of_bodies(params.reshape(-1, NUM_PARAMS), span)
+        hands = ("joints", "rotations", "bps", "visibility")
+        return {
+            name: value.reshape(-1, 2 * self.people, *value.shape[2:])
+            if name in hands
+            else value.reshape(-1, self.people, *value.shape[1:])
+            for name, value in out.items()
+        }
+
+    def of_bodies(self, params: Tensor, span: Tensor | None) -> dict[str, Tensor]:
+        """The features of bodies [B, 330], not normalised; the people of a picture follow each other."""
         batch = params.shape[0]
         rotations = rotation_6d_to_matrix(params[:, ROTATIONS].reshape(batch, NUM_JOINTS, 6))
         betas = params[:, BETAS]
@@ -129,7 +148,7 @@ class HandFeatures(nn.Module):
         image = torch.stack([0.5 + 0.5 * view[..., 0] / self.aspect, 0.5 - 0.5 * view[..., 1]], -1)
         half = 0.5 if span is None else 0.5 * span[:, None, None]
         across, down = (image[..., 0] - 0.5).abs() <= half, (image[..., 1] - 0.5).abs() <= 0.5
-        inside = (across & down).to(x.dtype).mean(-1)  # [B, 2]
+        inside = (across & down).to(params.dtype).mean(-1)  # [B, 2]
 
         wrists = take(turns, (LEFT_WRIST, RIGHT_WRIST))  # [B, 2, 3, 3]
         fingers = torch.stack([take(rotations, joints_of[1:]) for joints_of in HAND_ROTATIONS], 1)
@@ -137,7 +156,7 @@ class HandFeatures(nn.Module):
             "joints": image,
             "rotations": matrix_to_rotation_6d(torch.cat([wrists[:, :, None], fingers], 2)),
             "bps": torch.stack([self.distances(vertices, places, turns, hand) for hand in range(2)], 1),
-            "visibility": present * (inside >= MIN_IN_FRAME).to(x.dtype),
+            "visibility": present * (inside >= MIN_IN_FRAME).to(params.dtype),
             "vertices": vertices,
             "joints_3d": joints,
             "camera": camera,
@@ -160,7 +179,8 @@ class HandFeatures(nn.Module):
 
     def into_view(self, camera: Tensor, x: Tensor, present: Tensor, span: Tensor) -> Tensor:
         """The camera [B, 3], moved so that a picture narrower than the model's own shows all of its hands: it moves to
-        the side, and away where they are too far apart. Other pictures keep their camera.
+        the side, and away where they are too far apart. Other pictures keep their camera. People of one picture move
+        together.
 
         x: [B, 2, 21] metres of the joints; present: [B, 2]; span: [B].
         """
@@ -168,12 +188,19 @@ class HandFeatures(nn.Module):
         limit = torch.where(span < 1, span * self.aspect, far)  # half heights from the middle to the edge
         view = camera[:, :1, None] * (x + camera[:, 1:2, None])  # [B, 2, 21] half heights
         shown = present[:, :, None] > 0.5
-        low = torch.where(shown, view, far).flatten(1).amin(1)
-        high = torch.where(shown, view, -far).flatten(1).amax(1)
+        low = self.of_all(torch.where(shown, view, far).flatten(1)).amin(1)
+        high = self.of_all(torch.where(shown, view, -far).flatten(1)).amax(1)
         zoom = (2 * limit / (high - low).clamp_min(1e-6)).clamp_max(1.0)
         shift = torch.maximum(-limit - zoom * low, torch.minimum(torch.zeros_like(low), limit - zoom * high))
         scale = camera[:, 0] * zoom
         return torch.stack([scale, camera[:, 1] + shift / scale, camera[:, 2]], 1)
+
+    def of_all(self, values: Tensor) -> Tensor:
+        """[B, V] of bodies -> [B, people * V]: each body gets the values of all people in its picture."""
+        if self.people == 1:
+            return values
+        together = values.reshape(-1, 1, self.people * values.shape[1])
+        return together.expand(-1, self.people, -1).flatten(0, 1)
 
     def distances(self, vertices: Tensor, places: Tensor, turns: Tensor, hand: int) -> Tensor:
         """Distances [B, N] in metres from each basis point to the nearest vertex of the hand, in the wrist's frame."""

@@ -6,6 +6,9 @@ added to all tokens, and each token attends to the prompt's words: one vector bl
 
     x0 = prior(x, timestep, text)        # x [B, 330] normalised, timestep [B] in [0, 999], text [B, L, D]
 
+With several people, x holds their parameters from left to right in the picture, and one transformer sees the 17 tokens
+of each. A learned vector for each person tells them apart.
+
 The text gives keys, values and a summand, the same at every step: `read` computes them once, `denoise` uses them.
 """
 
@@ -92,7 +95,7 @@ class Block(nn.Module):
 
 
 class HandPrior(ModelMixin, ConfigMixin):
-    """A transformer diffusion model over SMPL-H parameters. The paper's size is width 512, 8 layers."""
+    """A transformer diffusion model over SMPL-H parameters. The paper's size is width 512, 8 layers, one person."""
 
     mean: Tensor
     std: Tensor
@@ -106,11 +109,12 @@ class HandPrior(ModelMixin, ConfigMixin):
         num_layers: int = 8,
         num_heads: int = 8,
         text_width: int = 768,
+        num_people: int = 1,
     ) -> None:
         super().__init__()
         # Normalisation of the parameters, saved with the weights: x = (params - mean) / std.
-        self.register_buffer("mean", torch.zeros(NUM_PARAMS))
-        self.register_buffer("std", torch.ones(NUM_PARAMS))
+        self.register_buffer("mean", torch.zeros(num_people * NUM_PARAMS))
+        self.register_buffer("std", torch.ones(num_people * NUM_PARAMS))
         # The order of the tokens' parameters, and back. Buffers: a list would be copied to the device at every step.
         self.register_buffer("order", torch.tensor(ORDER), persistent=False)
         self.register_buffer("restore", torch.tensor(RESTORE), persistent=False)
@@ -121,6 +125,8 @@ class HandPrior(ModelMixin, ConfigMixin):
         self.text = nn.Linear(text_width, width)
         self.blocks = nn.ModuleList(Block(width, num_heads, text_width, seed) for seed in range(num_layers))
         self.norm = nn.LayerNorm(width)
+        if num_people > 1:
+            self.person = nn.Parameter(torch.randn(num_people, width) * 0.02)
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """x0 [B, P] of noisy normalised parameters x [B, P] at timestep [B].
@@ -143,17 +149,25 @@ class HandPrior(ModelMixin, ConfigMixin):
 
     def denoise(self, x: Tensor, timestep: Tensor, read: Tensor) -> Tensor:
         """x0 [B, P] of x [B, P] at timestep [B]. read: from `read`."""
-        width = self.config.width
+        width, people = self.config.width, self.config.num_people
         sentence, *words = read.split([width] + [2 * width] * len(self.blocks), -1)
         time = self.time(timestep_features(timestep, self.config.width).to(x.dtype))
-        parts = x.index_select(1, self.order).split([len(token) for token in TOKENS], 1)
+        bodies = x if people == 1 else x.reshape(x.shape[0] * people, NUM_PARAMS)
+        parts = bodies.index_select(1, self.order).split([len(token) for token in TOKENS], 1)
         tokens = [layer(part) for layer, part in zip(self.encode, parts, strict=True)]
+        place: Tensor = self.place
+        if people > 1:
+            tokens = [torch.cat(tokens, 1).reshape(x.shape[0], people * len(TOKENS) * width)]
+            place = torch.cat([place[:2], (place[2:] + self.person[:, None]).flatten(0, 1)])
         # Concatenated, then cut: stack would export one Unsqueeze a token.
-        sequence = torch.cat([time, sentence[:, -1], *tokens], 1).unflatten(1, (-1, width)) + self.place
-        told, body = sequence.split([2, len(TOKENS)], 1)
+        sequence = torch.cat([time, sentence[:, -1], *tokens], 1).unflatten(1, (-1, width)) + place
+        told, body = sequence.split([2, people * len(TOKENS)], 1)
         sequence = torch.cat([told, body + told[:, :1] + told[:, 1:]], 1)
         for block, key_value in zip(self.blocks, words, strict=True):
             sequence = block(sequence, key_value)
-        parts = self.norm(sequence)[:, 2:].flatten(1).split(width, 1)
-        out = [layer(part) for layer, part in zip(self.decode, parts, strict=True)]
-        return torch.cat(out, 1).index_select(1, self.restore)
+        bodies = self.norm(sequence)[:, 2:].flatten(1)
+        if people > 1:
+            bodies = bodies.reshape(x.shape[0] * people, len(TOKENS) * width)
+        out = [layer(part) for layer, part in zip(self.decode, bodies.split(width, 1), strict=True)]
+        restored = torch.cat(out, 1).index_select(1, self.restore)
+        return restored if people == 1 else restored.reshape(x.shape[0], people * NUM_PARAMS)

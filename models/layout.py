@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta
 
-from ..contract import NUM_HISTORY, Side, Word
+from ..contract import MAX_PEOPLE, NUM_HISTORY, Side, Word
 from ..errors import CheckpointError, HanDiffuserError
 from ..schedules import NoiseSchedule, rows
 from ..schema import TRUTH, MisfitError, fit, one_of, shown, whole
@@ -70,6 +70,7 @@ Places = Annotated[int, whole(3, 4096)]
 TokenId = Annotated[int, whole(0, 2**31 - 1)]
 Small = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")]
 Scale = Annotated[float, Meta(gt=0, le=1000, description="a number from 0 to 1000")]
+People = Annotated[int, whole(1, MAX_PEOPLE)]
 Yes = Annotated[bool, TRUTH]
 Levels = Annotated[list[Width], Meta(min_length=1, max_length=8, description="1 to 8 numbers of channels")]
 Frequencies = Annotated[
@@ -122,6 +123,7 @@ class TextHandEncoder(TypedDict, total=False):
     hide: Yes
     joint: Yes
     rotation_frame: Annotated[str, one_of(*ROTATION_FRAMES)]
+    num_people: People
 
 
 class HandPrior(TypedDict, total=False):
@@ -131,6 +133,7 @@ class HandPrior(TypedDict, total=False):
     num_layers: Count
     num_heads: Heads
     text_width: Width
+    num_people: People
 
 
 class PositionKernel(TypedDict, total=False):

@@ -73,7 +73,7 @@ def causal_mask(length: int, free_from: int, device: torch.device) -> Tensor:
 
 
 def take(rows: Tensor, order: Sequence[int]) -> Tensor:
-    """[N, 2, R, ...] -> [N, 2, len(order), ...]: rows of each hand in another order, as one Gather.
+    """[N, H, R, ...] -> [N, H, len(order), ...]: rows of each hand in another order, as one Gather.
 
     `rows[:, :, order]` exports as GatherND between two Transposes. In half precision, before a matrix product, ONNX
     Runtime 1.32 crashes on that while it loads the graph.
@@ -82,14 +82,14 @@ def take(rows: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def camera_rotations(rotations: Tensor) -> Tensor:
-    """[N, 2, 16, 6] in MANO's order, the wrist in the camera's frame and the rest relative to their parents -> the same
+    """[N, H, 16, 6] in MANO's order, the wrist in the camera's frame and the rest relative to their parents -> the same
     in the camera's frame: products along each finger."""
     matrices = rotation_6d_to_matrix(rotations)
-    wrist, fingers = matrices[:, :, :1], matrices[:, :, 1:].unflatten(2, (5, 3))  # [N, 2, 5, 3 joints, 3, 3]
+    wrist, fingers = matrices[:, :, :1], matrices[:, :, 1:].unflatten(2, (5, 3))  # [N, H, 5, 3 joints, 3, 3]
     turns = [wrist]
     for joint in range(3):
         turns.append(turns[-1] @ fingers[:, :, :, joint])
-    chain = torch.stack(turns[1:], 3).flatten(2, 3)  # [N, 2, 15, 3, 3]
+    chain = torch.stack(turns[1:], 3).flatten(2, 3)  # [N, H, 15, 3, 3]
     return matrix_to_rotation_6d(torch.cat([wrist, chain], 2))
 
 
@@ -112,7 +112,8 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
     otherwise pixels attend to learned null tokens of absent hands. joint: hand tokens go through the transformer with
     the text; otherwise they follow its output unchanged. rotation_frame: "parent", each finger joint's rotation
     relative to its parent, as in MANO; or "camera", in the camera's frame: then each token alone gives the turn of its
-    bone, without a product of three rotations, and a tip has its bone's rotation.
+    bone, without a product of three rotations, and a tip has its bone's rotation. num_people: there are
+    H = 2 num_people hands (left and right of the first person, then of the next); a learned vector tells people apart.
     """
 
     basis: Tensor
@@ -136,6 +137,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         hide: bool = False,
         joint: bool = True,
         rotation_frame: str = "parent",
+        num_people: int = 1,
     ) -> None:
         super().__init__()
         if rotation_frame not in ROTATION_FRAMES:
@@ -168,6 +170,8 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
             self.place = nn.Parameter(torch.randn(self.tokens_per_hand, width) * spread)
             self.side = nn.Parameter(torch.randn(2, width) * spread)
             self.null = nn.Parameter(torch.randn(width) * spread)
+            if num_people > 1:
+                self.person = nn.Parameter(torch.randn(num_people, width) * 0.1 * spread)
 
     @property
     def joint_tokens(self) -> int:
@@ -178,9 +182,13 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
         return self.joint_tokens + ("vertices" in self.config.cues)
 
     @property
+    def num_hands(self) -> int:
+        return 2 * int(self.config.num_people)
+
+    @property
     def num_tokens(self) -> int:
         """L, the length of the context."""
-        return self.config.max_position_embeddings + 2 * self.tokens_per_hand
+        return self.config.max_position_embeddings + self.num_hands * self.tokens_per_hand
 
     @property
     def context_width(self) -> int:
@@ -200,12 +208,12 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
     def hand_tokens(
         self, joints: Tensor | None, rotations: Tensor | None, bps: Tensor | None, visibility: Tensor
     ) -> Tensor:
-        """The hands' embedded tokens [N, 2 * tokens_per_hand, W]."""
+        """The hands' embedded tokens [N, num_hands * tokens_per_hand, W]."""
         batch, width = visibility.shape[0], self.config.hidden_size
-        tokens = visibility.new_zeros(batch, 2, self.joint_tokens, width)
+        tokens = visibility.new_zeros(batch, self.num_hands, self.joint_tokens, width)
         if "joints" in self.config.cues:
             assert joints is not None
-            scaled = (2 * joints - 1).clamp(-3.0, 3.0)  # [N, 2, 21, 2]
+            scaled = (2 * joints - 1).clamp(-3.0, 3.0)  # [N, H, 21, 2]
             octaves = 2.0 ** torch.arange(LOCATION_OCTAVES, device=scaled.device) * (math.pi / 2)
             angle = (scaled[..., None] * octaves).flatten(-2)
             bone = scaled - take(scaled, PARENT_OF_JOINT)
@@ -216,7 +224,7 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
             camera = self.config.rotation_frame == "camera"
             if camera:
                 rotations = camera_rotations(rotations.float()).to(rotations.dtype)
-            turned = self.rotation(take(rotations, ROTATION_OF_JOINT))  # [N, 2, 16, W], in the joints' order
+            turned = self.rotation(take(rotations, ROTATION_OF_JOINT))  # [N, H, 16, W], in the joints' order
             # The five tips lack a rotation of their own: they take a zero row, or their bone's.
             padded = torch.cat([turned, torch.zeros_like(turned[:, :, :1])], 2)
             at = {joint: row for row, joint in enumerate(ROTATED_JOINTS)}
@@ -227,12 +235,15 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
             tokens = torch.cat([tokens, self.vertices(bps * BPS_SCALE)[:, :, None]], 2)
         seen = visibility[:, :, None, None] > 0.5
         tokens = torch.where(seen, tokens, self.null.to(tokens.dtype))
-        tokens = tokens + self.place + self.side[:, None]
+        side: Tensor = self.side
+        if self.config.num_people > 1:
+            side = (side + self.person[:, None]).flatten(0, 1)  # [H, W]
+        tokens = tokens + self.place + side[:, None]
         return tokens.flatten(1, 2)
 
     def position_codes(self, joints: Tensor | None, visibility: Tensor) -> Tensor:
         """[N, L, C]: each token's position code and kind; zero for hidden hands, which switches the kernel off."""
-        batch, text = visibility.shape[0], self.config.max_position_embeddings
+        batch, text, count = visibility.shape[0], self.config.max_position_embeddings, self.num_hands
         channels, located = code_width(self.config.frequencies), 4 * len(self.config.frequencies)
         seen = visibility[:, :, None, None].to(torch.float32)
 
@@ -247,10 +258,10 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
                 frequencies = torch.tensor(self.config.frequencies, dtype=torch.float32, device=visibility.device)
                 code = F.pad(position_code(joints.float(), frequencies), (0, channels - located))
             else:
-                code = visibility.new_zeros(batch, 2, self.joint_tokens, channels)
+                code = visibility.new_zeros(batch, count, self.joint_tokens, channels)
             parts.append(code * seen)
         if "vertices" in self.config.cues:
-            parts.append(kind("vertices", batch, 2, 1) * seen)
+            parts.append(kind("vertices", batch, count, 1) * seen)
         codes = kind("text", batch, text)
         if not parts:
             return codes
@@ -271,18 +282,18 @@ class TextHandEncoder(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """Encodes prompts and hands.
 
-        input_ids: [N, 77]; joints: [N, 2, 21, 2] in [0, 1]; rotations: [N, 2, 16, 6]; bps: [N, 2, 512] metres;
-        visibility: [N, 2], 1 for a visible hand (None: without hands, the unconditional case). attention_mask: [N, 77],
+        input_ids: [N, 77]; joints: [N, H, 21, 2] in [0, 1]; rotations: [N, H, 16, 6]; bps: [N, H, 512] metres;
+        visibility: [N, H], 1 for a visible hand (None: without hands, the unconditional case). attention_mask: [N, 77],
         0 for text tokens that no token attends to, as in transformers (None: none); the first is always attended to.
         Returns the context [N, L, W + code].
         """
         batch = input_ids.shape[0]
         if visibility is None:
             dtype, device = self.final_layer_norm.weight.dtype, input_ids.device
-            visibility = torch.zeros(batch, 2, dtype=dtype, device=device)
-            joints = torch.zeros(batch, 2, NUM_HAND_JOINTS, 2, dtype=dtype, device=device)
-            rotations = torch.zeros(batch, 2, NUM_HAND_ROTATIONS, 6, dtype=dtype, device=device)
-            bps = torch.zeros(batch, 2, self.config.num_basis, dtype=dtype, device=device)
+            visibility = torch.zeros(batch, self.num_hands, dtype=dtype, device=device)
+            joints = torch.zeros(batch, self.num_hands, NUM_HAND_JOINTS, 2, dtype=dtype, device=device)
+            rotations = torch.zeros(batch, self.num_hands, NUM_HAND_ROTATIONS, 6, dtype=dtype, device=device)
+            bps = torch.zeros(batch, self.num_hands, self.config.num_basis, dtype=dtype, device=device)
         hidden = self.embeddings(input_ids=input_ids)
         if self.tokens_per_hand:
             hands = self.hand_tokens(joints, rotations, bps, visibility).to(hidden.dtype)

@@ -26,6 +26,7 @@ from ..detection.hands import Seen, Window, arrays_of
 from ..errors import DetectionError
 from ..fingers import SIDES
 from ..grammar import BACKGROUNDS, PHRASES, SKINS
+from ..hands import person
 from ..runtime.requests import Request
 from . import regions
 from .wish import STRENGTH
@@ -65,7 +66,7 @@ class Patch:
 
     def pose(self, made: Mapping[str, np.ndarray]) -> None:
         """What `HanDiffuser.hands` says of `arrays`: its mesh gives the silhouette and the mask."""
-        shape = self.crop.shape[:2]
+        shape, made = self.crop.shape[:2], person(made, 0)  # a crop shows one person
         side = self.seen.hand.side
         self.points = points = made["joints_2d"][side] * (shape[1], shape[0])
         thick = regions.radii(

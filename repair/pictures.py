@@ -21,7 +21,7 @@ from ..detection.hands import Seen, find, seen_again
 from ..detection.photo import Photo, Told
 from ..errors import DetectionError, EngineError, RequestError
 from ..fingers import SIDES, gestures
-from ..hands import NO_HANDS, POSES, given_arrays
+from ..hands import NO_HANDS, POSES, given_arrays, people_in, person
 from ..runtime.pipeline import HanDiffuser
 from ..runtime.requests import Request
 from ..runtime.results import Failure
@@ -89,7 +89,9 @@ def repair_hands(
             raise
         seen = found = []  # without a detector, the old hands are taken to be where the new ones are
     if given is not None:
-        seen = [again(given, number, size, seen) for number in (0, 1) if given["visibility"][number] >= 0.5]
+        seen = [
+            again(one, number, size, seen) for one in given for number in (0, 1) if one["visibility"][number] >= 0.5
+        ]
     seen = [one for one in seen if side in (None, one.side)]
     if not seen:
         raise DetectionError("No hand was found in the picture. Show it larger and sharper, or give hands.")
@@ -101,15 +103,16 @@ def repair_hands(
     return outcome
 
 
-def _placed(hands: object) -> Mapping[str, np.ndarray]:
-    """Arrays of hands that have their places in the picture. Raises RequestError."""
+def _placed(hands: object) -> list[dict[str, np.ndarray]]:
+    """Arrays of each person's hands, which have their places in the picture. Raises RequestError."""
     if not getattr(hands, "whole", True) and getattr(hands, "arrays", None):
         raise RequestError(
             "hands must have their places in the whole picture, got those for a new one. Call find_hands with "
             "whole=True.",
             "hands",
         )
-    return given_arrays(hands, *POSES, "joints_2d", "visibility")
+    arrays = given_arrays(hands, *POSES, "joints_2d", "visibility")
+    return [person(arrays, number) for number in range(people_in(arrays))]
 
 
 def _checked(picture: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from ..detection.arms import HandEstimate, Size
 from ..detection.detect import Detector
 from ..detection.hands import Seen
 from ..errors import DetectionError, EngineError, RequestError
-from ..hands import POSES, hand_arrays, load_hands
+from ..hands import POSES, hand_arrays, load_hands, person
 from ..kinematics import world
 from ..rotations import axis_angle_to_matrix
 from ..runtime.pipeline import HanDiffuser
@@ -45,15 +45,21 @@ class Outcome:
 def given_hands(path: Path, size: Size, pipeline: HanDiffuser) -> list[Seen]:
     """The hands of a `.hands.npz` that hd-run or hd-repair wrote for a picture (height, width): those with a place in
     it. Raises RequestError for a file that cannot be read, and DetectionError where it names no place."""
-    hands = load_hands(path)
+    hands = load_hands(path).of(pipeline.manifest.num_people)
     arrays = hand_arrays(hands.params)
-    shown = arrays["placement"][:, 0] > 0.5
-    if hands.camera is None or not shown.any():
+    if hands.camera is None or not (arrays["placement"][..., 0] > 0.5).any():
         raise DetectionError(f"{path} must say where its hands are, got no camera or no hand. Take one of hd-run's.")
     made = _hands(pipeline, [Request("hands", id="given", hands=str(path))])[0]  # with the body's shape
+    cameras = enumerate(hands.camera.reshape(-1, 3))
+    return [one for i, camera in cameras for one in _seen(person(arrays, i), person(made, i), camera, size)]
+
+
+def _seen(arrays: dict[str, np.ndarray], made: dict[str, np.ndarray], camera: np.ndarray, size: Size) -> list[Seen]:
+    """The hands of one person of a file, in a picture's pixels. made: the bundle's joints of them."""
+    shown = arrays["placement"][:, 0] > 0.5
     vectors = np.concatenate([arrays[name].reshape(-1, 3) for name in POSES]).astype(np.float64)
     turns, fingers = world(axis_angle_to_matrix(vectors)), vectors[22:].reshape(2, 15, 3)
-    view = hands.camera[0] * (made["joints"][:, :2] + hands.camera[1:])
+    view = camera[0] * (made["joints"][:, :2] + camera[1:])
     places = np.stack([0.5 * (size[1] + size[0] * view[:, 0]), 0.5 * size[0] * (1 - view[:, 1])], -1)
     return [
         Seen(HandEstimate(side, turns[HAND_JOINTS[side][0]], fingers[side], places[list(HAND_JOINTS[side])]))

@@ -12,10 +12,21 @@ from typing import Any
 import numpy as np
 
 from .. import grammar
-from ..contract import IMAGE_ENCODER, MAX_SIDE, ROW_HEAD, TOKENIZER, WEIGHTS, Manifest
+from ..contract import (
+    IMAGE_ENCODER,
+    MAX_SIDE,
+    ROW_HEAD,
+    TOKENIZER,
+    WEIGHTS,
+    Manifest,
+    Size,
+    apart,
+    read_size,
+    shown_size,
+)
 from ..engines.adapted import Chosen, changes
 from ..errors import BundleError, CheckpointError, RequestError
-from ..hands import Hands, hand_arrays, keep_camera, load_hands
+from ..hands import Hands, by_person, hand_arrays, keep_camera, load_hands
 from ..installed import version
 from ..schedules import NoiseSchedule, Table, rows, skipped
 from ..settings import SETTINGS
@@ -26,7 +37,7 @@ from .noise import HANDS, LATENTS
 from .reading import PROMPTS, Reader
 from .requests import Request, adapters_of
 from .results import Failure, Picture, Work
-from .room import Room, Size, read, shown
+from .room import Room
 
 WIDE = 2  # spans from which the positions of the left edge and of the right look alike
 TABLES = 64  # schedules in a cache
@@ -60,6 +71,7 @@ class Bundle:
         self.inpaints = any(tensor.name == "masked_latents" for tensor in manifest.graphs["unet"].inputs)
         self._canvases: dict[tuple[Any, ...], Canvas] = {}  # hashes of picture and mask, size -> both, read
         self.engine_sizes: frozenset[Size] | None = None  # that the engines were built for; None: any
+        self.build_sizes = ""  # the command that builds engines for another size
         self.room = Room(manifest)
         self.folder: Path | None = None
         # Adapters that all pictures have, because their weights were merged when the engines were loaded.
@@ -91,6 +103,7 @@ class Bundle:
         """The hands of work whose hands are made, as in `Picture.hands`."""
         hands = {"params": work.params, **hand_arrays(work.params)}
         hands.update((ours, work.features[name]) for name, ours in _FEATURE_NAMES.items() if name in work.features)
+        hands = by_person(hands, self.manifest.num_people)
         if (span := self.span(work.request)) != 1 and "joints_2d" in hands:  # of the own width -> of the picture's
             x, y = hands["joints_2d"][..., 0], hands["joints_2d"][..., 1]
             hands["joints_2d"] = np.stack([np.float32(0.5) + (x - np.float32(0.5)) / np.float32(span), y], -1)
@@ -101,26 +114,28 @@ class Bundle:
         own, multiple = self.manifest.image_size, self.manifest.size_multiple
         if request.size is None:
             return own
-        size = read(request.size)
+        size = read_size(request.size)
         if size == own:
             return own
         if not multiple:
             raise RequestError(
-                f"size must be {shown(own)} for this bundle, got {request.size}. To paint any size, export it again: "
-                "hd-export CHECKPOINT OUT.",
+                f"size must be {shown_size(own)} for this bundle, got {request.size}. To paint any size, export it "
+                "again: hd-export CHECKPOINT OUT.",
                 "size",
             )
         if self.engine_sizes is not None and size not in self.engine_sizes:
+            near = min(sorted(self.engine_sizes), key=lambda one: apart(one, size))
             raise RequestError(
-                f"size must be {' or '.join(map(shown, sorted(self.engine_sizes)))} with these engines, got "
-                f"{request.size}. --device cpu paints any size.",
+                f"size must be {' or '.join(map(shown_size, sorted(self.engine_sizes)))} with these engines, got "
+                f"{request.size}. The nearest is {shown_size(near)}. Or build for it: "
+                f"{self.build_sizes} {request.size}.",
                 "size",
             )
-        near = tuple(min(max(round(side / multiple), 1), MAX_SIDE // multiple) * multiple for side in size)
+        near = self.manifest.nearest(size)
         if size != near:
             raise RequestError(
                 f"size must be multiples of {multiple} up to {MAX_SIDE} pixels, got {request.size}. The nearest is "
-                f"{shown(near)}.",  # type: ignore[arg-type]
+                f"{shown_size(near)}.",
                 "size",
             )
         return size
@@ -136,7 +151,9 @@ class Bundle:
 
     def given(self, hands: Hands, joints_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Normalised parameters [P] of hands from a file. Where the file has a camera, they are placed so that this
-        camera follows from them. joints_of: runs `hand_features` on one row, x [P] -> joints_3d [62, 3] metres."""
+        camera follows from them. joints_of: runs `hand_features` on one row, x [P] -> joints_3d [62, 3] metres, or
+        [people, 62, 3]. Raises RequestError for more people than the bundle knows."""
+        hands = hands.of(self.manifest.num_people)
         if hands.camera is None:
             return self.normalised(hands.params)
         key = hands.params.tobytes() + hands.camera.tobytes()
@@ -173,7 +190,7 @@ class Bundle:
 
     def normalised(self, params: np.ndarray) -> np.ndarray:
         """Hand parameters [P] in the units of the hand prior: mean 0, standard deviation 1."""
-        return (params - self._mean) / self._std
+        return (params.reshape(-1) - self._mean) / self._std
 
     def params(self, x: np.ndarray) -> np.ndarray:
         """The inverse of `normalised`."""
@@ -196,7 +213,7 @@ class Bundle:
         if said := grammar.sentence(new, uses, self._words):
             warnings.append(said)
         if self.span(request) >= WIDE:
-            own = shown(self.manifest.image_size)
+            own = shown_size(self.manifest.image_size)
             warnings.append(f"The picture is more than {WIDE} times as wide as {own}. Hands may show up at both sides.")
         return (readings[0], readings[1]), warnings + _idle(request)
 
@@ -294,7 +311,7 @@ class Bundle:
             self.table(HANDS, request)
         else:
             try:
-                load_hands(request.hands)
+                load_hands(request.hands).of(self.manifest.num_people)
             except RequestError as error:
                 error.param = "hands"
                 raise

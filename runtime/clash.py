@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..contract import HAND_JOINTS, PLACEMENT
+from ..contract import HAND_JOINTS, NUM_PARAMS, PLACEMENT
 
 ELBOWS = (18, 19)  # of the 62 joints: left, right
 BONES = tuple((0 if k % 4 == 1 else k - 1, k) for k in range(1, 21))  # of a hand's 21 joints, finger by finger
@@ -26,8 +26,12 @@ OVERLAP = 0.05  # share of a hand's bones: two finger tips that touch are less, 
 def clash(joints: np.ndarray, visibility: np.ndarray, params: np.ndarray) -> bool:
     """Whether stage 1 wants two hands and they lie over each other, or the camera does not show one of them.
 
-    joints: [62, 3] metres, x and y in the camera's view. visibility: [2]. params: [330], not normalised.
+    joints: [62, 3] metres, x and y in the camera's view. visibility: [2]. params: [330], not normalised. With several
+    people, all of their joints, hands and parameters: each person is judged alone, because hands of two may touch.
     """
+    if params.size != NUM_PARAMS:
+        people = zip(joints, visibility.reshape(-1, 2), params.reshape(-1, NUM_PARAMS), strict=True)
+        return any(clash(*one) for one in people)
     presence = params[PLACEMENT].reshape(2, 4)[:, 0]
     if presence.sum() <= 1.5:  # as `HandFeatures` decides it: one hand, or none
         return False

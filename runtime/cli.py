@@ -21,7 +21,7 @@ import click
 
 from .. import commands, grammar, shipped
 from ..commands import INTERRUPTED
-from ..contract import MANIFEST, Manifest
+from ..contract import MANIFEST, Manifest, read_size
 from ..engines.adapted import chosen, sentences
 from ..engines.backends import CHOICES, DEVICES
 from ..errors import HanDiffuserError, OutputError, RequestError
@@ -297,7 +297,6 @@ def hands_of_photo(
     from ..detection.photo import Photo
     from ..detection.poses import Poses
     from .rest import joints_at_rest
-    from .room import read
 
     for name in ("hand_params", "no_hands"):
         if options[name]:
@@ -308,7 +307,7 @@ def hands_of_photo(
     manifest, poses = Manifest.load(folder, verify=False), Poses.of(folder)
     photo = Photo.read(options["photo"])
     asked = str(options["size"] or "")
-    size = read(asked) if re.match(SETTINGS["size"].pattern, asked) else manifest.image_size
+    size = read_size(asked) if re.match(SETTINGS["size"].pattern, asked) else manifest.image_size
     told = photo.hands_for(joints_at_rest(folder), size, poses)
     beside = Path(output) / f"{photo.path.stem}.photo"
     try:

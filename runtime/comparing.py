@@ -63,8 +63,10 @@ def load_host_loop(
 
     manifest, engines = load_engines(folder, "cpu", threads, others=others)
     loop = HostLoop(Bundle.load(folder, manifest), engines, slots, Adapting(folder, adapted, lora_memory))
-    if "h" not in engines["unet"].spec.free:  # compiled for one size
-        loop.bundle.engine_sizes = frozenset({manifest.image_size})
+    loop.bundle.engine_sizes = getattr(engines["unet"], "sizes", None)
+    if loop.bundle.engine_sizes is not None:  # compiled for shapes
+        loop.bundle.reader.engine_chunks = 1
+    loop.bundle.build_sizes = f"hd-export CHECKPOINT {folder} --backend {backend} --sizes"
     if one.measured:
         loop.bundle.made_by |= {"backend": backend, "inference": one.on_host().inference()}
     return loop

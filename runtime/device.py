@@ -8,7 +8,8 @@ step. The host waits only for finished pictures in pinned memory.
     side   text -> hands -> features -> context -> keys, values of the next requests
     out    exit buffer -> image decoder -> pinned memory
 
-With `overlap` these are three streams, ordered by events; without it they are one. The host knows at which row of its
+The UNet, the decoder and what surrounds them are there once for each size of pictures, see `device_sizes.py`. With
+`overlap` these are three streams, ordered by events; without it they are one. The host knows at which row of its
 schedule a request is, because no decision depends on results of the device. So each step copies the rows of its
 requests from their tables on the device, two small copies a request. The captured graph needs no step index: one graph
 serves requests at any step, of any solver.
@@ -28,20 +29,21 @@ from typing import Any
 import numpy as np
 
 from ..contract import IMAGE_ENCODER
+from ..engines.base import DeviceEngines
 from ..errors import EngineError, RequestError
 from ..hands import load_hands
 from ..settings import MAX_REDRAWS, MAX_STEPS
-from .bundle import Bundle, keep
+from .bundle import Bundle
 from .device_batches import DeviceBatch, Exit
 from .device_graphs import STREAM, DeviceGraph, Staging, Streams
 from .device_noise import DeviceNoise
-from .device_pictures import DevicePictures
-from .device_sampler import DeviceJob, DeviceSampler, DeviceTable, first_bad
+from .device_pictures import DeviceBlend
+from .device_sampler import DeviceJob, DeviceSampler, DeviceTables, Steps, first_bad
+from .device_sizes import DeviceSizes, Easel
 from .device_words import DeviceWords
 from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
-from .steptimes import StepTimes
 
 JUDGED = ("joints_3d", "visibility")  # features that `clash` reads
 HAND_LOG_STEPS = (2 + MAX_REDRAWS) * MAX_STEPS  # a batch of hands takes that many steps at most, with redraws
@@ -52,26 +54,30 @@ class DeviceLoop:
 
     on_gpu = True
 
-    def __init__(self, bundle: Bundle, cuda: Any, graphs: dict[str, DeviceGraph], streams: Streams, slots: int) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        cuda: Any,
+        graphs: dict[str, DeviceGraph],
+        streams: Streams,
+        slots: int,
+        engines: DeviceEngines | None = None,
+    ) -> None:
+        """graphs: for pictures of the bundle's own size. engines: give graphs for others."""
         self.bundle, self.cuda, self.graphs, self.slots = bundle, cuda, graphs, slots
+        self.streams = streams
         self.main, self.side, self.out = streams
         self.overlap = self.side is not self.main
         self.staging = Staging(cuda)
         self.noise = DeviceNoise(cuda, self.staging)
-        self.pictures = DevicePictures(cuda, self.noise, graphs.get(IMAGE_ENCODER), bundle.manifest.latent_size)
         self.hands_sampler = DeviceSampler(cuda, graphs["hand_prior"], "x", slots, self.noise, log_steps=HAND_LOG_STEPS)
-        times = StepTimes(graphs["unet"].buckets)
-        self.sampler = DeviceSampler(cuda, graphs["unet"], "latents", slots, self.noise, times)
-        # Latents that wait for the decoder, and a copy of the log of their steps: three of each, so that the UNet never
-        # waits for the decoder.
-        shape, lines = (slots, *graphs["unet"].inputs["latents"].shape[1:]), self.sampler.log.shape
-        self.exits: list[tuple[Any, Any, Any]] = [
-            (cuda.zeros(shape, "float32"), cuda.zeros(lines, "float32"), None) for _ in range(3)
-        ]
-        if (span := graphs["hand_features"].inputs.get("span")) is not None:  # pictures have the bundle's own size
-            self.staging.upload(self.side, span, np.ones(span.shape, np.float32))
+        self.steps = Steps()
+        self.own = Easel(cuda, bundle.manifest.image_size, graphs, slots, self.noise, self.steps)
+        self.sizes = DeviceSizes(cuda, bundle.manifest, self.own, engines, slots, self.noise, self.steps, streams)
+        self.span = graphs["hand_features"].inputs.get("span")  # older bundles have one size
+        samplers = {HANDS: (self.hands_sampler, self.side), LATENTS: (self.own.sampler, self.main)}
+        self.tables = DeviceTables(bundle, cuda, self.staging, graphs["unet_time"], samplers)
         self.words = DeviceWords(self.staging, graphs, self.side, slots)
-        self.tables: dict[tuple[Any, ...], DeviceTable] = {}
         text = graphs["text_encoder"].outputs["text"]
         self.both = cuda.zeros((slots, 2, *text.shape[1:]), text.dtype)  # for each prompt: the empty text, its own
         self.no_text: Any = None  # the empty prompt's [77, D], on the device
@@ -81,6 +87,7 @@ class DeviceLoop:
         self.timings = {"unet": 0.0, "total": 0.0}  # seconds of the steps, and of `run`
         self.consumed: list[Any] = []  # events: stage 2 has read the outputs of stage 1
         self.cancelled: set[Hashable] = set()
+        self.held: list[Request] = []  # of a size that has no room beside those in work
         self.ready: deque[tuple[DeviceBatch, int]] = deque()
         self.running: dict[Hashable, tuple[DeviceBatch, int]] = {}
         self.leaving: deque[Exit] = deque()
@@ -88,8 +95,9 @@ class DeviceLoop:
 
     def warnings(self) -> list[str]:
         """Warnings about how this runs."""
-        refused = [name for name, graph in self.graphs.items() if graph.refused]
-        kernels = {"draws the noise": self.noise.refused, "blends pictures": self.pictures.refused}
+        others = (easel.graphs for easel in self.sizes.easels.values())
+        refused = {name: None for graphs in (self.graphs, *others) for name, graph in graphs.items() if graph.refused}
+        kernels = {"draws the noise": self.noise.refused, "blends pictures": self.own.pictures.refused}
         sentences = [f"The host {does}, which is slower: {why}" for does, why in kernels.items() if why]
         if refused:
             sentences.append(f"CUDA graphs could not be captured for {', '.join(refused)}. They run kernel by kernel.")
@@ -101,7 +109,7 @@ class DeviceLoop:
         Without it that happens at the first use of each engine, and all requests wait. tell: ("warm-up", 1) for each.
         """
         rows = min(rows, self.slots)
-        samplers = {"unet": self.sampler, "hand_prior": self.hands_sampler}
+        samplers = {"unet": self.own.sampler, "hand_prior": self.hands_sampler}
         for name in [name for name in self.graphs if name != IMAGE_ENCODER]:  # few runs bring pictures
             stream = getattr(self, STREAM[name])
             for ready in self.graphs[name].warm_up(stream, rows, samplers[name].advance if name in samplers else None):
@@ -113,8 +121,8 @@ class DeviceLoop:
         """Frees what is on the device, engines first. The loop cannot run again."""
         self.closed = True
         with suppress(EngineError):  # free the memory also after a failure
-            for stream in {self.main, self.side, self.out}:
-                stream.synchronize()
+            self.streams.synchronize()
+        self.sizes.close()
         for graph in self.graphs.values():
             graph.close()
         self.after_run = lambda: None  # it refers to the engines
@@ -131,24 +139,27 @@ class DeviceLoop:
                 clock = time.perf_counter()  # without the time that the caller takes
             self.timings["total"] += time.perf_counter() - clock
         finally:  # also when the caller stops early: the next run starts empty
-            self.sampler.clear()
+            self.sizes.clear()
             self.hands_sampler.clear()
             if not self.closed:  # the caller may have closed the loop meanwhile
-                for stream in {self.main, self.side, self.out}:
-                    stream.synchronize()
+                self.streams.synchronize()
                 self.staging.reclaim()
-                self.pictures.reclaim()
+                self.sizes.reclaim()
                 self.after_run()
 
     def _run(self, requests: Iterable[Request | None], tell: OnEvent) -> Iterator[Picture | Failure]:
         source, more = iter(requests), True
-        self.ready, self.running, self.leaving, self.fed = deque(), {}, deque(), deque()
+        self.ready, self.running, self.leaving, self.fed, self.held = deque(), {}, deque(), deque(), []
         ready, running, exits, results = self.ready, self.running, self.leaving, deque[Picture | Failure]()
-        while more or ready or running or exits or results:
+        while more or self.held or ready or running or exits or results:
             while self.cancelled:
                 results.extend(self._drop(self.cancelled.pop()))
-            if more and not ready and (self.overlap or self.sampler.free):
-                some, more = take(source, self.slots)
+            if (more or self.held) and not ready and (self.overlap or self.sizes.free()):
+                some = self.held
+                if not some:
+                    some, more = take(source, self.slots)
+                some, unpainted = self._place(some)
+                results.extend(unpainted)
                 if some:
                     batch, failures = self._stage_1(some)
                     ready.extend((batch, row) for row in range(len(batch.works)))
@@ -157,19 +168,38 @@ class DeviceLoop:
                         tell("steps", self.fed.popleft())
                     results.extend(failures)
             self._admit(ready, running)
-            if self.sampler.jobs:
+            if self.sizes.active:
                 tell("steps", self._step())
-            if self.sampler.hungry():
+            if self.sizes.hungry():
                 continue  # first the queue, then the results: the caller may take long for each
-            while exits and (exits[0].event.done() or not self.sampler.jobs):
+            while exits and (exits[0].event.done() or not self.sizes.active):
                 exits[0].event.synchronize()
                 results.extend(self._collect(exits.popleft(), running))
             while results:
                 yield results.popleft()
-                if self.sampler.hungry():
+                if self.sizes.hungry():
                     break
-        self.sampler.settle()
-        self.timings["unet"] = self.sampler.seconds
+        self.steps.settle()
+        self.timings["unet"] = self.steps.seconds
+
+    def _place(self, requests: list[Request]) -> tuple[list[Request], list[Failure]]:
+        """Those whose size is on the device now, and a Failure for each that never fits there. The others are held.
+
+        The order stays: behind a request that is held, all are.
+        """
+        placed, failures, self.held = list[Request](), list[Failure](), []
+        for i, request in enumerate(requests):
+            try:
+                easel = self.sizes.get(self.bundle.size(request))
+            except RequestError as error:
+                failures.append(Failure(str(request.id), request, str(error)))
+                continue
+            if easel is None:
+                self.held = requests[i:]
+                break
+            self.sizes.taken[request.id] = easel
+            placed.append(request)
+        return placed, failures
 
     def cancel(self, id: str) -> None:
         """See `HanDiffuser.cancel`."""
@@ -177,15 +207,19 @@ class DeviceLoop:
 
     def _drop(self, id: Hashable) -> list[Failure]:
         """Takes a request out between two steps. A request whose latents wait for the decoder is finished instead."""
+        for request in self.held:
+            if request.id == id:
+                self.held.remove(request)
+                return [cancelled(request)]
         for i, (batch, row) in enumerate(self.ready):
             if batch.works[row].request.id == id:
                 del self.ready[i]
                 if not self.ready:  # stage 2 has read the others, and does not read this one
                     self.consumed = [self.main.record()]
                 return [self._left(batch, row)]
-        if all(job.key != id for job in self.sampler.jobs):
+        if self.sizes.find(id) is None:
             return []
-        self.sampler.drop(self.main, id)
+        self.sizes.drop_job(self.main, id)
         return [self._left(*self.running.pop(id))]
 
     def _left(self, batch: DeviceBatch, row: int) -> Failure:
@@ -197,8 +231,10 @@ class DeviceLoop:
 
     def _done(self, batch: DeviceBatch, row: int) -> None:
         """One work of a batch has its result; after the last the memory is free."""
-        if (blend := batch.blends.get(batch.works[row].request.id)) is not None:
-            self.pictures.give(blend)
+        id = batch.works[row].request.id
+        if (blend := batch.blends.get(id)) is not None:
+            blend.pictures.give(blend)
+        del self.sizes.taken[id]
         batch.left -= 1
         if not batch.left:
             for array in (*batch.host.values(), batch.log):
@@ -216,11 +252,12 @@ class DeviceLoop:
         shown = Work(work.request, work.started, work.readings, [], None, self.bundle.params(values.pop("x")), values)
         step, steps, latents = 0, len(self.bundle.table(LATENTS, work.request).rows), None
         if id in self.running:
-            i = next((i for i, job in enumerate(self.sampler.jobs) if job.key == id), None)
-            if i is None:  # it waits for the decoder
+            found = self.sizes.find(id)
+            if found is None:  # it waits for the decoder
                 return None
-            step = self.sampler.jobs[i].position
-            pinned = self._read(self.main, self.sampler.state[i])
+            sampler, i = found
+            step = sampler.jobs[i].position
+            pinned = self.staging.read(self.main, sampler.state[i])
             self.main.record().synchronize()
             latents = pinned.copy()
             self.staging.give(pinned)
@@ -232,7 +269,7 @@ class DeviceLoop:
         made: dict[str, Any] = {failure.id: failure for failure in failures}
         if works:
             host = self._read_hands(len(works))
-            log = self._read(self.side, self.hands_sampler.log)
+            log = self.staging.read(self.side, self.hands_sampler.log)
             self.side.record().synchronize()
             for row, work in enumerate(works):
                 values = {name: value[row].copy() for name, value in host.items()}
@@ -247,8 +284,8 @@ class DeviceLoop:
     def _read_hands(self, count: int) -> dict[str, np.ndarray]:
         """Enqueues copies of x and of the features to pinned memory."""
         features = self.graphs["hand_features"]
-        host = {"x": self._read(self.side, features.inputs["x"][:count])}
-        return host | {name: self._read(self.side, array[:count]) for name, array in features.outputs.items()}
+        host = {"x": self.staging.read(self.side, features.inputs["x"][:count])}
+        return host | {name: self.staging.read(self.side, array[:count]) for name, array in features.outputs.items()}
 
     def _bad_hands(
         self, work: Work, values: dict[str, np.ndarray], job: DeviceJob | None, log: np.ndarray
@@ -264,15 +301,19 @@ class DeviceLoop:
     def _admit(self, ready: deque[tuple[DeviceBatch, int]], running: dict[Hashable, tuple[DeviceBatch, int]]) -> None:
         """Fills free slots."""
         admitted = False
-        while ready and self.sampler.free:
-            batch, row = ready.popleft()
+        while ready:
+            batch, row = ready[0]
             work = batch.works[row]
+            easel = self.sizes.taken[work.request.id]
+            if not self.sizes.free(easel):
+                break
+            ready.popleft()
             self.main.wait(batch.done)
             constants = {name: array[row] for name, array in self.graphs["unet_context"].outputs.items()}
             job = self._job(work.request, LATENTS, constants)
             if (blend := batch.blends.get(work.request.id)) is not None:
                 job.blend, job.constants = blend, constants | blend.arrays
-            self.sampler.submit(self.main, job)
+            self.sizes.submit(self.main, job, easel)
             running[work.request.id] = (batch, row)
             admitted = True
         if admitted and not ready:
@@ -280,43 +321,16 @@ class DeviceLoop:
 
     def _feed(self) -> None:
         """Enqueues steps of stage 2 between those of stage 1, which may take the host longer than what is queued."""
-        while self.sampler.hungry():
+        while self.sizes.hungry():
             self.fed.append(self._step())
 
     def _step(self) -> int:
         """Enqueues one step of stage 2; finished requests go to the decoder."""
-        finished: list[tuple[DeviceJob, Any]] = []
-        buffer, log, busy = self.exits[0]
-        if busy is not None:
-            self.main.wait(busy)  # until the decoder has read this buffer
-
-        def take(job: DeviceJob, state: Any) -> None:
-            self.main.copy(buffer[len(finished)], state)
-            finished.append((job, state))
-
-        count = self.sampler.step(self.main, take)
-        if finished:
-            jobs = [job for job, _ in finished]
-            self.main.copy(log, self.sampler.log)
-            self.leaving.append(self._decode(jobs, buffer, log))
-            self.exits = [*self.exits[1:], (buffer, log, self.leaving[-1].event)]
-        self.sampler.wait()
-        self.timings["unet"] = self.sampler.seconds
+        count, leaving = self.sizes.step(self.main, self.out)
+        self.leaving += leaving
+        self.steps.wait()
+        self.timings["unet"] = self.steps.seconds
         return count
-
-    def _decode(self, jobs: list[DeviceJob], latents: Any, log: Any) -> Exit:
-        count, decoder = len(jobs), self.graphs["image_decoder"]
-        self.out.wait(self.main.record())
-        self.out.copy(decoder.inputs["latents"][:count], latents[:count])
-        decoder.launch(self.out, count)
-        leaving = Exit(
-            jobs,
-            self._read(self.out, decoder.outputs["image"][:count]),
-            self._read(self.out, decoder.outputs["finite"][:count]),
-            self._read(self.out, log),
-        )
-        leaving.event = self.out.record()
-        return leaving
 
     def _stage_1(self, requests: list[Request]) -> tuple[DeviceBatch, list[Failure]]:
         """Enqueues text -> hands -> features -> context -> keys and values for a batch of requests."""
@@ -326,13 +340,18 @@ class DeviceLoop:
             side.wait(event)
         canvases, unread = self.bundle.canvases(requests)
         works, jobs, failures = self._hands([request for request in requests if request.id in canvases], self._feed)
-        blends = self.pictures.encode(side, works, canvases, self.bundle)
+        blends: dict[Hashable, DeviceBlend] = {}
+        for easel in {id(easel): easel for easel in self.sizes.taken.values()}.values():
+            of_size = [work for work in works if self.sizes.taken[work.request.id] is easel]
+            blends |= easel.pictures.encode(side, of_size, canvases, self.bundle)
         if count := len(works):
             self.words.encode(side, works, self.bundle.empty)
         done = side.record()
         host = self._read_hands(count) if count else {}
-        log = self._read(side, self.hands_sampler.log)
+        log = self.staging.read(side, self.hands_sampler.log)
         failures += unread
+        for failure in failures:
+            del self.sizes.taken[failure.request.id]
         return DeviceBatch(works, jobs, done, host, log, side.record(), blends, left=count), failures
 
     def _hands(
@@ -341,7 +360,9 @@ class DeviceLoop:
         """Enqueues text -> hands -> features."""
         bundle, graphs, side = self.bundle, self.graphs, self.side
         started = time.perf_counter()
-        works, failures, given = list[Work](), list[Failure](), dict[Hashable, np.ndarray]()
+        works: list[Work] = []
+        failures = []
+        given: dict[Hashable, np.ndarray] = {}
         for request in requests:
             if request.hands is not None:
                 try:
@@ -354,6 +375,8 @@ class DeviceLoop:
         x = graphs["hand_features"].inputs["x"]
         for key, value in given.items():
             self.staging.upload(side, x[rows[key]], value)
+        if self.span is not None and works:
+            self.staging.upload(side, self.span[: len(works)], bundle.spans(work.request for work in works))
         jobs: dict[Hashable, DeviceJob] = {}
         textual = [work for work in works if work.request.id not in given]
         if textual:
@@ -386,7 +409,7 @@ class DeviceLoop:
         outputs, side = self.graphs["hand_features"].outputs, self.side
         sources = {"x": self.graphs["hand_features"].inputs["x"], **{name: outputs[name] for name in JUDGED}}
         count = 1 + max(rows[work.request.id] for work in asked)
-        host = {name: self._read(side, source[:count]) for name, source in sources.items()}
+        host = {name: self.staging.read(side, source[:count]) for name, source in sources.items()}
         side.record().synchronize()
         again = []
         for work in asked:
@@ -400,11 +423,13 @@ class DeviceLoop:
         return again
 
     def _joints(self, x: np.ndarray) -> np.ndarray:
-        """[P] -> [62, 3] metres. The host waits, once for each file of hands."""
+        """[P] -> joints_3d [62, 3] metres, or [people, 62, 3]. The host waits, once for each file of hands."""
         features, side = self.graphs["hand_features"], self.side
         self.staging.upload(side, features.inputs["x"][:1], x[None])
+        if self.span is not None:
+            self.staging.upload(side, self.span[:1], np.ones(1, np.float32))
         features.launch(side, 1)
-        pinned = self._read(side, features.outputs["joints_3d"][:1])
+        pinned = self.staging.read(side, features.outputs["joints_3d"][:1])
         side.record().synchronize()
         joints: np.ndarray = pinned[0].copy()
         self.staging.give(pinned)
@@ -424,40 +449,9 @@ class DeviceLoop:
 
     def _job(self, request: Request, stream: str, constants: Mapping[str, Any], draw: int = 0) -> DeviceJob:
         """A job with the noise of its request, as on the host."""
-        table = self._table(stream, request)
-        return DeviceJob(request.id, request.noise(stream, table.table, draw), table, constants)
-
-    def _table(self, stream: str, request: Request) -> DeviceTable:
-        """A schedule on the device, uploaded once."""
-        table = self.bundle.table(stream, request)
-        key = (stream, id(table))  # a DeviceTable keeps its table, so that the id stays valid
-        if key in self.tables:
-            return self.tables[key]
-        sampler, on = (self.hands_sampler, self.side) if stream == HANDS else (self.sampler, self.main)
-        rows = self.cuda.zeros(table.rows.shape, "float32")
-        self.staging.upload(on, rows, table.rows)
-        steps = {"row": rows}
-        if "time" in sampler.tables:
-            steps["time"] = self._time_rows(on, table.timesteps.astype(np.float32))
-        made = DeviceTable(table, steps)
-        keep(self.tables, key, made)  # jobs refer to the tables that they use
-        return made
-
-    def _time_rows(self, stream: Any, timesteps: np.ndarray) -> Any:
-        """Runs `unet_time` once for a schedule: [N] -> [N, T] on the device."""
-        graph = self.graphs["unet_time"]
-        count = len(timesteps)
-        self.staging.upload(stream, graph.inputs["timesteps"][:count], timesteps)
-        graph.launch(stream, count)
-        kept = self.cuda.zeros((count, *graph.outputs["time"].shape[1:]), graph.outputs["time"].dtype)
-        stream.copy(kept, graph.outputs["time"][:count])
-        return kept
-
-    def _read(self, stream: Any, source: Any) -> np.ndarray:
-        """Enqueues a copy to pinned memory, which is valid after the stream's next event."""
-        pinned = self.staging.take(tuple(source.shape), source.dtype)
-        stream.copy(pinned, source)
-        return pinned
+        device_table = self.tables.get(stream, request)
+        table = device_table.table
+        return DeviceJob(request.id, request.noise(stream, table, draw), device_table, constants)
 
     def _collect(self, leaving: Exit, running: dict[Hashable, tuple[DeviceBatch, int]]) -> list[Picture | Failure]:
         """Pictures and failures, from the copies on the host."""
@@ -466,6 +460,7 @@ class DeviceLoop:
             batch, row = running.pop(job.key)
             batch.arrived.synchronize()
             work = batch.works[row]
+            self.bundle.room.ran(self.bundle.size(work.request))
             values = {name: value[row].copy() for name, value in batch.host.items()}
             hand_job = batch.jobs.get(job.key)
             bad_hands = self._bad_hands(work, values, hand_job, batch.log)

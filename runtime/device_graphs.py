@@ -1,6 +1,6 @@
 """Graphs of a bundle on a GPU: their buffers, their engines, and their captured launches.
 
-    graphs = connect(cuda, manifest, buckets=[1, 4], load=...)
+    graphs = connect(cuda, manifest, Sized(load, buckets=[1, 4]))
     graphs["hand_features"].launch(stream, count=3)       # over the first 3 rows, with the engine for 4
 
 The inputs and outputs of a graph lie in buffers that are allocated once, for the largest bucket. An output that the
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..contract import ALL_GRAPHS, BRANCHES, GraphSpec, Manifest, TensorSpec
-from ..engines.base import DeviceEngine, Load
+from ..contract import ALL_GRAPHS, BRANCHES, PICTURES, GraphSpec, Manifest, Size, TensorSpec
+from ..engines.base import DeviceEngine, Sized
 from ..errors import EngineError
 from ..settings import MAX_STEPS
 
@@ -159,6 +159,12 @@ class Staging:
         self.lent.pop(id(array), None)
         self.free.setdefault((array.shape, array.dtype.str), []).append(array)
 
+    def read(self, stream: Any, source: Any) -> np.ndarray:
+        """Enqueues a copy to pinned memory, which is valid after the stream's next event."""
+        pinned = self.take(tuple(source.shape), source.dtype)
+        stream.copy(pinned, source)
+        return pinned
+
     def upload(self, stream: Any, target: Any, value: np.ndarray) -> None:
         """Copies a host array into a device array of its size, without waiting."""
         pinned = self.take(tuple(value.shape), target.dtype)
@@ -171,6 +177,10 @@ class Staging:
         self.busy.clear()
         for array in list(self.lent.values()):
             self.give(array)
+
+    def forget(self) -> None:
+        """Frees the arrays that are not in use: pictures of other sizes need other ones."""
+        self.free.clear()
 
     def sweep(self) -> None:
         """Takes back the buffers whose copies are done."""
@@ -195,30 +205,31 @@ class Streams(NamedTuple):
         main = cuda.stream(first=overlap)
         return cls(main, cuda.stream(), cuda.stream()) if overlap else cls(main, main, main)
 
+    def synchronize(self) -> None:
+        """Waits until none of them has work."""
+        for stream in {*self}:
+            stream.synchronize()
+
 
 # The stream of each graph's engines. Engines of one stream never run at once, and share their scratch memory.
 STREAM = dict.fromkeys(ALL_GRAPHS, "side") | {"unet": "main", "unet_time": "main", "image_decoder": "out"}
 
 
 def connect(
-    cuda: Any,
-    manifest: Manifest,
-    buckets: Sequence[int],
-    load: Load,
-    capture: bool = True,
-    single: Mapping[str, Collection[int]] | None = None,
+    cuda: Any, manifest: Manifest, engines: Sized, capture: bool = True, size: Size | None = None
 ) -> dict[str, DeviceGraph]:
     """The bundle's graphs with their buffers; an output that the next graph reads is one shared buffer.
 
-    load: (graph, bucket, guidance branches) -> engine. single: graph -> buckets with an engine of one branch.
+    size: only the graphs of PICTURES, for this height and width; None: all graphs, for the bundle's own size.
     """
-    manifest = manifest.fixed()  # buffers and captured launches are for one size
+    manifest = manifest.fixed(size)  # buffers and captured launches are for one size
+    load, buckets, single, _ = engines
     graphs: dict[str, DeviceGraph] = {}
     feeds = {"text_hand_encoder": "hand_features", "unet_context": "text_hand_encoder"}
-    for name in [name for name in ALL_GRAPHS if name in manifest.graphs]:
+    for name in [name for name in (ALL_GRAPHS if size is None else PICTURES) if name in manifest.graphs]:
         spec = manifest.graphs[name]
         shared = graphs[feeds[name]].outputs if name in feeds else {}
-        free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
+        free = {axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str)}
         # A schedule has any length, and is prepared once.
         one_axis = free == {"S"}
         graphs[name] = DeviceGraph(
@@ -228,7 +239,7 @@ def connect(
             lambda bucket, branches, name=name: load(name, bucket, branches),  # type: ignore[misc]
             shared,
             capture,
-            (single or {}).get(name, ()),
+            single.get(name, ()),
             any_size=one_axis,
         )
     return graphs

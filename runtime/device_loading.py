@@ -28,8 +28,7 @@ def load_device_loop(
     backend: one of the table that runs on GPUs. onnxruntime_graphs: see `onnxruntime_cuda.device_engines`.
     Raises EngineError without a GPU, without the backend, or without engines for them.
     """
-    cuda, manifest = Cuda(), bundle.manifest.fixed()
-    bundle.engine_sizes, bundle.reader.engine_chunks = frozenset({manifest.image_size}), 1
+    cuda, manifest = Cuda(), bundle.manifest
     bundle.adapts = False
     check_gpu(manifest, cuda)
     streams = Streams.make(cuda, overlap)
@@ -40,8 +39,11 @@ def load_device_loop(
             backend, folder, manifest, cuda, lambda graph: getattr(streams, STREAM[graph]), slots, onnxruntime_graphs
         )
     )
-    graphs = connect(cuda, manifest, found.buckets, found.load, single=found.single)
-    loop = DeviceLoop(bundle, cuda, graphs, streams, min(slots, found.buckets[-1]))
+    own = found.at(manifest.image_size)
+    loop = DeviceLoop(bundle, cuda, connect(cuda, manifest, own), streams, min(slots, own.buckets[-1]), found)
     loop.after_run, loop.at_close = found.after_run, found.close
+    bundle.engine_sizes, bundle.room, bundle.reader.engine_chunks = found.sizes, loop.sizes.room, 1
+    command = "hd-export CHECKPOINT" if BACKENDS[backend].compiles else "hd-engines build"
+    bundle.build_sizes = f"{command} {folder} --backend {BACKENDS[backend].plans_of or backend} --sizes"
     bundle.made_by |= {"device": cuda.name, "backend": backend}
     return loop, found.sentences

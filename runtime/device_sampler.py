@@ -18,10 +18,12 @@ import numpy as np
 
 from ..schedules import Table
 from ..settings import MAX_STEPS
-from .device_graphs import After, DeviceGraph
+from .bundle import Bundle, keep
+from .device_graphs import After, DeviceGraph, Staging
 from .device_noise import DeviceNoise
 from .device_pictures import DeviceBlend
 from .noise import RequestNoise
+from .requests import Request
 from .sampler import GUIDANCE
 from .steptimes import StepTimes
 
@@ -33,12 +35,109 @@ PATIENCE = 4  # steps that the host enqueues before it takes it that the queue d
 LOG_STEPS = 2 * MAX_STEPS  # steps that the log holds: more than a request may take
 
 
+class Steps:
+    """The steps under way on one stream, of all samplers there."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # on the device, of the steps whose end the host has seen
+        # Start, end, rows, alone of each, and the measured times of its sampler.
+        self.marks: deque[tuple[Any, Any, int, bool, StepTimes]] = deque()
+        self.count = 0  # steps that were launched
+        self.seen, self.grew = 0.0, 0  # what was queued when last asked; the step after which it was more, or enough
+
+    def add(self, start: Any, end: Any, rows: int, alone: bool, times: StepTimes) -> None:
+        """Notes a step that was launched."""
+        self.marks.append((start, end, rows, alone, times))
+        self.count += 1
+
+    def hungry(self) -> bool:
+        """Whether the device may soon be idle although there are steps to make.
+
+        Not where the queue stays short whatever the host enqueues: launching then takes longer than computing.
+        """
+        while self.marks and self.marks[0][1].done():
+            self._note()
+        queued = self._queued(1)
+        if queued > self.seen or queued >= AHEAD:
+            self.grew = self.count
+        self.seen = queued
+        return queued < AHEAD and self.count - self.grew < PATIENCE
+
+    def wait(self) -> None:
+        """Waits for the oldest steps while AHEAD would be left behind the next one."""
+        while self._queued(2) >= AHEAD:
+            self._note()
+
+    def settle(self) -> None:
+        """Waits for all steps, and notes their times."""
+        while self.marks:
+            self._note()
+
+    def clear(self) -> None:
+        """Forgets the steps under way."""
+        self.marks.clear()
+        self.seen, self.grew = 0.0, self.count
+
+    def _queued(self, first: int) -> float:
+        """Seconds that the steps under way take by their measured times, from the given one on."""
+        marks = islice(self.marks, first, None)
+        return sum(times.expected(rows, alone, UNKNOWN) for *_, rows, alone, times in marks)
+
+    def _note(self) -> None:
+        """Waits for the oldest step under way, and notes its time."""
+        start, end, rows, alone, times = self.marks.popleft()
+        end.synchronize()
+        seconds = end.seconds_since(start)
+        self.seconds += seconds
+        times.add(rows, seconds, alone)
+
+
 @dataclass
 class DeviceTable:
     """A schedule on the device: rows [N, R] and, for the UNet, time rows [N, T]."""
 
     table: Table
     steps: dict[str, Any]  # "row", perhaps "time"
+
+
+class DeviceTables:
+    """Schedules on the device, each uploaded once. samplers: of each of a request's streams, with the device's."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        cuda: Any,
+        staging: Staging,
+        unet_time: DeviceGraph,
+        samplers: Mapping[str, tuple[DeviceSampler, Any]],
+    ) -> None:
+        self.bundle, self.cuda, self.staging, self.graph, self.samplers = bundle, cuda, staging, unet_time, samplers
+        self.tables: dict[tuple[Any, ...], DeviceTable] = {}
+
+    def get(self, stream: str, request: Request) -> DeviceTable:
+        """The schedule of one stage of a request."""
+        table = self.bundle.table(stream, request)
+        key = (stream, id(table))  # a DeviceTable keeps its table, so that the id stays valid
+        if key in self.tables:
+            return self.tables[key]
+        sampler, on = self.samplers[stream]
+        rows = self.cuda.zeros(table.rows.shape, "float32")
+        self.staging.upload(on, rows, table.rows)
+        steps = {"row": rows}
+        if "time" in sampler.tables:
+            steps["time"] = self._time_rows(on, table.timesteps.astype(np.float32))
+        made = DeviceTable(table, steps)
+        keep(self.tables, key, made)  # jobs refer to the tables that they use
+        return made
+
+    def _time_rows(self, stream: Any, timesteps: np.ndarray) -> Any:
+        """Runs `unet_time` once for a schedule: [N] -> [N, T] on the device."""
+        graph, count = self.graph, len(timesteps)
+        self.staging.upload(stream, graph.inputs["timesteps"][:count], timesteps)
+        graph.launch(stream, count)
+        kept = self.cuda.zeros((count, *graph.outputs["time"].shape[1:]), graph.outputs["time"].dtype)
+        stream.copy(kept, graph.outputs["time"][:count])
+        return kept
 
 
 @dataclass
@@ -62,7 +161,8 @@ class DeviceSampler:
 
     It differs in two points: `take` receives the result of a job, and the log says later whether it is finite.
     times: measured step times, which decide how many jobs a step advances; without them it advances all.
-    log_steps: how many steps the log holds, a ring of flags that say which rows were finite.
+    log_steps: how many steps the log holds, a ring of flags that say which rows were finite. steps: notes the steps
+    that are under way.
     """
 
     def __init__(
@@ -74,6 +174,7 @@ class DeviceSampler:
         noise: DeviceNoise,
         times: StepTimes | None = None,
         log_steps: int = LOG_STEPS,
+        steps: Steps | None = None,
     ) -> None:
         self.graph, self.state_name, self.slots, self.noise = graph, state_name, slots, noise
         self.jobs: list[DeviceJob] = []
@@ -84,10 +185,7 @@ class DeviceSampler:
         self.log = cuda.zeros((log_steps, graph.buckets[-1]), "float32")
         self.advance = _advance([(graph.inputs[name], graph.outputs[name]) for name in moving])
         self.count = 0  # steps that were launched
-        self.times = times
-        self.seconds = 0.0  # on the device, of the steps whose end the host has seen
-        self.marks: deque[tuple[Any, Any, int, bool]] = deque()  # start, end, rows, alone of each step under way
-        self.seen, self.grew = 0.0, 0  # what was queued when last asked; the step after which it was more, or enough
+        self.times, self.steps = times, steps or Steps()
 
     @property
     def free(self) -> int:
@@ -130,8 +228,8 @@ class DeviceSampler:
         line = self.count % len(self.log)
         stream.copy(self.log[line][:count], self.graph.outputs["finite"][:count])
         self.count += 1
-        if start is not None:
-            self.marks.append((start, stream.record(timed=True), count, alone))
+        if start is not None and self.times is not None:
+            self.steps.add(start, stream.record(timed=True), count, alone, self.times)
         for i in reversed(range(count)):
             job = self.jobs[i]
             job.position += 1
@@ -148,48 +246,9 @@ class DeviceSampler:
                 self._remove(stream, i)
                 return
 
-    def hungry(self) -> bool:
-        """Whether the device may soon be idle although there are steps to make.
-
-        Not where the queue stays short whatever the host enqueues: launching then takes longer than computing.
-        """
-        while self.marks and self.marks[0][1].done():
-            self._note()
-        queued = self._queued(1)
-        if queued > self.seen or queued >= AHEAD:
-            self.grew = self.count
-        self.seen = queued
-        return bool(self.jobs) and queued < AHEAD and self.count - self.grew < PATIENCE
-
-    def wait(self) -> None:
-        """Waits for the oldest steps while AHEAD would be left behind the next one."""
-        while self._queued(2) >= AHEAD:
-            self._note()
-
-    def settle(self) -> None:
-        """Waits for all steps, and notes their times."""
-        while self.marks:
-            self._note()
-
-    def _queued(self, first: int) -> float:
-        """Seconds that the steps under way take by their measured times, from the given one on."""
-        assert self.times is not None
-        return sum(self.times.expected(rows, alone, UNKNOWN) for *_, rows, alone in islice(self.marks, first, None))
-
-    def _note(self) -> None:
-        """Waits for the oldest step under way, and notes its time."""
-        start, end, rows, alone = self.marks.popleft()
-        end.synchronize()
-        seconds = end.seconds_since(start)
-        self.seconds += seconds
-        if self.times is not None:
-            self.times.add(rows, seconds, alone)
-
     def clear(self) -> None:
-        """Forgets the jobs and the steps under way."""
+        """Forgets the jobs."""
         self.jobs.clear()
-        self.marks.clear()
-        self.seen, self.grew = 0.0, self.count
 
     def _unguided(self) -> list[bool]:
         """For each job whether its step is without guidance."""

@@ -57,7 +57,8 @@ class DeviceWords:
                     self.staging.upload(stream, target[: len(some)], np.stack(values)[:, None].repeat(2, 1))
             self.encoder.launch(stream, len(some))
             read = self._read(stream, context[: len(some)])
-            states |= {key: _floats(read[row, -1], context.dtype) for row, (key, _) in enumerate(some)}
+            words = _floats(read[:, -1, : ids.shape[2]], context.dtype)
+            states |= {key: words[row] for row, (key, _) in enumerate(some)}
         if rows and mask is not None:
             self.staging.upload(stream, mask, np.ones(mask.shape, np.int64))
         return states

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..contract import IMAGE_ENCODER, NUM_PARAMS
+from ..contract import IMAGE_ENCODER, Size
 from ..engines import Engine
 from ..engines.adapted import Chosen
 from ..errors import HanDiffuserError, RequestError
@@ -30,7 +30,6 @@ from .canvas import Blend, digest
 from .noise import HANDS, LATENTS
 from .requests import Request, take
 from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
-from .room import Size
 from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
 from .words import Key, Wanted, chunks_of, is_plain
@@ -236,7 +235,7 @@ class HostLoop:
         self, works: list[Work], context: np.ndarray, features: Mapping[str, np.ndarray], encoder: _Timed
     ) -> list[tuple[list[Work], np.ndarray]]:
         """Works whose contexts have one length, and these contexts. context: the encoder's, [B, G, L, W]."""
-        wanted = Wanted(works, self.bundle.empty)
+        wanted, length = Wanted(works, self.bundle.empty), len(self.bundle.empty)
         if not wanted.works:
             return [(works, context)]
         branched = encoder.branched
@@ -247,7 +246,8 @@ class HostLoop:
             pairs = np.stack([row for _, row in some])[:, :, None]  # [R, (ids, mask), 1, 77]
             pairs = pairs if branched else pairs.repeat(2, 2)
             read = _context(encoder, pairs[:, 0], any_hands, pairs[:, 1])  # words never read hands
-            states |= {key: read[row, -1] for row, (key, _) in enumerate(some)}
+            words = read[:, -1, :length].astype(np.float32)
+            states |= {key: words[row] for row, (key, _) in enumerate(some)}
         groups: dict[int, list[tuple[Work, np.ndarray]]] = {}
         for work, own in zip(works, context, strict=True):
             own = own if is_plain(work) else wanted.context(work, own, states)
@@ -344,7 +344,7 @@ class HostLoop:
         return failures
 
     def _joints(self, x: np.ndarray) -> np.ndarray:
-        """[P] -> [62, 3] metres."""
+        """[P] -> joints_3d [62, 3] metres; of several people [people, 62, 3]."""
         return self.engines["hand_features"]({"x": x[None], "span": np.ones(1, np.float32)})["joints_3d"][0]
 
     def _hand_job(self, work: Work, text: np.ndarray) -> Job:
@@ -353,7 +353,8 @@ class HostLoop:
             self._no_text = self.engines["text_encoder"]({"input_ids": self.bundle.empty[None]})["text"][0]
         both = np.stack([self._no_text, text])  # [2, 77, D]
         table = self.bundle.table(HANDS, work.request)
-        return _job(work.request, HANDS, table, (NUM_PARAMS,), {"text": both}, draw=work.draws)
+        shape = (len(self.bundle.manifest.params_mean),)
+        return _job(work.request, HANDS, table, shape, {"text": both}, draw=work.draws)
 
     def _job(self, work: Work) -> Job:
         """The job of stage 2."""

@@ -16,9 +16,11 @@ from ..engines.adapted import Chosen, adapted_bundle
 from ..engines.adapted import chosen as chosen_adapters
 from ..engines.backends import BACKENDS, CHOICES, DEFAULT, DEVICES, GPU_PLANNED, Backend, runner
 from ..engines.cuda import Cuda
+from ..engines.inductor_files import Here, find_compiled
 from ..engines.onnxruntime import NO_CUDA, has_cuda_provider
 from ..engines.plans import PlanStore
 from ..errors import EngineError
+from ..installed import version
 from .bundle import Bundle
 from .comparing import compare_backend, load_host_loop
 from .host import HostLoop
@@ -102,7 +104,8 @@ def plans_without(folder: Path, adapters: Sequence[Chosen]) -> list[str]:
 def choose(folder: Path, backend: str, device: str, threads: int | None = None, pictures: int = 1) -> Choice:
     """What `--backend` and `--device` mean for a folder on this machine, for a run of so many pictures.
 
-    "auto" takes a backend of the GPU whose plans the folder has, else ONNX Runtime on a GPU, else a backend of the CPU
+    "auto" takes a backend of the GPU whose plans the folder has, else what Inductor compiled if it was measured to be
+    faster, else ONNX Runtime on a GPU, else a backend of the CPU
     that is measured to be faster and near enough, else ONNX Runtime on the CPU.
     Raises EngineError for names that are not in the table, and for a device that the backend cannot use.
     """
@@ -130,10 +133,14 @@ def choose(folder: Path, backend: str, device: str, threads: int | None = None, 
 
 
 def backend_of_plans(folder: Path) -> str | None:
-    """The first backend whose plans in the folder run on this machine's GPU. Warns where plans do not run."""
+    """The first backend whose plans in the folder run on this machine's GPU. Warns where plans do not run.
+
+    What Inductor compiled counts only where its step was measured to be faster than ONNX Runtime's.
+    """
     made_for = {plan.parts["backend"] for plan in PlanStore(folder)}
     names = [runner(name) for name in GPU_PLANNED if name in made_for and BACKENDS[name].auto]
-    if not names:
+    compiled = "inductor" in made_for and BACKENDS["inductor"].installed()
+    if not names and not compiled:
         return None
     try:
         cuda, manifest = Cuda(), Manifest.load(folder, verify=False)
@@ -146,7 +153,19 @@ def backend_of_plans(folder: Path) -> str | None:
             return name
         except EngineError as error:
             warnings.warn(f"ONNX Runtime is used instead of {name}. {error}", RuntimeWarning, stacklevel=3)
-    return None
+    return "inductor" if compiled and faster_compiled(folder, manifest, cuda) else None
+
+
+def faster_compiled(folder: Path, manifest: Manifest, cuda: Cuda) -> bool:
+    """Whether the folder has a step that Inductor compiled for this GPU, and that was faster than ONNX Runtime's."""
+    try:
+        found = find_compiled(folder, manifest, Here((version("torch") or "").partition("+")[0], True), "cuda")
+    except EngineError:
+        return False
+    plans = [plan for _, plan in found.shapes["unet"]]
+    for_this = f"cuda sm_{cuda.compute_capability.replace('.', '')}"
+    verdicts = [verdict.read_beside(plan.path) for plan in plans if plan.parts["target"] == for_this]
+    return any(one is not None and one.passes for one in verdicts)
 
 
 def worth_it(one: Backend, folder: Path, threads: int | None, pictures: int) -> tuple[bool, list[str]]:

@@ -20,8 +20,9 @@ def joints_at_rest(path: str | Path) -> np.ndarray:
     manifest = Manifest.load(folder, verify=False)
     spec = manifest.graphs["hand_features"]
     manifest.check_files(folder, [spec.file])
-    x = (load_hands(NO_HANDS).params - np.array(manifest.params_mean)) / np.array(manifest.params_std)
+    params = np.tile(load_hands(NO_HANDS).params, manifest.num_people)
+    x = (params - np.array(manifest.params_mean)) / np.array(manifest.params_std)
     feeds = {"x": x.astype(np.float32)[None], "span": np.ones(1, np.float32)}
     names = [tensor.name for tensor in spec.inputs]
     found = open_engine(folder / spec.file, spec, threads=1)({name: feeds[name] for name in names})
-    return found["joints_3d"][0].astype(np.float64)
+    return found["joints_3d"].reshape(-1, *found["joints_3d"].shape[-2:])[0].astype(np.float64)

@@ -31,7 +31,8 @@ class Picture:
 
     hands: `params` [330]; SMPL-H arrays `global_orient` [3], `body_pose` [63], `left_hand_pose` [45],
     `right_hand_pose` [45] (axis-angle, radians), `betas` [10], `placement` [2, 4]; `joints` [62, 3] and `vertices`
-    [V, 3] in metres, `joints_2d` [2, 21, 2] in [0, 1] of the image, `visibility` [2], `camera` [3].
+    [V, 3] in metres, `joints_2d` [2, 21, 2] in [0, 1] of the image, `visibility` [2], `camera` [3]. From a bundle of
+    several people each has an axis of people in front: from left to right, and absent ones without a visible hand.
     """
 
     id: str

@@ -10,23 +10,28 @@ that such pictures have used before stays with the process, so a size that has r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
-from ..contract import Manifest
+from ..contract import Manifest, Size, shown_size
 from ..errors import RequestError
 
-Size = tuple[int, int]  # height and width in pixels
 SPARE = 1.25  # of an estimate: what engines pack, and what their arenas lose
 MACHINE = Path("/proc/meminfo")
 LIMIT, USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
 
 class Room:
-    """The memory of a bundle's pictures on this machine."""
+    """The memory of a bundle's pictures on this machine, or on its GPU.
 
-    def __init__(self, manifest: Manifest) -> None:
+    free: bytes that may still be taken; None: unknown. By default of this machine, for this process.
+    """
+
+    def __init__(self, manifest: Manifest, free: Callable[[], int | None] | None = None) -> None:
         self.manifest = manifest
+        self.free = free or (lambda: available())
         self._ran = manifest.image_size[0] * manifest.image_size[1]  # pixels of rows at once that have run
 
     def needed(self, size: Size, rows: int = 1) -> int:
@@ -37,22 +42,28 @@ class Room:
         unet, others = graphs["unet"].memory, (graphs[name].memory for name in graphs if name.startswith("image_"))
         return int(SPARE * share * max(rows * unet, *others, 0))
 
+    def lacking(self, size: Size, rows: int) -> int:
+        """As `needed`; 0 where pictures have used so much memory before."""
+        return 0 if size[0] * size[1] <= self._ran else self.needed(size, rows)
+
     def check(self, size: Size) -> None:
         """Raises RequestError where one picture of this size does not fit."""
-        if size[0] * size[1] <= self._ran:
-            return
-        needed, there = self.needed(size), available()
+        needed, there = self.lacking(size, 1), self.free()
         if there is not None and needed > there:
-            own = self.manifest.image_size
-            raise RequestError(
-                f"size must fit into memory: {shown(size)} takes about {needed / 1e9:.1f} GB, and {there / 1e9:.1f} GB "
-                f"are free. Take a smaller one, such as {shown(own)}.",
-                "size",
-            )
+            self.refuse(size, needed)
+
+    def refuse(self, size: Size, needed: int) -> NoReturn:
+        """Raises the RequestError for a size that takes so many bytes."""
+        raise RequestError(
+            f"size must fit into memory: {shown_size(size)} takes about {needed / 1e9:.1f} GB, and "
+            f"{(self.free() or 0) / 1e9:.1f} GB are free. Take a smaller one, such as "
+            f"{shown_size(self.manifest.image_size)}.",
+            "size",
+        )
 
     def rows(self, size: Size, most: int) -> int:
         """How many pictures of this size may run at once: at least 1, at most `most`."""
-        there = available()
+        there = self.free()
         rows = most
         while rows > 1 and there is not None and rows * size[0] * size[1] > most * self._ran:
             if self.needed(size, rows) <= there:
@@ -63,17 +74,6 @@ class Room:
     def ran(self, size: Size) -> None:
         """Notes that a picture of this size was made."""
         self._ran = max(self._ran, size[0] * size[1])
-
-
-def read(text: str) -> Size:
-    """Height and width of a size as `shown` writes it."""
-    width, height = map(int, text.split("x"))
-    return height, width
-
-
-def shown(size: Size) -> str:
-    """Height and width as a request says them: "512x768" for 768 rows of 512 pixels."""
-    return f"{size[1]}x{size[0]}"
 
 
 def available() -> int | None:

@@ -65,9 +65,8 @@ class Wanted:
 
     def context(self, work: Work, own: np.ndarray, states: Mapping[Key, np.ndarray]) -> np.ndarray:
         """The context [G, L, W] of one of `works`. own: what the encoder gave for its first chunks and its hands,
-        [G, 77 + hands, W]. states: key -> what it gave for a row of `rows`, [77 or more, W]."""
+        [G, 77 + hands, W]. states: key -> what it gave for the words of a row of `rows`, float32 [77, W]."""
         length, chunks = work.ids.shape[1], chunks_of(work)
-        states = {key: value[:length].astype(np.float32) for key, value in states.items()}
         branches = []
         for row, reading in zip(own, work.readings[-len(own) :], strict=True):
             read = self._weighed(reading, row[:length].astype(np.float32), states)[:chunks]

@@ -31,7 +31,7 @@ from ..schedules import SOLVERS
 from ..settings import MAX_SIDE
 from . import edits, sdapi
 from . import service as keeping
-from .fields import Edit, Generation, HandsRequest, as_json
+from .fields import Edit, Generation, HandsRequest, arrays_of, as_json
 from .guard import Guard
 from .images import MEDIA
 from .messages import HandsMade
@@ -135,15 +135,15 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         """Drags joints, applies a gesture, mirrors, swaps, turns or scales hands, without a model."""
 
         def make() -> Arrays:
-            hands = body.hands.arrays()
+            hands = arrays_of(body.hands)
             gesture = (body.gesture.hand, body.gesture.name) if body.gesture is not None else None
-            hands = editing.edit(hands, body.moves(), gesture)
+            hands = editing.edit(hands, body.moves(), gesture, body.person)
             if body.mirror:
                 hands = editing.mirrored(hands)
             if body.swap:
-                hands = editing.swapped(hands)
+                hands = editing.swapped(hands, body.person)
             if body.flip or body.over or body.turn or body.scale != 1:
-                hands = editing.moved(hands, body.scale, body.turn, body.over, body.flip)
+                hands = editing.moved(hands, body.scale, body.turn, body.over, body.flip, body.person)
             if not all(np.isfinite(value).all() for value in hands.values()):
                 raise RequestError(
                     "hands must give finite joints, got NaN or infinity. Start again from hands of /v1/hands.", "hands"

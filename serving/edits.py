@@ -96,7 +96,7 @@ class Editing(Painting):
         super().__init__(service, body, http)
         if body.prompt is None:
             raise RequestError("prompt must be given. Say what the picture shows.", "prompt")
-        if isinstance(body.hands, list):
+        if isinstance(body.hands, list) and service.bundle.manifest.num_people == 1:
             raise RequestError("hands must be one object without repair, got a list.", "hands")
         if body.n * len(images) > service.most:
             raise RequestError(

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from ..contract import MAX_PEOPLE
 from ..editing import Arrays, Drag
 from ..errors import RequestError
-from ..hands import CAMERA, MAX_CAMERA, SHAPES
+from ..hands import CAMERA, MAX_CAMERA, SHAPES, people_in, person
 from ..settings import MAX_ADAPTERS, MAX_SEED, SETTINGS, Setting, http_name
 
 MAX_PROMPT = 4000  # characters
@@ -94,6 +95,22 @@ class HandsField(Strict):
         return arrays
 
 
+People = Annotated[list[HandsField], Field(min_length=1, max_length=MAX_PEOPLE, description="One object a person.")]
+
+
+def arrays_of(hands: HandsField | list[HandsField]) -> Arrays:
+    """float32 arrays as in a Picture: a list is several people, from left to right. Raises RequestError."""
+    if isinstance(hands, HandsField):
+        return hands.arrays()
+    people = [one.arrays() for one in hands]
+    if len(people) == 1:
+        return people[0]
+    for one in people[1:]:
+        if missing := sorted(people[0].keys() ^ one.keys()):
+            raise RequestError(f"hands must have {missing[0]} for each person, or for none. Add it.", "hands")
+    return {name: np.stack([one[name] for one in people]) for name in people[0]}
+
+
 def _field(setting: Setting) -> Any:
     """The type of a setting's field. Without one, it is as the bundle or the table of settings says."""
     if setting.kind is bool:
@@ -132,6 +149,7 @@ class Generation(_WithSettings):  # type: ignore[misc]
     ] = 0
     hands: (
         HandsField
+        | People
         | Annotated[str, Field(max_length=100, description='An id from hands_id, or "none" for no hands.')]
         | None
     ) = None
@@ -177,7 +195,7 @@ class HandsRequest(Strict):
     seed: Seed | None = None
     model: Annotated[str, Field(max_length=200)] | None = None
     user: Annotated[str, Field(max_length=500, description="A name for the log.")] | None = None
-    hands: HandsField | Annotated[str, Field(max_length=100)] | None = None
+    hands: HandsField | People | Annotated[str, Field(max_length=100)] | None = None
 
     def warnings(self) -> list[str]:
         """A sentence for each field without effect."""
@@ -200,7 +218,8 @@ class GestureField(Strict):
 class Edit(Strict):
     """`POST /v1/hands/edit`: hands as /v1/hands returns them, and the changes."""
 
-    hands: HandsField
+    hands: HandsField | People
+    person: Annotated[int, Field(ge=0, lt=MAX_PEOPLE, description="Whose hands change; mirror changes all.")] = 0
     drags: Annotated[list[DragField], Field(max_length=42)] = []
     gesture: GestureField | None = None
     mirror: bool = False
@@ -214,8 +233,10 @@ class Edit(Strict):
         return [Drag(drag.hand, drag.joint, drag.x, drag.y) for drag in self.drags]
 
 
-def as_json(hands: Arrays) -> dict[str, Any]:
-    """Arrays as lists of numbers, exact for float32."""
+def as_json(hands: Arrays) -> Any:
+    """Arrays as lists of numbers, exact for float32; a list of people where there are several."""
+    if (count := people_in(hands)) > 1:
+        return [as_json(person(hands, number)) for number in range(count)]
     return {name: _listed(np.asarray(value, np.float32)) for name, value in hands.items()}
 
 

@@ -15,10 +15,10 @@ import numpy as np
 from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from ..contract import shown_size
 from ..errors import HanDiffuserError, RequestError
 from ..repair.files import Original
 from ..runtime.requests import Request
-from ..runtime.room import shown
 from .dispatch import BusyError, Ticket
 from .fields import Generation, as_json
 from .images import base64_of, encoded, fitted, over, preview, preview_steps, skeleton
@@ -67,7 +67,7 @@ class Painting:
         self.painted = service.bundle.manifest.image_size
         self.size = self._check()
         self.about = {
-            "size": shown(self.given),
+            "size": shown_size(self.given),
             "background": "opaque",
             "quality": "auto",
             "output_format": body.output_format,
@@ -138,7 +138,7 @@ class Painting:
             settings.setdefault("negative_prompt", self.service.front.negative_prompt)
         settings["hands"] = self.service.hands_path(body.hands)
         settings["lora"] = self.service.adapters.paths(body.lora)
-        settings["size"] = shown(self.painted) if self.painted != self.service.bundle.manifest.image_size else None
+        settings["size"] = shown_size(self.painted) if self.painted != self.service.bundle.manifest.image_size else None
         requests = [Request(body.prompt, **settings, **brought) for brought in self.brought]
         return [one for request in requests for one in self.service.prepare(request, body.n)]
 

@@ -69,15 +69,19 @@ def problem(
 def misfit(errors: list[Any]) -> JSONResponse:
     """A 400 about the first field that does not fit the description of the body. errors: pydantic's."""
     error = errors[0]
-    if len(errors) > 1 and isinstance(errors[0]["input"], str) and error["type"].startswith("model"):
-        error = errors[1]  # for a field that takes an object or text
+    if error["type"].startswith("model") and isinstance(error["input"], (str, list)):
+        # Of a field that takes an object, people or text, what was given counts.
+        kinds = ("model", "list_type") if isinstance(error["input"], str) else ("model",)
+        error = next((one for one in errors if not one["type"].startswith(kinds)), errors[-1])
     given, kind = error.get("input"), error["type"]
     if kind == "json_invalid":
         why = error.get("ctx", {}).get("error", error["msg"])
         return problem(400, f"The body must be JSON: {why}, at character {error['loc'][-1]}.", code="invalid_json")
     # The names of the branches of "an object or text" are not part of the field's path.
     parts = [
-        str(part) for part in error["loc"] if part != "body" and not re.match(r"HandsField|constrained-", str(part))
+        str(part)
+        for part in error["loc"]
+        if part != "body" and not re.match(r"HandsField|list\[|constrained-", str(part))
     ]
     where = ".".join(parts)[:60]
     if kind == "missing" and not where:

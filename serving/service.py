@@ -28,7 +28,7 @@ from ..runtime.requests import Request, gaps
 from ..settings import MAX_SEED, http_name
 from .adapters import Adapters
 from .dispatch import BusyError, Dispatcher
-from .fields import HandsField
+from .fields import HandsField, arrays_of
 from .keys import Keys
 from .metrics import Metrics
 
@@ -154,10 +154,10 @@ class Service:
                     del self.hands[id]
                     path.unlink(missing_ok=True)
 
-    def hands_path(self, hands: HandsField | str | None) -> str | None:
+    def hands_path(self, hands: HandsField | list[HandsField] | str | None) -> str | None:
         """The path for `Request.hands`. The server opens only files that it wrote itself."""
-        if isinstance(hands, HandsField):
-            hands = self.keep_hands(hands.arrays())
+        if isinstance(hands, (HandsField, list)):
+            hands = self.keep_hands(arrays_of(hands))
         if hands is None or hands == NO_HANDS:
             return hands
         with self.lock:

@@ -4,8 +4,9 @@
     tritonserver --model-repository repository          # with handiffuser in its Python
 
 Inputs: PROMPT (string) and, optional, the settings of `settings.SETTINGS` in capitals: SEED, STEPS, ... Outputs: IMAGE
-uint8 [H, W, 3], JOINTS_2D float32 [2, 21, 2], VISIBILITY float32 [2], SEED int64 [1], WARNINGS (string). A request is
-one picture. One that the client cancels leaves the batch at the next step.
+uint8 [H, W, 3], JOINTS_2D float32 [2, 21, 2], VISIBILITY float32 [2], SEED int64 [1], WARNINGS (string). With several
+people JOINTS_2D and VISIBILITY have an axis of people in front. A request is one picture. One that the client cancels
+leaves the batch at the next step.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ def _type(setting: Setting) -> str:
 def config(manifest: Manifest, slots: int = 8) -> str:
     """The text of config.pbtxt."""
     height, width = (-1, -1) if manifest.size_multiple else manifest.image_size
+    people = [manifest.num_people] if manifest.num_people > 1 else []
     outputs = {
         "IMAGE": ("TYPE_UINT8", [height, width, 3]),
-        "JOINTS_2D": ("TYPE_FP32", [2, 21, 2]),
-        "VISIBILITY": ("TYPE_FP32", [2]),
+        "JOINTS_2D": ("TYPE_FP32", [*people, 2, 21, 2]),
+        "VISIBILITY": ("TYPE_FP32", [*people, 2]),
         "SEED": ("TYPE_INT64", [1]),
         "WARNINGS": ("TYPE_STRING", [-1]),
     }

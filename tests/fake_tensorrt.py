@@ -120,7 +120,7 @@ class ICudaEngine(Strict):
     def __init__(self, runtime: Runtime, plan: dict) -> None:
         self._fake, self._runtime, self._log = runtime._fake, runtime, runtime._log
         self._plan = plan
-        self._session = runtime._fake.session(plan["onnx"], plan["inputs"])
+        self._session({name: profiles[0][2] for name, profiles in plan["inputs"].items()})
         gpu = self._fake.gpu
         error, self._weights = gpu.cudaMalloc(WEIGHTS)
         if error != OK:
@@ -130,6 +130,9 @@ class ICudaEngine(Strict):
         else:
             weakref.finalize(self, gpu.cudaFree, self._weights)
             gpu.put(self._weights)
+
+    def _session(self, shapes):
+        return self._fake.session(self._plan["onnx"], shapes)
 
     @property
     def num_io_tensors(self):
@@ -243,7 +246,7 @@ class IExecutionContext(Strict):
 
     @may_fail(False)
     def execute_async_v3(self, stream_handle):
-        gpu, plan, session = self._fake.gpu, self._engine._plan, self._engine._session
+        gpu, plan = self._fake.gpu, self._engine._plan
         missing = {*plan["inputs"], *plan["outputs"]} - set(self._addresses)
         if missing or set(self._shapes) != set(plan["inputs"]) or not self._memory[0]:
             self._log(f"Error Code 3: not bound: {missing or 'shapes or scratch memory'}")
@@ -251,6 +254,7 @@ class IExecutionContext(Strict):
         if gpu.capturing is not None and not self._ran:
             self._log("Error Code 1: kernels cannot be loaded during a capture; run once before")
             return False
+        session = self._engine._session(self._shapes)
         inputs = {
             t.name: (self._addresses[t.name], np.dtype(DTYPES[t.type]), self._shapes[t.name])
             for t in session.get_inputs()
@@ -486,7 +490,8 @@ class FakeTensorRT:
         rtx = rtx and not lean
         self.gpu, self.number, self.refuse, self.runs, self.spoil = gpu, 0, None, {}, {}
         self.seconds = lambda name, rows: 1e-6
-        self.sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self.sessions: dict[tuple, onnxruntime.InferenceSession] = {}
+        self.dimensions: dict[str, dict[str, list[str]]] = {}  # of each file: names of the inputs' axes
         name = "tensorrt_rtx" if rtx else "tensorrt_lean" if lean else "tensorrt"
         self.module = ModuleType(name)
         vars(self.module).update({k: v for k, v in vars(real).items() if k not in ("__name__", "__spec__")})
@@ -507,14 +512,19 @@ class FakeTensorRT:
         monkeypatch.setitem(sys.modules, self.module.__name__, self.module)
         return self
 
-    def session(self, path: str, inputs: dict[str, list]) -> onnxruntime.InferenceSession:
-        """inputs: of the plan. Sides of pictures are fixed, so that the session knows the shapes of its outputs."""
-        if path not in self.sessions:
+    def session(self, path: str, shapes: dict[str, tuple[int, ...]]) -> onnxruntime.InferenceSession:
+        """shapes: of the inputs. Sides of pictures are fixed, so that the session knows the shapes of its outputs."""
+        if path not in self.dimensions:
+            graph = onnx.load(path, load_external_data=False).graph
+            self.dimensions[path] = {t.name: [d.dim_param for d in t.type.tensor_type.shape.dim] for t in graph.input}
+        found = {}
+        for name, names in self.dimensions[path].items():
+            found |= {side: size for side, size in zip(names, shapes[name], strict=True) if side in (*SIDES, CONTEXT)}
+        key = (path, *sorted(found.items()))
+        if key not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 1
-            for tensor in onnx.load(path, load_external_data=False).graph.input:
-                dims = zip(tensor.type.tensor_type.shape.dim, inputs[tensor.name][0][2], strict=True)
-                for side, size in ((dim.dim_param, size) for dim, size in dims if dim.dim_param in (*SIDES, CONTEXT)):
-                    options.add_free_dimension_override_by_name(side, size)
-            self.sessions[path] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return self.sessions[path]
+            for side, size in found.items():
+                options.add_free_dimension_override_by_name(side, int(size))
+            self.sessions[key] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return self.sessions[key]

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from handiffuser.models.checkpoint import BOS, EOS, make_tokenizer
+from handiffuser.models.layout import BOS, EOS
+from handiffuser.models.vocabulary import make_tokenizer
 from handiffuser.runtime.noise import LATENTS, normal
 from handiffuser.schedules import NoiseSchedule, rows
 from handiffuser.tokens import PromptTokenizer

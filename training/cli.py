@@ -14,6 +14,7 @@ import msgspec
 
 from .. import hub
 from ..commands import run
+from ..contract import MAX_PEOPLE
 from ..errors import HanDiffuserError, TrainingError
 from ..files import lock
 from ..models.foreign import MODEL_INDEX, check_stable_diffusion, refuse_pointer
@@ -185,6 +186,8 @@ OPTIONS = [
                  help="Write the checkpoint here at the end; a FILE gets the --lora adapter alone."),
     click.option("--recipe", default="sd15", show_default=True,
                  help="sd15, demo, demo-gpu, human, human-gpu, or your .toml file."),
+    click.option("--num-people", type=click.IntRange(1, MAX_PEOPLE),
+                 help="People of a picture at most.  [default: the recipe's, or as it starts]"),
     click.option("--run", "folder", type=click.Path(path_type=Path),
                  help="States, logs and samples; run again to go on.  [default: runs/ and the output's name]"),
     click.option("--processes", type=click.IntRange(1), help="Processes on a CPU.  [default: one a core]"),
@@ -241,6 +244,8 @@ def train(stage: str, **values: Any) -> int:
     from .run import Run
 
     recipe = Recipe.load(values["recipe"])
+    if values["num_people"] is not None:
+        recipe = msgspec.structs.replace(recipe, num_people=values["num_people"])
     stages = recipe.stages if stage == "all" else (stage,)
     recipe = changed(recipe, stages, values)
     output, start = values["output"], values["start"]

@@ -10,10 +10,12 @@ CHECKPOINT has the sizes, the tokenizer, the body and a trained autoencoder; FRO
   is most like the donor's latents of the same pictures. An orthonormal map keeps white noise white, so the UNet sees
   its own noise there; the other directions of its output start at zero.
 - The hand prior's weights, without their normalisation: training measures that on its data.
+- People: a donor of one person gives all it knows to each of several (`with_people`).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from ..contract import NUM_PARAMS
 from ..errors import TrainingError
 from ..models.checkpoint import Checkpoint
 from .sample import means_of
@@ -44,6 +47,7 @@ def grow(checkpoint: Checkpoint, donor: Checkpoint, images: Tensor) -> None:
             "Both checkpoints must have latents of one height and width, got {}x{} and {}x{}. Choose another "
             "size of pictures, or another autoencoder.".format(*checkpoint.latent_size, *donor.latent_size)
         )
+    donor = with_people(donor, checkpoint.num_people)
     pieces = pieces_of(checkpoint.tokenizer, donor.tokenizer)
     for name in ("text_encoder", "text_hand_encoder"):
         state = donor.modules()[name].state_dict()
@@ -66,6 +70,39 @@ def grow(checkpoint: Checkpoint, donor: Checkpoint, images: Tensor) -> None:
     _take(checkpoint.unet, unet, "unet")
     checkpoint.words = sorted({*checkpoint.words, *donor.words}) if checkpoint.words else []
     checkpoint.notes = {**checkpoint.notes, "grown_from": donor.name}
+
+
+@torch.no_grad()
+def with_people(checkpoint: Checkpoint, num_people: int) -> Checkpoint:
+    """The checkpoint for pictures of up to `num_people` people. All weights are copies, and each new person has the
+    normalisation of the last one; the vectors that tell people apart start near zero.
+
+    Raises TrainingError for fewer people than the checkpoint has.
+    """
+    known = checkpoint.num_people
+    if num_people < known:
+        raise TrainingError(
+            f"num_people must be at least {known}, as {checkpoint.name} has it, got {num_people}. Give another --start."
+        )
+    if num_people == known:
+        return checkpoint
+    made: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=()):  # all processes, and all runs, start from the same numbers
+        torch.manual_seed(num_people)
+        for name in ("hand_prior", "text_hand_encoder"):
+            module: Any = getattr(checkpoint, name)
+            config = {key: value for key, value in module.config.items() if not key.startswith("_")}
+            made[name] = type(module)(**{**config, "num_people": num_people})
+    for name, module in made.items():
+        state = getattr(checkpoint, name).state_dict()
+        if name == "hand_prior":
+            more = num_people - known
+            state |= {key: torch.cat([state[key], state[key][-NUM_PARAMS:].repeat(more)]) for key in ("mean", "std")}
+        if "person" in module.state_dict():  # an encoder without hand cues has none
+            module.person[:known] = state.pop("person", 0.0)
+        module.load_state_dict({**module.state_dict(), **state})
+        module.eval().requires_grad_(False)
+    return replace(checkpoint, **made)
 
 
 def subspace(checkpoint: Checkpoint, donor: Checkpoint, images: Tensor) -> Tensor:

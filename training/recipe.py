@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from ..contract import MAX_PEOPLE
 from ..errors import TrainingError
 from ..files import written
 from ..models.configs import CONFIGS
@@ -153,6 +154,7 @@ class Recipe(
     """The stages' plans, and the settings of the whole run."""
 
     new: Annotated[str, Meta(max_length=20)] | None = None  # sizes of the checkpoint to begin with, without --start
+    num_people: Annotated[int, Meta(ge=1, le=MAX_PEOPLE)] | None = None  # of a picture at most; None: as it begins
     held_out: Annotated[float, Meta(ge=0, le=0.5, description="a share from 0 to 0.5")] = (
         0.02  # of samples, to validate
     )

@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ from ..files import written
 from ..grammar import words_of
 from ..models import lora
 from ..models.autoencoder import PatchAutoencoderKL
-from ..models.checkpoint import BODY, Checkpoint, make_tokenizer, random_checkpoint
+from ..models.checkpoint import BODY, Checkpoint, random_checkpoint
 from ..models.configs import CONFIGS
+from ..models.vocabulary import make_tokenizer
 from ..schema import MisfitError
 from .distill import (
     PER_FILE,
@@ -55,6 +57,7 @@ from .distill import (
     hand_jump_stage,
     jump_stage,
 )
+from .grow import with_people
 from .loop import Stage, console, fit, usable
 from .recipe import PLANS, STUDENTS, Recipe
 from .sample import CUES, decode, encode, hands_of, image_grid, means_of, sample_hands, sample_pictures
@@ -117,9 +120,11 @@ class Run:
     def begin(self) -> Checkpoint:
         """The checkpoint before training."""
         if self.start is not None:
-            return Checkpoint.load(self.start)
+            start = Checkpoint.load(self.start)
+            return with_people(start, self.recipe.num_people or start.num_people)
         assert self.recipe.new is not None
         config = CONFIGS[self.recipe.new]
+        config = replace(config, num_people=self.recipe.num_people or config.num_people)
         tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         own = self.index.folder / data_files.BODY  # whose hands the data has
         body = own if own.is_file() else shipped.checkpoint_path() / BODY
@@ -152,7 +157,9 @@ class Run:
             elif learned:
                 module = make()
                 known = module.state_dict()  # the state lacks frozen parts
-                if any(key not in known or known[key].shape != value.shape for key, value in learned.items()):
+                other = [key for key in known if key.endswith(".person") and key not in learned]
+                other = [key for key in other if f"{key.removesuffix('person')}place" in learned]  # of fewer people
+                if other or any(key not in known or known[key].shape != value.shape for key, value in learned.items()):
                     raise TrainingError(
                         f"{self.folder / name} must be of this network, got another. Name another --run."
                     )

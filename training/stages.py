@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from ..contract import BETAS, PLACEMENT, ROTATIONS
+from ..contract import BETAS, NUM_PARAMS, PLACEMENT, ROTATIONS
 from ..models.autoencoder import PatchAutoencoderKL
 from ..models.checkpoint import Checkpoint
 from ..models.configs import latent_factor
@@ -103,7 +103,7 @@ class HandPriorLoss(nn.Module):
         super().__init__()
         self.text_encoder, self.hand_prior = checkpoint.text_encoder, checkpoint.hand_prior
         self.eos = checkpoint.special_tokens["eos"]
-        self.register_buffer("weight", parameter_weights(), persistent=False)
+        self.register_buffer("weight", parameter_weights(checkpoint.num_people), persistent=False)
 
     def forward(self, ids: Tensor, noisy: Tensor, timestep: Tensor, clean: Tensor) -> Tensor:
         predicted = self.hand_prior(noisy, timestep, states_of_words(self.text_encoder, ids, self.eos))
@@ -119,7 +119,7 @@ class HandJumpLoss(nn.Module):
         super().__init__()
         self.text_encoder, self.hand_prior = checkpoint.text_encoder, checkpoint.hand_prior
         self.eos = checkpoint.special_tokens["eos"]
-        self.register_buffer("weight", parameter_weights(), persistent=False)
+        self.register_buffer("weight", parameter_weights(checkpoint.num_people), persistent=False)
 
     def forward(self, ids: Tensor, x: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
         """ids: [n, 77]; x, target: [n, R, P], the network's inputs and wanted outputs; timestep: [n, R]."""
@@ -129,14 +129,14 @@ class HandJumpLoss(nn.Module):
         return (self.weight * (predicted.float() - target.flatten(0, 1)).square()).mean()
 
 
-def parameter_weights() -> Tensor:
-    """The weights of errors in a hand prior's parameters [P], 1 on average."""
+def parameter_weights(num_people: int = 1) -> Tensor:
+    """The weights of errors in a hand prior's parameters [P], 1 on average. Those of an absent person count, too."""
     # Fingers and places decide the picture; legs and trunk hardly move.
     weight = torch.full((PLACEMENT.stop,), 0.2)
     weight[ROTATIONS.start + 6 * 16 : ROTATIONS.stop] = 1.0
     weight[BETAS] = 0.05  # no prompt speaks of the shape
     weight[PLACEMENT] = 1.0
-    return weight / weight.mean()
+    return (weight / weight.mean()).repeat(num_people)
 
 
 def states_of_words(text_encoder: nn.Module, ids: Tensor, eos: int) -> Tensor:
@@ -167,8 +167,16 @@ def hand_prior_inputs(checkpoint: Checkpoint, plan: HandPriorPlan, empty: Tensor
 
 
 def normalisation(params: Tensor, floor: float = 0.02) -> tuple[Tensor, Tensor]:
-    """The parameters' mean and standard deviation [P]; nearly constant ones get `floor`."""
-    return params.mean(0), params.std(0).clamp_min(floor)
+    """The mean and standard deviation [P] of parameters [n, P]; nearly constant ones get `floor`.
+
+    All people share them, as they share the network's layers. Only the first one counts where absent.
+    """
+    people = params.shape[1] // NUM_PARAMS
+    bodies = params.unflatten(1, (people, NUM_PARAMS))
+    there = bodies[..., PLACEMENT.start :: 4][..., :2].amax(-1) > 0.5  # [n, people]
+    there[:, 0] = True
+    bodies = bodies[there]
+    return bodies.mean(0).repeat(people), bodies.std(0).clamp_min(floor).repeat(people)
 
 
 def conditions(
@@ -224,7 +232,7 @@ class EncoderLoss(nn.Module):
         turn = hands["rotations"][:, :, :1].expand(-1, -1, self.encoder.tokens_per_hand, -1).flatten(1, 2)
         of_hand = tokens[:, length:]
         error = (self.wrist(of_hand).float() - turn).square().mean(-1)
-        joints = hands["joints"].new_zeros(*seen.shape, 2).unflatten(1, (2, -1))
+        joints = hands["joints"].new_zeros(*seen.shape, 2).unflatten(1, (self.encoder.num_hands, -1))
         joints[:, :, : hands["joints"].shape[2]] = hands["joints"]  # the vertex token lacks a place of its own
         error = error + 4 * (self.place(of_hand).float() - joints.flatten(1, 2)).square().mean(-1)
         return total + (error * share[:, length:]).sum()
@@ -243,12 +251,12 @@ def emphasis(joints: Tensor, visibility: Tensor, height: int, width: int, finger
     """The weights of latent pixels [N, h, w], 1 on average: larger around the joints of visible hands.
 
     A finger of a small hand is one or two latent pixels wide; in a plain mean the background outweighs it.
-    joints: [N, 2, J, 2] in 0..1; visibility: [N, 2]; fingers: extra weight; reach: latent pixels.
+    joints: [N, H, J, 2] in 0..1; visibility: [N, H]; fingers: extra weight; reach: latent pixels.
     """
     device = joints.device
     y = (torch.arange(height, device=device) + 0.5)[:, None] - joints[..., 1, None, None] * height
     x = (torch.arange(width, device=device) + 0.5) - joints[..., 0, None, None] * width
-    near = torch.exp(-(x.square() + y.square()) / (2 * reach**2))  # [N, 2, J, h, w]
+    near = torch.exp(-(x.square() + y.square()) / (2 * reach**2))  # [N, H, J, h, w]
     weight = 1 + fingers * (near.amax(2) * visibility[..., None, None]).amax(1)
     return weight / weight.mean((1, 2), keepdim=True)
 

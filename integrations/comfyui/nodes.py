@@ -173,7 +173,7 @@ def hand_mask(hands: Hands, height: int, width: int) -> np.ndarray:
     """float32 [H, W]: the palm as a polygon, the fingers as wide lines."""
     layer = Image.new("L", (width, height))
     draw = ImageDraw.Draw(layer)
-    for joints, seen in zip(hands["joints_2d"], hands["visibility"], strict=True):
+    for joints, seen in zip(hands["joints_2d"].reshape(-1, 21, 2), hands["visibility"].reshape(-1), strict=True):
         points = joints * (width, height)
         if seen < 0.5 or not np.isfinite(points).all() or np.abs(points).max() > 1e6:
             continue
@@ -368,17 +368,20 @@ class EditHands:
                 "right_hand": gesture,
                 "mirror": ("BOOLEAN", {"default": False, "tooltip": "The mirror image: a left hand becomes a right."}),
                 "swap": ("BOOLEAN", {"default": False, "tooltip": "Both hands stay, and exchange their poses."}),
-            }
+            },
+            "optional": {
+                "person": ("INT", {"default": 1, "min": 1, "max": 8, "tooltip": "Whose hands, from the left."}),
+            },
         }
 
     def edit(
-        self, hands: list[Hands], left_hand: str, right_hand: str, mirror: bool, swap: bool
+        self, hands: list[Hands], left_hand: str, right_hand: str, mirror: bool, swap: bool, person: int = 1
     ) -> tuple[list[Hands], Any]:
         steps: list[Callable[[Hands], Hands]] = []
         for side, gesture in (("left", left_hand), ("right", right_hand)):
             if gesture in gestures():
-                steps.append(partial(edit, gesture=(side, gesture)))
-        steps += [mirrored] * mirror + [swapped] * swap
+                steps.append(partial(edit, gesture=(side, gesture), person=person - 1))
+        steps += [mirrored] * mirror + [partial(swapped, person=person - 1)] * swap
         edited = list(hands)
         for step in steps:
             edited = [step(one) for one in edited]

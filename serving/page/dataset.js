@@ -95,7 +95,9 @@ export async function dataset(entries, model) {
     const [width, height] = (request.size ?? model.size).split("x").map(Number);
     const record = { ...model.defaults, ...Object.fromEntries(settings), id: name, width, height, edited_hands: Boolean(given), model: model.id };
     const bytes = Uint8Array.from(atob(image.slice(image.indexOf(",") + 1)), (one) => one.charCodeAt(0));
-    const arrays = Object.entries(hands).map(([array, values]) => [`${array}.npy`, npy(values)]);
+    const people = Array.isArray(hands); // with several, each array has an axis of people in front
+    const names = Object.keys(people ? hands[0] : hands);
+    const arrays = names.map((array) => [`${array}.npy`, npy(people ? hands.map((one) => one[array]) : hands[array])]);
     files.push([`${name}.png`, bytes]);
     files.push([`${name}.hands.npz`, new Uint8Array(await zip(arrays).arrayBuffer())]);
     files.push([`${name}.json`, text(JSON.stringify(record, null, 1) + "\n")]);

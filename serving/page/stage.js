@@ -18,7 +18,7 @@ export const GESTURES = {
 
 export const state = {
   model: null, // the answer of v1/models
-  hands: null, // on the stage, as the server sends them
+  hands: null, // on the stage, as the server sends them: an object, or a list with one for each of several people
   undo: [],
   image: null, // data URL of the picture on the stage
   request: null, // the body that asks for the picture on the stage
@@ -27,9 +27,20 @@ export const state = {
 
 // ---------------------------------------------------------------- hands
 
+// The hands of all people, from left to right: { hands, person, s }; s is 0 for the left hand, and 1 for the right.
+const people = (hands) => (Array.isArray(hands) ? hands : hands ? [hands] : []);
+const all = (hands) => people(hands).flatMap((one, person) => SIDES.map((_, s) => ({ hands: one, person, s })));
+const visible = ({ hands, s }) => hands.visibility[s] >= 0.5;
+
 // The joints are buttons over the picture: Tab reaches them, arrow keys and the mouse move them.
-const joints = SIDES.map((side, s) =>
-  Array.from({ length: 21 }, (_, j) => {
+const joints = [];
+const lines = [];
+
+// The joints and bones of one more hand.
+function add(person, s) {
+  const side = SIDES[s];
+  const whose = person ? `, person ${person + 1}` : "";
+  joints.push(Array.from({ length: 21 }, (_, j) => {
     const joint = document.createElement("button");
     const finger = Math.floor((j - 1) / 4);
     joint.type = "button";
@@ -37,21 +48,20 @@ const joints = SIDES.map((side, s) =>
     joint.className = j % 4 === 1 && j > 1 ? "joint root" : "joint";
     joint.dataset.side = side;
     joint.dataset.joint = j;
+    joint.dataset.person = person;
     joint.style.setProperty("--finger", j ? COLOURS[finger] : "#ffffff");
-    const name = j ? `${side} ${NAMES[finger]}, ${PARTS[(j - 1) % 4]}` : `${side} wrist`;
+    const name = (j ? `${side} ${NAMES[finger]}, ${PARTS[(j - 1) % 4]}` : `${side} wrist`) + whose;
     joint.setAttribute("aria-label", name);
     joint.title = name;
-    if (!j) joint.dataset.letter = side === "left" ? "L" : "R";
+    if (!j) joint.dataset.letter = (side === "left" ? "L" : "R") + (person ? person + 1 : "");
     // The root of a finger or thumb does not move by itself.
     if ((j - 1) % 4 === 0 && j) joint.tabIndex = -1;
-    joint.addEventListener("pointerdown", (event) => hold(event, s, j));
-    joint.addEventListener("keydown", (event) => nudge(event, s, j));
+    joint.addEventListener("pointerdown", (event) => hold(event, person, s, j));
+    joint.addEventListener("keydown", (event) => nudge(event, person, s, j));
     $("canvas").append(joint);
     return joint;
-  }),
-);
-const lines = SIDES.map(() =>
-  ["under", "bone"].map((kind) =>
+  }));
+  lines.push(["under", "bone"].map((kind) =>
     COLOURS.map((colour) => {
       const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
       line.setAttribute("class", kind);
@@ -59,40 +69,61 @@ const lines = SIDES.map(() =>
       $("bones").append(line);
       return line;
     }),
-  ),
-);
+  ));
+}
+SIDES.forEach((_, s) => add(0, s));
 
 const radio = (side) => document.querySelector(`input[name=side][value=${side}]`);
+const whose = () => Number($("person").value || 0);
 
 export function setHands(hands, fresh = true) {
   state.hands = hands;
   if (fresh) state.undo = [];
   $("editor").disabled = !hands;
-  const seen = hands ? SIDES.filter((_, s) => hands.visibility[s] >= 0.5) : [];
+  const there = people(hands);
+  while (joints.length < 2 * there.length) add(joints.length >> 1, joints.length % 2);
+  if ($("person").options.length !== there.length) {
+    $("person").replaceChildren(...there.map((_, i) => new Option(`Person ${i + 1}`, i)));
+  }
+  $("person").hidden = there.length < 2;
+  // A person who shows no hand cannot be edited.
+  there.forEach((one, i) => ($("person").options[i].disabled = !one.visibility.some((seen) => seen >= 0.5)));
+  if ($("person").selectedOptions[0]?.disabled) {
+    const first = [...$("person").options].findIndex((option) => !option.disabled);
+    $("person").value = Math.max(first, 0);
+  }
+  choose();
+  draw();
+}
+
+// What the editor offers for the chosen person's hands.
+function choose() {
+  const one = people(state.hands)[whose()];
+  const seen = one ? SIDES.filter((_, s) => one.visibility[s] >= 0.5) : [];
   // A hand that is not on the stage cannot be edited.
   SIDES.forEach((side) => (radio(side).disabled = seen.length > 0 && !seen.includes(side)));
   if (seen.length === 1) radio(seen[0]).checked = true;
   $("swap").disabled = seen.length < 2;
-  draw();
 }
 
 export function draw() {
-  const hands = state.hands;
-  const on = hands && $("showbones").checked;
+  const hands = all(state.hands);
+  const on = $("showbones").checked;
   $("undo").disabled = !state.undo.length;
-  $("hint").hidden = Boolean(hands || state.image || state.running);
-  SIDES.forEach((_, s) => {
-    const seen = on && hands.visibility[s] >= 0.5;
-    joints[s].forEach((joint, j) => {
+  $("hint").hidden = Boolean(state.hands || state.image || state.running);
+  joints.forEach((_, h) => {
+    const seen = on && hands[h] && visible(hands[h]);
+    const points = seen && hands[h].hands.joints_2d[hands[h].s];
+    joints[h].forEach((joint, j) => {
       joint.hidden = !seen;
       if (!seen) return;
-      const [x, y] = hands.joints_2d[s][j];
+      const [x, y] = points[j];
       joint.style.left = `${100 * x}%`;
       joint.style.top = `${100 * y}%`;
     });
-    lines[s].forEach((kind) =>
+    lines[h].forEach((kind) =>
       kind.forEach((line, finger) => {
-        const chain = seen ? [0, 1, 2, 3, 4].map((k) => hands.joints_2d[s][k && 4 * finger + k]) : [];
+        const chain = seen ? [0, 1, 2, 3, 4].map((k) => points[k && 4 * finger + k]) : [];
         line.setAttribute("points", chain.map((point) => point.join(",")).join(" "));
       }),
     );
@@ -137,22 +168,29 @@ function place(event) {
   return [within((event.clientX - box.left) / box.width), within((event.clientY - box.top) / box.height)];
 }
 
-function hold(event, s, j) {
+// From here on, gestures are for this hand.
+function mark(person, s) {
+  $("person").value = person;
+  choose();
+  radio(SIDES[s]).checked = true;
+}
+
+function hold(event, person, s, j) {
   if (event.button) return;
   event.preventDefault();
-  const joint = joints[s][j];
+  const joint = joints[2 * person + s][j];
   const base = state.hands;
   let moved = false;
   joint.focus();
   joint.setPointerCapture(event.pointerId);
   joint.classList.add("held");
-  radio(SIDES[s]).checked = true;
+  mark(person, s);
   const move = (event) => {
     if (!moved) keepForUndo();
     moved = true;
     const [x, y] = place(event);
     // Starts from the hand before the drag: a drag there and back changes nothing.
-    edit({ drags: [{ hand: SIDES[s], joint: j, x, y }] }, base);
+    edit({ person, drags: [{ hand: SIDES[s], joint: j, x, y }] }, base);
   };
   const drop = () => {
     joint.classList.remove("held");
@@ -162,21 +200,21 @@ function hold(event, s, j) {
   joint.addEventListener("lostpointercapture", drop, { once: true });
 }
 
-function nudge(event, s, j) {
+function nudge(event, person, s, j) {
   const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
   if (!by) return;
   event.preventDefault();
   if (editing) return;
   keepForUndo();
   const far = event.shiftKey ? 0.05 : 0.015;
-  const [x, y] = state.hands.joints_2d[s][j];
-  edit({ drags: [{ hand: SIDES[s], joint: j, x: x + far * by[0], y: y + far * by[1] }] });
+  const [x, y] = people(state.hands)[person].joints_2d[s][j];
+  edit({ person, drags: [{ hand: SIDES[s], joint: j, x: x + far * by[0], y: y + far * by[1] }] });
 }
 
 function change(what) {
   if (!state.hands || editing) return;
   keepForUndo();
-  edit(what).then(() => setHands(state.hands, false));
+  edit({ person: whose(), ...what }).then(() => setHands(state.hands, false));
 }
 
 export function undo() {
@@ -248,6 +286,7 @@ $("gesture").addEventListener("change", (event) => {
   if (event.target.value) change({ gesture: { hand, name: event.target.value } });
   event.target.value = "";
 });
+$("person").addEventListener("change", choose);
 $("showbones").addEventListener("change", draw);
 $("showpicture").addEventListener("change", () => {
   $("picture").hidden = !state.image || !$("showpicture").checked;

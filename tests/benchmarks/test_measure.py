@@ -11,6 +11,7 @@ from handiffuser.benchmarks import measure, soak
 from handiffuser.benchmarks.card import Others, bf16_ceiling, card
 from handiffuser.contract import GRAPHS, IMAGE_ENCODER, Manifest
 from handiffuser.engines import load_engines
+from handiffuser.engines.base import Sized
 from handiffuser.engines.cost import count
 from handiffuser.engines.cuda import Cuda
 from handiffuser.runtime.device import DeviceLoop
@@ -147,7 +148,7 @@ def test_stages_on_a_device_leave_its_loop_as_it_was(tiny_bundle, all_at_once, m
     def load(name, bucket, branches):
         return FakeDeviceEngine(gpu, engines[name], None if name == "unet_time" else bucket)
 
-    loop = DeviceLoop(host.bundle, cuda, connect(cuda, host.manifest, (1, 2), load), Streams.make(cuda, True), 2)
+    loop = DeviceLoop(host.bundle, cuda, connect(cuda, host.manifest, Sized(load, (1, 2))), Streams.make(cuda, True), 2)
     run = measure.new_run(2, 2, "ddim", 3.0)
     found = measure.device_stages(loop, run, launches=2)
     assert set(found) == {*GRAPHS, IMAGE_ENCODER} and min(found.values()) > 0

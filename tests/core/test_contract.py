@@ -78,7 +78,7 @@ def test_a_changed_manifest_is_found(bundle):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda v: v.update(format=3), "format must be at most 2, got 3"),
+        (lambda v: v.update(format=4), "format must be at most 3, got 4"),
         (lambda v: v.pop("format"), "not a bundle's manifest.*lacks 'format'"),
         (lambda v: v["graphs"].pop("unet"), "lacks the graphs unet"),
         (lambda v: v.pop("defaults"), "missing required field defaults"),
@@ -115,6 +115,8 @@ WRONG = [
     ("params_std", [0.0] * 330),
     ("params_std", [1.0] * 329),
     ("params_mean", [1e300] * 330),
+    ("num_people", 2),
+    ("num_people", 0),
     ("precision", "fp64"),
     ("format", 0),
     ("format", True),

@@ -9,4 +9,4 @@ _spec = util.spec_from_file_location("toy_bundle", Path(__file__).parents[1] / "
 assert _spec is not None and _spec.loader is not None
 _toy = util.module_from_spec(_spec)
 _spec.loader.exec_module(_toy)
-toy_bundle, toy_copy = _toy.toy_bundle, _toy.toy_copy
+sized_bundle, toy_bundle, toy_copy = _toy.sized_bundle, _toy.toy_bundle, _toy.toy_copy

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
+import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,22 +18,24 @@ import torch
 
 pytest.importorskip("cuda.bindings.runtime")
 
-from fake_runtime import Op, fake_cuda
-from handiffuser import EngineError, ExportError
-from handiffuser.contract import ALL_GRAPHS, GraphSpec, Manifest
-from handiffuser.engines import inductor
-from handiffuser.engines.inductor import InductorDeviceEngine, InductorEngine, find_compiled
-from handiffuser.engines.plans import PlanStore, parts
-from handiffuser.engines.tensorrt import Options
+from fake_onnxruntime import FakeOnnxRuntime
+from fake_runtime import FakeDeviceEngine, FakeRuntime, Op, fake_cuda
+from handiffuser import EngineError, ExportError, HanDiffuser, Request, RequestError
+from handiffuser.contract import ALL_GRAPHS, PICTURES, GraphSpec, Manifest
+from handiffuser.engines import inductor, load_engines, timing
+from handiffuser.engines.inductor import InductorDeviceEngine, InductorEngine, InductorShapes
+from handiffuser.engines.inductor_files import Here, find_compiled, options_of, wanted_files
+from handiffuser.engines.plans import WORDS, PlanStore, Wanted, parts
 from handiffuser.export import inductor as export
 from handiffuser.export.bundle import run_module
 from handiffuser.export.graphs import Graph, graphs
 from handiffuser.export.inductor import compile_graph
 from handiffuser.models.smplh import SMPLH
+from handiffuser.runtime.loading import choose
 from torch import Tensor, nn
 from torch._inductor import config
 
-COMPILED = {"hand_prior": None, "unet": None, "unet_context": 2}  # graph -> its only batch size
+COMPILED = {"hand_prior": None, "unet": {"B": 2, "G": 2}}  # graph -> the shape that it is compiled for, without sides
 COMMAND = "hd-export CHECKPOINT OUT --backend inductor"
 
 
@@ -39,10 +44,15 @@ class Case:
     graph: Graph
     spec: GraphSpec
     path: Path
+    shape: dict[str, int] | None = None
+    weights: dict[str, Tensor] | None = None
 
     def feeds(self, batch: int) -> dict[str, np.ndarray]:
-        rows = np.arange(batch)
-        return {name: value.numpy()[rows % len(value)] for name, value in self.graph.inputs.items()}
+        shape = {**(self.shape or {}), "B": batch}
+        return {name: export.example(self.graph, name, shape).numpy() for name in self.graph.inputs}
+
+    def engine(self, **options) -> InductorEngine:
+        return InductorEngine(self.path, self.spec, **{"threads": 1, "weights": self.weights, **options})
 
     def exact(self, batch: int) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -58,36 +68,41 @@ def threads():
     torch.set_num_threads(before)
 
 
+def compiled(graph: Graph, folder: Path, shape: dict[str, int] | None) -> Case:
+    """shape: without the sides, which are those of the example."""
+    sides = {side: v.shape[axis] for name, v in graph.inputs.items() for axis, side in graph.sides(name).items()}
+    fixed = None if shape is None else {**sides, **shape}
+    case = Case(graph, GraphSpec(f"{graph.name}.onnx", [], []), folder / f"{graph.name}.pt2", fixed)
+    case.spec.inputs = [graph.spec(name, value) for name, value in graph.inputs.items()]
+    case.spec.outputs = [graph.spec(name, value) for name, value in case.exact(2).items()]
+    case.spec = case.spec.at(fixed or {})
+    with config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # a third of the time
+        case.weights = compile_graph(graph, case.path, shape=fixed) or None
+    return case
+
+
 @pytest.fixture(scope="module")
 def cases(tiny_checkpoint, body_path, tmp_path_factory) -> dict[str, Case]:
     folder, made = tmp_path_factory.mktemp("inductor"), {}
     for graph in graphs(tiny_checkpoint, SMPLH.load(body_path)):
         if graph.name in COMPILED:
-            graph = dataclasses.replace(graph, sized=())  # of one size, as it is compiled
-            case = Case(graph, GraphSpec(f"{graph.name}.onnx", [], []), folder / f"{graph.name}.pt2")
-            case.spec.inputs = [graph.spec(name, value) for name, value in graph.inputs.items()]
-            case.spec.outputs = [graph.spec(name, value) for name, value in case.exact(2).items()]
-            with config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # a third of the time
-                compile_graph(graph, case.path, batch=COMPILED[graph.name])
-            made[graph.name] = case
+            made[graph.name] = compiled(graph, folder, COMPILED[graph.name])
     assert sorted(file.stem for file in folder.iterdir()) == sorted(COMPILED), "the compiler left something behind"
     return made
 
 
 @pytest.fixture(scope="module")
 def prior(cases) -> InductorEngine:
-    return InductorEngine(cases["hand_prior"].path, cases["hand_prior"].spec, threads=1)
+    return cases["hand_prior"].engine()
 
 
-# 40: diffusers treats batches from 32 on otherwise, which must not be baked in.
-@pytest.mark.parametrize(
-    ("name", "batch"),
-    [("hand_prior", 1), ("hand_prior", 3), ("unet", 1), ("unet", 3), ("unet", 40), ("unet_context", 2)],
-)
+@pytest.mark.parametrize(("name", "batch"), [("hand_prior", 1), ("hand_prior", 3), ("unet", 2)])
 def test_agrees_with_pytorch(cases, name, batch):
     case = cases[name]
-    engine = InductorEngine(case.path, case.spec, device="cpu", threads=1)
-    assert engine.device == "cpu" and engine.batch == COMPILED[name]
+    engine = case.engine(device="cpu")
+    assert engine.device == "cpu"
+    last, convolutions = export.layouts(case.path)
+    assert last == convolutions and (convolutions > 30) == (name == "unet"), "channels last throughout"
     feeds = case.feeds(batch)
     outputs = engine(feeds)
     assert list(outputs) == [tensor.name for tensor in case.spec.outputs]
@@ -122,10 +137,62 @@ def test_wrong_feeds_are_named_before_anything_runs(prior, cases):
 
 
 def test_another_batch_than_the_compiled_one(cases):
-    case = cases["unet_context"]
-    engine = InductorEngine(case.path, case.spec, threads=1)
-    with pytest.raises(EngineError, match=r"context of shape \[3, 2, .*B is exactly 2.*--batch-sizes 3"):
-        engine(case.feeds(3))
+    case = cases["unet"]
+    with pytest.raises(EngineError, match=r"latents of shape \[3, 4, .*axis 0 must be 2"):
+        case.engine()(case.feeds(3))
+
+
+class Toy(nn.Module):
+    """Two convolutions, and a constant beside its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+        self.codes = [torch.linspace(-1, 1, 16)]  # as a processor of attention holds them
+
+    def forward(self, latents: Tensor, key: Tensor) -> Tensor:
+        seen = nn.functional.silu(self.first(latents)) * self.codes[0][:, None, None]
+        return self.second(seen + key.mean(1)[:, :, None, None])
+
+
+@pytest.mark.slow
+def test_shapes_of_a_graph_share_their_weights(tmp_path):
+    """On disk and in memory; each shape has its file, and a loop on the host takes the one that fits."""
+    inputs = {"latents": torch.randn(2, 4, 8, 8), "key": torch.randn(2, 2, 16)}
+    graph = Graph("toy", Toy().eval(), inputs, ("latents",), branched=("key",), sized=("latents",))
+    shapes = [{"B": 1, "G": 2, "h": 8, "w": 8}, {"B": 2, "G": 1, "h": 8, "w": 12}]
+    made = [compiled(graph, tmp_path / f"{i}", shape) for i, shape in enumerate(shapes)]
+    assert [export.layouts(case.path) for case in made] == [(2, 2)] * 2
+    assert sum(name.endswith("tensor_0") for name in made[0].weights) == 1 and len(made[0].weights) == 5
+    file = tmp_path / "weights.plan"
+    export.save_weights(made[0].weights, file)
+    export.check_weights(file, made[1].weights, graph.module)
+    graph.module.codes[0] += 1
+    with pytest.raises(ExportError, match="tensor_0 must be the same tensor for all shapes"):
+        export.check_weights(file, made[1].weights, graph.module)
+    graph.module.codes[0] -= 1
+
+    store = PlanStore(tmp_path)
+    plan = store.add({**dict.fromkeys(WORDS, "x"), "name": "toy", "sizes": "T=5"}, file.read_bytes(), {}, 1.0)
+    shared = inductor.read_weights(store, plan, "cpu")
+    files = {case.path: case for case in made}
+    spec = GraphSpec("toy.onnx", [graph.spec(name, v) for name, v in inputs.items()], made[0].spec.outputs)
+    pairs = list(zip(shapes, files, strict=True))
+    engine = InductorShapes(spec, pairs, frozenset(), lambda path, at: InductorEngine(path, at, weights=shared))
+    assert engine.batches == [1, 2] and engine.spec.branched == {"key"}
+    for case, shape in zip(made, shapes, strict=True):
+        feeds = case.feeds(shape["B"])
+        (exact,) = case.exact(shape["B"]).values()
+        np.testing.assert_allclose(engine(feeds)["latents"], exact, rtol=0, atol=1e-5)
+    pointers = {id(engine._engines[key].weights) for key in engine._engines}
+    assert pointers == {id(shared)}
+    with pytest.raises(EngineError, match=r"shape of toy must be one of B=1,G=2,h=8,w=8; .* got B=1,G=1,h=8,w=8"):
+        engine({**made[0].feeds(1), "key": np.zeros((1, 1, 16), np.float32)})
+    plan.path.write_bytes(b"other")
+    with pytest.raises(EngineError, match="its plan is damaged"):
+        inductor.read_weights(store, plan, "cpu")
+    with pytest.raises(EngineError, match=r"its weights lack first\.bias"):
+        InductorEngine(made[0].path, made[0].spec, weights={})
 
 
 def refusal(case: Case, path: Path | None = None, **settings) -> str:
@@ -202,7 +269,7 @@ def test_without_pytorch_the_message_says_what_to_install(cases, monkeypatch):
 
 
 def test_failures_while_running(cases, monkeypatch):
-    engine = InductorEngine(cases["hand_prior"].path, cases["hand_prior"].spec, threads=1)
+    engine = cases["hand_prior"].engine()
 
     class Broken:
         def run(self, _):
@@ -227,12 +294,13 @@ class OnFakeGpu(InductorDeviceEngine):
         self.gpu.enqueue(stream.handle, Op("an inductor engine", [], [], self.run))
 
 
-@pytest.mark.parametrize("name", ["hand_prior", "unet_context"])
-def test_on_bound_arrays_it_reads_and_writes_in_place(cases, name):
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("name", ["hand_prior", "unet"])
+def test_on_bound_arrays_it_reads_and_writes_in_place(cases, name, captured):
     case, cuda, rows = cases[name], fake_cuda(), 2
     stream, feeds = cuda.stream(), case.feeds(3)
-    want = InductorEngine(case.path, case.spec, threads=1)
-    engine = OnFakeGpu(InductorEngine(case.path, case.spec, threads=1, asynchronous=True))
+    want = case.engine()
+    engine = OnFakeGpu(case.engine(asynchronous=True), "a pool" if captured else None)
     engine.gpu = cuda.api
     inputs = {name: cuda.zeros(value.shape, value.dtype) for name, value in feeds.items()}
     outputs = {
@@ -240,6 +308,7 @@ def test_on_bound_arrays_it_reads_and_writes_in_place(cases, name):
         for tensor, value in zip(case.spec.outputs, case.exact(1).values(), strict=True)
     }
     engine.bind({name: a[:rows] for name, a in inputs.items()}, {name: a[:rows] for name, a in outputs.items()})
+    graph = None
     for order in ([0, 1], [2, 0]):  # bound once, run with whatever lies there by then
         now = {name: value[order] for name, value in feeds.items()}
         for name, value in now.items():
@@ -247,72 +316,153 @@ def test_on_bound_arrays_it_reads_and_writes_in_place(cases, name):
             pinned[...] = value
             stream.copy(inputs[name][:rows], pinned)
             stream.synchronize()
-        engine.enqueue(stream)
+        if graph is None:
+            engine.enqueue(stream)
+        if captured:
+            graph = graph or stream.capture(lambda: engine.enqueue(stream))
+            graph.launch(stream)
         stream.synchronize()
         for name, value in want(now).items():
             np.testing.assert_array_equal(cuda.api.value(outputs[name])[:rows], value)
             assert not cuda.api.value(outputs[name])[rows:].any(), "rows of others stay as they are"
-    assert not engine.capturable(stream) and not engine.own_graph
+    assert engine.capturable(stream) == captured and not engine.own_graph and not cuda.api.problems
+
+
+def test_a_run_takes_its_memory_from_its_pool_on_our_stream(monkeypatch):
+    """What it frees goes back there, so that a captured run writes nowhere else when it is replayed."""
+    inside = []
+
+    @contextlib.contextmanager
+    def entered(what):
+        inside.append(what)
+        yield
+        inside.remove(what)
+
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle: f"stream {handle}")
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", entered)
+    engine = InductorDeviceEngine(SimpleNamespace(spec=None), "pool")
+    seen = []
+    engine.run = lambda: seen.append([*inside])
+    engine.enqueue(SimpleNamespace(handle=7))
+    engine.pool = None
+    engine.enqueue(SimpleNamespace(handle=8))
+    assert seen == [["stream 7", "pool"], ["stream 8"]] and not inside and not engine.capturable(None)
 
 
 def test_arrays_that_do_not_fit_are_refused_when_they_are_bound(cases):
-    case, cuda = cases["unet_context"], fake_cuda()
-    engine = OnFakeGpu(InductorEngine(case.path, case.spec, threads=1, asynchronous=True))
+    case, cuda = cases["unet"], fake_cuda()
+    engine = OnFakeGpu(case.engine(asynchronous=True))
     engine.gpu = cuda.api
     inputs = {name: cuda.zeros(value.shape, value.dtype) for name, value in case.feeds(3).items()}
-    with pytest.raises(EngineError, match=r"context of shape \[3, 2, .*B is exactly 2"):
+    with pytest.raises(EngineError, match=r"latents of shape \[3, 4, .*axis 0 must be 2"):
         engine.bind(inputs, {})
-    with pytest.raises(EngineError, match="lacks its input context"):
+    with pytest.raises(EngineError, match="lacks its input latents"):
         engine.bind({}, {})
 
 
-def test_what_is_compiled_is_found_by_device_and_version(toy_bundle, tmp_path, monkeypatch):
-    manifest, store = Manifest.load(toy_bundle), PlanStore(tmp_path)
+def add_files(folder, manifest, device="cuda", version=torch.__version__, wanted=Wanted(), graphs=ALL_GRAPHS):  # noqa: B008
+    """Files as hd-export writes them, with other content; the UNet and its like also have weights."""
+    store = PlanStore(folder)
+    target = f"{device} sm_89" if device == "cuda" else f"{device} features"
+    files = [(name, shape) for name, shape in wanted_files(manifest, wanted, device) if name in graphs]
+    for name, shape in (*files, *((name, {"T": 3}) for name in PICTURES if name in graphs)):
+        needed = parts(manifest, name, shape, "inductor", version, target, options_of(name))
+        store.add(needed, f"{device} {name}".encode(), {}, 1.0)
+    return store
 
-    def add(target, version=torch.__version__, graphs=ALL_GRAPHS):
-        for name in graphs:
-            wanted = parts(manifest, name, {"B": (1, 2, 4096)}, "inductor", version, f"{target} features", Options())
-            store.add(wanted, f"{target} {name}".encode(), {}, 1.0)
 
-    def found(device):
-        target, plans = find_compiled(tmp_path, manifest, device)
-        assert set(plans) == set(ALL_GRAPHS)
-        assert all(store.read(plan) == f"{target} {name}".encode() for name, plan in plans.items())
-        return target
+def test_what_is_compiled_is_found_by_device_and_version(sized_bundle, tmp_path):
+    manifest, own = Manifest.load(sized_bundle), (32, 32)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    add("cpu", "1.0.0")
+    def found(device, gpu=False):
+        return find_compiled(tmp_path, manifest, Here(torch.__version__.partition("+")[0], gpu), device).device
+
+    add_files(tmp_path, manifest, "cpu", "1.0.0")
     with pytest.raises(EngineError, match=r"no compiled text_encoder for PyTorch .* on cpu.*" + COMMAND):
         found("auto")
-    add("cpu")
+    add_files(tmp_path, manifest, "cpu")
     assert found("auto") == found("cpu") == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    add("cuda", graphs=ALL_GRAPHS[:-1])
-    assert found("auto") == "cpu"
+    more = Wanted((1, 4), guidance_free=True, pictures=((24, 40),))
+    add_files(tmp_path, manifest, wanted=more, graphs=ALL_GRAPHS[:-1])
+    assert found("auto", gpu=True) == "cpu"
     with pytest.raises(EngineError, match=r"no compiled image_encoder .* on cuda"):
         found("cuda")
-    add("cuda")
-    assert found("auto") == "cuda" and found("cpu") == "cpu"
+    add_files(tmp_path, manifest, wanted=more)
+    assert found("auto", gpu=True) == "cuda" and found("cpu") == "cpu"
+    compiled = find_compiled(tmp_path, manifest, Here(torch.__version__.partition("+")[0], True), "cuda")
+    assert compiled.sizes == {own, (24, 40)} and set(compiled.weights) == set(PICTURES)
+    assert compiled.batches(manifest, (24, 40)) == compiled.batches(manifest, own, 1) == [1, 4]
+    assert compiled.plan("unet", manifest, (24, 40), 4, 1).parts["sizes"] == "B=4,G=1,h=6,w=10,L=78"
+    assert compiled.plan("unet", manifest, (24, 40), 4, 1).shown(manifest) == "B=4,G=1,L=78 40x24"
+    assert compiled.weights["unet"].shown(manifest) == "weights"
 
-    # For the GPU's loop a file is loaded once, and bound for each bucket.
-    made = []
+
+@pytest.fixture
+def on_fake_gpu(sized_bundle, tmp_path, monkeypatch):
+    """The toy bundle with "compiled" files for two sizes. What they name is computed by ONNX Runtime on a fake GPU."""
+    folder, gpu = Path(shutil.copytree(sized_bundle, tmp_path / "toy")), FakeRuntime(1).install(monkeypatch)
+    add_files(folder, Manifest.load(folder), wanted=Wanted((1, 4), pictures=((24, 40),)))
+    engines, loads = load_engines(folder, "cpu", 1)[1], []
 
     class Loaded:
-        def __init__(self, path, spec, device, asynchronous):
-            self.path, self.spec = path, spec
-            made.append((spec.file, device, asynchronous))
+        def __init__(self, path, spec, device, threads, asynchronous, weights):
+            assert device == "cuda" and asynchronous and PlanStore(folder).folder == path.parent
+            assert (weights is not None) == (Path(spec.file).stem in PICTURES)
+            self.spec = spec
+            loads.append((Path(spec.file).stem, weights))
 
+    class Engine(FakeDeviceEngine):
+        def __init__(self, loaded, pool):
+            name = Path(loaded.spec.file).stem
+            super().__init__(gpu, engines[name], None, seconds=gpu.step if name == "unet" else 1e-6)
+            assert pool == "a pool"
+            self.spec = loaded.spec
+
+    gpu.loads, gpu.folder, gpu.step = loads, folder, 1e-3
     monkeypatch.setattr(inductor, "InductorEngine", Loaded)
-    load = inductor.device_engines("inductor", tmp_path, manifest, None, lambda _: None, 4).load
-    engines = [load(name, bucket, 2) for name, bucket in (("unet", 1), ("unet", 4), ("hand_prior", 1))]
-    assert len(set(map(id, engines))) == 3 and [engine.spec.file for engine in engines[1:]] == [
-        "unet.onnx",
-        "hand_prior.onnx",
-    ]
-    assert made == [("unet.onnx", "cuda", True), ("hand_prior.onnx", "cuda", True)]
-    find_compiled(tmp_path, manifest, "cuda")[1]["unet_time"].path.write_bytes(b"another program")
-    with pytest.raises(EngineError, match="SHA-256 differs"):
-        load("unet_time", 1, 2)
+    monkeypatch.setattr(inductor, "InductorDeviceEngine", Engine)
+    monkeypatch.setattr(inductor, "new_pool", lambda: "a pool")
+    monkeypatch.setattr(inductor, "read_weights", lambda store, plan, device: {"of": plan.graph})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    yield gpu
+    assert not gpu.problems
+
+
+def test_two_sizes_in_the_loop_on_a_gpu(on_fake_gpu, all_at_once):
+    """Steps are captured; a file is loaded for each shape that runs, and the weights once; other sizes are refused."""
+    gpu, requests = on_fake_gpu, [Request(f"p{i}", seed=i, steps=3, size=(None, "40x24")[i % 2]) for i in range(6)]
+    with HanDiffuser.load(gpu.folder, device="cpu") as on_cpu:
+        expected = [picture.image.astype(int) for picture in on_cpu.generate(requests)]
+    with HanDiffuser.load(gpu.folder, backend="inductor", device="cuda", batch_size=4) as pipeline:
+        for picture, image in zip(pipeline.generate(requests), expected, strict=True):
+            np.testing.assert_allclose(picture.image.astype(int), image, rtol=0, atol=1)
+        assert gpu.calls["cudaGraphInstantiate"] > 4 and not pipeline.loop.warnings()
+        assert len({id(weights) for name, weights in gpu.loads if name == "unet"}) == 1
+        assert sum(name == "unet" for name, _ in gpu.loads) >= 2 and sum(n == "hand_prior" for n, _ in gpu.loads) == 1
+        with pytest.raises(RequestError, match=r"got 64x32\. The nearest is 40x24\. Or build for it: hd-exp.* 64x32"):
+            pipeline.generate("a fist", size="64x32")
+    (plan,) = [plan for plan in PlanStore(gpu.folder) if plan.parts["sizes"].startswith("B=1,G=2,h=8,w=8")]
+    plan.path.write_bytes(b"another program")
+    with pytest.raises(EngineError, match="its plan is damaged"):
+        HanDiffuser.load(gpu.folder, backend="inductor", device="cuda").generate("a fist")
+
+
+def test_auto_takes_what_was_measured_to_be_faster(on_fake_gpu, monkeypatch):
+    """By the fake GPU's clock: beside ONNX Runtime's kernels, which take a microsecond there."""
+    gpu = on_fake_gpu
+    FakeOnnxRuntime(gpu).install(monkeypatch)
+
+    def chosen():
+        return choose(gpu.folder, "auto", "auto").backend
+
+    assert chosen() == "onnxruntime", "nothing was measured"
+    slow = timing.beside_onnxruntime(gpu.folder)
+    assert slow.fast == pytest.approx(1e-3) and slow.exact < 1e-4 and chosen() == "onnxruntime"
+    gpu.step = 1e-8
+    assert timing.beside_onnxruntime(gpu.folder).passes and chosen() == "inductor"
+    gpu.capability = (9, 0)
+    assert chosen() == "onnxruntime", "it was compiled for another GPU"
 
 
 class Undecided(nn.Module):
@@ -406,7 +556,7 @@ def test_float32_runs_without_tf32_on_a_gpu(monkeypatch, tf32_on):
 
         @staticmethod
         def load_metadata_from_package(path, name):
-            return {"device": "cuda", "batch": ""}
+            return {"device": "cuda"}
 
     monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", Loader)
     monkeypatch.setattr(InductorEngine, "_check_origin", lambda *_: None)

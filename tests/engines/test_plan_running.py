@@ -13,11 +13,11 @@ pytest.importorskip("cuda.bindings.runtime")
 from fake_runtime import fake_cuda
 from handiffuser.contract import ALL_GRAPHS, GraphSpec, Manifest, TensorSpec
 from handiffuser.engines import build
-from handiffuser.engines.base import check_gpu, powers_of_two
+from handiffuser.engines.base import check_gpu, enough, powers_of_two
 from handiffuser.engines.build import options_for, wanted_plans
 from handiffuser.engines.plans import PlanStore, Wanted, parts
 from handiffuser.engines.tensorrt import EVERYWHERE, LoadedPlan, Options, Scratch, TensorRT, TensorRTEngine
-from handiffuser.engines.tensorrt_loading import enough, usable_plans
+from handiffuser.engines.tensorrt_loading import usable_plans
 from handiffuser.errors import EngineError
 
 SPEC = GraphSpec(

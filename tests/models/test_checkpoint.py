@@ -14,9 +14,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 from handiffuser.errors import CheckpointError
-from handiffuser.models.checkpoint import Checkpoint, load_tokenizer, make_tokenizer, random_checkpoint
+from handiffuser.models.checkpoint import Checkpoint, load_tokenizer, random_checkpoint
 from handiffuser.models.configs import CONFIGS
 from handiffuser.models.position_kernel import PositionKernel
+from handiffuser.models.vocabulary import make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer
 

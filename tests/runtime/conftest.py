@@ -60,9 +60,11 @@ def step_graph(name: str, state: str, shape: str, K: int, extra: str, constants:
         {{ {" ".join(body)} }}"""
 
 
-def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]:
+def graphs(h: int | str, w: int | str, inpaints: bool = False, people: int = 1) -> dict[str, str]:
     """All graphs; latents are h x w, pictures 4h x 4w. "h" and "w" are free sizes; prompts then have any length, too.
-    inpaints: the UNet reads a mask and masked latents."""
+    inpaints: the UNet reads a mask and masked latents. people: how many a picture shows at most."""
+    params, hands, of = people * NUM_PARAMS, 2 * people, f"{people}," if people > 1 else ""
+    lead = f"{people}, " if people > 1 else ""
     free = isinstance(h, str) or isinstance(w, str)
     L, masked, heard = 78, "", "h = Identity (own)"
     if free:
@@ -117,7 +119,7 @@ def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]
         "hand_prior": step_graph(
             "hand_prior",
             "x",
-            f"B,{NUM_PARAMS}",
+            f"B,{params}",
             HISTORY["hand_prior"],
             "float[B,G,4] text",
             "int64[2] axes = {1, 2}, int64[2] flat = {-1, 1}, float small = {0.1}, "
@@ -125,12 +127,16 @@ def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]
             prior,
         ),
         "hand_features": HEADER
-        + f"""hand_features (float[B,{NUM_PARAMS}] x{span}) => (float[B,2,21,2] joints, float[B,2,16,6] rotations,
-            float[B,2,3] bps, float[B,2] visibility, float[B,5,3] vertices, float[B,62,3] joints_3d, float[B,3] camera)
-        <int64[1] one = {{1}}, int64[1] zero = {{0}}, int64[1] n84 = {{84}}, int64[1] n192 = {{192}},
-         int64[1] n6 = {{6}}, int64[1] n2 = {{2}}, int64[1] n15 = {{15}}, int64[1] n186 = {{186}}, int64[1] n3 = {{3}},
-         int64[4] s84 = {{-1, 2, 21, 2}}, int64[4] s192 = {{-1, 2, 16, 6}}, int64[3] s6 = {{-1, 2, 3}},
-         int64[3] s15 = {{-1, 5, 3}}, int64[3] s186 = {{-1, 62, 3}}>
+        + f"""hand_features (float[B,{params}] x{span}) => (float[B,{hands},21,2] joints,
+            float[B,{hands},16,6] rotations, float[B,{hands},3] bps, float[B,{hands}] visibility,
+            float[B,{of}5,3] vertices, float[B,{of}62,3] joints_3d, float[B,{of}3] camera)
+        <int64[1] one = {{1}}, int64[1] zero = {{0}}, int64[1] n84 = {{{84 * people}}},
+         int64[1] n192 = {{{192 * people}}}, int64[1] n6 = {{{6 * people}}},
+         int64[1] n2 = {{{hands}}}, int64[1] n15 = {{{15 * people}}},
+         int64[1] n186 = {{{186 * people}}}, int64[1] n3 = {{{3 * people}}}, int64[4] s84 = {{-1, {hands}, 21, 2}},
+         int64[4] s192 = {{-1, {hands}, 16, 6}}, int64[3] s6 = {{-1, {hands}, 3}},
+         int64[{3 + (people > 1)}] s15 = {{-1, {lead}5, 3}}, int64[{3 + (people > 1)}] s186 = {{-1, {lead}62, 3}},
+         int64[{2 + (people > 1)}] s3 = {{-1, {lead}3}}>
         {{
             a = Slice (x, zero, n84, one)
             b = Sigmoid (a)
@@ -147,13 +153,14 @@ def graphs(h: int | str, w: int | str, inpaints: bool = False) -> dict[str, str]
             vertices = Reshape (g, s15)
             i = Slice (x, zero, n186, one)
             joints_3d = Reshape (i, s186)
-            seen = Slice (x, zero, n3, one)
+            seen_ = Slice (x, zero, n3, one)
+            seen = Reshape (seen_, s3)
             camera = Exp (seen)
         }}""",
         # No rotations: a configuration without that cue.
         "text_hand_encoder": HEADER
-        + f"""text_hand_encoder (int64[B,2,77] input_ids, {masked}float[B,2,21,2] joints, float[B,2,3] bps,
-            float[B,2] visibility) => (float[B,2,78,3] context)
+        + f"""text_hand_encoder (int64[B,2,77] input_ids, {masked}float[B,{hands},21,2] joints, float[B,{hands},3] bps,
+            float[B,{hands}] visibility) => (float[B,2,78,3] context)
         <int64[1] last = {{-1}}, int64[4] three = {{1, 1, 1, 3}}, int64[3] axes = {{1, 2, 3}},
          int64[2] axes2 = {{1, 2}}, int64[1] axes1 = {{1}},
          float[1,2,1,3] ones = {{{", ".join(["8"] * 6)}}}>
@@ -258,13 +265,17 @@ def write_tokenizer(path: Path) -> dict[str, int]:
 
 
 def write_bundle(
-    folder: Path, latent: tuple[int, int] = (8, 8), inpaints: bool = False, any_size: bool = False
+    folder: Path,
+    latent: tuple[int, int] = (8, 8),
+    inpaints: bool = False,
+    any_size: bool = False,
+    people: int = 1,
 ) -> Path:
     """Writes the bundle into `folder` and returns it. any_size: sides may be any multiple of 8 pixels, and prompts
-    have any length."""
+    have any length. people: how many a picture shows at most."""
     folder.mkdir(parents=True, exist_ok=True)
     specs = {}
-    for name, text in graphs(*(("h", "w") if any_size else latent), inpaints).items():
+    for name, text in graphs(*(("h", "w") if any_size else latent), inpaints, people).items():
         model = parser.parse_model(text)
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, str(folder / f"{name}.onnx"))
@@ -292,10 +303,11 @@ def write_bundle(
             "hand_guidance": 1.0,
         },
         tokenizer=special,
-        params_mean=generator.normal(size=NUM_PARAMS).tolist(),
-        params_std=generator.uniform(0.5, 1.5, NUM_PARAMS).tolist(),
+        params_mean=generator.normal(size=people * NUM_PARAMS).tolist(),
+        params_std=generator.uniform(0.5, 1.5, people * NUM_PARAMS).tolist(),
         made_by={"test": True},
         size_multiple=8 if any_size else 0,
+        num_people=people,
     ).save(folder)
     return folder
 
@@ -316,6 +328,12 @@ def toy_inpainter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sized_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy bundle that paints any size; its own is 32 x 32."""
     return write_bundle(tmp_path_factory.mktemp("sized") / "bundle", any_size=True)
+
+
+@pytest.fixture(scope="session")
+def pair_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy bundle that knows two people."""
+    return write_bundle(tmp_path_factory.mktemp("pair") / "bundle", people=2)
 
 
 @pytest.fixture

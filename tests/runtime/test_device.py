@@ -17,8 +17,10 @@ from handiffuser import HanDiffuser, Request
 from handiffuser.calibration.emulate import emulate_bundle
 from handiffuser.contract import Manifest
 from handiffuser.engines import load_engines
+from handiffuser.engines.base import DeviceEngines, Sized
 from handiffuser.engines.cuda import Cuda, Stream
 from handiffuser.errors import EngineError
+from handiffuser.runtime import device_words
 from handiffuser.runtime.bundle import Bundle
 from handiffuser.runtime.device import DeviceLoop
 from handiffuser.runtime.device_graphs import Streams, connect
@@ -72,9 +74,11 @@ def device_loop(gpus, monkeypatch):
             )
             return made[name, bucket, branches]
 
-        cuda = Cuda()
-        graphs = connect(cuda, Manifest.load(folder), BUCKETS, load, capture, single)
-        loop = DeviceLoop(pipeline.bundle, cuda, graphs, Streams.make(cuda, overlap), slots)
+        cuda, manifest = Cuda(), Manifest.load(folder)
+        sized = Sized(load, BUCKETS, single or {})
+        graphs = connect(cuda, manifest, sized, capture)
+        found = DeviceEngines(lambda size: sized)
+        loop = DeviceLoop(pipeline.bundle, cuda, graphs, Streams.make(cuda, overlap), slots, found)
         loop.pipeline, loop.made, loop.gpu = pipeline, made, gpu
         return loop
 
@@ -157,7 +161,64 @@ def test_pictures_that_requests_bring(device_loop, request, seed, bundle, overla
     for _ in range(3):
         same(run(loop, requests)[0], on_host, levels=1)
     # In the slots, ready for them, and on their way out.
-    assert 0 < len(loop.pictures.free) <= 4 + 4 + 3 * 4 and not loop.pictures.lent
+    assert 0 < len(loop.own.pictures.free) <= 4 + 4 + 3 * 4 and not loop.own.pictures.lent
+
+
+SIZES = (None, "40x24", "24x40", "64x32", "40x24", None, "16x16")
+
+
+def of_all_sizes(count, seed=0):
+    """Some of them bring a picture."""
+    requests = [replace(request, size=SIZES[i % len(SIZES)]) for i, request in enumerate(mixed(count, seed))]
+    image = np.full((24, 40, 3), 90, np.uint8)
+    return [replace(r, image=image, strength=0.5) if i % 4 == 1 else r for i, r in enumerate(requests)]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_alone_or_in_company_across_sizes(device_loop, sized_bundle, seed, overlap):
+    """A batch of each size, and its steps captured for itself; given hands are where their file says."""
+    loop = device_loop(sized_bundle, seed, overlap=overlap)
+    requests = prepared(loop, [Request("none", hands="none", size="40x24"), *of_all_sizes(15, seed)])
+    on_host = {picture.id: picture for picture in loop.pipeline.run(requests)}
+    for _ in range(2):
+        together, events = run(loop, requests)
+        same(together, on_host, levels=1)
+    assert len(loop.sizes.easels) == 5 and not loop.sizes.taken and not loop.warnings()
+    assert sum(count for kind, count in events if kind == "hands") == 16
+    for request in requests[:4]:
+        same(run(loop, [request])[0], {request.id: together[request.id]}, levels=1)
+
+
+def test_the_oldest_request_decides_whose_size_is_next(device_loop, sized_bundle):
+    """A rare size among ever new requests of the usual one is done soon after its turn."""
+    loop = device_loop(sized_bundle, 1)
+    requests = [Request("a fist", id=f"r{i}", seed=i, steps=4, size="40x24" if i == 3 else None) for i in range(40)]
+    done = [result.id for result in loop.run(iter(prepared(loop, requests)), lambda kind, count: None)]
+    assert done.index(prepared(loop, requests)[3].id) < 12 and len(done) == 40
+
+
+def test_sizes_share_the_memory_that_there_is(device_loop, sized_bundle, monkeypatch):
+    """The least recently used goes; a size waits for those in work; one that never fits fails alone."""
+    loop = device_loop(sized_bundle, 2)
+    requests = prepared(loop, of_all_sizes(15))
+    on_host = {picture.id: picture for picture in loop.pipeline.run(requests)}
+    sizes, most = loop.sizes, loop.sizes._buffers((32, 64), 4)
+    own = loop.gpu.used
+    monkeypatch.setattr(loop.cuda, "free_memory", lambda: own + 2 * most - loop.gpu.used)
+    results, _ = run(loop, requests)
+    same(results, on_host, levels=1)
+    assert 1 < len(sizes.easels) < 5 and loop.gpu.used < own + 2.1 * most and (32, 32) in sizes.easels
+    for size in {*sizes.easels} - {(32, 32)}:
+        sizes.drop(size)
+    own = loop.gpu.used
+    monkeypatch.setattr(loop.cuda, "free_memory", lambda: own + most - 1 - loop.gpu.used)
+    results, _ = run(loop, requests)
+    failed = {id: result.sentence for id, result in results.items() if isinstance(result, Failure)}
+    assert {request.size for request in requests if request.id in failed} == {"64x32"}
+    assert all("size must fit into memory: 64x32" in sentence for sentence in failed.values())
+    same({id: one for id, one in results.items() if id not in failed},
+         {id: one for id, one in on_host.items() if id not in failed}, levels=1)  # fmt: skip
 
 
 def test_a_refused_kernel_leaves_the_blend_to_the_host(device_loop, toy_bundle, monkeypatch):
@@ -187,7 +248,7 @@ def test_a_picture_that_is_cancelled_gives_its_memory_back(device_loop, toy_bund
     kept = {id: result for id, result in results.items() if not isinstance(result, Failure)}
     on_host = {p.id: p for p in loop.pipeline.run(requests)}
     same(kept, {id: on_host[id] for id in kept}, levels=1)
-    assert len(kept) < len(requests) and not loop.pictures.lent
+    assert len(kept) < len(requests) and not loop.own.pictures.lent
 
 
 def test_a_picture_whose_file_went_fails_alone(device_loop, toy_bundle, tmp_path):
@@ -224,7 +285,7 @@ def test_bfloat16_passes_from_graph_to_graph(gpus, tiny_bf16, tmp_path):
     def load(name, *_):
         return FakeDeviceEngine(gpu, InBfloat16(engines[name], manifest.graphs[name]), None)
 
-    graphs = connect(cuda, manifest, (1, 2), load)
+    graphs = connect(cuda, manifest, Sized(load, (1, 2)))
     assert {graphs["unet"].inputs[name].dtype for name in ("time", "key_00", "value_00")} == {"bfloat16"}
     loop = DeviceLoop(Bundle.load(tiny_bf16), cuda, graphs, Streams.make(cuda, True), 2)
     loop.pipeline = HanDiffuser(loop.bundle, loop)
@@ -263,7 +324,7 @@ def test_a_slow_host_leaves_no_gap(device_loop, toy_bundle, milliseconds):
 
     def work(seconds):
         """The device goes on meanwhile, and must not come to the end of what it has."""
-        if loop.sampler.jobs:
+        if loop.sizes.active:
             queued.append(sum(entry[0] == "op" and "unet.onnx" in entry[1].name for entry in main.queue))
             ends = loop.gpu.clock + seconds
             while loop.gpu.clock < ends and main.queue:
@@ -271,7 +332,7 @@ def test_a_slow_host_leaves_no_gap(device_loop, toy_bundle, milliseconds):
             assert main.queue, "the device waits for the host"
 
     def slow_step(*arguments, step=loop.hands_sampler.step):
-        stepped.append(bool(loop.sampler.jobs))
+        stepped.append(bool(loop.sizes.active))
         step(*arguments)
         work(0.02)
 
@@ -357,7 +418,7 @@ def test_closed_loops_are_gone_at_once(device_loop, toy_bundle):
     try:
         loop = device_loop(toy_bundle)
         run(loop, prepared(loop, mixed(3)))
-        gone = [weakref.ref(x) for x in (loop, loop.sampler, loop.graphs["unet"], *loop.made.values())]
+        gone = [weakref.ref(x) for x in (loop, loop.own.sampler, loop.graphs["unet"], *loop.made.values())]
         loop.made.clear()
         pipeline = HanDiffuser(loop.bundle, loop)
         del loop
@@ -550,6 +611,13 @@ def test_weights_of_prompts_are_those_of_the_host(device_loop, request, any_leng
     results, _ = run(loop, requests)
     same(results, {r.id: r for r in loop.pipeline.run(requests)}, levels=1)
     assert len({result.image.tobytes() for result in results.values()}) == len(texts)
+
+
+def test_bfloat16_comes_to_the_host_and_goes_back():
+    values = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    exact = values.astype("bfloat16")
+    np.testing.assert_array_equal(device_words._stored(values, "bfloat16"), exact.view(np.uint16))
+    np.testing.assert_array_equal(device_words._floats(exact.view(np.uint16), "bfloat16"), exact.astype(np.float32))
 
 
 def test_a_prompt_of_several_chunks_is_refused_or_cut(device_loop, sized_bundle):

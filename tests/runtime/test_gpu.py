@@ -34,7 +34,7 @@ def on_gpu(request, tiny_bundle, tiny_checkpoint, tmp_path_factory):
         if backend in GPU_PLANNED:
             list(build(backend, folder, Wanted((1, 2, 4))))
         elif backend == "inductor":
-            compile_bundle(lambda: tiny_checkpoint, folder, None, "cuda")
+            compile_bundle(lambda: tiny_checkpoint, folder, None, "cuda", Wanted((1, 2, 4)))
     except (EngineError, ExportError) as error:
         pytest.skip(str(error))
 

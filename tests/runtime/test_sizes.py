@@ -32,6 +32,11 @@ def test_alone_or_in_company(pipeline):
         assert np.array_equal(pipeline.generate(request)[0].image, picture.image)
 
 
+def test_several_of_a_size_may_end_in_one_step(pipeline):
+    made = pipeline.generate([Request("a fist", seed=i, size="40x24") for i in range(3)])
+    assert [picture.image.shape for picture in made] == [(24, 40, 3)] * 3
+
+
 def test_the_own_size_named_is_the_own_size(pipeline, toy_bundle):
     """With fixed graphs, with free ones, and with the size left out."""
     named, left_out = (pipeline.generate("a fist", seed=3, size=size)[0] for size in ("32x32", None))

@@ -11,8 +11,10 @@ import mmap
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -31,7 +33,7 @@ from handiffuser.engines.cuda import Cuda, Event, Stream
 from handiffuser.engines.plans import PlanStore
 from handiffuser.engines.tensorrt import Scratch, TensorRTEngine
 from handiffuser.errors import EngineError, HanDiffuserError, RequestError
-from handiffuser.runtime import device
+from handiffuser.runtime import device, device_sizes
 from whole import hd_run, mixed, pictures, run, same
 
 pytestmark = pytest.mark.usefixtures("all_at_once")
@@ -96,14 +98,59 @@ def test_one_plan_for_several_sizes(toy_bundle, gpu, trt, tmp_path, kind, monkey
     assert len({key for key, _ in mapped}) == len(mapped) > 5 and all(is_mapped for _, is_mapped in mapped)
 
 
-def test_a_bundle_of_any_size_has_one_on_a_gpu(sized_bundle, gpu, trt, tmp_path):
-    folder = built(sized_bundle, tmp_path / "toy", "--batch-sizes", "1,2")
+@pytest.mark.parametrize("kind", [(), ("--shared-weights",), ("--dynamic",)])
+def test_sizes_that_were_built_for(sized_bundle, gpu, trt, tmp_path, kind, capsys):
+    """A plan, or a profile, for each; a size in vain is told the nearest, and the build goes on where it stopped."""
+    folder = built(sized_bundle, tmp_path / "toy", "--batch-sizes", "1,2", "--sizes", "40x24,24x40", *kind)
+    requests = [replace(request, size=("40x24", None, "24x40")[i % 3]) for i, request in enumerate(mixed(8))]
+    with HanDiffuser.load(sized_bundle, device="cpu") as on_cpu:
+        expected = run(on_cpu, requests)
+    with HanDiffuser.load(folder, backend="tensorrt-rtx", batch_size=2) as pipeline:
+        same(run(pipeline, requests), expected)
+        live = gpu.live()
+        pipeline.loop.sizes.drop((24, 40))
+        assert gpu.live() < live - 10
+        same(run(pipeline, requests), expected)
+        said = "size must be 40x24 or 32x32 or 24x40 with these engines, got 48x24. The nearest is 40x24"
+        with pytest.raises(RequestError, match=f"{said}. Or build for it: hd-engines build .*--sizes 48x24"):
+            pipeline.generate("a fist", size="48x24")
+    gc.collect()
+    assert not gpu.live()
+    engines_cli.commands.main(["list", str(folder)], standalone_mode=False)
+    sizes = "B=1+2,G=2,L=78 32x32+40x24+24x40" if kind == ("--shared-weights",) else "G=2,L=78 24x40"
+    assert sizes in capsys.readouterr().out
+    if not kind:  # a size without its decoder is not there yet, and its plans are
+        store = PlanStore(folder)
+        missing = [plan for plan in store if plan.graph == "image_decoder" and "h=6,w=10" in plan.parts["sizes"]]
+        before = {plan.key for plan in store}
+        for plan in missing:
+            store.remove(plan)
+        with HanDiffuser.load(folder, backend="tensorrt-rtx", batch_size=2) as pipeline:
+            assert pipeline.bundle.engine_sizes == {(32, 32), (40, 24)}
+        arguments = ["build", str(folder), "--batch-sizes", "1,2", "--sizes", "24x40, 40X24,32x32"]
+        assert engines_cli.commands.main(arguments, standalone_mode=False) == 0 and len(missing) == 2
+        assert f"Built 2 of {len(before)} plans" in capsys.readouterr().err and {plan.key for plan in store} == before
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [("40x30", "multiples of 8 up to 4096 pixels, got 40x30. The nearest is 40x32"), ("40", "must be a list of")],
+)
+def test_sizes_that_cannot_be_built_for(sized_bundle, gpu, trt, sizes, said):
+    with pytest.raises((EngineError, click.BadParameter), match=said):
+        engines_cli.commands.main(["build", str(sized_bundle), "--sizes", sizes], standalone_mode=False)
+
+
+def test_two_people(pair_bundle, gpu, trt, tmp_path):
+    """Larger tensors are all that the device loop sees, with hands of its own and those of a file."""
+    folder = built(pair_bundle, tmp_path / "pair", "--batch-sizes", "1,2")
     assert hd_run(folder, tmp_path / "gpu", "--backend", "tensorrt-rtx") == (0, "")
     assert hd_run(folder, tmp_path / "cpu", "--device", "cpu") == (0, "")
     same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
-    refused = pytest.raises(RequestError, match="size must be 32x32 with these engines, got 40x24")
-    with HanDiffuser.load(folder, backend="tensorrt-rtx", batch_size=2) as pipeline, refused:
-        pipeline.generate("a fist", size="40x24")
+    given = ("--hand-params", next((tmp_path / "cpu").glob("*.hands.npz")))
+    assert hd_run(folder, tmp_path / "gpu given", "--backend", "tensorrt-rtx", *given) == (0, "")
+    assert hd_run(folder, tmp_path / "cpu given", "--device", "cpu", *given) == (0, "")
+    same(pictures(tmp_path / "gpu given"), pictures(tmp_path / "cpu given"))
 
 
 def test_plans_are_compared_on_the_gpu(toy_engines, gpu, trt, tmp_path):
@@ -372,21 +419,23 @@ def test_a_mistake_is_found(toy_engines, monkeypatch, mistake):
 
 # The lines of the loop at which a stream waits for an event.
 WAITS = {
-    number: line.strip()
-    for number, line in enumerate(Path(device.__file__).read_text().splitlines(), 1)
+    (module.__file__, number): line.strip()
+    for module in (device, device_sizes)
+    for number, line in enumerate(Path(module.__file__).read_text().splitlines(), 1)
     if re.search(r"\b(main|side|out)\.wait\(", line)
 }
 
 
-@pytest.mark.parametrize("number", WAITS, ids=WAITS.get)
-def test_each_wait_is_needed_and_would_be_missed(toy_engines, monkeypatch, number):
+@pytest.mark.parametrize("place", WAITS, ids=WAITS.get)
+def test_each_wait_is_needed_and_would_be_missed(toy_engines, monkeypatch, place):
     """Found by the clocks alone, whatever the order in which things really ran."""
     gpu = FakeRuntime(seed=1, lazy=True).install(monkeypatch)
     FakeTensorRT(gpu).install(monkeypatch)
     wait, left_out = Stream.wait, []
 
     def wait_elsewhere(stream, event):
-        if sys._getframe(1).f_lineno == number:
+        caller = sys._getframe(1)
+        if (caller.f_code.co_filename, caller.f_lineno) == place:
             left_out.append(event)
         else:
             wait(stream, event)

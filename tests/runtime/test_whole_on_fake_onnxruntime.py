@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import re
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from adaptable import adaptable, write
 from fake_onnxruntime import FakeOnnxRuntime
 from fake_runtime import FakeRuntime
 from handiffuser import HanDiffuser
-from handiffuser.contract import GRAPHS
+from handiffuser.contract import GRAPHS, PICTURES
 from handiffuser.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, OnnxRuntimeDeviceEngine
 from handiffuser.errors import EngineError, RequestError
 from whole import hd_run, mixed, pictures, run, same
@@ -38,10 +40,23 @@ def ort(gpu, monkeypatch):
     return FakeOnnxRuntime(gpu).install(monkeypatch)
 
 
-def test_a_bundle_of_any_size_has_one_on_a_gpu(sized_bundle, gpu, ort, tmp_path):
-    assert hd_run(sized_bundle, tmp_path / "cpu", "--device", "cpu") == (0, "")
-    assert hd_run(sized_bundle, tmp_path / "gpu", "--backend", "onnxruntime", "--device", "cuda") == (0, "")
-    same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+def test_any_size_on_a_gpu(sized_bundle, gpu, ort):
+    """A session of UNet and decoder for each size, which goes with the size; the other graphs have one for all."""
+    requests = [replace(request, size=("40x24", None, "24x40")[i % 3]) for i, request in enumerate(mixed(8))]
+    with HanDiffuser.load(sized_bundle, device="cpu") as on_cpu:
+        expected = run(on_cpu, requests)
+    with HanDiffuser.load(sized_bundle, device="cuda", batch_size=4) as pipeline:
+        same(run(pipeline, requests), expected)
+        counts = Counter(name.removesuffix(".onnx") for name, _ in ort.sessions)
+        del counts["hand_prior"]  # which has one for each batch size
+        assert counts == {name: 3 if name in PICTURES else 1 for name in GRAPHS if name != "hand_prior"}
+        live, sizes = gpu.live(), pipeline.loop.sizes
+        sizes.drop((24, 40))
+        gc.collect()
+        assert gpu.live() < live - 10
+        same(run(pipeline, requests), expected)
+    gc.collect()
+    assert not gpu.live()
 
 
 def test_a_run_on_a_gpu_has_one_set_of_adapters(toy_bundle, gpu, ort, tmp_path):

@@ -12,7 +12,7 @@ _spec = util.spec_from_file_location("toy_bundle", Path(__file__).parents[1] / "
 assert _spec is not None and _spec.loader is not None
 _toy = util.module_from_spec(_spec)
 _spec.loader.exec_module(_toy)
-toy_bundle, sized_bundle = _toy.toy_bundle, _toy.sized_bundle
+toy_bundle, sized_bundle, pair_bundle = _toy.toy_bundle, _toy.sized_bundle, _toy.pair_bundle
 
 # These tests need the extra `serve`.
 if any(util.find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client", "httpx")):

@@ -571,6 +571,39 @@ def test_a_person_drops_places_and_brushes(server, hand_picture, tmp_path):
 
 
 @pytest.mark.slow
+def test_each_of_two_people_is_drawn_and_edited(pair_bundle, tmp_path):
+    with serving(pair_bundle, tmp_path) as pair, browse(pair.url) as page:
+        loaded(page)
+        page.fill("#prompt", "two people")
+        page.fill("#seed", "3")
+        page.click("#hands")
+        page.wait_for_selector(".joint[data-person='1']:not([hidden])")
+        assert page.locator(".joint:not([hidden])").count() == 4 * 21
+        assert page.locator("#person option").all_inner_texts() == ["Person 1", "Person 2"]
+
+        def places(person):
+            joints = page.locator(f".joint[data-person='{person}']")
+            return joints.evaluate_all("(all) => all.map((one) => [one.style.left, one.style.top].join())")
+
+        before = [places(0), places(1)]
+        shot(page, "two-people")
+        page.select_option("#person", "1")
+        page.select_option("#gesture", "fist")
+        until(page, lambda: page.inner_text("#state").startswith("Edited"))
+        until(page, lambda: places(1) != before[1])
+        assert places(0) == before[0], "the other person stays"
+        page.click("#undo")
+        until(page, lambda: places(1) == before[1])
+        page.focus(".joint[data-person='0'][data-side=left][data-joint='0']")
+        page.keyboard.press("Shift+ArrowRight")
+        until(page, lambda: places(0) != before[0])
+        page.click("#again")
+        until(page, lambda: page.inner_text("#state").endswith(" s"))
+        page.click("#zip")
+        assert not page.problems
+
+
+@pytest.mark.slow
 def test_the_page_offers_sizes_where_a_bundle_paints_any(sized_bundle, tmp_path):
     with serving(sized_bundle, tmp_path) as served, browse(served.url) as page:
         loaded(page)

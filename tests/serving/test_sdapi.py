@@ -208,3 +208,19 @@ def test_keys_sizes_and_the_default_negative_prompt(toy_bundle, tmp_path):
         assert json.loads(paint(served, steps=2, cfg_scale=1).json()["info"])["warnings"] == []
         own = paint(served, steps=2, cfg_scale=3, negative_prompt="fog").json()
         assert json.loads(own["info"])["negative_prompt"] == "fog"
+
+
+def test_weights_and_long_prompts(sized_bundle, tmp_path):
+    """As the web UI's clients write them. The server's owner may have them read as text."""
+    long = {"prompt": "a (fist:1.3), [blur] BREAK " + "b" * 90, "steps": 2}
+    for folder, plain, said in ((sized_bundle, False, []), (sized_bundle, True, ["prompt is longer than 75 tokens"])):
+        with serving(folder, tmp_path / f"{plain}", front=Front(plain_prompts=plain)) as served:
+            info = json.loads(paint(served, **long).json()["info"])
+            assert info["prompt"] == long["prompt"] and len(info["warnings"]) == len(said)
+            assert all(words in warning for words, warning in zip(said, info["warnings"], strict=True))
+            refused = paint(served, prompt="a (fist:11)")
+            assert refused.status_code == (200 if plain else 400)
+            if not plain:
+                assert "prompt must have weights from -10 to 10" in refused.json()["error"]["message"]
+                body = {"prompt": "a (fist:11)", "plain_prompts": True}
+                assert served.client.post("/v1/images/generations", json=body).status_code == 200
