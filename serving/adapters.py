@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import HanDiffuserError, RequestError
 from ..schema import listed
 
 SHOWN = 20  # names in an error
@@ -19,6 +19,8 @@ class Adapters:
     """folder: of --lora-folder, read at each request, so that new files count at once; None: the server has none."""
 
     def __init__(self, folder: Path | None) -> None:
+        if folder is not None and not folder.is_dir():
+            raise HanDiffuserError(f"--lora-folder must be a folder, got {folder}. Name one with .safetensors files.")
         self.folder = folder
 
     def names(self) -> dict[str, Path]:

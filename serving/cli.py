@@ -79,7 +79,7 @@ def _named(_: click.Context, parameter: click.Parameter, given: Any) -> Any:
 @click.option("--default-negative-prompt", default="", metavar="TEXT",
               help="Negative prompt of requests that give none.")  # fmt: skip
 @click.option("--plain-prompts", is_flag=True, help=SETTINGS["plain_prompts"].help)
-@click.option("--lora-folder", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER",
+@click.option("--lora-folder", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Adapters (LoRA, .safetensors) that requests may name. On a CPU only.")  # fmt: skip
 @click.option("--lora-memory", type=click.FloatRange(0, 10_000, min_open=True), metavar="GB",
               help="Memory of each worker for engines with adapters.  [default: half of what is free]")  # fmt: skip

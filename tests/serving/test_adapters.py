@@ -8,7 +8,7 @@ import io
 import numpy as np
 import pytest
 from adaptable import adaptable, write
-from handiffuser.errors import RequestError
+from handiffuser.errors import HanDiffuserError, RequestError
 from handiffuser.serving.adapters import Adapters
 from handiffuser.serving.service import Front
 from PIL import Image
@@ -69,5 +69,7 @@ def test_paths_and_strangers_are_refused(served, folder):
         assert answer.status_code == 400 and error["param"] == "lora", (name, error)
         assert str(folder) not in error["message"].replace(name or "?", ""), error
     assert "one of cold.light, damaged, warm, got 'lost'" in served.generate(lora="lost").json()["error"]["message"]
+    with pytest.raises(HanDiffuserError, match="--lora-folder must be a folder"):
+        Adapters(folder / "warm.safetensors")
     with pytest.raises(RequestError, match="--lora-folder"):
         Adapters(None).paths("warm")
