@@ -310,7 +310,7 @@ def host_engines(folder: Path, manifest: Manifest, threads: int | None, *_: int)
         else:
             files = [(shape, plan) for shape, plan in found.shapes[name] if manifest.size_at(shape) in found.sizes]
             engines[name] = InductorShapes(spec, files, found.sizes, load)  # of prompts with one chunk, too
-            for shape, _ in files:
+            for shape, _file in files:
                 if manifest.size_at(shape) == manifest.image_size:
                     engines[name].prepare(shape)
     return engines

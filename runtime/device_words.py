@@ -1,6 +1,6 @@
 """From token ids to keys and values on a GPU: the text encoder, the weights of prompts, `unet_context`.
 
-    words = DeviceWords(cuda, staging, graphs, slots)
+    words = DeviceWords(staging, graphs, stream, slots)
     words.encode(side, works, empty)       # enqueues; hand features must be there
 
 Weights act on the host (`words.py`). It waits for the encoder's states, in batches with such a prompt alone.
@@ -48,7 +48,8 @@ class DeviceWords:
 
     def _states(self, stream: Any, wanted: Wanted) -> dict[Key, np.ndarray]:
         """Runs the encoder over `wanted.rows`. Its words never read hands, so those of any request may lie there."""
-        ids, mask, context = (*map(self.encoder.inputs.get, ("input_ids", MASK)), self.encoder.outputs["context"])
+        ids, mask = self.encoder.inputs["input_ids"], self.encoder.inputs.get(MASK)
+        context: Any = self.encoder.outputs["context"]
         rows, states = list(wanted.rows.items()), dict[Key, np.ndarray]()
         for start in range(0, len(rows), self.slots):
             some = rows[start : start + self.slots]
