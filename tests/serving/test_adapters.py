@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import sys
 
 import numpy as np
 import pytest
 from adaptable import adaptable, write
+from handiffuser.detection.hands import arrays_of
 from handiffuser.errors import HanDiffuserError, RequestError
+from handiffuser.pictures import encode_png
+from handiffuser.repair.place import placed
+from handiffuser.runtime.rest import joints_at_rest
 from handiffuser.serving.adapters import Adapters
+from handiffuser.serving.fields import as_json
 from handiffuser.serving.service import Front
+from handiffuser.shipped import bundle_path
 from PIL import Image
 from served import serving
 
@@ -73,3 +81,21 @@ def test_paths_and_strangers_are_refused(served, folder):
         Adapters(folder / "warm.safetensors")
     with pytest.raises(RequestError, match="--lora-folder"):
         Adapters(None).paths("warm")
+
+
+def test_repairs_take_adapters(served, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mediapipe", None)
+    pytest.importorskip("cv2")
+    pytest.importorskip("python_multipart")
+    rest = joints_at_rest(bundle_path())
+    hand = arrays_of([placed(np.array([40.0, 40, 120, 130]), "right", "fist", rest)], (150, 200), rest)
+    files = {"image": encode_png(np.full((150, 200, 3), 90, np.uint8))}
+    form = {"repair": "true", "hands": json.dumps(as_json(hand)), "seed": "1", "prompt": "a fist", "num_inference_steps": "2"}
+
+    def repaired(**fields):
+        return served.client.post("/v1/images/edits", files=files, data={**form, **fields})
+
+    plain, warm = (repaired(**fields).json() for fields in ({}, {"lora": "warm"}))
+    assert not np.array_equal(*(pixels(one["data"][0]["b64_json"]) for one in (plain, warm)))
+    answer = repaired(lora="lost")
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora"
