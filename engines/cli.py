@@ -123,7 +123,9 @@ def check_options(backend: str, precision: str, wanted: Wanted, faster_than: Pat
         raise EngineError(f"--eight-bits is an option of fp8 and int8, got --precision {precision}. Leave it out.")
     if backend in GPU_PLANNED:
         return
-    sizes = {"--batch-sizes": wanted.batch_sizes, "--guidance-free": wanted.guidance_free}
+    sizes = {
+        "--batch-sizes": wanted.batch_sizes, "--sizes": wanted.pictures, "--guidance-free": wanted.guidance_free
+    }  # fmt: skip
     given = {
         **sizes,
         "--dynamic": wanted.dynamic,

@@ -162,6 +162,7 @@ def test_what_cannot_be_built_is_one_sentence(toy_bundle, gpu, monkeypatch, tmp_
     for options, words in (
         (("--version-compatible",), "--version-compatible is an option of TensorRT, got --backend onnxruntime."),
         (("--batch-sizes", "1"), "--batch-sizes is an option of compiled plans, got --backend onnxruntime."),
+        (("--sizes", "64x96"), "--sizes is an option of compiled plans, got --backend onnxruntime."),
         (("--backend", "openvino", "--build-level", "0"), "--build-level is an option of TensorRT, got --backend open"),
     ):
         result = invoke("export.cli", "demo", tmp_path / "out", *options)
