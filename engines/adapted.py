@@ -173,7 +173,9 @@ def merge_into(
         stored.write(out / file, new, frozenset(name for name in new if name.endswith(WIDE)))
         open_to_others(*(out / name for name in manifest.files_of(graph)))
     files = manifest.files | {file: file_digest(out / file) for file in sorted(written)}
-    made_by = {**manifest.made_by, "adapters": [str(one) for one, _ in adapters]}
+    before = manifest.made_by.get("adapters") or []  # of a bundle that `hd-engines merge` wrote
+    made_by = {**manifest.made_by, "adapters": [*before, *(str(one) for one, _ in adapters)]}
+    made_by.pop("source", None)  # hd-export would take it for what this source gives
     adapted = replace(manifest, files=files, made_by=made_by)
     adapted.save(out)
     return adapted

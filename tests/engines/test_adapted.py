@@ -14,9 +14,10 @@ import pytest
 from handiffuser.adapters import Added
 from handiffuser.contract import WEIGHTS, Manifest
 from handiffuser.engines import adapted, cli
-from handiffuser.engines.adapted import adapted_bundle, chosen, key_of, shrink
+from handiffuser.engines.adapted import adapted_bundle, chosen, key_of, make_bundle, shrink
 from handiffuser.engines.initializers import OnnxWeights
 from handiffuser.errors import BundleError, CheckpointError, EngineError, HanDiffuserError
+from handiffuser.export.source import changed as why_exported
 from handiffuser.schema import MisfitError
 from handiffuser.shipped import bundle_path
 from handiffuser.tensors import TensorFile, narrowed, widened
@@ -121,6 +122,10 @@ def test_hd_engines_merges_into_a_folder(tmp_path, capfd):
     assert cli.commands.main(["merge", "demo", str(out), "--lora", f"{path}:2"], standalone_mode=False) == 0
     assert "Merged a.safetensors at 2: 1 layers of unet." in capfd.readouterr().err
     manifest, base = Manifest.load(out), Manifest.load(bundle_path())
+    assert "source" in base.made_by and why_exported(out, base.made_by["source"]), "hd-export does not call it current"
+    again = make_bundle(tmp_path / "again", out, chosen([f"{path}:-1"]))
+    said = Manifest.load(again).made_by["adapters"]
+    assert [one.split()[0] for one in said] == ["a.safetensors:2", "a.safetensors:-1"]
     assert [name for name in base.files if manifest.files[name] != base.files[name]] == ["unet_context.onnx"]
     for arguments, words in ((["--lora", str(path)], "a new or an empty folder"), (["--lora", "no"], "does not exist")):
         with pytest.raises(HanDiffuserError, match=words):

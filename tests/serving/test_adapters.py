@@ -90,7 +90,13 @@ def test_repairs_take_adapters(served, monkeypatch):
     rest = joints_at_rest(bundle_path())
     hand = arrays_of([placed(np.array([40.0, 40, 120, 130]), "right", "fist", rest)], (150, 200), rest)
     files = {"image": encode_png(np.full((150, 200, 3), 90, np.uint8))}
-    form = {"repair": "true", "hands": json.dumps(as_json(hand)), "seed": "1", "prompt": "a fist", "num_inference_steps": "2"}
+    form = {
+        "repair": "true",
+        "hands": json.dumps(as_json(hand)),
+        "seed": "1",
+        "prompt": "a fist",
+        "num_inference_steps": "2",
+    }
 
     def repaired(**fields):
         return served.client.post("/v1/images/edits", files=files, data={**form, **fields})
