@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..contract import shown_size
 from ..data.latents import encode_prompts
 from ..errors import CheckpointError, RequestError
 from ..hands import by_person, hand_arrays, keep_camera, load_hands
@@ -25,10 +27,12 @@ from ..models.checkpoint import Checkpoint, decode
 from ..models.hand_features import HandFeatures
 from ..models.smplh import SMPLH
 from ..models.text_hand_encoder import FEATURES, word_states
+from ..prompts import marked
 from ..runtime.clash import clash
 from ..runtime.noise import HANDS, LATENTS, drawn_again, initial
 from ..runtime.requests import Request, Resolver, resolve
 from ..runtime.results import Picture
+from ..settings import SETTINGS
 
 BATCH = 8  # pictures that `Torch` paints at once
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -221,12 +225,8 @@ class Torch:
         self.digest = digest.hexdigest()[:16]
 
     def prepare(self, requests: Sequence[Request]) -> tuple[list[Request], list[Any]]:
-        def check(request: Request) -> None:
-            scheduler_of(request.solver or "", {}, 1)
-            if request.hands is not None:
-                load_hands(request.hands).of(self.checkpoint.num_people)
-
-        return resolve(requests, Resolver(self.checkpoint.defaults, bundle=self.digest, check=check))
+        found = partial(check, checkpoint=self.checkpoint)
+        return resolve(requests, Resolver(self.checkpoint.defaults, bundle=self.digest, check=found))
 
     def run(self, requests: Sequence[Request]) -> Iterator[Picture]:
         """Paints requests with the same settings together, up to BATCH of them."""
@@ -274,6 +274,27 @@ class Torch:
             x = ((torch.from_numpy(params) - eager.mean) / eager.std)[None].to(eager.device)
             params = keep_camera(hands, eager.features(x)["joints_3d"][0].cpu().numpy()).reshape(-1)
         return (torch.from_numpy(params).float() - eager.mean) / eager.std
+
+
+def check(request: Request, checkpoint: Checkpoint) -> None:
+    """Raises RequestError for a request with what bundles alone can do, and for what a checkpoint cannot paint."""
+    scheduler_of(request.solver or "", {}, 1)
+    own = {"size": shown_size(checkpoint.image_size), "guidance_interval": SETTINGS["guidance_interval"].default}
+    for name in ("image", "lora", "size", "guidance_interval"):
+        if getattr(request, name) not in (None, own.get(name)):
+            raise RequestError(
+                f"{name} must be left out for a checkpoint in PyTorch, got one. Export it, and name the bundle.",
+                name,
+            )
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        if not request.plain_prompts and marked(text):
+            raise RequestError(
+                f"{name} must have no weights and no BREAK for a checkpoint in PyTorch, got {text!r}. "
+                "Set plain_prompts, which reads them as text, or export the checkpoint.",
+                name,
+            )
+    if request.hands is not None:
+        load_hands(request.hands).of(checkpoint.num_people)
 
 
 def _nothing() -> None: ...

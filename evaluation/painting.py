@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 from .. import shipped
 from ..data.dataset import Index
 from ..data.samples import Bad, Sample, members
-from ..errors import EvaluationError, HanDiffuserError
+from ..errors import EvaluationError, HanDiffuserError, RequestError
+from ..prompts import marked
 from ..runtime.outputs import OutputFolder
 from ..runtime.requests import Request, RequestFile
 from ..runtime.results import Failure, Picture
@@ -56,7 +57,12 @@ def wanted(
                 say(f"left out: {sample.key}: it has no hands to paint.")
                 continue
             try:
-                requests.append(Request(sample.prompts[0], picture_id(sample.key), seed + number, hands=hands))
+                caption = sample.prompts[0]
+                requests.append(
+                    Request(
+                        caption, picture_id(sample.key), seed + number, hands=hands, plain_prompts=is_marked(caption)
+                    )
+                )
             except HanDiffuserError as error:
                 say(f"left out: {sample.key}: {error}")
     else:
@@ -67,6 +73,14 @@ def wanted(
     if not requests:
         raise EvaluationError("No prompt can be painted. The lines above say why.")
     return requests[:count]
+
+
+def is_marked(caption: str) -> bool:
+    """Whether a caption has what prompts read as weights or breaks. Training reads captions as they are written."""
+    try:
+        return marked(caption)
+    except RequestError:
+        return True
 
 
 def _given(sample: Sample, folder: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,8 @@ from datasets import made_sample
 from handiffuser import shipped
 from handiffuser.data.samples import Sample, encode_png, read
 from handiffuser.detection.detect import Found, MediaPipe, distinct, squares, windows
-from handiffuser.errors import EvaluationError
-from handiffuser.evaluation import measure, painting, pictures, run
+from handiffuser.errors import EvaluationError, RequestError
+from handiffuser.evaluation import eager, measure, painting, pictures, run
 from handiffuser.evaluation.cli import evaluate
 from handiffuser.evaluation.distances import interval
 from handiffuser.evaluation.features import RandomFilters
@@ -25,6 +26,7 @@ from handiffuser.evaluation.measure import Instruments, figures, look
 from handiffuser.evaluation.pictures import Shown
 from handiffuser.evaluation.reference import compare, psnr, verdict
 from handiffuser.evaluation.report import page
+from handiffuser.runtime.requests import Request
 from report import held_out_scenes
 from rows import key_of, save
 
@@ -253,6 +255,21 @@ def test_given_hands_are_painted(tiny_bundle, tiny_checkpoint_folder, tmp_path):
     for pose, joints in painted:
         assert np.allclose(pose, wanted, atol=1e-4)
         assert np.allclose(joints, painted[0][1], atol=1e-4)
+
+
+def test_captions_are_read_as_they_are_written(tmp_path):
+    """As in training. And what PyTorch does not paint is refused there."""
+    save(tmp_path / "a", [Sample("one", ["a (right) hand"], None, None), Sample("two", ["a fist"], None, None)])
+    asked = painting.wanted(tmp_path / "a", None, None, None, 0, pytest.fail)
+    assert [one.plain_prompts for one in asked] == [True, False]
+    checkpoint = SimpleNamespace(image_size=(64, 32), num_people=1)
+    for request in (*asked, Request("a fist", solver="ddim", size="32x64", guidance_interval=(0, 1))):
+        eager.check(replace(request, solver="ddim"), checkpoint)
+    for field, given in (("size", "64x64"), ("lora", "a.safetensors"), ("guidance_interval", (0, 0.5))):
+        with pytest.raises(RequestError, match=f"{field} must be left out for a checkpoint in PyTorch, got one"):
+            eager.check(Request("a fist", solver="ddim", **{field: given}), checkpoint)
+    with pytest.raises(RequestError, match=r"prompt must have no weights and no BREAK for .* got 'a \(fist:1.2\)'"):
+        eager.check(Request("a (fist:1.2)", solver="ddim"), checkpoint)
 
 
 def test_psnr_of_equal_and_of_other_pictures(tmp_path):
