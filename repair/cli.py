@@ -25,6 +25,7 @@ from ..detection.detect import Detector, MediaPipe
 from ..detection.draw import draw
 from ..detection.hands import Seen, find, from_estimates
 from ..detection.poses import Poses
+from ..engines.adapted import chosen as chosen_adapters
 from ..engines.backends import CHOICES, DEVICES
 from ..errors import DetectionError, HanDiffuserError, OutputError
 from ..files import lock, written
@@ -62,6 +63,8 @@ PATH = click.Path(path_type=Path)
     "--caption", metavar="TEXT", help="What the picture shows around the hand.  [default: made of its colours]"
 )
 @click.option("--all", "every", is_flag=True, help="Also paint hands whose pose is not sure.")
+@click.option("--lora", multiple=True, metavar="FILE[:SCALE]",
+              help="Paint with an adapter (LoRA, .safetensors) merged into the weights; repeatable.")  # fmt: skip
 @settings_without("size", "images_per_prompt")  # a repaired picture keeps its size, and there is one
 @click.option("--batch-size", type=click.IntRange(1, 64), default=4, show_default=True, help="Hands painted at once.")
 @click.option("--backend", type=click.Choice(CHOICES), default="auto", show_default=True, help="What runs the engines.")
@@ -81,6 +84,7 @@ def repair_command(engines: str, pictures: tuple[Path, ...], output: Path, **opt
     if wish.gesture:
         known_gesture(wish.gesture, [name for name in Poses.load().names if name])
     box = _box(options["box"], options["gesture"], options["side"])
+    chosen_adapters(options["lora"])  # one error, and not one for every picture
     bundle = shipped.resolve(engines, "bundle", options["quiet"])
     Manifest.load(bundle, verify=False)
     rest = joints_at_rest(bundle)
@@ -176,6 +180,7 @@ class Job:
                     self.options["threads"],
                     self.options["batch_size"],
                     self.options["backend"],
+                    lora=self.options["lora"],
                 )
         return self._pipeline
 
@@ -235,8 +240,10 @@ class Job:
         said = {
             name: str(value)
             for name, value in sorted(self.options.items())
-            if name not in ("quiet", "dry_run", "threads")
+            if name not in ("quiet", "dry_run", "threads", "lora")
         }
+        if adapters := chosen_adapters(self.options["lora"]):  # by content; without them as before there were any
+            said["lora"] = str([one.key for one in adapters])
         said["bundle"] = str(Manifest.load(self.bundle, verify=False).sha256)
         return hashlib.sha256(original.content + json.dumps(said).encode()).hexdigest()[:8]
 

@@ -320,6 +320,7 @@ def test_the_command_repairs_and_skips(painted, tmp_path):
     ("words", "sentence"),
     [
         (("--gesture", "wave_hello"), "--gesture must be one of"),
+        (("--lora", "no.safetensors:0.8"), "no.safetensors does not exist"),
         (("--box", "1,2,3"), "--box must be left,top,right,bottom"),
         (("--box", "10,10,90,90"), "--box must come with --gesture and --side"),
         (
