@@ -10,6 +10,7 @@ with HanDiffuser.load("demo") as engines:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ def repair_hands(
     given = None if hands is None else _placed(hands)
     if gesture is not None and gesture not in gestures():
         raise RequestError(f"gesture must be one of {', '.join(gestures())}, got {gesture!r}.", "gesture")
+    if hands is None and detector is None:  # one detector finds the hands and looks at what was painted
+        wished = {"gesture": gesture, "side": side, "strength": strength, "caption": caption, "keep_pose": keep_pose}
+        with closing(MediaPipe()) as eyes:
+            return repair_hands(engines, picture, every=every, detector=eyes, run=run, **wished, **settings)
     rest = joints_of(engines)
     try:
         seen = found = find(picture, rest, detector, side=side)

@@ -375,6 +375,26 @@ class Known:
         return 0.9
 
 
+def test_repair_hands_looks_again(painted, monkeypatch):
+    """With a detector of its own, which it closes. This one finds the hand in the whole picture alone."""
+    made, _, engines = painted
+    closed = []
+
+    class Far(Known):
+        def __init__(self) -> None:
+            super().__init__(made.hands["joints_2d"][1])
+
+        def __call__(self, image: np.ndarray) -> list[Found]:
+            return super().__call__(image) if image.shape == made.image.shape else []
+
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr("handiffuser.repair.pictures.MediaPipe", Far)
+    outcome = repair_hands(engines, made.image, seed=1)
+    assert outcome.image is made.image and "so it stays" in outcome.said[-1] and len(closed) == 1
+
+
 def test_hands_are_found_in_one_picture_after_the_other(painted):
     """What is found goes straight into a new picture, or into a repair; and what has no hands is refused there."""
     made, _, engines = painted
