@@ -40,6 +40,7 @@ WHOLE = (
     "vertices.",
     "place",
     "side",
+    "person",
     "null",
 )  # the Text+Hand encoder's own tensors for hands
 OWN = (

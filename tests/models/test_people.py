@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from handiffuser.data.hands import hand_rows, most_visible, people_rows, plain_f
 from handiffuser.data.latents import LatentCache, encode_prompts, make_latents
 from handiffuser.data.samples import person, write_shards
 from handiffuser.errors import CheckpointError, TrainingError
+from handiffuser.models import lora
 from handiffuser.models.checkpoint import Checkpoint, random_checkpoint
 from handiffuser.models.configs import CONFIGS
 from handiffuser.models.hand_features import HandFeatures, make_basis
@@ -38,6 +40,20 @@ def twins(*places: float) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def pair(tiny_checkpoint) -> Checkpoint:
     return with_people(tiny_checkpoint, 2)
+
+
+def test_an_adapter_has_what_tells_people_apart(tiny_checkpoint, pair, tmp_path):
+    pytest.importorskip("peft")
+    trained = copy.deepcopy(pair)
+    lora.inject(trained, 2)
+    tensors = lora.trained(trained)
+    tensors["text_hand_encoder.person"] += 1
+    lora.save(tensors, tmp_path / "pair.safetensors", 2)
+    merged = copy.deepcopy(pair)
+    lora.merge(merged, tmp_path / "pair.safetensors")
+    assert torch.equal(merged.text_hand_encoder.person, pair.text_hand_encoder.person + 1)
+    with pytest.raises(CheckpointError, match=r"does not fit this model: it lacks text_hand_encoder\.person"):
+        lora.merge(copy.deepcopy(tiny_checkpoint), tmp_path / "pair.safetensors")
 
 
 @torch.no_grad()
