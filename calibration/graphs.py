@@ -22,7 +22,7 @@ from onnx import (
     shape_inference,
 )
 
-from ..contract import EXTERNAL, Manifest, TensorSpec, file_digest
+from ..contract import EXTERNAL, WEIGHTS, Manifest, TensorSpec, file_digest
 from ..errors import BundleError
 from ..files import open_to_others
 
@@ -119,7 +119,7 @@ def rewrite_bundle(folder: Path, out: Path, change: Callable[[str, ModelProto], 
     try:
         graph_files = tuple(spec.file for spec in manifest.graphs.values())
         for name in manifest.files:
-            if not name.startswith(graph_files):  # neither a graph nor its weights
+            if not name.startswith(graph_files) and name != WEIGHTS:  # which says where the old graphs have theirs
                 shutil.copyfile(folder / name, work / name)
         for name, spec in manifest.graphs.items():
             model = change(name, onnx.load(folder / spec.file))

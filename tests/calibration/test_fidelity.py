@@ -11,8 +11,10 @@ from handiffuser.calibration.fidelity import GraphError, PictureError, Report, f
 from handiffuser.calibration.graphs import rewrite_bundle
 from handiffuser.calibration.mixed import keep_sensitive
 from handiffuser.calibration.record import Recorder, load_inputs, record, save_inputs
-from handiffuser.contract import GRAPHS, IMAGE_ENCODER, GraphSpec, Manifest
+from handiffuser.contract import GRAPHS, IMAGE_ENCODER, WEIGHTS, GraphSpec, Manifest
 from handiffuser.errors import BundleError, EngineError, HanDiffuserError, RequestError
+from handiffuser.shipped import bundle_path
+from handiffuser.weights import WeightMap
 
 PROMPTS = ["a left hand", "two open hands"]
 
@@ -86,6 +88,13 @@ def test_bundles_of_two_checkpoints_are_refused(tiny_bundle, tmp_path):
         fidelity(tiny_bundle, tmp_path / "other")
     with pytest.raises(BundleError, match="must not exist"):
         rewrite_bundle(tiny_bundle, tmp_path / "other", lambda _, model: model)
+
+
+def test_a_rewritten_bundle_has_no_map_of_the_old_weights(tmp_path):
+    manifest = rewrite_bundle(bundle_path(), tmp_path / "other", lambda _, model: model)
+    assert WEIGHTS in Manifest.load(bundle_path(), verify=False).files and WEIGHTS not in manifest.files
+    with pytest.raises(BundleError, match="lacks weights.json"):
+        WeightMap.load(tmp_path / "other")
 
 
 def test_a_reference_that_fails_is_no_reference(tiny_bundle, change_weights, tmp_path):
