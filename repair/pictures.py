@@ -83,9 +83,15 @@ def repair_hands(
     if gesture is not None and gesture not in gestures():
         raise RequestError(f"gesture must be one of {', '.join(gestures())}, got {gesture!r}.", "gesture")
     if hands is None and detector is None:  # one detector finds the hands and looks at what was painted
-        wished = {"gesture": gesture, "side": side, "strength": strength, "caption": caption, "keep_pose": keep_pose}
+        wished: dict[str, Any] = {
+            "gesture": gesture,
+            "side": side,
+            "strength": strength,
+            "caption": caption,
+            **settings,
+        }
         with closing(MediaPipe()) as eyes:
-            return repair_hands(engines, picture, every=every, detector=eyes, run=run, **wished, **settings)
+            return repair_hands(engines, picture, keep_pose=keep_pose, every=every, detector=eyes, run=run, **wished)
     rest = joints_of(engines)
     try:
         seen = found = find(picture, rest, detector, side=side)
