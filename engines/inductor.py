@@ -225,9 +225,15 @@ class InductorShapes:
         sizes: frozenset[Size],
         load: Callable[[Plan, GraphSpec], InductorEngine],
     ) -> None:
-        branches = {shape.get(BRANCHES, 2) for shape, _ in plans}
-        self.spec = spec if branches == {1, 2} else spec.at({BRANCHES: max(branches)})
-        self.batches: Sequence[int] | None = sorted({shape["B"] for shape, _ in plans})
+        found: dict[tuple[tuple[str, int], ...], set[tuple[int, int]]] = {}  # by size of pictures: batches and branches
+        for shape, _ in plans:
+            size = tuple(sorted((axis, n) for axis, n in shape.items() if axis not in ("B", BRANCHES)))
+            found.setdefault(size, set()).add((shape["B"], shape.get(BRANCHES, 2)))
+        # What every size has: a loop asks for the same batches of all.
+        shared = set.intersection(*found.values())
+        self.batches: Sequence[int] | None = sorted({batch for batch, _ in shared})
+        alone = all((batch, 1) in shared for batch in self.batches)
+        self.spec = spec if alone else spec.at({BRANCHES: 2})
         self.sizes, self._graph, self._load = sizes, spec, load
         self._plans = {tuple(sorted(shape.items())): plan for shape, plan in plans}
         self._engines: dict[tuple[tuple[str, int], ...], InductorEngine] = {}
@@ -237,7 +243,7 @@ class InductorShapes:
         self._engine(sizes)
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        check_feeds(self.spec, feeds)
+        check_feeds(self._graph, feeds)
         shape = {
             size: feeds[tensor.name].shape[axis]
             for tensor in self._graph.inputs

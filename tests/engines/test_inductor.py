@@ -11,6 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ pytest.importorskip("cuda.bindings.runtime")
 from fake_onnxruntime import FakeOnnxRuntime
 from fake_runtime import FakeDeviceEngine, FakeRuntime, Op, fake_cuda
 from handiffuser import EngineError, ExportError, HanDiffuser, Request, RequestError
-from handiffuser.contract import ALL_GRAPHS, PICTURES, GraphSpec, Manifest
+from handiffuser.contract import ALL_GRAPHS, PICTURES, GraphSpec, Manifest, TensorSpec
 from handiffuser.engines import inductor, load_engines, timing
 from handiffuser.engines.inductor import InductorDeviceEngine, InductorEngine, InductorShapes
 from handiffuser.engines.inductor_files import Here, find_compiled, options_of, wanted_files
@@ -179,7 +180,6 @@ def test_shapes_of_a_graph_share_their_weights(tmp_path):
     spec = GraphSpec("toy.onnx", [graph.spec(name, v) for name, v in inputs.items()], made[0].spec.outputs)
     pairs = list(zip(shapes, files, strict=True))
     engine = InductorShapes(spec, pairs, frozenset(), lambda path, at: InductorEngine(path, at, weights=shared))
-    assert engine.batches == [1, 2] and engine.spec.branched == {"key"}
     for case, shape in zip(made, shapes, strict=True):
         feeds = case.feeds(shape["B"])
         (exact,) = case.exact(shape["B"]).values()
@@ -193,6 +193,22 @@ def test_shapes_of_a_graph_share_their_weights(tmp_path):
         inductor.read_weights(store, plan, "cpu")
     with pytest.raises(EngineError, match=r"its weights lack first\.bias"):
         InductorEngine(made[0].path, made[0].spec, weights={})
+
+
+def test_a_loop_is_told_what_every_size_has():
+    """Another size may have been compiled for fewer batches, or without the conditional branch alone."""
+    tensors = [TensorSpec("latents", "float32", ("B", 4, "h", 8)), TensorSpec("key", "float32", ("B", "G", 16))]
+    spec = GraphSpec("unet.onnx", tensors, tensors[:1])
+
+    def told(*more: tuple[int, int]) -> tuple[Any, frozenset[str]]:
+        kinds = [(8, 1, 2), (8, 1, 1), (8, 4, 2), (8, 4, 1), *((12, *kind) for kind in more)]
+        shapes = [({"B": batch, "G": branches, "h": h}, None) for h, batch, branches in kinds]
+        engine = InductorShapes(spec, shapes, frozenset(), lambda plan, at: None)
+        return engine.batches, engine.spec.branched
+
+    assert told() == told((1, 2), (1, 1), (4, 2), (4, 1)) == ([1, 4], {"key"})
+    assert told((1, 2), (1, 1), (4, 2)) == ([1, 4], frozenset())
+    assert told((1, 2), (1, 1)) == ([1], {"key"}) and told((1, 2)) == ([1], frozenset())
 
 
 def refusal(case: Case, path: Path | None = None, **settings) -> str:
