@@ -390,7 +390,7 @@ def test_repair_hands_looks_again(painted, monkeypatch):
         def close(self) -> None:
             closed.append(self)
 
-    monkeypatch.setattr("handiffuser.repair.pictures.MediaPipe", Far)
+    monkeypatch.setitem(repair_hands.__globals__, "MediaPipe", Far)
     outcome = repair_hands(engines, made.image, seed=1)
     assert outcome.image is made.image and "so it stays" in outcome.said[-1] and len(closed) == 1
 
