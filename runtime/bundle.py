@@ -171,7 +171,7 @@ class Bundle:
             there, asked = (" ".join(map(shown_adapter, some)) for some in (self.loaded, adapters))
             raise RequestError(
                 f"lora must be {there or 'left out'}, as these engines were loaded, got {asked}. Give all pictures of "
-                "a run the same adapters: hd-run --lora.",
+                "a run the same adapters (hd-run --lora), or merge them into a bundle: hd-engines merge.",
                 "lora",
             )
         key = tuple(one.key for one in adapters)

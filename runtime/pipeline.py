@@ -270,7 +270,7 @@ class HanDiffuser:
             seed=seed,
             images=images_per_prompt,
             check=self.bundle.check,
-            lora=[f"{one.path}:{one.scale:g}" for one in self.bundle.loaded] or None,
+            lora=[one.typed for one in self.bundle.loaded] or None,
         )
 
     def run(self, requests: Iterable[Request | None], on_event: OnEvent | None = None) -> Iterator[Picture | Failure]:

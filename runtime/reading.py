@@ -48,7 +48,7 @@ class Reader:
                 raise RequestError(
                     f"{name} must fit into {most} chunk of {self.tokenizer.room} tokens with these engines, got "
                     f"{reading.tokens:,} tokens in {len(reading.ids)} chunks. Shorten it, or set plain_prompts, which "
-                    "cuts it. --device cpu reads all of it.",
+                    "cuts it. --backend onnxruntime --device cpu reads all of it.",
                     name,
                 )
 
