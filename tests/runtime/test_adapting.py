@@ -40,7 +40,7 @@ def pipeline(toy):
 
 
 def test_mixed_pictures_are_those_of_each_alone(pipeline, toy, files, all_at_once):
-    kinds = [None, files["s"], (f"{files['k']}:2", f"{files['s']}:-1.0000001"), f"{files['s']}:0.5", (files["k"],)]
+    kinds = [None, files["s"], (f"{files['k']}:2", f"{files['s']}:-1.0000001"), f"{files['s']}:0.5", [Path(files["k"])]]
     sizes = [None, "64x32"]
     alone = {(k, s): pipeline.generate("a fist", seed=1, lora=kinds[k], size=s)[0].image.astype(int)
              for k in range(5) for s in sizes}  # fmt: skip
@@ -107,7 +107,7 @@ def test_what_a_request_may_say(pipeline, files, tmp_path):
         pipeline.generate("a fist", lora=files["s"])
     for said, words in ((str(strange), "does not fit this model"), ("nothing.safetensors", "does not exist")):
         with pytest.raises(CheckpointError, match=words):
-            HanDiffuser.load(pipeline.bundle.folder, "cpu", lora=said)
+            HanDiffuser.load(pipeline.bundle.folder, "cpu", lora=Path(said))
 
 
 def test_an_adapter_that_changes_while_a_run_waits_fails_alone(pipeline, tmp_path):
