@@ -189,7 +189,7 @@ class Pose:
 
     def __init__(self, hands: Arrays) -> None:
         """Raises RequestError."""
-        hands = self.given = given_arrays(hands, *POSES, "placement", "camera", "joints", "joints_2d")
+        hands = self.given = given_arrays(hands, *POSES, "camera", "joints", "joints_2d")
         vectors = np.concatenate([np.reshape(hands[name], (-1, 3)) for name in POSES]).astype(np.float64)
         self.local = axis_angle_to_matrix(vectors)
         joints = np.asarray(hands["joints"], np.float64)
@@ -208,7 +208,8 @@ class Pose:
 
     def middle(self) -> np.ndarray:
         """[2] in [0, 1] of the picture: the middle of the hands that are there."""
-        shown = np.asarray(self.given.get("visibility", self.given["placement"][:, 0])) >= 0.5
+        presence = self.given.get("visibility", self.given.get("placement", np.ones((2, 1)))[:, 0])
+        shown = np.asarray(presence) >= 0.5
         which = np.array(HAND_JOINTS)[shown if shown.any() else slice(None)]
         found: np.ndarray = self.seen(self.joints()[which]).reshape(-1, 2).mean(0)
         return found

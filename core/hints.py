@@ -33,6 +33,7 @@ OTHERS = {
     "precision": "mixed-precision fp16 bf16 fp8 int8 half dtype torch-dtype quantization",
     "image-size": "resolution height width size h w",
     "lora": "network-dim rank lora-rank lora-r network-weights lora-weights lora-path adapter loras",
+    "lora-folder": "lora loras lora-dir adapter",
     "start": "pretrained-model-name-or-path model checkpoint init-from resume-from-checkpoint",
     "data": "train-data-dir dataset dataset-name dataset-config data-dir",
     "run": "logging-dir log-dir workdir output-dir",
@@ -48,7 +49,7 @@ OTHERS = {
 # Options that we lack: what to do instead, by command.
 _BUNDLE_FIRST = "The bundle comes first, without an option: hd-run BUNDLE PROMPT."
 _SIZE = "Each request says its size, as size: WIDTHxHEIGHT in pixels, such as 512x768."
-_LORA = "An adapter is merged when a bundle is exported: hd-export CHECKPOINT OUT --lora FILE:SCALE."
+_LORA = "A bundle of its own holds an adapter: hd-engines merge BUNDLE OUT --lora FILE:SCALE."
 _PRECISION = "A bundle has one precision. Export another: hd-export CHECKPOINT OUT --precision fp16."
 _REQUEST = "Each request says it, as {}."
 _NO_TRAINING = "hd-train trains, for example: hd-train pictures --help."
@@ -57,7 +58,7 @@ INSTEAD: dict[str, dict[str, str]] = {
         **dict.fromkeys(("hd-run", "request"), "Say the size of pictures as size: WIDTHxHEIGHT, such as 512x768."),
         **dict.fromkeys(("hd-serve", "hd-bench", "hd-engines"), _SIZE),
     },
-    "lora": dict.fromkeys(("hd-run", "hd-serve", "hd-bench", "hd-engines", "request"), _LORA),
+    "lora": dict.fromkeys(("hd-bench", "hd-engines"), _LORA),
     "precision": dict.fromkeys(("hd-run", "hd-serve", "hd-bench", "hd-engines", "request"), _PRECISION),
     "devices": {
         "hd-run": "hd-run uses one GPU, which CUDA_VISIBLE_DEVICES chooses; --ray, after the prompts, uses all.",

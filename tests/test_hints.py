@@ -32,7 +32,7 @@ def said(line: str) -> str:
         ("hd-run demo fist --negative_prompt x", "It is --negative-prompt here."),
         ("hd-run demo fist --height 512", "Say the size of pictures as size: WIDTHxHEIGHT"),
         ("hd-run demo fist --width=512", "Say the size of pictures as size: WIDTHxHEIGHT"),
-        ("hd-run demo fist --lora x", "hd-export CHECKPOINT OUT --lora FILE"),
+        ("hd-serve demo --lora x", "It is --lora-folder here."),
         ("hd-run demo fist --gpus 2", "CUDA_VISIBLE_DEVICES"),
         ("hd-run demo fist --lr 1", "hd-train trains"),
         ("hd-serve demo --gpus 2", "It is --devices here."),

@@ -252,12 +252,13 @@ def test_only_steps_replay_and_a_refusal_runs_without(toy_bundle, fake_ort):
     manifest, cuda = Manifest.load(toy_bundle), Cuda()
     stream = cuda.stream()
     fake_ort.refuse = ("hand_prior",)
-    load = device_engines("onnxruntime", toy_bundle, manifest, cuda, lambda _: stream, 4, replay=True).load
+    load = device_engines("onnxruntime", toy_bundle, manifest, cuda, lambda _: stream, 4, replay=True)
+    load = load.at(manifest.image_size).load
     own = {name: load(name, 4, 2).own_graph for name in manifest.graphs}
     assert own == {name: name == "unet" for name in manifest.graphs}
     a, b, c = load("unet", 2, 2), load("unet", 4, 2), load("image_decoder", 2, 2)
     assert a.own_graph and a.engine is not b.engine and c.engine is load("image_decoder", 4, 2).engine
-    found = device_engines("onnxruntime", toy_bundle, manifest, cuda, lambda _: stream, 3)
+    found = device_engines("onnxruntime", toy_bundle, manifest, cuda, lambda _: stream, 3).at(manifest.image_size)
     assert not found.load("unet", 4, 2).own_graph
     assert found.buckets == [1, 2, 4] == found.single["hand_prior"] and len(found.single) == 2
 
@@ -267,7 +268,8 @@ def test_half_precision_may_use_tensor_cores_and_float32_is_no_tf32(toy_bundle, 
     """use_tf32=0 forbids cuDNN every tensor core: in half precision it tries all convolutions twice."""
     manifest, cuda = replace(Manifest.load(toy_bundle), precision=precision), Cuda()
     stream = cuda.stream()
-    load = device_engines("onnxruntime", toy_bundle, manifest, cuda, lambda _: stream, 2).load
+    load = device_engines("onnxruntime", toy_bundle, manifest, cuda, lambda _: stream, 2)
+    load = load.at(manifest.image_size).load
     for name in manifest.graphs:
         load(name, 2, 2)
         half = precision == "fp16" and name != "hand_features"

@@ -54,12 +54,13 @@ def test_float32_and_dynamic_plans_build_too(backend, tiny_bundle):
 
 def test_float32_is_never_tf32(backend, tiny_bundle, monkeypatch):
     graph = tiny_bundle / "unet_context.onnx"
-    _, proof = build_plan(backend, graph, {"B": 1, "G": 2}, "fp32", Options(level=0))
+    sizes = {"B": 1, "G": 2, **Manifest.load(tiny_bundle).sides()}
+    _, proof = build_plan(backend, graph, sizes, "fp32", Options(level=0))
     assert proof["tf32"] is False
     # What TensorRT does unless told otherwise is found out and refused.
     monkeypatch.setattr(backend.module.IBuilderConfig, "clear_flag", lambda config, flag: None)
     with pytest.raises(EngineError, match=r"float32 layers of unet_context in TF32"):
-        build_plan(backend, graph, {"B": 1, "G": 2}, "fp32", Options(level=0))
+        build_plan(backend, graph, sizes, "fp32", Options(level=0))
 
 
 def test_bfloat16_is_built_as_bfloat16(backend, tiny_bf16):

@@ -45,6 +45,7 @@ def made(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(bundle, "export_graph", export_graph)
     monkeypatch.setattr(bundle, "parity", lambda *_: (1e-7, "text"))
+    monkeypatch.setattr(bundle, "record_weights", lambda *_: None)
     monkeypatch.setattr(bundle, "is_demo_body", lambda _: True)
     monkeypatch.setattr(bundle.SMPLH, "load", functools.cache(SMPLH.load))
     return names

@@ -319,7 +319,7 @@ def test_bad_bundles(toy_copy, tmp_path, damage):
     words = {
         "missing": "is missing",
         "flipped": "is damaged",
-        "newer": "must be at most 2, got 99",
+        "newer": "must be at most 3, got 99",
         "nobundle": "is not a bundle",
     }
     if damage == "missing":

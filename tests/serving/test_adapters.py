@@ -76,7 +76,7 @@ def test_paths_and_strangers_are_refused(served, folder):
         answer = served.generate(lora=name)
         error = answer.json()["error"]
         assert answer.status_code == 400 and error["param"] == "lora", (name, error)
-        assert str(folder) not in error["message"].replace(name or "?", ""), error
+        assert str(folder) not in error["message"] or name.startswith(str(folder)), error
     assert "one of cold.light, damaged, warm, got 'lost'" in served.generate(lora="lost").json()["error"]["message"]
     with pytest.raises(HanDiffuserError, match="--lora-folder must be a folder"):
         Adapters(folder / "warm.safetensors")
