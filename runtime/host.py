@@ -29,7 +29,7 @@ from .bundle import Bundle, keep
 from .canvas import Blend, digest
 from .noise import HANDS, LATENTS
 from .requests import Request, take
-from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
+from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, failed, not_finite
 from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
 from .words import Key, Wanted, chunks_of, is_plain
@@ -188,7 +188,7 @@ class HostLoop:
             try:
                 adapters[request.id] = self.bundle.adapters(request)
             except RequestError as error:  # the file has changed since the run began
-                failures.append(Failure(str(request.id), request, str(error)))
+                failures.append(failed(request, error))
         works, bad = self._hands([request for request in requests if request.id in adapters], sampler)
         for work in works:
             work.adapters = adapters[work.request.id]
@@ -209,7 +209,7 @@ class HostLoop:
             except HanDiffuserError as error:
                 for work in works:
                     ready.remove(work)
-                    results.append(Failure(str(work.request.id), work.request, str(error)))
+                    results.append(failed(work.request, error))
                 return True
             finally:
                 for work in ready:  # those whose engines had to go are told again, by engines that are loaded again
@@ -297,7 +297,7 @@ class HostLoop:
                 try:
                     work.x = self.bundle.given(load_hands(work.request.hands), self._joints)
                 except RequestError as error:  # the file has changed since the run began
-                    failures.append(Failure(str(work.request.id), work.request, str(error)))
+                    failures.append(failed(work.request, error))
         # First draw all hands; then again, from other noise, those that do not fit into a picture.
         drawing = works
         while drawing:

@@ -122,7 +122,8 @@ class Lane:
             for result in self.pipeline.run(self.source(), self.on_event):
                 one = self.in_flight.pop(result.id, None)
                 if isinstance(result, Failure):
-                    self.tell(messages.Failed(result.id, messages.sentence(result.sentence)))
+                    status = 400 if result.refused else 500
+                    self.tell(messages.Failed(result.id, messages.sentence(result.sentence), status))
                     continue
                 self.laps.pictures += 1
                 if one is not None:

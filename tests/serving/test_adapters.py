@@ -84,6 +84,13 @@ def test_paths_and_strangers_are_refused(served, folder):
         Adapters(None).paths("warm")
 
 
+def test_what_the_loop_alone_finds_is_refused_without_its_path(served, folder, monkeypatch):
+    """Such as a file that changes while its request waits."""
+    monkeypatch.setattr(served.service.bundle, "adapters", lambda request: ())
+    answer = served.generate(lora="damaged")
+    assert answer.status_code == 400 and str(folder) not in answer.text and "The adapter damaged" in answer.text
+
+
 def test_what_engines_do_not_take_is_refused_at_once(served, folder):
     """As of engines on a GPU, which say so when they are ready."""
     service, before = served.service, takes(SimpleNamespace(bundle=served.service.bundle, on_gpu=False))
