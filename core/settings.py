@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import msgspec
@@ -193,7 +194,7 @@ class Settings(TypedDict, total=False):
     hands: Any
     image: Any
     mask: Any
-    lora: str | Sequence[str] | None
+    lora: str | Path | Sequence[str | Path] | None
 
 
 @dataclass(frozen=True)

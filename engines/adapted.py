@@ -50,6 +50,12 @@ class Chosen:
     def key(self) -> tuple[str, float]:
         return self.digest, self.scale
 
+    @property
+    def typed(self) -> str:
+        """FILE:SCALE, from which `chosen` reads the very same scale."""
+        short = f"{self.scale:g}"
+        return f"{self.path}:{short if float(short) == self.scale else self.scale}"
+
     def __str__(self) -> str:
         return f"{self.path.name}:{self.scale:g} sha256 {self.digest}"
 

@@ -46,6 +46,10 @@ class Adapting:
         """Whether the engines of these adapters are loaded."""
         return key in self._loaded
 
+    def loaded(self, key: Key) -> Mapping[str, Engine]:
+        """The engines of adapters that are loaded. Ask each time: who keeps them keeps their memory."""
+        return self._loaded[key].engines
+
     def engines(self, adapters: Sequence[Chosen], in_use: Collection[Key]) -> Mapping[str, Engine] | None:
         """The engines of the graphs that adapters change, or None where those `in_use` leave too little memory.
 

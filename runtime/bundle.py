@@ -36,7 +36,7 @@ from .clash import clash
 from .noise import HANDS, LATENTS
 from .reading import PROMPTS, Reader
 from .requests import Request, adapters_of
-from .results import Failure, Picture, Work
+from .results import Failure, Picture, Work, failed
 from .room import Room
 
 WIDE = 2  # spans from which the positions of the left edge and of the right look alike
@@ -171,7 +171,7 @@ class Bundle:
             there, asked = (" ".join(map(shown_adapter, some)) for some in (self.loaded, adapters))
             raise RequestError(
                 f"lora must be {there or 'left out'}, as these engines were loaded, got {asked}. Give all pictures of "
-                "a run the same adapters: hd-run --lora.",
+                "a run the same adapters (hd-run --lora), or merge them into a bundle: hd-engines merge.",
                 "lora",
             )
         key = tuple(one.key for one in adapters)
@@ -296,7 +296,7 @@ class Bundle:
                     self.adapters(request)
                 found[request.id] = self.canvas(request)
             except RequestError as error:
-                failures.append(Failure(str(request.id), request, str(error)))
+                failures.append(failed(request, error))
         return found, failures
 
     def check(self, request: Request) -> None:

@@ -36,7 +36,7 @@ from .options import given, setting_options
 from .outputs import OutputFolder
 from .pipeline import HanDiffuser
 from .reporting import Reporter
-from .requests import PICTURES, Request, RequestFile, Resolver, absolute
+from .requests import PICTURES, Request, RequestFile, Resolver, absolute, moved
 from .results import Failure
 
 # What Ray takes as an address.
@@ -167,16 +167,15 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
     from .remote import open_folder  # which imports fsspec for URLs
 
     with open_folder(output, say=say.warning) as folder:
-        # Where all pictures have the same adapters, the weights without them are not loaded.
-        lora = () if source.file is not None and source.file.names_adapters else options["lora"]
-        pipeline = _loaded(bundle, len(source) * options["images_per_prompt"], options, say, lora)
+        pictures = len(source) * options["images_per_prompt"]
+        pipeline = _loaded(bundle, pictures, options, say, shared_adapters(source, options))
         resolver = pipeline.resolver(options["seed"] or 0, options["images_per_prompt"])
         queue = Todo(chain([first], lines), resolver, folder, pipeline.digest, source)
 
         failed, stopped, code = 0, "", 0
         started = time.perf_counter()
         try:
-            with say.progress(len(source) * options["images_per_prompt"]) as progress:
+            with say.progress(pictures) as progress:
                 # The first pictures start before the rest of a long file is read.
                 head = list(islice(filter(None, queue), options["batch_size"]))
                 if head and not options["no_warm_up"]:
@@ -202,6 +201,12 @@ def run(engines: str, prompts: tuple[str, ...], prompts_file: str | None, output
         seconds = time.perf_counter() - started
         folder.drain()  # after Ctrl-C finished pictures may still be on their way to the disk
         return _end(folder, say, seconds, queue.skipped, source.refused, failed, stopped, code, options["strict"])
+
+
+def shared_adapters(source: Prompts, options: dict[str, Any]) -> tuple[str, ...]:
+    """The adapters to load with the weights, because all pictures have them: so the weights without them are not
+    loaded."""
+    return () if source.file is not None and source.file.names_adapters else options["lora"]
 
 
 def _loaded(bundle: Path, pictures: int, options: dict[str, Any], say: Reporter, lora: tuple[str, ...]) -> HanDiffuser:
@@ -361,6 +366,8 @@ def _on_ray(
                     options["batch_size"],
                     options["backend"],
                     pictures=-(-len(todo) // workers),
+                    lora=tuple(moved(shared_adapters(source, options), Path.cwd())),
+                    lora_memory=options["lora_memory"],
                 )
                 steps = {str(request.id): len(bundle.table(LATENTS, request).rows) for request in todo}
                 total = len(source) * images

@@ -62,7 +62,8 @@ def load_host_loop(
         return load_engines(made, "cpu", threads, False, others, graphs)[1]
 
     manifest, engines = load_engines(folder, "cpu", threads, others=others)
-    loop = HostLoop(Bundle.load(folder, manifest), engines, slots, Adapting(folder, adapted, lora_memory))
+    adapting = None if one.compiles else Adapting(folder, adapted, lora_memory)  # compiled code has one set of weights
+    loop = HostLoop(Bundle.load(folder, manifest), engines, slots, adapting)
     loop.bundle.engine_sizes = getattr(engines["unet"], "sizes", None)
     if loop.bundle.engine_sizes is not None:  # compiled for shapes
         loop.bundle.reader.engine_chunks = 1

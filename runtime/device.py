@@ -43,7 +43,7 @@ from .device_sizes import DeviceSizes, Easel
 from .device_words import DeviceWords
 from .noise import HANDS, LATENTS
 from .requests import Request, take
-from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
+from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, failed, not_finite
 
 JUDGED = ("joints_3d", "visibility")  # features that `clash` reads
 HAND_LOG_STEPS = (2 + MAX_REDRAWS) * MAX_STEPS  # a batch of hands takes that many steps at most, with redraws
@@ -192,7 +192,7 @@ class DeviceLoop:
             try:
                 easel = self.sizes.get(self.bundle.size(request))
             except RequestError as error:
-                failures.append(Failure(str(request.id), request, str(error)))
+                failures.append(failed(request, error))
                 continue
             if easel is None:
                 self.held = requests[i:]
@@ -368,7 +368,7 @@ class DeviceLoop:
                 try:
                     given[request.id] = bundle.given(load_hands(request.hands), self._joints)
                 except RequestError as error:  # the file has changed since the run began
-                    failures.append(Failure(str(request.id), request, str(error)))
+                    failures.append(failed(request, error))
                     continue
             works.append(Work(request, started, *bundle.tokens(request)))
         rows: dict[Hashable, int] = {work.request.id: row for row, work in enumerate(works)}

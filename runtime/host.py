@@ -29,7 +29,7 @@ from .bundle import Bundle, keep
 from .canvas import Blend, digest
 from .noise import HANDS, LATENTS
 from .requests import Request, take
-from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, not_finite
+from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, failed, not_finite
 from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
 from .words import Key, Wanted, chunks_of, is_plain
@@ -61,7 +61,6 @@ class HostLoop:
         self.timings: dict[str, float] = dict.fromkeys([*engines, "total"], 0.0)
         self.engines = {name: _Timed(name, engine, self.timings) for name, engine in engines.items()}
         bundle.made_by["device"] = engines["unet"].device
-        self._adapted: dict[Adapters, dict[str, _Timed]] = {(): {}}  # engines of the graphs that adapters change
         self._times: dict[Any, np.ndarray] = {}  # adapters and timesteps -> rows of unet_time
         self._latents: dict[Any, np.ndarray] = {}  # shape and hash of a picture's pixels -> its latents [C, h, w]
         self._hand_times = StepTimes(only=engines["hand_prior"].batches)
@@ -82,7 +81,7 @@ class HostLoop:
 
     def close(self) -> None:
         """Lets go of the engines."""
-        self.engines, self._adapted = {}, {(): {}}
+        self.engines = {}
         if self.adapting is not None:
             self.adapting.close()
 
@@ -143,7 +142,8 @@ class HostLoop:
 
     def _engine(self, graph: str, adapters: Adapters) -> _Timed:
         """A graph's engine with adapters that are loaded: its own, or the base's where they leave the graph alone."""
-        return self._adapted[adapters].get(graph) or self.engines[graph]
+        found = self.adapting.loaded(adapters).get(graph) if self.adapting is not None and adapters else None
+        return self.engines[graph] if found is None else _Timed(graph, found, self.timings)
 
     def cancel(self, id: str) -> None:
         """See `HanDiffuser.cancel`. Adding to a set is atomic, so that any thread may call it."""
@@ -188,7 +188,7 @@ class HostLoop:
             try:
                 adapters[request.id] = self.bundle.adapters(request)
             except RequestError as error:  # the file has changed since the run began
-                failures.append(Failure(str(request.id), request, str(error)))
+                failures.append(failed(request, error))
         works, bad = self._hands([request for request in requests if request.id in adapters], sampler)
         for work in works:
             work.adapters = adapters[work.request.id]
@@ -209,14 +209,13 @@ class HostLoop:
             except HanDiffuserError as error:
                 for work in works:
                     ready.remove(work)
-                    results.append(Failure(str(work.request.id), work.request, str(error)))
+                    results.append(failed(work.request, error))
                 return True
+            finally:
+                for work in ready:  # those whose engines had to go are told again, by engines that are loaded again
+                    work.told = work.told and (not work.adapters or key_of(work.adapters) in self.adapting)
             if found is None:
                 return False
-            self._adapted = {old: one for old, one in self._adapted.items() if not old or old in self.adapting}
-            self._adapted[key] = {name: _Timed(name, engine, self.timings) for name, engine in found.items()}
-            for work in ready:  # those whose engines had to go are told again, by engines that are loaded again
-                work.told = work.told and key_of(work.adapters) in self._adapted
         features = {name: np.stack([work.features[name] for work in works]) for name in works[0].features}
         ids = np.stack([work.ids for work in works])  # [B, 2, length]
         # With guidance 1 the unconditional branch is unused: its place may hold the conditional one.
@@ -298,7 +297,7 @@ class HostLoop:
                 try:
                     work.x = self.bundle.given(load_hands(work.request.hands), self._joints)
                 except RequestError as error:  # the file has changed since the run began
-                    failures.append(Failure(str(work.request.id), work.request, str(error)))
+                    failures.append(failed(work.request, error))
         # First draw all hands; then again, from other noise, those that do not fit into a picture.
         drawing = works
         while drawing:

@@ -60,6 +60,11 @@ def load_loop(
     cannot run here, CheckpointError for an adapter that does not fit.
     """
     if adapters := chosen_adapters(lora):
+        if backend in BACKENDS and BACKENDS[backend].compiles:
+            raise EngineError(
+                f"lora must be left out with {backend}, whose files hold one set of weights, got {adapters[0].typed}. "
+                f"Take another backend, or compile with it: hd-export CHECKPOINT OUT --backend {backend} --lora FILE."
+            )
         made = adapted_bundle(folder, adapters)
         # What was measured of the bundle holds for it with adapters, but plans hold one set of weights.
         where = folder if not has_plans(folder) and not has_plans(made) else made
@@ -88,13 +93,15 @@ def load_loop(
 
 
 def has_plans(folder: Path) -> bool:
-    """Whether a folder has plans of a backend of the GPU."""
-    return any(plan.parts["backend"] in GPU_PLANNED for plan in PlanStore(folder))
+    """Whether a folder has plans of a backend of the GPU, or graphs that were compiled for one."""
+    return any(
+        plan.parts["backend"] in GPU_PLANNED or plan.parts["target"].startswith("cuda") for plan in PlanStore(folder)
+    )
 
 
 def plans_without(folder: Path, adapters: Sequence[Chosen]) -> list[str]:
     """A sentence about plans that lack the adapters."""
-    said = " ".join(f"--lora {one.path}:{one.scale:g}" for one in adapters)
+    said = " ".join(f"--lora {one.typed}" for one in adapters)
     return [
         f"The plans in {folder} lack these adapters and are not used. For TensorRT type: hd-engines merge {folder} OUT "
         f"{said}, then hd-engines build OUT, and run OUT."

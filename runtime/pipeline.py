@@ -61,7 +61,7 @@ class HanDiffuser:
         overlap: bool = True,
         onnxruntime_graphs: bool = False,
         pictures: int = 1,
-        lora: str | Sequence[str] | None = None,
+        lora: str | Path | Sequence[str | Path] | None = None,
         lora_memory: float | None = None,
     ) -> HanDiffuser:
         """Loads a bundle or an engines folder, the word "demo" for the shipped one, or an id of the Hub (org/name).
@@ -83,10 +83,10 @@ class HanDiffuser:
         if batch_size < 1:
             raise RequestError(f"batch_size must be at least 1, got {batch_size}.")
         folder = shipped.resolve(path, "bundle")
-        lora = (lora,) if isinstance(lora, str) else tuple(lora or ())
+        names = [str(one) for one in ([lora] if isinstance(lora, (str, Path)) else lora or ())]
         memory = None if lora_memory is None else int(lora_memory * 1e9)
         loop, sentences = load_loop(
-            folder, backend, device, batch_size, threads, overlap, onnxruntime_graphs, pictures, lora, memory
+            folder, backend, device, batch_size, threads, overlap, onnxruntime_graphs, pictures, names, memory
         )
         for sentence in sentences:
             warnings.warn(sentence, RuntimeWarning, stacklevel=2)
@@ -270,7 +270,7 @@ class HanDiffuser:
             seed=seed,
             images=images_per_prompt,
             check=self.bundle.check,
-            lora=[f"{one.path}:{one.scale:g}" for one in self.bundle.loaded] or None,
+            lora=[one.typed for one in self.bundle.loaded] or None,
         )
 
     def run(self, requests: Iterable[Request | None], on_event: OnEvent | None = None) -> Iterator[Picture | Failure]:

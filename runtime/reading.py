@@ -44,11 +44,13 @@ class Reader:
         """Raises RequestError as `read` does, and for prompts that these engines do not take."""
         for name in PROMPTS:
             reading = self.read(request, name)
+            if name == "negative_prompt" and request.guidance == 1:  # off, and never read
+                continue
             if len(reading.ids) > (most := self.engine_chunks or self.chunks):
                 raise RequestError(
                     f"{name} must fit into {most} chunk of {self.tokenizer.room} tokens with these engines, got "
                     f"{reading.tokens:,} tokens in {len(reading.ids)} chunks. Shorten it, or set plain_prompts, which "
-                    "cuts it. --device cpu reads all of it.",
+                    "cuts it. --backend onnxruntime --device cpu reads all of it.",
                     name,
                 )
 

@@ -92,9 +92,10 @@ class Request(RequestFields):
         """Raises RequestError for a value outside its range."""
         given = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(self).items()}
         given |= {name: as_source(name, given[name]) for name in PICTURES}
-        if isinstance(given["lora"], (str, Path)):
-            given["lora"] = (str(given["lora"]),)
-        given["lora"] = given["lora"] or None
+        lora = (given["lora"],) if isinstance(given["lora"], (str, Path)) else given["lora"]
+        if isinstance(lora, (list, tuple)):
+            lora = tuple(str(one) if isinstance(one, Path) else one for one in lora)
+        given["lora"] = lora or None
         if isinstance(self.hands, Path):
             given["hands"] = str(self.hands)
         elif not isinstance(self.hands, (str, bytes, type(None))):

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..engines.adapted import Chosen
-from ..errors import OutputError
+from ..errors import HanDiffuserError, OutputError, RequestError
 from ..files import written
 from ..tokens import Reading
 from .canvas import Canvas
@@ -88,11 +88,12 @@ def png(image: np.ndarray, picture: Picture) -> bytes:
 
 @dataclass
 class Failure:
-    """A request that failed while it ran; the others go on."""
+    """A request that failed while it ran; the others go on. refused: because of what it asks for."""
 
     id: str
     request: Request
     sentence: str
+    refused: bool = False
 
 
 @dataclass
@@ -130,6 +131,10 @@ class Work:
     def ids(self) -> np.ndarray:
         """int64 [2, length]: the first chunks of the negative prompt and the prompt."""
         return np.stack([reading.ids[0] for reading in self.readings])
+
+
+def failed(request: Request, error: HanDiffuserError) -> Failure:
+    return Failure(str(request.id), request, str(error), isinstance(error, RequestError))
 
 
 def cancelled(request: Request) -> Failure:

@@ -170,6 +170,7 @@ def add_models(app: FastAPI, service: Service) -> None:
             "owned_by": "handiffuser",
             "size": service.size,
             "size_multiple": service.bundle.manifest.size_multiple,  # of other sizes' sides; 0: there is the one size
+            "sizes": service.sizes,  # that engines were built for; null: any
             "defaults": service.bundle.manifest.defaults,
             "solvers": list(SOLVERS),
             "limits": {

@@ -169,6 +169,7 @@ class Dispatcher:
         self.queue: FairQueue[Ticket] = FairQueue(places)
         self.workers = [Worker(i, each, own_processes, self._hear) for i, each in enumerate(options)]
         self.metrics, self.say = metrics or Metrics(), say
+        self.on_ready: Callable[[messages.Takes], None] = lambda takes: None
         self.draining = self.stopped = False
         self.fatal: str | None = None  # why this server cannot serve at all
         self.changed = asyncio.Event()  # set when a worker becomes ready, and when the server cannot serve
@@ -375,6 +376,7 @@ class Dispatcher:
             worker.slowest, worker.proven = max(worker.slowest, facts.slowest), True
         if facts.rate and not self.rate:
             self._served.append((facts.rate * len(self.workers), 1.0))
+        self.on_ready(facts.takes)
         for sentence in facts.warnings if worker.round == 1 and worker.number == 0 else ():
             self.say(sentence)
         self.changed.set()

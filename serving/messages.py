@@ -57,6 +57,20 @@ class Stop(Struct, tag=True):
 # ---------------------------------------------------------------- from a worker to the front
 
 
+class Takes(Struct, frozen=True):
+    """What engines take of what their bundle may do. The front refuses the rest before a request waits for it.
+
+    sizes: (height, width) of pictures; None: any. build_sizes: the command that builds for others. chunks: of a prompt;
+    None: as many as the graphs. adapters: whether requests may bring some.
+    """
+
+    sizes: list[tuple[int, int]] | None = None
+    build_sizes: str = ""
+    chunks: int | None = None
+    adapters: bool = True
+    on_gpu: bool = False
+
+
 class Ready(Struct, tag=True):
     """The engines are loaded. A worker that has warmed up says how fast it is."""
 
@@ -65,6 +79,7 @@ class Ready(Struct, tag=True):
     warnings: list[str] = []
     rate: float = 0.0  # steps a second
     slowest: float | None = None  # seconds of the slowest step
+    takes: Takes = Takes()
 
 
 class Refused(Struct, tag=True):

@@ -219,10 +219,10 @@ def drawn_seed(seed: int | None) -> int:
     return secrets.randbelow(DRAWN_SEEDS) if seed is None else seed
 
 
-def checked(answer: Answer) -> HandsMade | Preview | PictureMade:
+def checked(answer: Answer, service: Service) -> HandsMade | Preview | PictureMade:
     """Raises UnfinishedError for a failure."""
     if isinstance(answer, Failed):
-        raise UnfinishedError(answer.sentence, answer.status)
+        raise UnfinishedError(service.unnamed(answer.sentence), answer.status)
     return answer
 
 
@@ -247,7 +247,7 @@ async def wait_for(
             pass
 
     async def one(ticket: Ticket) -> Answer:
-        return checked(await ticket.result(hear))
+        return checked(await ticket.result(hear), service)
 
     async def all_of() -> list[Answer]:
         return await asyncio.gather(*map(one, tickets))
@@ -275,7 +275,7 @@ def event(kind: str, values: dict[str, Any]) -> str:
 def trouble(error: HanDiffuserError) -> str:
     """The last event of a stream that cannot go on."""
     status = getattr(error, "status", 429 if isinstance(error, BusyError) else None)
-    kind = "invalid_request_error" if isinstance(error, RequestError) else "server_error"
+    kind = "invalid_request_error" if isinstance(error, RequestError) or status == 400 else "server_error"
     said = {"message": str(error), "type": kind, "param": getattr(error, "param", None)}
     return event("error", {"error": {**said, "code": CODES.get(status) if status else getattr(error, "code", None)}})
 
@@ -299,7 +299,8 @@ async def _stream(painting: Painting, ticket: Ticket, deadline: float) -> AsyncI
         while True:
             left = deadline - loop.time()
             try:
-                answer = checked(await asyncio.wait_for(ticket.inbox.get(), min(PING_SECONDS, max(0.0, left))))
+                said = await asyncio.wait_for(ticket.inbox.get(), min(PING_SECONDS, max(0.0, left)))
+                answer = checked(said, painting.service)
             except asyncio.TimeoutError:
                 if left <= PING_SECONDS:
                     raise UnfinishedError(LATE, 504) from None

@@ -242,20 +242,27 @@ def infotext(ticket: Ticket, painting: Painting) -> str:
     request, service = ticket.request, painting.service
     height, width = painting.given
     negative = f"\nNegative prompt: {request.negative_prompt}" * bool(request.negative_prompt)
+    sampler = SAMPLERS[request.solver or SOLVERS[0]]
     return (
-        f"{request.prompt}{negative}\nSteps: {request.steps}, Sampler: {SAMPLERS[request.solver or SOLVERS[0]]}, "
+        f"{said_prompt(ticket, painting)}{negative}\nSteps: {request.steps}, Sampler: {sampler}, "
         f"CFG scale: {request.guidance}, Seed: {request.seed}, Size: {width}x{height}, Model: {service.name}"
     )
+
+
+def said_prompt(ticket: Ticket, painting: Painting) -> str:
+    """The prompt with its adapters, as the client wrote them and may send them again."""
+    tags = (one if ":" in one else f"{one}:1" for one in painting.body.lora or ())
+    return " ".join([ticket.request.prompt, *(f"<lora:{one}>" for one in tags)])
 
 
 def info_of(service: Service, tickets: list[Ticket], painting: Painting) -> dict[str, Any]:
     """The object that the web UI gives as text in `info`. `warnings` is ours."""
     request, seeds = tickets[0].request, [ticket.request.seed for ticket in tickets]
     height, width = painting.given
-    count = len(tickets)
+    count, prompt = len(tickets), said_prompt(tickets[0], painting)
     return {
-        "prompt": request.prompt,
-        "all_prompts": [request.prompt] * count,
+        "prompt": prompt,
+        "all_prompts": [prompt] * count,
         "negative_prompt": request.negative_prompt,
         "all_negative_prompts": [request.negative_prompt] * count,
         "seed": seeds[0],

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..contract import shown_size
 from ..editing import Arrays
 from ..errors import HanDiffuserError, RequestError
 from ..files import written
@@ -30,6 +31,7 @@ from .adapters import Adapters
 from .dispatch import BusyError, Dispatcher
 from .fields import HandsField, arrays_of
 from .keys import Keys
+from .messages import Takes
 from .metrics import Metrics
 
 KEPT_HANDS = 1000  # files of hands from clients or for clients
@@ -92,6 +94,7 @@ class Service:
         self.keys, self.metrics = keys, metrics
         self.folder, self.front = folder, front or Front()
         self.adapters = Adapters(self.front.loras)
+        dispatcher.on_ready = self.learn
         self.names = list(dict.fromkeys((name, *self.front.aliases)))  # what `model` may be
         self.most = min(limits.n, dispatcher.queue.places)  # pictures of a request: the queue never has room for more
         self.started = int(time.time())
@@ -107,6 +110,12 @@ class Service:
         return f"{width}x{height}"
 
     @property
+    def sizes(self) -> list[str] | None:
+        """The sizes that the engines were built for; None: any that the bundle paints."""
+        found = self.bundle.engine_sizes
+        return None if found is None else [shown_size(size) for size in sorted(found)]
+
+    @property
     def most_pixels(self) -> int:
         """That a client's picture may have, where the bundle paints other sizes than its own."""
         height, width = self.bundle.manifest.image_size
@@ -116,6 +125,25 @@ class Service:
     def engines(self) -> Path:
         """The bundle's folder."""
         return Path(self.dispatcher.workers[0].options.engines)
+
+    def learn(self, takes: Takes) -> None:
+        """What the engines take: what they do not take is refused at once, and not when its turn comes."""
+        bundle = self.bundle
+        if self.front.loras is not None and bundle.adapts and not takes.adapters:
+            self.dispatcher.say(
+                "--lora-folder has no effect: these engines take no adapters of requests. Serve a bundle with one set: "
+                "hd-engines merge."
+            )
+        bundle.engine_sizes = None if takes.sizes is None else frozenset(takes.sizes)
+        bundle.build_sizes = self.unnamed(takes.build_sizes)
+        bundle.reader.engine_chunks, bundle.adapts = takes.chunks, takes.adapters
+        if takes.on_gpu:  # the loop knows the memory of its GPU
+            bundle.room.free = lambda: None
+
+    def unnamed(self, sentence: str) -> str:
+        """A sentence without the names of files and folders of this machine."""
+        folder, sentence = self.bundle.folder, self.adapters.hidden(sentence)
+        return sentence.replace(str(folder), self.name) if folder is not None and folder.is_absolute() else sentence
 
     @contextmanager
     def bringing(self) -> Iterator[None]:
@@ -192,7 +220,7 @@ class Service:
             sentence = sentence.replace(f"T{file[1:]}", "The hands")
             if isinstance(request.hands, str):
                 sentence = sentence.replace(request.hands, "the hands")
-            raise RequestError(self.adapters.hidden(sentence), error.param, error.code) from None
+            raise RequestError(self.unnamed(sentence), error.param, error.code) from None
         return [
             replace(filled, seed=(request.seed + i) % (MAX_SEED + 1), id=f"img-{secrets.token_hex(12)}")
             for i in range(count)

@@ -18,7 +18,7 @@ from fastapi import Request as Http
 from pydantic import ConfigDict, Field
 
 from ..errors import RequestError
-from ..settings import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
+from ..settings import MAX_ADAPTERS, MAX_GUIDANCE, MAX_SEED, MAX_STEPS
 from .fields import MAX_PROMPT, Generation, Nullable, Prompt
 from .pictures import Painting, drawn_seed
 from .service import Service
@@ -171,6 +171,10 @@ class Txt2Img(Nullable):
                 found.append(f"{name}{scale[0] if scale else ''}")
             else:
                 said.append(f"The prompt asks for the adapter {name}, which has no effect.")
+        if len(found) > MAX_ADAPTERS:
+            raise RequestError(
+                f"prompt must name at most {MAX_ADAPTERS} adapters, got {len(found)}. Leave some out.", "prompt"
+            )
         return found, said
 
     def generation(self, service: Service, solver: str | None) -> Generation:

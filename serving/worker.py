@@ -47,13 +47,14 @@ class Options:
     warm_up: bool = True
     gpu: str | None = None  # an entry of CUDA_VISIBLE_DEVICES
     pictures: int = SERVER_PICTURES  # that the loop will make, as far as its owner knows
+    lora: tuple[str, ...] = ()  # adapters of all pictures
     lora_memory: float | None = None
 
     def load(self) -> HanDiffuser:
         """Raises HanDiffuserError."""
         return HanDiffuser.load(
             self.engines, self.device, self.threads, self.batch_size, self.backend, pictures=self.pictures,
-            lora_memory=self.lora_memory,
+            lora=self.lora, lora_memory=self.lora_memory,
         )  # fmt: skip
 
 
@@ -78,7 +79,8 @@ def work(pipe: Connection, options: Options) -> None:
                 rate, slowest = lane.warm_up() if options.warm_up else (0.0, None)
                 said = [messages.sentence(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
                 said += pipeline.loop.warnings()
-                messages.send(pipe, messages.Ready(pipeline.batch_size, os.getpid(), said, rate, slowest))
+                ready = messages.Ready(pipeline.batch_size, os.getpid(), said, rate, slowest, takes(pipeline))
+                messages.send(pipe, ready)
                 lane.run()
         except HanDiffuserError as error:
             messages.send(pipe, messages.Refused(messages.sentence(error)))
@@ -91,6 +93,12 @@ def work(pipe: Connection, options: Options) -> None:
             messages.send(pipe, messages.Broken(messages.sentence(f"{type(error).__name__}: {error}")))
     finally:
         pipe.close()
+
+
+def takes(pipeline: HanDiffuser) -> messages.Takes:
+    bundle = pipeline.bundle
+    sizes = None if bundle.engine_sizes is None else sorted(bundle.engine_sizes)
+    return messages.Takes(sizes, bundle.build_sizes, bundle.reader.engine_chunks, bundle.adapts, pipeline.on_gpu)
 
 
 class Lane:
@@ -114,7 +122,8 @@ class Lane:
             for result in self.pipeline.run(self.source(), self.on_event):
                 one = self.in_flight.pop(result.id, None)
                 if isinstance(result, Failure):
-                    self.tell(messages.Failed(result.id, messages.sentence(result.sentence)))
+                    status = 400 if result.refused else 500
+                    self.tell(messages.Failed(result.id, messages.sentence(result.sentence), status))
                     continue
                 self.laps.pictures += 1
                 if one is not None:

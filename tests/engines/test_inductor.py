@@ -32,7 +32,7 @@ from handiffuser.export.bundle import run_module
 from handiffuser.export.graphs import Graph, graphs
 from handiffuser.export.inductor import compile_graph
 from handiffuser.models.smplh import SMPLH
-from handiffuser.runtime.loading import choose
+from handiffuser.runtime.loading import choose, has_plans
 from torch import Tensor, nn
 from torch._inductor import config
 
@@ -477,6 +477,7 @@ def test_auto_takes_what_was_measured_to_be_faster(on_fake_gpu, monkeypatch):
     assert slow.fast == pytest.approx(1e-3) and slow.exact < 1e-4 and chosen() == "onnxruntime"
     gpu.step = 1e-8
     assert timing.beside_onnxruntime(gpu.folder).passes and chosen() == "inductor"
+    assert has_plans(gpu.folder), "with adapters, auto looks at the adapted bundle, which has nothing compiled"
     gpu.capability = (9, 0)
     assert chosen() == "onnxruntime", "it was compiled for another GPU"
 

@@ -625,10 +625,11 @@ def test_a_prompt_of_several_chunks_is_refused_or_cut(device_loop, sized_bundle)
     loop.pipeline.bundle.reader.engine_chunks = 1
     said = "prompt must fit into 1 chunk of 75 tokens with these engines, got 90 tokens in 2 chunks. Shorten it, or set"
     assert said in loop.pipeline.prepare([Request("a" * 90)])[1][0].sentence
-    requests = prepared(loop, [Request("a" * 90, plain_prompts=True), Request("a fist")])
+    off = Request("a fist", negative_prompt="b" * 90, guidance=1)  # which nothing reads
+    requests = prepared(loop, [Request("a" * 90, plain_prompts=True), Request("a fist"), off])
     long = replace(requests[1], prompt="a" * 90, id="long")  # as a server sends it, which does not know the engines
     results, _ = run(loop, [*requests, long])
     assert said in results["long"].sentence and isinstance(results["long"], Failure)
-    assert results[requests[0].id].image.shape == (32, 32, 3)
+    assert results[requests[0].id].image.shape == results[requests[2].id].image.shape == (32, 32, 3)
     (hands,) = loop.hands([long])
     assert isinstance(hands, dict), "stage 1 reads the first chunk"

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from handiffuser.repair.place import placed
 from handiffuser.runtime.rest import joints_at_rest
 from handiffuser.serving.adapters import Adapters
 from handiffuser.serving.fields import as_json
+from handiffuser.serving.messages import Takes
 from handiffuser.serving.service import Front
+from handiffuser.serving.worker import takes
 from handiffuser.shipped import bundle_path
 from PIL import Image
 from served import serving
@@ -57,6 +60,11 @@ def test_requests_name_adapters(served):
     answer = served.client.post("/sdapi/v1/txt2img", json=body).json()
     np.testing.assert_array_equal(pixels(answer["images"][0])[..., :3], half)
     assert answer["info"].count("which has no effect") == 2
+    info = json.loads(answer["info"])
+    assert info["prompt"] == "a fist <lora:warm:0.5>" and info["infotexts"][0].startswith("a fist <lora:warm:0.5>\n")
+    body["prompt"] = "a fist" + "<lora:warm:0.1>" * 17
+    answer = served.client.post("/sdapi/v1/txt2img", json=body)
+    assert answer.status_code == 400 and "prompt must name at most 16 adapters, got 17." in answer.text
     assert [one["name"] for one in served.client.get("/sdapi/v1/loras").json()] == ["cold.light", "damaged", "warm"]
 
 
@@ -105,3 +113,31 @@ def test_repairs_take_adapters(served, monkeypatch):
     assert not np.array_equal(*(pixels(one["data"][0]["b64_json"]) for one in (plain, warm)))
     answer = repaired(lora="lost")
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora"
+
+
+def test_what_the_loop_alone_finds_is_refused_without_its_path(served, folder, monkeypatch):
+    """Such as a file that changes while its request waits."""
+    monkeypatch.setattr(served.service.bundle, "adapters", lambda request: ())
+    answer = served.generate(lora="damaged")
+    assert answer.status_code == 400 and str(folder) not in answer.text and "The adapter damaged" in answer.text
+
+
+def test_what_engines_do_not_take_is_refused_at_once(served, folder):
+    """As of engines on a GPU, which say so when they are ready."""
+    service, before = served.service, takes(SimpleNamespace(bundle=served.service.bundle, on_gpu=False))
+    assert before.sizes is None and before.chunks is None and before.adapters
+    command = f"hd-engines build {service.bundle.folder} --backend tensorrt --sizes"
+    service.learn(Takes([(32, 32)], command, 1, False, True))
+    try:
+        assert "--lora-folder has no effect" in service.said[-1]
+        model = served.client.get("/v1/models").json()["data"][0]
+        assert model["sizes"] == ["32x32"] and service.bundle.room.free() is None
+        answer = served.generate(lora="warm")
+        assert answer.status_code == 400 and "lora must be left out" in answer.json()["error"]["message"]
+        service.bundle.manifest.size_multiple = 8
+        answer = served.generate(size="64x32")
+        said = answer.json()["error"]["message"]
+        assert answer.status_code == 400 and "hd-engines build toy --backend tensorrt --sizes 64x32" in said
+    finally:
+        service.bundle.manifest.size_multiple = 0
+        service.learn(before)

@@ -184,6 +184,8 @@ def test_a_repaired_picture_keeps_what_its_file_carried(demo):
     answer = demo.client.post(EDITS, files=files, data={**form, "n": "1", "output_format": "jpeg"})
     made = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
     assert made.format == "JPEG" and made.getexif()[0x010E] == "mine" and np.asarray(made)[:8].min() > 240
+    said = error_of(demo.client.post(EDITS, files=files, data={**form, "lora": "style"}))
+    assert said["param"] == "lora", "a repair takes adapters, and this server has none"
 
 
 class Eyes:

@@ -23,6 +23,7 @@ from handiffuser.serving.messages import (
     Refused,
     Run,
     Stop,
+    Takes,
     for_front,
     for_worker,
     send,
@@ -56,6 +57,7 @@ def test_a_worker_receives_what_the_front_sends(pipe, message):
     "message",
     [
         Ready(4, 1, ["a warning"], 2.5, 0.5),
+        Ready(4, 1, takes=Takes([(32, 64)], "build it", 1, False, True)),
         Refused("no"),
         Broken("no"),
         Failed("one", "no", 503),

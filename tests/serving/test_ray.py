@@ -12,8 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adaptable import write
 from commands import run_command
 from handiffuser import HanDiffuser, Request
+from handiffuser.runtime import cli
+from handiffuser.runtime.bundle import Bundle
+from handiffuser.serving import ray
 from PIL import Image
 
 STEPS = 200  # of the toy: some 60 ms
@@ -241,3 +245,18 @@ def test_an_actor_reports_a_full_disk_or_missing_engines_for_every_row(toy_bundl
     monkeypatch.setattr(HanDiffuser, "load", lambda *_, **__: 1 / 0)  # an error of a library
     lost = Painter(options, str(tmp_path / "out"))({"request": rows[:1]})
     assert lost["state"] == ["stopped"] and "ZeroDivisionError" in lost["sentence"][0]
+
+
+def test_actors_load_the_adapters_of_all_pictures(monkeypatch, tmp_path):
+    """A GPU has no others. And --lora-memory reaches them."""
+    given = []
+    monkeypatch.setattr(ray, "connect", lambda address: 1)
+    monkeypatch.setattr(ray, "paint", lambda todo, how, *_: given.append((todo, how)) or [])
+    monkeypatch.chdir(tmp_path)
+    name = write(tmp_path / "a.safetensors", "conv_in")
+    monkeypatch.setattr(Bundle, "check", lambda *_: None)
+    cli.run.main(
+        ["demo", "a fist", "--lora", "a.safetensors:0.5", "--lora-memory", "2", "--ray"], standalone_mode=False
+    )
+    ((todo, how),) = given
+    assert how.lora == todo[0].lora == (f"{name}:0.5",) and how.lora_memory == 2
