@@ -171,7 +171,8 @@ class PlainOnnx(Eager):
             condition = eager.text(ids)
         export("hand_prior", checkpoint.hand_prior, x=x, timestep=timestep, condition=condition)
         latents = torch.zeros(batch, checkpoint.unet.config.in_channels, *checkpoint.latent_size)
-        shape = next(spec for spec in manifest.graphs["unet_context"].inputs if spec.name == "context").shape
+        keys = manifest.graphs["unet_context"].at(manifest.sides())  # for prompts of one chunk
+        shape = next(spec for spec in keys.inputs if spec.name == "context").shape
         context = torch.zeros(batch, *(int(size) for size in shape[2:]))
         export("unet", PlainUNet(checkpoint.unet), x=latents, timestep=timestep, condition=context)
 
