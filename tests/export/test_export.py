@@ -116,7 +116,7 @@ def test_half_precision_that_fails_its_bar_is_refused(tiny_checkpoint_folder, tm
     assert not report.passes
     monkeypatch.setattr("handiffuser.export.lower.mend", lambda *_: (report, {"unet": ["node_conv2d"]}))
     monkeypatch.setattr(bundle, "export_graph", stand_in)
-    monkeypatch.setattr(bundle, "record_weights", lambda *_: None)
+    monkeypatch.setattr("handiffuser.export.weights.record_weights", lambda *_: None)
     monkeypatch.setattr(bundle, "parity", lambda *_: (0.0, "text"))
     command = [str(tiny_checkpoint_folder), str(tmp_path / "out"), "--precision", "fp16"]
     refused = CliRunner().invoke(export_command, command)
@@ -279,7 +279,7 @@ def test_a_licensed_body_is_marked(where, tiny_checkpoint_folder, body_path, tmp
         shutil.copyfile(tmp_path / "larger.npz", folder / "body" / "smplh.npz")
     body = {"--body": tmp_path / "larger.npz", "the demo's as --body": body_path}.get(where)
     monkeypatch.setattr(bundle, "export_graph", stand_in)
-    monkeypatch.setattr(bundle, "record_weights", lambda *_: None)
+    monkeypatch.setattr("handiffuser.export.weights.record_weights", lambda *_: None)
     monkeypatch.setattr(bundle, "parity", lambda *_: (1e-7, "text"))
     line = [str(folder), str(tmp_path / "b"), *(["--body", str(body)] if body else [])]
     result = CliRunner().invoke(export_command, line)
