@@ -151,7 +151,7 @@ def test_adapters_of_the_demo(tmp_path):
             if name.startswith("unet.") and word in name and len(shape) > 1:
                 for end, size in (("A", (2, *shape[1:])), ("B", (shape[0], 2, *(1,) * (len(shape) - 2)))):
                     tensors[f"{name.removesuffix('.weight')}.lora_{end}.weight"] = random.normal(0, 0.05, size)
-        files.append(str(tmp_path / f"{word}.safetensors"))
+        files.append(str(tmp_path / f"{word or 'all'}.safetensors"))
         save_file({name: value.astype(np.float32) for name, value in tensors.items()}, files[-1])
     with HanDiffuser.load("demo", "cpu", 1, 4, "onnxruntime") as demo:
         kinds = [None, files[0], (files[1], f"{files[2]}:-0.5"), f"{files[0]}:-0.3"]
