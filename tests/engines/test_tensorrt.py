@@ -16,6 +16,11 @@ from handiffuser.errors import EngineError
 pytest.importorskip("tensorrt_rtx")
 
 
+def sizes_of(folder):
+    """One row, both branches, one chunk of a prompt."""
+    return {"B": 1, "G": 2, **Manifest.load(folder).sides()}
+
+
 @pytest.fixture(scope="module")
 def backend():
     return TensorRT("tensorrt-rtx")
@@ -77,15 +82,15 @@ def test_bfloat16_is_built_as_bfloat16(backend, tiny_bf16):
 def test_bfloat16_for_a_gpu_without_it(backend, tiny_bf16):
     graph = tiny_bf16 / "unet_context.onnx"
     with pytest.raises(EngineError, match=r"7\.5 do not compute in bfloat16.*--precision fp16"):
-        build_plan(backend, graph, {"B": 1, "G": 2}, "bf16", Options(compute_capabilities=("7.5", "8.9")))
-    plan, _ = build_plan(backend, graph, {"B": 1, "G": 2}, "bf16", Options(compute_capabilities=("8.0",)))
+        build_plan(backend, graph, sizes_of(tiny_bf16), "bf16", Options(compute_capabilities=("7.5", "8.9")))
+    plan, _ = build_plan(backend, graph, sizes_of(tiny_bf16), "bf16", Options(compute_capabilities=("8.0",)))
     assert plan
 
 
 @pytest.mark.slow
 def test_float32_instead_of_bfloat16_is_an_error(backend, tiny_bundle):
     with pytest.raises(EngineError, match=r"unet_context that compute must be in bf16.*in FLOAT.*--precision bf16"):
-        build_plan(backend, tiny_bundle / "unet_context.onnx", {"B": 1, "G": 2}, "bf16", Options())
+        build_plan(backend, tiny_bundle / "unet_context.onnx", sizes_of(tiny_bundle), "bf16", Options())
 
 
 def test_another_precision_than_asked_is_an_error(backend, tiny_plans):
@@ -111,11 +116,11 @@ def test_progress_is_true_and_can_stop(backend, tiny_plans):
 
 def test_chosen_gpus(backend, tiny_plans):
     graph = tiny_plans / "unet_context.onnx"
-    everywhere, _ = build_plan(backend, graph, {"B": 1, "G": 2}, "fp16", Options())
-    one, _ = build_plan(backend, graph, {"B": 1, "G": 2}, "fp16", Options(compute_capabilities=("8.9",)))
+    everywhere, _ = build_plan(backend, graph, sizes_of(tiny_plans), "fp16", Options())
+    one, _ = build_plan(backend, graph, sizes_of(tiny_plans), "fp16", Options(compute_capabilities=("8.9",)))
     assert one and everywhere
     with pytest.raises(EngineError, match=r"compute capability 9\.0.*7\.5, 8\.0"):
-        build_plan(backend, graph, {"B": 1, "G": 2}, "fp16", Options(compute_capabilities=("9.0",)))
+        build_plan(backend, graph, sizes_of(tiny_plans), "fp16", Options(compute_capabilities=("9.0",)))
 
 
 def test_what_is_no_graph(backend, tmp_path):
