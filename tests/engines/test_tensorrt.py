@@ -158,7 +158,7 @@ def test_engines_command(tiny_plans):
     content = plan.path.read_bytes()
     plan.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     damaged = invoke("engines.cli", "verify", tiny_plans)
-    assert damaged.returncode == 1 and "unet B=3,G=2,h=16,w=24: its plan is damaged" in damaged.stderr
+    assert damaged.returncode == 1 and "unet B=3,G=2,h=16,w=24,L=121: its plan is damaged" in damaged.stderr
     (tiny_plans / "plans" / "unet.B9.0123.plan.77.tmp").write_bytes(b"left over")
     dry = invoke("engines.cli", "prune", tiny_plans, "--dry-run")
     assert dry.returncode == 0 and plan.path.exists() and "would remove" in dry.stderr
