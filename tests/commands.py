@@ -44,6 +44,17 @@ def invoke(module: str, *arguments: object, cwd: Path | None = None) -> subproce
     return subprocess.CompletedProcess(words, int(code or 0), *said)  # type: ignore[call-overload]
 
 
+def hd_train(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`hd-train` in this process, for which accelerate takes only one precision unless it forgets the last."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        return invoke("training.cli", *arguments)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @contextlib.contextmanager
 def instead_of_exporting(bundle: Path, where: str = "bundle") -> Iterator[None]:
     """Exports in this process copy the graphs of a bundle, for tests of what comes before and after them.

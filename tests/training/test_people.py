@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from commands import invoke
+from commands import hd_train
 from handiffuser.data.hands import hand_rows, people_rows, plain_features, present
 from handiffuser.data.samples import Sample, person, read, write_shards
 from handiffuser.demo.human_dataset import sample_of, scene_of
@@ -45,14 +44,6 @@ trajectories = 64
 steps = 2
 batch = 4
 """
-
-
-def hd_train(*arguments):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        return invoke("training.cli", *arguments)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.slow

@@ -10,8 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from commands import invoke
+from commands import hd_train, invoke
 from datasets import made_sample
 from handiffuser import HanDiffuser, Request
 from handiffuser.benchmarks.peers import load_eager
@@ -50,15 +49,6 @@ batch = 4
 finger_weight = 2.0
 colour_weight = 1.0
 """
-
-
-def hd_train(*arguments):
-    """`hd-train` in this process, for which accelerate takes only one precision unless it forgets the last."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        return invoke("training.cli", *arguments)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
