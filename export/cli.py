@@ -18,12 +18,13 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
 
 from .. import commands, hub  # noqa: E402
+from ..adapters import split  # noqa: E402
 from ..contract import ALL_GRAPHS, EIGHT_BITS, MANIFEST, Manifest  # noqa: E402
 from ..engines.backends import BACKENDS, CHOICES, DEFAULT, PRECISIONS, Backend  # noqa: E402
 from ..engines.cli import build_options, build_with_progress, check_options, resolve_backend, wanted_of  # noqa: E402
 from ..engines.openvino import WORDS, inference  # noqa: E402
 from ..engines.plans import Wanted  # noqa: E402
-from ..errors import HanDiffuserError  # noqa: E402
+from ..errors import CheckpointError, HanDiffuserError  # noqa: E402
 from ..models.layout import read_layout  # noqa: E402
 from ..shipped import resolve  # noqa: E402
 from .push import check_push  # noqa: E402
@@ -51,18 +52,10 @@ def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tupl
 
 def parse_adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[Path, float], ...]:
     """ "style.safetensors:0.8" -> (path, 0.8)."""
-    found = []
-    for value in values:
-        path, scale = value.rpartition(":")[::2]
-        try:
-            found.append((Path(path), float(scale)) if path else (Path(value), 1.0))
-        except ValueError:  # the colon is the path's own
-            found.append((Path(value), 1.0))
-        if not -10 <= found[-1][1] <= 10:
-            raise click.BadParameter(
-                f"The scale of --lora must be from -10 to 10, got {value!r}. Most often it is 0.5 to 1."
-            )
-    return tuple(found)
+    try:
+        return tuple(map(split, values))
+    except CheckpointError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @dataclass(frozen=True)
