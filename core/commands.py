@@ -219,12 +219,12 @@ def start(command: str, module: str) -> None:
 def run(name: str, command: click.Command, sentence: str = "Interrupted.") -> None:
     """Runs a click command; one sentence and an exit code instead of a traceback."""
     streams.open_standard()
-    hear_interrupts(f"{name}: {sentence}")
-    import click
-
-    from .hints import explained
-
     try:
+        hear_interrupts(f"{name}: {sentence}")
+        import click
+
+        from .hints import explained
+
         code = command.main(standalone_mode=False)
     except SystemExit as error:  # click raises it when the reader of stdout left
         code = error.code
@@ -232,7 +232,7 @@ def run(name: str, command: click.Command, sentence: str = "Interrupted.") -> No
         code = 1
         if interrupted(error) or isinstance(error, click.exceptions.Abort):
             ending()
-            click.echo(_sentence, err=True)
+            print(_sentence, file=sys.stderr)  # Ctrl-C may have come before click
             code = INTERRUPTED
         elif isinstance(error, click.ClickException):
             explained(error).show()

@@ -222,6 +222,29 @@ def test_a_signal_as_soon_as_anybody_listens():
     assert process.returncode == 130 and errors == "hd-test: Interrupted.\n"
 
 
+WHILE_THE_WATCHER_STARTS = """
+import os, signal, threading
+import click
+from handiffuser import commands
+
+begin = threading.Thread.start
+
+def interrupted(thread):
+    begin(thread)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread.start = interrupted
+commands.run("hd-test", click.Command("hd-test"), "Stopped.")
+"""
+
+
+def test_ctrl_c_while_the_command_begins_to_listen():
+    """Its handler is there, and the block that turns Ctrl-C into a sentence has to be as well."""
+    process = start(sys.executable, "-c", WHILE_THE_WATCHER_STARTS)
+    assert process.communicate(timeout=30) == ("", "Stopped.\n")
+    assert process.returncode == 130
+
+
 ON_THE_WAY_OUT = """
 import atexit, click, threading, time
 from handiffuser import commands
