@@ -104,7 +104,7 @@ def test_an_image_is_painted_again_where_the_mask_is_white(nodes, engines):
 
 
 def test_pictures_have_the_size_of_the_widgets(nodes, engines, monkeypatch):
-    image, mask, _ = nodes.Paint().paint(engines, "a fist", 5, width=32, height=32, steps=2)
+    image, _, _ = nodes.Paint().paint(engines, "a fist", 5, width=32, height=32, steps=2)
     assert image.shape == (1, 32, 32, 3), "the bundle's own size, by name"
     with pytest.raises(RequestError, match="size must be 32x32 for this bundle, got 64x32"):
         nodes.Paint().paint(engines, "a fist", 5, width=64)
@@ -139,7 +139,7 @@ def test_adapters_are_chosen_chained_and_loaded(nodes, toy_bundle, tmp_path, lor
     (one,) = nodes.LoadLora().choose("style.safetensors", 0.5)
     (both,) = nodes.LoadLora().choose("sub/light.safetensors", -1.0, one)
     assert both == [f"{loras / 'style.safetensors'}:0.5", f"{loras / 'sub' / 'light.safetensors'}:-1.0"]
-    with pytest.raises(RequestError, match="lora_name must be a .safetensors file of models/loras, got 'lost'"):
+    with pytest.raises(RequestError, match=r"lora_name must be a .safetensors file of models/loras, got 'lost'"):
         nodes.LoadLora().choose("lost", 1.0)
     painted = []
     for lora in (None, one, both):

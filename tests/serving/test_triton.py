@@ -100,7 +100,7 @@ def test_requests_name_adapters_of_the_folder(toy_bundle, tmp_path, backend):
     (loras / "damaged.safetensors").write_bytes(b"?")
     folder = write(bundle, tmp_path / "repository")
     assert 'name: "LORA" data_type: TYPE_STRING dims: [ -1 ] optional' in (folder / "config.pbtxt").read_text()
-    with pytest.raises(HanDiffuserError, match="lora_folder of config.pbtxt must be a folder"):
+    with pytest.raises(HanDiffuserError, match=r"lora_folder of config.pbtxt must be a folder"):
         started(folder, lora_folder=style)
     model = started(folder, lora_folder=str(loras))
     said = {"SEED": np.int64(1), "STEPS": np.int32(3), "PROMPT": b"a fist"}
