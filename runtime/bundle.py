@@ -38,6 +38,7 @@ from .reading import PROMPTS, Reader
 from .requests import Request, adapters_of
 from .results import Failure, Picture, Work, failed
 from .room import Room
+from .words import chunks_read
 
 WIDE = 2  # spans from which the positions of the left edge and of the right look alike
 TABLES = 64  # schedules in a cache
@@ -303,8 +304,9 @@ class Bundle:
         """Raises RequestError when this bundle cannot run the request, or this machine lacks the memory for its
         size."""
         self.table(LATENTS, request)
-        self.room.check(self.size(request))
         self.reader.check(request)
+        readings = [self.reader.read(request, name) for name in PROMPTS]
+        self.room.check(self.size(request), chunks_read(readings, request))
         self.canvas(request)
         self.adapters(request)
         if request.hands is None:

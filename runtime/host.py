@@ -135,7 +135,9 @@ class HostLoop:
         """A sampler for pictures of one kind, with as many slots as fit into memory."""
         unet, history = self._engine("unet", kind.adapters), self.bundle.manifest.num_history["unet"]
         times = self._step_times.setdefault((kind.size, kind.chunks), StepTimes(only=self._batches))
-        return StepSampler(unet, "latents", history, self.bundle.room.rows(kind.size, slots), times, unet.branched)
+        return StepSampler(
+            unet, "latents", history, self.bundle.room.rows(kind.size, kind.chunks, slots), times, unet.branched
+        )
 
     def _kind(self, work: Work) -> Kind:
         return Kind(self.bundle.size(work.request), chunks_of(work), key_of(work.adapters))
@@ -388,7 +390,7 @@ class HostLoop:
             if result.state is None:
                 continue
             decoded = self.engines["image_decoder"]({"latents": result.state[None]})
-            self.bundle.room.ran(self.bundle.size(work.request))
+            self.bundle.room.ran(self.bundle.size(work.request), chunks_of(work))
             fine = decoded["finite"][0] > 0.5  # uint8 hides NaN and infinity
             finished.append(
                 self.bundle.picture(work, decoded["image"][0]) if fine else not_finite(work.request, "image_decoder")
