@@ -60,11 +60,7 @@ def load_loop(
     cannot run here, CheckpointError for an adapter that does not fit.
     """
     if adapters := chosen_adapters(lora):
-        if backend in BACKENDS and BACKENDS[backend].compiles:
-            raise EngineError(
-                f"lora must be left out with {backend}, whose files hold one set of weights, got {adapters[0].typed}. "
-                f"Take another backend, or compile with it: hd-export CHECKPOINT OUT --backend {backend} --lora FILE."
-            )
+        check_merges(backend, adapters)
         made = adapted_bundle(folder, adapters)
         # What was measured of the bundle holds for it with adapters, but plans hold one set of weights.
         where = folder if not has_plans(folder) and not has_plans(made) else made
@@ -73,6 +69,7 @@ def load_loop(
         loop, more = load_loop(made, how.backend, how.device, slots, threads, overlap, onnxruntime_graphs, pictures)
         base = Bundle.load(folder, Manifest.load(folder, verify=False))
         loop.bundle.loaded, loop.bundle.folder, loop.bundle.digest = adapters, folder, base.digest
+        loop.bundle.adapted = made
         loop.bundle.made_by["bundle"] = base.digest
         return loop, (said or how.sentences) + more
     chosen = choose(folder, backend, device, threads, pictures)
@@ -90,6 +87,15 @@ def load_loop(
             raise
         instead = f"ONNX Runtime is used instead of {chosen.backend}. {error}"
         return load_host_loop(folder, DEFAULT, slots, threads, pictures, lora_memory), [*chosen.sentences[:-1], instead]
+
+
+def check_merges(backend: str, adapters: Sequence[Chosen]) -> None:
+    """Raises EngineError for a backend that cannot run a bundle with adapters merged."""
+    if adapters and backend in BACKENDS and BACKENDS[backend].compiles:
+        raise EngineError(
+            f"lora must be left out with {backend}, whose files hold one set of weights, got {adapters[0].typed}. "
+            f"Take another backend, or compile with it: hd-export CHECKPOINT OUT --backend {backend} --lora FILE."
+        )
 
 
 def has_plans(folder: Path) -> bool:

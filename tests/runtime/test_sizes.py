@@ -127,7 +127,7 @@ def test_memory_counts_the_chunks_of_a_prompt(pipeline, monkeypatch):
         scarce.setattr(room, "available", lambda: told[3] - 1)
         with pytest.raises(RequestError, match=r"32x32 with 16 chunks of a prompt takes .* or a shorter prompt"):
             fresh.check((32, 32), 16)
-        long = "a fist, " + "b " * 600
+        long = "a fist, " + "b " * 500
         with pytest.raises(RequestError, match="size must fit into memory"):
             monkeypatch.setattr(pipeline.bundle, "room", fresh)
             scarce.setattr(room, "available", lambda: 13_750_000)
