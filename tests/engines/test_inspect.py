@@ -79,9 +79,10 @@ def folder(tmp_path_factory) -> Path:
     shutil.copy(bundle / "manifest.json", out)
     manifest, backend, options = Manifest.load(out, verify=False), TensorRT("tensorrt-rtx"), Options()
     spec = manifest.graphs["unet_context"]
-    plan, proof = build_plan(backend, bundle / spec.file, {"B": 2, "G": 2}, "fp32", options)
+    sizes = {"B": 2, "G": 2, "L": manifest.sides()["L"]}
+    plan, proof = build_plan(backend, bundle / spec.file, sizes, "fp32", options)
     target = backend.target(options, None)
-    wanted = parts(manifest, "unet_context", {"B": 2, "G": 2}, backend.name, backend.version, target, options)
+    wanted = parts(manifest, "unet_context", sizes, backend.name, backend.version, target, options)
     PlanStore(out).add(wanted, plan, proof, 1.0)
     return out
 
