@@ -356,7 +356,7 @@ def costs(folder: Path, manifest: Any, gpu: Gpu, graph: str | None = None, batch
 def text(found: Sequence[Mapping[str, Any]], gpu: Gpu) -> str:
     """The table of `costs`."""
     lines = [f"Read off the graphs, for {gpu.name}: the least that a run takes, with each kernel at full rate."]
-    lines.append(f"{'graph':18} {'sizes':10} {'run by':22} {'kernels':>8} {'GB':>8} {'GFLOP':>9} {'floor':>10}")
+    lines.append(f"{'graph':18} {'sizes':16} {'run by':22} {'kernels':>8} {'GB':>8} {'GFLOP':>9} {'floor':>10}")
     for one in found:
         lines.append(
             f"{one['graph']:18} {one['sizes']:10} {one['runner']:22} {one['kernels']:8} {one['bytes'] / 1e9:8.3f} "
