@@ -77,9 +77,10 @@ else:
         options: Text
 
     class Parts(Needed, total=False):
-        """With later additions: see BEFORE."""
+        """With later additions: see BEFORE. adapters: of a plan that a refit wrote, `refit.Adapted.key`."""
 
         tf32: Word
+        adapters: Text
 
 
 class Proof(TypedDict, total=False):
@@ -156,6 +157,21 @@ class Plan:
     def version_compatible(self) -> bool:
         """Whether later versions of its backend load it (`tensorrt.Options`)."""
         return '"version_compatible": true' in self.parts["options"]  # JSON of `parts`; a record may hold any text
+
+    @property
+    def refittable(self) -> bool:
+        """Whether adapters can be put into it (`tensorrt.Options`)."""
+        return not self.adapters and '"refittable": true' in self.parts["options"]
+
+    @property
+    def stripped(self) -> bool:
+        """Whether it lacks the bundle's weights, which it gets when it is loaded (`tensorrt.Options`)."""
+        return not self.adapters and '"stripped": true' in self.parts["options"]
+
+    @property
+    def adapters(self) -> str:
+        """The key of the adapters that a refit put into it; "" for the bundle's own weights."""
+        return self.parts.get("adapters", "")
 
     @property
     def made_for(self) -> str:
@@ -235,18 +251,19 @@ def usual(spec: GraphSpec, manifest: Manifest, batch: int = 1, size: Size | None
     return {"B": batch, **({BRANCHES: branches} if spec.branched else {}), **sides}
 
 
-def graph_digest(manifest: Manifest, graph: str) -> str:
-    """16 hexadecimal digits that stand for a graph with its weights."""
+def graph_digest(manifest: Manifest, graph: str, adapters: str = "") -> str:
+    """16 hexadecimal digits that stand for a graph with its weights, and with the adapters of this key."""
     file = manifest.graphs[graph].file
-    digests = [manifest.files[file], manifest.files.get(file + ".data", "")]
+    digests = [manifest.files[file], manifest.files.get(file + ".data", ""), adapters]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
-def belongs(plan: Plan, manifest: Manifest) -> bool:
-    """Whether a plan was built from the bundle in its present state, and in the present way."""
+def belongs(plan: Plan, manifest: Manifest, adapters: str = "") -> bool:
+    """Whether a plan was built from the bundle in its present state, and in the present way, and has these adapters."""
     return (
         plan.graph in manifest.graphs
-        and plan.parts["graph"] == graph_digest(manifest, plan.graph)
+        and plan.adapters == adapters
+        and plan.parts["graph"] == graph_digest(manifest, plan.graph, adapters)
         and plan.parts["precision"] == manifest.precision
         and plan.parts.get("tf32") == "off"
     )
@@ -309,7 +326,7 @@ class PlanStore:
     def why(self, wanted: Mapping[str, str]) -> str:
         """Why a plan for these parts is missing: how they differ from the nearest plan."""
         key = key_of(wanted)
-        near = [plan for plan in self if plan.graph == wanted["name"]]
+        near = [plan for plan in self if plan.graph == wanted["name"] and not plan.adapters]
         for plan in near:
             if plan.key == key:
                 return self.problem(plan, verify=True) or "it is there"

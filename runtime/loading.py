@@ -65,6 +65,9 @@ def load_loop(
                 f"lora must be left out with {backend}, whose files hold one set of weights, got {adapters[0].typed}. "
                 f"Take another backend, or compile with it: hd-export CHECKPOINT OUT --backend {backend} --lora FILE."
             )
+        refitted, refused = load_refitted(folder, adapters, backend, device, slots, threads, overlap, pictures)
+        if refitted is not None:
+            return refitted
         made = adapted_bundle(folder, adapters)
         # What was measured of the bundle holds for it with adapters, but plans hold one set of weights.
         where = folder if not has_plans(folder) and not has_plans(made) else made
@@ -74,7 +77,7 @@ def load_loop(
         base = Bundle.load(folder, Manifest.load(folder, verify=False))
         loop.bundle.loaded, loop.bundle.folder, loop.bundle.digest = adapters, folder, base.digest
         loop.bundle.made_by["bundle"] = base.digest
-        return loop, (said or how.sentences) + more
+        return loop, refused + (said or how.sentences) + more
     chosen = choose(folder, backend, device, threads, pictures)
     if chosen.device == "cuda":
         from .device_loading import load_device_loop  # a run on a CPU does without, and starts sooner
@@ -90,6 +93,37 @@ def load_loop(
             raise
         instead = f"ONNX Runtime is used instead of {chosen.backend}. {error}"
         return load_host_loop(folder, DEFAULT, slots, threads, pictures, lora_memory), [*chosen.sentences[:-1], instead]
+
+
+def load_refitted(
+    folder: Path,
+    adapters: Sequence[Chosen],
+    backend: str,
+    device: str,
+    slots: int,
+    threads: int | None,
+    overlap: bool,
+    pictures: int,
+) -> tuple[tuple[DeviceLoop, list[str]] | None, list[str]]:
+    """The loop over a folder's own plans with adapters, where TensorRT runs it and plans can be refitted; and why not.
+
+    Raises EngineError where that fails and the user named the backend.
+    """
+    if device == "cpu" or not any(plan.refittable or plan.adapters for plan in PlanStore(folder)):
+        return None, []
+    how = choose(folder, backend, device, threads, pictures)
+    if (BACKENDS[how.backend].plans_of or how.backend) not in GPU_PLANNED:
+        return None, []
+    from .device_loading import load_device_loop
+
+    try:
+        loop, said = load_device_loop(Bundle.load(folder), folder, how.backend, slots, overlap, adapters=adapters)
+    except EngineError as error:
+        if backend != "auto":
+            raise
+        return None, [f"The plans in {folder} are not refitted. {error}"]
+    loop.bundle.loaded = adapters
+    return (loop, how.sentences + said), []
 
 
 def has_plans(folder: Path) -> bool:
