@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from commands import invoke
+from handiffuser.contract import Manifest
 from handiffuser.engines import derived
 from handiffuser.engines.cost import RUNNERS, Graph, floor, kernels
 from handiffuser.engines.rates import GPUS, Gpu
@@ -175,3 +177,26 @@ def test_the_command_needs_no_gpu_and_no_plans():
     assert found[0]["bytes"] > 3 * found[1]["bytes"] and {one["sizes"] for one in found} == {"B=2"}
     refused = invoke("engines.cli", "inspect", "demo", "--cost", "--graph", "vae")
     assert refused.returncode == 1 and "graph must be one of" in refused.stderr
+
+
+def test_the_command_says_how_much_is_in_eight_bits(tiny_half, tmp_path):
+    folder = shutil.copytree(tiny_half, tmp_path / "fp8")
+    model = quantised(onnx.load(folder / "unet.onnx", load_external_data=False), onnx.TensorProto.FLOAT8E4M3FN)
+    onnx.save(model, folder / "unet.onnx")
+    manifest = Manifest.load(folder, verify=False)
+    manifest.precision = "fp8"
+    manifest.save(folder)
+    result = invoke("engines.cli", "inspect", folder, "--cost", "--gpu", "h200")
+    assert result.returncode == 0, result.stderr
+    rows = [line for line in result.stdout.splitlines() if "TensorRT" in line]
+    assert len(rows) == len(manifest.graphs) and "ONNX Runtime" not in result.stdout, (
+        "which runs no such graph on a GPU"
+    )
+    shares = {row.split()[0]: int(row.split("%")[0].split()[-1]) for row in rows}
+    assert shares["unet"] > 30 and not any(share for name, share in shares.items() if name != "unet")
+    refused = invoke("engines.cli", "inspect", folder, "--cost", "--gpu", "a100", "--graph", "unet")
+    assert refused.returncode == 1 and "--gpu must be one of h200, h100, 5090, 4090, l4 for fp8" in refused.stderr
+    manifest.made_by["base"] = "fp32"
+    manifest.save(folder)
+    refused = invoke("engines.cli", "inspect", folder, "--cost")
+    assert refused.returncode == 1 and "for OpenVINO" in refused.stderr
