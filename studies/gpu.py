@@ -54,7 +54,7 @@ Runner = Callable[[Sequence[str], Path, float], int]
 @dataclass(frozen=True)
 class Step:
     """name; the command (after `python`); seconds it may take; what it leaves for later steps, if anything. least: with
-    fewer seconds left in an act, it waits for the next call."""
+    fewer seconds left in an act, it waits for the next call. always: it takes a second, and each call does it again."""
 
     name: str
     command: tuple[str, ...]
@@ -62,6 +62,7 @@ class Step:
     makes: Path | None = None
     needs: tuple[str, ...] = ()  # steps without which this one makes no sense
     least: float = MIN_STEP_SECONDS
+    always: bool = False
 
 
 def steps(work: Path, out: Path, backends: Sequence[str], size: str, on_gpu: bool, quick: bool) -> list[Step]:
@@ -164,7 +165,7 @@ def act_steps(
             found += compiled(f"compiled-{graph}", inductor, words, work / f"{graph}-1-inductor.pt2")
     found += [variant(graph, 1, name) for graph in ("unet", "image_decoder") for name in first[3:]]
     found += [variant(graph, 4, name) for graph in ("unet", "image_decoder") for name in first[:3]]
-    found.append(Step("variant-table", (variants, "table", str(work)), 30, least=0))
+    found.append(Step("variant-table", (variants, "table", str(work)), 30, always=True))
     return found
 
 
@@ -199,7 +200,7 @@ def measure(
     for step in found:
         left = ends - time.monotonic()
         done, log = out / f"{step.name}.done", out / f"{step.name}.txt"
-        if done.exists() and (step.makes is None or step.makes.exists()):
+        if done.exists() and not step.always and (step.makes is None or step.makes.exists()):
             say(f"{step.name}: done already")
             continue
         missing = [name for name in step.needs if name in failed]
@@ -207,15 +208,16 @@ def measure(
             failed[step.name] = f"{missing[0]} failed"
             say(f"{step.name}: left out, because {failed[step.name]}")
             continue
-        if left < step.least:
+        if left < step.least and not step.always:
             say(f"{step.name}: left for the next call of the same command")
             failed[step.name] = "the time was up"
             continue
         started = time.monotonic()
-        code = runner(step.command, log, min(step.limit, left))
+        limit = step.limit if step.always else min(step.limit, left)
+        code = runner(step.command, log, limit)
         seconds = time.monotonic() - started
         if code:
-            what = f"took longer than {min(step.limit, left):.0f} s" if code == 124 else f"failed with exit code {code}"
+            what = f"took longer than {limit:.0f} s" if code == 124 else f"failed with exit code {code}"
             failed[step.name] = what
             say(f"{step.name}: {what} after {seconds:.0f} s; see {log}")
         else:
