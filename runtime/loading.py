@@ -97,7 +97,7 @@ def load_loop(
 
 def load_refitted(
     folder: Path,
-    adapters: Sequence[Chosen],
+    adapters: tuple[Chosen, ...],
     backend: str,
     device: str,
     slots: int,
