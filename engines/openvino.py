@@ -20,7 +20,7 @@ import io
 import mmap
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,11 +192,17 @@ class OpenVinoEngine:
 
 
 def host_engines(
-    folder: Path, manifest: Manifest, threads: int | None, slots: int, pictures: int
+    folder: Path,
+    manifest: Manifest,
+    threads: int | None,
+    slots: int,
+    pictures: int,
+    only: Collection[str] = LOWERED,
 ) -> dict[str, OpenVinoEngine]:
-    """UNet and decoder, ready for one picture. Raises EngineError where OpenVINO cannot run here."""
+    """UNet and decoder, ready for one picture. only: graphs to load. Raises EngineError where OpenVINO cannot run."""
     shared_core()  # says what is missing, before anything is loaded
-    engines = load_openvino(folder, manifest, inference(), threads, batches_for(folder, manifest, slots, pictures))
+    batches = batches_for(folder, manifest, slots, pictures)
+    engines = load_openvino(folder, manifest, inference(), threads, batches, only)
     for engine in engines.values():  # before the other graphs are loaded: compiling takes twice the memory
         engine.prepare(usual(engine.spec, manifest))
     return engines
@@ -225,11 +231,12 @@ def load_openvino(
     precision: str,
     threads: int | None = None,
     batches: Sequence[int] = (1,),
+    only: Collection[str] = LOWERED,
 ) -> dict[str, OpenVinoEngine]:
-    """Engines for LOWERED. Compiling a graph verifies its files; a compiled graph does not read them."""
+    """Engines for LOWERED, or those in `only`. Compiling a graph verifies its files; a compiled graph needs none."""
     shelf = shelf_of(folder, manifest, precision)
     engines: dict[str, OpenVinoEngine] = {}
-    for name in LOWERED:
+    for name in (name for name in LOWERED if name in only):
         spec = manifest.graphs[name]
         check = functools.partial(manifest.check_files, folder, manifest.files_of(name))
         sizes = batches if spec.dominant else (1,)
