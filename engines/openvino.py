@@ -68,9 +68,13 @@ class OpenVinoEngine:
         shelf: Shelf | None = None,
         batches: Sequence[int] = (1,),
         check: Callable[[], None] | None = None,
+        rewritten: bool = True,
     ) -> None:
         """precision: "bf16", which raises EngineError where the CPU has none, or "fp32". shelf: of compiled graphs.
-        check: called before the graph's file is read; raises BundleError for a damaged one."""
+        check: called before the graph's file is read; raises BundleError for a damaged one.
+        rewritten: with the rewrites of `openvino_rewrites`, which peers in benchmarks do without; a shelf needs them.
+        """
+        self.rewritten = rewritten
         self.path, self.spec, self.precision, self.shelf = Path(path), spec, precision, shelf
         self.batches: Sequence[int] | None = batches
         self._check = check
@@ -154,7 +158,8 @@ class OpenVinoEngine:
                 "bundle again with hd-export."
             ) from error
         model.reshape({t.name: [sizes[n] if isinstance(n, str) else n for n in t.shape] for t in self.spec.inputs})
-        rewrite(model)
+        if self.rewritten:
+            rewrite(model)
         compiled = core.compile_model(model, "CPU", options)
         if shelf is not None and (beside or shelf.keeps(name)):  # a copy takes gigabytes
             exported = compiled.export_model()

@@ -133,7 +133,7 @@ class HostLoop:
     def _sampler(self, kind: Any, slots: int) -> StepSampler:
         """A sampler for pictures of one kind, with as many slots as fit into memory."""
         unet, history = self._engine("unet", kind.adapters), self.bundle.manifest.num_history["unet"]
-        times = self._step_times_of(kind, unet.engine.batches)
+        times = self._step_times_of(kind, unet.batches)
         return StepSampler(unet, "latents", history, self.bundle.room.rows(kind.size, slots), times, unet.branched)
 
     def _step_times_of(self, kind: Kind, batches: Sequence[int] | None) -> StepTimes:
@@ -416,7 +416,7 @@ class _Timed:
     def __init__(self, name: str, engine: Engine, timings: dict[str, float]) -> None:
         self.engine, self.name, self.timings = engine, name, timings
         self.names = frozenset(spec.name for spec in engine.spec.inputs)
-        self.branched = engine.spec.branched
+        self.branched, self.batches = engine.spec.branched, engine.batches
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         feeds = {name: value for name, value in feeds.items() if name in self.names}

@@ -314,3 +314,13 @@ def test_the_command_end_to_end_without_a_framework(tiny_bundle, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]" and len(list((tmp_path / "out").glob("*.json"))) == 2
     assert f'"inference": "{HERE}"' in next((tmp_path / "out").glob("a-fist*.json")).read_text()
+
+
+def test_only_the_graphs_that_adapters_change_are_compiled(folder):
+    """An adapter of the UNet alone leaves the decoder as it is, which would be compiled to be thrown away."""
+    manifest = Manifest.load(folder)
+    assert openvino.host_engines(folder, manifest, 1, 1, 1, only=("unet_context",)) == {}
+    assert openvino.host_engines(folder, manifest, 1, 1, 1, only=("image_decoder", "unet_time")).keys() == {
+        "image_decoder"
+    }
+    assert {plan.graph for plan in user_cache()} == {"image_decoder"}
