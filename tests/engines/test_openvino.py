@@ -16,6 +16,7 @@ from handiffuser.contract import ROW_HEAD, Manifest
 from handiffuser.engines import build as tensorrt
 from handiffuser.engines import cli, openvino, verdict
 from handiffuser.engines.onnxruntime import OnnxRuntimeEngine
+from handiffuser.engines.openvino_rewrites import split_products
 from handiffuser.engines.plans import PlanStore, Wanted, user_cache
 from handiffuser.engines.verdict import Verdict
 from handiffuser.errors import BundleError, EngineError
@@ -324,3 +325,33 @@ def test_only_the_graphs_that_adapters_change_are_compiled(folder):
         "image_decoder"
     }
     assert {plan.graph for plan in user_cache()} == {"image_decoder"}
+
+
+def test_products_that_are_split_behind_are_split_before():
+    """The same numbers, with and without a bias; a product that something else reads stays whole."""
+    from openvino import Model
+    from openvino import opset13 as ov
+
+    random = np.random.default_rng(0)
+    numbers = {
+        shape: random.standard_normal(shape).astype(np.float32) for shape in ((1, 5, 8), (8, 12), (12, 8), (12,))
+    }
+
+    def made() -> Model:
+        x = ov.parameter([1, 5, 8], np.float32, name="x")
+        halves = ov.split(ov.add(ov.matmul(x, numbers[8, 12], False, False), numbers[12,]), 2, 2)
+        thirds = ov.variadic_split(ov.matmul(x, numbers[12, 8], False, True), -1, [4, 5, 3])
+        shared = ov.matmul(x, numbers[12, 8], False, True)
+        whole = ov.split(shared, 2, 2)
+        return Model([*halves.outputs(), *thirds.outputs(), *whole.outputs(), shared.output(0)], [x])
+
+    plain, split = made(), made()
+    assert split_products(split) == 2
+    assert sum(op.get_type_name() == "MatMul" for op in split.get_ops()) == 2 + 3 + 1
+    assert sum("Split" in op.get_type_name() for op in split.get_ops()) == 1
+    results = []
+    for model in (plain, split):
+        compiled = openvino.shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        results.append([value.copy() for value in compiled([numbers[1, 5, 8]]).values()])
+    for before, after in zip(*results, strict=True):
+        np.testing.assert_allclose(after, before, rtol=0, atol=1e-6)
