@@ -25,7 +25,7 @@ from .results import Failure, Picture
 COMPARED_STEPS = (
     4  # of a picture at most: more come no farther from float32, and a large model's step takes half a minute
 )
-TURNS, TURNS_SECONDS = 9, 10.0  # so many turns at most, where they take fewer CPU seconds than this
+ALIKE, TURNS, TURNS_SECONDS = 5, 15, 15.0  # turns that must agree; most turns, and the CPU seconds after which it ends
 PROMPTS = (
     "a right hand making a fist, blue background",
     "two open hands",
@@ -96,8 +96,9 @@ def measure(
     """Makes `count` pictures or more with both, in alternation; of several, one more to warm up. Raises EngineError
     where one fails.
 
-    Times are CPU seconds, which other processes on this machine change least. They still change them by a tenth, so
-    that pictures of a small model are made TURNS times, and the median of the turns' ratios counts.
+    Times are CPU seconds, which other processes on this machine change least. They still change them by a tenth. So
+    pictures of a small model are made until ALIKE turns, and no other one, say the same, and at most TURNS times. The
+    median of the turns' ratios counts.
     """
     loops = [HostLoop(bundle, engines, 1) for engines in (exact, fast)]
     requests = asked(bundle, count)
@@ -106,13 +107,19 @@ def measure(
     if count > 1:  # pays for memory and kernels; a large model's picture takes minutes
         for loop in loops:
             timed(loop, requests[0])
-    while len(turns) < count or (len(turns) < TURNS and sum(map(sum, turns)) < TURNS_SECONDS):
+    while len(turns) < count or (
+        len(turns) < TURNS and sum(map(sum, turns)) < TURNS_SECONDS and not _alike([b < a for a, b in turns])
+    ):
         pictures, seconds = zip(*(timed(loop, requests[len(turns) % count]) for loop in loops), strict=True)
         distances.append(psnr(*(picture.image for picture in pictures)))
         turns.append(seconds)
     exactly = statistics.median(seconds[0] for seconds in turns)
     ratio = statistics.median(seconds[1] / seconds[0] for seconds in turns)
     return Verdict(mean_psnr(distances), exactly, exactly * ratio, ready)
+
+
+def _alike(faster: list[bool]) -> bool:
+    return len(faster) >= ALIKE and len(set(faster)) == 1
 
 
 def asked(bundle: Bundle, count: int) -> list[Request]:

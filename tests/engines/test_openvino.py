@@ -355,3 +355,24 @@ def test_products_that_are_split_behind_are_split_before():
         results.append([value.copy() for value in compiled([numbers[1, 5, 8]]).values()])
     for before, after in zip(*results, strict=True):
         np.testing.assert_allclose(after, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("seconds", "turns", "ratio"), [((2.0, 1.0), 5, 0.5), ((1.0, 1.5), 5, 1.5)])
+def test_turns_that_agree_end_the_measurement(tiny_bundle, monkeypatch, seconds, turns, ratio):
+    _, engines = comparing.load_engines(tiny_bundle, "cpu", 1)
+    bundle, calls, timed = comparing.Bundle.load(tiny_bundle), [], comparing.timed
+
+    def noted(loop, request):
+        calls.append(request)
+        return timed(loop, request)[0], seconds[len(calls) % 2 - 1]
+
+    monkeypatch.setattr(comparing, "timed", noted)
+    monkeypatch.setattr(comparing, "TURNS_SECONDS", 1e9)
+    found = comparing.measure(bundle, engines, engines, 1.0)
+    assert len(calls) == 2 * (1 + turns), "one turn to warm up"
+    assert (found.exact, found.fast) == (seconds[0], pytest.approx(ratio * seconds[0]))
+    calls.clear()
+    uneven = lambda loop, request: (noted(loop, request)[0], 1.0 + len(calls) % 3)  # noqa: E731
+    monkeypatch.setattr(comparing, "timed", uneven)
+    comparing.measure(bundle, engines, engines, 1.0)
+    assert len(calls) == 2 * (1 + comparing.TURNS)
