@@ -59,6 +59,7 @@ def load_loop(
     See `HanDiffuser.load` for the arguments. Raises BundleError for a missing or damaged bundle, EngineError when it
     cannot run here, CheckpointError for an adapter that does not fit.
     """
+    refused = list[str]()
     if adapters := chosen_adapters(lora):
         if backend in BACKENDS and BACKENDS[backend].compiles:
             raise EngineError(
@@ -71,14 +72,33 @@ def load_loop(
         made = adapted_bundle(folder, adapters)
         # What was measured of the bundle holds for it with adapters, but plans hold one set of weights.
         where = folder if not has_plans(folder) and not has_plans(made) else made
-        how = choose(where, backend, device, threads, pictures)
-        said = [*how.sentences, *plans_without(folder, adapters)] if where is made and not has_plans(made) else []
-        loop, more = load_loop(made, how.backend, how.device, slots, threads, overlap, onnxruntime_graphs, pictures)
+        chosen = choose(where, backend, device, threads, pictures)
+        if where is made and not has_plans(made):
+            chosen.sentences.extend(plans_without(folder, adapters))
+    else:
+        made, chosen = folder, choose(folder, backend, device, threads, pictures)
+    loop, sentences = load_chosen(
+        made, chosen, backend == "auto", slots, threads, overlap, onnxruntime_graphs, pictures, lora_memory
+    )
+    if adapters:
         base = Bundle.load(folder, Manifest.load(folder, verify=False))
         loop.bundle.loaded, loop.bundle.folder, loop.bundle.digest = adapters, folder, base.digest
         loop.bundle.made_by["bundle"] = base.digest
-        return loop, refused + (said or how.sentences) + more
-    chosen = choose(folder, backend, device, threads, pictures)
+    return loop, refused + sentences
+
+
+def load_chosen(
+    folder: Path,
+    chosen: Choice,
+    auto: bool,
+    slots: int,
+    threads: int | None,
+    overlap: bool,
+    onnxruntime_graphs: bool,
+    pictures: int,
+    lora_memory: int | None,
+) -> tuple[HostLoop | DeviceLoop, list[str]]:
+    """The loop of a choice. auto: where a backend of the CPU fails, ONNX Runtime runs instead."""
     if chosen.device == "cuda":
         from .device_loading import load_device_loop  # a run on a CPU does without, and starts sooner
 
@@ -89,10 +109,11 @@ def load_loop(
     try:
         return load_host_loop(folder, chosen.backend, slots, threads, pictures, lora_memory), chosen.sentences
     except EngineError as error:
-        if backend != "auto" or chosen.backend == DEFAULT:
+        if not auto or chosen.backend == DEFAULT:
             raise
         instead = f"ONNX Runtime is used instead of {chosen.backend}. {error}"
-        return load_host_loop(folder, DEFAULT, slots, threads, pictures, lora_memory), [*chosen.sentences[:-1], instead]
+        said = [sentence for sentence in chosen.sentences if not sentence.startswith(chosen.backend)]
+        return load_host_loop(folder, DEFAULT, slots, threads, pictures, lora_memory), [*said, instead]
 
 
 def load_refitted(
