@@ -61,11 +61,7 @@ def load_loop(
     """
     refused = list[str]()
     if adapters := chosen_adapters(lora):
-        if backend in BACKENDS and BACKENDS[backend].compiles:
-            raise EngineError(
-                f"lora must be left out with {backend}, whose files hold one set of weights, got {adapters[0].typed}. "
-                f"Take another backend, or compile with it: hd-export CHECKPOINT OUT --backend {backend} --lora FILE."
-            )
+        check_merges(backend, adapters)
         refitted, refused = load_refitted(folder, adapters, backend, device, slots, threads, overlap, pictures)
         if refitted is not None:
             return refitted
@@ -83,6 +79,7 @@ def load_loop(
     if adapters:
         base = Bundle.load(folder, Manifest.load(folder, verify=False))
         loop.bundle.loaded, loop.bundle.folder, loop.bundle.digest = adapters, folder, base.digest
+        loop.bundle.adapted = made
         loop.bundle.made_by["bundle"] = base.digest
     return loop, refused + sentences
 
@@ -145,6 +142,15 @@ def load_refitted(
         return None, [f"The plans in {folder} are not refitted. {error}"]
     loop.bundle.loaded = adapters
     return (loop, how.sentences + said), []
+
+
+def check_merges(backend: str, adapters: Sequence[Chosen]) -> None:
+    """Raises EngineError for a backend that cannot run a bundle with adapters merged."""
+    if adapters and backend in BACKENDS and BACKENDS[backend].compiles:
+        raise EngineError(
+            f"lora must be left out with {backend}, whose files hold one set of weights, got {adapters[0].typed}. "
+            f"Take another backend, or compile with it: hd-export CHECKPOINT OUT --backend {backend} --lora FILE."
+        )
 
 
 def has_plans(folder: Path) -> bool:
