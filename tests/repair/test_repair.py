@@ -412,5 +412,7 @@ def test_hands_are_found_in_one_picture_after_the_other(painted):
     ):
         with pytest.raises(RequestError, match=said):
             repair_hands(engines, made.image, hands, detector=eyes)
+    with pytest.raises(RequestError, match="size must be left out of a repair, got '64x64'"):
+        repair_hands(engines, made.image, detector=eyes, size="64x64")
     with pytest.raises(RequestError, match="pictures must be a list"):
         next(find_hands(engines, made.image, detector=eyes))
