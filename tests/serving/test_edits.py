@@ -215,6 +215,8 @@ class Eyes:
         joints = placed(np.array([40.0, 40, 120, 130]), "right", "open_hand", rest).hand.joints_2d
         return [Found("right", 0.9, joints / (200, 150))]
 
+    once = __call__
+
     def sureness(self, found, residual, degrees):
         return 0.9
 
