@@ -107,8 +107,10 @@ class Run:
         self.held = np.fromiter((int.from_bytes(d[:4], "big") < limit for d in digests), bool, len(self.index))
 
     def prepare(self) -> None:
-        """Writes a run's first files, before several processes read them. Raises TrainingError for an adapter that would
-        fit no checkpoint."""
+        """Writes a run's first files, before several processes read them.
+
+        Raises TrainingError for an adapter that would fit no checkpoint.
+        """
         people = self.recipe.num_people or 1
         if self.start is not None and people > 1 and (self.recipe.pictures.lora or self.recipe.distill.lora):
             known = Checkpoint.load(self.start, mapped=True).num_people
