@@ -241,7 +241,7 @@ commands.run("hd-test", click.Command("hd-test"), "Stopped.")
 def test_ctrl_c_while_the_command_begins_to_listen():
     """Its handler is there, and the block that turns Ctrl-C into a sentence has to be as well."""
     process = start(sys.executable, "-c", WHILE_THE_WATCHER_STARTS)
-    assert process.communicate(timeout=30) == ("", "Stopped.\n")
+    assert process.communicate(timeout=30) == ("", "hd-test: Stopped.\n")
     assert process.returncode == 130
 
 

@@ -152,10 +152,9 @@ def test_a_finger_is_dragged_and_the_picture_follows(page):
     page.fill("#prompt", "a right hand with spread fingers, blue background")
     page.fill("#seed", "5")
     page.click("#more summary")
-    page.fill("#steps", "40")  # long enough to see previews
+    page.fill("#steps", "100")  # long enough to see previews, also where Chromium waits for its turn
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".joint:not([hidden])", timeout=60_000)
-    shot(page, "skeleton")
     page.wait_for_selector("#picture.waiting:not([hidden])", timeout=60_000)
     shot(page, "preview")
     first = picture(page)
