@@ -127,7 +127,7 @@ def load_refitted(
 
     Raises EngineError where that fails and the user named the backend.
     """
-    if device == "cpu" or not any(plan.refittable or plan.adapters for plan in PlanStore(folder)):
+    if device == "cpu" or not takes_adapters(folder):
         return None, []
     how = choose(folder, backend, device, threads, pictures)
     if (BACKENDS[how.backend].plans_of or how.backend) not in GPU_PLANNED:
@@ -151,6 +151,11 @@ def check_merges(backend: str, adapters: Sequence[Chosen]) -> None:
             f"lora must be left out with {backend}, whose files hold one set of weights, got {adapters[0].typed}. "
             f"Take another backend, or compile with it: hd-export CHECKPOINT OUT --backend {backend} --lora FILE."
         )
+
+
+def takes_adapters(folder: Path) -> bool:
+    """Whether a folder has plans that adapters can be put into, or were."""
+    return any(plan.refittable or plan.adapters for plan in PlanStore(folder))
 
 
 def has_plans(folder: Path) -> bool:
