@@ -9,6 +9,7 @@ imports no backend itself: `on_host`, `on_gpu` and `builder` import the module t
 
 `host=` a backend of the CPU:
     host_engines(folder, manifest, threads, slots, pictures) -> {graph: Engine}; ONNX Runtime runs the graphs left out.
+    If it compiles no weights from a checkpoint: only=names, too, which are the graphs to load.
 `gpu=` a backend of NVIDIA GPUs:
     device_engines(name, folder, manifest, cuda, stream_of, slots, replay) -> DeviceEngines; TensorRT's also takes
     adapters

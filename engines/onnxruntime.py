@@ -50,7 +50,7 @@ SIDE = (1, 64, MAX_SIDE)  # of an axis of a picture
 SMALL_BYTES = 1 << 28  # of a graph: a second copy of its weights costs little, and sizes are a part of its time
 
 
-def host_engines(*_: Any) -> dict[str, Engine]:
+def host_engines(*_: Any, **__: Any) -> dict[str, Engine]:
     """Nothing: `load_engines` loads every graph that another backend leaves out."""
     return {}
 

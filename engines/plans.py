@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from msgspec import Meta
 
-from ..contract import BRANCHES, MAX_SIDE, SIDES, GraphSpec, Manifest, Size, file_digest, shown_size
+from ..contract import BRANCHES, SIDES, GraphSpec, Manifest, Size, file_digest, shown_size
 from ..errors import EngineError
 from ..files import written
 from ..schema import MisfitError, Sha256, Word, fit, read_json
 from ..shipped import is_shipped
-from .base import powers_of_two
+from .base import check_sizes, powers_of_two
 
 FOLDER = "plans"
 LAYERS = ".layers"  # beside a plan: its layers, see `inspect.py`
@@ -232,12 +232,7 @@ def parts(
 
 def picture_sizes(manifest: Manifest, wanted: Iterable[Size]) -> list[Size]:
     """The sizes of pictures to compile for, the bundle's own first. Raises EngineError for what it cannot paint."""
-    for size in wanted:
-        if size != manifest.nearest(size):
-            multiple, own = manifest.size_multiple, shown_size(manifest.image_size)
-            may = f"multiples of {multiple} up to {MAX_SIDE} pixels" if multiple else f"{own} for this bundle"
-            instead = f"The nearest is {shown_size(manifest.nearest(size))}." if multiple else "Leave it out."
-            raise EngineError(f"--sizes must be {may}, got {shown_size(size)}. {instead}")
+    check_sizes(wanted := [*wanted], manifest.size_multiple, manifest.image_size)
     return list(dict.fromkeys((manifest.image_size, *wanted)))
 
 

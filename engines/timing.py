@@ -79,7 +79,7 @@ def _plans(store: PlanStore, backend: TensorRT, cuda: Cuda, wanted: Callable[[Pl
 
 
 def beside_onnxruntime(folder: str | Path) -> Verdict:
-    """A guided step of the bundle's own size as Inductor compiled it, beside ONNX Runtime's on CUDA.
+    """A guided step of the bundle's own size as Inductor compiled it for the smallest batch, beside ONNX Runtime's.
 
     The verdict is kept beside the compiled step. Raises EngineError where one of them does not run here.
     """
