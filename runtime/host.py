@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import length_hint
 from typing import Any, NamedTuple
@@ -66,8 +66,7 @@ class HostLoop:
         self._times: dict[Any, np.ndarray] = {}  # adapters and timesteps -> rows of unet_time
         self._latents: dict[Any, np.ndarray] = {}  # shape and hash of a picture's pixels -> its latents [C, h, w]
         self._hand_times = StepTimes(only=engines["hand_prior"].batches)
-        self._batches = engines["unet"].batches
-        self._step_times: dict[Any, StepTimes] = {}  # of the UNet
+        self._step_times: dict[Any, StepTimes] = {}  # of the UNet; the first of them says what may pay elsewhere
         self._no_text: np.ndarray | None = None  # text_encoder of "", [77, D]
         self._cancelled: set[Hashable] = set()
         self._ready: deque[Work] = deque()  # has its hands, waits for a slot
@@ -140,10 +139,21 @@ class HostLoop:
     def _sampler(self, kind: Any, slots: int) -> StepSampler:
         """A sampler for pictures of one kind, with as many slots as fit into memory."""
         unet, history = self._engine("unet", kind.adapters), self.bundle.manifest.num_history["unet"]
-        times = self._step_times.setdefault((kind.size, kind.chunks), StepTimes(only=self._batches))
-        return StepSampler(
-            unet, "latents", history, self.bundle.room.rows(kind.size, kind.chunks, slots), times, unet.branched
-        )
+        times = self._step_times_of(kind, unet.batches)
+        rows = self.bundle.room.rows(kind.size, kind.chunks, slots)
+        return StepSampler(unet, "latents", history, rows, times, unet.branched)
+
+    def _step_times_of(self, kind: Kind, batches: Sequence[int] | None) -> StepTimes:
+        """The UNet's times for pictures of one kind. batches: those of its engine.
+
+        Where each batch size must be compiled, only the first kind tries all of them. The others take the best of it.
+        """
+        key = (kind.size, kind.chunks, None if batches is None else tuple(batches))
+        first = next(iter(self._step_times.values()), None)
+        times = self._step_times.setdefault(key, StepTimes(only=batches))
+        if batches is not None and first is not None and times is not first:
+            times.only = sorted({1} | ({first.fastest()} & set(batches)))
+        return times
 
     def _kind(self, work: Work) -> Kind:
         return Kind(self.bundle.size(work.request), chunks_of(work), key_of(work.adapters))
@@ -427,7 +437,7 @@ class _Timed:
     def __init__(self, name: str, engine: Engine, timings: dict[str, float]) -> None:
         self.engine, self.name, self.timings = engine, name, timings
         self.names = frozenset(spec.name for spec in engine.spec.inputs)
-        self.branched = engine.spec.branched
+        self.branched, self.batches = engine.spec.branched, engine.batches
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         feeds = {name: value for name, value in feeds.items() if name in self.names}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..engines.adapted import adapted_bundle, chosen, sentences
-from .loading import check_merges
+from .loading import check_merges, takes_adapters
 from .outputs import OutputFolder
 
 if TYPE_CHECKING:
@@ -56,14 +56,16 @@ class Reporter:
     def merge(self, bundle: Path, lora: Sequence[str], backend: str) -> None:
         """Merges adapters into a bundle in the user's cache, with a bar, and then says what they change.
 
+        Plans that can be refitted get them as they are loaded, without a merge.
         Raises as `loading.check_merges` and `adapted.adapted_bundle` do.
         """
         adapters = chosen(lora)
         check_merges(backend, adapters)
         if not adapters:
             return
-        with self.progress(0, "merging adapters") as progress:
-            adapted_bundle(bundle, adapters, progress.part)
+        if not takes_adapters(bundle):
+            with self.progress(0, "merging adapters") as progress:
+                adapted_bundle(bundle, adapters, progress.part)
         for sentence in sentences(adapters, bundle):
             self.note(sentence)
 

@@ -15,7 +15,7 @@ from commands import run_command
 from datasets import made_sample
 from handiffuser import shipped
 from handiffuser.data.samples import Sample, encode_png, read
-from handiffuser.detection.detect import Found, MediaPipe, distinct, squares, windows
+from handiffuser.detection.detect import Found, MediaPipe, distinct, even, squares, windows
 from handiffuser.errors import EvaluationError, RequestError
 from handiffuser.evaluation import eager, measure, painting, pictures, run
 from handiffuser.evaluation.cli import evaluate
@@ -412,7 +412,22 @@ def test_the_detector_has_no_limit_of_hands():
     """With a limit of two hands, at most half of four requested hands were found."""
     image = np.zeros((64, 64, 3), np.uint8)
     for count in (1, 4, 9, 20):
-        assert len(mediapipe_of(*np.linspace(-3, 3, count))._look(image)) == count
+        assert len(mediapipe_of(*np.linspace(-3, 3, count)).once(image)) == count
+
+
+def test_parts_without_an_edge_are_not_searched():
+    """A hand in a corner of an even wall: only the squares that show it, or an edge, are looked at."""
+    y, x = np.mgrid[:400, :600] / 600.0
+    wall = np.stack([255 * x, 255 * y, 128 + 0 * x], -1).astype(np.uint8)
+    assert even(wall) and even(wall[:3, :2]) and even(np.zeros((1, 1, 3), np.uint8))
+    for width, darker in ((8, 30), (60, 10)):  # far and small, or near and of nearly the same colour
+        shown = wall.copy()
+        shown[300 : 300 + width, 500 : 500 + width] -= np.uint8(darker)
+        assert not even(shown) and not even(shown[200:, 400:])
+    detector, seen = mediapipe_of(), []
+    detector.once = lambda image: seen.append(image.shape) or []
+    assert detector(wall) == [] and seen == [(400, 600, 3)]
+    assert detector(shown) == [] and 4 < len(seen) < 25
 
 
 def test_hands_that_lie_on_one_another_are_one():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from handiffuser.errors import RequestError
 from handiffuser.runtime import room
+from handiffuser.runtime.host import Kind
 from handiffuser.runtime.pipeline import HanDiffuser
 from handiffuser.runtime.requests import Request
 from handiffuser.runtime.room import Room
@@ -145,3 +146,30 @@ def test_the_command_paints_a_size(sized_bundle, tmp_path):
     assert not done.returncode, done.stderr
     pictures = [path for path in out.glob("*.png") if not path.name.endswith(".hands.png")]
     assert {Image.open(path).size for path in pictures} == {(40, 24), (24, 40)}
+
+
+def test_each_batch_size_is_tried_for_one_kind_alone(sized_bundle):
+    """Where a batch size must be compiled. The others take the best one, which their own engine must offer, too."""
+    with HanDiffuser.load(sized_bundle, device="cpu", threads=1, batch_size=4) as loaded:
+        loop = loaded.loop
+        first, second, third = (Kind(size, 1, ()) for size in ((32, 32), (24, 40), (40, 24)))
+        tried = loop._step_times_of(first, [1, 2, 4])
+        assert loop._step_times_of(second, [1, 2, 4]).only == [1], "nothing was measured yet"
+        for rows, seconds in ((1, 1.0), (2, 1.1), (4, 2.0)):
+            tried.add(rows, seconds)
+        assert loop._step_times_of(first, [1, 2, 4]) is tried and tried.only == [1, 2, 4]
+        assert loop._step_times_of(second, [1, 2, 4]).only == [1, 4]
+        assert loop._step_times_of(first._replace(adapters=(("a", 1.0),)), [1, 2]).only == [1]
+        assert loop._step_times_of(third, None).only is None
+
+
+def test_every_engine_of_a_kind_gives_its_own_batches(sized_bundle, monkeypatch):
+    seen = []
+    with HanDiffuser.load(sized_bundle, device="cpu", threads=1) as loaded:
+        monkeypatch.setattr(loaded.loop.engines["unet"], "batches", [1, 8])
+        wanted = loaded.loop._step_times_of
+        monkeypatch.setattr(
+            loaded.loop, "_step_times_of", lambda kind, batches: seen.append(batches) or wanted(kind, batches)
+        )
+        loaded.generate("a fist", steps=1)
+    assert seen == [[1, 8]]
