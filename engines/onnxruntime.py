@@ -26,7 +26,7 @@ from ..errors import BundleError, EngineError
 from ..installed import version
 from .base import Engine, check_feeds
 from .cuda import Cuda
-from .plans import Shelf
+from .shelf import Shelf
 
 NO_CUDA = (
     "ONNX Runtime was installed without CUDA. Replace it; onnxruntime and onnxruntime-gpu overwrite each other: "

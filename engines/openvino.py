@@ -36,7 +36,8 @@ from ..errors import BundleError, EngineError, HanDiffuserError
 from .backends import BACKENDS
 from .base import check_feeds, powers_of_two
 from .openvino_rewrites import REWRITES, rewrite
-from .plans import Built, OnBuild, PlanStore, Shelf, Wanted, picture_sizes, size_text, usual
+from .plans import Built, OnBuild, PlanStore, Wanted, picture_sizes, size_text, usual
+from .shelf import Shelf
 
 LOWERED = ("unet", "image_decoder")  # the graphs that OpenVINO runs
 TYPES = {"bf16": "bf16", "fp32": "f32"}  # our name of a precision -> OpenVINO's

@@ -102,13 +102,39 @@ def test_a_size_that_memory_lacks_is_refused_before_it_runs(pipeline, monkeypatc
     fresh.check((64, 64))  # 55 MB
     with pytest.raises(RequestError, match=r"size must fit into memory: 128x64 takes about 0.1 GB"):
         fresh.check((64, 128))
-    assert [fresh.rows(size, 8) for size in ((64, 64), (32, 48), (32, 32))] == [
+    assert [fresh.rows(size, 1, 8) for size in ((64, 64), (32, 48), (32, 32))] == [
         2,
         5,
         8,
     ]  # as many pixels as in 8 of the own size
+    needed = fresh.needed((64, 128))
     fresh.ran((64, 128))
     fresh.check((64, 128))  # the memory is there already
+    assert fresh.needed((64, 128)) == needed, "what a GPU gave back must be asked for again"
+
+
+def test_memory_counts_the_chunks_of_a_prompt(pipeline, monkeypatch):
+    manifest = pipeline.manifest
+    unet = manifest.graphs["unet"]
+    monkeypatch.setattr(unet, "memory", 11_000_000)
+    monkeypatch.setattr(room, "available", lambda: 15_000_000)
+    fresh = Room(manifest)
+    fresh.check((32, 32), 1)
+    told = [fresh.needed((32, 32), 1, chunks) for chunks in (1, 2, 3, 16)]
+    assert told[0] == 13_750_000 and told[2] - told[1] == pytest.approx(told[1] - told[0], abs=1) and told[1] > told[0]
+    widths = sum(np.prod([n for n in one.shape if isinstance(n, int)]) for one in unet.inputs if "L" in one.shape)
+    assert told[1] - told[0] > 1.25 * 77 * 2 * 4 * widths, "keys and values of both branches, and products of them"
+    with monkeypatch.context() as scarce:
+        scarce.setattr(room, "available", lambda: told[3] - 1)
+        with pytest.raises(RequestError, match=r"32x32 with 16 chunks of a prompt takes .* or a shorter prompt"):
+            fresh.check((32, 32), 16)
+        long = "a fist, " + "b " * 500
+        with pytest.raises(RequestError, match="size must fit into memory"):
+            monkeypatch.setattr(pipeline.bundle, "room", fresh)
+            scarce.setattr(room, "available", lambda: 13_750_000)
+            pipeline.generate(long, seed=1)
+    fresh.ran((32, 32), 16)
+    fresh.check((32, 32), 16)
 
 
 def test_the_command_paints_a_size(sized_bundle, tmp_path):
