@@ -115,7 +115,7 @@ def load_chosen(
 
 def load_refitted(
     folder: Path,
-    adapters: Sequence[Chosen],
+    adapters: tuple[Chosen, ...],
     backend: str,
     device: str,
     slots: int,
