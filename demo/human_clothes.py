@@ -7,13 +7,14 @@ cap grown from the scalp and, for long hair, MakeHuman's hair mesh. All are pain
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor
+from torch.nn import functional as F
 
 from .human import CLOTHES, HAIR, NO_CHART, SKIN, load_human, traits_of
 from .human_skin import ITA_CLASSES, eye_places, hairline, linear, noise, noise_at, skin_tone, vertex_skin
@@ -23,6 +24,9 @@ NECKS = ("round", "v", "wide", "high", "shirt", "jacket")
 HAIRCUTS = ("bald", "crop", "short", "full", "long", "bob", "bun")
 # Where a sleeve ends, as parts of the arm from the shoulder (0) over the elbow (0.5) to the wrist (1).
 SLEEVES = {"sleeveless": 0.04, "short": 0.28, "elbow": 0.5, "three-quarter": 0.72, "long": 0.95}
+# How far a wide cuff hangs from the arm, metres, and from which sleeve on.
+CUFFS = {"loose": 0.030, "bell": 0.060, "kimono": 0.110}
+WIDE_FROM, WIDE_SHARE = 0.6, 0.16  # the share of women's and men's sleeves that are wide, of those long enough
 NECK, SHOULDER, ELBOW, WRIST = 12, 16, 18, 20
 
 
@@ -38,6 +42,7 @@ class Look:
     second: tuple[float, float, float] = (0.85, 0.85, 0.82)  # of the pattern
     pattern: str = "plain"
     sleeve: float = 0.28  # how far it covers the arm, 0..1; see SLEEVES
+    cuff: float = 0.0  # how far a wide sleeve hangs at its end, metres; see CUFFS
     neck: str = "round"
     trousers: tuple[float, float, float] = (0.16, 0.18, 0.25)
     shoes: tuple[float, float, float] = (0.15, 0.13, 0.12)
@@ -133,7 +138,9 @@ def cuts(look: Look) -> tuple[ndarray, ndarray]:
     cloth = kind == CLOTHES
     cut[cloth] = inside[faces[cloth]]
     owner = human.owner[mesh.source[faces[:, 0]]]
-    covered = (kind == SKIN) & (inside[faces].min(1) > 0.022) & (owner != 15)
+    deep = 0.16 if look.cuff else 0.022  # one looks into a wide sleeve
+    on_arm = np.abs(mesh.rest[faces[:, 0], 0]) > _landmarks()["shoulder"] + 0.06
+    covered = (kind == SKIN) & (inside[faces].min(1) > np.where(on_arm, deep, 0.022)) & (owner != 15)
     shown = ~covered
     cap = mesh.cap[faces[:, 0]]
     cut[cap] = mesh.above[faces[cap]]
@@ -151,6 +158,16 @@ def cuts(look: Look) -> tuple[ndarray, ndarray]:
     return shown, cut
 
 
+def outside(vertices: ndarray, normals: ndarray, look: Look) -> tuple[ndarray, ndarray]:
+    """What a picture shows of a posed body [V,3] with normals [V,3]: places [N,3] and triangles [F,3] of one surface,
+    clothes where there are some, else skin, without hair."""
+    mesh = surface()
+    place = mesh_of(torch.from_numpy(vertices).float(), torch.from_numpy(normals).float(), look, torch.zeros(1)).numpy()
+    inside = _inside(mesh.rest, look)[mesh.faces]
+    bare = (mesh.kind == SKIN) & ((inside < 0).any(1) | (load_human().owner[mesh.source[mesh.faces[:, 0]]] == 15))
+    return place, mesh.faces[bare | ((mesh.kind == CLOTHES) & (inside > 0).all(1))]
+
+
 THICK = {"bald": 0.0, "crop": 0.004, "short": 0.011, "full": 0.024, "long": 0.012, "bob": 0.014, "bun": 0.008}
 
 
@@ -158,7 +175,46 @@ def mesh_of(vertices: Tensor, normals: Tensor, look: Look, smile: Tensor) -> Ten
     """Where a person's surface is: [N,3] from the posed body [V,3], its normals [V,3] and the smile's way [V,3]."""
     stand_off, source = _stand_off(look)
     vertices = vertices + look.smile * smile
-    return vertices[source] + torch.from_numpy(stand_off)[:, None] * normals[source]
+    place = vertices[source] + torch.from_numpy(stand_off)[:, None] * normals[source]
+    return _hung(place, vertices, normals[source], look) if look.cuff else place
+
+
+@lru_cache(maxsize=64)
+def _cuff(sleeve: float) -> tuple[tuple[Tensor, ...], ...]:
+    """Of each arm: the shell's vertices along a wide sleeve [K], how wide it is there beside its end [K] (0 at the
+    elbow, 1 at the end), and the body's vertices around elbow and wrist."""
+    human, mesh, at = load_human(), surface(), _landmarks()
+    elbow, side = human.joints[ELBOW, 0], mesh.rest[:, 0]
+    end = at["shoulder"] + sleeve * (at["wrist"] - at["shoulder"])
+    begin = min(elbow - 0.09, end - 0.12)
+    out = []
+    for sign in (1.0, -1.0):
+        ids = np.flatnonzero((human.kind[mesh.source] == CLOTHES) & (sign * side > begin))
+        share = ((sign * side[ids] - begin) / (end - begin)).clip(0, 1.1)
+        rings = [np.flatnonzero(np.abs(sign * human.template[:, 0] - x) < 0.025) for x in (elbow, at["wrist"])]
+        rings = [ring[human.kind[ring] == CLOTHES] for ring in rings]
+        out.append(tuple(torch.from_numpy(x) for x in (ids, share.astype(np.float32) ** 1.5, *rings)))
+    return tuple(out)
+
+
+def _hung(place: Tensor, vertices: Tensor, normals: Tensor, look: Look) -> Tensor:
+    """The surface [N,3] with wide sleeves: the upper side lies on the arm, the lower one hangs; of an arm that is held
+    up the sleeve slides to the elbow and stands off all around."""
+    place = place.clone()
+    for ids, share, elbow, wrist in _cuff(round(look.sleeve, 2)):
+        along = F.normalize(vertices[wrist].mean(0) - vertices[elbow].mean(0), dim=0)
+        down = torch.tensor([0.0, -1.0, 0.0])
+        slide = down @ along  # 1: the forearm hangs, -1: it is held up
+        hang = down - slide * along  # shorter, the steeper the forearm is
+        out = normals[ids] - (normals[ids] @ along)[:, None] * along
+        low = 0.5 + 0.5 * (out @ (hang / hang.norm().clamp_min(1e-3)))  # 0 on the upper side, 1 on the lower one
+        level = float(hang.norm())
+        width = look.cuff * share[:, None]
+        radial = out * width * (0.12 * level + 0.55 * (1 - level))
+        # Held up, the sleeve slides to the elbow; hanging, it ends where it is.
+        slid = along * (-0.55 * width * float((-slide).clamp(0, 1)))
+        place[ids] += radial + hang * (width * low[:, None]) + slid
+    return place
 
 
 @lru_cache(maxsize=64)
@@ -308,7 +364,7 @@ def sample_look(rng: np.random.Generator, betas: ndarray | None = None) -> Look:
     varnish = None
     if rng.random() < (0.3 if male < 0.5 else 0.02):
         varnish = ((0.7, 0.08, 0.12), (0.85, 0.45, 0.55), (0.15, 0.1, 0.15), (0.45, 0.12, 0.35))[rng.integers(4)]
-    return Look(
+    look = Look(
         skin=tuple(tone),
         hair=tuple(hair.clip(0.03, 0.9)),
         haircut=HAIRCUTS[rng.choice(7, p=HAIRCUT_SHARES[int(male > 0.5)])],
@@ -325,6 +381,18 @@ def sample_look(rng: np.random.Generator, betas: ndarray | None = None) -> Look:
         varnish=varnish,
         wrinkles=float(rng.uniform(0.7, 1.3)),
     )
+    return _with_cuff(look, rng.spawn(1)[0])  # numbers of its own: other looks stay as they were
+
+
+def _with_cuff(look: Look, rng: np.random.Generator) -> Look:
+    """The look, now and then with wide sleeves; a kimono's fronts cross."""
+    if look.sleeve < WIDE_FROM or rng.random() > WIDE_SHARE:
+        return look
+    kind = tuple(CUFFS)[rng.integers(len(CUFFS))]
+    pattern = look.pattern if look.pattern in ("plain", "stripes", "two-tone", "heather") else "plain"  # others stretch
+    neck = "v" if kind == "kimono" else look.neck if look.neck in ("round", "v", "wide") else "round"
+    sleeve = float(rng.uniform(0.78, 0.92))
+    return replace(look, sleeve=sleeve, neck=neck, pattern=pattern, cuff=float(CUFFS[kind] * rng.uniform(0.88, 1.12)))
 
 
 def _hue(rng: np.random.Generator) -> ndarray:

@@ -9,14 +9,17 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy import ndarray
 
+from ..models.smplh import HAND_JOINTS
 from .clasps import clasps, fingers_of
 from .gestures import rotation
+from .human import load_human
+from .human_clothes import Look, outside, surface
 from .human_gestures import hand_pose
 from .human_holding import BENT, PoseError, bend, frame_of, hand_scale, places_of
 from .human_poses import (
@@ -31,14 +34,20 @@ from .human_poses import (
     Y,
     Z,
     body_ids,
-    hand_ids,
     unit,
     vertex_normals,
 )
+from .human_touch import BONES, PALM, Surface, gaps, settle, shell
 from .things import Grasp, grasps, thing_mesh
 
 PASSED = {"book": (0, 1, 2), "stick": (0, 2)}  # things that two hands can hold, and which of their grasps
 APART = 0.002  # metres by which a wrist may miss its place
+BEFORE = replace(HANGING, wrist=(0.0, -0.43, 0.15), fingers=(-0.1, -1, 0.3))
+ELBOWS = ((-0.2, 1.0, -0.7), (-0.2, 0.2, -1.0))  # where it points, if free
+UNLIKE = 0.07  # metres by which two shoulders' heights may differ
+LEGS = (1, 2, 4, 5, 7, 8, 10, 11)
+BENT_OVER = 85.0  # degrees that the wrist of a hand on a shoulder may turn against the forearm
+TOUCHING, DEEPEST = 0.002, 0.002  # metres: of a hand on a shoulder, and of all that two people wear
 
 
 @dataclass(frozen=True)
@@ -95,12 +104,15 @@ def _passing(thing: str, sides: tuple[int, int], rng: np.random.Generator) -> tu
     return Meeting(first, second, turn, middle - turn @ middle + shift, axis, X), grasp
 
 
-def pose_pair(name: str, betas: tuple[ndarray, ndarray], rng: np.random.Generator) -> Pair:
-    """Two people who do what `name` says: handshake, high_five, holding_hands, passing or arm_around.
+def pose_pair(
+    name: str, betas: tuple[ndarray, ndarray], rng: np.random.Generator, looks: Sequence[Look] = (Look(), Look())
+) -> Pair:
+    """Two people who do what `name` says: handshake, high_five, holding_hands, passing or arm_around. looks: what they
+    wear, on which an arm lies.
 
     Raises PoseError where their bodies do not allow it."""
     if name == "arm_around":
-        return _arm_around(betas, rng)
+        return _arm_around(betas, rng, looks)
     if name == "holding_hands":
         sides: tuple[int, int] = (LEFT, RIGHT)
     else:
@@ -190,45 +202,99 @@ def _check_apart(pair: Pair) -> None:
         raise PoseError("into each other")
 
 
-def _arm_around(betas: tuple[ndarray, ndarray], rng: np.random.Generator) -> Pair:
-    """One person's arm lies behind the other one, the hand on the far shoulder. The one who does it stands on the right
-    of the picture, or on the left."""
+# --- an arm around shoulders ---
+
+
+def _arm_around(betas: tuple[ndarray, ndarray], rng: np.random.Generator, looks: Sequence[Look]) -> Pair:
+    """One person's arm lies behind the other one, the hand on the far shoulder: palm and fingers rest on what the other
+    one wears. The one who does it stands on the right of the picture, or on the left."""
     figures = [Figure(b, rng) for b in betas]
-    for figure in figures:
-        figure.stand(rng.uniform(-10, 10))
-        for side in (LEFT, RIGHT):
-            figure.place(side, HANGING)
     doer = int(rng.integers(2))
     side = (LEFT, RIGHT)[doer]  # the arm next to the other one
-    out = (1.0, -1.0)[doer]  # from the doer to the other one, along x
+    out = np.array([(1.0, -1.0)[doer], 1, 1])  # from the doer to the other one, along x
+    for number, figure in enumerate(figures):  # the doer turns a little to the other one
+        figure.stand(rng.uniform(5, 20) * out[0] if number == doer else rng.uniform(-8, 8))
+        for each in (LEFT, RIGHT):
+            figure.place(each, HANGING)
     me, other = figures[doer], figures[1 - doer]
-    others, normals = other.vertices()[0], vertex_normals(other.vertices()[0])
+    if abs(me.rest[16, 1] - me.rest[10, 1] - other.rest[16, 1] + other.rest[10, 1]) > UNLIKE:
+        raise PoseError("too tall or too small")
+    other.place(1 - side, BEFORE)  # its near arm makes room
+    place, faces = _worn(other, looks[1 - doer])
     shoulder = other.kinematics()[1][16 + side]  # the far one
-    near = np.abs(me.kinematics()[1][16 + side] - me.rest[0])[0] + np.abs(shoulder - other.rest[0])[0]
-    step = np.array([-out * (near + rng.uniform(0.02, 0.06)), _floor(other) - _floor(me), rng.uniform(-0.07, -0.03)])
-    fingers, back = unit(np.array([out * 0.72, -0.62, 0.35])), np.array([out * 0.55, 0.8, 0.1])
-    back = unit(back - fingers * (fingers @ back))
-    hand = np.stack([fingers, back, np.cross(fingers, back)], 1)
-    if side == RIGHT:  # a right hand's fingers look along -x of its own frame
-        hand = np.stack([-fingers, back, np.cross(-fingers, back)], 1)
-    me.rotations[22 + 15 * side : 37 + 15 * side] = hand_pose("relaxed", side, rng)
-    wrist = shoulder + np.array([-out * 0.095, 0.10, -0.045])
-    way, elbow = unit(np.array([out * 0.15, 0.85, -0.35])), np.array([-out * 0.2, 0.2, -1.0])
-    mine = hand_ids(side)
-    for _ in range(5):
-        me.reach(side, wrist - step, hand, elbow)
-        v = (me.vertices()[0][mine] + step).astype(np.float32)
-        far, which = (found.numpy() for found in torch.cdist(torch.from_numpy(v), torch.from_numpy(others)).min(1))
-        close = far < 0.06
-        height = ((v - others[which]) * normals[which]).sum(1)
-        lift = -height[close] / (normals[which][close] @ way).clip(0.35, 1)
-        wrist = wrist + way * (lift.max() if close.any() else -float(far.min()))
-    if np.linalg.norm(me.kinematics()[1][20 + side] - (wrist - step)) > 10 * APART:
-        raise PoseError("out of reach")
-    if bend(me.rotations[20 + side]) > BENT:
+    mine, theirs = (figure.kinematics()[1] for figure in (me, other))
+    step = np.array([0.0, _floor(other) - _floor(me), 0.0])
+    step[0] = theirs[17 - side, 0] - mine[16 + side, 0] - out[0] * rng.uniform(0.03, 0.06)
+    step[2] = theirs[17 - side, 2] - mine[16 + side, 2] - rng.uniform(0.07, 0.10)
+    owner = load_human().owner[surface().source]
+    shown = ~np.isin(owner, LEGS)
+    body = shown & ~np.isin(owner, (18 + side, *HAND_JOINTS[side]))
+    over = unit(out * np.array([rng.uniform(0.2, 0.6), 0.85, rng.uniform(-0.25, 0.05)]))
+    ahead = out * np.array([rng.uniform(0.35, 0.75), -0.2, rng.uniform(0.55, 0.9)])
+    me.rotations[22 + 15 * side : 37 + 15 * side] = hand_pose("open_hand", side)
+    for _ in range(5):  # the bodies part until only the hand can touch
+        rest = shell(place - step, faces, shoulder - step, 0.26)  # where the doer's body is posed
+        _lay(me, side, rest, shoulder - step + 0.09 * over, ahead, out * np.array(ELBOWS[0]))
+        own, its = _worn(me, looks[doer])
+        deep = _depth(own + step, its, place, faces, body, shown)
+        if deep <= DEEPEST / 2:
+            break
+        step = step + unit(out * np.array([-0.45, 0, -0.9])) * (deep + 0.004)
+    settle(me, side, rest, out * np.array(ELBOWS[0]), (*PALM, *BONES))
+    low = gaps(me, side, rest)
+    fingers = [min(low[finger, bone] for bone in range(3)) for finger in range(1, 5)]
+    if min(low[part] for part in PALM) > TOUCHING or sorted(fingers)[2] > TOUCHING:  # the palm and three fingers touch
+        raise PoseError("in the air")
+    turns, places = me.kinematics()
+    wrist, hand = places[20 + side], turns[20 + side]
+    for elbow in ELBOWS:  # the hand stays; the arm swings about the line from shoulder to wrist
+        me.reach(side, wrist, hand, out * np.array(elbow))
+        own, its = _worn(me, looks[doer])
+        if _depth(own + step, its, place, faces, shown, shown) <= DEEPEST:
+            break
+    else:
+        raise PoseError("into each other")
+    if bend(me.rotations[20 + side]) > BENT_OVER:
         raise PoseError("bent")
     poses = [figure.pose() for figure in figures]
     poses[doer] = moved(poses[doer], step)
     sides: list[tuple[int, ...]] = [(), ()]
     sides[doer] = (side,)
     return Pair((poses[0], poses[1]), (sides[0], sides[1]))
+
+
+def _lay(me: Figure, side: int, rest: Surface, over: ndarray, ahead: ndarray, elbow: ndarray) -> None:
+    """Brings an open hand near a shoulder: over a place [3] above it, the fingers ahead. Raises PoseError."""
+    height, normal = (found[0] for found in rest(over[None]))
+    back = unit(normal.astype(float))
+    fingers = unit(ahead - back * (ahead @ back))
+    along = fingers if side == LEFT else -fingers  # a right hand's fingers look along -x of its own frame
+    hand = np.stack([along, back, np.cross(along, back)], 1)
+    wrist = over + back * (0.035 - height) - fingers * 0.07 * hand_scale(me)
+    me.reach(side, wrist, hand, elbow)
+    if np.linalg.norm(me.kinematics()[1][20 + side] - wrist) > 15 * APART:
+        raise PoseError("out of reach")
+
+
+def _worn(figure: Figure, look: Look) -> tuple[ndarray, ndarray]:
+    v, _ = figure.vertices()
+    return outside(v, vertex_normals(v), look)
+
+
+def _depth(one: ndarray, its: ndarray, other: ndarray, faces: ndarray, mine: ndarray, theirs: ndarray) -> float:
+    """How deep (metres) two people's surfaces lie in each other: places [N,3] and triangles [F,3] of both, and which
+    places count [N] bool."""
+    deepest = 0.0
+    sets = ((one, its[mine[its].all(1)]), (other, faces[theirs[faces].all(1)]))
+    used = [np.unique(triangles) for _, triangles in sets]
+    low = np.maximum(one[used[0]].min(0), other[used[1]].min(0)) - 0.02
+    high = np.minimum(one[used[0]].max(0), other[used[1]].max(0)) + 0.02
+    middle, radius = 0.5 * (low + high), 0.5 * float(np.linalg.norm(high - low)) + 0.03
+    for (places, _), ids, (solid, triangles) in zip(sets, used, sets[::-1], strict=True):
+        points = places[ids]
+        points = points[((points > low) & (points < high)).all(1)]
+        centre = solid[triangles[:, 0]]
+        triangles = triangles[((centre > low - 0.05) & (centre < high + 0.05)).all(1)]
+        if len(points) and len(triangles):
+            deepest = max(deepest, -float(shell(solid, triangles, middle, radius)(points)[0].min()))
+    return deepest

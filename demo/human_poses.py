@@ -23,6 +23,7 @@ from .gestures import between, rotation
 from .human import CLOTHES, SKIN, human_body, load_human
 from .human_gestures import HANDS, hand_pose
 from .human_render import Camera
+from .human_touch import BONES, PALM, plane, settle
 
 X, Y, Z = np.eye(3)
 MIRROR = np.array([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]])  # S R S with S = diag(-1, 1, 1), as a mask
@@ -331,19 +332,32 @@ def _mirrored(
         figure.place(side, arm, wrist * (FLIP if side else 1), vary=False)
 
 
-HEEL, THUMB = (20, 34, 35, 36), (34, 35, 36)  # the palm with the thumb, the thumb: joints of the left hand
+THUMB = (34, 35, 36)  # joints of the left one
+
+
+def _pressed(figure: Figure, arm: Arm, height: float, forward: float, apart: float = 0.0) -> None:
+    """Both hands before the chest, flat on each other: palms and all fingers lie on the plane in the middle, or `apart`
+    metres from each other. height, forward: metres from the neck to the wrists."""
+    figure.rotations[3:13:3] = np.eye(3)  # the middle must be the body's middle
+    wrist = figure.rest[12] + np.array([0.04 + apart / 2, height, forward]) * figure.scale
+    figure.place(LEFT, arm, wrist, vary=False)
+    root = figure.rotations[0]
+    middle = plane(figure.rest[0] + root @ X * apart / 2, root @ X)
+    settle(figure, LEFT, middle, root @ np.array(arm.elbow), (*PALM, *BONES), sink=0.0008)
+    figure.rotations[[17, 19, 21]] = figure.rotations[[16, 18, 20]] * MIRROR
+    figure.rotations[37:52] = figure.rotations[22:37] * MIRROR
 
 
 def _praying(figure: Figure, sides: tuple[int, ...]) -> None:
     arm = Arm((0, 0, 0), (0, 1, figure.rng.uniform(0.1, 0.5)), (1, 0, 0), (0.9, -0.7, -0.1), "prayer", 0)
-    _mirrored(figure, arm, figure.rng.uniform(-0.23, -0.13), 0.21, 0.0, -5, 30, HEEL)
+    _pressed(figure, arm, figure.rng.uniform(-0.23, -0.13), 0.21)
     figure.rotations[15] = rotation(X, figure.rng.uniform(0, 14))
 
 
 def _clapping(figure: Figure, sides: tuple[int, ...]) -> None:
     apart = figure.rng.choice([0.0, figure.rng.uniform(0.05, 0.2)])
     arm = Arm((0, 0, 0), (0, 0.8, 0.8), (1, 0, 0), (0.9, -0.7, -0.1), "prayer", 0)
-    _mirrored(figure, arm, figure.rng.uniform(-0.24, -0.12), 0.26, apart, -5, 30, HEEL)
+    _pressed(figure, arm, figure.rng.uniform(-0.24, -0.12), 0.26, apart)
 
 
 def _heart(figure: Figure, sides: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from ..grammar import ADJECTIVES, NOUNS, PHRASES, VIEWS
 from .human_gestures import HANDS
 from .human_poses import BODY_POSES
-from .human_words import HANDS_TOGETHER, THING_WORDS, TOGETHER
+from .human_words import CUFF_WORDS, HANDS_TOGETHER, THING_WORDS, TOGETHER
 from .wording import All, Maybe, Node, One, Shuffled, matches, write
 
 GESTURES = tuple(name for name in HANDS if name not in ("flat", "prayer", "half_heart", "grip"))
@@ -112,7 +112,8 @@ class Someone:
     gesture: one of GESTURES or POSES, "holding", or one of TOGETHER, done by the hands of `side` (left, right, both or
     none, ""); `other`: the right hand's gesture where two hands differ; thing: of THING_WORDS, `tint`: its colour.
     view: palm, back, side or up. person: woman, man or person. age: young or old.
-    skin: of SKINS. hair: a colour, `haircut`: of HAIRCUTS. shirt: a colour, pattern: of PATTERNS, sleeve: of SLEEVES.
+    skin: of SKINS. hair: a colour, `haircut`: of HAIRCUTS. shirt: a colour, pattern: of PATTERNS, sleeve: of SLEEVES,
+    cuff: of CUFFS, or "".
     """
 
     gesture: str
@@ -127,6 +128,7 @@ class Someone:
     shirt: str = ""
     pattern: str = "plain"
     sleeve: str = ""
+    cuff: str = ""
     neck: str = ""
     smiling: bool = False
     beard: bool = False
@@ -211,7 +213,10 @@ def _hand(one: Someone) -> Node:
         return _one(HAND_ACTS[one.gesture])
     tone, doing = _tone(one), _one(_phrases(one.gesture))
     act = Maybe(doing, 0.8) if one.gesture in EASY else doing
-    nails = Maybe("with painted nails", 0.5) if one.varnish else ""
+    nails: Node = Maybe("with painted nails", 0.5) if one.varnish else ""
+    if one.cuff:
+        sleeves = ("in a wide sleeve", "with a wide sleeve", f"in a {CUFF_WORDS[one.cuff][0]} sleeve")
+        nails = All(nails, Maybe(_one(sleeves), 0.3))
     owner: list[Node] = [f"a {word}'s" for word in PERSONS[one.person][:2]]
     if one.age:
         owner.append(f"{'an old' if one.age == 'old' else 'a young'} {PERSONS[one.person][0]}'s")
@@ -329,12 +334,19 @@ def _clothes(one: Someone) -> Node:
     garment = {"jacket": ("jacket",), "high": ("sweater", "turtleneck", "shirt")}.get(one.neck, ("shirt", "top"))
     if one.sleeve in ("sleeveless", "short") and one.neck in ("round", "v", "wide"):
         garment = ("shirt", "T-shirt", "top")
+    if one.cuff:
+        garment = ("kimono", "robe") if one.cuff == "kimono" else ("shirt", "top", "blouse", "robe")
     sleeve = "sleeveless" if one.sleeve == "sleeveless" else ""
     pattern = CLOTH[one.pattern]
     colour = _one(("grey", "gray")) if one.shirt == "grey" else one.shirt
     kinds: list[Node] = [colour]
     if pattern:
         kinds += [pattern, All(colour, pattern)]
+    if one.cuff:
+        words = CUFF_WORDS[one.cuff]
+        after = All(One(*kinds, ""), _one(garment), Maybe(All("with", _one(words), "sleeves"), 0.6))
+        before = All(_one(f"{word}-sleeved" for word in words), _one(garment))
+        return All(One("in", "wearing"), "a", One(after, before, weights=(3, 1)))
     return All(One("in", "wearing"), "a", Maybe(sleeve, 0.5), One(*kinds), _one(garment))
 
 

@@ -26,7 +26,7 @@ from ..models.hand_features import MIN_IN_FRAME
 from ..models.smplh import HAND_JOINTS
 from .backdrops import backdrop
 from .human import load_human, traits_of
-from .human_clothes import HAIR_COLOURS, SLEEVES, Look, sample_look
+from .human_clothes import CUFFS, HAIR_COLOURS, SLEEVES, Look, sample_look
 from .human_gestures import HANDS
 from .human_holding import PoseError, hold, places_of
 from .human_pairs import pose_pair
@@ -46,7 +46,7 @@ from .human_poses import (
 from .human_prompts import FRAMINGS, GESTURES, PLACES, PLAIN, POSES, Someone, Spec, is_held_out_spec
 from .human_render import Camera, Held, Lamp, Person, rasterise, render
 from .human_skin import ITA_CLASSES, ita_of
-from .human_words import HANDS_TOGETHER
+from .human_words import TOGETHER
 from .prompts import HARD
 from .things import THINGS, sample_thing, thing_mesh
 
@@ -63,6 +63,7 @@ COVERED = 0.3  # the same where hands cover each other
 HIDING = ("arms_crossed", "hands_on_hips")  # captions name arms and hips; hands may be hidden
 KINDS = ("people", "things", "pairs")
 PAIR_SHARES = (0.45, 0.25, 0.30)  # of FRAMINGS
+TOGETHER_SHARES = (0.23, 0.23, 0.23, 0.23, 0.08)  # of TOGETHER: an arm around shoulders takes seconds to pose
 SIDES = ("left", "right")
 THING_SHOWN = 0.22  # metres from a wrist: so much of a thing is in the picture
 SMALL = 96  # pixels in which hidden hands are looked for
@@ -142,7 +143,7 @@ def _sample_touch(rng: np.random.Generator, kind: str, framing: str | None) -> S
         framing = framing or FRAMINGS[rng.choice(3, p=FRAMING_SHARES)]
         thing = THINGS[rng.integers(len(THINGS))]
         return Spec((Someone("holding", ("left", "right")[rng.integers(2)], thing=thing),), framing, place)
-    together = tuple(HANDS_TOGETHER)[rng.integers(len(HANDS_TOGETHER))]  # not yet: an arm around shoulders
+    together = tuple(TOGETHER)[rng.choice(len(TOGETHER), p=TOGETHER_SHARES)]
     framing = framing or FRAMINGS[rng.choice(3, p=PAIR_SHARES)]
     return Spec((Someone(together, ""), Someone(together, "")), framing, place, together=together)
 
@@ -181,7 +182,7 @@ def _pose(spec: Spec, rng: np.random.Generator) -> Scene:
     looks = tuple(sample_look(rng, b) for b in betas)
     things: tuple[Held, ...] = ()
     if spec.together:
-        spec, poses, things = _touching(spec, betas, rng)
+        spec, poses, things = _touching(spec, betas, rng, looks)
     elif spec.people[0].thing:
         poses, things = _with_thing(spec, betas[0], rng)
     else:
@@ -237,10 +238,10 @@ def _with_thing(spec: Spec, betas: ndarray, rng: np.random.Generator) -> tuple[l
 
 
 def _touching(
-    spec: Spec, betas: Sequence[ndarray], rng: np.random.Generator
+    spec: Spec, betas: Sequence[ndarray], rng: np.random.Generator, looks: Sequence[Look]
 ) -> tuple[Spec, list[Pose], tuple[Held, ...]]:
     """Poses two people who touch, and says whose hands do."""
-    pair = pose_pair(spec.together, (betas[0], betas[1]), rng)
+    pair = pose_pair(spec.together, (betas[0], betas[1]), rng, looks)
     people = tuple(replace(one, side="".join(SIDES[side] for side in mine), thing=pair.thing)
                    for one, mine in zip(spec.people, pair.sides, strict=True))  # fmt: skip
     things: tuple[Held, ...] = ()
@@ -388,6 +389,7 @@ def _described(one: Someone, look: Look, betas: ndarray) -> Someone:
         shirt=name_of(np.array(look.shirt)),
         pattern=look.pattern,
         sleeve=sleeve,
+        cuff=min(CUFFS, key=lambda name: abs(CUFFS[name] - look.cuff)) if look.cuff else "",
         neck=look.neck,
         smiling=look.smile > 0.3,
         beard=look.beard > 0.5,
@@ -411,7 +413,7 @@ def labels_of(spec: Spec) -> dict[str, str]:
         labels["together"] = spec.together
     for prefix, one in zip(("", "second "), spec.people, strict=False):
         names = ("gesture", "other", "thing", "side", "view", "person", "age", "skin", "hair", "haircut", "shirt",
-                 "pattern", "sleeve")  # fmt: skip
+                 "pattern", "sleeve", "cuff")  # fmt: skip
         said = {name: getattr(one, name) for name in names}
         labels |= {prefix + name: value for name, value in said.items() if value}
         labels |= {prefix + name: "yes" for name in ("smiling", "beard", "varnish") if getattr(one, name)}

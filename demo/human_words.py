@@ -1,4 +1,4 @@
-"""Words for things in hands, and for what two people do together."""
+"""Words for things in hands, for what two people do together, and for wide sleeves."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ HANDS_TOGETHER: dict[str, tuple[str, ...]] = {
                       "two hands holding each other"),
     "passing": ("two hands passing {thing}", "two people passing {thing}", "passing {thing}", "handing over {thing}",
                 "a hand handing over {thing}", "a hand giving {thing} to another hand"),
+    "arm_around": ("a hand on a shoulder", "a hand on someone's shoulder", "a hand lying on a shoulder",
+                   "an arm around shoulders", "a hand on another person's shoulder"),
 }  # fmt: skip
 TOGETHER: dict[str, tuple[str, ...]] = {
     "handshake": ("{a} and {b} shaking hands", "{a} shaking hands with {b}", "two {people} shaking hands",
@@ -32,5 +34,11 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "passing": ("{a} handing {b} {thing}", "{a} passing {thing} to {b}", "{a} giving {thing} to {b}",
                 "two {people} passing {thing}", "two {people} holding {thing} together"),
     "arm_around": ("{a} with an arm around {b}", "{a} with {own} arm around {b}", "{a} putting {own} arm around {b}",
-                   "{a} with {own} arm around the shoulders of {b}", "two {people} , one with an arm around the other"),
+                   "{a} with {own} arm around the shoulders of {b}", "two {people} , one with an arm around the other",
+                   "{a} with {own} hand on the shoulder of {b}"),
 }  # fmt: skip
+CUFF_WORDS = {  # of human_clothes.CUFFS, before "sleeves" and "-sleeved"
+    "loose": ("loose", "wide"),
+    "bell": ("bell", "wide", "flared", "flowing"),
+    "kimono": ("kimono", "wide", "hanging", "very wide"),
+}

@@ -44,14 +44,18 @@ class Outcome:
 
 def given_hands(path: Path, size: Size, pipeline: HanDiffuser) -> list[Seen]:
     """The hands of a `.hands.npz` that hd-run or hd-repair wrote for a picture (height, width): those with a place in
-    it. Raises RequestError for a file that cannot be read, and DetectionError where it names no place."""
-    hands = load_hands(path).of(pipeline.manifest.num_people)
+    it, of every person, whatever number of people the bundle knows, because each hand is painted on its own. Raises
+    RequestError for a file that cannot be read, and DetectionError where it names no place."""
+    hands = load_hands(path)
     arrays = hand_arrays(hands.params)
-    if hands.camera is None or not (arrays["placement"][..., 0] > 0.5).any():
+    cameras = [] if hands.camera is None else hands.camera.reshape(-1, 3)
+    people = [(person(arrays, i), camera) for i, camera in enumerate(cameras)]
+    people = [(own, camera) for own, camera in people if (own["placement"][:, 0] > 0.5).any()]
+    if not people:
         raise DetectionError(f"{path} must say where its hands are, got no camera or no hand. Take one of hd-run's.")
-    made = _hands(pipeline, [Request("hands", id="given", hands=str(path))])[0]  # with the body's shape
-    cameras = enumerate(hands.camera.reshape(-1, 3))
-    return [one for i, camera in cameras for one in _seen(person(arrays, i), person(made, i), camera, size)]
+    requests = [Request("hands", id=f"given-{i}", hands=own) for i, (own, _) in enumerate(people)]
+    made = [person(one, 0) for one in _hands(pipeline, requests)]  # with the body's shape
+    return [hand for (own, camera), one in zip(people, made, strict=True) for hand in _seen(own, one, camera, size)]
 
 
 def _seen(arrays: dict[str, np.ndarray], made: dict[str, np.ndarray], camera: np.ndarray, size: Size) -> list[Seen]:

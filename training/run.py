@@ -107,7 +107,18 @@ class Run:
         self.held = np.fromiter((int.from_bytes(d[:4], "big") < limit for d in digests), bool, len(self.index))
 
     def prepare(self) -> None:
-        """Writes a run's first files, before several processes read them."""
+        """Writes a run's first files, before several processes read them.
+
+        Raises TrainingError for an adapter that would fit no checkpoint.
+        """
+        people = self.recipe.num_people or 1
+        if self.start is not None and people > 1 and (self.recipe.pictures.lora or self.recipe.distill.lora):
+            known = Checkpoint.load(self.start, mapped=True).num_people
+            if people > known:
+                raise TrainingError(
+                    f"num_people must be at most {known} with --lora, as {self.start} has it, got {people}. Train a "
+                    "checkpoint of more people without --lora, and give it as --start."
+                )
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "tokenizer.json"
         if self.start is None and not path.exists():

@@ -16,7 +16,19 @@ from handiffuser.demo.backdrops import KINDS, backdrop
 from handiffuser.demo.contacts import gap, left_hand, measure, penetration
 from handiffuser.demo.hand_mesh import CHAINS, FRAMES
 from handiffuser.demo.human import CLOTHES, FILE, OTHER, SKIN, human_body, load_human, make_body
-from handiffuser.demo.human_clothes import HAIRCUTS, NECKS, PATTERNS, SLEEVES, Look, sample_look
+from handiffuser.demo.human_clothes import (
+    CUFFS,
+    HAIRCUTS,
+    NECKS,
+    PATTERNS,
+    SLEEVES,
+    Look,
+    cuts,
+    mesh_of,
+    sample_look,
+    sleeve_end,
+    surface,
+)
 from handiffuser.demo.human_gestures import CONTACTS, HANDS, hand_pose, solved
 from handiffuser.demo.human_poses import (
     BODY_POSES,
@@ -27,9 +39,11 @@ from handiffuser.demo.human_poses import (
     frame,
     hand_ids,
     sample_pose,
+    vertex_normals,
 )
 from handiffuser.demo.human_render import Camera, Lamp, Person, _occlusion, render
 from handiffuser.demo.human_skin import ITA_CLASSES, ita_of, skin_tone
+from handiffuser.demo.human_touch import PALM, gaps, plane
 from handiffuser.models.body import commands
 from handiffuser.models.smplh import HAND_JOINTS, PARENTS, SMPLH, TIP_VERTICES
 
@@ -216,6 +230,25 @@ def test_two_hands_meet_in_the_middle(name, seed):
         assert thumb < 0.02 and finger.min() > -0.002
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_praying_palms_lie_flat_on_each_other(seed):
+    """The hands are mirror images, so a part's gap is twice its height above the plane between them."""
+    rng = np.random.default_rng(seed)
+    figure = Figure(rng.normal(0, 0.8, 10).clip(-2, 2), rng)
+    figure.stand(0)
+    BODY_POSES["praying"](figure, (LEFT, RIGHT))
+    middle = plane(figure.rest[0], figure.rotations[0] @ np.array([1.0, 0, 0]))
+    gap_mm = {part: 2000 * height for part, height in gaps(figure, LEFT, middle).items()}
+    assert min(gap_mm.values()) >= -2, gap_mm  # nothing passes through
+    for part in (*PALM, *((finger, bone) for finger in range(1, 5) for bone in (1, 2))):
+        assert gap_mm[part] <= 2, (part, gap_mm)
+    assert all(gap_mm[finger, 0] <= 3 for finger in range(1, 5)), gap_mm
+    other = {
+        part: 2000 * height for part, height in gaps(figure, RIGHT, lambda v: tuple(-x for x in middle(v))).items()
+    }
+    assert max(abs(other[part] - gap_mm[part]) for part in gap_mm) < 0.3
+
+
 def test_hands_lie_on_hips_and_cheeks():
     for name, joints in (("hands_on_hips", (0, 1, 2, 3, 6)), ("hand_on_cheek", (15,))):
         pose = sample_pose(name, np.zeros(10), np.random.default_rng(2), "left")
@@ -235,6 +268,39 @@ def test_cameras_show_what_the_framing_promises(framing):
         if framing != "close-up":
             top = 0.5 * camera.s * (pose.joints[15, 1] + 0.17 + camera.ty)
             assert top < 0.5
+
+
+# --- wide sleeves ---
+
+
+def test_wide_sleeves_hang_from_the_arm(standing):
+    normals = torch.from_numpy(vertex_normals(standing.astype(float))).float()
+    plain = Look(sleeve=0.85)
+
+    def shell(look: Look) -> np.ndarray:
+        return mesh_of(torch.from_numpy(standing), normals, look, torch.zeros(1)).numpy()
+
+    mesh = surface()
+    cloth = load_human().kind[mesh.source] == CLOTHES
+    side = np.abs(mesh.rest[:, 0])
+    end = cloth & (np.abs(side - sleeve_end(plain)) < 0.03)
+    for name, cuff in CUFFS.items():
+        wide, before = shell(replace(plain, cuff=cuff)), shell(plain)
+        for sign in (1, -1):
+            mine = end & (mesh.rest[:, 0] * sign > 0)
+            drop, rise = before[mine, 1].min() - wide[mine, 1].min(), wide[mine, 1].max() - before[mine, 1].max()
+            assert 0.6 * cuff < drop < 1.3 * cuff and abs(rise) < 0.25 * cuff, name
+        assert (wide[~cloth] == before[~cloth]).all() and (wide[side < 0.2] == before[side < 0.2]).all()
+    shown, _ = cuts(replace(plain, cuff=0.06))
+    assert shown.sum() > cuts(plain)[0].sum()  # the arm within the sleeve
+
+
+def test_some_people_wear_wide_sleeves():
+    looks = [sample_look(np.random.default_rng(i)) for i in range(600)]
+    wide = [look for look in looks if look.cuff]
+    assert 0.02 < len(wide) / len(looks) < 0.12 and all(look.sleeve > 0.7 for look in wide)
+    kinds = {min(CUFFS, key=lambda name: abs(CUFFS[name] - look.cuff)) for look in wide}
+    assert kinds == set(CUFFS)
 
 
 # --- pictures ---

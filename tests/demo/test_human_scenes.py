@@ -134,6 +134,24 @@ def test_captions_say_what_a_picture_shows_in_many_wordings():
     assert not any("  " in t or " ," in t or t.endswith(",") for t in texts)
 
 
+def test_wide_sleeves_are_said():
+    one = Someone("thumbs_up", "right", person="woman", shirt="red", cuff="kimono", sleeve="long", neck="v")
+    spec = Spec((one,), "half body", "room")
+    for text in (
+        "a woman in a red kimono giving a thumbs up",
+        "a woman wearing a red robe with wide sleeves giving a thumbs up in a room",
+        "a woman in a wide-sleeved kimono giving a thumbs up",
+    ):
+        assert says(spec, text), text
+        assert not says(replace(spec, people=(replace(one, cuff=""),)), text), text
+    bell = replace(spec, people=(replace(one, cuff="bell"),))
+    assert says(bell, "a woman in a blouse with bell sleeves giving a thumbs up")
+    assert not says(bell, "a woman in a red kimono giving a thumbs up")
+    texts = [write_caption(bell, np.random.default_rng(i), 0.1, 0.0) for i in range(60)]
+    assert all(says(bell, text) for text in texts) and sum("sleeve" in text for text in texts) > 10
+    assert labels_of(bell)["cuff"] == "bell"
+
+
 def test_two_people_are_told_apart_by_place():
     spec = Spec((Someone("fist", "left", person="man"), Someone("waving", "right", person="woman")), "bust", "beach")
     assert says(spec, "two people, the one on the left making a fist, the one on the right waving")

@@ -17,7 +17,7 @@ from handiffuser.detection.fit import fit
 from handiffuser.detection.hands import Seen
 from handiffuser.detection.poses import Poses
 from handiffuser.errors import DetectionError
-from handiffuser.hands import save_hands
+from handiffuser.hands import SHAPES, save_hands
 from handiffuser.runtime.rest import joints_at_rest
 from PIL import Image, ImageOps, PngImagePlugin
 
@@ -275,6 +275,24 @@ def test_skin_on_several_sides_is_no_arm(rest):
     assert arm_of(picture, points) is None
     picture[arm] = picture[0, 0]
     assert arm_of(np.full_like(picture, 90), points) is None
+
+
+def test_hands_of_every_person_of_a_file_are_painted_by_a_bundle_of_one(painted, tmp_path):
+    """Each hand is painted on its own, so the bundle need not know two people; who shows no hand is left out."""
+    made, _, pipeline = painted
+    shown = {name: made.hands[name] for name in (*SHAPES, "camera")}
+    beside = shown | {"camera": shown["camera"] + np.float32([0, 0.05, 0])}
+    hidden = shown | {"placement": np.zeros((2, 4), np.float32)}
+    for number, people in enumerate(((shown, beside), (hidden, beside))):
+        file = tmp_path / f"{number}.hands.npz"
+        save_hands(file, {name: np.stack([one[name] for one in people]) for name in shown})
+        seen = given_hands(file, (128, 128), pipeline)
+        assert [one.side for one in seen] == ["right"] * (2 - number)
+        step = np.array([0.5 * 128 * shown["camera"][0] * 0.05, 0])
+        np.testing.assert_allclose(seen[-1].hand.joints_2d, made.hands["joints_2d"][1] * 128 + step, atol=0.05)
+    save_hands(tmp_path / "none.hands.npz", {name: np.stack([value] * 2) for name, value in hidden.items()})
+    with pytest.raises(DetectionError, match="must say where its hands are"):
+        given_hands(tmp_path / "none.hands.npz", (128, 128), pipeline)
 
 
 def test_unsure_and_tiny_hands_stay(rest):

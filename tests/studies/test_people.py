@@ -43,7 +43,8 @@ def test_the_autoencoder_beside_renders(lossless, tmp_path):
     words = [tmp_path / "out", "--checkpoint", tmp_path / "checkpoint", "--count", 2, "--rows", "through-the-vae"]
     done = run_study("people", *words, "-o", tmp_path / "found.json")
     assert done.returncode == 0, done.stderr
-    groups = json.loads((tmp_path / "found.json").read_text())["framings"]
+    groups = json.loads((tmp_path / "found.json").read_text())["groups"]
+    groups = {name: group for name, group in groups.items() if group["by"] == "framing"}
     assert sum(group["pictures"] for group in groups.values()) == 2
     for group in groups.values():
         assert set(group["rows"]) == {"renders", "through-the-vae"}

@@ -74,3 +74,13 @@ def test_every_stage_trains_for_two(tiny_checkpoint_folder, tmp_path):
     shrunk = hd_train("hand-prior", *common[:4], "--start", tmp_path / "distill-hands", "--run", tmp_path / "other",
                       "--num-people", 1)  # fmt: skip
     assert shrunk.returncode == 1 and "num_people must be at least 2" in shrunk.stderr, shrunk.stderr
+
+
+def test_an_adapter_for_more_people_than_its_start_is_refused_at_once(tiny_checkpoint_folder, tmp_path):
+    assert not write_shards([sample_of(*scene_of(1, 0), "one", 32)], tmp_path / "data")
+    words = ("--data", tmp_path / "data", "--run", tmp_path / "run", "--start", tiny_checkpoint_folder, "--lora", 2,
+             "--num-people", 2, "--output", tmp_path / "adapter.safetensors")  # fmt: skip
+    refused = hd_train("pictures", "--recipe", "demo", *words)
+    assert refused.returncode == 1 and "num_people must be at most 1 with --lora" in refused.stderr, refused.stderr
+    assert "Train a checkpoint of more people without --lora" in refused.stderr
+    assert not list((tmp_path / "run").glob("**/*.safetensors")) and not (tmp_path / "adapter.safetensors").exists()
