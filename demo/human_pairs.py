@@ -17,6 +17,7 @@ from numpy import ndarray
 
 from ..models.smplh import HAND_JOINTS
 from .clasps import clasps, fingers_of
+from .contacts import surface_distance
 from .gestures import rotation
 from .human import load_human
 from .human_clothes import Look, outside, surface
@@ -37,7 +38,7 @@ from .human_poses import (
     unit,
     vertex_normals,
 )
-from .human_touch import BONES, PALM, Surface, gaps, settle, shell
+from .human_touch import BONES, PALM, Surface, gaps, parts_of, settle, shell
 from .things import Grasp, grasps, thing_mesh
 
 PASSED = {"book": (0, 1, 2), "stick": (0, 2)}  # things that two hands can hold, and which of their grasps
@@ -48,7 +49,7 @@ UNLIKE = 0.07  # metres by which two shoulders' heights may differ
 LEGS = (1, 2, 4, 5, 7, 8, 10, 11)
 BENT_OVER = 85.0  # degrees that the wrist of a hand on a shoulder may turn against the forearm
 # Metres: of a hand on a shoulder, and of all that two people wear; less than 2 mm, as heights are those of near points.
-TOUCHING, DEEPEST = 0.0014, 0.0014
+TOUCHING, DEEPEST = 0.0014, 0.0018
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,9 @@ def _arm_around(betas: tuple[ndarray, ndarray], rng: np.random.Generator, looks:
             break
         step = step + unit(out * np.array([-0.45, 0, -0.9])) * (deep + 0.004)
     settle(me, side, rest, out * np.array(ELBOWS[0]), (*PALM, *BONES))
-    _check_touch(me, side, rest)
+    near = faces[np.linalg.norm(place[faces[:, 0]] - shoulder, axis=1) < 0.26]
+    corners = [place[near[:, i]] - step for i in range(3)]
+    _check_touch(me, side, rest, corners)
     turns, places = me.kinematics()
     wrist, hand = places[20 + side], turns[20 + side]
     for elbow in ELBOWS:  # the hand stays; the arm swings about the line from shoulder to wrist
@@ -247,7 +250,7 @@ def _arm_around(betas: tuple[ndarray, ndarray], rng: np.random.Generator, looks:
             break
     else:
         raise PoseError("into each other")
-    _check_touch(me, side, rest)
+    _check_touch(me, side, rest, corners)
     if bend(me.rotations[20 + side]) > BENT_OVER:
         raise PoseError("bent")
     poses = [figure.pose() for figure in figures]
@@ -257,13 +260,16 @@ def _arm_around(betas: tuple[ndarray, ndarray], rng: np.random.Generator, looks:
     return Pair((poses[0], poses[1]), (sides[0], sides[1]))
 
 
-def _check_touch(me: Figure, side: int, rest: Surface) -> None:
-    """The palm and three fingers touch. Raises PoseError."""
+def _check_touch(me: Figure, side: int, rest: Surface, corners: list[ndarray]) -> None:
+    """The palm and three fingers touch, and nothing is deep inside; corners: three [F,3], of the surface's triangles.
+    Raises PoseError."""
     low = gaps(me, side, rest)
     fingers = [min(low[finger, bone] for bone in range(3)) for finger in range(1, 5)]
     if min(low[part] for part in PALM) > TOUCHING or sorted(fingers)[2] > TOUCHING:
         raise PoseError("in the air")
-    if min(low.values()) < -DEEPEST:
+    hand = me.vertices()[0][np.concatenate(list(parts_of(side).values()))].astype(float)
+    below = hand[rest(hand)[0] < 0]
+    if len(below) and surface_distance(below, *corners).max() > DEEPEST:
         raise PoseError("into each other")
 
 
