@@ -5,7 +5,8 @@
     plain ONNX Runtime an export of the bare networks, session calls, diffusers' scheduler: what optimum does
     OpenVINO           the same files and loop in OpenVINO with its own defaults, as optimum-intel has it: free shapes,
                        bfloat16 for all networks where the processor has it
-    OpenVINO f32, bf16 the same for fixed shapes, after optimum-intel's `reshape`, in either precision
+    OpenVINO f32, bf16 the same for fixed shapes, after optimum-intel's `reshape`, in either precision; without the
+                       rewrites that are ours (`engines/openvino_rewrites.py`)
     ours in float32    ONNX Runtime, where what is measured runs with OpenVINO in bfloat16
 
 All run the same requests: same noise, steps, solver and guidance. Each makes the hands itself from the same prompt.
@@ -207,7 +208,7 @@ class PlainOnnx(Eager):
 
         def engine(file: Path, spec: GraphSpec) -> Engine:
             if precision:
-                return openvino.OpenVinoEngine(file, spec, precision, self.threads)
+                return openvino.OpenVinoEngine(file, spec, precision, self.threads, rewritten=False)
             return FreeShapes(file, spec, self.threads)
 
         def network(name: str) -> Network:

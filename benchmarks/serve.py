@@ -32,10 +32,11 @@ READY_SECONDS = 120.0  # until a server must be ready
 BARE = """
 import json, sys, time
 from handiffuser import HanDiffuser, Request
+from handiffuser.runtime.loading import SERVER_PICTURES
 from handiffuser.serving.images import base64_of, encoded
 engines, device, threads, batch, backend = json.loads(sys.argv[1])
 requests = [Request(**values) for values in json.load(sys.stdin)]
-pipeline = HanDiffuser.load(engines, device, threads, batch, backend)
+pipeline = HanDiffuser.load(engines, device, threads, batch, backend, pictures=SERVER_PICTURES)
 pipeline.generate("warm up", steps=2)
 start, cpu = time.perf_counter(), time.process_time()
 assert len([base64_of(encoded(picture.image)) for picture in pipeline.run(requests)]) == len(requests)

@@ -26,6 +26,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from ..contract import Manifest
 from ..engines.cuda import Cuda
 from ..engines.plans import KERNELS, Plan, PlanStore
+from ..engines.refit import opened
 from ..engines.tensorrt import NAMES, Scratch, TensorRT, TensorRTEngine
 from ..engines.tensorrt_loading import usable_plans
 from ..errors import EngineError, HanDiffuserError
@@ -80,15 +81,14 @@ def widened(model: ModelProto) -> ModelProto:
 class PlanRunner(BaseRunner):
     """A plan as a runner of Polygraphy: bound to arrays on the GPU, run once a call."""
 
-    def __init__(self, plan: Plan, store: PlanStore, manifest: Manifest, backend: TensorRT, cuda: Cuda) -> None:
+    def __init__(self, plan: Plan, folder: Path, manifest: Manifest, backend: TensorRT, cuda: Cuda) -> None:
         super().__init__(name=backend.name, prefix="plan")
-        self.plan, self.store, self.backend, self.cuda = plan, store, backend, cuda
+        self.plan, self.folder, self.backend, self.cuda = plan, folder, backend, cuda
         self.spec = manifest.fixed().graphs[plan.graph]
 
     def activate_impl(self) -> None:
-        content = self.store.read(self.plan)
-        kernels, host_code = self.plan.path.with_suffix(KERNELS), self.plan.version_compatible
-        loaded = self.backend.load(content, self.plan.graph, self.cuda, kernels, host_code)
+        kernels = self.plan.path.with_suffix(KERNELS)
+        loaded = opened(self.backend, PlanStore(self.folder), self.plan, self.folder, self.cuda, kernels)
         self.stream = self.cuda.stream()
         self.engine = TensorRTEngine(loaded, self.spec, Scratch(self.cuda))
 
@@ -198,7 +198,7 @@ def compare_graph(
         plan = sizes[min(sizes)]
         if name != "unet_time":
             wide = [_rows(feeds, min(sizes), manifest.graphs[name].branched) for feeds in wide]
-        runners.append(PlanRunner(plan, PlanStore(folder), manifest, backend, cuda))
+        runners.append(PlanRunner(plan, folder, manifest, backend, cuda))
     try:
         results = Comparator.run(runners, data_loader=wide)
     except Exception as error:  # Polygraphy's and ONNX Runtime's share no base class

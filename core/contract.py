@@ -359,11 +359,7 @@ class Manifest:
 
     def nearest(self, size: Size) -> Size:
         """The nearest height and width that the graphs take."""
-        multiple = self.size_multiple
-        if not multiple:
-            return self.image_size
-        height, width = (min(max(round(n / multiple), 1), MAX_SIDE // multiple) * multiple for n in size)
-        return height, width
+        return nearest_size(size, self.size_multiple, self.image_size)
 
     def fixed(self, size: Size | None = None) -> Manifest:
         """The same bundle for pictures of one height and width, by default its own, and prompts of one chunk:
@@ -405,6 +401,14 @@ def read_size(text: str) -> Size:
 def shown_size(size: Size) -> str:
     """Height and width as a request says them: "512x768" for 768 rows of 512 pixels."""
     return f"{size[1]}x{size[0]}"
+
+
+def nearest_size(size: Size, multiple: int, own: Size) -> Size:
+    """The nearest height and width that are multiples of a number of pixels; `own` where that is 0."""
+    if not multiple:
+        return own
+    height, width = (min(max(round(n / multiple), 1), MAX_SIDE // multiple) * multiple for n in size)
+    return height, width
 
 
 def apart(one: Size, other: Size) -> float:

@@ -431,6 +431,11 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, special: dict[s
     return ids
 
 
+def count_tokens(prompt: str, tokenizer: Tokenizer) -> int:
+    """The tokens of a prompt, without begin and end."""
+    return len(spread(tokenizer.encode(prompt, add_special_tokens=False).ids, runs(tokenizer)))
+
+
 def _digest(parts: Iterable[Tensor | str]) -> str:
     """SHA-256 of tensors' bytes, or texts."""
     digest = hashlib.sha256()

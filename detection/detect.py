@@ -26,6 +26,7 @@ from .convention import Convention, mediapipe, sureness
 
 SMALL, WINDOW = 0.4, 0.7  # shares of a picture's sides: a smaller hand lies whole in one of the windows
 SQUARES, LEAST = (1, 2, 3, 4), 96  # where no hand is found: parts of the shorter side, and pixels of a square at least
+SEEN, EDGE = 96, 6  # pixels of a side of a part, and levels between neighbours from which on it shows an edge
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Detector(Protocol):
     def __call__(self, image: np.ndarray) -> list[Found]:
         """uint8 [H, W, 3] -> its hands, in any order."""
 
+    def once(self, image: np.ndarray) -> list[Found]:
+        """The same by one look at the whole, which misses hands that are small in it."""
+
     def sureness(self, found: Found, residual: float, degrees: float) -> float:
         """How likely the pose of a fitted hand is right, 0 to 1. residual, degrees: as in `fit.Fitted`, their mean."""
 
@@ -56,18 +60,18 @@ class Detector(Protocol):
 
 
 def padded(image: np.ndarray, share: float, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Extends the picture on all sides by `share` of its size, then resizes its longer side to `size` pixels.
+    """Resizes the picture and extends it on all sides by `share` of its size: the longer side is then `size` pixels.
 
     Returns the new picture, scale and shift, both [2] (x, y). joints * scale + shift leads from places in the new
     picture back to places in the old one, each in [0, 1].
     """
     height, width = image.shape[:2]
-    dy, dx = round(height * share), round(width * share)
-    wide = np.pad(image, ((dy, dy), (dx, dx), (0, 0)), mode="edge")
-    factor = size / max(wide.shape[:2])
-    target = round(wide.shape[1] * factor), round(wide.shape[0] * factor)
-    resized = np.asarray(Image.fromarray(wide).resize(target, Image.Resampling.BICUBIC))
-    return resized, np.array([1 + 2 * dx / width, 1 + 2 * dy / height]), np.array([-dx / width, -dy / height])
+    factor = size / (max(height, width) * (1 + 2 * share))
+    rows, columns = max(round(height * factor), 1), max(round(width * factor), 1)
+    small = np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC, reducing_gap=3.0))
+    dy, dx = round(rows * share), round(columns * share)
+    wide = np.pad(small, ((dy, dy), (dx, dx), (0, 0)), mode="edge")
+    return wide, np.array([1 + 2 * dx / columns, 1 + 2 * dy / rows]), np.array([-dx / columns, -dy / rows])
 
 
 def windows(image: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -89,6 +93,17 @@ def squares(image: np.ndarray, side: int) -> Iterator[tuple[np.ndarray, np.ndarr
     for y in rows:
         for x in columns:
             yield np.array([x / width, y / height]), image[y : y + side, x : x + side]
+
+
+def even(part: np.ndarray) -> bool:
+    """Whether a part of a picture, uint8 [H, W, 3], has no edge, so that no hand can be in it.
+
+    It is brought to SEEN pixels a side at most, as small as a detector sees it; neighbours there differ by less than
+    EDGE levels."""
+    small = Image.fromarray(part)
+    small.thumbnail((SEEN, SEEN), Image.Resampling.BOX)
+    levels = np.asarray(small, np.int16)
+    return all(np.abs(np.diff(levels, axis=axis)).max(initial=0) < EDGE for axis in (0, 1))
 
 
 def distinct(found: Sequence[Found]) -> list[Found]:
@@ -145,6 +160,7 @@ class MediaPipe:
             "most hands": f"all: {hands}, doubled where so many are found",
             "where hands are smaller than": f"{SMALL} of the picture: also in 4 windows of {WINDOW}",
             "where no hand is found": f"also in squares of 1 to 1/4 of the shorter side, at least {LEAST} pixels",
+            "left out": f"parts whose neighbouring pixels, {SEEN} a side, differ by less than {EDGE} levels",
             "min_detection_confidence": confidence,
             "static_image_mode": True,
         }
@@ -162,7 +178,7 @@ class MediaPipe:
         return self._models[most]
 
     def __call__(self, image: np.ndarray) -> list[Found]:
-        found = self._look(image)
+        found = self.once(image)
         if found and max(_size(hand.joints) for hand in found) < SMALL:
             found += self._within(image, windows(image))
         for part in SQUARES:
@@ -175,11 +191,14 @@ class MediaPipe:
         """The hands in parts of a picture."""
         found = []
         for place, part in parts:
+            if even(part):
+                continue
             scale = np.array(part.shape[1::-1]) / image.shape[1::-1]
-            found += [replace(hand, joints=hand.joints * scale + place) for hand in self._look(part)]
+            found += [replace(hand, joints=hand.joints * scale + place) for hand in self.once(part)]
         return found
 
-    def _look(self, image: np.ndarray) -> list[Found]:
+    def once(self, image: np.ndarray) -> list[Found]:
+        """See `Detector`."""
         shown, scale, shift = padded(image, self.pad, self.size)
         most = self.hands
         result = self._model(most).process(shown)

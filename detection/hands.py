@@ -32,7 +32,7 @@ from .poses import Poses
 
 LANCZOS = Image.Resampling.LANCZOS
 LOOK = 2.2  # boxes of the hand: a crop to look at again
-LOOKED_AT = 190, 190  # its pixels: so few that a detector does not search parts of it
+LOOKED_AT = 190, 190  # its pixels
 ASIDE = 0.5  # sizes of the hand: another hand is farther away
 UNSEEN = 0.5  # sizes of the hand: so far apart count two looks where one sees no hand
 FIRST, TOLD = 0.5, 3.0  # what the first look counts beside those from near, and a look that sees the side a person says
@@ -104,7 +104,7 @@ def closer(image: np.ndarray, found: Found, detector: Detector, side: str | None
     looks = [found]
     for mirrored in (False, True):
         there = []
-        for one in detector(np.ascontiguousarray(crop[:, ::-1]) if mirrored else crop):
+        for one in detector.once(np.ascontiguousarray(crop[:, ::-1]) if mirrored else crop):
             joints, name = one.joints, one.side
             if mirrored:
                 joints, name = joints * (-1, 1) + (1, 0), SIDES[1 - SIDES.index(name)]

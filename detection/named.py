@@ -10,6 +10,8 @@ quite another gesture, they explain the wrist better with their own fingers, and
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ..contract import HAND_JOINTS
@@ -56,6 +58,20 @@ def posed(hand: HandEstimate, gesture: str, rest: np.ndarray, poses: Poses | Non
     if hand.side:
         turn, vectors = turn * MIRROR, vectors * FLIP
     return Fitted(hand.side, turn, vectors, shift + scale * flat, 0.0, np.zeros(16), {gesture: 1.0})
+
+
+def turned(hand: Fitted, way: np.ndarray) -> tuple[Fitted, float]:
+    """The hand after a turn in the picture about the middle of its points, so that its knuckles lie from the wrist in
+    the direction `way`, a unit vector [2], y down; and how far that turns it, degrees."""
+    now = hand.joints_2d[PALM[2:]].mean(0) - hand.joints_2d[0]
+    angle = float(np.arctan2(now[0] * way[1] - now[1] * way[0], now @ way))
+    spin = axis_angle_to_matrix(np.array([[0.0, 0, angle]]))[0]
+    points = hand.joints_2d if hand.points is None else hand.points
+    middle = points.mean(0)
+    places = (middle + (one - middle) @ spin[:2, :2].T for one in (hand.joints_2d, points))
+    joints, points = places
+    turn = spin.T @ hand.turn  # y points up there
+    return replace(hand, turn=turn, joints_2d=joints, points=points), abs(float(np.degrees(angle)))
 
 
 def _wrist(

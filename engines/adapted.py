@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from ..weights import Place, WeightMap, changed
 from .initializers import OnnxWeights
 from .plans import cache_folder
 
+OnMerge = Callable[[int, int], None]  # weights that are merged, and how many there are
 FORMAT = "1"  # of what is merged; part of the key
 MAX_BYTES = 32 << 30  # of the cache on the disk
 SPARED_SECONDS = 600.0  # for which a bundle that was used, or a half-written one, is left alone
@@ -108,8 +109,10 @@ def graphs_of(weights: WeightMap, adapters: Iterable[tuple[Chosen, Adapter]]) ->
     return sorted({place.graph for name in names for place in weights.places[name]})
 
 
-def adapted_bundle(folder: Path, adapters: Sequence[Chosen]) -> Path:
+def adapted_bundle(folder: Path, adapters: Sequence[Chosen], tell: OnMerge = lambda done, total: None) -> Path:
     """The bundle with these adapters, from the cache or made now; `folder` itself without adapters.
+
+    tell: called while it is made, with the weights that are merged and how many there are.
 
     Raises CheckpointError for an adapter that does not fit, BundleError for a bundle that cannot take any, EngineError
     where the cache cannot be written.
@@ -120,20 +123,19 @@ def adapted_bundle(folder: Path, adapters: Sequence[Chosen]) -> Path:
     cache = cache_folder() / "adapted"
     made = cache / key_of(manifest, adapters)
     if _is_whole(made):
-        with contextlib.suppress(OSError):
-            os.utime(made)  # see `shrink`
+        used(made)
         return made
     with contextlib.suppress(OSError):
         shrink(cache, MAX_BYTES)
     try:
-        return make_bundle(made, folder, adapters)
+        return make_bundle(made, folder, adapters, tell)
     except EngineError as error:
         if _is_whole(made):  # another process was faster: a folder that is not empty keeps its name
             return made
         raise EngineError(f"{error} Or set XDG_CACHE_HOME to another folder.") from error
 
 
-def make_bundle(out: Path, folder: Path, adapters: Sequence[Chosen]) -> Path:
+def make_bundle(out: Path, folder: Path, adapters: Sequence[Chosen], tell: OnMerge = lambda done, total: None) -> Path:
     """Writes a bundle with adapters to `out`, whole or not at all; replaces a folder there. Returns `out`.
 
     Raises as `adapted_bundle` does.
@@ -141,7 +143,7 @@ def make_bundle(out: Path, folder: Path, adapters: Sequence[Chosen]) -> Path:
     manifest, (weights, found) = Manifest.load(folder, verify=False), changes(folder, adapters)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
-        merge_into(unfinished, folder, manifest, weights, found)
+        merge_into(unfinished, folder, manifest, weights, found, tell)
         shutil.rmtree(out, ignore_errors=True)
         unfinished.rename(out)
     except OSError as error:
@@ -162,7 +164,12 @@ def key_of(manifest: Manifest, adapters: Sequence[Chosen]) -> str:
 
 
 def merge_into(
-    out: Path, folder: Path, manifest: Manifest, weights: WeightMap, adapters: Sequence[tuple[Chosen, Adapter]]
+    out: Path,
+    folder: Path,
+    manifest: Manifest,
+    weights: WeightMap,
+    adapters: Sequence[tuple[Chosen, Adapter]],
+    tell: OnMerge = lambda done, total: None,
 ) -> Manifest:
     """Writes a bundle with adapters merged into `out`, a new folder. Returns its manifest, which is written last."""
     out.mkdir(parents=True)
@@ -172,10 +179,17 @@ def merge_into(
     for file in manifest.files:
         if file not in written:
             link(folder / file, out / file)
+    names = {name for one, adapter in adapters for name in adapter.changes(one.scale)}
+    total = len({(at.graph, at.initializer) for name in names for at in weights.places[name]})
+    done = 0
     for graph in graphs:
         file = manifest.graphs[graph].file
         stored = OnnxWeights(folder / file)
-        new = dict(merged(graph, stored, weights, adapters))
+        new = {}
+        for initializer, array in merged(graph, stored, weights, adapters):
+            new[initializer] = array
+            done += 1
+            tell(done, total)
         stored.write(out / file, new, frozenset(name for name in new if name.endswith(WIDE)))
         open_to_others(*(out / name for name in manifest.files_of(graph)))
     files = manifest.files | {file: file_digest(out / file) for file in sorted(written)}
@@ -223,6 +237,12 @@ def link(source: Path, target: Path) -> None:
             os.symlink(source.resolve(), target)
         except OSError:  # Windows, without the right to make links
             shutil.copyfile(source, target)
+
+
+def used(folder: Path) -> None:
+    """Notes that an adapted bundle is in use, so that `shrink` of any process takes others first."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)
 
 
 def shrink(cache: Path, most: int) -> None:

@@ -9,8 +9,10 @@ imports no backend itself: `on_host`, `on_gpu` and `builder` import the module t
 
 `host=` a backend of the CPU:
     host_engines(folder, manifest, threads, slots, pictures) -> {graph: Engine}; ONNX Runtime runs the graphs left out.
+    If it compiles no weights from a checkpoint: only=names, too, which are the graphs to load.
 `gpu=` a backend of NVIDIA GPUs:
-    device_engines(name, folder, manifest, cuda, stream_of, slots, replay) -> DeviceEngines
+    device_engines(name, folder, manifest, cuda, stream_of, slots, replay) -> DeviceEngines; TensorRT's also takes
+    adapters
 both `host=` and `gpu=`, in the module of the host:
     device_for(folder, device) -> "cpu" or "cuda", what "auto" and the two names mean here
 `measured=` a backend that "auto" takes for float32 bundles where it is faster here, and near enough:

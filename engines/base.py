@@ -7,14 +7,14 @@ costs about a microsecond a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..contract import GraphSpec, Manifest, Size
+from ..contract import MAX_SIDE, GraphSpec, Manifest, Size, nearest_size, shown_size
 from ..errors import EngineError
 
 # The first compute capability that has a precision, its name in a sentence, and what does instead on older GPUs.
@@ -200,3 +200,15 @@ def _refusal(spec: GraphSpec, what: str, remedy: str) -> EngineError:
 
 def _text(shape: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"
+
+
+def check_sizes(wanted: Iterable[Size], multiple: int, own: Size) -> None:
+    """Raises EngineError for a size of --sizes that a bundle cannot paint. multiple: see `Manifest.size_multiple`."""
+    for size in wanted:
+        near = nearest_size(size, multiple, own)
+        if size != near:
+            may = (
+                f"multiples of {multiple} up to {MAX_SIDE} pixels" if multiple else f"{shown_size(own)} for this bundle"
+            )
+            instead = f"The nearest is {shown_size(near)}." if multiple else "Leave it out."
+            raise EngineError(f"--sizes must be {may}, got {shown_size(size)}. {instead}")

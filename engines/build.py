@@ -23,6 +23,7 @@ from .backends import BACKENDS
 from .base import check_gpu
 from .cuda import Cuda
 from .plans import Built, OnBuild, PlanStore, Sizes, Wanted, parts, picture_sizes
+from .refit import check_refits, options_by_graph
 from .tensorrt import EVERYWHERE, NAMES, TURING, Options, TensorRT, fits
 from .tensorrt_build import OnProgress, build_plan
 
@@ -108,10 +109,11 @@ def build(name: str, folder: str | Path, wanted: Wanted, on_build: OnBuild | Non
         check_gpu(manifest, cuda)
     store, options = PlanStore(folder), backend.for_gpu(options_for(manifest, backend, wanted.options), cuda)
     target = backend.target(options, cuda)
-    jobs = wanted_plans(manifest, wanted)
+    check_refits(backend, options, cuda)
+    jobs, of_graph = wanted_plans(manifest, wanted), options_by_graph(folder, options)
     verified = False
     for number, (graph, sizes) in enumerate(jobs):
-        needed = parts(manifest, graph, sizes, name, backend.version, target, options)
+        needed = parts(manifest, graph, sizes, name, backend.version, target, of_graph(graph))
         plan, why = store.find(needed, verify=True), ""
         if plan is None:
             if not verified:  # a build reads the bundle's files, and a finished plan does not
@@ -122,7 +124,7 @@ def build(name: str, folder: str | Path, wanted: Wanted, on_build: OnBuild | Non
             tell = _reporter(on_build, number, len(jobs), graph, sizes, why)
             started, timings = time.monotonic(), store.folder.parent / "timings.cache"
             file = folder / manifest.graphs[graph].file
-            content, proof = build_plan(backend, file, sizes, manifest.precision, options, tell, timings)
+            content, proof = build_plan(backend, file, sizes, manifest.precision, of_graph(graph), tell, timings)
             plan = store.add(needed, content, proof, time.monotonic() - started)
         yield Built(plan, why)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +20,12 @@ from .backends import BACKENDS, GPU_PLANNED, PLANNED, runner
 from .build import choose_builder, fitting, gpu
 from .cost import costs
 from .cost import text as cost_text
+from .current import installed_versions, not_here, shown_adapters, stale
 from .eight_bits import CHOICES as EIGHT_CHOICES
-from .plans import Built, Plan, PlanStore, Sizes, Wanted, belongs, size_text
+from .plans import Built, PlanStore, Sizes, Wanted, belongs, size_text
 from .rates import GPUS
-from .tensorrt import HARDWARE, NAMES, TILING, Options, TensorRT, loads
+from .refit import Adapted, refit, unfit
+from .tensorrt import HARDWARE, NAMES, TILING, Options
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -85,6 +86,12 @@ def build_options(command):  # type: ignore[no-untyped-def]
                          help="TensorRT, fp8 and int8: which quantised layers stay so. products: no convolutions. A "
                          "layer without such a kernel is always in half precision. On a GPU, products are tried where "
                          "all are not faster."),
+            click.option("--refittable", is_flag=True,
+                         help="TensorRT: plans that hd-engines refit and hd-run --lora put adapters into, in seconds. "
+                         "They may be slower."),
+            click.option("--strip-weights", is_flag=True,
+                         help="TensorRT: small plans, which get the bundle's weights when they are loaded. They may be "
+                         "slower."),
             click.option("--faster-than", metavar="FOLDER", type=click.Path(path_type=Path),
                          help="Engines of the same model in fp16: fp8 and int8 are refused where they take longer on "
                          "this GPU. [default: fp16 plans that the folder still has]"),
@@ -105,6 +112,8 @@ def wanted_of(values: dict) -> Wanted:
         None if values["hardware"] == "none" else values["hardware"],
         values["version_compatible"] or None,
         None if values["eight_bits"] == "all" else values["eight_bits"],
+        values["refittable"] or None,
+        values["strip_weights"] or None,
     )
     return Wanted(
         values["batch_sizes"] or (),
@@ -138,6 +147,8 @@ def check_options(backend: str, precision: str, wanted: Wanted, faster_than: Pat
         "--hardware-compatibility-level": options.hardware,
         "--version-compatible": options.version_compatible,
         "--eight-bits": options.eight_bits,
+        "--refittable": options.refittable,
+        "--strip-weights": options.stripped,
         "--faster-than": faster_than,
     }
     takes = sizes if BACKENDS[backend].plans or BACKENDS[backend].compiles else {}
@@ -311,6 +322,31 @@ def merge(folder: str, out: Path, lora: tuple[str, ...]) -> int:
     return 0
 
 
+@commands.command("refit")
+@click.argument("folder")
+@click.option("--lora", multiple=True, metavar="FILE[:SCALE]",
+              help="An adapter (LoRA, .safetensors) to put in; repeatable. Scale 0 leaves it out.")  # fmt: skip
+def refit_plans(folder: str, lora: tuple[str, ...]) -> int:
+    """Writes TensorRT plans of FOLDER with adapters, in seconds, for `hd-run --lora` with the same ones.
+
+    They lie beside the plans that were built with --refittable, which stay as they are. Without adapters it removes
+    what it wrote before: then FOLDER has the base's plans alone.
+    """
+    path, adapters = shipped.resolve(folder, "bundle"), chosen(lora)
+    if not adapters:
+        console.print(f"Removed {len(unfit(path))} plans with adapters. The base's are as they were built.")
+        return 0
+    adapted, manifest = Adapted(path, adapters), Manifest.load(path, verify=False)
+    built = {plan.parts["backend"] for plan in PlanStore(path) if plan.refittable}
+    for name in [name for name in NAMES if name in built] or NAMES[:1]:
+        for plan, seconds in refit(runner(name), path, adapted):
+            what = f"{seconds:6.1f} s" if seconds else "was there"
+            console.print(f"{plan.graph:18} {plan.shown(manifest):16} {plan.size / 1e6:8.1f} MB   {what}")
+    for sentence in sentences(adapters, path):
+        console.print(sentence)
+    return 0
+
+
 @commands.command("list")
 @click.argument("folder")
 def list_plans(folder: str) -> int:
@@ -326,7 +362,7 @@ def list_plans(folder: str) -> int:
         state = stale(plan, manifest, versions) or store.problem(plan, verify=False) or not_here(plan) or "current"
         size = f"{plan.size / 1e6:8.1f} MB   built in {plan.seconds:6.1f} s"
         shown = plan.shown(manifest) if plan.graph in manifest.graphs else plan.parts["sizes"]
-        click.echo(f"  {plan.graph:18} {shown:16} {size}   {state}")
+        click.echo(f"  {plan.graph:18} {shown:16} {size}   {state}{shown_adapters(plan)}")
     if not heading:
         click.echo(f"{path} has no plans. Build some: hd-engines build {folder}")
     return 0
@@ -441,43 +477,6 @@ def prune(folder: str, everything: bool, dry_run: bool) -> int:
             stray.unlink()
     console.print(f"{freed / 1e6:.1f} MB {'would be ' if dry_run else ''}freed.")
     return 0
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the backends that are installed here."""
-    found = {}
-    for name in PLANNED:
-        with contextlib.suppress(EngineError):
-            if BACKENDS[name].installed():
-                found[name] = BACKENDS[name].builder().version(name)
-    return found
-
-
-def stale(plan: Plan, manifest: Manifest, versions: dict[str, str]) -> str:
-    """Why a plan is outdated, or "". Plans of a backend that is not installed here are kept."""
-    backend = plan.parts["backend"]
-    if plan.parts.get("tf32") != "off":
-        return "stale: built when float32 was computed in TF32"
-    if not belongs(plan, manifest):
-        return "stale: the bundle changed"
-    if backend in versions and not loads(plan, versions[backend]):
-        return f"stale: {backend} is {versions[backend]} now"
-    elsewhere: str = BACKENDS[backend].builder().elsewhere(backend, plan.parts["target"]) if backend in PLANNED else ""
-    return elsewhere
-
-
-def not_here(plan: Plan) -> str:
-    """Why the lean run time does not run a current plan, where it alone is installed; or ""."""
-    backend = plan.parts["backend"]
-    name = runner(backend)
-    if name == backend:
-        return ""
-    if not plan.version_compatible:
-        return f"not for {name}: built without --version-compatible"
-    with contextlib.suppress(EngineError):
-        version = TensorRT(name).version
-        return "" if loads(plan, version) else f"not for {name} {version}"
-    return ""
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
 """What a run of a graph costs on a GPU, read off the graph: kernels, bytes through memory, operations, the least time.
 
     found = kernels(load(Path("bundle/unet.onnx")), {"B": 1, "G": 2}, RUNNERS["onnxruntime"])
-    floor(found, GPUS["h200"], half=True)        # seconds
+    floor(found, GPUS["h200"], "fp16")           # seconds
     count(Path("bundle/unet.onnx"), {"B": 1})    # {"Conv": ..., "MatMul": ..., ...}
 
 It is a model, not a measurement. Each kernel reads its inputs from memory and writes its outputs, and takes the longer
 of that and its products at full rate. Caches make real kernels faster; partly filled processors, launches and waits
 make them slower. So it compares graphs; it predicts no time. Needs the `onnx` package, and no GPU.
 
-Operations are the work of a matrix unit, 2 for a multiply-add: MatMul, Gemm, Conv, Attention.
+Operations are the work of a matrix unit, 2 for a multiply-add: MatMul, Gemm, Conv, Attention. A product computes in
+eight bits where both of its operands come from a DequantizeLinear: the kernel then reads the eight-bit tensors.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..contract import CONTEXT, FLOAT32_GRAPHS, SIDES
+from ..contract import CONTEXT, EIGHT_BITS, FLOAT32_GRAPHS, SIDES
 from ..errors import EngineError
-from .rates import Gpu
+from .rates import GPUS, Gpu
 
 Shape = tuple[int, ...]
 LARGE = 4096  # bytes; smaller tensors may be shapes, whose values inference needs
@@ -32,7 +33,8 @@ PICKS = frozenset(["Slice", "Gather", "GatherElements", "GatherND", "Expand", "P
 POINTWISE = frozenset(
     (
         "Abs Add And BiasAdd BiasSplitGelu Cast Ceil Clip Cos Div Equal Erf Exp Floor Gelu Greater IsNaN Less "
-        + "LessOrEqual Log Max Min Mul Neg Not Or Pow Reciprocal Relu Round Sigmoid Sin Sqrt Sub Tanh Where"
+        + "LessOrEqual Log Max Min Mul Neg Not Or Pow QuantizeLinear Reciprocal Relu Round Sigmoid Sin Sqrt Sub Tanh "
+        + "Where"
     ).split()
 )
 MATRIX = frozenset(["MatMul", "Gemm", "Conv", "NhwcConv", "Attention", "MultiHeadAttention"])
@@ -63,23 +65,27 @@ RUNNERS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One or several launches for a node, or for nodes that a backend joins."""
+    """One or several launches for a node, or for nodes that a backend joins. eight: whether its product has operands
+    of eight bits."""
 
     op: str
     launches: int
     bytes: int
     operations: int
+    eight: bool = False
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node that computes: its operator, the tensors that it reads and writes, and its operations."""
+    """A node that computes: its operator, the tensors that it reads and writes, and its operations. eight: both
+    operands of a product are stored in eight bits."""
 
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     operations: int
     biased: bool = False
+    eight: bool = False
 
 
 class Graph:
@@ -92,10 +98,14 @@ class Graph:
         self.name = name
         ready = {tensor.name for tensor in model.graph.initializer} | {""}
         views: dict[str, str] = {}
+        stored = set[str]()  # what a DequantizeLinear gives: kernels read its input and turn numbers in registers
         self.nodes: list[Node] = []
         for node in model.graph.node:
             given = [views.get(one, one) for one in node.input]
-            if all(one in ready for one in given):  # computed once, when the graph is loaded
+            if node.op_type == "DequantizeLinear" or (node.op_type in VIEWS and node.input[0] in stored):
+                stored.add(node.output[0])
+                views[node.output[0]] = given[0]
+            elif all(one in ready for one in given):  # computed once, when the graph is loaded
                 ready.update(node.output)
             elif node.op_type in VIEWS:
                 views[node.output[0]] = given[0]
@@ -103,7 +113,8 @@ class Graph:
                 outputs = tuple(one for one in node.output if one in self.shapes)
                 biased = node.op_type in ("Conv", "NhwcConv", "Gemm") and len(given) > 2 and bool(given[2])
                 read = tuple(dict.fromkeys(one for one in given if (one and one not in ready) or self.size(one) > 64))
-                self.nodes.append(Node(node.op_type, read, outputs, self._operations(node, given), biased))
+                eight = node.op_type in MATRIX and stored.issuperset(node.input[:2])
+                self.nodes.append(Node(node.op_type, read, outputs, self._operations(node, given), biased, eight))
         self.views = views
         self.results = {views.get(value.name, value.name) for value in model.graph.output}
 
@@ -163,10 +174,19 @@ def kernels(graph: Graph, runner: Runner) -> list[Kernel]:
     return list(_joined(graph, runner))
 
 
-def floor(found: Sequence[Kernel], gpu: Gpu, half: bool) -> float:
-    """Seconds that the kernels take at least, one after the other. half: products are of 16-bit numbers."""
-    rate = gpu.half if half else gpu.single
-    return sum(max(kernel.bytes / gpu.bandwidth, kernel.operations / rate) for kernel in found)
+def floor(found: Sequence[Kernel], gpu: Gpu, precision: str) -> float:
+    """Seconds that the kernels take at least, one after the other.
+
+    precision: of a bundle. In fp8 and int8, products that are not quantised are of 16-bit numbers. Raises EngineError
+    for eight bits that the GPU does not know.
+    """
+    rest, eight = gpu.rate("fp16" if precision in EIGHT_BITS else precision), gpu.rate(precision)
+    if not eight:
+        fitting = [name for name, one in GPUS.items() if one.rate(precision)]
+        raise EngineError(
+            f"--gpu must be one of {', '.join(fitting)} for {precision}, got {gpu.name}. Name one of these."
+        )
+    return sum(max(one.bytes / gpu.bandwidth, one.operations / (eight if one.eight else rest)) for one in found)
 
 
 def _alone(graph: Graph, node: Node, runner: Runner) -> Kernel:
@@ -189,7 +209,7 @@ def _alone(graph: Graph, node: Node, runner: Runner) -> Kernel:
             launches, moved = launches + 2, moved + 2 * (picture + out)
         if node.biased:
             launches, moved = launches + 1, moved + 2 * out
-    return Kernel(node.op, launches, moved, node.operations)
+    return Kernel(node.op, launches, moved, node.operations, node.eight)
 
 
 def _joined(graph: Graph, runner: Runner) -> Iterator[Kernel]:
@@ -226,7 +246,7 @@ def _joined(graph: Graph, runner: Runner) -> Iterator[Kernel]:
         if norm:
             read += graph.size(group[0].inputs[0])
         operations = sum(node.operations for node in group)
-        yield Kernel(group[0].op, runner.norm if norm else 1, read + out, operations)
+        yield Kernel(group[0].op, runner.norm if norm else 1, read + out, operations, group[0].eight)
 
 
 def _of_one_size(model: Any, sizes: Mapping[str, int]) -> Any:
@@ -316,15 +336,18 @@ COUNTED = {
 def costs(folder: Path, manifest: Any, gpu: Gpu, graph: str | None = None, batch: int = 1) -> Iterator[dict[str, Any]]:
     """What one run of each graph costs with each runner, and with the derived graph where ONNX Runtime has one.
 
-    batch: rows. Yields {"graph", "sizes", "runner", "kernels", "bytes", "operations", "floor"}, ready for JSON; floor
-    is in seconds. Raises EngineError for a graph that the bundle lacks, or for a precision other than 16 or 32 bits.
+    batch: rows. Yields {"graph", "sizes", "runner", "kernels", "bytes", "operations", "eight_bits", "floor"}, ready for
+    JSON; eight_bits is the part of operations in fp8 or int8, which TensorRT alone runs; floor is in seconds. Raises
+    EngineError for a graph that the bundle lacks, and for eight bits that are for a CPU or that the GPU does not know.
     """
     from .derived import derive, has_derived
     from .plans import size_text, usual
 
-    if manifest.precision not in ("fp32", "fp16", "bf16"):
+    eight = manifest.precision in EIGHT_BITS
+    if eight and manifest.base == "fp32":
         raise EngineError(
-            f"A cost needs a bundle in fp32, fp16 or bf16, got {manifest.precision}. Name one of the same model."
+            f"--cost must be of a bundle for GPUs, got one in {manifest.precision} for OpenVINO. Name another, such as "
+            "one in fp16."
         )
     if graph is not None and graph not in manifest.graphs:
         raise EngineError(f"graph must be one of {', '.join(manifest.graphs)}, got {graph!r}.")
@@ -335,11 +358,11 @@ def costs(folder: Path, manifest: Any, gpu: Gpu, graph: str | None = None, batch
         sizes = {axis: sizes.get(axis, batch) for axis in spec.free}
         path = folder / spec.file
         plain = Graph(load(path), sizes, str(path))
-        forms = [(runner.label, plain, runner) for runner in RUNNERS.values()]
-        model = derive(path, manifest.sides()) if has_derived(manifest, name) else None
+        forms = [(one.label, plain, one) for label, one in RUNNERS.items() if not eight or label == "tensorrt"]
+        model = derive(path, manifest.sides()) if not eight and has_derived(manifest, name) else None
         if model is not None:
             forms.insert(1, ("ONNX Runtime, derived", Graph(model, sizes, str(path)), RUNNERS["onnxruntime"]))
-        half = manifest.precision != "fp32" and name not in FLOAT32_GRAPHS
+        precision = "fp32" if name in FLOAT32_GRAPHS else manifest.precision
         for label, form, runner in forms:
             found = kernels(form, runner)
             yield {
@@ -349,17 +372,25 @@ def costs(folder: Path, manifest: Any, gpu: Gpu, graph: str | None = None, batch
                 "kernels": sum(kernel.launches for kernel in found),
                 "bytes": sum(kernel.bytes for kernel in found),
                 "operations": sum(kernel.operations for kernel in found),
-                "floor": floor(found, gpu, half),
+                "eight_bits": sum(kernel.operations for kernel in found if kernel.eight),
+                "floor": floor(found, gpu, precision),
             }
 
 
 def text(found: Sequence[Mapping[str, Any]], gpu: Gpu) -> str:
     """The table of `costs`."""
     lines = [f"Read off the graphs, for {gpu.name}: the least that a run takes, with each kernel at full rate."]
-    lines.append(f"{'graph':18} {'sizes':10} {'run by':22} {'kernels':>8} {'GB':>8} {'GFLOP':>9} {'floor':>10}")
+    eight = any(one["eight_bits"] for one in found)
+    column = f" {'8 bits':>8}" if eight else ""
+    lines.append(f"{'graph':18} {'sizes':10} {'run by':22} {'kernels':>8} {'GB':>8} {'GFLOP':>9}{column} {'floor':>10}")
     for one in found:
+        share = f" {one['eight_bits'] / max(one['operations'], 1):8.0%}" if eight else ""
         lines.append(
             f"{one['graph']:18} {one['sizes']:10} {one['runner']:22} {one['kernels']:8} {one['bytes'] / 1e9:8.3f} "
-            f"{one['operations'] / 1e9:9.1f} {one['floor'] * 1e3:7.3f} ms"
+            f"{one['operations'] / 1e9:9.1f}{share} {one['floor'] * 1e3:7.3f} ms"
+        )
+    if eight:
+        lines.append(
+            "8 bits: the share of operations in fp8 or int8, as the graph has it. A GPU may choose other kernels."
         )
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from typing import Any
 from ..contract import PICTURES, Manifest
 from ..errors import EngineError
 from .onnxruntime import every
-from .plans import Shelf
+from .shelf import Shelf
 
 PRECISIONS = ("fp32", "fp16")  # of bundles; the contributed kernels know no other types
 REWRITES = (

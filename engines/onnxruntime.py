@@ -26,7 +26,7 @@ from ..errors import BundleError, EngineError
 from ..installed import version
 from .base import Engine, check_feeds
 from .cuda import Cuda
-from .plans import Shelf
+from .shelf import Shelf
 
 NO_CUDA = (
     "ONNX Runtime was installed without CUDA. Replace it; onnxruntime and onnxruntime-gpu overwrite each other: "
@@ -50,7 +50,7 @@ SIDE = (1, 64, MAX_SIDE)  # of an axis of a picture
 SMALL_BYTES = 1 << 28  # of a graph: a second copy of its weights costs little, and sizes are a part of its time
 
 
-def host_engines(*_: Any) -> dict[str, Engine]:
+def host_engines(*_: Any, **__: Any) -> dict[str, Engine]:
     """Nothing: `load_engines` loads every graph that another backend leaves out."""
     return {}
 

@@ -20,7 +20,7 @@ import io
 import mmap
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from ..errors import BundleError, EngineError, HanDiffuserError
 from .backends import BACKENDS
 from .base import check_feeds, powers_of_two
 from .openvino_rewrites import REWRITES, rewrite
-from .plans import Built, OnBuild, PlanStore, Shelf, Wanted, picture_sizes, size_text, usual
+from .plans import Built, OnBuild, PlanStore, Wanted, picture_sizes, size_text, usual
+from .shelf import Shelf
 
 LOWERED = ("unet", "image_decoder")  # the graphs that OpenVINO runs
 TYPES = {"bf16": "bf16", "fp32": "f32"}  # our name of a precision -> OpenVINO's
@@ -68,9 +69,13 @@ class OpenVinoEngine:
         shelf: Shelf | None = None,
         batches: Sequence[int] = (1,),
         check: Callable[[], None] | None = None,
+        rewritten: bool = True,
     ) -> None:
         """precision: "bf16", which raises EngineError where the CPU has none, or "fp32". shelf: of compiled graphs.
-        check: called before the graph's file is read; raises BundleError for a damaged one."""
+        check: called before the graph's file is read; raises BundleError for a damaged one.
+        rewritten: with the rewrites of `openvino_rewrites`, which peers in benchmarks do without; a shelf needs them.
+        """
+        self.rewritten = rewritten
         self.path, self.spec, self.precision, self.shelf = Path(path), spec, precision, shelf
         self.batches: Sequence[int] | None = batches
         self._check = check
@@ -154,7 +159,8 @@ class OpenVinoEngine:
                 "bundle again with hd-export."
             ) from error
         model.reshape({t.name: [sizes[n] if isinstance(n, str) else n for n in t.shape] for t in self.spec.inputs})
-        rewrite(model)
+        if self.rewritten:
+            rewrite(model)
         compiled = core.compile_model(model, "CPU", options)
         if shelf is not None and (beside or shelf.keeps(name)):  # a copy takes gigabytes
             exported = compiled.export_model()
@@ -192,11 +198,17 @@ class OpenVinoEngine:
 
 
 def host_engines(
-    folder: Path, manifest: Manifest, threads: int | None, slots: int, pictures: int
+    folder: Path,
+    manifest: Manifest,
+    threads: int | None,
+    slots: int,
+    pictures: int,
+    only: Collection[str] = LOWERED,
 ) -> dict[str, OpenVinoEngine]:
-    """UNet and decoder, ready for one picture. Raises EngineError where OpenVINO cannot run here."""
+    """UNet and decoder, ready for one picture. only: graphs to load. Raises EngineError where OpenVINO cannot run."""
     shared_core()  # says what is missing, before anything is loaded
-    engines = load_openvino(folder, manifest, inference(), threads, batches_for(folder, manifest, slots, pictures))
+    batches = batches_for(folder, manifest, slots, pictures)
+    engines = load_openvino(folder, manifest, inference(), threads, batches, only)
     for engine in engines.values():  # before the other graphs are loaded: compiling takes twice the memory
         engine.prepare(usual(engine.spec, manifest))
     return engines
@@ -225,11 +237,12 @@ def load_openvino(
     precision: str,
     threads: int | None = None,
     batches: Sequence[int] = (1,),
+    only: Collection[str] = LOWERED,
 ) -> dict[str, OpenVinoEngine]:
-    """Engines for LOWERED. Compiling a graph verifies its files; a compiled graph does not read them."""
+    """Engines for LOWERED, or those in `only`. Compiling a graph verifies its files; a compiled graph needs none."""
     shelf = shelf_of(folder, manifest, precision)
     engines: dict[str, OpenVinoEngine] = {}
-    for name in LOWERED:
+    for name in (name for name in LOWERED if name in only):
         spec = manifest.graphs[name]
         check = functools.partial(manifest.check_files, folder, manifest.files_of(name))
         sizes = batches if spec.dominant else (1,)

@@ -13,7 +13,7 @@ import numpy as np
 from .. import cpu
 from ..weights import phases
 
-REWRITES = "norms by channel, folded upsampling"  # part of the key of what was compiled
+REWRITES = "norms by channel, folded upsampling, split products"  # part of the key of what was compiled
 
 
 def rewrite(model: Any) -> None:
@@ -21,6 +21,8 @@ def rewrite(model: Any) -> None:
     norms_by_channel(model)
     if not any(feature.startswith("amx") for feature in cpu.features()):
         fold_upsampling(model)
+    if not cpu.has_bf16():
+        split_products(model)
 
 
 def norms_by_channel(model: Any) -> int:
@@ -91,6 +93,42 @@ def fold_upsampling(model: Any) -> int:
         conv.output(0).replace(new.output(0))
         folded += 1
     return folded
+
+
+def split_products(model: Any) -> int:
+    """Writes a product whose columns are split behind it as a product for each part, in place; returns how many.
+
+    Each feed-forward layer of a UNet halves what its first product gives. OpenVINO copies both halves, which takes 2 %
+    of a step of the demo in float32 (AVX2). The numbers stay the same.
+    """
+    from openvino import opset13 as ov
+
+    done = 0
+    for split in model.get_ordered_ops():
+        if split.get_type_name() not in ("Split", "VariadicSplit"):
+            continue
+        axis, value = _constant(split.input_value(1).get_node()), split.input_value(0)
+        last, add, bias = len(value.get_shape()) - 1, value.get_node(), None
+        if axis is None or int(axis) not in (-1, last) or len(value.get_target_inputs()) > 1:
+            continue
+        if add.get_type_name() == "Add":
+            bias, value = _constant(add.input_value(1).get_node()), add.input_value(0)
+            if bias is None or bias.shape[-1:] != (add.get_output_shape(0)[-1],):
+                continue
+        product = value.get_node()
+        weight = _constant(product.input_value(1).get_node()) if product.get_type_name() == "MatMul" else None
+        if weight is None or weight.ndim != 2 or len(value.get_target_inputs()) > 1:
+            continue
+        how, end = product.get_attributes(), 0
+        for output in split.outputs():
+            begin, end = end, end + output.get_shape()[-1]
+            part = weight[begin:end] if how["transpose_b"] else weight[:, begin:end]
+            new = ov.matmul(product.input_value(0), ov.constant(part), how["transpose_a"], how["transpose_b"])
+            if bias is not None:
+                new = ov.add(new, ov.constant(bias[..., begin:end]))
+            output.replace(new.output(0))
+        done += 1
+    return done
 
 
 def _is_same(conv: Any) -> bool:

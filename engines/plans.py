@@ -6,11 +6,7 @@
         print(store.why(wanted))                    # "the bundle's graph or its weights changed"
         store.add(wanted, plan, {"types": ...}, seconds=26.0)
 
-    shelf = Shelf(manifest, folder, "openvino", "2026.4.1", cpu.target(), Options())
-    path = shelf.find("unet", {"B": 1, "G": 2})     # verified, or None: then make it, and shelf.keep(...)
-
-A run keeps what it compiles in the user's cache, never beside the bundle: `hd-run` does not write into bundles. The
-plans of the shipped demo are in that cache, too, in a folder of their own.
+The plans of the shipped demo are in the user's cache, in a folder of their own. So is what runs compile: `shelf.py`.
 
 `plans/` holds `<graph>.<sizes>.<key>.plan` and a `.json` of the same name, which is written last: a plan without it is
 unfinished. Files never change in place, so two builds and a running server do not disturb each other.
@@ -18,14 +14,12 @@ unfinished. Files never change in place, so two builds and a running server do n
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import mmap
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,17 +27,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from msgspec import Meta
 
-from ..contract import BRANCHES, MAX_SIDE, SIDES, GraphSpec, Manifest, Size, file_digest, shown_size
+from ..contract import BRANCHES, SIDES, GraphSpec, Manifest, Size, file_digest, shown_size
 from ..errors import EngineError
 from ..files import written
 from ..schema import MisfitError, Sha256, Word, fit, read_json
 from ..shipped import is_shipped
-from .base import powers_of_two
+from .base import check_sizes, powers_of_two
 
 FOLDER = "plans"
 LAYERS = ".layers"  # beside a plan: its layers, see `inspect.py`
-MAX_KEPT_BYTES = 256 * 2**20  # bytes of a graph up to which a run keeps its compiled form in the user's cache
-MAX_CACHE_BYTES = 2 * 2**30  # bytes of that cache; the least recently used plan goes first
 VERDICT = ".verdict"  # beside a UNet's plan of lower precision: whether it is good enough, see `verdict.py`
 KERNELS = ".kernels"  # beside a plan: the kernels that TensorRT-RTX compiled for this machine's GPU
 # What a plan depends on, and the words for a miss.
@@ -85,9 +77,10 @@ else:
         options: Text
 
     class Parts(Needed, total=False):
-        """With later additions: see BEFORE."""
+        """With later additions: see BEFORE. adapters: of a plan that a refit wrote, `refit.Adapted.key`."""
 
         tf32: Word
+        adapters: Text
 
 
 class Proof(TypedDict, total=False):
@@ -166,6 +159,21 @@ class Plan:
         return '"version_compatible": true' in self.parts["options"]  # JSON of `parts`; a record may hold any text
 
     @property
+    def refittable(self) -> bool:
+        """Whether adapters can be put into it (`tensorrt.Options`)."""
+        return not self.adapters and '"refittable": true' in self.parts["options"]
+
+    @property
+    def stripped(self) -> bool:
+        """Whether it lacks the bundle's weights, which it gets when it is loaded (`tensorrt.Options`)."""
+        return not self.adapters and '"stripped": true' in self.parts["options"]
+
+    @property
+    def adapters(self) -> str:
+        """The key of the adapters that a refit put into it; "" for the bundle's own weights."""
+        return self.parts.get("adapters", "")
+
+    @property
     def made_for(self) -> str:
         """What built it, and for which GPU or CPU, in words."""
         later = " or later" if self.version_compatible else ""
@@ -224,12 +232,7 @@ def parts(
 
 def picture_sizes(manifest: Manifest, wanted: Iterable[Size]) -> list[Size]:
     """The sizes of pictures to compile for, the bundle's own first. Raises EngineError for what it cannot paint."""
-    for size in wanted:
-        if size != manifest.nearest(size):
-            multiple, own = manifest.size_multiple, shown_size(manifest.image_size)
-            may = f"multiples of {multiple} up to {MAX_SIDE} pixels" if multiple else f"{own} for this bundle"
-            instead = f"The nearest is {shown_size(manifest.nearest(size))}." if multiple else "Leave it out."
-            raise EngineError(f"--sizes must be {may}, got {shown_size(size)}. {instead}")
+    check_sizes(wanted := [*wanted], manifest.size_multiple, manifest.image_size)
     return list(dict.fromkeys((manifest.image_size, *wanted)))
 
 
@@ -243,18 +246,19 @@ def usual(spec: GraphSpec, manifest: Manifest, batch: int = 1, size: Size | None
     return {"B": batch, **({BRANCHES: branches} if spec.branched else {}), **sides}
 
 
-def graph_digest(manifest: Manifest, graph: str) -> str:
-    """16 hexadecimal digits that stand for a graph with its weights."""
+def graph_digest(manifest: Manifest, graph: str, adapters: str = "") -> str:
+    """16 hexadecimal digits that stand for a graph with its weights, and with the adapters of this key."""
     file = manifest.graphs[graph].file
-    digests = [manifest.files[file], manifest.files.get(file + ".data", "")]
+    digests = [manifest.files[file], manifest.files.get(file + ".data", ""), adapters]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
-def belongs(plan: Plan, manifest: Manifest) -> bool:
-    """Whether a plan was built from the bundle in its present state, and in the present way."""
+def belongs(plan: Plan, manifest: Manifest, adapters: str = "") -> bool:
+    """Whether a plan was built from the bundle in its present state, and in the present way, and has these adapters."""
     return (
         plan.graph in manifest.graphs
-        and plan.parts["graph"] == graph_digest(manifest, plan.graph)
+        and plan.adapters == adapters
+        and plan.parts["graph"] == graph_digest(manifest, plan.graph, adapters)
         and plan.parts["precision"] == manifest.precision
         and plan.parts.get("tf32") == "off"
     )
@@ -317,7 +321,7 @@ class PlanStore:
     def why(self, wanted: Mapping[str, str]) -> str:
         """Why a plan for these parts is missing: how they differ from the nearest plan."""
         key = key_of(wanted)
-        near = [plan for plan in self if plan.graph == wanted["name"]]
+        near = [plan for plan in self if plan.graph == wanted["name"] and not plan.adapters]
         for plan in near:
             if plan.key == key:
                 return self.problem(plan, verify=True) or "it is there"
@@ -438,61 +442,6 @@ def cache_folder() -> Path:
     except RuntimeError:  # a container's user without a home
         home = Path(os.devnull)  # keeps nothing
     return home / "handiffuser"
-
-
-class Shelf:
-    """Finds and keeps what a backend compiles of a bundle: beside the bundle, or in the user's cache."""
-
-    def __init__(self, manifest: Manifest, folder: Path, backend: str, version: str, target: str, options: Any) -> None:
-        """options: a dataclass of everything else that the compiled graphs depend on."""
-        self.manifest, self.folder = manifest, folder
-        self._stores = (PlanStore(folder), user_cache())
-        self._made_by = (backend, version, target, options)
-
-    def parts(self, graph: str, sizes: Sizes) -> dict[str, str]:
-        return parts(self.manifest, graph, sizes, *self._made_by)
-
-    def plan(self, graph: str, sizes: Sizes) -> tuple[PlanStore, Plan] | None:
-        """The plan for these sizes, and the store that has it."""
-        wanted = self.parts(graph, sizes)
-        found = ((store, store.find(wanted)) for store in self._stores)
-        return next(((store, plan) for store, plan in found if plan is not None), None)
-
-    def find(self, graph: str, sizes: Sizes) -> Path | None:
-        """The file of the plan for these sizes, verified; None where it is missing. Warns of a damaged one."""
-        found = self.plan(graph, sizes)
-        if found is None:
-            return None
-        store, plan = found
-        if store.problem(plan, verify=True):
-            warnings.warn(f"{plan.path} is damaged: it is compiled again.", RuntimeWarning, stacklevel=2)
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(plan.path)  # see `shrink`
-        return plan.path
-
-    def keeps(self, graph: str) -> bool:
-        """Whether a graph is small enough for the user's cache."""
-        files = (self.folder / (self.manifest.graphs[graph].file + end) for end in ("", ".data"))
-        return sum(file.stat().st_size for file in files if file.exists()) <= MAX_KEPT_BYTES
-
-    def keep(
-        self, graph: str, sizes: Sizes, content: bytes | memoryview, seconds: float, beside: bool = False
-    ) -> Plan | None:
-        """Keeps a compiled graph beside the bundle, or in the user's cache if it is small and the cache is writable.
-
-        Raises EngineError where it cannot write beside the bundle.
-        """
-        if beside:
-            return self._stores[0].add(self.parts(graph, sizes), content, {}, seconds)
-        if len(content) > MAX_KEPT_BYTES:
-            return None
-        try:
-            plan = self._stores[1].add(self.parts(graph, sizes), content, {}, seconds)
-            self._stores[1].shrink(MAX_CACHE_BYTES)
-        except (EngineError, OSError):
-            return None  # caching is optional: the home may be full or read-only
-        return plan
 
 
 def _part(plan: Plan, name: str) -> str:

@@ -51,7 +51,8 @@ class Options:
     workspace: MiB of scratch that a kernel may want. compute_capabilities: of the GPUs a TensorRT-RTX plan is for,
     such as ("8.9", "12.0"); empty: every one from 8.0 on that it supports. hardware: one of HARDWARE, of full TensorRT;
     None: for the GPU that builds. version_compatible: later versions and the lean run time load it, too. eight_bits:
-    one of `eight_bits.CHOICES`, which quantised layers stay so; None: all.
+    one of `eight_bits.CHOICES`, which quantised layers stay so; None: all. refittable: a refit may put adapters into
+    the plan. stripped: the plan lacks the bundle's weights. See `refit.py` for both.
     """
 
     level: int | None = None
@@ -62,6 +63,8 @@ class Options:
     hardware: str | None = None
     version_compatible: bool | None = None
     eight_bits: str | None = None
+    refittable: bool | None = None
+    stripped: bool | None = None
 
 
 class TensorRT:
@@ -115,9 +118,9 @@ class TensorRT:
             and self.runs_on(plan.parts["target"], cuda)
         )
 
-    def how_to_build(self, folder: Path) -> str:
-        """The command that builds plans for this machine, and where to run it."""
-        command = f"hd-engines build {folder} --backend {self.builder}"
+    def how_to_build(self, folder: Path, more: str = "") -> str:
+        """The command that builds plans for this machine, and where to run it. more: options."""
+        command = f"hd-engines build {folder} --backend {self.builder}{more}"
         if self.builder == self.name:
             return command
         return f"{command} --version-compatible, on a machine with {self.builder} and the same GPU"

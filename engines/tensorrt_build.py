@@ -20,7 +20,7 @@ from typing import Any
 from ..contract import EIGHT_BITS, FLOAT32_GRAPHS
 from ..errors import EngineError
 from ..files import written
-from . import eight_bits, inspect
+from . import eight_bits, inspect, refit
 from .plans import Sizes
 from .tensorrt import TURING, Options, TensorRT
 
@@ -147,6 +147,8 @@ def _build(
         if config.add_optimization_profile(profile) < 0:
             raise backend.failure(f"refuses the sizes {dict(sizes)} for {onnx.name}")
     _allow_any_attention(backend.module, network)
+    if options.refittable or options.stripped:
+        refit.mark(backend, network, config, onnx, options)
     proof = _proof(backend, network, config, precision, onnx.stem)
     quantized = proof.pop("quantized")
     cache = _read_timings(backend, config, timing_cache)

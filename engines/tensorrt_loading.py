@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 from ..contract import PICTURES, Manifest, Size
 from ..errors import EngineError
+from .adapted import Chosen
 from .base import DeviceEngine, DeviceEngines, Sized, enough
 from .cuda import Cuda
 from .plans import KERNELS, Plan, PlanStore, belongs
+from .refit import Adapted, opened
 from .tensorrt import LoadedPlan, Scratch, TensorRT, TensorRTEngine
 
 ByGraph = dict[str, dict[int, Plan]]  # graph -> batch size -> plan
@@ -27,20 +29,27 @@ def device_engines(
     stream_of: Callable[[str], Any],
     slots: int,
     replay: bool = False,
+    adapters: Sequence[Chosen] = (),
 ) -> DeviceEngines:
     """The plans of a folder as engines. A plan is read, verified and put on the GPU when the loop first uses it.
 
-    name: "tensorrt", "tensorrt-lean" or "tensorrt-rtx". Raises EngineError without the backend, or without plans for
-    this GPU.
+    name: "tensorrt", "tensorrt-lean" or "tensorrt-rtx". adapters: that all pictures have; plans that lack them get them
+    as they are loaded. Raises EngineError without the backend, or without plans for this GPU.
     """
     backend, store = TensorRT(name), PlanStore(folder)
-    own = manifest.image_size
-    plans = {own: plans_at(store, manifest, backend, cuda, own)}  # says what is missing
-    here = [plan for plan in store if plan.graph == "unet" and belongs(plan, manifest) and backend.takes(plan, cuda)]
+    own, adapted = manifest.image_size, Adapted(folder, adapters) if adapters else None
+    plans = {own: plans_at(store, manifest, backend, cuda, own, adapted)}  # says what is missing
+    ours = belongs if adapted is None else adapted.takes
+    here = [plan for plan in store if plan.graph == "unet" and ours(plan, manifest) and backend.takes(plan, cuda)]
     for size in sorted({manifest.size_at(sides) for plan in here for sides in plan.sides() if sides} - {own}):
         with contextlib.suppress(EngineError):  # a build that was interrupted
-            plans[size] = plans_at(store, manifest, backend, cuda, size)
+            plans[size] = plans_at(store, manifest, backend, cuda, size, adapted)
     buckets, sentences = batch_sizes(plans[own][2]), []
+    if adapted is not None and any(plan.adapters != adapted.key_of(plan.graph) for plan in _each(plans[own])):
+        said = " ".join(f"--lora {one.typed}" for one in adapters)
+        sentences.append(
+            f"Plans get the adapters as they are loaded. To keep such plans: hd-engines refit {folder} {said}."
+        )
     if not buckets:
         raise EngineError(f"{folder} has no batch size that all graphs have plans for: hd-engines build {folder}.")
     if slots > buckets[-1]:
@@ -58,8 +67,8 @@ def device_engines(
             sizes = plans[size][branches][graph]
             plan = next(iter(sizes.values())) if graph == "unet_time" else sizes[bucket]
             if (ready := loaded.get(plan.key)) is None:
-                kernels = plan.path.with_suffix(KERNELS)
-                ready = backend.load(store.read(plan), graph, cuda, kernels, plan.version_compatible)
+                new = adapted.lacking(plan) if adapted is not None else None
+                ready = opened(backend, store, plan, folder, cuda, plan.path.with_suffix(KERNELS), new)
                 loaded[plan.key] = ready
             stream = stream_of(graph)
             if stream not in scratch:
@@ -75,9 +84,11 @@ def device_engines(
     return DeviceEngines(at, sizes, sentences, backend.keep_kernels, backend.close)
 
 
-def plans_at(store: PlanStore, manifest: Manifest, backend: TensorRT, cuda: Cuda, size: Size) -> ByBranches:
+def plans_at(
+    store: PlanStore, manifest: Manifest, backend: TensorRT, cuda: Cuda, size: Size, adapted: Adapted | None = None
+) -> ByBranches:
     """Guidance branches -> the usable plans for a size of pictures."""
-    return {branches: usable_plans(store, manifest, backend, cuda, branches, size) for branches in (2, 1)}
+    return {branches: usable_plans(store, manifest, backend, cuda, branches, size, adapted) for branches in (2, 1)}
 
 
 def batch_sizes(plans: ByGraph) -> list[int]:
@@ -87,7 +98,12 @@ def batch_sizes(plans: ByGraph) -> list[int]:
 
 def _of_pictures(plans: ByBranches) -> list[Plan]:
     """The plans that a size of pictures has for itself, each once."""
-    found = (sizes for by_graph in plans.values() for graph, sizes in by_graph.items() if graph in PICTURES)
+    return [plan for plan in _each(plans) if plan.graph in PICTURES]
+
+
+def _each(plans: ByBranches) -> list[Plan]:
+    """Each plan once."""
+    found = (sizes for by_graph in plans.values() for sizes in by_graph.values())
     return list({plan.key: plan for sizes in found for plan in sizes.values()}.values())
 
 
@@ -97,25 +113,31 @@ def check_plans(name: str, folder: Path, manifest: Manifest, cuda: Cuda) -> None
 
 
 def usable_plans(
-    store: PlanStore, manifest: Manifest, backend: TensorRT, cuda: Any, branches: int = 2, size: Size | None = None
+    store: PlanStore,
+    manifest: Manifest,
+    backend: TensorRT,
+    cuda: Any,
+    branches: int = 2,
+    size: Size | None = None,
+    adapted: Adapted | None = None,
 ) -> ByGraph:
     """Graph -> batch size -> plan, of the plans that belong to this bundle, backend and GPU; the newest of equals.
 
     A plan for this GPU and version alone goes before one that serves others, which may be slower.
 
-    branches: of plans that run this many guidance branches. size: of the pictures; None: the bundle's own. Raises
-    EngineError when a graph has no plan for two
-    branches; plans for one branch are optional.
+    branches: of plans that run this many guidance branches. size: of the pictures; None: the bundle's own. adapted:
+    only plans with these adapters, or refittable ones, of graphs that they change. Raises EngineError when a graph has
+    no plan for two branches; plans for one branch are optional.
     """
     if refusal := backend.refusal(cuda):
         raise EngineError(refusal)
-    sides = manifest.sides(size)
+    sides, ours = manifest.sides(size), belongs if adapted is None else adapted.takes
     found: ByGraph = {name: {} for name in manifest.graphs}
     others: set[str] = set()  # what the plans are for that do not run here
     for plan in sorted(store, key=_worth):
         if plan.graph not in found or plan.branches != branches or store.problem(plan, verify=False):
             continue
-        if not belongs(plan, manifest):
+        if not ours(plan, manifest):
             continue
         if not backend.takes(plan, cuda):
             if plan.parts["backend"] == backend.builder:
@@ -128,12 +150,13 @@ def usable_plans(
         raise EngineError(
             f"{store.folder.parent} has no {backend.name} {backend.version} plans of {', '.join(missing)} for this GPU "
             f"({cuda.name}, compute capability {cuda.compute_capability}).{there} Build them: "
-            f"{backend.how_to_build(store.folder.parent)}."
+            f"{backend.how_to_build(store.folder.parent, '' if adapted is None else ' --refittable')}."
         )
     return found
 
 
-def _worth(plan: Plan) -> tuple[bool, bool, float]:
-    """The best plan is the largest."""
-    portable = plan.parts["target"].startswith("compute capability")
-    return not plan.version_compatible, not portable, plan.path.stat().st_mtime if plan.path.exists() else 0.0
+def _worth(plan: Plan) -> tuple[bool, bool, bool, bool, float]:
+    """The best plan is the largest. One with adapters is there only for a run with these."""
+    portable, as_built = plan.parts["target"].startswith("compute capability"), not (plan.refittable or plan.stripped)
+    made = plan.path.stat().st_mtime if plan.path.exists() else 0.0
+    return bool(plan.adapters), not plan.version_compatible, not portable, as_built, made

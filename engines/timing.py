@@ -23,6 +23,7 @@ from .base import DeviceEngine
 from .cuda import Cuda, Stream
 from .inductor_files import find_compiled
 from .plans import Plan, PlanStore, belongs
+from .refit import opened
 from .tensorrt import Scratch, TensorRT, TensorRTEngine
 from .verdict import EQUAL, Verdict, write_beside
 
@@ -45,14 +46,14 @@ def compare(folder: str | Path, other: str | Path, backend_name: str) -> list[Ve
     manifest, backend, cuda = Manifest.load(Path(folder), verify=False), TensorRT(backend_name), Cuda()
     stores = PlanStore(folder), PlanStore(other)
     ours = _plans(stores[0], backend, cuda, lambda plan: belongs(plan, manifest))
-    theirs = _plans(stores[1], backend, cuda, lambda plan: plan.parts["precision"] == OTHER)
+    theirs = _plans(stores[1], backend, cuda, lambda plan: plan.parts["precision"] == OTHER and not plan.stripped)
     steps = []
     for sizes in sorted(ours.keys() & theirs.keys(), key=lambda sizes: (ours[sizes].batch, sizes)):
         pair = [(store, plans[sizes]) for store, plans in zip(stores, (ours, theirs), strict=True)]
         try:
             stream, scratch, engines = cuda.stream(), Scratch(cuda), list[DeviceEngine]()
             for store, plan in pair:
-                loaded = backend.load(store.read(plan), GRAPH, cuda, host_code=plan.version_compatible)
+                loaded = opened(backend, store, plan, Path(folder), cuda)
                 engines.append(TensorRTEngine(loaded, manifest.graphs[GRAPH], scratch))
             axes = {axis: int(size) for axis, size in (part.split("=") for part in sizes.split(","))}
             ours_took, theirs_took = _seconds(engines, manifest.graphs[GRAPH].at(axes), cuda, stream)
@@ -78,7 +79,7 @@ def _plans(store: PlanStore, backend: TensorRT, cuda: Cuda, wanted: Callable[[Pl
 
 
 def beside_onnxruntime(folder: str | Path) -> Verdict:
-    """A guided step of the bundle's own size as Inductor compiled it, beside ONNX Runtime's on CUDA.
+    """A guided step of the bundle's own size as Inductor compiled it for the smallest batch, beside ONNX Runtime's.
 
     The verdict is kept beside the compiled step. Raises EngineError where one of them does not run here.
     """

@@ -27,7 +27,8 @@ from msgspec import Meta
 
 from ..files import written
 from ..schema import MisfitError, fit, read_json
-from .plans import VERDICT, Shelf, usual
+from .plans import VERDICT, usual
+from .shelf import Shelf
 
 PSNR_MUST = 35.0  # dB, mean over pictures: above it, two pictures side by side look the same
 # Root mean square error of each graph's outputs, relative. bfloat16 has 3 bits less than float16, eight bits fewer

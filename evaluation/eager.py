@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..contract import shown_size
-from ..data.latents import encode_prompts
+from ..data.latents import count_tokens, encode_prompts
 from ..errors import CheckpointError, RequestError
 from ..hands import by_person, hand_arrays, keep_camera, load_hands
 from ..models.checkpoint import Checkpoint, decode
@@ -291,6 +291,13 @@ def check(request: Request, checkpoint: Checkpoint) -> None:
             raise RequestError(
                 f"{name} must have no weights and no BREAK for a checkpoint in PyTorch, got {text!r}. "
                 "Set plain_prompts, which reads them as text, or export the checkpoint.",
+                name,
+            )
+        room = checkpoint.special_tokens["length"] - 2
+        if not request.plain_prompts and (tokens := count_tokens(text, checkpoint.tokenizer)) > room:
+            raise RequestError(
+                f"{name} must have at most {room} tokens for a checkpoint in PyTorch, got {tokens}. Set plain_prompts, "
+                "which cuts it, or export the checkpoint.",
                 name,
             )
     if request.hands is not None:

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from .. import shipped
 from ..data.dataset import Index
 from ..data.samples import Bad, Sample, members
-from ..errors import EvaluationError, HanDiffuserError, RequestError
-from ..prompts import marked
+from ..errors import EvaluationError, HanDiffuserError
 from ..runtime.outputs import OutputFolder
 from ..runtime.requests import Request, RequestFile
 from ..runtime.results import Failure, Picture
@@ -57,11 +56,9 @@ def wanted(
                 say(f"left out: {sample.key}: it has no hands to paint.")
                 continue
             try:
-                caption = sample.prompts[0]
+                caption = sample.prompts[0]  # read as it is written and cut after one chunk, as in training
                 requests.append(
-                    Request(
-                        caption, picture_id(sample.key), seed + number, hands=hands, plain_prompts=is_marked(caption)
-                    )
+                    Request(caption, picture_id(sample.key), seed + number, hands=hands, plain_prompts=True)
                 )
             except HanDiffuserError as error:
                 say(f"left out: {sample.key}: {error}")
@@ -73,14 +70,6 @@ def wanted(
     if not requests:
         raise EvaluationError("No prompt can be painted. The lines above say why.")
     return requests[:count]
-
-
-def is_marked(caption: str) -> bool:
-    """Whether a caption has what prompts read as weights or breaks. Training reads captions as they are written."""
-    try:
-        return marked(caption)
-    except RequestError:
-        return True
 
 
 def _given(sample: Sample, folder: Path) -> str | None:

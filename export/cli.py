@@ -21,11 +21,13 @@ from .. import commands, hub  # noqa: E402
 from ..adapters import split  # noqa: E402
 from ..contract import ALL_GRAPHS, EIGHT_BITS, MANIFEST, Manifest  # noqa: E402
 from ..engines.backends import BACKENDS, CHOICES, DEFAULT, PRECISIONS, Backend  # noqa: E402
+from ..engines.base import check_sizes  # noqa: E402
 from ..engines.cli import build_options, build_with_progress, check_options, resolve_backend, wanted_of  # noqa: E402
 from ..engines.openvino import WORDS, inference  # noqa: E402
 from ..engines.plans import Wanted  # noqa: E402
 from ..errors import CheckpointError, HanDiffuserError  # noqa: E402
-from ..models.layout import read_layout  # noqa: E402
+from ..models.configs import size_multiple  # noqa: E402
+from ..models.layout import read_config, read_layout  # noqa: E402
 from ..shipped import resolve  # noqa: E402
 from .push import check_push  # noqa: E402
 from .push import push as upload  # noqa: E402
@@ -106,8 +108,15 @@ class Options:
                 f"{self.backend.plans_of}. Take --backend {self.backend.plans_of} --version-compatible."
             )
         check_options(name, self.precision, self.wanted, self.faster_than)
+        self.check_sizes()
         if self.backend.plans:
             self.backend.builder().check_build(name, self.wanted.options)
+
+    def check_sizes(self) -> None:
+        """Raises EngineError for sizes that the bundle will not take."""
+        parts, folder = read_layout(self.checkpoint).parts, self.checkpoint
+        vae, unet = (read_config(parts[name], folder / name) for name in ("vae", "unet"))
+        check_sizes(self.wanted.pictures, size_multiple(vae, unet), (0, 0))
 
     def load(self) -> Any:
         """The checkpoint with its adapters merged, for pictures of the size asked for."""
@@ -296,7 +305,7 @@ def time_compiled(folder: Path) -> None:
     taken = "inductor" if found.passes else "onnxruntime"
     console.print(
         f"On this GPU a step takes {found.fast * 1e3:.2f} ms with inductor and {found.exact * 1e3:.2f} ms with "
-        f"onnxruntime at {found.sizes}: hd-run --backend auto takes {taken}."
+        f"onnxruntime at {found.sizes}, the smallest batch: hd-run --backend auto takes {taken} at every batch size."
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import contract, installed
-from ..contract import EIGHT_BITS, MANIFEST, Manifest
+from ..contract import MANIFEST, Manifest
 from ..errors import BundleError
 
 WORDS = {
@@ -33,9 +33,13 @@ REWRITES = (
     "attention",
     "branches",
     "norms",
+    "sizes",
     "upsampling",
     "weights",
 )  # modules that decide what a graph computes
+LOWER = ("export/lower", "calibration/fidelity", "calibration/mixed", "calibration/quantize")  # for less than float32
+# And those of other rooms: shapes and names, adapters, half precision, and the map of weights.
+OTHERS = ("core/contract", "core/adapters", "core/tensors", "core/weights", "engines/initializers")
 PACKAGES = ("handiffuser", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 CHECKERS = ("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")  # and packages that make and check a graph
 
@@ -47,8 +51,9 @@ def fingerprint(
     precision, image_size, opset."""
     rooms = Path(__file__).resolve().parent.parent
     code = [*sorted((rooms / "models").glob("*.py")), *(rooms / "export" / f"{name}.py" for name in REWRITES)]
-    if settings.get("precision") in EIGHT_BITS:
-        code += [rooms / "export" / "lower.py", rooms / "calibration" / "quantize.py"]
+    code += map(_module, OTHERS)
+    if settings.get("precision") != "fp32":
+        code += map(_module, LOWER)
     return {
         "checkpoint": _digest([_stat(checkpoint, file) for file in sorted(checkpoint.rglob("*")) if file.is_file()]),
         "body": _digest([] if body is None or not body.exists() else _stat(body.parent, body)),
@@ -62,7 +67,7 @@ def code_digest() -> str:
     """Sixteen digits for the code that makes graphs, and for the versions of the packages that make and check them."""
     rooms = Path(__file__).resolve().parent.parent
     code = [path for room in ("models", "export") for path in sorted((rooms / room).glob("*.py"))]
-    code.append(Path(contract.__file__))
+    code += map(_module, OTHERS)
     return _digest([_versions(*PACKAGES, *CHECKERS), _contents(code)])
 
 
@@ -80,6 +85,13 @@ def changed(bundle: Path, source: dict[str, str]) -> list[str]:
     if not isinstance(before, dict):
         return ["it does not say what it was made from"]
     return [words for name, words in WORDS.items() if before.get(name) != source[name]]
+
+
+def _module(name: str) -> Path:
+    """The file of a module "room/name"; `core` is the package's own folder where it is installed."""
+    room, _, module = name.partition("/")
+    package = Path(contract.__file__).parent
+    return package / f"{module}.py" if room == "core" else Path(__file__).parent.parent / room / f"{module}.py"
 
 
 def _files(adapter: Path) -> list[Path]:

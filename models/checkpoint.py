@@ -34,7 +34,7 @@ from ..errors import CheckpointError
 from ..files import open_to_others, written
 from ..schema import read_file
 from .autoencoder import PatchAutoencoderKL
-from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config, default_settings, latent_factor
+from .configs import DEMO_SCHEDULE, HAND_SCHEDULE, SD_SCHEDULE, Config, default_settings, latent_factor, size_multiple
 from .foreign import MODEL_INDEX
 from .hand_prior import HandPrior
 from .layout import NO_LENGTH, PARTS, PATCH_VAE, read_layout, read_tokenizer_config
@@ -123,7 +123,7 @@ class Checkpoint:
     @property
     def size_multiple(self) -> int:
         """What the sides of pictures are multiples of, in pixels."""
-        return latent_factor(self.vae.config) * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return size_multiple(self.vae.config, self.unet.config)
 
     def save(self, folder: str | Path, half: bool = False) -> None:
         """Writes the folder. half: stores the weights in float16."""

@@ -99,6 +99,11 @@ def latent_factor(vae: Mapping[str, Any]) -> int:
     return int(vae.get("patch_size", 1)) * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
+def size_multiple(vae: Mapping[str, Any], unet: Mapping[str, Any]) -> int:
+    """What the sides of pictures are multiples of, in pixels. vae, unet: configurations."""
+    return latent_factor(vae) * 2 ** (len(unet["block_out_channels"]) - 1)
+
+
 def default_settings(config: Config) -> dict[str, Any]:
     """A request's defaults."""
     return {name: getattr(config, name) for name, setting in SETTINGS.items() if setting.bundle}

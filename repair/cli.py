@@ -139,7 +139,7 @@ class Job:
                 return self._say(f"{path} is done: {done}")
             seen = self._seen(original)
             self._write(self.output / f"{name}.hands.png", encode_png(draw(original.shown, seen)))
-            chosen, said = choose(seen, self.wish, original.image.shape[:2], self.rest)
+            chosen, said = choose(seen, self.wish, original.image, self.rest)
             for sentence in [f"{path} shows {' and '.join(map(str, seen))}.", *said]:
                 self._say(sentence)
             if self.options["dry_run"]:

@@ -79,7 +79,7 @@ class Patch:
         """How far a detector sees the hand of a repaired picture from where it sees the old one: mean distance of the
         points in sizes of the hand, and 1 at most, where it finds none or another side."""
         window = _window(self.seen.hand.joints_2d, LOOKED_AT, LOOK)
-        old, new = (detector(window.cut(picture, LOOKED_AT)) for picture in (before, after))
+        old, new = (detector.once(window.cut(picture, LOOKED_AT)) for picture in (before, after))
         if not old:
             return 1.0
         was = min(old, key=lambda one: float(np.linalg.norm(one.joints.mean(0) - 0.5)))

@@ -75,9 +75,14 @@ def repair_hands(
 
     hands: what to paint, with joints_2d in [0, 1] of the picture, as `find_hands` with `whole` yields it; by default
     what is found. gesture: what every hand does. side: "left" or "right" alone. every: also hands whose pose is not
-    sure. settings: of SETTINGS. run: in place of `engines.run`. Raises DetectionError, RequestError and EngineError."""
+    sure. settings: of SETTINGS, without size: the picture keeps its own. run: in place of `engines.run`. Raises
+    DetectionError, RequestError and EngineError."""
     if side not in (None, *SIDES):
         raise RequestError(f"side must be left or right, got {side!r}.", "side")
+    if settings.get("size") is not None:
+        raise RequestError(
+            f"size must be left out of a repair, got {settings['size']!r}. The picture keeps its own size.", "size"
+        )
     size = _checked(picture).shape[:2]
     given = None if hands is None else _placed(hands)
     if gesture is not None and gesture not in gestures():
@@ -107,7 +112,7 @@ def repair_hands(
     if not seen:
         raise DetectionError("No hand was found in the picture. Show it larger and sharper, or give hands.")
     wish = Wish(gesture, every, caption, strength, keep_pose)
-    chosen, said = choose(seen, wish, size, rest)
+    chosen, said = choose(seen, wish, picture, rest)
     looks = detector if wish.automatic and hands is None else None
     outcome = repair(engines, picture, chosen, rest, wish, looks, run, found, **settings)
     outcome.said = [*said, *outcome.said]

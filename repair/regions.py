@@ -79,11 +79,11 @@ def old_hand(crop: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarr
     ground = _to_ground(lab, ahead & (away > GROUNDED * ALIKE) & ~dilate(hand, round(NEARBY * size)))
     alike = (away < ALIKE) & (away < ground)
     near = (away < ALIKE) & dilate(hand, round(NEARBY * size))
-    near = _cleaned(near | thick) & ahead
-    together = _hanging(_cleaned(alike | thick) & ahead & dilate(hand, round(REACH * size)), thin)
+    near = cleaned(near | thick) & ahead
+    together = hanging(cleaned(alike | thick) & ahead & dilate(hand, round(REACH * size)), thin)
     region = near | together if together.sum() < LEAKED * near.sum() else near
     tips = dilate(region, round(NAIL * size)) & (ground > UNLIKE) & ahead
-    return region | _hanging(_cleaned(region | tips), region), alike
+    return region | hanging(cleaned(region | tips), region), alike
 
 
 def nearer(points: np.ndarray, others: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
@@ -107,13 +107,13 @@ def _away(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return cv2.distanceTransform((~lines).astype(np.uint8), cv2.DIST_L2, 5)
 
 
-def _cleaned(mask: np.ndarray) -> np.ndarray:
+def cleaned(mask: np.ndarray) -> np.ndarray:
     """The mask without single pixels and cracks."""
     mask = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     return cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8)) > 0
 
 
-def _hanging(mask: np.ndarray, seed: np.ndarray) -> np.ndarray:
+def hanging(mask: np.ndarray, seed: np.ndarray) -> np.ndarray:
     """The pieces of the mask that the seed touches."""
     pieces = cv2.connectedComponents(mask.astype(np.uint8))[1]
     touched = np.unique(pieces[seed & mask])

@@ -24,7 +24,7 @@ from ..contract import (
     read_size,
     shown_size,
 )
-from ..engines.adapted import Chosen, changes
+from ..engines.adapted import Chosen, changes, used
 from ..errors import BundleError, CheckpointError, RequestError
 from ..hands import Hands, by_person, hand_arrays, keep_camera, load_hands
 from ..installed import version
@@ -38,6 +38,7 @@ from .reading import PROMPTS, Reader
 from .requests import Request, adapters_of
 from .results import Failure, Picture, Work, failed
 from .room import Room
+from .words import chunks_read
 
 WIDE = 2  # spans from which the positions of the left edge and of the right look alike
 TABLES = 64  # schedules in a cache
@@ -76,6 +77,7 @@ class Bundle:
         self.folder: Path | None = None
         # Adapters that all pictures have, because their weights were merged when the engines were loaded.
         self.loaded: tuple[Chosen, ...] = ()
+        self.adapted: Path | None = None  # the folder in the user's cache that these are merged into
         self.adapts = True  # whether requests may bring adapters of their own
         self._fitting: set[Any] = set()  # keys of adapters that fit this bundle
         self._placed: dict[bytes, np.ndarray] = {}  # params and camera of a file -> params that keep that camera
@@ -95,9 +97,13 @@ class Bundle:
         """The Picture of finished work; image: [H, W, 3], copied."""
         seconds = time.perf_counter() - work.started
         hands = self.hands_of(work)
+        if self.adapted is not None:
+            used(self.adapted)
+        adapters = (self.loaded or work.adapters) if work.request.lora else ()
         return Picture(
-            str(work.request.id), work.request, image.copy(), hands, seconds, work.warnings, self.made_by, work.draws
-        )
+            str(work.request.id), work.request, image.copy(), hands, seconds, work.warnings, self.made_by, work.draws,
+            adapters,
+        )  # fmt: skip
 
     def hands_of(self, work: Work) -> dict[str, np.ndarray]:
         """The hands of work whose hands are made, as in `Picture.hands`."""
@@ -303,8 +309,9 @@ class Bundle:
         """Raises RequestError when this bundle cannot run the request, or this machine lacks the memory for its
         size."""
         self.table(LATENTS, request)
-        self.room.check(self.size(request))
         self.reader.check(request)
+        readings = [self.reader.read(request, name) for name in PROMPTS]
+        self.room.check(self.size(request), chunks_read(readings, request))
         self.canvas(request)
         self.adapters(request)
         if request.hands is None:

@@ -22,7 +22,7 @@ import click
 from .. import commands, grammar, shipped
 from ..commands import INTERRUPTED
 from ..contract import MANIFEST, Manifest, read_size
-from ..engines.adapted import chosen, sentences
+from ..engines.adapted import chosen
 from ..engines.backends import CHOICES, DEVICES
 from ..errors import HanDiffuserError, OutputError, RequestError
 from ..files import written
@@ -211,8 +211,7 @@ def shared_adapters(source: Prompts, options: dict[str, Any]) -> tuple[str, ...]
 
 def _loaded(bundle: Path, pictures: int, options: dict[str, Any], say: Reporter, lora: tuple[str, ...]) -> HanDiffuser:
     """The bundle, for a run of so many pictures, with the adapters of all; warnings go to `say`."""
-    for sentence in sentences(chosen(lora), bundle) if lora else ():
-        say.note(sentence)
+    say.merge(bundle, lora, options["backend"])
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
         return HanDiffuser.load(

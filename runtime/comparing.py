@@ -6,6 +6,7 @@ if verdict.passes: ...                                   # near enough, and fast
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from .results import Failure, Picture
 COMPARED_STEPS = (
     4  # of a picture at most: more come no farther from float32, and a large model's step takes half a minute
 )
+ALIKE, TURNS, TURNS_SECONDS = 5, 15, 15.0  # turns that must agree; most turns, and the CPU seconds after which it ends
 PROMPTS = (
     "a right hand making a fist, blue background",
     "two open hands",
@@ -54,9 +56,8 @@ def load_host_loop(
 
     def adapted(made: Path, graphs: Collection[str]) -> Mapping[str, Engine]:
         def others(manifest: Manifest) -> Mapping[str, Engine]:
-            if not {"unet", "image_decoder"} & set(graphs):
-                return {}
-            found: Mapping[str, Engine] = one.on_host().host_engines(made, manifest, threads, slots, pictures)
+            load = one.on_host().host_engines
+            found: Mapping[str, Engine] = load(made, manifest, threads, slots, pictures, only=graphs)
             return found
 
         return load_engines(made, "cpu", threads, False, others, graphs)[1]
@@ -92,25 +93,33 @@ def compare_backend(folder: Path, backend: str, count: int = 2, threads: int | N
 def measure(
     bundle: Bundle, exact: Mapping[str, Engine], fast: Mapping[str, Engine], ready: float = 0.0, count: int = 2
 ) -> Verdict:
-    """Makes `count` pictures with both, in alternation; of several, one more to warm up. Raises EngineError where one
-    fails.
+    """Makes `count` pictures or more with both, in alternation; of several, one more to warm up. Raises EngineError
+    where one fails.
 
-    Times are CPU seconds, which other processes on this machine change least.
+    Times are CPU seconds, which other processes on this machine change least. They still change them by a tenth. So
+    pictures of a small model are made until ALIKE turns, and no other one, say the same, and at most TURNS times. The
+    median of the turns' ratios counts.
     """
     loops = [HostLoop(bundle, engines, 1) for engines in (exact, fast)]
     requests = asked(bundle, count)
-    seconds: tuple[list[float], list[float]] = ([], [])
+    turns: list[tuple[float, float]] = []
     distances = []
-    warm_up = requests[:1] if count > 1 else []  # pays for memory and kernels; a large model's picture takes minutes
-    for request in (*warm_up, *requests):
-        pair = []
-        for loop, taken in zip(loops, seconds, strict=True):
-            picture, spent = timed(loop, request)
-            pair.append(picture)
-            taken.append(spent)
-        distances.append(psnr(*(picture.image for picture in pair)))
-    exactly, fastly = (min(taken[len(warm_up) :]) for taken in seconds)
-    return Verdict(mean_psnr(distances[len(warm_up) :]), exactly, fastly, ready)
+    if count > 1:  # pays for memory and kernels; a large model's picture takes minutes
+        for loop in loops:
+            timed(loop, requests[0])
+    while len(turns) < count or (
+        len(turns) < TURNS and sum(map(sum, turns)) < TURNS_SECONDS and not _alike([b < a for a, b in turns])
+    ):
+        pictures, seconds = zip(*(timed(loop, requests[len(turns) % count]) for loop in loops), strict=True)
+        distances.append(psnr(*(picture.image for picture in pictures)))
+        turns.append(seconds)
+    exactly = statistics.median(seconds[0] for seconds in turns)
+    ratio = statistics.median(seconds[1] / seconds[0] for seconds in turns)
+    return Verdict(mean_psnr(distances), exactly, exactly * ratio, ready)
+
+
+def _alike(faster: list[bool]) -> bool:
+    return len(faster) >= ALIKE and len(set(faster)) == 1
 
 
 def asked(bundle: Bundle, count: int) -> list[Request]:

@@ -5,8 +5,10 @@ loop, sentences = load_device_loop(Bundle.load(folder), folder, "tensorrt-rtx", 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..engines.adapted import Chosen
 from ..engines.backends import BACKENDS
 from ..engines.base import DeviceEngines, check_gpu
 from ..engines.cuda import Cuda
@@ -22,23 +24,21 @@ def load_device_loop(
     slots: int,
     overlap: bool = True,
     onnxruntime_graphs: bool = False,
+    adapters: Sequence[Chosen] = (),
 ) -> tuple[DeviceLoop, list[str]]:
     """The loop of a bundle on this machine's GPU, and what the user should know about it.
 
-    backend: one of the table that runs on GPUs. onnxruntime_graphs: see `onnxruntime_cuda.device_engines`.
+    backend: one of the table that runs on GPUs. onnxruntime_graphs: see `onnxruntime_cuda.device_engines`. adapters:
+    for TensorRT, whose plans get them as they are loaded.
     Raises EngineError without a GPU, without the backend, or without engines for them.
     """
     cuda, manifest = Cuda(), bundle.manifest
     bundle.adapts = False
     check_gpu(manifest, cuda)
     streams = Streams.make(cuda, overlap)
-    found: DeviceEngines = (
-        BACKENDS[backend]
-        .on_gpu()
-        .device_engines(
-            backend, folder, manifest, cuda, lambda graph: getattr(streams, STREAM[graph]), slots, onnxruntime_graphs
-        )
-    )
+    make, more = BACKENDS[backend].on_gpu().device_engines, {"adapters": adapters} if adapters else {}
+    stream_of = lambda graph: getattr(streams, STREAM[graph])  # noqa: E731
+    found: DeviceEngines = make(backend, folder, manifest, cuda, stream_of, slots, onnxruntime_graphs, **more)
     own = found.at(manifest.image_size)
     loop = DeviceLoop(bundle, cuda, connect(cuda, manifest, own), streams, min(slots, own.buckets[-1]), found)
     loop.after_run, loop.at_close = found.after_run, found.close

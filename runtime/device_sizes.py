@@ -125,9 +125,10 @@ class DeviceSizes:
         if size not in self.easels:
             assert self.engines is not None, "the bundle refuses sizes without engines"
             sized = self.engines.at(size)
-            rows = min(self.room.rows(size, self.slots), sized.buckets[-1])
+            rows = min(self.room.rows(size, 1, self.slots), sized.buckets[-1])
             nbytes = sized.weights + self._buffers(size, sized.buckets[-1])
-            if not self._make_room(size, nbytes + self.room.lacking(size, rows)):
+            # Whatever ran before: what a size takes was given back when it was dropped.
+            if not self._make_room(size, nbytes + self.room.needed(size, rows)):
                 return None
             graphs = connect(self.cuda, self.manifest, sized, size=size)
             self.easels[size] = Easel(self.cuda, size, graphs, rows, self.noise, self.steps, nbytes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import length_hint
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from ..engines.adapted import Chosen
 from ..errors import HanDiffuserError, RequestError
 from ..hands import load_hands
 from ..schedules import Table
-from .adapting import Adapting, key_of
+from .adapting import Adapting, NotYetError, key_of
 from .adapting import Key as Adapters
 from .bundle import Bundle, keep
 from .canvas import Blend, digest
@@ -33,6 +33,8 @@ from .results import Failure, OnEvent, Peek, Picture, Work, cancelled, failed, n
 from .sampler import Job, Result, SizedSamplers, StepSampler
 from .steptimes import StepTimes
 from .words import Key, Wanted, chunks_of, is_plain
+
+MERGE_SECONDS = 0.05  # between two looks at new requests, while there is nothing to do but to merge
 
 
 class Kind(NamedTuple):
@@ -64,11 +66,11 @@ class HostLoop:
         self._times: dict[Any, np.ndarray] = {}  # adapters and timesteps -> rows of unet_time
         self._latents: dict[Any, np.ndarray] = {}  # shape and hash of a picture's pixels -> its latents [C, h, w]
         self._hand_times = StepTimes(only=engines["hand_prior"].batches)
-        self._batches = engines["unet"].batches
-        self._step_times: dict[Any, StepTimes] = {}  # of the UNet
+        self._step_times: dict[Any, StepTimes] = {}  # of the UNet; the first of them says what may pay elsewhere
         self._no_text: np.ndarray | None = None  # text_encoder of "", [77, D]
         self._cancelled: set[Hashable] = set()
-        self._ready: deque[Work] = deque()  # has its context, waits for a slot
+        self._ready: deque[Work] = deque()  # has its hands, waits for a slot
+        self._waiting: deque[Work] = deque()  # the same, while a thread merges its adapters
         self._running: dict[Hashable, Work] = {}
         self._samplers: SizedSamplers | None = None  # of the current run
 
@@ -94,14 +96,15 @@ class HostLoop:
         hand_sampler = self._hand_sampler(slots)
         own = Kind(self.bundle.manifest.image_size, 1, ())
         samplers = SizedSamplers(lambda kind: self._sampler(kind, slots), slots, own)
-        self._ready, self._running, self._samplers = deque(), {}, samplers
+        self._ready, self._waiting, self._running, self._samplers = deque(), deque(), {}, samplers
         ready, running = self._ready, self._running
         clock = time.perf_counter()
-        while more or ready or running:
+        while more or ready or running or self._waiting:
             results: list[Picture | Failure] = []
             while self._cancelled:
                 results += self._drop(self._cancelled.pop())
-            while more and len(ready) < samplers.free():
+            self._return(ready)
+            while more and len(ready) < samplers.free() and len(self._waiting) < slots:
                 batch, more = take(source, slots)
                 if not batch:
                     break
@@ -113,7 +116,7 @@ class HostLoop:
                 if not ready[0].told and not self._tell(ready, results):
                     break  # until others free memory
                 if not ready or self._kind(ready[0]) != kind:
-                    continue  # its adapters could not be loaded
+                    continue  # its adapters could not be loaded, or not yet
                 work = ready.popleft()
                 running[work.request.id] = work
                 samplers.submit(self._job(work), kind)
@@ -121,6 +124,8 @@ class HostLoop:
                 done = samplers.step()
                 tell("steps", samplers.advanced)
                 results += self._finish(done, running)
+            elif self._waiting and not ready and not results and self.adapting is not None:
+                self.adapting.wait(MERGE_SECONDS)
             for result in results:
                 self.timings["total"] += time.perf_counter() - clock
                 yield result
@@ -134,8 +139,21 @@ class HostLoop:
     def _sampler(self, kind: Any, slots: int) -> StepSampler:
         """A sampler for pictures of one kind, with as many slots as fit into memory."""
         unet, history = self._engine("unet", kind.adapters), self.bundle.manifest.num_history["unet"]
-        times = self._step_times.setdefault((kind.size, kind.chunks), StepTimes(only=self._batches))
-        return StepSampler(unet, "latents", history, self.bundle.room.rows(kind.size, slots), times, unet.branched)
+        times = self._step_times_of(kind, unet.batches)
+        rows = self.bundle.room.rows(kind.size, kind.chunks, slots)
+        return StepSampler(unet, "latents", history, rows, times, unet.branched)
+
+    def _step_times_of(self, kind: Kind, batches: Sequence[int] | None) -> StepTimes:
+        """The UNet's times for pictures of one kind. batches: those of its engine.
+
+        Where each batch size must be compiled, only the first kind tries all of them. The others take the best of it.
+        """
+        key = (kind.size, kind.chunks, None if batches is None else tuple(batches))
+        first = next(iter(self._step_times.values()), None)
+        times = self._step_times.setdefault(key, StepTimes(only=batches))
+        if batches is not None and first is not None and times is not first:
+            times.only = sorted({1} | ({first.fastest()} & set(batches)))
+        return times
 
     def _kind(self, work: Work) -> Kind:
         return Kind(self.bundle.size(work.request), chunks_of(work), key_of(work.adapters))
@@ -149,12 +167,20 @@ class HostLoop:
         """See `HanDiffuser.cancel`. Adding to a set is atomic, so that any thread may call it."""
         self._cancelled.add(id)
 
+    def _return(self, ready: deque[Work]) -> None:
+        """Puts works whose adapters are merged back, before those that came later."""
+        if self._waiting and self.adapting is not None:
+            still = deque(work for work in self._waiting if self.adapting.merging(key_of(work.adapters)))
+            ready.extendleft(work for work in reversed(self._waiting) if work not in still)
+            self._waiting = still
+
     def _drop(self, id: Hashable) -> list[Picture | Failure]:
         """Takes a request out between two steps; the rows of the others move up."""
-        for i, work in enumerate(self._ready):
-            if work.request.id == id:
-                del self._ready[i]
-                return [cancelled(work.request)]
+        for queue in (self._ready, self._waiting):
+            for i, work in enumerate(queue):
+                if work.request.id == id:
+                    del queue[i]
+                    return [cancelled(work.request)]
         if id not in self._running or self._samplers is None:
             return []
         self._samplers.drop(id)
@@ -162,7 +188,7 @@ class HostLoop:
 
     def peek(self, id: str) -> Peek | None:
         """See `HanDiffuser.peek`."""
-        for work in self._ready:
+        for work in (*self._ready, *self._waiting):
             if work.request.id == id:
                 return Peek(0, len(self.bundle.table(LATENTS, work.request).rows), self.bundle.hands_of(work), None)
         found = self._samplers.peek(id) if self._samplers is not None else None
@@ -198,7 +224,8 @@ class HostLoop:
     def _tell(self, ready: deque[Work], results: list[Picture | Failure]) -> bool:
         """Context -> keys and values of the first work and of all others with its adapters. Loads these.
 
-        Returns False while memory is short. Takes works whose adapters cannot be loaded out, as Failures.
+        Returns False while memory is short. Takes works whose adapters cannot be loaded out, as Failures. Those whose
+        adapters are not merged yet wait apart.
         """
         key = key_of(ready[0].adapters)
         works = [work for work in ready if not work.told and key_of(work.adapters) == key]
@@ -206,6 +233,11 @@ class HostLoop:
             in_use = {key_of(work.adapters) for work in self._running.values()}
             try:
                 found = self.adapting.engines(ready[0].adapters, in_use)
+            except NotYetError:
+                for work in works:
+                    ready.remove(work)
+                self._waiting.extend(works)
+                return True
             except HanDiffuserError as error:
                 for work in works:
                     ready.remove(work)
@@ -388,7 +420,7 @@ class HostLoop:
             if result.state is None:
                 continue
             decoded = self.engines["image_decoder"]({"latents": result.state[None]})
-            self.bundle.room.ran(self.bundle.size(work.request))
+            self.bundle.room.ran(self.bundle.size(work.request), chunks_of(work))
             fine = decoded["finite"][0] > 0.5  # uint8 hides NaN and infinity
             finished.append(
                 self.bundle.picture(work, decoded["image"][0]) if fine else not_finite(work.request, "image_decoder")
@@ -405,7 +437,7 @@ class _Timed:
     def __init__(self, name: str, engine: Engine, timings: dict[str, float]) -> None:
         self.engine, self.name, self.timings = engine, name, timings
         self.names = frozenset(spec.name for spec in engine.spec.inputs)
-        self.branched = engine.spec.branched
+        self.branched, self.batches = engine.spec.branched, engine.batches
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         feeds = {name: value for name, value in feeds.items() if name in self.names}

@@ -59,23 +59,43 @@ def load_loop(
     See `HanDiffuser.load` for the arguments. Raises BundleError for a missing or damaged bundle, EngineError when it
     cannot run here, CheckpointError for an adapter that does not fit.
     """
+    refused = list[str]()
     if adapters := chosen_adapters(lora):
-        if backend in BACKENDS and BACKENDS[backend].compiles:
-            raise EngineError(
-                f"lora must be left out with {backend}, whose files hold one set of weights, got {adapters[0].typed}. "
-                f"Take another backend, or compile with it: hd-export CHECKPOINT OUT --backend {backend} --lora FILE."
-            )
+        check_merges(backend, adapters)
+        refitted, refused = load_refitted(folder, adapters, backend, device, slots, threads, overlap, pictures)
+        if refitted is not None:
+            return refitted
         made = adapted_bundle(folder, adapters)
         # What was measured of the bundle holds for it with adapters, but plans hold one set of weights.
         where = folder if not has_plans(folder) and not has_plans(made) else made
-        how = choose(where, backend, device, threads, pictures)
-        said = [*how.sentences, *plans_without(folder, adapters)] if where is made and not has_plans(made) else []
-        loop, more = load_loop(made, how.backend, how.device, slots, threads, overlap, onnxruntime_graphs, pictures)
+        chosen = choose(where, backend, device, threads, pictures)
+        if where is made and not has_plans(made):
+            chosen.sentences.extend(plans_without(folder, adapters))
+    else:
+        made, chosen = folder, choose(folder, backend, device, threads, pictures)
+    loop, sentences = load_chosen(
+        made, chosen, backend == "auto", slots, threads, overlap, onnxruntime_graphs, pictures, lora_memory
+    )
+    if adapters:
         base = Bundle.load(folder, Manifest.load(folder, verify=False))
         loop.bundle.loaded, loop.bundle.folder, loop.bundle.digest = adapters, folder, base.digest
+        loop.bundle.adapted = made
         loop.bundle.made_by["bundle"] = base.digest
-        return loop, (said or how.sentences) + more
-    chosen = choose(folder, backend, device, threads, pictures)
+    return loop, refused + sentences
+
+
+def load_chosen(
+    folder: Path,
+    chosen: Choice,
+    auto: bool,
+    slots: int,
+    threads: int | None,
+    overlap: bool,
+    onnxruntime_graphs: bool,
+    pictures: int,
+    lora_memory: int | None,
+) -> tuple[HostLoop | DeviceLoop, list[str]]:
+    """The loop of a choice. auto: where a backend of the CPU fails, ONNX Runtime runs instead."""
     if chosen.device == "cuda":
         from .device_loading import load_device_loop  # a run on a CPU does without, and starts sooner
 
@@ -86,10 +106,56 @@ def load_loop(
     try:
         return load_host_loop(folder, chosen.backend, slots, threads, pictures, lora_memory), chosen.sentences
     except EngineError as error:
-        if backend != "auto" or chosen.backend == DEFAULT:
+        if not auto or chosen.backend == DEFAULT:
             raise
         instead = f"ONNX Runtime is used instead of {chosen.backend}. {error}"
-        return load_host_loop(folder, DEFAULT, slots, threads, pictures, lora_memory), [*chosen.sentences[:-1], instead]
+        said = [sentence for sentence in chosen.sentences if not sentence.startswith(chosen.backend)]
+        return load_host_loop(folder, DEFAULT, slots, threads, pictures, lora_memory), [*said, instead]
+
+
+def load_refitted(
+    folder: Path,
+    adapters: tuple[Chosen, ...],
+    backend: str,
+    device: str,
+    slots: int,
+    threads: int | None,
+    overlap: bool,
+    pictures: int,
+) -> tuple[tuple[DeviceLoop, list[str]] | None, list[str]]:
+    """The loop over a folder's own plans with adapters, where TensorRT runs it and plans can be refitted; and why not.
+
+    Raises EngineError where that fails and the user named the backend.
+    """
+    if device == "cpu" or not takes_adapters(folder):
+        return None, []
+    how = choose(folder, backend, device, threads, pictures)
+    if (BACKENDS[how.backend].plans_of or how.backend) not in GPU_PLANNED:
+        return None, []
+    from .device_loading import load_device_loop
+
+    try:
+        loop, said = load_device_loop(Bundle.load(folder), folder, how.backend, slots, overlap, adapters=adapters)
+    except EngineError as error:
+        if backend != "auto":
+            raise
+        return None, [f"The plans in {folder} are not refitted. {error}"]
+    loop.bundle.loaded = adapters
+    return (loop, how.sentences + said), []
+
+
+def check_merges(backend: str, adapters: Sequence[Chosen]) -> None:
+    """Raises EngineError for a backend that cannot run a bundle with adapters merged."""
+    if adapters and backend in BACKENDS and BACKENDS[backend].compiles:
+        raise EngineError(
+            f"lora must be left out with {backend}, whose files hold one set of weights, got {adapters[0].typed}. "
+            f"Take another backend, or compile with it: hd-export CHECKPOINT OUT --backend {backend} --lora FILE."
+        )
+
+
+def takes_adapters(folder: Path) -> bool:
+    """Whether a folder has plans that adapters can be put into, or were."""
+    return any(plan.refittable or plan.adapters for plan in PlanStore(folder))
 
 
 def has_plans(folder: Path) -> bool:

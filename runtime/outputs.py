@@ -241,9 +241,9 @@ def _record(picture: Picture) -> dict[str, Any]:
     height, width = picture.image.shape[:2]
     bundle = picture.made_by.get("bundle", "")
     return {
-        **picture.request.said(),
+        **picture.request.said(picture.adapters),
         "id": picture.id,
-        "key": picture_key(picture.request, bundle),
+        "key": picture_key(picture.request, bundle, picture.adapters),
         "width": width,
         "height": height,
         "seconds": round(picture.seconds, 4),

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..engines.adapted import adapted_bundle, chosen, sentences
+from .loading import check_merges, takes_adapters
 from .outputs import OutputFolder
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 MAX_WARNINGS = 20  # about pictures
+SECONDS_A_LINE = 5.0  # in a log, which has no live bar
 
 
 class Reporter:
@@ -45,8 +50,24 @@ class Reporter:
         else:
             self.warning(f"{picture}: {sentence}")
 
-    def progress(self, total: int) -> ProgressReport:
-        return ProgressReport(total, self.quiet)
+    def progress(self, total: int, what: str = "making hands") -> ProgressReport:
+        return ProgressReport(total, self.quiet, what)
+
+    def merge(self, bundle: Path, lora: Sequence[str], backend: str) -> None:
+        """Merges adapters into a bundle in the user's cache, with a bar, and then says what they change.
+
+        Plans that can be refitted get them as they are loaded, without a merge.
+        Raises as `loading.check_merges` and `adapted.adapted_bundle` do.
+        """
+        adapters = chosen(lora)
+        check_merges(backend, adapters)
+        if not adapters:
+            return
+        if not takes_adapters(bundle):
+            with self.progress(0, "merging adapters") as progress:
+                adapted_bundle(bundle, adapters, progress.part)
+        for sentence in sentences(adapters, bundle):
+            self.note(sentence)
 
     def summary(
         self, folder: OutputFolder, index: str, seconds: float, skipped: int, refused: int, failed: int
@@ -73,8 +94,9 @@ def line(sentence: str, head: str = "", color: str | None = None) -> None:
 class ProgressReport:
     """Shows how many of the pictures are done, and steps a second."""
 
-    def __init__(self, total: int, quiet: bool) -> None:
-        """total: all pictures; `picture` takes off those that are skipped or refused."""
+    def __init__(self, total: int, quiet: bool, what: str) -> None:
+        """total: all pictures; `picture` takes off those that are skipped or refused. what: is done first."""
+        self.what = what
         self.quiet, self.live = quiet, not quiet and sys.stderr.isatty()
         self.total, self.pictures, self.steps = total, 0, 0
         self.ready = 0  # engines
@@ -84,7 +106,7 @@ class ProgressReport:
     def __enter__(self) -> ProgressReport:
         if self.bar is not None:
             self.bar.start()
-            self.bar.add_task("making hands", total=self.total, rate="")
+            self.bar.add_task(self.what, total=self.total or None, rate="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,6 +120,13 @@ class ProgressReport:
     @property
     def rate(self) -> str:
         return f"{self.steps / max(time.perf_counter() - self.started, 1e-9):.1f} it/s"
+
+    def part(self, done: int, total: int) -> None:
+        """Shows that so many weights of all are merged."""
+        self.update(completed=done, total=total)
+        if not self.live and not self.quiet and time.perf_counter() - self.printed > SECONDS_A_LINE:
+            self.printed = time.perf_counter()
+            line(f"{self.what}: {done} of {total} weights", "hd-run:")
 
     def event(self, kind: str, count: int) -> None:
         """See `results.OnEvent`."""
@@ -114,7 +143,7 @@ class ProgressReport:
         total = max(self.total - left_out, self.pictures)
         self.update(completed=self.pictures, total=total)
         now = time.perf_counter()
-        if not self.live and not self.quiet and (now - self.printed > 5 or self.pictures == total):
+        if not self.live and not self.quiet and (now - self.printed > SECONDS_A_LINE or self.pictures == total):
             self.printed = now
             line(f"{self.pictures} of {total} pictures, {self.rate}")
 

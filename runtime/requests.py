@@ -136,13 +136,16 @@ class Request(RequestFields):
         said = self.prompt if self.plain_prompts else words(self.prompt)  # other weights, the same colours
         return RequestNoise(self.seed or 0, drawn_again(stream, draw), table.init_sigma, table.stochastic, offset, said)
 
-    def said(self) -> dict[str, Any]:
-        """All fields as plain values, for a record: a picture that is not in a file is named by its hash."""
+    def said(self, adapters: Iterable[Chosen] = ()) -> dict[str, Any]:
+        """All fields as plain values, for a record: a picture that is not in a file is named by its hash.
+
+        adapters: what `lora` named when the picture was painted.
+        """
         said = {
             name: f"sha256 {digest(value)}" if isinstance(value, bytes) else value for name, value in vars(self).items()
         }
         if said.pop("lora") is not None:
-            said["lora"] = [str(one) for one in adapters_of(self)]
+            said["lora"] = [str(one) for one in adapters]
         return said
 
 
@@ -349,10 +352,11 @@ def take(source: Iterator[Request | None], most: int) -> tuple[list[Request], bo
     return batch, True
 
 
-def picture_key(request: Request, bundle: str = "") -> str:
+def picture_key(request: Request, bundle: str = "", adapters: Sequence[Chosen] | None = None) -> str:
     """A hash (hexadecimal) of all that determines the picture of a filled request.
 
-    The content of its files counts, not their names. Raises RequestError when one cannot be read.
+    adapters: those of a painted picture; by default its files are read. The content of files counts, not their names.
+    Raises RequestError when one cannot be read.
     """
     values: dict[str, Any] = {**vars(request), "id": None, "bundle": bundle}
     if not values["hand_redraws"]:  # so that older pictures keep their keys
@@ -365,8 +369,8 @@ def picture_key(request: Request, bundle: str = "") -> str:
         if values[name] is None:
             del values[name]
     del values["lora"]
-    if request.lora is not None and (adapters := adapters_of(request)):
-        values["lora"] = [one.key for one in adapters]
+    if request.lora is not None and (found := adapters_of(request) if adapters is None else adapters):
+        values["lora"] = [one.key for one in found]
     # Prompts without marks keep the keys that they had before marks had a meaning.
     if not (request.plain_prompts or marked(request.prompt) or marked(request.negative_prompt)):
         del values["plain_prompts"]

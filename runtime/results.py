@@ -43,6 +43,7 @@ class Picture:
     warnings: list[str] = field(default_factory=list)
     made_by: dict[str, str] = field(default_factory=dict)  # versions, device, digest of the bundle
     hand_draws: int = 0  # how often stage 1 drew the hands; 0 where they were given
+    adapters: tuple[Chosen, ...] = ()  # that its weights had; their files may have changed meanwhile
 
     @property
     def pil(self) -> Image.Image:
@@ -77,7 +78,7 @@ class Picture:
 def png(image: np.ndarray, picture: Picture) -> bytes:
     """PNG with the settings as text, so that a picture alone still says how it was made. image: uint8 [H, W, 3]."""
     info = PngInfo()
-    settings = {**picture.request.said(), "hand_draws": picture.hand_draws, **picture.made_by}
+    settings = {**picture.request.said(picture.adapters), "hand_draws": picture.hand_draws, **picture.made_by}
     for name, value in settings.items():
         if value is not None:
             info.add_itxt(name, str(value).replace("\0", " "))

@@ -1,21 +1,23 @@
 """Whether a picture of some size fits into this machine's memory, before anything runs.
 
     room = Room(manifest)
-    room.check((768, 512))          # RequestError: "size must be smaller ..."
-    room.rows((768, 512), most=8)   # how many such pictures may run at once
+    room.check((768, 512), chunks=3)          # RequestError: "size must be smaller ..."
+    room.rows((768, 512), 3, most=8)          # how many such pictures may run at once
 
-The manifest says what a graph's intermediate tensors take at the bundle's own size; they grow with the pixels. Memory
-that such pictures have used before stays with the process, so a size that has run is not asked for again.
+The manifest says what a graph's intermediate tensors take at the bundle's own size; they grow with the pixels. A prompt
+of several chunks adds its keys and values, and what the UNet's cross-attention makes of them. Memory that such pictures
+have used before stays with the process, so what has run is not asked for again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from ..contract import Manifest, Size, shown_size
+from ..contract import CONTEXT, Manifest, Size, shown_size
 from ..errors import RequestError
 
 SPARE = 1.25  # of an estimate: what engines pack, and what their arenas lose
@@ -32,48 +34,58 @@ class Room:
     def __init__(self, manifest: Manifest, free: Callable[[], int | None] | None = None) -> None:
         self.manifest = manifest
         self.free = free or (lambda: available())
-        self._ran = manifest.image_size[0] * manifest.image_size[1]  # pixels of rows at once that have run
+        self._ran = self._row(manifest.image_size, 1)  # bytes of the largest picture that has run
 
-    def needed(self, size: Size, rows: int = 1) -> int:
+    def _row(self, size: Size, chunks: int) -> float:
+        """Bytes that the UNet takes for a picture of this size, of a prompt of so many chunks."""
+        own, unet = self.manifest.image_size, self.manifest.graphs["unet"]
+        if not unet.memory:  # of an older bundle
+            return 0
+        shapes = [tensor.shape for tensor in unet.inputs if CONTEXT in tensor.shape]  # [B, G, heads, L, d] of most
+        heads = max((shape[2] for shape in shapes if isinstance(shape[2], int)), default=1)
+        width = sum(math.prod(axis for axis in shape if isinstance(axis, int)) for shape in shapes)
+        pixels = math.prod(self.manifest.latents_at(size)[1:])
+        more = (chunks - 1) * self.manifest.tokenizer["length"]  # tokens, of which each branch has products and weights
+        return unet.memory * size[0] * size[1] / (own[0] * own[1]) + 2 * 4 * more * (width + 2 * heads * pixels)
+
+    def needed(self, size: Size, rows: int = 1, chunks: int = 1) -> int:
         """Bytes that `rows` pictures of this size take at once, beside the engines. 0 for an unknown bundle."""
-        own = self.manifest.image_size
+        own, graphs = self.manifest.image_size, self.manifest.graphs
         share = size[0] * size[1] / (own[0] * own[1])
-        graphs = self.manifest.graphs
-        unet, others = graphs["unet"].memory, (graphs[name].memory for name in graphs if name.startswith("image_"))
-        return int(SPARE * share * max(rows * unet, *others, 0))
+        others = (share * graphs[name].memory for name in graphs if name.startswith("image_"))
+        return int(SPARE * max(rows * self._row(size, chunks), *others, 0))
 
-    def lacking(self, size: Size, rows: int) -> int:
-        """As `needed`; 0 where pictures have used so much memory before."""
-        return 0 if size[0] * size[1] <= self._ran else self.needed(size, rows)
-
-    def check(self, size: Size) -> None:
+    def check(self, size: Size, chunks: int = 1) -> None:
         """Raises RequestError where one picture of this size does not fit."""
-        needed, there = self.lacking(size, 1), self.free()
+        if self._row(size, chunks) <= self._ran:
+            return
+        needed, there = self.needed(size, 1, chunks), self.free()
         if there is not None and needed > there:
-            self.refuse(size, needed)
+            self.refuse(size, needed, chunks)
 
-    def refuse(self, size: Size, needed: int) -> NoReturn:
+    def refuse(self, size: Size, needed: int, chunks: int = 1) -> NoReturn:
         """Raises the RequestError for a size that takes so many bytes."""
+        prompt, shorter = (f" with {chunks} chunks of a prompt", ", or a shorter prompt") if chunks > 1 else ("", "")
         raise RequestError(
-            f"size must fit into memory: {shown_size(size)} takes about {needed / 1e9:.1f} GB, and "
+            f"size must fit into memory: {shown_size(size)}{prompt} takes about {needed / 1e9:.1f} GB, and "
             f"{(self.free() or 0) / 1e9:.1f} GB are free. Take a smaller one, such as "
-            f"{shown_size(self.manifest.image_size)}.",
+            f"{shown_size(self.manifest.image_size)}{shorter}.",
             "size",
         )
 
-    def rows(self, size: Size, most: int) -> int:
+    def rows(self, size: Size, chunks: int, most: int) -> int:
         """How many pictures of this size may run at once: at least 1, at most `most`."""
         there = self.free()
-        rows = most
-        while rows > 1 and there is not None and rows * size[0] * size[1] > most * self._ran:
-            if self.needed(size, rows) <= there:
+        rows, row = most, self._row(size, chunks)
+        while rows > 1 and there is not None and rows * row > most * self._ran:
+            if self.needed(size, rows, chunks) <= there:
                 break
             rows -= 1
         return rows
 
-    def ran(self, size: Size) -> None:
+    def ran(self, size: Size, chunks: int = 1) -> None:
         """Notes that a picture of this size was made."""
-        self._ran = max(self._ran, size[0] * size[1])
+        self._ran = max(self._ran, self._row(size, chunks))
 
 
 def available() -> int | None:

@@ -78,6 +78,15 @@ class StepTimes:
             chosen, most = rows, rate
         return chosen
 
+    def fastest(self) -> int:
+        """The batch size that pays, by what was measured: of guided steps where there were any, 1 without any."""
+        alone = all(alone for _, alone in self.best)
+        chosen, least = 1, math.inf
+        for batch, seconds in sorted((batch, seconds) for (batch, kind), seconds in self.best.items() if kind == alone):
+            if seconds / batch * PAYS < least:
+                chosen, least = batch, seconds / batch
+        return chosen
+
     def expected(self, rows: int, alone: bool, unknown: float) -> float:
         """Seconds that a step of `rows` rows takes by its shortest measurement; `unknown` without one."""
         return self.best.get((self.batch(rows), alone), unknown)

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from ..tokens import Reading
+from .requests import Request
 from .results import Work
 
 LEAST = 1e-5  # of a weight, in t, which is infinite at 0
@@ -29,8 +30,13 @@ Key = bytes  # of token ids and their mask
 
 def chunks_of(work: Work) -> int:
     """Chunks of a request's context: those of the longer of its prompts, if both are read."""
-    negative, prompt = work.readings
-    return max(len(prompt.ids), len(negative.ids) if work.request.guidance != 1 else 1)
+    return chunks_read(work.readings, work.request)
+
+
+def chunks_read(readings: Sequence[Reading], request: Request) -> int:
+    """As `chunks_of`. readings: of the negative prompt and of the prompt."""
+    negative, prompt = readings
+    return max(len(prompt.ids), len(negative.ids) if request.guidance != 1 else 1)
 
 
 def is_plain(work: Work) -> bool:

@@ -6,6 +6,7 @@ adapters.paths(["style:0.8"])       # ("loras/style.safetensors:0.8",), for `Req
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ SHOWN = 20  # names in an error
 
 
 class Adapters:
-    """folder: of --lora-folder, read at each request, so that new files count at once; None: the server has none."""
+    """folder: read at each request, so that new files count at once; None: the server has none. option: what names it
+    to the server's owner."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, option: str = "--lora-folder") -> None:
         if folder is not None and not folder.is_dir():
-            raise HanDiffuserError(f"--lora-folder must be a folder, got {folder}. Name one with .safetensors files.")
-        self.folder = folder
+            raise HanDiffuserError(f"{option} must be a folder, got {folder}. Name one with .safetensors files.")
+        self.folder, self.option = folder, option
 
     def names(self) -> dict[str, Path]:
         """Name -> file. Links that lead out of the folder count: its owner put them there."""
@@ -30,7 +32,7 @@ class Adapters:
         found = sorted(self.folder.glob("*.safetensors"))
         return {path.stem: path for path in found if path.is_file() and not path.name.startswith(".")}
 
-    def paths(self, said: str | list[str] | None) -> tuple[str, ...] | None:
+    def paths(self, said: str | Sequence[str] | None) -> tuple[str, ...] | None:
         """What a client names, NAME[:SCALE] each, as `Request.lora`. Raises RequestError for unknown names."""
         if not said:
             return None
@@ -47,15 +49,14 @@ class Adapters:
         """As the web UI lists its own. `path` is the name: the server's folders are not for clients."""
         return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in self.names()]
 
-    @staticmethod
-    def _path(known: dict[str, Path], said: str) -> str:
+    def _path(self, known: dict[str, Path], said: str) -> str:
         name, scale = said, "1"
         if name.removesuffix(".safetensors") not in known:
             name, _, scale = said.rpartition(":")
         name = name.removesuffix(".safetensors")
         if name not in known:
             there = f"one of {listed(known, SHOWN)}" if known else "left out: this server has no adapters"
-            remedy = "Ask with one of these names." if known else "Its owner gives it some with --lora-folder."
+            remedy = "Ask with one of these names." if known else f"Its owner gives it some with {self.option}."
             raise RequestError(f"lora must be {there}, got {said[:60]!r}. {remedy}", "lora")
         try:
             return f"{known[name]}:{float(scale)}"

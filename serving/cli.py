@@ -141,6 +141,8 @@ def serve(engines: str, **options: Any) -> int:
     failure: HanDiffuserError | None = None
     with private_folder() as private:
         service = Service(bundle, dispatcher, name, limits, keys, metrics, Path(private), front)
+        if misfit := service.misfit():
+            raise HanDiffuserError(misfit)
         app = make_app(service)
         try:
             code = asyncio.run(_serve(service, app, options["host"], options["port"], options["grace"]))

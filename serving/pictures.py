@@ -132,15 +132,18 @@ class Painting:
 
     def requests(self, seed: int) -> list[Request]:
         """One for each picture. Raises RequestError for what the bundle cannot run."""
-        body = self.body
-        settings = {**body.settings(), "seed": seed}
-        if settings.get("guidance", self.service.bundle.manifest.defaults["guidance"]) != 1:
-            settings.setdefault("negative_prompt", self.service.front.negative_prompt)
+        body, settings = self.body, self.settings(seed)
         settings["hands"] = self.service.hands_path(body.hands)
-        settings["lora"] = self.service.adapters.paths(body.lora)
         settings["size"] = shown_size(self.painted) if self.painted != self.service.bundle.manifest.image_size else None
         requests = [Request(body.prompt, **settings, **brought) for brought in self.brought]
         return [one for request in requests for one in self.service.prepare(request, body.n)]
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """What the client and the server say of each picture, by the names of `Request`. Raises RequestError."""
+        settings = {**self.body.settings(), "seed": seed, "lora": self.service.adapters.paths(self.body.lora)}
+        if settings.get("guidance", self.service.bundle.manifest.defaults["guidance"]) != 1:
+            settings.setdefault("negative_prompt", self.service.front.negative_prompt)
+        return settings
 
     def shown(self, image: np.ndarray) -> np.ndarray:
         """A painted picture as the client gets it."""

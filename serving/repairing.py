@@ -91,7 +91,7 @@ class Repair:
         seconds = min(body.timeout or service.limits.timeout, service.limits.timeout)
         self.deadline = asyncio.get_running_loop().time() + seconds
         self.seed = drawn_seed(body.seed)
-        self.lora = service.adapters.paths(body.lora)
+        self.settings = self.painting.settings(self.seed)
         self.found: list[Seen] = []  # by the detector
         self.asked: list[Seen] = []
         self.repaired = [0] * body.n  # hands of each picture
@@ -293,7 +293,7 @@ class Repair:
         thread."""
         prepared = []
         for i, patches in enumerate(each):
-            settings: dict[str, Any] = {**self.body.settings(), "seed": self.seed_of(i), "lora": self.lora}
+            settings = self.settings | {"seed": self.seed_of(i)}
             for patch in patches:
                 prepared += self.service.prepare(patch.request(self.body.prompt, **settings))
         return prepared

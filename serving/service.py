@@ -21,6 +21,7 @@ import numpy as np
 
 from ..contract import shown_size
 from ..editing import Arrays
+from ..engines.plans import cache_folder
 from ..errors import HanDiffuserError, RequestError
 from ..files import written
 from ..hands import NO_HANDS, hands_file
@@ -137,13 +138,30 @@ class Service:
         bundle.engine_sizes = None if takes.sizes is None else frozenset(takes.sizes)
         bundle.build_sizes = self.unnamed(takes.build_sizes)
         bundle.reader.engine_chunks, bundle.adapts = takes.chunks, takes.adapters
+        self.dispatcher.fatal = self.dispatcher.fatal or self.misfit()
         if takes.on_gpu:  # the loop knows the memory of its GPU
             bundle.room.free = lambda: None
+
+    def misfit(self) -> str | None:
+        """Why --default-negative-prompt cannot be read by the bundle or its engines, in a sentence."""
+        front = self.front
+        asked = {"negative_prompt": front.negative_prompt, "plain_prompts": front.plain_prompts, "guidance": 2.0}
+        try:
+            self.bundle.reader.check(Request("a picture", **asked))
+        except RequestError as error:
+            said = str(error).replace("set plain_prompts, which cuts it", "start hd-serve with --plain-prompts")
+            return said.replace("negative_prompt", "--default-negative-prompt", 1)
+        return None
 
     def unnamed(self, sentence: str) -> str:
         """A sentence without the names of files and folders of this machine."""
         folder, sentence = self.bundle.folder, self.adapters.hidden(sentence)
-        return sentence.replace(str(folder), self.name) if folder is not None and folder.is_absolute() else sentence
+        if folder is not None and folder.is_absolute():
+            sentence = sentence.replace(str(folder), self.name)
+        for own, name in ((cache_folder(), "the server's cache"), (self.folder, "the server's folder")):
+            for path in dict.fromkeys((str(own), str(own.resolve()))):
+                sentence = sentence.replace(path, name)
+        return sentence
 
     @contextmanager
     def bringing(self) -> Iterator[None]:

@@ -3,7 +3,8 @@
     hd-export CHECKPOINT engines --triton repository
     tritonserver --model-repository repository          # with handiffuser in its Python
 
-Inputs: PROMPT (string) and, optional, the settings of `settings.SETTINGS` in capitals: SEED, STEPS, ... Outputs: IMAGE
+Inputs: PROMPT (string) and, optional, the settings of `settings.SETTINGS` in capitals: SEED, STEPS, ..., and LORA
+(strings NAME[:SCALE]), adapters of the folder that the parameter `lora_folder` of config.pbtxt names. Outputs: IMAGE
 uint8 [H, W, 3], JOINTS_2D float32 [2, 21, 2], VISIBILITY float32 [2], SEED int64 [1], WARNINGS (string). With several
 people JOINTS_2D and VISIBILITY have an axis of people in front. A request is one picture. One that the client cancels
 leaves the batch at the next step.
@@ -20,7 +21,7 @@ from ..errors import ExportError
 from ..settings import SETTINGS, Setting
 
 NAME = "handiffuser"
-FIELDS = {name.upper(): name for name in ("prompt", *SETTINGS)}  # Triton's input -> the field of Request
+FIELDS = {name.upper(): name for name in ("prompt", *SETTINGS, "lora")}  # Triton's input -> the field of Request
 
 
 def _type(setting: Setting) -> str:
@@ -49,6 +50,7 @@ def config(manifest: Manifest, slots: int = 8) -> str:
             "optional: true }"
             for name, setting in SETTINGS.items()
         ]
+        + ['  { name: "LORA" data_type: TYPE_STRING dims: [ -1 ] optional: true }']
     )
     given = ",\n".join(
         f'  {{ name: "{name}" data_type: {kind} dims: {dims} }}' for name, (kind, dims) in outputs.items()
@@ -67,6 +69,7 @@ instance_group [ {{ kind: KIND_MODEL count: 1 }} ]
 parameters {{ key: "slots" value {{ string_value: "{slots}" }} }}
 parameters {{ key: "device" value {{ string_value: "auto" }} }}
 parameters {{ key: "backend" value {{ string_value: "auto" }} }}
+parameters {{ key: "lora_folder" value {{ string_value: "" }} }}
 """
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from handiffuser import Failure, HanDiffuser, HanDiffuserError, Request
 from handiffuser.runtime.loading import SERVER_PICTURES
+from handiffuser.serving.adapters import Adapters
 from handiffuser.serving.triton import FIELDS
 
 
@@ -31,6 +32,8 @@ class TritonPythonModel:
             backend=parameters["backend"],
             pictures=SERVER_PICTURES,
         )
+        named = parameters.get("lora_folder")
+        self.adapters = Adapters(Path(named) if named else None, "lora_folder of config.pbtxt")
         self.pipeline.warm_up()
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()
         self.senders = {}  # id -> (Triton's request, its response sender)
@@ -65,6 +68,7 @@ class TritonPythonModel:
                     for value in tensor.as_numpy().reshape(-1)
                 ]
                 fields[ours] = values[0] if len(values) == 1 else tuple(values)
+        fields["lora"] = self.adapters.paths(fields.get("lora"))
         return fields
 
     def _source(self):
@@ -113,4 +117,4 @@ class TritonPythonModel:
 
     def _fail(self, sender, sentence):
         final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence)), flags=final)
+        sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(self.adapters.hidden(sentence))), flags=final)

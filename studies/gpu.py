@@ -1,7 +1,7 @@
 """Measures everything on a GPU in one run: first whether it works, then how fast. `benchmarks/gpu.sh` calls it.
 
     benchmarks/gpu.sh a                 # seven minutes: what a step costs at least, and what compiling reaches
-    benchmarks/gpu.sh b                 # seven minutes: ONNX Runtime's graphs and options, and TensorRT's plans
+    benchmarks/gpu.sh b                 # seven minutes a call: ONNX Runtime's graphs, TensorRT's plans, Inductor
     benchmarks/gpu.sh                   # every backend; Stable Diffusion 1.5's size with random weights
     benchmarks/gpu.sh --size tiny --backends onnxruntime        # another size; without a GPU it runs on the CPU
 
@@ -46,19 +46,23 @@ NAMES = (
 PROMPTS = ("a right hand making a fist, blue background", "two open hands", "a left hand giving a thumbs up")
 CPU_PATIENCE = 5.0  # a step's limit on a CPU, in limits on a GPU
 MIN_STEP_SECONDS, ACT_SECONDS = 15.0, 420.0  # seconds that a step needs at least, and those of an act
+BUILD, BUILD_LEAST = 380.0, 150.0  # seconds that a plan or a compilation may take, and without which none begins
 LIKE = 35.0  # dB between pictures of half precision on the GPU and of the same bundle on the CPU
 Runner = Callable[[Sequence[str], Path, float], int]
 
 
 @dataclass(frozen=True)
 class Step:
-    """name; the command (after `python`); seconds it may take; what it leaves for later steps, if anything."""
+    """name; the command (after `python`); seconds it may take; what it leaves for later steps, if anything. least: with
+    fewer seconds left in an act, it waits for the next call. always: it takes a second, and each call does it again."""
 
     name: str
     command: tuple[str, ...]
     limit: float
     makes: Path | None = None
     needs: tuple[str, ...] = ()  # steps without which this one makes no sense
+    least: float = MIN_STEP_SECONDS
+    always: bool = False
 
 
 def steps(work: Path, out: Path, backends: Sequence[str], size: str, on_gpu: bool, quick: bool) -> list[Step]:
@@ -107,10 +111,19 @@ def steps(work: Path, out: Path, backends: Sequence[str], size: str, on_gpu: boo
     return found
 
 
-def act_steps(act: str, work: Path, out: Path, quick: bool, on_gpu: bool, planned: Sequence[str] = ()) -> list[Step]:
-    """What act "a" or "b" runs: first what tells most. planned: backends whose plans run on this GPU."""
-    scripts = ("gpu_floor.py", "gpu_variants.py", "gpu_profile.py", "gpu_plans.py")
-    floor, variants, profile, plans = (str(Path(__file__).with_name(name)) for name in scripts)
+def act_steps(
+    act: str,
+    work: Path,
+    out: Path,
+    quick: bool,
+    on_gpu: bool,
+    planned: Sequence[str] = (),
+    compiles: bool = False,
+) -> list[Step]:
+    """What act "a" or "b" runs: first what tells most. planned: backends whose plans run on this GPU. compiles: whether
+    Inductor can compile here."""
+    scripts = ("gpu_floor.py", "gpu_variants.py", "gpu_profile.py", "gpu_plans.py", "gpu_inductor.py")
+    floor, variants, profile, plans, inductor = (str(Path(__file__).with_name(name)) for name in scripts)
     weights = Step("variant-weights", (variants, "weights", str(work)), 120, work / "unet.onnx.data")
     demo = ("--model", str(shipped.bundle_path()))  # in place of random weights: its graphs run on a CPU, too
     if act == "a":
@@ -129,17 +142,30 @@ def act_steps(act: str, work: Path, out: Path, quick: bool, on_gpu: bool, planne
     if not on_gpu:
         found, more = [], (*more, *demo)
     first = ("bundle", "derived", "derived-graph", "derived-bias", "derived-search", "derived-all", "bundle-nhwc")
-    for graph, batch in (("unet", 1), ("image_decoder", 1), ("unet", 4), ("image_decoder", 4)):
-        for variant in first if batch == 1 else first[:3]:
-            name, base = f"variant-{graph}-{batch}-{variant}", f"variant-{graph}-{batch}-bundle"
-            needs = (base,) if name != base else tuple(step.name for step in found[:1] if on_gpu)
-            words = (variants, "run", str(work), graph, variant, "--batch", str(batch), *more)
-            found.append(Step(name, words, 60, None, needs))
-        for backend in planned if batch == 1 else ():  # a build takes minutes
-            name, words = f"plan-{graph}-{backend}", (str(work), graph, backend)
-            built = Step(f"{name}-build", (plans, "build", *words), 300, work / f"{graph}-1-{backend}.plan", needs[:1])
-            found += [built, Step(name, (plans, "run", *words), 60, None, (built.name,))]
-    found.append(Step("variant-table", (variants, "table", str(work)), 30))
+    ready = tuple(step.name for step in found)
+
+    def variant(graph: str, batch: int, name: str) -> Step:
+        base = f"variant-{graph}-{batch}-bundle"
+        words = (variants, "run", str(work), graph, name, "--batch", str(batch), *more)
+        return Step(f"variant-{graph}-{batch}-{name}", words, 60, None, ready if name == "bundle" else (base,))
+
+    def compiled(name: str, script: str, words: tuple[str, ...], makes: Path) -> list[Step]:
+        """A build of one picture, which takes minutes, and its run."""
+        base, of_model = f"variant-{words[1]}-1-bundle", () if on_gpu else demo
+        build = Step(f"{name}-build", (script, "build", *words, *of_model), BUILD, makes, (base,), BUILD_LEAST)
+        return [build, Step(name, (script, "run", *words, *more), 60, None, (build.name,))]
+
+    for graph in ("unet", "image_decoder"):
+        found += [variant(graph, 1, name) for name in first[:3]]
+        for backend in planned:
+            words = (str(work), graph, backend)
+            found += compiled(f"plan-{graph}-{backend}", plans, words, work / f"{graph}-1-{backend}.plan")
+        if compiles:
+            words = (str(work), graph)
+            found += compiled(f"compiled-{graph}", inductor, words, work / f"{graph}-1-inductor.pt2")
+    found += [variant(graph, 1, name) for graph in ("unet", "image_decoder") for name in first[3:]]
+    found += [variant(graph, 4, name) for graph in ("unet", "image_decoder") for name in first[:3]]
+    found.append(Step("variant-table", (variants, "table", str(work)), 30, always=True))
     return found
 
 
@@ -166,7 +192,7 @@ def measure(
 ) -> int:
     """Runs the steps that are not done. Names failed steps, leaves out what needs them, and returns their number.
 
-    budget: seconds for all of them. A step that has less than MIN_STEP_SECONDS of them left waits for the next call.
+    budget: seconds for all of them. A step that has less than its `least` of them left waits for the next call.
     """
     out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
@@ -174,7 +200,7 @@ def measure(
     for step in found:
         left = ends - time.monotonic()
         done, log = out / f"{step.name}.done", out / f"{step.name}.txt"
-        if done.exists() and (step.makes is None or step.makes.exists()):
+        if done.exists() and not step.always and (step.makes is None or step.makes.exists()):
             say(f"{step.name}: done already")
             continue
         missing = [name for name in step.needs if name in failed]
@@ -182,15 +208,16 @@ def measure(
             failed[step.name] = f"{missing[0]} failed"
             say(f"{step.name}: left out, because {failed[step.name]}")
             continue
-        if left < MIN_STEP_SECONDS:
+        if left < step.least and not step.always:
             say(f"{step.name}: left for the next call of the same command")
             failed[step.name] = "the time was up"
             continue
         started = time.monotonic()
-        code = runner(step.command, log, min(step.limit, left))
+        limit = step.limit if step.always else min(step.limit, left)
+        code = runner(step.command, log, limit)
         seconds = time.monotonic() - started
         if code:
-            what = f"took longer than {min(step.limit, left):.0f} s" if code == 124 else f"failed with exit code {code}"
+            what = f"took longer than {limit:.0f} s" if code == 124 else f"failed with exit code {code}"
             failed[step.name] = what
             say(f"{step.name}: {what} after {seconds:.0f} s; see {log}")
         else:
@@ -257,7 +284,8 @@ def act_command(act: str, out: Path | None, work: Path | None, seconds: float, q
         from gpu_plans import runs_here
 
         planned = [name for name in GPU_PLANNED if TABLE[name].installed() and runs_here(name)]
-    found = act_steps(act, work, out, quick, cuda is not None, planned)
+    compiles = TABLE["inductor"].installed() and bool(shutil.which(os.environ.get("CXX", "g++")))
+    found = act_steps(act, work, out, quick, cuda is not None, planned, compiles)
     if cuda is None:  # a trial of the act: a CPU may take its time
         found = [replace(step, limit=step.limit * CPU_PATIENCE) for step in found]
     failed = measure(found, out, say=lambda text: click.echo(text, err=True), budget=seconds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 from gpu_variants import NAMES, ROUNDS, RUNS, check, error_of
 from handiffuser.contract import GraphSpec, TensorSpec
 from handiffuser.engines.backends import GPU_PLANNED
+from handiffuser.engines.base import DeviceEngine
 from handiffuser.engines.build import gpu
 from handiffuser.engines.cuda import Cuda
 from handiffuser.engines.tensorrt import Options, Scratch, TensorRT, TensorRTEngine
@@ -68,11 +70,24 @@ def precision_of(path: Path) -> str:
 
 
 def timed(plan: bytes, spec: GraphSpec, backend: TensorRT, rounds: int, runs: int) -> tuple[float, list[np.ndarray]]:
-    """(ms of a replay, the outputs), on the inputs of `gpu_variants.inputs_of`."""
-    cuda, random = Cuda(), np.random.default_rng(1)
+    """(ms of a replay of a plan, the outputs)."""
+
+    def engine(cuda: Cuda) -> DeviceEngine:
+        return TensorRTEngine(backend.load(plan, Path(spec.file).stem, cuda), spec, Scratch(cuda))
+
     try:
-        stream = cuda.stream(first=True)
-        engine = TensorRTEngine(backend.load(plan, Path(spec.file).stem, cuda), spec, Scratch(cuda))
+        return replayed(Cuda(), engine, spec, rounds, runs)
+    finally:
+        backend.close()
+
+
+def replayed(
+    cuda: Cuda, make: Callable[[Cuda], DeviceEngine], spec: GraphSpec, rounds: int, runs: int
+) -> tuple[float, list[np.ndarray]]:
+    """(ms of a replay of an engine, the outputs), on the inputs of `gpu_variants.inputs_of`. Frees what it used."""
+    random = np.random.default_rng(1)
+    try:
+        stream, engine = cuda.stream(first=True), make(cuda)
         arrays = {t.name: cuda.zeros(t.shape, t.dtype) for t in (*spec.inputs, *spec.outputs)}
         for tensor in spec.inputs:
             pinned = cuda.pinned(tensor.shape, tensor.dtype)
@@ -84,7 +99,7 @@ def timed(plan: bytes, spec: GraphSpec, backend: TensorRT, rounds: int, runs: in
         stream.synchronize()
         graph = stream.capture(partial(engine.enqueue, stream))
         if graph is None:
-            raise SystemExit(f"The plan of {spec.file} could not be captured.")
+            raise SystemExit(f"A run of {spec.file} could not be captured.")
         taken = []
         for _ in range(rounds):
             start = stream.record(timed=True)
@@ -102,7 +117,6 @@ def timed(plan: bytes, spec: GraphSpec, backend: TensorRT, rounds: int, runs: in
         return statistics.median(taken), outputs
     finally:
         cuda.close()
-        backend.close()
 
 
 @click.group()
@@ -131,8 +145,10 @@ def build(work: Path, graph: str, backend: str, batch: int, model: Path | None) 
     plan, proof = build_plan(
         TensorRT(backend), path, sizes_of(graph, batch), precision_of(path), Options(), timing_cache=work / "timings"
     )
-    (work / f"{graph}-{batch}-{backend}.plan").write_bytes(plan)
-    click.echo(f"{len(proof['layers'])} layers, {len(plan) / 1e6:.0f} MB, {time.monotonic() - started:.0f} s")
+    seconds, file = round(time.monotonic() - started, 1), work / f"{graph}-{batch}-{backend}.plan"
+    file.write_bytes(plan)
+    file.with_suffix(".built").write_text(json.dumps({"build_s": seconds}))
+    click.echo(f"{len(proof['layers'])} layers, {len(plan) / 1e6:.0f} MB, {seconds:.0f} s")
 
 
 @commands.command()
@@ -140,16 +156,17 @@ def build(work: Path, graph: str, backend: str, batch: int, model: Path | None) 
 @click.option("--quick", is_flag=True)
 def run(work: Path, graph: str, backend: str, batch: int, model: Path | None, quick: bool) -> None:
     """Times a plan, and compares its outputs with those of `gpu_variants.py run WORK GRAPH bundle`."""
-    started = time.monotonic()
-    plan = (work / f"{graph}-{batch}-{backend}.plan").read_bytes()
+    started, file = time.monotonic(), work / f"{graph}-{batch}-{backend}.plan"
+    plan = file.read_bytes()
     spec = spec_of((model or work) / f"{graph}.onnx", sizes_of(graph, batch))
     loaded = TensorRT(backend)
     milliseconds, outputs = timed(plan, spec, loaded, 1 if quick else ROUNDS, 2 if quick else RUNS)
-    with np.load(work / f"{graph}-{batch}.npz") as file:
-        error = error_of(outputs, list(file.values()))
+    with np.load(work / f"{graph}-{batch}.npz") as kept:
+        error = error_of(outputs, list(kept.values()))
     line = {
         "graph": graph, "variant": backend, "batch": batch, "device": "cuda", "ms": round(milliseconds, 3),
         "error": error, "ready_s": round(time.monotonic() - started, 1),
+        **json.loads(file.with_suffix(".built").read_text()),
     }  # fmt: skip
     (work / f"{graph}-{batch}-{backend}.json").write_text(json.dumps(line))
     click.echo(json.dumps(line))

@@ -236,6 +236,11 @@ def decide(lines: list[dict[str, Any]]) -> list[str]:
     return said
 
 
+def built(line: dict[str, Any]) -> str:
+    """What a build took, of a variant that has one."""
+    return f", built in {line['build_s']:.0f} s" if "build_s" in line else ""
+
+
 @commands.command()
 @click.argument("work", type=click.Path(path_type=Path))
 def table(work: Path) -> None:
@@ -244,7 +249,7 @@ def table(work: Path) -> None:
     for one in sorted(lines, key=lambda one: (one["graph"], one["batch"], one["ms"])):
         click.echo(
             f"{one['graph']:14} {one['batch']:2} {one['variant']:16} {one['ms']:9.3f} ms   error {one['error']:.1e}   "
-            f"ready after {one['ready_s']:.0f} s ({one['device']})"
+            f"ready after {one['ready_s']:.0f} s{built(one)} ({one['device']})"
         )
     click.echo("\n".join(decide(lines)))
 

@@ -9,6 +9,7 @@
 
     python studies/repair.py OUT --count 144 -o repair.json
     python studies/repair.py OUT --count 36 --sheet sheet.png          # pictures of all ways
+    python studies/repair.py OUT --way named --way truth               # only these
 
 Kinds of spoiling and backgrounds: `spoiled.py`. Who counts fingers: `counting.py`. The detector looks at each hand in a
 crop of NEAR times its true box, so that small hands in large pictures count as much as others.
@@ -99,7 +100,7 @@ def given(bench: Bench, case: Case) -> Outcome | None:
 
 
 def painted(bench: Bench, case: Case, seen: Sequence[Seen], wish: Wish) -> Outcome | None:
-    chosen = choose(seen, wish, case.picture.shape[:2], bench.rest)[0]
+    chosen = choose(seen, wish, case.picture, bench.rest)[0]
     if not chosen:
         return None
     out = repair(bench.pipeline, case.picture, chosen, bench.rest, wish, bench.detector, seed=1)
@@ -225,15 +226,16 @@ def jump(picture: np.ndarray, mask: np.ndarray) -> float | None:
     return float(all_steps.mean()) if len(all_steps) else None
 
 
-def measure(bench: Bench, number: int, seed: int, folder: Path | None) -> dict[str, Any]:
-    """The rows of all ways for a case. folder: where their crops go, to look at."""
+def measure(bench: Bench, number: int, seed: int, folder: Path | None, ways: Sequence[str] = WAYS) -> dict[str, Any]:
+    """The rows of ways for a case; always of "spoiled", which others are compared with. folder: where their crops go,
+    to look at."""
     case = make(number, seed)
     skin = counting.palette(case.truth, case.cover, case.hand.joints_2d)
     does: dict[str, Callable[[Bench, Case], Outcome | None]] = {
         "automatic": automatic, "named": named, "given": given, "adetailer": adetailer}  # fmt: skip
     rows: dict[str, dict[str, Any]] = {}
     crops = []
-    for way in WAYS:
+    for way in (way for way in WAYS if way in ("spoiled", *ways)):
         started = time.process_time()
         outcome = does[way](bench, case) if way in does else None
         spent = time.process_time() - started
@@ -248,7 +250,8 @@ def measure(bench: Bench, number: int, seed: int, folder: Path | None) -> dict[s
             rows[way] |= pixels(case, outcome) | {"notes": outcome.painted}
         crops.append(resized(cut(picture, around(case.hand.joints_2d, 2.0)), (160, 160)))
     rows["spoiled"]["counted_right"] = None if case.shown is None else float(rows["spoiled"]["counted"] == case.shown)
-    rows["truth"]["counted_right"] = rows["truth"]["fingers"]
+    if "truth" in rows:
+        rows["truth"]["counted_right"] = rows["truth"]["fingers"]
     if folder is not None:
         with written(folder / f"{number:04d}.png") as temporary:
             temporary.write_bytes(encode_png(np.concatenate(crops, 1)))
@@ -260,7 +263,7 @@ def measure(bench: Bench, number: int, seed: int, folder: Path | None) -> dict[s
 def gated(row: dict[str, Any]) -> dict[str, Any]:
     """The case as hd-repair would leave it: it declines where it is unsure, and where the painted hand is elsewhere."""
     ways = row["ways"]
-    notes = ways["automatic"].get("notes", [])
+    notes = ways.get("automatic", {}).get("notes", [])
     if all(note["sure"] >= SURE and note["moved"] <= MOVED for note in notes):
         return row
     stays = {**ways["spoiled"], "painted": 0.0, **compared(ways["spoiled"], ways["spoiled"])}
@@ -282,7 +285,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for way in WAYS:
         out[way] = {}
         for metric in (*SHOWN, "counted_right"):
-            told = [(i, row["ways"][way].get(metric)) for i, row in enumerate(rows)]
+            told = [(i, row["ways"].get(way, {}).get(metric)) for i, row in enumerate(rows)]
             kept = [(i, value) for i, value in told if value is not None]
             if kept:
                 owners, values = (np.array(column) for column in zip(*kept, strict=True))
@@ -293,7 +296,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def reliability(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """How often a reading was right, by how sure the fit was of it: of spoiled, repaired and good pictures, but
     of those that show another gesture, which are right in their way."""
-    read = [(row["ways"][way]["sure"], row["ways"][way]["right"]) for row in rows for way in WAYS
+    read = [(row["ways"][way]["sure"], row["ways"][way]["right"]) for row in rows for way in row["ways"]
             if way != "automatic" and row["ways"][way].get("sure") is not None
             and row["ways"][way].get("painted", 1.0) and (way, row["kind"]) != ("spoiled", "gesture")]  # fmt: skip
     out = []
@@ -327,9 +330,12 @@ def show(title: str, figures: dict[str, dict[str, Any]]) -> None:
 @click.option("--engines", default="demo", show_default=True)
 @click.option("--count", type=click.IntRange(1), default=144, show_default=True, help="Pictures; a sixth of each kind.")
 @click.option("--seed", type=int, default=FRESH, show_default=True)
+@click.option("--way", "ways", multiple=True, type=click.Choice(WAYS), help="Only these, and spoiled; repeatable.")
 @click.option("--sheet", type=click.Path(path_type=Path), metavar="FILE.png", help="All ways side by side.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE.json", help="The JSON document, too.")
-def command(out: Path, engines: str, count: int, seed: int, sheet: Path | None, output: Path | None) -> int:
+def command(
+    out: Path, engines: str, count: int, seed: int, ways: tuple[str, ...], sheet: Path | None, output: Path | None
+) -> int:
     """Spoils, repairs and measures pictures in OUT. The same command again goes on."""
     out.mkdir(parents=True, exist_ok=True)
     rows, bench = [], None
@@ -339,7 +345,7 @@ def command(out: Path, engines: str, count: int, seed: int, sheet: Path | None, 
             if not path.exists():
                 bench = bench or Bench(engines)
                 with written(path) as temporary:
-                    temporary.write_text(json.dumps(measure(bench, number, seed, out)) + "\n")
+                    temporary.write_text(json.dumps(measure(bench, number, seed, out, ways or WAYS)) + "\n")
             rows.append(gated(json.loads(path.read_text())))
             step(number + 1, count)
     if bench is not None:

@@ -14,11 +14,16 @@ An engine declares what a real one touches: it reads its inputs, writes its outp
 leaves as garbage), all at the addresses that were set when it was enqueued. It wants to run once before it is captured,
 as kernels are loaded then. A captured engine must live as long as the graph.
 
+A refit changes initializers of the file, by name. As in the real one it takes only weights that were marked when the
+plan was built, in their type and number, and reads them when it refits. A stripped plan does not run before it has all.
+
 Faults: `refuse` = n lets the n-th call that can fail do so, as TensorRT does: None or False, and a line in the log.
 """
 
 from __future__ import annotations
 
+import base64
+import ctypes
 import functools
 import inspect
 import json
@@ -34,6 +39,7 @@ import onnxruntime
 import tensorrt_rtx as real
 from fake_runtime import GARBAGE, OK, CallError, FakeRuntime, Op
 from handiffuser.contract import CONTEXT, SIDES
+from onnx import helper
 
 SCRATCH = 1024  # bytes of scratch memory for each row
 WEIGHTS = 4096  # bytes that a plan takes on the device
@@ -120,6 +126,8 @@ class ICudaEngine(Strict):
     def __init__(self, runtime: Runtime, plan: dict) -> None:
         self._fake, self._runtime, self._log = runtime._fake, runtime, runtime._log
         self._plan = plan
+        self._values = {name: base64.b64decode(text) for name, text in plan["weights"].items()}  # by a refit
+        self._stripped = set(plan["stripped"])
         self._session({name: profiles[0][2] for name, profiles in plan["inputs"].items()})
         gpu = self._fake.gpu
         error, self._weights = gpu.cudaMalloc(WEIGHTS)
@@ -132,7 +140,19 @@ class ICudaEngine(Strict):
             gpu.put(self._weights)
 
     def _session(self, shapes):
-        return self._fake.session(self._plan["onnx"], shapes)
+        return self._fake.session(self._plan["onnx"], shapes, self._values)
+
+    @property
+    def refittable(self):
+        return bool(self._plan["refit"])
+
+    @may_fail(None)
+    def serialize(self):
+        weights = {name: base64.b64encode(value).decode() for name, value in self._values.items()}
+        # One that was stripped is not refittable any more: that takes SerializationFlag.INCLUDE_REFIT.
+        refit = {} if self._plan["stripped"] else self._plan["refit"]
+        plan = self._plan | {"weights": weights, "stripped": sorted(self._stripped), "refit": refit}
+        return memoryview(json.dumps(plan).encode())
 
     @property
     def num_io_tensors(self):
@@ -165,6 +185,45 @@ class ICudaEngine(Strict):
     def create_execution_context(self, runtime_config):
         assert isinstance(runtime_config, IRuntimeConfig)
         return IExecutionContext(self, runtime_config)
+
+
+class Refitter(Strict):
+    def __init__(self, fake, engine: ICudaEngine, logger) -> None:
+        self._fake, self._engine, self._set = fake, engine, {}
+        self._log = lambda message: logger.log(real.ILogger.ERROR, message)
+        if not engine.refittable:
+            self._log("Error Code 3: API Usage Error (Parameter check failed, condition: e.isRefittable())")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    def get_all_weights(self):
+        return [*self._engine._plan["refit"]]
+
+    def get_missing_weights(self):
+        joined = {other for name in self._set for other in self._fake.joined.get(name, ())}
+        return sorted((self._engine._stripped | joined) - set(self._set))
+
+    def get_weights_prototype(self, weights_name):
+        kind, count = self._engine._plan["refit"].get(weights_name, ["FLOAT", -1])
+        return real.Weights(getattr(real.DataType, kind), 0, count)
+
+    @may_fail(False)
+    def set_named_weights(self, name, weights):
+        kind, count = self._engine._plan["refit"].get(name, [None, None])
+        if kind is None or weights.size != count or weights.dtype.name != kind:
+            self._log(f"Error Code 3: {name} of {weights.size} {weights.dtype.name} is not {count} {kind}")
+            return False
+        self._set[name] = weights
+        return True
+
+    @may_fail(False)
+    def refit_cuda_engine(self):
+        if missing := self.get_missing_weights():
+            self._log(f"Error Code 4: missing weights {missing}")
+            return False
+        for name, weights in self._set.items():  # now, as no copy was made
+            self._engine._values[name] = ctypes.string_at(weights.numpy().ctypes.data, weights.nbytes)
+            self._engine._stripped.discard(name)
+        return True
 
 
 class IRuntimeCache(Strict):
@@ -247,6 +306,9 @@ class IExecutionContext(Strict):
     @may_fail(False)
     def execute_async_v3(self, stream_handle):
         gpu, plan = self._fake.gpu, self._engine._plan
+        if self._engine._stripped:
+            self._log("Error Code 4: the engine's weights were stripped; refit it first")
+            return False
         missing = {*plan["inputs"], *plan["outputs"]} - set(self._addresses)
         if missing or set(self._shapes) != set(plan["inputs"]) or not self._memory[0]:
             self._log(f"Error Code 3: not bound: {missing or 'shapes or scratch memory'}")
@@ -409,7 +471,7 @@ class Builder(real.Builder):
         self.profiles = [*getattr(self, "profiles", []), super().create_optimization_profile()]
         return self.profiles[-1]
 
-    rtx, version, no_kernel = True, real.__version__, ()
+    rtx, version, no_kernel, folded = True, real.__version__, (), ()
 
     def build_serialized_network(self, network, config):
         assert config.get_flag(real.BuilderFlag.REQUIRE_USER_ALLOCATION) == self.rtx
@@ -433,8 +495,27 @@ class Builder(real.Builder):
         plan = {"onnx": path, "name": name, "rows": rows, "inputs": inputs, "outputs": outputs, "version": self.version}
         plan["version_compatible"] = config.get_flag(real.BuilderFlag.VERSION_COMPATIBLE)
         plan["layers"] = layers_of(network, self.no_kernel)
+        plan["weights"], plan["refit"] = {}, self._refit(network, config, path)
+        plan["stripped"] = sorted(plan["refit"]) if config.get_flag(real.BuilderFlag.STRIP_PLAN) else []
         plan["hardware"] = config.hardware_compatibility_level.name
         return json.dumps(plan).encode()
+
+    def _refit(self, network, config, path):
+        """The weights that a refit may set, with their types and numbers."""
+        flags = real.BuilderFlag
+        assert not config.get_flag(flags.REFIT) and not config.get_flag(flags.REFIT_IDENTICAL)
+        if not config.get_flag(flags.REFIT_INDIVIDUAL):
+            assert not config.get_flag(flags.STRIP_PLAN), "then REFIT_IDENTICAL would be on"
+            return {}
+        return {
+            one.name: [KINDS[one.data_type], int(np.prod(one.dims))]
+            for one in onnx.load(path, load_external_data=False).graph.initializer
+            if one.data_type in KINDS and one.name not in self.folded
+            if network.are_weights_marked_refittable(one.name)
+        }
+
+
+KINDS = {1: "FLOAT", 10: "HALF", 16: "BF16"}  # ONNX's numbers of types
 
 
 class FullBuilder(Builder):
@@ -477,6 +558,7 @@ class FakeTensorRT:
 
     seconds: (graph, rows) -> what a run takes by the fake GPU's clock. rtx: TensorRT-RTX, or else TensorRT. lean:
     TensorRT's lean run time. version: of the module, by default the installed one's. no_kernel: see `layers_of`.
+    folded: weights that no refit can set, though they were marked. joined: weight -> those that must be set with it.
     """
 
     def __init__(
@@ -486,6 +568,7 @@ class FakeTensorRT:
         lean: bool = False,
         version: str = real.__version__,
         no_kernel: tuple[str, ...] = (),
+        folded: tuple[str, ...] = (),
     ) -> None:
         rtx = rtx and not lean
         self.gpu, self.number, self.refuse, self.runs, self.spoil = gpu, 0, None, {}, {}
@@ -496,10 +579,13 @@ class FakeTensorRT:
         self.module = ModuleType(name)
         vars(self.module).update({k: v for k, v in vars(real).items() if k not in ("__name__", "__spec__")})
         self.module.__spec__, self.module.__version__ = ModuleSpec(name, None), version
-        builder = Builder if rtx else type("Builder", (FullBuilder,), {"version": version, "no_kernel": no_kernel})
+        self.joined: dict[str, tuple[str, ...]] = {}
+        own = {"version": version, "no_kernel": no_kernel, "folded": folded}
+        builder = type("Builder", (Builder if rtx else FullBuilder,), own)
         self.module.Builder, self.module.OnnxParser = builder, OnnxParser
         runtime, self.engine = (Runtime, ICudaEngine) if rtx else (Full.Runtime, Full.ICudaEngine)
         self.module.Runtime = lambda logger: runtime(self, logger)
+        self.module.Refitter = lambda engine, logger: Refitter(self, engine, logger)
         for one in (self.engine, IRuntimeCache, IRuntimeConfig, IExecutionContext if rtx else Full.IExecutionContext):
             setattr(self.module, one.__name__, one)
         if not rtx:
@@ -512,19 +598,30 @@ class FakeTensorRT:
         monkeypatch.setitem(sys.modules, self.module.__name__, self.module)
         return self
 
-    def session(self, path: str, shapes: dict[str, tuple[int, ...]]) -> onnxruntime.InferenceSession:
-        """shapes: of the inputs. Sides of pictures are fixed, so that the session knows the shapes of its outputs."""
+    def session(
+        self, path: str, shapes: dict[str, tuple[int, ...]], weights: dict[str, bytes]
+    ) -> onnxruntime.InferenceSession:
+        """shapes: of the inputs. Sides of pictures are fixed, so that the session knows the shapes of its outputs.
+
+        weights: initializers in place of the file's."""
         if path not in self.dimensions:
             graph = onnx.load(path, load_external_data=False).graph
             self.dimensions[path] = {t.name: [d.dim_param for d in t.type.tensor_type.shape.dim] for t in graph.input}
         found = {}
         for name, names in self.dimensions[path].items():
             found |= {side: size for side, size in zip(names, shapes[name], strict=True) if side in (*SIDES, CONTEXT)}
-        key = (path, *sorted(found.items()))
+        key = (path, *sorted(found.items()), *sorted(weights.items()))
         if key not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 1
             for side, size in found.items():
                 options.add_free_dimension_override_by_name(side, int(size))
-            self.sessions[key] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            model = path
+            if weights:
+                whole = onnx.load(path)
+                for one in whole.graph.initializer:
+                    if one.name in weights:
+                        one.CopyFrom(helper.make_tensor(one.name, one.data_type, one.dims, weights[one.name], raw=True))
+                model = whole.SerializeToString()
+            self.sessions[key] = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         return self.sessions[key]

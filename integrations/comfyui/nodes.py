@@ -6,13 +6,15 @@ its progress bar and its stop button.
     (engines,) = LoadEngines().load("demo", "auto", "auto", 8)
     image, mask, hands = Paint().paint(engines, "two open hands", seed=3)
 
-`HANDIFFUSER` is a loaded `HanDiffuser`. `HANDS` is a list with the hands of each picture, as in `Picture.hands`.
-`IMAGE` and `MASK` are ComfyUI's: float32 tensors [B, H, W, 3] and [B, H, W] in [0, 1].
+`HANDIFFUSER` is a loaded `HanDiffuser`. `HANDIFFUSER_LORA` is a list of adapters, FILE:SCALE each, to load it with.
+`HANDS` is a list with the hands of each picture, as in `Picture.hands`. `IMAGE` and `MASK` are ComfyUI's: see
+`tensors.py`.
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -30,24 +32,24 @@ from handiffuser import (
     Picture,
     Request,
     RequestError,
-    draw_skeleton,
     find_hands,
     repair_hands,
     save_hands,
 )
 from handiffuser.editing import edit, gestures, mirrored, swapped
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from .tensors import Hands, as_image, as_mask, as_masks, as_pictures, skeletons
 
 CATEGORY = "HanDiffuser"
 AS_FOUND = "as it is"  # a gesture that does not change
 OWN = "the bundle's"  # a setting that the bundle's default decides
 MAX_SEED = 2**53 - 1  # the page's numbers are exact up to here
-FINGER_WIDTH = 0.28  # of the palm's length, for masks; a finger and a rim around it
-Hands = dict[str, np.ndarray]
 
 PROMPT = ("STRING", {"multiline": True, "default": "a right hand making a fist, blue background"})
 SEED = ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True})
 COUNT = ("INT", {"default": 1, "min": 1, "max": 256, "tooltip": "Pictures, with the seeds seed, seed + 1, ..."})
+SIDE = ("INT", {"default": 0, "min": 0, "max": 4096, "step": 8, "tooltip": f"In pixels. 0: {OWN}."})
 PLAIN = ("BOOLEAN", {"default": False, "tooltip": SETTINGS["plain_prompts"].help})
 
 
@@ -144,53 +146,41 @@ def say(sentences: Iterable[str]) -> None:
         logging.warning("HanDiffuser: %s", sentence)
 
 
-def as_pictures(image: Any) -> list[np.ndarray]:
-    """IMAGE, or MASK, -> uint8 [H, W, 3], or [H, W], each."""
-    levels = (image.detach().cpu().numpy().clip(0, 1) * 255).round().astype(np.uint8)
-    return [np.ascontiguousarray(one[..., :3] if one.ndim == 3 else one) for one in levels]
+def adapter_files() -> dict[str, str]:
+    """Name -> file of each adapter in ComfyUI's folders of LoRAs; none without ComfyUI. It never reads pickles."""
+    try:
+        import folder_paths
+    except ImportError:
+        return {}
+    names = [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
+    return {name: folder_paths.get_full_path_or_raise("loras", name) for name in names}
 
 
-def as_image(pictures: list[np.ndarray]) -> Any:
-    """uint8 [H, W, 3] each -> IMAGE."""
-    import torch
+class LoadLora:
+    """Chooses an adapter for `LoadEngines`, which merges it when it loads: so it costs no time in a step."""
 
-    return torch.from_numpy(np.stack(pictures).astype(np.float32) / 255)
+    CATEGORY, FUNCTION = CATEGORY, "choose"
+    RETURN_TYPES, RETURN_NAMES = ("HANDIFFUSER_LORA",), ("lora",)
+    DESCRIPTION = (
+        "Chooses an adapter (LoRA, .safetensors) of ComfyUI's folder models/loras. Connect it to Load HanDiffuser, or "
+        "to another LoRA node to take both. It changes the picture; the hands stay those of the prompt."
+    )
 
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01, "tooltip": "0 changes nothing."}
+        return {
+            "required": {"lora_name": (list(adapter_files()), {}), "strength": ("FLOAT", strength)},
+            "optional": {"lora": ("HANDIFFUSER_LORA", {"tooltip": "Further adapters."})},
+        }
 
-def as_mask(hands: list[Hands], height: int, width: int) -> Any:
-    """MASK [B, H, W]: 1 where a hand's palm and fingers are by its joints, with a rim."""
-    return as_masks([hand_mask(one, height, width) for one in hands])
-
-
-def as_masks(masks: list[np.ndarray]) -> Any:
-    """float32 [H, W] each -> MASK."""
-    import torch
-
-    return torch.from_numpy(np.stack(masks))
-
-
-def hand_mask(hands: Hands, height: int, width: int) -> np.ndarray:
-    """float32 [H, W]: the palm as a polygon, the fingers as wide lines."""
-    layer = Image.new("L", (width, height))
-    draw = ImageDraw.Draw(layer)
-    for joints, seen in zip(hands["joints_2d"].reshape(-1, 21, 2), hands["visibility"].reshape(-1), strict=True):
-        points = joints * (width, height)
-        if seen < 0.5 or not np.isfinite(points).all() or np.abs(points).max() > 1e6:
-            continue
-        line = max(1, round(FINGER_WIDTH * float(np.linalg.norm(points[9] - points[0]))))
-        palm = [tuple(points[joint]) for joint in (0, 1, 5, 9, 13, 17)]
-        draw.polygon(palm, fill=255)
-        for chain in (palm + palm[:1], *([tuple(p) for p in points[1 + 4 * i : 5 + 4 * i]] for i in range(5))):
-            draw.line(chain, fill=255, width=line, joint="curve")
-            for x, y in chain:
-                draw.ellipse((x - line / 2, y - line / 2, x + line / 2, y + line / 2), fill=255)
-    return np.asarray(layer, np.float32) / 255
-
-
-def skeletons(hands: list[Hands], size: int = 512) -> Any:
-    """IMAGE of the hands' bones on grey."""
-    ground = np.full((size, size, 3), 40, np.uint8)
-    return as_image([draw_skeleton(ground, one["joints_2d"], one["visibility"]) for one in hands])
+    def choose(self, lora_name: str, strength: float, lora: list[str] | None = None) -> tuple[list[str]]:
+        files = adapter_files()
+        if lora_name not in files:
+            raise RequestError(
+                f"lora_name must be a .safetensors file of models/loras, got {lora_name!r}. Put the file there.", "lora"
+            )
+        return ([*(lora or ()), f"{files[lora_name]}:{strength}"],)
 
 
 class LoadEngines:
@@ -201,19 +191,26 @@ class LoadEngines:
     DESCRIPTION = "Loads a folder that hd-export made, or the word demo for the model that ships with the package."
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         return {
             "required": {
                 "engines": ("STRING", {"default": "demo"}),
                 "backend": (list(HanDiffuser.BACKENDS), {"default": "auto"}),
                 "device": (list(HanDiffuser.DEVICES), {"default": "auto"}),
                 "batch_size": ("INT", {"default": 8, "min": 1, "max": 256, "tooltip": "Pictures made at once."}),
-            }
+            },
+            "optional": {"lora": ("HANDIFFUSER_LORA",)},
         }
 
-    def load(self, engines: str, backend: str, device: str, batch_size: int) -> tuple[HanDiffuser]:
-        name = engines.strip()
-        return (HanDiffuser.load(name or "demo", device, batch_size=batch_size, backend=backend),)
+    def load(
+        self, engines: str, backend: str, device: str, batch_size: int, lora: list[str] | None = None
+    ) -> tuple[HanDiffuser]:
+        name = engines.strip() or "demo"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded = HanDiffuser.load(name, device, batch_size=batch_size, backend=backend, lora=lora)
+        say(str(one.message) for one in caught if one.category is RuntimeWarning)
+        return (loaded,)
 
 
 class HandsOfPrompt:
@@ -412,6 +409,8 @@ class Paint:
                 "mask": ("MASK",),
                 "denoise": number("strength", -1),
                 "plain_prompts": PLAIN,
+                "width": SIDE,
+                "height": SIDE,
             },
         }
 
@@ -425,6 +424,8 @@ class Paint:
         image: Any = None,
         mask: Any = None,
         denoise: float = -1,
+        width: int = 0,
+        height: int = 0,
         **settings: Any,
     ) -> tuple[Any, Any, list[Hands]]:
         if mask is not None and image is None:
@@ -433,6 +434,9 @@ class Paint:
         count = self._count(count, hands=hands, image=given)
         if given is not None:
             settings["strength"] = denoise
+        if width or height:
+            own = engines.manifest.image_size
+            settings["size"] = f"{width or own[1]}x{height or own[0]}"
         request = Request(prompt, **({"image": given[0][0]} if given else {}), **asked(**settings))
         with TemporaryDirectory(prefix="handiffuser-") as folder:  # a request names its hands by a file
             requests = []
@@ -446,8 +450,8 @@ class Paint:
                 requests += prepared(engines, replace(request, **own), seed + i, 1)
             pictures = run(engines, requests)
         found = [picture.hands for picture in pictures]
-        height, width = pictures[0].image.shape[:2]
-        return as_image([picture.image for picture in pictures]), as_mask(found, height, width), found
+        shape = pictures[0].image.shape[:2]
+        return as_image([picture.image for picture in pictures]), as_mask(found, *shape), found
 
     @staticmethod
     def _pictures(image: Any, mask: Any) -> list[tuple[np.ndarray, np.ndarray | None]] | None:
@@ -480,6 +484,7 @@ class Paint:
 
 NODES = {
     "HanDiffuserLoad": (LoadEngines, "Load HanDiffuser"),
+    "HanDiffuserLora": (LoadLora, "LoRA for HanDiffuser"),
     "HanDiffuserHands": (HandsOfPrompt, "Hands of a prompt"),
     "HanDiffuserHandsOfImage": (HandsOfImage, "Hands of an image"),
     "HanDiffuserEdit": (EditHands, "Edit hands"),

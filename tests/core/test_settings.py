@@ -45,7 +45,7 @@ def test_all_front_ends_know_the_same_set():
         assert by_name[name] == list(option(name, setting))
     assert {http_name(name) for name in known} <= set(Generation.model_fields)
     assert set(Generation(prompt="a", num_inference_steps=3, hand_steps=2).settings()) == {"steps", "hand_steps"}
-    assert set(triton.FIELDS.values()) == known | {"prompt"}
+    assert set(triton.FIELDS.values()) == known | {"prompt", "lora"}
     config = triton.config(Manifest.load(ROOT / "demo/bundle", files=False))
     assert all(f'name: "{name.upper()}" ' in config for name in known)
     assert table() in (ROOT / "docs/run.md").read_text()

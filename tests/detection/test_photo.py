@@ -68,6 +68,9 @@ class Truth:
         self.shape = image.shape
         return self.found
 
+    def once(self, image: np.ndarray) -> list[Found]:
+        return self(image)
+
     def sureness(self, found: Found, residual: float, degrees: float) -> float:
         return found.score
 

@@ -16,6 +16,7 @@ from handiffuser.contract import ROW_HEAD, Manifest
 from handiffuser.engines import build as tensorrt
 from handiffuser.engines import cli, openvino, verdict
 from handiffuser.engines.onnxruntime import OnnxRuntimeEngine
+from handiffuser.engines.openvino_rewrites import split_products
 from handiffuser.engines.plans import PlanStore, Wanted, user_cache
 from handiffuser.engines.verdict import Verdict
 from handiffuser.errors import BundleError, EngineError
@@ -314,3 +315,64 @@ def test_the_command_end_to_end_without_a_framework(tiny_bundle, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]" and len(list((tmp_path / "out").glob("*.json"))) == 2
     assert f'"inference": "{HERE}"' in next((tmp_path / "out").glob("a-fist*.json")).read_text()
+
+
+def test_only_the_graphs_that_adapters_change_are_compiled(folder):
+    """An adapter of the UNet alone leaves the decoder as it is, which would be compiled to be thrown away."""
+    manifest = Manifest.load(folder)
+    assert openvino.host_engines(folder, manifest, 1, 1, 1, only=("unet_context",)) == {}
+    assert openvino.host_engines(folder, manifest, 1, 1, 1, only=("image_decoder", "unet_time")).keys() == {
+        "image_decoder"
+    }
+    assert {plan.graph for plan in user_cache()} == {"image_decoder"}
+
+
+def test_products_that_are_split_behind_are_split_before():
+    """The same numbers, with and without a bias; a product that something else reads stays whole."""
+    from openvino import Model
+    from openvino import opset13 as ov
+
+    random = np.random.default_rng(0)
+    numbers = {
+        shape: random.standard_normal(shape).astype(np.float32) for shape in ((1, 5, 8), (8, 12), (12, 8), (12,))
+    }
+
+    def made() -> Model:
+        x = ov.parameter([1, 5, 8], np.float32, name="x")
+        halves = ov.split(ov.add(ov.matmul(x, numbers[8, 12], False, False), numbers[12,]), 2, 2)
+        thirds = ov.variadic_split(ov.matmul(x, numbers[12, 8], False, True), -1, [4, 5, 3])
+        shared = ov.matmul(x, numbers[12, 8], False, True)
+        whole = ov.split(shared, 2, 2)
+        return Model([*halves.outputs(), *thirds.outputs(), *whole.outputs(), shared.output(0)], [x])
+
+    plain, split = made(), made()
+    assert split_products(split) == 2
+    assert sum(op.get_type_name() == "MatMul" for op in split.get_ops()) == 2 + 3 + 1
+    assert sum("Split" in op.get_type_name() for op in split.get_ops()) == 1
+    results = []
+    for model in (plain, split):
+        compiled = openvino.shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        results.append([value.copy() for value in compiled([numbers[1, 5, 8]]).values()])
+    for before, after in zip(*results, strict=True):
+        np.testing.assert_allclose(after, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("seconds", "turns", "ratio"), [((2.0, 1.0), 5, 0.5), ((1.0, 1.5), 5, 1.5)])
+def test_turns_that_agree_end_the_measurement(tiny_bundle, monkeypatch, seconds, turns, ratio):
+    _, engines = comparing.load_engines(tiny_bundle, "cpu", 1)
+    bundle, calls, timed = comparing.Bundle.load(tiny_bundle), [], comparing.timed
+
+    def noted(loop, request):
+        calls.append(request)
+        return timed(loop, request)[0], seconds[len(calls) % 2 - 1]
+
+    monkeypatch.setattr(comparing, "timed", noted)
+    monkeypatch.setattr(comparing, "TURNS_SECONDS", 1e9)
+    found = comparing.measure(bundle, engines, engines, 1.0)
+    assert len(calls) == 2 * (1 + turns), "one turn to warm up"
+    assert (found.exact, found.fast) == (seconds[0], pytest.approx(ratio * seconds[0]))
+    calls.clear()
+    uneven = lambda loop, request: (noted(loop, request)[0], 1.0 + len(calls) % 3)  # noqa: E731
+    monkeypatch.setattr(comparing, "timed", uneven)
+    comparing.measure(bundle, engines, engines, 1.0)
+    assert len(calls) == 2 * (1 + comparing.TURNS)

@@ -15,7 +15,7 @@ from commands import run_command
 from datasets import made_sample
 from handiffuser import shipped
 from handiffuser.data.samples import Sample, encode_png, read
-from handiffuser.detection.detect import Found, MediaPipe, distinct, squares, windows
+from handiffuser.detection.detect import Found, MediaPipe, distinct, even, squares, windows
 from handiffuser.errors import EvaluationError, RequestError
 from handiffuser.evaluation import eager, measure, painting, pictures, run
 from handiffuser.evaluation.cli import evaluate
@@ -29,6 +29,7 @@ from handiffuser.evaluation.report import page
 from handiffuser.runtime.requests import Request
 from report import held_out_scenes
 from rows import key_of, save
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 COUNT = 40
 
@@ -261,8 +262,10 @@ def test_captions_are_read_as_they_are_written(tmp_path):
     """As in training. And what PyTorch does not paint is refused there."""
     save(tmp_path / "a", [Sample("one", ["a (right) hand"], None, None), Sample("two", ["a fist"], None, None)])
     asked = painting.wanted(tmp_path / "a", None, None, None, 0, pytest.fail)
-    assert [one.plain_prompts for one in asked] == [True, False]
-    checkpoint = SimpleNamespace(image_size=(64, 32), num_people=1)
+    assert [one.plain_prompts for one in asked] == [True, True]
+    words = Tokenizer(models.WordLevel({"a": 0, "fist": 1, "right": 2, "hand": 3, "?": 4}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    checkpoint = SimpleNamespace(image_size=(64, 32), num_people=1, tokenizer=words, special_tokens={"length": 77})
     for request in (*asked, Request("a fist", solver="ddim", size="32x64", guidance_interval=(0, 1))):
         eager.check(replace(request, solver="ddim"), checkpoint)
     for field, given in (("size", "64x64"), ("lora", "a.safetensors"), ("guidance_interval", (0, 0.5))):
@@ -270,6 +273,12 @@ def test_captions_are_read_as_they_are_written(tmp_path):
             eager.check(Request("a fist", solver="ddim", **{field: given}), checkpoint)
     with pytest.raises(RequestError, match=r"prompt must have no weights and no BREAK for .* got 'a \(fist:1.2\)'"):
         eager.check(Request("a (fist:1.2)", solver="ddim"), checkpoint)
+    for name, length in (("prompt", 75), ("negative_prompt", 75)):
+        fits, long = ({"prompt": "a fist", name: "a " * n} for n in (length, length + 1))
+        eager.check(Request(**fits, solver="ddim"), checkpoint)
+        eager.check(Request(**long, solver="ddim", plain_prompts=True), checkpoint)
+        with pytest.raises(RequestError, match=f"^{name} must have at most 75 tokens .*, got 76. Set plain_prompts"):
+            eager.check(Request(**long, solver="ddim"), checkpoint)
 
 
 def test_psnr_of_equal_and_of_other_pictures(tmp_path):
@@ -403,7 +412,22 @@ def test_the_detector_has_no_limit_of_hands():
     """With a limit of two hands, at most half of four requested hands were found."""
     image = np.zeros((64, 64, 3), np.uint8)
     for count in (1, 4, 9, 20):
-        assert len(mediapipe_of(*np.linspace(-3, 3, count))._look(image)) == count
+        assert len(mediapipe_of(*np.linspace(-3, 3, count)).once(image)) == count
+
+
+def test_parts_without_an_edge_are_not_searched():
+    """A hand in a corner of an even wall: only the squares that show it, or an edge, are looked at."""
+    y, x = np.mgrid[:400, :600] / 600.0
+    wall = np.stack([255 * x, 255 * y, 128 + 0 * x], -1).astype(np.uint8)
+    assert even(wall) and even(wall[:3, :2]) and even(np.zeros((1, 1, 3), np.uint8))
+    for width, darker in ((8, 30), (60, 10)):  # far and small, or near and of nearly the same colour
+        shown = wall.copy()
+        shown[300 : 300 + width, 500 : 500 + width] -= np.uint8(darker)
+        assert not even(shown) and not even(shown[200:, 400:])
+    detector, seen = mediapipe_of(), []
+    detector.once = lambda image: seen.append(image.shape) or []
+    assert detector(wall) == [] and seen == [(400, 600, 3)]
+    assert detector(shown) == [] and 4 < len(seen) < 25
 
 
 def test_hands_that_lie_on_one_another_are_one():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,16 @@ def test_half_precision_that_fails_its_bar_is_refused(tiny_checkpoint_folder, tm
     assert not list(tmp_path.iterdir())
     accepted = CliRunner().invoke(export_command, [*command, "--accept-low-fidelity"])
     assert accepted.exit_code == 0 and Manifest.load(tmp_path / "out").precision == "fp16"
+
+
+def test_sizes_that_no_graph_takes_are_refused_before_the_export(tiny_checkpoint_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("handiffuser.export.cli.export", lambda *_: pytest.fail("it exports"))
+    command = [str(tiny_checkpoint_folder), str(tmp_path / "out"), "--backend", "openvino", "--sizes"]
+    refused = CliRunner().invoke(export_command, [*command, "48x32,50x32"])
+    assert isinstance(refused.exception, EngineError) and not list(tmp_path.iterdir())
+    assert re.fullmatch(
+        r"--sizes must be multiples of \d+ up to 4096 pixels, got 50x32. The nearest is \d+x32.", str(refused.exception)
+    )
 
 
 def test_brackets_of_a_message_are_no_markup():

@@ -18,9 +18,11 @@ import sys
 import time
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from adaptable import adaptable, write
 from handiffuser import DetectionError, EngineError, Failure, HanDiffuser, Request, RequestError
 from handiffuser.detection.convention import Convention
 from handiffuser.detection.detect import Found
@@ -101,6 +103,56 @@ def test_an_image_is_painted_again_where_the_mask_is_white(nodes, engines):
         nodes.Paint().paint(engines, "a fist", 5, 3, image=image)
 
 
+def test_pictures_have_the_size_of_the_widgets(nodes, engines, monkeypatch):
+    image, _, _ = nodes.Paint().paint(engines, "a fist", 5, width=32, height=32, steps=2)
+    assert image.shape == (1, 32, 32, 3), "the bundle's own size, by name"
+    with pytest.raises(RequestError, match="size must be 32x32 for this bundle, got 64x32"):
+        nodes.Paint().paint(engines, "a fist", 5, width=64)
+    asked = []
+    monkeypatch.setattr(nodes, "prepared", lambda engines, request, *_: asked.append(request.size) or [])
+    monkeypatch.setattr(nodes, "run", lambda *_: engines.generate("a fist", steps=1))
+    for sides in ({"width": 512, "height": 768}, {"width": 48}, {"height": 48}, {}):
+        nodes.Paint().paint(engines, "a fist", **sides)
+    assert asked == ["512x768", "48x32", "32x48", None]
+
+
+@pytest.fixture
+def loras(tmp_path, monkeypatch):
+    """ComfyUI's folder of LoRAs, with a stand-in for its module."""
+    folder = tmp_path / "loras"
+    (folder / "sub").mkdir(parents=True)
+    write(folder / "style.safetensors", "conv_in")
+    write(folder / "sub" / "light.safetensors", "to_k", 2.0)
+    names = ["style.safetensors", "sub/light.safetensors", "old.pt"]
+    module = SimpleNamespace(
+        get_filename_list=lambda kind: names if kind == "loras" else [],
+        get_full_path_or_raise=lambda kind, name: str(folder / name),
+    )
+    monkeypatch.setitem(sys.modules, "folder_paths", module)
+    return folder
+
+
+def test_adapters_are_chosen_chained_and_loaded(nodes, toy_bundle, tmp_path, loras):
+    bundle = adaptable(toy_bundle, tmp_path / "bundle")
+    (shown, _) = nodes.LoadLora.INPUT_TYPES()["required"]["lora_name"]
+    assert shown == ["style.safetensors", "sub/light.safetensors"], "never a pickle"
+    (one,) = nodes.LoadLora().choose("style.safetensors", 0.5)
+    (both,) = nodes.LoadLora().choose("sub/light.safetensors", -1.0, one)
+    assert both == [f"{loras / 'style.safetensors'}:0.5", f"{loras / 'sub' / 'light.safetensors'}:-1.0"]
+    with pytest.raises(RequestError, match=r"lora_name must be a .safetensors file of models/loras, got 'lost'"):
+        nodes.LoadLora().choose("lost", 1.0)
+    painted = []
+    for lora in (None, one, both):
+        (loaded,) = nodes.LoadEngines().load(str(bundle), "onnxruntime", "cpu", 2, lora=lora)
+        with loaded:
+            painted.append((nodes.Paint().paint(loaded, "a fist", 5, steps=2)[0] * 255).round().to(torch.uint8)[0])
+    with HanDiffuser.load(bundle, "cpu") as plain:
+        for got, lora in zip(painted, (None, tuple(one), tuple(both)), strict=True):
+            (want,) = plain.generate("a fist", seed=5, steps=2, lora=lora)
+            assert np.array_equal(got.numpy(), want.image)
+    assert len({one.numpy().tobytes() for one in painted}) == 3
+
+
 class Blind:
     """A detector that finds the hands that it is told of in a whole picture, and none in a crop of it."""
 
@@ -156,7 +208,7 @@ def test_hands_of_an_image_are_found_and_repaired(nodes, monkeypatch):
 
 
 def test_nodes_use_the_public_face_alone():
-    lines = [line.strip() for line in (FOLDER / "nodes.py").read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for path in FOLDER.glob("*.py") for line in path.read_text(encoding="utf-8").splitlines()]
     rooms = {line.split()[1] for line in lines if line.startswith(("from handiffuser", "import handiffuser"))}
     assert rooms == {"handiffuser", "handiffuser.editing"}
 
@@ -240,7 +292,7 @@ def as_prompt(workflow, info):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflows_fit_the_nodes(package, path):
+def test_workflows_fit_the_nodes(package, path, loras):
     """Each has the inputs and outputs that its nodes have now, and values that they take."""
     workflow = json.loads(path.read_text(encoding="utf-8"))
     for node in workflow["nodes"]:
@@ -260,6 +312,20 @@ def test_workflows_fit_the_nodes(package, path):
         assert [slot["name"] for slot in node["outputs"]] == list(one.RETURN_NAMES)
 
 
+def adapter_of_the_demo(path):
+    """An adapter of rank 1 that changes the demo's pictures."""
+    from handiffuser.shipped import bundle_path
+    from handiffuser.weights import WeightMap
+    from safetensors.numpy import save_file
+
+    shapes = WeightMap.load(bundle_path()).shapes
+    name = next(name for name in shapes if name.endswith("to_q.weight") and "unet" in name)
+    rows, columns = shapes[name]
+    stem, rng = name.removesuffix(".weight"), np.random.default_rng(0)
+    arrays = {f"{stem}.lora_A.weight": (1, columns), f"{stem}.lora_B.weight": (rows, 1)}
+    save_file({key: rng.standard_normal(shape).astype(np.float32) for key, shape in arrays.items()}, path)
+
+
 @pytest.fixture(scope="module")
 def comfyui(tmp_path_factory):
     """ComfyUI with a link to the nodes. Gives its URL and the folder of its pictures."""
@@ -270,6 +336,8 @@ def comfyui(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "handiffuser").symlink_to(FOLDER)
+    (base / "models" / "loras").mkdir(parents=True)
+    adapter_of_the_demo(base / "models" / "loras" / "style.safetensors")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -288,7 +356,7 @@ def comfyui(tmp_path_factory):
                 except httpx.HTTPError:
                     assert process.poll() is None, (base / "log").read_text()[-3000:]
                     time.sleep(1)
-            yield url, base / "output"
+            yield url, base
         finally:
             process.kill()
             process.wait()
@@ -318,7 +386,8 @@ def test_comfyui_runs_the_workflows(comfyui, nodes, path):
 
     if path.stem in ("hands_of_an_image", "repair_hands"):
         pytest.importorskip("mediapipe")
-    url, output = comfyui
+    url, base = comfyui
+    output = base / "output"
     prompt = as_prompt(json.loads(path.read_text(encoding="utf-8")), httpx.get(f"{url}/object_info", timeout=60).json())
     entry = finished(url, prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]
@@ -341,6 +410,10 @@ def test_comfyui_runs_the_workflows(comfyui, nodes, path):
             (told,) = find_hands(pipeline, [first.image])
             save_hands(file, told.arrays)
             want = pipeline.generate(paints[1]["prompt"], seed=8, hands=str(file))[0].image
+        elif path.stem == "paint_with_a_lora":
+            lora = f"{base / 'models/loras/style.safetensors'}:0.8"
+            want = pipeline.generate(paints[0]["prompt"], seed=3, lora=lora)[0].image
+            assert np.abs(want.astype(int) - first.image).max() > 1
         elif path.stem == "repair_hands":
             want = repair_hands(pipeline, first.image, gesture="fist", seed=4).image
         elif path.stem == "paint_over_an_image":

@@ -13,6 +13,7 @@ from handiffuser import HanDiffuser, Request, RequestError, find_hands, repair_h
 from handiffuser.contract import Manifest
 from handiffuser.detection.convention import Convention
 from handiffuser.detection.detect import Found
+from handiffuser.detection.fit import fit
 from handiffuser.detection.hands import Seen
 from handiffuser.detection.poses import Poses
 from handiffuser.errors import DetectionError
@@ -22,6 +23,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 cv2 = pytest.importorskip("cv2")
 from handiffuser.repair import regions  # noqa: E402 (it needs OpenCV)
+from handiffuser.repair.arm import arm_of  # noqa: E402
 from handiffuser.repair.files import NOTE, Original  # noqa: E402
 from handiffuser.repair.patch import plan  # noqa: E402
 from handiffuser.repair.place import placed  # noqa: E402
@@ -176,7 +178,7 @@ class Eyes:
     def __init__(self, **hands: Found) -> None:
         self.hands = hands
 
-    def __call__(self, image: np.ndarray) -> list[Found]:
+    def once(self, image: np.ndarray) -> list[Found]:
         one = self.hands.get("bright" if image.mean() > 150 else "dark")
         return [] if one is None else [one]
 
@@ -232,6 +234,49 @@ def test_own_files_say_where_hands_are(painted):
     np.testing.assert_allclose(one.hand.joints_2d, truth, atol=0.05)
 
 
+def with_an_arm(size, points, way):
+    """A picture [size, size, 3] of skin where the points are, and of an arm that comes from the edge in the direction
+    `way`; and the arm's mask."""
+    picture, arm = np.full((size, size, 3), (60, 90, 160), np.uint8), np.zeros((size, size), np.uint8)
+    middle, wide = points.mean(0), round(0.3 * np.ptp(points, axis=0).max())
+    cv2.line(arm, middle.astype(int).tolist(), (middle - 2 * size * way).astype(int).tolist(), 1, wide)
+    picture[(arm > 0) | regions.silhouette(points, np.full(20, 0.06 * wide * 4), (size, size))] = (220, 170, 140)
+    return picture, arm > 0
+
+
+@pytest.mark.parametrize("degrees", [0, 75, 160, 250])
+def test_an_unsure_hand_that_does_what_is_said_lies_along_its_arm(rest, degrees):
+    """Points of a melted hand lie across the arm. A sure hand bends as its points say."""
+    turn = np.radians(degrees)
+    way = np.array([np.sin(turn), -np.cos(turn)])
+    spin = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    upright = placed(np.array([150.0, 150, 250, 250]), "left", "open_hand", rest).hand
+    points = (upright.joints_2d - 200) @ spin.T + 200  # along the arm
+    across = (points - points.mean(0)) @ np.array([[0, 1.0], [-1, 0]]).T + points.mean(0)
+    picture, _ = with_an_arm(400, points, way)
+    np.testing.assert_allclose(arm_of(picture, across), way, atol=0.1)
+    for sureness, wanted in ((0.6, way), (0.95, np.array([way[1], -way[0]]))):
+        hand = fit(across, "left", rest, gesture="open_hand")
+        one = Seen(hand, Found("left", 0.9, across / 400), sureness)
+        (made,), _ = choose([one], Wish(gesture="open_hand"), picture, rest)
+        lies = made.hand.joints_2d[9] - made.hand.joints_2d[0]
+        assert lies @ wanted > 0.95 * np.linalg.norm(lies)
+        size = np.ptp(points, axis=0).max()
+        if sureness < 0.9:
+            assert np.linalg.norm(made.hand.joints_2d - points, axis=1).mean() < 0.1 * size
+            assert abs(made.hand.turn @ fit(points, "left", rest, gesture="open_hand").turn.T - np.eye(3)).max() < 0.2
+
+
+def test_skin_on_several_sides_is_no_arm(rest):
+    points = placed(np.array([150.0, 150, 250, 250]), "left", "open_hand", rest).hand.joints_2d
+    picture, arm = with_an_arm(400, points, np.array([0.0, -1.0]))
+    assert arm_of(picture, points) is not None
+    picture[170:230] = (220, 170, 140)  # a second arm goes through
+    assert arm_of(picture, points) is None
+    picture[arm] = picture[0, 0]
+    assert arm_of(np.full_like(picture, 90), points) is None
+
+
 def test_hands_of_every_person_of_a_file_are_painted_by_a_bundle_of_one(painted, tmp_path):
     """Each hand is painted on its own, so the bundle need not know two people; who shows no hand is left out."""
     made, _, pipeline = painted
@@ -251,17 +296,18 @@ def test_hands_of_every_person_of_a_file_are_painted_by_a_bundle_of_one(painted,
 
 
 def test_unsure_and_tiny_hands_stay(rest):
+    picture = np.zeros((200, 200, 3), np.uint8)
     seen = placed(np.array([10.0, 10, 100, 100]), "left", "fist", rest)
     unsure = Seen(seen.hand, sureness=0.2)
-    assert choose([unsure], Wish(), (200, 200), rest)[0] == []
-    assert "20% sure" in choose([unsure], Wish(), (200, 200), rest)[1][0]
-    assert len(choose([unsure], Wish(every=True), (200, 200), rest)[0]) == 1
-    (shaped,), said = choose([unsure], Wish(gesture="open_hand"), (200, 200), rest)
+    assert choose([unsure], Wish(), picture, rest)[0] == []
+    assert "20% sure" in choose([unsure], Wish(), picture, rest)[1][0]
+    assert len(choose([unsure], Wish(every=True), picture, rest)[0]) == 1
+    (shaped,), said = choose([unsure], Wish(gesture="open_hand"), picture, rest)
     assert shaped.gesture == "open_hand" and "may lie otherwise" in said[0]
     small = placed(np.array([10.0, 10, 18, 18]), "left", "fist", rest)
-    assert "smaller than" in choose([small], Wish(), (200, 200), rest)[1][0]
+    assert "smaller than" in choose([small], Wish(), picture, rest)[1][0]
     outside = placed(np.array([300.0, 300, 400, 400]), "left", "fist", rest)
-    assert "outside" in choose([outside], Wish(), (200, 200), rest)[1][0]
+    assert "outside" in choose([outside], Wish(), picture, rest)[1][0]
 
 
 @pytest.mark.parametrize("orientation", [1, 5, 6])
@@ -389,6 +435,9 @@ class Known:
     def __call__(self, image: np.ndarray) -> list[Found]:
         return [Found("right", 0.9, self.joints)] if image.mean() > 60 else []
 
+    def once(self, image: np.ndarray) -> list[Found]:
+        return self(image)
+
     def sureness(self, found: Found, residual: float, degrees: float) -> float:
         return 0.9
 
@@ -430,5 +479,7 @@ def test_hands_are_found_in_one_picture_after_the_other(painted):
     ):
         with pytest.raises(RequestError, match=said):
             repair_hands(engines, made.image, hands, detector=eyes)
+    with pytest.raises(RequestError, match="size must be left out of a repair, got '64x64'"):
+        repair_hands(engines, made.image, detector=eyes, size="64x64")
     with pytest.raises(RequestError, match="pictures must be a list"):
         next(find_hands(engines, made.image, detector=eyes))

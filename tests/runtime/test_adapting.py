@@ -4,7 +4,10 @@ UNet and context have a number each that adapters change; and on the shipped dem
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -14,7 +17,9 @@ from adaptable import adaptable, write
 from handiffuser import HanDiffuser, Request
 from handiffuser.engines import adapted
 from handiffuser.errors import CheckpointError, RequestError
-from handiffuser.runtime import cli
+from handiffuser.runtime import adapting, cli, reporting
+from handiffuser.runtime.outputs import OutputFolder
+from handiffuser.runtime.requests import picture_key
 from handiffuser.runtime.results import Failure
 from handiffuser.shipped import bundle_path
 from handiffuser.weights import WeightMap
@@ -61,6 +66,61 @@ def test_mixed_pictures_are_those_of_each_alone(pipeline, toy, files, all_at_onc
         assert loaded.digest == pipeline.digest and picture.request.lora == kinds[2], "to the last digit"
         with pytest.raises(RequestError, match=r"lora must be k.safetensors:2 s.safetensors:-1, as these .* got s"):
             loaded.generate("a fist", lora=files["s"])
+
+
+def test_others_go_on_while_adapters_are_merged(pipeline, files, monkeypatch):
+    """Plain requests, and those of another set that is there. A request that waits can be cancelled."""
+    late, there = f"{files['s']}:0.21", files["k"]
+    (want,) = pipeline.generate("a fist", seed=1, lora=late)
+    pipeline.generate("a fist", seed=1, lora=there)
+    pipeline.loop.adapting._loaded.pop(adapting.key_of(adapted.chosen([late])))
+    merge, may = adapting.adapted_bundle, threading.Event()
+
+    def slow(folder, adapters):
+        assert may.wait(60)
+        return merge(folder, adapters)
+
+    monkeypatch.setattr(adapting, "adapted_bundle", slow)
+    names = {"first": late, "gone": late, "plain": None, "other": there, "second": late}
+    requests = [Request("a fist", seed=1, lora=lora, id=id) for id, lora in names.items()]
+    results = pipeline.run(pipeline.prepare(requests)[0])
+    done = [next(results).id, next(results).id]
+    assert sorted(done) == ["other", "plain"], "they do not wait"
+    pipeline.cancel("gone")
+    gone = next(results)
+    assert gone.id == "gone" and gone.sentence == "It was cancelled." and pipeline.peek("first").step == 0
+    may.set()
+    rest = {result.id: result.image for result in results}
+    assert sorted(rest) == ["first", "second"] and all(np.array_equal(image, want.image) for image in rest.values())
+
+
+def test_an_adapter_in_use_is_not_dropped_from_the_disk(pipeline, toy, files):
+    """The age of its folder is that of its last use, whether its engines are loaded by requests or with all others."""
+    name = f"{files['s']}:0.31"
+    made = adapted.adapted_bundle(toy, adapted.chosen([name]))
+    for loaded in (pipeline, HanDiffuser.load(toy, "cpu", 1, 1, "onnxruntime", lora=name)):
+        loaded.generate("a fist", seed=1, lora=name, steps=1)
+        os.utime(made, (1, 1))
+        loaded.generate("a fist", seed=2, lora=name, steps=1)
+        assert made.stat().st_mtime > time.time() - 100
+        adapted.shrink(made.parent, 0)
+        assert made.is_dir()
+
+
+def test_what_a_picture_says_is_what_was_merged(pipeline, files, tmp_path):
+    """An adapter's file may change or go while its picture is painted."""
+    style = tmp_path / "style.safetensors"
+    shutil.copyfile(files["s"], style)
+    (picture,) = pipeline.generate("a fist", seed=1, lora=str(style), steps=1)
+    said, key = picture.request.said(picture.adapters), picture_key(picture.request, pipeline.digest)
+    assert said["lora"] == [f"style.safetensors:1 sha256 {adapted.digest_of(style)}"]
+    style.unlink()
+    assert picture.request.said(picture.adapters) == said
+    assert picture_key(picture.request, pipeline.digest, picture.adapters) == key
+    with OutputFolder(tmp_path / "out") as folder:
+        folder.save(picture)
+        folder.flush()
+    assert json.loads((tmp_path / "out" / f"{picture.id}.json").read_text())["lora"] == said["lora"]
 
 
 def test_little_memory_holds_one_after_the_other(pipeline, files):
@@ -133,6 +193,9 @@ def test_hd_run_says_which_adapters_and_goes_on(toy, files, tmp_path, capsys, mo
     assert "2 pictures in" in run("--prompts", tmp_path / "list.jsonl")[1]
     code, said = run("a fist", "--lora", f"{files['k']}:0.5")
     assert code == 0 and "1 skipped" in said and "Merged k.safetensors at 0.5: 1 layers of unet." in said
+    monkeypatch.setattr(reporting, "SECONDS_A_LINE", -1.0)
+    said = run("a fist", "--lora", f"{files['k']}:0.77", "-o", tmp_path / "other")[1]
+    assert 0 <= said.index("merging adapters: 1 of 1 weights") < said.index("Merged k.safetensors at 0.77")
     records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
     (record,) = [record for record in records if "lora" in record]
     assert len(records) == 2 and record["lora"][0].startswith("b.safetensors:0.5 sha256 ")

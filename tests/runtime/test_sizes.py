@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from handiffuser.errors import RequestError
 from handiffuser.runtime import room
+from handiffuser.runtime.host import Kind
 from handiffuser.runtime.pipeline import HanDiffuser
 from handiffuser.runtime.requests import Request
 from handiffuser.runtime.room import Room
@@ -101,13 +102,39 @@ def test_a_size_that_memory_lacks_is_refused_before_it_runs(pipeline, monkeypatc
     fresh.check((64, 64))  # 55 MB
     with pytest.raises(RequestError, match=r"size must fit into memory: 128x64 takes about 0.1 GB"):
         fresh.check((64, 128))
-    assert [fresh.rows(size, 8) for size in ((64, 64), (32, 48), (32, 32))] == [
+    assert [fresh.rows(size, 1, 8) for size in ((64, 64), (32, 48), (32, 32))] == [
         2,
         5,
         8,
     ]  # as many pixels as in 8 of the own size
+    needed = fresh.needed((64, 128))
     fresh.ran((64, 128))
     fresh.check((64, 128))  # the memory is there already
+    assert fresh.needed((64, 128)) == needed, "what a GPU gave back must be asked for again"
+
+
+def test_memory_counts_the_chunks_of_a_prompt(pipeline, monkeypatch):
+    manifest = pipeline.manifest
+    unet = manifest.graphs["unet"]
+    monkeypatch.setattr(unet, "memory", 11_000_000)
+    monkeypatch.setattr(room, "available", lambda: 15_000_000)
+    fresh = Room(manifest)
+    fresh.check((32, 32), 1)
+    told = [fresh.needed((32, 32), 1, chunks) for chunks in (1, 2, 3, 16)]
+    assert told[0] == 13_750_000 and told[2] - told[1] == pytest.approx(told[1] - told[0], abs=1) and told[1] > told[0]
+    widths = sum(np.prod([n for n in one.shape if isinstance(n, int)]) for one in unet.inputs if "L" in one.shape)
+    assert told[1] - told[0] > 1.25 * 77 * 2 * 4 * widths, "keys and values of both branches, and products of them"
+    with monkeypatch.context() as scarce:
+        scarce.setattr(room, "available", lambda: told[3] - 1)
+        with pytest.raises(RequestError, match=r"32x32 with 16 chunks of a prompt takes .* or a shorter prompt"):
+            fresh.check((32, 32), 16)
+        long = "a fist, " + "b " * 500
+        with pytest.raises(RequestError, match="size must fit into memory"):
+            monkeypatch.setattr(pipeline.bundle, "room", fresh)
+            scarce.setattr(room, "available", lambda: 13_750_000)
+            pipeline.generate(long, seed=1)
+    fresh.ran((32, 32), 16)
+    fresh.check((32, 32), 16)
 
 
 def test_the_command_paints_a_size(sized_bundle, tmp_path):
@@ -119,3 +146,30 @@ def test_the_command_paints_a_size(sized_bundle, tmp_path):
     assert not done.returncode, done.stderr
     pictures = [path for path in out.glob("*.png") if not path.name.endswith(".hands.png")]
     assert {Image.open(path).size for path in pictures} == {(40, 24), (24, 40)}
+
+
+def test_each_batch_size_is_tried_for_one_kind_alone(sized_bundle):
+    """Where a batch size must be compiled. The others take the best one, which their own engine must offer, too."""
+    with HanDiffuser.load(sized_bundle, device="cpu", threads=1, batch_size=4) as loaded:
+        loop = loaded.loop
+        first, second, third = (Kind(size, 1, ()) for size in ((32, 32), (24, 40), (40, 24)))
+        tried = loop._step_times_of(first, [1, 2, 4])
+        assert loop._step_times_of(second, [1, 2, 4]).only == [1], "nothing was measured yet"
+        for rows, seconds in ((1, 1.0), (2, 1.1), (4, 2.0)):
+            tried.add(rows, seconds)
+        assert loop._step_times_of(first, [1, 2, 4]) is tried and tried.only == [1, 2, 4]
+        assert loop._step_times_of(second, [1, 2, 4]).only == [1, 4]
+        assert loop._step_times_of(first._replace(adapters=(("a", 1.0),)), [1, 2]).only == [1]
+        assert loop._step_times_of(third, None).only is None
+
+
+def test_every_engine_of_a_kind_gives_its_own_batches(sized_bundle, monkeypatch):
+    seen = []
+    with HanDiffuser.load(sized_bundle, device="cpu", threads=1) as loaded:
+        monkeypatch.setattr(loaded.loop.engines["unet"], "batches", [1, 8])
+        wanted = loaded.loop._step_times_of
+        monkeypatch.setattr(
+            loaded.loop, "_step_times_of", lambda kind, batches: seen.append(batches) or wanted(kind, batches)
+        )
+        loaded.generate("a fist", steps=1)
+    assert seen == [[1, 8]]

@@ -83,6 +83,17 @@ def test_only_sizes_that_are_compiled_are_tried():
     assert times.choose(3) == 1 and StepTimes(only=[4]).choose(2) == 1
 
 
+def test_the_fastest_size_is_the_smallest_that_pays():
+    times = StepTimes(only=[1, 2, 4])
+    assert times.fastest() == 1
+    for rows, seconds in ((1, 1.0), (2, 1.96), (4, 3.0)):
+        times.add(rows, seconds)
+        times.add(rows, 0.1, alone=True)
+    assert times.fastest() == 4
+    times.add(1, 0.74)
+    assert times.fastest() == 1, "a batch that gains a hundredth is not worth waiting for"
+
+
 def test_a_mixed_batch_is_what_its_useful_branches_cost():
     """Two branches a row, for those that need one, too: not worth it where rows cost the same in any batch, even where
     guided rows alone would gain a little together. Worth it where a larger batch costs hardly more."""

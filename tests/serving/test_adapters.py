@@ -122,6 +122,16 @@ def test_what_the_loop_alone_finds_is_refused_without_its_path(served, folder, m
     assert answer.status_code == 400 and str(folder) not in answer.text and "The adapter damaged" in answer.text
 
 
+def test_a_failure_does_not_name_the_cache(served, monkeypatch, tmp_path):
+    """A server error, such as a full disk, stays without folders of the server's machine."""
+    full = tmp_path / "full"
+    full.write_text("a file, in which no folder fits")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(full))
+    answer = served.generate(lora="warm:0.123")
+    assert answer.status_code == 500 and "the server's cache" in answer.text
+    assert str(tmp_path) not in answer.text
+
+
 def test_what_engines_do_not_take_is_refused_at_once(served, folder):
     """As of engines on a GPU, which say so when they are ready."""
     service, before = served.service, takes(SimpleNamespace(bundle=served.service.bundle, on_gpu=False))

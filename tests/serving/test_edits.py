@@ -188,6 +188,23 @@ def test_a_repaired_picture_keeps_what_its_file_carried(demo):
     assert said["param"] == "lora", "a repair takes adapters, and this server has none"
 
 
+@pytest.mark.slow
+def test_the_servers_negative_prompt_is_that_of_a_repair(tmp_path):
+    """Where the guidance is above 1, and the client gives none of its own."""
+    pytest.importorskip("cv2")
+    rest = joints_at_rest(shipped.bundle_path())
+    hand = arrays_of([placed(np.array([40.0, 40, 120, 130]), "right", "fist", rest)], (150, 200), rest)
+    form = {"repair": "true", "hands": json.dumps(as_json(hand)), "seed": "1", "num_inference_steps": "2"}
+    form |= {"guidance_scale": "4", "prompt": "a right hand making a fist"}
+    with serving(shipped.bundle_path(), tmp_path, front=Front(negative_prompt="a blue background")) as own:
+        files = {"image": encode_png(noise(150, 200))}
+        unsaid, same, other = (
+            shown(own.client.post(EDITS, files=files, data={**form, **said}))
+            for said in ({}, {"negative_prompt": "a blue background"}, {"negative_prompt": "a red background"})
+        )
+    assert np.array_equal(unsaid, same) and not np.array_equal(unsaid, other)
+
+
 class Eyes:
     """A detector that finds one hand in every picture."""
 
@@ -197,6 +214,8 @@ class Eyes:
         rest = joints_at_rest(shipped.bundle_path())
         joints = placed(np.array([40.0, 40, 120, 130]), "right", "open_hand", rest).hand.joints_2d
         return [Found("right", 0.9, joints / (200, 150))]
+
+    once = __call__
 
     def sureness(self, found, residual, degrees):
         return 0.9

@@ -10,6 +10,7 @@ import threading
 import httpx
 import numpy as np
 import pytest
+from handiffuser.serving.messages import Takes
 from handiffuser.serving.service import Front, Limits
 from PIL import Image
 from served import serving
@@ -208,6 +209,24 @@ def test_keys_sizes_and_the_default_negative_prompt(toy_bundle, tmp_path):
         assert json.loads(paint(served, steps=2, cfg_scale=1).json()["info"])["warnings"] == []
         own = paint(served, steps=2, cfg_scale=3, negative_prompt="fog").json()
         assert json.loads(own["info"])["negative_prompt"] == "fog"
+
+
+def test_a_default_negative_prompt_that_engines_cannot_read_ends_the_server(sized_bundle, tmp_path):
+    long = Front(negative_prompt="blur " * 90)
+    with serving(sized_bundle, tmp_path / "s", front=long) as served:
+        service, takes = served.service, Takes(None, "", 1, False, True)
+        assert service.misfit() is None, "a CPU reads several chunks"
+        before = (service.bundle.reader.engine_chunks, service.bundle.adapts, service.bundle.room.free)
+        try:
+            service.learn(takes)
+            said = service.dispatcher.fatal
+            assert said.startswith("--default-negative-prompt must fit into 1 chunk of 75 tokens with these engines")
+            assert "start hd-serve with --plain-prompts" in said
+            service.front = Front(negative_prompt="blur " * 90, plain_prompts=True)
+            assert service.misfit() is None
+        finally:
+            service.dispatcher.fatal = None
+            service.bundle.reader.engine_chunks, service.bundle.adapts, service.bundle.room.free = before
 
 
 def test_weights_and_long_prompts(sized_bundle, tmp_path):

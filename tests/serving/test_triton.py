@@ -11,7 +11,9 @@ import types
 
 import numpy as np
 import pytest
-from handiffuser import ExportError, HanDiffuser
+from adaptable import adaptable
+from adaptable import write as write_adapter
+from handiffuser import ExportError, HanDiffuser, HanDiffuserError
 from handiffuser.serving.triton import FIELDS, NAME, write
 
 
@@ -25,7 +27,7 @@ class Tensor:
 
 class InferenceRequest:
     def __init__(self, **inputs):
-        self.inputs = {name: Tensor(name, np.array([value], object)) for name, value in inputs.items()}
+        self.inputs = {name: Tensor(name, np.array(value, object, ndmin=1)) for name, value in inputs.items()}
         self.responses, self.done, self.cancelled = [], threading.Event(), False
 
     def get_response_sender(self):
@@ -53,19 +55,25 @@ def backend(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
 
 
+def started(folder, **parameters):
+    """The model as Triton loads it from a repository, with the exact pictures on any machine."""
+    spec = importlib.util.spec_from_file_location("triton_model", folder / "1" / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.TritonPythonModel()
+    found = re.findall(r'key: "(\w+)" value \{ string_value: "(\w*)"', (folder / "config.pbtxt").read_text())
+    found = {**dict(found), "backend": "onnxruntime", **parameters}
+    config = {"parameters": {name: {"string_value": value} for name, value in found.items()}}
+    model.initialize({"model_config": json.dumps(config), "model_repository": str(folder), "model_version": "1"})
+    return model
+
+
 def test_requests_share_batches_and_get_one_answer(toy_bundle, tmp_path, backend):
     folder = write(toy_bundle, tmp_path)
     text = (folder / "config.pbtxt").read_text()
     assert text.count("{") == text.count("}") and "decoupled: true" in text and "dims: [32, 32, 3]" in text
     assert re.findall(r'input \[|name: "(\w+)"', text)[0] == NAME and all(f'"{name}"' in text for name in FIELDS)
-    spec = importlib.util.spec_from_file_location("triton_model", folder / "1" / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model = module.TritonPythonModel()
-    found = re.findall(r'key: "(\w+)" value \{ string_value: "(\w+)"', text)
-    found = {**dict(found), "backend": "onnxruntime"}  # the exact pictures, on any machine
-    config = {"parameters": {name: {"string_value": value} for name, value in found.items()}}
-    model.initialize({"model_config": json.dumps(config), "model_repository": str(folder), "model_version": "1"})
+    model = started(folder)
     requests = [InferenceRequest(PROMPT=f"p {n}".encode(), SEED=np.int64(n), STEPS=np.int32(4 + n)) for n in range(10)]
     bad = InferenceRequest(PROMPT=b"a", SOLVER=b"magic")
     leaving = InferenceRequest(PROMPT=b"leaves", STEPS=np.int32(1000), SOLVER=b"ddpm")
@@ -82,3 +90,35 @@ def test_requests_share_batches_and_get_one_answer(toy_bundle, tmp_path, backend
         assert np.abs(response.values["IMAGE"].astype(int) - picture.image).max() <= 1
     with pytest.raises(ExportError, match="without the model handiffuser"):
         write(toy_bundle, tmp_path)
+
+
+def test_requests_name_adapters_of_the_folder(toy_bundle, tmp_path, backend):
+    bundle, loras = adaptable(toy_bundle, tmp_path / "bundle"), tmp_path / "loras"
+    loras.mkdir()
+    style = write_adapter(loras / "style.safetensors", "conv_in")
+    light = write_adapter(loras / "light.safetensors", "to_k", 2.0)
+    (loras / "damaged.safetensors").write_bytes(b"?")
+    folder = write(bundle, tmp_path / "repository")
+    assert 'name: "LORA" data_type: TYPE_STRING dims: [ -1 ] optional' in (folder / "config.pbtxt").read_text()
+    with pytest.raises(HanDiffuserError, match=r"lora_folder of config.pbtxt must be a folder"):
+        started(folder, lora_folder=style)
+    model = started(folder, lora_folder=str(loras))
+    said = {"SEED": np.int64(1), "STEPS": np.int32(3), "PROMPT": b"a fist"}
+    named = ([], [b"style:0.5"], [b"style:0.5", b"light"], [style.encode()], [b"damaged"])
+    requests = [InferenceRequest(**said, LORA=names) for names in named]
+    model.execute(requests)
+    assert all(request.done.wait(30) for request in requests)
+    model.finalize()
+    *painted, stranger, damaged = (request.responses[0] for request in requests)
+    assert "lora must be one of damaged, light, style" in stranger.error
+    assert "The adapter damaged" in damaged.error and str(loras) not in damaged.error
+    pipeline = HanDiffuser.load(bundle, device="cpu", threads=1)
+    for response, lora in zip(painted, (None, f"{style}:0.5", (f"{style}:0.5", light)), strict=True):
+        (picture,) = pipeline.generate("a fist", seed=1, steps=3, lora=lora)
+        assert response.error is None and np.abs(response.values["IMAGE"].astype(int) - picture.image).max() <= 1
+    assert not np.array_equal(painted[0].values["IMAGE"], painted[1].values["IMAGE"])
+    without = started(folder)
+    refused = InferenceRequest(**said, LORA=[b"style"])
+    without.execute([refused])
+    without.finalize()
+    assert "lora_folder of config.pbtxt" in refused.responses[0].error

@@ -79,7 +79,7 @@ def test_an_act_leaves_for_its_next_call_what_does_not_fit(tmp_path):
 @pytest.mark.parametrize("act", ["a", "b"])
 def test_the_steps_of_an_act(tmp_path, act):
     """What tells most comes first, each need is there, and what must be run fits into the time."""
-    found = gpu.act_steps(act, tmp_path, tmp_path, False, on_gpu=True, planned=("tensorrt",))
+    found = gpu.act_steps(act, tmp_path, tmp_path, False, on_gpu=True, planned=("tensorrt",), compiles=True)
     names = [step.name for step in found]
     assert len(set(names)) == len(names)
     for number, step in enumerate(found):
@@ -87,7 +87,27 @@ def test_the_steps_of_an_act(tmp_path, act):
     first = ("machine", "floor-libraries") if act == "a" else ("variant-weights", "variant-unet-1-bundle")
     assert tuple(names[:2]) == first
     assert names[-1] in ("floor-decide", "variant-table")
-    assert (act == "b") == ("plan-unet-tensorrt-build" in names)
+    assert (act == "b") == ("plan-unet-tensorrt-build" in names) == ("compiled-unet-build" in names)
+    if act == "b":
+        order = ("variant-unet-1-derived-graph", "plan-unet-tensorrt", "compiled-unet", "variant-unet-1-derived-search")
+        assert [name for name in names if name in order] == [*order], "each backend before more options of one"
+    for step in found:
+        assert step.least <= step.limit < gpu.ACT_SECONDS - 2 * gpu.MIN_STEP_SECONDS, "the next call can do it"
+
+
+def test_a_build_waits_for_a_call_that_has_time_for_it(tmp_path):
+    calls, said = [], []
+
+    def runner(command, log, limit):
+        calls.append(command[0])
+        return 0
+
+    found = [Step("build", ("build",), 300, least=150.0), Step("run", ("run",), 60, needs=("build",)),
+             Step("other", ("other",), 60), Step("table", ("table",), 30, always=True)]  # fmt: skip
+    assert measure(found, tmp_path, runner, said.append, budget=100) == 2 and calls == ["other", "table"]
+    assert said[-1].startswith("table: ")
+    assert said[:2] == ["build: left for the next call of the same command", "run: left out, because build failed"]
+    assert measure(found, tmp_path, runner, said.append, budget=400) == 0 and calls[2:] == ["build", "run", "table"]
 
 
 @pytest.mark.parametrize(
