@@ -48,8 +48,8 @@ ELBOWS = ((-0.2, 1.0, -0.7), (-0.2, 0.2, -1.0))  # where it points, if free
 UNLIKE = 0.07  # metres by which two shoulders' heights may differ
 LEGS = (1, 2, 4, 5, 7, 8, 10, 11)
 BENT_OVER = 85.0  # degrees that the wrist of a hand on a shoulder may turn against the forearm
-# Metres: of a hand on a shoulder, and of all that two people wear; less than 2 mm, as heights are those of near points.
-TOUCHING, DEEPEST = 0.0014, 0.0018
+# Metres: gaps of a hand on a shoulder, how deep it is inside, and how deep anything that two people wear is.
+TOUCHING, PRESSED, DEEPEST = 0.0014, 0.003, 0.0018
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def _check_touch(me: Figure, side: int, rest: Surface, corners: list[ndarray]) -
         raise PoseError("in the air")
     hand = me.vertices()[0][np.concatenate(list(parts_of(side).values()))].astype(float)
     below = hand[rest(hand)[0] < 0]
-    if len(below) and surface_distance(below, *corners).max() > DEEPEST:
+    if len(below) and surface_distance(below, *corners).max() > PRESSED:
         raise PoseError("into each other")
 
 
