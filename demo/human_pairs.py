@@ -17,6 +17,7 @@ from numpy import ndarray
 
 from ..models.smplh import HAND_JOINTS
 from .clasps import clasps, fingers_of
+from .contacts import surface_distance
 from .gestures import rotation
 from .human import load_human
 from .human_clothes import Look, outside, surface
@@ -37,7 +38,7 @@ from .human_poses import (
     unit,
     vertex_normals,
 )
-from .human_touch import BONES, PALM, Surface, gaps, settle, shell
+from .human_touch import BONES, PALM, Surface, gaps, parts_of, settle, shell
 from .things import Grasp, grasps, thing_mesh
 
 PASSED = {"book": (0, 1, 2), "stick": (0, 2)}  # things that two hands can hold, and which of their grasps
@@ -47,7 +48,8 @@ ELBOWS = ((-0.2, 1.0, -0.7), (-0.2, 0.2, -1.0))  # where it points, if free
 UNLIKE = 0.07  # metres by which two shoulders' heights may differ
 LEGS = (1, 2, 4, 5, 7, 8, 10, 11)
 BENT_OVER = 85.0  # degrees that the wrist of a hand on a shoulder may turn against the forearm
-TOUCHING, DEEPEST = 0.002, 0.002  # metres: of a hand on a shoulder, and of all that two people wear
+# Metres: gaps of a hand on a shoulder, how deep it is inside, and how deep anything that two people wear is.
+TOUCHING, PRESSED, DEEPEST = 0.0014, 0.003, 0.0018
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,7 @@ def _bring(figure: Figure, side: int, wrist: ndarray, hand: ndarray, fingers: nd
     """Brings a wrist to its place in the figure's world. Raises PoseError where it cannot be there."""
     elbow = np.array([0.4, -0.3, -1.0] if low else [0.5, -1.0, -0.1]) * (FLIP if side else 1)
     figure.rotations[22 + 15 * side : 37 + 15 * side] = fingers
-    aim = wrist
-    for _ in range(4):  # bones of a body are not quite straight: what is missing is added
-        figure.reach(side, aim, hand, figure.rotations[0] @ elbow)
-        missing = wrist - figure.kinematics()[1][20 + side]
-        aim = aim + missing
-    if np.linalg.norm(missing) > APART:
+    if np.linalg.norm(_aim(figure, side, wrist, hand, figure.rotations[0] @ elbow)) > APART:
         raise PoseError("out of reach")
     if bend(figure.rotations[20 + side]) > BENT:
         raise PoseError("bent")
@@ -241,19 +238,19 @@ def _arm_around(betas: tuple[ndarray, ndarray], rng: np.random.Generator, looks:
             break
         step = step + unit(out * np.array([-0.45, 0, -0.9])) * (deep + 0.004)
     settle(me, side, rest, out * np.array(ELBOWS[0]), (*PALM, *BONES))
-    low = gaps(me, side, rest)
-    fingers = [min(low[finger, bone] for bone in range(3)) for finger in range(1, 5)]
-    if min(low[part] for part in PALM) > TOUCHING or sorted(fingers)[2] > TOUCHING:  # the palm and three fingers touch
-        raise PoseError("in the air")
+    near = faces[np.linalg.norm(place[faces[:, 0]] - shoulder, axis=1) < 0.26]
+    corners = [place[near[:, i]] - step for i in range(3)]
+    _check_touch(me, side, rest, corners)
     turns, places = me.kinematics()
     wrist, hand = places[20 + side], turns[20 + side]
     for elbow in ELBOWS:  # the hand stays; the arm swings about the line from shoulder to wrist
-        me.reach(side, wrist, hand, out * np.array(elbow))
+        _aim(me, side, wrist, hand, out * np.array(elbow))
         own, its = _worn(me, looks[doer])
         if _depth(own + step, its, place, faces, shown, shown) <= DEEPEST:
             break
     else:
         raise PoseError("into each other")
+    _check_touch(me, side, rest, corners)
     if bend(me.rotations[20 + side]) > BENT_OVER:
         raise PoseError("bent")
     poses = [figure.pose() for figure in figures]
@@ -261,6 +258,30 @@ def _arm_around(betas: tuple[ndarray, ndarray], rng: np.random.Generator, looks:
     sides: list[tuple[int, ...]] = [(), ()]
     sides[doer] = (side,)
     return Pair((poses[0], poses[1]), (sides[0], sides[1]))
+
+
+def _check_touch(me: Figure, side: int, rest: Surface, corners: list[ndarray]) -> None:
+    """The palm and three fingers touch, and nothing is deep inside; corners: three [F,3], of the surface's triangles.
+    Raises PoseError."""
+    low = gaps(me, side, rest)
+    fingers = [min(low[finger, bone] for bone in range(3)) for finger in range(1, 5)]
+    if min(low[part] for part in PALM) > TOUCHING or sorted(fingers)[2] > TOUCHING:
+        raise PoseError("in the air")
+    hand = me.vertices()[0][np.concatenate(list(parts_of(side).values()))].astype(float)
+    below = hand[rest(hand)[0] < 0]
+    if len(below) and surface_distance(below, *corners).max() > PRESSED:
+        raise PoseError("into each other")
+
+
+def _aim(figure: Figure, side: int, wrist: ndarray, hand: ndarray, elbow: ndarray) -> ndarray:
+    """Reaches for a wrist's place; bones of a body are not quite straight: what is missing is added. Returns what is
+    still missing [3]."""
+    aim = wrist
+    for _ in range(4):
+        figure.reach(side, aim, hand, elbow)
+        missing = wrist - figure.kinematics()[1][20 + side]
+        aim = aim + missing
+    return missing
 
 
 def _lay(me: Figure, side: int, rest: Surface, over: ndarray, ahead: ndarray, elbow: ndarray) -> None:

@@ -82,23 +82,26 @@ def rasterise(xy: Tensor, depth: Tensor, faces: Tensor, cut: Tensor, drawn: Tens
     p = xy[faces]
     a, b, c = p.unbind(1)
     area = (b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) - (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0])
-    rows = []
-    for u, v in ((b, c), (c, a), (a, b)):
-        x, y = u[:, 1] - v[:, 1], v[:, 0] - u[:, 0]
-        rows.append(torch.stack([x, y, -(x * u[:, 0] + y * u[:, 1])], -1))
-    planes = torch.stack(rows, 1) / torch.where(area.abs() < 1e-9, torch.ones_like(area), area)[:, None, None]
-    extra = torch.stack([depth[faces] * (DEPTH_STEPS - 1), cut], 1)  # [F,2,3]
-    level = extra @ planes  # (x, y, 1) -> depth, cut
     low, high = p.amin(1).ceil(), p.amax(1).floor()
     low, high = low.clamp_min(0), torch.minimum(high, torch.tensor([width - 1.0, height - 1.0]))
     span = high - low + 1
     drawn = drawn & (area.abs() > 1e-6) & (span.amin(1) > 0) & (cut.amax(1) > 0)
+    ids = drawn.nonzero()[:, 0]  # most triangles of a close-up lie outside of it
+    faces, cut, area, low, high, span = (x[ids] for x in (faces, cut, area, low, high, span))
+    a, b, c = p[ids].unbind(1)
+    rows = []
+    for u, v in ((b, c), (c, a), (a, b)):
+        x, y = u[:, 1] - v[:, 1], v[:, 0] - u[:, 0]
+        rows.append(torch.stack([x, y, -(x * u[:, 0] + y * u[:, 1])], -1))
+    planes = torch.stack(rows, 1) / area[:, None, None]
+    extra = torch.stack([depth[faces] * (DEPTH_STEPS - 1), cut], 1)  # [F,2,3]
+    level = extra @ planes  # (x, y, 1) -> depth, cut
     whole = cut.amin(1) > 0
     size = span.amax(1)
     buffer = torch.full((width * height,), 2**62, dtype=torch.int64)
     previous = 0
     for block in BLOCKS:
-        chosen = (drawn & (size > previous) & (size <= block)).nonzero()[:, 0]
+        chosen = ((size > previous) & (size <= block)).nonzero()[:, 0]
         previous = block
         side = min(block, max(width, height))
         for part in chosen.split(max(1, TILE // side**2)):
@@ -125,7 +128,7 @@ def rasterise(xy: Tensor, depth: Tensor, faces: Tensor, cut: Tensor, drawn: Tens
     x, y = (covered % width).float(), (covered // width).float()
     plane = planes[face]
     weights = plane[..., 0] * x[:, None] + plane[..., 1] * y[:, None] + plane[..., 2]
-    return covered, face, weights
+    return covered, ids[face], weights
 
 
 def _normals(place: Tensor, faces: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def command(out: Path, checkpoint: str | None, kind: str, count: int, names: str
             table.add_column(column.replace("-", " "))
         for name in SHOWN:
             entries = [row.get(name) for row in group["rows"].values()]
-            if name == "psnr":
+            if name == "psnr" and any(entries):
                 table.add_row("PSNR, dB", *(f"{entry['value']:.1f}" if entry else "" for entry in entries))
             elif any(entries):
                 table.add_row(title(name).split(" (")[0], *(spread(name, entry) if entry else "" for entry in entries))
