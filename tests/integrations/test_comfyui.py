@@ -417,7 +417,7 @@ def test_comfyui_runs_the_workflows(comfyui, nodes, path):
         elif path.stem == "repair_hands":
             want = repair_hands(pipeline, first.image, gesture="fist", seed=4).image
         elif path.stem == "paint_over_an_image":
-            mask = (nodes.hand_mask(first.hands, *want.shape[:2]) * 255).astype(np.uint8)
+            mask = (nodes.as_mask([first.hands], *want.shape[:2])[0].numpy() * 255).astype(np.uint8)
             over = {"image": first.image, "mask": mask, "strength": 0.9}
             want = pipeline.generate(paints[1]["prompt"], seed=8, **over)[0].image
     assert np.abs(picture.astype(int) - want).max() <= 1
