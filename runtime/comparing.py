@@ -110,9 +110,9 @@ def measure(
     while len(turns) < count or (
         len(turns) < TURNS and sum(map(sum, turns)) < TURNS_SECONDS and not _alike([b < a for a, b in turns])
     ):
-        pictures, seconds = zip(*(timed(loop, requests[len(turns) % count]) for loop in loops), strict=True)
-        distances.append(psnr(*(picture.image for picture in pictures)))
-        turns.append(seconds)
+        (one, exact_took), (other, fast_took) = (timed(loop, requests[len(turns) % count]) for loop in loops)
+        distances.append(psnr(one.image, other.image))
+        turns.append((exact_took, fast_took))
     exactly = statistics.median(seconds[0] for seconds in turns)
     ratio = statistics.median(seconds[1] / seconds[0] for seconds in turns)
     return Verdict(mean_psnr(distances), exactly, exactly * ratio, ready)

@@ -45,7 +45,7 @@ class Room:
         heads = max((shape[2] for shape in shapes if isinstance(shape[2], int)), default=1)
         width = sum(math.prod(axis for axis in shape if isinstance(axis, int)) for shape in shapes)
         pixels = math.prod(self.manifest.latents_at(size)[1:])
-        more = (chunks - 1) * self.manifest.tokenizer["length"]  # tokens, of which each branch has products and weights
+        more = (chunks - 1) * self.manifest.tokenizer["length"]  # tokens: each branch has their products and weights
         return unet.memory * size[0] * size[1] / (own[0] * own[1]) + 2 * 4 * more * (width + 2 * heads * pixels)
 
     def needed(self, size: Size, rows: int = 1, chunks: int = 1) -> int:

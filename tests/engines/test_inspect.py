@@ -79,9 +79,10 @@ def folder(tmp_path_factory) -> Path:
     shutil.copy(bundle / "manifest.json", out)
     manifest, backend, options = Manifest.load(out, verify=False), TensorRT("tensorrt-rtx"), Options()
     spec = manifest.graphs["unet_context"]
-    plan, proof = build_plan(backend, bundle / spec.file, {"B": 2, "G": 2}, "fp32", options)
+    sizes = {"B": 2, "G": 2, "L": manifest.sides()["L"]}
+    plan, proof = build_plan(backend, bundle / spec.file, sizes, "fp32", options)
     target = backend.target(options, None)
-    wanted = parts(manifest, "unet_context", {"B": 2, "G": 2}, backend.name, backend.version, target, options)
+    wanted = parts(manifest, "unet_context", sizes, backend.name, backend.version, target, options)
     PlanStore(out).add(wanted, plan, proof, 1.0)
     return out
 
@@ -89,7 +90,7 @@ def folder(tmp_path_factory) -> Path:
 def test_command_prints_what_a_plan_consists_of(folder):
     result = invoke("engines.cli", "inspect", folder, "--graph", "unet_context")
     assert result.returncode == 0, result.stderr
-    assert "unet_context B=2,G=2, fp32: " in result.stdout and "Float" in result.stdout and "scratch" in result.stdout
+    assert "unet_context B=2,G=2,L=121, fp32: " in result.stdout and "Float" in result.stdout and "scratch" in result.stdout
     (plan,) = PlanStore(folder)
     result = invoke("engines.cli", "inspect", plan.path, "--json")
     counts = json.loads(result.stdout)

@@ -93,7 +93,7 @@ def test_the_callback_may_stop_and_not_change(pipeline):
     [
         ({"output_type": "pt"}, r"output_type must be one of pil, np, got 'pt'"),
         ({"return_dict": False}, r"return_dict must be True"),
-        ({"height": 512}, r"size must be \d+x\d+ for this bundle, got \d+x512"),
+        ({"height": 500}, r"size must be multiples of \d+ up to 4096 pixels, got \d+x500"),
         ({"height": 512, "size": "512x512"}, r"size must be left out with height and width"),
         ({"seed": 1, "generator": torch.Generator()}, r"must not both be given"),
         ({"generator": [torch.Generator()] * 3}, r"one for each of 1 pictures, got 3"),
