@@ -382,11 +382,11 @@ def text(found: Sequence[Mapping[str, Any]], gpu: Gpu) -> str:
     lines = [f"Read off the graphs, for {gpu.name}: the least that a run takes, with each kernel at full rate."]
     eight = any(one["eight_bits"] for one in found)
     column = f" {'8 bits':>8}" if eight else ""
-    lines.append(f"{'graph':18} {'sizes':10} {'run by':22} {'kernels':>8} {'GB':>8} {'GFLOP':>9}{column} {'floor':>10}")
+    lines.append(f"{'graph':18} {'sizes':16} {'run by':22} {'kernels':>8} {'GB':>8} {'GFLOP':>9}{column} {'floor':>10}")
     for one in found:
         share = f" {one['eight_bits'] / max(one['operations'], 1):8.0%}" if eight else ""
         lines.append(
-            f"{one['graph']:18} {one['sizes']:10} {one['runner']:22} {one['kernels']:8} {one['bytes'] / 1e9:8.3f} "
+            f"{one['graph']:18} {one['sizes']:16} {one['runner']:22} {one['kernels']:8} {one['bytes'] / 1e9:8.3f} "
             f"{one['operations'] / 1e9:9.1f}{share} {one['floor'] * 1e3:7.3f} ms"
         )
     if eight:

@@ -90,7 +90,11 @@ def folder(tmp_path_factory) -> Path:
 def test_command_prints_what_a_plan_consists_of(folder):
     result = invoke("engines.cli", "inspect", folder, "--graph", "unet_context")
     assert result.returncode == 0, result.stderr
-    assert "unet_context B=2,G=2,L=121, fp32: " in result.stdout and "Float" in result.stdout and "scratch" in result.stdout
+    assert (
+        "unet_context B=2,G=2,L=121, fp32: " in result.stdout
+        and "Float" in result.stdout
+        and "scratch" in result.stdout
+    )
     (plan,) = PlanStore(folder)
     result = invoke("engines.cli", "inspect", plan.path, "--json")
     counts = json.loads(result.stdout)
