@@ -181,8 +181,8 @@ def mesh_of(vertices: Tensor, normals: Tensor, look: Look, smile: Tensor) -> Ten
 
 @lru_cache(maxsize=64)
 def _cuff(sleeve: float) -> tuple[tuple[Tensor, ...], ...]:
-    """Of each arm: the shell's vertices along a wide sleeve [K], how wide it is there beside its end [K] (0 at the
-    elbow, 1 at the end), and the body's vertices around elbow and wrist."""
+    """Of each arm: the shell's vertices along a wide sleeve [K], and how wide it is there (0 at the elbow, 1 at its
+    end). Then the body's vertices around elbow and wrist."""
     human, mesh, at = load_human(), surface(), _landmarks()
     elbow, side = human.joints[ELBOW, 0], mesh.rest[:, 0]
     end = at["shoulder"] + sleeve * (at["wrist"] - at["shoulder"])
@@ -198,8 +198,8 @@ def _cuff(sleeve: float) -> tuple[tuple[Tensor, ...], ...]:
 
 
 def _hung(place: Tensor, vertices: Tensor, normals: Tensor, look: Look) -> Tensor:
-    """The surface [N,3] with wide sleeves: the upper side lies on the arm, the lower one hangs; of an arm that is held
-    up the sleeve slides to the elbow and stands off all around."""
+    """The surface [N,3] with wide sleeves. The upper side lies on the arm, and the lower one hangs. The sleeve of an
+    arm that is held up slides to the elbow and stands off all around."""
     place = place.clone()
     for ids, share, elbow, wrist in _cuff(round(look.sleeve, 2)):
         along = F.normalize(vertices[wrist].mean(0) - vertices[elbow].mean(0), dim=0)

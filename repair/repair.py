@@ -44,8 +44,9 @@ class Outcome:
 
 def given_hands(path: Path, size: Size, pipeline: HanDiffuser) -> list[Seen]:
     """The hands of a `.hands.npz` that hd-run or hd-repair wrote for a picture (height, width): those with a place in
-    it, of every person, whatever number of people the bundle knows, because each hand is painted on its own. Raises
-    RequestError for a file that cannot be read, and DetectionError where it names no place."""
+    it, of every person. The bundle may know fewer people, because each hand is painted on its own.
+
+    Raises RequestError for a file that cannot be read, and DetectionError where it names no place."""
     hands = load_hands(path)
     arrays = hand_arrays(hands.params)
     cameras = [] if hands.camera is None else hands.camera.reshape(-1, 3)
