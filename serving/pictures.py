@@ -25,7 +25,7 @@ from .images import base64_of, encoded, fitted, over, preview, preview_steps, sk
 from .messages import Answer, Failed, HandsMade, PictureMade, Preview
 from .problems import CODES, LATE
 from .proxy import base_url
-from .service import MAX_AREA, MAX_SIDE_PIXELS, MIN_SIDE_PIXELS, Service, UnfinishedError
+from .service import MAX_SIDE_PIXELS, MIN_SIDE_PIXELS, Service, UnfinishedError
 
 PING_SECONDS = 15.0  # of silence, after which a stream says that it is alive
 DRAWN_SEEDS = 2**31  # the server draws smaller seeds, which fit any client's integers
@@ -102,9 +102,8 @@ class Painting:
                 size = bundle.size(Request("a picture", size=asked))
                 bundle.room.check(size)
                 if size[0] * size[1] > self.service.most_pixels:
-                    raise RequestError(
-                        f"size must have at most {MAX_AREA} times the pixels of {own}, got {asked}.", "size"
-                    )
+                    most = f"{self.service.most_area} times the pixels of {own}"
+                    raise RequestError(f"size must have at most {most}, got {asked}.", "size")
                 self.painted = size
                 return None
             except RequestError:

@@ -7,6 +7,7 @@ requests = service.prepare(Request("a fist", seed=1), count=2)
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import tempfile
 import threading
@@ -40,6 +41,7 @@ KEPT_BYTES, KEPT_SECONDS = 256 << 20, 3600.0  # pictures that clients may fetch 
 MAX_UPLOADS = 16  # requests with pictures at once: each holds its pictures in memory
 MIN_SIDE_PIXELS, MAX_SIDE_PIXELS = 16, 2048  # of a picture that is scaled
 MAX_AREA = 4  # times the pixels of the bundle's own size that a client may ask for
+SCALED_AREA = 2  # the same with `any_size`, which scales beyond: in large pictures models draw more hands
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,12 @@ class Service:
     @property
     def most_pixels(self) -> int:
         """That a client's picture may have, where the bundle paints other sizes than its own."""
-        height, width = self.bundle.manifest.image_size
-        return MAX_AREA * height * width
+        return self.most_area * math.prod(self.bundle.manifest.image_size)
+
+    @property
+    def most_area(self) -> int:
+        """The same, as a multiple of the bundle's own size."""
+        return SCALED_AREA if self.front.any_size else MAX_AREA
 
     @property
     def engines(self) -> Path:

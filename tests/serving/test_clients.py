@@ -201,6 +201,9 @@ def test_a_bundle_of_any_size_paints_it(sized_bundle, tmp_path):
     with serving(sized_bundle, tmp_path / "scaled", front=FRONT) as one:
         answer = one.generate(size="60x40", num_inference_steps=1).json()
         assert answer["size"] == "60x40" and "was scaled to 60x40" in answer["warnings"][0]
+        answer = one.generate(size="64x40", num_inference_steps=1).json()  # 2.5 times the pixels: more hands than asked
+        assert answer["size"] == "64x40" and "was scaled to 64x40" in answer["warnings"][0]
+        assert "was scaled" not in str(one.generate(size="40x32", num_inference_steps=1).json().get("warnings"))
 
 
 def test_a_stream_scales_all_its_pictures(configured):
