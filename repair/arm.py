@@ -22,8 +22,8 @@ def arm_of(picture: np.ndarray, points: np.ndarray) -> np.ndarray | None:
 
     picture: uint8 [H, W, 3]. points: [21, 2] pixels, where the hand is."""
     size = regions.size_of(points)
-    corner = (points.min(0) + points.max(0) - WIDE * size) / 2
-    window, scale = Window(*corner.tolist(), WIDE * size, WIDE * size), LOOKED_AT / (WIDE * size)
+    left, top = corner = (points.min(0) + points.max(0) - WIDE * size) / 2
+    window, scale = Window(float(left), float(top), WIDE * size, WIDE * size), LOOKED_AT / (WIDE * size)
     crop, shown = window.cut(picture, (LOOKED_AT, LOOKED_AT)), (points - corner) * scale
     hand, alike = regions.old_hand(crop, shown)
     skin = regions.hanging(regions.cleaned(hand | alike), hand)

@@ -49,7 +49,7 @@ def given_hands(path: Path, size: Size, pipeline: HanDiffuser) -> list[Seen]:
     Raises RequestError for a file that cannot be read, and DetectionError where it names no place."""
     hands = load_hands(path)
     arrays = hand_arrays(hands.params)
-    cameras = [] if hands.camera is None else hands.camera.reshape(-1, 3)
+    cameras = np.empty((0, 3)) if hands.camera is None else hands.camera.reshape(-1, 3)
     people = [(person(arrays, i), camera) for i, camera in enumerate(cameras)]
     people = [(own, camera) for own, camera in people if (own["placement"][:, 0] > 0.5).any()]
     if not people:

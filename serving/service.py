@@ -151,9 +151,9 @@ class Service:
     def misfit(self) -> str | None:
         """Why --default-negative-prompt cannot be read by the bundle or its engines, in a sentence."""
         front = self.front
-        asked = {"negative_prompt": front.negative_prompt, "plain_prompts": front.plain_prompts, "guidance": 2.0}
+        negative, cut = front.negative_prompt, front.plain_prompts
         try:
-            self.bundle.reader.check(Request("a picture", **asked))
+            self.bundle.reader.check(Request("a picture", negative_prompt=negative, plain_prompts=cut, guidance=2.0))
         except RequestError as error:
             said = str(error).replace("set plain_prompts, which cuts it", "start hd-serve with --plain-prompts")
             return said.replace("negative_prompt", "--default-negative-prompt", 1)
