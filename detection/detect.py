@@ -26,6 +26,7 @@ from .convention import Convention, mediapipe, sureness
 
 SMALL, WINDOW = 0.4, 0.7  # shares of a picture's sides: a smaller hand lies whole in one of the windows
 SQUARES, LEAST = (1, 2, 3, 4), 96  # where no hand is found: parts of the shorter side, and pixels of a square at least
+SAME_LOOK, OTHER_LOOK = 1 / 6, 1 / 2  # sizes of a hand: joints this near on the mean are of one hand
 SEEN, EDGE = 96, 6  # pixels of a side of a part, and levels between neighbours from which on it shows an edge
 
 
@@ -106,15 +107,22 @@ def even(part: np.ndarray) -> bool:
     return all(np.abs(np.diff(levels, axis=axis)).max(initial=0) < EDGE for axis in (0, 1))
 
 
-def distinct(found: Sequence[Found]) -> list[Found]:
-    """Keeps the surest of hands that overlap. The result starts with the surest hand."""
-    kept: list[Found] = []
-    for hand in sorted(found, key=lambda hand: -hand.score):
-        apart = [np.linalg.norm(hand.joints - other.joints, axis=1).mean() for other in kept]
-        sizes = [max(_size(hand.joints), _size(other.joints)) for other in kept]
-        if all(way > size / 2 for way, size in zip(apart, sizes, strict=True)):
-            kept.append(hand)
-    return kept
+def distinct(looks: Iterable[Sequence[Found]]) -> list[Found]:
+    """Keeps the surest of hands that overlap. The result starts with the surest hand.
+
+    looks: what each look at the picture found. Two looks may find one hand twice, some way apart. One look hardly does:
+    hands that press on each other are two."""
+    kept: list[tuple[int, Found]] = []
+    found = [(number, hand) for number, look in enumerate(looks) for hand in look]
+    for number, hand in sorted(found, key=lambda one: -one[1].score):
+        for other, there in kept:
+            way = np.linalg.norm(hand.joints - there.joints, axis=1).mean()
+            size = max(_size(hand.joints), _size(there.joints))
+            if way <= size * (SAME_LOOK if number == other else OTHER_LOOK):
+                break
+        else:
+            kept.append((number, hand))
+    return [hand for _, hand in kept]
 
 
 def _size(joints: np.ndarray) -> float:
@@ -160,6 +168,7 @@ class MediaPipe:
             "most hands": f"all: {hands}, doubled where so many are found",
             "where hands are smaller than": f"{SMALL} of the picture: also in 4 windows of {WINDOW}",
             "where no hand is found": f"also in squares of 1 to 1/4 of the shorter side, at least {LEAST} pixels",
+            "one hand": f"joints within {SAME_LOOK:.2f} of its size in one look, {OTHER_LOOK:.2f} in two",
             "left out": f"parts whose neighbouring pixels, {SEEN} a side, differ by less than {EDGE} levels",
             "min_detection_confidence": confidence,
             "static_image_mode": True,
@@ -178,24 +187,24 @@ class MediaPipe:
         return self._models[most]
 
     def __call__(self, image: np.ndarray) -> list[Found]:
-        found = self.once(image)
-        if found and max(_size(hand.joints) for hand in found) < SMALL:
-            found += self._within(image, windows(image))
+        looks = [self.once(image)]
+        if looks[0] and max(_size(hand.joints) for hand in looks[0]) < SMALL:
+            looks += self._within(image, windows(image))
         for part in SQUARES:
             side = min(image.shape[:2]) // part
-            if not found and LEAST <= side < max(image.shape[:2]):
-                found = self._within(image, squares(image, side))
-        return distinct(found)
+            if not any(looks) and LEAST <= side < max(image.shape[:2]):
+                looks = self._within(image, squares(image, side))
+        return distinct(looks)
 
-    def _within(self, image: np.ndarray, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[Found]:
-        """The hands in parts of a picture."""
-        found = []
+    def _within(self, image: np.ndarray, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[list[Found]]:
+        """The hands in each part of a picture."""
+        looks = []
         for place, part in parts:
             if even(part):
                 continue
             scale = np.array(part.shape[1::-1]) / image.shape[1::-1]
-            found += [replace(hand, joints=hand.joints * scale + place) for hand in self.once(part)]
-        return found
+            looks.append([replace(hand, joints=hand.joints * scale + place) for hand in self.once(part)])
+        return looks
 
     def once(self, image: np.ndarray) -> list[Found]:
         """See `Detector`."""

@@ -433,7 +433,18 @@ def test_parts_without_an_edge_are_not_searched():
 def test_hands_that_lie_on_one_another_are_one():
     joints = np.random.default_rng(0).uniform(0.4, 0.6, (21, 2))
     sure, other, far = Found("left", 0.9, joints), Found("left", 0.6, joints + 0.02), Found("left", 0.5, joints + 0.3)
-    assert distinct([other, far, sure]) == [sure, far]
+    assert distinct([[other, far], [sure]]) == [sure, far]
+    assert distinct([[other, far, sure]]) == [sure, far]
+
+
+def test_hands_that_press_on_each_other_are_two():
+    """In one look, that is: another look may see the same hand some way off."""
+    joints = np.random.default_rng(0).uniform(0.4, 0.6, (21, 2))
+    one, other = Found("right", 0.9, joints), Found("right", 0.8, joints + np.array([0.06, 0]))
+    assert distinct([[other, one]]) == [one, other] and distinct([[one], [other]]) == [one]
+
+
+def test_windows_are_four_parts():
     parts = list(windows(np.zeros((100, 50, 3), np.uint8)))
     assert len(parts) == 4 and parts[-1][0] == pytest.approx([0.3, 0.3]) and parts[0][1].shape == (70, 35, 3)
 
