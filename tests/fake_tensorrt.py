@@ -260,6 +260,7 @@ class IExecutionContext(Strict):
     def __init__(self, engine: ICudaEngine, config: IRuntimeConfig) -> None:
         self._fake, self._engine, self._log, self._config = engine._fake, engine, engine._log, config
         self._memory, self._shapes, self._addresses, self._ran, self._profile = (0, 0), {}, {}, False, 0
+        self._output_shapes: dict[tuple, dict[str, tuple[int, ...]]] = {}
 
     @may_fail(False)
     def set_optimization_profile_async(self, profile_index, stream_handle):
@@ -303,6 +304,16 @@ class IExecutionContext(Strict):
     def is_stream_capturable(self, stream):
         return True
 
+    def _tried(self, session, inputs):
+        """The shapes of outputs that ONNX Runtime does not infer from the inputs' shapes: it computes some once."""
+        key = tuple(shape for _, _, shape in inputs.values())
+        if key not in self._output_shapes:
+            zeros = {name: np.zeros(shape, dtype) for name, (_, dtype, shape) in inputs.items()}
+            names = [t.name for t in session.get_outputs()]
+            made = session.run(names, zeros)
+            self._output_shapes[key] = {name: one.shape for name, one in zip(names, made, strict=True)}
+        return self._output_shapes[key]
+
     @may_fail(False)
     def execute_async_v3(self, stream_handle):
         gpu, plan = self._fake.gpu, self._engine._plan
@@ -328,6 +339,9 @@ class IExecutionContext(Strict):
             t.name: (self._addresses[t.name], np.dtype(DTYPES[t.type]), tuple(sizes.get(s, s) for s in t.shape))
             for t in session.get_outputs()
         }
+        if any(isinstance(size, str) for _, _, shape in outputs.values() for size in shape):
+            shapes = self._tried(session, inputs)
+            outputs = {name: (*there[:2], shapes[name]) for name, there in outputs.items()}
         ranges = [
             [(address, int(np.prod(shape)) * dtype.itemsize) for address, dtype, shape in tensors.values()]
             for tensors in (inputs, outputs)

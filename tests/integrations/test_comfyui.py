@@ -162,6 +162,8 @@ class Blind:
     def __call__(self, image):
         return list(self.found) if image.shape[:2] == (128, 200) else []
 
+    once = __call__
+
     def sureness(self, found, residual, degrees):
         return 0.9
 
