@@ -69,6 +69,11 @@ def load_loop(
         # What was measured of the bundle holds for it with adapters, but plans hold one set of weights.
         where = folder if not has_plans(folder) and not has_plans(made) else made
         chosen = choose(where, backend, device, threads, pictures)
+        if runs_plans(chosen.backend) and not has_plans(made):
+            raise EngineError(
+                f"{folder} must have refittable plans to run with --lora on {backend}, and has none. Build them: "
+                f"hd-engines build {folder} --backend {BACKENDS[backend].plans_of or backend} --refittable."
+            )
         if where is made and not has_plans(made):
             chosen.sentences.extend(plans_without(folder, adapters))
     else:
@@ -127,10 +132,10 @@ def load_refitted(
 
     Raises EngineError where that fails and the user named the backend.
     """
-    if device == "cpu" or not takes_adapters(folder):
+    if not takes_adapters(folder, backend, device):
         return None, []
     how = choose(folder, backend, device, threads, pictures)
-    if (BACKENDS[how.backend].plans_of or how.backend) not in GPU_PLANNED:
+    if not runs_plans(how.backend):
         return None, []
     from .device_loading import load_device_loop
 
@@ -153,9 +158,15 @@ def check_merges(backend: str, adapters: Sequence[Chosen]) -> None:
         )
 
 
-def takes_adapters(folder: Path) -> bool:
-    """Whether a folder has plans that adapters can be put into, or were."""
-    return any(plan.refittable or plan.adapters for plan in PlanStore(folder))
+def runs_plans(backend: str) -> bool:
+    """Whether a backend runs plans for GPUs that were built beforehand."""
+    return backend in BACKENDS and (BACKENDS[backend].plans_of or backend) in GPU_PLANNED
+
+
+def takes_adapters(folder: Path, backend: str, device: str) -> bool:
+    """Whether a folder has plans that adapters can be put into, or were, and these options may run them."""
+    may = device != "cpu" and (backend == "auto" or runs_plans(backend))
+    return may and any(plan.refittable or plan.adapters for plan in PlanStore(folder))
 
 
 def has_plans(folder: Path) -> bool:
@@ -178,8 +189,8 @@ def choose(folder: Path, backend: str, device: str, threads: int | None = None, 
     """What `--backend` and `--device` mean for a folder on this machine, for a run of so many pictures.
 
     "auto" takes a backend of the GPU whose plans the folder has, else what Inductor compiled if it was measured to be
-    faster, else ONNX Runtime on a GPU, else a backend of the CPU
-    that is measured to be faster and near enough, else ONNX Runtime on the CPU.
+    faster, else ONNX Runtime on a GPU, else a backend of the CPU that is measured to be faster and near enough, else
+    ONNX Runtime on the CPU.
     Raises EngineError for names that are not in the table, and for a device that the backend cannot use.
     """
     if backend not in CHOICES:
