@@ -8,11 +8,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..contract import Manifest
 from ..engines import verdict
-from ..engines.adapted import Chosen, adapted_bundle
+from ..engines.adapted import Chosen, adapted_bundle, changes, graphs_of
 from ..engines.adapted import chosen as chosen_adapters
 from ..engines.backends import BACKENDS, CHOICES, DEFAULT, DEVICES, GPU_PLANNED, Backend, runner
 from ..engines.cuda import Cuda
@@ -70,9 +70,11 @@ def load_loop(
         where = folder if not has_plans(folder) and not has_plans(made) else made
         chosen = choose(where, backend, device, threads, pictures)
         if runs_plans(chosen.backend) and not has_plans(made):
+            from ..engines.tensorrt import TensorRT  # a run on a CPU does without, and starts sooner
+
             raise EngineError(
                 f"{folder} must have refittable plans to run with --lora on {backend}, and has none. Build them: "
-                f"hd-engines build {folder} --backend {BACKENDS[backend].plans_of or backend} --refittable."
+                f"{TensorRT(backend).how_to_build(folder, ' --refittable')}."
             )
         if where is made and not has_plans(made):
             chosen.sentences.extend(plans_without(folder, adapters))
@@ -141,12 +143,31 @@ def load_refitted(
 
     try:
         loop, said = load_device_loop(Bundle.load(folder), folder, how.backend, slots, overlap, adapters=adapters)
+        try_refits(loop, graphs_of(*changes(folder, adapters)))
     except EngineError as error:
         if backend != "auto":
             raise
         return None, [f"The plans in {folder} are not refitted. {error}"]
     loop.bundle.loaded = adapters
     return (loop, how.sentences + said), []
+
+
+def try_refits(loop: DeviceLoop, graphs: Sequence[str]) -> None:
+    """Loads a plan of each graph that adapters change. Closes the loop and raises EngineError where one cannot get
+    them."""
+    held: list[Any] = []  # until the first run has engines of its own for the same plans
+    try:
+        held += [loop.graphs[name].load(loop.graphs[name].buckets[0], 2) for name in graphs]
+    except EngineError:
+        loop.close()
+        raise
+    after = loop.after_run
+
+    def after_run() -> None:
+        held.clear()
+        after()
+
+    loop.after_run = after_run
 
 
 def check_merges(backend: str, adapters: Sequence[Chosen]) -> None:

@@ -277,13 +277,20 @@ def test_plans_that_cannot_be_refitted(bundle, trt, lora, tmp_path):
     assert wrong.returncode == 1 and "does not exist" in wrong.stderr
 
 
-def test_a_weight_that_the_plan_does_not_know(bundle, gpu, lora, monkeypatch):
+def test_a_weight_that_the_plan_does_not_know(bundle, gpu, lora, tmp_path, monkeypatch, capsys):
     FakeTensorRT(gpu, rtx=False, folded=("shift",)).install(monkeypatch)
     monkeypatch.setattr(refits, "MIN_STRIPPED", 1)  # so that the plan has other weights
     build(bundle, "--refittable", "--strip-weights")
     result = engines("refit", bundle, "--lora", lora["s"])
     assert result.returncode == 1 and "plan of unet does not know shift, which the adapter changes" in result.stderr
     assert "hd-engines merge" in result.stderr
+    code, _ = hd_run(bundle, tmp_path / "gpu", "--lora", lora["s"])
+    noted = capsys.readouterr().err
+    assert code == 0 and f"The plans in {bundle} are not refitted. The plan of unet does not know shift" in noted, noted
+    assert hd_run(bundle, tmp_path / "cpu", "--device", "cpu", "--lora", lora["s"])[0] == 0
+    same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+    code, said = hd_run(bundle, tmp_path / "named", "--backend", "tensorrt", "--lora", lora["s"])
+    assert code == 1 and "does not know shift" in said
 
 
 def test_numbers_that_half_precision_does_not_hold(trt):
