@@ -73,7 +73,7 @@ def chosen(said: Iterable[str] | None) -> tuple[Chosen, ...]:
 def digest_of(path: Path) -> str:
     """SHA-256 of an adapter, with the file beside it that holds its strength where peft saved it."""
     try:
-        files = [path, *(path.with_name(PEFT_CONFIG),) * (path.name == "adapter_model.safetensors")]
+        files = [path, *(path.parent / PEFT_CONFIG,) * (path.name == "adapter_model.safetensors")]
         found = [_digest(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     except OSError as error:
         raise CheckpointError(f"The adapter {path} cannot be read: {error.strerror or error}.") from None

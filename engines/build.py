@@ -190,6 +190,7 @@ def check_build(name: str, options: Options) -> None:
     """Raises EngineError unless this backend builds plans on this machine with these options."""
     backend, cuda = TensorRT(name), gpu()
     backend.target(backend.for_gpu(options, cuda), cuda)
+    check_refits(backend, options, cuda)
 
 
 def gpu() -> Cuda | None:

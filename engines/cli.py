@@ -333,13 +333,14 @@ def refit_plans(folder: str, lora: tuple[str, ...]) -> int:
     what it wrote before: then FOLDER has the base's plans alone.
     """
     path, adapters = shipped.resolve(folder, "bundle"), chosen(lora)
+    manifest = Manifest.load(path, verify=False)
     if not adapters:
         console.print(f"Removed {len(unfit(path))} plans with adapters. The base's are as they were built.")
         return 0
-    adapted, manifest = Adapted(path, adapters), Manifest.load(path, verify=False)
-    built = {plan.parts["backend"] for plan in PlanStore(path) if plan.refittable}
-    for name in [name for name in NAMES if name in built] or NAMES[:1]:
-        for plan, seconds in refit(runner(name), path, adapted):
+    adapted, built = Adapted(path, adapters), {plan.parts["backend"] for plan in PlanStore(path) if plan.refittable}
+    names = [runner(name) for name in NAMES if name in built]
+    for name in [name for name in names if BACKENDS[name].installed()] or names[:1] or NAMES[:1]:
+        for plan, seconds in refit(name, path, adapted):
             what = f"{seconds:6.1f} s" if seconds else "was there"
             console.print(f"{plan.graph:18} {plan.shown(manifest):16} {plan.size / 1e6:8.1f} MB   {what}")
     for sentence in sentences(adapters, path):

@@ -217,7 +217,7 @@ def host_engines(
 def inference() -> str:
     """The precision in which OpenVINO runs float32 bundles on this processor, a key of TYPES; does not import it.
 
-    In float32, compiled for fixed shapes, it took 0.9 of ONNX Runtime's time on an EPYC with AVX2.
+    In float32, compiled for fixed shapes, it is within a tenth of ONNX Runtime's time on an EPYC with AVX2.
     """
     return "bf16" if cpu_has_bf16() else "fp32"
 

@@ -250,8 +250,8 @@ def refit(name: str, folder: Path, adapted: Adapted) -> Iterator[tuple[Plan, flo
                 content = _refitted(backend, store, plan, folder, cuda, new)
                 noted = {"from": plan.key, "adapters": said, "weights": sorted(new)}
                 proof = {**plan.proof, "refitted": noted, "layers": layers_of(plan)}
-                there = store.add(wanted, content, proof, time.monotonic() - started)
-                yield there, there.seconds
+                took = time.monotonic() - started  # a plan's own seconds are rounded, so 0 in a small model
+                yield store.add(wanted, content, proof, took), took
     finally:
         backend.close()
         cuda.close()

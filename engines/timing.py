@@ -46,7 +46,9 @@ def compare(folder: str | Path, other: str | Path, backend_name: str) -> list[Ve
     manifest, backend, cuda = Manifest.load(Path(folder), verify=False), TensorRT(backend_name), Cuda()
     stores = PlanStore(folder), PlanStore(other)
     ours = _plans(stores[0], backend, cuda, lambda plan: belongs(plan, manifest))
-    theirs = _plans(stores[1], backend, cuda, lambda plan: plan.parts["precision"] == OTHER and not plan.stripped)
+    theirs = _plans(
+        stores[1], backend, cuda, lambda plan: plan.parts["precision"] == OTHER and not (plan.stripped or plan.adapters)
+    )
     steps = []
     for sizes in sorted(ours.keys() & theirs.keys(), key=lambda sizes: (ours[sizes].batch, sizes)):
         pair = [(store, plans[sizes]) for store, plans in zip(stores, (ours, theirs), strict=True)]
@@ -65,7 +67,8 @@ def compare(folder: str | Path, other: str | Path, backend_name: str) -> list[Ve
 
 
 def _plans(store: PlanStore, backend: TensorRT, cuda: Cuda, wanted: Callable[[Plan], bool]) -> dict[str, Plan]:
-    """Sizes -> the UNet's plan, of those for one size that run here; the newest of equals."""
+    """Sizes -> the UNet's plan, of those for one size that run here: one as it was built before a slower one
+    for refits, the newest of equals."""
     found = [
         plan
         for plan in store
@@ -75,7 +78,11 @@ def _plans(store: PlanStore, backend: TensorRT, cuda: Cuda, wanted: Callable[[Pl
         and not store.problem(plan, verify=False)
         and wanted(plan)
     ]
-    return {plan.parts["sizes"]: plan for plan in sorted(found, key=lambda plan: plan.path.stat().st_mtime)}
+    return {plan.parts["sizes"]: plan for plan in sorted(found, key=_worth)}
+
+
+def _worth(plan: Plan) -> tuple[bool, float]:
+    return not (plan.refittable or plan.stripped), plan.path.stat().st_mtime
 
 
 def beside_onnxruntime(folder: str | Path) -> Verdict:

@@ -96,7 +96,8 @@ class Adapting:
 
     def wait(self, seconds: float) -> None:
         """Returns when something is merged, or after so many seconds."""
-        wait(self._merging.values(), seconds, FIRST_COMPLETED)
+        going = [one for one in self._merging.values() if not one.done()]  # those of cancelled requests stay there
+        wait(going, seconds, FIRST_COMPLETED)
 
     def _merged(self, key: Key, adapters: Sequence[Chosen]) -> Made:
         """What the thread makes. Raises as `engines` does."""

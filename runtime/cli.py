@@ -211,7 +211,7 @@ def shared_adapters(source: Prompts, options: dict[str, Any]) -> tuple[str, ...]
 
 def _loaded(bundle: Path, pictures: int, options: dict[str, Any], say: Reporter, lora: tuple[str, ...]) -> HanDiffuser:
     """The bundle, for a run of so many pictures, with the adapters of all; warnings go to `say`."""
-    say.merge(bundle, lora, options["backend"])
+    say.merge(bundle, lora, options["backend"], options["device"])
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say.warning(str(message))
         return HanDiffuser.load(

@@ -8,11 +8,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..contract import Manifest
 from ..engines import verdict
-from ..engines.adapted import Chosen, adapted_bundle
+from ..engines.adapted import Chosen, adapted_bundle, changes, graphs_of
 from ..engines.adapted import chosen as chosen_adapters
 from ..engines.backends import BACKENDS, CHOICES, DEFAULT, DEVICES, GPU_PLANNED, Backend, runner
 from ..engines.cuda import Cuda
@@ -69,6 +69,13 @@ def load_loop(
         # What was measured of the bundle holds for it with adapters, but plans hold one set of weights.
         where = folder if not has_plans(folder) and not has_plans(made) else made
         chosen = choose(where, backend, device, threads, pictures)
+        if runs_plans(chosen.backend) and not has_plans(made):
+            from ..engines.tensorrt import TensorRT  # a run on a CPU does without, and starts sooner
+
+            raise EngineError(
+                f"{folder} must have refittable plans to run with --lora on {backend}, and has none. Build them: "
+                f"{TensorRT(backend).how_to_build(folder, ' --refittable')}."
+            )
         if where is made and not has_plans(made):
             chosen.sentences.extend(plans_without(folder, adapters))
     else:
@@ -127,21 +134,40 @@ def load_refitted(
 
     Raises EngineError where that fails and the user named the backend.
     """
-    if device == "cpu" or not takes_adapters(folder):
+    if not takes_adapters(folder, backend, device):
         return None, []
     how = choose(folder, backend, device, threads, pictures)
-    if (BACKENDS[how.backend].plans_of or how.backend) not in GPU_PLANNED:
+    if not runs_plans(how.backend):
         return None, []
     from .device_loading import load_device_loop
 
     try:
         loop, said = load_device_loop(Bundle.load(folder), folder, how.backend, slots, overlap, adapters=adapters)
+        try_refits(loop, graphs_of(*changes(folder, adapters)))
     except EngineError as error:
         if backend != "auto":
             raise
         return None, [f"The plans in {folder} are not refitted. {error}"]
     loop.bundle.loaded = adapters
     return (loop, how.sentences + said), []
+
+
+def try_refits(loop: DeviceLoop, graphs: Sequence[str]) -> None:
+    """Loads a plan of each graph that adapters change. Closes the loop and raises EngineError where one cannot get
+    them."""
+    held: list[Any] = []  # until the first run has engines of its own for the same plans
+    try:
+        held += [loop.graphs[name].load(loop.graphs[name].buckets[0], 2) for name in graphs]
+    except EngineError:
+        loop.close()
+        raise
+    after = loop.after_run
+
+    def after_run() -> None:
+        held.clear()
+        after()
+
+    loop.after_run = after_run
 
 
 def check_merges(backend: str, adapters: Sequence[Chosen]) -> None:
@@ -153,9 +179,15 @@ def check_merges(backend: str, adapters: Sequence[Chosen]) -> None:
         )
 
 
-def takes_adapters(folder: Path) -> bool:
-    """Whether a folder has plans that adapters can be put into, or were."""
-    return any(plan.refittable or plan.adapters for plan in PlanStore(folder))
+def runs_plans(backend: str) -> bool:
+    """Whether a backend runs plans for GPUs that were built beforehand."""
+    return backend in BACKENDS and (BACKENDS[backend].plans_of or backend) in GPU_PLANNED
+
+
+def takes_adapters(folder: Path, backend: str, device: str) -> bool:
+    """Whether a folder has plans that adapters can be put into, or were, and these options may run them."""
+    may = device != "cpu" and (backend == "auto" or runs_plans(backend))
+    return may and any(plan.refittable or plan.adapters for plan in PlanStore(folder))
 
 
 def has_plans(folder: Path) -> bool:
@@ -178,8 +210,8 @@ def choose(folder: Path, backend: str, device: str, threads: int | None = None, 
     """What `--backend` and `--device` mean for a folder on this machine, for a run of so many pictures.
 
     "auto" takes a backend of the GPU whose plans the folder has, else what Inductor compiled if it was measured to be
-    faster, else ONNX Runtime on a GPU, else a backend of the CPU
-    that is measured to be faster and near enough, else ONNX Runtime on the CPU.
+    faster, else ONNX Runtime on a GPU, else a backend of the CPU that is measured to be faster and near enough, else
+    ONNX Runtime on the CPU.
     Raises EngineError for names that are not in the table, and for a device that the backend cannot use.
     """
     if backend not in CHOICES:

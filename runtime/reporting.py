@@ -53,7 +53,7 @@ class Reporter:
     def progress(self, total: int, what: str = "making hands") -> ProgressReport:
         return ProgressReport(total, self.quiet, what)
 
-    def merge(self, bundle: Path, lora: Sequence[str], backend: str) -> None:
+    def merge(self, bundle: Path, lora: Sequence[str], backend: str, device: str) -> None:
         """Merges adapters into a bundle in the user's cache, with a bar, and then says what they change.
 
         Plans that can be refitted get them as they are loaded, without a merge.
@@ -63,7 +63,7 @@ class Reporter:
         check_merges(backend, adapters)
         if not adapters:
             return
-        if not takes_adapters(bundle):
+        if not takes_adapters(bundle, backend, device):
             with self.progress(0, "merging adapters") as progress:
                 adapted_bundle(bundle, adapters, progress.part)
         for sentence in sentences(adapters, bundle):

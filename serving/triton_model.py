@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from handiffuser import Failure, HanDiffuser, HanDiffuserError, Request
+from handiffuser.engines.plans import cache_folder
 from handiffuser.runtime.loading import SERVER_PICTURES
 from handiffuser.serving.adapters import Adapters
 from handiffuser.serving.triton import FIELDS
@@ -24,9 +25,9 @@ class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])["parameters"]
         parameters = {name: entry["string_value"] for name, entry in config.items()}
-        folder = Path(args["model_repository"]) / args["model_version"] / "engines"
+        self.folder = Path(args["model_repository"]) / args["model_version"] / "engines"
         self.pipeline = HanDiffuser.load(
-            folder,
+            self.folder,
             parameters["device"],
             batch_size=int(parameters["slots"]),
             backend=parameters["backend"],
@@ -116,5 +117,9 @@ class TritonPythonModel:
         sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=final)
 
     def _fail(self, sender, sentence):
+        """Sends a sentence without the names of files and folders of this machine."""
+        sentence = self.adapters.hidden(sentence)
+        for own, name in ((self.folder, "ENGINES"), (cache_folder(), "the server's cache")):
+            sentence = sentence.replace(str(own), name)
         final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(self.adapters.hidden(sentence))), flags=final)
+        sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence)), flags=final)

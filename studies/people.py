@@ -54,7 +54,7 @@ def draw(folder: Path, count: int, size: int, kind: str = "people") -> list[Samp
     """The first `count` held-out scenes of a kind, rendered into a folder. Pictures that exist are kept.
 
     Of one person, the combination of gesture and place is held out, too. Things and pairs have too few of them: there
-    the seed alone is."""
+    the seed alone is. Raises EvaluationError for a folder with scenes of another kind."""
     samples: list[Sample] = []
     index = Index.open(folder) if any(folder.glob("*.json")) else None
     known = {} if index is None else {index.entry(i).key: i for i in range(len(index))}
@@ -65,6 +65,8 @@ def draw(folder: Path, count: int, size: int, kind: str = "people") -> list[Samp
             if index is not None and key in known:
                 found = index.sample(known[key])
                 assert isinstance(found, Sample), found
+                if (other := kind_of(found)) != kind:
+                    raise EvaluationError(f"OUT must have scenes of {kind}, got some of {other}. Name another folder.")
                 samples.append(found)
                 continue
             shares = {} if kind == "people" else {kind: 1.0}
@@ -74,6 +76,12 @@ def draw(folder: Path, count: int, size: int, kind: str = "people") -> list[Samp
                 save(folder, samples[-1:])
             show(len(samples), count)
     return samples
+
+
+def kind_of(sample: Sample) -> str:
+    """Of KINDS: what a scene shows."""
+    labels = dict(sample.meta["labels"])
+    return next((kind for kind in ("pairs", "things") if KINDS[kind] in labels), "people")
 
 
 def build_of(betas: np.ndarray) -> str:

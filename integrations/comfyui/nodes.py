@@ -153,7 +153,8 @@ def adapter_files() -> dict[str, str]:
     except ImportError:
         return {}
     names = [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
-    return {name: folder_paths.get_full_path_or_raise("loras", name) for name in names}
+    found = {name: folder_paths.get_full_path("loras", name) for name in names}
+    return {name: path for name, path in found.items() if path}  # a link that leads nowhere has none
 
 
 class LoadLora:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import gc
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -19,7 +21,9 @@ from commands import invoke
 from fake_runtime import FakeRuntime
 from fake_tensorrt import FakeTensorRT
 from handiffuser.contract import Manifest, file_digest
+from handiffuser.engines import build as build_module
 from handiffuser.engines import refit as refits
+from handiffuser.engines import timing
 from handiffuser.engines.adapted import chosen
 from handiffuser.engines.cuda import Cuda
 from handiffuser.engines.initializers import OnnxWeights
@@ -264,7 +268,7 @@ def test_plans_that_cannot_be_refitted(bundle, trt, lora, tmp_path):
     )
     assert "--backend tensorrt --refittable" in refused.stderr
     code, said = hd_run(bundle, tmp_path / "out", "--backend", "tensorrt", "--lora", lora["s"])
-    assert code != 0 and "plans" in said
+    assert code != 0 and f"{bundle} must have refittable plans to run with --lora on tensorrt" in said, said
     build(bundle, "--refittable")
     strange = write(tmp_path / "strange.safetensors", "conv_in")
     wrong = engines("refit", bundle, "--lora", f"{strange}:99")
@@ -273,13 +277,20 @@ def test_plans_that_cannot_be_refitted(bundle, trt, lora, tmp_path):
     assert wrong.returncode == 1 and "does not exist" in wrong.stderr
 
 
-def test_a_weight_that_the_plan_does_not_know(bundle, gpu, lora, monkeypatch):
+def test_a_weight_that_the_plan_does_not_know(bundle, gpu, lora, tmp_path, monkeypatch, capsys):
     FakeTensorRT(gpu, rtx=False, folded=("shift",)).install(monkeypatch)
     monkeypatch.setattr(refits, "MIN_STRIPPED", 1)  # so that the plan has other weights
     build(bundle, "--refittable", "--strip-weights")
     result = engines("refit", bundle, "--lora", lora["s"])
     assert result.returncode == 1 and "plan of unet does not know shift, which the adapter changes" in result.stderr
     assert "hd-engines merge" in result.stderr
+    code, _ = hd_run(bundle, tmp_path / "gpu", "--lora", lora["s"])
+    noted = capsys.readouterr().err
+    assert code == 0 and f"The plans in {bundle} are not refitted. The plan of unet does not know shift" in noted, noted
+    assert hd_run(bundle, tmp_path / "cpu", "--device", "cpu", "--lora", lora["s"])[0] == 0
+    same(pictures(tmp_path / "gpu"), pictures(tmp_path / "cpu"))
+    code, said = hd_run(bundle, tmp_path / "named", "--backend", "tensorrt", "--lora", lora["s"])
+    assert code == 1 and "does not know shift" in said
 
 
 def test_numbers_that_half_precision_does_not_hold(trt):
@@ -292,6 +303,31 @@ def test_numbers_that_half_precision_does_not_hold(trt):
         refits._encoded(backend, "unet", "w", types.HALF, 2 * exact)
     with pytest.raises(EngineError, match="must be in float32, float16 or bfloat16"):
         refits._encoded(backend, "unet", "w", types.INT8, exact)
+
+
+def test_without_adapters_a_folder_must_be_a_bundle(tmp_path):
+    for folder, why in ((tmp_path, "is not a bundle"), (tmp_path / "nothing", "does not exist")):
+        result = engines("refit", folder)
+        assert result.returncode == 1 and why in result.stderr
+
+
+def test_eight_bits_are_timed_beside_a_plan_that_is_not_made_for_refits(tmp_path):
+    store, parts = PlanStore(tmp_path), {"name": "unet", "graph": "0", "sizes": "B=1", "precision": "fp16",
+                                         "backend": "tensorrt", "version": "1", "target": "a GPU"}  # fmt: skip
+    for age, more in enumerate(({}, {"refittable": True}, {"stripped": True})):
+        plan = store.add(parts | {"options": json.dumps(more)}, b"plan", {}, 1.0)
+        os.utime(plan.path, (age, age))
+    store.add(parts | {"options": '{"refittable": true}', "adapters": "key"}, b"plan", {}, 1.0)
+    every = SimpleNamespace(takes=lambda plan, cuda: True)
+    assert timing._plans(store, every, None, lambda plan: not plan.adapters)["B=1"].parts["options"] == "{}"
+
+
+def test_an_export_refuses_before_it_begins(monkeypatch):
+    monkeypatch.setattr(build_module, "gpu", lambda: None)
+    for options in (Options(refittable=True), Options(stripped=True)):
+        with pytest.raises(EngineError, match="must be built on a machine with a GPU"):
+            build_module.check_build("tensorrt-rtx", options)
+    build_module.check_build("tensorrt-rtx", Options())
 
 
 def test_tensorrt_rtx_without_a_gpu_is_refused_at_once(bundle):

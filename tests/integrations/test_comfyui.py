@@ -123,10 +123,10 @@ def loras(tmp_path, monkeypatch):
     (folder / "sub").mkdir(parents=True)
     write(folder / "style.safetensors", "conv_in")
     write(folder / "sub" / "light.safetensors", "to_k", 2.0)
-    names = ["style.safetensors", "sub/light.safetensors", "old.pt"]
+    names = ["style.safetensors", "sub/light.safetensors", "old.pt", "a link that leads nowhere.safetensors"]
     module = SimpleNamespace(
         get_filename_list=lambda kind: names if kind == "loras" else [],
-        get_full_path_or_raise=lambda kind, name: str(folder / name),
+        get_full_path=lambda kind, name: str(folder / name) if (folder / name).is_file() else None,
     )
     monkeypatch.setitem(sys.modules, "folder_paths", module)
     return folder

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 import weakref
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,19 @@ def test_others_go_on_while_adapters_are_merged(pipeline, files, monkeypatch):
     assert sorted(rest) == ["first", "second"] and all(np.array_equal(image, want.image) for image in rest.values())
 
 
+def test_what_was_merged_for_a_cancelled_request_ends_no_wait(pipeline):
+    """It stays until another request asks for it; a wait for others must not turn into a busy loop."""
+    ready, going = Future(), Future()
+    ready.set_result(None)
+    pipeline.loop.adapting._merging |= {"left": ready, "going": going}
+    started = time.perf_counter()
+    pipeline.loop.adapting.wait(0.2)
+    assert time.perf_counter() - started >= 0.19
+    threading.Timer(0.05, going.set_result, [None]).start()
+    pipeline.loop.adapting.wait(60)
+    assert time.perf_counter() - started < 30
+
+
 def test_an_adapter_in_use_is_not_dropped_from_the_disk(pipeline, toy, files):
     """The age of its folder is that of its last use, whether its engines are loaded by requests or with all others."""
     name = f"{files['s']}:0.31"
@@ -159,6 +173,7 @@ def test_what_a_request_may_say(pipeline, files, tmp_path):
     strange = tmp_path / "strange.safetensors"
     save_file({"unet.nothing.lora_A.weight": np.ones((2, 2), np.float32)}, strange)
     for said, words in ((3, "lora must be FILE"), (["a"] * 17, "list of 1 to 16"), ("no.safetensors", "does not exist"),
+                        (".", "must be a file, got a folder"),
                         (files["s"] + ":20", "from -10 to 10"), (strange, "which lacks layers for")):  # fmt: skip
         with pytest.raises(RequestError, match=words):
             pipeline.generate("a fist", lora=said)

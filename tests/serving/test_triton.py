@@ -14,6 +14,7 @@ import pytest
 from adaptable import adaptable
 from adaptable import write as write_adapter
 from handiffuser import ExportError, HanDiffuser, HanDiffuserError
+from handiffuser.engines.plans import cache_folder
 from handiffuser.serving.triton import FIELDS, NAME, write
 
 
@@ -112,6 +113,11 @@ def test_requests_name_adapters_of_the_folder(toy_bundle, tmp_path, backend):
     *painted, stranger, damaged = (request.responses[0] for request in requests)
     assert "lora must be one of damaged, light, style" in stranger.error
     assert "The adapter damaged" in damaged.error and str(loras) not in damaged.error
+    sender = InferenceRequest()
+    model._fail(
+        sender, f"hd-engines build {folder}/1/engines --sizes 64x64, {cache_folder() / 'adapted' / '1'} is full"
+    )
+    assert sender.responses[0].error == "hd-engines build ENGINES --sizes 64x64, the server's cache/adapted/1 is full"
     pipeline = HanDiffuser.load(bundle, device="cpu", threads=1)
     for response, lora in zip(painted, (None, f"{style}:0.5", (f"{style}:0.5", light)), strict=True):
         (picture,) = pipeline.generate("a fist", seed=1, steps=3, lora=lora)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import run_study
 from handiffuser.demo.human import make_body
+from handiffuser.errors import EvaluationError
 from handiffuser.models.checkpoint import Checkpoint, random_checkpoint
 from handiffuser.models.configs import CONFIGS
 
@@ -34,6 +35,12 @@ def test_renders_are_drawn_once_and_come_through_the_autoencoder(lossless, tmp_p
     again = people.draw(tmp_path / "renders", 2, 128)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "renders").glob("*.png")}
     assert [(sample.key, sample.image) for sample in again] == [(sample.key, sample.image) for sample in renders]
+    with pytest.raises(EvaluationError, match="OUT must have scenes of things, got some of people"):
+        people.draw(tmp_path / "renders", 2, 128, "things")
+    people.draw(tmp_path / "things", 1, 128, "things")
+    people.draw(tmp_path / "things", 1, 128, "things")
+    with pytest.raises(EvaluationError, match="OUT must have scenes of people, got some of things"):
+        people.draw(tmp_path / "things", 1, 128)
 
 
 @pytest.mark.slow
