@@ -60,6 +60,8 @@ INSIDE = 0.02  # of the picture, free around the joints of a hand that is named
 TOGETHER_BY = 0.18  # metres that each of two hands in a close-up moves to the middle
 SEEN = 0.6  # share of such a hand that nothing hides
 COVERED = 0.3  # the same where hands cover each other
+HELD = 0.1  # the same of hands that hold each other: of one hand in a handshake the fingers are seen alone
+HOLDING = ("handshake", "holding_hands")
 HIDING = ("arms_crossed", "hands_on_hips")  # captions name arms and hips; hands may be hidden
 KINDS = ("people", "things", "pairs")
 PAIR_SHARES = (0.45, 0.25, 0.30)  # of FRAMINGS
@@ -295,12 +297,15 @@ def _present(
     seen, of_things = seen_shares([pose.vertices for pose in poses], camera, things)
     if (of_things < COVERED).any():
         raise UnfitError("hidden")
+    present = (inside >= MIN_IN_FRAME) & (seen >= COVERED)
     for i, one in enumerate(spec.people):
         close = one.gesture in TWO_HANDED or one.thing or spec.together
         least = 0 if one.gesture in HIDING else COVERED if close else SEEN
+        if spec.together in HOLDING:
+            least = HELD
+            present[i, list(sides[i])] = True
         if any(seen[i, side] < least for side in sides[i]):
             raise UnfitError("hidden")
-    present = (inside >= MIN_IN_FRAME) & (seen >= COVERED)
     if spec.framing == "close-up" and any(
         inside[i, side] > 0.2 and side not in sides[i] for i in range(len(poses)) for side in (LEFT, RIGHT)
     ):
