@@ -382,18 +382,20 @@ def list_plans(folder: str) -> int:
     "--gpu",
     "card",
     type=click.Choice(list(GPUS)),
-    default="h200",
-    show_default=True,
-    help="With --cost: the GPU whose rates to take. None need be here.",
+    help="With --cost: the GPU whose rates to take. None need be here.  [default: h200]",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="With --cost: pictures.")
-def inspect_plans(path: str, graph: str | None, as_json: bool, cost: bool, card: str, batch_size: int) -> int:
+@click.option("--batch-size", type=click.IntRange(1), help="With --cost: pictures.  [default: 1]")
+def inspect_plans(
+    path: str, graph: str | None, as_json: bool, cost: bool, card: str | None, batch_size: int | None
+) -> int:
     """Says what a plan was compiled to: layers by kind, type and kernel, and its memory.
 
     --cost needs no plans: it says what each backend would run, and what that takes at least.
     """
     if cost:
-        return show_cost(shipped.resolve(path, "bundle"), graph, as_json, card, batch_size)
+        return show_cost(shipped.resolve(path, "bundle"), graph, as_json, card or "h200", batch_size or 1)
+    if card or batch_size:
+        raise click.UsageError("--gpu and --batch-size must come with --cost. Add --cost, or leave them out.")
     where = Path(path) if path.endswith(".plan") else shipped.resolve(path, "bundle")
     for plan in inspect.find_plans(where, graph):
         counts = inspect.summary(plan)

@@ -179,6 +179,12 @@ def test_the_command_needs_no_gpu_and_no_plans():
     assert refused.returncode == 1 and "graph must be one of" in refused.stderr
 
 
+@pytest.mark.parametrize("option", [("--gpu", "l4"), ("--batch-size", 2)])
+def test_options_of_costs_come_with_cost(option):
+    result = invoke("engines.cli", "inspect", "demo", *option)
+    assert result.returncode == 2 and "must come with --cost" in result.stderr
+
+
 def test_the_command_says_how_much_is_in_eight_bits(tiny_half, tmp_path):
     folder = shutil.copytree(tiny_half, tmp_path / "fp8")
     model = quantised(onnx.load(folder / "unet.onnx", load_external_data=False), onnx.TensorProto.FLOAT8E4M3FN)
