@@ -70,6 +70,7 @@ parameters {{ key: "slots" value {{ string_value: "{slots}" }} }}
 parameters {{ key: "device" value {{ string_value: "auto" }} }}
 parameters {{ key: "backend" value {{ string_value: "auto" }} }}
 parameters {{ key: "lora_folder" value {{ string_value: "" }} }}
+parameters {{ key: "lora_memory" value {{ string_value: "" }} }}
 """
 
 

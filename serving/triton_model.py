@@ -32,6 +32,7 @@ class TritonPythonModel:
             batch_size=int(parameters["slots"]),
             backend=parameters["backend"],
             pictures=SERVER_PICTURES,
+            lora_memory=float(parameters.get("lora_memory") or 0) or None,
         )
         named = parameters.get("lora_folder")
         self.adapters = Adapters(Path(named) if named else None, "lora_folder of config.pbtxt")

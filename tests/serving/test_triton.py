@@ -103,6 +103,11 @@ def test_requests_name_adapters_of_the_folder(toy_bundle, tmp_path, backend):
     assert 'name: "LORA" data_type: TYPE_STRING dims: [ -1 ] optional' in (folder / "config.pbtxt").read_text()
     with pytest.raises(HanDiffuserError, match=r"lora_folder of config.pbtxt must be a folder"):
         started(folder, lora_folder=style)
+    small = started(folder, lora_folder=str(loras), lora_memory="1e-6")
+    refused = InferenceRequest(PROMPT=b"a fist", LORA=[b"style"])
+    small.execute([refused])
+    assert refused.done.wait(30) and "--lora-memory must be at least" in refused.responses[0].error
+    small.finalize()
     model = started(folder, lora_folder=str(loras))
     said = {"SEED": np.int64(1), "STEPS": np.int32(3), "PROMPT": b"a fist"}
     named = ([], [b"style:0.5"], [b"style:0.5", b"light"], [style.encode()], [b"damaged"])
