@@ -102,11 +102,8 @@ def test_a_size_that_memory_lacks_is_refused_before_it_runs(pipeline, monkeypatc
     fresh.check((64, 64))  # 55 MB
     with pytest.raises(RequestError, match=r"size must fit into memory: 128x64 takes about 0.1 GB"):
         fresh.check((64, 128))
-    assert [fresh.rows(size, 1, 8) for size in ((64, 64), (32, 48), (32, 32))] == [
-        2,
-        5,
-        8,
-    ]  # as many pixels as in 8 of the own size
+    # As many pixels as in 8 of the own size.
+    assert [fresh.rows(size, 1, 8) for size in ((64, 64), (32, 48), (32, 32))] == [2, 5, 8]
     needed = fresh.needed((64, 128))
     fresh.ran((64, 128))
     fresh.check((64, 128))  # the memory is there already
