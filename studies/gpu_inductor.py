@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 import numpy as np
-from gpu_plans import replayed, sizes_of, spec_of
-from gpu_variants import NAMES, ROUNDS, RUNS, check, error_of
+from gpu_plans import replayed, spec_of
+from gpu_variants import NAMES, ROUNDS, RUNS, check, error_of, sizes_of
 from handiffuser.contract import GraphSpec
 from handiffuser.engines.cuda import Cuda
 
@@ -42,7 +42,7 @@ def compile_here(path: Path, file: Path, batch: int) -> None:
     from handiffuser.export.inductor import compile_graph, save_weights
     from onnx_torch import OnnxModule
 
-    sizes = sizes_of(path.stem, batch)
+    sizes = sizes_of(path, batch)
     spec = spec_of(path, sizes)
     given = {one.name: torch.from_numpy(value) for one, value in zip(spec.inputs, inputs_for(spec), strict=True)}
     graph = Graph(path.stem, OnnxModule(path, sizes).eval(), given, tuple(one.name for one in spec.outputs))
@@ -104,7 +104,8 @@ def build(work: Path, graph: str, batch: int, model: Path | None) -> None:
 def run(work: Path, graph: str, batch: int, model: Path | None, quick: bool) -> None:
     """Times what is compiled, and compares its outputs with those of `gpu_variants.py run WORK GRAPH bundle`."""
     started, file = time.monotonic(), work / f"{graph}-{batch}-inductor.pt2"
-    spec = spec_of((model or work) / f"{graph}.onnx", sizes_of(graph, batch))
+    path = (model or work) / f"{graph}.onnx"
+    spec = spec_of(path, sizes_of(path, batch))
     milliseconds, outputs = timed(file, spec, 1 if quick else ROUNDS, 2 if quick else RUNS)
     with np.load(work / f"{graph}-{batch}.npz") as kept:
         error = error_of(outputs, list(kept.values()))

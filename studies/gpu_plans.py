@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import numpy as np
-from gpu_variants import NAMES, ROUNDS, RUNS, check, error_of
+from gpu_variants import NAMES, ROUNDS, RUNS, check, error_of, sizes_of
 from handiffuser.contract import GraphSpec, TensorSpec
 from handiffuser.engines.backends import GPU_PLANNED
 from handiffuser.engines.base import DeviceEngine
@@ -37,10 +37,6 @@ def runs_here(backend: str) -> bool:
     """Whether a backend builds and runs plans on this machine's GPU."""
     cuda = gpu()
     return cuda is not None and not TensorRT(backend).refusal(cuda)
-
-
-def sizes_of(graph: str, batch: int) -> dict[str, int]:
-    return {"B": batch, "G": 2} if graph == "unet" else {"B": batch}
 
 
 def spec_of(path: Path, sizes: dict[str, int]) -> GraphSpec:
@@ -143,7 +139,7 @@ def build(work: Path, graph: str, backend: str, batch: int, model: Path | None) 
     path = (model or work) / f"{graph}.onnx"
     started = time.monotonic()
     plan, proof = build_plan(
-        TensorRT(backend), path, sizes_of(graph, batch), precision_of(path), Options(), timing_cache=work / "timings"
+        TensorRT(backend), path, sizes_of(path, batch), precision_of(path), Options(), timing_cache=work / "timings"
     )
     seconds, file = round(time.monotonic() - started, 1), work / f"{graph}-{batch}-{backend}.plan"
     file.write_bytes(plan)
@@ -158,7 +154,8 @@ def run(work: Path, graph: str, backend: str, batch: int, model: Path | None, qu
     """Times a plan, and compares its outputs with those of `gpu_variants.py run WORK GRAPH bundle`."""
     started, file = time.monotonic(), work / f"{graph}-{batch}-{backend}.plan"
     plan = file.read_bytes()
-    spec = spec_of((model or work) / f"{graph}.onnx", sizes_of(graph, batch))
+    path = (model or work) / f"{graph}.onnx"
+    spec = spec_of(path, sizes_of(path, batch))
     loaded = TensorRT(backend)
     milliseconds, outputs = timed(plan, spec, loaded, 1 if quick else ROUNDS, 2 if quick else RUNS)
     with np.load(work / f"{graph}-{batch}.npz") as kept:

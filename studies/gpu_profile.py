@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
-from gpu_variants import NAMES, VARIANTS, inputs_of, session
+from gpu_variants import NAMES, VARIANTS, inputs_of, session, sizes_of
 
 RUNS = 5  # that are recorded, after as many that are not
 SHOWN = 25  # kernels in the table
@@ -141,8 +141,9 @@ def run(work: Path, out: Path, model: Path | None, variant: str, batch: int) -> 
     """Records both graphs, and prints their kernels."""
     summaries: dict[str, Any] = {}
     for graph in NAMES:
-        sizes = {"B": batch, "G": 2} if graph == "unet" else {"B": batch}
-        found, device = session((model or work) / f"{graph}.onnx", VARIANTS[variant], sizes)
+        path = (model or work) / f"{graph}.onnx"
+        sizes = sizes_of(path, batch)
+        found, device = session(path, VARIANTS[variant], sizes)
         runs = RUNS if device == "cuda" else 1
         summaries[graph] = summary(recorded(found, device, inputs_of(found, sizes), runs), runs)
         out.write_text(json.dumps({"variant": variant, "batch": batch, "graphs": summaries}))

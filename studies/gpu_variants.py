@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import numpy as np
+from handiffuser.contract import CONTEXT, SIDES, Manifest
 
 GRAPHS = Path(__file__).parents[1] / "tests" / "engines" / "sd15"
 NAMES = ("unet", "image_decoder")
@@ -89,7 +90,8 @@ def session(path: Path, variant: Variant, sizes: dict[str, int]) -> tuple[Any, s
     device = "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
     if device == "cuda":
         onnxruntime.preload_dlls()
-    model = derive(path) if variant.derived else onnx.load(str(path), load_external_data=False)
+    sides = {axis: size for axis, size in sizes.items() if axis in (*SIDES, CONTEXT)}
+    model = derive(path, sides) if variant.derived else onnx.load(str(path), load_external_data=False)
     if device == "cpu":
         model = expanded(model)
     options = onnxruntime.SessionOptions()
@@ -104,6 +106,18 @@ def session(path: Path, variant: Variant, sizes: dict[str, int]) -> tuple[Any, s
     providers = [("CUDAExecutionProvider", choices)] if device == "cuda" else []
     content = model.SerializeToString()
     return onnxruntime.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"]), device
+
+
+def sizes_of(path: Path, batch: int) -> dict[str, int]:
+    """The sizes of a graph's free axes. A bundle's graphs take its own pictures, and prompts of one chunk."""
+    import onnx
+
+    sizes = {"B": batch, "G": 2}
+    if (path.parent / "manifest.json").exists():
+        sizes |= Manifest.load(path.parent, verify=False).sides()
+    graph = onnx.load(str(path), load_external_data=False).graph
+    axes = {dim.dim_param for one in (*graph.input, *graph.output) for dim in one.type.tensor_type.shape.dim}
+    return {axis: size for axis, size in sizes.items() if axis in axes}
 
 
 def inputs_of(found: Any, sizes: dict[str, int]) -> dict[str, np.ndarray]:
@@ -185,9 +199,9 @@ def weights(work: Path) -> None:
 def run(work: Path, graph: str, variant: str, batch: int, model: Path | None, quick: bool) -> None:
     """Times one variant, and compares its outputs with the variant `bundle`, which runs first."""
     work.mkdir(parents=True, exist_ok=True)
-    sizes = {"B": batch, "G": 2} if graph == "unet" else {"B": batch}
-    started = time.monotonic()
-    found, device = session((model or work) / f"{graph}.onnx", VARIANTS[variant], sizes)
+    path = (model or work) / f"{graph}.onnx"
+    sizes, started = sizes_of(path, batch), time.monotonic()
+    found, device = session(path, VARIANTS[variant], sizes)
     given = inputs_of(found, sizes)
     ready = time.monotonic() - started
     milliseconds, outputs = timed(found, device, given, 1 if quick else ROUNDS, 2 if quick else RUNS)
