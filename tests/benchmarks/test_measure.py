@@ -93,10 +93,12 @@ def test_operations_are_those_that_torch_counts(tiny_checkpoint, tiny_bundle, br
 
 
 def test_operations_grow_with_the_batch(pipeline):
+    from handiffuser.contract import Manifest
     from handiffuser.shipped import bundle_path
 
+    sides = Manifest.load(bundle_path(), verify=False).sides()
     for name, spec in pipeline.manifest.graphs.items():
-        one, three = (count(bundle_path() / spec.file, {"B": n, "S": n, "G": 2}) for n in (1, 3))
+        one, three = (count(bundle_path() / spec.file, {"B": n, "S": n, "G": 2, **sides}) for n in (1, 3))
         assert sum(three.values()) == pytest.approx(3 * sum(one.values()), rel=0.01), name
         assert sum(one.values()) > 0
 
