@@ -62,4 +62,4 @@ def test_a_callback_that_fails_is_no_crash_and_no_loss():
 
     graph = shipped.resolve("demo", "bundle") / "unet_context.onnx"
     with pytest.raises(ZeroDivisionError, match="in the callback"):
-        build_plan(TensorRT("tensorrt-rtx"), graph, {"B": 1, "G": 2}, "fp32", Options(), fail)
+        build_plan(TensorRT("tensorrt-rtx"), graph, {"B": 1, "G": 2, "L": 121}, "fp32", Options(), fail)
