@@ -18,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 from gpu_plans import replayed, spec_of
-from gpu_variants import NAMES, ROUNDS, RUNS, check, error_of, sizes_of
+from gpu_variants import NAMES, ROUNDS, RUNS, note, sizes_of
 from handiffuser.contract import GraphSpec
 from handiffuser.engines.cuda import Cuda
 
@@ -107,16 +107,11 @@ def run(work: Path, graph: str, batch: int, model: Path | None, quick: bool) -> 
     path = (model or work) / f"{graph}.onnx"
     spec = spec_of(path, sizes_of(path, batch))
     milliseconds, outputs = timed(file, spec, 1 if quick else ROUNDS, 2 if quick else RUNS)
-    with np.load(work / f"{graph}-{batch}.npz") as kept:
-        error = error_of(outputs, list(kept.values()))
     line = {
         "graph": graph, "variant": "inductor", "batch": batch, "device": device(), "ms": round(milliseconds, 3),
-        "error": error, "ready_s": round(time.monotonic() - started, 1),
-        **json.loads(file.with_suffix(".built").read_text()),
+        "ready_s": round(time.monotonic() - started, 1), **json.loads(file.with_suffix(".built").read_text()),
     }  # fmt: skip
-    (work / f"{graph}-{batch}-inductor.json").write_text(json.dumps(line))
-    click.echo(json.dumps(line))
-    check(line)
+    note(work, line, outputs)
 
 
 if __name__ == "__main__":

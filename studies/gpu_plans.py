@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import numpy as np
-from gpu_variants import NAMES, ROUNDS, RUNS, check, error_of, sizes_of
+from gpu_variants import NAMES, ROUNDS, RUNS, note, sizes_of
 from handiffuser.contract import GraphSpec, TensorSpec
 from handiffuser.engines.backends import GPU_PLANNED
 from handiffuser.engines.base import DeviceEngine
@@ -158,16 +158,11 @@ def run(work: Path, graph: str, backend: str, batch: int, model: Path | None, qu
     spec = spec_of(path, sizes_of(path, batch))
     loaded = TensorRT(backend)
     milliseconds, outputs = timed(plan, spec, loaded, 1 if quick else ROUNDS, 2 if quick else RUNS)
-    with np.load(work / f"{graph}-{batch}.npz") as kept:
-        error = error_of(outputs, list(kept.values()))
     line = {
         "graph": graph, "variant": backend, "batch": batch, "device": "cuda", "ms": round(milliseconds, 3),
-        "error": error, "ready_s": round(time.monotonic() - started, 1),
-        **json.loads(file.with_suffix(".built").read_text()),
+        "ready_s": round(time.monotonic() - started, 1), **json.loads(file.with_suffix(".built").read_text()),
     }  # fmt: skip
-    (work / f"{graph}-{batch}-{backend}.json").write_text(json.dumps(line))
-    click.echo(json.dumps(line))
-    check(line)
+    note(work, line, outputs)
 
 
 if __name__ == "__main__":

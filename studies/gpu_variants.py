@@ -205,16 +205,21 @@ def run(work: Path, graph: str, variant: str, batch: int, model: Path | None, qu
     given = inputs_of(found, sizes)
     ready = time.monotonic() - started
     milliseconds, outputs = timed(found, device, given, 1 if quick else ROUNDS, 2 if quick else RUNS)
-    kept = work / f"{graph}-{batch}.npz"
     if variant == "bundle":
-        np.savez(kept, *outputs)
-    with np.load(kept) as file:
-        error = error_of(outputs, list(file.values()))
+        np.savez(work / f"{graph}-{batch}.npz", *outputs)
     line = {
         "graph": graph, "variant": variant, "batch": batch, "device": device, "ms": round(milliseconds, 3),
-        "error": error, "ready_s": round(ready, 1),
+        "ready_s": round(ready, 1),
     }  # fmt: skip
-    (work / f"{graph}-{batch}-{variant}.json").write_text(json.dumps(line))
+    note(work, line, outputs)
+
+
+def note(work: Path, line: dict[str, Any], outputs: list[np.ndarray]) -> None:
+    """Writes a variant's figures into WORK, with its error beside the variant `bundle`, and checks the error."""
+    name = f"{line['graph']}-{line['batch']}"
+    with np.load(work / f"{name}.npz") as kept:
+        line["error"] = error_of(outputs, list(kept.values()))
+    (work / f"{name}-{line['variant']}.json").write_text(json.dumps(line))
     click.echo(json.dumps(line))
     check(line)
 
