@@ -177,7 +177,8 @@ def _phrases() -> Iterator[str]:
         yield from (f"{adjective} {noun}", f"{adjective} {noun}s")
     yield from ("fists", "close-up")
     for colour in (*BACKGROUNDS, "gray"):
-        yield from (f"{colour} background", f"{colour} backdrop", f"in front of a {colour} wall", f"against {colour}")
+        wall = f"in front of {'an' if colour[0] in 'aeiou' else 'a'} {colour} wall"
+        yield from (f"{colour} background", f"{colour} backdrop", wall, f"against {colour}")
 
 
 def unknown_uses(prompt: str) -> dict[str, list[str]]:

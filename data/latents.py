@@ -58,10 +58,11 @@ class LatentCache:
     def __init__(self, index: Index, hands: list[_File], latents: list[_File] | None) -> None:
         self.index, self.pictures = index, latents is not None
         self._hands, self._latents = hands, latents
+        groups = index.groups * (len(hands) // max(1, len(index.groups)))  # once more for mirror images
         counts = [len(file["sample"]) for file in hands]
         self._starts = np.cumsum([0, *counts])  # the first row of each group
         self.samples = np.concatenate(
-            [file["sample"].numpy() + first for file, (_, first, _) in zip(hands, index.groups, strict=True)]
+            [file["sample"].numpy() + first for file, (_, first, _) in zip(hands, groups, strict=True)]
         )
         valid = [np.ones(count, bool) for count in counts]
         if latents is not None:
@@ -106,6 +107,11 @@ class LatentCache:
             )
         found = {kind: [file for file in files[kind] if file is not None] for kind in work.kinds}
         return cls(work.index, found["hands"], found.get("latents"))
+
+    def joined(self, other: LatentCache) -> LatentCache:
+        """This cache's rows, then those of another one of the same dataset: of its mirror images."""
+        latents = None if self._latents is None or other._latents is None else [*self._latents, *other._latents]
+        return LatentCache(self.index, [*self._hands, *other._hands], latents)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import contacts
 from .contacts import LIMITS, NEAR, Poser, left_hand, part_of, solid_parts, surface_distance, turns_of, winding
-from .human_gestures import ANY, HANDS, PAD, PALM_ANY, I, L, M, R, T, _bone, _tip
+from .human_gestures import ANY, BACK, HANDS, PAD, PALM_ANY, I, L, M, R, T, _bone, _tip
 from .things import FILE, SIZES, THINGS, Mesh, Size, grasp_of, thing_mesh
 
 STEPS = 260
@@ -188,13 +188,14 @@ def inside_hand(points: ndarray, vertices: ndarray) -> float:
 
 
 def _patch(part: tuple[int, int, int]) -> ndarray:
-    """Numbers of `_samples` on a part of the hand; of the palm only its inner side."""
+    """Numbers of `_samples` on a part of the hand; of the palm its inner side, or the hand's back for BACK."""
     hand = left_hand()
     ids, _ = (x.numpy() for x in _samples())
     finger, bone, side = part
     mine = (hand.part[ids] == part_of(finger, bone)).all(1)
     if finger < 0:
-        return np.flatnonzero(mine & (hand.normals[ids[:, 0], 1] < -0.3))
+        out = 1 if side == BACK else -1
+        return np.flatnonzero(mine & (out * hand.normals[ids[:, 0], 1] > 0.3))
     return np.flatnonzero(mine & ((hand.back[ids[:, 0]] == side) | (side == 0)))
 
 

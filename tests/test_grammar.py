@@ -46,6 +46,11 @@ def test_known_words_in_an_unknown_meaning(prompt, words):
     assert all(set(some) <= set(words_of(phrase)) for phrase, some in found.items())
 
 
+def test_a_phrase_has_the_right_article():
+    assert unknown_uses("an orange wall") == {"in front of an orange wall": ["orange", "wall"]}
+    assert unknown_uses("a blue wall") == {"in front of a blue wall": ["blue", "wall"]}
+
+
 def test_one_sentence_a_prompt_with_near_words():
     new, uses = strangers("a rigth hand holding an umbrella", {"a", "right", "hand", "holding", "an"}, True)
     said = sentence(new, uses, ["right", "hand"])

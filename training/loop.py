@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from ..cpu import has_bf16
 from ..errors import TrainingError
+from .attention import plain_attention
 from .draws import Draws, rows_of
 from .processes import full, spread
 from .recipe import Plan
@@ -111,6 +112,9 @@ class Trainer:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
         self.world, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.device = self.accelerator.device
+        # Inductor makes fast attention by itself, and cannot trace a function mode.
+        plain = self.device.type == "cpu" and not plan.compile
+        self.attention = plain_attention() if plain else contextlib.nullcontext()
         if plan.batch % (self.world * plan.accumulate):
             raise TrainingError(
                 f"batch must be a multiple of {self.world * plan.accumulate}, {self.world} processes with "
@@ -194,9 +198,10 @@ class Trainer:
             together = number == plan.accumulate or plan.shard
             alone = contextlib.nullcontext() if together else self.accelerator.no_sync(self.model)
             inputs = _to(part, self.device)
-            with alone, self.accelerator.autocast():
-                loss = self.model(*inputs) / plan.accumulate
-            self.accelerator.backward(loss)
+            with self.attention:  # in the backward pass, too: checkpointing runs parts of the forward pass again
+                with alone, self.accelerator.autocast():
+                    loss = self.model(*inputs) / plan.accumulate
+                self.accelerator.backward(loss)
             value += loss.detach()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)

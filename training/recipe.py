@@ -102,8 +102,8 @@ class PicturesPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
     drop_text: Share = 0.1  # of text alone, of hands alone, and of both: guidance needs these
     drop_hands: Share = 0.1
     drop_both: Share = 0.1
-    weighting: Annotated[str, _words("plain", "min-snr")] = "plain"
-    min_snr: Rate = 5.0  # gamma of Hang et al. 2023
+    weighting: Annotated[str, _words("plain", "min-snr", "truncated-snr")] = "plain"
+    min_snr: Rate = 5.0  # gamma of Hang et al. 2023: the most that an error in x0 counts
     timestep_shift: Rate = 1.0  # above 1 leans towards noise (Esser et al. 2024, equation 23)
     finger_weight: Weight = 0.0  # extra weight of an error at a hand's joint, against the background
     edge_weight: Weight = 0.0  # largest extra weight of an error where latents change between pixels
@@ -158,6 +158,7 @@ class Recipe(
     held_out: Annotated[float, Meta(ge=0, le=0.5, description="a share from 0 to 0.5")] = (
         0.02  # of samples, to validate
     )
+    mirrored: bool = False  # also train on each sample's mirror image, with left and right exchanged
     prompts: Annotated[tuple[Annotated[str, Meta(max_length=1000)], ...], Meta(max_length=64)] = ()  # of sample grids
     stages: tuple[Annotated[str, _words(*PLANS)], ...] = ("hand-prior", "pictures")  # of `hd-train all`, in this order
     vae: VaePlan = VaePlan()

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .. import shipped
 from ..data import files as data_files
-from ..data.augment import fit_picture
+from ..data.augment import fit_picture, flip_words
 from ..data.dataset import Index
 from ..data.latents import LatentCache, encode_prompts, make_latents
 from ..data.samples import Sample, picture
@@ -101,7 +101,8 @@ class Run:
                 "Stable Diffusion."
             )
         self.index = Index.open(data)
-        self.digest = hashlib.sha256("".join(self.index.digests()).encode()).hexdigest()[:16]
+        parts = [*self.index.digests(), *(["mirrored"] if recipe.mirrored else [])]
+        self.digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
         limit = recipe.held_out * HELD_BITS
         digests = (hashlib.sha256(self.index.entry(i).key.encode()).digest() for i in range(len(self.index)))
         self.held = np.fromiter((int.from_bytes(d[:4], "big") < limit for d in digests), bool, len(self.index))
@@ -199,12 +200,17 @@ class Run:
         """Latents, token ids and hand features of the data for this checkpoint. make: adds missing ones.
 
         It takes latents that were encoded in float32 or in bfloat16, whichever are there, and adds what is faster here.
+        Those of the mirror images follow where the recipe says so.
         """
+        cache = self._latents_of(checkpoint, pictures, make, False)
+        return cache.joined(self._latents_of(checkpoint, pictures, make, True)) if self.recipe.mirrored else cache
+
+    def _latents_of(self, checkpoint: Checkpoint, pictures: bool, make: bool, flipped: bool) -> LatentCache:
         folder, device = self.index.folder, "cuda" if torch.cuda.is_available() else "cpu"
         fast = usable("bf16") == "bf16"
         for bf16 in (fast, not fast):
             with contextlib.suppress(DatasetError):
-                return LatentCache.open(checkpoint, folder, pictures=pictures, bf16=bf16)
+                return LatentCache.open(checkpoint, folder, pictures=pictures, flipped=flipped, bf16=bf16)
         if make:
             columns = (TextColumn("latents"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with Progress(*columns, console=console, transient=True) as bar:
@@ -213,9 +219,11 @@ class Run:
                 def show(done: int, total: int) -> None:
                     bar.update(task, completed=done, total=total)
 
-                make_latents(checkpoint, folder, show, pictures=pictures, bf16=fast, device=device)
+                make_latents(
+                    checkpoint, folder, show, pictures=pictures, flipped=flipped, bf16=fast, device=device
+                )
         try:
-            return LatentCache.open(checkpoint, folder, pictures=pictures, bf16=fast)
+            return LatentCache.open(checkpoint, folder, pictures=pictures, flipped=flipped, bf16=fast)
         except DatasetError as error:
             raise TrainingError(f"{error} Or start with one process, which makes them.") from None
 
@@ -461,6 +469,8 @@ class Run:
             samples = (self.index.sample(i) for i in range(len(self.index)))
             prompts = (prompt for sample in samples if isinstance(sample, Sample) for prompt in sample.prompts)
             words = {word for prompt in prompts for word in words_of(prompt)} | set(checkpoint.words)
+            if self.recipe.mirrored:
+                words |= {flip_words(word) for word in words}
             checkpoint.words = sorted(words) if len(words) <= MAX_WORDS else []
         self.measure_vae(checkpoint, lambda: means_of(checkpoint, self.some_pictures(checkpoint.image_size)))
         trained = {name: {"steps": self.recipe.plan(name).steps, "data": self.digest} for name in PLANS

@@ -335,14 +335,19 @@ def picture_inputs(checkpoint: Checkpoint, plan: PicturesPlan, empty: Tensor) ->
         noise = draws.normal(*clean.shape[1:])
         target = {"v_prediction": signal * noise - sigma * clean, "sample": clean}.get(kind, noise)
         told = (ids != empty.to(ids.device)).any(1).float()
-        weight = snr_weight(alpha, kind, plan.min_snr) if plan.weighting == "min-snr" else torch.ones_like(alpha)
+        least = {"min-snr": 0.0, "truncated-snr": 1.0}.get(plan.weighting)
+        weight = torch.ones_like(alpha) if least is None else snr_weight(alpha, kind, plan.min_snr, least)
         return ids, hands, signal * clean + sigma * noise, timestep, target, told, weight, edges(clean)
 
     return inputs
 
 
-def snr_weight(alpha: Tensor, kind: str, gamma: float) -> Tensor:
-    """Min-SNR weights [n] (Hang et al. 2023, section 3.4): min(snr, gamma), for the network's kind of output."""
+def snr_weight(alpha: Tensor, kind: str, gamma: float, least: float = 0.0) -> Tensor:
+    """Weights [n] of errors in the network's kind of output, that weigh an error in x0 by its signal-to-noise ratio.
+
+    It counts at most gamma (min-SNR, Hang et al. 2023, section 3.4), and at least `least`: 1 in the truncated SNR of
+    Salimans and Ho 2022, section 4.
+    """
     snr = alpha / (1 - alpha).clamp_min(1e-8)
-    least = snr.clamp_max(gamma)
-    return {"v_prediction": least / (snr + 1), "sample": least}.get(kind, least / snr.clamp_min(1e-8))
+    of_x0 = snr.clamp(least, gamma)
+    return {"v_prediction": of_x0 / (snr + 1), "sample": of_x0}.get(kind, of_x0 / snr.clamp_min(1e-8))

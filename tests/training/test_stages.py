@@ -168,6 +168,12 @@ def test_min_snr_caps_what_is_easy():
     torch.testing.assert_close(snr_weight(alpha, "v_prediction", 5.0) * (snr + 1), of_x0)
 
 
+def test_truncated_snr_counts_noise_as_well():
+    """Salimans and Ho 2022: an error in x0 counts at least 1, so that a network learns from pure noise."""
+    alpha = torch.tensor([0.999, 0.9, 0.75, 0.5, 0.01])
+    torch.testing.assert_close(snr_weight(alpha, "sample", 5.0, 1.0), torch.tensor([5.0, 5.0, 3.0, 1.0, 1.0]))
+
+
 def test_errors_near_joints_of_visible_hands_count_more():
     joints = torch.rand(3, 2, 21, 2, generator=torch.Generator().manual_seed(0)) * 0.2
     joints[0, 1] = 0.9  # the lower right corner

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -248,6 +249,34 @@ def test_training_takes_the_latents_that_are_there(tiny_checkpoint_folder, tmp_p
         monkeypatch.setattr(module, "usable", lambda _, fast=fast: fast)
         for make in (True, False):
             assert len(made.latents(checkpoint, True, make)) == 4
+
+
+def test_mirror_images_follow_the_samples_and_are_held_out_with_them(tiny_checkpoint_folder, tmp_path):
+    from handiffuser.data.latents import encode_prompts
+    from handiffuser.training.recipe import Recipe
+    from handiffuser.training.run import Run
+
+    said = [replace(made_sample(i), prompts=[f"a left hand, number {i}"]) for i in range(12)]
+    assert write_shards(said, tmp_path / "set", per_shard=7) == []
+    recipe = msgspec.structs.replace(Recipe.load("sd15"), held_out=0.3)
+    plain = Run(tmp_path / "plain", tmp_path / "set", recipe, tiny_checkpoint_folder)
+    both = Run(tmp_path / "both", tmp_path / "set", msgspec.structs.replace(recipe, mirrored=True),
+               tiny_checkpoint_folder)  # fmt: skip
+    assert both.digest != plain.digest  # another run: its order of samples differs
+    checkpoint = Checkpoint.load(tiny_checkpoint_folder)
+    cache = both.latents(checkpoint, True)
+    assert cache.samples.tolist() == [*range(12), *range(12)]
+    assert len(plain.latents(checkpoint, True)) == 12
+    rows, images = (cache.rows(range(first, first + 12)) for first in (0, 12))
+    seen = rows["visibility"].bool()
+    assert seen.any()
+    there = rows["joints"].flip(1) * torch.tensor([-1.0, 1.0]) + torch.tensor([1.0, 0.0])
+    torch.testing.assert_close(images["joints"][seen.flip(1)], there[seen.flip(1)], atol=2e-2, rtol=0)
+    prompts = [f"a right hand, number {i}" for i in range(12)]
+    assert torch.equal(images["ids"][:, 0], encode_prompts(prompts, checkpoint.tokenizer, checkpoint.special_tokens))
+    stage = both.stage("pictures")
+    held = {*cache.samples[stage.held]}
+    assert held and held.isdisjoint(cache.samples[stage.train]) and len(stage.held) == 2 * len(held)
 
 
 @pytest.mark.slow
