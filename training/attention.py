@@ -4,8 +4,8 @@
         loss = model(*inputs)
 
 PyTorch's fused kernels for CPUs are made for long sequences and inference. Over short ones their backward pass takes
-several times as long as plain products. Heads of unequal widths, as those of the positional kernel, have no fused kernel
-at all: PyTorch then computes in float32, and looks for rows that see nothing.
+several times as long as plain products. Heads of unequal widths, as those of the positional kernel, have no fused
+kernel at all: PyTorch then computes in float32, and looks for rows that see nothing.
 """
 
 from __future__ import annotations

@@ -219,9 +219,7 @@ class Run:
                 def show(done: int, total: int) -> None:
                     bar.update(task, completed=done, total=total)
 
-                make_latents(
-                    checkpoint, folder, show, pictures=pictures, flipped=flipped, bf16=fast, device=device
-                )
+                make_latents(checkpoint, folder, show, pictures=pictures, flipped=flipped, bf16=fast, device=device)
         try:
             return LatentCache.open(checkpoint, folder, pictures=pictures, flipped=flipped, bf16=fast)
         except DatasetError as error:

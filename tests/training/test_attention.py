@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from handiffuser.training.attention import attention, plain_attention
 
 Q, L, D, V = 5, 7, 12, 8
