@@ -103,7 +103,7 @@ class LatentCache:
         if missing:
             raise DatasetError(
                 f"{folder} lacks this checkpoint's latents for {len(missing)} of its {len(work.index.groups)} shards "
-                f"(such as {missing[0]}). Run: hd-data latents CHECKPOINT {folder}"
+                f"(such as {missing[0]}). Run: hd-data latents CHECKPOINT {folder}{' --flipped' if flipped else ''}"
             )
         found = {kind: [file for file in files[kind] if file is not None] for kind in work.kinds}
         return cls(work.index, found["hands"], found.get("latents"))

@@ -188,7 +188,8 @@ OPTIONS = [
                  help="sd15, demo, demo-gpu, human, human-gpu, or your .toml file."),
     click.option("--num-people", type=click.IntRange(1, MAX_PEOPLE),
                  help="People of a picture at most.  [default: the recipe's, or as it starts]"),
-    click.option("--mirrored", is_flag=True, help="Train on mirror images, too, with left and right exchanged."),
+    click.option("--mirrored/--no-mirrored", default=None,
+                 help="Train both stages on mirror images, too, with left and right exchanged."),
     click.option("--run", "folder", type=click.Path(path_type=Path),
                  help="States, logs and samples; run again to go on.  [default: runs/ and the output's name]"),
     click.option("--processes", type=click.IntRange(1), help="Processes on a CPU.  [default: one a core]"),
@@ -247,8 +248,8 @@ def train(stage: str, **values: Any) -> int:
     recipe = Recipe.load(values["recipe"])
     if values["num_people"] is not None:
         recipe = msgspec.structs.replace(recipe, num_people=values["num_people"])
-    if values["mirrored"]:
-        recipe = msgspec.structs.replace(recipe, mirrored=True)
+    if values["mirrored"] is not None:
+        recipe = msgspec.structs.replace(recipe, mirrored=values["mirrored"])
     stages = recipe.stages if stage == "all" else (stage,)
     recipe = changed(recipe, stages, values)
     output, start = values["output"], values["start"]

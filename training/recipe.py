@@ -158,7 +158,7 @@ class Recipe(
     held_out: Annotated[float, Meta(ge=0, le=0.5, description="a share from 0 to 0.5")] = (
         0.02  # of samples, to validate
     )
-    mirrored: bool = False  # also train on each sample's mirror image, with left and right exchanged
+    mirrored: bool = False  # both stages train on each sample's mirror image, too, with left and right exchanged
     prompts: Annotated[tuple[Annotated[str, Meta(max_length=1000)], ...], Meta(max_length=64)] = ()  # of sample grids
     stages: tuple[Annotated[str, _words(*PLANS)], ...] = ("hand-prior", "pictures")  # of `hd-train all`, in this order
     vae: VaePlan = VaePlan()

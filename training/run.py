@@ -101,8 +101,7 @@ class Run:
                 "Stable Diffusion."
             )
         self.index = Index.open(data)
-        parts = [*self.index.digests(), *(["mirrored"] if recipe.mirrored else [])]
-        self.digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+        self.digest = hashlib.sha256("".join(self.index.digests()).encode()).hexdigest()[:16]
         limit = recipe.held_out * HELD_BITS
         digests = (hashlib.sha256(self.index.entry(i).key.encode()).digest() for i in range(len(self.index)))
         self.held = np.fromiter((int.from_bytes(d[:4], "big") < limit for d in digests), bool, len(self.index))
@@ -126,6 +125,7 @@ class Run:
             assert self.recipe.new is not None
             samples = (self.index.sample(i) for i in range(min(len(self.index), VOCABULARY)))
             texts = [prompt for sample in samples if isinstance(sample, Sample) for prompt in sample.prompts]
+            texts += [flip_words(text) for text in texts] if self.recipe.mirrored else []
             make_tokenizer(texts, CONFIGS[self.recipe.new].vocab_size).save(str(path))
         self.recipe.save(self.folder / "recipe.toml")
 
@@ -196,14 +196,25 @@ class Run:
         lora.save({name: value for name, value in trained.items() if ".basis" not in name}, path, rank)
         return path
 
-    def latents(self, checkpoint: Checkpoint, pictures: bool, make: bool = True) -> LatentCache:
+    def mirrored(self, stage: str) -> bool:
+        """Whether a stage trains on mirror images, too: labels name sides in words that `flip` does not know."""
+        return self.recipe.mirrored and stage not in ("vae", "encoder")
+
+    def data(self, stage: str) -> str:
+        """What a stage trains on, which its folder must keep."""
+        return f"{self.digest}-mirrored" if self.mirrored(stage) else self.digest
+
+    def latents(
+        self, checkpoint: Checkpoint, pictures: bool, make: bool = True, mirrored: bool | None = None
+    ) -> LatentCache:
         """Latents, token ids and hand features of the data for this checkpoint. make: adds missing ones.
 
         It takes latents that were encoded in float32 or in bfloat16, whichever are there, and adds what is faster here.
-        Those of the mirror images follow where the recipe says so.
+        mirrored: those of the mirror images follow; by default as the recipe says.
         """
+        mirrored = self.recipe.mirrored if mirrored is None else mirrored
         cache = self._latents_of(checkpoint, pictures, make, False)
-        return cache.joined(self._latents_of(checkpoint, pictures, make, True)) if self.recipe.mirrored else cache
+        return cache.joined(self._latents_of(checkpoint, pictures, make, True)) if mirrored else cache
 
     def _latents_of(self, checkpoint: Checkpoint, pictures: bool, make: bool, flipped: bool) -> LatentCache:
         folder, device = self.index.folder, "cuda" if torch.cuda.is_available() else "cpu"
@@ -250,7 +261,7 @@ class Run:
             raise TrainingError(
                 f"{self.index.folder} must hold a picture to train on, got none. Add data: see hd-data."
             )
-        return self.images(rows[np.linspace(0, len(rows) - 1, min(len(rows), SOME)).astype(int)].tolist(), size)
+        return self.images(spread_over(rows, SOME).tolist(), size)
 
     def parts(self, stage: str) -> list[str]:
         """The folders of a stage: one, or one for each student."""
@@ -264,7 +275,7 @@ class Run:
         """Of a finished stage: a sentence if its settings differ from the plan's, else ""."""
         known = [changes(self.folder / part, self.recipe.plan(stage)) for part in self.parts(stage)]
         said = next((words for words in known if words), "")
-        if any(data_of(self.folder / part) not in ("", self.digest) for part in self.parts(stage)):
+        if any(data_of(self.folder / part) not in ("", self.data(stage)) for part in self.parts(stage)):
             said = f"another dataset{said and ', ' + said}"
         return f", with other settings: {said}. To train with the new ones, name another --run." if said else ""
 
@@ -280,7 +291,7 @@ class Run:
         """A stage's module and data. make: adds missing latents; otherwise they raise TrainingError."""
         recipe, checkpoint = self.recipe, self.checkpoint()
         empty = encode_prompts([""], checkpoint.tokenizer, checkpoint.special_tokens)[0]
-        common: dict[str, Any] = {"data": self.digest}
+        common: dict[str, Any] = {"data": self.data(name)}
         if name == "vae":
             size = checkpoint.image_size
             read = lambda rows: {"images": self.images(rows, size)}  # noqa: E731
@@ -298,7 +309,7 @@ class Run:
             raise TrainingError(
                 "The autoencoder of --start must be trained before stage 2. Train it first: hd-train vae."
             )
-        cache = self.latents(checkpoint, name == "pictures", make)
+        cache = self.latents(checkpoint, name == "pictures", make, self.mirrored(name))
         held = self.held[cache.samples[cache.usable]]
         common |= {"train": cache.usable[~held], "held": cache.usable[held]}
         for bad in cache.left_out[:MAX_BAD_SAMPLES] if make else ():
@@ -307,7 +318,7 @@ class Run:
             common = {**common, **{part: self.known(cache, common[part]) for part in ("train", "held")}}
             prior = checkpoint.hand_prior
             if not prior.mean.any():  # an untrained prior lacks its normalisation
-                rows = cache.rows(common["train"][:MEASURED_SAMPLES], ("params",))
+                rows = cache.rows(spread_over(common["train"], MEASURED_SAMPLES), ("params",))
                 mean, std = normalisation(rows["params"].float())
                 prior.mean.copy_(mean)
                 prior.std.copy_(std)
@@ -329,7 +340,9 @@ class Run:
             stage = Stage(name, reader, read, encoder_inputs(recipe.encoder, empty), **common)
             stage.module.requires_grad_(True)
             return stage
-        self.measure_vae(checkpoint, lambda: cache.rows(common["train"][:MEASURED_SAMPLES], ("mean",))["mean"].float())
+        self.measure_vae(
+            checkpoint, lambda: cache.rows(spread_over(common["train"], MEASURED_SAMPLES), ("mean",))["mean"].float()
+        )
         if recipe.pictures.lora:
             torch.manual_seed(recipe.pictures.seed)
             lora.inject(checkpoint, recipe.pictures.lora)
@@ -370,13 +383,13 @@ class Run:
             )
         bank: Bank
         if name == "distill":
-            bank = PictureBank(self.folder / "bank", teacher, cache, rows, plan, self.digest)
+            bank = PictureBank(self.folder / "bank", teacher, cache, rows, plan, self.data(name))
             PictureLoss(teacher, plan).to(state.device)  # all of stage 2
         else:
             rows = self.known(cache, rows)
             if not teacher.hand_prior.mean.any():
                 raise TrainingError("The hand prior of --start must be trained. Train it first: hd-train hand-prior.")
-            bank = HandBank(self.folder / "hand-bank", teacher, cache, rows, plan, self.digest)
+            bank = HandBank(self.folder / "hand-bank", teacher, cache, rows, plan, self.data(name))
             HandJumpLoss(teacher).to(state.device)
         said = [-1]
 
@@ -403,7 +416,7 @@ class Run:
                 becomes_student(student, runs)
                 stage = jump_stage(student, bank, plan, runs, part)
                 stage.on_save = partial(self.show_pictures, student, cache, part, rows[:GRID_SAMPLES], empty)
-            stage.data = self.digest
+            stage.data = self.data(name)
             fit(stage, plan, self.folder / part)
 
     def measure_vae(self, checkpoint: Checkpoint, means: Callable[[], Tensor]) -> None:
@@ -471,11 +484,11 @@ class Run:
                 words |= {flip_words(word) for word in words}
             checkpoint.words = sorted(words) if len(words) <= MAX_WORDS else []
         self.measure_vae(checkpoint, lambda: means_of(checkpoint, self.some_pictures(checkpoint.image_size)))
-        trained = {name: {"steps": self.recipe.plan(name).steps, "data": self.digest} for name in PLANS
+        trained = {name: {"steps": self.recipe.plan(name).steps, "data": self.data(name)} for name in PLANS
                    if finished(self.folder / name)}  # fmt: skip
         for name in STUDENTS:
             if self.done(name):
-                trained[name] = {"runs": list(self.recipe.plan(name).runs), "data": self.digest}
+                trained[name] = {"runs": list(self.recipe.plan(name).runs), "data": self.data(name)}
         checkpoint.notes = {**checkpoint.notes, "trained": {**_stages(checkpoint.notes), **trained}}
         checkpoint.save(output, half=half)
 
@@ -484,3 +497,8 @@ def _stages(notes: dict[str, Any]) -> dict[str, Any]:
     """The trained stages in a checkpoint's notes."""
     before = notes.get("trained")
     return before if isinstance(before, dict) else {}
+
+
+def spread_over(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of some rows, from all over them: mirror images come last."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(int)]

@@ -19,6 +19,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ..contract import BETAS, NUM_PARAMS, PLACEMENT, ROTATIONS
+from ..errors import TrainingError
 from ..models.autoencoder import PatchAutoencoderKL
 from ..models.checkpoint import Checkpoint
 from ..models.configs import latent_factor
@@ -322,6 +323,12 @@ def picture_inputs(checkpoint: Checkpoint, plan: PicturesPlan, empty: Tensor) ->
     alphas = alphas_cumprod(checkpoint.scheduler)
     kind = checkpoint.scheduler["prediction_type"]
     scale, shift = checkpoint.vae.config.scaling_factor, checkpoint.vae.config.shift_factor or 0.0
+    least = {"min-snr": 0.0, "truncated-snr": 1.0}.get(plan.weighting)
+    if least and kind == "epsilon":
+        raise TrainingError(
+            "weighting must be plain or min-snr for a network that predicts noise, got truncated-snr. There it divides "
+            "by the signal in pure noise."
+        )
 
     def inputs(rows: dict[str, Tensor], draws: Draws) -> Sequence[Any]:
         ids, hands = conditions(rows, draws, empty, plan)
@@ -335,7 +342,6 @@ def picture_inputs(checkpoint: Checkpoint, plan: PicturesPlan, empty: Tensor) ->
         noise = draws.normal(*clean.shape[1:])
         target = {"v_prediction": signal * noise - sigma * clean, "sample": clean}.get(kind, noise)
         told = (ids != empty.to(ids.device)).any(1).float()
-        least = {"min-snr": 0.0, "truncated-snr": 1.0}.get(plan.weighting)
         weight = torch.ones_like(alpha) if least is None else snr_weight(alpha, kind, plan.min_snr, least)
         return ids, hands, signal * clean + sigma * noise, timestep, target, told, weight, edges(clean)
 
@@ -349,5 +355,5 @@ def snr_weight(alpha: Tensor, kind: str, gamma: float, least: float = 0.0) -> Te
     Salimans and Ho 2022, section 4.
     """
     snr = alpha / (1 - alpha).clamp_min(1e-8)
-    of_x0 = snr.clamp(least, gamma)
+    of_x0 = snr.clamp(least, max(least, gamma))
     return {"v_prediction": of_x0 / (snr + 1), "sample": of_x0}.get(kind, of_x0 / snr.clamp_min(1e-8))

@@ -1,9 +1,15 @@
 """Attention for training on a CPU computes what PyTorch's does."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from handiffuser.training.attention import attention, plain_attention
+from handiffuser.training.loop import Stage, Trainer, fit
+from handiffuser.training.recipe import Plan
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 Q, L, D, V = 5, 7, 12, 8
 GENERATOR = torch.Generator().manual_seed(0)
@@ -50,6 +56,40 @@ def test_all_modules_use_it_while_it_lasts(monkeypatch):
         torch.nn.functional.scaled_dot_product_attention(QUERY, KEY, VALUE, dropout_p=0.5)  # PyTorch's own
     F.scaled_dot_product_attention(QUERY, KEY, VALUE)
     assert calls == [{"scale": 2.0}]
+
+
+class Attends(nn.Module):
+    """Attention in a part that the backward pass runs again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(4, 4)
+
+    def forward(self, x):
+        mixed = checkpoint(lambda x: F.scaled_dot_product_attention(self.query(x), x, x), x, use_reentrant=False)
+        return mixed.square().mean()
+
+
+def stage() -> Stage:
+    rows = torch.randn(8, 3, 4, generator=torch.Generator().manual_seed(0))
+    return Stage("fit", Attends(), lambda at: {"x": rows[list(at)]}, lambda rows, draws: (rows["x"],), range(8))
+
+
+def test_a_step_on_a_cpu_uses_it_in_both_passes(tmp_path, monkeypatch):
+    calls = []
+    ours = attention
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr("handiffuser.training.attention.attention", counted)
+    fit(stage(), Plan(steps=2, batch=4, warmup=1), tmp_path)
+    assert len(calls) == 4
+
+
+def test_inductor_makes_its_own(tmp_path):
+    assert isinstance(Trainer(stage(), Plan(steps=2, batch=4, compile=True), tmp_path).attention, nullcontext)
 
 
 @pytest.mark.parametrize("more", [{"dropout_p": 0.1}, {"enable_gqa": True}])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from handiffuser.data.latents import encode_prompts
+from handiffuser.errors import TrainingError
 from handiffuser.models.autoencoder import PatchAutoencoderKL
 from handiffuser.models.checkpoint import Checkpoint
 from handiffuser.training import draws
@@ -127,6 +128,21 @@ def test_noise_is_what_the_scheduler_adds(checkpoint, empty):
     torch.testing.assert_close(scheduler.get_velocity(clean, noise, timestep), target, rtol=1e-3, atol=1e-3)
     assert told.tolist() == [1] * 4 and weight.tolist() == [1] * 4
     assert torch.equal(hands["visibility"], rows["visibility"])
+
+
+def test_truncated_snr_weighs_errors_of_the_clean_sample_alone(checkpoint, empty):
+    plan = PicturesPlan(posterior="mean", weighting="truncated-snr")
+    checkpoint.scheduler = {**checkpoint.scheduler, "prediction_type": "sample"}
+    *_, timestep, target, _, weight, _ = picture_inputs(checkpoint, plan, empty)(
+        rows := rows_of(checkpoint, 40), Draws(0, 0, 40, range(40))
+    )
+    torch.testing.assert_close(target, rows["mean"].float() * checkpoint.vae.config.scaling_factor)
+    alpha = alphas_cumprod(checkpoint.scheduler)[timestep]
+    torch.testing.assert_close(weight, (alpha / (1 - alpha)).clamp(1, 5))
+    assert weight.min() == 1 and weight.max() == 5
+    checkpoint.scheduler = {**checkpoint.scheduler, "prediction_type": "epsilon"}
+    with pytest.raises(TrainingError, match="weighting must be plain or min-snr"):
+        picture_inputs(checkpoint, plan, empty)
 
 
 def test_edges_are_where_the_latents_change(checkpoint, empty):

@@ -19,6 +19,7 @@ from handiffuser.contract import Manifest
 from handiffuser.data.samples import picture, read, write_shards
 from handiffuser.models.checkpoint import Checkpoint, decode, random_checkpoint
 from handiffuser.models.configs import CONFIGS
+from handiffuser.training.run import spread_over
 from handiffuser.training.sample import encode
 from handiffuser.training.stages import images_to_float
 from PIL import Image
@@ -262,7 +263,8 @@ def test_mirror_images_follow_the_samples_and_are_held_out_with_them(tiny_checkp
     plain = Run(tmp_path / "plain", tmp_path / "set", recipe, tiny_checkpoint_folder)
     both = Run(tmp_path / "both", tmp_path / "set", msgspec.structs.replace(recipe, mirrored=True),
                tiny_checkpoint_folder)  # fmt: skip
-    assert both.digest != plain.digest  # another run: its order of samples differs
+    kept = {name for name in ("vae", "encoder", "hand-prior", "pictures", "distill") if both.data(name) == plain.digest}
+    assert kept == {"vae", "encoder"}  # the others are other runs: their order of samples differs
     checkpoint = Checkpoint.load(tiny_checkpoint_folder)
     cache = both.latents(checkpoint, True)
     assert cache.samples.tolist() == [*range(12), *range(12)]
@@ -277,6 +279,21 @@ def test_mirror_images_follow_the_samples_and_are_held_out_with_them(tiny_checkp
     stage = both.stage("pictures")
     held = {*cache.samples[stage.held]}
     assert held and held.isdisjoint(cache.samples[stage.train]) and len(stage.held) == 2 * len(held)
+    assert len(both.stage("encoder").train) == len(stage.train) / 2
+
+
+def test_the_first_rows_are_not_all_that_is_measured():
+    """Mirror images come last: a mean of the first rows would know one side's hands alone."""
+    rows = np.arange(100, 200)
+    assert spread_over(rows, 5).tolist() == [100, 124, 149, 174, 199]
+    assert spread_over(rows, 300).tolist() == rows.tolist()
+
+
+def test_a_run_keeps_its_setting_of_mirror_images(trained, world, tmp_path):
+    folder, arguments, _ = trained
+    result = hd_train("pictures", *arguments[1:], "--steps", 3, "--mirrored")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "-mirrored. Take the same as before" in result.stderr
 
 
 @pytest.mark.slow
