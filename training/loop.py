@@ -112,8 +112,8 @@ class Trainer:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
         self.world, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.device = self.accelerator.device
-        # Inductor makes fast attention by itself, and cannot trace a function mode.
-        plain = self.device.type == "cpu" and not plan.compile
+        # Inductor cannot trace a function mode, and checkpointing runs parts of the forward pass again without it.
+        plain = self.device.type == "cpu" and not plan.compile and not plan.gradient_checkpointing
         self.attention = plain_attention() if plain else contextlib.nullcontext()
         if plan.batch % (self.world * plan.accumulate):
             raise TrainingError(
@@ -198,10 +198,9 @@ class Trainer:
             together = number == plan.accumulate or plan.shard
             alone = contextlib.nullcontext() if together else self.accelerator.no_sync(self.model)
             inputs = _to(part, self.device)
-            with self.attention:  # in the backward pass, too: checkpointing runs parts of the forward pass again
-                with alone, self.accelerator.autocast():
-                    loss = self.model(*inputs) / plan.accumulate
-                self.accelerator.backward(loss)
+            with alone, self.accelerator.autocast(), self.attention:
+                loss = self.model(*inputs) / plan.accumulate
+            self.accelerator.backward(loss)
             value += loss.detach()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
