@@ -81,3 +81,8 @@ class Draws:
         if not self._rows:
             return self._of_all(torch.randn, self.batch, *shape)
         return torch.stack([torch.randn(shape, generator=row) for row in self._rows])
+
+
+def spread_over(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of some rows, from all over them: mirror images come last."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(int)]

@@ -57,6 +57,7 @@ from .distill import (
     hand_jump_stage,
     jump_stage,
 )
+from .draws import spread_over
 from .grow import with_people
 from .loop import Stage, console, fit, usable
 from .recipe import PLANS, STUDENTS, Recipe
@@ -497,8 +498,3 @@ def _stages(notes: dict[str, Any]) -> dict[str, Any]:
     """The trained stages in a checkpoint's notes."""
     before = notes.get("trained")
     return before if isinstance(before, dict) else {}
-
-
-def spread_over(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of some rows, from all over them: mirror images come last."""
-    return rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(int)]

@@ -19,7 +19,7 @@ from handiffuser.contract import Manifest
 from handiffuser.data.samples import picture, read, write_shards
 from handiffuser.models.checkpoint import Checkpoint, decode, random_checkpoint
 from handiffuser.models.configs import CONFIGS
-from handiffuser.training.run import spread_over
+from handiffuser.training.draws import spread_over
 from handiffuser.training.sample import encode
 from handiffuser.training.stages import images_to_float
 from PIL import Image
