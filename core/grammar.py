@@ -177,8 +177,13 @@ def _phrases() -> Iterator[str]:
         yield from (f"{adjective} {noun}", f"{adjective} {noun}s")
     yield from ("fists", "close-up")
     for colour in (*BACKGROUNDS, "gray"):
-        wall = f"in front of {'an' if colour[0] in 'aeiou' else 'a'} {colour} wall"
-        yield from (f"{colour} background", f"{colour} backdrop", wall, f"against {colour}")
+        wall = with_article(f"{colour} wall")
+        yield from (f"{colour} background", f"{colour} backdrop", f"in front of {wall}", f"against {colour}")
+
+
+def with_article(words: str) -> str:
+    """The words after "a" or "an", by their first letter."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def unknown_uses(prompt: str) -> dict[str, list[str]]:

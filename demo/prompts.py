@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..grammar import ADJECTIVES, BACKGROUNDS, NOUNS, SIDES, SKINS, VIEWS
+from ..grammar import ADJECTIVES, BACKGROUNDS, NOUNS, SIDES, SKINS, VIEWS, with_article
 from .gestures import GESTURES, NAMES
 
 # Relative frequency of gestures whose fingers hide each other, or that resemble one another.
@@ -91,17 +91,13 @@ def _pick(rng: np.random.Generator, options):
     return options[rng.integers(len(options))]
 
 
-def _a(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
 def _one_hand(gesture: str, side: str, tone: str, rng: np.random.Generator) -> str:
     """One of two hands that differ: "a left hand making a fist", "a right fist"."""
     phrase = _pick(rng, GESTURES[gesture].phrases)
     who = [tone, side] if rng.random() < 0.5 else [side, tone]
     if gesture in NOUNS and rng.random() < 0.5:
-        return _a(" ".join(w for w in (*who, _pick(rng, NOUNS[gesture])) if w))
-    return _a(" ".join(w for w in (*who, "hand", phrase) if w))
+        return with_article(" ".join(w for w in (*who, _pick(rng, NOUNS[gesture])) if w))
+    return with_article(" ".join(w for w in (*who, "hand", phrase) if w))
 
 
 def _two_hands(spec: Spec, tone: str, rng: np.random.Generator) -> str:
@@ -137,9 +133,9 @@ def _subject(spec: Spec, tone: str, rng: np.random.Generator, side: bool = True)
             return " ".join(w for w in (tone, _pick(rng, nouns)) if w)
         if spec.side != "both":
             if nouns and rng.random() < 0.6:
-                return _a(" ".join(w for w in (tone, _pick(rng, nouns)) if w))
+                return with_article(" ".join(w for w in (tone, _pick(rng, nouns)) if w))
             who = " ".join(w for w in (tone, "hand", _pick(rng, GESTURES[spec.gesture].phrases)) if w)
-            return _pick(rng, (_a(who), _a(who), f"the {who}", who))
+            return _pick(rng, (with_article(who), with_article(who), f"the {who}", who))
     phrase = _pick(rng, GESTURES[spec.gesture].phrases)
     noun, adjective = "hand", ""
     if spec.gesture in ADJECTIVES and rng.random() < 0.35:
@@ -154,7 +150,7 @@ def _subject(spec: Spec, tone: str, rng: np.random.Generator, side: bool = True)
     else:
         order = [tone, spec.side, adjective] if rng.random() < 0.75 else [spec.side, tone, adjective]
         who = hand(*order, noun)
-        who = _pick(rng, (_a(who), _a(who), _a(who), f"the {who}", who))
+        who = _pick(rng, (with_article(who), with_article(who), with_article(who), f"the {who}", who))
     verb, _, rest = phrase.partition(" ")
     if verb in ("making", "giving", "showing") and rest.startswith(("a ", "an ", "the ")) and rng.random() < 0.2:
         return f"{rest} with {who}"
@@ -177,8 +173,8 @@ def write_prompt(spec: Spec, rng: np.random.Generator, leave_out: float = 0.35) 
         extras.append(words.replace("of the hand", "of the hands") if spec.side == "both" else words)
     if background:
         colour = _pick(rng, ("grey", "gray")) if spec.background == "grey" else spec.background
-        extras.append(_pick(rng, (f"{colour} background", f"on {_a(colour)} background", f"against {colour}",
-                                  f"in front of {_a(colour)} wall", f"{colour} backdrop")))  # fmt: skip
+        extras.append(_pick(rng, (f"{colour} background", f"on {with_article(colour)} background", f"against {colour}",
+                                  f"in front of {with_article(colour)} wall", f"{colour} backdrop")))  # fmt: skip
     subject = _subject(spec, tone, rng, side)
     prefix = _pick(rng, ("",) * 6 + ("a photo of ", "a picture of ", "photo of ", "an image of ", "close-up of "))
     extras = [extras[i] for i in rng.permutation(len(extras))]

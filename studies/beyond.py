@@ -43,6 +43,7 @@ from handiffuser.evaluation.distances import MEAN_DRAWS, mean, resampled
 from handiffuser.evaluation.hands import hand_size
 from handiffuser.evaluation.measure import Instruments, Seen, columns, settings
 from handiffuser.evaluation.pictures import Show
+from handiffuser.grammar import with_article
 from handiffuser.hands import POSES
 from handiffuser.models.smplh import HAND_JOINTS
 from handiffuser.rotations import axis_angle_to_matrix, matrix_to_axis_angle
@@ -140,7 +141,7 @@ def reworded(scene: Scene, kind: str, number: int, rng: np.random.Generator) -> 
     tone = one_of(SKINS[spec.skin][1])
     words = {"tone": tone, "side": spec.side, "phrase": one_of(GESTURES[spec.gesture].phrases),
              "synonym": SYNONYMS[spec.gesture], "view": one_of(VIEWS[spec.view]), "background": spec.background,
-             "who": f"{'an' if tone[0] in 'aeiou' else 'a'} {tone} {spec.side} hand"}  # fmt: skip
+             "who": with_article(f"{tone} {spec.side} hand")}  # fmt: skip
     template = WORDINGS[kind][number % len(WORDINGS[kind])]
     text = template.format(**words)
     return replace(scene, prompt=text.upper() if template.startswith("HELLO") else text)

@@ -111,7 +111,7 @@ def consistency_inputs(teacher: Checkpoint, plan: DistillPlan, empty: Tensor) ->
 def consistency_student(work: Run, plan: DistillPlan, folder: Path) -> Checkpoint:
     """The student of `plan.runs` runs, trained in `folder` with the rows of a run."""
     teacher, student = work.checkpoint(students=False), work.checkpoint(students=False)
-    cache = work.latents(teacher, True)
+    cache = work.latents(teacher, "pictures")
     rows = cache.usable[~work.held[cache.samples[cache.usable]]]
     empty = encode_prompts([""], teacher.tokenizer, teacher.special_tokens)[0]
     loss = ConsistencyLoss(student, teacher, teacher.defaults["guidance"], empty)

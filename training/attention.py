@@ -13,6 +13,7 @@ validation loss and sample grids use PyTorch's own attention.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +56,9 @@ def attention(
     return weights @ value
 
 
+SIGNATURE = inspect.signature(attention)
+
+
 class plain_attention(TorchFunctionMode):  # noqa: N801, a context manager as torch.no_grad is
     """While it lasts, `attention` replaces `F.scaled_dot_product_attention` in all modules, over short sequences."""
 
@@ -62,19 +66,9 @@ class plain_attention(TorchFunctionMode):  # noqa: N801, a context manager as to
         self, func: Callable[..., Any], types: Sequence[Any], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and _is_ours(*args, **kwargs):
-            return attention(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            given = SIGNATURE.bind(*args, **kwargs).arguments
+            short = given["query"].shape[-2] * given["key"].shape[-2] <= MOST
+            if short and not given.get("dropout_p") and not given.get("enable_gqa"):
+                return attention(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _is_ours(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> bool:
-    return query.shape[-2] * key.shape[-2] <= MOST and not dropout_p and not enable_gqa

@@ -205,17 +205,15 @@ class Run:
         """What a stage trains on, which its folder must keep."""
         return f"{self.digest}-mirrored" if self.mirrored(stage) else self.digest
 
-    def latents(
-        self, checkpoint: Checkpoint, pictures: bool, make: bool = True, mirrored: bool | None = None
-    ) -> LatentCache:
-        """Latents, token ids and hand features of the data for this checkpoint. make: adds missing ones.
+    def latents(self, checkpoint: Checkpoint, stage: str, make: bool = True) -> LatentCache:
+        """Token ids and hand features of a stage's data for this checkpoint, and latents for the stage pictures.
 
         It takes latents that were encoded in float32 or in bfloat16, whichever are there, and adds what is faster here.
-        mirrored: those of the mirror images follow; by default as the recipe says.
+        Those of the mirror images follow. make: adds missing ones.
         """
-        mirrored = self.recipe.mirrored if mirrored is None else mirrored
+        pictures = stage == "pictures"
         cache = self._latents_of(checkpoint, pictures, make, False)
-        return cache.joined(self._latents_of(checkpoint, pictures, make, True)) if mirrored else cache
+        return cache.joined(self._latents_of(checkpoint, pictures, make, True)) if self.mirrored(stage) else cache
 
     def _latents_of(self, checkpoint: Checkpoint, pictures: bool, make: bool, flipped: bool) -> LatentCache:
         folder, device = self.index.folder, "cuda" if torch.cuda.is_available() else "cpu"
@@ -284,7 +282,7 @@ class Run:
         """Makes missing latents and the like, before several processes read them."""
         if stage in STUDENTS:
             grid(self.recipe.plan(stage))  # refuses a bad plan first
-            self.latents(self.checkpoint(), False)
+            self.latents(self.checkpoint(), stage)
         else:
             self.stage(stage)
 
@@ -310,7 +308,7 @@ class Run:
             raise TrainingError(
                 "The autoencoder of --start must be trained before stage 2. Train it first: hd-train vae."
             )
-        cache = self.latents(checkpoint, name == "pictures", make, self.mirrored(name))
+        cache = self.latents(checkpoint, name, make)
         held = self.held[cache.samples[cache.usable]]
         common |= {"train": cache.usable[~held], "held": cache.usable[held]}
         for bad in cache.left_out[:MAX_BAD_SAMPLES] if make else ():
@@ -376,7 +374,7 @@ class Run:
         """A bank of the teacher's trajectories, then one student after the other, each from the one before."""
         plan, state = self.recipe.plan(name), PartialState(cpu=not torch.cuda.is_available())
         teacher = self.checkpoint(students=False)
-        cache = self.latents(teacher, False, make)
+        cache = self.latents(teacher, name, make)
         rows = cache.usable[~self.held[cache.samples[cache.usable]]]
         if not len(rows):
             raise TrainingError(

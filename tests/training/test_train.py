@@ -249,7 +249,7 @@ def test_training_takes_the_latents_that_are_there(tiny_checkpoint_folder, tmp_p
     for fast in ("bf16", "fp32"):
         monkeypatch.setattr(module, "usable", lambda _, fast=fast: fast)
         for make in (True, False):
-            assert len(made.latents(checkpoint, True, make)) == 4
+            assert len(made.latents(checkpoint, "pictures", make)) == 4
 
 
 def test_mirror_images_follow_the_samples_and_are_held_out_with_them(tiny_checkpoint_folder, tmp_path):
@@ -266,9 +266,9 @@ def test_mirror_images_follow_the_samples_and_are_held_out_with_them(tiny_checkp
     kept = {name for name in ("vae", "encoder", "hand-prior", "pictures", "distill") if both.data(name) == plain.digest}
     assert kept == {"vae", "encoder"}  # the others are other runs: their order of samples differs
     checkpoint = Checkpoint.load(tiny_checkpoint_folder)
-    cache = both.latents(checkpoint, True)
+    cache = both.latents(checkpoint, "pictures")
     assert cache.samples.tolist() == [*range(12), *range(12)]
-    assert len(plain.latents(checkpoint, True)) == 12
+    assert len(plain.latents(checkpoint, "pictures")) == 12
     rows, images = (cache.rows(range(first, first + 12)) for first in (0, 12))
     seen = rows["visibility"].bool()
     assert seen.any()
