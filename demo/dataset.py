@@ -4,7 +4,8 @@
     make("demo-data", scenes=24_000, seed=1, processes=2)
 
 Scene i does not depend on the number of scenes. Held-out prompts (prompts.is_held_out) never enter the dataset.
-The world "human" holds people instead of forearms, see `human_dataset.py`.
+The world "arms" draws the same scenes on the human body, as the shipped demo paints them (`arms.py`). The world "human"
+holds people, see `human_dataset.py`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from ..hands import POSES
 from ..models.hand_features import pack, placement_of
 from ..models.smplh import HAND_JOINTS, SMPLH
 from ..rotations import matrix_to_axis_angle
+from . import arms
 from .gestures import NAMES
-from .human import make_body
+from .human import human_body, make_body
 from .prompts import BACKGROUNDS, SIDES, SKINS, VIEWS, WORDINGS, Spec, is_held_out, sample_spec, write_prompt
 from .render import demo_body, render_scenes
 from .scenes import Scene, sample_scene
@@ -45,6 +47,7 @@ LABELS = {
     "view": tuple(VIEWS),
     "other": NAMES,
 }
+WORLDS = ("hands", "arms", "human")
 SHARD, PEOPLE_SHARD = 500, 100  # scenes: a stop loses half a minute's work at most
 BATCH = 32  # scenes rendered together
 Job = tuple[Path, int, range, int, float, float, str, float, float]
@@ -66,7 +69,8 @@ def make(
 ) -> None:
     """Writes `scenes` scenes as shards; keeps the shards that the folder has.
 
-    world: "hands" (forearms before a colour) or "human" (people, with their body in `body.npz`).
+    world: "hands" (plain forearms before a colour), "arms" (the same of the human body) or "human" (people). The latter
+    two write their body, `body.npz`.
     size: pixels a side. both: share of two-hand scenes. leave_out: share of a scene's further wordings without view,
     skin or background; half of that share is without the side. on_progress: called with (scenes done, scenes in all).
     things, pairs: with people, shares of the scenes with a thing in a hand, and of those with two people who touch; the
@@ -75,21 +79,21 @@ def make(
     """
     folder = Path(folder)
     if world != "human" and (things or pairs):
-        raise DatasetError("things and pairs must be 0 in the world of hands. Take the world human.")
+        raise DatasetError(f"things and pairs must be 0 in the world of {world}. Take the world human.")
     if things + pairs > 1:
         raise DatasetError(f"things and pairs must be at most 1 together, got {things + pairs:g}. Lower one of them.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DatasetError(f"{folder} cannot be made: {error.strerror or error}. Name another folder.") from error
-    shard = min(SHARD, PEOPLE_SHARD) if world == "human" else SHARD
+    shard = SHARD if world == "hands" else min(SHARD, PEOPLE_SHARD)
     parts = (range(start, min(start + shard, scenes)) for start in range(0, scenes, shard))
     jobs: list[Job] = [
         (folder / f"{number:05d}.tar", seed, part, size, both, leave_out, world, things, pairs)
         for number, part in enumerate(parts)
     ]
     todo = [job for job in jobs if not _done(*job[:7])]
-    if world == "human":
+    if world != "hands":
         try:
             make_body(folder / BODY)
         except OSError as error:
@@ -149,7 +153,9 @@ def class_numbers(labels: Mapping[str, str]) -> list[int]:
     return [list(names).index(labels[label]) if label in labels else -1 for label, names in LABELS.items()]
 
 
-def scene_of(seed: int, number: int, both: float = 0.15, leave_out: float = 0.05) -> tuple[Scene, list[str]]:
+def scene_of(
+    seed: int, number: int, both: float = 0.15, leave_out: float = 0.05, world: str = "hands"
+) -> tuple[Scene, list[str]]:
     """Scene `number` of a seed, and WORDINGS prompts for it, its own first, none of them held out.
 
     The other prompts state nearly all: a colour that a prompt leaves out teaches no word, and its error, which training
@@ -159,7 +165,7 @@ def scene_of(seed: int, number: int, both: float = 0.15, leave_out: float = 0.05
     scene = None
     while scene is None:
         with contextlib.suppress(RuntimeError):  # a few scenes of two hands cannot be framed
-            scene = sample_scene(rng, sample_spec(rng, both))
+            scene = (arms.sample_scene if world == "arms" else sample_scene)(rng, sample_spec(rng, both))
     while is_held_out(scene.prompt):
         scene = replace(scene, prompt=write_prompt(scene.spec, rng))
     prompts = [scene.prompt]
@@ -170,11 +176,26 @@ def scene_of(seed: int, number: int, both: float = 0.15, leave_out: float = 0.05
     return scene, prompts
 
 
+def body_of(world: str) -> SMPLH:
+    """The body of a world's scenes."""
+    return demo_body() if world == "hands" else human_body()
+
+
+def drawn(scenes: Sequence[Scene], body: SMPLH, size: int, world: str = "hands") -> torch.Tensor:
+    """The pictures of a world's scenes, uint8 [N, size, size, 3]."""
+    return (arms.render_scenes if world == "arms" else render_scenes)(scenes, body, size)
+
+
 @torch.no_grad()
 def samples_of(
-    scenes: Sequence[Scene], prompts: Sequence[list[str]], keys: Sequence[str], body: SMPLH, size: int
+    scenes: Sequence[Scene],
+    prompts: Sequence[list[str]],
+    keys: Sequence[str],
+    body: SMPLH,
+    size: int,
+    world: str = "hands",
 ) -> list[Sample]:
-    """Rendered scenes as samples, with their hands as SMPL-H arrays."""
+    """Rendered scenes as samples, with their hands as SMPL-H arrays. body: the world's, see `body_of`."""
 
     def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes]))
@@ -184,7 +205,7 @@ def samples_of(
     placement = placement_of(joints, camera, stack("present")).numpy()
     seen = 0.5 + 0.5 * camera[:, None, None, :1] * (joints[:, HAND_JOINTS, :2] + camera[:, None, None, 1:])
     joints_2d = torch.stack([seen[..., 0], 1 - seen[..., 1]], -1).numpy()
-    images = render_scenes(scenes, body, size).numpy()
+    images = drawn(scenes, body, size, world).numpy()
     out = []
     for i, scene in enumerate(scenes):
         vectors = matrix_to_axis_angle(scene.rotations).astype(np.float32)  # [52, 3]
@@ -202,10 +223,10 @@ def samples_of(
 
 
 @torch.no_grad()
-def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]:
+def scene_tensors(scenes: Sequence[Scene], size: int, world: str = "hands") -> dict[str, torch.Tensor]:
     """Rendered scenes for a judge: images uint8 [N, size, size, 3], params [N, 330], labels [N, 6] as in LABELS, -1
     for a missing label."""
-    body = demo_body()
+    body = body_of(world)
 
     def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes]))
@@ -214,7 +235,7 @@ def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]
     joints = torch.cat([body(r, b)[1] for r, b in zip(rotations.split(64), betas.split(64), strict=True)])
     numbers = [class_numbers(labels_of(s.spec)) for s in scenes]
     return {
-        "images": render_scenes(scenes, body, size),
+        "images": drawn(scenes, body, size, world),
         "params": pack(rotations, betas, placement_of(joints, stack("camera"), stack("present"))),
         "labels": torch.tensor(numbers),
     }
@@ -236,11 +257,11 @@ def _shard(job: Job) -> int:
             samples.append(sample_of(scene, captions, _key(seed, number, world), size))
         write_shard(path, samples)
         return len(numbers)
-    body = demo_body()
+    body = body_of(world)
     for start in range(0, len(numbers), BATCH):
         part = numbers[start : start + BATCH]
-        scenes, prompts = zip(*(scene_of(seed, number, both, leave_out) for number in part), strict=True)
-        samples += samples_of(scenes, prompts, [_key(seed, number) for number in part], body, size)
+        scenes, prompts = zip(*(scene_of(seed, number, both, leave_out, world) for number in part), strict=True)
+        samples += samples_of(scenes, prompts, [_key(seed, number, world) for number in part], body, size, world)
     write_shard(path, samples)
     return len(numbers)
 

@@ -56,11 +56,12 @@ class Lamp:
 @dataclass(frozen=True)
 class Person:
     """One person to draw. vertices [V,3]: the posed body, metres; `head` [3,3]: how the head is turned, for the
-    smile."""
+    smile. joints: only what follows these joints is drawn; all if None."""
 
     vertices: ndarray
     look: Look = field(default_factory=Look)
     head: ndarray = field(default_factory=lambda: np.eye(3))
+    joints: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def render(
         vertices = torch.from_numpy(np.asarray(person.vertices, np.float32))
         smile = table["smile"] @ torch.from_numpy(np.asarray(person.head, np.float32)).T
         places.append(mesh_of(vertices, _normals(vertices, table["body"]), person.look, smile))
-        visible, edge = _cuts(person.look)
+        visible, edge = _cuts(person.look, person.joints)
         shown.append(visible)
         edges.append(edge)
     count, triangles = len(places[0]), len(table["faces"])
@@ -238,8 +239,11 @@ def _paint_thing(held: Held, face: Tensor, weights: Tensor) -> tuple[Tensor, Ten
 
 
 @lru_cache(maxsize=16)
-def _cuts(look: Look) -> tuple[Tensor, Tensor]:
+def _cuts(look: Look, joints: frozenset[int] | None) -> tuple[Tensor, Tensor]:
     shown, cut = cuts(look)
+    if joints is not None:
+        mesh = surface()
+        shown &= np.isin(load_human().owner[mesh.source[mesh.faces]], list(joints)).any(1)
     return torch.from_numpy(shown), torch.from_numpy(cut)
 
 

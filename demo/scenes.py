@@ -9,6 +9,7 @@ wrist, and shoulder and elbow complete the arm. Close-ups do not show the torso.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -43,23 +44,34 @@ class Scene:
     light: ndarray  # [3] unit, towards the light
 
 
-@lru_cache(maxsize=1)
-def _rest() -> tuple[ndarray, ndarray]:
-    """Rest joints with finger tips [62,3] and their shape directions [62,3,10]."""
-    body = build_body()
+@dataclass(frozen=True)
+class Anatomy:
+    """Whose hands a scene poses. rest: joints with finger tips [62,3] and their shape directions [62,3,10].
+
+    pose: (gesture, side, rng) -> finger rotations [15,3,3], as `gestures.pose`."""
+
+    rest: Callable[[], tuple[ndarray, ndarray]]
+    pose: Callable[..., ndarray]
+
+
+def rest_of(body: dict[str, ndarray]) -> tuple[ndarray, ndarray]:
+    """Rest joints with finger tips [62,3] of a body in SMPL-H's arrays, and their shape directions [62,3,10]."""
     regressor, tips = body["J_regressor"].astype(np.float64), list(TIP_VERTICES)
     joints = np.concatenate([regressor @ body["v_template"], body["v_template"][tips]])
     moves = np.einsum("jv,vck->jck", regressor, body["shapedirs"])
     return joints, np.concatenate([moves, body["shapedirs"][tips]])
 
 
+PLAIN = Anatomy(lru_cache(maxsize=1)(lambda: rest_of(build_body())), pose)
+
+
 TIP_PARENTS = tuple(HAND_JOINTS[side][4 * finger + 3] for side in range(2) for finger in range(5))
 TREE = (*PARENTS, *TIP_PARENTS)
 
 
-def forward_joints(rotations: ndarray, betas: ndarray) -> ndarray:
-    """Joints of the demo body and its finger tips, [52, 3, 3], [10] -> [62, 3]. A tip follows its last joint alone."""
-    joints, moves = _rest()
+def forward_joints(rotations: ndarray, betas: ndarray, anatomy: Anatomy = PLAIN) -> ndarray:
+    """Joints of a body and its finger tips, [52, 3, 3], [10] -> [62, 3]. A tip follows its last joint alone."""
+    joints, moves = anatomy.rest()
     rest = joints + moves @ betas
     turns, places = [rotations[0]], [rest[0]]
     for joint in range(1, 62):
@@ -116,7 +128,9 @@ def _raise_arm(rotations: ndarray, side: int, hand: ndarray, forearm: ndarray, u
     rotations[WRIST[side]] = forearm.T @ hand
 
 
-def sample_scene(rng: np.random.Generator, spec: Spec | None = None, close_up: bool = True) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, spec: Spec | None = None, close_up: bool = True, anatomy: Anatomy = PLAIN
+) -> Scene:
     """A random scene. spec: its content, random if None. close_up: False for a hand of about half the size.
 
     Raises RuntimeError where no camera frames both hands.
@@ -132,7 +146,7 @@ def sample_scene(rng: np.random.Generator, spec: Spec | None = None, close_up: b
             if not present[side]:
                 _wobble(rng, 0.7)  # keeps the random numbers of a seed's scenes
                 continue
-            rotations[first : first + 15] = pose(spec.gesture_of(side), side, rng)
+            rotations[first : first + 15] = anatomy.pose(spec.gesture_of(side), side, rng)
             hand, forearm = _stand(spec, side, rng)
             upper = np.array([(0.35, -0.35)[side], -0.75, 0.55]) + 0.05 * rng.normal(size=3)
             _raise_arm(rotations, side, hand, forearm, upper / np.linalg.norm(upper))
@@ -141,8 +155,8 @@ def sample_scene(rng: np.random.Generator, spec: Spec | None = None, close_up: b
             shown, unseen = (LEFT_ARM, RIGHT_ARM) if present[0] else (RIGHT_ARM, LEFT_ARM)
             rotations[unseen] = rotations[shown] * MIRROR
         else:
-            _side_by_side(rotations, forward_joints(rotations, betas), solved, rng)
-        camera = frame(rotations, betas, present, rng, close_up)
+            _side_by_side(rotations, forward_joints(rotations, betas, anatomy), solved, rng)
+        camera = frame(rotations, betas, present, rng, close_up, anatomy)
         if camera is not None:
             break
     else:
@@ -182,10 +196,15 @@ def _side_by_side(rotations: ndarray, joints: ndarray, solved: list, rng: np.ran
 
 
 def frame(
-    rotations: ndarray, betas: ndarray, present: ndarray, rng: np.random.Generator, close_up: bool = True
+    rotations: ndarray,
+    betas: ndarray,
+    present: ndarray,
+    rng: np.random.Generator,
+    close_up: bool = True,
+    anatomy: Anatomy = PLAIN,
 ) -> ndarray | None:
     """A camera (s, tx, ty) with all joints of the present hands inside the frame; None if there is none."""
-    joints = forward_joints(rotations, betas)
+    joints = forward_joints(rotations, betas, anatomy)
     points = [joints[list(HAND_JOINTS[side]), :2] for side in range(2) if present[side]]
     elbows = [joints[FOREARM[side], :2] for side in range(2) if present[side]]
     everything = np.concatenate(points)
