@@ -17,9 +17,13 @@ from .errors import BundleError, CheckpointError
 if TYPE_CHECKING:
     import numpy as np
 
-# What two bodies are compared by, and the sha256 of these arrays, without posedirs, of the people's (demo/human.py).
-COMPARED = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights")
-HUMAN = "16046fd5a993576844d5f6a65d621ee605eceaad92a6483949fac0c697b9f762"
+# What tells a body, and the sha256 of these arrays of the demo's bodies: the human one (demo/human.py), and the plain one
+# of an earlier demo (demo/body.py). Both lack pose correctives (`posedirs`).
+COMPARED = ("v_template", "shapedirs", "J_regressor", "weights")
+FREE = (
+    "16046fd5a993576844d5f6a65d621ee605eceaad92a6483949fac0c697b9f762",
+    "b8873bb2607254d2ce38feb707861bd09fe428305a2bd32e0ff4369e8ded806b",
+)
 
 
 def bundle_path() -> Path:
@@ -71,26 +75,18 @@ def is_shipped(bundle: str | Path) -> bool:
 def is_demo_body(body: Path | Mapping[str, np.ndarray]) -> bool:
     """Whether a body, a file or its arrays, is one of the demo's, which are free. Its content decides, not its place.
 
-    False, too, where this installation has no demo to compare with, and for a file that cannot be read.
+    False, too, for a file that cannot be read.
     """
     import numpy as np
 
-    shipped = _folder("checkpoint") / "body" / "smplh.npz"
     try:
-        if isinstance(body, Path) and body.read_bytes() == shipped.read_bytes():
-            return True
-        with np.load(shipped, allow_pickle=False) as file:
-            own = {name: file[name] for name in COMPARED}
         if isinstance(body, Path):
             with np.load(body, allow_pickle=False) as file:
-                body = {name: file[name] for name in COMPARED}
-        if all(np.array_equal(value, body[name]) for name, value in own.items()):
-            return True
+                body = {name: file[name] for name in (*COMPARED, "posedirs")}
         digest = sha256()
         for name in COMPARED:
-            if name != "posedirs":
-                digest.update(np.ascontiguousarray(body[name], np.float32).tobytes())
-        return digest.hexdigest() == HUMAN and not np.any(body["posedirs"])
+            digest.update(np.ascontiguousarray(body[name], np.float32).tobytes())
+        return digest.hexdigest() in FREE and not np.any(body["posedirs"])
     except (KeyError, OSError, ValueError):
         return False
 
