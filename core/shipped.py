@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # What tells a body, and the sha256 of these arrays of the demo's bodies: the human one (demo/human.py), and the plain
-# one of an earlier demo (demo/body.py). Both lack pose correctives (`posedirs`).
+# one that ships with the demo (demo/body.py). Both lack pose correctives (`posedirs`).
 COMPARED = ("v_template", "shapedirs", "J_regressor", "weights")
 FREE = (
     "16046fd5a993576844d5f6a65d621ee605eceaad92a6483949fac0c697b9f762",

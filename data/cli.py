@@ -57,8 +57,8 @@ def commands() -> None:
     type=click.Choice(["hands", "arms", "human"]),
     default="hands",
     show_default=True,
-    help="arms: raised arms, as the shipped demo paints them. hands: the same of a plain body, in a fiftieth of the "
-    "time. human: people.",
+    help="hands: hands and forearms, as the shipped demo paints them. arms: the same scenes with real hands. "
+    "human: people.",
 )
 @click.option("--size", type=click.IntRange(16, 1024), help="Pixels a side. [default: 256; for hands 128]")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)

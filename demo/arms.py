@@ -1,6 +1,7 @@
-"""The demo's world: one or two raised arms of the human body before a coloured wall.
+"""The world of the demo's hands on the human body: one or two raised arms before a coloured wall.
 
-Scenes and captions are those of `scenes.py` and `prompts.py`. Hands, sleeves, nails and skin are those of people.
+Scenes and captions are those of `scenes.py` and `prompts.py`; hands, sleeves, nails and skin are those of people. The
+shipped demo's stage 1 can pose these hands, too.
 
     scene = sample_scene(np.random.default_rng(0))
     render_scenes([scene], size=256).shape      # [1, 256, 256, 3]

@@ -4,8 +4,8 @@
     make("demo-data", scenes=24_000, seed=1, processes=2)
 
 Scene i does not depend on the number of scenes. Held-out prompts (prompts.is_held_out) never enter the dataset.
-The world "arms" draws the same scenes on the human body, as the shipped demo paints them (`arms.py`). The world "human"
-holds people, see `human_dataset.py`.
+The world "arms" draws the same scenes on the human body, see `arms.py`. The world "human" holds people, see
+`human_dataset.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ LABELS = {
     "view": tuple(VIEWS),
     "other": NAMES,
 }
-WORLDS = ("hands", "arms", "human")
 SHARD, PEOPLE_SHARD = 500, 100  # scenes: a stop loses half a minute's work at most
 BATCH = 32  # scenes rendered together
 Job = tuple[Path, int, range, int, float, float, str, float, float]
@@ -181,11 +180,6 @@ def body_of(world: str) -> SMPLH:
     return demo_body() if world == "hands" else human_body()
 
 
-def drawn(scenes: Sequence[Scene], body: SMPLH, size: int, world: str = "hands") -> torch.Tensor:
-    """The pictures of a world's scenes, uint8 [N, size, size, 3]."""
-    return (arms.render_scenes if world == "arms" else render_scenes)(scenes, body, size)
-
-
 @torch.no_grad()
 def samples_of(
     scenes: Sequence[Scene],
@@ -205,7 +199,7 @@ def samples_of(
     placement = placement_of(joints, camera, stack("present")).numpy()
     seen = 0.5 + 0.5 * camera[:, None, None, :1] * (joints[:, HAND_JOINTS, :2] + camera[:, None, None, 1:])
     joints_2d = torch.stack([seen[..., 0], 1 - seen[..., 1]], -1).numpy()
-    images = drawn(scenes, body, size, world).numpy()
+    images = (arms.render_scenes if world == "arms" else render_scenes)(scenes, body, size).numpy()
     out = []
     for i, scene in enumerate(scenes):
         vectors = matrix_to_axis_angle(scene.rotations).astype(np.float32)  # [52, 3]
@@ -223,10 +217,10 @@ def samples_of(
 
 
 @torch.no_grad()
-def scene_tensors(scenes: Sequence[Scene], size: int, world: str = "hands") -> dict[str, torch.Tensor]:
+def scene_tensors(scenes: Sequence[Scene], size: int) -> dict[str, torch.Tensor]:
     """Rendered scenes for a judge: images uint8 [N, size, size, 3], params [N, 330], labels [N, 6] as in LABELS, -1
     for a missing label."""
-    body = body_of(world)
+    body = demo_body()
 
     def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes]))
@@ -235,7 +229,7 @@ def scene_tensors(scenes: Sequence[Scene], size: int, world: str = "hands") -> d
     joints = torch.cat([body(r, b)[1] for r, b in zip(rotations.split(64), betas.split(64), strict=True)])
     numbers = [class_numbers(labels_of(s.spec)) for s in scenes]
     return {
-        "images": drawn(scenes, body, size, world),
+        "images": render_scenes(scenes, body, size),
         "params": pack(rotations, betas, placement_of(joints, stack("camera"), stack("present"))),
         "labels": torch.tensor(numbers),
     }

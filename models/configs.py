@@ -130,12 +130,9 @@ CONFIGS = {
         hand_steps=3,
         noise_offset=0.1,
     ),
-    # The finest level attends to hands and words, too; self-attention of its 1024 pixels would double the cost. The
-    # autoencoder sees patches of 2 x 2 pixels: 256 pixels cost what 128 did.
+    # The finest level attends to hands and words, too; self-attention of its 1024 pixels would double the cost.
     "demo": Config(
-        image_size=(256, 256),
         rotation_frame="camera",
-        vae_patch=2,
         unet_attention=(True, True, True),
         unet_only_cross=(True, False, False),
         hand_steps=8,
@@ -143,7 +140,7 @@ CONFIGS = {
         noise_offset=0.06,
         hand_redraws=2,
     ),
-    # The demo of people. Sixteen channels keep small hands, which four blur; the UNet costs the same.
+    # The demo of people, twice as large. Sixteen channels keep small hands, which four blur; the UNet costs the same.
     "human": Config(
         image_size=(256, 256),
         vocab_size=2048,

@@ -33,7 +33,6 @@ import numpy as np
 from handiffuser import editing
 from handiffuser.commands import run
 from handiffuser.data.cli import progress
-from handiffuser.demo.arms import HUMAN
 from handiffuser.demo.dataset import labels_of
 from handiffuser.demo.gestures import GESTURES, NAMES, pose, rotation
 from handiffuser.demo.prompts import SKINS, VIEWS, Spec, allowed_views, is_held_out, write_prompt
@@ -178,7 +177,7 @@ def strangeness(fingers: np.ndarray, side: int) -> float:
 
 def framed(scene: Scene, rng: np.random.Generator) -> Scene | None:
     """The scene with a camera as training would choose it for these hands; None where none will do."""
-    camera = frame(scene.rotations, scene.betas, scene.present, rng, anatomy=HUMAN)
+    camera = frame(scene.rotations, scene.betas, scene.present, rng)
     return None if camera is None else replace(scene, camera=camera.astype(np.float32))
 
 
@@ -251,7 +250,7 @@ def turned(scene: Scene, rng: np.random.Generator, degrees: float) -> Scene:
 def in_picture(scene: Scene, rotations: np.ndarray) -> np.ndarray:
     """Where the scene's joints are in the picture with these rotations: [62, 2] in [0, 1]."""
     s, tx, ty = scene.camera.astype(np.float64)
-    seen = forward_joints(rotations, scene.betas, HUMAN)[:, :2]
+    seen = forward_joints(rotations, scene.betas)[:, :2]
     return 0.5 + 0.5 * s * (seen + np.array([tx, ty])) * (1, -1)
 
 
@@ -267,7 +266,7 @@ def edited(scene: Scene, rng: np.random.Generator) -> Scene | None:
     vectors = matrix_to_axis_angle(scene.rotations)
     hands = {name: vectors[joints].reshape(-1) for name, joints in POSES.items()} | {
         "camera": scene.camera,
-        "joints": forward_joints(scene.rotations, scene.betas, HUMAN),
+        "joints": forward_joints(scene.rotations, scene.betas),
         "joints_2d": before[np.array(HAND_JOINTS)],
     }
     ways = [(finger, end) for finger in range(5) for end in ("fist", "spread_fingers")]

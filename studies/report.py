@@ -31,7 +31,6 @@ import torch
 from handiffuser.commands import end_with_parent, run, undisturbed
 from handiffuser.contract import BETAS, NUM_JOINTS, ROTATIONS
 from handiffuser.data.latents import encode_prompts
-from handiffuser.demo.arms import render_scenes, sample_scene
 from handiffuser.demo.dataset import LABELS, scene_tensors
 from handiffuser.demo.gestures import NAMES
 from handiffuser.demo.prompts import (
@@ -43,7 +42,8 @@ from handiffuser.demo.prompts import (
     sample_spec,
     write_prompt,
 )
-from handiffuser.demo.scenes import Scene
+from handiffuser.demo.render import render_scenes
+from handiffuser.demo.scenes import Scene, sample_scene
 from handiffuser.models.checkpoint import Checkpoint
 from handiffuser.models.hand_features import HandFeatures
 from handiffuser.models.smplh import SMPLH, rotation_6d_to_matrix
@@ -58,7 +58,6 @@ from rich.table import Table
 from torch import Tensor
 
 COUNT = 480
-WORLD = "arms"
 JUDGE_MUST = 0.9  # share of gestures that the judge must read on held-out renders
 SEED = 20_260_000
 TWO_HANDS = ("alike", "pairs", "new pairs")
@@ -110,7 +109,7 @@ def agreement(seen: Tensor, wanted: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def rendered_hands(scenes: list[Scene], params: Tensor, cameras: Tensor, size: int) -> Tensor:
+def rendered_hands(scenes: list[Scene], params: Tensor, cameras: Tensor) -> Tensor:
     """Scenes drawn with other hands: params [N, P] as sampled, cameras [N, 3] as derived."""
     rotations = rotation_6d_to_matrix(params[:, ROTATIONS].reshape(-1, NUM_JOINTS, 6)).numpy()
     betas = params[:, BETAS].numpy()
@@ -118,7 +117,7 @@ def rendered_hands(scenes: list[Scene], params: Tensor, cameras: Tensor, size: i
         replace(scene, rotations=rotations[i], betas=betas[i], camera=cameras[i].numpy())
         for i, scene in enumerate(scenes)
     ]
-    return render_scenes(changed, size=size)
+    return render_scenes(changed)
 
 
 def true_hands(checkpoint: Checkpoint, params: Tensor) -> dict[str, Tensor]:
@@ -135,12 +134,11 @@ def _measure(arguments: tuple[Path, Path, str, int, int]) -> dict[str, Any]:
     torch.set_num_threads(1)
     path, judge_folder, kind, start, stop = arguments
     checkpoint, judge = Checkpoint.load(path), load_judge(judge_folder)
-    size = checkpoint.image_size[0]
     prior = checkpoint.hand_prior
     empty = encode_prompts([""], checkpoint.tokenizer, checkpoint.special_tokens)[0]
     scenes = held_out_scenes(stop, kind=kind)[start:]
     with torch.no_grad():
-        truth = scene_tensors(scenes, size, WORLD)
+        truth = scene_tensors(scenes, checkpoint.image_size[0])
         ids = encode_prompts([scene.prompt for scene in scenes], checkpoint.tokenizer, checkpoint.special_tokens)
         x = sample_hands(checkpoint, ids, seed=start)
         hands, given = hands_of(checkpoint, x), true_hands(checkpoint, truth["params"])
@@ -148,7 +146,7 @@ def _measure(arguments: tuple[Path, Path, str, int, int]) -> dict[str, Any]:
         "renders": truth["images"],
         "renders, through the VAE": decode(checkpoint, encode(checkpoint, images_to_float(truth["images"]))),
         "true hands": sample_pictures(checkpoint, ids, empty, given, seed=start),
-        "generated hands, rendered": rendered_hands(scenes, x * prior.std + prior.mean, hands["camera"], size),
+        "generated hands, rendered": rendered_hands(scenes, x * prior.std + prior.mean, hands["camera"]),
         "full pipeline": sample_pictures(checkpoint, ids, empty, hands, seed=start),
     }
     present = torch.from_numpy(np.stack([scene.present for scene in scenes]))

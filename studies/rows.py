@@ -26,7 +26,8 @@ from handiffuser import shipped
 from handiffuser.commands import run
 from handiffuser.data.cli import progress
 from handiffuser.data.samples import Sample, encode_png, members, picture
-from handiffuser.demo.dataset import body_of, samples_of
+from handiffuser.demo.dataset import samples_of
+from handiffuser.demo.render import demo_body
 from handiffuser.demo.scenes import Scene
 from handiffuser.evaluation import measure, painting, pictures
 from handiffuser.evaluation.cli import finish, say
@@ -39,7 +40,7 @@ from handiffuser.rotations import axis_angle_to_matrix
 from handiffuser.training.sample import decode, encode
 from handiffuser.training.stages import images_to_float
 from judge import Judged
-from report import WORLD, held_out_scenes
+from report import held_out_scenes
 from rich.console import Console
 from rich.table import Table
 
@@ -66,11 +67,11 @@ def save(folder: Path, samples: Sequence[Sample]) -> None:
 def draw(scenes: Mapping[str, Scene], folder: Path, size: int) -> list[Sample]:
     """Scenes by key, rendered into a folder as samples with their own hands, prompts and labels."""
     samples: list[Sample] = []
-    keys, body = list(scenes), body_of(WORLD)
+    keys, body = list(scenes), demo_body()
     for start in range(0, len(keys), BATCH):
         some = keys[start : start + BATCH]
         part = [scenes[key] for key in some]
-        samples += samples_of(part, [[scene.prompt] for scene in part], some, body, size, WORLD)
+        samples += samples_of(part, [[scene.prompt] for scene in part], some, body, size)
     save(folder, samples)
     return samples
 

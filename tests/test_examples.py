@@ -56,7 +56,7 @@ def test_clients(name, tmp_path):
 
     with serving(shipped.resolve("demo", "bundle"), tmp_path / "server") as served:
         example(name, served.url, tmp_path / "fist.png")
-    assert Image.open(tmp_path / "fist.png").size == (256, 256)
+    assert Image.open(tmp_path / "fist.png").size == (128, 128)
 
 
 @pytest.mark.slow

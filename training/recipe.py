@@ -105,7 +105,6 @@ class PicturesPlan(Plan, frozen=True, forbid_unknown_fields=True, kw_only=True):
     weighting: Annotated[str, _words("plain", "min-snr", "truncated-snr")] = "plain"
     min_snr: Rate = 5.0  # gamma of Hang et al. 2023: the most that an error in x0 counts
     timestep_shift: Rate = 1.0  # above 1 leans towards noise (Esser et al. 2024, equation 23)
-    timesteps: Annotated[str, _words("all", "sampled")] = "all"  # sampled: those at which the checkpoint's steps run it
     finger_weight: Weight = 0.0  # extra weight of an error at a hand's joint, against the background
     edge_weight: Weight = 0.0  # largest extra weight of an error where latents change between pixels
     colour_weight: Weight = 0.0  # of the mean error over blocks of 8 x 8 latent pixels

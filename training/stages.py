@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ..contract import BETAS, NUM_PARAMS, PLACEMENT, ROTATIONS
@@ -43,13 +43,6 @@ def timesteps(draws: Draws, length: int, shift: float = 1.0) -> Tensor:
     """
     t = draws.spread()
     return (shift * t / (1 + (shift - 1) * t) * length).long().clamp_max(length - 1)
-
-
-def sampled_timesteps(checkpoint: Checkpoint) -> Tensor:
-    """The timesteps at which a checkpoint's own number of steps runs its UNet [S], the one of most noise last."""
-    scheduler = DDIMScheduler.from_config(checkpoint.scheduler)
-    scheduler.set_timesteps(checkpoint.defaults["steps"])
-    return scheduler.timesteps.sort().values
 
 
 def wording(ids: Tensor, draws: Draws, which: str = "any") -> Tensor:
@@ -331,7 +324,6 @@ def picture_inputs(checkpoint: Checkpoint, plan: PicturesPlan, empty: Tensor) ->
     kind = checkpoint.scheduler["prediction_type"]
     scale, shift = checkpoint.vae.config.scaling_factor, checkpoint.vae.config.shift_factor or 0.0
     least = {"min-snr": 0.0, "truncated-snr": 1.0}.get(plan.weighting)
-    own = sampled_timesteps(checkpoint) if plan.timesteps == "sampled" else None
     if least and kind == "epsilon":
         raise TrainingError(
             "weighting must be plain or min-snr for a network that predicts noise, got truncated-snr. There it divides "
@@ -344,8 +336,7 @@ def picture_inputs(checkpoint: Checkpoint, plan: PicturesPlan, empty: Tensor) ->
         if plan.posterior == "sample":
             latents = latents + rows["std"].float() * draws.normal(*latents.shape[1:])
         clean = (latents - shift) * scale
-        timestep = timesteps(draws, len(alphas) if own is None else len(own), plan.timestep_shift)
-        timestep = timestep if own is None else own.to(timestep.device)[timestep]
+        timestep = timesteps(draws, len(alphas), plan.timestep_shift)
         alpha = alphas.to(timestep.device)[timestep]
         signal, sigma = (a[:, None, None, None] for a in (alpha.sqrt(), (1 - alpha).sqrt()))
         noise = draws.normal(*clean.shape[1:])

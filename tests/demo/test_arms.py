@@ -1,4 +1,4 @@
-"""The demo's world on the human body: the same scenes, drawn with real hands."""
+"""The demo's scenes on the human body: the same captions, drawn with real hands."""
 
 from __future__ import annotations
 

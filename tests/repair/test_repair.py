@@ -201,8 +201,8 @@ def test_a_painted_hand_is_compared_with_the_old_one(rest):
 
 def test_without_a_word_a_hand_that_comes_out_elsewhere_stays(painted, rest):
     made, file, pipeline = painted
-    (one,) = given_hands(file, (256, 256), pipeline)
-    one.found, one.sureness = Found("right", 0.9, one.hand.joints_2d / 256), 1.0
+    (one,) = given_hands(file, (128, 128), pipeline)
+    one.found, one.sureness = Found("right", 0.9, one.hand.joints_2d / 128), 1.0
     told = repair(pipeline, made.image, [one], rest, Wish(every=True), Eyes(), seed=1)
     assert told.painted[0]["moved"] == 1.0 and told.mask.any() and (told.image == made.image)[~told.mask].all()
     alone = repair(pipeline, made.image, [one], rest, Wish(), Eyes(), seed=1)
@@ -228,8 +228,8 @@ def test_pixels_outside_the_mask_keep_their_bytes(rest):
 
 def test_own_files_say_where_hands_are(painted):
     made, file, pipeline = painted
-    (one,) = given_hands(file, (256, 256), pipeline)
-    truth = made.hands["joints_2d"][1] * 256
+    (one,) = given_hands(file, (128, 128), pipeline)
+    truth = made.hands["joints_2d"][1] * 128
     assert one.side == "right"
     np.testing.assert_allclose(one.hand.joints_2d, truth, atol=0.05)
 
@@ -286,13 +286,13 @@ def test_hands_of_every_person_of_a_file_are_painted_by_a_bundle_of_one(painted,
     for number, people in enumerate(((shown, beside), (hidden, beside))):
         file = tmp_path / f"{number}.hands.npz"
         save_hands(file, {name: np.stack([one[name] for one in people]) for name in shown})
-        seen = given_hands(file, (256, 256), pipeline)
+        seen = given_hands(file, (128, 128), pipeline)
         assert [one.side for one in seen] == ["right"] * (2 - number)
-        step = np.array([0.5 * 256 * shown["camera"][0] * 0.05, 0])
-        np.testing.assert_allclose(seen[-1].hand.joints_2d, made.hands["joints_2d"][1] * 256 + step, atol=0.05)
+        step = np.array([0.5 * 128 * shown["camera"][0] * 0.05, 0])
+        np.testing.assert_allclose(seen[-1].hand.joints_2d, made.hands["joints_2d"][1] * 128 + step, atol=0.05)
     save_hands(tmp_path / "none.hands.npz", {name: np.stack([value] * 2) for name, value in hidden.items()})
     with pytest.raises(DetectionError, match="must say where its hands are"):
-        given_hands(tmp_path / "none.hands.npz", (256, 256), pipeline)
+        given_hands(tmp_path / "none.hands.npz", (128, 128), pipeline)
 
 
 def test_unsure_and_tiny_hands_stay(rest):
@@ -401,7 +401,7 @@ def test_wrong_words_are_sentences(tmp_path, words, sentence):
 
 
 def test_every_gesture_fits_a_bundle(rest):
-    assert Manifest.load(shipped.bundle_path(), verify=False).image_size == (256, 256)
+    assert Manifest.load(shipped.bundle_path(), verify=False).image_size == (128, 128)
     for gesture in filter(None, Poses.load().names):
         assert np.isfinite(placed(np.array([0.0, 0, 64, 64]), "right", gesture, rest).hand.joints_2d).all()
 

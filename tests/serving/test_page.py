@@ -180,8 +180,8 @@ def test_a_finger_is_dragged_and_the_picture_follows(page):
     shot(page, "again")
     # The finger has left its place; the rest of the picture stays.
     changed = np.abs(first - second).mean(-1) > 40
-    tx, ty = round(x / stage["width"] * 256), round(y / stage["height"] * 256)
-    near = changed[max(0, ty - 10) : ty + 28, max(0, tx - 16) : tx + 16]
+    tx, ty = round(x / stage["width"] * 128), round(y / stage["height"] * 128)
+    near = changed[max(0, ty - 5) : ty + 14, max(0, tx - 8) : tx + 8]
     assert near.mean() > 0.25, near.mean()
     assert changed.mean() < 0.2
     assert page.locator("#history li").count() == 2

@@ -255,13 +255,6 @@ def test_a_code_of_blocks_learns_slowly(tmp_path, checkpoint):
     assert all(torch.equal(straight[name], stopped[name]) for name in straight)
 
 
-def test_a_student_can_train_at_its_own_timesteps_alone(checkpoint, empty):
-    assert checkpoint.defaults["steps"] == 4
-    inputs = picture_inputs(checkpoint, PicturesPlan(timesteps="sampled"), empty)
-    seen = inputs(rows_of(checkpoint, 8), Draws(0, 0, 8, range(8)))[3]
-    assert sorted(seen.tolist()) == [249, 249, 499, 499, 749, 749, 999, 999], "those of DDIM, each equally often"
-
-
 def test_rows_on_a_gpu_make_inputs_there(checkpoint, empty, monkeypatch):
     """With "meta" for a GPU: an operation between its tensors and others is refused there, too."""
     own = draws.generator_for
@@ -272,7 +265,6 @@ def test_rows_on_a_gpu_make_inputs_there(checkpoint, empty, monkeypatch):
         hand_prior_inputs(checkpoint, HandPriorPlan(), empty),
         encoder_inputs(EncoderPlan(), empty),
         picture_inputs(checkpoint, PicturesPlan(weighting="min-snr", timestep_shift=3.0), empty),
-        picture_inputs(checkpoint, PicturesPlan(timesteps="sampled"), empty),
     ):
         for value in tree_leaves(list(inputs(rows, Draws(0, 0, 6, range(6), "meta")))):
             assert value.device.type == "meta"
