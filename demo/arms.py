@@ -58,14 +58,18 @@ def render_scenes(scenes: Sequence[Scene], body: SMPLH | None = None, size: int 
 def _draw(scene: Scene, body: SMPLH, size: int) -> Tensor:
     colours = np.concatenate([scene.skin, scene.background, scene.light]).astype(np.float32)
     rng = np.random.default_rng(np.frombuffer(colours.tobytes(), np.uint32))
-    look = replace(sample_look(rng, scene.betas), skin=tuple(float(value) for value in scene.skin))
+    look = replace(sample_look(rng, scene.betas), skin=_three(scene.skin))
     rotations, betas = (torch.from_numpy(np.asarray(x, np.float32))[None] for x in (scene.rotations, scene.betas))
     vertices = body(rotations, betas)[0][0].numpy()
     drawn = frozenset().union(*(DRAWN[side] for side in range(2) if scene.present[side]))
     person = Person(vertices, look, joints=drawn)
-    lamp = Lamp(direction=tuple(float(value) for value in scene.light))  # type: ignore[arg-type]
-    camera = Camera(*(float(value) for value in scene.camera))
+    lamp, camera = Lamp(direction=_three(scene.light)), Camera(*_three(scene.camera))
     return render([person], camera, lamp, _wall(scene.background, rng), size, int(rng.integers(2**31)))
+
+
+def _three(values: ndarray) -> tuple[float, float, float]:
+    first, second, third = (float(value) for value in values)
+    return first, second, third
 
 
 def _wall(colour: ndarray, rng: np.random.Generator) -> Tensor:
