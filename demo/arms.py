@@ -3,7 +3,7 @@
 Scenes and captions are those of `scenes.py` and `prompts.py`; hands, sleeves, nails and skin are those of people. The
 shipped demo's stage 1 can pose these hands, too.
 
-    scene = sample_scene(np.random.default_rng(0))
+    scene = sample_scene(np.random.default_rng(0), anatomy=HUMAN)    # of scenes.py
     render_scenes([scene], size=256).shape      # [1, 256, 256, 3]
 """
 
@@ -19,18 +19,16 @@ from numpy import ndarray
 from torch import Tensor
 
 from ..models.smplh import SMPLH
-from . import gestures, scenes
+from . import gestures
+from .backdrops import plain_wall, three
 from .human import human_body, load_human
 from .human_clothes import sample_look
 from .human_gestures import hand_pose
 from .human_render import Camera, Lamp, Person, render
-from .prompts import Spec
-from .scenes import LEFT_ARM, RIGHT_ARM, Anatomy, Scene
+from .scenes import LEFT_ARM, RIGHT_ARM, Anatomy, Scene, rest_of
 
 SIZE = 256
 DRAWN = tuple(frozenset(arm[2:]) for arm in (LEFT_ARM, RIGHT_ARM))  # from the elbow on
-SHADE = 96  # pixels a side of a wall, whose light changes slowly
-FALLOFF = 0.12  # of a wall's light, from its middle to its darkest side
 
 
 def pose(name: str, side: int, rng: np.random.Generator) -> ndarray:
@@ -38,12 +36,7 @@ def pose(name: str, side: int, rng: np.random.Generator) -> ndarray:
     return (hand_pose if rng.random() < 0.5 else gestures.pose)(name, side, rng)
 
 
-HUMAN = Anatomy(lru_cache(maxsize=1)(lambda: scenes.rest_of(load_human().arrays)), pose)
-
-
-def sample_scene(rng: np.random.Generator, spec: Spec | None = None, close_up: bool = True) -> Scene:
-    """As `scenes.sample_scene`, with the hands of the human body."""
-    return scenes.sample_scene(rng, spec, close_up, HUMAN)
+HUMAN = Anatomy(lru_cache(maxsize=1)(lambda: rest_of(load_human().arrays)), pose)
 
 
 @torch.no_grad()
@@ -58,23 +51,10 @@ def render_scenes(scenes: Sequence[Scene], body: SMPLH | None = None, size: int 
 def _draw(scene: Scene, body: SMPLH, size: int) -> Tensor:
     colours = np.concatenate([scene.skin, scene.background, scene.light]).astype(np.float32)
     rng = np.random.default_rng(np.frombuffer(colours.tobytes(), np.uint32))
-    look = replace(sample_look(rng, scene.betas), skin=_three(scene.skin))
+    look = replace(sample_look(rng, scene.betas), skin=three(scene.skin))
     rotations, betas = (torch.from_numpy(np.asarray(x, np.float32))[None] for x in (scene.rotations, scene.betas))
     vertices = body(rotations, betas)[0][0].numpy()
     drawn = frozenset().union(*(DRAWN[side] for side in range(2) if scene.present[side]))
     person = Person(vertices, look, joints=drawn)
-    lamp, camera = Lamp(direction=_three(scene.light)), Camera(*_three(scene.camera))
-    return render([person], camera, lamp, _wall(scene.background, rng), size, int(rng.integers(2**31)))
-
-
-def _three(values: ndarray) -> tuple[float, float, float]:
-    first, second, third = (float(value) for value in values)
-    return first, second, third
-
-
-def _wall(colour: ndarray, rng: np.random.Generator) -> Tensor:
-    """A wall [SHADE,SHADE,3] of a colour, a little darker towards one side."""
-    y, x = np.mgrid[0:SHADE, 0:SHADE] / (SHADE - 1) - 0.5
-    angle, depth = rng.uniform(0, 2 * np.pi), rng.uniform(0, FALLOFF)
-    light = 1 + 2 * depth * (np.cos(angle) * x + np.sin(angle) * y)
-    return torch.from_numpy((colour * light[..., None]).clip(0, 1)).float()
+    lamp, camera = Lamp(direction=three(scene.light)), Camera(*three(scene.camera))
+    return render([person], camera, lamp, plain_wall(scene.background, rng), size, int(rng.integers(2**31)))

@@ -15,6 +15,7 @@ from .human_render import Lamp
 
 KINDS = ("wall", "gradient", "studio", "room", "office", "garden", "street", "beach", "night")
 SIZE = 96  # pixels a side: everything is blurred anyway
+FALLOFF = 0.12  # of a plain wall's light, from its middle to its darkest side
 
 
 def _colour(rng: np.random.Generator, base: tuple[float, float, float], spread: float = 0.08) -> tuple[int, int, int]:
@@ -142,6 +143,14 @@ def backdrop(kind: str, rng: np.random.Generator, colour: ndarray | None = None)
     return torch.from_numpy(picture.clip(0, 1)).float(), lamp_for(kind, rng)
 
 
+def plain_wall(colour: ndarray, rng: np.random.Generator) -> Tensor:
+    """A wall [S,S,3] float32 of one display colour [3], a little darker towards one side."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE] / (SIZE - 1) - 0.5
+    angle, depth = rng.uniform(0, 2 * np.pi), rng.uniform(0, FALLOFF)
+    light = 1 + 2 * depth * (np.cos(angle) * x + np.sin(angle) * y)
+    return torch.from_numpy((colour * light[..., None]).clip(0, 1)).float()
+
+
 def _random_colour(rng: np.random.Generator) -> ndarray:
     if rng.random() < 0.5:
         return np.full(3, rng.uniform(0.12, 0.92)) + rng.normal(0, 0.03, 3)
@@ -163,9 +172,10 @@ def lamp_for(kind: str, rng: np.random.Generator) -> Lamp:
     sky = np.array([0.42, 0.43, 0.46]) if not outside else np.array([0.42, 0.46, 0.54])
     ground = {"garden": (0.21, 0.24, 0.17), "beach": (0.34, 0.31, 0.26)}.get(kind, (0.22, 0.21, 0.20))
     dim = (0.55 if kind == "night" else 1.0) * rng.uniform(0.85, 1.1)
-    return Lamp(direction, colour, _three(dim * sky), _three(dim * np.array(ground)))
+    return Lamp(direction, colour, three(dim * sky), three(dim * np.array(ground)))
 
 
-def _three(values: ndarray) -> tuple[float, float, float]:
+def three(values: ndarray) -> tuple[float, float, float]:
+    """An array of three numbers as plain ones."""
     x, y, z = values.tolist()
     return x, y, z

@@ -35,7 +35,7 @@ from .gestures import NAMES
 from .human import human_body, make_body
 from .prompts import BACKGROUNDS, SIDES, SKINS, VIEWS, WORDINGS, Spec, is_held_out, sample_spec, write_prompt
 from .render import demo_body, render_scenes
-from .scenes import Scene, sample_scene
+from .scenes import PLAIN, Anatomy, Scene, sample_scene
 
 # A picture's labels and their classes. "gesture" is of the one hand, or of the left one; "other" is of the right hand
 # of two.
@@ -47,7 +47,7 @@ LABELS = {
     "view": tuple(VIEWS),
     "other": NAMES,
 }
-SHARD, PEOPLE_SHARD = 500, 100  # scenes: a stop loses half a minute's work at most
+SHARD, PEOPLE_SHARD = 500, 100  # scenes: a stop loses a minute's work of a process at most
 BATCH = 32  # scenes rendered together
 Job = tuple[Path, int, range, int, float, float, str, float, float]
 
@@ -153,7 +153,7 @@ def class_numbers(labels: Mapping[str, str]) -> list[int]:
 
 
 def scene_of(
-    seed: int, number: int, both: float = 0.15, leave_out: float = 0.05, world: str = "hands"
+    seed: int, number: int, both: float = 0.15, leave_out: float = 0.05, anatomy: Anatomy = PLAIN
 ) -> tuple[Scene, list[str]]:
     """Scene `number` of a seed, and WORDINGS prompts for it, its own first, none of them held out.
 
@@ -164,7 +164,7 @@ def scene_of(
     scene = None
     while scene is None:
         with contextlib.suppress(RuntimeError):  # a few scenes of two hands cannot be framed
-            scene = (arms.sample_scene if world == "arms" else sample_scene)(rng, sample_spec(rng, both))
+            scene = sample_scene(rng, sample_spec(rng, both), anatomy=anatomy)
     while is_held_out(scene.prompt):
         scene = replace(scene, prompt=write_prompt(scene.spec, rng))
     prompts = [scene.prompt]
@@ -175,11 +175,6 @@ def scene_of(
     return scene, prompts
 
 
-def body_of(world: str) -> SMPLH:
-    """The body of a world's scenes."""
-    return demo_body() if world == "hands" else human_body()
-
-
 @torch.no_grad()
 def samples_of(
     scenes: Sequence[Scene],
@@ -187,9 +182,9 @@ def samples_of(
     keys: Sequence[str],
     body: SMPLH,
     size: int,
-    world: str = "hands",
+    render: Callable[[Sequence[Scene], SMPLH, int], torch.Tensor] = render_scenes,
 ) -> list[Sample]:
-    """Rendered scenes as samples, with their hands as SMPL-H arrays. body: the world's, see `body_of`."""
+    """Rendered scenes as samples, with their hands as SMPL-H arrays. render: draws them on the body."""
 
     def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes]))
@@ -199,7 +194,7 @@ def samples_of(
     placement = placement_of(joints, camera, stack("present")).numpy()
     seen = 0.5 + 0.5 * camera[:, None, None, :1] * (joints[:, HAND_JOINTS, :2] + camera[:, None, None, 1:])
     joints_2d = torch.stack([seen[..., 0], 1 - seen[..., 1]], -1).numpy()
-    images = (arms.render_scenes if world == "arms" else render_scenes)(scenes, body, size).numpy()
+    images = render(scenes, body, size).numpy()
     out = []
     for i, scene in enumerate(scenes):
         vectors = matrix_to_axis_angle(scene.rotations).astype(np.float32)  # [52, 3]
@@ -251,11 +246,13 @@ def _shard(job: Job) -> int:
             samples.append(sample_of(scene, captions, _key(seed, number, world), size))
         write_shard(path, samples)
         return len(numbers)
-    body = body_of(world)
+    on_arms = world == "arms"
+    body, anatomy = (human_body(), arms.HUMAN) if on_arms else (demo_body(), PLAIN)
+    render = arms.render_scenes if on_arms else render_scenes
     for start in range(0, len(numbers), BATCH):
         part = numbers[start : start + BATCH]
-        scenes, prompts = zip(*(scene_of(seed, number, both, leave_out, world) for number in part), strict=True)
-        samples += samples_of(scenes, prompts, [_key(seed, number, world) for number in part], body, size, world)
+        scenes, prompts = zip(*(scene_of(seed, number, both, leave_out, anatomy) for number in part), strict=True)
+        samples += samples_of(scenes, prompts, [_key(seed, number, world) for number in part], body, size, render)
     write_shard(path, samples)
     return len(numbers)
 

@@ -9,27 +9,18 @@ import pytest
 import torch
 from handiffuser.data.dataset import Index
 from handiffuser.data.samples import Sample, picture
-from handiffuser.demo import arms, human_skin, scenes
+from handiffuser.demo import arms, scenes
 from handiffuser.demo.dataset import labels_of, make
 from handiffuser.demo.human import human_body
 from handiffuser.demo.prompts import Spec
 from handiffuser.models.smplh import HAND_JOINTS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_textures():
-    """Skin as coarse as these pictures need it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(human_skin, "HAND_SIZE", 128)
-        patch.setattr(human_skin, "HEAD_SIZE", 64)
-        human_skin.textures.cache_clear()
-        yield
-    human_skin.textures.cache_clear()
+pytestmark = pytest.mark.usefixtures("coarse_skin")
 
 
 def test_joints_are_those_of_the_human_body_and_in_the_picture():
     for seed in range(12):
-        scene = arms.sample_scene(np.random.default_rng(seed))
+        scene = scenes.sample_scene(np.random.default_rng(seed), anatomy=arms.HUMAN)
         rotations, betas = (torch.from_numpy(x)[None] for x in (scene.rotations, scene.betas))
         joints = human_body()(rotations, betas)[1][0].numpy()
         assert np.abs(joints - scenes.forward_joints(scene.rotations, scene.betas, arms.HUMAN)).max() < 1e-4
@@ -39,7 +30,7 @@ def test_joints_are_those_of_the_human_body_and_in_the_picture():
 
 def test_a_picture_shows_the_arm_and_nothing_else_of_the_person():
     spec = Spec("right", "open_hand", "palm", "tan", "blue")
-    scene = arms.sample_scene(np.random.default_rng(3), spec)
+    scene = scenes.sample_scene(np.random.default_rng(3), spec, anatomy=arms.HUMAN)
     image = arms.render_scenes([scene], size=64)[0].numpy().astype(float)
     wall = image[:3].reshape(-1, 3).mean(0)
     far = np.abs(image - wall).max(-1) > 60
@@ -54,7 +45,9 @@ def test_a_picture_shows_the_arm_and_nothing_else_of_the_person():
 
 
 def test_other_hands_in_a_scene_keep_sleeve_nails_and_skin():
-    scene = arms.sample_scene(np.random.default_rng(1), Spec("left", "fist", "back", "brown", "white"))
+    scene = scenes.sample_scene(
+        np.random.default_rng(1), Spec("left", "fist", "back", "brown", "white"), anatomy=arms.HUMAN
+    )
     bent = scene.rotations.copy()
     bent[22:25] = np.eye(3)  # the index finger, straight
     other = replace(scene, rotations=bent)
@@ -81,4 +74,4 @@ def test_a_dataset_of_arms_has_its_body(tmp_path):
 
 def test_the_labels_are_those_of_the_scene():
     spec = Spec("both", "fist", "palm", "dark", "grey", "victory")
-    assert labels_of(arms.sample_scene(np.random.default_rng(0), spec).spec)["other"] == "victory"
+    assert labels_of(scenes.sample_scene(np.random.default_rng(0), spec, anatomy=arms.HUMAN).spec)["other"] == "victory"

@@ -14,7 +14,7 @@ from handiffuser.data.check import check
 from handiffuser.data.cli import commands
 from handiffuser.data.hands import joints_in_picture
 from handiffuser.data.samples import person, picture, read
-from handiffuser.demo import dataset, human_skin
+from handiffuser.demo import dataset
 from handiffuser.demo.human import human_body
 from handiffuser.demo.human_dataset import sample_of, scene_of
 from handiffuser.demo.human_poses import FRAMINGS as EVERY_FRAMING
@@ -40,15 +40,7 @@ SEED = 3
 CONTACT = ("handshake", "two people shaking hands", "high five", "holding hands", "a hand holding a cup")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_textures():
-    """Textures of a few texels: nothing here depends on their detail."""
-    sizes = human_skin.HAND_SIZE, human_skin.HEAD_SIZE
-    human_skin.textures.cache_clear()
-    human_skin.HAND_SIZE, human_skin.HEAD_SIZE = 128, 64
-    yield
-    human_skin.HAND_SIZE, human_skin.HEAD_SIZE = sizes
-    human_skin.textures.cache_clear()
+pytestmark = pytest.mark.usefixtures("coarse_skin")
 
 
 @pytest.fixture(scope="module")

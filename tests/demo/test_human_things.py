@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from handiffuser.demo import grasps as solver
-from handiffuser.demo import human_scenes, human_skin
+from handiffuser.demo import human_scenes
 from handiffuser.demo.contacts import surface_distance
 from handiffuser.demo.human import human_body, load_human
 from handiffuser.demo.human_holding import bend, places_of
@@ -23,15 +23,7 @@ EVERY = [(thing, number) for thing in THINGS for number in range(len(SIZES[thing
 GREY = torch.full((2, 2, 3), 0.5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_textures():
-    """Textures of a few texels: nothing here depends on their detail."""
-    sizes = human_skin.HAND_SIZE, human_skin.HEAD_SIZE
-    human_skin.textures.cache_clear()
-    human_skin.HAND_SIZE, human_skin.HEAD_SIZE = 128, 64
-    yield
-    human_skin.HAND_SIZE, human_skin.HEAD_SIZE = sizes
-    human_skin.textures.cache_clear()
+pytestmark = pytest.mark.usefixtures("coarse_skin")
 
 
 @pytest.mark.parametrize("thing", THINGS)
